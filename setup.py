@@ -1,0 +1,75 @@
+"""Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+PROVIDERS = ("subprocess", "docker", "libvirt")
+DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
+LIBVIRT = ["libvirt-python>=9", "lxml>=5"]
+TESTING = [
+    "pytest>=8",
+    "pytest-timeout",
+    "pytest-xdist",
+    "pytest-cov",
+    "hypothesis",
+    "h11",
+    "websockets>=13",
+    "playwright",
+    "mypy",
+    "ruff",
+    "types-docker",
+    "types-psutil",
+    "types-setuptools",
+    "lxml-stubs",
+]
+
+setup(
+    name="agent-dispatcher",
+    version="0.1.0",
+    description="Run many instances of a single-user web application, one isolated agent per person",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(include=["dispatcher", "dispatcher.*"]),
+        *(f"dispatcher_{name}" for name in PROVIDERS),
+    ],
+    package_dir={f"dispatcher_{name}": f"providers/dispatcher_{name}" for name in PROVIDERS},
+    package_data={
+        "dispatcher": ["py.typed"],
+        "dispatcher.proxy.portal": ["templates/*", "static/*"],
+        "dispatcher.demo": ["static/*"],
+    },
+    install_requires=[
+        "pluggy>=1.5",
+        "flask>=3",
+        "werkzeug>=3",
+        "waitress>=3",
+        "cheroot>=10",
+        "click>=8.1",
+        "rich>=13",
+        "pydantic>=2.7",
+        "sqlalchemy>=2",
+        "argon2-cffi>=23",
+        "cryptography>=42",
+        "structlog>=24",
+        "prometheus-client>=0.20",
+        "psutil>=5.9",
+        "uvloop>=0.19",
+        "httptools>=0.6",
+        "tomli>=2; python_version < '3.11'",
+    ],
+    extras_require={
+        "docker": DOCKER,
+        "libvirt": LIBVIRT,
+        "testing": TESTING,
+        "all": DOCKER + LIBVIRT,
+    },
+    entry_points={
+        "console_scripts": ["dispatcher = dispatcher.cli:main"],
+        "dispatcher.plugins": [f"{name} = dispatcher_{name}" for name in PROVIDERS],
+    },
+)
