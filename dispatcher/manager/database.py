@@ -1,0 +1,122 @@
+"""The database: engine, schema version, transactions.  Touches the database only.
+
+Tables are declared on `metadata` by the modules that own them (`store`, `auth_store`).  SQLite runs in WAL
+mode; writers take turns through one lock, so that "database is locked" is not an everyday event.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from dispatcher.errors import ConfigError, Unavailable
+
+SCHEMA_VERSION = 1
+metadata = sa.MetaData()
+
+meta = sa.Table(
+    "meta",
+    metadata,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+
+
+class Database:
+    """One database of one installation.
+
+    :param url: SQLAlchemy URL; ``sqlite:///PATH`` gets WAL mode and mode 0600.
+    :raises ConfigError: the URL is wrong or the schema is of a newer version.
+    :raises Unavailable: the database cannot be opened.
+    """
+
+    def __init__(self, url: str) -> None:
+        try:
+            self.engine = sa.create_engine(url, pool_size=20, max_overflow=20)
+        except sa.exc.ArgumentError as error:
+            raise ConfigError("manager.database is no SQLAlchemy URL", why=str(error)) from error
+        self._write_lock = threading.RLock()
+        self.sqlite = self.engine.dialect.name == "sqlite"
+        if self.sqlite:
+            sa.event.listen(self.engine, "connect", _configure_sqlite)
+            path = self.engine.url.database
+            if path and path != ":memory:":
+                Path(path).touch(mode=0o600, exist_ok=True)
+
+    def open(self) -> None:
+        """Create what is missing and check the schema's version."""
+        with self.write() as connection:
+            metadata.create_all(connection)
+            found = connection.execute(sa.select(meta.c.value).where(meta.c.key == "schema")).scalar()
+            if found is None:
+                connection.execute(meta.insert().values(key="schema", value=str(SCHEMA_VERSION)))
+            elif int(found) > SCHEMA_VERSION:
+                raise ConfigError(
+                    f"The database has schema {found}",
+                    why=f"this program knows schema {SCHEMA_VERSION}",
+                    fix="run the newer release that wrote it",
+                )
+
+    @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """Yield a connection inside a transaction; writers take turns.
+
+        :raises Unavailable: the disk is full, the file is read-only or locked by another program.
+        """
+        with self._write_lock:
+            try:
+                with self.engine.begin() as connection:
+                    yield connection
+            except sa.exc.OperationalError as error:
+                raise _unavailable(error) from error
+
+    @contextmanager
+    def read(self) -> Iterator[sa.Connection]:
+        """Yield a connection for reading; never waits for writers.
+
+        :raises Unavailable: as `write`.
+        """
+        try:
+            with self.engine.connect() as connection:
+                yield connection
+        except sa.exc.OperationalError as error:
+            raise _unavailable(error) from error
+
+    def meta(self, key: str, default: str) -> str:
+        """Return the value kept under `key`; `default` is stored the first time."""
+        with self.write() as connection:
+            value = connection.execute(sa.select(meta.c.value).where(meta.c.key == key)).scalar()
+            if value is None:
+                connection.execute(meta.insert().values(key=key, value=default))
+                return default
+            return str(value)
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Keep `value` under `key`."""
+        with self.write() as connection:
+            connection.execute(meta.delete().where(meta.c.key == key))
+            connection.execute(meta.insert().values(key=key, value=value))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+
+
+def _configure_sqlite(connection: object, _record: object) -> None:
+    cursor = connection.cursor()  # type: ignore[attr-defined]
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=5000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _unavailable(error: sa.exc.OperationalError) -> Unavailable:
+    return Unavailable(
+        "The database cannot be used now",
+        why=str(error.orig),
+        fix="see that its disk has space and that it is writable",
+        retry_after=5,
+    )
