@@ -184,7 +184,7 @@ class Provider(ABC):
         raise self.unsupported(Capability.LOGS)
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
-        """Return usage by `Handle.name`, in few calls where the backend allows; agents that are gone are left out."""
+        """Return usage by `Handle.name`, in few calls where the backend allows; the gone are left out."""
         raise self.unsupported(Capability.USAGE)
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
