@@ -1,0 +1,49 @@
+# The four things one does with a clone.  Everything lives in $(VENV); nothing outside the clone is touched,
+# except that `make test` as root installs Debian packages and starts the backends' daemons (tests/machine).
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+ARGS ?=
+
+.PHONY: help demo test check bench clean machine
+
+help:
+	@echo 'make demo    try it: an app of her own for alice, one for bob, in your browser'
+	@echo 'make test    all tests; as root it first installs and starts what they need'
+	@echo 'make check   style, types and unit tests, in under a minute'
+	@echo 'make bench   measure; see bench/RESULTS.md'
+	@echo 'make clean   remove what make made'
+
+demo: $(VENV)/.demo
+	$(BIN)/dispatcher demo $(ARGS)
+
+check: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n 2 tests/unit $(ARGS)
+
+test: machine $(VENV)/.test
+	VENV='$(VENV)' tests/machine/run $(ARGS)
+
+bench: $(VENV)/.test
+	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
+
+machine:
+	tests/machine/install
+
+$(VENV)/bin/python:
+	tests/machine/make-venv '$(PYTHON)' '$(VENV)'
+
+$(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt
+	$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
+	@touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis

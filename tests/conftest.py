@@ -1,0 +1,129 @@
+"""What all tests share: the prerequisites behind the markers, and how the run is spread over workers.
+
+- A test that needs root, bubblewrap, Docker, libvirt or Chromium carries that marker.  Where the thing is
+  absent the test is skipped with the reason; with CI=true *any* skip is a failure.
+- Under xdist (`--dist loadgroup`) everything that shares a heavy backend runs on one worker, one after the
+  other, and begins first: tests marked docker, libvirt or browser, and all of tests/chaos.  The rest is
+  spread test by test.  A test may choose a group of its own with `pytest.mark.xdist_group`.
+- Helpers that tests import live in `tests/` modules: `from tests.helpers import ...`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+import pytest
+
+CI = os.environ.get("CI") == "true"
+ROOT = Path(__file__).parent.parent
+HEAVY = ("libvirt", "docker", "browser", "chaos")
+
+
+def _answers(path: str, request: bytes = b"", expect: bytes = b"") -> str:
+    """Return why the daemon behind a Unix socket cannot be used, or ""."""
+    try:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(10)
+            sock.connect(path)
+            if request:
+                sock.sendall(request)
+                if expect not in sock.recv(4096):
+                    return f"{path} answers nonsense"
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return ""
+
+
+@functools.cache
+def missing(marker: str) -> str:
+    """Return why tests with this marker cannot run here, or ""."""
+    if marker == "root":
+        return "" if os.geteuid() == 0 else "not root"
+    if marker == "bubblewrap":
+        return "" if shutil.which("bwrap") else "bubblewrap is not installed"
+    if marker == "docker":
+        host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        if not host.startswith("unix://"):
+            return ""
+        ping = b"GET /_ping HTTP/1.1\r\nHost: docker\r\nConnection: close\r\n\r\n"
+        return _answers(host.removeprefix("unix://"), ping, b"200")
+    if marker == "libvirt":
+        if not shutil.which("qemu-system-x86_64"):
+            return "QEMU is not installed"
+        return _answers("/var/run/libvirt/libvirt-sock")
+    if marker == "browser":
+        return "" if shutil.which("chromium") else "chromium is not installed"
+    return ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give heavy tests their group and put them first; groups begin in the order of HEAVY."""
+
+    def group(item: pytest.Item) -> str:
+        named = item.get_closest_marker("xdist_group")
+        if named:
+            return str(named.args[0] if named.args else named.kwargs.get("name"))
+        for name in HEAVY:
+            if item.get_closest_marker(name) or f"/tests/{name}/" in str(item.path):
+                item.add_marker(pytest.mark.xdist_group(name))
+                return name
+        return ""
+
+    def rank(item: pytest.Item) -> int:
+        name = group(item)
+        return HEAVY.index(name) if name in HEAVY else len(HEAVY) - (1 if name else 0)
+
+    ranks = {item: rank(item) for item in items}
+    items.sort(key=ranks.__getitem__)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip (in CI: fail) what cannot run here, with the reason."""
+    for marker in item.iter_markers():
+        why = missing(marker.name)
+        if why and CI:
+            pytest.fail(f"needs {marker.name}: {why}", pytrace=False)
+        elif why:
+            pytest.skip(f"needs {marker.name}: {why}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """In CI a skip is a failure: a suite that quietly shrinks proves nothing."""
+    report = yield
+    if CI and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and nothing may be skipped in CI: {report.longrepr}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector):
+    """The same for modules that skip themselves while they are imported."""
+    report = yield
+    if CI and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and nothing may be skipped in CI: {report.longrepr}"
+    return report
+
+
+@pytest.fixture
+def short_tmp():
+    """A directory with a short path, as the path of a Unix socket has under 108 bytes; removed afterwards."""
+    path = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
+    path.chmod(0o755)
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
