@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from dispatcher import names
+from dispatcher import names, places
 from dispatcher.errors import BadRequest, ConfigError
 from dispatcher.model import App, Limits, Network
 
@@ -81,27 +81,15 @@ class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-def _runtime_dir() -> Path:
-    if os.geteuid() == 0:
-        return Path("/run/dispatcher")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/dispatcher-{os.geteuid()}") / "dispatcher"  # noqa: S108
-
-
-def _state_dir() -> Path:
-    if os.geteuid() == 0:
-        return Path("/var/lib/dispatcher")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "dispatcher"
-
-
 class ManagerConfig(Table):
     """``[manager]``"""
 
     listen: list[str] = Field(
         default=[], description="TCP addresses with TLS, such as 0.0.0.0:4443; none by default"
     )
-    state_dir: Path = Field(default_factory=_state_dir, description="database, agents' data, logs")
+    state_dir: Path = Field(default_factory=places.state_dir, description="database, agents' data, logs")
     run_dir: Path = Field(
-        default_factory=_runtime_dir, description="sockets; short, as a path has under 108 bytes"
+        default_factory=places.run_dir, description="sockets; short, as a path has under 108 bytes"
     )
     database: str = Field(default="", description="SQLAlchemy URL; by default SQLite in state_dir")
     tls_cert: Path | None = Field(default=None, description="for listen; self-signed on demand when absent")
@@ -309,21 +297,12 @@ DEMO = {
 }
 
 
-def default_path() -> Path:
-    """Return where the configuration is looked for: $DISPATCHER_CONFIG, else the usual place for this user."""
-    if path := os.environ.get("DISPATCHER_CONFIG"):
-        return Path(path)
-    if os.geteuid() == 0:
-        return Path("/etc/dispatcher/dispatcher.toml")
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dispatcher/dispatcher.toml"
-
-
 def load(path: Path | None = None) -> Config:
     """Read and validate the configuration; a default one with the demo app when the default file is absent.
 
     :raises ConfigError: the file cannot be read, is no TOML, or says something wrong.
     """
-    chosen = path or default_path()
+    chosen = path or places.config_file()
     try:
         text = chosen.read_bytes().decode("utf-8")
     except FileNotFoundError as error:

@@ -1,1 +1,172 @@
-"""."""
+"""The command line: one program, `dispatcher`.  Parses options, runs one command, turns errors into exit codes.
+
+Commands are imported when they run.  Nothing here may import pydantic, sqlalchemy, flask, rich or
+importlib.metadata: `dispatcher --help` and the commands that only ask the manager must start fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from dispatcher import __version__
+from dispatcher.cli.context import Cli
+from dispatcher.cli.lazy import Lazy, LazyGroup
+from dispatcher.errors import BadRequest, DispatcherError
+
+SECTIONS = {
+    "Run": {
+        "serve": Lazy("daemons", "serve", "Run manager and proxy together."),
+        "manager": Lazy("daemons", "manager", "Run the manager."),
+        "proxy": Lazy("daemons", "proxy", "Run the proxy."),
+        "demo": Lazy("demo", "demo", "Try it: an app of her own for alice, one for bob."),
+        "reload": Lazy("daemons", "reload", "Read the configuration again, without a dropped request."),
+    },
+    "People and their agents": {
+        "add": Lazy("people", "add", "Add a person (or a further app for one)."),
+        "remove": Lazy("people", "remove", "Remove an agent and its data."),
+        "passwd": Lazy("people", "passwd", "Set a person's password."),
+        "list": Lazy("show", "list_agents", "List all agents."),
+        "running": Lazy("show", "running", "List the agents that run."),
+        "info": Lazy("show", "info", "Show all there is to know about an agent."),
+        "start": Lazy("lifecycle", "start", "Start or wake an agent."),
+        "stop": Lazy("lifecycle", "stop", "Stop an agent."),
+        "suspend": Lazy("lifecycle", "suspend", "Put an agent to sleep, its memory kept."),
+        "restart": Lazy("lifecycle", "restart", "Stop and start an agent, renewed from its app."),
+        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data and begin afresh."),
+    },
+    "Look inside": {
+        "logs": Lazy("logs", "logs", "Show what an agent printed."),
+        "why": Lazy("logs", "why", "Say why an agent is in its state."),
+        "top": Lazy("usage", "top", "Show what agents use, continuously."),
+        "memory-usage": Lazy("usage", "memory_usage", "Show the agents' memory."),
+        "sessions": Lazy("sessions", "sessions", "List and end sign-ins."),
+    },
+    "The installation": {
+        "providers": Lazy("providers", "providers", "List, check and describe providers."),
+        "config": Lazy("configuration", "config", "Check and show the configuration."),
+        "doctor": Lazy("doctor", "doctor", "Check this machine and say what to do."),
+    },
+}
+ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
+
+EPILOG = """\b
+Examples:
+  dispatcher demo                    try it
+  dispatcher add alice               asks for her password
+  dispatcher start alice
+  dispatcher --json list             for programs
+
+Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 manager unreachable."""
+
+
+@click.group(
+    cls=LazyGroup,
+    sections=SECTIONS,
+    aliases=ALIASES,
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=EPILOG,
+)
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="The configuration [$DISPATCHER_CONFIG]."
+)
+@click.option(
+    "--manager",
+    metavar="URL",
+    help="unix:///PATH/manager.sock or https://HOST:4443 [$DISPATCHER_MANAGER].",
+)
+@click.option(
+    "-k",
+    "--no-check-certificate",
+    is_flag=True,
+    help="Do not check the manager's certificate (it matters for https only).",
+)
+@click.option("--no-ssl", is_flag=True, help="Plain HTTP instead of HTTPS.")
+@click.option(
+    "--sslcert",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Trust this certificate or authority.",
+)
+@click.option("--fingerprint", metavar="SHA256", help="Trust the certificate with this fingerprint.")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The administrator's token for https [$DISPATCHER_TOKEN].",
+)
+@click.option("--json", is_flag=True, help="Print JSON.")
+@click.version_option(__version__, prog_name="dispatcher")
+@click.pass_context
+def program(
+    ctx: click.Context,
+    config: Path | None,
+    manager: str | None,
+    no_check_certificate: bool,
+    no_ssl: bool,
+    sslcert: Path | None,
+    fingerprint: str | None,
+    token_file: Path | None,
+    json: bool,
+) -> None:
+    """Run many instances of a web application, one isolated agent per person, behind one login."""
+    ctx.obj = Cli(
+        config_path=config,
+        manager=manager,
+        check_certificate=not no_check_certificate,
+        tls=not no_ssl,
+        sslcert=sslcert,
+        fingerprint=fingerprint,
+        token_file=token_file,
+    )
+    ctx.obj.out.json = json
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program and return its exit code.
+
+    :param arguments: without the program's name; by default the process's own.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        result = program.main(
+            args=None if arguments is None else list(arguments), prog_name="dispatcher", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.UsageError as error:
+        return _usage(error)
+    except click.ClickException as error:
+        return _fail(error.format_message(), 1)
+    except DispatcherError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("", err=True)
+        return 130
+    except BrokenPipeError:
+        # Who reads has gone (`| head`); Python must not complain about it once more while it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return result if isinstance(result, int) else 0
+
+
+def _usage(error: click.UsageError) -> int:
+    command = error.ctx.command_path if error.ctx else "dispatcher"
+    message = error.format_message().rstrip(".")
+    return _fail(f"{message} (see `{command} --help`)", BadRequest.exit_code)
+
+
+def _fail(message: str, code: int) -> int:
+    from dispatcher.cli.output import Output
+
+    Output().note(" ".join(message.split("\n")))
+    return code

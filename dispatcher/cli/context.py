@@ -1,0 +1,103 @@
+"""What every command gets: the global options, the manager's client, the output.  Touches nothing by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from dispatcher.cli.output import Output
+from dispatcher.cli.target import manager_url
+from dispatcher.errors import BadRequest
+
+if TYPE_CHECKING:
+    from dispatcher.client import ManagerClient
+    from dispatcher.config import Config
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass
+class Cli:
+    """The state of one run of the program.
+
+    :ivar config_path: ``--config``; :ivar manager: ``--manager``; :ivar check_certificate: not ``-k``.
+    """
+
+    config_path: Path | None = None
+    manager: str | None = None
+    check_certificate: bool = True
+    tls: bool = True
+    sslcert: Path | None = None
+    fingerprint: str | None = None
+    token_file: Path | None = None
+    out: Output = field(default_factory=Output)
+    _said: bool = False
+
+    @property
+    def url(self) -> str:
+        """The manager's URL."""
+        given = self.manager or os.environ.get("DISPATCHER_MANAGER")
+        return manager_url(given=given, config=self.config_path, tls=self.tls)
+
+    def client(self) -> ManagerClient:
+        """Return a new client of the manager; nothing is sent yet.
+
+        :raises BadRequest: the options contradict each other or a file cannot be read.
+        """
+        from dispatcher.client import ManagerClient
+
+        url = self.url
+        remote = not url.startswith("unix:")
+        if remote and not self.check_certificate and not self._said:
+            self._said = True
+            self.out.note(
+                "-k: the manager's certificate is not checked; who sits in between can read token and passwords"
+                if url.startswith("https:")
+                else "--no-ssl: the connection is not encrypted"
+            )
+        return ManagerClient(
+            url,
+            token=self._token() if remote else None,
+            verify=str(self.sslcert) if self.sslcert else self.check_certificate,
+            fingerprint=self.fingerprint,
+        )
+
+    def _token(self) -> str | None:
+        if self.token_file is None:
+            return os.environ.get("DISPATCHER_TOKEN") or None
+        try:
+            lines = self.token_file.read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            why = getattr(error, "strerror", None) or str(error)
+            raise BadRequest(f"Cannot read {self.token_file}", why=why) from error
+        if not lines:
+            raise BadRequest(f"{self.token_file} holds no token", fix="write the token into it, alone on a line")
+        return lines[0]
+
+    def config(self) -> Config:
+        """Read and validate the configuration.
+
+        :raises ConfigError: it is wrong.
+        """
+        from dispatcher import config
+
+        return config.load(self.config_path)
+
+
+pass_cli = click.make_pass_decorator(Cli, ensure=True)
+
+
+def json_option(function: _F) -> _F:
+    """Add ``--json`` to a command that prints data; the global option means the same."""
+
+    def switch(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.ensure_object(Cli).out.json = True
+
+    option = click.option("--json", is_flag=True, expose_value=False, callback=switch, help="Print JSON.")
+    return option(function)
