@@ -1,0 +1,101 @@
+"""An agent as others see it.  Pure: built from the stored row and what is going on.
+
+`AgentView.to_json` is AGENT of the REST interface, `to_feed` AGENT of the feed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from dispatcher.manager.lifecycle import Desired, State
+from dispatcher.manager.store import Failure, Move
+from dispatcher.model import Endpoint
+
+FeedState = Literal["running", "asleep", "starting", "stopping", "failed"]
+
+
+def iso(time: float | None) -> str | None:
+    """Return a Unix time as ISO 8601 with offset; None stays None."""
+    return None if time is None else datetime.fromtimestamp(time, timezone.utc).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentView:
+    """A snapshot; never changes.
+
+    :ivar state: the public state; :ivar feed_state: what the edge is told.
+    :ivar stage: short words for what is being done now, "" when nothing is; :ivar fraction: 0 to 1 if known.
+    :ivar since: when `state` began; :ivar reachable: whether the backend answers; :ivar observed_at: when
+        it last told about the agent.  Times are Unix seconds.
+    :ivar endpoint: where it listens, while it runs and is ready.
+    :ivar owner_uid: host user id that must own a Unix endpoint's socket; None: not to be checked.
+    :ivar label: the agent's DNS label.
+    """
+
+    name: str
+    user: str
+    app: str
+    provider: str
+    state: State
+    desired: Desired
+    feed_state: FeedState
+    label: str
+    stage: str = ""
+    detail: str = ""
+    fraction: float | None = None
+    since: float
+    failure: Failure | None = None
+    outdated: bool = False
+    last_used: float | None = None
+    created: float
+    reachable: bool = True
+    observed_at: float | None = None
+    move: Move | None = None
+    endpoint: Endpoint | None = None
+    owner_uid: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return AGENT of the REST interface."""
+        return {
+            "name": self.name,
+            "user": self.user,
+            "app": self.app,
+            "provider": self.provider,
+            "state": self.state.value,
+            "desired": self.desired.value,
+            "stage": self.stage,
+            "detail": self.detail,
+            "fraction": self.fraction,
+            "since": iso(self.since),
+            "failure": self.failure.to_json() if self.failure else None,
+            "outdated": self.outdated,
+            "last_used": iso(self.last_used),
+            "created": iso(self.created),
+            "reachable": self.reachable,
+            "observed_at": iso(self.observed_at),
+            "move": self.move
+            and {
+                "from": self.move.source,
+                "to": self.move.target,
+                "step": self.move.step,
+                "since": iso(self.move.since),
+            },
+        }
+
+    def to_feed(self) -> dict[str, Any]:
+        """Return AGENT of the feed.  `failed` is what went wrong, in a sentence, or null."""
+        return {
+            "name": self.name,
+            "user": self.user,
+            "app": self.app,
+            "label": self.label,
+            "state": self.feed_state,
+            "endpoint": str(self.endpoint) if self.endpoint else None,
+            "uid": self.owner_uid,
+            "stage": self.stage,
+            "detail": self.detail,
+            "fraction": self.fraction,
+            "failed": self.failure.what if self.failure else None,
+        }
