@@ -9,6 +9,7 @@ from __future__ import annotations
 _SESSION = "dispatcher"
 _DEVICE = "dispatcher-device"
 _NONCE = "dispatcher-nonce"
+_FORM = "dispatcher-form"
 _SECURE = "__Host-"
 
 
@@ -30,5 +31,10 @@ def nonce_cookie_name(secure: bool) -> str:
     return _SECURE + _NONCE if secure else _NONCE
 
 
+def form_cookie_name(secure: bool) -> str:
+    """Return the name of the cookie that binds the portal's forms to the browser that was shown them."""
+    return _SECURE + _FORM if secure else _FORM
+
+
 #: Every name that is the dispatcher's, in either spelling: no agent sees or sets one of these.
-OWN_NAMES = frozenset(prefix + name for prefix in ("", _SECURE) for name in (_SESSION, _DEVICE, _NONCE))
+OWN_NAMES = frozenset(prefix + name for prefix in ("", _SECURE) for name in (_SESSION, _DEVICE, _NONCE, _FORM))
