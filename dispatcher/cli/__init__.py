@@ -16,6 +16,7 @@ import click
 from dispatcher import __version__
 from dispatcher.cli.context import Cli
 from dispatcher.cli.lazy import Lazy, LazyGroup
+from dispatcher.cli.output import Output, clean
 from dispatcher.errors import BadRequest, DispatcherError
 
 SECTIONS = {
@@ -94,6 +95,12 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 manager unreac
     metavar="FILE",
     help="Trust this certificate or authority.",
 )
+@click.option(
+    "--client-cert",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="This administrator's certificate and key, instead of a token.",
+)
 @click.option("--fingerprint", metavar="SHA256", help="Trust the certificate with this fingerprint.")
 @click.option(
     "--token-file",
@@ -111,6 +118,7 @@ def program(
     no_check_certificate: bool,
     no_ssl: bool,
     sslcert: Path | None,
+    client_cert: Path | None,
     fingerprint: str | None,
     token_file: Path | None,
     json: bool,
@@ -122,6 +130,7 @@ def program(
         check_certificate=not no_check_certificate,
         tls=not no_ssl,
         sslcert=sslcert,
+        client_cert=client_cert,
         fingerprint=fingerprint,
         token_file=token_file,
     )
@@ -148,7 +157,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
     except DispatcherError as error:
-        return _fail(str(error), error.exit_code)
+        code = _fail(str(error), error.exit_code)
+        for line in error.details.get("log") or ():
+            click.echo(f"  | {clean(str(line))}", err=True)
+        return code
     except (KeyboardInterrupt, click.Abort):
         click.echo("", err=True)
         return 130
@@ -166,7 +178,5 @@ def _usage(error: click.UsageError) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from dispatcher.cli.output import Output
-
     Output().note(" ".join(message.split("\n")))
     return code

@@ -33,6 +33,7 @@ class Cli:
     check_certificate: bool = True
     tls: bool = True
     sslcert: Path | None = None
+    client_cert: Path | None = None
     fingerprint: str | None = None
     token_file: Path | None = None
     out: Output = field(default_factory=Output)
@@ -53,18 +54,19 @@ class Cli:
 
         url = self.url
         remote = not url.startswith("unix:")
-        if remote and not self.check_certificate and not self._said:
+        if url.startswith("https:") and not self.check_certificate and not self.fingerprint and not self._said:
             self._said = True
             self.out.note(
                 "-k: the manager's certificate is not checked; who sits in between can read token and passwords"
-                if url.startswith("https:")
-                else "--no-ssl: the connection is not encrypted"
             )
         return ManagerClient(
             url,
             token=self._token() if remote else None,
-            verify=str(self.sslcert) if self.sslcert else self.check_certificate,
+            verify=self.check_certificate,
             fingerprint=self.fingerprint,
+            ca_file=self.sslcert,
+            cert_file=self.client_cert,
+            ssl=self.tls,
         )
 
     def _token(self) -> str | None:

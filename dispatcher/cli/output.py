@@ -123,7 +123,7 @@ def human_seconds(seconds: float | None) -> str:
         return "-"
     if seconds < 10:
         return f"{max(seconds, 0):.1f}s"
-    parts = []
+    parts: list[tuple[int, str]] = []
     rest = int(seconds)
     for unit, length in _UNITS:
         count, rest = divmod(rest, length)

@@ -39,7 +39,7 @@ def _normal(given: str, *, tls: bool) -> str:
     if (scheme == "unix" and rest.startswith("/")) or (scheme in {"http", "https"} and rest and "/" not in rest):
         if scheme != "unix" and not rest.rpartition(":")[2].isdigit():
             rest += f":{ADMIN_PORT}"
-        return f"{'http' if scheme == 'https' and not tls else scheme}://{rest}"
+        return f"{scheme}://{rest}"
     raise BadRequest(
         f"Bad address of the manager {given!r}", fix="use unix:///PATH/manager.sock or https://HOST:4443"
     )
