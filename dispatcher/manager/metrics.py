@@ -1,0 +1,130 @@
+"""The manager's metrics, in Prometheus' text format.  Reads the supervisor and the feed when asked; no I/O.
+
+The registry is the manager's own; agents are counted by state and app, never one by one.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dispatcher.hookspecs import hookimpl
+from dispatcher.manager.views import AgentView
+from dispatcher.model import AgentEvent
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_STARTS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+MAX_STARTING = 20_000
+
+
+class Metrics:
+    """Counts what happens; asks the rest when it is read."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._logins = Counter("dispatcher_logins", "Sign-ins by outcome", ["outcome"], registry=self.registry)
+        for outcome in ("success", "failure", "throttled", "busy", "unavailable"):
+            self._logins.labels(outcome)
+        self._events = Counter(
+            "dispatcher_agent_events", "What happened to agents", ["kind"], registry=self.registry
+        )
+        self._starts = Histogram(
+            "dispatcher_agent_start_seconds",
+            "From the beginning of a start to ready",
+            ["app"],
+            buckets=_STARTS,
+            registry=self.registry,
+        )
+        self._starting: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def login(self, outcome: str) -> None:
+        """Count a sign-in: success, failure, throttled, busy or unavailable."""
+        self._logins.labels(outcome).inc()
+
+    @hookimpl
+    def dispatcher_agent_event(self, event: AgentEvent) -> None:
+        """Count what happened to an agent, and how long its start took."""
+        self._events.labels(event.kind).inc()
+        with self._lock:
+            began = self._starting.pop(event.agent, None)
+            if event.kind == "starting" and len(self._starting) < MAX_STARTING:
+                self._starting[event.agent] = event.time
+        if event.kind == "ready" and began is not None:
+            self._starts.labels(event.app).observe(max(0.0, event.time - began))
+
+    def watch(
+        self,
+        *,
+        agents: Callable[[], Iterable[AgentView]],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        workers: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        """Ask these when the metrics are read.
+
+        :param gauges: name -> (help, value); :param workers: counters of each connected edge worker.
+        """
+        self.registry.register(_Asked(agents, gauges, workers))
+
+    def text(self) -> bytes:
+        """Return all metrics."""
+        return generate_latest(self.registry)
+
+
+class _Asked:
+    """Collects what others know."""
+
+    def __init__(
+        self,
+        agents: Callable[[], Iterable[AgentView]],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        workers: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        self._agents = agents
+        self._gauges = gauges
+        self._workers = workers
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: what there is shows when it is asked."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Return everything."""
+        agents = GaugeMetricFamily("dispatcher_agents", "Agents by state and app", labels=["state", "app"])
+        tally = Tally((view.state.value, view.app) for view in self._agents())
+        for (state, app), number in sorted(tally.items()):
+            agents.add_metric([state, app], number)
+        yield agents
+        for name, (text, value) in self._gauges.items():
+            yield GaugeMetricFamily(f"dispatcher_{name}", text, value=value())
+        yield from _worker_metrics(self._workers())
+
+
+def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+    families: dict[str, CounterMetricFamily] = {}
+    for worker, counters in sorted(workers.items()):
+        for name, value in sorted(counters.items()):
+            family = families.setdefault(
+                name, CounterMetricFamily(f"dispatcher_edge_{name}", "As the edge counts it", labels=["worker"])
+            )
+            family.add_metric([worker], value)
+    yield from families.values()
+
+
+def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
+    """Return what of a worker's counters can be shown: plain names, numbers, not too many."""
+    if not isinstance(values, dict):
+        return {}
+    good: dict[str, float] = {}
+    for name, value in list(values.items())[:limit]:
+        number: Any = value
+        if isinstance(name, str) and _NAME.fullmatch(name) and type(number) in {int, float} and number >= 0:
+            good[name.removesuffix("_total")] = float(number)
+    return good
