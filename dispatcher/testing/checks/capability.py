@@ -1,0 +1,250 @@
+"""Tier *capability*, first part: sleep, logs, usage, events.
+
+Each declared capability works; each undeclared one raises `Unsupported`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from dispatcher.errors import DispatcherError, NotFound, Unsupported
+from dispatcher.model import BackendState, Capability, Depth
+from dispatcher.testing.base import Contract
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Agent, Kit, eventually
+
+_ASLEEP = {Depth.RAM: BackendState.SUSPENDED, Depth.DISK: BackendState.HIBERNATED}
+_CAPABILITY = {Depth.RAM: Capability.SUSPEND, Depth.DISK: Capability.HIBERNATE}
+
+
+def unsupported(what: str, call: Callable[[], object]) -> None:
+    """Expect `Unsupported` of something that is not declared."""
+    try:
+        call()
+    except Unsupported:
+        return
+    except DispatcherError as error:
+        pytest.fail(f"{what} is not declared and raised {type(error).__name__}: raise self.unsupported(...)")
+    pytest.fail(f"{what} is not declared and did not raise Unsupported: declare it or raise self.unsupported(...)")
+
+
+class CapabilityChecks(Contract):
+    """What the provider says that it can do, it does."""
+
+    @pytest.mark.parametrize("depth", list(Depth))
+    def test_sleep_keeps_memory(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
+        """SUSPEND, HIBERNATE: asleep it does not answer, awake it is the same process with the same memory."""
+        if not driver.can(_CAPABILITY[depth]):
+            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
+            return
+        agent = kit.shared(driver, "sleeper")
+        count = agent.inside.post("/count")
+        start = agent.inside.id()["start"]
+        driver.suspend(agent.handle, depth=depth)
+        expect(
+            driver.state(agent.handle) is _ASLEEP[depth],
+            f"after suspend(depth={depth.value}) the agent is {driver.state(agent.handle).value}",
+        )
+        agent.inside.timeout, patient = 0.5, agent.inside.timeout
+        expect(not agent.inside.answers(), f"after suspend(depth={depth.value}) the app still answers")
+        agent.inside.timeout = patient
+        driver.suspend(agent.handle, depth=depth)
+        driver.resume(agent.handle)
+        expect(driver.state(agent.handle) is BackendState.RUNNING, "after resume() the agent is not RUNNING")
+        agent = kit.reach(driver, agent.spec, agent.handle)
+        expect(agent.inside.id()["start"] == start, "resume() started a new process: the memory must be kept")
+        expect(agent.inside.get("/count") == count, "resume() lost the app's memory")
+        driver.resume(agent.handle)
+
+    @pytest.mark.parametrize("depth", list(Depth))
+    def test_sleeping_agent_is_found_and_woken(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
+        """SUSPEND, HIBERNATE: it is listed asleep with its spec's hash, and `ensure` wakes it."""
+        if not driver.can(_CAPABILITY[depth]):
+            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
+            return
+        agent = kit.shared(driver, "sleeper")
+        count = agent.inside.post("/count")
+        driver.suspend(agent.handle, depth=depth)
+        _, seen = driver.list()[agent.spec.agent]
+        expect(seen.state is _ASLEEP[depth], f"list() tells {seen.state.value} of an agent that sleeps")
+        expect(seen.spec_hash == agent.spec.hash, "an agent that sleeps has lost its spec_hash")
+        if depth is Depth.RAM:
+            expect(seen.endpoint, "a suspended agent has no endpoint: it keeps the one it had")
+        driver.ensure(agent.spec)
+        agent = kit.reach(driver, agent.spec, agent.handle)
+        expect(agent.inside.get("/count") == count, "ensure() of a sleeping agent made a new one: resume it")
+
+    @pytest.mark.parametrize("depth", list(Depth))
+    def test_sleeping_agent_can_be_ended(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
+        """SUSPEND, HIBERNATE: `stop` and `destroy` work on an agent that sleeps."""
+        if not driver.can(_CAPABILITY[depth]):
+            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, f"peggy-{depth.value}"))
+        driver.suspend(agent.handle, depth=depth)
+        driver.stop(agent.handle)
+        expect(
+            driver.state(agent.handle) in {BackendState.STOPPED, BackendState.ABSENT},
+            f"stop() left an agent that slept {driver.state(agent.handle).value}: thaw and end it",
+        )
+        again = kit.start(driver, agent.spec)
+        driver.suspend(again.handle, depth=depth)
+        driver.destroy(again.handle)
+        kit.gone(driver, again.handle)
+
+    def test_sleep_of_the_absent_is_not_found(self, driver: Driver, kit: Kit) -> None:
+        """SUSPEND: an agent that does not exist cannot sleep: `NotFound` (or `Unsupported`)."""
+        handle = driver.handle(kit.spec(driver.provider, "never"))
+        if not driver.can(Capability.SUSPEND):
+            unsupported("suspend", lambda: driver.suspend(handle))
+            return
+        try:
+            driver.suspend(handle)
+        except NotFound:
+            return
+        except DispatcherError as error:
+            pytest.fail(f"suspend() of an absent agent raised {type(error).__name__}: raise NotFound")
+        pytest.fail("suspend() of an absent agent succeeded: raise NotFound")
+
+    def test_logs_tail(self, driver: Driver, alice: Agent) -> None:
+        """LOGS: the last lines, oldest first, as many as asked for."""
+        if not driver.can(Capability.LOGS):
+            unsupported("logs", lambda: driver.logs(alice.handle))
+            return
+        for number in range(5):
+            alice.inside.post("/log", f"kit line {number}".encode())
+        wanted = [b"kit line 2", b"kit line 3", b"kit line 4"]
+        expect(
+            eventually(lambda: list(driver.logs(alice.handle, tail=3)) == wanted, 5, 0.1),
+            f"logs(tail=3) gave {driver.logs(alice.handle, tail=3)!r} rather than the last three lines",
+        )
+        expect(list(driver.logs(alice.handle, tail=0)) == [], "logs(tail=0) gave lines")
+
+    def test_logs_follow(self, driver: Driver, alice: Agent) -> None:
+        """LOGS: `follow` yields new lines as they come and ends at the deadline."""
+        if not driver.can(Capability.LOGS):
+            unsupported("logs", lambda: driver.logs(alice.handle, follow=True))
+            return
+        timer = threading.Timer(0.7, lambda: alice.inside.post("/log", b"kit comes later"))
+        timer.start()
+        began = time.monotonic()
+        lines = driver.logs(alice.handle, tail=0, follow=True, seconds=2.5)
+        took = time.monotonic() - began
+        timer.join()
+        expect(
+            b"kit comes later" in lines, f"logs(follow=True) missed a line that came meanwhile; it gave {lines!r}"
+        )
+        expect(took > 2, "logs(follow=True) ended before its deadline though the agent runs")
+
+    def test_logs_stay_sane(self, driver: Driver, kit: Kit) -> None:
+        """LOGS: much output, odd bytes and long lines do not hurt; lines have at most 64 KiB; files stay bounded."""
+        if not driver.can(Capability.LOGS):
+            unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, "quentin"))
+        agent.inside.post("/log", b"x" * 100, repeat=self.log_lines)
+        agent.inside.post("/log", b"\xff\x00\x1b[31m odd \xc3")
+        agent.inside.post("/log", b"y" * 200_000)
+        agent.inside.post("/log", b"kit end")
+        expect(
+            eventually(lambda: driver.logs(agent.handle, tail=1)[-1:] == [b"kit end"], self.patience, 0.2),
+            f"after much output logs(tail=1) gave {[line[:80] for line in driver.logs(agent.handle, tail=1)]!r}",
+        )
+        lines = driver.logs(agent.handle, tail=50)
+        expect(all(len(line) <= 65_536 for line in lines), "logs() gave a line over 64 KiB: cut it")
+        size = sum(path.stat().st_size for path in agent.spec.log_dir.rglob("*") if path.is_file())
+        expect(size < 64 * 1024 * 1024, f"log_dir holds {size} bytes: rotate the log files")
+
+    def test_logs_of_the_ended(self, driver: Driver, kit: Kit) -> None:
+        """LOGS: the last words of an app that ended at once are there; an absent agent raises nothing odd."""
+        if not driver.can(Capability.LOGS):
+            unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
+            return
+        spec = kit.spec(driver.provider, "rupert", environment={"PROBE_EXIT": "7"})
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        try:
+            driver.ensure(spec)
+        except DispatcherError as error:
+            expect(
+                error.code in {"provider-error", "start-failed"},
+                f"ensure() raised {error.code}: raise ProviderError",
+            )
+        expect(
+            eventually(lambda: any(b"last words" in line for line in driver.logs(handle)), self.patience, 0.1),
+            "the last output of an app that ended at once is lost: people need it to see why",
+        )
+        driver.destroy(handle)
+        driver.logs(handle)
+
+    def test_usage_tells_memory_and_processor(self, driver: Driver, alice: Agent, bob: Agent, kit: Kit) -> None:
+        """USAGE: memory and processor time of many agents in one call, the absent left out."""
+        if not driver.can(Capability.USAGE):
+            unsupported("usage", lambda: driver.usage([alice.handle]))
+            return
+        absent = driver.handle(kit.spec(driver.provider, "never"))
+        before = driver.usage([alice.handle, bob.handle, absent])
+        expect(absent.name not in before, "usage() tells of an absent agent: leave it out")
+        for agent in (alice, bob):
+            usage = before.get(agent.handle.name)
+            expect(usage, "usage() leaves out a running agent")
+            assert usage
+            expect(
+                usage.memory is not None and 10_000 < usage.memory < 8 << 30,
+                f"usage() tells {usage.memory!r} bytes of memory: give the agent's own, in bytes",
+            )
+        first = before[alice.handle.name].cpu_seconds
+        expect(first is not None and first >= 0, f"usage() tells {first!r} seconds of processor time")
+        alice.inside.post("/burn", seconds=0.6)
+
+        def grown() -> bool:
+            now = driver.usage([alice.handle])[alice.handle.name].cpu_seconds
+            assert now is not None and first is not None
+            return now - first > 0.2
+
+        expect(eventually(grown, 5, 0.2), "after 0.6 s of work usage() tells no more processor time than before")
+        expect(driver.usage([]) == {}, "usage([]) must give an empty mapping")
+
+    def test_memory_usage_grows(self, driver: Driver, kit: Kit) -> None:
+        """USAGE: memory that an app takes shows."""
+        agent = kit.shared(driver, "sleeper")
+        if not driver.can(Capability.USAGE):
+            unsupported("usage", lambda: driver.usage([agent.handle]))
+            return
+        before = driver.usage([agent.handle])[agent.handle.name].memory or 0
+        agent.inside.post("/memory", bytes=40 << 20)
+        expect(
+            eventually(
+                lambda: (driver.usage([agent.handle])[agent.handle.name].memory or 0) - before > 20 << 20, 5, 0.2
+            ),
+            "an app took 40 MiB and usage() does not show it: count all its processes' memory",
+        )
+
+    def test_events_tell_an_end(self, driver: Driver, kit: Kit) -> None:
+        """EVENTS: `watch` reports an agent that ended by itself, in time, and is quiet after `close`."""
+        heard: list[str] = []
+        if not driver.can(Capability.EVENTS):
+            unsupported("watch", lambda: driver.watch(heard.append))
+            return
+        watch = driver.watch(heard.append)
+        try:
+            agent = kit.start(driver, kit.spec(driver.provider, "sybil"))
+            time.sleep(0.2)
+            heard.clear()
+            agent.inside.post("/exit", code=3)
+            expect(
+                eventually(lambda: agent.handle.name in heard, self.event_seconds + 0.2),
+                f"watch() did not report an agent that ended within {self.event_seconds} s; it reported {heard!r}: "
+                "call on_change with Handle.name",
+            )
+        finally:
+            watch.close()
+        watch.close()
+        heard.clear()
+        driver.destroy(agent.handle)
+        time.sleep(0.3)
+        expect(not heard, "watch() still reports after close()")

@@ -1,0 +1,152 @@
+"""Tier *concurrency*: many at once, readers beside writers, one slow agent."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from dispatcher.errors import Cancelled, DispatcherError, NotFound
+from dispatcher.model import BackendState, Capability
+from dispatcher.testing.base import Contract
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Agent, Kit
+
+
+class ConcurrencyChecks(Contract):
+    """A method may be called from any thread, for different agents at the same time."""
+
+    def test_many_at_once(self, driver: Driver, kit: Kit) -> None:
+        """Many agents started at the same time are all there, each its own; ended at the same time, all gone."""
+        specs = [kit.spec(driver.provider, f"many{number}") for number in range(self.many)]
+        agents = kit.together([lambda spec=spec: kit.start(driver, spec) for spec in specs])  # type: ignore[misc]
+        starts = {agent.inside.id()["start"] for agent in agents}
+        expect(len(starts) == len(agents), "agents that were started at the same time share a process")
+        expect(
+            len({str(agent.inside.endpoint) for agent in agents}) == len(agents),
+            "agents that were started at the same time share an endpoint",
+        )
+        listed = driver.list()
+        expect(
+            all(spec.agent in listed for spec in specs),
+            "list() leaves out agents that were started at the same time",
+        )
+        kit.together([lambda agent=agent: driver.destroy(agent.handle) for agent in agents])  # type: ignore[misc]
+        left = set(driver.list()) & {spec.agent for spec in specs}
+        expect(not left, f"destroying many at the same time left {sorted(left)}")
+
+    def test_readers_beside_writers(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+        """`observe`, `list`, `usage` and `logs` beside starts and stops never fail and never lie."""
+        spec = kit.spec(driver.provider, "busy")
+        handle = driver.handle(spec)
+        faults: list[BaseException] = []
+        done = threading.Event()
+
+        def read() -> None:
+            while not done.is_set():
+                try:
+                    driver.observe(handle)
+                    driver.list()
+                    if driver.can(Capability.USAGE):
+                        driver.usage([handle, alice.handle])
+                    if driver.can(Capability.LOGS):
+                        driver.logs(handle, tail=3)
+                    expect(
+                        driver.state(alice.handle) is BackendState.RUNNING,
+                        "while another agent was started and stopped, a running one was observed as not running",
+                    )
+                except BaseException as error:  # carried to the main thread
+                    faults.append(error)
+                    return
+                time.sleep(0.02)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            for _ in range(2):
+                kit.start(driver, spec, ready=False)
+                driver.stop(handle)
+            driver.destroy(handle)
+        finally:
+            done.set()
+            reader.join()
+        for fault in faults:
+            if isinstance(fault, DispatcherError):
+                raise AssertionError(
+                    f"reading beside a start or stop raised {type(fault).__name__} ({fault}): "
+                    "an agent that goes away meanwhile is ABSENT, or left out"
+                ) from fault
+            raise fault
+
+    def test_one_slow_start_delays_nobody(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+        """While one start is slow, other agents are observed, listed and started."""
+        hold, held = threading.Event(), threading.Event()
+
+        def slow(step: str, detail: str = "", fraction: float | None = None) -> None:
+            held.set()
+            hold.wait(self.patience)
+
+        spec = kit.spec(driver.provider, "slow")
+        kit.fresh(driver.handle(spec))
+        failure: list[BaseException] = []
+
+        def start() -> None:
+            try:
+                driver.ensure(spec, progress=slow, seconds=3 * self.patience)
+            except BaseException as error:  # carried to the main thread
+                failure.append(error)
+
+        thread = threading.Thread(target=start)
+        thread.start()
+        try:
+            expect(held.wait(self.patience), "ensure() never called progress")
+            began = time.monotonic()
+            driver.observe(alice.handle)
+            driver.list()
+            kit.start(driver, kit.spec(driver.provider, "quick"))
+            took = time.monotonic() - began
+        finally:
+            hold.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+        expect(
+            took < self.patience * 0.9,
+            f"while one start was held up, others took {took:.1f} s: hold no lock that all agents share",
+        )
+
+    def test_start_against_stop(self, driver: Driver, kit: Kit) -> None:
+        """A start that is cancelled, a stop and a start in quick turns end as the last one says."""
+        spec = kit.spec(driver.provider, "turns")
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        for turn in range(1, 4):
+            calls = 0
+
+            def progress(step: str, detail: str = "", fraction: float | None = None, *, at: int = turn) -> None:
+                nonlocal calls
+                calls += 1
+                if calls == at:
+                    raise Cancelled("a newer intent")
+
+            try:
+                driver.ensure(spec, progress=progress)
+            except Cancelled:
+                pass
+            driver.stop(handle)
+            expect(
+                driver.state(handle) in {BackendState.STOPPED, BackendState.ABSENT},
+                "after a cancelled start and stop() the agent runs: the newest intent wins",
+            )
+        agent = kit.start(driver, spec)
+        expect(agent.inside.answers(), "after quick turns of start and stop the last start does not run")
+        driver.stop(handle)
+        if driver.can(Capability.SUSPEND):
+            try:
+                driver.resume(handle)
+            except NotFound:
+                return
+            except DispatcherError as error:
+                expect(
+                    error.code in {"not-found", "conflict", "provider-error"},
+                    f"resume() of a stopped agent raised {error.code}: raise NotFound",
+                )

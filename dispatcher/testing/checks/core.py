@@ -1,0 +1,291 @@
+"""Tier *core*, first part: what must hold before any agent runs.  No opt-out."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dispatcher import config, hookspecs, names
+from dispatcher.errors import ConfigError, DispatcherError, NotFound, PluginError, ProviderError, Unavailable
+from dispatcher.model import App, BackendState, Capability, Finding, Handle, Isolation
+from dispatcher.plugins import Plugins
+from dispatcher.provider import Provider
+from dispatcher.testing.base import Contract
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Kit
+
+#: Names that hurt elsewhere: long, alike after slugging, like options, with markup's and shells' characters.
+ODD_NAMES = (
+    "a" * 255,
+    "ø" * 120 + "-" + "漢" * 100,
+    "a-b:c",
+    "a:b-c",
+    "user-x",
+    "user_x",
+    "user.x",
+    "user+x@example.org",
+    "0",
+    "null",
+    "x" * 40 + "1",
+    "x" * 40 + "2",
+)
+
+
+class CoreChecks(Contract):
+    """Identity, options, handles, absence."""
+
+    def test_class_says_who_it_is(self, provider: Provider) -> None:
+        """The plugin loader accepts the class: name, version of the contract, option models, nothing abstract."""
+        cls = type(provider)
+        try:
+            _load(cls)
+        except PluginError as error:
+            pytest.fail(f"the plugin loader refuses {cls.__name__}: {error}")
+        expect(
+            isinstance(cls.isolation, Isolation),
+            f"{cls.__name__}.isolation must be a member of Isolation, not {cls.isolation!r}",
+        )
+        expect(
+            names.app_name(cls.name) == cls.name,
+            f"{cls.__name__}.name is {cls.name!r}: use up to 32 of a-z, 0-9, _ and -",
+        )
+
+    def test_making_an_instance_asks_nobody(self, provider: Provider) -> None:
+        """`__init__` only keeps its arguments: the manager makes providers whose backend is down."""
+        began = time.monotonic()
+        self.another(provider).close()
+        expect(
+            time.monotonic() - began < 0.5,
+            f"making and closing {type(provider).__name__} takes over half a second: connect in check() or later",
+        )
+
+    def test_check_accepts_the_backend(self, driver: Driver) -> None:
+        """`check` returns when the backend is usable, however often."""
+        driver.check()
+        driver.check()
+
+    def test_capabilities_are_constant_and_quick(self, driver: Driver) -> None:
+        """`capabilities` is a frozen set of members, the same each time, without asking anybody."""
+        driver.check()
+        began = time.monotonic()
+        first = driver.capabilities
+        for _ in range(100):
+            expect(driver.capabilities == first, "capabilities changes between two reads: decide in check()")
+        expect(time.monotonic() - began < 0.5, "capabilities is slow: it must not ask the backend")
+        expect(
+            isinstance(first, frozenset) and all(isinstance(one, Capability) for one in first),
+            f"capabilities must be a frozenset of Capability, not {first!r}",
+        )
+
+    def test_explain_speaks(self, driver: Driver, kit: Kit) -> None:
+        """`explain` says in whole sentences what is isolated, for the backend and for an app."""
+        for app in (None, kit.app(driver.provider)):
+            findings = list(driver.provider.explain(app))
+            expect(findings, f"explain({'app' if app else 'None'}) says nothing: name what is isolated from what")
+            for finding in findings:
+                expect(
+                    isinstance(finding, Finding) and len(finding.what.split()) >= 3,
+                    f"explain() gave {finding!r}: give Finding objects whose `what` is a sentence",
+                )
+
+    @pytest.mark.parametrize("table", ["app", "provider"])
+    def test_unknown_option_is_refused_with_its_path(self, provider: Provider, table: str) -> None:
+        """A misspelt key is an error that names its full path."""
+        _expect_refused(provider, table, "no_such_option", "x", dict(self.app_options()))
+
+    @pytest.mark.parametrize("table", ["app", "provider"])
+    def test_wrong_type_is_refused_with_its_path(self, provider: Provider, table: str) -> None:
+        """A value of a wrong type is an error that names its full path, for every key."""
+        model = type(provider).AppOptions if table == "app" else type(provider).Options
+        for key in model.model_fields:
+            _expect_refused(provider, table, key, [{"never": [None]}, 3.5], dict(self.app_options()))
+
+    def test_options_are_json(self, driver: Driver, kit: Kit) -> None:
+        """An app's fingerprint is stable JSON: it decides whether an agent is outdated."""
+        try:
+            first, second = (json.dumps(kit.app(driver.provider).fingerprint(), sort_keys=True) for _ in range(2))
+        except (TypeError, ValueError) as error:
+            pytest.fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
+        expect(first == second, "AppOptions differ between two reads of one table: defaults must not be random")
+
+    def test_handle_is_pure(self, driver: Driver, kit: Kit) -> None:
+        """`handle` gives the same for the same spec, also from another instance, without asking the backend."""
+        spec = kit.spec(driver.provider, "pure")
+        first = driver.handle(spec)
+        expect(
+            driver.handle(spec) == first,
+            "handle() gives another handle for the same spec: derive it from the spec",
+        )
+        other = self.another(driver.provider)
+        expect(
+            other.handle(spec) == first,
+            "handle() of a fresh instance differs: keep nothing of the instance in it",
+        )
+        other.close()
+        expect(
+            first.name == spec.backend_name,
+            f"Handle.name is {first.name!r}: it must be spec.backend_name ({spec.backend_name!r})",
+        )
+        expect(first.agent == spec.agent, f"Handle.agent is {first.agent!r}: it must be spec.agent")
+
+    def test_handles_do_not_collide(self, driver: Driver, kit: Kit) -> None:
+        """Odd names give different, short, legal backend names."""
+        handles = [driver.handle(kit.spec(driver.provider, name)) for name in ODD_NAMES]
+        expect(
+            len({handle.name for handle in handles}) == len(ODD_NAMES),
+            "two agents got one backend name: use spec.backend_name, which holds a hash",
+        )
+        for handle in handles:
+            expect(
+                re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", handle.name),
+                f"the backend name {handle.name!r} is not legal everywhere: use spec.backend_name",
+            )
+
+    def test_handle_survives_json(self, driver: Driver, kit: Kit) -> None:
+        """A handle that was stored and read again works the same."""
+        handle = driver.handle(kit.spec(driver.provider, "json"))
+        text = handle.to_json()
+        expect(len(text) < 16_384, f"a handle of {len(text)} bytes: keep in it only what finds the agent again")
+        expect(
+            driver.state(Handle.from_json(text)) is BackendState.ABSENT, "a handle read from JSON is not ABSENT"
+        )
+
+    def test_absent_is_absent(self, driver: Driver, kit: Kit) -> None:
+        """`observe` of an agent that never was tells ABSENT, and it is not listed."""
+        kit.gone(driver, driver.handle(kit.spec(driver.provider, "never")))
+
+    def test_absent_stop_is_success(self, driver: Driver, kit: Kit) -> None:
+        """`stop` of an absent agent succeeds."""
+        _succeeds("stop", lambda: driver.stop(driver.handle(kit.spec(driver.provider, "never"))))
+
+    @pytest.mark.parametrize("data", [False, True])
+    def test_absent_destroy_is_success(self, driver: Driver, kit: Kit, data: bool) -> None:
+        """`destroy` of an absent agent succeeds, with and without its data."""
+        _succeeds("destroy", lambda: driver.destroy(driver.handle(kit.spec(driver.provider, "never")), data=data))
+
+    def test_foreign_handle_data_is_contained(self, driver: Driver, kit: Kit) -> None:
+        """A handle whose data is empty or odd (an older release wrote it) is absent or an error of the tree."""
+        real = driver.handle(kit.spec(driver.provider, "never"))
+        for data in ({}, {"odd": [1, {"x": None}]}):
+            handle = Handle(provider=real.provider, agent=real.agent, name=real.name, data=data)
+            try:
+                state = driver.state(handle)
+            except DispatcherError:
+                continue
+            expect(state is BackendState.ABSENT, f"a handle with the data {data!r} is {state.value}, not absent")
+
+    def test_prepare_is_idempotent(self, driver: Driver, kit: Kit) -> None:
+        """`prepare` twice is once, and the second time is cheap."""
+        app = kit.app(driver.provider)
+        driver.prepare(app)
+        began = time.monotonic()
+        driver.prepare(app)
+        took = time.monotonic() - began
+        expect(
+            took < max(1.0, self.patience / 5),
+            f"the second prepare() took {took:.1f} s: look first whether anything is to do",
+        )
+
+    def test_missing_image_is_a_provider_error(self, driver: Driver, kit: Kit) -> None:
+        """What does not exist on the backend is a `ProviderError` that says what to do; nothing stays behind."""
+        before = self.leftovers(kit.installation)
+        spec = kit.spec(driver.provider, "missing", options=self.missing_options())
+        kit.fresh(driver.handle(spec))
+        try:
+            driver.prepare(spec.app)
+            driver.ensure(spec)
+        except Unavailable as error:
+            pytest.fail(
+                f"a missing image or program is {type(error).__name__}: raise ProviderError, it will not go away"
+            )
+        except ProviderError as error:
+            expect(error.fix, f"the error {str(error)!r} does not say what to do: give it `fix`")
+        except DispatcherError as error:
+            pytest.fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
+        else:
+            pytest.fail("neither prepare() nor ensure() noticed that the image or program is missing")
+        left = self.leftovers(kit.installation) - before
+        expect(not left, f"a start that failed left {sorted(left)} behind: remove what it made")
+
+    def test_absent_resume_is_not_found(self, driver: Driver, kit: Kit) -> None:
+        """`resume` of an absent agent is `NotFound`, so that the core makes it anew (or `Unsupported`)."""
+        handle = driver.handle(kit.spec(driver.provider, "never"))
+        try:
+            driver.resume(handle)
+        except DispatcherError as error:
+            wanted = NotFound if _sleeps(driver) else DispatcherError
+            expect(
+                isinstance(error, wanted),
+                f"resume() of an absent agent raised {type(error).__name__}: raise NotFound",
+            )
+        else:
+            pytest.fail("resume() of an absent agent succeeded: raise NotFound")
+
+    def test_signatures_are_the_contract(self, provider: Provider) -> None:
+        """Every method takes the contract's arguments under the contract's names."""
+        for name, declared in inspect.getmembers(Provider, inspect.isfunction):
+            if name.startswith("_"):
+                continue
+            own = inspect.signature(getattr(type(provider), name)).parameters
+            missing = [argument for argument in inspect.signature(declared).parameters if argument not in own]
+            open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in own.values())
+            expect(
+                not missing or open_ended,
+                f"{name}() does not take {', '.join(missing)}: keep the contract's names",
+            )
+
+
+def _sleeps(driver: Driver) -> bool:
+    return driver.can(Capability.SUSPEND) or driver.can(Capability.HIBERNATE)
+
+
+def _succeeds(method: str, call: Any) -> None:
+    try:
+        call()
+        call()
+    except DispatcherError as error:
+        pytest.fail(f"{method}() of an absent agent raised {type(error).__name__} ({error}): absent is success")
+
+
+def _load(cls: type[Provider]) -> Plugins:
+    plugins = Plugins(())
+    hook = hookspecs.hookimpl(lambda: [cls])
+    plugins.register(
+        cls.name if isinstance(getattr(cls, "name", None), str) else "nameless",
+        SimpleNamespace(dispatcher_register_providers=hook),
+        cls.__module__,
+    )
+    return plugins
+
+
+def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_options: dict[str, Any]) -> None:
+    plugins, name = _load(type(provider)), provider.name
+    tables: dict[str, Any] = {"apps": {"kit": {"provider": name, name: app_options}}, "providers": {name: {}}}
+    path = f"apps.kit.{name}" if table == "app" else f"providers.{name}"
+    (tables["apps"]["kit"][name] if table == "app" else tables["providers"][name])[key] = value
+    try:
+        parsed = config.parse(tables)
+        if table == "app":
+            parsed.template("kit", plugins)
+        else:
+            parsed.provider_options(name, plugins)
+    except ConfigError as error:
+        expect(
+            f"{path}.{key}" in str(error),
+            f"the error for {path}.{key} does not name it ({error}): let pydantic report the key, and let "
+            "validators raise ValueError",
+        )
+    else:
+        model = "AppOptions" if table == "app" else "Options"
+        pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
+
+
+def app_of(kit: Kit, driver: Driver, **changes: Any) -> App:
+    """Return an app that runs the probe."""
+    return kit.app(driver.provider, **changes)

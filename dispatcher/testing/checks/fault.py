@@ -1,0 +1,181 @@
+"""Tier *fault*: the backend is down, silent, or goes away in the middle.  `Unavailable` in time, nothing lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import ClassVar
+
+import pytest
+
+from dispatcher.errors import DispatcherError, ProviderError, Unavailable
+from dispatcher.model import BackendState, Capability
+from dispatcher.testing.base import Contract, needs_backend
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Agent, Kit, eventually
+
+
+class FaultChecks(Contract):
+    """What a provider does when its backend does not do its part."""
+
+    #: Seconds that the calls to a silent backend get.
+    silent_seconds: ClassVar[float] = 1.0
+
+    def calls(self, driver: Driver, kit: Kit, agent: Agent, seconds: float) -> dict[str, Callable[[], object]]:
+        """Return each method that needs the backend, as a call."""
+        fresh = kit.spec(driver.provider, "while-down")
+        kit.fresh(driver.handle(fresh))
+        calls: dict[str, Callable[[], object]] = {
+            "check": lambda: driver.check(seconds=seconds),
+            "observe": lambda: driver.observe(agent.handle, seconds=seconds),
+            "list": lambda: driver.list(seconds=seconds),
+            "ensure": lambda: driver.ensure(fresh, seconds=seconds),
+            "stop": lambda: driver.stop(agent.handle, seconds=seconds),
+            "destroy": lambda: driver.destroy(agent.handle, seconds=seconds),
+        }
+        if driver.can(Capability.SUSPEND):
+            calls["suspend"] = lambda: driver.suspend(agent.handle, seconds=seconds)
+        return calls
+
+    @needs_backend
+    def test_backend_down_is_unavailable(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+        """Every method raises `Unavailable` with what to do, quickly; afterwards the same instance works."""
+        driver.check()
+        calls = self.calls(driver, kit, alice, self.patience)
+        with self.broken_backend("down"):
+            for method, call in calls.items():
+                began = time.monotonic()
+                self._unavailable(method, call, "down")
+                took = time.monotonic() - began
+                expect(
+                    took < 5,
+                    f"{method}() took {took:.1f} s to see that the backend is down: a refusal is an answer",
+                )
+        driver.check()
+        expect(
+            eventually(lambda: driver.state(alice.handle) is not BackendState.STARTING, self.patience),
+            "after the backend came back the agent's state is not told",
+        )
+        kit.shared(driver, "alice")
+
+    @needs_backend
+    def test_silent_backend_meets_the_deadline(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+        """A backend that takes requests and answers none: every method keeps its deadline."""
+        driver.check()
+        calls = self.calls(driver, kit, alice, self.silent_seconds)
+        with self.broken_backend("silent"):
+            for method, call in calls.items():
+                self._unavailable(method, call, "silent")
+        expect(
+            eventually(lambda: _answers(driver), self.patience, 0.2),
+            "after a silent backend came back the instance does not work: make a new connection",
+        )
+        kit.shared(driver, "alice")
+
+    @needs_backend
+    def test_one_hung_call_holds_up_no_other_instance(self, driver: Driver, kit: Kit) -> None:
+        """Calls to a silent backend from many threads all end in time."""
+        handles = [driver.handle(kit.spec(driver.provider, f"hung{number}")) for number in range(8)]
+        driver.check()
+
+        def ask(number: int) -> None:
+            with pytest.raises(Unavailable):
+                driver.observe(handles[number], seconds=self.silent_seconds)
+
+        began = time.monotonic()
+        with self.broken_backend("silent"):
+            kit.together([lambda number=number: ask(number) for number in range(8)])  # type: ignore[misc]
+            took = time.monotonic() - began
+        expect(
+            took < self.silent_seconds + self.slack + 3,
+            f"eight calls to a silent backend took {took:.1f} s: they wait for each other",
+        )
+
+    @needs_backend
+    def test_backend_that_goes_away_in_the_middle(self, driver: Driver, kit: Kit) -> None:
+        """The backend goes down within `ensure`: `Unavailable`; later one `ensure` makes one agent, whole."""
+        kit.share(driver, ["alice", "bob"])
+        before = self.leftovers(kit.installation)
+        spec = kit.spec(driver.provider, "middle")
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        broken = []
+
+        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
+            if not broken:
+                context = self.broken_backend("down")
+                context.__enter__()
+                broken.append(context)
+
+        try:
+            driver.ensure(spec, progress=progress)
+        except (Unavailable, ProviderError):
+            pass
+        except DispatcherError as error:
+            pytest.fail(f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable")
+        finally:
+            for context in broken:
+                context.__exit__(None, None, None)
+        expect(broken, "ensure() never called progress")
+        expect(
+            eventually(lambda: _answers(driver), self.patience, 0.2),
+            "the provider does not work after the backend came back",
+        )
+        agent = kit.start(driver, spec)
+        expect(
+            list(driver.list()).count("middle") == 1, "an interrupted ensure() and the next one made two agents"
+        )
+        driver.destroy(agent.handle)
+        expect(
+            eventually(lambda: not self.leftovers(kit.installation) - before, 3, 0.1),
+            f"an interrupted start left {sorted(self.leftovers(kit.installation) - before)} behind",
+        )
+
+    @needs_backend
+    def test_watch_survives_the_backend(self, driver: Driver, kit: Kit) -> None:
+        """EVENTS: after the backend was away `watch` reports a gap ("") and goes on."""
+        if not driver.can(Capability.EVENTS):
+            return
+        heard: list[str] = []
+        watch = driver.watch(heard.append)
+        try:
+            time.sleep(0.3)
+            with self.broken_backend("down"):
+                time.sleep(0.5)
+            expect(
+                eventually(lambda: "" in heard, self.patience, 0.1),
+                'after the backend came back watch() did not report a gap: call on_change("")',
+            )
+            agent = kit.start(driver, kit.spec(driver.provider, "watched"))
+            heard.clear()
+            agent.inside.post("/exit", code=3)
+            expect(
+                eventually(lambda: agent.handle.name in heard, self.patience, 0.1),
+                "after the backend came back watch() reports nothing: connect again",
+            )
+        finally:
+            watch.close()
+
+    def _unavailable(self, method: str, call: Callable[[], object], how: str) -> None:
+        try:
+            found = call()
+        except Unavailable as error:
+            expect(
+                error.why or error.fix,
+                f"{method}() raised {str(error)!r} with the backend {how}: say why and what to do",
+            )
+            return
+        except DispatcherError as error:
+            pytest.fail(f"{method}() raised {type(error).__name__} with the backend {how}: raise Unavailable")
+        pytest.fail(
+            f"{method}() gave {found!r} with the backend {how}: raise Unavailable; what was last known stays, "
+            "it never becomes stopped or absent"
+        )
+
+
+def _answers(driver: Driver) -> bool:
+    try:
+        driver.check(seconds=2)
+    except Unavailable:
+        return False
+    return True

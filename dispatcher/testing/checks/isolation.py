@@ -1,0 +1,181 @@
+"""Tier *isolation*: an agent cannot reach another's endpoint, files, environment, or the sockets of those who
+run it.  Asked from inside, through the probe.  What a provider does not promise, `explain` must say.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import stat
+
+from dispatcher.model import Capability, Isolation, Level
+from dispatcher.provider import Provider
+from dispatcher.testing.base import Contract
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.inside import Refused
+from dispatcher.testing.kit import Agent, Kit
+
+
+class IsolationChecks(Contract):
+    """The walls hold."""
+
+    def promised(self, what: str) -> bool:
+        """Whether the class leaves `what` promised."""
+        return what not in self.unpromised
+
+    def test_unpromised_is_said(self, provider: Provider, kit: Kit) -> None:
+        """Each promise that the class takes back is a warning of `explain`, in the words the class names."""
+        said = [
+            finding.what
+            for app in (None, kit.app(provider))
+            for finding in provider.explain(app)
+            if finding.level in {Level.WARNING, Level.ERROR}
+        ]
+        for what, words in self.unpromised.items():
+            expect(
+                any(words in one for one in said),
+                f"{what} is unpromised, yet no warning of explain() says {words!r}: operators must read it",
+            )
+
+    def test_cannot_reach_the_other_endpoint(self, alice: Agent, bob: Agent) -> None:
+        """Alice's app cannot connect to Bob's endpoint."""
+        if not self.promised("endpoint"):
+            return
+        refusal = alice.inside.refused("/connect", to=str(bob.inside.endpoint))
+        expect(
+            refusal,
+            f"one agent can connect to another's endpoint {bob.inside.endpoint}: hide it, or list 'endpoint' in "
+            "`unpromised` and say so in explain()",
+        )
+
+    def test_cannot_read_the_others_files(self, alice: Agent, bob: Agent) -> None:
+        """Alice's app cannot read Bob's data, by the path on the host or by its own path."""
+        if not self.promised("files"):
+            return
+        bob.inside.write(bob.within("diary"), b"bob's diary\n")
+        for path in (str(bob.spec.data_dir / "diary"), str(bob.spec.log_dir), str(bob.spec.run_dir)):
+            refusal = alice.inside.refused(
+                "/list" if path != str(bob.spec.data_dir / "diary") else "/read", path=path
+            )
+            expect(refusal, f"one agent can read another's {path}: hide it and keep file modes tight")
+        expect(
+            alice.inside.refused("/read", path=alice.within("diary")),
+            "one agent finds another's file in its own data: give each its own directory",
+        )
+
+    def test_cannot_write_outside_its_own(self, alice: Agent, bob: Agent) -> None:
+        """Alice's app cannot write to Bob's data, to the logs, or over the programs it runs from."""
+        if not self.promised("files"):
+            return
+        for directory in (bob.spec.data_dir, bob.spec.run_dir, alice.spec.log_dir, "/etc", "/usr/bin"):
+            target = f"{directory}/kit-was-here"
+            try:
+                alice.inside.write(target, b"x")
+            except Refused:
+                pass
+            expect(
+                not os.path.lexists(target),
+                f"an agent can write to {directory} of the host: mount it read-only or not at all",
+            )
+
+    def test_cannot_see_the_others_processes(self, alice: Agent, bob: Agent) -> None:
+        """Alice's app cannot read the environment of any process of Bob's."""
+        if not self.promised("processes"):
+            return
+        needle = f"DISPATCHER_AGENT={bob.spec.agent}".encode()
+        for pid in alice.inside.get("/list", path="/proc").decode().split():
+            if not pid.isdigit():
+                continue
+            try:
+                seen = alice.inside.read(f"/proc/{pid}/environ")
+            except Refused:
+                continue
+            expect(
+                needle not in seen,
+                "one agent can read another's environment: use a pid namespace and own user ids",
+            )
+
+    def test_cannot_reach_the_managers_socket(self, alice: Agent, kit: Kit) -> None:
+        """The manager's socket is out of reach, even where its own mode would let everybody in."""
+        path = kit.context.run_dir.parent / "manager.sock"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            path.chmod(0o666 if self.promised("files") else 0o660)
+            refusal = alice.inside.refused("/connect", to=f"unix:{path}")
+        path.unlink()
+        expect(refusal, "an agent can connect to the manager's socket: hide the host's directories")
+
+    def test_cannot_reach_the_backend(self, alice: Agent) -> None:
+        """The sockets of the backend (Docker's, libvirt's) are out of reach."""
+        for to in (*self.backend_sockets(), "unix:/var/run/docker.sock", "unix:/var/run/libvirt/libvirt-sock"):
+            expect(
+                alice.inside.refused("/connect", to=to),
+                f"an agent can connect to the backend's {to}: that is root on the host; never mount it",
+            )
+
+    def test_runs_as_its_own_user(self, alice: Agent, bob: Agent, kit: Kit, provider: Provider) -> None:
+        """As the host sees it, an agent's processes and socket belong to its own user id, never to root."""
+        if not kit.privileged or not self.promised("uid"):
+            return
+        expect(alice.spec.uid != bob.spec.uid, "the kit gave two agents one uid")
+        peer = alice.inside.peer_uid()
+        if peer is not None:
+            expect(
+                peer == alice.spec.uid,
+                f"the app listens as host user {peer}: it must be spec.uid ({alice.spec.uid}), not renamed in a namespace",
+            )
+            owner = os.stat(alice.inside.endpoint.path).st_uid
+            expect(
+                alice.inside.owner_uid == owner == alice.spec.uid,
+                f"the socket belongs to {owner}, the observation's owner_uid is {alice.inside.owner_uid}: both "
+                f"must be spec.uid ({alice.spec.uid})",
+            )
+        if type(provider).isolation is not Isolation.VM:
+            uid = alice.inside.id()["uid"]
+            expect(uid != "0", "the app is root inside: run it as spec.uid")
+
+    def test_has_no_privileges(self, alice: Agent, provider: Provider) -> None:
+        """No capabilities, and no way to gain any."""
+        if type(provider).isolation is Isolation.VM or not self.promised("capabilities"):
+            return
+        status = alice.inside.read("/proc/self/status").decode()
+        for name in ("CapEff", "CapPrm", "CapBnd"):
+            value = re.search(rf"^{name}:\s*([0-9a-f]+)", status, re.MULTILINE)
+            expect(
+                value and int(value[1], 16) == 0,
+                f"{name} of the app is {value and value[1]}: drop all capabilities",
+            )
+        expect("NoNewPrivs:\t1" in status, "the app may gain privileges through setuid programs: set no_new_privs")
+
+    def test_endpoint_directory_is_not_open(self, alice: Agent) -> None:
+        """A Unix endpoint lies in the agent's run_dir, which stays closed to all but agent and proxy."""
+        endpoint = alice.inside.endpoint
+        if endpoint.kind == "unix":
+            expect(
+                endpoint.path.startswith(f"{alice.spec.run_dir}/"),
+                f"the endpoint {endpoint} lies outside spec.run_dir: use spec.socket",
+            )
+            mode = stat.S_IMODE(os.stat(alice.spec.run_dir).st_mode)
+            expect(mode & 0o007 == 0, f"run_dir has the mode {mode:o} now: leave it closed to others")
+        elif endpoint.kind == "tcp":
+            expect(
+                endpoint.host not in {"0.0.0.0", "::", ""},  # noqa: S104 - compared, not bound
+                f"the endpoint {endpoint} is open to every network: publish it on a loopback address",
+            )
+
+    def test_data_of_the_removed_is_not_inherited(self, driver: Driver, kit: Kit) -> None:
+        """An agent that was destroyed with its data and made again finds none of what the provider kept."""
+        spec = kit.spec(driver.provider, "victim")
+        agent = kit.start(driver, spec)
+        agent.inside.write(agent.within("old"), b"old\n")
+        driver.destroy(agent.handle, data=True)
+        (spec.data_dir / "old").unlink(missing_ok=True)  # the core deletes the canonical data
+        again = kit.start(driver, spec)
+        expect(
+            again.inside.refused("/read", path=again.within("old")),
+            "after destroy(data=True) a new agent of the same name finds the old data: delete it",
+        )
+        if driver.can(Capability.OWN_DATA):
+            driver.destroy(again.handle, data=False)

@@ -1,0 +1,324 @@
+"""Tier *core*, second part: what running agents do.  No opt-out."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from dispatcher.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
+from dispatcher.model import BackendState, Capability
+from dispatcher.testing.base import Contract
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Agent, Kit, eventually
+
+ENDED = {BackendState.STOPPED, BackendState.ABSENT}
+ODD_VALUE = "a b\t'c' \"d\" $HOME `e` \\n {x} {socket\u00e9} <&> #; -rf é漢"
+
+
+class LifecycleChecks(Contract):
+    """Start, state, stop, restart, end by itself, destroy."""
+
+    def test_ensure_runs_and_answers(self, alice: Agent, driver: Driver) -> None:
+        """After `ensure` the agent is RUNNING, with endpoint, start time and its spec's hash; the app answers."""
+        seen = driver.observe(alice.handle)
+        expect(seen.state is BackendState.RUNNING, f"a running agent is observed as {seen.state.value}")
+        expect(seen.endpoint, "observe() of a running agent names no endpoint")
+        expect(
+            seen.spec_hash == alice.spec.hash,
+            "Observation.spec_hash is not spec.hash: store it with the agent, it tells what is outdated",
+        )
+        expect(
+            seen.started_at is not None and abs(time.time() - seen.started_at) < 3600,
+            f"Observation.started_at is {seen.started_at!r}: give Unix time in seconds",
+        )
+        expect(not seen.exit_reason, f"a running agent has the exit reason {seen.exit_reason!r}: leave it empty")
+
+    def test_handle_is_what_ensure_returns(self, alice: Agent, driver: Driver) -> None:
+        """`ensure` returns an agent's handle; the one from `handle` finds the same agent."""
+        foretold = driver.handle(alice.spec)
+        expect(foretold.name == alice.handle.name, "handle() and ensure() give different names for one spec")
+        expect(
+            driver.state(foretold) is BackendState.RUNNING,
+            "observe() does not find the running agent by the handle that handle() gave: it must be enough",
+        )
+
+    def test_ensure_twice_is_one_agent(self, alice: Agent, driver: Driver) -> None:
+        """`ensure` again leaves the running agent alone."""
+        before = alice.inside.id()["start"]
+        driver.ensure(alice.spec)
+        expect(
+            alice.inside.id()["start"] == before,
+            "ensure() of a running agent started it anew: return its handle and touch nothing",
+        )
+        expect(list(driver.list()).count(alice.spec.agent) == 1, "ensure() twice made two agents")
+
+    def test_other_spec_conflicts(self, alice: Agent, driver: Driver, kit: Kit) -> None:
+        """`ensure` with another spec raises `SpecConflict` and leaves the running agent as it was."""
+        before = alice.inside.id()["start"]
+        other = kit.spec(driver.provider, alice.spec.agent, environment={"KIT_OTHER": "1"})
+        with _raises(SpecConflict, "ensure() of a running agent with another spec: compare spec.hash"):
+            driver.ensure(other)
+        expect(alice.inside.id()["start"] == before, "a SpecConflict restarted the agent: leave it alone")
+
+    def test_other_secrets_are_no_conflict(self, alice: Agent, driver: Driver, kit: Kit) -> None:
+        """Secrets and credentials are not part of the spec's identity."""
+        other = kit.spec(driver.provider, alice.spec.agent, values={"token": "t-1"}, stdin=b"x\n")
+        try:
+            driver.ensure(other)
+        except SpecConflict:
+            pytest.fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
+
+    def test_listed_as_observed(self, alice: Agent, driver: Driver) -> None:
+        """`list` yields every agent with the same that `observe` tells."""
+        listed = driver.list()
+        expect(alice.spec.agent in listed, "list() leaves out a running agent")
+        handle, seen = listed[alice.spec.agent]
+        expect(handle.name == alice.handle.name, "list() yields another handle name than ensure()")
+        own = driver.observe(alice.handle)
+        for field in ("state", "endpoint", "spec_hash", "owner_uid"):
+            expect(
+                getattr(seen, field) == getattr(own, field),
+                f"list() tells {field}={getattr(seen, field)!r}, observe() {getattr(own, field)!r}: "
+                "make both from the same place",
+            )
+
+    def test_environment_arrives(self, driver: Driver, kit: Kit) -> None:
+        """`App.environment` arrives byte for byte, with the dispatcher's own variables, and nothing of the manager's."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KIT_MANAGER_SECRET", "m-1")
+            spec = kit.spec(driver.provider, "erin", environment={"KIT_ODD": ODD_VALUE, "KIT_EMPTY": ""})
+            agent = kit.start(driver, spec)
+        inside = agent.inside.environment()
+        expect(
+            inside.get("KIT_ODD") == ODD_VALUE,
+            f"the environment's value {ODD_VALUE!r} arrived as {inside.get('KIT_ODD')!r}: never go through a shell",
+        )
+        expect(inside.get("KIT_EMPTY") == "", "an empty environment value did not arrive")
+        expect(
+            "KIT_MANAGER_SECRET" not in inside,
+            "the manager's environment reached the app: start from an empty one",
+        )
+        for name, value in (("DISPATCHER_AGENT", "erin"), ("DISPATCHER_USER", "erin")):
+            expect(inside.get(name) == value, f"{name} is {inside.get(name)!r} inside: it must be {value!r}")
+        expect(
+            inside.get("HOME") == inside.get("DISPATCHER_DATA"),
+            f"HOME is {inside.get('HOME')!r}: it must be the data directory",
+        )
+
+    @pytest.mark.parametrize("name", ["ø" * 120 + "-" + "漢" * 100, "0.-_+x@example.org:kit"])
+    def test_odd_names_run(self, driver: Driver, kit: Kit, name: str) -> None:
+        """The longest and the oddest name are started, listed, found and destroyed."""
+        agent = kit.start(driver, kit.spec(driver.provider, name))
+        handle, _ = driver.list().get(name, (None, None))
+        expect(
+            handle, f"list() does not yield the agent {name!r} under its own name: keep it beside the backend's"
+        )
+        driver.destroy(agent.handle)
+        kit.gone(driver, agent.handle)
+
+    def test_stop_and_start_again(self, driver: Driver, kit: Kit) -> None:
+        """`stop` ends it and keeps its data, twice is once; `ensure` starts it anew with the data."""
+        agent = kit.start(driver, kit.spec(driver.provider, "carol"))
+        start = agent.inside.id()["start"]
+        agent.inside.write(agent.within("kept"), b"kept\n")
+        driver.stop(agent.handle)
+        state = driver.state(agent.handle)
+        expect(state in ENDED, f"after stop() the agent is {state.value}: return when it is ended")
+        expect(not agent.inside.answers(), "after stop() the endpoint still answers: end every process of it")
+        driver.stop(agent.handle)
+        again = kit.start(driver, agent.spec)
+        expect(again.inside.id()["start"] != start, "after stop() and ensure() the old process still runs")
+        expect(again.inside.read(again.within("kept")) == b"kept\n", "stop() and ensure() lost the data")
+
+    def test_stopped_agent_takes_another_spec(self, driver: Driver, kit: Kit) -> None:
+        """A stopped agent is replaced when its spec changed, its data kept."""
+        agent = kit.start(driver, kit.spec(driver.provider, "dave"))
+        agent.inside.write(agent.within("kept"), b"kept\n")
+        driver.stop(agent.handle)
+        other = kit.spec(driver.provider, "dave", environment={"KIT_NEW": "1"})
+        try:
+            renewed = kit.start(driver, other)
+        except SpecConflict:
+            pytest.fail("ensure() of a stopped agent with another spec raised SpecConflict: replace it")
+        expect(renewed.inside.environment().get("KIT_NEW") == "1", "a stopped agent kept its old spec: replace it")
+        expect(driver.observe(renewed.handle).spec_hash == other.hash, "the replaced agent has the old spec_hash")
+        expect(renewed.inside.read(renewed.within("kept")) == b"kept\n", "replacing a stopped agent lost its data")
+
+    def test_stop_is_polite(self, driver: Driver, kit: Kit) -> None:
+        """`stop` tells the app first and gives it the grace time (where the class says `polite`)."""
+        agent = kit.start(driver, kit.spec(driver.provider, "frank"))
+        began = time.monotonic()
+        driver.stop(agent.handle, grace=self.patience / 2)
+        if not self.polite:
+            return
+        took = time.monotonic() - began
+        expect(
+            took < self.patience / 2, f"stop() took {took:.1f} s though the app ended at once: wait for its end"
+        )
+        again = kit.start(driver, agent.spec)
+        expect(
+            again.inside.refused("/read", path=again.within("saved")) == "",
+            "the app was not told to end: send SIGTERM (or the backend's equal) before force",
+        )
+
+    def test_stop_ends_the_deaf(self, driver: Driver, kit: Kit) -> None:
+        """An app that ignores SIGTERM is ended by force after the grace time."""
+        agent = kit.start(driver, kit.spec(driver.provider, "grace", environment={"PROBE_DEAF": "1"}))
+        driver.stop(agent.handle, grace=0.5)
+        expect(
+            driver.state(agent.handle) in ENDED,
+            "an app that ignores SIGTERM survived stop(): use force after `grace`",
+        )
+        expect(not agent.inside.answers(), "an app that ignores SIGTERM still answers after stop()")
+
+    def test_stop_reaches_every_process(self, driver: Driver, kit: Kit) -> None:
+        """A detached, deaf descendant ends with the agent."""
+        agent = kit.start(driver, kit.spec(driver.provider, "heidi"))
+        path = agent.within("beat")
+        agent.inside.post("/heartbeat", path=path)
+        expect(
+            eventually(lambda: agent.inside.refused("/read", path=path) == "", 5),
+            "the probe could not start a second process: agents may fork",
+        )
+        driver.stop(agent.handle)
+        if driver.can(Capability.OWN_DATA):
+            return  # the machine itself ended, and its state is checked elsewhere
+        beat = agent.spec.data_dir / "beat"
+        before = beat.read_bytes()
+        time.sleep(0.5)
+        expect(
+            beat.read_bytes() == before,
+            "a detached process outlived stop(): end everything in the agent's cgroup or pid namespace",
+        )
+
+    def test_end_by_itself_is_told(self, driver: Driver, kit: Kit) -> None:
+        """An app that ends is STOPPED with the reason; `ensure` starts it again."""
+        agent = kit.start(driver, kit.spec(driver.provider, "ivan"))
+        agent.inside.post("/exit", code=7)
+        expect(
+            eventually(lambda: driver.state(agent.handle) in ENDED, self.patience),
+            "an app that ended by itself is still RUNNING: look at the process, not at what was started",
+        )
+        seen = driver.observe(agent.handle)
+        expect(
+            seen.state is BackendState.STOPPED and seen.exit_reason,
+            f"an app that ended by itself is {seen.state.value} without a reason: tell STOPPED and exit_reason",
+        )
+        expect(
+            self.exit_reason_says in seen.exit_reason,
+            f"the exit reason {seen.exit_reason!r} does not tell the exit code: say {self.exit_reason_says!r}",
+        )
+        kit.start(driver, agent.spec)
+
+    def test_exit_at_once_is_told(self, driver: Driver, kit: Kit) -> None:
+        """An app that ends before it listens: `ensure` returns or raises `ProviderError`; the end is told."""
+        spec = kit.spec(driver.provider, "judy", environment={"PROBE_EXIT": "7"})
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        try:
+            driver.ensure(spec)
+        except DispatcherError as error:
+            expect(
+                error.code in {"provider-error", "start-failed"},
+                f"ensure() raised {error.code}: raise ProviderError",
+            )
+        expect(
+            eventually(lambda: driver.state(handle) in ENDED, self.patience),
+            "an app that ended at once is not told as ended",
+        )
+        again = kit.start(driver, kit.spec(driver.provider, "judy"))
+        expect(again.inside.answers(), "after a start that failed the next one does not work")
+
+    def test_destroy_leaves_nothing(self, driver: Driver, kit: Kit) -> None:
+        """`destroy` removes a running agent; it is absent, not listed, and its endpoint is dead; twice is once."""
+        agent = kit.start(driver, kit.spec(driver.provider, "ken"))
+        driver.destroy(agent.handle)
+        kit.gone(driver, agent.handle)
+        expect(not agent.inside.answers(), "after destroy() the endpoint still answers")
+        driver.destroy(agent.handle)
+
+    def test_destroy_spares_the_canonical_data(self, driver: Driver, kit: Kit) -> None:
+        """`destroy(data=True)` deletes what the provider keeps, never the core's directory."""
+        spec = kit.spec(driver.provider, "leo")
+        (spec.data_dir / "mine").write_bytes(b"mine\n")
+        agent = kit.start(driver, spec)
+        driver.destroy(agent.handle, data=True)
+        expect(
+            (spec.data_dir / "mine").exists(),
+            "destroy(data=True) deleted the canonical data: that is the core's to delete",
+        )
+
+    def test_deadline_is_kept(self, driver: Driver, kit: Kit) -> None:
+        """With no time left `ensure` raises `DeadlineExceeded` at once; the next one finishes the work."""
+        spec = kit.spec(driver.provider, "mia")
+        kit.fresh(driver.handle(spec))
+        with _raises(DeadlineExceeded, "ensure() with no time left"):
+            driver.ensure(spec, seconds=0.0)
+        agent = kit.start(driver, spec)
+        expect(agent.inside.answers(), "after a deadline the next ensure() does not finish the work")
+
+    def test_progress_is_told(self, driver: Driver, kit: Kit) -> None:
+        """`ensure` tells its steps, so that people see what they wait for."""
+        steps: list[str] = []
+
+        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
+            expect(isinstance(step, str) and step, f"progress was called with the step {step!r}: a word or two")
+            expect(
+                fraction is None or 0 <= fraction <= 1, f"progress told the fraction {fraction!r}: 0 to 1 or None"
+            )
+            steps.append(step)
+
+        spec = kit.spec(driver.provider, "nina")
+        kit.fresh(driver.handle(spec))
+        driver.ensure(spec, progress=progress)
+        expect(steps, "ensure() never called progress: call it for each step, it also carries the cancel")
+
+    @pytest.mark.parametrize("call", [1, 2, 3])
+    def test_cancel_leaves_nothing(self, driver: Driver, kit: Kit, call: int) -> None:
+        """When `progress` raises `Cancelled`, it comes out and nothing is left that was not there before."""
+        before = self.leftovers(kit.installation)
+        spec = kit.spec(driver.provider, f"olga{call}")
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        calls = 0
+
+        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Cancelled("a newer intent")
+
+        try:
+            driver.ensure(spec, progress=progress)
+        except Cancelled:
+            pass
+        except DispatcherError as error:
+            pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
+        else:
+            expect(calls < call, "ensure() swallowed Cancelled: let it through")
+            driver.destroy(handle)
+        kit.gone(driver, handle)
+        left = self.leftovers(kit.installation) - before
+        expect(not left, f"a cancelled ensure() left {sorted(left)} behind: remove what it made")
+
+
+class _raises:  # noqa: N801 - reads as pytest.raises
+    """Expect one error of the tree, with advice when another or none comes."""
+
+    def __init__(self, wanted: type[DispatcherError], what: str) -> None:
+        self.wanted, self.what = wanted, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
+        if isinstance(error, self.wanted):
+            return True
+        if error is None or isinstance(error, DispatcherError):
+            came = f"raised {type(error).__name__} ({error})" if error else "succeeded"
+            pytest.fail(f"{self.what} {came}: raise {self.wanted.__name__}")
+        return False
+
+
+raises = _raises

@@ -1,0 +1,223 @@
+"""Tier *capability*, second part: limits, network, credentials, own data."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from dispatcher.errors import DispatcherError, StartFailed, Unsupported
+from dispatcher.model import BackendState, Capability, Level, Limits, Network
+from dispatcher.testing.base import Contract
+from dispatcher.testing.checks.capability import unsupported
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.inside import Refused
+from dispatcher.testing.kit import Agent, Kit, eventually
+
+
+class PromiseChecks(Contract):
+    """Limits hold, networks are what they are called, credentials arrive, data moves."""
+
+    def test_memory_limit(self, driver: Driver, kit: Kit) -> None:
+        """MEMORY_LIMIT: an app cannot take more than it may; what happened is told."""
+        limits = Limits(memory=self.memory_limit, swap=0)
+        if not driver.can(Capability.MEMORY_LIMIT):
+            self._undeclared(driver, kit, Capability.MEMORY_LIMIT, limits)
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, "trent", limits=limits))
+        try:
+            agent.inside.post("/memory", bytes=2 * self.memory_limit)
+        except Refused:
+            return  # the allocation failed, the app lives
+        except OSError:
+            ended = eventually(lambda: driver.state(agent.handle) is BackendState.STOPPED, self.patience)
+            if ended:
+                reason = driver.observe(agent.handle).exit_reason
+                expect(
+                    "memory" in reason, f"killed for its memory, the exit reason is {reason!r}: say out of memory"
+                )
+            return
+        pytest.fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
+
+    def test_cpu_limit(self, driver: Driver, kit: Kit) -> None:
+        """CPU_LIMIT: an app with a fifth of a processor gets no more."""
+        limits = Limits(cpus=0.2)
+        if not driver.can(Capability.CPU_LIMIT):
+            self._undeclared(driver, kit, Capability.CPU_LIMIT, limits)
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, "ursula", limits=limits))
+        if not driver.can(Capability.USAGE):
+            return
+        before = driver.usage([agent.handle])[agent.handle.name].cpu_seconds or 0.0
+        began = time.monotonic()
+        agent.inside.post("/burn", seconds=1.5)
+        now = driver.usage([agent.handle])[agent.handle.name].cpu_seconds or 0.0
+        rate = (now - before) / (time.monotonic() - began)
+        expect(rate < 0.4, f"an app limited to 0.2 processors used {rate:.2f}: enforce Limits.cpus")
+
+    def test_pids_limit(self, driver: Driver, kit: Kit) -> None:
+        """PIDS_LIMIT: an app cannot have more processes than it may."""
+        limits = Limits(pids=40)
+        if not driver.can(Capability.PIDS_LIMIT):
+            self._undeclared(driver, kit, Capability.PIDS_LIMIT, limits)
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, "victor", limits=limits))
+        got = int(agent.inside.post("/fork", count=100))
+        expect(got < 45, f"an app limited to 40 processes had {got}: enforce Limits.pids")
+        expect(got >= 10, f"an app limited to 40 processes could have only {got}")
+
+    def test_disk_limit(self, driver: Driver, kit: Kit) -> None:
+        """DISK_LIMIT: an app cannot write more than it may."""
+        limits = Limits(disk=32 << 20)
+        if not driver.can(Capability.DISK_LIMIT):
+            self._undeclared(driver, kit, Capability.DISK_LIMIT, limits)
+            return
+        agent = kit.start(driver, kit.spec(driver.provider, "walter", limits=limits))
+        agent.inside.write(agent.within("small"), b"x" * (1 << 20))
+        try:
+            for number in range(12):
+                agent.inside.write(agent.within(f"big{number}"), b"x" * (4 << 20))
+        except Refused as error:
+            expect(
+                str(error) in {"ENOSPC", "EDQUOT", "EFBIG"}, f"a full disk shows as {error}: it should be ENOSPC"
+            )
+            return
+        pytest.fail("an app limited to 32 MiB wrote 48: enforce Limits.disk")
+
+    @pytest.mark.parametrize("network", list(Network))
+    def test_network(self, driver: Driver, kit: Kit, network: Network) -> None:
+        """NETWORK_*: only `host` reaches the host's loopback; what is not declared is refused."""
+        capability = Capability(f"network-{network.value}")
+        spec = kit.spec(driver.provider, f"net-{network.value}", network=network)
+        if not driver.can(capability):
+            kit.fresh(driver.handle(spec))
+            unsupported(f"network {network.value}", lambda: driver.ensure(spec))
+            kit.gone(driver, driver.handle(spec))
+            return
+        agent = kit.start(driver, spec)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            to = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+            refusal = agent.inside.refused("/connect", to=to)
+        if network is Network.HOST:
+            expect(not refusal, f"an app with the host's network cannot reach a port of the host: {refusal}")
+        elif "network" not in self.unpromised:
+            expect(
+                refusal,
+                f"an app with network {network.value!r} reached a port on the host's loopback: give it a network "
+                "of its own, or list 'network' in `unpromised` and say so in explain()",
+            )
+
+    def test_credentials_arrive_on_standard_input(self, driver: Driver, kit: Kit) -> None:
+        """CREDENTIALS: an app gets them on its standard input, and then the input's end; later starts get none."""
+        secret = b'{"user": "xavier", "password": "kit-credential-7"}\n'
+        spec = kit.spec(driver.provider, "xavier", credentials="stdin", stdin=secret)
+        if not driver.can(Capability.CREDENTIALS):
+            kit.fresh(driver.handle(spec))
+            unsupported('an app with credentials = "stdin"', lambda: driver.ensure(spec))
+            return
+        agent = kit.start(driver, spec)
+        expect(
+            eventually(lambda: agent.inside.get("/stdin") == b"end\n" + secret, 5),
+            f"standard input gave {agent.inside.get('/stdin')!r}: write AgentSpec.stdin to it, then close it",
+        )
+        driver.stop(agent.handle)
+        later = kit.spec(driver.provider, "xavier", credentials="stdin")
+        again = kit.start(driver, later)
+        expect(
+            eventually(lambda: again.inside.get("/stdin").startswith(b"end\n"), 5)
+            and secret not in again.inside.get("/stdin"),
+            "a later start without credentials got the old ones: never store them",
+        )
+
+    def test_standard_input_is_empty_without_credentials(self, driver: Driver, alice: Agent) -> None:
+        """An app without credentials reads the end of its input at once."""
+        expect(
+            eventually(lambda: alice.inside.get("/stdin") == b"end\n", 5),
+            "standard input stays open or holds something without credentials: give it /dev/null",
+        )
+
+    def test_data_is_the_canonical_directory(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+        """Data is the core's directory, both ways, owned by the agent; with OWN_DATA it goes in and out whole."""
+        if driver.can(Capability.OWN_DATA):
+            self._moves(driver, kit)
+            return
+        unsupported("export_data", lambda: driver.export_data(alice.handle, kit.root))
+        unsupported("import_data", lambda: driver.import_data(alice.handle, kit.root))
+        alice.inside.write(alice.within("from-inside"), b"inside\n")
+        seen = alice.spec.data_dir / "from-inside"
+        expect(seen.exists(), "what the app writes to its data does not show in AgentSpec.data_dir: mount it")
+        expect(
+            seen.stat().st_uid == alice.spec.uid,
+            f"what the app wrote is owned by {seen.stat().st_uid} on the host: it must be spec.uid ({alice.spec.uid})",
+        )
+        ours = alice.spec.data_dir / "from-outside"
+        ours.write_bytes(b"outside\n")
+        os.chown(ours, alice.spec.uid, alice.spec.gid)
+        expect(
+            alice.inside.read(alice.within("from-outside")) == b"outside\n",
+            "what lies in AgentSpec.data_dir does not show inside: mount it",
+        )
+
+    def _moves(self, driver: Driver, kit: Kit) -> None:
+        spec = kit.spec(driver.provider, "yvonne")
+        source = kit.root / "moves"
+        (source / "deep").mkdir(parents=True)
+        (source / "deep" / "file").write_bytes(b"content\n")
+        (source / "deep" / "file").chmod(0o640)
+        os.utime(source / "deep" / "file", (1_000_000_000, 1_000_000_000))
+        (source / "link").symlink_to("deep/file")
+        if kit.privileged:
+            for path in (source, *source.rglob("*")):
+                os.lchown(path, spec.uid, spec.gid)
+        handle = driver.handle(spec)
+        kit.fresh(handle)
+        driver.import_data(handle, source)
+        agent = kit.start(driver, spec)
+        expect(
+            agent.inside.read(agent.within("link")) == b"content\n",
+            "import_data() before the first start did not bring the data into the agent",
+        )
+        agent.inside.write(agent.within("new"), b"new\n")
+        driver.stop(agent.handle, grace=self.patience / 2)
+        target = kit.root / "moved"
+        target.mkdir()
+        driver.export_data(agent.handle, target)
+        expect((target / "new").read_bytes() == b"new\n", "export_data() left out what the app wrote")
+        _same(source / "deep" / "file", target / "deep" / "file")
+        expect(
+            (target / "link").is_symlink() and os.readlink(target / "link") == "deep/file",
+            "export_data() did not keep a symbolic link",
+        )
+
+    @staticmethod
+    def _undeclared(driver: Driver, kit: Kit, capability: Capability, limits: Limits) -> None:
+        app = kit.app(driver.provider, limits=limits)
+        said = any(one.level in {Level.WARNING, Level.ERROR} for one in driver.provider.explain(app))
+        spec = kit.spec(driver.provider, "undeclared", limits=limits)
+        kit.fresh(driver.handle(spec))
+        try:
+            driver.ensure(spec)
+        except Unsupported:
+            return
+        except StartFailed:
+            pass
+        except DispatcherError as error:
+            pytest.fail(f"{capability.value} is not declared and raised {type(error).__name__}: raise Unsupported")
+        expect(
+            said,
+            f"{capability.value} is not declared, yet an app with that limit starts without a word: raise "
+            "Unsupported, or say in explain(app) by a warning that the limit is not enforced",
+        )
+
+
+def _same(before: Path, after: Path) -> None:
+    one, two = before.lstat(), after.lstat()
+    for field in ("st_uid", "st_gid", "st_mode", "st_size"):
+        expect(
+            getattr(one, field) == getattr(two, field),
+            f"the data's journey changed {field} of a file from {getattr(one, field)} to {getattr(two, field)}",
+        )
+    expect(abs(one.st_mtime - two.st_mtime) < 2, "the data's journey changed a file's time")

@@ -1,0 +1,417 @@
+"""The reference provider of the kit: agents in memory, with every capability, and faults on demand.
+
+For the kit's own tests and for tests of whatever calls providers::
+
+    plugins.register("fake", dispatcher.testing.fake)
+    backend = FakeBackend.named("default")
+    backend.inject("ensure", agent="alice", delay=2)      # or hang=True, error=..., result=...
+
+Agents answer HTTP on a loopback port (or, by `endpoint = "unix"`, on `spec.socket`): 200 on every health path
+`/`.  Touches what `FakeApp` touches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, NotFound, ProviderError, SpecConflict, Unavailable
+from dispatcher.hookspecs import hookimpl
+from dispatcher.model import (
+    AgentSpec,
+    App,
+    BackendState,
+    Capability,
+    Depth,
+    Endpoint,
+    Finding,
+    Handle,
+    Isolation,
+    Level,
+    Network,
+    Observation,
+    Usage,
+)
+from dispatcher.provider import Closeable, Progress, Provider, ProviderContext, no_progress
+from dispatcher.testing.fake_app import FakeApp
+from dispatcher.testing.fake_backend import (
+    Container,
+    EngineDown,
+    EngineError,
+    EngineTimeout,
+    FakeBackend,
+    NoSuchThing,
+)
+
+__all__ = ["FakeAppOptions", "FakeBackend", "FakeOptions", "FakeProvider", "dispatcher_register_providers"]
+
+_STATES = {
+    "running": BackendState.RUNNING,
+    "paused": BackendState.SUSPENDED,
+    "saved": BackendState.HIBERNATED,
+    "exited": BackendState.STOPPED,
+}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FakeOptions(_Strict):
+    """``[providers.fake]``: which make-believe backend."""
+
+    backend: str = "default"
+
+
+class FakeAppOptions(_Strict):
+    """``[apps.X.fake]``: `image` "missing" does not exist; `endpoint` "none" starts no server."""
+
+    image: str = "probe"
+    endpoint: Literal["tcp", "unix", "none"] = "tcp"
+
+
+class FakeProvider(Provider):
+    """Keeps agents in a `FakeBackend`."""
+
+    name = "fake"
+    isolation = Isolation.CONTAINER
+    Options: ClassVar[type[BaseModel]] = FakeOptions
+    AppOptions: ClassVar[type[BaseModel]] = FakeAppOptions
+
+    def __init__(self, *, context: ProviderContext, options: BaseModel) -> None:
+        super().__init__(context=context, options=options)
+        assert isinstance(options, FakeOptions)
+        self.backend = FakeBackend.named(options.backend)
+        self._watches: list[Callable[[], None]] = []
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        return self.backend.capabilities
+
+    def check(self, *, deadline: Deadline) -> None:
+        with self.call("check", "", deadline):
+            self.backend.ask(deadline)
+
+    def explain(self, app: App | None) -> Sequence[Finding]:
+        what = f"the app {app.name}" if app else "the backend"
+        return [Finding(level=Level.INFO, what=f"Everything about {what} is pretended, in this process")]
+
+    def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
+        with self.call("prepare", "", deadline, progress):
+            progress("looking for the image")
+            self.backend.ask(deadline)
+            self.image(app)
+
+    def handle(self, spec: AgentSpec) -> Handle:
+        return Handle(provider=self.name, agent=spec.agent, name=spec.backend_name)
+
+    def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
+        handle = self.handle(spec)
+        with self.call("ensure", spec.agent, deadline, progress) as done:
+            progress("looking")
+            self.backend.ask(deadline)
+            self.image(spec.app)
+            self.refuse_undeclared(spec)
+            known = self.backend.containers.get(handle.name)
+            if known and known.state != "exited":
+                if known.labels["hash"] != spec.hash:
+                    raise SpecConflict(f"{spec.agent} exists with another specification", fix="stop it first")
+                self.wake(known)
+                return done(handle)
+            self.create(spec, handle, known, deadline, progress)
+            return done(handle)
+
+    def create(
+        self, spec: AgentSpec, handle: Handle, known: Container | None, deadline: Deadline, progress: Progress
+    ) -> None:
+        """Make and run a container; take it away again when that is cancelled."""
+        fresh = handle.name not in self.backend.volumes
+        container = self.container(spec, handle)
+        try:
+            progress("creating")
+            self.backend.ask(deadline)
+            with self.backend.lock:
+                self.backend.containers[handle.name] = container
+            container.app.run()
+            progress("started")
+        except BaseException:
+            container.app.end()
+            with self.backend.lock:
+                self.backend.containers.pop(handle.name, None)
+                if known:
+                    self.backend.containers[handle.name] = known
+                volume = self.backend.volumes.pop(handle.name, None) if fresh else None
+            if volume:
+                shutil.rmtree(volume, ignore_errors=True)
+            raise
+
+    def container(self, spec: AgentSpec, handle: Handle) -> Container:
+        """Return the container that a spec describes, not yet running."""
+        options, limits = spec.app.options, spec.app.limits
+        assert isinstance(options, FakeAppOptions)
+        endpoint = {"tcp": Endpoint.tcp("127.0.0.1", 0), "unix": Endpoint.unix(spec.socket)}.get(options.endpoint)
+        data = self.own_data(handle) if Capability.OWN_DATA in self.capabilities else spec.data_dir
+        container: Container
+        app = FakeApp(
+            endpoint=endpoint,
+            environment=self.environment(spec),
+            data=data,
+            uid=spec.uid,
+            secret_files={name: value.encode() for name, value in spec.secrets.items()},
+            stdin=spec.stdin or b"",
+            log=lambda line: container.log.append(line),
+            on_exit=lambda reason: self.backend.died(handle.name, reason),
+            memory=limits.memory,
+            pids=limits.pids,
+            disk=limits.disk,
+            cpus=limits.cpus,
+            may_connect=lambda to: spec.app.network is Network.HOST and to.startswith("tcp:"),
+        )
+        labels = {"installation": spec.installation, "agent": spec.agent, "hash": spec.hash}
+        container = Container(name=handle.name, labels=labels, app=app, started_at=time.time())
+        return container
+
+    def environment(self, spec: AgentSpec) -> dict[str, str]:
+        """Return what the app finds in its environment."""
+        data = str(spec.data_dir)
+        own = {"HOME": data, "DISPATCHER_DATA": data, "DISPATCHER_AGENT": spec.agent, "DISPATCHER_USER": spec.user}
+        if spec.secrets:
+            own["DISPATCHER_SECRETS"] = "/run/secrets"
+        return {**spec.app.environment, **own}
+
+    def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
+        with self.call("observe", handle.agent, deadline) as done:
+            self.backend.ask(deadline)
+            known = self.backend.containers.get(handle.name)
+            return done(self.observation(known) if known else Observation(state=BackendState.ABSENT))
+
+    def observation(self, known: Container) -> Observation:
+        """Return how a container is."""
+        state = _STATES[known.state]
+        awake = state in {BackendState.RUNNING, BackendState.SUSPENDED}
+        return Observation(
+            state=state,
+            endpoint=known.app.endpoint if awake else None,
+            started_at=known.started_at,
+            spec_hash=known.labels["hash"],
+            exit_reason=known.exit_reason,
+        )
+
+    def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
+        with self.call("stop", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            progress("stopping")
+            known = self.backend.containers.get(handle.name)
+            if known:
+                known.app.terminate(grace if known.state == "running" else 0)
+                known.state = "exited"
+
+    def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
+        with self.call("destroy", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            progress("removing")
+            with self.backend.lock:
+                known = self.backend.containers.pop(handle.name, None)
+            if known:
+                known.app.end()
+            if data and (volume := self.backend.volumes.pop(handle.name, None)):
+                shutil.rmtree(volume, ignore_errors=True)
+
+    def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
+        with self.call("list", "", deadline) as done:
+            self.backend.ask(deadline)
+            with self.backend.lock:
+                known = list(self.backend.containers.values())
+            return done([(self.found(one), self.observation(one)) for one in known if self.is_ours(one)])
+
+    def is_ours(self, known: Container) -> bool:
+        """Whether a container belongs to this installation."""
+        return known.labels["installation"] == self.context.installation
+
+    def found(self, known: Container) -> Handle:
+        """Return the handle of a container that `list` found."""
+        return Handle(provider=self.name, agent=known.labels["agent"], name=known.name)
+
+    def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
+        self.need(Capability.SUSPEND if depth is Depth.RAM else Capability.HIBERNATE)
+        with self.call("suspend", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            known = self.backend.get(handle.name)
+            if known.state != "exited":
+                known.app.awake.clear()
+                known.state = "paused" if depth is Depth.RAM else "saved"
+
+    def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
+        if not self.capabilities & {Capability.SUSPEND, Capability.HIBERNATE}:
+            raise self.unsupported(Capability.SUSPEND)
+        with self.call("resume", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            known = self.backend.get(handle.name)
+            if known.state == "exited":
+                raise NotFound(f"{handle.agent} does not run any more", fix="start it")
+            self.wake(known)
+
+    def wake(self, known: Container) -> None:
+        """Let a container that sleeps go on."""
+        known.app.awake.set()
+        known.state = "running"
+
+    def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
+        self.need(Capability.LOGS)
+        with self.call("logs", handle.agent, deadline) as done:
+            known = self.backend.containers.get(handle.name)
+            lines = list(known.log) if known else []
+        return done(self.lines(known, lines, tail, deadline if follow else None))
+
+    @staticmethod
+    def lines(
+        known: Container | None, lines: Sequence[bytes], tail: int, follow: Deadline | None
+    ) -> Iterator[bytes]:
+        """Yield the last lines, then new ones."""
+        yield from (line[:65_536] for line in (lines[-tail:] if tail else ()))
+        seen = len(lines)
+        while known and follow and not follow.expired and known.state == "running":
+            now = list(known.log)
+            yield from (line[:65_536] for line in now[seen:])
+            seen = len(now)
+            time.sleep(0.02)
+
+    def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
+        self.need(Capability.USAGE)
+        with self.call("usage", "", deadline) as done:
+            self.backend.ask(deadline)
+            known = {handle.name: self.backend.containers.get(handle.name) for handle in handles}
+            return done(
+                {
+                    name: Usage(memory=one.app.memory, cpu_seconds=one.app.cpu_seconds)
+                    for name, one in known.items()
+                    if one and one.state != "exited"
+                }
+            )
+
+    def watch(self, on_change: Callable[[str], None]) -> Closeable:
+        self.need(Capability.EVENTS)
+        end = self.backend.watch(on_change)
+        self._watches.append(end)
+        return _Watch(end)
+
+    def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
+        self.need(Capability.OWN_DATA)
+        with self.call("export_data", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            copy(self.own_data(handle), directory)
+
+    def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
+        self.need(Capability.OWN_DATA)
+        with self.call("import_data", handle.agent, deadline, progress):
+            self.backend.ask(deadline)
+            own = self.own_data(handle)
+            shutil.rmtree(own)
+            own.mkdir()
+            copy(directory, own)
+
+    def close(self) -> None:
+        while self._watches:
+            self._watches.pop()()
+
+    # -- in one place ------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def call(
+        self, method: str, agent: str, deadline: Deadline, progress: Progress = no_progress
+    ) -> Iterator[Callable[[Any], Any]]:
+        """Inject faults around a method and translate the backend's errors."""
+        try:
+            nonsense = self.backend.fault(method, agent, deadline, progress, after=False)
+
+            def done(result: Any) -> Any:
+                late = self.backend.fault(method, agent, deadline, progress, after=True)
+                for one in (nonsense, late):
+                    if self.backend.is_set(one):
+                        return one
+                return result
+
+            yield done
+        except EngineTimeout as error:
+            raise DeadlineExceeded(
+                "The backend did not answer in time", why=str(error), fix="look whether it is overloaded"
+            ) from error
+        except EngineDown as error:
+            raise Unavailable("The backend does not answer", why=str(error), fix="start it") from error
+        except NoSuchThing as error:
+            raise NotFound("The agent does not exist", why=str(error), fix="start it") from error
+        except EngineError as error:
+            raise ProviderError("The backend refused", why=str(error), fix="read its log") from error
+
+    def need(self, capability: Capability) -> None:
+        """Raise `Unsupported` unless the capability is declared."""
+        if capability not in self.capabilities:
+            raise self.unsupported(capability)
+
+    def refuse_undeclared(self, spec: AgentSpec) -> None:
+        """Refuse what an app wants and this provider does not declare."""
+        self.need(Capability(f"network-{spec.app.network.value}"))
+        for name in ("memory", "cpu", "pids", "disk"):
+            if getattr(spec.app.limits, "cpus" if name == "cpu" else name) is not None:
+                self.need(Capability(f"{name}-limit"))
+        if spec.app.credentials == "stdin":
+            self.need(Capability.CREDENTIALS)
+
+    def image(self, app: App) -> None:
+        """Refuse the image that does not exist."""
+        assert isinstance(app.options, FakeAppOptions)
+        if app.options.image == "missing":
+            raise ProviderError(
+                "There is no image 'missing'", fix=f"set apps.{app.name}.fake.image to another one"
+            )
+
+    def own_data(self, handle: Handle) -> Path:
+        """Return the backend's own directory for an agent's data."""
+        with self.backend.lock:
+            if handle.name not in self.backend.volumes:
+                self.backend.volumes[handle.name] = Path(tempfile.mkdtemp(prefix="fake-volume-"))
+            return self.backend.volumes[handle.name]
+
+
+class _Watch:
+    def __init__(self, end: Callable[[], None]) -> None:
+        self._end = end
+
+    def close(self) -> None:
+        """Stop."""
+        self._end()
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a tree with owners, modes, times and links."""
+    for directory, names, files in os.walk(source):
+        here = target / Path(directory).relative_to(source)
+        for name in (*names, *files):
+            one, other = Path(directory, name), here / name
+            if one.is_dir() and not one.is_symlink():
+                other.mkdir()
+            else:
+                shutil.copy2(one, other, follow_symlinks=False)
+            status = one.lstat()
+            if os.geteuid() == 0:
+                os.chown(other, status.st_uid, status.st_gid, follow_symlinks=False)
+    for directory, names, _ in os.walk(source, topdown=False):
+        for name in names:
+            one = Path(directory, name)
+            if not one.is_symlink():
+                shutil.copystat(one, target / one.relative_to(source))
+
+
+@hookimpl
+def dispatcher_register_providers() -> Iterable[type[Provider]]:
+    """Register the reference provider under the name `fake`."""
+    return [FakeProvider]

@@ -1,0 +1,315 @@
+"""The world of one conformance run: directories, user ids, agents, and cleaning up.
+
+Touches a temporary directory of its own and, through the provider under test, the backend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from dispatcher.errors import DispatcherError, NotFound
+from dispatcher.model import AgentSpec, App, BackendState, Handle
+from dispatcher.provider import Provider, ProviderContext
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.inside import Inside
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class Agent:
+    """One agent of a check: its spec, its handle and the view from inside."""
+
+    spec: AgentSpec
+    handle: Handle
+    inside: Inside
+
+    def within(self, *parts: str) -> str:
+        """Return a path in the data directory as it is seen from inside."""
+        root = self.inside.environment().get("DISPATCHER_DATA")
+        if not root:
+            pytest.fail(
+                "the app has no DISPATCHER_DATA in its environment: set it to the data directory's path inside"
+            )
+        return "/".join([root, *parts])
+
+
+@dataclass
+class Settings:
+    """What the author's class says; see `ProviderContract` for the meaning of each."""
+
+    patience: float
+    slack: float
+    app_options: Callable[[], Mapping[str, Any]]
+
+
+class Kit:
+    """Makes specs and agents for the checks of one class, and removes whatever is left."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.installation = secrets.token_hex(4)
+        self.root = Path(tempfile.mkdtemp(prefix="kit-"))
+        self.root.chmod(0o711)
+        self.privileged = os.geteuid() == 0
+        self._uids = iter(range(random.randrange(300_000, 2_000_000) * 1000, 2**31))  # noqa: S311 - no secret
+        self.proxy_gid = next(self._uids) if self.privileged else os.getegid()
+        self.context = self.make_context(self.installation)
+        self.sibling: Driver | None = None
+        self._specs: dict[str, AgentSpec] = {}
+        self._shared: dict[str, Agent] = {}
+        self._fresh: list[Handle] = []
+        self._lock = threading.Lock()
+
+    def make_context(self, installation: str) -> ProviderContext:
+        """Return what the core would give to a provider, for one installation."""
+        state, run = self.root / f"state-{installation}", self.root / f"run-{installation}"
+        for directory in (state, run):
+            directory.mkdir(mode=0o700, exist_ok=True)
+        return ProviderContext(
+            installation=installation,
+            state_dir=state,
+            run_dir=run,
+            proxy_gid=self.proxy_gid,
+            privileged=self.privileged,
+        )
+
+    # -- specs -------------------------------------------------------------------------------------------
+
+    def app(self, provider: Provider, options: Mapping[str, Any] | None = None, **changes: Any) -> App:
+        """Return an app that runs the probe; `changes` are fields of `App` (limits, network, ...)."""
+        chosen = self.settings.app_options() if options is None else options
+        return App(
+            name="kit", provider=provider.name, options=provider.AppOptions.model_validate(dict(chosen)), **changes
+        )
+
+    def spec(
+        self,
+        provider: Provider,
+        agent: str,
+        *,
+        options: Mapping[str, Any] | None = None,
+        installation: str = "",
+        values: Mapping[str, str] | None = None,
+        stdin: bytes | None = None,
+        **changes: Any,
+    ) -> AgentSpec:
+        """Return the spec of an agent, its directories made; one name always has the same ids and paths.
+
+        :param values: its secrets; :param changes: fields of its `App`.
+        """
+        installation = installation or self.installation
+        app = self.app(provider, options, **changes)
+        with self._lock:
+            known = self._specs.get(f"{installation} {agent}")
+            if known is None:
+                known = self._new_spec(app, installation, agent)
+                self._specs[f"{installation} {agent}"] = known
+        return replace(known, app=app, secrets=dict(values or {}), stdin=stdin)
+
+    def _new_spec(self, app: App, installation: str, agent: str) -> AgentSpec:
+        uid = gid = next(self._uids) if self.privileged else os.geteuid()
+        if not self.privileged:
+            gid = os.getegid()
+        home = self.root / secrets.token_hex(4)
+        home.mkdir(mode=0o711)
+        spec = AgentSpec(
+            installation=installation,
+            agent=agent,
+            user=agent.partition(":")[0],
+            app=app,
+            uid=uid,
+            gid=gid,
+            proxy_gid=self.proxy_gid,
+            data_dir=home / "data",
+            run_dir=home / "run",
+            log_dir=home / "log",
+        )
+        for directory, mode, owner, group in (
+            (spec.data_dir, 0o700, uid, gid),
+            (spec.run_dir, 0o2710, uid, self.proxy_gid),
+            (spec.log_dir, 0o700, os.geteuid(), os.getegid()),
+        ):
+            directory.mkdir()
+            if self.privileged:
+                os.chown(directory, owner, group)
+            directory.chmod(mode)
+        return spec
+
+    # -- agents ------------------------------------------------------------------------------------------
+
+    def start(self, driver: Driver, spec: AgentSpec, *, ready: bool = True) -> Agent:
+        """Ensure an agent that is gone after the check; wait until its probe answers."""
+        self.fresh(driver.handle(spec))
+        handle = driver.ensure(spec)
+        return self.reach(driver, spec, handle, ready=ready)
+
+    def fresh(self, handle: Handle) -> None:
+        """Remember to destroy this one after the check."""
+        with self._lock:
+            self._fresh.append(handle)
+
+    def shared(self, driver: Driver, name: str, **changes: Any) -> Agent:
+        """Return a running agent that checks share and leave running; made when it is not there."""
+        with self._lock:
+            known = self._shared.get(name)
+        if known and known.inside.answers():
+            return known
+        spec = known.spec if known else self.spec(driver.provider, name, **changes)
+        agent = self.reach(driver, spec, driver.ensure(spec))
+        with self._lock:
+            self._shared[name] = agent
+        return agent
+
+    def share(self, driver: Driver, names: Sequence[str]) -> list[Agent]:
+        """Return several shared agents, started at the same time."""
+        return self.together([lambda name=name: self.shared(driver, name) for name in names])  # type: ignore[misc]
+
+    def reach(self, driver: Driver, spec: AgentSpec, handle: Handle, *, ready: bool = True) -> Agent:
+        """Return the agent of a handle, once its endpoint is known and (with `ready`) its probe answers."""
+        end = time.monotonic() + self.settings.patience
+        while True:
+            seen = driver.observe(handle)
+            if seen.state not in {BackendState.RUNNING, BackendState.STARTING}:
+                pytest.fail(
+                    f"an agent that ensure() had started is {seen.state.value} ({seen.exit_reason or seen.detail}); "
+                    f"is app_options() right?{self._last_words(driver, handle)}"
+                )
+            if seen.endpoint:
+                inside = Inside(seen.endpoint, seen.owner_uid, timeout=self.settings.patience)
+                if not ready or inside.answers():
+                    return Agent(spec=spec, handle=handle, inside=inside)
+            if time.monotonic() > end:
+                pytest.fail(
+                    f"the probe does not answer at {seen.endpoint} within {self.settings.patience:.0f} s: does the "
+                    "observation name the endpoint, and do app_options() run the probe there?"
+                    + self._last_words(driver, handle)
+                )
+            time.sleep(0.02)
+
+    @staticmethod
+    def _last_words(driver: Driver, handle: Handle) -> str:
+        with contextlib.suppress(DispatcherError):
+            lines = b" | ".join(driver.logs(handle, tail=5, seconds=5)).decode(errors="replace")
+            return f"  Its last output: {lines}"
+        return ""
+
+    def gone(self, driver: Driver, handle: Handle) -> None:
+        """Expect that an agent is absent and not listed."""
+        seen = driver.observe(handle)
+        expect(
+            seen.state is BackendState.ABSENT,
+            f"observe() tells {seen.state.value} of an agent that is gone: it must tell ABSENT",
+        )
+        expect(
+            handle.agent not in driver.list(),
+            "list() still yields an agent that was destroyed: leave nothing of it on the backend",
+        )
+
+    def together(self, calls: Sequence[Callable[[], _T]]) -> list[_T]:
+        """Run all calls at the same time; return their results, raise the first failure."""
+        with ThreadPoolExecutor(max_workers=max(1, len(calls))) as pool:
+            return [future.result() for future in [pool.submit(call) for call in calls]]
+
+    # -- the end -----------------------------------------------------------------------------------------
+
+    def end_check(self) -> None:
+        """Destroy what the check started."""
+        with self._lock:
+            handles = list({handle.name: handle for handle in self._fresh}.values())
+            self._fresh.clear()
+        if handles and self.sibling:
+            driver = self.sibling
+            self.together([lambda handle=handle: driver.destroy(handle) for handle in handles])  # type: ignore[misc]
+
+    def close(self) -> None:
+        """Destroy everything, and the directories."""
+        try:
+            if self.sibling:
+                with contextlib.suppress(DispatcherError):
+                    for handle, _ in self.sibling.list().values():
+                        with contextlib.suppress(NotFound):
+                            self.sibling.destroy(handle)
+                self.sibling.provider.close()
+        finally:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+
+def eventually(condition: Callable[[], object], seconds: float, pause: float = 0.02) -> bool:
+    """Whether `condition` becomes true within so many seconds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def processes_of(uid: int) -> list[int]:
+    """Return the pids of this host whose real user id is `uid`, zombies left out."""
+    found = []
+    for pid in _pids():
+        try:
+            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            continue
+        lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        if lines.get("Uid", "").split("\t")[0] == str(uid) and not lines.get("State", "Z").startswith("Z"):
+            found.append(pid)
+    return found
+
+
+def holding(needle: bytes, *, kinds: Sequence[str] = ("cmdline", "environ")) -> list[str]:
+    """Return the files ``/proc/PID/KIND`` of this host that hold `needle`, this process left out."""
+    found = []
+    for pid in _pids():
+        for kind in kinds:
+            with contextlib.suppress(OSError):
+                if pid != os.getpid() and needle in Path(f"/proc/{pid}/{kind}").read_bytes():
+                    found.append(f"/proc/{pid}/{kind}")
+    return found
+
+
+def files_holding(needle: bytes, *roots: Path) -> list[str]:
+    """Return the regular files below `roots`, on real disks, that hold `needle`."""
+    found = []
+    for root in roots:
+        for directory, _, files in os.walk(root):
+            for name in files:
+                path = Path(directory, name)
+                with contextlib.suppress(OSError):
+                    if stat.S_ISREG(path.lstat().st_mode) and not in_memory(path) and needle in path.read_bytes():
+                        found.append(str(path))
+    return found
+
+
+def in_memory(path: Path) -> bool:
+    """Whether a path lies on a file system that is kept in memory."""
+    best, kind = "", ""
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
+        _, mount, fs, *_ = line.split(" ")
+        mount = mount.encode().decode("unicode_escape")
+        if len(mount) >= len(best) and (str(path) == mount or str(path).startswith(mount.rstrip("/") + "/")):
+            best, kind = mount, fs
+    return kind in {"tmpfs", "ramfs"}
+
+
+def _pids() -> Iterator[int]:
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            yield int(name)
