@@ -1,0 +1,155 @@
+"""The types of settings: tables, durations, sizes, addresses.  Pure.
+
+The configuration is made of them, and a plugin's `Options` and `AppOptions` may be: public, as the contracts are.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+_HOST = re.compile(r"[A-Za-z0-9._-]*|\*")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Table(BaseModel):
+    """A table of the configuration: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def duration(value: object) -> float:
+    """Return seconds for ``"30m"``, ``"1h30m"``, ``"500ms"`` or a number of seconds.
+
+    :raises ValueError: it is none, or negative.
+    """
+    expected = 'a duration such as "90s", "30m" or "1h30m"'
+    if isinstance(value, str):
+        parts = _DURATION.findall(value)
+        if not parts or _DURATION.sub("", value).strip():
+            raise ValueError(expected)
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(expected)
+    return float(value)
+
+
+def size(value: object) -> int:
+    """Return bytes for ``"512M"``, ``"1.5G"`` or a number of bytes.  Powers of 1024.
+
+    :raises ValueError: it is none, or not above zero.
+    """
+    expected = 'a size such as "512M" or "2G"'
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if not match:
+            raise ValueError(expected)
+        value = int(float(match[1]) * _FACTORS[match[2].upper()])
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(expected)
+    return value
+
+
+def address(value: str) -> str:
+    """Return where to listen: ``HOST:PORT``, ``[IPv6]:PORT``, ``unix:/PATH`` or ``systemd``.
+
+    :raises ValueError: it is none of these.
+    """
+    host, colon, port = value.rpartition(":")
+    if value == "systemd" or (value.startswith("unix:/") and "\0" not in value):
+        return value
+    if colon and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
+        if host.startswith("[") and host.endswith("]"):
+            ipaddress.IPv6Address(host[1:-1].partition("%")[0])
+            return value
+        if _HOST.fullmatch(host):
+            return value
+    raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd")
+
+
+def _address(value: str) -> str:
+    try:
+        return address(value)
+    except ipaddress.AddressValueError as error:
+        raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd") from error
+
+
+def network(value: str) -> str:
+    """Return a network such as ``10.0.0.0/8``, an address, or ``unix`` for peers on Unix sockets.
+
+    :raises ValueError: it is none of these.
+    """
+    if value == "unix":
+        return value
+    try:
+        ipaddress.ip_network(value, strict=False)
+    except ValueError as error:
+        raise ValueError("a network such as 10.0.0.0/8, an address, or unix") from error
+    return value
+
+
+def origin(value: str) -> str:
+    """Return ``http://HOST[:PORT]`` or ``https://HOST[:PORT]`` (or nothing), without a slash at the end.
+
+    :raises ValueError: it is no origin.
+    """
+    expected = "an address such as https://apps.example.org, without a path"
+    if not value:
+        return value
+    try:
+        parts = urlsplit(value)
+        good = parts.port is None or parts.port > 0
+    except ValueError as error:
+        raise ValueError(expected) from error
+    plain = parts.path in {"", "/"} and not parts.query and not parts.fragment and parts.username is None
+    if not (good and plain and parts.scheme in {"http", "https"} and parts.hostname) or re.search(r"\s", value):
+        raise ValueError(expected)
+    return value.rstrip("/")
+
+
+def url_path(value: str) -> str:
+    """Return a path that begins with a slash.
+
+    :raises ValueError: it does not, or holds spaces or control characters.
+    """
+    if not value.startswith("/") or not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("a path that begins with /")
+    return value
+
+
+def variables(value: dict[str, str]) -> dict[str, str]:
+    """Return environment variables.
+
+    :raises ValueError: a name that is not of letters, digits and _, or a NUL in a value.
+    """
+    for name, content in value.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in content:
+            raise ValueError("names of letters, digits and _, and values without NUL")
+    return value
+
+
+def _duration_or_never(value: Any) -> Any:
+    return value if value is False else duration(value)
+
+
+Count = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Duration = Annotated[float, BeforeValidator(duration)]
+#: A duration, or false for *never*.
+MaybeDuration = Annotated[float | Literal[False], BeforeValidator(_duration_or_never)]
+Size = Annotated[int, BeforeValidator(size)]
+Address = Annotated[str, AfterValidator(_address)]
+NetworkAddress = Annotated[str, AfterValidator(network)]
+Origin = Annotated[str, AfterValidator(origin)]
+UrlPath = Annotated[str, AfterValidator(url_path)]
+Environment = Annotated[dict[str, str], AfterValidator(variables)]
