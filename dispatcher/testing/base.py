@@ -96,7 +96,7 @@ class Contract:
         self._must(f"broken_backend({how!r}), or set no_backend to the reason why there is none")
 
     def another(self, provider: Provider, context: ProviderContext | None = None) -> Provider:
-        """Return a fresh instance that speaks to the same backend, for another installation if `context` says so."""
+        """Return a fresh instance that speaks to the same backend, perhaps for another installation."""
         return type(provider)(context=context or provider.context, options=provider.options)
 
     def backend_sockets(self) -> list[str]:

@@ -7,14 +7,14 @@ project's tree may come out, in time, and what is returned has the promised type
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError
+from dispatcher.errors import Cancelled, DispatcherError
 from dispatcher.model import AgentSpec, App, BackendState, Capability, Depth, Endpoint, Handle, Observation, Usage
 from dispatcher.provider import Closeable, Progress, Provider, no_progress
 
@@ -255,6 +255,25 @@ class Driver:
         return seen
 
 
-def names_of(handles: Iterable[Handle]) -> list[str]:
-    """Return the backend names of handles, sorted."""
-    return sorted(handle.name for handle in handles)
+class Steps:
+    """Progress that takes notes, and does something at the call number `at` (1 is the first).
+
+    :ivar told: the steps so far.
+    """
+
+    def __init__(self, at: int = 0, then: Callable[[], None] | None = None) -> None:
+        self.at, self.then = at, then
+        self.told: list[str] = []
+
+    def __call__(self, step: str, detail: str = "", fraction: float | None = None) -> None:
+        """Take a step."""
+        expect(isinstance(step, str) and step, f"progress was called with the step {step!r}: a word or two")
+        expect(fraction is None or 0 <= fraction <= 1, f"progress told the fraction {fraction!r}: 0 to 1 or None")
+        self.told.append(step)
+        if self.then and len(self.told) == self.at:
+            self.then()
+
+
+def cancel() -> None:
+    """Stand for a newer intent."""
+    raise Cancelled("A newer intent")

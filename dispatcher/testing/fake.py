@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -54,6 +54,7 @@ from dispatcher.testing.fake_backend import (
 
 __all__ = ["FakeAppOptions", "FakeBackend", "FakeOptions", "FakeProvider", "dispatcher_register_providers"]
 
+_T = TypeVar("_T")
 _STATES = {
     "running": BackendState.RUNNING,
     "paused": BackendState.SUSPENDED,
@@ -168,7 +169,7 @@ class FakeProvider(Provider):
             uid=spec.uid,
             secret_files={name: value.encode() for name, value in spec.secrets.items()},
             stdin=spec.stdin or b"",
-            log=lambda line: container.log.append(line),
+            log=lambda line: container.log.append(line),  # noqa: PLW0108 - the container is made below
             on_exit=lambda reason: self.backend.died(handle.name, reason),
             memory=limits.memory,
             pids=limits.pids,
@@ -328,16 +329,16 @@ class FakeProvider(Provider):
     @contextlib.contextmanager
     def call(
         self, method: str, agent: str, deadline: Deadline, progress: Progress = no_progress
-    ) -> Iterator[Callable[[Any], Any]]:
+    ) -> Iterator[Callable[[_T], _T]]:
         """Inject faults around a method and translate the backend's errors."""
         try:
             nonsense = self.backend.fault(method, agent, deadline, progress, after=False)
 
-            def done(result: Any) -> Any:
+            def done(result: _T) -> _T:
                 late = self.backend.fault(method, agent, deadline, progress, after=True)
                 for one in (nonsense, late):
                     if self.backend.is_set(one):
-                        return one
+                        return cast("_T", one)
                 return result
 
             yield done

@@ -48,7 +48,7 @@ class FakeApp:
         pids: int | None = None,
         disk: int | None = None,
         cpus: float | None = None,
-        may_connect: Callable[[str], bool] = lambda to: False,
+        may_connect: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self.environment = dict(environment)
         self.data, self.uid, self.secret_files, self.stdin = data, uid, dict(secret_files), stdin
@@ -133,7 +133,7 @@ class FakeApp:
         with self._lock:
             self._connections.add(connection)
         try:
-            self._handler(connection, ("", 0), None)  # type: ignore[arg-type] - it never uses its server
+            self._handler(connection, ("", 0), None)
         except (Died, OSError):
             pass
         finally:

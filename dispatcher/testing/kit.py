@@ -187,7 +187,7 @@ class Kit:
             seen = driver.observe(handle)
             if seen.state not in {BackendState.RUNNING, BackendState.STARTING}:
                 pytest.fail(
-                    f"an agent that ensure() had started is {seen.state.value} ({seen.exit_reason or seen.detail}); "
+                    f"an agent that ensure() started is {seen.state.value} ({seen.exit_reason or seen.detail}); "
                     f"is app_options() right?{self._last_words(driver, handle)}"
                 )
             if seen.endpoint:
@@ -196,8 +196,8 @@ class Kit:
                     return Agent(spec=spec, handle=handle, inside=inside)
             if time.monotonic() > end:
                 pytest.fail(
-                    f"the probe does not answer at {seen.endpoint} within {self.settings.patience:.0f} s: does the "
-                    "observation name the endpoint, and do app_options() run the probe there?"
+                    f"the probe does not answer at {seen.endpoint} within {self.settings.patience:.0f} s: does "
+                    "the observation name the endpoint, and do app_options() run the probe there?"
                     + self._last_words(driver, handle)
                 )
             time.sleep(0.02)

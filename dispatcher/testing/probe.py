@@ -133,7 +133,7 @@ def connect(to: str) -> None:
 
 def fork(count: int) -> int:
     """Start up to `count` idle children, then end them; return how many there were."""
-    children = []
+    children: list[int] = []
     try:
         while len(children) < count:
             child = os.fork()
@@ -173,11 +173,11 @@ class Handler(BaseHTTPRequestHandler):
     probe: Probe
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class' name
+    def do_GET(self) -> None:
         """Answer a GET."""
         self._answer(b"")
 
-    def do_POST(self) -> None:  # noqa: N802 - the base class' name
+    def do_POST(self) -> None:
         """Answer a POST."""
         self._answer(self.rfile.read(int(self.headers.get("Content-Length", "0"))))
 
@@ -226,7 +226,7 @@ class Server(ThreadingHTTPServer):
 def serve(arguments: list[str]) -> None:
     """Run the probe until it is told to end."""
     if "PROBE_EXIT" in os.environ:
-        print("last words", flush=True)
+        os.write(1, b"last words\n")
         sys.exit(int(os.environ["PROBE_EXIT"]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ.get("PROBE_DEAF") else _save_and_end)
     probe = Probe()
@@ -240,11 +240,11 @@ def serve(arguments: list[str]) -> None:
         address = (host, int(port))
     server = Server(address, type("BoundHandler", (Handler,), {"probe": probe}))  # type: ignore[arg-type]
     threading.Thread(target=probe.read_stdin, daemon=True).start()
-    print("probe is ready", flush=True)
+    os.write(1, b"probe is ready\n")
     server.serve_forever(0.5)
 
 
-def _save_and_end(number: int, frame: object) -> None:
+def _save_and_end(number: int, _frame: object) -> None:
     if data := os.environ.get("DISPATCHER_DATA"):
         Path(data, "saved").write_text(f"signal {number}\n", encoding="ascii")
     os._exit(0)

@@ -8,7 +8,7 @@ import time
 from dispatcher.errors import Cancelled, DispatcherError, NotFound
 from dispatcher.model import BackendState, Capability
 from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Agent, Kit
 
 
@@ -81,7 +81,7 @@ class ConcurrencyChecks(Contract):
         """While one start is slow, other agents are observed, listed and started."""
         hold, held = threading.Event(), threading.Event()
 
-        def slow(step: str, detail: str = "", fraction: float | None = None) -> None:
+        def slow() -> None:
             held.set()
             hold.wait(self.patience)
 
@@ -91,7 +91,7 @@ class ConcurrencyChecks(Contract):
 
         def start() -> None:
             try:
-                driver.ensure(spec, progress=slow, seconds=3 * self.patience)
+                driver.ensure(spec, progress=Steps(1, slow), seconds=3 * self.patience)
             except BaseException as error:  # carried to the main thread
                 failure.append(error)
 
@@ -120,16 +120,8 @@ class ConcurrencyChecks(Contract):
         handle = driver.handle(spec)
         kit.fresh(handle)
         for turn in range(1, 4):
-            calls = 0
-
-            def progress(step: str, detail: str = "", fraction: float | None = None, *, at: int = turn) -> None:
-                nonlocal calls
-                calls += 1
-                if calls == at:
-                    raise Cancelled("a newer intent")
-
             try:
-                driver.ensure(spec, progress=progress)
+                driver.ensure(spec, progress=Steps(turn, cancel))
             except Cancelled:
                 pass
             driver.stop(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import ClassVar
@@ -11,7 +12,7 @@ import pytest
 from dispatcher.errors import DispatcherError, ProviderError, Unavailable
 from dispatcher.model import BackendState, Capability
 from dispatcher.testing.base import Contract, needs_backend
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.driver import Driver, Steps, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
 
 
@@ -99,24 +100,17 @@ class FaultChecks(Contract):
         spec = kit.spec(driver.provider, "middle")
         handle = driver.handle(spec)
         kit.fresh(handle)
-        broken = []
-
-        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
-            if not broken:
-                context = self.broken_backend("down")
-                context.__enter__()
-                broken.append(context)
-
-        try:
-            driver.ensure(spec, progress=progress)
-        except (Unavailable, ProviderError):
-            pass
-        except DispatcherError as error:
-            pytest.fail(f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable")
-        finally:
-            for context in broken:
-                context.__exit__(None, None, None)
-        expect(broken, "ensure() never called progress")
+        with contextlib.ExitStack() as stack:
+            steps = Steps(1, lambda: stack.enter_context(self.broken_backend("down")))
+            try:
+                driver.ensure(spec, progress=steps)
+            except (Unavailable, ProviderError):
+                pass
+            except DispatcherError as error:
+                pytest.fail(
+                    f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
+                )
+        expect(steps.told, "ensure() never called progress")
         expect(
             eventually(lambda: _answers(driver), self.patience, 0.2),
             "the provider does not work after the backend came back",

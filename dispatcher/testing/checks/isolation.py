@@ -124,7 +124,8 @@ class IsolationChecks(Contract):
         if peer is not None:
             expect(
                 peer == alice.spec.uid,
-                f"the app listens as host user {peer}: it must be spec.uid ({alice.spec.uid}), not renamed in a namespace",
+                f"the app listens as host user {peer}: it must be spec.uid ({alice.spec.uid}), "
+                "not only renamed in a namespace",
             )
             owner = os.stat(alice.inside.endpoint.path).st_uid
             expect(

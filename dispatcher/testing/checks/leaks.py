@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 
-from dispatcher.errors import Cancelled, DispatcherError
+from dispatcher.errors import DispatcherError
 from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Kit, eventually, processes_of
 
 
@@ -35,7 +35,7 @@ class LeakChecks(Contract):
         if kit.privileged:
             expect(
                 eventually(lambda: not processes_of(agent.spec.uid), 3, 0.1),
-                f"after destroy() processes {processes_of(agent.spec.uid)} of the agent live on: end its whole cgroup",
+                f"after destroy() its processes {processes_of(agent.spec.uid)} live on: end the whole cgroup",
             )
 
     def test_run_directory_is_left_clean(self, driver: Driver, kit: Kit) -> None:
@@ -62,13 +62,10 @@ class LeakChecks(Contract):
         handle = driver.handle(good)
         kit.fresh(handle)
 
-        def refuse(step: str, detail: str = "", fraction: float | None = None) -> None:
-            raise Cancelled("a newer intent")
-
         for _ in range(3):
-            for spec, progress in ((good, refuse), (bad, None)):
+            for spec, steps in ((good, Steps(1, cancel)), (bad, Steps())):
                 try:
-                    driver.ensure(spec, **({"progress": progress} if progress else {}))  # type: ignore[arg-type]
+                    driver.ensure(spec, progress=steps)
                 except DispatcherError:
                     pass
         left = self.leftovers(kit.installation) - before
@@ -92,7 +89,7 @@ class LeakChecks(Contract):
             cycle()
         expect(
             eventually(lambda: len(os.listdir("/proc/self/fd")) <= before[0] + 2, 3, 0.1),
-            f"five instances left {len(os.listdir('/proc/self/fd')) - before[0]} descriptors open: close them in close()",
+            f"instances left {len(os.listdir('/proc/self/fd')) - before[0]} descriptors: close them in close()",
         )
         expect(
             eventually(lambda: threading.active_count() <= before[1] + 1, 3, 0.1),

@@ -9,7 +9,7 @@ import pytest
 from dispatcher.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
 from dispatcher.model import BackendState, Capability
 from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
 
 ENDED = {BackendState.STOPPED, BackendState.ABSENT}
@@ -84,7 +84,7 @@ class LifecycleChecks(Contract):
             )
 
     def test_environment_arrives(self, driver: Driver, kit: Kit) -> None:
-        """`App.environment` arrives byte for byte, with the dispatcher's own variables, and nothing of the manager's."""
+        """`App.environment` arrives byte for byte, with the dispatcher's variables, without the manager's."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KIT_MANAGER_SECRET", "m-1")
             spec = kit.spec(driver.provider, "erin", environment={"KIT_ODD": ODD_VALUE, "KIT_EMPTY": ""})
@@ -92,7 +92,7 @@ class LifecycleChecks(Contract):
         inside = agent.inside.environment()
         expect(
             inside.get("KIT_ODD") == ODD_VALUE,
-            f"the environment's value {ODD_VALUE!r} arrived as {inside.get('KIT_ODD')!r}: never go through a shell",
+            f"the value {ODD_VALUE!r} arrived as {inside.get('KIT_ODD')!r}: never go through a shell",
         )
         expect(inside.get("KIT_EMPTY") == "", "an empty environment value did not arrive")
         expect(
@@ -260,19 +260,11 @@ class LifecycleChecks(Contract):
 
     def test_progress_is_told(self, driver: Driver, kit: Kit) -> None:
         """`ensure` tells its steps, so that people see what they wait for."""
-        steps: list[str] = []
-
-        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
-            expect(isinstance(step, str) and step, f"progress was called with the step {step!r}: a word or two")
-            expect(
-                fraction is None or 0 <= fraction <= 1, f"progress told the fraction {fraction!r}: 0 to 1 or None"
-            )
-            steps.append(step)
-
+        steps = Steps()
         spec = kit.spec(driver.provider, "nina")
         kit.fresh(driver.handle(spec))
-        driver.ensure(spec, progress=progress)
-        expect(steps, "ensure() never called progress: call it for each step, it also carries the cancel")
+        driver.ensure(spec, progress=steps)
+        expect(steps.told, "ensure() never called progress: call it for each step, it also carries the cancel")
 
     @pytest.mark.parametrize("call", [1, 2, 3])
     def test_cancel_leaves_nothing(self, driver: Driver, kit: Kit, call: int) -> None:
@@ -281,22 +273,15 @@ class LifecycleChecks(Contract):
         spec = kit.spec(driver.provider, f"olga{call}")
         handle = driver.handle(spec)
         kit.fresh(handle)
-        calls = 0
-
-        def progress(step: str, detail: str = "", fraction: float | None = None) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                raise Cancelled("a newer intent")
-
+        steps = Steps(call, cancel)
         try:
-            driver.ensure(spec, progress=progress)
+            driver.ensure(spec, progress=steps)
         except Cancelled:
             pass
         except DispatcherError as error:
             pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
         else:
-            expect(calls < call, "ensure() swallowed Cancelled: let it through")
+            expect(len(steps.told) < call, "ensure() swallowed Cancelled: let it through")
             driver.destroy(handle)
         kit.gone(driver, handle)
         left = self.leftovers(kit.installation) - before

@@ -151,7 +151,7 @@ class PromiseChecks(Contract):
         expect(seen.exists(), "what the app writes to its data does not show in AgentSpec.data_dir: mount it")
         expect(
             seen.stat().st_uid == alice.spec.uid,
-            f"what the app wrote is owned by {seen.stat().st_uid} on the host: it must be spec.uid ({alice.spec.uid})",
+            f"what the app wrote is owned by {seen.stat().st_uid} on the host, not by spec.uid ({alice.spec.uid})",
         )
         ours = alice.spec.data_dir / "from-outside"
         ours.write_bytes(b"outside\n")

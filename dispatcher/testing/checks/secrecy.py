@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ class SecrecyChecks(Contract):
     def keeper(self, driver: Driver, kit: Kit, secret: str) -> Agent:
         """A running agent that has the secret, and credentials where the provider takes them."""
         stdin = None
-        changes = {}
+        changes: dict[str, Any] = {}
         if driver.can(Capability.CREDENTIALS):
             changes = {"credentials": "stdin"}
             stdin = secret.encode() + b"-login\n"
@@ -50,7 +51,7 @@ class SecrecyChecks(Contract):
     def test_secrets_show_nowhere(
         self, keeper: Agent, secret: str, driver: Driver, kit: Kit, caplog: pytest.LogCaptureFixture
     ) -> None:
-        """No secret in a command line, an environment, the backend's inspection, a handle, a log or a file on disk."""
+        """No secret in command lines, environments, the backend's inspection, handles, logs or files on disk."""
         needle = secret.encode()
         shown = holding(needle)
         expect(not shown, f"a secret shows in {shown}: never pass it by argument or environment")
