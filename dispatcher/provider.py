@@ -18,10 +18,10 @@ What an app finds, alike with every provider, so that moving it to another is on
 
 - `{socket}`, `{port}` and `{data}` in its command (and in `App.environment` values) are replaced by the path
   of its Unix socket, its TCP port and its data directory, as they are seen from inside;
-- its environment is `App.environment` (but for those placeholders byte for byte), `HOME` (the data directory, also the working directory,
-  unless the options say otherwise), `DISPATCHER_AGENT`, `DISPATCHER_USER`, `DISPATCHER_DATA` and, when there are
-  secrets, `DISPATCHER_SECRETS`: a directory in memory with one file per secret, readable by the agent alone;
-  nothing of the manager's own environment;
+- its environment is `App.environment` (byte for byte but for those placeholders), `HOME` (the data directory,
+  also the working directory, unless the options say otherwise), `DISPATCHER_AGENT`, `DISPATCHER_USER`,
+  `DISPATCHER_DATA` and, when there are secrets, `DISPATCHER_SECRETS`: a directory in memory with one file per
+  secret, readable by the agent alone; nothing of the manager's own environment;
 - its standard input is `AgentSpec.stdin` and then its end; empty without credentials.
 """
 
