@@ -68,6 +68,12 @@ class PluginError(ConfigError):
     code = "bad-plugin"
 
 
+class Unauthorized(DispatcherError):
+    """Over TCP, without a token or certificate that is known."""
+
+    code, status = "unauthorized", 401
+
+
 class Forbidden(DispatcherError):
     """Wrong password, dead session, or a role that may not do this."""
 

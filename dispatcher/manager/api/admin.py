@@ -1,0 +1,61 @@
+"""Role *admin*: sessions, providers, statistics, the manager itself."""
+
+from __future__ import annotations
+
+from dispatcher import names
+from dispatcher.manager.api import models
+from dispatcher.manager.api.routing import Answer, Routes
+from dispatcher.manager.api.services import Json, Services
+
+routes = Routes()
+
+
+@routes.add("GET", "/sessions", query=models.ListSessions, answers={200: "SessionList"})
+def list_sessions(services: Services, query: models.ListSessions) -> Json:
+    """List sessions, all or one user's."""
+    user = names.user_name(query.user) if query.user is not None else None
+    return {"sessions": services.listed(services.sessions.all(user))}
+
+
+@routes.add("DELETE", "/sessions", query=models.RevokeSessions, answers={200: "Revoked"})
+def revoke_sessions(services: Services, query: models.RevokeSessions) -> Json:
+    """End all sessions of a user."""
+    return {"revoked": services.sessions.revoke_user(names.user_name(query.user))}
+
+
+@routes.add("DELETE", "/sessions/<id>", answers={204: ""})
+def revoke_session(services: Services, id: str) -> Answer:
+    """End one session."""
+    services.sessions.revoke(services.sessions.by_id(id).sha256)
+    return Answer(204)
+
+
+@routes.add("GET", "/providers", answers={200: "ProviderList"})
+def providers(services: Services) -> Json:
+    """List the providers and whether they can be used."""
+    return {"providers": services.supervisor.providers()}
+
+
+@routes.add("GET", "/providers/<provider>/check", query=models.CheckProvider, answers={200: "Findings"})
+def check_provider(services: Services, provider: str, query: models.CheckProvider) -> Json:
+    """Say what a provider isolates and what it does not, for one app or as a whole."""
+    found = services.supervisor.check_provider(provider, query.app)
+    return {"findings": [{"level": item.level.value, "what": item.what, "fix": item.fix} for item in found]}
+
+
+@routes.add("GET", "/stats/memory_usage", answers={200: "MemoryUsage"})
+def memory_usage(services: Services) -> Json:
+    """Show how much memory the agents use."""
+    return services.supervisor.memory_usage()
+
+
+@routes.add("GET", "/stats/top", answers={200: "Top"})
+def top(services: Services) -> Json:
+    """Show what each agent uses."""
+    return {"agents": services.supervisor.top()}
+
+
+@routes.add("POST", "/reload", answers={200: "Reloaded"})
+def reload(services: Services) -> Json:
+    """Read the configuration again; nothing changes when it is wrong."""
+    return {"changed": services.reload()}
