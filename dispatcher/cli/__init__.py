@@ -135,6 +135,7 @@ def program(
         token_file=token_file,
     )
     ctx.obj.out.json = json
+    ctx.call_on_close(ctx.obj.close)
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
 

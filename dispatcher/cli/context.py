@@ -37,7 +37,7 @@ class Cli:
     fingerprint: str | None = None
     token_file: Path | None = None
     out: Output = field(default_factory=Output)
-    _said: bool = False
+    _client: ManagerClient | None = None
 
     @property
     def url(self) -> str:
@@ -46,20 +46,21 @@ class Cli:
         return manager_url(given=given, config=self.config_path, tls=self.tls)
 
     def client(self) -> ManagerClient:
-        """Return a new client of the manager; nothing is sent yet.
+        """Return the client of the manager, for any thread; nothing is sent yet.
 
         :raises BadRequest: the options contradict each other or a file cannot be read.
         """
+        if self._client is not None:
+            return self._client
         from dispatcher.client import ManagerClient
 
         url = self.url
         remote = not url.startswith("unix:")
-        if url.startswith("https:") and not self.check_certificate and not self.fingerprint and not self._said:
-            self._said = True
+        if url.startswith("https:") and not self.check_certificate and not self.fingerprint:
             self.out.note(
                 "-k: the manager's certificate is not checked; who sits in between can read token and passwords"
             )
-        return ManagerClient(
+        self._client = ManagerClient(
             url,
             token=self._token() if remote else None,
             verify=self.check_certificate,
@@ -68,6 +69,13 @@ class Cli:
             cert_file=self.client_cert,
             ssl=self.tls,
         )
+        return self._client
+
+    def close(self) -> None:
+        """Close the client's connections."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     def _token(self) -> str | None:
         if self.token_file is None:
