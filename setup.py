@@ -42,6 +42,7 @@ setup(
         "dispatcher": ["py.typed"],
         "dispatcher.proxy.portal": ["templates/*", "static/*"],
         "dispatcher.demo": ["static/*"],
+        "dispatcher.testing": ["probe.sh"],
     },
     install_requires=[
         "pluggy>=1.5",
