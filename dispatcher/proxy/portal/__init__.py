@@ -1,1 +1,16 @@
-"""."""
+"""The portal: the proxy's pages for people.  One more upstream to the edge; holds no key and no credential."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dispatcher.config import Config
+
+
+def serve(config: Config, sock: socket.socket) -> None:
+    """Serve the portal on a bound Unix socket until the process ends."""
+    from dispatcher.proxy.portal.server import serve as run
+
+    run(config, sock)

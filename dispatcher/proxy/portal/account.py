@@ -1,0 +1,90 @@
+"""A person's account: password and sessions.  Talks to the manager; changing the password asks for the old one."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from dispatcher.errors import BadRequest, Forbidden, NotFound, TooManyRequests, Unsupported
+from dispatcher.proxy.portal import content, context, sign_in, words
+
+pages = Blueprint("account", __name__)
+
+NOTICES = {
+    "password": "Your password is changed. All your other sessions have ended.",
+    "revoked": "That session has ended.",
+}
+
+
+@pages.get("/account")
+def account() -> Response:
+    """Show the account."""
+    if context.on_agent_host():
+        return context.go(context.portal().public_origin + context.local("/account"))
+    return _page(notice=NOTICES.get(request.args.get("notice", ""), ""))
+
+
+def _page(status: int = 200, **values: Any) -> Response:
+    someone = context.signed_in()
+    sessions = context.portal().client.my_sessions(someone.sha256)["sessions"]
+    if content.for_programs():
+        return content.data({"user": someone.user, "sessions": sessions})
+    shown = [
+        {
+            "id": session["id"],
+            "browser": words.browser(session.get("user_agent")),
+            "address": session.get("address") or "",
+            "created": words.ago(session["created"]),
+            "last_used": words.ago(session["last_used"]),
+            "own": someone.sha256.startswith(session["id"]),
+        }
+        for session in sessions
+    ]
+    shown.sort(key=lambda session: not session["own"])
+    return content.page("account.html", status, someone=someone, sessions=shown, **values)
+
+
+@pages.post("/account/password")
+def change_password() -> Response:
+    """Change the password; other sessions end and this one is renewed."""
+    context.check_form("account")
+    someone = context.signed_in()
+    new = context.sent("new_password")
+    try:
+        if not request.is_json and new != context.sent("again"):
+            raise BadRequest("The two new passwords differ", fix="type the new password twice, alike")
+        answer = context.portal().client.change_password(
+            someone.sha256, context.sent("password"), new, context.address()
+        )
+    except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:
+        if not content.for_people():
+            return content.problem(error)
+        wait = words.amount(error.retry_after) if error.retry_after else ""
+        return content.retry(_page(error.status, error=error, wait=wait), error.retry_after)
+    done = content.data({"user": someone.user}) if content.for_programs() else _back("password")
+    context.set_session(done, answer["token"], answer["session"])
+    return done
+
+
+@pages.post("/account/sessions")
+def revoke() -> Response:
+    """End one other session of this person, or all of them."""
+    context.check_form("account")
+    someone = context.signed_in()
+    client = context.portal().client
+    which = context.sent("id")
+    if which != "all":
+        client.logout(someone.sha256, which)
+        return content.data({"revoked": 1}) if content.for_programs() else _back("revoked")
+    for session in client.my_sessions(someone.sha256)["sessions"]:
+        if not someone.sha256.startswith(session["id"]):
+            with suppress(NotFound):  # ended by itself meanwhile
+                client.logout(someone.sha256, session["id"])
+    client.logout(someone.sha256)
+    return sign_in.farewell("everywhere")
+
+
+def _back(notice: str) -> Response:
+    return context.go(context.local("/account", notice=notice))

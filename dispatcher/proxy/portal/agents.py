@@ -1,0 +1,79 @@
+"""A person's apps: the dashboard, their states as JSON, starting and stopping.  Talks to the manager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response
+
+from dispatcher import names
+from dispatcher.errors import BadRequest
+from dispatcher.proxy.portal import content, context, targets, words
+
+pages = Blueprint("agents", __name__)
+
+#: What a form may ask for -> the state that the manager is asked for.
+ACTIONS = {"start": "running", "stop": "stopped", "restart": "restart"}
+
+
+@pages.get("/")
+def dashboard() -> Response:
+    """Show a person's apps."""
+    if context.on_agent_host():
+        return context.go(context.portal().public_origin + context.local("/"))
+    someone = context.signed_in()
+    agents = context.portal().client.my_agents(someone.sha256)["agents"]
+    if content.for_programs():
+        return _status(someone, agents)
+    return content.page("dashboard.html", someone=someone, agents=[_shown(agent, someone) for agent in agents])
+
+
+@pages.get("/status")
+def status() -> Response:
+    """Return the states of a person's apps, for the pages' scripts and for programs."""
+    someone = context.signed_in()
+    return _status(someone, context.portal().client.my_agents(someone.sha256)["agents"])
+
+
+@pages.post("/agents")
+def act() -> Response:
+    """Open, start, stop or restart one of a person's apps."""
+    context.check_form("agents")
+    someone = context.signed_in()
+    name, action = context.sent("agent", names.MAX_NAME * 2), context.sent("action")
+    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    client = context.portal().client
+    if action == "open":
+        client.select(someone.sha256, name)
+        return context.go(target) if not content.for_programs() else content.data({"agent": name})
+    if action not in ACTIONS:
+        raise BadRequest("Nothing to do", why="the action is none of open, start, stop, restart")
+    agent = client.my_state(someone.sha256, name, ACTIONS[action])
+    if content.for_programs():
+        return content.data(words.public_agent(agent), 202)
+    return context.go(target if context.sent("next") else context.local("/"))
+
+
+def _status(someone: context.Person, agents: list[dict[str, Any]]) -> Response:
+    shown = [words.public_agent(agent) for agent in agents]
+    return content.data({"user": someone.user, "agent": someone.agent, "agents": shown})
+
+
+def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
+    """Return what the dashboard's template needs of an agent."""
+    label, tone = words.state(agent["state"])
+    portal = context.portal()
+    scheme, _, host = portal.public_origin.partition("://")
+    own = agent["name"] == someone.agent
+    address = f"{scheme}://{names.key(agent['name'])}.{host}/" if portal.subdomains else "/" if own else ""
+    return {
+        "agent": agent,
+        "title": portal.title(agent["app"]),
+        "label": label,
+        "tone": tone,
+        "address": address,
+        "current": own and not portal.subdomains,
+        "stopped": agent["state"] in {"stopped", "failed"},
+        "since": words.since(agent.get("since"), event=agent["state"] == "failed"),
+        "last_used": words.ago(agent.get("last_used")),
+    }

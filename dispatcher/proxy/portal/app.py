@@ -1,0 +1,69 @@
+"""The portal as a WSGI application.  `create_app` puts settings, pages, headers and errors together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flask import Flask, Response
+from jinja2 import StrictUndefined
+from werkzeug.exceptions import NotFound
+from werkzeug.middleware.proxy_fix import ProxyFix
+
+from dispatcher.proxy.portal import account, agents, content, context, handover, sign_in, waiting, words
+from dispatcher.proxy.portal.assets import Assets
+
+if TYPE_CHECKING:
+    from dispatcher.client import ManagerClient
+    from dispatcher.config import Config
+
+MAX_BODY = 64 * 1024  # bytes; the longest form holds two passwords and a target
+
+
+def create_app(config: Config, client: ManagerClient) -> Flask:
+    """Return the portal.
+
+    :param config: `proxy` and `apps` are read.
+    :param client: speaks to the manager in the role *proxy*; used by many threads.
+    """
+    app = Flask(__name__, static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY, MAX_FORM_PARTS=20)
+    app.jinja_env.undefined = StrictUndefined
+    app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
+    app.jinja_env.filters["sentence"] = words.sentence
+    portal = context.Portal(config, client, Assets())
+    app.extensions[context.EXTENSION] = portal
+    for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
+        app.register_blueprint(blueprint, url_prefix=portal.prefix)
+
+    @app.get(portal.prefix)
+    def without_slash() -> Response:
+        return context.go(context.local("/"))
+
+    @app.get(f"{portal.prefix}/static/<name>")
+    def static_file(name: str) -> Response:
+        asset = portal.assets.get(name)
+        if asset is None:
+            raise NotFound
+        response = Response(asset.body, content_type=asset.type)
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        return response
+
+    @app.context_processor
+    def for_templates() -> dict[str, object]:
+        return {
+            "local": context.local,
+            "form_token": context.form_token,
+            "asset": lambda name: context.local(f"/static/{portal.assets.name(name)}"),
+            # What a template does not get is not an error: most values have a usual absence.
+            "someone": None,
+            "signed_in": None,
+            "error": None,
+            "notice": "",
+            "wait": "",
+            "user": "",
+        }
+
+    content.install(app)
+    # The edge is the only peer: its socket is private to the proxy.
+    app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
+    return app

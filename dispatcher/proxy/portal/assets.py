@@ -1,0 +1,54 @@
+"""The portal's static files: read once, served from memory under names that hold their hash.  Reads static/ only.
+
+A name that changes with its content may be cached for ever (RFC 8246): a page known before costs one request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent / "static"
+_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml; charset=utf-8",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """One file: its name with the hash in it, its media type, its bytes."""
+
+    name: str
+    type: str
+    body: bytes
+
+
+class Assets:
+    """All static files.
+
+    :param directory: where they are; files of unknown types are left alone.
+    """
+
+    def __init__(self, directory: Path = HERE) -> None:
+        self._hashed: dict[str, Asset] = {}
+        self._names: dict[str, str] = {}
+        for path in sorted(directory.iterdir()):
+            if (kind := _TYPES.get(path.suffix)) is not None:
+                body = path.read_bytes()
+                name = f"{path.stem}.{hashlib.sha256(body).hexdigest()[:16]}{path.suffix}"
+                self._names[path.name] = name
+                self._hashed[name] = Asset(name, kind, body)
+
+    def name(self, plain: str) -> str:
+        """Return the name with the hash in it.
+
+        :raises KeyError: there is no such file.
+        """
+        return self._names[plain]
+
+    def get(self, hashed: str) -> Asset | None:
+        """Return a file by its name with the hash in it."""
+        return self._hashed.get(hashed)

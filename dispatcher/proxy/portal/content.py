@@ -1,0 +1,196 @@
+"""What a response looks like: pages for people, JSON for programs, problem details, security headers.
+
+Touches the request and the templates only.  Who asks is told from `Accept`: a person's browser names text/html.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import secrets
+from typing import Any
+
+from flask import Flask, Response, g, jsonify, make_response, render_template, request
+from werkzeug.exceptions import HTTPException
+
+from dispatcher.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
+from dispatcher.names import printable
+from dispatcher.proxy.portal import context, words
+
+_log = logging.getLogger("dispatcher.portal")
+_HEADINGS = {
+    400: "This cannot work",
+    403: "Not allowed",
+    404: "Nothing here",
+    405: "Not that way",
+    413: "Too much at once",
+    429: "One moment, please",
+    500: "Something went wrong",
+    502: "The app did not answer",
+    503: "Not available right now",
+    504: "This took too long",
+}
+
+
+def for_programs() -> bool:
+    """Whether the client asks for JSON rather than for a page."""
+    accept = request.accept_mimetypes
+    html = max(
+        (quality for value, quality in accept if value in {"text/html", "application/xhtml+xml"}), default=0
+    )
+    json = max((quality for value, quality in accept if value.endswith(("/json", "+json"))), default=0)
+    return json > html or (request.is_json and not html)
+
+
+def for_people() -> bool:
+    """Whether a page will be read by a person: the client names HTML, and shows it as a document of its own."""
+    named = any(
+        quality > 0 and value in {"text/html", "application/xhtml+xml"}
+        for value, quality in request.accept_mimetypes
+    )
+    return named and not for_programs() and not inside_another_page()
+
+
+def inside_another_page() -> bool:
+    """Whether a script, a frame or an embedded object asks (Fetch Metadata).
+
+    An app that shares the portal's origin could otherwise read a page's form tokens.
+    """
+    return request.headers.get("Sec-Fetch-Dest", "document") != "document"
+
+
+def page(template: str, status: int = 200, **values: Any) -> Response:
+    """Return a page for people.
+
+    :raises Forbidden: a script or a frame asks for it.
+    """
+    if inside_another_page():
+        raise Forbidden(
+            "Pages of the portal are for people", why="a script or a frame asked for it", fix="open it as a page"
+        )
+    g.nonce = secrets.token_urlsafe(16)
+    response = make_response(render_template(template, **values), status)
+    response.mimetype = "text/html"
+    return response
+
+
+def data(value: object, status: int = 200) -> Response:
+    """Return JSON for programs."""
+    response = jsonify(value)
+    response.status_code = status
+    return response
+
+
+def problem(error: DispatcherError, status: int | None = None, **more: object) -> Response:
+    """Return an error as problem details (RFC 9457)."""
+    document = {
+        "type": "about:blank",
+        "title": error.what,
+        "status": status or error.status,
+        "detail": error.why,
+        "fix": error.fix,
+        "code": error.code,
+        **more,
+    }
+    response = data({name: value for name, value in document.items() if value != ""}, status or error.status)
+    response.mimetype = "application/problem+json"
+    return retry(response, error.retry_after)
+
+
+def retry(response: Response, seconds: float | None) -> Response:
+    """Say when trying again makes sense (RFC 9110, 10.2.3)."""
+    if seconds is not None:
+        response.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
+    return response
+
+
+def error_page(error: DispatcherError, status: int | None = None) -> Response:
+    """Return an error for whoever asks."""
+    if not for_people():
+        return problem(error, status)
+    number = status or error.status
+    heading = _HEADINGS.get(number, "Something went wrong")
+    wait = words.amount(error.retry_after) if error.retry_after else ""
+    return retry(
+        page("error.html", number, error=error, heading=heading, number=number, wait=wait), error.retry_after
+    )
+
+
+def _from_http(error: HTTPException) -> DispatcherError:
+    classes: dict[int, type[DispatcherError]] = {
+        404: NotFound, 403: Forbidden, 429: TooManyRequests, 503: Unavailable
+    }  # fmt: skip
+    number = error.code or 500
+    cls = classes.get(number, BadRequest if number < 500 else DispatcherError)
+    texts = {
+        404: ("There is no such page", "check the address"),
+        405: (f"{request.method} is not possible here", "open the page in a browser"),
+        413: ("The request is too big", "send less"),
+    }
+    what, fix = texts.get(number, (error.name, ""))
+    return cls(what, fix=fix)
+
+
+def install(app: Flask) -> None:
+    """Give an application the error pages and the headers."""
+
+    @app.errorhandler(context.NotSignedIn)
+    def not_signed_in(error: context.NotSignedIn) -> Response:
+        if not for_people():
+            return problem(error)
+        here = request.full_path.rstrip("?") if request.method in {"GET", "HEAD"} else context.local("/")
+        return context.go(context.local("/login", next=here))
+
+    @app.errorhandler(DispatcherError)
+    def expected(error: DispatcherError) -> Response:
+        return error_page(error)
+
+    @app.errorhandler(HTTPException)
+    def by_flask(error: HTTPException) -> Response:
+        response = error_page(_from_http(error), error.code)
+        if (allow := dict(error.get_headers()).get("Allow")) is not None:
+            response.headers["Allow"] = allow
+        return response
+
+    @app.errorhandler(Exception)
+    def unexpected(_: Exception) -> Response:
+        number = request.headers.get("X-Request-ID", "")
+        _log.exception("%s %s failed, request %s", request.method, printable(request.path), printable(number))
+        return error_page(
+            DispatcherError("The portal made a mistake", fix="try again; if it stays so, tell the operator")
+        )
+
+    app.after_request(context.keep_seed)
+    app.after_request(_headers)
+
+
+def _headers(response: Response) -> Response:
+    fields = response.headers
+    fields.setdefault("Cache-Control", "no-store")
+    fields["X-Content-Type-Options"] = "nosniff"
+    # `no-referrer` would make browsers send `Origin: null` with the forms.
+    fields["Referrer-Policy"] = "same-origin"
+    fields["X-Frame-Options"] = "DENY"
+    fields["Cross-Origin-Resource-Policy"] = "same-origin"
+    # An app of the same origin that opens a page of the portal gets no handle to it.
+    fields["Cross-Origin-Opener-Policy"] = "noopener-allow-popups"
+    fields["Content-Security-Policy"] = _policy()
+    return response
+
+
+def _policy() -> str:
+    rules = ["default-src 'none'", "base-uri 'none'", "frame-ancestors 'none'"]
+    if (nonce := g.get("nonce")) is not None:
+        # By nonce and not 'self': everything that an app serves would be 'self'.
+        rules += [f"script-src 'nonce-{nonce}'", f"style-src 'nonce-{nonce}'", "img-src 'self' data:"]
+        rules += ["connect-src 'self'", f"form-action {_form_targets()}"]
+    return "; ".join(rules)
+
+
+def _form_targets() -> str:
+    # Chromium applies form-action to the redirects that follow, and a sign-in may go on to an agent's host.
+    portal = context.portal()
+    if not portal.subdomains:
+        return "'self'"
+    scheme, _, host = portal.public_origin.partition("://")
+    return f"'self' {scheme}://{host} {scheme}://*.{host}"

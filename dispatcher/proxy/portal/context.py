@@ -1,0 +1,288 @@
+"""What every page needs: the portal's settings, who is signed in, cookies and forms.  Touches the request only.
+
+`portal()` is the application's, `person()` the request's.  The manager is asked at most once a request who the
+session belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlencode
+
+from flask import Response, current_app, g, request
+
+from dispatcher.errors import DispatcherError, Forbidden, NotFound
+from dispatcher.proxy import cookies
+from dispatcher.proxy.portal import forms, targets
+
+if TYPE_CHECKING:
+    from dispatcher.client import ManagerClient
+    from dispatcher.config import Config
+    from dispatcher.proxy.portal.assets import Assets
+
+EXTENSION = "dispatcher-portal"
+LOGIN_SLOTS = 64
+_TOKEN = re.compile(r"[\x21-\x7e]{16,256}")
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
+_LONGEST = 400 * 86400  # browsers keep no cookie longer (RFC 6265bis, 5.5)
+_DEVICE_AGE = 180 * 86400
+_NONCE_AGE = 600
+_EXPIRED_AT_MOST = 50
+
+
+class NotSignedIn(DispatcherError):
+    """There is no session, or it has ended."""
+
+    code, status = "not-signed-in", 401
+
+
+class StaleForm(Forbidden):
+    """The form's token is not this browser's or not this session's."""
+
+    code = "stale-form"
+
+
+@dataclass(frozen=True, slots=True)
+class Portal:
+    """Settings of the application."""
+
+    config: Config
+    client: ManagerClient
+    assets: Assets
+    logins: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(LOGIN_SLOTS))
+
+    @property
+    def prefix(self) -> str:
+        """Path under which the portal lives."""
+        return self.config.proxy.prefix
+
+    @property
+    def public_origin(self) -> str:
+        """``SCHEME://HOST`` of `proxy.public_url`, or ""."""
+        return targets.origin(self.config.proxy.public_url)
+
+    @property
+    def public_host(self) -> str:
+        """Host and port of `proxy.public_url`, or ""."""
+        return self.public_origin.partition("://")[2]
+
+    @property
+    def subdomains(self) -> bool:
+        """Whether each agent has a host of its own."""
+        return self.config.proxy.routing == "subdomain"
+
+    def title(self, app: str) -> str:
+        """Return an app's name for people."""
+        table = self.config.apps.get(app)
+        return (table.title if table else "") or app
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Who is signed in.  `sha256` is what the manager knows the session's token by."""
+
+    sha256: str
+    user: str
+    agent: str
+    agents: tuple[str, ...]
+
+
+def portal() -> Portal:
+    """Return the application's settings."""
+    return cast("Portal", current_app.extensions[EXTENSION])
+
+
+def sha256(token: str) -> str:
+    """Return the hexadecimal digest under which a token is known."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def on_agent_host() -> bool:
+    """Whether the request came to an agent's own host (subdomain routing)."""
+    return portal().subdomains and request.host.lower() != portal().public_host
+
+
+def address() -> str:
+    """Return the address of the person's browser, as the edge saw it."""
+    return request.remote_addr or ""
+
+
+# The session.
+
+
+def session_digest() -> str:
+    """Return the SHA-256 of the session's token, "" without one; two session cookies count as none."""
+    found = request.cookies.getlist(cookies.session_cookie_name(portal().config.secure))
+    return sha256(found[0]) if len(found) == 1 and _TOKEN.fullmatch(found[0]) else ""
+
+
+def person() -> Person | None:
+    """Return who is signed in.
+
+    :raises ManagerUnreachable: nobody can tell.
+    """
+    if "person" not in g:
+        g.person = _look_up()
+    return cast("Person | None", g.person)
+
+
+def signed_in() -> Person:
+    """Return who is signed in.
+
+    :raises NotSignedIn: nobody is.
+    """
+    found = person()
+    if found is None:
+        raise NotSignedIn("You are not signed in", fix="sign in and try again")
+    return found
+
+
+def _look_up() -> Person | None:
+    digest = session_digest()
+    if not digest:
+        return None
+    try:
+        session = portal().client.lookup(digest)
+    except (NotFound, Forbidden):
+        return None
+    return Person(digest, str(session["user"]), str(session["agent"]), tuple(session.get("agents", ())))
+
+
+def agent_of(someone: Person, name: str) -> dict[str, Any]:
+    """Return one of a person's agents.
+
+    :raises NotFound: alike for another's and for none at all.
+    """
+    for agent in portal().client.my_agents(someone.sha256)["agents"]:
+        if agent["name"] == name:
+            return cast("dict[str, Any]", agent)
+    raise NotFound("There is no such app of yours", fix="choose one of your apps")
+
+
+# Cookies.
+
+
+def _set(response: Response, name: str, value: str, max_age: float | None) -> None:
+    age = None if max_age is None else int(min(max_age, _LONGEST))
+    secure = portal().config.secure
+    response.set_cookie(name, value, max_age=age, path="/", secure=secure, httponly=True, samesite="Lax")
+
+
+def set_session(response: Response, token: str, session: dict[str, Any]) -> None:
+    """Give the browser a session; it keeps the cookie no longer than the session lasts."""
+    ttl = session.get("ttl")
+    _set(response, cookies.session_cookie_name(portal().config.secure), token, _LONGEST if ttl is None else ttl)
+
+
+def device_token() -> str | None:
+    """Return the token that proves an earlier sign-in from this browser."""
+    found = request.cookies.get(cookies.device_cookie_name(portal().config.secure), "")
+    return found if _TOKEN.fullmatch(found) else None
+
+
+def set_device(response: Response, token: str) -> None:
+    """Let the browser prove later that its owner has signed in from it before."""
+    _set(response, cookies.device_cookie_name(portal().config.secure), token, _DEVICE_AGE)
+
+
+def nonce() -> str:
+    """Return the nonce that this host asked for a handed-over sign-in with, or ""."""
+    found = request.cookies.getlist(cookies.nonce_cookie_name(portal().config.secure))
+    return found[0] if len(found) == 1 and forms.SEED.fullmatch(found[0]) else ""
+
+
+def set_nonce(response: Response, value: str) -> None:
+    """Bind the hand-over that begins now to this browser and host."""
+    _set(response, cookies.nonce_cookie_name(portal().config.secure), value, _NONCE_AGE)
+
+
+def drop_nonce(response: Response) -> None:
+    """Forget the nonce; it served."""
+    _set(response, cookies.nonce_cookie_name(portal().config.secure), "", 0)
+
+
+def forget_session(response: Response) -> None:
+    """Leave nothing of a session in the browser: the next person's app must not find what the last one's left.
+
+    The cache and everything that scripts store go by Clear-Site-Data.  Its "cookies" would take too much: those
+    of all sibling hosts, and the device cookie, which lets the owner in while somebody guesses passwords.  So
+    the cookies that the browser showed (an app's, when it shares the portal's origin) are expired one by one.
+    """
+    secure = portal().config.secure
+    shown = [] if portal().subdomains else list(request.cookies)[:_EXPIRED_AT_MOST]
+    for name in [cookies.session_cookie_name(secure), *shown]:
+        if name == cookies.session_cookie_name(secure) or (
+            name not in cookies.OWN_NAMES and _NAME.fullmatch(name)
+        ):
+            _set(response, name, "", 0)
+    response.headers["Clear-Site-Data"] = '"cache", "storage"'
+
+
+# Forms.
+
+
+def form_token(purpose: str, *, session: bool = True) -> str:
+    """Return a token for a form of this page; the browser gets the cookie it belongs to if it has none."""
+    name = cookies.form_cookie_name(portal().config.secure)
+    seed = next((value for value in request.cookies.getlist(name) if forms.SEED.fullmatch(value)), "")
+    if not seed:
+        seed = g.setdefault("new_seed", forms.new_seed())
+    return forms.token(seed, purpose, session_digest() if session else "")
+
+
+def keep_seed(response: Response) -> Response:
+    """Send the cookie of a form that this response shows."""
+    if "new_seed" in g:
+        _set(response, cookies.form_cookie_name(portal().config.secure), g.new_seed, None)
+    return response
+
+
+def own_origins() -> set[str]:
+    """Return the origins under which people reach this host of the portal."""
+    here = {targets.origin(request.host_url)}
+    return here if on_agent_host() else here | ({portal().public_origin} - {""})
+
+
+def check_form(purpose: str, *, session: bool = True) -> None:
+    """Return when the request is a form of this portal, or a program's JSON.
+
+    :raises Forbidden: a page of another origin, a frame or a script sent it.
+    :raises StaleForm: the token is missing, another browser's or another session's.
+    """
+    program = request.is_json
+    if why := forms.foreign(dict(request.headers), own_origins(), program=program):
+        raise Forbidden("This request is refused", why=why, fix="open the page yourself and try again")
+    if program:
+        return
+    seeds = request.cookies.getlist(cookies.form_cookie_name(portal().config.secure))
+    if not forms.valid(request.form.get("token", ""), seeds, purpose, session_digest() if session else ""):
+        raise StaleForm(
+            "This page was out of date",
+            why="it was opened before the browser's cookies or the session changed",
+            fix="try again from here",
+        )
+
+
+def sent(name: str, limit: int = 4096) -> str:
+    """Return one value of a form or of a JSON body, "" when absent; never longer than `limit` characters."""
+    source: Any = request.get_json(silent=True) if request.is_json else request.form
+    value = source.get(name, "") if isinstance(source, Mapping) else ""
+    return value[: limit + 1] if isinstance(value, str) else ""
+
+
+# Ways on.
+
+
+def local(path: str, **query: str) -> str:
+    """Return a path of the portal with a query."""
+    return f"{portal().prefix}{path}" + (f"?{urlencode(query)}" if query else "")
+
+
+def go(path: str) -> Response:
+    """Send the browser on with GET."""
+    return Response(status=303, headers={"Location": path})

@@ -1,0 +1,77 @@
+"""Carrying a sign-in to an agent's own host (subdomain routing).  Talks to the manager.
+
+AGENT host: `begin` puts a random nonce into a cookie of that host and asks the portal's host for a code.
+PORTAL host: the signed-in person gets a code for that host, bound to the nonce's hash, single use, 30 seconds.
+AGENT host: `redeem` trades code and nonce for a session of that host alone.  A link that somebody else was sent
+is worth nothing without the nonce, which neither pages nor other hosts can read.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlencode
+
+from flask import Blueprint, Response, request
+
+from dispatcher.errors import BadRequest, DispatcherError, Forbidden, NotFound
+from dispatcher.proxy.portal import content, context, forms, targets
+
+pages = Blueprint("handover", __name__)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def begin(target: str) -> Response:
+    """Send the browser from an agent's host to the portal's for a code."""
+    if not content.for_people():
+        raise context.NotSignedIn("You are not signed in", fix="sign in at " + context.portal().public_origin)
+    nonce = context.nonce() or forms.new_seed()  # two tabs that begin at once share one
+    query = urlencode({"host": request.host.lower(), "nonce": context.sha256(nonce), "next": target})
+    response = context.go(f"{context.portal().public_origin}{context.local('/handover')}?{query}")
+    context.set_nonce(response, nonce)
+    return response
+
+
+@pages.get("/handover")
+def issue() -> Response:
+    """Give the signed-in person a code for one of their agents' hosts."""
+    portal = context.portal()
+    if not portal.subdomains or context.on_agent_host():
+        raise NotFound("There is no such page")
+    host = targets.agent_host(request.args.get("host", ""), portal.public_host)
+    nonce = request.args.get("nonce", "")
+    if not host or not _SHA256.fullmatch(nonce):
+        raise BadRequest("This link is incomplete", fix="open the app from your list of apps")
+    someone = context.signed_in()
+    code = portal.client.handover(someone.sha256, host, nonce)["code"]
+    target = targets.own_path(request.args.get("next"), portal.prefix)
+    scheme = portal.public_origin.partition("://")[0]
+    query = urlencode({"code": code, "next": target})
+    return context.go(f"{scheme}://{host}{context.local('/handover/redeem')}?{query}")
+
+
+@pages.get("/handover/redeem")
+def redeem() -> Response:
+    """Trade the code for a session of this host."""
+    if not context.on_agent_host():
+        raise NotFound("There is no such page")
+    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    nonce = context.nonce()
+    try:
+        if not nonce:
+            raise Forbidden("This sign-in was not begun here", why="the browser has no nonce of this host")
+        answer = context.portal().client.redeem(request.args.get("code", "")[:256], nonce, request.host.lower())
+    except (Forbidden, NotFound, BadRequest) as error:
+        return _not_redeemed(error, target)
+    response = context.go(target)
+    context.set_session(response, answer["token"], answer["session"])
+    context.drop_nonce(response)
+    return response
+
+
+def _not_redeemed(error: DispatcherError, target: str) -> Response:
+    if context.person() is not None:  # another tab was first
+        return context.go(target)
+    if not content.for_people():
+        return content.problem(error, 403)
+    # Never by itself: what went wrong once would go wrong for ever.
+    return content.page("again.html", 403, error=error, target=target)

@@ -1,0 +1,36 @@
+"""Runs the portal on waitress, on a socket that somebody else opened.  Touches that socket and the manager's."""
+
+from __future__ import annotations
+
+import socket
+
+import waitress
+
+from dispatcher.client import ManagerClient
+from dispatcher.config import Config
+from dispatcher.paths import Paths
+from dispatcher.proxy.portal import context
+from dispatcher.proxy.portal.app import MAX_BODY, create_app
+
+#: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
+SPARE_THREADS = 8
+
+
+def serve(config: Config, sock: socket.socket) -> None:
+    """Serve the portal until the process ends.
+
+    :param sock: bound Unix socket, private to the proxy; the edge is its only client.
+    """
+    client = ManagerClient(f"unix://{Paths.of(config).proxy_socket}")
+    waitress.serve(
+        create_app(config, client),
+        sockets=[sock],
+        threads=context.LOGIN_SLOTS + SPARE_THREADS,
+        asyncore_use_poll=True,  # descriptors past 1,024
+        connection_limit=1000,
+        clear_untrusted_proxy_headers=False,  # the edge has replaced them
+        max_request_header_size=2 * config.proxy.head_bytes,
+        max_request_body_size=4 * MAX_BODY,
+        expose_tracebacks=False,
+        ident=None,
+    )

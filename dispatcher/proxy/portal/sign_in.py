@@ -1,0 +1,132 @@
+"""Signing in and out.  Talks to the manager; the password is passed on and never kept or logged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from dispatcher.errors import BadRequest, DispatcherError, Forbidden, TooManyRequests
+from dispatcher.proxy.portal import content, context, handover, targets, words
+
+pages = Blueprint("sign_in", __name__)
+
+#: What a page that was reached by a redirect may say; nothing else from the address is ever shown as a message.
+NOTICES = {
+    "signed-out": "You are signed out.",
+    "everywhere": "You are signed out on all your devices.",
+}
+
+
+@pages.get("/login")
+def form() -> Response:
+    """Show the sign-in form; on an agent's own host begin the hand-over instead."""
+    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    if context.on_agent_host():
+        return handover.begin(target)
+    if content.for_programs():
+        fields = {"user": "string", "password": "string"}
+        return content.data({"sign_in": {"method": "POST", "content_type": "application/json", "fields": fields}})
+    return _form(target, notice=NOTICES.get(request.args.get("notice", ""), ""), signed_in=context.person())
+
+
+@pages.post("/login")
+def sign_in() -> Response:
+    """Check a name and a password, and begin a session: always a new one, whatever cookie came along."""
+    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    user = context.sent("user")
+    try:
+        context.check_form("login", session=False)
+    except context.StaleForm as error:
+        return _again(error, user, target)
+    try:
+        answer = _login(user, context.sent("password"))
+    except (BadRequest, Forbidden):
+        # Unknown names, impossible names and wrong passwords look alike.
+        return _again(Forbidden("Name and password do not match", fix="check both and try again"), user, target)
+    except TooManyRequests as error:
+        return _again(error, user, target)
+    response = _welcome(answer["session"], target)
+    context.set_session(response, answer["token"], answer["session"])
+    if answer.get("device"):
+        context.set_device(response, answer["device"])
+    return response
+
+
+def _login(user: str, password: str) -> dict[str, Any]:
+    """Begin a session; the one that the browser had ends.
+
+    :raises Forbidden, BadRequest: wrong; :raises TooManyRequests: slowed down, or too many at once.
+    """
+    client = context.portal().client
+    agent = request.headers.get("User-Agent", "")[:512]
+    with _slot():
+        answer = client.login(user, password, context.address(), agent, context.device_token())
+    if before := context.session_digest():
+        with suppress(DispatcherError):
+            client.logout(before)
+    return answer
+
+
+@contextmanager
+def _slot() -> Iterator[None]:
+    """Leave threads for everybody else while many passwords are checked.
+
+    :raises TooManyRequests: all slots are taken.
+    """
+    slots = context.portal().logins
+    if not slots.acquire(blocking=False):
+        raise TooManyRequests("Many people are signing in", fix="try again in a moment", retry_after=2)
+    try:
+        yield
+    finally:
+        slots.release()
+
+
+def _welcome(session: dict[str, Any], target: str) -> Response:
+    if content.for_programs():
+        shown = {name: session.get(name) for name in ("user", "agent", "agents", "ttl")}
+        return content.data({**shown, "next": target})
+    return context.go(target)
+
+
+def _again(error: DispatcherError, user: str, target: str) -> Response:
+    """Show the form once more, with the reason."""
+    if not content.for_people():
+        return content.problem(error)
+    wait = words.amount(error.retry_after) if error.retry_after else ""
+    return content.retry(_form(target, error.status, user=user[:255], error=error, wait=wait), error.retry_after)
+
+
+def _form(target: str, status: int = 200, **values: Any) -> Response:
+    return content.page("login.html", status, target=target, **values)
+
+
+@pages.get("/logout")
+def ask() -> Response:
+    """Ask whether to sign out; a link or an image somewhere must not do it."""
+    if context.on_agent_host():
+        return context.go(context.portal().public_origin + context.local("/logout"))
+    someone = context.person()
+    if someone is None and content.for_people():
+        return context.go(context.local("/login"))
+    return content.page("logout.html", someone=context.signed_in())
+
+
+@pages.post("/logout")
+def sign_out() -> Response:
+    """End the session; its connections close and the browser forgets what it can."""
+    context.check_form("logout")
+    if digest := context.session_digest():
+        context.portal().client.logout(digest)
+    return farewell("signed-out")
+
+
+def farewell(notice: str) -> Response:
+    """Return the way out, after the session has ended."""
+    response = content.data({"signed_out": True}) if not content.for_people() else None
+    response = response or context.go(context.local("/login", notice=notice))
+    context.forget_session(response)
+    return response

@@ -1,0 +1,121 @@
+"use strict";
+// Follows what the server says without a reload.  Every page works without this file too.
+
+(() => {
+  const all = (selector, work) => document.querySelectorAll(selector).forEach(work);
+  const busy = new Set(["starting", "stopping", "suspending", "removing"]);
+
+  // A form is sent once, however often its button is pressed.
+  all("form[data-once]", (form) => form.addEventListener("submit", (event) => {
+    if (form.dataset.sent) { event.preventDefault(); return; }
+    form.dataset.sent = "yes";
+    form.querySelectorAll("button").forEach((button) => button.setAttribute("aria-disabled", "true"));
+  }));
+  addEventListener("pageshow", (event) => {
+    if (!event.persisted) return;
+    all("form[data-sent]", (form) => {
+      delete form.dataset.sent;
+      form.querySelectorAll("button").forEach((button) => button.removeAttribute("aria-disabled"));
+    });
+  });
+
+  async function states(url) {
+    const response = await fetch(url, { headers: { Accept: "application/json" } });
+    if (response.status === 401) { location.reload(); }
+    if (!response.ok) throw new Error(String(response.status));
+    return (await response.json()).agents;
+  }
+
+  function seconds(since) {
+    const count = Math.max(0, Math.round((Date.now() - since) / 1000));
+    return count < 60 ? `${count} s` : `${Math.floor(count / 60)} min ${count % 60} s`;
+  }
+
+  // The waiting page: stages as they come, then the app.
+  function wait(card) {
+    const { agent, target } = card.dataset;
+    const list = card.querySelector("[data-stages]"), bar = card.querySelector("[data-progress]");
+    const begun = Date.now();
+    let leaving = false, asking = 0;
+
+    function leave() {
+      if (leaving) return;
+      leaving = true;
+      clearInterval(clock);
+      clearTimeout(asking);
+      // A page that was replaced at once would flicker, and one that comes back must not spin.
+      setTimeout(() => location.replace(target), Date.now() - begun < 400 ? 400 : 0);
+    }
+
+    function show(stage, detail, fraction) {
+      let now = list.querySelector(".now");
+      const title = now.querySelector("[data-stage]");
+      if (stage && stage !== title.textContent) {
+        const next = now.cloneNode(false);
+        now.className = "done";
+        now.querySelector("small")?.remove();
+        const text = document.createElement("span");
+        text.dataset.stage = "";
+        text.textContent = stage;
+        next.append(text);
+        list.append(next);
+        while (list.children.length > 8) list.firstElementChild.remove();
+        now = next;
+      }
+      let small = now.querySelector("small");
+      if (detail && !small) {
+        small = document.createElement("small");
+        now.append(" ", small);
+      }
+      if (small) small.textContent = detail || "";
+      if (typeof fraction === "number") bar.value = fraction; else bar.removeAttribute("value");
+    }
+
+    function apply(state) {
+      if (state.state === "running" || state.state === "failed" || state.failed) leave();
+      else show(state.stage, state.detail, state.fraction);
+    }
+
+    async function ask(pause) {
+      try {
+        const mine = (await states(card.dataset.status)).find((each) => each.name === agent);
+        if (mine) { apply(mine); pause = 1000; } else leave();
+      } catch { pause = Math.min(pause * 2, 10000); }
+      if (!leaving) asking = setTimeout(() => ask(pause), pause);
+    }
+
+    const clock = setInterval(() => { card.querySelector("[data-time]").textContent = `For ${seconds(begun)} so far`; }, 1000);
+    const source = new EventSource(`${card.dataset.events}?agent=${encodeURIComponent(agent)}`);
+    const heard = (event) => { try { apply(JSON.parse(event.data)); } catch { /* not for us */ } };
+    for (const name of ["message", "agent", "state"]) source.addEventListener(name, heard);
+    source.addEventListener("error", () => {
+      // The browser tries again by itself unless the answer was no stream; meanwhile the status says the same.
+      if (!asking && !leaving) asking = setTimeout(() => ask(1000), source.readyState === EventSource.CLOSED ? 0 : 1500);
+    });
+    addEventListener("pagehide", () => source.close());
+  }
+  all("[data-wait]", wait);
+
+  // The failed page and the list of apps: reload when a state has changed.
+  function watch(expected, url, pause) {
+    async function look() {
+      let changed = false;
+      if (!document.hidden) {
+        try {
+          const found = new Map((await states(url)).map((each) => [each.name, each.state]));
+          changed = found.size !== expected.size && expected.full;
+          for (const [name, state] of expected.states) changed ||= found.get(name) !== state;
+        } catch { /* asked again below */ }
+      }
+      const typing = document.activeElement?.matches("input, textarea");
+      if (changed && !typing) location.reload(); else setTimeout(look, pause);
+    }
+    setTimeout(look, pause);
+  }
+  all("[data-apps]", (list) => {
+    const items = [...list.querySelectorAll("[data-agent]")].map((item) => [item.dataset.agent, item.dataset.state]);
+    const moving = items.some(([, state]) => busy.has(state));
+    watch({ states: items, size: items.length, full: true }, list.dataset.status, moving ? 1000 : 5000);
+  });
+  all("[data-failed]", (card) => watch({ states: [[card.dataset.agent, "failed"]] }, card.dataset.status, 5000));
+})();

@@ -1,0 +1,58 @@
+"""Where a person may be sent: paths of the own origin, and hosts of agents.  Pure."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote, unquote, urlsplit
+
+MAX_TARGET = 8192
+_ROUNDS = 4  # of percent-decoding; deeper nesting is refused
+#: What a browser or a careless decoder could take for the beginning of another host: ``//``, ``/\``, ``/<TAB>/``.
+_OTHER_HOST = re.compile(r"[\x00-\x20\x7f-\xa0]*[/\\][\x00-\x20\x7f-\xa0]*[/\\]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_SAFE = "%/?#[]@!$&'()*+,;=:-._~"
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def own_path(raw: str | None, prefix: str) -> str:
+    """Return `raw` when it is a path (with query) of the own origin, percent-encoded; else ``/``.
+
+    Refused are absolute URLs, every spelling that some browser or server reads as another host (percent-encoded
+    ones too), control characters, and the sign-in and sign-out pages themselves.
+
+    :param prefix: path of the portal.
+    """
+    if not raw or len(raw) > MAX_TARGET or raw[0] != "/" or _CONTROL.search(raw) or "\\" in raw:
+        return "/"
+    path = re.split(r"[?#]", raw, maxsplit=1)[0]
+    for _ in range(_ROUNDS):
+        if _OTHER_HOST.match(path):
+            return "/"
+        decoded = unquote(path)
+        if decoded == path:
+            break
+        path = decoded
+    else:
+        return "/"
+    if path in {f"{prefix}/login", f"{prefix}/logout"}:
+        return "/"
+    return quote(raw, safe=_SAFE)
+
+
+def origin(url: str) -> str:
+    """Return ``SCHEME://HOST[:PORT]`` of a URL as browsers write it in `Origin`, or "" when it has none."""
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        return ""
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    default = 443 if parts.scheme == "https" else 80
+    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in {None, default} else "")
+
+
+def agent_host(host: str, public_host: str) -> str:
+    """Return the canonical form of an agent's host, ``LABEL.PUBLIC_HOST``, or "" when it is none.
+
+    :param public_host: host (and port, when not the scheme's own) of the portal.
+    """
+    label, dot, rest = host.lower().partition(".")
+    return host.lower() if dot and rest == public_host.lower() and _LABEL.fullmatch(label) else ""

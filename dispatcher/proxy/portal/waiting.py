@@ -1,0 +1,65 @@
+"""The page that stands in for an app that is not ready.  Talks to the manager.
+
+The edge asks for it in place of the app, under the app's own address, and says in two headers (which clients
+cannot send) for which agent and which path.  Never cached, 503, HTML for people and JSON for programs.  The page
+follows the start by the edge's event stream, by asking for the status where that breaks, and by reloading where
+scripts are off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response, request
+
+from dispatcher.errors import StartFailed, Unavailable
+from dispatcher.proxy.portal import content, context, targets, words
+
+pages = Blueprint("waiting", __name__)
+REFRESH = 2  # seconds
+RETRY_FAILED = 30  # seconds
+
+
+@pages.get("/waiting")
+def waiting() -> Response:
+    """Say how far the app is, or why it does not start."""
+    target = targets.own_path(_header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix)
+    someone = context.person()
+    if someone is None:
+        if content.for_people():
+            return context.go(context.local("/login", next=target))
+        raise context.NotSignedIn("You are not signed in", fix="sign in and try again")
+    agent = context.agent_of(someone, _header("X-Dispatcher-Agent") or someone.agent)
+    return _failed(agent, target) if agent["state"] == "failed" else _under_way(agent, target)
+
+
+def _header(name: str) -> str:
+    """Return a header of the edge: UTF-8, which WSGI hands over as Latin-1."""
+    return request.headers.get(name, "").encode("latin-1", "replace").decode("utf-8", "replace")
+
+
+def _under_way(agent: dict[str, Any], target: str) -> Response:
+    title = context.portal().title(agent["app"])
+    label, _ = words.state(agent["state"])
+    if not content.for_people():
+        error = Unavailable(f"{title} is not ready", why=label.lower(), fix="try again soon", retry_after=REFRESH)
+        return content.problem(error, 503, agent=words.public_agent(agent))
+    response = content.page(
+        "waiting.html", 503, agent=agent, title=title, label=label, target=target, refresh=REFRESH
+    )
+    return content.retry(response, REFRESH)
+
+
+def _failed(agent: dict[str, Any], target: str) -> Response:
+    title = context.portal().title(agent["app"])
+    failure = agent.get("failure") or {}
+    what = failure.get("what") or f"{title} could not start"
+    if not content.for_people():
+        why, fix = failure.get("why") or "", failure.get("fix") or ""
+        error = StartFailed(what, why=why, fix=fix, retry_after=RETRY_FAILED)
+        return content.problem(error, 503, agent=words.public_agent(agent))
+    response = content.page(
+        "failed.html", 503, agent=agent, title=title, what=what, failure=failure, target=target,
+        since=words.ago(agent.get("since")),
+    )  # fmt: skip
+    return content.retry(response, RETRY_FAILED)

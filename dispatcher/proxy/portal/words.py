@@ -1,0 +1,107 @@
+"""What people read: states, times and browsers in words.  Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+#: State -> word and tone; the tones are classes of the style sheet.
+STATES: Mapping[str, tuple[str, str]] = {
+    "running": ("Running", "good"),
+    "starting": ("Starting", "busy"),
+    "suspending": ("Going to sleep", "busy"),
+    "suspended": ("Asleep", "calm"),
+    "hibernated": ("Asleep", "calm"),
+    "stopping": ("Stopping", "busy"),
+    "stopped": ("Stopped", "calm"),
+    "removing": ("Being removed", "busy"),
+    "failed": ("Failed", "bad"),
+    "unknown": ("Not reachable", "bad"),
+}
+_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
+_BROWSERS = (
+    ("Edge", r"Edg(?:e|A|iOS)?/"),
+    ("Opera", r"OPR/"),
+    ("Firefox", r"(?:Firefox|FxiOS)/"),
+    ("Chrome", r"(?:Chrome|CriOS|Chromium)/"),
+    ("Safari", r"Safari/"),
+    ("curl", r"curl/"),
+)
+_SYSTEMS = (
+    ("Android", r"Android"),
+    ("iPhone", r"iPhone"),
+    ("iPad", r"iPad"),
+    ("Windows", r"Windows"),
+    ("macOS", r"Mac OS X|Macintosh"),
+    ("ChromeOS", r"CrOS"),
+    ("Linux", r"Linux|X11"),
+)
+
+
+def state(name: str) -> tuple[str, str]:
+    """Return a state in words, and its tone."""
+    return STATES.get(name, (name.capitalize(), "calm"))
+
+
+def amount(seconds: float) -> str:
+    """Return a span in one unit, rounded down: ``3 minutes``; ``a moment`` below a second."""
+    for size, unit in _UNITS:
+        if seconds >= size:
+            count = int(seconds // size)
+            return f"{count} {unit}{'' if count == 1 else 's'}"
+    return "a moment"
+
+
+def ago(when: str | None, now: datetime | None = None) -> str:
+    """Return an ISO 8601 time in words, as seen from now: ``3 minutes ago``, ``just now``, ``never`` for None."""
+    if when is None:
+        return "never"
+    try:
+        then = datetime.fromisoformat(when.replace("Z", "+00:00"))
+    except (ValueError, AttributeError):
+        return "some time ago"
+    if then.tzinfo is None:
+        then = then.replace(tzinfo=timezone.utc)
+    seconds = ((now or datetime.now(timezone.utc)) - then).total_seconds()
+    if seconds < -1:
+        return f"in {amount(-seconds)}"
+    return "just now" if seconds < 5 else f"{amount(seconds)} ago"
+
+
+def since(when: str | None, *, event: bool = False, now: datetime | None = None) -> str:
+    """Return how long a state lasts, ``for 3 minutes``, or how long ago an event was; "" for None."""
+    if when is None:
+        return ""
+    text = ago(when, now)
+    return (
+        text
+        if event or text == "some time ago"
+        else f"for {text.removesuffix(' ago')}".replace("just now", "a moment")
+    )
+
+
+def sentence(text: object, *, capital: bool = True) -> str:
+    """Return a text as a sentence: a capital in front (if wanted), a full stop at the end."""
+    shown = str(text).strip()
+    if not shown:
+        return ""
+    first = shown[0].upper() if capital else shown[0]
+    return first + shown[1:] + ("" if shown[-1] in ".!?…" else ".")
+
+
+def browser(user_agent: str | None) -> str:
+    """Return a browser's description of itself in words: ``Firefox on Linux``."""
+    text = (user_agent or "")[:512]
+    name = next((name for name, pattern in _BROWSERS if re.search(pattern, text)), "")
+    system = next((name for name, pattern in _SYSTEMS if re.search(pattern, text)), "")
+    if name and system:
+        return f"{name} on {system}"
+    return name or system or text.partition("/")[0][:40] or "Unknown browser"
+
+
+def public_agent(agent: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a person's own programs may know of an agent: nothing of the host it runs on."""
+    shown = ("name", "app", "state", "stage", "detail", "fraction", "since", "failure", "last_used", "outdated")
+    return {name: agent.get(name) for name in shown}
