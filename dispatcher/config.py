@@ -9,32 +9,19 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from dispatcher import names, places
+from dispatcher.config_tables import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.errors import BadRequest, ConfigError, PluginError
-from dispatcher.model import App, Limits, Network
-from dispatcher.settings import (
-    Address,
-    Count,
-    Duration,
-    Environment,
-    Flag,
-    MaybeDuration,
-    NetworkAddress,
-    Number,
-    Origin,
-    Size,
-    Table,
-    UrlPath,
-)
+from dispatcher.model import App, Limits
+from dispatcher.settings import Table
 from dispatcher.validation import nearest, printable_key, problems, shown, validate, wrong
 
 if sys.version_info >= (3, 11):
@@ -45,137 +32,7 @@ else:
 if typing.TYPE_CHECKING:
     from dispatcher.plugins import Plugins
 
-
-class ManagerConfig(Table):
-    """``[manager]``"""
-
-    listen: list[Address] = Field(
-        default=[], description="TCP addresses with TLS, such as 0.0.0.0:4443; none by default"
-    )
-    state_dir: Path = Field(default_factory=places.state_dir, description="database, agents' data, logs")
-    run_dir: Path = Field(
-        default_factory=places.run_dir, description="sockets; short, as a path has under 108 bytes"
-    )
-    database: str = Field(default="", description="SQLAlchemy URL; by default SQLite in state_dir")
-    tls_cert: Path | None = Field(default=None, description="for listen; self-signed on demand when absent")
-    tls_key: Path | None = None
-    client_ca: Path | None = Field(default=None, description="certificates signed by it may administer over TLS")
-    token_file: Path | None = Field(default=None, description="tokens that may administer over TLS, one a line")
-    admin_group: str = Field(default="dispatcher-admin", description="group that may use manager.sock")
-    proxy_group: str = Field(
-        default="dispatcher-proxy", description="group that may use proxy.sock and reach agents"
-    )
-    uid_range: tuple[Count, Count] = Field(
-        default=(200000, 265535), description="host user ids for agents, as root"
-    )
-    threads: Count = Field(default=20, ge=2, le=256, description="threads of the REST API")
-    provider_threads: Count = Field(default=32, ge=1, le=512, description="threads per provider")
-    reconcile_interval: Duration = 30.0
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
-
-    @field_validator("uid_range")
-    @classmethod
-    def _range(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 1000 <= value[0] < value[1] < 2**32 - 1:
-            raise ValueError("two user ids from 1000 on, the lower one first")
-        return value
-
-
-class ProxyConfig(Table):
-    """``[proxy]``"""
-
-    listen: list[Address] = Field(
-        default=["127.0.0.1:8080"],
-        description="HOST:PORT, [IPv6]:PORT, unix:/PATH, or systemd (socket activation)",
-    )
-    tls_cert: Path | None = None
-    tls_key: Path | None = None
-    redirect_listen: list[Address] = Field(default=[], description="plain HTTP addresses that redirect to HTTPS")
-    hsts: MaybeDuration = Field(default=False, description="max-age of Strict-Transport-Security, with TLS")
-    workers: Count = Field(default=1, ge=1, le=256)
-    user: str = Field(default="dispatcher-proxy", description="user to become when started as root")
-    routing: Literal["session", "subdomain"] = "session"
-    prefix: str = Field(default="/auth", description="path of the portal")
-    public_url: Origin = Field(default="", description="as people see it, such as https://apps.example.org")
-    admin_listen: list[Address] = Field(
-        default=[], description="address of the admin pages, an origin of their own"
-    )
-    trusted_proxies: list[NetworkAddress] = Field(
-        default=[], description="networks whose X-Forwarded-* are believed"
-    )
-    proxy_protocol: Flag = Field(default=False, description="expect PROXY protocol v2 on every connection")
-    feed_grace: Duration = Field(default=600.0, description="how long to serve what is known without the manager")
-    hold: Duration = Field(default=5.0, description="how long a request waits for an agent that wakes up")
-    access_log: str = Field(default="", description="file, or - for standard output; off when empty")
-    metrics_by_agent: Flag = False
-    head_bytes: Size = 65536
-    head_fields: Count = Field(default=100, ge=10)
-    head_timeout: Duration = 15.0
-    idle_timeout: Duration = Field(default=75.0, description="of a kept-alive connection without a request")
-    body_timeout: Duration = Field(default=60.0, description="longest silence in the middle of a body")
-    upstream_timeout: Duration = Field(default=600.0, description="longest wait for an agent's answer to begin")
-    connections: Count = Field(default=20000, ge=16, description="per worker")
-    connections_per_address: Count = Field(default=2000, ge=1, description="per worker; loopback is exempt")
-    in_flight_per_agent: Count = Field(default=1000, ge=1, description="per worker")
-    drain_timeout: Duration = Field(default=30.0, description="how long a stop waits for what is in flight")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["console", "json"] = "console"
-
-    @field_validator("prefix")
-    @classmethod
-    def _prefix(cls, value: str) -> str:
-        if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) or "/." in value:
-            raise ValueError("a path such as /auth: it begins with / and does not end with it")
-        return value
-
-
-class AuthConfig(Table):
-    """``[auth]``; tables below it belong to the authenticator of that name."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
-
-    authenticator: str = "local"
-    session_lifetime: Duration = Field(default=7 * 86400.0, description="a session ends then, used or not")
-    session_idle: Duration = Field(default=86400.0, description="a session ends after that long without a request")
-    hash_workers: Count = Field(default=2, ge=1, le=64, description="password checks at the same time")
-    hash_queue: Count = Field(default=64, ge=1, description="password checks that may wait; more get 429")
-
-
-class AppDefaults(Table):
-    """What ``[defaults]`` may set for every app and an app may override."""
-
-    provider: str = "subprocess"
-    memory: Size | None = None
-    swap: Size | None = None
-    cpus: Number | None = Field(default=None, gt=0)
-    pids: Count | None = Field(default=None, ge=1)
-    disk: Size | None = None
-    network: Network = Network.NONE
-    environment: Environment = {}
-    health: UrlPath = Field(default="/", description="path that answers below 500 when the app is ready")
-    start_timeout: Duration = Field(default=60.0, description="from start to ready")
-    stop_grace: Duration = Field(default=10.0, description="from the polite to the forced end")
-    idle_timeout: MaybeDuration = Field(default=1800.0, description="without use; false for never")
-    idle_action: Literal["suspend", "hibernate", "stop"] = "suspend"
-    idle_stop: MaybeDuration = Field(default=False, description="a sleeping agent is stopped after that long")
-    busy_grace: MaybeDuration = Field(
-        default=False, description="CPU use keeps an idle agent up for that long at most"
-    )
-    max_restarts: Count = Field(default=5, ge=0, description="within ten minutes, then the agent is failed")
-    credentials: Literal["none", "stdin"] = "none"
-
-
-class AppConfig(AppDefaults):
-    """``[apps.NAME]``; the tables below it belong to the providers of that name."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
-
-    title: str = ""
-
-    def provider_table(self, provider: str) -> dict[str, Any]:
-        """Return ``[apps.NAME.PROVIDER]`` as written."""
-        return dict((self.model_extra or {}).get(provider, {}))
+__all__ = ["AppConfig", "AppDefaults", "AuthConfig", "Config", "ManagerConfig", "ProxyConfig"]
 
 
 class Config(Table):
