@@ -1,0 +1,324 @@
+"""One start of an agent, step by step, so that it can be undone at any of them.
+
+The order matters: the journal is written first, so that a manager killed in the middle leaves nothing unknown; the
+log pump has the output before the app can write; the app begins last, when its limits and its network stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from dispatcher.clock import Deadline, boot_id
+from dispatcher.errors import DispatcherError, ProviderError
+from dispatcher.model import AgentSpec, Network
+from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox
+from dispatcher_subprocess.cgroups import Group
+from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess.options import Options, options_of
+from dispatcher_subprocess.output import log_file
+from dispatcher_subprocess.planning import Plan
+from dispatcher_subprocess.record import Journals, Process
+
+_SECRETS = "secrets"
+_UNDO = 10.0  # seconds to get rid of a start that failed
+
+
+class Attempt:
+    """A start: `prepare`, `spawn`, `confine`, `release` in this order; `undo` after a failure; always `close`."""
+
+    def __init__(
+        self,
+        spec: AgentSpec,
+        plan: Plan,
+        *,
+        machine: Machine,
+        options: Options,
+        journals: Journals,
+        attach: Callable[[int, Path], None],
+        deadline: Deadline,
+    ) -> None:
+        self.spec = spec
+        self.plan = plan
+        self.machine = machine
+        self.options = options
+        self.journals = journals
+        self.attach = attach
+        self.deadline = deadline
+        self.group: Group | None = None
+        if machine.cgroups.usable:
+            self.group = machine.cgroups.group(spec.backend_name)
+        self.token = secrets.token_hex(16)
+        self._kept = contextlib.ExitStack()  # descriptors of ours until the end
+        self._passed = contextlib.ExitStack()  # those that the agent inherits; our copies would hide its end
+        self._launch: dict[str, Any] = {}
+        self._output = self._info = self._gate = -1
+        self._line = b"\n"  # what opens the gate
+        self._main: Process | None = None
+        self._inner: Process | None = None
+        self._pidns = 0
+        self._helper: Process | None = None
+
+    def prepare(self) -> None:
+        """Make the group and the descriptors, write the journal."""
+        spec = self.spec
+        clear_run_dir(spec.run_dir, spec.socket.name)
+        if self.group:
+            try:
+                self.group.create(spec.app.limits)
+            except OSError as error:
+                raise self._unlimited(error) from error
+        self._output, both = pumping.output_pipe(spec.uid, spec.gid)
+        self._keep(self._output)
+        self._pass(both)
+        status = self._pass(self.journals.begin(self._first_line()))
+        user = sandbox.become(spec.uid, spec.gid, self.machine.setpriv) if self.machine.own_uid else []
+        plain, loader = sandbox.split_environment(self.plan.variables)
+        if self.machine.sandboxed:
+            self._prepare_walled(user, plain, loader, status)
+        else:
+            self._prepare_open(user, plain, loader)
+        self._launch |= {"output": both, "umask": int(options_of(spec.app).umask, 8)}
+
+    def _first_line(self) -> dict[str, Any]:
+        spec = self.spec
+        return {
+            "name": spec.backend_name,
+            "agent": spec.agent,
+            "boot": boot_id(),
+            "spec_hash": spec.hash,
+            "uid": spec.uid,
+            "endpoint": str(self.plan.endpoint),
+            "owner_uid": spec.uid if self.machine.own_uid else os.geteuid(),
+            "log_dir": str(spec.log_dir),
+            "run_dir": str(spec.run_dir),
+            "token": self.token,
+            "network": spec.app.network.value,
+            "sandboxed": self.machine.sandboxed,
+        }
+
+    def _prepare_walled(self, user: list[str], plain: dict[str, str], loader: dict[str, str], status: int) -> None:
+        spec, plan = self.spec, self.plan
+        stdin, credentials = launch.input_pipe(spec.stdin or b"")
+        os.close(credentials)
+        block, self._gate = os.pipe()
+        self._info, told = os.pipe()
+        self._keep(self._info)
+        self._pass(stdin, block, told)
+        files = {name: self._memory(value.encode()) for name, value in spec.secrets.items()}
+        script = self._memory(sandbox.loader_script(loader)) if loader else None
+        resolver = self._memory(network.resolver()) if spec.app.network is Network.PRIVATE else None
+        words = sandbox.bubblewrap_arguments(
+            spec,
+            shown=plan.shown,
+            hidden=plan.hidden,
+            descriptors=sandbox.Descriptors(
+                status=status, info=told, block=block, secrets=files, loader=script, resolver=resolver
+            ),
+            own_network=spec.app.network is not Network.HOST,
+            own_user=not self.machine.privileged,
+            workdir=plan.workdir,
+        )
+        arguments = self._memory(b"".join(os.fsencode(word) + b"\0" for word in words))
+        program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
+        self._launch = {
+            "command": [self.machine.bwrap, "--args", str(arguments), "--", *user, *program],
+            "environment": plain,
+            "stdin": stdin,
+            "inherited": [
+                fd for fd in (status, told, block, arguments, script, resolver, *files.values()) if fd is not None
+            ],
+            "cwd": "/",
+        }
+
+    def _prepare_open(self, user: list[str], plain: dict[str, str], loader: dict[str, str]) -> None:
+        """Without bubblewrap: standard input is the gate, and what follows its first line is the app's own."""
+        spec, plan = self.spec, self.plan
+        stdin, self._gate = launch.input_pipe(b"")
+        self._pass(stdin)
+        self._line = b"\n" + (spec.stdin or b"")
+        if spec.secrets:
+            write_secrets(spec)
+        inherited, program, environment = [], plan.command, plain
+        if user and loader:
+            inherited = [self._memory(sandbox.loader_script(loader))]
+            program = sandbox.with_loader(program, f"/proc/self/fd/{inherited[0]}")
+        if not user:
+            environment = plain | loader | {processes.TOKEN: self.token}
+        self._launch = {
+            "command": sandbox.gated([*user, *program]),
+            "environment": environment,
+            "stdin": stdin,
+            "inherited": inherited,
+            "cwd": plan.workdir,
+        }
+
+    def spawn(self) -> None:
+        """Start the sandbox; it waits at the gate.
+
+        :raises ProviderError: it does not come up.
+        """
+        self._main = self._inner = launch.spawn(**self._launch)
+        self._passed.close()
+        if self.machine.sandboxed:
+            pid, self._pidns = launch.read_info(self._info, self.deadline)
+            found = procfs.stat(pid)
+            if not found:
+                raise ProviderError("bubblewrap ended before the sandbox was made")
+            self._inner = Process(pid=pid, start=found.start)
+
+    def confine(self) -> None:
+        """Put what waits into its group, set its limits, give it its network.
+
+        :raises ProviderError: that is not possible.
+        """
+        assert self._main is not None
+        assert self._inner is not None
+        if self.group:
+            try:
+                for pid in dict.fromkeys([self._main.pid, self._inner.pid]):
+                    self.group.add(pid)
+            except OSError as error:
+                raise self._unlimited(error) from error
+        launch.limit(self._inner.pid, self._limits(), options_of(self.spec.app).nice)
+        if self.spec.app.network is Network.PRIVATE:
+            self._helper = network.connect(
+                self.machine, self._inner, self.plan.inside.port, self.options.denied, self.deadline
+            )
+            if self.group:
+                with contextlib.suppress(OSError):
+                    self.group.add(self._helper.pid)
+
+    def _limits(self) -> dict[int, int | None]:
+        """Return the resource limits; what no controller limits is approached here."""
+        options, wanted = options_of(self.spec.app), self.spec.app.limits
+        return {
+            resource.RLIMIT_CORE: 0,
+            resource.RLIMIT_NOFILE: options.nofile,
+            resource.RLIMIT_FSIZE: options.file_size,
+            resource.RLIMIT_DATA: None if self.machine.cgroups.limits("memory") else wanted.memory,
+            # Counted per user id: exact where the agent has one of its own, wrong where it is everybody's.
+            resource.RLIMIT_NPROC: wanted.pids if self.machine.own_uid else None,
+        }
+
+    def release(self) -> None:
+        """Note that it is up, hand its output to the pump, open the gate.
+
+        :raises ProviderError: it is dead already.
+        """
+        assert self._main is not None
+        up: dict[str, Any] = {"main": asdict(self._main), "started_at": time.time(), "pidns": self._pidns}
+        if self.machine.sandboxed:
+            up["init"] = asdict(self._inner) if self._inner else None
+        if self._helper:
+            up["helper"] = asdict(self._helper)
+        self.journals.append(self.spec.backend_name, up)
+        self.attach(self._output, log_file(self.spec.log_dir))
+        gate, self._gate = self._gate, -1
+        try:
+            os.write(gate, self._line)
+        except OSError as error:
+            raise ProviderError("The sandbox ended before the app began", why=str(error)) from error
+        finally:
+            os.close(gate)
+
+    def explain(self, error: DispatcherError) -> None:
+        """Add to an error what bubblewrap wrote before it ended."""
+        said = launch.drain(self._output) if self._output >= 0 else ""
+        if said:
+            error.why = f"{error.why}; {said}" if error.why else said
+
+    def undo(self) -> None:
+        """Leave nothing of a start that failed."""
+        self._passed.close()
+        name = self.spec.backend_name
+        limit = Deadline(_UNDO)
+        record = self.journals.read(name)
+        if record and self._main:
+            init = self._inner if self.machine.sandboxed and self._inner is not self._main else None
+            record = replace(record, main=self._main, init=init, helper=self._helper)
+            processes.kill(record, self.group, lambda: limit.expired)
+            launch.reap(self._main.pid)
+        if self.group:
+            self.group.remove()
+        self.journals.remove(name)
+        with contextlib.suppress(ProviderError):
+            clear_run_dir(self.spec.run_dir, self.spec.socket.name)
+
+    def close(self) -> None:
+        """Close all descriptors."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+        self._passed.close()
+        self._kept.close()
+
+    def _keep(self, fd: int) -> None:
+        self._kept.callback(os.close, fd)
+
+    def _pass(self, *fds: int) -> int:
+        for fd in fds:
+            self._passed.callback(os.close, fd)
+        return fds[0]
+
+    def _memory(self, content: bytes) -> int:
+        return self._pass(launch.memory_file("agent", content))
+
+    def _unlimited(self, error: OSError) -> ProviderError:
+        return ProviderError(
+            "Cannot limit the agent", why=f"its control group: {error}", fix="see `dispatcher doctor`"
+        )
+
+
+def clear_run_dir(run_dir: Path, socket: str) -> None:
+    """Remove the socket and the secrets of an earlier run; never follows what the agent may have put there.
+
+    :raises ProviderError: something cannot be removed.
+    """
+    try:
+        directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(socket, dir_fd=directory)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(f"/proc/self/fd/{directory}/{_SECRETS}")  # follows no links
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise ProviderError(
+            f"Cannot clear {run_dir}", why=error.strerror or str(error), fix="look there, and remove what is odd"
+        ) from error
+
+
+def write_secrets(spec: AgentSpec) -> None:
+    """Write the secrets where only the agent reads them, for a start without a sandbox.
+
+    :raises ProviderError: they cannot be written.
+    """
+    owner = (spec.uid, spec.gid) if os.geteuid() == 0 else (-1, -1)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with contextlib.ExitStack() as stack:
+            parent = os.open(spec.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            stack.callback(os.close, parent)
+            os.mkdir(_SECRETS, 0o700, dir_fd=parent)
+            directory = os.open(
+                _SECRETS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent
+            )
+            stack.callback(os.close, directory)
+            for name, value in spec.secrets.items():
+                fd = os.open(name, flags, 0o400, dir_fd=directory)
+                stack.callback(os.close, fd)
+                os.write(fd, value.encode())
+                os.fchown(fd, *owner)
+            os.fchown(directory, *owner)
+    except OSError as error:
+        raise ProviderError("Cannot hand over the secrets", why=error.strerror or str(error)) from error

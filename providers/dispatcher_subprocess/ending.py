@@ -1,0 +1,117 @@
+"""Ending agents: on demand, and tidying up after those that ended by themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from dispatcher.clock import Deadline, boot_id
+from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher_subprocess import launch, processes
+from dispatcher_subprocess.attempt import clear_run_dir
+from dispatcher_subprocess.cgroups import Cgroups, Group
+from dispatcher_subprocess.record import Journals, Record
+
+REBOOTED = "the machine was restarted"
+INTERRUPTED = "its start was interrupted"
+_TIDY = 10.0  # seconds to kill what an ended app left
+
+
+def gone(record: Record) -> bool:
+    """Whether an agent's app does not execute any more (or never did)."""
+    return record.boot != boot_id() or record.ended is not None or not processes.main_lives(record)
+
+
+class Ending:
+    """Ends agents and settles what is known of ended ones."""
+
+    def __init__(self, journals: Journals, cgroups: Cgroups) -> None:
+        self._journals = journals
+        self._cgroups = cgroups
+
+    def group(self, record: Record) -> Group | None:
+        """Return an agent's control group, None where there are none."""
+        return self._cgroups.group(record.name) if self._cgroups.usable else None
+
+    def settle(self, record: Record) -> Record:
+        """Tidy up after an agent that ended by itself: kill what it left, note why.  Others are left alone.
+
+        The caller holds the agent's lock.
+        """
+        if record.ended is not None or not gone(record):
+            return record
+        if record.boot != boot_id():
+            return self._note(record, "" if record.asked else REBOOTED)
+        group = self.group(record)
+        code = launch.reap(record.main.pid) if record.main else None
+        fresh = self._journals.read(record.name) or record
+        if fresh.exit_code is not None:
+            code = fresh.exit_code
+        oom = group is not None and group.oom_kills() > 0
+        limit = Deadline(_TIDY)
+        processes.kill(record, group, lambda: limit.expired)
+        if record.main is None:
+            reason = INTERRUPTED
+        else:
+            launch.reap(record.main.pid)
+            reason = "" if record.asked else exit_reason(code, out_of_memory=oom)
+        return self._note(record, reason)
+
+    def stop(self, record: Record, grace: float, deadline: Deadline, tick: Callable[[], None]) -> None:
+        """End every process: TERM, then after `grace` seconds KILL.  The caller holds the lock.
+
+        :raises DeadlineExceeded: something is still alive.
+        """
+        if self.settle(record).ended is not None:
+            return
+        self._journals.append(record.name, {"asked": True})
+        group = self.group(record)
+        processes.signal_all(record, group, signal.SIGTERM)
+        self.thaw(record, group)
+        processes.wait_end(record, group, min(grace, deadline.remaining()), tick)
+        if not processes.kill(record, group, lambda: deadline.expired):
+            raise DeadlineExceeded(
+                f"{record.agent} does not end",
+                why="a process cannot be killed now",
+                fix="try again; see its state in ps",
+            )
+        if record.main:
+            launch.reap(record.main.pid)
+        self._note(record, "")
+
+    def thaw(self, record: Record, group: Group | None) -> None:
+        """Let a sleeping agent handle its signals."""
+        if group:
+            group.thaw()
+        processes.signal_all(record, group, signal.SIGCONT)
+
+    def forget(self, name: str) -> None:
+        """Remove all traces but the logs; the agent has ended."""
+        if self._cgroups.usable:
+            self._cgroups.group(name).remove()
+        self._journals.remove(name)
+
+    def _note(self, record: Record, reason: str) -> Record:
+        self._journals.append(record.name, {"ended": reason})
+        if self._cgroups.usable:
+            self._cgroups.group(record.name).remove()
+        with contextlib.suppress(ProviderError):
+            clear_run_dir(Path(record.run_dir), "s")
+        return replace(record, ended=reason)
+
+
+def exit_reason(code: int | None, *, out_of_memory: bool) -> str:
+    """Return in words why an app ended by itself, from its exit code as a shell counts it."""
+    if code is None:
+        return "ended, nobody saw how"
+    if code <= 128:
+        return f"exit code {code}"
+    if code == 128 + signal.SIGKILL and out_of_memory:
+        return "out of memory"
+    try:
+        return f"killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+    except ValueError:
+        return f"exit code {code}"

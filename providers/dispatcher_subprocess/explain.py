@@ -1,0 +1,125 @@
+"""In plain words: what is isolated from what on this host, and what is not.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dispatcher.model import App, Capability, Finding, Level, Network
+from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess.options import endpoint_kind
+
+
+def capabilities(machine: Machine) -> frozenset[Capability]:
+    """Return what works on this host."""
+    found = {
+        Capability.SUSPEND,
+        Capability.LOGS,
+        Capability.USAGE,
+        Capability.EVENTS,
+        Capability.CREDENTIALS,
+        Capability.NETWORK_HOST,
+    }
+    if machine.sandboxed:
+        found.add(Capability.NETWORK_NONE)
+        if machine.carrier:
+            found.add(Capability.NETWORK_PRIVATE)
+    if machine.cgroups.limits("memory"):
+        found.add(Capability.MEMORY_LIMIT)
+    if machine.cgroups.limits("cpu"):
+        found.add(Capability.CPU_LIMIT)
+    if machine.cgroups.limits("pids") or machine.own_uid:
+        found.add(Capability.PIDS_LIMIT)
+    return frozenset(found)
+
+
+def findings(machine: Machine, app: App | None) -> list[Finding]:
+    """Return what an operator should know, of the host or of one app on it."""
+    return list(_host(machine) if app is None else _app(machine, app))
+
+
+def _host(machine: Machine) -> Iterator[Finding]:
+    if machine.sandboxed:
+        yield _ok("Agents run in bubblewrap sandboxes: own mount, pid, ipc and uts namespaces, no new privileges")
+        yield _ok(
+            "Of the host's files an agent sees /usr, /etc and its program's own, read-only; its data it may write"
+        )
+    else:
+        yield Finding(
+            level=Level.WARNING,
+            what=f"Agents run without a sandbox: {machine.reason}. They see the host's files, processes, network",
+            fix="install bubblewrap, or allow it to make namespaces",
+        )
+    if machine.own_uid:
+        yield _ok("Each agent has a host user id of its own")
+    else:
+        yield Finding(
+            level=Level.WARNING,
+            what="All agents run as the user that runs the manager"
+            + ("; only the sandbox is between them" if machine.sandboxed else ", and can read each other's data"),
+            fix="run the manager as root for a user id per agent",
+        )
+    yield from _limits(machine)
+    if machine.sandboxed and not machine.carrier:
+        yield Finding(
+            level=Level.INFO,
+            what='network = "private" does not work: neither pasta nor slirp4netns is installed',
+            fix="install passt",
+        )
+
+
+def _limits(machine: Machine) -> Iterator[Finding]:
+    groups = machine.cgroups
+    for controller, key, instead in (
+        ("memory", "memory", "each process of an agent is limited instead, not their sum"),
+        ("cpu", "cpus", "an agent may use all cores"),
+        (
+            "pids",
+            "pids",
+            "they are counted per user id, which is each agent's own"
+            if machine.own_uid
+            else "they are not limited",
+        ),
+    ):
+        if groups.limits(controller):
+            yield _ok(f"The limit {key} is kept by the kernel's {controller} controller")
+        else:
+            yield Finding(
+                level=Level.INFO if controller == "pids" and machine.own_uid else Level.WARNING,
+                what=f"The limit {key} has no control group here: {instead}",
+                fix="run as root, or delegate control groups to the manager",
+            )
+    yield Finding(
+        level=Level.INFO, what="The limit disk is not kept: data is a plain directory", fix="use a quota"
+    )
+    if not groups.can_freeze:
+        yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as no control group can be frozen")
+
+
+def _app(machine: Machine, app: App) -> Iterator[Finding]:
+    if endpoint_kind(app) == "tcp":
+        yield Finding(
+            level=Level.WARNING,
+            what="A TCP port on the loopback interface is open to every local user of this host",
+            fix="use {socket} in the command, which only the proxy can reach",
+        )
+    else:
+        yield _ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
+    if app.network is Network.HOST:
+        yield Finding(
+            level=Level.WARNING,
+            what="It shares the host's network: services on the loopback interface and abstract sockets too",
+            fix='use network = "none" or "private"',
+        )
+    elif not machine.sandboxed:
+        yield Finding(
+            level=Level.WARNING,
+            what=f'network = "{app.network.value}" is not kept without a sandbox: it shares the host\'s network',
+            fix="install bubblewrap, or allow it to make namespaces",
+        )
+    else:
+        what = "no network" if app.network is Network.NONE else "the outside, but nothing of this host"
+        yield _ok(f"It reaches {what}")
+
+
+def _ok(what: str) -> Finding:
+    return Finding(level=Level.OK, what=what)

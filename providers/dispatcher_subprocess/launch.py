@@ -1,0 +1,148 @@
+"""Starting one agent: descriptors, the one fork, and the gate that holds it until its limits are set.
+
+What is started waits at a gate (bubblewrap's ``--block-fd``, or a line on standard input without it) until the
+manager has put it into its control group and set its limits: nothing of the app runs outside of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import select
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher_subprocess import procfs
+from dispatcher_subprocess.record import Process
+
+_PIPE = 32768  # bytes that surely fit into a pipe that nobody reads yet
+_AGENT_OOM = 100  # agents go before the host's own services when memory is short
+
+
+def memory_file(name: str, content: bytes) -> int:
+    """Return the descriptor of a file in memory, ready to be read."""
+    fd = os.memfd_create(name)
+    os.write(fd, content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def input_pipe(content: bytes) -> tuple[int, int]:
+    """Return a pipe's read end for standard input, and its write end, `content` being in it already.
+
+    :raises ProviderError: there is too much.
+    """
+    if len(content) > _PIPE:
+        raise ProviderError(
+            "The credentials are too long", why=f"{len(content)} bytes, at most {_PIPE} are handed on"
+        )
+    read_end, write_end = os.pipe()
+    if content:
+        os.write(write_end, content)
+    return read_end, write_end
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    stdin: int,
+    output: int,
+    inherited: Sequence[int],
+    umask: int,
+    cwd: str,
+) -> Process:
+    """Start a program in a session of its own and return at once.
+
+    :raises ProviderError: the kernel refuses.
+    """
+    try:
+        process = subprocess.Popen(  # without preexec_fn, so that vfork is used
+            command,
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            pass_fds=inherited,
+            env=dict(environment),
+            umask=umask,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ProviderError("Cannot start the agent", why=str(error)) from error
+    process.returncode = 0  # it is reaped by `reap`: this object must not wait for it, nor warn when it goes
+    found = procfs.stat(process.pid)
+    return Process(pid=process.pid, start=found.start if found else 0)
+
+
+def reap(pid: int) -> int | None:
+    """Reap a dead child; return its exit code as a shell counts it, None when it lives or is no child of ours."""
+    try:
+        done, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    if done != pid:
+        return None
+    code = os.waitstatus_to_exitcode(status)
+    return 128 - code if code < 0 else code
+
+
+def read_info(fd: int, deadline: Deadline) -> tuple[int, int]:
+    """Return the pid of the sandbox's init and the inode of its pid namespace, from bubblewrap's ``--info-fd``.
+
+    :raises ProviderError: bubblewrap ended without a word; :raises DeadlineExceeded: it says nothing for too long.
+    """
+    text = b""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    while True:
+        if not poll.poll(deadline.remaining() * 1000):
+            raise DeadlineExceeded("bubblewrap does not get on")
+        chunk = os.read(fd, 4096)
+        if not chunk:
+            break
+        text += chunk
+    try:
+        info = json.loads(text)
+        return int(info["child-pid"]), int(info.get("pid-namespace", 0))
+    except (ValueError, KeyError) as error:
+        raise ProviderError("bubblewrap ended before the sandbox was made") from error
+
+
+def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
+    """Set resource limits (soft and hard alike, None leaves one alone) and priority of a waiting process.
+
+    :raises ProviderError: the kernel refuses.
+    """
+    try:
+        for kind, value in limits.items():
+            if value is not None:
+                hard = resource.prlimit(pid, kind)[1]
+                if os.geteuid() != 0 and hard != resource.RLIM_INFINITY:
+                    value = min(value, hard)  # noqa: PLW2901
+                resource.prlimit(pid, kind, (value, value))
+        if nice:
+            os.setpriority(os.PRIO_PROCESS, pid, nice)
+    except OSError as error:
+        raise ProviderError("Cannot limit the agent", why=str(error)) from error
+    with contextlib.suppress(OSError):
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, str(_AGENT_OOM).encode())
+        finally:
+            os.close(fd)
+
+
+def drain(fd: int) -> str:
+    """Return what is in a pipe now, for an error message: its last line, safe to print."""
+    os.set_blocking(fd, False)
+    try:
+        text = os.read(fd, 65536)
+    except OSError:
+        return ""
+    lines = text.decode("utf-8", "replace").strip().splitlines()
+    return "".join(char if char.isprintable() else "?" for char in lines[-1])[:500] if lines else ""

@@ -1,0 +1,131 @@
+"""What this host offers for isolation: bubblewrap, control groups, networks.  Runs bubblewrap once to see."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import ProviderError, Unavailable
+from dispatcher_subprocess import procfs
+from dispatcher_subprocess.cgroups import Cgroups, discover
+from dispatcher_subprocess.options import Options
+
+_SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+_PROBE = (
+    "--unshare-pid",
+    "--unshare-ipc",
+    "--unshare-uts",
+    "--unshare-net",
+    "--ro-bind",
+    "/",
+    "/",
+    "--proc",
+    "/proc",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What was found.
+
+    :ivar bwrap: path of bubblewrap where it is to be used, "" where not; :ivar reason: then why not.
+    :ivar setpriv: path, "" without; needed as root; :ivar pasta, slirp: paths of the carriers of private networks.
+    """
+
+    privileged: bool
+    bwrap: str = ""
+    reason: str = ""
+    setpriv: str = ""
+    pasta: str = ""
+    slirp: str = ""
+    cgroups: Cgroups = field(default_factory=Cgroups)
+
+    @property
+    def sandboxed(self) -> bool:
+        """Whether agents get a sandbox."""
+        return bool(self.bwrap)
+
+    @property
+    def own_uid(self) -> bool:
+        """Whether each agent gets a host user id of its own."""
+        return self.privileged and bool(self.setpriv)
+
+    @property
+    def carrier(self) -> str:
+        """The program that carries private networks, "" when there is none."""
+        return self.pasta or self.slirp
+
+
+def which(name: str) -> str:
+    """Return the path of a system program, "" when it is absent; never one of a user's own directories."""
+    return shutil.which(name, path=_SEARCH) or ""
+
+
+def examine(options: Options, installation: str, deadline: Deadline) -> Machine:
+    """Look at the host."""
+    privileged = os.geteuid() == 0
+    bwrap, reason = "", ""
+    if options.bubblewrap == "never":
+        reason = 'providers.subprocess.bubblewrap is "never"'
+    else:
+        bwrap = which("bwrap")
+        reason = _fault(bwrap, deadline) if bwrap else "bubblewrap is not installed"
+    carriers = {"pasta": "", "slirp4netns": ""}
+    for name in carriers:
+        if options.private_network in {"auto", name}:
+            carriers[name] = which(name)
+    return Machine(
+        privileged=privileged,
+        bwrap="" if reason else bwrap,
+        reason=reason,
+        setpriv=which("setpriv"),
+        pasta=carriers["pasta"],
+        slirp=carriers["slirp4netns"],
+        cgroups=_cgroups(installation) if options.cgroups == "auto" else Cgroups(),
+    )
+
+
+def verify(machine: Machine, options: Options) -> None:
+    """Check that the host has what the options and the privileges ask for.
+
+    :raises Unavailable, ProviderError: it has not; says what to do.
+    """
+    if options.bubblewrap == "always" and not machine.bwrap:
+        raise Unavailable(
+            'bubblewrap cannot be used, and providers.subprocess.bubblewrap is "always"',
+            why=machine.reason,
+            fix='install bubblewrap, allow it to make namespaces, or say bubblewrap = "auto"',
+        )
+    if machine.privileged and not machine.setpriv:
+        raise ProviderError(
+            "Agents cannot get a user of their own",
+            why="setpriv is not installed",
+            fix="install util-linux",
+        )
+
+
+def _fault(bwrap: str, deadline: Deadline) -> str:
+    """Return why bubblewrap does not work here, "" when it does."""
+    seconds = deadline.bounded(20).remaining()
+    try:
+        done = subprocess.run(
+            [bwrap, *_PROBE, "/bin/sh", "-c", ":"],
+            check=False,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            timeout=max(seconds, 0.1),
+            env={},
+            cwd="/",
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{bwrap} does not run: {error}"
+    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return (said[-1] if said else f"bwrap ended with {done.returncode}") if done.returncode else ""
+
+
+def _cgroups(installation: str) -> Cgroups:
+    mounts, own = procfs.read("/proc/self/mountinfo"), procfs.read("/proc/self/cgroup")
+    return discover(f"dispatcher-{installation}", (mounts or b"").decode(), (own or b"").decode())

@@ -1,0 +1,208 @@
+"""What ``[providers.subprocess]`` and ``[apps.X.subprocess]`` may say, and a command's placeholders.  Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from dispatcher.errors import ConfigError
+from dispatcher.model import AgentSpec, App
+from dispatcher.names import printable
+from dispatcher.settings import Size, Table
+
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NETWORK = "a network such as 10.0.0.0/8"
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("text without NUL")
+    return value
+
+
+def _absolute(value: Path) -> Path:
+    if not value.is_absolute() or ".." in value.parts or "\0" in str(value):
+        raise ValueError("an absolute path without ..")
+    return value
+
+
+Argument = Annotated[str, Field(max_length=131071)]
+
+
+class Options(Table):
+    """``[providers.subprocess]``"""
+
+    bubblewrap: Literal["auto", "always", "never"] = Field(
+        default="auto", description="sandbox by bubblewrap: where it works, always, or never"
+    )
+    cgroups: Literal["auto", "never"] = Field(
+        default="auto", description="use control groups for limits, usage, freezing and killing where they work"
+    )
+    log_size: Size = Field(default=1024 * 1024, ge=4096, description="bytes of a log file before it is rotated")
+    log_files: int = Field(
+        default=4, ge=1, le=100, description="log files kept per agent, the current one included"
+    )
+    ports: tuple[int, int] = Field(default=(20000, 29999), description="first and last TCP port for {port}")
+    private_network: Literal["auto", "pasta", "slirp4netns"] = Field(
+        default="auto", description='what carries outbound traffic of network = "private"'
+    )
+    deny: list[str] = Field(
+        default=["169.254.0.0/16"],
+        description='networks that network = "private" cannot reach, besides all addresses of this host',
+    )
+
+    @field_validator("ports")
+    @classmethod
+    def _ports(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1024 <= value[0] <= value[1] <= 65535:
+            raise ValueError("two ports from 1024 to 65535, the lower one first")
+        return value
+
+    @field_validator("deny")
+    @classmethod
+    def _deny(cls, value: list[str]) -> list[str]:
+        for text in value:
+            try:
+                ip_network(text)
+            except ValueError as error:
+                raise ValueError(_NETWORK) from error
+        return value
+
+    @property
+    def denied(self) -> list[IPv4Network | IPv6Network]:
+        """The networks of `deny`."""
+        return [ip_network(text) for text in self.deny]
+
+
+class AppOptions(Table):
+    """``[apps.X.subprocess]``"""
+
+    command: list[Argument] = Field(
+        min_length=1,
+        description="program and arguments, no shell; {socket}, {port} and {data} are replaced",
+    )
+    workdir: str = Field(default="{data}", description="working directory, as seen from inside")
+    read_only: list[Path] = Field(default=[], description="more of the host's paths to show, read-only")
+    writable: list[Path] = Field(
+        default=[], description="more of the host's paths to show, writable as far as their modes allow"
+    )
+    hide: list[Path] = Field(default=[], description="paths below visible ones to cover up")
+    pass_environment: list[str] = Field(default=[], description="variables of the manager to hand on")
+    umask: str = Field(
+        default="007", description="in octal digits; the proxy's group needs write access to the socket"
+    )
+    tmp_size: Size = Field(default=256 * 1024**2, description="bytes of /tmp and of /dev/shm, in memory")
+    nofile: int = Field(default=8192, ge=16, le=1048576, description="open files per process")
+    file_size: Size | None = Field(default=None, description="largest file that the agent may write")
+    nice: int = Field(default=0, ge=0, le=19, description="lower priority than the rest of the host")
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, value: list[str]) -> list[str]:
+        for argument in value:
+            _no_nul(argument)
+        if not value[0].strip() or value[0].startswith("-"):
+            raise ValueError("the program first")
+        return value
+
+    @field_validator("workdir")
+    @classmethod
+    def _workdir(cls, value: str) -> str:
+        if not (value.startswith(("/", "{data}"))) or "\0" in value:
+            raise ValueError("an absolute path, or one that begins with {data}")
+        return value
+
+    @field_validator("umask")
+    @classmethod
+    def _umask(cls, value: str) -> str:
+        if not re.fullmatch(r"0?[0-7]{3}", value):
+            raise ValueError('three octal digits such as "007"')
+        return value
+
+    @field_validator("read_only", "writable", "hide")
+    @classmethod
+    def _paths(cls, value: list[Path]) -> list[Path]:
+        return [_absolute(path) for path in value]
+
+    @field_validator("pass_environment")
+    @classmethod
+    def _variables(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError("names of variables")
+        return value
+
+
+def options_of(app: App) -> AppOptions:
+    """Return an app's options with their type."""
+    if not isinstance(app.options, AppOptions):  # a programming error of the caller, still one clear sentence
+        raise ConfigError(f"The app {app.name} has no options of the provider subprocess")
+    return app.options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inside:
+    """Where an agent finds its things, as seen from inside."""
+
+    socket: str
+    data: str
+    port: int = 0
+
+    def fill(self, text: str) -> str:
+        """Return `text` with the placeholders replaced; any other use of braces stays as it is."""
+        values = {"socket": self.socket, "port": str(self.port), "data": self.data}
+        return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+
+
+def endpoint_kind(app: App) -> str:
+    """Return ``unix`` or ``tcp``: what the app's command asks for; a Unix socket is preferred.
+
+    :raises ConfigError: neither ``{socket}`` nor ``{port}`` is in the command or the environment.
+    """
+    text = [*options_of(app).command, *app.environment.values()]
+    found = {match for part in text for match in _PLACEHOLDER.findall(part)}
+    if "socket" in found:
+        return "unix"
+    if "port" in found:
+        return "tcp"
+    raise ConfigError(
+        f"apps.{app.name}.subprocess.command: the app is told nowhere where to listen",
+        why="neither {socket} nor {port} is in the command or the environment",
+        fix="put {socket} (better: nobody else can connect) or {port} where the app takes its address",
+    )
+
+
+def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], secrets: str) -> dict[str, str]:
+    """Return the whole environment of an agent: what the contract promises and nothing else of the manager's.
+
+    :param secrets: the directory of the secrets as seen from inside, "" when there are none.
+    """
+    variables = {
+        "PATH": SEARCH_PATH,
+        "LANG": "C.UTF-8",
+        "HOME": inside.data,
+    }
+    variables |= {name: manager[name] for name in options_of(spec.app).pass_environment if name in manager}
+    variables |= {name: inside.fill(value) for name, value in spec.app.environment.items()}
+    variables |= {
+        "DISPATCHER_AGENT": spec.agent,
+        "DISPATCHER_USER": spec.user,
+        "DISPATCHER_DATA": inside.data,
+    }
+    if secrets:
+        variables["DISPATCHER_SECRETS"] = secrets
+    for name, value in variables.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in value:
+            raise ConfigError(
+                f"apps.{spec.app.name}.environment: {printable(name)} cannot be a variable",
+                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
+            )
+    return variables

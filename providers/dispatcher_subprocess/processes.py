@@ -1,0 +1,206 @@
+"""Finding, signalling, freezing and ending all processes of an agent.  Touches /proc, signals and control groups.
+
+An agent may fork twice, make sessions and namespaces of its own, and close everything: it is found all the same by
+its control group, its pid namespace or its own host user id.  An ordinary user's agent without any of these is
+found by parenthood, session and a random token in the environment; `explain` says what that leaves open.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from dispatcher.model import Usage
+from dispatcher_subprocess import procfs
+from dispatcher_subprocess.cgroups import Group
+from dispatcher_subprocess.record import Process, Record
+
+TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
+_ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
+_AFTER_MAIN = 1.0  # seconds that the rest gets once the app's first process has ended
+
+
+def main_lives(record: Record) -> bool:
+    """Whether the app itself, its first process, still executes."""
+    if record.main is None:
+        return False
+    if procfs.lives(record.main.pid, record.main.start):
+        return True
+    if record.init is None or record.exit_code is not None:
+        return False
+    # Only the outer bwrap was killed: the sandbox goes on without it, the app being the init's first child.
+    if not procfs.lives(record.init.pid, record.init.start):
+        return False
+    for pid in procfs.children(record.init.pid):
+        found = procfs.stat(pid)
+        if found and not found.dead and procfs.inner_pid(pid) == 2:
+            return True
+    return False
+
+
+def members(record: Record, group: Group | None) -> list[procfs.Stat]:
+    """Return the living processes of an agent, without bubblewrap's own two and the network's helper."""
+    found = group.procs() if group else set()
+    if record.pidns:
+        found |= {pid for pid in procfs.pids() if procfs.namespace(pid, "pid") == record.pidns}
+    elif not record.sandboxed:
+        found |= _unconfined(record)
+    own = {process.pid for process in (record.init, record.helper) if process}
+    if record.sandboxed and record.main:
+        own.add(record.main.pid)
+    living = (procfs.stat(pid) for pid in found - own - {os.getpid()})
+    return [process for process in living if process and not process.dead]
+
+
+def _unconfined(record: Record) -> set[int]:
+    if os.geteuid() == 0 and record.uid >= 1000:
+        return {pid for pid in procfs.pids() if record.uid in procfs.uids(pid)}
+    mark = f"{TOKEN}={record.token}".encode()
+    roots = {record.main.pid} if record.main and procfs.lives(record.main.pid, record.main.start) else set()
+    for pid in procfs.pids():
+        if mark in (procfs.read(f"/proc/{pid}/environ") or b"").split(b"\0"):
+            roots.add(pid)
+    return procfs.descendants(roots) if roots else roots
+
+
+def signal_all(record: Record, group: Group | None, number: int) -> int:
+    """Send a signal to every process of an agent; return how many got it."""
+    return sum(procfs.send(process.pid, process.start, number) for process in members(record, group))
+
+
+def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bool:
+    """Kill everything of an agent; False when something was still alive at `expired`."""
+    if record.init:
+        procfs.send(record.init.pid, record.init.start, 9)  # the kernel kills its whole pid namespace with it
+    elif record.child and record.pidns and procfs.namespace(record.child, "pid") == record.pidns:
+        found = procfs.stat(record.child)  # an interrupted start: only bubblewrap wrote of it
+        if found:
+            procfs.send(found.pid, found.start, 9)
+    if group:
+        group.kill()
+        group.thaw()  # a frozen process of version 1 dies only when thawed
+    if record.helper:
+        procfs.send(record.helper.pid, record.helper.start, 9)
+    pause = 0.001
+    for _ in range(_ROUNDS):
+        rest = members(record, group)
+        for process in rest:
+            procfs.send(process.pid, process.start, 9)
+        if not rest and not _any_lives([record.init, record.main]):
+            return True
+        if record.main:
+            procfs.send(record.main.pid, record.main.start, 9)
+        if expired():
+            return False
+        time.sleep(pause)
+        pause = min(pause * 2, 0.1)
+    return False
+
+
+def _any_lives(processes: Iterable[Process | None]) -> bool:
+    return any(process and procfs.lives(process.pid, process.start) for process in processes)
+
+
+def wait_end(record: Record, group: Group | None, seconds: float, tick: Callable[[], None]) -> None:
+    """Wait until an agent has ended, at most `seconds`, and not much longer than its first process lasts.
+
+    :param tick: called several times a second; may raise.
+    """
+    end = time.monotonic() + seconds
+    with _watched([record.init, record.main]) as wait:
+        while (left := end - time.monotonic()) > 0:
+            tick()
+            if not main_lives(record):
+                end = min(end, time.monotonic() + _AFTER_MAIN)
+                if not members(record, group):
+                    return
+                time.sleep(min(0.02, left))
+            else:
+                wait(min(0.2, left))
+
+
+@contextmanager
+def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], None]]:
+    """Yield a function that waits until one of some processes ends."""
+    poll = select.poll()
+    fds = [fd for p in processes if p and (fd := procfs.open_pidfd(p.pid, p.start)) is not None]
+    try:
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+
+        def wait(seconds: float) -> None:
+            poll.poll(seconds * 1000)
+
+        yield wait
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def stop_rounds(record: Record, group: Group | None, expired: Callable[[], bool]) -> list[Process] | None:
+    """Stop every process by SIGSTOP, in rounds until no fork escapes any more.
+
+    :return: those that were stopped already, which must stay so on resume; None when it did not succeed in time.
+    """
+    before: list[Process] = []
+    seen: set[tuple[int, int]] = set()
+    quiet = 0
+    for _ in range(_ROUNDS):
+        fresh = [process for process in members(record, group) if (process.pid, process.start) not in seen]
+        for process in fresh:
+            seen.add((process.pid, process.start))
+            if process.state in "Tt":
+                before.append(Process(pid=process.pid, start=process.start))
+            else:
+                procfs.send(process.pid, process.start, 19)
+        quiet = 0 if fresh else quiet + 1
+        if quiet == 2:
+            return before
+        if expired():
+            break
+        time.sleep(0.005)
+    continue_all(record, group, before)
+    return None
+
+
+def continue_all(record: Record, group: Group | None, stay: Iterable[Process]) -> None:
+    """Let every process run again but those that were stopped before."""
+    resting = {(process.pid, process.start) for process in stay}
+    for process in members(record, group):
+        if (process.pid, process.start) not in resting:
+            procfs.send(process.pid, process.start, 18)
+
+
+def usage(record: Record, group: Group | None) -> Usage:
+    """Return what an agent uses: counted by its group where there is one, else summed over its processes."""
+    counted = group.usage() if group else Usage()
+    if counted.memory is not None and counted.cpu_seconds is not None:
+        return counted
+    found = members(record, group)
+    memory, seconds = counted.memory, counted.cpu_seconds
+    if memory is None:
+        memory = sum(procfs.resident(process.pid) for process in found)
+    if seconds is None:
+        seconds = sum(process.cpu for process in found) / os.sysconf("SC_CLK_TCK")
+    return Usage(memory=memory, cpu_seconds=seconds)
+
+
+def output_of(record: Record) -> int | None:
+    """Return a new read end of an agent's output pipe, None when it cannot be had.
+
+    It is read from where the agent's first process has it; an agent may have closed or replaced its own.
+    """
+    for process in (record.main, record.init):
+        if process and procfs.lives(process.pid, process.start):
+            try:
+                fd = os.open(f"/proc/{process.pid}/fd/1", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except OSError:
+                continue
+            if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                return fd
+            os.close(fd)
+    return None

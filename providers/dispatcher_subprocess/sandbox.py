@@ -1,0 +1,170 @@
+"""The walls around an agent, as arguments for bubblewrap and setpriv.  Pure, but for a look at the host's root.
+
+As root, bubblewrap runs without a user namespace and setpriv inside becomes the agent's own host user: with a user
+namespace the agent would still be root on the host.  As an ordinary user there is a user namespace, and the agent
+is that user.  Why so: docs/adr/0004-sandbox-without-user-namespace.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatcher.model import AgentSpec
+from dispatcher_subprocess.options import options_of
+from dispatcher_subprocess.visible import SYSTEM, below
+
+DATA = "/data"
+RUN = "/run/agent"
+SECRETS = "/run/secrets"
+ENVIRONMENT = "/run/environment"
+#: Variables that the dynamic loader or libc obeys.  A program of root's must never see those of an app.
+_LOADER = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "GETCONF_DIR", "RES_OPTIONS", "HOSTALIASES")
+_SET_LOADER = '. "$0" && exec "$@"'
+_GATE = 'read -r _ && exec "$@"'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descriptors:
+    """Descriptors that bubblewrap inherits: numbers in this process and in that."""
+
+    status: int
+    info: int
+    block: int
+    secrets: Mapping[str, int]
+    loader: int | None = None
+    resolver: int | None = None
+
+
+def split_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the variables that root's programs may see on the way, and those that only the app may."""
+    harmless = {name: value for name, value in variables.items() if not name.startswith(_LOADER)}
+    return harmless, {name: value for name, value in variables.items() if name not in harmless}
+
+
+def loader_script(variables: Mapping[str, str]) -> bytes:
+    """Return a shell script that sets variables, whatever they hold."""
+    lines = ("export {}='{}'\n".format(name, value.replace("'", "'\\''")) for name, value in variables.items())
+    return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def become(uid: int, gid: int, setpriv: str) -> list[str]:
+    """Return the command that becomes an agent's user, without any privilege and any way to a new one."""
+    return [
+        setpriv,
+        f"--reuid={uid}",
+        f"--regid={gid}",
+        "--clear-groups",
+        "--no-new-privs",
+        "--bounding-set=-all",
+        "--inh-caps=-all",
+        "--",
+    ]
+
+
+def gated(command: Sequence[str]) -> list[str]:
+    """Return a command that begins once a line arrived on its standard input, and does not when that just ends."""
+    return ["/bin/sh", "-c", _GATE, "gate", *command]
+
+
+def with_loader(command: Sequence[str], script: str) -> list[str]:
+    """Return a command that runs with the variables of a `loader_script`."""
+    return ["/bin/sh", "-c", _SET_LOADER, script, *command]
+
+
+def bubblewrap_arguments(
+    spec: AgentSpec,
+    *,
+    shown: Iterable[Path],
+    hidden: Iterable[Path],
+    descriptors: Descriptors,
+    own_network: bool,
+    own_user: bool,
+    workdir: str,
+) -> list[str]:
+    """Return what goes to ``bwrap --args``.
+
+    :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to cover up.
+    :param own_network: a network namespace of its own; :param own_user: a user namespace (not as root).
+    """
+    options = options_of(spec.app)
+    words = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    words += ["--hostname", spec.app.name, "--new-session"]
+    if own_user:
+        words += ["--unshare-user"]
+    else:
+        words += ["--cap-drop", "ALL"]
+        # What setpriv needs to become the agent, and bwrap to enter the agent's private working directory.
+        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_READ_SEARCH"):
+            words += ["--cap-add", name]
+    if own_network:
+        words += ["--unshare-net"]
+    tree = _Tree()
+    for name in SYSTEM:
+        tree.system(name)
+    tree.words += ["--proc", "/proc", "--dev", "/dev"]
+    tree.made |= {"/proc", "/dev"}
+    size = ["--size", str(options.tmp_size), "--perms", "1777", "--tmpfs"]
+    tree.words += [*size, "/tmp", *size, "/dev/shm"]  # noqa: S108  the agent's own
+    tree.made |= {"/tmp"}  # noqa: S108
+    tree.directory("/var")
+    tree.words += ["--symlink", "/tmp", "/var/tmp"]  # noqa: S108
+    for path in shown:
+        tree.bind("--ro-bind", str(path), str(path))
+    for path in options.writable:
+        tree.bind("--bind", str(path), str(path))
+    for path in hidden:
+        cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
+        tree.words += [*cover, str(path)]
+    tree.bind("--bind", str(spec.data_dir), DATA)
+    tree.bind("--bind", str(spec.run_dir), RUN)
+    if descriptors.secrets:
+        tree.directory(SECRETS)
+        for name, fd in descriptors.secrets.items():
+            tree.words += ["--perms", "0444", "--file", str(fd), f"{SECRETS}/{name}"]
+    if descriptors.loader is not None:
+        tree.words += ["--perms", "0444", "--file", str(descriptors.loader), ENVIRONMENT]
+    if descriptors.resolver is not None:
+        resolver = os.path.realpath("/etc/resolv.conf")
+        tree.parents(resolver)
+        tree.words += ["--perms", "0444", "--ro-bind-data", str(descriptors.resolver), resolver]
+    words += tree.words
+    words += ["--remount-ro", "/", "--chdir", workdir]
+    words += ["--json-status-fd", str(descriptors.status), "--info-fd", str(descriptors.info)]
+    return [*words, "--block-fd", str(descriptors.block)]
+
+
+class _Tree:
+    """Grows the sandbox's root; directories on the way to a mount are made open to the agent."""
+
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.made: set[str] = {"/"}
+
+    def system(self, name: str) -> None:
+        if os.path.islink(name):
+            self.words += ["--symlink", os.readlink(name), name]
+        elif os.path.isdir(name):
+            self.words += ["--ro-bind", name, name]
+        self.made.add(name)
+
+    def directory(self, path: str) -> None:
+        self.parents(path)
+        if path not in self.made:
+            self.words += ["--perms", "0755", "--dir", path]
+            self.made.add(path)
+
+    def parents(self, path: str) -> None:
+        if below(Path(path), [Path(name) for name in SYSTEM]):
+            return
+        for parent in reversed(Path(path).parents):
+            if str(parent) not in self.made:
+                self.words += ["--perms", "0755", "--dir", str(parent)]
+                self.made.add(str(parent))
+
+    def bind(self, how: str, source: str, target: str) -> None:
+        self.parents(target)
+        self.words += [how, source, target]
+        self.made.add(target)

@@ -1,0 +1,114 @@
+"""One thread that notices the end of agents, and of the log pump, within milliseconds.  Touches pidfds, epoll."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import threading
+from collections.abc import Callable
+
+from dispatcher_subprocess import procfs
+from dispatcher_subprocess.record import Process
+
+
+class Watcher:
+    """Watches processes, children of this one or not, and calls back from its own thread.
+
+    :param ended: called with the agent's backend name; :param pump_died: called when the log pump hung up.
+    """
+
+    def __init__(self, ended: Callable[[str], None], pump_died: Callable[[], None], log: logging.Logger) -> None:
+        self._ended = ended
+        self._pump_died = pump_died
+        self._log = log
+        self._poll = select.epoll()
+        self._lock = threading.Lock()
+        self._names: dict[int, str] = {}  # pidfd -> backend name
+        self._watched: dict[tuple[str, int, int], int] = {}
+        self._pump = -1
+        self._wake_read, self._wake_write = os.pipe()
+        self._poll.register(self._wake_read, select.EPOLLIN)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="subprocess-watcher", daemon=True)
+        self._thread.start()
+
+    def add(self, name: str, process: Process) -> bool:
+        """Watch a process of an agent; False when it has ended already."""
+        key = (name, process.pid, process.start)
+        with self._lock:
+            if self._closed or key in self._watched:
+                return True
+            fd = procfs.open_pidfd(process.pid, process.start)
+            if fd is None:
+                return False
+            self._names[fd] = name
+            self._watched[key] = fd
+            self._poll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        return True
+
+    def watch_pump(self, fd: int | None) -> None:
+        """Watch the log pump's connection (a copy of its descriptor)."""
+        with self._lock:
+            if self._pump >= 0:
+                os.close(self._pump)  # leaves the epoll set with it
+                self._pump = -1
+            if fd is not None and not self._closed:
+                self._pump = os.dup(fd)
+                self._poll.register(self._pump, select.EPOLLRDHUP | select.EPOLLONESHOT)
+
+    def close(self) -> None:
+        """End the thread; idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            os.write(self._wake_write, b"x")
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closed:
+                for fd, _ in self._poll.poll():
+                    self._handle(fd)
+        finally:
+            with self._lock:
+                self._closed = True
+                for fd in [*self._names, self._wake_read, self._wake_write]:
+                    os.close(fd)
+                if self._pump >= 0:
+                    os.close(self._pump)
+                self._names.clear()
+                self._watched.clear()
+                self._poll.close()
+
+    def _handle(self, fd: int) -> None:
+        with self._lock:
+            name = self._names.pop(fd, None)
+            pump = fd == self._pump
+            if name is not None:
+                self._watched = {key: known for key, known in self._watched.items() if known != fd}
+                os.close(fd)
+        try:
+            if name is not None:
+                self._ended(name)
+            elif pump:
+                self._pump_died()
+        except Exception:
+            self._log.exception("Watching agents: %s", name or "the log pump")
+
+
+class Subscription:
+    """What `watch` returns: takes its callback out of the list."""
+
+    def __init__(self, callbacks: list[Callable[[str], None]], callback: Callable[[str], None]) -> None:
+        self._callbacks = callbacks
+        self._callback = callback
+        callbacks.append(callback)
+
+    def close(self) -> None:
+        """Stop calling back; idempotent."""
+        with contextlib.suppress(ValueError):
+            self._callbacks.remove(self._callback)
