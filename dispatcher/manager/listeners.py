@@ -131,13 +131,9 @@ class Tokens:
     """The tokens of `manager.token_file`; only their SHA-256 is kept, all are compared each time."""
 
     def __init__(self, path: Path | None) -> None:
-        self._digests: list[bytes] = []
-        self.load(path)
-
-    def load(self, path: Path | None) -> None:
         """Read the file: one token a line, ``#`` begins a comment.
 
-        :raises ConfigError: it cannot be read, or others may read it; the tokens of before are kept.
+        :raises ConfigError: it cannot be read, others may read it, or a token can be guessed.
         """
         digests: list[bytes] = []
         if path is not None:
@@ -159,6 +155,10 @@ class Tokens:
                 if token:
                     digests.append(hashlib.sha256(token.encode()).digest())
         self._digests = digests
+
+    def adopt(self, other: Tokens) -> None:
+        """Know what `other` knows, and nothing else."""
+        self._digests = other._digests
 
     def known(self, header: str) -> bool:
         """Whether an Authorization field holds one of the tokens; takes alike long for all."""

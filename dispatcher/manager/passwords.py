@@ -67,6 +67,10 @@ class Hasher:
         """Whether a hash was made with other parameters than these."""
         return bool(self._hasher.check_needs_rehash(stored))
 
+    def warm(self) -> None:
+        """Prepare for unknown names, so that the first one takes no longer than the next."""
+        self._unknown()
+
     def _compare(self, stored: str, password: str) -> bool:
         try:
             return bool(self._hasher.verify(stored, password))
@@ -127,6 +131,10 @@ class HashPool:
                 raise
             future.cancel()
             raise DeadlineExceeded("The password was not checked in time", fix="try again in a moment") from error
+
+    def background(self, work: Callable[[], object]) -> None:
+        """Run `work` in the pool some time; nobody waits for it."""
+        self._executor.submit(work)
 
     def close(self) -> None:
         """Let what runs finish, drop what waits."""
