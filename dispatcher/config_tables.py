@@ -150,6 +150,9 @@ class AppDefaults(Table):
         default={}, description="variables of the app; an app's are added to the defaults'"
     )
     health: UrlPath = Field(default="/", description="path that answers below 500 when the app is ready")
+    prepare_timeout: Duration = Field(
+        default=3600.0, description="for pulling or building what the app starts from"
+    )
     start_timeout: Duration = Field(default=60.0, description="from start to ready")
     stop_grace: Duration = Field(default=10.0, description="from the polite to the forced end")
     idle_timeout: MaybeDuration = Field(default=1800.0, description="without use; false for never")
