@@ -54,12 +54,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
-    """A move of an agent's data between providers that has begun."""
+    """A move of an agent and its data between providers that has begun.
+
+    :ivar settling: the data is with the target, and the agent is the target's; what is left is tidying up.
+    :ivar handle: the agent's on the target, once data was brought there; :ivar copy: name of the old copy that
+        the data directory becomes, or ""; :ivar install: what was exported becomes the data directory.
+    """
 
     source: str
     target: str
     step: str
     since: float
+    settling: bool = False
+    handle: str = ""
+    copy: str = ""
+    install: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
-from dispatcher.manager.lifecycle import Desired, State
+from dispatcher.manager.lifecycle import Desired, FeedState, State
 from dispatcher.manager.store import Failure, Move
 from dispatcher.model import Endpoint
-
-FeedState = Literal["running", "asleep", "starting", "stopping", "failed"]
 
 
 def iso(time: float | None) -> str | None:

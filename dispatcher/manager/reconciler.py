@@ -1,0 +1,300 @@
+"""Keeping what is stored and what is so together.  Asks providers, in their pools' threads.
+
+At boot and then regularly each backend lists its agents in one call (`sweep`): what runs is adopted, what was
+interrupted is finished, what died and should run is started again, and what carries this installation's label
+and is unknown is removed.  In between a provider's events and the edge's suspicions are looked at one agent at
+a time (`observe`).  A backend that cannot be asked changes nothing but that it is *unreachable*.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from dispatcher import names
+from dispatcher.clock import Deadline
+from dispatcher.errors import DispatcherError, Unavailable
+from dispatcher.manager import outcomes
+from dispatcher.manager.backends import Backend, hanging
+from dispatcher.manager.engine import Change, Engine
+from dispatcher.manager.lifecycle import ALIVE, recent
+from dispatcher.manager.operations import Operations
+from dispatcher.manager.readiness import OBSERVE, refuses
+from dispatcher.manager.record import Agent
+from dispatcher.manager.store import AgentRow, BackendRow
+from dispatcher.model import BackendState, Endpoint, Handle, Observation
+from dispatcher.names import printable
+from dispatcher.provider import no_progress
+
+LIST_TIME = 30.0  # seconds for the list of all agents
+SUSPECT = 0.25  # seconds between looks at one agent that the edge could not reach
+
+_log = logging.getLogger("dispatcher.manager")
+
+
+class Reconciler:
+    """Observes, and lets `Engine` decide.
+
+    :ivar host_restarted: this is the first sweep after a boot of the host.
+    """
+
+    def __init__(self, engine: Engine, operations: Operations) -> None:
+        self._engine = engine
+        self._operations = operations
+        self._cleaning: set[str] = set()
+        self._cleaning_lock = threading.Lock()
+        self.host_restarted = False
+        operations.asked = self.kick
+
+    # --- whole backends
+
+    def kick(self, backend: Backend, *, boot: bool = False, done: Callable[[], None] | None = None) -> None:
+        """List a backend's agents soon, unless that is being done already.
+
+        :param done: called when it was done.
+        """
+        with self._cleaning_lock:
+            if backend.listing:
+                return
+            backend.listing = True
+
+        def run() -> None:
+            try:
+                self._sweep(backend, boot=boot)
+            finally:
+                backend.listing = False
+                if done:
+                    done()
+
+        def overdue(_: object) -> None:
+            self._lost(backend, hanging(backend.name, "list"))
+
+        if backend.usable:
+            backend.pool.submit(run, overdue=overdue)
+        else:
+            self._lost(backend, backend.problem)
+            backend.listing = False
+            if done:
+                done()
+
+    def _sweep(self, backend: Backend, *, boot: bool) -> None:
+        engine = self._engine
+        known = [(agent, agent.epoch) for agent in engine.of_provider(backend.name)]
+        try:
+            listed = backend.guard.list(deadline=Deadline(LIST_TIME))
+        except DispatcherError as error:
+            self._lost(backend, error)
+            return
+        self._answered(backend)
+        found = {handle.agent: (handle, seen) for handle, seen in listed}
+        for agent, epoch in known:
+            handle, seen = found.get(agent.row.name, (None, _ABSENT))
+            if agent.operation is None and agent.epoch == epoch:
+                self._apply(agent, epoch, seen, handle=handle, boot=boot, bulk=True)
+        for handle, _ in found.values():
+            self._check_unknown(backend, handle)
+        engine.flush()
+
+    def _answered(self, backend: Backend) -> None:
+        engine = self._engine
+        backend.contact = engine.clock.now()
+        if backend.reachable:
+            return
+        first = backend.since is None
+        backend.reachable, backend.since = True, backend.contact
+        self._remember(backend)
+        if not first:
+            _log.warning("The backend of %s answers again", backend.name)
+        for agent in engine.of_provider(backend.name):
+
+            def back(row: AgentRow) -> Change:
+                fields = {"retry_at": engine.clock.now()} if row.failure and row.retry_at is not None else {}
+                events = [("reachable", "")] if not first and row.observed in ALIVE else []
+                return Change(fields, events, defer=True)
+
+            engine.change(agent, back if not first else lambda _: Change(defer=True))
+
+    def _lost(self, backend: Backend, error: DispatcherError) -> None:
+        engine = self._engine
+        backend.problem = error
+        if not backend.reachable and backend.since is not None:
+            return
+        _log.error("The backend of %s cannot be asked: %s", backend.name, error)
+        backend.reachable, backend.since = False, engine.clock.now()
+        self._remember(backend)
+        for agent in engine.of_provider(backend.name):
+
+            def away(row: AgentRow) -> Change:
+                return Change({}, [("unreachable", str(error))] if row.observed in ALIVE else [], defer=True)
+
+            engine.change(agent, away)
+        engine.flush()
+
+    def _remember(self, backend: Backend) -> None:
+        try:
+            self._engine.store.save_backend(
+                BackendRow(
+                    name=backend.name,
+                    reachable=backend.reachable,
+                    since=backend.since or 0.0,
+                    contact=backend.contact,
+                )
+            )
+        except DispatcherError as error:
+            _log.error("%s: %s", backend.name, error)
+
+    # --- one agent
+
+    def observe(self, agent: Agent, *, connect: bool = False) -> None:
+        """Ask the backend about one agent soon; at once again when asked for meanwhile.
+
+        :param connect: also see whether somebody listens at its endpoint.
+        """
+        operation = agent.operation
+        if operation is not None:
+            operation.nudged = True
+            return
+        with self._cleaning_lock:
+            if agent.observing:
+                agent.observing = 2
+                return
+            agent.observing = 1
+        backend = self._engine.backends.get(agent.row.provider)
+
+        def run() -> None:
+            again = True
+            while again:
+                try:
+                    self._observe(agent, backend, connect=connect)
+                finally:
+                    with self._cleaning_lock:
+                        again = agent.observing == 2
+                        agent.observing = 1 if again else 0
+
+        backend.pool.submit(run)
+
+    def changed(self, backend: Backend, backend_name: str) -> None:
+        """Take a provider's event: the agent of that handle name changed, or everything may have."""
+        agent = self._engine.by_backend_name.get(backend_name)
+        if agent is not None:
+            self.observe(agent)
+        elif not backend_name:
+            self.kick(backend)
+
+    def suspect(self, agent: Agent) -> None:
+        """Take the edge's word that nobody listens at the agent's endpoint."""
+        if agent.operation is None and agent.quiet(SUSPECT):
+            self.observe(agent, connect=True)
+
+    def _observe(self, agent: Agent, backend: Backend, *, connect: bool) -> None:
+        epoch, handle = agent.epoch, agent.handle
+        if handle is None or agent.operation is not None:
+            return
+        try:
+            seen = backend.guard.observe(handle, deadline=Deadline(OBSERVE))
+        except Unavailable:
+            self.kick(backend)
+            return
+        except DispatcherError as error:
+            _log.warning("%s: %s", printable(agent.row.name), error)
+            return
+        self._apply(agent, epoch, seen)
+        if connect and seen.state is BackendState.RUNNING and seen.endpoint is not None:
+            self._check_listener(agent, epoch, seen.endpoint, seen.owner_uid)
+
+    def _check_listener(self, agent: Agent, epoch: int, endpoint: Endpoint, owner_uid: int | None) -> None:
+        """An agent that runs and at whose endpoint nobody listens is not ready any more."""
+        if not refuses(endpoint, owner_uid):
+            return
+
+        def deaf(row: AgentRow) -> Change | None:
+            if agent.epoch != epoch or not self._engine.served(row):
+                return None
+            return Change(
+                {"ready": False}, [("unreachable", "it runs, and does not listen any more")], urgent=True
+            )
+
+        self._engine.change(agent, deaf)
+
+    def _apply(
+        self,
+        agent: Agent,
+        epoch: int,
+        seen: Observation,
+        *,
+        handle: Handle | None = None,
+        boot: bool = False,
+        bulk: bool = False,
+    ) -> None:
+        engine, row = self._engine, agent.row
+        policy = engine.specs.policy(row.app)
+        log: list[str] = []
+        if outcomes.died(row, seen):
+            given_up = len(recent(row.attempts, engine.clock.now())) >= policy.max_restarts
+            log = self._operations.last_lines(agent) if given_up or not bulk else []
+
+        def decide(row: AgentRow) -> Change | None:
+            if agent.epoch != epoch or agent.operation is not None or agent.stuck:
+                return None
+            change = outcomes.noticed(
+                row,
+                seen,
+                now=engine.clock.now(),
+                policy=policy,
+                log=log,
+                host_restarted=boot and self.host_restarted,
+            )
+            change = change or Change()
+            events = list(change.events)
+            fields = dict(change.fields)
+            if boot and seen.state in ALIVE:
+                events.append(("adopted", f"it is {seen.state.value}"))
+            if handle is not None and not row.handle:
+                fields["handle"] = handle.to_json()
+            return Change(fields, events, defer=bulk, urgent=not bulk)
+
+        engine.change(agent, decide)
+
+    # --- what is unknown
+
+    def being_cleaned(self, name: str) -> bool:
+        """Whether something left over under this name is being removed just now."""
+        with self._cleaning_lock:
+            return name in self._cleaning
+
+    def _check_unknown(self, backend: Backend, handle: Handle) -> None:
+        """Remove what carries our label and belongs to nobody we know; its data stays with the provider."""
+        engine = self._engine
+        if names.backend_name(engine.installation, handle.agent) != handle.name:
+            _log.warning("%s lists %s, which is not ours", backend.name, printable(handle.name))
+            return
+        agent = engine.agents.get(handle.agent)
+        if agent is None:
+            with engine.registry, self._cleaning_lock:
+                if handle.agent in engine.agents or handle.agent in self._cleaning:
+                    return
+                self._cleaning.add(handle.agent)
+        elif agent.row.provider == backend.name or agent.row.move is not None:
+            return
+
+        def run() -> None:
+            try:
+                self._destroy_unknown(backend, handle, agent)
+            finally:
+                with self._cleaning_lock:
+                    self._cleaning.discard(handle.agent)
+
+        backend.pool.submit(run, urgent=False)
+
+    def _destroy_unknown(self, backend: Backend, handle: Handle, agent: Agent | None) -> None:
+        if agent is not None and (agent.row.provider == backend.name or agent.row.move is not None):
+            return
+        _log.warning("%s has %s, which nobody knows: it is removed", backend.name, printable(handle.name))
+        try:
+            backend.guard.destroy(handle, data=False, deadline=Deadline(300), progress=no_progress)
+        except DispatcherError as error:
+            _log.warning("%s cannot be removed from %s: %s", printable(handle.name), backend.name, error)
+
+
+_ABSENT = Observation(state=BackendState.ABSENT)
