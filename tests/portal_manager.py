@@ -246,11 +246,15 @@ class Program:
         self.origin = origin
 
     def get(self, path, **headers):
-        fields = {"Accept": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        fields = {"Accept": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
         return Page(self.client.get(path, base_url=self.origin, headers=fields))
 
     def post(self, path, body, **headers):
-        fields = {"Accept": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        fields = {"Accept": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
         return Page(self.client.post(path, json=body, base_url=self.origin, headers=fields))
 
 
