@@ -35,13 +35,8 @@ def test_the_delay_grows_and_is_bounded():
     throttle, now, waits = Throttle(), 0.0, []
     for _ in range(30):
         throttle.admit(["name:alice"], now)
-        throttle.failed(["name:alice"], now)
-        try:
-            throttle.admit(["name:alice"], now)
-            waits.append(0.0)
-        except TooManyRequests as error:
-            waits.append(error.retry_after)
-            now += error.retry_after + 1e-6
+        waits.append(throttle.failed(["name:alice"], now)["name:alice"].until - now)
+        now += waits[-1] + 1e-6
     assert waits[: NAME.free] == [0.0] * (NAME.free - 1) + [NAME.first]
     assert waits == sorted(waits)
     assert waits[-1] == pytest.approx(NAME.most)
