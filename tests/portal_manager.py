@@ -51,7 +51,7 @@ class Manager:
     def _begin(self, user, **more):
         token = secrets.token_urlsafe(32)
         row = {
-            "sha256": digest(token), "user": user, "agent": user, "agents": [user], "ttl": 604800.0,
+            "sha256": digest(token), "user": user, "agent": user, "agents": [user], "ttl": 86400.0, "lifetime": 604800.0,
             "created": "2026-01-01T10:00:00+00:00",
         } | more  # fmt: skip
         row["agents"] = [name for name, each in self.agents.items() if each["user"] == user]

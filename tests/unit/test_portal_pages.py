@@ -107,7 +107,7 @@ class TestSignIn:
         answer = program.post("/auth/login", {"user": "alice", "password": "correct horse", "next": "//evil"})
         assert answer.status == 200
         assert answer.json == {
-            "user": "alice", "agent": "alice", "agents": ["alice"], "ttl": 604800.0, "next": "/",
+            "user": "alice", "agent": "alice", "agents": ["alice"], "ttl": 86400.0, "next": "/",
         }  # fmt: skip
         assert "token" not in answer.source
         assert program.get("/auth/status").json["user"] == "alice"

@@ -175,8 +175,9 @@ def _set(response: Response, name: str, value: str, max_age: float | None) -> No
 
 def set_session(response: Response, token: str, session: dict[str, Any]) -> None:
     """Give the browser a session; it keeps the cookie no longer than the session lasts."""
-    ttl = session.get("ttl")
-    _set(response, cookies.session_cookie_name(portal().config.secure), token, _LONGEST if ttl is None else ttl)
+    # Use prolongs a session up to its lifetime, while the cookie's age is fixed now.
+    age = session.get("lifetime", session.get("ttl"))
+    _set(response, cookies.session_cookie_name(portal().config.secure), token, _LONGEST if age is None else age)
 
 
 def device_token() -> str | None:
