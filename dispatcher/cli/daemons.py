@@ -39,7 +39,7 @@ def manager(cli: Cli) -> int:
     config = cli.config()
     from dispatcher.manager import daemon
 
-    return daemon.run(config)
+    return daemon.run(config, cli.config_path)
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml proxy")
