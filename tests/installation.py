@@ -164,7 +164,7 @@ class Installation:
         answer = self.web(
             "POST",
             "/auth/login",
-            {"name": name, "password": password},
+            {"user": name, "password": password},
             Accept="application/json",
             Origin=f"http://127.0.0.1:{self.port}",
         )
