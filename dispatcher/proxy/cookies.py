@@ -38,3 +38,37 @@ def form_cookie_name(secure: bool) -> str:
 
 #: Every name that is the dispatcher's, in either spelling: no agent sees or sets one of these.
 OWN_NAMES = frozenset(prefix + name for prefix in ("", _SECURE) for name in (_SESSION, _DEVICE, _NONCE, _FORM))
+
+_OWN_BYTES = frozenset(name.encode() for name in OWN_NAMES)
+
+
+def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes]:
+    """Return the session's token and the Cookie value as an agent may see it, other cookies byte for byte.
+
+    The token is None when there is no session cookie, or more than one: a sibling origin or an agent's page may
+    have added the second, and there is no telling which is right.
+    """
+    if b"dispatcher" not in value:
+        return None, value
+    token: bytes | None = None
+    count = 0
+    rest = []
+    for pair in value.split(b";"):
+        name, _, content = pair.strip(b" \t").partition(b"=")
+        name = name.rstrip(b" \t")
+        if name not in _OWN_BYTES:
+            rest.append(pair)
+        elif name == session_name:
+            token = content.strip(b" \t")
+            count += 1
+    return token if count == 1 else None, b";".join(rest).strip(b" \t")
+
+
+def without_doubles(value: bytes) -> bytes:
+    """Return the Cookie value for the portal: a dispatcher cookie that is there twice is not there at all."""
+    pairs = value.split(b";")
+    names = [pair.strip(b" \t").partition(b"=")[0].rstrip(b" \t") for pair in pairs]
+    doubled = {name for name in names if name in _OWN_BYTES and names.count(name) > 1}
+    if not doubled:
+        return value
+    return b";".join(pair for pair, name in zip(pairs, names, strict=True) if name not in doubled).strip(b" \t")

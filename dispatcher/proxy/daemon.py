@@ -1,0 +1,442 @@
+"""The proxy daemon's parent: opens the listeners, drops privileges, keeps workers and portal running.
+
+It serves nothing itself and imports little.  SIGTERM and SIGINT drain and stop, a second one stops at once; SIGHUP
+reads configuration and certificates again and replaces the workers one by one, without a lost request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+
+from dispatcher import config as configuration
+from dispatcher.accounts import host_accounts
+from dispatcher.clock import boottime
+from dispatcher.config import Config
+from dispatcher.errors import ConfigError, DispatcherError, Unavailable
+from dispatcher.logs import configure, logger
+from dispatcher.paths import Paths
+from dispatcher.proxy import listeners, privileges, tls, workers
+from dispatcher.proxy.workers import PORTAL, WORKER, BackOff, Child
+
+PID_FILE = "proxy.pid"
+_READY_PATIENCE = 30.0  # seconds until a new worker must serve
+_KILL_GRACE = 10.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
+
+_log = logger("proxy")
+
+
+def run(config: Config, *, reload: Callable[[], Config] = configuration.load) -> int:
+    """Run the proxy in the foreground until a signal ends it; return the exit code.
+
+    :param reload: reads the configuration again, on SIGHUP.
+    :raises ConfigError: the configuration is wrong; :raises Unavailable: a listener or privileges cannot be had.
+    """
+    configure(config.proxy.log_level, config.proxy.log_format)
+    daemon = Daemon(config, reload)
+    daemon.prepare()
+    try:
+        return daemon.serve()
+    finally:
+        daemon.clean_up()
+
+
+class Daemon:
+    """The parent."""
+
+    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
+        from dispatcher.proxy.edge.settings import Settings
+
+        Settings(config)  # a wrong address or URL shows now, before anything is opened
+        if config.proxy.admin_listen:
+            raise ConfigError(
+                "proxy.admin_listen: there are no admin pages yet",
+                fix="remove the key; administrators use the command line",
+            )
+        self._config = config
+        self._paths = Paths.of(config)
+        self._reload = reload
+        self._listeners: dict[str, list[socket.socket]] = {}
+        self._redirects: dict[str, list[socket.socket]] = {}
+        self._tls: ssl.SSLContext | None = None
+        self._portal_sock: socket.socket
+        self._access_log: int | None = None
+        self._children: dict[int, Child] = {}
+        self._back_off = {WORKER: BackOff(), PORTAL: BackOff()}
+        self._generation = 1
+        self._stopping = False
+        self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    # Beginning.
+
+    def prepare(self) -> None:
+        """Do all that needs privileges, and then have none."""
+        proxy = self._config.proxy
+        accounts = host_accounts(self._config)
+        self._tls = tls.context(proxy.tls_cert, proxy.tls_key)
+        self._listeners = listeners.open_all(proxy.listen, "proxy.listen")
+        self._redirects = listeners.open_all(proxy.redirect_listen, "proxy.redirect_listen")
+        self._access_log = open_access_log(proxy.access_log, (accounts.proxy_uid, accounts.proxy_gid))
+        directory = self._paths.proxy_dir
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if os.geteuid() == 0:
+                os.chown(directory, accounts.proxy_uid, accounts.proxy_gid, follow_symlinks=False)
+        except OSError as error:
+            raise Unavailable(
+                f"Cannot make {directory}", why=error.strerror or str(error), fix="start the manager first"
+            ) from error
+        wanted = 2 * proxy.connections + privileges.SPARE_DESCRIPTORS
+        limit = privileges.raise_descriptor_limit(wanted)
+        if limit < wanted:
+            most = privileges.most_connections(proxy.connections)
+            _log.info("few files may be open", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE")
+        if accounts.made_up:
+            _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
+        preload()
+        privileges.drop(accounts)
+        self._open_portal()
+        if proxy.tls_key is not None and not os.access(proxy.tls_key, os.R_OK):
+            _log.warning(
+                "a reload will not be able to read the key",
+                key=str(proxy.tls_key),
+                fix="let the proxy's group read it, or restart after each renewal",
+            )
+        (directory / PID_FILE).write_bytes(b"%d\n" % os.getpid())
+
+    def _open_portal(self) -> None:
+        """Bind the portal's private socket, in place of one that is there."""
+        path = self._paths.portal_socket
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        self._portal_sock = listeners.bind_unix(str(fresh), 0o600)
+        fresh.replace(path)
+
+    # The children.
+
+    def _inherited(self) -> object:
+        from dispatcher.proxy.edge.process import Inherited
+
+        return Inherited(
+            listeners=[sock for sockets in self._listeners.values() for sock in sockets],
+            redirects=[sock for sockets in self._redirects.values() for sock in sockets],
+            tls=self._tls,
+            access_log=self._access_log,
+        )
+
+    def _start_worker(self) -> None:
+        from dispatcher.proxy.edge import process
+
+        config, paths, inherited = self._config, self._paths, self._inherited()
+        portal_sock = self._portal_sock
+
+        def body(control: socket.socket) -> None:
+            portal_sock.close()
+            process.run(config, paths, inherited, control)  # type: ignore[arg-type]
+
+        self._fork(WORKER, body)
+
+    def _start_portal(self) -> None:
+        config, portal_sock = self._config, self._portal_sock
+        unused = [
+            sock for group in (self._listeners, self._redirects) for socks in group.values() for sock in socks
+        ]
+
+        def body(control: socket.socket) -> None:
+            from dispatcher.proxy import portal
+
+            for sock in unused:
+                sock.close()
+            control.close()
+            portal.serve(config, portal_sock)
+
+        self._fork(PORTAL, body)
+
+    def _fork(self, kind: str, body: Callable[[socket.socket], None]) -> None:
+        child = workers.fork(kind, self._generation, body, list(self._children.values()))
+        child.control.setblocking(False)
+        if kind == WORKER:
+            child.deadline = boottime() + _READY_PATIENCE
+        self._children[child.pid] = child
+        _log.debug("started", kind=kind, pid=child.pid)
+
+    def _of(self, kind: str, *, leaving: bool = False) -> list[Child]:
+        return [child for child in self._children.values() if child.kind == kind and child.leaving == leaving]
+
+    # Running.
+
+    def serve(self) -> int:
+        """Keep the children running until a signal ends it."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(self._woken, warn_on_full_buffer=False)
+        gc.collect()
+        gc.freeze()
+        self._fill()
+        for address in (*self._listeners, *self._redirects):
+            _log.info("listening", address=address)
+        notified = False
+        while True:
+            self._wait()
+            if not notified and any(child.ready for child in self._of(WORKER)):
+                notify("READY=1")
+                notified = True
+            if self._stopping and not self._of(WORKER) and not self._of(WORKER, leaving=True):
+                return 0
+
+    def _fill(self) -> None:
+        """Start what is missing, unless it is too early for it."""
+        now = boottime()
+        if self._stopping:
+            return
+        if not self._of(PORTAL) and self._back_off[PORTAL].at <= now:
+            self._start_portal()
+        current = [child for child in self._of(WORKER) if child.generation == self._generation]
+        missing = self._config.proxy.workers - len(current)
+        if missing > 0 and self._back_off[WORKER].at <= now:
+            for _ in range(missing):
+                self._start_worker()
+
+    def _wait(self) -> None:
+        controls = {
+            child.control: child for child in self._children.values() if child.kind == WORKER and not child.ready
+        }
+        readable, _, _ = select.select([self._wake, *controls], [], [], 0.2 if self._busy() else 5.0)
+        for ready in readable:
+            if ready in controls:
+                self._heard(controls[ready])
+        if self._wake in readable:
+            with contextlib.suppress(BlockingIOError):
+                for number in set(os.read(self._wake, 512)):
+                    self._signalled(number)
+        self._reap()
+        self._overdue()
+        self._fill()
+
+    def _busy(self) -> bool:
+        """Whether something happens soon without a signal."""
+        workers_now = self._of(WORKER)
+        return (
+            self._stopping
+            or len(workers_now) != self._config.proxy.workers
+            or not self._of(PORTAL)
+            or any(not child.ready for child in workers_now)
+            or any(child.leaving for child in self._children.values())
+        )
+
+    def _heard(self, child: Child) -> None:
+        try:
+            word = child.control.recv(1)
+        except OSError:
+            word = b""
+        if not word:
+            child.ready = True  # it is ending; waiting for it says how
+            return
+        child.ready = True
+        child.deadline = float("inf")
+        old = [each for each in self._of(WORKER) if each.generation < child.generation]
+        current = [each for each in self._of(WORKER) if each.ready and each.generation == child.generation]
+        if len(current) >= self._config.proxy.workers:
+            for each in old:
+                self._let_go(each, b"D")
+        elif old:
+            self._let_go(old[0], b"D")
+
+    def _let_go(self, child: Child, order: bytes) -> None:
+        child.leaving = True
+        child.deadline = boottime() + self._config.proxy.drain_timeout + _KILL_GRACE
+        child.tell(order)
+
+    def _signalled(self, number: int) -> None:
+        if number in {signal.SIGTERM, signal.SIGINT}:
+            self._stop()
+        elif number == signal.SIGHUP and not self._stopping:
+            self._read_again()
+
+    def _stop(self) -> None:
+        notify("STOPPING=1")
+        if self._stopping:
+            _log.info("stopping at once")
+            for child in self._children.values():
+                child.signal(signal.SIGKILL)
+            return
+        _log.info("stopping: what is under way is finished", at_most=self._config.proxy.drain_timeout)
+        self._stopping = True
+        for group in (self._listeners, self._redirects):
+            for sockets in group.values():
+                for sock in sockets:
+                    sock.close()
+        for child in list(self._children.values()):
+            if child.kind == WORKER:
+                self._let_go(child, b"S")
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            child = self._children.pop(pid, None)
+            if child is None:
+                continue
+            child.control.close()
+            if not child.leaving and not self._stopping:
+                pause = self._back_off[child.kind].ended(child)
+                _log.error(
+                    f"a {child.kind} {workers.ending(status)}, starting another", pid=pid, pause=round(pause, 1)
+                )
+
+    def _overdue(self) -> None:
+        now = boottime()
+        for child in self._children.values():
+            if child.deadline <= now:
+                _log.error(
+                    f"a {child.kind} does not {'end' if child.leaving else 'come up'}, killing it", pid=child.pid
+                )
+                child.deadline = now + _KILL_GRACE
+                child.signal(signal.SIGKILL)
+        # The old portal has served the old workers to the end.
+        if not self._of(WORKER, leaving=True):
+            for child in self._of(PORTAL, leaving=True):
+                child.signal(signal.SIGTERM)
+
+    # Reading the configuration again.
+
+    def _read_again(self) -> None:
+        notify("RELOADING=1")
+        try:
+            self._take(self._reload())
+        except DispatcherError as error:
+            _log.error("the configuration was not taken, going on as before", error=str(error))
+        notify("READY=1")
+
+    def _take(self, config: Config) -> None:
+        from dispatcher.proxy.edge.settings import Settings
+
+        Settings(config)
+        if Paths.of(config) != self._paths or config.proxy.user != self._config.proxy.user:
+            raise ConfigError(
+                "manager.run_dir, manager.state_dir and proxy.user cannot change while the proxy runs",
+                fix="restart the proxy",
+            )
+        context = tls.context(config.proxy.tls_cert, config.proxy.tls_key)
+        added = self._added(self._listeners, config.proxy.listen, "proxy.listen")
+        try:
+            redirects = self._added(self._redirects, config.proxy.redirect_listen, "proxy.redirect_listen")
+        except DispatcherError:
+            _close(added)
+            raise
+        log = self._access_log
+        try:
+            log = open_access_log(config.proxy.access_log, None)
+        except DispatcherError as error:
+            _log.error("the access log cannot be opened again, going on with the old file", error=str(error))
+        old_log, self._access_log = self._access_log, log
+        self._listeners = _merged(self._listeners, added, config.proxy.listen)
+        self._redirects = _merged(self._redirects, redirects, config.proxy.redirect_listen)
+        self._tls = context
+        self._config = config
+        self._generation += 1
+        configure(config.proxy.log_level, config.proxy.log_format)
+        for child in self._of(PORTAL):
+            child.leaving = True
+        self._portal_sock.close()
+        self._open_portal()
+        self._start_portal()
+        for _ in range(config.proxy.workers):
+            self._start_worker()
+        if old_log is not None and old_log not in {log, 1}:
+            os.close(old_log)
+        _log.info("read the configuration again, replacing the workers", generation=self._generation)
+
+    def _added(
+        self, have: dict[str, list[socket.socket]], wanted: list[str], key: str
+    ) -> dict[str, list[socket.socket]]:
+        return listeners.open_all([address for address in wanted if address not in have], key)
+
+    def clean_up(self) -> None:
+        """Leave nothing behind: no child, no socket, no file."""
+        for child in self._children.values():
+            child.signal(signal.SIGKILL if child.kind == WORKER else signal.SIGTERM)
+        for child in self._children.values():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(child.pid, 0)
+        for path in (self._paths.portal_socket, self._paths.proxy_dir / PID_FILE):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        for address in self._listeners:
+            if address.startswith("unix:"):
+                with contextlib.suppress(OSError):
+                    os.unlink(address[5:])
+
+
+def preload() -> None:
+    """Load what the children will need, while it can be read and once for all of them.
+
+    The proxy's user may have no access to where Python or this program lie (below root's home, say).
+    """
+    import encodings.ascii
+    import encodings.idna
+    import encodings.latin_1
+    import encodings.punycode
+    import encodings.unicode_escape
+
+    import uvloop
+
+    import dispatcher.proxy.edge.process
+    import dispatcher.proxy.portal.server  # noqa: F401
+
+
+def _merged(
+    have: dict[str, list[socket.socket]], added: dict[str, list[socket.socket]], wanted: list[str]
+) -> dict[str, list[socket.socket]]:
+    """Return the sockets of the wanted addresses; the others are closed here, and by their workers when they go."""
+    _close({address: sockets for address, sockets in have.items() if address not in wanted})
+    return {address: have.get(address) or added[address] for address in dict.fromkeys(wanted)}
+
+
+def _close(group: dict[str, list[socket.socket]]) -> None:
+    for sockets in group.values():
+        for sock in sockets:
+            sock.close()
+
+
+def open_access_log(target: str, owner: tuple[int, int] | None) -> int | None:
+    """Return the access log's descriptor, None when there is none.
+
+    :param owner: who must be able to open it again; None when we are that already.
+    :raises Unavailable: it cannot be opened.
+    """
+    if not target:
+        return None
+    if target == "-":
+        return 1
+    try:
+        fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        if owner is not None and os.geteuid() == 0:
+            os.fchown(fd, *owner)
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
+        ) from error
+    return fd
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), when it asks to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        contextlib.suppress(OSError),
+    ):
+        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)

@@ -1,0 +1,90 @@
+"""What counts as use.  Pure: requests and bytes in, counters of docs/reference/feed.md out.
+
+Idleness must mean what a person would mean: a person reads, clicks and types; a tab that was left open polls,
+pings and reconnects.  The hot path pays one dictionary lookup and a few comparisons.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dispatcher.proxy.edge import headers
+from dispatcher.proxy.edge.request import SAFE, Request
+
+TRICKLE = 1024.0  # bytes per second of a flow that is no use
+_MAX_TARGETS = 128  # remembered for each agent
+_SLACK = 2.0  # a repetition up to that factor beyond the longest pause so far is still the same rhythm
+_NUMBERS = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
+
+
+class Traffic:
+    """Counters of one agent since the last report."""
+
+    __slots__ = ("bulk", "bytes_in", "bytes_out", "poll", "stream", "use")
+
+    def __init__(self) -> None:
+        self.use = 0
+        self.poll = 0
+        self.stream = 0  # bytes that are use by themselves: WebSocket data from the client
+        self.bulk = 0  # bytes that are use when there are more than a trickle of them
+        self.bytes_in = 0
+        self.bytes_out = 0
+
+    def report(self, seconds: float, idle_sockets: int) -> dict[str, int] | None:
+        """Return what the feed's activity frame says of the agent, None for nothing; counting starts again."""
+        stream = self.stream + (self.bulk if self.bulk > TRICKLE * seconds else 0)
+        values = {
+            "use": self.use,
+            "stream": stream,
+            "in": self.bytes_in,
+            "out": self.bytes_out,
+            "poll": self.poll,
+            "idle_sockets": idle_sockets,
+        }
+        self.use = self.poll = self.stream = self.bulk = self.bytes_in = self.bytes_out = 0
+        return {name: value for name, value in values.items() if value} or None
+
+
+class Rhythm:
+    """Recognises requests that nobody makes by hand, per agent."""
+
+    __slots__ = ("_seen",)
+
+    def __init__(self) -> None:
+        # Target -> [time of the last request, longest pause so far].  The oldest entry goes first.
+        self._seen: dict[bytes, list[float]] = {}
+
+    def is_poll(self, request: Request, now: float) -> bool:
+        """Whether a request is the machine's and not the person's; it is remembered.
+
+        A navigation and an unsafe method are the person's.  A GET of the same target for the third time, after a
+        pause that is not much longer than those before, is a rhythm; the same holds for a WebSocket that is opened
+        again and again.  Numbers in a query that only defeat caches make no new target.
+        """
+        if not request.traits & SAFE:
+            return False
+        fields = request.fields
+        if fields.get(headers.SEC_FETCH_MODE) == b"navigate":
+            return headers.SEC_PURPOSE in fields
+        if headers.SEC_PURPOSE in fields or request.method in {b"HEAD", b"OPTIONS"}:
+            return True
+        target = request.target
+        entry = self._seen.get(target)
+        if entry is None:
+            path, mark, query = target.partition(b"?")
+            if request.upgrade:
+                target = path
+            elif mark:
+                target = path + mark + _NUMBERS.sub(b"0", query)
+            entry = self._seen.get(target)
+            if entry is None:
+                if len(self._seen) >= _MAX_TARGETS:
+                    del self._seen[next(iter(self._seen))]
+                self._seen[target] = [now, -1.0]
+                return False
+        pause = now - entry[0]
+        entry[0] = now
+        longest = entry[1]
+        if pause > longest:
+            entry[1] = pause
+        return longest >= 0.0 and pause <= max(longest, 1.0) * _SLACK

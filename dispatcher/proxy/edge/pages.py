@@ -1,0 +1,232 @@
+"""The edge's own answers: redirects, refusals and honest error pages.  Pure.
+
+A person gets a small page, a program a problem document (RFC 9457); both say what happened and what to do next.
+None of them is ever stored by a cache.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from http import HTTPStatus
+from typing import Any
+
+_COMMON = b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+_HTML = (
+    b"Content-Type: text/html; charset=utf-8\r\n"
+    b"Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'\r\n"
+)
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>body{{font:1rem/1.5 system-ui,sans-serif;max-width:36rem;margin:12vh auto;padding:0 1rem;
+color:#1c1e21;background:#fff}}a{{color:#0b57d0}}small{{color:#5f6368}}
+@media(prefers-color-scheme:dark){{body{{color:#e8eaed;background:#1f1f1f}}a{{color:#8ab4f8}}}}</style></head>
+<body><main><h1>{title}</h1><p>{detail}</p><p>{fix}</p><p><small>{status} · request {request_id}</small></p></main>
+</body></html>
+"""
+
+REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
+
+
+def head(status: int, lines: bytes, length: int | None, *, close: bool) -> bytes:
+    """Return the head of an own answer; `lines` are ended by CRLF each."""
+    start = b"HTTP/1.1 %d %b\r\n" % (status, REASONS[status])
+    framing = b"" if length is None else b"Content-Length: %d\r\n" % length
+    return start + lines + framing + (b"Connection: close\r\n\r\n" if close else b"\r\n")
+
+
+def redirect(location: bytes, date: bytes, *, close: bool, status: int = 303) -> bytes:
+    """Return a redirect (RFC 9110, 15.4.4): the next request is a GET."""
+    return head(status, date + _COMMON + b"Location: " + location + b"\r\n", 0, close=close)
+
+
+class Failure:
+    """Something that the edge must say instead of an agent's answer.
+
+    :ivar status: HTTP status; :ivar title: what; :ivar detail: why; :ivar fix: what the reader can do.
+    :ivar retry_after: seconds, None when trying again makes no sense; :ivar extra: members of the document.
+    """
+
+    __slots__ = ("code", "detail", "extra", "fix", "retry_after", "status", "title")
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        title: str,
+        detail: str,
+        fix: str = "",
+        *,
+        retry_after: int | None = None,
+        extra: dict[str, Any] | None = None,
+    ) -> None:
+        self.status = status
+        self.code = code
+        self.title = title
+        self.detail = detail
+        self.fix = fix
+        self.retry_after = retry_after
+        self.extra = extra
+
+
+def failure(
+    what: Failure, date: bytes, request_id: str, *, page: bool, close: bool, body: bool, link: str = ""
+) -> bytes:
+    """Return a failure's whole answer.
+
+    :param page: for a person; :param body: false for the answer to HEAD; :param link: HTML after `fix`.
+    """
+    if page:
+        text = _PAGE.format(
+            title=html.escape(what.title),
+            detail=html.escape(what.detail),
+            fix=html.escape(what.fix) + link,
+            status=what.status,
+            request_id=html.escape(request_id),
+        ).encode()
+        lines = _HTML
+    else:
+        document: dict[str, Any] = {
+            "type": "about:blank",
+            "title": what.title,
+            "status": what.status,
+            "detail": what.detail,
+            "fix": what.fix,
+            "code": what.code,
+            **(what.extra or {}),
+        }
+        text = json.dumps(document, ensure_ascii=False).encode()
+        lines = b"Content-Type: application/problem+json\r\n"
+    if what.retry_after is not None:
+        lines += b"Retry-After: %d\r\n" % what.retry_after
+    if what.status == 401:
+        # RFC 9110, 15.5.2 wants a challenge; `Cookie` is what this origin's sign-in hands out.
+        lines += b'WWW-Authenticate: Cookie realm="dispatcher"\r\n'
+    answer = head(what.status, date + _COMMON + lines, len(text), close=close)
+    return answer + text if body else answer
+
+
+BAD_SESSION = Failure(
+    401, "unauthenticated", "Sign in first", "This address needs a session, and there is none or it has ended."
+)
+TOO_BUSY = Failure(
+    503,
+    "too-many-requests",
+    "Too many requests at once",
+    "This application is already working on as many requests as it may.",
+    "Try again in a moment.",
+    retry_after=2,
+)
+FULL = Failure(
+    503,
+    "too-many-connections",
+    "Too many connections",
+    "The server has as many connections as it takes, in all or from this address.",
+    "Try again in a moment.",
+    retry_after=5,
+)
+NO_FEED = Failure(
+    503,
+    "manager-away",
+    "The service is being restarted",
+    "The part that knows the sessions has not answered for a while.",
+    "Try again in a moment; if this lasts, tell the administrator.",
+    retry_after=5,
+)
+NO_AGENT = Failure(
+    404,
+    "not-found",
+    "There is no such application",
+    "This session has no application here.",
+    "Look at the address.",
+)
+GONE_AWAY = Failure(
+    502,
+    "upstream-failed",
+    "The application broke off",
+    "It closed the connection before it had answered.",
+    "Try again. If this repeats, look at the application's log.",
+)
+BAD_ANSWER = Failure(
+    502,
+    "upstream-invalid",
+    "The application's answer cannot be passed on",
+    "It is no valid HTTP answer.",
+    "Look at the application's log.",
+)
+UNREACHABLE = Failure(
+    502,
+    "upstream-unreachable",
+    "The application does not take connections",
+    "It runs, but nothing listens at its address.",
+    "Try again in a moment. If this repeats, restart the application.",
+    retry_after=2,
+)
+TOO_SLOW = Failure(
+    504,
+    "upstream-timeout",
+    "The application did not answer in time",
+    "The request was passed on, and no answer came.",
+    "Try again, or look at the application's log.",
+)
+SLOW_REQUEST = Failure(
+    408, "request-timeout", "The request did not arrive in time", "Its rest did not come.", "Send it again."
+)
+TOO_LARGE = Failure(
+    413, "too-large", "The request is too large", "This address takes at most 1 MiB.", "Send less."
+)
+CROSS_ORIGIN = Failure(
+    403,
+    "cross-origin",
+    "Refused: the request comes from another site",
+    "Changes and WebSockets are only taken from pages of this very address.",
+    "Open the application by its own address. Programs send an Origin header equal to it.",
+)
+SERVICE_WORKER = Failure(
+    403,
+    "service-worker",
+    "Refused: the service worker would cover the sign-in pages",
+    "The application shares this address with the portal.",
+    "Serve the script from a directory of its own, or use routing by subdomain.",
+)
+PORTAL_AWAY = Failure(
+    503,
+    "portal-away",
+    "The sign-in pages are being restarted",
+    "They do not answer at the moment.",
+    "Try again in a moment.",
+    retry_after=2,
+)
+
+
+def bad_request(status: int, why: str) -> Failure:
+    """Return the failure for a head that is refused."""
+    phrase = REASONS[status].decode("ascii")
+    return Failure(
+        status,
+        "bad-request",
+        phrase,
+        f"The request holds {why}.",
+        "The client, or a proxy before it, is at fault.",
+    )
+
+
+def not_running(agent: dict[str, Any]) -> Failure:
+    """Return the failure for a program that asks an agent which does not run; `agent` is `Agent.public`."""
+    state = agent["state"]
+    texts = {
+        "asleep": (
+            "The application is asleep",
+            "Open it in a browser, or send any request that changes something.",
+        ),
+        "starting": ("The application is starting", "Try again in a moment."),
+        "stopping": ("The application is stopping", "Try again in a moment."),
+        "failed": ("The application has failed", "Open it in a browser to see why and to start it again."),
+    }
+    title, fix = texts.get(state, ("The application does not run", "Try again in a moment."))
+    detail = agent["detail"] or agent["stage"] or f"Its state is {state}."
+    retry = 30 if state in {"asleep", "failed"} else 2
+    return Failure(
+        503, "agent-" + (state or "unknown"), title, str(detail), fix, retry_after=retry, extra={"agent": agent}
+    )

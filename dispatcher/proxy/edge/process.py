@@ -1,0 +1,192 @@
+"""A worker process: loop, listeners, signals, drain.  Touches everything that a process has.
+
+The parent talks to it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN` to let it
+finish (another worker takes the new connections) or `STOP` (nobody will); the end of the file means that the
+parent is gone, and then the worker goes too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dispatcher.clock import boottime
+from dispatcher.logs import logger
+from dispatcher.proxy import privileges
+from dispatcher.proxy.edge.access import AccessLog
+from dispatcher.proxy.edge.client import Client
+from dispatcher.proxy.edge.proxy_protocol import Acceptor
+from dispatcher.proxy.edge.redirect import Redirect
+from dispatcher.proxy.edge.settings import Settings
+from dispatcher.proxy.edge.worker import Worker
+
+if TYPE_CHECKING:
+    from dispatcher.config import Config
+    from dispatcher.paths import Paths
+
+READY = b"R"
+DRAIN = b"D"
+STOP = b"S"
+
+_BACKLOG = 4096
+_ROLLING_GRACE = 5.0  # seconds for a kept-alive connection to send its next request and learn that it was the last
+_STOP_GRACE = 0.5
+_FEED_PATIENCE = 3.0  # seconds to wait for the first tables; without the manager the proxy serves what it can
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inherited:
+    """What the parent hands to a worker.
+
+    :ivar listeners: sockets for clients; :ivar redirects: sockets that only redirect to HTTPS.
+    :ivar tls: None without TLS; :ivar access_log: open file, None when there is none.
+    """
+
+    listeners: Sequence[socket.socket]
+    redirects: Sequence[socket.socket] = ()
+    tls: ssl.SSLContext | None = None
+    access_log: int | None = None
+
+
+class Process:
+    """One worker process."""
+
+    def __init__(self, config: Config, paths: Paths, inherited: Inherited, control: socket.socket) -> None:
+        self._config = config
+        self._settings = Settings(config)
+        self._settings.connections = privileges.most_connections(self._settings.connections)
+        self._inherited = inherited
+        self._control = control
+        self._worker = Worker(
+            self._settings,
+            str(paths.feed_socket),
+            str(paths.portal_socket),
+            AccessLog(inherited.access_log),
+        )
+        self._servers: list[asyncio.AbstractServer] = []
+        self._acceptors: list[Acceptor] = []
+        self._loop: asyncio.AbstractEventLoop
+        self._finished: asyncio.Event
+        self._drain_until = 0.0
+        self._grace_until = 0.0
+        self._log = logger("edge")
+
+    async def main(self) -> None:
+        """Serve until told to stop."""
+        loop = self._loop = asyncio.get_running_loop()
+        self._finished = asyncio.Event()
+        loop.set_exception_handler(self._unexpected)
+        loop.add_signal_handler(signal.SIGTERM, self._drain, _STOP_GRACE)
+        for number in (signal.SIGINT, signal.SIGHUP):  # the parent's business
+            loop.add_signal_handler(number, lambda: None)
+        worker = self._worker
+        worker.start(loop)
+        # The first request after a restart finds its session.  Connections wait in the listeners' queues meanwhile.
+        await worker.feed.first(_FEED_PATIENCE)
+        await self._listen()
+        self._control.setblocking(False)
+        loop.add_reader(self._control, self._told)
+        gc.collect()
+        gc.freeze()
+        self._control.send(READY)
+        await self._finished.wait()
+        for server in self._servers:
+            server.close()
+        worker.close()
+        await asyncio.sleep(0)
+
+    async def _listen(self) -> None:
+        worker, inherited = self._worker, self._inherited
+        for sock in inherited.listeners:
+            if self._config.proxy.proxy_protocol:
+                acceptor = Acceptor(worker, sock, inherited.tls)
+                self._acceptors.append(acceptor)
+                acceptor.start()
+                continue
+            self._servers.append(await self._server(sock, lambda: Client(worker), inherited.tls))
+        for sock in inherited.redirects:
+            self._servers.append(await self._server(sock, lambda: Redirect(worker), None))
+
+    async def _server(
+        self, sock: socket.socket, factory: type[asyncio.Protocol] | object, tls: ssl.SSLContext | None
+    ) -> asyncio.AbstractServer:
+        kind = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
+        extra = (
+            {}
+            if tls is None
+            else {"ssl_handshake_timeout": self._settings.head_timeout, "ssl_shutdown_timeout": 2.0}
+        )
+        return await kind(factory, sock=sock, ssl=tls, backlog=_BACKLOG, **extra)  # type: ignore[operator,no-any-return]
+
+    def _told(self) -> None:
+        try:
+            order = self._control.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            order = b""
+        if order == DRAIN:
+            self._drain(_ROLLING_GRACE)
+        elif order == STOP:
+            self._drain(_STOP_GRACE)
+        else:
+            # The parent is gone.  Whoever starts the proxy again needs the addresses: let go of them at once.
+            self._loop.remove_reader(self._control)
+            self._drain(0.0)
+            self._drain_until = boottime() + min(2.0, self._settings.drain_timeout)
+
+    def _drain(self, grace: float) -> None:
+        if self._drain_until:
+            return
+        now = boottime()
+        self._drain_until = now + self._settings.drain_timeout
+        self._grace_until = now + grace
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for server in self._servers:
+            server.close()
+        self._worker.drain()
+        self._still_draining()
+
+    def _still_draining(self) -> None:
+        now = boottime()
+        worker = self._worker
+        if now >= self._grace_until:
+            worker.close_idle()
+        if not worker.open_connections or now >= self._drain_until:
+            if worker.open_connections:
+                self._log.warning("connections were cut off", number=worker.open_connections)
+            self._finished.set()
+            return
+        self._loop.call_later(0.05, self._still_draining)
+
+    def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
+        """Log what no protocol handled; a connection's fault must not end the worker."""
+        del loop
+        error = context.get("exception")
+        if isinstance(error, (ConnectionError, ssl.SSLError, TimeoutError)):
+            self._log.debug("a connection failed", why=str(context.get("message")), error=str(error))
+            return
+        self._log.error(
+            "unexpected", why=str(context.get("message")), exc_info=error if isinstance(error, Exception) else None
+        )
+
+
+def run(config: Config, paths: Paths, inherited: Inherited, control: socket.socket) -> None:
+    """Be a worker process, until told to stop."""
+    import uvloop
+
+    process = Process(config, paths, inherited, control)
+    uvloop.install()
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(process.main())
+    finally:
+        loop.close()

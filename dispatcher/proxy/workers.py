@@ -1,0 +1,114 @@
+"""The proxy's child processes: forked, watched, replaced.  Touches processes and socket pairs.
+
+A child is a worker of the edge or the portal.  It inherits what the parent has open and loaded, so that memory is
+shared; it never executes another program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+
+from dispatcher.clock import boottime
+from dispatcher.logs import logger
+from dispatcher.proxy import privileges
+
+FIRST_PAUSE = 0.1
+LONGEST_PAUSE = 10.0
+_STEADY = 20.0  # seconds after which a child's end is no longer a failed start
+
+WORKER = "worker"
+PORTAL = "portal"
+
+
+class Child:
+    """One child process.
+
+    :ivar generation: of the configuration it was started with; :ivar ready: it serves.
+    :ivar leaving: it was told to go; :ivar deadline: boot time after which it is killed.
+    """
+
+    __slots__ = ("control", "deadline", "generation", "kind", "leaving", "pid", "ready", "started")
+
+    def __init__(self, kind: str, generation: int, pid: int, control: socket.socket) -> None:
+        self.kind = kind
+        self.generation = generation
+        self.pid = pid
+        self.control = control
+        self.started = boottime()
+        self.ready = False
+        self.leaving = False
+        self.deadline = float("inf")
+
+    def tell(self, order: bytes) -> None:
+        """Send an order; one that cannot be told is on its way out already."""
+        with contextlib.suppress(OSError):
+            self.control.send(order)
+
+    def signal(self, number: int) -> None:
+        """Send a signal; only ever to a child that has not been waited for."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+def fork(kind: str, generation: int, body: Callable[[socket.socket], None], others: list[Child]) -> Child:
+    """Start a child that runs `body` with its end of a socket pair.
+
+    :param others: children whose ends this one must not keep open.
+    """
+    ours, theirs = socket.socketpair()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        theirs.close()
+        return Child(kind, generation, pid, ours)
+    code = 1
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.SIG_IGN)
+        ours.close()
+        for other in others:
+            other.control.close()
+        if kind == PORTAL:
+            privileges.die_with_parent(signal.SIGTERM)
+        body(theirs)
+        code = 0
+    except SystemExit:
+        code = 0
+    except BaseException:
+        logger("proxy").exception("a child process failed", kind=kind)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class BackOff:
+    """How long to wait before a child of a kind is started again."""
+
+    __slots__ = ("_pause", "at")
+
+    def __init__(self) -> None:
+        self._pause = FIRST_PAUSE
+        self.at = 0.0
+
+    def ended(self, child: Child) -> float:
+        """A child ended by itself; return the seconds until the next is started."""
+        if boottime() - child.started > _STEADY:
+            self._pause = FIRST_PAUSE
+        pause = self._pause
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+        self.at = boottime() + pause
+        return pause
+
+
+def ending(status: int) -> str:
+    """Say how a process ended."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
