@@ -206,10 +206,8 @@ def listen_endpoint(address: str) -> Endpoint | None:
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         return None
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(  # noqa: S104 - compared, not bound
-        host.strip("[]"), host.strip("[]")
-    )
-    return Endpoint.tcp(host, int(port))
+    plain = host.strip("[]")
+    return Endpoint.tcp({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plain, plain), int(port))  # noqa: S104 - compared, not bound
 
 
 def browser_url(config: Config) -> str:

@@ -201,13 +201,13 @@ def test_no_sizes(text):
 
 
 @pytest.mark.parametrize(
-    "text", ["127.0.0.1:8080", "0.0.0.0:0", ":8080", "*:80", "[::1]:8080", "[fe80::1%eth0]:1", "localhost:1", "unix:/s", "systemd"]
+    "text", ["127.0.0.1:8080", "0.0.0.0:0", "[::1]:8080", "[fe80::1%eth0]:1", "localhost:1", "unix:/s", "systemd"]
 )
 def test_addresses(text):
     assert config.parse({"proxy": {"listen": [text]}}).proxy.listen == [text]
 
 
-@pytest.mark.parametrize("text", ["", "8080", "localhost", "::1:80", "[::g]:80", "h:65536", "h:-1", "unix:s", "http://h:1", "h h:1"])
+@pytest.mark.parametrize("text", ["", ":8080", "*:80", "8080", "localhost", "::1:80", "[::g]:80", "h:65536", "h:-1", "unix:s", "http://h:1", "h h:1"])
 def test_no_addresses(text):
     assert "expected an address such as" in complaint({"proxy": {"listen": [text]}})
 
