@@ -249,6 +249,26 @@ def test_known_browsers_are_of_one_user_bounded_and_forgotten(world):
     assert not world.store.knows_device(f"{24:064}", "alice", now)
 
 
+def test_a_jump_of_the_wall_clock_ends_nothing(tmp_path, monkeypatch):
+    import time
+
+    from dispatcher.manager.store import steady_clock
+
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    store, real = AuthStore(database), time.time
+    sessions = Sessions(store, steady_clock(database), LIFETIMES)
+    _, row = sessions.create("alice", "alice", HERE, epoch=0)
+    for jump in (36_000.0, -36_000.0):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        sessions.sweep()
+        assert sessions.ttl(row) == pytest.approx(100, abs=5)
+        again = Sessions(store, steady_clock(database), LIFETIMES)  # a restarted manager, the clock still wrong
+        again.load({"alice": 0.0})
+        assert again.ttl(again.require(row.sha256)) == pytest.approx(100, abs=5)
+    database.close()
+
+
 def test_a_hundred_thousand_sessions_stay_quick(world):
     import time
 
