@@ -22,6 +22,7 @@ from dispatcher.manager.backends import Backends
 from dispatcher.manager.history import History
 from dispatcher.manager.lifecycle import (
     ASLEEP,
+    Desired,
     Kind,
     Pending,
     Situation,
@@ -35,6 +36,7 @@ from dispatcher.manager.record import Agent, Operation
 from dispatcher.manager.specs import Specs
 from dispatcher.manager.store import AgentRow, Store
 from dispatcher.manager.timers import Timers
+from dispatcher.manager.views import AgentView, view_of
 from dispatcher.model import AgentEvent
 from dispatcher.provider import Progress
 
@@ -124,6 +126,16 @@ class Engine:
             self.by_backend_name[names.backend_name(self.installation, row.name)] = agent
         return agent
 
+    def recovered(self, row: AgentRow, *, host_restarted: bool) -> AgentRow:
+        """Return a row as a new manager begins with it: nothing is in flight, and a new boot is a new chance."""
+        if row.operation is not None:
+            row = dataclasses.replace(row, operation=None, step="", operation_since=None, version=row.version + 1)
+        if host_restarted:
+            row = dataclasses.replace(row, attempts=(), version=row.version + 1)
+            if row.failure is not None and row.desired is Desired.RUNNING:
+                row = dataclasses.replace(row, retry_at=self.clock.now())
+        return row
+
     def forget(self, agent: Agent) -> None:
         """Drop an agent that is no longer in the store."""
         with self.registry:
@@ -139,6 +151,21 @@ class Engine:
     def of_provider(self, provider: str) -> list[Agent]:
         """Return the agents that a provider has now."""
         return [agent for agent in list(self.agents.values()) if agent.row.provider == provider]
+
+    def view(self, agent: Agent) -> AgentView:
+        """Return an agent as it is; takes no lock."""
+        row, operation = agent.row, agent.operation
+        backend = self.backends.get(row.provider)
+        return view_of(
+            row,
+            self.situation(row),
+            stage=(operation.stage, operation.detail, operation.fraction) if operation else ("", "", None),
+            outdated=self.specs.outdated(row),
+            last_used=agent.last_used,
+            contact=backend.contact,
+            problem=str(backend.problem),
+            now=self.clock.now(),
+        )
 
     def subscribe(self, on_change: Callable[[str], None]) -> None:
         """Call `on_change(name)` after every change."""

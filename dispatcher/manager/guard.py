@@ -30,7 +30,6 @@ from dispatcher.model import (
 from dispatcher.names import printable
 from dispatcher.provider import Closeable, Progress, Provider
 
-SLACK = 5.0  # seconds that a call may take beyond its deadline before it counts as hanging
 MAX_LISTED = 1_000_000
 MAX_LINE = 65536  # bytes of one log line
 
@@ -162,7 +161,7 @@ class Guard:
             if job is None:
                 yield
             else:
-                with job.calling(f"{self.name}.{method}", deadline.at + SLACK):
+                with job.calling(f"{self.name}.{method}", deadline):
                     yield
         except (DispatcherError, GeneratorExit):
             raise

@@ -181,7 +181,8 @@ class Operations:
         )
         state = BackendState.SUSPENDED if depth is Depth.RAM else BackendState.HIBERNATED
         return Change(
-            {"observed": state, "observed_at": engine.clock.now(), "ready": False, **_QUIET}, [(state.value, "")]
+            {"observed": state, "observed_at": engine.clock.now(), "ready": False, **_QUIET},
+            [(state.value, agent.reason)],
         )
 
     def _stop(self, agent: Agent, operation: Operation) -> Change:
@@ -189,7 +190,7 @@ class Operations:
         fields = {**_ENDED, **_QUIET, "observed": BackendState.STOPPED, "observed_at": self._engine.clock.now()}
         if agent.row.pending is Pending.RESTART:
             fields["pending"] = Pending.NONE
-        return Change(fields, [("stopped", "")])
+        return Change(fields, [("stopped", agent.reason)])
 
     def _reset(self, agent: Agent, operation: Operation) -> Change:
         engine = self._engine
@@ -341,8 +342,7 @@ class Operations:
             operation.abandoned = True
             agent.operation, agent.stuck = None, True
             agent.epoch += 1
-            provider, _, call = job.call.partition(".")
-            error = hanging(provider, call)
+            error = hanging(*job.call.split(".", 1))
             failure = Failure(what=error.what, why=error.why, fix=error.fix, time=self._engine.clock.now())
             ended = {"operation": None, "step": "", "operation_since": None}
             return Change({**ended, "failure": failure, "retry_at": None}, [("failed", str(error))])

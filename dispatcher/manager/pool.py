@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from dispatcher.clock import boottime
+from dispatcher.clock import Deadline, boottime
 
+SLACK = 5.0  # seconds that a call may take beyond its deadline before it counts as hanging
 IDLE_SECONDS = 10.0  # an idle thread ends after that long
 MAX_RELEASED = 256  # threads that wait outside the count
 MAX_ABANDONED = 256  # threads whose call hangs; beyond it they count again
@@ -26,29 +27,34 @@ _current = threading.local()
 class Job:
     """A function to run once.
 
-    :ivar limit: boot-clock time by which the call that it is in must have returned; None: none.
+    :ivar deadline: by when the call that it is in should return; None: it is in none.
     :ivar call: the name of that call; :ivar abandoned: it hung, and whoever waited was told.
     """
 
-    __slots__ = ("abandoned", "call", "counted", "limit", "overdue", "run")
+    __slots__ = ("abandoned", "call", "counted", "deadline", "overdue", "run")
 
     def __init__(self, run: Callable[[], None], overdue: Callable[[Job], None] | None) -> None:
         self.run = run
         self.overdue = overdue
-        self.limit: float | None = None
+        self.deadline: Deadline | None = None
         self.call = ""
         self.abandoned = False
         self.counted = True
 
     @contextmanager
-    def calling(self, call: str, limit: float) -> Iterator[None]:
-        """Name the call that is being made and when it must have returned."""
-        before = self.call, self.limit
-        self.call, self.limit = call, limit
+    def calling(self, call: str, deadline: Deadline) -> Iterator[None]:
+        """Name the call that is being made and by when it should return."""
+        before = self.call, self.deadline
+        self.call, self.deadline = call, deadline
         try:
             yield
         finally:
-            self.call, self.limit = before
+            self.call, self.deadline = before
+
+    def hangs(self, now: float) -> bool:
+        """Whether its call should have returned long ago."""
+        deadline = self.deadline
+        return deadline is not None and deadline.at + SLACK < now
 
 
 def current_job() -> Job | None:
@@ -115,7 +121,7 @@ class Pool:
         overdue = []
         with self._changed:
             for job in self._running:
-                if not job.abandoned and job.limit is not None and job.limit < now:
+                if not job.abandoned and job.hangs(now):
                     job.abandoned = True
                     overdue.append(job)
                     if self._abandoned < MAX_ABANDONED:

@@ -65,8 +65,10 @@ class Agent:
         self.observing = 0  # 1: an observation is under way, 2: another one shall follow it
         self.looked = 0.0  # boot time of the last suspicion
         self.stdin: bytes | None = None
+        self.reason = ""  # why the dispatcher itself wants what it wants, for the event that follows
         self.last_used = row.last_used
         self.cpu: tuple[float, float] | None = None  # boot time and CPU seconds of the last sample
+        self.worked = 0.0  # boot time at which it was last seen to use the CPU
 
     @property
     def handle(self) -> Handle | None:

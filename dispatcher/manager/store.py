@@ -304,6 +304,15 @@ class Store:
         with self.database.write() as connection:
             connection.execute(tables.copies.delete().where(tables.copies.c.id == copy_id))
 
+    def providers(self) -> set[str]:
+        """Return the providers that have agents, kept data or old copies."""
+        with self.database.read() as connection:
+            return {
+                name
+                for table in (tables.agents, tables.kept, tables.copies)
+                for name in connection.execute(sa.select(table.c.provider).distinct()).scalars()
+            }
+
     # --- backends
 
     def backends(self) -> dict[str, BackendRow]:

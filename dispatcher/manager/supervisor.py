@@ -1,22 +1,51 @@
 """The supervisor: what the REST interface and the feed may ask of the agents' lifecycle.
 
-It owns the agents' records and threads; the work is done by `operations`, `reconciler`, `idle` and `moves`.
+It puts the parts together and keeps their threads: the work is done by `intents`, `operations`, `reconciler`,
+`idle` and `moves`, all of them through `engine`.
 """
 
 from __future__ import annotations
 
+import logging
+import secrets
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dispatcher.accounts import HostAccounts
-from dispatcher.clock import SteadyWallClock
+from dispatcher.clock import Deadline, SteadyWallClock, boot_id
 from dispatcher.config import Config
+from dispatcher.errors import Conflict, DispatcherError, NotFound
+from dispatcher.manager import why
+from dispatcher.manager.backends import Backend, Backends
+from dispatcher.manager.data import AgentData
 from dispatcher.manager.database import Database
+from dispatcher.manager.engine import Engine
+from dispatcher.manager.history import History
+from dispatcher.manager.idle import Idleness, check_interval
+from dispatcher.manager.intents import Intents
+from dispatcher.manager.moves import Mover
+from dispatcher.manager.operations import Operations
+from dispatcher.manager.reconciler import Reconciler
+from dispatcher.manager.reload import app_changes, provider_changes, renew
+from dispatcher.manager.specs import Specs
 from dispatcher.manager.store import AgentRow, Store
-from dispatcher.manager.views import AgentView
-from dispatcher.model import AgentEvent, Finding
+from dispatcher.manager.tail import Tails
+from dispatcher.manager.timers import Timers
+from dispatcher.manager.usage import Usages
+from dispatcher.manager.views import AgentView, iso
+from dispatcher.model import AgentEvent, Finding, Level
+from dispatcher.names import printable
 from dispatcher.paths import Paths
 from dispatcher.plugins import Plugins
+from dispatcher.provider import no_progress
+
+BOOT = 2.0  # seconds that a boot waits for slow backends before it goes on without them
+LAST_USED = 30.0  # seconds between writes of when agents were last used
+TRIM = 3600.0  # seconds between looks at how many events there are
+CLOSE = 3.0  # seconds that a close waits for what is being done
+
+_log = logging.getLogger("dispatcher.manager")
 
 
 class Supervisor:
@@ -37,16 +66,144 @@ class Supervisor:
         clock: SteadyWallClock,
     ) -> None:
         self.store = Store(database)
-        self.installation: str = ""
-        raise NotImplementedError
+        self.installation = database.meta("installation", secrets.token_hex(4))
+        self._database = database
+        self._plugins = plugins
+        self._accounts = accounts
+        self._data = AgentData(paths, accounts)
+        self._timers = Timers("dispatcher-timers")  # quick calls
+        self._keeper = Timers("dispatcher-keeper")  # calls that may take a while: idleness, writing, trimming
+        self._history = History(plugins)
+        self._backends = Backends(
+            config=config, plugins=plugins, paths=paths, accounts=accounts, installation=self.installation
+        )
+        self.engine = Engine(
+            store=self.store,
+            clock=clock,
+            specs=self._specs(config),
+            backends=self._backends,
+            history=self._history,
+            timers=self._timers,
+            installation=self.installation,
+        )
+        self._mover = Mover(self.engine, self._data)
+        self._operations = Operations(self.engine, self._data, self._mover, accounts)
+        self.engine.submit = self._operations.submit
+        self._reconciler = Reconciler(self.engine, self._operations)
+        self._intents = Intents(self.engine, self._data, accounts, self._reconciler)
+        self._idleness = Idleness(self.engine, self._intents)
+        self._usages = Usages(self.engine)
+        self._tails = Tails(self.engine)
+        self._closed = False
+
+    def _specs(self, config: Config) -> Specs:
+        return Specs(
+            config=config,
+            plugins=self._plugins,
+            data=self._data,
+            installation=self.installation,
+            proxy_gid=self._accounts.proxy_gid,
+        )
 
     def start(self) -> None:
         """Take control: recover, adopt, begin to reconcile.  Returns once in control."""
-        raise NotImplementedError
+        boot = boot_id()
+        host_restarted = self._database.meta("boot", boot) != boot
+        if host_restarted:
+            self._database.set_meta("boot", boot)
+        self._data.begin(new_boot=host_restarted)
+        self._reconciler.host_restarted = host_restarted
+        known = self.store.backends()
+        for name in self._wanted_providers():
+            backend = self._backends.get(name)
+            if name in known:
+                backend.contact = known[name].contact
+        for row in self.store.agents():
+            self._recover(row, host_restarted=host_restarted)
+        for part in (self._timers, self._keeper, self._history):
+            part.start()
+        self._sweep_all()
+        for backend in self._backends:
+            self._watch(backend)
+        self._timers.every(1.0, self._tend)
+        self._keeper.every(1.0, self.engine.flush)
+        self._keeper.every(check_interval(self._policies()), self._idleness.check)
+        self._keeper.every(LAST_USED, self.engine.write_last_used)
+        self._keeper.every(TRIM, self.store.trim_events)
+        self._keeper.after(1.0, self._empty_trash)
+        self._timers.after(self._interval, self._reconcile)
+
+    def _wanted_providers(self) -> set[str]:
+        """Those of the configuration, and those that still own agents, kept data or old copies."""
+        config = self.engine.specs.config
+        return {app.provider for app in config.apps.values()} | set(config.providers) | self.store.providers()
+
+    def _recover(self, row: AgentRow, *, host_restarted: bool) -> None:
+        """Take an agent over from the manager before: what was being done is decided anew."""
+        if row.operation is not None:
+            _log.warning(
+                "%s: the manager ended at the step %r of a %s", printable(row.name), row.step, row.operation.value
+            )
+        agent = self.engine.add(self.engine.recovered(row, host_restarted=host_restarted))
+        agent.dirty = row.operation is not None
+        if row.retry_at is not None:
+            delay = row.retry_at - self.engine.clock.now()
+            self._timers.after(delay, lambda: self.engine.poke(agent))
+
+    def _sweep_all(self) -> None:
+        """Ask every backend, beside each other; go on without those that are slow."""
+        backends = list(self._backends)
+        answered = threading.Semaphore(0)
+        for backend in backends:
+            self._reconciler.kick(backend, boot=True, done=answered.release)
+        deadline = Deadline(BOOT)
+        for _ in backends:
+            answered.acquire(timeout=deadline.remaining())
+
+    def _watch(self, backend: Backend) -> None:
+        def run() -> None:
+            try:
+                backend.watch(lambda name: self._reconciler.changed(backend, name))
+            except DispatcherError as error:
+                _log.warning("The events of %s cannot be had: %s", backend.name, error)
+                if not self._closed:
+                    self._timers.after(self._interval, lambda: self._watch(backend))
+
+        if backend.usable:
+            backend.pool.submit(run, urgent=False)
+
+    def _tend(self) -> None:
+        for backend in self._backends:
+            backend.tend()
+
+    def _reconcile(self) -> None:
+        self._reconciler.host_restarted = False
+        for backend in self._backends:
+            self._reconciler.kick(backend)
+        self._timers.after(self._interval, self._reconcile)
+
+    def _empty_trash(self) -> None:
+        for problem in self._data.empty_trash():
+            _log.warning("What an interrupted deletion left cannot be deleted: %s", problem)
+
+    @property
+    def _interval(self) -> float:
+        return max(0.1, self.engine.specs.config.manager.reconcile_interval)
+
+    def _policies(self) -> list[Any]:
+        config = self.engine.specs.config
+        return [config.defaults, *config.apps.values()]
 
     def close(self) -> None:
         """Stop all threads.  Agents go on."""
-        raise NotImplementedError
+        self._closed = True
+        self._timers.close()
+        self._keeper.close()
+        self.engine.flush()
+        for backend in self._backends:
+            backend.close(CLOSE)
+        self.engine.write_last_used()
+        self._history.close()
 
     # --- intents: written before anything is done, return at once
 
@@ -60,14 +217,14 @@ class Supervisor:
         :raises Conflict: it exists, is being removed, or a password came for a user who exists.
         :raises BadRequest: a bad name, or no app was named and none is the default.
         """
-        raise NotImplementedError
+        return self._intents.create(name, app=app, password_hash=password_hash)
 
     def remove(self, agent: str, *, keep_data: bool) -> None:
         """Let an agent go, with its user when it was the last one.
 
         :raises NotFound: there is no such agent.
         """
-        raise NotImplementedError
+        self._intents.remove(self.engine.find(agent), keep_data=keep_data)
 
     def set_desired(self, agent: str, state: str, *, stdin: bytes | None = None) -> None:
         """Say what an agent shall be: running, suspended, hibernated or stopped.  The newest intent wins.
@@ -80,30 +237,33 @@ class Supervisor:
         :raises Unsupported: its provider cannot do that.
         :raises Conflict: it is being removed, or shall sleep and does not run.
         """
-        raise NotImplementedError
+        self._intents.set_desired(self.engine.find(agent), state, stdin=stdin)
 
     def restart(self, agent: str) -> None:
         """Stop an agent, renew it when it is outdated, start it."""
-        raise NotImplementedError
+        self._intents.restart(self.engine.find(agent))
 
     def reset_data(self, agent: str) -> None:
         """Stop an agent, delete its data, and start it again if it shall run."""
-        raise NotImplementedError
+        self._intents.reset_data(self.engine.find(agent))
 
     def wake(self, agent: str) -> None:
         """Somebody sent a request: start or resume the agent.  Cheap and idempotent; unknown names are ignored.
 
         An agent that has failed is left alone until its back-off is over, or somebody starts it on purpose.
         """
-        raise NotImplementedError
+        if found := self.engine.agents.get(agent):
+            self._intents.wake(found)
 
     def touch(self, agent: str, activity: Mapping[str, int]) -> None:
         """Count activity by class (feed.md); unknown names are ignored."""
-        raise NotImplementedError
+        if found := self.engine.agents.get(agent):
+            self._intents.touch(found, activity)
 
     def suspect(self, agent: str) -> None:
         """The edge could not connect: observe the agent now; unknown names are ignored."""
-        raise NotImplementedError
+        if found := self.engine.agents.get(agent):
+            self._reconciler.suspect(found)
 
     # --- what is
 
@@ -112,11 +272,18 @@ class Supervisor:
 
         :raises NotFound: there is no such agent.
         """
-        raise NotImplementedError
+        return self.engine.view(self.engine.find(agent))
 
     def views(self, *, user: str | None = None) -> list[AgentView]:
         """Return all agents, or a user's (the oldest first); never blocks."""
-        raise NotImplementedError
+        agents = [
+            agent
+            for _, agent in sorted(self.engine.agents.copy().items())
+            if user is None or agent.row.user == user
+        ]
+        if user is not None:
+            agents.sort(key=lambda agent: agent.row.id)
+        return [self.engine.view(agent) for agent in agents]
 
     def wait(self, agent: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:
         """Wait until `done(view)` is true (None: the agent is gone) or `seconds` are over; return the last view.
@@ -125,64 +292,154 @@ class Supervisor:
 
         :raises NotFound: there is no such agent at the beginning.
         """
-        raise NotImplementedError
+        found = self.engine.find(agent)
+        deadline = Deadline(seconds)
+        with found.lock:
+            while True:
+                view = None if found.gone else self.engine.view(found)
+                if done(view) or deadline.expired:
+                    return view
+                found.changed.wait(deadline.remaining())
 
     def subscribe(self, on_change: Callable[[str], None]) -> None:
         """Call `on_change(agent name)` whenever a view changed or an agent is gone: from any thread; be quick."""
-        raise NotImplementedError
+        self.engine.subscribe(on_change)
 
     def runtime(self, agent: str) -> dict[str, Any]:
         """Return handle, endpoint, uid, provider, started_at, spec hash and usage."""
-        raise NotImplementedError
+        found = self.engine.find(agent)
+        row = found.row
+        usage = self._usages.collect([found]).get(row.name)
+        handle = found.handle
+        return {
+            "handle": handle and {"name": handle.name, "provider": handle.provider, "data": dict(handle.data)},
+            "endpoint": row.endpoint or None,
+            "uid": row.uid,
+            "provider": row.provider,
+            "started_at": iso(row.started_at),
+            "spec_hash": row.spec_hash or None,
+            "usage": usage and {"memory": usage.memory, "cpu_seconds": usage.cpu_seconds, "disk": usage.disk},
+        }
 
     def logs(self, agent: str, *, tail: int, after: str | None) -> tuple[list[str], str]:
         """Return the last lines, or those after a cursor, and the cursor for the next call.
 
         :raises Unsupported: the provider keeps no logs.
         """
-        raise NotImplementedError
+        return self._tails.lines(self.engine.find(agent), tail=tail, after=after)
 
     def events(self, agent: str, limit: int) -> list[AgentEvent]:
         """Return the last events, newest last."""
-        raise NotImplementedError
+        return self.store.events(self.engine.find(agent).row.id, limit)
 
     def why(self, agent: str) -> list[str]:
         """Say in plain sentences why an agent is in its state and what happens next."""
-        raise NotImplementedError
+        found = self.engine.find(agent)
+        row = found.row
+        backend = self._backends.get(row.provider)
+        specs = self.engine.specs
+        return why.sentences(
+            row,
+            self.engine.view(found),
+            now=self.engine.clock.now(),
+            policy=specs.policy(row.app),
+            configured=row.app in specs.config.apps,
+            capabilities=backend.capabilities,
+            backend_since=backend.since,
+            backend_problem=str(backend.problem),
+            stuck=found.stuck,
+            events=self.store.events(row.id, 20),
+        )
 
     def memory_usage(self) -> dict[str, Any]:
         """Return ``{"total", "average", "agents": [{"name", "memory"}]}`` in bytes."""
-        raise NotImplementedError
+        return self._usages.memory()
 
     def top(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "state", "memory", "cpu_percent", "cpu_seconds", "last_used"}]``."""
-        raise NotImplementedError
+        return self._usages.top()
 
     def copies(self, agent: str) -> list[dict[str, Any]]:
         """Return the old copies of data that moves kept: ``[{"id", "provider", "kind", "time"}]``."""
-        raise NotImplementedError
+        self.engine.find(agent)
+        return [
+            {
+                "id": copy.id,
+                "provider": copy.provider,
+                "kind": "directory" if copy.directory else "provider",
+                "time": iso(copy.time),
+            }
+            for copy in self.store.copies(agent)
+        ]
 
     def purge_copies(self, agent: str) -> int:
         """Delete the old copies and return how many there were.
 
         :raises Conflict: an operation is being done on the agent.
         """
-        raise NotImplementedError
+        found = self.engine.find(agent)
+        with found.reserved() as free:
+            if not free:
+                raise Conflict(
+                    f"{printable(agent)} is busy", why="something is being done to it", fix="try again in a moment"
+                )
+            count = self._mover.purge(found, no_progress)
+        self.engine.poke(found)
+        return count
 
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``."""
-        raise NotImplementedError
+        return [
+            {
+                "name": backend.name,
+                "isolation": backend.guard.provider.isolation.name.lower() if backend.usable else None,
+                "capabilities": sorted(item.value for item in backend.capabilities),
+                "distribution": backend.origin,
+                "usable": backend.usable and backend.reachable,
+                "error": None if backend.usable and backend.reachable else str(backend.problem),
+            }
+            for backend in sorted(self._backends, key=lambda backend: backend.name)
+        ]
 
     def check_provider(self, name: str, app: str | None) -> list[Finding]:
         """Return what a provider isolates and what not, for one app or as a whole.
 
         :raises NotFound: there is no such provider or app.
         """
-        raise NotImplementedError
+        if name not in {backend.name for backend in self._backends}:
+            raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
+        if app is not None and app not in self.engine.specs.config.apps:
+            raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
+        backend = self._backends.get(name)
+        try:
+            guard = backend.guard
+            found = guard.explain(self.engine.specs.app(app) if app else None)
+            guard.check(deadline=Deadline(10))
+        except DispatcherError as error:
+            return [Finding(level=Level.ERROR, what=f"{error.what}: {error.why}".rstrip(": "), fix=error.fix)]
+        return found
 
     def apply_config(self, config: Config) -> list[str]:
         """Use a new configuration from now on; return in sentences what changed.
 
         :raises ConfigError: it is wrong; nothing was changed.
         """
-        raise NotImplementedError
+        config.validate_providers(self._plugins)
+        for name in config.plugins:
+            self._plugins.load(name)
+        old = self.engine.specs.config
+        changed = list(app_changes(old, config))
+        self._backends.config = config
+        for name in provider_changes(old, config):
+            backend = self._backends.reload(name)
+            self._watch(backend)
+            changed.append(f"The provider {name} has new options.")
+        outdated = renew(self.engine, self._specs(config))
+        for name in self._wanted_providers():
+            backend = self._backends.get(name)
+            if backend.since is None:
+                self._reconciler.kick(backend)
+                self._watch(backend)
+        if outdated:
+            changed.append(f"{outdated} agents are outdated: a restart renews each.")
+        return changed

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from dispatcher.manager.lifecycle import Desired, FeedState, State
-from dispatcher.manager.store import Failure, Move
+from dispatcher import names
+from dispatcher.manager.lifecycle import Desired, FeedState, Situation, State, feed_state, public_state
+from dispatcher.manager.store import AgentRow, Failure, Move
 from dispatcher.model import Endpoint
 
 
@@ -97,3 +98,55 @@ class AgentView:
             "fraction": self.fraction,
             "failed": self.failure.what if self.failure else None,
         }
+
+
+def view_of(
+    row: AgentRow,
+    situation: Situation,
+    *,
+    stage: tuple[str, str, float | None],
+    outdated: bool,
+    last_used: float | None,
+    contact: float | None,
+    problem: str,
+    now: float,
+) -> AgentView:
+    """Return an agent's view.
+
+    :param stage: of the operation in flight; :param contact: when the backend last answered; :param problem: why
+        it does not.
+    """
+    state = public_state(situation)
+    doing = row.operation is not None
+    told, detail, fraction = stage
+    if state is State.FAILED and row.retry_at is not None:
+        detail = f"the next try is in {max(0, round(row.retry_at - now))} s"
+    elif state is State.UNKNOWN:
+        detail = problem
+    observed_at = row.observed_at
+    if contact is not None and situation.reachable and not doing:
+        observed_at = max(contact, observed_at or 0.0)
+    fed = feed_state(situation)
+    return AgentView(
+        name=row.name,
+        user=row.user,
+        app=row.app,
+        provider=row.provider,
+        state=state,
+        desired=row.desired,
+        feed_state=fed,
+        label=names.key(row.name),
+        stage=told,
+        detail=detail,
+        fraction=fraction,
+        since=row.since,
+        failure=None if doing else row.failure,
+        outdated=outdated,
+        last_used=last_used,
+        created=row.created,
+        reachable=situation.reachable,
+        observed_at=observed_at,
+        move=row.move,
+        endpoint=Endpoint.parse(row.endpoint) if fed == "running" and row.endpoint else None,
+        owner_uid=row.owner_uid,
+    )
