@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,7 +78,11 @@ class UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        try:
+            self.sock.connect(self._path)
+        except OSError:
+            self.close()
+            raise
 
 
 class Answer:
@@ -124,18 +129,19 @@ class Installation:
 
     def start(self, what: str) -> subprocess.Popen[bytes]:
         """Start `manager` or `proxy` and wait until it answers."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "dispatcher", "--config", str(self.config), what],
-            stdout=subprocess.DEVNULL,
-            stderr=(self.base / f"{what}.log").open("ab"),
-            start_new_session=True,
-        )
+        with (self.base / f"{what}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "dispatcher", "--config", str(self.config), what],
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                start_new_session=True,
+            )
         self.processes[what] = process
 
         def answers() -> bool:
             if process.poll() is not None:
-                log = (self.base / f"{what}.log").read_text(errors="replace")[-3000:]
-                raise AssertionError(f"{what} ended with {process.returncode}:\n{log}")
+                text = (self.base / f"{what}.log").read_text(errors="replace")[-3000:]
+                raise AssertionError(f"{what} ended with {process.returncode}:\n{text}")
             if what == "manager":
                 return self.admin("GET", "/healthz").status == 200
             return self.web("GET", "/auth/login", Accept="text/html").status == 200
@@ -149,11 +155,12 @@ class Installation:
         self.processes[what].wait()
 
     def admin(self, method: str, path: str, body: object = None) -> Answer:
-        return request(UnixConnection(self.base / "run/manager.sock"), method, path, body)
+        with closing(UnixConnection(self.base / "run/manager.sock")) as connection:
+            return request(connection, method, path, body)
 
     def web(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        return request(connection, method, path, body, **headers)
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+            return request(connection, method, path, body, **headers)
 
     def add(self, name: str, app: str | None = None) -> None:
         answer = self.admin("POST", "/agents", {"name": name, "password": PASSWORD, **({"app": app} if app else {})})
