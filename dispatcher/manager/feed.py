@@ -217,9 +217,12 @@ class Feed:
         pings.cancel()
         server.close()
         tasks = [worker.task for worker in list(self._workers) if worker.task]
+        for worker in list(self._workers):
+            worker.abort()
         for task in tasks:
             task.cancel()
         await asyncio.gather(pings, *tasks, return_exceptions=True)
+        await asyncio.sleep(0.001)  # connections close in the loop's next round
 
     async def _ping(self) -> None:
         while True:

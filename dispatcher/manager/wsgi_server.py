@@ -219,7 +219,9 @@ class Server(wsgi.Server):
 
     def process_conn(self, conn: Any) -> None:
         """Hand a connection with something to read to a thread; a new one may take its time until then."""
-        if conn.last_used is not None:
+        if not self.ready:
+            conn.close()
+        elif conn.last_used is not None:
             self.requests.put(conn)
         elif self.can_add_keepalive_connection:
             self.put_conn(conn)
