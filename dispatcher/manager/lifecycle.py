@@ -100,10 +100,17 @@ class Situation:
     failed: bool = False
     held: bool = False
 
+    @property
+    def first(self) -> Pending:
+        """What is to be done before anything else; a restart only matters while the agent shall run."""
+        if self.pending is Pending.RESTART and self.desired is not Desired.RUNNING:
+            return Pending.NONE
+        return self.pending
+
 
 def reached(now: Situation) -> bool:
     """Whether the agent is as desired.  One that shall sleep and has ended has nothing left to put to sleep."""
-    if now.pending is not Pending.NONE or now.desired is Desired.ABSENT:
+    if now.first is not Pending.NONE or now.desired is Desired.ABSENT:
         return False
     if now.desired is Desired.RUNNING:
         return now.observed is BackendState.RUNNING and now.ready
@@ -122,9 +129,9 @@ def next_operation(now: Situation) -> Kind | None:
         return Kind.REMOVE
     if not now.reachable:
         return None
-    if now.pending is Pending.RESET:
+    if now.first is Pending.RESET:
         return Kind.RESET
-    if now.pending is Pending.RESTART and now.observed in ALIVE:
+    if now.first is Pending.RESTART and now.observed in ALIVE:
         return Kind.STOP
     if now.desired is Desired.RUNNING:
         return Kind.MOVE if now.moving and now.observed in DEAD else Kind.START
@@ -160,7 +167,7 @@ def public_state(now: Situation) -> State:
         return State.FAILED
     if not now.reachable and now.desired is Desired.RUNNING:
         return State.UNKNOWN
-    if now.pending is not Pending.NONE:
+    if now.first is not Pending.NONE:
         return State.STOPPING
     if now.observed is BackendState.RUNNING and now.ready:
         return State.RUNNING
@@ -178,7 +185,7 @@ def feed_state(now: Situation) -> FeedState:
     """
     if now.operation is not None:
         return "starting" if now.operation in {Kind.START, Kind.MOVE} else "stopping"
-    if now.desired is Desired.ABSENT or now.pending is not Pending.NONE:
+    if now.desired is Desired.ABSENT or now.first is not Pending.NONE:
         return "stopping"
     if now.observed is BackendState.RUNNING and now.ready and now.desired is not Desired.STOPPED:
         return "running"
