@@ -4,7 +4,6 @@ import inspect
 import re
 import subprocess
 import sys
-import tomllib
 import types
 
 import pytest
@@ -12,6 +11,11 @@ import pytest
 from dispatcher import config, config_tables, hookspecs
 from dispatcher.plugins import Plugins
 from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 HOOKS = [function for name, function in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("dispatcher_")]
