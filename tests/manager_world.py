@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 from dispatcher.accounts import HostAccounts
@@ -24,7 +25,7 @@ from dispatcher.manager.lifecycle import State
 from dispatcher.manager.supervisor import Supervisor
 from dispatcher.names import backend_name
 from dispatcher.paths import Paths
-from dispatcher.plugins import Plugins
+from dispatcher.plugins import GROUP, Plugins
 from dispatcher.testing.fake import FakeBackend, FakeProvider
 from dispatcher.testing.fake_backend import ALL, EngineDown
 
@@ -48,9 +49,17 @@ class Observer:
     def dispatcher_agent_event(self, event):
         self.seen.append((event.agent, event.kind, event.detail))
 
+
+class _Plugin:
+    def __init__(self, cls):
+        self._cls = cls
+
     @hookimpl
     def dispatcher_register_providers(self):
-        return [FakeProvider, Away]
+        return [self._cls]
+
+
+fake_plugin, away_plugin = _Plugin(FakeProvider), _Plugin(Away)
 
 
 class World:
@@ -73,9 +82,13 @@ class World:
                 "reconcile_interval": 60,
                 "provider_threads": 8,
             },
-            "providers": {"fake": {"backend": f"world-{os.getpid()}-{self.number}"},
-                          "away": {"backend": f"away-{os.getpid()}-{self.number}"}},
-            "apps": {"demo": {"provider": "fake", "start_timeout": 5, "stop_grace": 0.1, "fake": {}, "away": {}, **app}},
+            "providers": {
+                "fake": {"backend": f"world-{os.getpid()}-{self.number}"},
+                "away": {"backend": f"away-{os.getpid()}-{self.number}"},
+            },
+            "apps": {
+                "demo": {"provider": "fake", "start_timeout": 5, "stop_grace": 0.1, "fake": {}, "away": {}, **app}
+            },
         }
         (self.directory / "state").mkdir(exist_ok=True)
         os.chmod(self.directory / "state", 0o711)
@@ -88,10 +101,10 @@ class World:
         self.data = {**self.data, "apps": {**self.data["apps"], "demo": {**self.data["apps"]["demo"], **changes}}}
 
     def plugins(self):
-        plugins = Plugins([])
-        for name in ("fake", "away", "observer"):
-            if name == "observer":
-                plugins.register(name, self.observer)
+        plugins = Plugins(
+            EntryPoint(name, f"tests.manager_world:{name}_plugin", GROUP) for name in ("fake", "away")
+        )
+        plugins.register("observer", self.observer)
         return plugins
 
     def database(self):
