@@ -59,9 +59,7 @@ class Feed:
         self._sessions = sessions
         self._allowed = allowed
         self._on_agent_gone = on_agent_gone
-        self._loop = asyncio.new_event_loop()
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
-        self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
         self._workers: set[Worker] = set()
         self._agents_of: dict[str, dict[str, None]] = {}
         self._lock = threading.Lock()
@@ -75,6 +73,8 @@ class Feed:
 
     def start(self) -> None:
         """Listen; returns once it does."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
         self._supervisor.subscribe(self.agent_changed)
         self._sessions.subscribe(self.sessions_changed)
         for view in self._supervisor.views():

@@ -27,8 +27,6 @@ def server_context(config: ManagerConfig, secrets_dir: Path) -> tuple[ssl.SSLCon
 
     :raises ConfigError: key, certificate or `client_ca` cannot be used.
     """
-    if (config.tls_cert is None) != (config.tls_key is None):
-        raise ConfigError("manager.tls_cert and manager.tls_key go together", fix="give both or none")
     certificate = config.tls_cert or secrets_dir / CERTIFICATE
     key = config.tls_key or secrets_dir / KEY
     if config.tls_cert is None and not (certificate.exists() and key.exists()):
