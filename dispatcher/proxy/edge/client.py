@@ -627,12 +627,11 @@ class Client(asyncio.Protocol):
         if request is None:
             return False
         body, self.body = self.body, b""
-        if self.state == BODY or request.length:
-            if request.length > 0 and len(body) >= request.length and self.state != BODY:
-                body = body[request.length :]
-            else:
+        if request.length and self.state != ANSWER and self.replay is None:
+            if request.length < 0 or len(body) < request.length or self.state == BODY:
                 self.closing = True
                 return False
+            body = body[request.length :]
         if request.upgrade:
             self.closing = True
         if body:

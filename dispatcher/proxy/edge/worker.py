@@ -80,7 +80,7 @@ class Worker:
         self._request_number = 0
         self._forwarded = Forwarded(settings)
         self._logger = logger("edge")
-        self._idle_since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin: connect to the feed and turn the wheel."""
@@ -88,7 +88,7 @@ class Worker:
         self._date()
         self._reported = self.now
         self.feed.open()
-        loop.call_later(_TICK, self._tick)
+        self._timer = loop.call_later(_TICK, self._tick)
 
     # Connections.
 
@@ -175,7 +175,7 @@ class Worker:
     # Timers.
 
     def _tick(self) -> None:
-        self.loop.call_later(_TICK, self._tick)
+        self._timer = self.loop.call_later(_TICK, self._tick)
         now = self.now = boottime()
         self._ticks += 1
         for client in list(self._spokes[self._ticks % _SPOKES]):
@@ -434,7 +434,6 @@ class Worker:
     def drain(self) -> None:
         """Take no new work: what is under way is finished, WebSockets are told to go."""
         self.draining = True
-        self._idle_since = self.now
         for end in list(self._tunnels):
             end.shut()
         self.events.close()
@@ -453,6 +452,14 @@ class Worker:
                 client.transport.abort()
         for end in list(self._tunnels):
             end.transport.abort()
+        for agent in (self.portal, *self.tables.agents.values()):
+            idle, agent.idle = agent.idle, []
+            for upstream in idle:
+                upstream.transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in self._tasks:
+            task.cancel()
         self.feed.close()
         self.log.flush()
 

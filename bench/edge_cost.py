@@ -1,0 +1,148 @@
+"""What one request costs the edge's own code: no sockets, no kernel, so a quiet machine is not needed.
+
+    bench/edge_cost.py                    microseconds of CPU per request, best of several runs
+    bench/edge_cost.py --instructions     instructions per request, by callgrind (valgrind must be installed)
+
+The client's and the upstream's transports are stand-ins; everything between them is the real edge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+TOKEN = "abcdefghijklmnopqrstuvwxyz0123456789abcdefg"
+SMALL = (
+    f"GET / HTTP/1.1\r\nHost: 127.0.0.1:8080\r\nCookie: dispatcher={TOKEN}\r\n\r\n".encode(),
+    b"HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Wed, 25 Nov 2026 21:13:48 GMT\r\nContent-Type: text/plain\r\n"
+    b"Content-Length: 100\r\nConnection: keep-alive\r\n\r\n" + b"x" * 100,
+)
+BROWSER = (
+    (
+        "GET /api/contents/%d?content=0 HTTP/1.1\r\nHost: apps.example.org\r\nConnection: keep-alive\r\n"
+        'sec-ch-ua: "Chromium";v="130", "Not?A_Brand";v="99"\r\nsec-ch-ua-platform: "Linux"\r\n'
+        "X-XSRFToken: 2|aa|bb|123\r\nUser-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) "
+        "Chrome/130.0.0.0 Safari/537.36\r\nContent-Type: application/json\r\nAccept: */*\r\n"
+        "Sec-Fetch-Site: same-origin\r\nSec-Fetch-Mode: cors\r\nSec-Fetch-Dest: empty\r\n"
+        "Referer: http://apps.example.org/lab/tree/%d\r\nAccept-Encoding: gzip, deflate, br\r\n"
+        f"Accept-Language: en-US,en;q=0.9\r\nCookie: dispatcher={TOKEN}; _xsrf=2|aa|bb|123; u=2|1:0|10:1\r\n\r\n"
+    ),
+    b"HTTP/1.1 200 OK\r\nServer: TornadoServer/6.4\r\nContent-Type: application/json\r\n"
+    b"Date: Wed, 25 Nov 2026 21:13:48 GMT\r\nX-Content-Type-Options: nosniff\r\n"
+    b"Content-Security-Policy: frame-ancestors 'self'; report-uri /api/security/csp-report; default-src 'none'\r\n"
+    b"Access-Control-Allow-Origin: \r\nEtag: \"3f786850e387550fdab836ed7e6dc881de23001b\"\r\nContent-Length: 200\r\n\r\n"
+    + b"x" * 200,
+)
+
+
+class Transport:
+    """A stand-in: takes everything at once."""
+
+    def __init__(self):
+        self.written = 0
+
+    def write(self, data):
+        self.written += len(data)
+
+    def get_extra_info(self, name, default=None):
+        return ("127.0.0.1", 40000) if name == "peername" else default
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
+    def resume_reading(self):
+        pass
+
+
+def setup():
+    from dispatcher.config import parse
+    from dispatcher.proxy.edge.access import AccessLog
+    from dispatcher.proxy.edge.client import Client
+    from dispatcher.proxy.edge.settings import Settings
+    from dispatcher.proxy.edge.upstream import Upstream
+    from dispatcher.proxy.edge.worker import Worker
+    from tests.edge_feed import agent_row, session_row
+
+    worker = Worker(Settings(parse({})), "/nowhere", "/nowhere", AccessLog(None))
+    message = {
+        "type": "change",
+        "agents": [agent_row("alice", "tcp:127.0.0.1:9001")],
+        "sessions": [session_row(TOKEN, "alice")],
+    }
+    worker._on_message(message)
+    agent = worker.tables.agents["alice"]
+    upstream = Upstream(worker, agent)
+    upstream.connection_made(Transport())
+    agent.idle.append(upstream)
+    client = Client(worker)
+    client.connection_made(Transport())
+    return client, upstream
+
+
+def loop(kind, count):
+    client, upstream = setup()
+    request, answer = SMALL if kind == "small" else BROWSER
+    requests = [request] * count if isinstance(request, bytes) else [(request % (i % 50, i % 7)).encode() for i in range(count)]
+    ask, tell = client.data_received, upstream.data_received
+    start = time.process_time()
+    for data in requests:
+        ask(data)
+        tell(answer)
+    spent = time.process_time() - start
+    if kind == "small":
+        assert client.transport.written > count * 150, "the answers did not get through"
+    return spent / count * 1e6
+
+
+def instructions(kind, few=500, many=2500):
+    counts = []
+    for count in (few, many):
+        with tempfile.NamedTemporaryFile() as out:
+            subprocess.run(
+                ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out.name}", sys.executable, __file__, "--loop", kind, str(count)],
+                check=True,
+                capture_output=True,
+            )
+            counts.append(int(re.search(r"^(?:summary|totals): (\d+)", Path(out.name).read_text(), re.M)[1]))
+    return (counts[1] - counts[0]) / (many - few)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--instructions", action="store_true")
+    parser.add_argument("--loop", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", help="profile one kind by function")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if args.loop:
+        loop(args.loop[0], int(args.loop[1]))
+        return
+    if args.profile:
+        import cProfile
+
+        cProfile.runctx("loop(kind, 20000)", globals(), {"kind": args.profile}, sort="tottime")
+        return
+    result = {}
+    for kind in ("small", "browser"):
+        if args.instructions:
+            result[kind] = round(instructions(kind))
+        else:
+            result[kind] = round(min(loop(kind, 20000) for _ in range(7)), 2)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for kind, value in result.items():
+        print(f"{kind:8} {value} {'instructions' if args.instructions else 'us'} per request")
+
+
+if __name__ == "__main__":
+    main()
