@@ -51,6 +51,7 @@ SEC_FETCH_DEST = 26
 SET_COOKIE = 30
 SERVICE_WORKER_ALLOWED = 31
 DATE = 32
+CLEAR_SITE_DATA = 33
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP = dict.fromkeys(
@@ -132,7 +133,7 @@ _RESPONSE = {
     "strict-transport-security": DROP,
     "public-key-pins": DROP,
     "alt-svc": DROP,
-    "clear-site-data": DROP,
+    "clear-site-data": CLEAR_SITE_DATA,
     # Orders to a front proxy, which would read its own files for the agent:
     "x-accel-redirect": DROP,
     "x-sendfile": DROP,

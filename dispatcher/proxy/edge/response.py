@@ -108,6 +108,9 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         elif kind == headers.SERVICE_WORKER_ALLOWED:
             if policy is None or not policy.guarded or not widens(value.strip(), policy.guarded):
                 kept.append(line)
+        elif kind == headers.CLEAR_SITE_DATA:
+            if policy is None:  # at the sign-out; an agent must not wipe the whole host
+                kept.append(line)
         elif kind >= 3:
             value = value.strip(b" \t")
             fields[kind] = fields[kind] + b", " + value if kind in fields else value
