@@ -343,6 +343,7 @@ class Client(asyncio.Protocol):
     def _first_of_body(self, length: int) -> bytes:
         body, self.body = self.body, b""
         self.state = BODY
+        self.transport.resume_reading()  # it may have waited for the agent
         self.deadline = self.worker.now + self.worker.settings.body_timeout
         if length == CHUNKED:
             self.decoder = Chunked()
@@ -698,7 +699,8 @@ class Client(asyncio.Protocol):
             self._finish(clean=True)
 
     def revoke(self) -> None:
-        """The session has ended: whatever is under way for it ends too."""
-        if self.state in {BODY, ANSWER, WAIT, STREAM}:
+        """The session has ended: whatever is under way for it ends too, but not the sign-out itself."""
+        with_portal = self.agent is not None and not self.agent.name
+        if self.state in {BODY, ANSWER, WAIT, STREAM} and not with_portal:
             self.transport.abort()
         self.session = None
