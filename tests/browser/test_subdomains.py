@@ -1,0 +1,98 @@
+"""Subdomain routing in a real browser: *.localhost resolves by itself."""
+
+from __future__ import annotations
+
+import pytest
+from playwright.sync_api import expect
+
+from dispatcher import names
+from tests.installation import PASSWORD
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def site(make_site):
+    site = make_site(proxy='routing = "subdomain"\npublic_url = "http://apps.localhost:PORT"')
+    site.url = f"http://apps.localhost:{site.port}"
+    return site
+
+
+def host(site, name: str) -> str:
+    return f"http://{names.key(name)}.apps.localhost:{site.port}"
+
+
+def test_each_app_has_an_origin_of_its_own(site, person) -> None:
+    page = person()
+    site.sign_in(page, "alice", "/auth/")
+    page.get_by_role("link", name="Open").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Notebook of alice")
+    assert page.url == f"{host(site, 'alice')}/"
+    expect(page.get_by_text("Live over a WebSocket")).to_be_visible()
+    page.get_by_label("A new note").fill("on my own host")
+    page.get_by_role("button", name="Keep it").click()
+    expect(page.get_by_text("on my own host")).to_be_visible()
+    tokens = {
+        cookie["domain"]: cookie["value"] for cookie in page.context.cookies() if cookie["name"] == "dispatcher"
+    }
+    assert set(tokens) == {"apps.localhost", host(site, "alice").partition("//")[2].partition(":")[0]}
+    assert len(set(tokens.values())) == 2
+
+
+def test_a_bookmark_of_the_app_leads_through_the_sign_in_and_back(site, person) -> None:
+    page = person()
+    page.goto(f"{host(site, 'bob')}/?view=all")
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    assert page.url.startswith(site.url)
+    page.get_by_label("Name").fill("bob")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Notebook of bob")
+    assert page.url == f"{host(site, 'bob')}/?view=all"
+
+
+def test_anothers_host_stays_closed(site, person) -> None:
+    page = person()
+    site.sign_in(page, "alice", "/auth/")
+    page.goto(f"{host(site, 'bob')}/")
+    assert "Notebook of" not in page.inner_text("body")
+    answer = page.request.get(f"{host(site, 'bob')}/about", headers={"Accept": "application/json"})
+    assert answer.status in {401, 403, 404}
+
+
+def test_signing_out_ends_the_session_on_every_host(site, person) -> None:
+    page = person()
+    closed = []
+    page.on("websocket", lambda socket: socket.on("close", lambda _: closed.append(socket.url)))
+    site.sign_in(page, "alice", "/auth/")
+    page.get_by_role("link", name="Open").click()
+    expect(page.get_by_text("Live over a WebSocket")).to_be_visible()
+    other = page.context.new_page()
+    other.goto(f"{host(site, 'alice')}/auth/logout")
+    other.locator("main").get_by_role("button", name="Sign out").click()
+    expect(other.get_by_text("You are signed out")).to_be_visible()
+    page.wait_for_timeout(2000)
+    assert closed
+    page.goto(f"{host(site, 'alice')}/")
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def test_a_sibling_hosts_page_cannot_post_or_open_a_socket(site, person) -> None:
+    """Sibling hosts are the same site: SameSite cookies do not help, the Origin does."""
+    page = person()
+    site.sign_in(page, "alice", "/auth/")
+    page.get_by_role("link", name="Open").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Notebook of alice")
+    page.goto(f"{site.url}/auth/login")
+    target = host(site, "alice")
+    assert page.evaluate(
+        """target => new Promise(done => { const socket = new WebSocket(target.replace('http', 'ws') + '/clock');
+           socket.onopen = () => done('open'); socket.onerror = () => done('refused'); })""",
+        target,
+    ) == "refused"  # fmt: skip
+    before = page.request.get(f"{target}/notes").json()["notes"]
+    page.evaluate(
+        "target => fetch(target + '/notes', {method: 'POST', mode: 'no-cors', credentials: 'include', body: '{\"text\": \"x\"}'}).catch(() => 0)",
+        target,
+    )
+    assert page.request.get(f"{target}/notes").json()["notes"] == before
