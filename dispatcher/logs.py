@@ -38,8 +38,7 @@ Event = MutableMapping[str, Any]
 
 def logger(name: str) -> BoundLogger:
     """Return a logger: ``logger("manager").info("listening", address=...)``."""
-    import structlog
-
+    structlog = _structlog()
     bound: BoundLogger = structlog.stdlib.get_logger(f"dispatcher.{name}")
     return bound
 
@@ -59,8 +58,7 @@ def configure(level: str = "info", format: str = "console", stream: TextIO | Non
     :param format: ``console`` for people, ``json`` for machines: one object a line.
     :param stream: by default standard error.
     """
-    import structlog
-
+    structlog = _structlog()
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -103,11 +101,22 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(number if number == logging.DEBUG else max(number, logging.WARNING))
 
 
-def _renderer(format: str) -> Any:
-    import structlog
+def _structlog() -> Any:
+    """Return structlog without rich, which it would load for a renderer unused here: 4 MB in each daemon."""
+    hidden = "structlog" not in sys.modules and "rich" not in sys.modules
+    if hidden:
+        sys.modules["rich"] = None  # type: ignore[assignment]
+    try:
+        import structlog
+    finally:
+        if hidden:
+            del sys.modules["rich"]
+    return structlog
 
+
+def _renderer(format: str) -> Any:
     if format == "json":
-        return structlog.processors.JSONRenderer()
+        return _structlog().processors.JSONRenderer()
     return _console
 
 

@@ -178,8 +178,7 @@ class Manager:
         self._adopt_sessions()
         self._listen()
         pool.background(hasher.warm)
-        gc.collect()
-        gc.freeze()
+        pool.background(_settle)
 
     def _authenticator(self, hasher: Hasher) -> Authenticator:
         name = self.config.auth.authenticator
@@ -311,6 +310,12 @@ class Manager:
                 self.supervisor.view(name)
             except NotFound:
                 self._agent_gone(name)
+
+
+def _settle() -> None:
+    """What is there by now stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _lifetimes(config: Config) -> Lifetimes:
