@@ -144,7 +144,7 @@ class Installation:
                 raise AssertionError(f"{what} ended with {process.returncode}:\n{text}")
             if what == "manager":
                 return self.admin("GET", "/healthz").status == 200
-            return self.web("GET", "/auth/login", Accept="text/html").status == 200
+            return self.web("GET", "/auth/login", Accept="text/html").status in {200, 303}
 
         until(f"the {what} answers", answers)
         return process

@@ -53,10 +53,14 @@ class Site(Installation):
         super().__init__(base, apps, **more)
         self.config.write_text(self.config.read_text().replace("PORT", str(self.port)))
         self.url = f"http://127.0.0.1:{self.port}"
-        self.start("manager")
-        self.start("proxy")
-        for name in people:
-            self.add(name)
+        try:
+            self.start("manager")
+            self.start("proxy")
+            for name in people:
+                self.add(name)
+        except BaseException:
+            self.close()
+            raise
 
     def sign_in(self, page: Page, name: str, path: str = "/") -> None:
         page.goto(self.url + path)
@@ -134,5 +138,3 @@ def example(name: str, home: Path) -> str:
     assert "/opt/apps/bin/" in text
     text = text.replace("/opt/apps", str(home))
     return text.replace("{", "{{").replace("}", "}}")
-
-

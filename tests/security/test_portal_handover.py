@@ -208,6 +208,14 @@ def test_programs_are_told_where_to_sign_in(portal) -> None:
     assert (answer.status, answer.json["fix"]) == (401, f"sign in at {PORTAL}")
 
 
+def test_another_name_of_the_server_leads_to_the_portals(portal) -> None:
+    app, manager = portal
+    for host in ("http://127.0.0.1:8080", "https://example", "https://a.b.apps.example"):
+        page = Person(app).open(f"{host}/auth/login?next=/x")
+        assert (page.location, page.headers.getlist("Set-Cookie")) == (f"{PORTAL}/auth/login", [])
+    assert not manager.calls
+
+
 def test_in_session_routing_there_is_no_hand_over() -> None:
     app, _ = make()
     browser = Browser(app)

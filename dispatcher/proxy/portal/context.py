@@ -103,7 +103,7 @@ def sha256(token: str) -> str:
 
 
 def on_agent_host() -> bool:
-    """Whether the request came to an agent's own host (subdomain routing)."""
+    """Whether the request came to another host than the portal's: an agent's own (subdomain routing)."""
     return portal().subdomains and request.host.lower() != portal().public_host
 
 

@@ -24,6 +24,8 @@ def begin(target: str) -> Response:
     """Send the browser from an agent's host to the portal's for a code."""
     if not content.for_people():
         raise context.NotSignedIn("You are not signed in", fix="sign in at " + context.portal().public_origin)
+    if not targets.agent_host(request.host, context.portal().public_host):
+        return context.go(context.portal().public_origin + context.local("/login"))
     nonce = context.nonce() or forms.new_seed()  # two tabs that begin at once share one
     query = urlencode({"host": request.host.lower(), "nonce": context.sha256(nonce), "next": target})
     response = context.go(f"{context.portal().public_origin}{context.local('/handover')}?{query}")
