@@ -51,7 +51,7 @@ class ManagerConfig(Table):
     uid_range: tuple[Count, Count] = Field(
         default=(200000, 265535), description="host user ids for agents, as root"
     )
-    threads: Count = Field(default=20, ge=2, le=256, description="threads of the REST API")
+    threads: Count = Field(default=48, ge=2, le=256, description="threads of the REST API")
     provider_threads: Count = Field(default=32, ge=1, le=512, description="threads per provider")
     reconcile_interval: Duration = Field(
         default=30.0, description="how often everything is compared with what should be"
