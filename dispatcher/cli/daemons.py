@@ -11,8 +11,6 @@ import click
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.errors import Unavailable
 
-PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
-
 
 @click.command(epilog="\b\nExamples:\n  dispatcher serve\n  dispatcher --config dispatcher.toml serve")
 @pass_cli
@@ -77,10 +75,14 @@ def _reload_proxy(run_dir: Path) -> bool:
 
     :raises Unavailable: it runs and may not be signalled.
     """
+    from dispatcher.cli.pair import proxy_pid
+
+    pid = proxy_pid(run_dir)
+    if pid is None:
+        return False
     try:
-        pid = int((run_dir / PID_FILE).read_text(encoding="ascii"))
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except (OSError, ValueError):
+    except OSError:
         return False
     if b"proxy" not in arguments:
         return False  # a stale file: the number belongs to another program now

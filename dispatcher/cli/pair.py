@@ -30,6 +30,7 @@ STARTUP = 120.0  # seconds until a child must be ready
 GRACE = 20.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
 RESTARTS = 5  # within WINDOW, then the program gives up
 WINDOW = 60.0  # seconds
+PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -149,6 +150,9 @@ class Pair:
         return True
 
     def _proxy_answers(self) -> bool:
+        # Somebody else may listen there: the proxy writes its process id once it has its listeners.
+        if proxy_pid(self.paths.run_dir) != self._children["proxy"].pid:
+            return False
         endpoint = listen_endpoint(self.config.proxy.listen[0]) if self.config.proxy.listen else None
         if endpoint is None:
             return True  # a socket of systemd's: it listens already
@@ -194,6 +198,14 @@ class Pair:
             signal.set_wakeup_fd(old)
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def proxy_pid(run_dir: Path) -> int | None:
+    """Return the process id that the proxy of this run directory wrote, None when there is none."""
+    try:
+        return int((run_dir / PID_FILE).read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
 
 
 def listen_endpoint(address: str) -> Endpoint | None:

