@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 
 import click
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from dispatcher import cli
 from dispatcher.cli import ALIASES, SECTIONS, main, program
 from tests.fake_manager import FakeManager, problem
+from tests.terminal import on_a_terminal
 
 ALL = sorted(name for section in SECTIONS.values() for name in section)
 
@@ -495,40 +495,6 @@ def test_json_is_what_the_manager_said(run, manager, arguments, keys, where):
 # A terminal.
 
 
-def on_a_terminal(arguments, manager, keys=b"", rows=40, columns=120):
-    """Run the program in a child on a pseudo-terminal of its own and return exit code and output."""
-    import pty
-    import select
-    import struct
-    import fcntl
-    import termios
-    import time
-
-    pid, master = pty.fork()
-    if pid == 0:
-        try:
-            os.environ["DISPATCHER_MANAGER"] = manager.url
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "dispatcher", *arguments])
-        finally:
-            os._exit(99)
-    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    output, until, pending = b"", time.monotonic() + 20, list(keys)
-    while time.monotonic() < until:
-        if select.select([master], [], [], 0.05)[0]:
-            try:
-                piece = os.read(master, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
-            output += piece
-        elif pending and output.rstrip().endswith((b":", b"]", b"?")):
-            os.write(master, pending.pop(0))
-    os.close(master)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode().replace("\r\n", "\n")
-
-
 @pytest.fixture
 def forked_manager(short_tmp):
     with FakeManager(short_tmp / "m.sock") as fake:
@@ -536,7 +502,7 @@ def forked_manager(short_tmp):
 
 
 def test_add_asks_twice_on_a_terminal(forked_manager):
-    code, out = on_a_terminal(["-k", "add", "alice"], forked_manager, [b"secret-horse\n", b"secret-horse\n"])
+    code, out = on_a_terminal(["-k", "add", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"secret-horse\n", b"secret-horse\n"])
     assert code == 0, out
     assert "secret-horse" not in out
     assert out.count("Password") == 1
@@ -547,11 +513,11 @@ def test_add_asks_twice_on_a_terminal(forked_manager):
 
 def test_remove_asks_on_a_terminal_and_no_is_no(forked_manager):
     forked_manager.add("alice")
-    code, out = on_a_terminal(["remove", "alice"], forked_manager, [b"n\n"])
+    code, out = on_a_terminal(["remove", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"n\n"])
     assert code != 0
     assert "Remove alice and all its data?" in out
     assert "alice" in forked_manager.agents
-    assert on_a_terminal(["remove", "alice"], forked_manager, [b"y\n"])[0] == 0
+    assert on_a_terminal(["remove", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"y\n"])[0] == 0
     assert forked_manager.agents == {}
 
 
@@ -559,7 +525,7 @@ def test_start_shows_its_stages_on_a_terminal(forked_manager):
     forked_manager.add("alice")
     step = {"state": "starting", "stage": "pulling", "detail": "layer 3", "fraction": 0.42}
     forked_manager.script = [step] * 8 + [{"state": "running", "stage": "", "detail": "", "fraction": None}]
-    code, out = on_a_terminal(["start", "alice"], forked_manager)
+    code, out = on_a_terminal(["start", "alice"], {"DISPATCHER_MANAGER": forked_manager.url})
     assert code == 0
     assert "alice starting: pulling, layer 3 (42%)" in out
     assert out.rpartition("\r")[2].strip() == "alice is running"
@@ -567,7 +533,7 @@ def test_start_shows_its_stages_on_a_terminal(forked_manager):
 
 def test_a_table_on_a_terminal_shows_whole_names_and_no_escape_of_theirs(forked_manager):
     forked_manager.add("alice", "running", stage="\x1b]0;title\x07")
-    code, out = on_a_terminal(["list"], forked_manager)
+    code, out = on_a_terminal(["list"], {"DISPATCHER_MANAGER": forked_manager.url})
     assert code == 0
     assert "alice" in out
     assert "\x1b]0" not in out
