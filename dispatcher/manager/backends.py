@@ -62,7 +62,10 @@ class Backend:
         self.since: float | None = None
         self.contact: float | None = None
         self.problem: DispatcherError = PluginError(f"The provider {name} has not been asked yet")
-        self.listing = False
+        self.listing = 0  # 1: its agents are being listed, 2: they shall be listed once more
+        self.answered = False  # since this manager began
+        self.losses = 0  # how often in a row it did not answer
+        self.asking = False  # it is asked again soon
 
     @property
     def guard(self) -> Guard:

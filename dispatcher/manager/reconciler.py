@@ -18,7 +18,7 @@ from dispatcher.errors import DispatcherError, Unavailable
 from dispatcher.manager import outcomes
 from dispatcher.manager.backends import Backend, hanging
 from dispatcher.manager.engine import Change, Engine
-from dispatcher.manager.lifecycle import ALIVE, recent
+from dispatcher.manager.lifecycle import ALIVE, backoff, recent
 from dispatcher.manager.operations import Operations
 from dispatcher.manager.readiness import OBSERVE, refuses
 from dispatcher.manager.record import Agent
@@ -36,7 +36,7 @@ _log = logging.getLogger("dispatcher.manager")
 class Reconciler:
     """Observes, and lets `Engine` decide.
 
-    :ivar host_restarted: this is the first sweep after a boot of the host.
+    :ivar host_restarted: this manager is the first one after a boot of the host.
     """
 
     def __init__(self, engine: Engine, operations: Operations) -> None:
@@ -49,49 +49,73 @@ class Reconciler:
 
     # --- whole backends
 
-    def kick(self, backend: Backend, *, boot: bool = False, done: Callable[[], None] | None = None) -> None:
-        """List a backend's agents soon, unless that is being done already.
+    def kick(self, backend: Backend, *, done: Callable[[], None] | None = None) -> None:
+        """List a backend's agents soon; once more when that is being done already.
 
         :param done: called when it was done.
         """
         with self._cleaning_lock:
             if backend.listing:
+                backend.listing = 2
                 return
-            backend.listing = True
+            backend.listing = 1
+        hung = threading.Event()
 
         def run() -> None:
             try:
-                self._sweep(backend, boot=boot)
+                self._sweep(backend)
             finally:
-                backend.listing = False
+                with self._cleaning_lock:
+                    again = backend.listing == 2 or hung.is_set()
+                    backend.listing = 0
                 if done:
                     done()
+                if again:
+                    self.kick(backend)
 
         def overdue(_: object) -> None:
+            hung.set()
             self._lost(backend, hanging(backend.name, "list"))
 
         if backend.usable:
             backend.pool.submit(run, overdue=overdue)
         else:
             self._lost(backend, backend.problem)
-            backend.listing = False
+            backend.listing = 0
             if done:
                 done()
 
-    def _sweep(self, backend: Backend, *, boot: bool) -> None:
+    def _ask_again(self, backend: Backend) -> None:
+        """Ask a backend that is away sooner than the next regular time: after 1, 2, 4, ... seconds."""
+        if backend.asking:
+            return
+        backend.asking, backend.losses = True, backend.losses + 1
+
+        def ask() -> None:
+            backend.asking = False
+            self.kick(backend)
+
+        interval = self._engine.specs.config.manager.reconcile_interval
+        self._engine.timers.after(min(interval, backoff(backend.losses)), ask)
+
+    def _sweep(self, backend: Backend) -> None:
         engine = self._engine
         known = [(agent, agent.epoch) for agent in engine.of_provider(backend.name)]
         try:
             listed = backend.guard.list(deadline=Deadline(LIST_TIME))
         except DispatcherError as error:
             self._lost(backend, error)
+            self._ask_again(backend)
             return
+        backend.losses = 0
+        first = not backend.answered
+        backend.answered = True
         self._answered(backend)
         found = {handle.agent: (handle, seen) for handle, seen in listed}
         for agent, epoch in known:
             handle, seen = found.get(agent.row.name, (None, _ABSENT))
             if agent.operation is None and agent.epoch == epoch:
-                self._apply(agent, epoch, seen, handle=handle, boot=boot, bulk=True)
+                self._apply(agent, epoch, seen, handle=handle, first=first, bulk=True)
         for handle, _ in found.values():
             self._check_unknown(backend, handle)
         engine.flush()
@@ -224,7 +248,7 @@ class Reconciler:
         seen: Observation,
         *,
         handle: Handle | None = None,
-        boot: bool = False,
+        first: bool = False,
         bulk: bool = False,
     ) -> None:
         engine, row = self._engine, agent.row
@@ -243,12 +267,12 @@ class Reconciler:
                 now=engine.clock.now(),
                 policy=policy,
                 log=log,
-                host_restarted=boot and self.host_restarted,
+                host_restarted=first and self.host_restarted,
             )
             change = change or Change()
             events = list(change.events)
             fields = dict(change.fields)
-            if boot and seen.state in ALIVE:
+            if first and seen.state in ALIVE:
                 events.append(("adopted", f"it is {seen.state.value}"))
             if handle is not None and not row.handle:
                 fields["handle"] = handle.to_json()

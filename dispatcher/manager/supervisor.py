@@ -155,7 +155,7 @@ class Supervisor:
         backends = list(self._backends)
         answered = threading.Semaphore(0)
         for backend in backends:
-            self._reconciler.kick(backend, boot=True, done=answered.release)
+            self._reconciler.kick(backend, done=answered.release)
         deadline = Deadline(BOOT)
         for _ in backends:
             answered.acquire(timeout=deadline.remaining())
@@ -177,7 +177,6 @@ class Supervisor:
             backend.tend()
 
     def _reconcile(self) -> None:
-        self._reconciler.host_restarted = False
         for backend in self._backends:
             self._reconciler.kick(backend)
         self._timers.after(self._interval, self._reconcile)
