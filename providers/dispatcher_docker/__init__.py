@@ -1,1 +1,19 @@
-"""The provider `docker`."""
+"""The provider `docker`: agents as containers of a Docker engine.  Imports its parts only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from dispatcher.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from dispatcher.provider import Provider
+
+
+@hookimpl
+def dispatcher_register_providers() -> Iterable[type[Provider]]:
+    """Register the provider under the name `docker`."""
+    from dispatcher_docker.provider import DockerProvider
+
+    return [DockerProvider]

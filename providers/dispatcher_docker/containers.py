@@ -1,0 +1,255 @@
+"""From an agent's spec to the engine's description of a container.  Pure.
+
+What comes out is the body of the Engine API's `POST /containers/create`; nothing secret is in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dispatcher.model import AgentSpec, App, Handle, Network
+from dispatcher_docker.options import DockerAppOptions, DockerOptions
+
+PROVIDER = "docker"
+LABEL = "dispatcher."
+#: Where the agent's run_dir, and in it the socket, is inside.
+INSIDE_RUN = "/run/dispatcher"
+INSIDE_SOCKET = f"{INSIDE_RUN}/s"
+INSIDE_SECRETS = "/run/secrets"
+
+
+def options_of(app: App) -> DockerAppOptions:
+    """Return the app's own options."""
+    assert isinstance(app.options, DockerAppOptions)
+    return app.options
+
+
+def handle_of(spec: AgentSpec) -> Handle:
+    """Return the handle of an agent: what stop, destroy and data need is in it."""
+    options = options_of(spec.app)
+    return Handle(
+        provider=PROVIDER,
+        agent=spec.agent,
+        name=spec.backend_name,
+        data={
+            "run_dir": str(spec.run_dir),
+            "uid": spec.uid,
+            "gid": spec.gid,
+            "image": image_reference(spec.app, spec.installation),
+            "data_path": options.data_path,
+        },
+    )
+
+
+def image_reference(app: App, installation: str) -> str:
+    """Return the name of an app's image; one that is built here is named after installation and app."""
+    options = options_of(app)
+    return options.image or f"dispatcher-{installation}/{app.name}"
+
+
+def volume_name(name: str) -> str:
+    """Return the name of an agent's data volume."""
+    return f"{name}-data"
+
+
+def network_name(installation: str) -> str:
+    """Return the name of the bridge that an installation's agents share."""
+    return f"dispatcher-{installation}"
+
+
+def owner_uid(spec: AgentSpec) -> int | None:
+    """Return the host user id that the app's processes have, None where the image decides."""
+    return {"agent": spec.uid, "root": 0, "image": None}[options_of(spec.app).user]
+
+
+def container(
+    spec: AgentSpec,
+    *,
+    backend: DockerOptions,
+    image_id: str,
+    own_volume: bool,
+    secrets_dir: Path | None,
+    seccomp: str,
+    host_user_namespace: bool,
+) -> dict[str, Any]:
+    """Return the body that creates an agent's container.
+
+    :param image_id: what the image's name meant when it was looked up; :param own_volume: data is a volume;
+    :param secrets_dir: directory in memory with the secrets; :param seccomp: "", "unconfined" or a profile.
+    """
+    options = options_of(spec.app)
+    body: dict[str, Any] = {
+        "Image": image_id,
+        "Env": [f"{name}={value}" for name, value in environment(spec).items()],
+        "WorkingDir": options.workdir or options.data_path,
+        "Labels": labels(spec, image_id),
+        "Tty": False,
+        "OpenStdin": spec.stdin is not None,
+        "StdinOnce": spec.stdin is not None,
+        "AttachStdin": spec.stdin is not None,
+        "Healthcheck": {"Test": ["NONE"]},
+        "HostConfig": {
+            **_limits(spec, options),
+            **_walls(options, seccomp),
+            **_network(spec, options, backend),
+            "Mounts": mounts(spec, own_volume=own_volume, secrets_dir=secrets_dir),
+            "Tmpfs": {path: f"rw,exec,nosuid,nodev,mode=1777,size={size}" for path, size in options.tmpfs.items()},
+            "Init": options.init,
+            "RestartPolicy": {"Name": "no"},
+            "LogConfig": {
+                "Type": backend.log_driver,
+                "Config": {"max-size": str(backend.log_max_size), "max-file": str(backend.log_max_files)},
+            },
+        },
+    }
+    if spec.app.network is not Network.HOST:
+        body["Hostname"] = options.hostname
+    if options.user != "image":
+        body["User"] = f"{spec.uid}:{spec.gid}" if options.user == "agent" else "0:0"
+    if options.command:
+        body["Cmd"] = [fill(word, options) for word in options.command]
+    if options.entrypoint is not None:
+        body["Entrypoint"] = [fill(word, options) for word in options.entrypoint]
+    if options.stop_signal:
+        body["StopSignal"] = options.stop_signal
+    if options.port:
+        body["ExposedPorts"] = {f"{options.port}/tcp": {}}
+    if host_user_namespace:
+        body["HostConfig"]["UsernsMode"] = "host"
+    return body
+
+
+def fill(text: str, options: DockerAppOptions) -> str:
+    """Replace the placeholders of a command or an environment's value."""
+    for name, value in (
+        ("{socket}", INSIDE_SOCKET),
+        ("{port}", str(options.port or "")),
+        ("{data}", options.data_path),
+    ):
+        text = text.replace(name, value)
+    return text
+
+
+def environment(spec: AgentSpec) -> dict[str, str]:
+    """Return what the app finds in its environment besides the image's own."""
+    options = options_of(spec.app)
+    own = {
+        "HOME": options.data_path,
+        "DISPATCHER_DATA": options.data_path,
+        "DISPATCHER_AGENT": spec.agent,
+        "DISPATCHER_USER": spec.user,
+    }
+    if spec.secrets:
+        own["DISPATCHER_SECRETS"] = INSIDE_SECRETS
+    return {
+        "HOME": own["HOME"],
+        **{key: fill(value, options) for key, value in spec.app.environment.items()},
+        **own,
+    }
+
+
+def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
+    """Return what a fresh instance of the provider knows an agent by."""
+    options = options_of(spec.app)
+    owner = owner_uid(spec)
+    known = {
+        "installation": spec.installation,
+        "agent": spec.agent,
+        "user": spec.user,
+        "app": spec.app.name,
+        "hash": spec.hash,
+        "handle": handle_of(spec).to_json(),
+        "image": image_reference(spec.app, spec.installation),
+        "image-id": image_id,
+        "endpoint": f"port:{options.port}/tcp" if options.port else f"unix:{spec.socket}",
+        "owner": "" if owner is None or options.port else str(owner),
+    }
+    return {f"{LABEL}{name}": value for name, value in known.items()}
+
+
+def mounts(spec: AgentSpec, *, own_volume: bool, secrets_dir: Path | None) -> list[dict[str, Any]]:
+    """Return what of the host the container sees."""
+    options = options_of(spec.app)
+    if own_volume:
+        data = {
+            "Type": "volume",
+            "Source": volume_name(spec.backend_name),
+            "Target": options.data_path,
+            "VolumeOptions": {"NoCopy": True},
+        }
+    else:
+        data = _bind(str(spec.data_dir), options.data_path)
+    found = [data]
+    if not options.port:
+        found.append(_bind(str(spec.run_dir), INSIDE_RUN))
+    if secrets_dir:
+        found.append(_bind(str(secrets_dir), INSIDE_SECRETS, read_only=True))
+    found += [_bind(one.source, one.target, read_only=one.read_only) for one in options.mounts]
+    return found
+
+
+def _bind(source: str, target: str, *, read_only: bool = False) -> dict[str, Any]:
+    return {
+        "Type": "bind",
+        "Source": source,
+        "Target": target,
+        "ReadOnly": read_only,
+        "BindOptions": {"Propagation": "rprivate"},
+    }
+
+
+def _limits(spec: AgentSpec, options: DockerAppOptions) -> dict[str, Any]:
+    limits = spec.app.limits
+    found: dict[str, Any] = {"Ulimits": [{"Name": k, "Soft": v, "Hard": v} for k, v in options.ulimits.items()]}
+    if limits.memory is not None:
+        found["Memory"] = limits.memory
+        found["MemorySwap"] = -1 if limits.swap is None else limits.memory + limits.swap
+    if limits.cpus is not None:
+        found["NanoCpus"] = int(limits.cpus * 1e9)
+    if limits.pids is not None:
+        found["PidsLimit"] = limits.pids
+    if options.shm is not None:
+        found["ShmSize"] = options.shm
+    return found
+
+
+def _walls(options: DockerAppOptions, seccomp: str) -> dict[str, Any]:
+    security = []
+    if options.no_new_privileges:
+        security.append("no-new-privileges:true")
+    if seccomp:
+        security.append(f"seccomp={seccomp}")
+    if options.apparmor:
+        security.append(f"apparmor={options.apparmor}")
+    found: dict[str, Any] = {
+        "Privileged": False,
+        "CapDrop": ["ALL"],
+        "CapAdd": options.cap_add,
+        "SecurityOpt": security,
+        "ReadonlyRootfs": options.read_only,
+        "IpcMode": "private",
+        "Devices": [_device(one) for one in options.devices],
+    }
+    if options.gpus is not None:
+        count = -1 if options.gpus == "all" else options.gpus
+        found["DeviceRequests"] = [{"Driver": "", "Count": count, "Capabilities": [["gpu"]]}]
+    return found
+
+
+def _device(text: str) -> Mapping[str, str]:
+    outside, _, rest = text.partition(":")
+    inside, _, rights = rest.partition(":")
+    return {"PathOnHost": outside, "PathInContainer": inside or outside, "CgroupPermissions": rights or "rwm"}
+
+
+def _network(spec: AgentSpec, options: DockerAppOptions, backend: DockerOptions) -> dict[str, Any]:
+    if spec.app.network is Network.NONE:
+        return {"NetworkMode": "none"}
+    if spec.app.network is Network.HOST:
+        return {"NetworkMode": "host"}
+    found: dict[str, Any] = {"NetworkMode": options.network or network_name(spec.installation)}
+    if options.port:
+        found["PortBindings"] = {f"{options.port}/tcp": [{"HostIp": backend.publish, "HostPort": ""}]}
+    return found

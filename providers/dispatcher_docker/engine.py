@@ -1,0 +1,178 @@
+"""The connection to one Docker engine: made when needed, bounded by deadlines, its errors translated.
+
+Touches the network.  `Engine.call` is the only door to docker-py: nothing else makes a client or catches its
+errors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import requests
+from docker.api.client import APIClient
+from docker.constants import DEFAULT_DOCKER_API_VERSION, DEFAULT_NUM_POOLS
+from docker.tls import TLSConfig
+from docker.types import CancellableStream
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded
+from dispatcher_docker.options import DockerOptions
+from dispatcher_docker.translate import translated
+from dispatcher_docker.unixsocket import Adapter
+
+DEFAULT_URL = "unix:///var/run/docker.sock"
+_CONNECT_SECONDS = 10.0
+#: Connections that are kept for the next request.
+_POOL = 64
+#: The deadline of the call that this thread makes: docker-py has no way to hand one down.
+_now = threading.local()
+
+
+class Client(APIClient):
+    """docker-py's client with a deadline for every request, and streams that can be closed.
+
+    Making one asks the engine for its version.
+    """
+
+    def __init__(self, url: str, tls: TLSConfig | None) -> None:
+        # A version that is given is not asked for: that has to wait until the adapter is in place.
+        super().__init__(
+            base_url=url, version=DEFAULT_DOCKER_API_VERSION, tls=tls or False, user_agent="dispatcher"
+        )
+        if url.startswith("unix://"):
+            path = url.removeprefix("unix://")
+            adapter = Adapter(f"http+unix://{path}", pool_connections=DEFAULT_NUM_POOLS, max_pool_size=_POOL)
+            self.mount("http+docker://", adapter)
+        try:
+            found = self.version(api_version=False)
+        except BaseException:
+            self.close()
+            raise
+        self._version = min(str(found["ApiVersion"]), DEFAULT_DOCKER_API_VERSION, key=as_numbers)
+        if as_numbers(self._version) < as_numbers(str(found.get("MinAPIVersion") or "1.0")):
+            self._version = str(found["MinAPIVersion"])
+
+    def _set_request_timeout(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        deadline: Deadline | None = getattr(_now, "deadline", None)
+        seconds = max(0.01, deadline.remaining()) if deadline else 60.0
+        kwargs["timeout"] = (min(_CONNECT_SECONDS, seconds), seconds)
+        return kwargs
+
+    def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
+        """Ask; once more when a kept connection turned out to be dead and asking twice does no harm."""
+        try:
+            return super().request(method, url, *args, **kwargs)
+        except requests.exceptions.ConnectionError as error:
+            if str(method).upper() != "GET" or isinstance(error, requests.exceptions.Timeout):
+                raise
+            return super().request(method, url, *args, **kwargs)
+
+    def make(self, body: dict[str, Any], name: str, platform: str = "") -> str:
+        """Create a container from the body of `POST /containers/create`; return its id."""
+        made = self.create_container_from_config(body, name=name, platform=platform or None)  # type: ignore[no-untyped-call]
+        return str(made["Id"])
+
+    def image(self, reference: str) -> dict[str, Any]:
+        """Return the inspection of an image."""
+        found: dict[str, Any] = self.inspect_image(reference)  # type: ignore[no-untyped-call]
+        return found
+
+    def _stream_helper(self, response: requests.Response, decode: bool = False) -> Any:
+        self._raise_for_status(response)  # type: ignore[attr-defined]  # CancellableStream would take a refusal for the end
+        stream = super()._stream_helper(response, decode)  # type: ignore[misc]
+        return CancellableStream(stream, response)
+
+
+def as_numbers(version: str) -> tuple[int, ...]:
+    """Return a version such as 1.41 so that it compares."""
+    return tuple(int(part) for part in version.split("."))
+
+
+class Engine:
+    """One engine.  Thread-safe; asks nobody until `call`.
+
+    :param options: ``[providers.docker]``; without a `url` the environment (DOCKER_HOST, DOCKER_TLS_VERIFY,
+        DOCKER_CERT_PATH) decides, as it does for the `docker` program.
+    """
+
+    def __init__(self, options: DockerOptions) -> None:
+        self._options = options
+        self.url = options.url or os.environ.get("DOCKER_HOST") or DEFAULT_URL
+        self._from_environment = not options.url
+        self._client: Client | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether containers see this host's files and this host sees their processes."""
+        return self.url.startswith("unix://") if self._options.local is None else self._options.local
+
+    @property
+    def socket_path(self) -> str:
+        """Path of the engine's own socket, "" where it has none here."""
+        return self.url.removeprefix("unix://") if self.url.startswith("unix://") else ""
+
+    @contextlib.contextmanager
+    def call(self, doing: str, deadline: Deadline) -> Iterator[Client]:
+        """Yield the client for a few requests that end by `deadline`.
+
+        :param doing: completes "Docker could not ...".
+        :raises Unavailable: nobody answers; :raises DeadlineExceeded: not in time;
+        :raises NoSuchObject: there is no such thing; :raises ProviderError: the engine refused.
+        """
+        outer = getattr(_now, "deadline", None)
+        _now.deadline = deadline
+        try:
+            with translated(doing, self.url, deadline):
+                yield self._connected(doing, deadline)
+        finally:
+            _now.deadline = outer
+
+    def _connected(self, doing: str, deadline: Deadline) -> Client:
+        if deadline.expired:
+            raise DeadlineExceeded(f"There was no time left to {doing}", fix="try again with more time")
+        if self._client:
+            return self._client
+        if not self._lock.acquire(timeout=deadline.remaining()):
+            raise DeadlineExceeded(
+                f"There was no time left to {doing}",
+                why=f"{self.url} takes connections and does not answer",
+                fix="look whether the engine hangs (docker info)",
+            )
+        try:
+            if self._client is None:
+                self._client = self.new_client()
+            return self._client
+        finally:
+            self._lock.release()
+
+    def new_client(self) -> Client:
+        """Return a client of its own; asks the engine for its version within the deadline of `call`."""
+        return Client(self.url, self._tls())
+
+    def _tls(self) -> TLSConfig | None:
+        options = self._options
+        if self._from_environment:
+            directory = os.environ.get("DOCKER_CERT_PATH") or ""
+            verify = bool(os.environ.get("DOCKER_TLS_VERIFY"))
+            if not (directory or verify):
+                return None
+            directory = directory or os.path.expanduser("~/.docker")
+            certificate = os.path.join(directory, "cert.pem"), os.path.join(directory, "key.pem")
+            return TLSConfig(client_cert=certificate, ca_cert=os.path.join(directory, "ca.pem"), verify=verify)
+        if not (options.tls_ca or options.tls_cert):
+            return None
+        pair = (str(options.tls_cert), str(options.tls_key)) if options.tls_cert else None
+        ca = str(options.tls_ca) if options.tls_ca else None
+        return TLSConfig(client_cert=pair, ca_cert=ca, verify=options.tls_verify)
+
+    def close(self) -> None:
+        """Close all connections; the next `call` makes new ones."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client:
+            client.close()

@@ -1,0 +1,100 @@
+"""The engine's events, as changes of agents.  Touches the engine, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DispatcherError
+from dispatcher_docker.containers import LABEL
+from dispatcher_docker.engine import Engine
+from dispatcher_docker.observing import unix_time
+
+#: What an agent's container may go through by itself or by somebody else's hand.
+CHANGES = ("die", "oom", "pause", "unpause", "start", "stop", "kill", "destroy", "rename", "update")
+#: A quiet stream is opened anew after so many seconds, so that a dead one is noticed.
+_QUIET = 60.0
+
+
+class Watch:
+    """Reports changes until `close`; connects again by itself, and tells of the gap."""
+
+    def __init__(
+        self, engine: Engine, installation: str, on_change: Callable[[str], None], log: logging.Logger
+    ) -> None:
+        self._engine, self._installation = engine, installation
+        self._on_change, self._log = on_change, log
+        self._closed = threading.Event()
+        self._stream: Any = None
+        self._since: str | None = None
+        self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop."""
+        self._closed.set()
+        self._close_stream()
+        if self._thread is not threading.current_thread():
+            self._thread.join(5)
+
+    def _close_stream(self) -> None:
+        stream = self._stream
+        try:
+            if stream is not None:
+                stream.close()
+        except (OSError, AttributeError, ValueError):
+            pass  # closed already
+
+    def _run(self) -> None:
+        pause = 0.1
+        gap = False
+        while not self._closed.is_set():
+            try:
+                with self._engine.call("listen to events", Deadline(_QUIET)) as client:
+                    if self._since is None:
+                        self._since = f"{unix_time(str(client.info()['SystemTime'])) or 0:.9f}"
+                    self._stream = client.events(
+                        since=self._since,  # type: ignore[call-overload]  # the engine takes text too, with nanoseconds
+                        decode=True,
+                        filters={
+                            "type": "container",
+                            "event": list(CHANGES),
+                            "label": f"{LABEL}installation={self._installation}",
+                        },
+                    )
+                    if gap:
+                        self._tell("")
+                    gap, pause = True, 0.1
+                    for event in self._stream:
+                        if self._closed.is_set():
+                            return
+                        self._hear(event)
+            except DispatcherError as error:
+                if error.code == "deadline-exceeded":
+                    # Nothing came for a while: asked again from the last event on, nothing is lost.
+                    gap = gap and self._since is None
+                    continue
+                self._log.debug("the events of the engine stopped: %s", error)
+                gap = True
+            finally:
+                self._close_stream()
+            self._closed.wait(pause)
+            pause = min(2.0, pause * 2)
+
+    def _hear(self, event: Mapping[str, Any]) -> None:
+        stamp = event.get("timeNano")
+        if isinstance(stamp, int):
+            self._since = f"{(stamp + 1) // 1_000_000_000}.{(stamp + 1) % 1_000_000_000:09d}"
+        name = ((event.get("Actor") or {}).get("Attributes") or {}).get("name")
+        if name:
+            self._tell(str(name))
+
+    def _tell(self, name: str) -> None:
+        if not self._closed.is_set():
+            try:
+                self._on_change(name)
+            except Exception:
+                self._log.exception("somebody who watches the engine failed")

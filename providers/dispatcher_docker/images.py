@@ -1,0 +1,338 @@
+"""Images: pulled, built or verified.  Touches the engine, registries through it, and build directories.
+
+A pull holds one connection and a lock for its image alone: no other app waits for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from docker.types import CancellableStream
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.model import App
+from dispatcher.provider import Progress
+from dispatcher_docker.containers import LABEL, image_reference, options_of
+from dispatcher_docker.engine import Engine
+from dispatcher_docker.options import DockerOptions
+from dispatcher_docker.translate import NoSuchObject, translate
+
+_BUILD_LABEL = f"{LABEL}build"
+
+
+class Images:
+    """The images of one installation's apps."""
+
+    def __init__(self, engine: Engine, options: DockerOptions, installation: str) -> None:
+        self._engine = engine
+        self._options = options
+        self._installation = installation
+        self._locks: dict[str, threading.Lock] = {}
+        self._lock = threading.Lock()
+        #: What each image's name meant when it was last looked up.
+        self.current: dict[str, str] = {}
+
+    def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> str:
+        """Make an app's image be there, by its policy; return its id.
+
+        :raises ProviderError: it cannot be had.
+        """
+        options = options_of(app)
+        reference = image_reference(app, self._installation)
+        progress("looking for the image", reference)
+        if options.build:
+            return self._build(app, reference, deadline, progress)
+        if options.pull != "always" and (known := self.look_up(reference, deadline)):
+            return known
+        if options.pull == "never":
+            raise missing(app, reference, 'pull = "never", and the engine does not have it')
+        with self._one_at_a_time(reference, deadline, progress):
+            if options.pull == "missing" and (known := self.look_up(reference, deadline)):
+                return known
+            try:
+                self._pull(app, reference, deadline, progress)
+            except NoSuchObject as error:
+                raise missing(app, reference, error.why) from error
+        known = self.look_up(reference, deadline)
+        if not known:
+            raise missing(app, reference, "the pull ended without it")
+        return known
+
+    def resolve(self, app: App, *, deadline: Deadline, progress: Progress) -> str:
+        """Return the id of an app's image for a start: no pull of one that is there, whatever the policy."""
+        reference = image_reference(app, self._installation)
+        return self.look_up(reference, deadline) or self.prepare(app, deadline=deadline, progress=progress)
+
+    def look_up(self, reference: str, deadline: Deadline) -> str:
+        """Return the id of an image that the engine has, "" if it has none."""
+        try:
+            with self._engine.call(f"look for the image {reference}", deadline) as client:
+                found = str(client.image(reference)["Id"])
+        except NoSuchObject:
+            self.current.pop(reference, None)
+            return ""
+        self.current[reference] = found
+        return found
+
+    def look_up_all(self, deadline: Deadline) -> None:
+        """Learn what all names mean now, in one call."""
+        with self._engine.call("list the images", deadline) as client:
+            found = client.images()
+        names: dict[str, str] = {}
+        for one in found:
+            for name in (*(one.get("RepoTags") or ()), *(one.get("RepoDigests") or ())):
+                names[name] = one["Id"]
+        for reference in list(self.current):
+            self.current[reference] = names.get(_tagged(reference), "")
+
+    def meaning(self, reference: str) -> str:
+        """Return what a name meant when it was last looked up, "" if that is not known; remember to look it up."""
+        return self.current.setdefault(reference, "")
+
+    # -- pulling -----------------------------------------------------------------------------------------
+
+    def _pull(self, app: App, reference: str, deadline: Deadline, progress: Progress) -> None:
+        options = options_of(app)
+        layers = Layers()
+        with self._engine.call(f"pull the image {reference}", deadline) as client:
+            stream = client.pull(
+                *_repository_and_tag(reference),
+                stream=True,
+                decode=True,
+                auth_config=self._credentials(reference),
+                platform=options.platform or None,
+            )
+            for message in self._follow(
+                stream, f"pull the image {reference}", deadline, progress, "pulling the image"
+            ):
+                if "error" in message:
+                    raise _pull_failed(app, reference, str(message["error"]))
+                if said := layers.hear(message):
+                    progress("pulling the image", *said)
+
+    def _credentials(self, reference: str) -> dict[str, str] | None:
+        registry = self._options.registries.get(_host(reference))
+        if registry is None:
+            return None  # docker-py then looks into ~/.docker/config.json
+        try:
+            password = registry.password_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise ProviderError(
+                f"The password for {_host(reference)} cannot be read",
+                why=f"{registry.password_file}: {error.strerror}",
+                fix=f'correct providers.docker.registries."{_host(reference)}".password_file',
+            ) from error
+        return {"username": registry.username, "password": password}
+
+    # -- building ----------------------------------------------------------------------------------------
+
+    def _build(self, app: App, reference: str, deadline: Deadline, progress: Progress) -> str:
+        options = options_of(app)
+        assert options.build
+        if not (options.build / options.dockerfile).is_file():
+            raise ProviderError(
+                f"The image of {app.name} cannot be built",
+                why=f"there is no {options.build / options.dockerfile}",
+                fix=f"correct apps.{app.name}.docker.build or .dockerfile",
+            )
+        with self._one_at_a_time(reference, deadline, progress):
+            wanted = directory_digest(options.build, options.dockerfile, options.build_args)
+            if (known := self._built(reference, wanted, deadline)) is not None:
+                return known
+            with self._engine.call(f"build the image of {app.name}", deadline) as client:
+                stream = client.build(
+                    path=str(options.build),
+                    dockerfile=options.dockerfile,
+                    tag=reference,
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                    buildargs=options.build_args,
+                    labels={_BUILD_LABEL: wanted, f"{LABEL}installation": self._installation},
+                    platform=options.platform or None,
+                    pull=options.pull == "always",
+                )
+                last = ""
+                for message in self._follow(
+                    stream, f"build the image of {app.name}", deadline, progress, "building the image"
+                ):
+                    if "error" in message:
+                        raise ProviderError(
+                            f"The image of {app.name} could not be built",
+                            why=" ".join(str(message["error"]).split())[:600],
+                            fix=f"correct {options.build / options.dockerfile}",
+                            details={"log": [last]},
+                        )
+                    last = str(message.get("stream", "")).strip() or last
+                    progress("building the image", last[:120])
+        known = self.look_up(reference, deadline)
+        if not known:
+            raise missing(app, reference, "the build ended without it")
+        return known
+
+    def _built(self, reference: str, wanted: str, deadline: Deadline) -> str | None:
+        try:
+            with self._engine.call(f"look for the image {reference}", deadline) as client:
+                found = client.image(reference)
+        except NoSuchObject:
+            return None
+        if (found["Config"].get("Labels") or {}).get(_BUILD_LABEL) != wanted:
+            return None
+        self.current[reference] = found["Id"]
+        return str(found["Id"])
+
+    # -- long answers ------------------------------------------------------------------------------------
+
+    def _one_at_a_time(self, reference: str, deadline: Deadline, progress: Progress) -> Held:
+        with self._lock:
+            lock = self._locks.setdefault(reference, threading.Lock())
+        while not lock.acquire(timeout=min(0.5, max(0.01, deadline.remaining()))):
+            progress("waiting for the image", f"{reference} is being prepared already")
+            if deadline.expired:
+                raise DeadlineExceeded(
+                    f"The image {reference} was not ready in time",
+                    why="another start is preparing it",
+                    fix="wait, then start the agent again",
+                )
+        return Held(lock.release)
+
+    def _follow(
+        self, stream: Any, doing: str, deadline: Deadline, progress: Progress, step: str
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yield the messages of a long answer, telling progress in between, until the deadline."""
+        assert isinstance(stream, CancellableStream)
+        messages: queue.Queue[Mapping[str, Any] | BaseException | None] = queue.Queue()
+
+        def read() -> None:
+            try:
+                for message in stream:
+                    messages.put(message)
+                messages.put(None)
+            except Exception as error:  # handed to the thread that waits
+                messages.put(error)
+
+        reader = threading.Thread(target=read, name="docker-stream", daemon=True)
+        reader.start()
+        try:
+            while True:
+                try:
+                    message = messages.get(timeout=min(0.5, max(0.01, deadline.remaining())))
+                except queue.Empty:
+                    if deadline.expired:
+                        raise DeadlineExceeded(
+                            f"Docker could not {doing} in time", fix="try again, or raise the time limit"
+                        ) from None
+                    progress(step)
+                    continue
+                if message is None:
+                    return
+                if isinstance(message, BaseException):
+                    raise translate(message, doing, self._engine.url, deadline) from message
+                yield message
+        finally:
+            if reader.is_alive():
+                stream.close()
+            reader.join(2)
+
+
+class Held:
+    """A lock that is held for the length of a block."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+
+    def __enter__(self) -> None:
+        """It is held already."""
+
+    def __exit__(self, *error: object) -> None:
+        self._release()
+
+
+class Layers:
+    """Adds up what the engine says of each layer of a pull."""
+
+    def __init__(self) -> None:
+        self._layers: dict[str, tuple[float, float]] = {}
+
+    def hear(self, message: Mapping[str, Any]) -> tuple[str, float | None] | None:
+        """Return detail and fraction for a message, None if it says nothing new."""
+        layer, status = str(message.get("id", "")), str(message.get("status", ""))
+        detail = message.get("progressDetail") or {}
+        if not layer or status.startswith(("Pulling from", "Status")):
+            return (status, None) if status else None
+        total = float(detail.get("total") or 0)
+        if status in {"Pull complete", "Already exists"}:
+            size = self._layers.get(layer, (0.0, 1.0))[1]
+            self._layers[layer] = (size, size)
+        elif total and status in {"Downloading", "Extracting"}:
+            half = 0.5 * total if status == "Extracting" else 0.0
+            self._layers[layer] = (half + 0.5 * float(detail.get("current") or 0), total)
+        else:
+            self._layers.setdefault(layer, (0.0, 1.0))
+        done = sum(one for one, _ in self._layers.values())
+        size = sum(two for _, two in self._layers.values())
+        complete = sum(1 for one, two in self._layers.values() if one >= two)
+        words = f"{complete} of {len(self._layers)} layers, {layer} {status.lower()}"
+        return words, min(1.0, done / size) if size else None
+
+
+def missing(app: App, reference: str, why: str) -> ProviderError:
+    """Return the error for an image that cannot be had."""
+    return ProviderError(
+        f"There is no image {reference}",
+        why=why,
+        fix=f"correct apps.{app.name}.docker.image, or load it into the engine (docker pull, docker load)",
+    )
+
+
+def _pull_failed(app: App, reference: str, why: str) -> ProviderError:
+    text = why.lower()
+    if "denied" in text or "unauthorized" in text or "authentication" in text:
+        return ProviderError(
+            f"The image {reference} could not be pulled",
+            why=why,
+            fix=f'set providers.docker.registries."{_host(reference)}", or docker login as the manager\'s user',
+        )
+    return missing(app, reference, why)
+
+
+def directory_digest(directory: Path, dockerfile: str, arguments: Mapping[str, str]) -> str:
+    """Return a digest over a build directory: names, modes, sizes, times, links, and the build's arguments."""
+    total = hashlib.sha256(repr((dockerfile, sorted(arguments.items()))).encode())
+    for path in sorted(_tree(directory)):
+        status = os.lstat(path)
+        link = os.readlink(path) if os.path.islink(path) else ""
+        entry = (os.path.relpath(path, directory), status.st_mode, status.st_size, status.st_mtime_ns, link)
+        total.update(repr(entry).encode())
+    return total.hexdigest()
+
+
+def _tree(directory: Path) -> Iterable[str]:
+    for here, names, files in os.walk(directory):
+        for name in (*names, *files):
+            yield os.path.join(here, name)
+
+
+def _repository_and_tag(reference: str) -> tuple[str, str | None]:
+    if "@" in reference:
+        repository, _, digest = reference.partition("@")
+        return repository.rpartition(":")[0] if ":" in repository.rpartition("/")[2] else repository, digest
+    head, colon, tag = reference.rpartition(":")
+    return (head, tag) if colon and "/" not in tag else (reference, "latest")
+
+
+def _tagged(reference: str) -> str:
+    repository, tag = _repository_and_tag(reference)
+    return f"{repository}@{tag}" if "@" in reference else f"{repository}:{tag}"
+
+
+def _host(reference: str) -> str:
+    first, slash, _ = reference.partition("/")
+    return first if slash and ("." in first or ":" in first or first == "localhost") else "docker.io"

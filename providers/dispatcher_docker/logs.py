@@ -1,0 +1,76 @@
+"""A container's output as lines.  Touches the engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DispatcherError, ProviderError, Unavailable
+from dispatcher_docker.engine import Engine
+from dispatcher_docker.translate import NoSuchObject
+
+MAX_LINE = 65_536
+
+
+def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[bytes]:
+    """Return the last `tail` lines; none of a container that does not exist."""
+    try:
+        with engine.call("read the log", deadline) as client:
+            found: Any = client.logs(name, stdout=True, stderr=True, tail=max(0, tail))
+    except NoSuchObject:
+        return []
+    except ProviderError as error:
+        if "marked for removal" in error.why:
+            return []
+        raise
+    return list(lines([found]))[-tail:] if tail > 0 else []
+
+
+def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Iterator[bytes]:
+    """Yield the last `tail` lines, then new ones until the deadline or the container's end."""
+    patient = Deadline(deadline.remaining() + 30)  # the stream is closed at the deadline, not timed out
+    try:
+        with engine.call("read the log", patient) as client:
+            stream: Any = client.logs(name, stdout=True, stderr=True, tail=max(0, tail), stream=True, follow=True)
+    except NoSuchObject:
+        return
+    timer = threading.Timer(deadline.remaining(), _close, (stream,))
+    timer.daemon = True
+    timer.start()
+    try:
+        with engine.call("read the log", patient):
+            yield from lines(stream)
+    except Unavailable:
+        if not deadline.expired:
+            raise
+    finally:
+        timer.cancel()
+        _close(stream)
+
+
+def _close(stream: Any) -> None:
+    try:
+        stream.close()
+    except (OSError, AttributeError, DispatcherError):
+        pass  # closed already
+
+
+def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines without their end, cut to `MAX_LINE`, from chunks that end anywhere."""
+    rest, cut = b"", False
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        for line in whole:
+            if not cut:
+                yield line[:MAX_LINE]
+            cut = False
+        if len(rest) > MAX_LINE:
+            if not cut:
+                yield rest[:MAX_LINE]
+            rest, cut = b"", True
+        elif cut:
+            rest = b""
+    if rest and not cut:
+        yield rest

@@ -1,0 +1,185 @@
+"""What the configuration may say: ``[providers.docker]`` and ``[apps.X.docker]``.  Pure.
+
+Every loosening of an agent's isolation is a key of its own; `explain` names those that an app uses.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dispatcher.settings import Duration, Size
+
+Path_ = Annotated[Path, Field(strict=False)]
+_CAPABILITY = re.compile(r"[A-Z][A-Z_]+")
+_SIGNAL = re.compile(r"(SIG)?[A-Z0-9+]+")
+_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_DEVICE = re.compile(r"/dev/[^:]+(:[^:]+(:[rwm]+)?)?")
+
+
+class Strict(BaseModel):
+    """A table: frozen, no unknown keys, no conversions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+class Registry(Strict):
+    """``[providers.docker.registries."HOST"]``: who pulls from a private registry."""
+
+    username: str
+    password_file: Path_ = Field(description="a file that only the manager reads")
+
+
+class DockerOptions(Strict):
+    """``[providers.docker]``"""
+
+    url: str = Field(
+        default="",
+        description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; else $DOCKER_HOST, else the usual socket",
+    )
+    tls_ca: Path_ | None = Field(default=None, description="certificate authority of a tcp:// engine")
+    tls_cert: Path_ | None = Field(default=None, description="client certificate for a tcp:// engine")
+    tls_key: Path_ | None = None
+    tls_verify: bool = True
+    local: bool | None = Field(
+        default=None, description="the engine runs on this host; by default if it is unix://"
+    )
+    data: Literal["auto", "bind", "volume"] = Field(
+        default="auto",
+        description="bind: the core's directory; volume: a volume of the engine; auto: bind on a local engine",
+    )
+    publish: str = Field(
+        default="127.0.0.1", description="address of the engine's host that ports are published on"
+    )
+    reach: str = Field(
+        default="", description="address that the proxy uses for published ports; by default `publish`"
+    )
+    registries: dict[str, Registry] = Field(default={}, description="by host name, besides ~/.docker/config.json")
+    pull_timeout: Duration = Field(default=1800.0, description="for an image, whatever the operation's deadline")
+    log_driver: Literal["local", "json-file"] = "local"
+    log_max_size: Size = Field(default=10 * 1024**2, description="of one log file of an agent")
+    log_max_files: int = Field(default=2, ge=1, le=100)
+    usage_cache: Duration = Field(default=15.0, description="how old statistics of a remote engine may be")
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        if value and not re.match(r"(unix:///|tcp://[^/]|https?://[^/]|ssh://[^/])", value):
+            raise ValueError("unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST")
+        return value
+
+    @model_validator(mode="after")
+    def _pairs(self) -> DockerOptions:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together")
+        return self
+
+
+class Mount(Strict):
+    """One more directory or file of the engine's host inside the container."""
+
+    source: str
+    target: str
+    read_only: bool = True
+
+    @field_validator("source", "target")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if not value.startswith("/") or "\0" in value:
+            raise ValueError("an absolute path")
+        return value
+
+
+class DockerAppOptions(Strict):
+    """``[apps.X.docker]``: what runs, and what is loosened."""
+
+    image: str = Field(default="", description="NAME[:TAG][@DIGEST]")
+    build: Path_ | None = Field(default=None, description="directory with a Dockerfile, instead of an image")
+    dockerfile: str = Field(default="Dockerfile", description="its name, relative to `build`")
+    build_args: dict[str, str] = {}
+    pull: Literal["missing", "always", "never"] = "missing"
+    platform: str = Field(default="", description="such as linux/arm64; by default the engine's")
+    command: list[str] = Field(
+        default=[], description="{socket}, {port} and {data} are replaced; else the image's"
+    )
+    entrypoint: list[str] | None = Field(default=None, description="replaces the image's; [] removes it")
+    port: int | None = Field(
+        default=None, ge=1, le=65535, description="where the app listens on TCP; else it listens on {socket}"
+    )
+    network: str = Field(
+        default="", description='a named network of the engine, for apps with network = "private"'
+    )
+    data_path: str = Field(default="/data", description="where the agent's data is, inside")
+    workdir: str = Field(default="", description="by default the data")
+    init: bool = Field(default=True, description="a small init reaps orphans and passes signals on")
+    stop_signal: str = Field(default="", description="by default the image's, usually SIGTERM")
+    hostname: str = Field(default="agent", pattern=r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+    shm: Size | None = Field(default=None, description="size of /dev/shm; the engine's default is 64M")
+    tmpfs: dict[str, Size] = Field(default={"/tmp": 64 * 1024**2}, description="writable, in memory: path to size")  # noqa: S108
+    ulimits: dict[str, int] = Field(default={}, description="such as nofile = 4096; soft and hard")
+    # What loosens the isolation, each by its own name:
+    user: Literal["agent", "image", "root"] = "agent"
+    read_only: bool = Field(default=True, description="the image's files cannot be changed")
+    cap_add: list[str] = Field(default=[], description="capabilities, such as NET_BIND_SERVICE; all are dropped")
+    no_new_privileges: bool = True
+    seccomp: str = Field(default="default", description="default, unconfined, or the path of a profile")
+    apparmor: str = Field(default="", description="profile; by default the engine's")
+    devices: list[str] = Field(default=[], description="/dev/X[:/dev/Y[:rwm]]")
+    gpus: int | Literal["all"] | None = None
+    mounts: list[Mount] = []
+
+    @field_validator("image")
+    @classmethod
+    def _image(cls, value: str) -> str:
+        if value and (value.startswith("-") or not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", value, re.ASCII)):
+            raise ValueError("an image such as registry.example.org/name:tag")
+        return value
+
+    @field_validator("data_path", "workdir")
+    @classmethod
+    def _path(cls, value: str) -> str:
+        if value and (not re.fullmatch(r"(/[^/\0:]+)+", value) or "/../" in f"{value}/"):
+            raise ValueError("an absolute path inside the container, not /")
+        return value
+
+    @field_validator("cap_add")
+    @classmethod
+    def _capabilities(cls, value: list[str]) -> list[str]:
+        for one in value:
+            if not _CAPABILITY.fullmatch(one) or one == "ALL":
+                raise ValueError("names of capabilities such as NET_BIND_SERVICE, each by itself")
+        return value
+
+    @field_validator("devices")
+    @classmethod
+    def _devices(cls, value: list[str]) -> list[str]:
+        for one in value:
+            if not _DEVICE.fullmatch(one):
+                raise ValueError("devices such as /dev/fuse or /dev/ttyUSB0:/dev/tty:rw")
+        return value
+
+    @field_validator("network", "stop_signal")
+    @classmethod
+    def _word(cls, value: str) -> str:
+        if value and not (_NETWORK.fullmatch(value) or _SIGNAL.fullmatch(value)):
+            raise ValueError("a plain name")
+        if value in {"host", "none", "bridge", "default"}:
+            raise ValueError("a network of your own; the app's `network` chooses none, private or host")
+        return value
+
+    @field_validator("tmpfs")
+    @classmethod
+    def _tmpfs(cls, value: dict[str, int]) -> dict[str, int]:
+        for path in value:
+            if not path.startswith("/") or ":" in path or path == "/":
+                raise ValueError("absolute paths inside the container")
+        return value
+
+    @model_validator(mode="after")
+    def _source(self) -> DockerAppOptions:
+        if bool(self.image) == (self.build is not None):
+            raise ValueError("either image or build is needed: what the containers are made from")
+        return self

@@ -1,0 +1,107 @@
+"""Secrets as files in memory, for containers to see read-only.  Touches a directory on a tmpfs.
+
+They are not in the container's description, so `docker inspect` shows none; they are on no disk; they belong
+to the agent's user alone, below a directory that only the manager can enter.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from dispatcher.errors import BadRequest, ProviderError
+from dispatcher.provider import ProviderContext
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_TMPFS_MAGIC = {"tmpfs", "ramfs"}
+
+
+class SecretFiles:
+    """The secrets of one installation's agents."""
+
+    def __init__(self, context: ProviderContext) -> None:
+        self._context = context
+
+    def directory(self, name: str) -> Path:
+        """Return where the secrets of the agent with this backend name are.
+
+        :raises ProviderError: no directory of this host is in memory.
+        """
+        candidates = [self._context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")]  # noqa: S108
+        mounts = _mounts()
+        for base in candidates:
+            if base.is_dir() and os.access(base, os.W_OK) and _kind(base, mounts) in _TMPFS_MAGIC:
+                own = base if base == self._context.run_dir else base / f"dispatcher-{self._context.installation}"
+                return own / "secrets" / name
+        raise ProviderError(
+            "Secrets cannot be kept in memory",
+            why="neither the run directory nor /dev/shm is on a tmpfs",
+            fix="mount a tmpfs at manager.run_dir",
+        )
+
+    def write(self, name: str, values: Mapping[str, str], uid: int, gid: int) -> Path:
+        """Write the secrets of an agent, replacing what was there; return the directory."""
+        for key in values:
+            if not _NAME.fullmatch(key):
+                raise BadRequest(f"Bad name of a secret {key!r}", fix="use letters, digits and . _ -")
+        directory = self.directory(name)
+        self.remove(name)
+        _private(directory.parent.parent)
+        _private(directory.parent)
+        directory.mkdir(mode=0o700)
+        for key, value in values.items():
+            descriptor = os.open(directory / key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(value.encode())
+                if self._context.privileged:
+                    os.fchown(file.fileno(), uid, gid)
+        directory.chmod(0o500)
+        if self._context.privileged:
+            os.chown(directory, uid, gid)
+        return directory
+
+    def remove(self, name: str) -> None:
+        """Remove the secrets of an agent; none is success."""
+        try:
+            directory = self.directory(name)
+        except ProviderError:
+            return
+        if os.path.lexists(directory):
+            if not self._context.privileged:
+                directory.chmod(0o700)
+            shutil.rmtree(directory)
+
+
+def _private(directory: Path) -> None:
+    """Make a directory of the manager alone; refuse one that somebody else prepared."""
+    try:
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        status = directory.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            raise ProviderError(
+                f"{directory} is not the manager's own directory",
+                why=f"it belongs to user {status.st_uid}",
+                fix="remove it, and find out who made it",
+            ) from None
+        directory.chmod(0o700)
+
+
+def _mounts() -> list[tuple[str, str]]:
+    lines = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    fields = [line.split(" ") for line in lines]
+    return [(one[1].replace("\\040", " "), one[2]) for one in fields if len(one) > 2]
+
+
+def _kind(path: Path, mounts: list[tuple[str, str]]) -> str:
+    real = os.path.realpath(path)
+    best, kind = "", ""
+    for where, what in mounts:
+        inside = real == where or real.startswith(where.rstrip("/") + "/")
+        if inside and len(where) >= len(best):
+            best, kind = where, what
+    return kind

@@ -1,0 +1,146 @@
+"""The one place where errors of docker-py, requests and urllib3 become errors of the project.  Pure."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import docker.errors
+import requests.exceptions
+import urllib3.exceptions
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, DispatcherError, NotFound, ProviderError, StartFailed, Unavailable
+
+_MAX_WHY = 600
+
+
+class NoSuchObject(NotFound):
+    """The engine knows no container, image, network or volume of that name."""
+
+
+class NameTaken(ProviderError):
+    """The engine has a container of that name already, or is busy with one."""
+
+
+@contextmanager
+def translated(doing: str, url: str, deadline: Deadline) -> Iterator[None]:
+    """Raise the project's errors for those of the SDK.
+
+    :param doing: what is being done, for the sentence "Docker could not DOING".
+    :raises DispatcherError: always one of the tree; it passes through if it is one already.
+    """
+    try:
+        yield
+    except DispatcherError:
+        raise
+    except (
+        docker.errors.DockerException,
+        requests.exceptions.RequestException,
+        urllib3.exceptions.HTTPError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise translate(error, doing, url, deadline) from error
+
+
+def translate(error: BaseException, doing: str, url: str, deadline: Deadline) -> DispatcherError:
+    """Return the project's error for one of the SDK."""
+    if isinstance(error, docker.errors.APIError) and error.response is not None:
+        return _refused(error, doing)
+    if isinstance(error, docker.errors.TLSParameterError):
+        return ProviderError(
+            "The TLS settings of the Docker engine cannot be used",
+            why=_words(error),
+            fix="check tls_ca, tls_cert and tls_key in [providers.docker]",
+        )
+    chain = list(_chain(error))
+    if deadline.expired or any(_is_timeout(one) for one in chain):
+        return DeadlineExceeded(
+            f"The Docker engine did not {doing} in time",
+            why=f"{url} takes connections and does not answer soon enough",
+            fix="look whether the engine is overloaded or hangs (docker info)",
+            retry_after=5,
+        )
+    if any(_is_permission(one) for one in chain):
+        return Unavailable(
+            "The Docker engine cannot be reached",
+            why=f"no permission for {url}",
+            fix="run the manager as root, or add its user to the group that owns the socket",
+        )
+    return Unavailable(
+        "The Docker engine cannot be reached",
+        why=f"{url}: {_words(chain[-1])}",
+        fix="start it (systemctl start docker), or set url in [providers.docker]",
+        retry_after=5,
+    )
+
+
+def _refused(error: docker.errors.APIError, doing: str) -> DispatcherError:
+    why = _clip(error.explanation or str(error))
+    status = error.status_code
+    if isinstance(error, docker.errors.NotFound):
+        return NoSuchObject(f"Docker could not {doing}", why=why, fix="start the agent again, or check the name")
+    if status == 409 and "already in use by container" in why:
+        return NameTaken(f"Docker could not {doing}", why=why, fix="remove that container (docker rm)")
+    if status in {401, 403}:
+        return ProviderError(
+            f"Docker could not {doing}", why=why, fix="check the credentials of the registry or of the engine"
+        )
+    return ProviderError(f"Docker could not {doing}", why=why, fix=_advice(why))
+
+
+def start_failed(error: ProviderError, log: list[str]) -> StartFailed:
+    """Return the error for a container that the engine could not start."""
+    return StartFailed("The container could not be started", why=error.why, fix=error.fix, details={"log": log})
+
+
+def _advice(why: str) -> str:
+    text = why.lower()
+    for words, fix in (
+        ("no space left", "free space where the engine keeps its data (docker system df)"),
+        ("executable file not found", "correct `command`: the image has no such program"),
+        ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
+        ("address already in use", "another program has the port; let the engine choose it"),
+        ("could not select device driver", "install the GPU runtime of the engine, or remove `gpus`"),
+        ("no such file or directory", "create the path on the engine's host, or correct the configuration"),
+        ("minimum memory limit", "raise `memory`: the engine wants at least 6M"),
+        ("unauthorized", "check the credentials of the registry"),
+        ("seccomp", "correct `seccomp`"),
+    ):
+        if words in text:
+            return fix
+    return "read the engine's log (journalctl -u docker)"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        inner = next((one for one in error.args if isinstance(one, BaseException)), None)
+        error = error.__cause__ or error.__context__ or getattr(error, "reason", None) or inner
+        if not isinstance(error, BaseException):
+            return
+
+
+def _is_timeout(error: BaseException) -> bool:
+    kinds = (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, socket.timeout, TimeoutError)
+    return isinstance(error, kinds)
+
+
+def _is_permission(error: BaseException) -> bool:
+    return isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EACCES
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _clip(str(error)) or type(error).__name__
+
+
+def _clip(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _MAX_WHY else text[: _MAX_WHY - 1] + "…"

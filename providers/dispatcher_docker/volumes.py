@@ -1,0 +1,214 @@
+"""Data in volumes of the engine: made, given to the agent's user, copied in and out.  Touches engine and files.
+
+A volume is only seen through a container.  A helper that is made from the agent's own image and never runs
+carries it; tar streams go through the engine's archive calls.  On this side `tar` runs as the agent's user in
+the canonical directory: what a hostile agent put into its volume can hurt nobody else's files.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.model import Handle
+from dispatcher.provider import Progress
+from dispatcher_docker.containers import LABEL, volume_name
+from dispatcher_docker.engine import Client, Engine
+from dispatcher_docker.translate import NoSuchObject
+
+_MOUNT = "/dispatcher-data"
+_BLOCK = 1024 * 1024
+
+
+class Volumes:
+    """The data volumes of one installation."""
+
+    def __init__(self, engine: Engine, installation: str, *, privileged: bool) -> None:
+        self._engine = engine
+        self._installation = installation
+        self._privileged = privileged
+
+    def ensure(self, handle: Handle, deadline: Deadline) -> bool:
+        """Make an agent's volume, owned by its user; return whether it is new."""
+        name = volume_name(handle.name)
+        try:
+            with self._engine.call("look for the data volume", deadline) as client:
+                client.inspect_volume(name)
+        except NoSuchObject:
+            pass
+        else:
+            return False
+        with self._engine.call("make the data volume", deadline) as client:
+            client.create_volume(
+                name, labels={f"{LABEL}installation": self._installation, f"{LABEL}agent": handle.agent}
+            )
+        try:
+            with self.helper(handle, deadline) as (client, container):
+                client.put_archive(container, "/", _root(handle))
+        except BaseException:
+            self.remove(handle, Deadline(max(5.0, deadline.remaining())))
+            raise
+        return True
+
+    def remove(self, handle: Handle, deadline: Deadline) -> None:
+        """Remove an agent's volume; none is success."""
+        try:
+            with self._engine.call("remove the data volume", deadline) as client:
+                client.remove_volume(volume_name(handle.name), force=True)
+        except NoSuchObject:
+            pass
+
+    @contextmanager
+    def helper(self, handle: Handle, deadline: Deadline) -> Iterator[tuple[Client, str]]:
+        """Yield client and id of a container that has the volume at a known place and never runs."""
+        body = {
+            "Image": handle.data.get("image", ""),
+            "Cmd": ["never-run"],
+            "Labels": {f"{LABEL}helper": self._installation},
+            "HostConfig": {
+                "NetworkMode": "none",
+                "Mounts": [
+                    {
+                        "Type": "volume",
+                        "Source": volume_name(handle.name),
+                        "Target": _MOUNT,
+                        "VolumeOptions": {"NoCopy": True},
+                    }
+                ],
+            },
+        }
+        with self._engine.call("make a helper for the data volume", deadline) as client:
+            container = client.make(body, f"{handle.name}-helper")
+        try:
+            with self._engine.call("copy the data", deadline) as client:
+                yield client, container
+        finally:
+            with self._engine.call("remove the helper", Deadline(max(5.0, deadline.remaining()))) as client:
+                client.remove_container(container, force=True)
+
+    def remove_helper(self, handle: Handle, deadline: Deadline) -> None:
+        """Remove a helper that a crash left behind."""
+        try:
+            with self._engine.call("remove the helper", deadline) as client:
+                client.remove_container(f"{handle.name}-helper", force=True)
+        except NoSuchObject:
+            pass
+
+    def export(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
+        """Copy the volume's content into `directory`."""
+        self.remove_helper(handle, deadline)
+        with self.helper(handle, deadline) as (client, container), self._tar(handle, directory, "-x") as tar:
+            assert tar.stdin
+            stream, _ = client.get_archive(container, f"{_MOUNT}/.", chunk_size=_BLOCK)
+            total = 0
+            for block in stream:
+                tar.stdin.write(block)
+                total += len(block)
+                _tell(progress, "copying the data out", total, deadline)
+            tar.stdin.close()
+            _finish(tar, "read", deadline)
+
+    def replace(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
+        """Replace the volume by a copy of `directory`."""
+        self.remove_helper(handle, deadline)
+        self.remove(handle, deadline)
+        self.ensure(handle, deadline)
+        with self.helper(handle, deadline) as (client, container), self._tar(handle, directory, "-c") as tar:
+            client.put_archive(container, _MOUNT, _Reader(tar, progress, deadline))
+            _finish(tar, "write", deadline)
+
+    @contextmanager
+    def _tar(self, handle: Handle, directory: Path, what: str) -> Iterator[subprocess.Popen[bytes]]:
+        uid, gid = int(handle.data["uid"]), int(handle.data["gid"])
+        arguments = ["tar", "--numeric-owner", "--preserve-permissions", what, "-f", "-", "-C", "."]
+        if what == "-c":
+            arguments += ["--sparse", "."]
+        user: dict[str, Any] = {"user": uid, "group": gid, "extra_groups": []} if self._privileged else {}
+        tar = subprocess.Popen(
+            arguments,
+            cwd=directory,
+            stdin=subprocess.PIPE if what == "-x" else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if what == "-c" else subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C.UTF-8"},
+            **user,
+        )
+        try:
+            yield tar
+        except BrokenPipeError as error:
+            raise _tar_failed(tar) from error
+        finally:
+            tar.kill()
+            for pipe in (tar.stdin, tar.stdout, tar.stderr):
+                if pipe:
+                    try:
+                        pipe.close()
+                    except BrokenPipeError:
+                        pass
+            tar.wait()
+
+
+class _Reader:
+    """tar's output as a body that `requests` streams."""
+
+    def __init__(self, tar: subprocess.Popen[bytes], progress: Progress, deadline: Deadline) -> None:
+        self._tar, self._progress, self._deadline = tar, progress, deadline
+
+    def __iter__(self) -> Iterator[bytes]:
+        assert self._tar.stdout
+        total = 0
+        while block := self._tar.stdout.read(_BLOCK):
+            total += len(block)
+            _tell(self._progress, "copying the data in", total, self._deadline)
+            yield block
+
+
+def _tell(progress: Progress, step: str, total: int, deadline: Deadline) -> None:
+    progress(step, f"{total // 1024} KiB")
+    if deadline.expired:
+        raise DeadlineExceeded("The data was not copied in time", fix="try again with more time")
+
+
+def _finish(tar: subprocess.Popen[bytes], what: str, deadline: Deadline) -> None:
+    try:
+        code = tar.wait(max(0.1, deadline.remaining()))
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineExceeded(f"The data was not {what} in time", fix="try again with more time") from error
+    if code:
+        raise _tar_failed(tar)
+
+
+def _tar_failed(tar: subprocess.Popen[bytes]) -> ProviderError:
+    said = b""
+    if tar.stderr:
+        killer = threading.Timer(2, tar.kill)
+        killer.start()
+        said = tar.stderr.read(2000)
+        killer.cancel()
+    return ProviderError(
+        "The data could not be copied",
+        why=" ".join(said.decode(errors="replace").split())[:400] or "tar failed",
+        fix="free space, and look at owners and modes in the data directory",
+    )
+
+
+def _root(handle: Handle) -> bytes:
+    """Return a tar whose one entry gives the mount point to the agent's user."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        entry = tarfile.TarInfo(_MOUNT.lstrip("/"))
+        entry.type = tarfile.DIRTYPE
+        entry.mode, entry.mtime = 0o700, int(time.time())
+        entry.uid, entry.gid = int(handle.data["uid"]), int(handle.data["gid"])
+        tar.addfile(entry)
+    return buffer.getvalue()

@@ -1,0 +1,191 @@
+"""What an app may not have, and what it loosens, in words.  Reads paths of this host; asks no engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dispatcher.errors import ConfigError, Unsupported
+from dispatcher.model import App, Capability, Finding, Level, Network
+from dispatcher.provider import ProviderContext
+from dispatcher_docker.containers import options_of
+from dispatcher_docker.engine import Engine
+from dispatcher_docker.options import DockerAppOptions, DockerOptions
+
+_SOCKETS = (
+    "/run/docker.sock",
+    "/run/containerd/containerd.sock",
+    "/run/podman/podman.sock",
+    "/run/crio/crio.sock",
+    "/run/libvirt/libvirt-sock",
+)
+
+
+def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: frozenset[Capability]) -> None:
+    """Refuse what this provider does not give.
+
+    :raises ConfigError: a mount that reaches the engine or the manager, or options that do not go together.
+    :raises Unsupported: a limit or network that is not declared.
+    """
+    problems = list(_problems(app, engine, context))
+    if problems:
+        raise ConfigError(f"The app {app.name} cannot run in a container", why="; ".join(problems))
+    wanted = {
+        Capability.MEMORY_LIMIT: app.limits.memory,
+        Capability.CPU_LIMIT: app.limits.cpus,
+        Capability.PIDS_LIMIT: app.limits.pids,
+        Capability.DISK_LIMIT: app.limits.disk,
+    }
+    for capability, value in wanted.items():
+        if value is not None and capability not in capabilities:
+            key = capability.value.removesuffix("-limit").replace("cpu", "cpus")
+            raise Unsupported(
+                f"This Docker engine cannot limit {key}",
+                why=f"it has no capability {capability.value!r}",
+                fix=f"remove `{key}` from the app {app.name}, or use another provider for it",
+            )
+    if Capability(f"network-{app.network.value}") not in capabilities:
+        raise Unsupported(
+            f"Network {app.network.value!r} is not available here",
+            why="the engine is on another host, where no Unix socket can be shared",
+            fix='set network = "private" and a port',
+        )
+
+
+def _problems(app: App, engine: Engine, context: ProviderContext) -> Iterator[str]:
+    options, path = options_of(app), f"apps.{app.name}.docker"
+    for number, mount in enumerate(options.mounts):
+        if reached := _reaches(mount.source, engine, context):
+            yield f"{path}.mounts.{number}.source: {mount.source} reaches {reached}, which no agent may"
+    if options.port and app.network is not Network.PRIVATE:
+        yield (
+            f'{path}.port: a port can only be published with network = "private"; '
+            "let the app listen on {socket}, or set the network"
+        )
+    if not options.port and not engine.is_local:
+        yield f"{path}.port: is missing; a Unix socket cannot be shared with an engine on another host"
+    if options.network and app.network is not Network.PRIVATE:
+        yield f'{path}.network: a named network goes with network = "private"'
+    if options.seccomp not in {"default", "unconfined"} and not Path(options.seccomp).is_file():
+        yield f"{path}.seccomp: found {options.seccomp!r}, expected default, unconfined or the path of a profile"
+
+
+def _reaches(source: str, engine: Engine, context: ProviderContext) -> str:
+    real = os.path.realpath(source)
+    sockets = {os.path.realpath(one) for one in (*_SOCKETS, engine.socket_path or _SOCKETS[0])}
+    for one in sockets:
+        if _inside(one, real):
+            return f"the socket {one}"
+    for own in (context.run_dir, context.state_dir):
+        directory = os.path.realpath(own)
+        if _inside(directory, real) or _inside(real, directory):
+            return f"the manager's own {directory}"
+    return ""
+
+
+def _inside(path: str, directory: str) -> bool:
+    return path == directory or path.startswith(directory.rstrip("/") + "/")
+
+
+def explain_backend(
+    engine: Engine, options: DockerOptions, info: dict[str, Any] | None, *, own_volume: bool, protects_host: bool
+) -> Iterator[Finding]:
+    """Say what holds for every agent of this engine."""
+    where = "this host" if engine.is_local else "another host"
+    version = f" {info['ServerVersion']}" if info else ""
+    yield _info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
+    yield _info("They share the host's kernel: a fault in it is a way out; use virtual machines for hostile code")
+    yield _info(
+        "Each has its own user id, no capabilities, no new privileges, the default seccomp profile, a read-only "
+        "image and its own pid, mount, ipc and network namespaces, unless its app loosens one by name"
+    )
+    kept = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
+    yield _info(f"Data is kept in {kept}; it is the one thing of the host that an agent can change")
+    if not engine.is_local:
+        yield _warning(
+            "Traffic between the proxy and agents on another host is not encrypted by Docker",
+            "reach published ports over a private network or a VPN (publish, reach), or use an ssh:// engine",
+        )
+        yield _warning("Secrets of apps need an engine on this host; apps that have any are refused", "")
+    elif not protects_host:
+        yield _warning(
+            'Agents with network "private" can reach services of this host that listen on all addresses',
+            "run the manager as root with iptables installed, or let services listen on 127.0.0.1",
+        )
+    if info and not info.get("BridgeNfIptables", True):
+        yield _warning(
+            'Agents with network "private" can reach each other on their bridge',
+            "load the kernel module br_netfilter and set net.bridge.bridge-nf-call-iptables = 1",
+        )
+    for key, what in (("MemoryLimit", "memory"), ("CPUCfsQuota", "processor time"), ("PidsLimit", "processes")):
+        if info and not info.get(key, True):
+            yield _warning(f"This engine cannot limit {what}", "enable the cgroup controllers on its host")
+    if options.tls_ca and not options.tls_verify:
+        yield _warning("The engine's TLS certificate is not verified", "set tls_verify = true")
+
+
+def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[Finding]:
+    """Say what one app has, and what it loosens."""
+    options = options_of(app)
+    for problem in _problems(app, engine, context):
+        yield Finding(level=Level.ERROR, what=f"The app {app.name} is refused: {problem}", fix="correct the key")
+    if options.port:
+        yield _warning(
+            f"The port of {app.name} is published on the host: every local user can connect to it",
+            "let the app listen on {socket}, which only the proxy can reach",
+        )
+    else:
+        yield _info(f"{app.name} listens on a Unix socket that only its own user and the proxy can reach")
+    network = {
+        Network.NONE: "has no network at all",
+        Network.PRIVATE: "reaches the outside, and no other agent",
+        Network.HOST: "shares the host's network: its loopback services, and other agents' published ports",
+    }[app.network]
+    level = Level.WARNING if app.network is Network.HOST else Level.INFO
+    yield Finding(level=level, what=f"{app.name} {network}", fix="" if level is Level.INFO else 'use "private"')
+    if app.limits.disk is not None:
+        yield _warning(f"{app.name} has a disk limit, which Docker cannot enforce on its data", "remove `disk`")
+    if app.limits.memory is None:
+        yield _warning(f"{app.name} has no memory limit: one agent can use up the host", "set `memory`")
+    if app.limits.pids is None:
+        yield _warning(f"{app.name} has no limit of processes: one agent can use up the host's", "set `pids`")
+    for what, fix in _loosened(options):
+        yield _warning(f"{app.name} loosens its isolation: {what}", fix)
+
+
+def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
+    if options.user == "root":
+        yield "it runs as root, and its data belongs to root", 'set user = "agent"'
+    if options.user == "image":
+        yield "it runs as the image's own user, whom other agents may share", 'set user = "agent"'
+    if not options.read_only:
+        yield "it can change the image's files (its own copy of them)", "set read_only = true"
+    for one in options.cap_add:
+        yield f"it may have the capability {one}", f"remove {one} from cap_add"
+    if not options.no_new_privileges:
+        yield "it may gain privileges through setuid programs", "set no_new_privileges = true"
+    if options.seccomp == "unconfined":
+        yield "no seccomp profile filters its system calls", 'set seccomp = "default"'
+    elif options.seccomp != "default":
+        yield f"its seccomp profile is {options.seccomp}", 'set seccomp = "default"'
+    if options.apparmor:
+        yield f"its AppArmor profile is {options.apparmor}", "remove apparmor"
+    for device in options.devices:
+        yield f"it uses the host's device {device.partition(':')[0]}", "remove it from devices"
+    if options.gpus is not None:
+        yield f"it uses the host's GPUs ({options.gpus})", "remove gpus"
+    for mount in options.mounts:
+        how = "reads" if mount.read_only else "changes"
+        yield f"it {how} {mount.source} of the host", "remove it from mounts"
+    if options.network:
+        yield f"it shares the network {options.network} with whatever else is on it", "remove network"
+
+
+def _info(what: str) -> Finding:
+    return Finding(level=Level.INFO, what=what)
+
+
+def _warning(what: str, fix: str) -> Finding:
+    return Finding(level=Level.WARNING, what=what, fix=fix)
