@@ -10,7 +10,6 @@ import contextlib
 import os
 import resource
 import secrets
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -27,8 +26,8 @@ from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.output import log_file
 from dispatcher_subprocess.planning import Plan
 from dispatcher_subprocess.record import Journals, Process
+from dispatcher_subprocess.secretfiles import SecretFiles
 
-_SECRETS = "secrets"
 _UNDO = 10.0  # seconds to get rid of a start that failed
 
 
@@ -43,6 +42,7 @@ class Attempt:
         machine: Machine,
         options: Options,
         journals: Journals,
+        secret_files: SecretFiles,
         attach: Callable[[int, Path], None],
         deadline: Deadline,
     ) -> None:
@@ -51,6 +51,7 @@ class Attempt:
         self.machine = machine
         self.options = options
         self.journals = journals
+        self.secret_files = secret_files
         self.attach = attach
         self.deadline = deadline
         self.group: Group | None = None
@@ -70,12 +71,14 @@ class Attempt:
     def prepare(self) -> None:
         """Make the group and the descriptors, write the journal."""
         spec = self.spec
-        clear_run_dir(spec.run_dir, spec.socket.name)
+        clear_socket(spec.run_dir, spec.socket.name)
         if self.group:
             try:
                 self.group.create(spec.app.limits)
             except OSError as error:
                 raise self._unlimited(error) from error
+        if spec.secrets:
+            self.secret_files.write(spec.backend_name, spec.secrets, spec.uid, spec.gid)
         self._output, both = pumping.output_pipe(spec.uid, spec.gid)
         self._keep(self._output)
         self._pass(both)
@@ -113,19 +116,19 @@ class Attempt:
         self._info, told = os.pipe()
         self._keep(self._info)
         self._pass(stdin, block, told)
-        files = {name: self._memory(value.encode()) for name, value in spec.secrets.items()}
         script = self._memory(sandbox.loader_script(loader)) if loader else None
-        resolver = self._memory(network.resolver()) if spec.app.network is Network.PRIVATE else None
+        resolver = self._memory(network.resolver(self.machine)) if spec.app.network is Network.PRIVATE else None
         words = sandbox.bubblewrap_arguments(
             spec,
             shown=plan.shown,
             hidden=plan.hidden,
             descriptors=sandbox.Descriptors(
-                status=status, info=told, block=block, secrets=files, loader=script, resolver=resolver
+                status=status, info=told, block=block, loader=script, resolver=resolver
             ),
             own_network=spec.app.network is not Network.HOST,
             own_user=not self.machine.privileged,
             workdir=plan.workdir,
+            secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
         )
         arguments = self._memory(b"".join(os.fsencode(word) + b"\0" for word in words))
         program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
@@ -133,9 +136,7 @@ class Attempt:
             "command": [self.machine.bwrap, "--args", str(arguments), "--", *user, *program],
             "environment": plain,
             "stdin": stdin,
-            "inherited": [
-                fd for fd in (status, told, block, arguments, script, resolver, *files.values()) if fd is not None
-            ],
+            "inherited": [fd for fd in (status, told, block, arguments, script, resolver) if fd is not None],
             "cwd": "/",
         }
 
@@ -145,8 +146,6 @@ class Attempt:
         stdin, self._gate = launch.input_pipe(b"")
         self._pass(stdin)
         self._line = b"\n" + (spec.stdin or b"")
-        if spec.secrets:
-            write_secrets(spec)
         inherited, program, environment = [], plan.command, plain
         if user and loader:
             inherited = [self._memory(sandbox.loader_script(loader))]
@@ -249,9 +248,10 @@ class Attempt:
             launch.reap(self._main.pid)
         if self.group:
             self.group.remove()
+        self.secret_files.remove(name)
         self.journals.remove(name)
         with contextlib.suppress(ProviderError):
-            clear_run_dir(self.spec.run_dir, self.spec.socket.name)
+            clear_socket(self.spec.run_dir, self.spec.socket.name)
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -278,8 +278,8 @@ class Attempt:
         )
 
 
-def clear_run_dir(run_dir: Path, socket: str) -> None:
-    """Remove the socket and the secrets of an earlier run; never follows what the agent may have put there.
+def clear_socket(run_dir: Path, socket: str) -> None:
+    """Remove the socket of an earlier run; never follows what the agent may have put there.
 
     :raises ProviderError: something cannot be removed.
     """
@@ -288,37 +288,9 @@ def clear_run_dir(run_dir: Path, socket: str) -> None:
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(socket, dir_fd=directory)
-            with contextlib.suppress(FileNotFoundError):
-                shutil.rmtree(f"/proc/self/fd/{directory}/{_SECRETS}")  # follows no links
         finally:
             os.close(directory)
     except OSError as error:
         raise ProviderError(
             f"Cannot clear {run_dir}", why=error.strerror or str(error), fix="look there, and remove what is odd"
         ) from error
-
-
-def write_secrets(spec: AgentSpec) -> None:
-    """Write the secrets where only the agent reads them, for a start without a sandbox.
-
-    :raises ProviderError: they cannot be written.
-    """
-    owner = (spec.uid, spec.gid) if os.geteuid() == 0 else (-1, -1)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        with contextlib.ExitStack() as stack:
-            parent = os.open(spec.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            stack.callback(os.close, parent)
-            os.mkdir(_SECRETS, 0o700, dir_fd=parent)
-            directory = os.open(
-                _SECRETS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent
-            )
-            stack.callback(os.close, directory)
-            for name, value in spec.secrets.items():
-                fd = os.open(name, flags, 0o400, dir_fd=directory)
-                stack.callback(os.close, fd)
-                os.write(fd, value.encode())
-                os.fchown(fd, *owner)
-            os.fchown(directory, *owner)
-    except OSError as error:
-        raise ProviderError("Cannot hand over the secrets", why=error.strerror or str(error)) from error

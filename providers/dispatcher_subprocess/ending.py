@@ -11,9 +11,10 @@ from pathlib import Path
 from dispatcher.clock import Deadline, boot_id
 from dispatcher.errors import DeadlineExceeded, ProviderError
 from dispatcher_subprocess import launch, processes
-from dispatcher_subprocess.attempt import clear_run_dir
+from dispatcher_subprocess.attempt import clear_socket
 from dispatcher_subprocess.cgroups import Cgroups, Group
 from dispatcher_subprocess.record import Journals, Record
+from dispatcher_subprocess.secretfiles import SecretFiles
 
 REBOOTED = "the machine was restarted"
 INTERRUPTED = "its start was interrupted"
@@ -28,8 +29,9 @@ def gone(record: Record) -> bool:
 class Ending:
     """Ends agents and settles what is known of ended ones."""
 
-    def __init__(self, journals: Journals, cgroups: Cgroups) -> None:
+    def __init__(self, journals: Journals, cgroups: Cgroups, secret_files: SecretFiles) -> None:
         self._journals = journals
+        self._secret_files = secret_files
         self._cgroups = cgroups
 
     def group(self, record: Record) -> Group | None:
@@ -56,7 +58,7 @@ class Ending:
         if record.main is None:
             reason = INTERRUPTED
         else:
-            launch.reap(record.main.pid)
+            self._reap(record)
             reason = "" if record.asked else exit_reason(code, out_of_memory=oom)
         return self._note(record, reason)
 
@@ -78,8 +80,7 @@ class Ending:
                 why="a process cannot be killed now",
                 fix="try again; see its state in ps",
             )
-        if record.main:
-            launch.reap(record.main.pid)
+        self._reap(record)
         self._note(record, "")
 
     def thaw(self, record: Record, group: Group | None) -> None:
@@ -92,14 +93,22 @@ class Ending:
         """Remove all traces but the logs; the agent has ended."""
         if self._cgroups.usable:
             self._cgroups.group(name).remove()
+        self._secret_files.remove(name)
         self._journals.remove(name)
+
+    @staticmethod
+    def _reap(record: Record) -> None:
+        for process in (record.main, record.helper):
+            if process:
+                launch.reap(process.pid)
 
     def _note(self, record: Record, reason: str) -> Record:
         self._journals.append(record.name, {"ended": reason})
         if self._cgroups.usable:
             self._cgroups.group(record.name).remove()
+        self._secret_files.remove(record.name)
         with contextlib.suppress(ProviderError):
-            clear_run_dir(Path(record.run_dir), "s")
+            clear_socket(Path(record.run_dir), "s")
         return replace(record, ended=reason)
 
 

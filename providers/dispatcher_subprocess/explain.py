@@ -21,7 +21,7 @@ def capabilities(machine: Machine) -> frozenset[Capability]:
     }
     if machine.sandboxed:
         found.add(Capability.NETWORK_NONE)
-        if machine.carrier:
+        if machine.private_fault is None:
             found.add(Capability.NETWORK_PRIVATE)
     if machine.cgroups.limits("memory"):
         found.add(Capability.MEMORY_LIMIT)
@@ -59,12 +59,9 @@ def _host(machine: Machine) -> Iterator[Finding]:
             fix="run the manager as root for a user id per agent",
         )
     yield from _limits(machine)
-    if machine.sandboxed and not machine.carrier:
-        yield Finding(
-            level=Level.INFO,
-            what='network = "private" does not work: neither pasta nor slirp4netns is installed',
-            fix="install passt",
-        )
+    fault = machine.private_fault
+    if machine.sandboxed and fault:
+        yield Finding(level=Level.INFO, what=f'network = "private" does not work: {fault[0]}', fix=fault[1])
 
 
 def _limits(machine: Machine) -> Iterator[Finding]:
@@ -104,6 +101,12 @@ def _app(machine: Machine, app: App) -> Iterator[Finding]:
         )
     else:
         yield _ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
+    if app.limits.disk is not None:
+        yield Finding(
+            level=Level.WARNING,
+            what="The limit disk is not enforced: data is a plain directory",
+            fix="use a quota",
+        )
     if app.network is Network.HOST:
         yield Finding(
             level=Level.WARNING,

@@ -97,10 +97,8 @@ def read_info(fd: int, deadline: Deadline) -> tuple[int, int]:
     :raises ProviderError: bubblewrap ended without a word; :raises DeadlineExceeded: it says nothing for too long.
     """
     text = b""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
     while True:
-        if not poll.poll(deadline.remaining() * 1000):
+        if not wait_readable(fd, deadline):
             raise DeadlineExceeded("bubblewrap does not get on")
         chunk = os.read(fd, 4096)
         if not chunk:
@@ -111,6 +109,13 @@ def read_info(fd: int, deadline: Deadline) -> tuple[int, int]:
         return int(info["child-pid"]), int(info.get("pid-namespace", 0))
     except (ValueError, KeyError) as error:
         raise ProviderError("bubblewrap ended before the sandbox was made") from error
+
+
+def wait_readable(fd: int, deadline: Deadline) -> bool:
+    """Wait until a descriptor can be read (or is at its end); False when the deadline comes first."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(deadline.remaining() * 1000))
 
 
 def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:

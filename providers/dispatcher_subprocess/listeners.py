@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dispatcher.errors import ProviderError
 from dispatcher_subprocess import procfs
 
+NOT_YET = "it does not listen yet"
 _LISTEN = b"0A"
 _ANY4, _LOOPBACK4 = "00000000", "0100007F"
 _ANY6, _LOOPBACK6 = "0" * 32, "0000000000000000FFFF00000100007F"
@@ -92,7 +93,7 @@ class Verified:
         :param run: token of the agent's run; :param inodes: of the listeners; :param pids: its processes.
         """
         if not inodes:
-            return "it does not listen yet"
+            return NOT_YET
         if self._known.get(run) == inodes:
             return ""
         if not belongs(inodes, pids()):

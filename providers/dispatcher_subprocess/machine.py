@@ -54,9 +54,17 @@ class Machine:
         return self.privileged and bool(self.setpriv)
 
     @property
-    def carrier(self) -> str:
-        """The program that carries private networks, "" when there is none."""
-        return self.pasta or self.slirp
+    def private_fault(self) -> tuple[str, str] | None:
+        """Why private networks do not work and what to do; None when they do."""
+        if not self.sandboxed:
+            return self.reason, "install bubblewrap, or allow it to make namespaces"
+        if not (self.pasta or self.slirp):
+            return "neither pasta nor slirp4netns is installed", "install passt"
+        if not (which("ip") and which("nsenter")):
+            return "ip or nsenter is not installed", "install iproute2 and util-linux"
+        if not os.path.exists("/dev/net/tun"):
+            return "there is no /dev/net/tun", "load the kernel's module tun"
+        return None
 
 
 def which(name: str) -> str:

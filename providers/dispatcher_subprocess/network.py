@@ -1,20 +1,42 @@
-"""Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's."""
+"""Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
+
+A private network's traffic leaves through a process of the host, which could reach whatever the host reaches.  So
+the agent's network namespace gets *unreachable* routes for every address of this host, for the networks that
+only this host is in (containers, virtual machines) and for those the options deny; the agent, without privileges
+there, cannot remove them.  pasta is bound to the outgoing interface besides.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ipaddress import IPv4Network, IPv6Network
+import contextlib
+import os
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_interface, ip_network
+from pathlib import Path
+
+import psutil
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, Unsupported
+from dispatcher.errors import ConfigError, DeadlineExceeded, ProviderError, Unsupported
 from dispatcher.model import App, Network
-from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess import launch, procfs
+from dispatcher_subprocess.machine import Machine, which
 from dispatcher_subprocess.record import Process
+
+Networks = Sequence[IPv4Network | IPv6Network]
+#: Addresses for the agent's name server, none of the Internet's (RFC 5737); the first that the host does not use.
+_NAME_SERVERS = (IPv4Address("198.51.100.53"), IPv4Address("203.0.113.53"), IPv4Address("192.0.2.53"))
+_SLIRP_NAME_SERVER = "10.0.2.3"
 
 
 def verify(app: App, kind: str, machine: Machine) -> None:
     """Check that an app's network is possible here.
 
+    :param kind: of its endpoint, ``unix`` or ``tcp``.
     :raises ConfigError: never with this app; :raises Unsupported: not on this host.
     """
     if kind == "tcp" and app.network is Network.NONE and machine.sandboxed:
@@ -23,17 +45,210 @@ def verify(app: App, kind: str, machine: Machine) -> None:
             why="nothing leads into a sandbox without a network",
             fix='use {socket} in the command, or network = "private"',
         )
-    if app.network is Network.PRIVATE:
-        raise Unsupported("No private network here")
+    if app.network is not Network.PRIVATE:
+        return
+    if machine.private_fault:
+        why, fix = machine.private_fault
+        raise Unsupported(f'apps.{app.name}: network = "private" does not work here', why=why, fix=fix)
+    if kind == "tcp" and not machine.pasta:
+        raise Unsupported(
+            f'apps.{app.name}: {{port}} with network = "private" does not work here',
+            why="slirp4netns cannot forward to the loopback interface",
+            fix="install passt, or use {socket} in the command",
+        )
 
 
-def resolver() -> bytes:
-    """Return the content of /etc/resolv.conf for a private network."""
-    return b""
+def resolver(machine: Machine) -> bytes:
+    """Return the content of /etc/resolv.conf for a private network: the carrier's name server, the host's search."""
+    server = str(_name_server()) if machine.pasta else _SLIRP_NAME_SERVER
+    kept = [
+        line
+        for line in (procfs.read("/etc/resolv.conf") or b"").decode("utf-8", "replace").splitlines()
+        if line.split(" ")[0] in {"search", "domain", "options"}
+    ]
+    return "\n".join([f"nameserver {server}", *kept, ""]).encode()
 
 
-def connect(
-    machine: Machine, inner: Process, port: int, denied: Sequence[IPv4Network | IPv6Network], deadline: Deadline
-) -> Process:
-    """Connect a waiting agent's network namespace with the outside."""
-    raise Unsupported("No private network here")
+def connect(machine: Machine, inner: Process, port: int, denied: Networks, deadline: Deadline) -> Process:
+    """Connect a waiting agent's network namespace with the outside; return the process that carries its traffic.
+
+    :param port: TCP port of the host's loopback interface that leads to the agent, 0 for none.
+    :raises ProviderError: it does not work; :raises DeadlineExceeded: it takes too long.
+    """
+    with contextlib.ExitStack() as stack:
+        inside = _enter(stack, inner, own_user=not machine.privileged)
+        carry = _pasta if machine.pasta else _slirp
+        helper = carry(machine, inside, port, deadline)
+        try:
+            _wall_off(inside, [*host_networks(), *denied], deadline)
+        except BaseException:
+            procfs.send(helper.pid, helper.start, 9)
+            launch.reap(helper.pid)
+            raise
+    return helper
+
+
+@dataclass(frozen=True, slots=True)
+class _Inside:
+    """An agent's namespaces as inherited descriptors."""
+
+    network: int
+    user: int | None
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        return (self.network,) if self.user is None else (self.network, self.user)
+
+
+def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _Inside:
+    """Open the namespaces of a waiting agent, which is checked to be the one that was started."""
+    try:
+        fds = [
+            os.open(f"/proc/{inner.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+            for kind in (("net", "user") if own_user else ("net",))
+        ]
+    except OSError as error:
+        raise ProviderError("The sandbox ended before it had a network", why=str(error)) from error
+    for fd in fds:
+        stack.callback(os.close, fd)
+    if not procfs.lives(inner.pid, inner.start):
+        raise ProviderError("The sandbox ended before it had a network")
+    return _Inside(fds[0], fds[1] if own_user else None)
+
+
+def _pasta(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> Process:
+    with tempfile.TemporaryDirectory(prefix="dispatcher-pasta-") as directory:
+        pid_file = Path(directory) / "pid"
+        command = [machine.pasta, "--quiet", "--config-net", "--no-map-gw", "--pid", str(pid_file)]
+        command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
+        command += ["--dns-forward", str(_name_server()), "--netns", f"/proc/self/fd/{inside.network}"]
+        if inside.user is None:
+            # It cannot join the namespace as another user; it gives up its privileges itself, afterwards.
+            command += ["--netns-only", "--runas", "0"]
+        else:
+            command += ["--userns", f"/proc/self/fd/{inside.user}"]
+        interface = outgoing_interface()
+        if interface:
+            command += ["--outbound-if4", interface]
+        _run(command, inside, b"", deadline)  # it goes to the background when the network stands
+        try:
+            pid = int(pid_file.read_text(encoding="ascii"))
+        except (OSError, ValueError) as error:
+            raise ProviderError("pasta does not say who it is", why=str(error)) from error
+    found = procfs.stat(pid)
+    if not found:
+        raise ProviderError("pasta ended at once", fix="try again")
+    return Process(pid=pid, start=found.start)
+
+
+def _slirp(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> Process:
+    assert not port  # refused by `verify`
+    ready, told = os.pipe()
+    try:
+        command = [machine.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
+        command += ["--enable-seccomp", f"--ready-fd={told}", "--netns-type=path"]
+        if inside.user is not None:
+            command += [f"--userns-path=/proc/self/fd/{inside.user}"]
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            helper = launch.spawn(
+                [*command, f"/proc/self/fd/{inside.network}", "tap0"],
+                environment={},
+                stdin=null,
+                output=null,
+                inherited=[told, *inside.fds],
+                umask=0o077,
+                cwd="/",
+            )
+        finally:
+            os.close(null)
+            os.close(told)
+        if launch.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
+            return helper
+        procfs.send(helper.pid, helper.start, 9)
+        launch.reap(helper.pid)
+        raise ProviderError("slirp4netns does not connect the agent", fix="install passt, which is used instead")
+    finally:
+        os.close(ready)
+
+
+def _wall_off(inside: _Inside, networks: Iterable[IPv4Network | IPv6Network], deadline: Deadline) -> None:
+    """Make networks unreachable from inside."""
+    v6 = (procfs.read("/proc/net/if_inet6") or b"") != b""
+    chosen = [network for network in dict.fromkeys(networks) if network.version == 4 or v6]
+    lines = "".join(f"route replace unreachable {network}\n" for network in chosen)
+    command = [which("nsenter"), f"--net=/proc/self/fd/{inside.network}"]
+    if inside.user is not None:
+        command += [f"--user=/proc/self/fd/{inside.user}", "--preserve-credentials"]
+    _run([*command, which("ip"), "-batch", "-"], inside, lines.encode(), deadline)
+
+
+def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            input=stdin,
+            capture_output=True,
+            pass_fds=inside.fds,
+            env={},
+            cwd="/",
+            start_new_session=True,
+            timeout=max(0.05, deadline.remaining()),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineExceeded("The private network is not ready in time") from error
+    except OSError as error:
+        raise ProviderError("Cannot make a private network", why=str(error)) from error
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise ProviderError(
+            "Cannot make a private network",
+            why=f"{Path(command[0]).name}: {said[-1] if said else done.returncode}",
+        )
+
+
+def host_networks() -> Iterator[IPv4Network | IPv6Network]:
+    """Yield what an agent with a private network must not reach: this host, and what only this host reaches."""
+    outgoing = outgoing_interface()
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in addresses:
+            if address.family not in {socket.AF_INET, socket.AF_INET6}:
+                continue
+            plain = address.address.partition("%")[0]
+            host = ip_interface(plain)
+            if host.ip.is_loopback or host.ip.is_link_local:
+                continue
+            yield ip_network(host.ip)
+            if name != outgoing and address.netmask:
+                yield _around(plain, address.netmask)
+
+
+def _around(address: str, mask: str) -> IPv4Network | IPv6Network:
+    if ":" not in address:
+        return IPv4Network(f"{address}/{mask}", strict=False)
+    bits = int.from_bytes(socket.inet_pton(socket.AF_INET6, mask.partition("/")[0]), "big").bit_count()
+    return IPv6Network(f"{address}/{bits}", strict=False)
+
+
+def outgoing_interface() -> str:
+    """Return the interface of the host's default route, "" when there is none."""
+    for line in (procfs.read("/proc/net/route") or b"").decode().splitlines()[1:]:
+        fields = line.split()
+        if fields[1] == "00000000" and fields[7] == "00000000" and int(fields[3], 16) & 1:
+            return fields[0]
+    return ""
+
+
+def _name_server() -> IPv4Address:
+    return next((server for server in _NAME_SERVERS if not _near(server)), _NAME_SERVERS[0])
+
+
+def _near(server: IPv4Address) -> bool:
+    """Whether an address is in one of the networks that the host is in."""
+    return any(
+        server in IPv4Network(f"{address.address}/{address.netmask}", strict=False)
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET and address.netmask
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.errors import ConfigError, ProviderError
+from dispatcher.errors import ConfigError
 from dispatcher.model import AgentSpec, App, Endpoint
 from dispatcher.names import printable
 from dispatcher.provider import ProviderContext
@@ -15,6 +15,7 @@ from dispatcher_subprocess import network, sandbox, visible
 from dispatcher_subprocess.listeners import Ports
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import SEARCH_PATH, Inside, Options, endpoint_kind, environment, options_of
+from dispatcher_subprocess.secretfiles import SecretFiles
 
 _HIDDEN = Path("/etc/dispatcher")
 _NEVER_SHOWN = tuple(Path(name) for name in ("/", "/proc", "/dev", "/run", "/var/run", "/sys", "/tmp"))  # noqa: S108
@@ -41,9 +42,12 @@ class Plan:
 class Planner:
     """Decides what an agent needs on this host."""
 
-    def __init__(self, context: ProviderContext, options: Options, machine: Machine) -> None:
+    def __init__(
+        self, context: ProviderContext, options: Options, machine: Machine, secret_files: SecretFiles
+    ) -> None:
         self.context = context
         self.machine = machine
+        self.secret_files = secret_files
         self.ports = Ports(*options.ports)
 
     def verify(self, app: App) -> None:
@@ -70,12 +74,6 @@ class Planner:
         app, options = spec.app, options_of(spec.app)
         kind = endpoint_kind(app)
         network.verify(app, kind, self.machine)
-        if app.credentials == "stdin" and spec.stdin is None:
-            raise ProviderError(
-                f"The app {app.name} takes the login's credentials",
-                why="they are known only while somebody signs in",
-                fix="sign in again",
-            )
         walled = self.machine.sandboxed
         port = self.ports.choose(taken) if kind == "tcp" else 0
         inside = Inside(
@@ -110,7 +108,7 @@ class Planner:
                 )
         if not spec.secrets:
             return ""
-        return sandbox.SECRETS if self.machine.sandboxed else str(spec.run_dir / "secrets")
+        return sandbox.SECRETS if self.machine.sandboxed else str(self.secret_files.path(spec.backend_name))
 
     def _refuse_exposing(self, app: App, path: Path, own: Iterable[Path]) -> None:
         if not self.machine.sandboxed:

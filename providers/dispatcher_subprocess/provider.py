@@ -35,17 +35,19 @@ from dispatcher.provider import API_VERSION, Closeable, Progress, Provider, Prov
 from dispatcher_subprocess import explain, output, processes
 from dispatcher_subprocess.attempt import Attempt
 from dispatcher_subprocess.ending import Ending, gone
-from dispatcher_subprocess.listeners import Verified, listening
+from dispatcher_subprocess.listeners import NOT_YET, Verified, listening
 from dispatcher_subprocess.machine import Machine, examine, verify
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.planning import Planner
 from dispatcher_subprocess.pumping import PumpClient
 from dispatcher_subprocess.record import Journals, Record
+from dispatcher_subprocess.secretfiles import SecretFiles
 from dispatcher_subprocess.sleeping import Sleeping
 from dispatcher_subprocess.watcher import Subscription, Watcher
 
 _EXAMINE = 30.0  # seconds for the first look at the host
+_SETTLE = 1.0  # seconds that an observation waits for somebody who tidies up
 
 
 class SubprocessProvider(Provider):
@@ -64,6 +66,7 @@ class SubprocessProvider(Provider):
         self._lock = threading.Lock()
         self._known: _Parts | None = None
         self._journals = Journals(context.state_dir)
+        self._secret_files = SecretFiles(context.installation, context.run_dir)
         self._pump = PumpClient(context.run_dir, options.log_size, options.log_files)
         self._callbacks: list[Callable[[str], None]] = []
         self._watcher: Watcher | None = None
@@ -110,8 +113,8 @@ class SubprocessProvider(Provider):
             self.context.log.warning("agents are not isolated: %s", found.reason)
         return _Parts(
             machine=found,
-            planner=Planner(self.context, self._options, found),
-            ending=Ending(self._journals, found.cgroups),
+            planner=Planner(self.context, self._options, found, self._secret_files),
+            ending=Ending(self._journals, found.cgroups, self._secret_files),
             sleeping=Sleeping(self._journals, found.cgroups),
         )
 
@@ -147,6 +150,7 @@ class SubprocessProvider(Provider):
             machine=parts.machine,
             options=self._options,
             journals=self._journals,
+            secret_files=self._secret_files,
             attach=self._attach,
             deadline=deadline,
         )
@@ -246,7 +250,9 @@ class SubprocessProvider(Provider):
         if record is None:
             return Observation(state=BackendState.ABSENT)
         if record.ended is None and gone(record):
-            with self._journals.try_locked(record.name) as held:
+            # Somebody who settles it is done at once; who stops or starts it holds it for longer.
+            patience = 0.0 if record.asked or record.main is None else _SETTLE
+            with self._journals.try_locked(record.name, patience) as held:
                 if not held and record.main is None:
                     return Observation(state=BackendState.STARTING, spec_hash=record.spec_hash)
                 if held:
@@ -277,6 +283,8 @@ class SubprocessProvider(Provider):
         endpoint = Endpoint.parse(record.endpoint)
         if endpoint.kind != "tcp":
             return endpoint, ""
+        if record.helper and record.init and not listening(endpoint.port, str(record.init.pid)):
+            return None, NOT_YET
         fault = self._verified.fault(record.token, listening(endpoint.port), functools.partial(self._pids, record))
         return (None, fault) if fault else (endpoint, "")
 

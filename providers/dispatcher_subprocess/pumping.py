@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -93,12 +94,9 @@ class PumpClient:
     def _gone(self) -> bool:
         if not self._connection:
             return False
-        try:
-            return self._connection.recv(16, socket.MSG_DONTWAIT | socket.MSG_PEEK) == b""
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)  # it speaks only when asked: anything now is its end
+        return bool(poll.poll(0))
 
     def _send(self, message: bytes, read_end: int) -> None:
         assert self._connection is not None

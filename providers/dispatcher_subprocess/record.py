@@ -203,9 +203,11 @@ class Journals:
     def locked(self, name: str, deadline: Deadline) -> Iterator[None]:
         """Hold an agent alone.
 
-        :raises DeadlineExceeded: somebody else holds it for too long.
+        :raises DeadlineExceeded: somebody else holds it for too long, or no time is left.
         """
         lock = self.lock(name)
+        if deadline.expired:
+            raise DeadlineExceeded(f"No time is left for {name}", fix="try again")
         if not lock.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded(f"Somebody else is at work on {name}", fix="try again")
         try:
@@ -214,10 +216,10 @@ class Journals:
             lock.release()
 
     @contextlib.contextmanager
-    def try_locked(self, name: str) -> Iterator[bool]:
-        """Hold an agent alone if it is free; yields whether."""
+    def try_locked(self, name: str, seconds: float = 0.0) -> Iterator[bool]:
+        """Hold an agent alone if it is free or becomes so within some time; yields whether."""
         lock = self.lock(name)
-        held = lock.acquire(blocking=False)
+        held = lock.acquire(timeout=seconds)
         try:
             yield held
         finally:

@@ -33,7 +33,6 @@ class Descriptors:
     status: int
     info: int
     block: int
-    secrets: Mapping[str, int]
     loader: int | None = None
     resolver: int | None = None
 
@@ -83,10 +82,12 @@ def bubblewrap_arguments(
     own_network: bool,
     own_user: bool,
     workdir: str,
+    secrets: Path | None,
 ) -> list[str]:
     """Return what goes to ``bwrap --args``.
 
     :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to cover up.
+    :param secrets: directory of the agent's secrets, None without any.
     :param own_network: a network namespace of its own; :param own_user: a user namespace (not as root).
     """
     options = options_of(spec.app)
@@ -120,10 +121,8 @@ def bubblewrap_arguments(
         tree.words += [*cover, str(path)]
     tree.bind("--bind", str(spec.data_dir), DATA)
     tree.bind("--bind", str(spec.run_dir), RUN)
-    if descriptors.secrets:
-        tree.directory(SECRETS)
-        for name, fd in descriptors.secrets.items():
-            tree.words += ["--perms", "0444", "--file", str(fd), f"{SECRETS}/{name}"]
+    if secrets:
+        tree.bind("--ro-bind", str(secrets), SECRETS)
     if descriptors.loader is not None:
         tree.words += ["--perms", "0444", "--file", str(descriptors.loader), ENVIRONMENT]
     if descriptors.resolver is not None:

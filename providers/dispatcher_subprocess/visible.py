@@ -15,7 +15,7 @@ from pathlib import Path
 
 import dispatcher
 from dispatcher.clock import boottime
-from dispatcher.errors import ConfigError
+from dispatcher.errors import ProviderError
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 _FRESH = 10.0  # seconds for which a look at the disk is believed
@@ -30,11 +30,11 @@ def below(path: Path, roots: Iterable[Path]) -> bool:
 def find_program(name: str, search: str, app: str) -> Path:
     """Return the absolute path of an app's program, symbolic links kept.
 
-    :raises ConfigError: there is no such program.
+    :raises ProviderError: there is no such program.
     """
     found = shutil.which(name, path=search)
     if not found or not os.path.isabs(found):
-        raise ConfigError(
+        raise ProviderError(
             f"apps.{app}.subprocess.command: the program {name!r} is not there",
             why=f"neither a program at that path nor in {search}"
             if os.path.isabs(name) or "/" not in name

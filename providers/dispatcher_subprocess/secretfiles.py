@@ -1,0 +1,75 @@
+"""Secrets of agents as files in memory: a directory per agent on a tmpfs, readable by that agent alone.
+
+Touches ``/dev/shm``.  Never in argv, an environment or on a disk.  They live as long as the agent does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from dispatcher.errors import ProviderError
+
+_MEMORY = Path("/dev/shm")  # noqa: S108  what lies below it is owned, and checked to be
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class SecretFiles:
+    """The secrets of an installation's agents.
+
+    :param fallback: a private directory, for a host without ``/dev/shm``.
+    """
+
+    def __init__(self, installation: str, fallback: Path) -> None:
+        self._base = (_MEMORY if _MEMORY.is_dir() else fallback) / f"dispatcher-{installation}-{os.geteuid()}"
+
+    def path(self, name: str) -> Path:
+        """Return the directory of an agent's secrets."""
+        return self._base / name
+
+    def write(self, name: str, values: Mapping[str, str], uid: int, gid: int) -> None:
+        """Write an agent's secrets in the place of what was there.
+
+        :raises ProviderError: they cannot be written, or somebody else made the directory.
+        """
+        self.remove(name)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        owner = (uid, gid) if os.geteuid() == 0 else (-1, -1)
+        try:
+            with contextlib.ExitStack() as stack:
+                base = self._open_base()
+                stack.callback(os.close, base)
+                os.mkdir(name, 0o700, dir_fd=base)
+                directory = os.open(name, _DIRECTORY, dir_fd=base)
+                stack.callback(os.close, directory)
+                for key, value in values.items():
+                    fd = os.open(key, flags, 0o400, dir_fd=directory)
+                    with os.fdopen(fd, "wb") as file:
+                        file.write(value.encode())
+                        os.fchown(fd, *owner)
+                os.fchown(directory, *owner)
+                os.fchmod(directory, 0o500)
+        except OSError as error:
+            self.remove(name)
+            raise ProviderError("Cannot hand over the secrets", why=error.strerror or str(error)) from error
+
+    def remove(self, name: str) -> None:
+        """Remove an agent's secrets; absent is success."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path(name))  # follows no links
+
+    def _open_base(self) -> int:
+        with contextlib.suppress(FileExistsError):
+            self._base.mkdir(mode=0o711)
+        base = os.open(self._base, _DIRECTORY)
+        status = os.fstat(base)
+        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
+            os.close(base)
+            raise ProviderError(
+                f"Cannot use {self._base}", why="somebody else made it", fix="remove it, and find out who did"
+            )
+        return base
