@@ -94,6 +94,9 @@ class PromiseChecks(Contract):
         spec = kit.spec(driver.provider, f"net-{network.value}", network=network)
         if not driver.can(capability):
             kit.fresh(driver.handle(spec))
+            if "network" in self.unpromised and network is Network.NONE:
+                driver.ensure(spec)  # the default, so that apps start where there are no walls; explain() says so
+                return
             unsupported(f"network {network.value}", lambda: driver.ensure(spec))
             kit.gone(driver, driver.handle(spec))
             return
