@@ -32,7 +32,7 @@ MAX_IDLE = 5.0  # seconds; less than the server keeps a connection, so that it i
 POOL = 16
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # RFC 9110, 9.2.2
 
-_UNIX = re.compile(r"unix:(?://)?(/.+)")
+_UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,14 @@ class ThreadPool:
 class Request(server.HTTPRequest):
     """A request; what cheroot itself refuses is a problem document too."""
 
+    def respond(self) -> None:
+        """Answer.  A length that is no plain number is refused: cheroot would read without end for -1."""
+        length = self.inheaders.get(b"Content-Length")
+        if length is not None and not length.isdigit():
+            self.simple_response("400 Bad Request", "Malformed Content-Length header.")
+        else:
+            super().respond()
+
     def simple_response(self, status: object, msg: str = "") -> None:
         number, _, title = str(status).partition(" ")
         body = {
