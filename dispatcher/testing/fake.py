@@ -393,16 +393,20 @@ class _Watch:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a tree with owners, modes, times and links."""
+    """Copy a tree with owners, modes, times and links, hard ones too."""
+    known: dict[tuple[int, int], Path] = {}
     for directory, names, files in os.walk(source):
         here = target / Path(directory).relative_to(source)
         for name in (*names, *files):
             one, other = Path(directory, name), here / name
+            status = one.lstat()
+            first = known.setdefault((status.st_dev, status.st_ino), other)
             if one.is_dir() and not one.is_symlink():
                 other.mkdir()
+            elif first != other:
+                os.link(first, other, follow_symlinks=False)
             else:
                 shutil.copy2(one, other, follow_symlinks=False)
-            status = one.lstat()
             if os.geteuid() == 0:
                 os.chown(other, status.st_uid, status.st_gid, follow_symlinks=False)
     for directory, names, _ in os.walk(source, topdown=False):
