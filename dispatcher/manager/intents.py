@@ -119,13 +119,13 @@ class Intents:
         if self._uids is None:
             return os.geteuid()
         first, last = self._uids
-        taken = self._engine.store.uids()
         span = last - first + 1
         if self._last_uid < first:  # two installations on one host should not begin at the same one
-            self._last_uid = max(taken, default=first + int(self._engine.installation, 16) % span)
+            begin = first + int(self._engine.installation, 16) % span
+            self._last_uid = self._engine.store.last_uid() or begin
         for step in range(1, span + 1):
             uid = first + (self._last_uid - first + step) % span
-            if uid not in taken and not _is_account(uid):
+            if not self._engine.store.is_taken(uid) and not _is_account(uid):
                 self._last_uid = uid
                 return uid
         raise Conflict(

@@ -217,17 +217,20 @@ class Store:
                     sa.select(tables.users.c.id).where(tables.users.c.name == row.user)
                 ).scalar()
                 if user_id is None:
-                    user = tables.users.insert().values(
-                        name=row.user, password_hash=password_hash, created=row.created, disabled=False
-                    )
-                    user_id = _key(connection.execute(user))
+                    user = {
+                        "name": row.user,
+                        "password_hash": password_hash,
+                        "created": row.created,
+                        "disabled": False,
+                    }
+                    user_id = _key(connection.execute(_ADD_USER, user))
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
                 if allocated:
                     connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
-                    connection.execute(tables.uids.insert().values(uid=row.uid, agent=row.name))
+                    connection.execute(_ADD_UID, {"uid": row.uid, "agent": row.name})
                 values = _values(dataclasses.replace(row, user_id=user_id))
                 del values["id"]
-                agent_id = _key(connection.execute(tables.agents.insert().values(values)))
+                agent_id = _key(connection.execute(_ADD_AGENT, values))
                 made = dataclasses.replace(row, id=agent_id, user_id=user_id)
                 _add_events(connection, [(made.id, event) for event in events])
         except sa.exc.IntegrityError as error:
@@ -264,10 +267,18 @@ class Store:
 
     # --- data
 
-    def uids(self) -> set[int]:
-        """Return every host user id that is taken."""
+    def is_taken(self, uid: int) -> bool:
+        """Whether a host user id belongs to an agent or to kept data."""
         with self.database.read() as connection:
-            return set(connection.execute(sa.select(tables.uids.c.uid)).scalars())
+            return (
+                connection.execute(sa.select(tables.uids.c.uid).where(tables.uids.c.uid == uid)).first()
+                is not None
+            )
+
+    def last_uid(self) -> int | None:
+        """Return the highest host user id that is taken."""
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(tables.uids.c.uid))).scalar()
 
     def kept(self, agent: str) -> KeptRow | None:
         """Return what was kept of a removed agent of this name."""
@@ -355,6 +366,9 @@ _SAVE = (
     .values({column.name: sa.bindparam(column.name) for column in tables.agents.columns if column.name != "id"})
 )
 _ADD_EVENT = tables.events.insert()
+_ADD_USER = tables.users.insert()
+_ADD_UID = tables.uids.insert()
+_ADD_AGENT = tables.agents.insert()
 
 
 def _key(result: sa.CursorResult[Any]) -> int:
