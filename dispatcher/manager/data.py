@@ -45,6 +45,7 @@ class AgentData:
         self._proxy_gid = accounts.proxy_gid
         self._agents = paths.state_dir / "agents"
         self._endpoints = paths.run_dir / "a"
+        self._left: list[str] = []  # what interrupted deletions of an earlier manager left
 
     def begin(self, *, new_boot: bool) -> None:
         """Make the parents; after a boot of the host, empty what lives for one boot only."""
@@ -52,6 +53,7 @@ class AgentData:
             os.makedirs(directory.parent, PASS, exist_ok=True)
             make_directory(directory, PASS)
         make_directory(self._agents / TRASH, PRIVATE)
+        self._left = [entry.path for entry in os.scandir(self._agents / TRASH)]
         if new_boot:
             for directory in (self._endpoints, self.paths.run_dir / "p"):
                 for entry in list(os.scandir(directory)) if directory.exists() else ():
@@ -169,13 +171,10 @@ class AgentData:
         remove_tree(self.copy_dir(agent, name), deadline=Deadline(DELETING))
 
     def empty_trash(self) -> Iterator[str]:
-        """Delete what an interrupted deletion left; yields what could not be deleted, and why."""
-        try:
-            left = list(os.scandir(self._agents / TRASH))
-        except FileNotFoundError:
-            return
-        for entry in left:
+        """Delete what interrupted deletions of an earlier manager left; yields what could not be deleted, and why."""
+        for path in self._left:
             try:
-                remove_tree(entry.path, deadline=Deadline(DELETING))
+                remove_tree(path, deadline=Deadline(DELETING))
             except (OSError, DispatcherError) as error:
-                yield f"{entry.path}: {error}"
+                yield f"{path}: {error}"
+        self._left = []

@@ -8,6 +8,7 @@ any depth: at most three descriptors are open at a time.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -99,7 +100,8 @@ def remove_tree(path: str | os.PathLike[str], *, deadline: Deadline, tick: Tick 
             _flatten(top, deadline, tick)
         finally:
             os.close(top)
-        os.rmdir(name, dir_fd=folder)
+        with contextlib.suppress(FileNotFoundError):  # somebody else deleted it, too
+            os.rmdir(name, dir_fd=folder)
     finally:
         os.close(folder)
 
