@@ -171,7 +171,7 @@ class AgentData:
         remove_tree(self.copy_dir(agent, name), deadline=Deadline(DELETING))
 
     def empty_trash(self) -> Iterator[str]:
-        """Delete what interrupted deletions of an earlier manager left; yields what could not be deleted, and why."""
+        """Delete what deletions of an earlier manager left; yield what could not be deleted, and why."""
         for path in self._left:
             try:
                 remove_tree(path, deadline=Deadline(DELETING))

@@ -218,9 +218,7 @@ def carried_out(now: Situation, kind: Kind) -> Situation:
         return dataclasses.replace(now, observed=B.STOPPED, ready=False, pending=pending)
     if kind is K.RESET:
         return dataclasses.replace(now, observed=B.ABSENT, ready=False, pending=P.NONE)
-    return dataclasses.replace(
-        now, observed=B.SUSPENDED if kind is K.SUSPEND else B.HIBERNATED, ready=False
-    )
+    return dataclasses.replace(now, observed=B.SUSPENDED if kind is K.SUSPEND else B.HIBERNATED, ready=False)
 
 
 situations = st.builds(
