@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from dispatcher.model import Capability, Handle
+from dispatcher.model import Capability, Handle, Network
 from dispatcher.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver
 from dispatcher.testing.kit import Agent, Kit, Settings
@@ -35,6 +35,8 @@ class Contract:
     exit_reason_says: ClassVar[str] = "7"
     #: Whether `stop` tells the app first, so that it can save what it has.
     polite: ClassVar[bool] = True
+    #: What the agents' apps say about the network, where a check is not about networks.
+    network: ClassVar[Network] = Network.NONE
     #: Seconds within which `watch` reports a change.
     event_seconds: ClassVar[float] = 2.0
     #: Lines of 100 bytes that the log checks write.
@@ -145,7 +147,12 @@ class Contract:
         kit: Kit | None = node.stash.get(_KITS, None)
         if kit is None:
             kit = node.stash[_KITS] = Kit(
-                Settings(patience=self.patience, slack=self.slack, app_options=self.app_options)
+                Settings(
+                    patience=self.patience,
+                    slack=self.slack,
+                    network=self.network,
+                    app_options=self.app_options,
+                )
             )
             node.addfinalizer(kit.close)
         return kit

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import pytest
 
 from dispatcher.errors import DispatcherError, NotFound
-from dispatcher.model import AgentSpec, App, BackendState, Handle
+from dispatcher.model import AgentSpec, App, BackendState, Handle, Network
 from dispatcher.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.inside import Inside
@@ -55,6 +55,7 @@ class Settings:
 
     patience: float
     slack: float
+    network: Network
     app_options: Callable[[], Mapping[str, Any]]
 
 
@@ -94,6 +95,7 @@ class Kit:
     def app(self, provider: Provider, options: Mapping[str, Any] | None = None, **changes: Any) -> App:
         """Return an app that runs the probe; `changes` are fields of `App` (limits, network, ...)."""
         chosen = self.settings.app_options() if options is None else options
+        changes.setdefault("network", self.settings.network)
         return App(
             name="kit", provider=provider.name, options=provider.AppOptions.model_validate(dict(chosen)), **changes
         )

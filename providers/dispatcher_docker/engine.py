@@ -14,7 +14,7 @@ from typing import Any
 
 import requests
 from docker.api.client import APIClient
-from docker.constants import DEFAULT_DOCKER_API_VERSION, DEFAULT_NUM_POOLS
+from docker.constants import DEFAULT_DOCKER_API_VERSION
 from docker.tls import TLSConfig
 from docker.types import CancellableStream
 
@@ -27,7 +27,7 @@ from dispatcher_docker.unixsocket import Adapter
 DEFAULT_URL = "unix:///var/run/docker.sock"
 _CONNECT_SECONDS = 10.0
 #: Connections that are kept for the next request.
-_POOL = 64
+_KEEP = 32
 #: The deadline of the call that this thread makes: docker-py has no way to hand one down.
 _now = threading.local()
 
@@ -44,9 +44,7 @@ class Client(APIClient):
             base_url=url, version=DEFAULT_DOCKER_API_VERSION, tls=tls or False, user_agent="dispatcher"
         )
         if url.startswith("unix://"):
-            path = url.removeprefix("unix://")
-            adapter = Adapter(f"http+unix://{path}", pool_connections=DEFAULT_NUM_POOLS, max_pool_size=_POOL)
-            self.mount("http+docker://", adapter)
+            self.mount("http+docker://", Adapter(url.removeprefix("unix://"), _KEEP))
         try:
             found = self.version(api_version=False)
         except BaseException:

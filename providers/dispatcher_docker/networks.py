@@ -2,7 +2,7 @@
 
 On it no agent reaches another (`enable_icc=false`).  What Docker leaves open is the way from a container to the
 host's own services; where the manager is root on the engine's host, one rule per bridge closes it: packets that
-come from the bridge to the host and begin something new are dropped.
+come from the bridge to the host and begin something new are refused.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Networks:
 
     def _rule(self, action: str) -> list[str]:
         match = ["-i", self.interface, "-m", "conntrack", "--ctstate", "NEW,INVALID"]
-        return ["iptables", "--wait", "5", action, "INPUT", *match, "-j", "DROP"]
+        return ["iptables", "--wait", "5", action, "INPUT", *match, "-j", "REJECT"]
 
     def _protect(self, deadline: Deadline) -> None:
         seconds = max(0.1, min(10.0, deadline.remaining()))

@@ -165,7 +165,9 @@ class DockerProvider(Provider):
     ) -> None:
         fresh_volume = self._own_volume and self._volumes.ensure(handle, deadline)
         try:
-            secrets = self._secrets.write(handle.name, spec.secrets, spec.uid, spec.gid) if spec.secrets else None
+            secrets = None
+            if spec.secrets:
+                secrets = self._secrets.write(handle.name, spec.secrets, containers.owner_uid(spec))
             if found and not self._fits(found, spec, image):
                 progress("removing the old container")
                 runs.remove(self._engine, handle.name, deadline)
@@ -265,8 +267,7 @@ class DockerProvider(Provider):
         if found and self._is_ours(found):
             progress("removing the container")
             runs.remove(self._engine, handle.name, deadline)
-            if found["HostConfig"].get("NetworkMode") == self._networks.name:
-                self._networks.remove_unused(deadline)
+            self._networks.remove_unused(deadline)
         self._clear(handle)
         self._endings.forget(handle)
         if self._own_volume:

@@ -6,10 +6,12 @@ to the agent's user alone, below a directory that only the manager can enter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +27,7 @@ class SecretFiles:
 
     def __init__(self, context: ProviderContext) -> None:
         self._context = context
+        self._lock = threading.Lock()  # directories that agents share come and go
 
     def directory(self, name: str) -> Path:
         """Return where the secrets of the agent with this backend name are.
@@ -43,25 +46,32 @@ class SecretFiles:
             fix="mount a tmpfs at manager.run_dir",
         )
 
-    def write(self, name: str, values: Mapping[str, str], uid: int, gid: int) -> Path:
-        """Write the secrets of an agent, replacing what was there; return the directory."""
+    def write(self, name: str, values: Mapping[str, str], owner: int | None) -> Path:
+        """Write the secrets of an agent, replacing what was there; return the directory.
+
+        :param owner: whose the files are; None where the image decides who runs: then all inside may read.
+        """
         for key in values:
             if not _NAME.fullmatch(key):
                 raise BadRequest(f"Bad name of a secret {key!r}", fix="use letters, digits and . _ -")
         directory = self.directory(name)
         self.remove(name)
-        _private(directory.parent.parent)
-        _private(directory.parent)
-        directory.mkdir(mode=0o700)
+        with self._lock:
+            _private(directory.parent.parent)
+            _private(directory.parent)
+            directory.mkdir(mode=0o700)
+        chown = self._context.privileged and owner is not None
         for key, value in values.items():
             descriptor = os.open(directory / key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(value.encode())
-                if self._context.privileged:
-                    os.fchown(file.fileno(), uid, gid)
-        directory.chmod(0o500)
-        if self._context.privileged:
-            os.chown(directory, uid, gid)
+                if chown:
+                    os.fchown(file.fileno(), owner or 0, -1)
+                elif owner is None:
+                    os.fchmod(file.fileno(), 0o444)
+        directory.chmod(0o555 if owner is None else 0o500)
+        if chown:
+            os.chown(directory, owner or 0, -1)
         return directory
 
     def remove(self, name: str) -> None:
@@ -70,10 +80,16 @@ class SecretFiles:
             directory = self.directory(name)
         except ProviderError:
             return
-        if os.path.lexists(directory):
+        with self._lock:
+            if not os.path.lexists(directory):
+                return
             if not self._context.privileged:
                 directory.chmod(0o700)
             shutil.rmtree(directory)
+            with contextlib.suppress(OSError):  # others have theirs in it
+                directory.parent.rmdir()
+                if directory.parent.parent != self._context.run_dir:
+                    directory.parent.parent.rmdir()
 
 
 def _private(directory: Path) -> None:

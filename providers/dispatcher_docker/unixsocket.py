@@ -1,4 +1,8 @@
-"""docker-py's way to a Unix socket, without what it leaks: a socket that could not be connected is closed."""
+"""docker-py's way to a Unix socket, mended: connections are shared, and none is left open.
+
+docker-py keeps a pool of connections for every URL, so that hardly any is used twice and dozens stay open; here
+one pool serves all.  A socket that could not be connected is closed.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +35,20 @@ class Pool(UnixHTTPConnectionPool):
 
 
 class Adapter(UnixHTTPAdapter):
-    """What `requests` is given."""
+    """What `requests` is given.
+
+    :param path: of the socket; :param keep: connections that are kept for the next request.
+    """
+
+    def __init__(self, path: str, keep: int) -> None:
+        super().__init__(f"http+unix://{path}")
+        self._pool = Pool("http+docker://localhost", path, maxsize=keep)
 
     def get_connection(self, url: str | bytes, proxies: object = None) -> Pool:
-        """Return the pool for a URL."""
-        with self.pools.lock:
-            pool: Pool | None = self.pools.get(url)
-            if pool is None:
-                pool = Pool(str(url), self.socket_path, self.timeout, maxsize=self.max_pool_size)
-                self.pools[url] = pool
-        return pool
+        """Return the one pool."""
+        return self._pool
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.close()
+        super().close()

@@ -107,6 +107,8 @@ class Volumes:
     def export(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
         """Copy the volume's content into `directory`."""
         self.remove_helper(handle, deadline)
+        if self._privileged:
+            os.chown(directory, int(handle.data["uid"]), int(handle.data["gid"]), follow_symlinks=False)
         with self.helper(handle, deadline) as (client, container), self._tar(handle, directory, "-x") as tar:
             assert tar.stdin
             stream, _ = client.get_archive(container, f"{_MOUNT}/.", chunk_size=_BLOCK)

@@ -2,7 +2,13 @@
 
 import pytest
 
+from dispatcher.model import Network
 from dispatcher.testing import ProviderContract
+from dispatcher.testing.checks.concurrency import ConcurrencyChecks
+from dispatcher.testing.checks.isolation import IsolationChecks
+from dispatcher.testing.checks.leaks import LeakChecks
+from dispatcher.testing.checks.lifecycle import LifecycleChecks
+from dispatcher.testing.checks.promises import PromiseChecks
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.provider import DockerProvider
 from tests.docker_tools import Relay, docker, images, leftovers
@@ -10,7 +16,9 @@ from tests.docker_tools import Relay, docker, images, leftovers
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
 
-class DockerContract(ProviderContract):
+class OnDocker:
+    """What an author fills in, for Docker."""
+
     data = "bind"
     patience = 20.0
 
@@ -47,5 +55,21 @@ class DockerContract(ProviderContract):
         return [f"unix:{self.front.path}", "unix:/run/containerd/containerd.sock"]
 
 
-class TestDocker(DockerContract):
-    pass
+class TestDocker(OnDocker, ProviderContract):
+    """The whole kit: a Unix socket, no network, the core's own directory."""
+
+
+class TestDockerVolumes(OnDocker, LifecycleChecks, PromiseChecks, IsolationChecks, LeakChecks):
+    """The tiers that meet an agent's data, kept in volumes of the engine."""
+
+    data = "volume"
+
+
+class TestDockerPorts(OnDocker, IsolationChecks, ConcurrencyChecks):
+    """The tiers that meet an agent's endpoint, published on a loopback port, on a bridge."""
+
+    network = Network.PRIVATE
+
+    def app_options(self):
+        command = ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}"]
+        return {"image": "dispatcher-test/probe", "command": command, "port": 8080}

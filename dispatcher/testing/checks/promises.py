@@ -7,6 +7,7 @@ import socket
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dispatcher.errors import DispatcherError, StartFailed, Unsupported
@@ -101,17 +102,19 @@ class PromiseChecks(Contract):
             kit.gone(driver, driver.handle(spec))
             return
         agent = kit.start(driver, spec)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            to = f"tcp:127.0.0.1:{listener.getsockname()[1]}"
-            refusal = agent.inside.refused("/connect", to=to)
-        if network is Network.HOST:
-            expect(not refusal, f"an app with the host's network cannot reach a port of the host: {refusal}")
-        elif "network" not in self.unpromised:
-            expect(
-                refusal,
-                f"an app with network {network.value!r} reached a port on the host's loopback: give it a network "
-                "of its own, or list 'network' in `unpromised` and say so in explain()",
-            )
+        with socket.create_server(("0.0.0.0", 0)) as listener:  # noqa: S104 - a service that is open to all
+            for address in ("127.0.0.1", *_addresses_of_this_host()):
+                refusal = agent.inside.refused("/connect", to=f"tcp:{address}:{listener.getsockname()[1]}")
+                if network is Network.HOST:
+                    expect(
+                        not refusal, f"an app with the host's network cannot reach a port of the host: {refusal}"
+                    )
+                elif "network" not in self.unpromised:
+                    expect(
+                        refusal,
+                        f"an app with network {network.value!r} reached a port of the host at {address}: give it a "
+                        "network of its own and close the way to the host, or list 'network' in `unpromised`",
+                    )
 
     def test_credentials_arrive_on_standard_input(self, driver: Driver, kit: Kit) -> None:
         """CREDENTIALS: an app gets them on its standard input, and then the input's end; later starts get none."""
@@ -214,6 +217,13 @@ class PromiseChecks(Contract):
             f"{capability.value} is not declared, yet an app with that limit starts without a word: raise "
             "Unsupported, or say in explain(app) by a warning that the limit is not enforced",
         )
+
+
+def _addresses_of_this_host() -> list[str]:
+    found = [
+        one.address for all_of in psutil.net_if_addrs().values() for one in all_of if one.family == socket.AF_INET
+    ]
+    return sorted({one for one in found if not one.startswith("127.")})[:8]
 
 
 def _same(before: Path, after: Path) -> None:
