@@ -14,6 +14,8 @@ from dispatcher.proxy.edge.request import SAFE, Request
 TRICKLE = 1024.0  # bytes per second of a flow that is no use
 _MAX_TARGETS = 128  # remembered for each agent
 _SLACK = 2.0  # a repetition up to that factor beyond the longest pause so far is still the same rhythm
+_STEADY = 0.2  # pauses that differ by less than this share of them are alike
+_ALIKE = 3  # so many pauses alike are a clock's
 _NUMBERS = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
 
 
@@ -48,21 +50,24 @@ class Traffic:
 class Rhythm:
     """Recognises requests that nobody makes by hand, per agent."""
 
-    __slots__ = ("_seen",)
+    __slots__ = ("_changes", "_seen")
 
     def __init__(self) -> None:
         # Target -> [time of the last request, longest pause so far].  The oldest entry goes first.
         self._seen: dict[bytes, list[float]] = {}
+        # The same for unsafe methods: [time of the last request, last pause, how many pauses were like it].
+        self._changes: dict[bytes, list[float]] = {}
 
     def is_poll(self, request: Request, now: float) -> bool:
         """Whether a request is the machine's and not the person's; it is remembered.
 
-        A navigation and an unsafe method are the person's.  A GET of the same target for the third time, after a
-        pause that is not much longer than those before, is a rhythm; the same holds for a WebSocket that is opened
-        again and again.  Numbers in a query that only defeat caches make no new target.
+        A navigation is the person's, and so is an unsafe method, unless a page's script sends it by the clock: an
+        open JupyterLab writes down its layout every ten seconds.  A GET of the same target for the third time,
+        after a pause that is not much longer than those before, is a rhythm; the same holds for a WebSocket that
+        is opened again and again.  Numbers in a query that only defeat caches make no new target.
         """
         if not request.traits & SAFE:
-            return False
+            return self._by_the_clock(request, now)
         fields = request.fields
         if fields.get(headers.SEC_FETCH_MODE) == b"navigate":
             return headers.SEC_PURPOSE in fields
@@ -88,3 +93,20 @@ class Rhythm:
         if pause > longest:
             entry[1] = pause
         return longest >= 0.0 and pause <= max(longest, 1.0) * _SLACK
+
+    def _by_the_clock(self, request: Request, now: float) -> bool:
+        """Whether a page's script sends this change at even pauses.  A program's changes are always use."""
+        mode = request.fields.get(headers.SEC_FETCH_MODE)
+        if mode is None or mode == b"navigate":
+            return False
+        path = request.method + b" " + request.target.partition(b"?")[0]
+        entry = self._changes.get(path)
+        if entry is None:
+            if len(self._changes) >= _MAX_TARGETS:
+                del self._changes[next(iter(self._changes))]
+            self._changes[path] = [now, 0.0, 0.0]
+            return False
+        pause = now - entry[0]
+        alike = pause >= 1.0 and abs(pause - entry[1]) <= _STEADY * pause
+        entry[:] = [now, pause, entry[2] + 1.0 if alike else 0.0]
+        return entry[2] >= _ALIKE - 1
