@@ -1,0 +1,53 @@
+"""The shell scripts: correct for bash, clean for shellcheck, executable, and what they promise in their first lines."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPTS = sorted(
+    path
+    for folder in ("packaging", "tests/machine", ".ci", "examples", "bench", "docs")
+    for path in (ROOT / folder).rglob("*")
+    if path.is_file() and path.read_bytes()[:2] == b"#!"
+)
+SHELL = [path for path in SCRIPTS if b"sh" in path.read_bytes().split(b"\n")[0]]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_scripts_can_be_run(path):
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_scripts_are_clean(path):
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run(["shellcheck", "--severity=warning", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", [path for path in SHELL if b"bash" in path.read_bytes().split(b"\n")[0]], ids=lambda path: path.name)
+def test_bash_scripts_fail_loudly(path):
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_make_venv_says_what_is_missing(tmp_path):
+    def make(python):
+        return subprocess.run([ROOT / "tests/machine/make-venv", python, tmp_path / "v"], capture_output=True, text=True)
+
+    done = make("no-such-python")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "There is no no-such-python" in done.stderr
+    old = tmp_path / "old-python"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.0 && exit\nexit 1\n')
+    old.chmod(0o755)
+    assert "Python 3.10 or later is needed" in make(old).stderr
+    bare = tmp_path / "bare-python"
+    bare.write_text('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac\nexit 0\n')
+    bare.chmod(0o755)
+    assert "apt-get install python3-venv" in make(bare).stderr
+    assert not (tmp_path / "v").exists()
