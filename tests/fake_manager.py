@@ -77,15 +77,33 @@ class FakeManager:
     def add(self, name, state="stopped", **more):
         self.users.setdefault(name.partition(":")[0], "secret-password")
         self.agents[name] = {
-            "name": name, "user": name.partition(":")[0], "app": "demo", "provider": "subprocess", "state": state,
-            "desired": state, "stage": "", "detail": "", "fraction": None, "since": "2026-01-02T03:04:05+00:00",
-            "failure": None, "outdated": False, "last_used": None, "created": "2026-01-01T00:00:00+00:00",
-            "reachable": True, "observed_at": "2026-01-02T03:04:05+00:00", "move": None,
+            "name": name,
+            "user": name.partition(":")[0],
+            "app": "demo",
+            "provider": "subprocess",
+            "state": state,
+            "desired": state,
+            "stage": "",
+            "detail": "",
+            "fraction": None,
+            "since": "2026-01-02T03:04:05+00:00",
+            "failure": None,
+            "outdated": False,
+            "last_used": None,
+            "created": "2026-01-01T00:00:00+00:00",
+            "reachable": True,
+            "observed_at": "2026-01-02T03:04:05+00:00",
+            "move": None,
         } | more
         return self.agents[name]
 
     def fail(self, name, log=("Traceback", "boom")):
-        failure = {"what": f"{name} did not become ready", "why": "exit code 1", "fix": "see its log", "log": list(log)}
+        failure = {
+            "what": f"{name} did not become ready",
+            "why": "exit code 1",
+            "fix": "see its log",
+            "log": list(log),
+        }
         self.agents[name].update(state="failed", failure=failure)
 
     def answer(self, method, path, query, body):
@@ -145,14 +163,18 @@ class FakeManager:
                 agent.update(self.script.pop(0))
             return 200, state(agent)
         if what == "runtime":
-            return 200, {"endpoint": "unix:/run/d/a/x/s", "uid": 200001, "usage": {"memory": 3 * 1024**2, "cpu_seconds": 1.5, "disk": None}}
+            return 200, {
+                "endpoint": "unix:/run/d/a/x/s",
+                "uid": 200001,
+                "usage": {"memory": 3 * 1024**2, "cpu_seconds": 1.5, "disk": None},
+            }
         if what == "why":
             return 200, {"agent": agent["name"], "sentences": ["It was asked to stop.", "It stopped."]}
         if what == "logs":
             lines = [f"line {number}" for number in range(1, 6)]
             if query.get("after"):
                 return 200, {"lines": [], "cursor": "5"}
-            return 200, {"lines": lines[-int(query["tail"]):] if query["tail"] != "0" else [], "cursor": "5"}
+            return 200, {"lines": lines[-int(query["tail"]) :] if query["tail"] != "0" else [], "cursor": "5"}
         return (200, agent) if not what else problem(404, "not-found", "There is no such path")
 
 
@@ -162,4 +184,11 @@ def state(agent):
 
 
 def problem(status, code, title, **more):
-    return status, {"type": "about:blank", "title": title, "status": status, "detail": "", "fix": "", "code": code} | more
+    return status, {
+        "type": "about:blank",
+        "title": title,
+        "status": status,
+        "detail": "",
+        "fix": "",
+        "code": code,
+    } | more

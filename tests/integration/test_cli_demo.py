@@ -105,7 +105,12 @@ def ask(url, method="GET", path="/", body=None, **headers):
 
 def sign_in(url, name, password):
     status, headers, body = ask(
-        url, "POST", "/auth/login", {"user": name, "password": password}, Accept="application/json", Origin=url.rstrip("/")
+        url,
+        "POST",
+        "/auth/login",
+        {"user": name, "password": password},
+        Accept="application/json",
+        Origin=url.rstrip("/"),
     )
     assert status == 200, body
     return "; ".join(value.split(";")[0] for value in headers.get_all("Set-Cookie"))
@@ -246,12 +251,18 @@ def add(config, name):
 
 
 def children(pid):
-    return {int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()}
+    return {
+        int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+    }
 
 
 def daemon(run, name):
     """Return the pid of one of serve's two children."""
-    return next(pid for pid in children(run.process.pid) if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").endswith(name.encode()))
+    return next(
+        pid
+        for pid in children(run.process.pid)
+        if Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0").endswith(name.encode())
+    )
 
 
 def test_serve_runs_both_and_agents_outlive_it(start, config):

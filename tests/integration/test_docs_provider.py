@@ -56,7 +56,9 @@ def test_its_options_are_checked_by_the_configuration(project):
 
 @pytest.mark.root
 def test_the_kit_is_satisfied(project):
-    done = run(project, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_bare.py")
+    done = run(
+        project, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", "test_bare.py"
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed, done.stdout[-500:]

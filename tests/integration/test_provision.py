@@ -30,7 +30,16 @@ PASSWORD = "correct horse battery"
 
 def provision(root, *options):
     return subprocess.run(
-        [PACKAGING / "provision.sh", "--root", root, "--no-packages", "--no-systemd", "--python", PYTHON, *options],
+        [
+            PACKAGING / "provision.sh",
+            "--root",
+            root,
+            "--no-packages",
+            "--no-systemd",
+            "--python",
+            PYTHON,
+            *options,
+        ],
         capture_output=True,
         text=True,
         timeout=280,
@@ -56,11 +65,15 @@ class Unit:
     @property
     def user(self):
         name = self.settings.get("User", ["root"])[-1]
-        line = next(line for line in (self.root / "etc/passwd").read_text().splitlines() if line.startswith(f"{name}:"))
+        line = next(
+            line for line in (self.root / "etc/passwd").read_text().splitlines() if line.startswith(f"{name}:")
+        )
         return int(line.split(":")[2]), int(line.split(":")[3])
 
     def command(self):
-        writable = [path for line in self.settings["ReadWritePaths"] for path in line.split() if not path.startswith("-")]
+        writable = [
+            path for line in self.settings["ReadWritePaths"] for path in line.split() if not path.startswith("-")
+        ]
         if self.settings.get("PrivateTmp"):
             writable.append("/tmp")
         binds = "".join(f"mount --bind {path} {path}\n" for path in writable)
@@ -92,7 +105,11 @@ exec setpriv --reuid={uid} --regid={gid} {"--clear-groups" if uid else "--keep-g
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "NOTIFY_SOCKET": f"@dispatcher-test-{os.getpid()}-{self.name}"},
+                env={
+                    "PATH": os.defpath,
+                    "LANG": "C.UTF-8",
+                    "NOTIFY_SOCKET": f"@dispatcher-test-{os.getpid()}-{self.name}",
+                },
             )
             log.close()
             try:
@@ -174,7 +191,9 @@ class Browser:
         )
 
     def ask(self, path, body=None):
-        request = urllib.request.Request(self.url + path, headers={"Accept": "application/json", "Origin": self.url})
+        request = urllib.request.Request(
+            self.url + path, headers={"Accept": "application/json", "Origin": self.url}
+        )
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("Content-Type", "application/json")
@@ -294,7 +313,10 @@ def test_again_is_an_upgrade_that_keeps_what_is_there(installed, units):
         (["--nonsense"], "unknown option --nonsense"),
         (["--root", "relative", "--no-systemd"], "--root needs an absolute path"),
         (["--root", "/tmp/x"], "--root goes with --no-systemd"),
-        (["--no-systemd", "--no-packages", "--root", "/tmp/x-nowhere", "--python", "/no/python"], "There is no /no/python"),
+        (
+            ["--no-systemd", "--no-packages", "--root", "/tmp/x-nowhere", "--python", "/no/python"],
+            "There is no /no/python",
+        ),
     ],
 )
 def test_wrong_usage_is_told(options, complaint):

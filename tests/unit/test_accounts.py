@@ -39,7 +39,9 @@ def test_an_ordinary_user_is_everybody(host):
 
 
 def test_root_with_a_proxy_user(host):
-    found = host(euid=0, users={"dispatcher-proxy": 990}, groups={"dispatcher-proxy": 991, "dispatcher-admin": 992})
+    found = host(
+        euid=0, users={"dispatcher-proxy": 990}, groups={"dispatcher-proxy": 991, "dispatcher-admin": 992}
+    )
     assert (found.proxy_uid, found.proxy_gid, found.admin_gid) == (990, 991, 992)
     assert not found.made_up
 

@@ -79,7 +79,11 @@ def test_each_command_explains_itself_with_an_example(run, words):
     code, out, _ = run(*words, "--help")
     assert code == 0
     assert "Example" in out
-    assert f"dispatcher {' '.join(words)}" in out or f"dispatcher --config new.toml {' '.join(words)}" in out or words[0] in {"manager", "proxy"}
+    assert (
+        f"dispatcher {' '.join(words)}" in out
+        or f"dispatcher --config new.toml {' '.join(words)}" in out
+        or words[0] in {"manager", "proxy"}
+    )
     assert COMMANDS[words].help
 
 
@@ -149,7 +153,9 @@ def test_control_characters_of_a_manager_s_error_do_not_reach_the_terminal(run, 
 
 
 def test_ctrl_c_is_clean(run, manager, monkeypatch):
-    monkeypatch.setattr("dispatcher.client.ManagerClient.agents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "dispatcher.client.ManagerClient.agents", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     code, out, err = run("list")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
@@ -249,7 +255,11 @@ def test_add_without_a_terminal_says_how(run, manager):
 
 @pytest.mark.parametrize(
     ("password", "why"),
-    [(b"short\n", "it has 5 characters, not 8 to 1024"), (b"x" * 2000, "it has 2000 characters"), (b"\xff" * 9, "it is not UTF-8")],
+    [
+        (b"short\n", "it has 5 characters, not 8 to 1024"),
+        (b"x" * 2000, "it has 2000 characters"),
+        (b"\xff" * 9, "it is not UTF-8"),
+    ],
 )
 def test_add_refuses_bad_passwords_before_the_manager_hears_of_them(run, manager, password, why):
     code, _, err = run("add", "alice", "--password-stdin", stdin=password)
@@ -302,7 +312,10 @@ def test_remove_of_nobody_is_exit_code_3(run, manager):
 
 def test_passwd(run, manager):
     manager.add("alice")
-    assert run("passwd", "alice", "--password-stdin", stdin=b"new-password\n")[:2] == (0, "alice has a new password\n")
+    assert run("passwd", "alice", "--password-stdin", stdin=b"new-password\n")[:2] == (
+        0,
+        "alice has a new password\n",
+    )
     assert manager.users["alice"] == "new-password"
 
 
@@ -311,7 +324,12 @@ def test_passwd(run, manager):
 
 @pytest.mark.parametrize(
     ("arguments", "state"),
-    [(["start"], "running"), (["stop"], "stopped"), (["suspend"], "suspended"), (["suspend", "--to-disk"], "hibernated")],
+    [
+        (["start"], "running"),
+        (["stop"], "stopped"),
+        (["suspend"], "suspended"),
+        (["suspend", "--to-disk"], "hibernated"),
+    ],
 )
 def test_states_are_reached(run, manager, arguments, state):
     manager.add("alice", "unknown")
@@ -322,13 +340,22 @@ def test_states_are_reached(run, manager, arguments, state):
 
 def test_start_follows_a_long_start_to_its_end(run, manager):
     manager.add("alice")
-    manager.script = [{"state": "starting", "stage": "pull", "fraction": 0.5}, {"state": "starting"}, {"state": "running"}]
+    manager.script = [
+        {"state": "starting", "stage": "pull", "fraction": 0.5},
+        {"state": "starting"},
+        {"state": "running"},
+    ]
     assert run("start", "alice")[:2] == (0, "alice is running\n")
 
 
 def test_a_start_that_fails_says_why_with_the_last_lines(run, manager):
     manager.add("alice")
-    failure = {"what": "alice did not become ready", "why": "exit code 1", "fix": "see its log", "log": ["a", "\x1b[2Jb"]}
+    failure = {
+        "what": "alice did not become ready",
+        "why": "exit code 1",
+        "fix": "see its log",
+        "log": ["a", "\x1b[2Jb"],
+    }
     manager.script = [{"state": "starting"}, {"state": "failed", "failure": failure}]
     code, out, err = run("start", "alice")
     assert (code, out) == (1, "")
@@ -429,8 +456,13 @@ def test_top_and_memory_usage(run, manager):
     lines = run("top")[1].splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["big", "small"]
     assert [line.split()[0] for line in run("top", "--sort", "cpu")[1].splitlines()[1:]] == ["small", "big"]
-    manager.answers["GET /stats/memory_usage"] = 200, {"total": 4096, "average": 2048, "agents": [{"name": "a", "memory": 2048}]}
-    assert "total  4.0 KiB" in " ".join(run("memory_usage")[1].split(" ")).replace("   ", "  ").replace("   ", "  ")
+    manager.answers["GET /stats/memory_usage"] = (
+        200,
+        {"total": 4096, "average": 2048, "agents": [{"name": "a", "memory": 2048}]},
+    )
+    assert "total  4.0 KiB" in " ".join(run("memory_usage")[1].split(" ")).replace("   ", "  ").replace(
+        "   ", "  "
+    )
 
 
 def test_sessions(run, manager):
@@ -441,7 +473,10 @@ def test_sessions(run, manager):
     assert "\x1b" not in out
     manager.answers["DELETE /sessions/0123456789abcdef"] = 204, None
     assert run("sessions", "revoke", "0123456789abcdef")[:2] == (0, "1 sign-in ended\n")
-    manager.answers["DELETE /sessions"] = lambda query, _: (200, {"revoked": 3 if query == {"user": "alice"} else 0})
+    manager.answers["DELETE /sessions"] = lambda query, _: (
+        200,
+        {"revoked": 3 if query == {"user": "alice"} else 0},
+    )
     assert run("sessions", "revoke", "--user", "Alice")[1] == "3 sign-ins ended\n"
 
 
@@ -450,8 +485,14 @@ def test_providers(run, manager):
         {"name": "subprocess", "isolation": "process", "capabilities": ["suspend"], "distribution": "d 1", "usable": True, "error": None},
         {"name": "docker", "isolation": "container", "capabilities": [], "distribution": "d 1", "usable": False, "error": {"what": "no engine"}},
     ]}  # fmt: skip
-    manager.answers["GET /providers/subprocess/check"] = 200, {"findings": [{"level": "ok", "what": "sandboxed", "fix": ""}]}
-    manager.answers["GET /providers/docker/check"] = 200, {"findings": [{"level": "error", "what": "no engine", "fix": "start it"}]}
+    manager.answers["GET /providers/subprocess/check"] = (
+        200,
+        {"findings": [{"level": "ok", "what": "sandboxed", "fix": ""}]},
+    )
+    manager.answers["GET /providers/docker/check"] = (
+        200,
+        {"findings": [{"level": "error", "what": "no engine", "fix": "start it"}]},
+    )
     assert "no: no engine" in run("providers", "list")[1]
     assert run("providers", "check", "subprocess")[0] == 0
     code, out, _ = run("providers", "check")
@@ -502,7 +543,9 @@ def forked_manager(short_tmp):
 
 
 def test_add_asks_twice_on_a_terminal(forked_manager):
-    code, out = on_a_terminal(["-k", "add", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"secret-horse\n", b"secret-horse\n"])
+    code, out = on_a_terminal(
+        ["-k", "add", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"secret-horse\n", b"secret-horse\n"]
+    )
     assert code == 0, out
     assert "secret-horse" not in out
     assert out.count("Password") == 1

@@ -46,7 +46,10 @@ def test_the_effective_configuration_is_a_fixed_point(plugins):
             "proxy": {"hsts": "1d"},
             "defaults": {"memory": "1G", "environment": {"A": "1"}},
             "providers": {"fake": {"colour": "red"}},
-            "apps": {"a": {"provider": "fake", "idle_timeout": False, "fake": {"image": "x"}}, "b": {"provider": "none"}},
+            "apps": {
+                "a": {"provider": "fake", "idle_timeout": False, "fake": {"image": "x"}},
+                "b": {"provider": "none"},
+            },
         }
     )
     shown = effective(first, plugins)
@@ -64,7 +67,12 @@ def test_secrets_are_masked_and_the_rest_is_not():
         {
             "manager": {"database": "postgresql://user:hunter2@host/db", "token_file": "/etc/tokens"},
             "auth": {"ldap": {"bind_password": "hunter2", "url": "ldaps://x"}},
-            "apps": {"a": {"environment": {"API_KEY": "hunter2", "DB": "mysql://a:hunter2@h", "TZ": "UTC"}, "secrets": ["hunter2"]}},
+            "apps": {
+                "a": {
+                    "environment": {"API_KEY": "hunter2", "DB": "mysql://a:hunter2@h", "TZ": "UTC"},
+                    "secrets": ["hunter2"],
+                }
+            },
             "credentials": "stdin",
         }
     )
@@ -83,14 +91,20 @@ def run(capsys, *arguments):
 
 def test_show_and_check_through_the_program(tmp_path, capsys):
     path = tmp_path / "d.toml"
-    path.write_text('[manager]\ndatabase = "postgresql://u:hunter2@h/d"\n[apps.a.subprocess]\ncommand = ["x", "{socket}"]\n')
+    path.write_text(
+        '[manager]\ndatabase = "postgresql://u:hunter2@h/d"\n[apps.a.subprocess]\ncommand = ["x", "{socket}"]\n'
+    )
     code, out, err = run(capsys, "--config", str(path), "config", "show")
     assert (code, err) == (0, "")
     assert "hunter2" not in out
     assert tomllib.loads(out)["apps"]["a"]["subprocess"]["command"] == ["x", "{socket}"]
     code, out, _ = run(capsys, "--config", str(path), "config", "show", "--json")
     assert json.loads(out)["manager"]["database"].endswith("@h/d")
-    assert run(capsys, "--config", str(path), "config", "check") == (0, "the configuration is good (apps: a)\n", "")
+    assert run(capsys, "--config", str(path), "config", "check") == (
+        0,
+        "the configuration is good (apps: a)\n",
+        "",
+    )
 
 
 @pytest.mark.parametrize(

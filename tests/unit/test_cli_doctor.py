@@ -173,7 +173,9 @@ def test_ports_free_taken_and_ours(free_port):
         assert levels(installation.ports(found, serving=True)) == ["ok"]
 
 
-@pytest.mark.parametrize(("number", "word"), [(errno.EACCES, "may not listen"), (errno.EADDRNOTAVAIL, "cannot listen")])
+@pytest.mark.parametrize(
+    ("number", "word"), [(errno.EACCES, "may not listen"), (errno.EADDRNOTAVAIL, "cannot listen")]
+)
 def test_ports_that_cannot_be_had(number, word):
     problem = OSError(number, os.strerror(number))
     assert word in only(installation._bind_problem("x:1", problem, False)).what
@@ -238,7 +240,9 @@ def test_accounts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(pwd, "getpwnam", missing)
     monkeypatch.setattr(grp, "getgrnam", missing)
-    said = [finding.what for finding in installation.accounts(config.parse({"manager": {"uid_range": [5000, 5999]}}))]
+    said = [
+        finding.what for finding in installation.accounts(config.parse({"manager": {"uid_range": [5000, 5999]}}))
+    ]
     assert said == [
         "there is no user dispatcher-proxy: the proxy gets the first id of manager.uid_range",
         "there is no group dispatcher-admin: only root may administer",

@@ -11,7 +11,15 @@ from dispatcher.cli.progress import describe
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (36175872, "34.5 MiB"), (2**40, "1.0 TiB"), (2**53, "8192.0 TiB")],
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (36175872, "34.5 MiB"),
+        (2**40, "1.0 TiB"),
+        (2**53, "8192.0 TiB"),
+    ],
 )
 def test_bytes(count, text):
     assert human_bytes(count) == text
@@ -19,7 +27,17 @@ def test_bytes(count, text):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(None, "-"), (-1, "0.0s"), (0.44, "0.4s"), (59, "59s"), (60, "1m"), (125, "2m 5s"), (12000, "3h 20m"), (349200, "4d 1h"), (86401, "1d")],
+    [
+        (None, "-"),
+        (-1, "0.0s"),
+        (0.44, "0.4s"),
+        (59, "59s"),
+        (60, "1m"),
+        (125, "2m 5s"),
+        (12000, "3h 20m"),
+        (349200, "4d 1h"),
+        (86401, "1d"),
+    ],
 )
 def test_durations(seconds, text):
     assert human_seconds(seconds) == text
@@ -44,7 +62,14 @@ def test_how_long_ago(stamp, text):
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("plain ünï 李", "plain ünï 李"), ("\x1b[2J", "\\x1b[2J"), ("a\u202eb", "a\\u202eb"), ("a\nb\t", "a\nb\t"), ("\r", "\\r"), ("\ud800", "\\ud800")],
+    [
+        ("plain ünï 李", "plain ünï 李"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\u202eb", "a\\u202eb"),
+        ("a\nb\t", "a\nb\t"),
+        ("\r", "\\r"),
+        ("\ud800", "\\ud800"),
+    ],
 )
 def test_control_characters_are_shown_not_sent(text, shown):
     assert clean(text) == shown
@@ -59,7 +84,10 @@ def test_columns_line_up():
     [
         ({}, "is gone"),
         ({"state": "running"}, "running"),
-        ({"state": "starting", "stage": "pulling", "detail": "layer 3", "fraction": 0.42}, "starting: pulling, layer 3 (42%)"),
+        (
+            {"state": "starting", "stage": "pulling", "detail": "layer 3", "fraction": 0.42},
+            "starting: pulling, layer 3 (42%)",
+        ),
     ],
 )
 def test_a_state_is_a_phrase(state, text):

@@ -31,7 +31,10 @@ def test_no_apps_are_no_apps():
     ("data", "sentence"),
     [
         ({"manger": {}}, "manger: unknown key, did you mean 'manager'?"),
-        ({"zzz": 1}, "zzz: unknown key, valid are: apps, auth, default_app, defaults, manager, plugins, providers, proxy"),
+        (
+            {"zzz": 1},
+            "zzz: unknown key, valid are: apps, auth, default_app, defaults, manager, plugins, providers, proxy",
+        ),
         ({"manager": "x"}, "manager: found 'x', expected a table"),
         ({"manager": {"state_dri": "/x"}}, "manager.state_dri: unknown key, did you mean 'state_dir'?"),
         ({"manager": {"state_dir": 7}}, "manager.state_dir: found 7, expected a path in quotes"),
@@ -174,13 +177,24 @@ def test_every_default_can_be_overridden():
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("500ms", 0.5), ("2 d", 172800), (7, 7), (0.5, 0.5), ("1.5h", 5400)],
+    [
+        ("90s", 90),
+        ("30m", 1800),
+        ("1h30m", 5400),
+        ("500ms", 0.5),
+        ("2 d", 172800),
+        (7, 7),
+        (0.5, 0.5),
+        ("1.5h", 5400),
+    ],
 )
 def test_durations(text, seconds):
     assert settings.duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "30", "m", "-5s", "5 parsecs", -1, True, None, [], float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "text", ["", "30", "m", "-5s", "5 parsecs", -1, True, None, [], float("inf"), float("nan")]
+)
 def test_no_durations(text):
     with pytest.raises(ValueError, match="a duration such as"):
         settings.duration(text)
@@ -207,20 +221,43 @@ def test_addresses(text):
     assert config.parse({"proxy": {"listen": [text]}}).proxy.listen == [text]
 
 
-@pytest.mark.parametrize("text", ["", ":8080", "*:80", "8080", "localhost", "::1:80", "[::g]:80", "h:65536", "h:-1", "unix:s", "http://h:1", "h h:1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        ":8080",
+        "*:80",
+        "8080",
+        "localhost",
+        "::1:80",
+        "[::g]:80",
+        "h:65536",
+        "h:-1",
+        "unix:s",
+        "http://h:1",
+        "h h:1",
+    ],
+)
 def test_no_addresses(text):
     assert "expected an address such as" in complaint({"proxy": {"listen": [text]}})
 
 
 @pytest.mark.parametrize(
     ("text", "kept"),
-    [("https://a.example", "https://a.example"), ("http://a.localhost:8080/", "http://a.localhost:8080"), ("", "")],
+    [
+        ("https://a.example", "https://a.example"),
+        ("http://a.localhost:8080/", "http://a.localhost:8080"),
+        ("", ""),
+    ],
 )
 def test_origins(text, kept):
     assert config.parse({"proxy": {"public_url": text}}).proxy.public_url == kept
 
 
-@pytest.mark.parametrize("text", ["ftp://a", "https://a/b", "https://u@a", "https://a?x", "https://a b", "https://:1", "//a", "https://a:x"])
+@pytest.mark.parametrize(
+    "text",
+    ["ftp://a", "https://a/b", "https://u@a", "https://a?x", "https://a b", "https://:1", "//a", "https://a:x"],
+)
 def test_no_origins(text):
     assert "public_url: found" in complaint({"proxy": {"public_url": text}})
 

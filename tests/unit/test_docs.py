@@ -18,7 +18,11 @@ else:
     import tomli as tomllib
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-HOOKS = [function for name, function in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("dispatcher_")]
+HOOKS = [
+    function
+    for name, function in inspect.getmembers(hookspecs, inspect.isfunction)
+    if name.startswith("dispatcher_")
+]
 HOOKS_PAGE = (ROOT / "docs/reference/hooks.md").read_text()
 
 
@@ -47,7 +51,9 @@ def test_each_hook_has_a_test(hook):
     assert hook.__name__ in tests
 
 
-@pytest.mark.parametrize("code", blocks(HOOKS_PAGE, "python"), ids=lambda code: re.search(r"def (dispatcher_\w+)", code)[1])
+@pytest.mark.parametrize(
+    "code", blocks(HOOKS_PAGE, "python"), ids=lambda code: re.search(r"def (dispatcher_\w+)", code)[1]
+)
 def test_the_hooks_examples_register(code):
     from tests.unit.test_plugins import FakeProvider
 
@@ -89,7 +95,9 @@ def test_pages_speak_of_the_project_alone(page):
 TOML = [
     (page, number, block)
     for page in [*PAGES, *ROOT.glob("examples/**/*.toml"), ROOT / "packaging/dispatcher.toml"]
-    for number, block in enumerate(blocks(page.read_text(), "toml") if page.suffix == ".md" else [page.read_text()])
+    for number, block in enumerate(
+        blocks(page.read_text(), "toml") if page.suffix == ".md" else [page.read_text()]
+    )
     if "[project]" not in block
 ]
 
@@ -117,7 +125,9 @@ def test_commands_in_the_documentation_exist():
     for page in PAGES:
         for block in [*blocks(page.read_text(), "sh"), *re.findall(r"`(dispatcher [^`\n]+)`", page.read_text())]:
             for line in block.splitlines():
-                match = re.search(r"(?:^|\s|/)dispatcher((?: --?[a-z-]+(?:[ =][^-\s]\S*)?)*) ([a-z][a-z_-]+)", line)
+                match = re.search(
+                    r"(?:^|\s|/)dispatcher((?: --?[a-z-]+(?:[ =][^-\s]\S*)?)*) ([a-z][a-z_-]+)", line
+                )
                 if match and match[2] not in known and "pip install" not in line and "adduser" not in line:
                     wrong.append(f"{page.name}: {line.strip()}")
     assert wrong == []
@@ -136,8 +146,15 @@ def test_every_page_of_the_documentation_can_be_found_from_its_index():
         if page in linked or page.suffix != ".md" or not page.exists():
             continue
         linked.add(page)
-        todo += [(page.parent / target.partition("#")[0]).resolve() for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text())]
-    lost = [str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md") if page not in linked and page.parent.name != "adr"]
+        todo += [
+            (page.parent / target.partition("#")[0]).resolve()
+            for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text())
+        ]
+    lost = [
+        str(page.relative_to(ROOT))
+        for page in ROOT.glob("docs/**/*.md")
+        if page not in linked and page.parent.name != "adr"
+    ]
     assert lost == []
 
 

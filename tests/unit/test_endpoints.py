@@ -48,7 +48,9 @@ def test_a_linked_directory_is_refused(short_tmp, listener):
         connect(Endpoint.unix(short_tmp / "dir" / "s"), os.geteuid(), 5)
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("x"), lambda path: path.mkdir(), lambda path: os.mkfifo(path)])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("x"), lambda path: path.mkdir(), lambda path: os.mkfifo(path)]
+)
 def test_what_is_no_socket_is_refused(short_tmp, make):
     make(short_tmp / "x")
     with pytest.raises(InsecureEndpoint, match="not a socket"):

@@ -7,7 +7,18 @@ import pytest
 
 from tests.conftest import ROOT
 
-PUBLIC = {"model", "errors", "provider", "authenticator", "hookspecs", "clock", "endpoints", "names", "settings", "testing"}
+PUBLIC = {
+    "model",
+    "errors",
+    "provider",
+    "authenticator",
+    "hookspecs",
+    "clock",
+    "endpoints",
+    "names",
+    "settings",
+    "testing",
+}
 CORE = sorted(ROOT.glob("dispatcher/**/*.py"))
 PROVIDERS = sorted(ROOT.glob("providers/dispatcher_*/**/*.py"))
 FORBIDDEN_NAMES = {"docker.py", "libvirt.py", "subprocess.py"}
@@ -66,7 +77,9 @@ def test_nothing_is_left_to_do(path):
     assert found == []
 
 
-@pytest.mark.parametrize("package", ["dispatcher.provider", "dispatcher.model", "dispatcher.manager.lifecycle", "dispatcher.names"])
+@pytest.mark.parametrize(
+    "package", ["dispatcher.provider", "dispatcher.model", "dispatcher.manager.lifecycle", "dispatcher.names"]
+)
 def test_what_calls_itself_pure_imports_no_io(package):
     io = {"socket", "subprocess", "asyncio", "threading", "http", "sqlalchemy", "flask", "docker", "libvirt"}
     path = ROOT / (package.replace(".", "/") + ".py")
@@ -76,14 +89,22 @@ def test_what_calls_itself_pure_imports_no_io(package):
 def test_no_committed_file_names_this_machine():
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        names = [str(path.relative_to(ROOT)) for pattern in ("dispatcher/**/*", "providers/**/*", "docs/**/*", "*") for path in ROOT.glob(pattern)]
+        names = [
+            str(path.relative_to(ROOT))
+            for pattern in ("dispatcher/**/*", "providers/**/*", "docs/**/*", "*")
+            for path in ROOT.glob(pattern)
+        ]
     else:
         names = done.stdout.split("\0")
     here = ("/wo" + "rk/", "../sha" + "red", "/opt/py" + "pi", "files.python" + "hosted")
     guilty = []
     for name in names:
         path = ROOT / name
-        if name and path.is_file() and path.suffix in {".py", ".md", ".toml", ".sh", ".txt", ".ini", ".service", ""}:
+        if (
+            name
+            and path.is_file()
+            and path.suffix in {".py", ".md", ".toml", ".sh", ".txt", ".ini", ".service", ""}
+        ):
             text = path.read_text(errors="replace")
             guilty += [f"{name}: {word}" for word in here if word in text]
     assert guilty == []

@@ -24,7 +24,14 @@ SPEC = AgentSpec(
 
 @pytest.mark.parametrize(
     "text",
-    ["unix:/run/a/s", "unix:/with space/s", "tcp:127.0.0.1:80", "tcp:[::1]:8080", "tcp:host.example:65535", "vsock:3:5000"],
+    [
+        "unix:/run/a/s",
+        "unix:/with space/s",
+        "tcp:127.0.0.1:80",
+        "tcp:[::1]:8080",
+        "tcp:host.example:65535",
+        "vsock:3:5000",
+    ],
 )
 def test_endpoints_survive_as_text(text):
     assert str(Endpoint.parse(text)) == text
@@ -32,7 +39,20 @@ def test_endpoints_survive_as_text(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "unix:", "unix:rel", "tcp:host", "tcp::80", "tcp:h:0", "tcp:h:65536", "tcp:h:x", "vsock:x:1", "vsock:1", "http://x", "x"],
+    [
+        "",
+        "unix:",
+        "unix:rel",
+        "tcp:host",
+        "tcp::80",
+        "tcp:h:0",
+        "tcp:h:65536",
+        "tcp:h:x",
+        "vsock:x:1",
+        "vsock:1",
+        "http://x",
+        "x",
+    ],
 )
 def test_what_is_no_endpoint_is_refused(text):
     with pytest.raises(BadRequest, match="use unix:/PATH"):
@@ -45,7 +65,9 @@ def test_a_handle_survives_as_json():
     assert json.loads(handle.to_json())["version"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", "7", '{"version": 1}', '{"version": 1, "provider": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", "7", '{"version": 1}', '{"version": 1, "provider": "x"}']
+)
 def test_a_damaged_handle_is_told(text):
     with pytest.raises(BadRequest, match="Damaged handle"):
         Handle.from_json(text)

@@ -71,7 +71,9 @@ def test_agents_are_a_user_and_an_app(raw, canonical):
     assert names.agent_name(raw) == canonical
 
 
-@pytest.mark.parametrize("raw", ["alice:", ":x", "a:b:c", "alice:X", "alice:-x", "alice:x-", "alice:../x", "alice:" + "x" * 33, 7, None])
+@pytest.mark.parametrize(
+    "raw", ["alice:", ":x", "a:b:c", "alice:X", "alice:-x", "alice:x-", "alice:../x", "alice:" + "x" * 33, 7, None]
+)
 def test_illegal_agents(raw):
     with pytest.raises(BadRequest):
         names.agent_name(raw)

@@ -118,7 +118,9 @@ def test_a_name_that_two_distributions_claim_names_both():
 
 
 def test_an_unknown_name_names_its_neighbour():
-    with pytest.raises(PluginError, match=r"There is no plugin 'dokcer': installed are: docker.*did you mean 'docker'"):
+    with pytest.raises(
+        PluginError, match=r"There is no plugin 'dokcer': installed are: docker.*did you mean 'docker'"
+    ):
         Plugins([entry("docker", "x")]).load("dokcer")
     with pytest.raises(PluginError, match="installed are: none"):
         Plugins([]).load("docker")
@@ -126,7 +128,9 @@ def test_an_unknown_name_names_its_neighbour():
 
 def test_a_plugin_that_cannot_be_imported_names_its_distribution():
     plugins = Plugins([entry("bad", "no_such_module_anywhere")])
-    with pytest.raises(PluginError, match=r"The plugin 'bad' of acme-plugin 1\.2 cannot be imported: ModuleNotFoundError"):
+    with pytest.raises(
+        PluginError, match=r"The plugin 'bad' of acme-plugin 1\.2 cannot be imported: ModuleNotFoundError"
+    ):
         plugins.load("bad")
 
 
@@ -140,14 +144,23 @@ def failing():
         (plugin([int]), "int of acme 1 is not a subclass of dispatcher's Provider"),
         (plugin(["text"]), "'text' of acme 1 is not a subclass"),
         (plugin([FakeAuthenticator]), "is not a subclass of dispatcher's Provider"),
-        (plugin([broken(api_version=99)]), "Broken of acme 1 is written for version 99 of the contract: this program has version 1"),
+        (
+            plugin([broken(api_version=99)]),
+            "Broken of acme 1 is written for version 99 of the contract: this program has version 1",
+        ),
         (plugin([broken(api_version=None)]), "written for version None"),
         (plugin([broken(name=None)]), "Broken of acme 1 has no name"),
         (plugin([broken(Options=dict)]), "Broken of acme 1 has no Options"),
         (plugin([broken(AppOptions=None)]), "Broken of acme 1 has no AppOptions"),
         (plugin([FakeProvider, broken()]), "'fake' is registered twice"),
-        (plugin([type("Partial", (Provider,), {"name": "p"})]), "Partial of acme 1 is incomplete: it does not implement capabilities, check"),
-        (plugin(dispatcher_register_provider=hookimpl(lambda: [])), "implements an unknown hook 'dispatcher_register_provider'"),
+        (
+            plugin([type("Partial", (Provider,), {"name": "p"})]),
+            "Partial of acme 1 is incomplete: it does not implement capabilities, check",
+        ),
+        (
+            plugin(dispatcher_register_provider=hookimpl(lambda: [])),
+            "implements an unknown hook 'dispatcher_register_provider'",
+        ),
         (plugin(dispatcher_agent_event=hookimpl(lambda evnt: None)), "breaks a hook's contract"),
     ],
 )

@@ -30,14 +30,18 @@ def test_shell_scripts_are_clean(path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("path", [path for path in SHELL if b"bash" in path.read_bytes().split(b"\n")[0]], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [path for path in SHELL if b"bash" in path.read_bytes().split(b"\n")[0]], ids=lambda path: path.name
+)
 def test_bash_scripts_fail_loudly(path):
     assert "set -euo pipefail" in path.read_text()
 
 
 def test_make_venv_says_what_is_missing(tmp_path):
     def make(python):
-        return subprocess.run([ROOT / "tests/machine/make-venv", python, tmp_path / "v"], capture_output=True, text=True)
+        return subprocess.run(
+            [ROOT / "tests/machine/make-venv", python, tmp_path / "v"], capture_output=True, text=True
+        )
 
     done = make("no-such-python")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
@@ -47,7 +51,7 @@ def test_make_venv_says_what_is_missing(tmp_path):
     old.chmod(0o755)
     assert "Python 3.10 or later is needed" in make(old).stderr
     bare = tmp_path / "bare-python"
-    bare.write_text('#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac\nexit 0\n')
+    bare.write_text("#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac\nexit 0\n")
     bare.chmod(0o755)
     assert "apt-get install python3-venv" in make(bare).stderr
     assert not (tmp_path / "v").exists()
