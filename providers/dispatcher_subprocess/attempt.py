@@ -83,7 +83,11 @@ class Attempt:
         self._keep(self._output)
         self._pass(both)
         status = self._pass(self.journals.begin(self._first_line()))
-        user = sandbox.become(spec.uid, spec.gid, self.machine.setpriv) if self.machine.own_uid else []
+        user = []
+        if self.machine.own_uid:
+            user = sandbox.become(spec.uid, spec.gid, self.machine.setpriv)
+        elif not self.machine.sandboxed and self.machine.setpriv:
+            user = [self.machine.setpriv, "--no-new-privs", "--"]
         plain, loader = sandbox.split_environment(self.plan.variables)
         if self.machine.sandboxed:
             self._prepare_walled(user, plain, loader, status)
@@ -147,10 +151,10 @@ class Attempt:
         self._pass(stdin)
         self._line = b"\n" + (spec.stdin or b"")
         inherited, program, environment = [], plan.command, plain
-        if user and loader:
+        if self.machine.own_uid and loader:
             inherited = [self._memory(sandbox.loader_script(loader))]
             program = sandbox.with_loader(program, f"/proc/self/fd/{inherited[0]}")
-        if not user:
+        if not self.machine.own_uid:
             environment = plain | loader | {processes.TOKEN: self.token}
         self._launch = {
             "command": sandbox.gated([*user, *program]),

@@ -48,19 +48,16 @@ class Ending:
         if record.boot != boot_id():
             return self._note(record, "" if record.asked else REBOOTED)
         group = self.group(record)
-        code = launch.reap(record.main.pid) if record.main else None
-        fresh = self._journals.read(record.name) or record
-        if fresh.exit_code is not None:
-            code = fresh.exit_code
         oom = group is not None and group.oom_kills() > 0
         limit = Deadline(_TIDY)
         processes.kill(record, group, lambda: limit.expired)
+        code = self._reap(record)
         if record.main is None:
-            reason = INTERRUPTED
-        else:
-            self._reap(record)
-            reason = "" if record.asked else exit_reason(code, out_of_memory=oom)
-        return self._note(record, reason)
+            return self._note(record, INTERRUPTED)
+        told = self._journals.read(record.name)
+        if told and told.exit_code is not None:
+            code = told.exit_code
+        return self._note(record, "" if record.asked else exit_reason(code, out_of_memory=oom))
 
     def stop(self, record: Record, grace: float, deadline: Deadline, tick: Callable[[], None]) -> None:
         """End every process: TERM, then after `grace` seconds KILL.  The caller holds the lock.
@@ -97,10 +94,11 @@ class Ending:
         self._journals.remove(name)
 
     @staticmethod
-    def _reap(record: Record) -> None:
-        for process in (record.main, record.helper):
-            if process:
-                launch.reap(process.pid)
+    def _reap(record: Record) -> int | None:
+        """Reap what were children of this process; return the exit code of the main one, None when it was none."""
+        if record.helper:
+            launch.reap(record.helper.pid)
+        return launch.reap(record.main.pid) if record.main else None
 
     def _note(self, record: Record, reason: str) -> Record:
         self._journals.append(record.name, {"ended": reason})

@@ -8,6 +8,13 @@ from dispatcher.model import App, Capability, Finding, Level, Network
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import endpoint_kind
 
+#: Controller -> key of the configuration, capability, and what an agent may do where nothing limits it.
+_LIMITS = {
+    "memory": ("memory", Capability.MEMORY_LIMIT, "each process of an agent is limited, not their sum"),
+    "cpu": ("cpus", Capability.CPU_LIMIT, "an agent may use all cores"),
+    "pids": ("pids", Capability.PIDS_LIMIT, "an agent may have as many processes as its user"),
+}
+
 
 def capabilities(machine: Machine) -> frozenset[Capability]:
     """Return what works on this host."""
@@ -23,12 +30,7 @@ def capabilities(machine: Machine) -> frozenset[Capability]:
         found.add(Capability.NETWORK_NONE)
         if machine.private_fault is None:
             found.add(Capability.NETWORK_PRIVATE)
-    if machine.cgroups.limits("memory"):
-        found.add(Capability.MEMORY_LIMIT)
-    if machine.cgroups.limits("cpu"):
-        found.add(Capability.CPU_LIMIT)
-    if machine.cgroups.limits("pids") or machine.own_uid:
-        found.add(Capability.PIDS_LIMIT)
+    found |= {capability for what, (_, capability, _) in _LIMITS.items() if machine.limits(what)}
     return frozenset(found)
 
 
@@ -65,31 +67,26 @@ def _host(machine: Machine) -> Iterator[Finding]:
 
 
 def _limits(machine: Machine) -> Iterator[Finding]:
-    groups = machine.cgroups
-    for controller, key, instead in (
-        ("memory", "memory", "each process of an agent is limited instead, not their sum"),
-        ("cpu", "cpus", "an agent may use all cores"),
-        (
-            "pids",
-            "pids",
-            "they are counted per user id, which is each agent's own"
-            if machine.own_uid
-            else "they are not limited",
-        ),
-    ):
-        if groups.limits(controller):
-            yield _ok(f"The limit {key} is kept by the kernel's {controller} controller")
+    for what, (key, _, instead) in _LIMITS.items():
+        if machine.cgroups.limits(what):
+            yield _ok(f"The limit {key} is kept by the kernel's {what} controller")
+        elif machine.limits(what):
+            yield _ok(f"The limit {key} is kept by counting the processes of each agent's own user id")
         else:
-            yield Finding(
-                level=Level.INFO if controller == "pids" and machine.own_uid else Level.WARNING,
-                what=f"The limit {key} has no control group here: {instead}",
-                fix="run as root, or delegate control groups to the manager",
-            )
+            yield _unlimited(key, instead)
     yield Finding(
         level=Level.INFO, what="The limit disk is not kept: data is a plain directory", fix="use a quota"
     )
-    if not groups.can_freeze:
+    if not machine.cgroups.can_freeze:
         yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as no control group can be frozen")
+
+
+def _unlimited(key: str, instead: str) -> Finding:
+    return Finding(
+        level=Level.WARNING,
+        what=f"The limit {key} is not enforced, as there is no control group for it: {instead}",
+        fix="run as root, or delegate control groups to the manager",
+    )
 
 
 def _app(machine: Machine, app: App) -> Iterator[Finding]:
@@ -101,6 +98,10 @@ def _app(machine: Machine, app: App) -> Iterator[Finding]:
         )
     else:
         yield _ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
+    wanted = {"memory": app.limits.memory, "cpu": app.limits.cpus, "pids": app.limits.pids}
+    for what, (key, _, instead) in _LIMITS.items():
+        if wanted[what] is not None and not machine.limits(what):
+            yield _unlimited(key, instead)
     if app.limits.disk is not None:
         yield Finding(
             level=Level.WARNING,

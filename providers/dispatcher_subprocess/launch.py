@@ -12,6 +12,7 @@ import os
 import resource
 import select
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 
 from dispatcher.clock import Deadline
@@ -20,6 +21,7 @@ from dispatcher_subprocess import procfs
 from dispatcher_subprocess.record import Process
 
 _PIPE = 32768  # bytes that surely fit into a pipe that nobody reads yet
+_DYING = 1.0  # seconds that a killed process may take to be gone
 _AGENT_OOM = 100  # agents go before the host's own services when memory is short
 
 
@@ -80,15 +82,22 @@ def spawn(
 
 
 def reap(pid: int) -> int | None:
-    """Reap a dead child; return its exit code as a shell counts it, None when it lives or is no child of ours."""
-    try:
-        done, status = os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        return None
-    if done != pid:
-        return None
-    code = os.waitstatus_to_exitcode(status)
-    return 128 - code if code < 0 else code
+    """Reap a dying child; return its exit code as a shell counts it, None when it is no child of ours.
+
+    Its first thread may look dead while others are still at it: so wait a little.
+    """
+    end = time.monotonic() + _DYING
+    while True:
+        try:
+            done, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if done == pid:
+            code = os.waitstatus_to_exitcode(status)
+            return 128 - code if code < 0 else code
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.001)
 
 
 def read_info(fd: int, deadline: Deadline) -> tuple[int, int]:

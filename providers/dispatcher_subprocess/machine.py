@@ -53,6 +53,10 @@ class Machine:
         """Whether each agent gets a host user id of its own."""
         return self.privileged and bool(self.setpriv)
 
+    def limits(self, what: str) -> bool:
+        """Whether the limit memory, cpu or pids is kept for an agent as a whole."""
+        return self.cgroups.limits(what) or (what == "pids" and self.own_uid)
+
     @property
     def private_fault(self) -> tuple[str, str] | None:
         """Why private networks do not work and what to do; None when they do."""
@@ -62,8 +66,8 @@ class Machine:
             return "neither pasta nor slirp4netns is installed", "install passt"
         if not (which("ip") and which("nsenter")):
             return "ip or nsenter is not installed", "install iproute2 and util-linux"
-        if not os.path.exists("/dev/net/tun"):
-            return "there is no /dev/net/tun", "load the kernel's module tun"
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+            return "/dev/net/tun cannot be used", "load the kernel's module tun, and give its device the mode 0666"
         return None
 
 

@@ -49,7 +49,7 @@ def verify(app: App, kind: str, machine: Machine) -> None:
         return
     if machine.private_fault:
         why, fix = machine.private_fault
-        raise Unsupported(f'apps.{app.name}: network = "private" does not work here', why=why, fix=fix)
+        raise Unsupported(f'network = "private" of the app {app.name} does not work here', why=why, fix=fix)
     if kind == "tcp" and not machine.pasta:
         raise Unsupported(
             f'apps.{app.name}: {{port}} with network = "private" does not work here',

@@ -59,8 +59,18 @@ class SecretFiles:
 
     def remove(self, name: str) -> None:
         """Remove an agent's secrets; absent is success."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path(name))  # follows no links
+        path = self.path(name)
+        try:
+            directory = os.open(path, _DIRECTORY)
+            try:
+                os.fchmod(directory, 0o700)
+            finally:
+                os.close(directory)
+            shutil.rmtree(path)  # follows no links
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ProviderError(f"Cannot remove {path}", why=error.strerror or str(error)) from error
 
     def _open_base(self) -> int:
         with contextlib.suppress(FileExistsError):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import ordinary
+from tests.conftest import ROOT
 from tests.installation import until
 
 PROGRAM = [sys.executable, "-m", "dispatcher"]
@@ -340,3 +341,23 @@ def test_reload_reaches_both(start, config):
     assert ask(url, Cookie=cookie)[0] in {200, 503}
     time.sleep(0.2)
     assert run.process.poll() is None
+
+
+@pytest.mark.bubblewrap
+def test_make_demo_ends_with_ctrl_c(start, tmp_path):
+    """As a person in a terminal: Ctrl-C reaches make and all that it started at once."""
+    venv = Path(sys.prefix)
+    directory = tmp_path / "demo"
+    run = start(
+        # -o: what is installed here is what is tried; how make installs it, CI shows.
+        ["make", "demo", f"VENV={venv}", "-o", str(venv / ".demo"), f"ARGS=--directory {directory}"],
+        cwd=ROOT,
+    )
+    url = run.line(r"Open (http://127\.0\.0\.1:\d+/)")[1]
+    people = {name: run.line(rf"Sign in {name} / (\S+)")[1] for name in ("alice", "bob")}
+    run.line("Ctrl-C ends it")
+    use_the_demo(url, people)
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.process.wait(60)
+    until("everything has ended", lambda: not processes_with(str(directory)))
+    until("the directory is gone", lambda: not directory.exists())

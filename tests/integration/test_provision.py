@@ -329,3 +329,16 @@ def test_the_vagrant_machine_runs_the_same_script():
     text = (ROOT / "Vagrantfile").read_text()
     assert "/vagrant/packaging/provision.sh" in text
     assert "guest: 8080" in text
+
+
+def test_every_file_of_the_packages_is_installed(installed):
+    site = next((installed / "opt/dispatcher/lib").glob("python3.*")) / "site-packages"
+    missing = []
+    for top in (ROOT / "dispatcher", *(ROOT / "providers").glob("dispatcher_*")):
+        for path in top.rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
+                target = site / path.relative_to(top.parent)
+                if not target.exists():
+                    missing.append(str(path.relative_to(ROOT)))
+    assert missing == []
+    assert (installed / "opt/dispatcher/share/doc/LICENSE").exists()

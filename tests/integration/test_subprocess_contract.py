@@ -21,9 +21,10 @@ class SubprocessContract(ProviderContract):
     bubblewrap = "always"
 
     @pytest.fixture
-    def provider(self, context):
+    def provider(self, context, request):
         options = SubprocessProvider.Options(bubblewrap=self.bubblewrap)
         provider = SubprocessProvider(context=context, options=options)
+        self.kit_of_class = self._kit(request)
         yield provider
         provider.close()
 
@@ -34,14 +35,18 @@ class SubprocessContract(ProviderContract):
         return {"command": ["/nonexistent/app", "{socket}"]}
 
     def leftovers(self, installation):
+        """Control groups, journals, and processes that hold a journal or work on an agent's data."""
+        specs = [spec for key, spec in self.kit_of_class._specs.items() if key.startswith(installation)]
+        marks = [f"/state-{installation}/", *(str(spec.data_dir) for spec in specs)]
         found = {str(path) for path in Path("/sys/fs/cgroup").glob(f"**/dispatcher-{installation}-*")}
+        found |= {str(path) for path in self.kit_of_class.root.glob(f"state-{installation}/*.agent")}
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+                words = (process / "environ").read_bytes().decode(errors="replace")
+                words += "".join(os.readlink(fd) for fd in (process / "fd").iterdir())
             except OSError:
                 continue
-            if f"dispatcher-{installation}".encode() in words and state != "Z":
+            if any(mark in words for mark in marks) and int(process.name) != os.getpid():
                 found.add(f"process {process.name}")
         return found
 
@@ -58,6 +63,12 @@ class TestSandboxed(SubprocessContract):
 class TestUnconfined(SubprocessContract):
     bubblewrap = "never"
     unpromised = {
-        "network": "not kept without a sandbox",
+        "network": "network",
+        "files": "They see the host's files",
         "processes": "processes",
-    } | ({} if ROOT else {})
+        **({} if ROOT else {
+                "uid": "as the user that runs the manager",
+                "endpoint": "can read each other's data",
+                "capabilities": "without a sandbox",
+            }),
+    }
