@@ -14,6 +14,7 @@ users = sa.Table(
     sa.Column("password_hash", sa.Text),  # null: an external authenticator knows it
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("disabled", sa.Boolean, nullable=False, default=False),
+    sqlite_autoincrement=True,
 )
 
 agents = sa.Table(
@@ -48,6 +49,7 @@ agents = sa.Table(
     sa.Column("retry_at", sa.Float),
     sa.Column("move", sa.JSON),
     sa.Column("last_used", sa.Float),
+    sqlite_autoincrement=True,  # another agent of the same name never gets the old one's id, nor its events
 )
 
 events = sa.Table(
