@@ -31,9 +31,10 @@ class AdoptionChecks(Contract):
 
     def test_fresh_instance_finds_all(self, driver: Driver, kit: Kit, alice: Agent, bob: Agent) -> None:
         """A fresh instance lists the same agents with the same handles and observations."""
-        del alice, bob
         other = self.fresh_driver(driver)
         here, there = driver.list(), other.list()
+        missing = {alice.spec.agent, bob.spec.agent} - set(there)
+        expect(not missing, f"a fresh instance does not list {sorted(missing)}: ask the backend")
         expect(
             set(here) == set(there),
             f"a fresh instance lists {sorted(there)}, the old one {sorted(here)}: ask the backend",

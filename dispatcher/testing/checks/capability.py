@@ -119,7 +119,7 @@ class CapabilityChecks(Contract):
             alice.inside.post("/log", f"kit line {number}".encode())
         wanted = [b"kit line 2", b"kit line 3", b"kit line 4"]
         expect(
-            eventually(lambda: list(driver.logs(alice.handle, tail=3)) == wanted, 5, 0.1),
+            eventually(lambda: list(driver.logs(alice.handle, tail=3)) == wanted, self.patience, 0.1),
             f"logs(tail=3) gave {driver.logs(alice.handle, tail=3)!r} rather than the last three lines",
         )
         expect(list(driver.logs(alice.handle, tail=0)) == [], "logs(tail=0) gave lines")

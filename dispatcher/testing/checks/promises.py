@@ -112,8 +112,8 @@ class PromiseChecks(Contract):
                 elif "network" not in self.unpromised:
                     expect(
                         refusal,
-                        f"an app with network {network.value!r} reached a port of the host at {address}: give it a "
-                        "network of its own and close the way to the host, or list 'network' in `unpromised`",
+                        f"an app with network {network.value!r} reached the host at {address}: give it a network "
+                        "of its own and close the way to the host, or list 'network' in `unpromised`",
                     )
 
     def test_credentials_arrive_on_standard_input(self, driver: Driver, kit: Kit) -> None:

@@ -1,0 +1,18 @@
+"""It cannot stop what is not there."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_absent_stop_is_success"
+ADVICE = "absent is success"
+
+
+class Broken(FakeProvider):
+    def stop(self, handle, *, grace, deadline, progress):
+        with self.call("stop", handle.agent, deadline, progress):
+            self.backend.get(handle.name)
+        super().stop(handle, grace=grace, deadline=deadline, progress=progress)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,19 @@
+"""Its constructor waits for the backend."""
+
+import time
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_making_an_instance_asks_nobody"
+ADVICE = "connect in check()"
+
+
+class Broken(FakeProvider):
+    def __init__(self, *, context, options):
+        super().__init__(context=context, options=options)
+        time.sleep(0.7)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,19 @@
+"""It looks at what it started, not at what runs."""
+
+from dataclasses import replace
+
+from dispatcher.model import BackendState
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_end_by_itself_is_told"
+ADVICE = "is still RUNNING"
+
+
+class Broken(FakeProvider):
+    def observation(self, known):
+        return replace(super().observation(known), state=BackendState.RUNNING, endpoint=known.app.endpoint)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,18 @@
+"""It hands the environment through something that reads it."""
+
+import os
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_environment_arrives"
+ADVICE = "never go through a shell"
+
+
+class Broken(FakeProvider):
+    def environment(self, spec):
+        return {key: os.path.expandvars(value) for key, value in super().environment(spec).items()}
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,18 @@
+"""Agents keep capabilities."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_has_no_privileges"
+ADVICE = "drop all capabilities"
+
+
+class Broken(FakeProvider):
+    def container(self, spec, handle):
+        container = super().container(spec, handle)
+        container.app.privileged = True
+        return container
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,18 @@
+"""Secrets are in the labels that the backend shows."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_secrets_show_nowhere"
+ADVICE = "backend's inspection"
+
+
+class Broken(FakeProvider):
+    def container(self, spec, handle):
+        container = super().container(spec, handle)
+        container.labels.update(spec.secrets)
+        return container
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,17 @@
+"""destroy() leaves something of every agent."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_destroy_leaves_the_backend_clean"
+ADVICE = "on the backend"
+
+
+class Broken(FakeProvider):
+    def destroy(self, handle, *, data, deadline, progress):
+        super().destroy(handle, data=data, deadline=deadline, progress=progress)
+        self.backend.volumes[handle.name] = self.context.state_dir
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,18 @@
+"""It never uses force."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_stop_ends_the_deaf"
+ADVICE = "survived stop()"
+
+
+class Broken(FakeProvider):
+    def stop(self, handle, *, grace, deadline, progress):
+        known = self.backend.containers.get(handle.name)
+        if not (known and known.app.environment.get("PROBE_DEAF")):
+            super().stop(handle, grace=grace, deadline=deadline, progress=progress)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

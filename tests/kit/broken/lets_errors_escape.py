@@ -1,0 +1,16 @@
+"""The backend's own errors come out of it."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_absent_is_absent"
+ADVICE = "escape"
+
+
+class Broken(FakeProvider):
+    def observe(self, handle, *, deadline):
+        return self.observation(self.backend.get(handle.name))
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,18 @@
+"""It declares a memory limit and enforces none."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_memory_limit"
+ADVICE = "enforce Limits.memory"
+
+
+class Broken(FakeProvider):
+    def container(self, spec, handle):
+        container = super().container(spec, handle)
+        container.app.limits["memory"] = None
+        return container
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,21 @@
+"""One start holds a lock that all need."""
+
+import threading
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_one_slow_start_delays_nobody"
+ADVICE = "hold no lock that all agents share"
+
+
+class Broken(FakeProvider):
+    lock = threading.Lock()
+
+    def ensure(self, spec, *, deadline, progress):
+        with self.lock:
+            return super().ensure(spec, deadline=deadline, progress=progress)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,16 @@
+"""Secrets are environment variables."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_secrets_show_nowhere"
+ADVICE = "is in the app's environment"
+
+
+class Broken(FakeProvider):
+    def environment(self, spec):
+        return {**super().environment(spec), **spec.secrets}
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,17 @@
+"""It gives the first lines of the log for the last."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_logs_tail"
+ADVICE = "rather than the last three lines"
+
+
+class Broken(FakeProvider):
+    @staticmethod
+    def lines(known, lines, tail, follow):
+        return iter(lines[:tail])
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,23 @@
+"""What it does not declare, it refuses with another error."""
+
+from dispatcher.errors import ProviderError
+from dispatcher.model import Capability
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_sleep_keeps_memory[disk]"
+ADVICE = "raise self.unsupported"
+
+
+class Broken(FakeProvider):
+    @property
+    def capabilities(self):
+        return super().capabilities - {Capability.HIBERNATE}
+
+    def need(self, capability):
+        if capability not in self.capabilities:
+            raise ProviderError("No")
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,17 @@
+"""ensure() starts a running agent anew."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_ensure_twice_is_one_agent"
+ADVICE = "started it anew"
+
+
+class Broken(FakeProvider):
+    def ensure(self, spec, *, deadline, progress):
+        self.stop(self.handle(spec), grace=0, deadline=deadline, progress=progress)
+        return super().ensure(spec, deadline=deadline, progress=progress)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

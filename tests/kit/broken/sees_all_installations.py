@@ -1,0 +1,16 @@
+"""It lists every agent of the backend."""
+
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_installations_do_not_meet"
+ADVICE = "installation's label"
+
+
+class Broken(FakeProvider):
+    def is_ours(self, known):
+        return True
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

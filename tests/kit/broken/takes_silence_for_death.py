@@ -1,0 +1,21 @@
+"""A backend that is down makes it say that agents are stopped."""
+
+from dispatcher.errors import Unavailable
+from dispatcher.model import BackendState, Observation
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_backend_down_is_unavailable"
+ADVICE = "it never becomes stopped"
+
+
+class Broken(FakeProvider):
+    def observe(self, handle, *, deadline):
+        try:
+            return super().observe(handle, deadline=deadline)
+        except Unavailable:
+            return Observation(state=BackendState.STOPPED)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,17 @@
+"""It never tells its progress, so nobody can cancel."""
+
+from dispatcher.provider import no_progress
+from dispatcher.testing.fake import FakeProvider
+from tests.kit.fake_contract import BrokenContract
+
+CHECK = "test_progress_is_told"
+ADVICE = "never called progress"
+
+
+class Broken(FakeProvider):
+    def ensure(self, spec, *, deadline, progress):
+        return super().ensure(spec, deadline=deadline, progress=no_progress)
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken

@@ -1,0 +1,54 @@
+"""The kit catches each provider of tests/kit/broken by the check that is meant for it, with words that help.
+
+Their checks run in one pytest of its own; what it reports is judged here.
+"""
+
+import importlib
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+BROKEN = sorted(path.stem for path in (HERE / "broken").glob("[a-z]*.py"))
+
+pytestmark = pytest.mark.xdist_group("kit")
+
+
+@pytest.fixture(scope="module")
+def verdicts(tmp_path_factory):
+    """Message of the failed check by broken provider; "" where the check passed."""
+    report = tmp_path_factory.mktemp("kit") / "report.xml"
+    chosen = []
+    for name in BROKEN:
+        module = importlib.import_module(f"tests.kit.broken.{name}")
+        chosen.append(f"{HERE / 'broken' / name}.py::TestBroken::{module.CHECK}")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen],
+        cwd=HERE.parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-1000:]
+    found = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        name = case.get("classname").split(".")[-2]
+        problem = next(iter(case.findall("failure") + case.findall("error")), None)
+        found[name] = "" if problem is None else problem.get("message") + (problem.text or "")
+    return found
+
+
+def test_there_are_enough():
+    assert len(BROKEN) >= 15
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_caught_by_the_check_meant_for_it(verdicts, name):
+    module = importlib.import_module(f"tests.kit.broken.{name}")
+    assert verdicts[name], f"{module.CHECK} passes a provider with this fault: {module.__doc__}"
+    assert re.search(module.ADVICE, verdicts[name]), verdicts[name][:1500]
