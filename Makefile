@@ -46,4 +46,4 @@ $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf '$(VENV)' build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis
+	rm -rf '$(VENV)' .venv-ci build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis
