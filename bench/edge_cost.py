@@ -62,6 +62,12 @@ class Transport:
     def resume_reading(self):
         pass
 
+    def close(self):
+        pass
+
+
+CLOSE = (SMALL[0][:-2] + b"Connection: close\r\n\r\n", SMALL[1])
+
 
 def setup():
     from dispatcher.config import parse
@@ -90,6 +96,8 @@ def setup():
 
 def loop(kind, count):
     client, upstream = setup()
+    if kind == "connect":
+        return connections(client.worker, upstream, count)
     request, answer = SMALL if kind == "small" else BROWSER
     requests = [request] * count if isinstance(request, bytes) else [(request % (i % 50, i % 7)).encode() for i in range(count)]
     ask, tell = client.data_received, upstream.data_received
@@ -100,6 +108,22 @@ def loop(kind, count):
     spent = time.process_time() - start
     if kind == "small":
         assert client.transport.written > count * 150, "the answers did not get through"
+    return spent / count * 1e6
+
+
+def connections(worker, upstream, count):
+    """A connection for each request."""
+    request, answer = CLOSE
+    transport = Transport()
+    start = time.process_time()
+    for _ in range(count):
+        client = worker.client()
+        client.connection_made(transport)
+        client.data_received(request)
+        upstream.data_received(answer)
+        client.connection_lost(None)
+    spent = time.process_time() - start
+    assert transport.written > count * 150, "the answers did not get through"
     return spent / count * 1e6
 
 
@@ -132,7 +156,7 @@ def main():
         cProfile.runctx("loop(kind, 20000)", globals(), {"kind": args.profile}, sort="tottime")
         return
     result = {}
-    for kind in ("small", "browser"):
+    for kind in ("small", "connect", "browser"):
         if args.instructions:
             result[kind] = round(instructions(kind))
         else:

@@ -19,7 +19,6 @@ import h11
 
 from dispatcher.config import parse
 from dispatcher.proxy.edge.access import AccessLog
-from dispatcher.proxy.edge.client import Client
 from dispatcher.proxy.edge.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
 from tests.edge_feed import FeedServer, agent_row, session_row
@@ -196,7 +195,7 @@ class Edge:
         )
         self.worker.start(self.loop)
         await self.worker.feed.first(5)
-        server = await self.loop.create_server(lambda: Client(self.worker), "127.0.0.1", 0, ssl=self._tls, backlog=1024)
+        server = await self.loop.create_server(self.worker.client, "127.0.0.1", 0, ssl=self._tls, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         self._stop = asyncio.Event()
         self._ready.set()

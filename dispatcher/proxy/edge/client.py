@@ -8,20 +8,20 @@ looks at `deadline` twice a second, and everything else happens in the callbacks
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dispatcher.proxy.edge import pages, router
 from dispatcher.proxy.edge.chunked import Chunked
 from dispatcher.proxy.edge.headers import BadHead
 from dispatcher.proxy.edge.pages import Failure
-from dispatcher.proxy.edge.request import CHUNKED, IDEMPOTENT, Request, parse_request, upstream_head
+from dispatcher.proxy.edge.request import CHUNKED, IDEMPOTENT, Request, parse_request, upstream_lines
 from dispatcher.proxy.edge.response import Response, client_head
 from dispatcher.proxy.edge.settings import CONNECT_TIMEOUT, FRESH_UPSTREAM, LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.tunnel import tunnel
+from dispatcher.proxy.edge.upstream import AWAIT, Upstream
 
 if TYPE_CHECKING:
     from dispatcher.proxy.edge.tables import Agent, Session
-    from dispatcher.proxy.edge.upstream import Upstream
     from dispatcher.proxy.edge.worker import Worker
 
 # What the connection is doing.
@@ -44,9 +44,10 @@ class Client(asyncio.Protocol):
     """
 
     __slots__ = (
-        "_fixed",
-        "_fixed_agent",
-        "_fixed_host",
+        "_block",
+        "_lines",
+        "_lines_agent",
+        "_model",
         "address",
         "agent",
         "body",
@@ -85,44 +86,51 @@ class Client(asyncio.Protocol):
     )
 
     transport: asyncio.Transport
-    request: Request
+    request: Any  # a Request, None before the first
     agent: Agent | None
 
-    def __init__(self, worker: Worker, address: str | None = None) -> None:
+    def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.address = address
-        self.state = HEAD
+        self.address: str | None = None
         self.deadline = FOREVER
         self.partial: bytearray | None = None
         self.body = b""
         self.upstream: Upstream | None = None
         self.session: Session | None = None
         self.agent = None
-        self.decoder: Chunked | None = None
-        self.left = 0
-        self.write_paused = self.closing = self.eof = self.poll = self.rechunk = False
-        self.replay: bytes | None = None
-        self.held_until = 0.0
         self.holding: Agent | None = None
-        self.cookie = self.digest = self.rest_cookie = b""
+        self.decoder: Chunked | None = None
+        self.replay: bytes | None = None
+        self.left = 0
+        self.held_until = 0.0
         self.parked = b""
         self.parked_for = 0
+        self.cookie = self.digest = self.rest_cookie = b""
         self.remote = b""
-        self.proto = worker.settings.scheme
-        self.trusted = False
-        self._fixed = self._fixed_host = b""
-        self._fixed_agent: Agent | None = None
-        self.bytes_in = self.bytes_out = self.status = 0
+        # The last request's field lines, what they mean, and what became of them for an upstream: clients repeat
+        # them on a connection, and then only the request line is read again.
+        self._block = b""
+        self._model: Request | None = None
+        self._lines = b""
+        self._lines_agent: Agent | None = None
+        self.bytes_in = self.bytes_out = self.spoke = 0
         self.started = 0.0
+        self.reset()
+
+    def reset(self) -> None:
+        """Be as new, for the next connection; what was learned of a client's field lines may come in useful."""
+        self.state = HEAD
+        self.write_paused = self.closing = self.eof = self.poll = self.rechunk = self.trusted = False
+        self.proto = self.worker.settings.scheme
+        self.status = 0
         self.request_id = b""
-        self.spoke = 0
+        self.request = None
 
     # The transport's callbacks.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
         self.deadline = self.worker.now + self.worker.settings.head_timeout
-        self.transport.set_write_buffer_limits(WRITE_HIGH)
         if not self.worker.admit(self):
             self.closing = True
             self.say(pages.FULL)
@@ -156,9 +164,12 @@ class Client(asyncio.Protocol):
         if upstream is not None:
             self.upstream = None
             upstream.leave()
-        self.release()
+        if self.holding is not None or self.parked:
+            self.release()
         if self.agent is not None:
             self._settle(self.agent, self.status or 499)
+        self.decoder = self.replay = self.partial = None
+        self.body = b""
         self.worker.forget(self, streaming=state == STREAM)
 
     def pause_writing(self) -> None:
@@ -195,11 +206,28 @@ class Client(asyncio.Protocol):
             if end > settings.head_bytes:
                 raise BadHead(f"a head of more than {settings.head_bytes} bytes", 431)
             if end == len(data):
-                request = parse_request(data, settings.head_fields)
+                head = data
                 self.body = b""
             else:
+                head = data[:end]
                 self.body = data[end:]
-                request = parse_request(data[:end], settings.head_fields)
+            cut = head.find(b"\r\n")
+            block = head[cut:]
+            if block == self._block:
+                request = self._model
+                assert request is not None
+                request.start(head[:cut])
+                request.size = end
+            else:
+                request = None
+            if request is None or not request.version:
+                self._lines_agent = None
+                request = parse_request(head, settings.head_fields)
+                if request.repeats():
+                    self._block = block
+                    self._model = request
+                else:
+                    self._block = b""
         except BadHead as error:
             if data[:2] == b"\r\n" and not skipped:
                 # RFC 9112, 2.2: an empty line before the request line is ignored.
@@ -211,9 +239,9 @@ class Client(asyncio.Protocol):
         self.closing = request.close or self.eof or worker.draining
         self.bytes_in = end
         self.bytes_out = 0
-        self.started = worker.clock()
-        self.request_id = worker.request_id()
         self.held_until = 0.0
+        self.request_id = worker.request_id()
+        self.started = worker.clock() if worker.log.on else worker.now
         if self.trusted:
             worker.believe(self, request)
         router.route(self, request)
@@ -294,19 +322,13 @@ class Client(asyncio.Protocol):
     def send(self, upstream: Upstream) -> None:
         """Send the request over a connection: the head, and in the same write what is there of the body."""
         request = self.request
+        worker = self.worker
         agent = upstream.agent
         self.upstream = upstream
-        if (
-            agent is not self._fixed_agent
-            or request.host != self._fixed_host
-            or self.trusted
-            or not request.version
-        ):
-            self._fixed = self.worker.fixed_lines(self, agent)
-            self._fixed_agent = agent
-            self._fixed_host = request.host
-        head = upstream_head(request, router.cookie_for(self, agent), self._fixed, self.request_id)
-        worker = self.worker
+        if agent is not self._lines_agent or self.trusted:
+            self._lines = upstream_lines(request, router.cookie_for(self, agent), worker.fixed_lines(self, agent))
+            self._lines_agent = agent if request is self._model else None
+        head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
         self.deadline = worker.now + worker.settings.upstream_timeout
         self.replay = None
         length = request.length
@@ -323,7 +345,9 @@ class Client(asyncio.Protocol):
             if self.state == ANSWER and upstream.used and request.traits & IDEMPOTENT:
                 self.replay = head
         agent.traffic.bytes_in += len(head)
-        upstream.begin(self, head)
+        upstream.client = self
+        upstream.mode = AWAIT
+        upstream.transport.write(head)
 
     def connected(self, upstream: Upstream) -> None:
         """A new connection is there: use it."""
@@ -338,7 +362,9 @@ class Client(asyncio.Protocol):
         if self.body and not self.request.upgrade:
             self.partial = (self.partial or bytearray()) + self.body
             self.body = b""
-        upstream.begin(self, replay)
+        upstream.client = self
+        upstream.mode = AWAIT
+        upstream.transport.write(replay)
 
     def _first_of_body(self, length: int) -> bytes:
         body, self.body = self.body, b""
@@ -412,6 +438,7 @@ class Client(asyncio.Protocol):
         if self.state == BODY:
             self.deadline = self.worker.now + self.worker.settings.body_timeout
 
+    @property
     def request_sent(self) -> bool:
         """Whether the whole request has gone to the upstream."""
         return self.state == ANSWER
@@ -420,25 +447,37 @@ class Client(asyncio.Protocol):
 
     def answer_head(self, response: Response) -> bytes:
         """Return the head of an answer as this client gets it, and settle how the exchange ends."""
-        request = self.request
         worker = self.worker
         self.status = response.status
         self.replay = None
+        if self.state == BODY or worker.draining:
+            # The body may never be read to its end: no further request can follow it.
+            self.closing = True
+        elif response.length >= 0 and response.dated and not self.closing and self.request.version:
+            self.rechunk = False
+            if not worker.settings.hsts_line:
+                head = response.plain
+                if not head:
+                    head = response.plain = client_head(response, b"")
+                if response.length:
+                    self.deadline = FOREVER
+                return head
+        return self._altered_head(response)
+
+    def _altered_head(self, response: Response) -> bytes:
+        """Return a head to which the edge adds something."""
+        request = self.request
+        worker = self.worker
         additions = worker.settings.hsts_line
         if not response.dated:
             additions += worker.date_line
         self.rechunk = False
-        if response.content_length is not None:
-            additions += b"Content-Length: %d\r\n" % response.content_length
-        elif response.length < 0:
+        if response.length < 0:
             if request.version:
                 self.rechunk = True
                 additions += b"Transfer-Encoding: chunked\r\n"
             else:
                 self.closing = True
-        if self.state == BODY or worker.draining:
-            # The body may never be read to its end: no further request can follow it.
-            self.closing = True
         if self.closing:
             additions += b"Connection: close\r\n"
         elif not request.version:
@@ -478,10 +517,17 @@ class Client(asyncio.Protocol):
 
     def exchanged(self) -> None:
         """The answer is complete: end the connection, or be ready for the next request."""
-        self.upstream = None
+        worker = self.worker
         agent = self.agent
+        self.upstream = self.agent = None
         if agent is not None:
-            self._settle(agent, self.status)
+            agent.in_flight -= 1
+            counters = agent.counters
+            if counters is not None and not worker.log.on:
+                counters[self.status // 100] += 1
+            else:
+                worker.count(self, agent, self.status)
+        self.status = 0
         if self.closing:
             self._finish(clean=self.state == ANSWER)
             return
@@ -490,7 +536,7 @@ class Client(asyncio.Protocol):
             self.partial, self.body = bytearray(self.body), b""
         if self.write_paused:
             return  # the next request waits until this answer has left
-        self.deadline = self.worker.now + self.worker.settings.idle_timeout
+        self.deadline = worker.now + worker.settings.idle_timeout
         if self.partial is not None:
             self._next()
 
@@ -601,7 +647,7 @@ class Client(asyncio.Protocol):
 
     def say(self, failure: Failure, link: str = "") -> None:
         """Answer with a failure instead of an agent's answer."""
-        request = getattr(self, "request", None)
+        request = self.request
         if request is None or self.worker.draining:
             self.closing = True
         clean = self._settle_body()
@@ -624,7 +670,7 @@ class Client(asyncio.Protocol):
 
     def _settle_body(self) -> bool:
         """Without reading the body: what is not here yet ends the connection.  Return whether it was all here."""
-        request = getattr(self, "request", None)
+        request = self.request
         if request is None:
             return False
         body, self.body = self.body, b""
@@ -665,6 +711,11 @@ class Client(asyncio.Protocol):
         self.deadline = self.worker.now + LINGER
         self.transport.resume_reading()
         self.transport.write_eof()
+
+    def moved(self, remote: bytes) -> None:
+        """The client has another address than the one before."""
+        self.remote = remote
+        self._lines_agent = None
 
     # Waiting.
 

@@ -4,17 +4,21 @@ What two parsers could read differently is refused here once, for requests and a
 NUL and other controls, folded lines, space before the colon, names that are no tokens, and names whose
 underscore spelling some applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
 
-Each name has a *kind*, a small number that says what the edge does with the line.  Kinds are cached by the exact
-bytes of the name, so that the hot path costs one dictionary lookup a line and never folds case.
+Each name has a *kind*, a small number that says what the edge does with the line.  Clients and applications send the
+same lines again and again: what such a line means is remembered by its exact bytes, and costs one dictionary lookup.
 """
 
 from __future__ import annotations
 
 import re
 
+Entry = tuple[int, bytes]
+
 #: Bytes that a field value or a start line may hold: HTAB, SP, VCHAR and obs-text (RFC 9110, 5.5).
-FIELD_BYTES = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
+FIELD_BYTES = frozenset([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+#: Maps what a line must not hold to NUL.
+CHECK = bytes(byte if byte in FIELD_BYTES else 0 for byte in range(256))
 _MAX_CACHED = 2048
 _MAX_CACHED_NAME = 64
 
@@ -174,24 +178,84 @@ class BadHead(Exception):
         self.status = status
 
 
-class Names:
-    """The kinds of field names, by exact bytes, learned as they are seen.
+#: A line that is passed on as it is, and one that is not: most lines are one of these.
+KEPT: Entry = (KEEP, b"")
+DROPPED: Entry = (DROP, b"")
 
-    `known` is read directly by the parsers; on a miss they call `learn`.
+#: Fields whose lines come again and again and hold nothing that is anybody's secret.
+_REPEATED = frozenset(
+    {
+        *("accept", "accept-charset", "accept-encoding", "accept-language", "cache-control", "connection"),
+        *("content-encoding", "content-length", "content-type", "dnt", "host", "keep-alive", "origin", "pragma"),
+        *(
+            "priority",
+            "te",
+            "transfer-encoding",
+            "upgrade",
+            "upgrade-insecure-requests",
+            "user-agent",
+            "x-requested-with",
+        ),
+        *(
+            "sec-ch-ua",
+            "sec-ch-ua-mobile",
+            "sec-ch-ua-platform",
+            "sec-fetch-dest",
+            "sec-fetch-mode",
+            "sec-fetch-site",
+        ),
+        *("sec-fetch-user", "sec-gpc", "sec-websocket-extensions", "sec-websocket-version"),
+        *("accept-ranges", "access-control-allow-credentials", "access-control-allow-headers"),
+        *("access-control-allow-methods", "access-control-allow-origin", "access-control-expose-headers"),
+        *("content-disposition", "content-security-policy", "cross-origin-embedder-policy", "permissions-policy"),
+        *("cross-origin-opener-policy", "cross-origin-resource-policy", "expires", "referrer-policy", "server"),
+        *("strict-transport-security", "trailer", "vary", "x-content-type-options", "x-frame-options"),
+        *("x-powered-by", "x-xss-protection"),
+    }
+)
+_MAX_LINES = 4096
+_MAX_LINE = 400
+
+
+class Lines:
+    """What field lines mean, by exact bytes.
+
+    `known` is read directly by the parsers: a line that was seen before costs one dictionary lookup, and was checked then.
+    On a miss they call `learn`.
     """
 
-    __slots__ = ("_kinds", "_prefixes", "known")
+    __slots__ = ("_kinds", "_names", "_prefixes", "_repeated", "known")
 
     def __init__(self, kinds: dict[str, int], prefixes: tuple[str, ...] = ()) -> None:
         self._kinds = kinds
         self._prefixes = prefixes
-        self.known: dict[bytes, int] = {}
+        self._names: dict[bytes, int] = {}
+        self._repeated: set[bytes] = set()
+        self.known: dict[bytes, Entry] = {}
 
-    def learn(self, name: bytes) -> int:
-        """Return the kind of a name that is not in `known`, and remember it.
+    def learn(self, line: bytes) -> Entry:
+        """Return the kind and, where it is looked at, the value of a line that is not in `known`.
 
-        :raises BadHead: it is no token (RFC 9110, 5.1); a folded line shows here, as it begins with a space.
+        :raises BadHead: no field line (RFC 9112, 5); a folded line shows here, as it begins with a space.
         """
+        name, colon, value = line.partition(b":")
+        kind = self._names.get(name)
+        if kind is None:
+            kind = self._name(name)
+        if not colon:
+            raise BadHead("a header line without a colon")
+        if 0 in value.translate(CHECK):
+            raise BadHead("a control character in a header")
+        if kind == REFUSE:
+            raise BadHead("a framing header spelled with an underscore")
+        entry = KEPT if kind == KEEP else DROPPED if kind == DROP else (kind, value.strip(b" \t"))
+        if name in self._repeated and len(line) <= _MAX_LINE:
+            if len(self.known) >= _MAX_LINES:
+                self.known.clear()
+            self.known[line] = entry
+        return entry
+
+    def _name(self, name: bytes) -> int:
         if not _TOKEN.fullmatch(name):
             if name[:1] in {b" ", b"\t"}:
                 raise BadHead("a folded header line")
@@ -200,33 +264,42 @@ class Names:
         kind = self._kinds.get(text)
         if kind is None:
             kind = self._odd(text)
-        if len(self.known) < _MAX_CACHED and len(name) <= _MAX_CACHED_NAME:
-            self.known[name] = kind
+        if len(self._names) < _MAX_CACHED and len(name) <= _MAX_CACHED_NAME:
+            self._names[name] = kind
+            if text in _REPEATED:
+                self._repeated.add(name)
         return kind
 
     def _odd(self, text: str) -> int:
         plain = text.replace("_", "-")
         if plain.startswith(self._prefixes):
             return DROP
-        if "_" in text:
-            kind = self._kinds.get(plain, KEEP)
-            if plain in _FRAMING:
-                return REFUSE
-            # An application that reads X_Forwarded_For as X-Forwarded-For would believe the client.
-            return DROP if kind != KEEP and kind < LOOKED_AT else KEEP
-        return KEEP
+        if "_" not in text:
+            return KEEP
+        if plain in _FRAMING:
+            return REFUSE
+        # An application that reads X_Forwarded_For as X-Forwarded-For would believe the client.
+        kind = self._kinds.get(plain, KEEP)
+        return DROP if kind != KEEP and kind < LOOKED_AT else KEEP
 
 
-REQUEST_NAMES = Names(_REQUEST, _IDENTITY_PREFIXES)
-RESPONSE_NAMES = Names(_RESPONSE)
+REQUEST_LINES = Lines(_REQUEST, _IDENTITY_PREFIXES)
+RESPONSE_LINES = Lines(_RESPONSE)
+
+_options: dict[bytes, frozenset[bytes]] = {}
 
 
-def connection_options(value: bytes) -> set[bytes]:
+def connection_options(value: bytes) -> frozenset[bytes]:
     """Return the options of a `Connection` field, lower case (RFC 9110, 7.6.1)."""
-    return {option.strip(b" \t").lower() for option in value.split(b",")}
+    options = _options.get(value)
+    if options is None:
+        options = frozenset(option.strip(b" \t").lower() for option in value.split(b","))
+        if len(_options) < _MAX_CACHED and len(value) <= _MAX_CACHED_NAME:
+            _options[value] = options
+    return options
 
 
-def without_named(lines: list[bytes], options: set[bytes]) -> list[bytes]:
+def without_named(lines: list[bytes], options: frozenset[bytes]) -> list[bytes]:
     """Return `lines` without those that a `Connection` option names."""
     return [line for line in lines if line.partition(b":")[0].lower() not in options]
 
@@ -239,7 +312,7 @@ def trailer_lines(lines: list[bytes]) -> list[bytes]:
     kept = []
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not _TOKEN.fullmatch(name) or value.translate(None, FIELD_BYTES):
+        if not colon or not _TOKEN.fullmatch(name) or 0 in value.translate(CHECK):
             raise BadHead("a bad trailer line")
         text = name.decode("ascii").lower().replace("_", "-")
         if text not in _TRAILER_FORBIDDEN and not text.startswith(_IDENTITY_PREFIXES):

@@ -20,7 +20,6 @@ from dispatcher.clock import boottime
 from dispatcher.logs import logger
 from dispatcher.proxy import privileges
 from dispatcher.proxy.edge.access import AccessLog
-from dispatcher.proxy.edge.client import Client
 from dispatcher.proxy.edge.proxy_protocol import Acceptor
 from dispatcher.proxy.edge.redirect import Redirect
 from dispatcher.proxy.edge.settings import Settings
@@ -109,7 +108,7 @@ class Process:
                 self._acceptors.append(acceptor)
                 acceptor.start()
                 continue
-            self._servers.append(await self._server(sock, lambda: Client(worker), inherited.tls))
+            self._servers.append(await self._server(sock, worker.client, inherited.tls))
         for sock in inherited.redirects:
             self._servers.append(await self._server(sock, lambda: Redirect(worker), None))
 

@@ -14,7 +14,6 @@ import ssl
 import struct
 from typing import TYPE_CHECKING
 
-from dispatcher.proxy.edge.client import Client
 from dispatcher.proxy.edge.headers import BadHead
 
 if TYPE_CHECKING:
@@ -88,9 +87,7 @@ class Acceptor:
         try:
             address = await asyncio.wait_for(self._header(sock), worker.settings.head_timeout)
             extra = {} if self._tls is None else {"ssl_handshake_timeout": worker.settings.head_timeout}
-            await worker.loop.connect_accepted_socket(
-                lambda: Client(worker, address), sock, ssl=self._tls, **extra
-            )
+            await worker.loop.connect_accepted_socket(lambda: worker.client(address), sock, ssl=self._tls, **extra)
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from dispatcher.proxy.edge import headers
-from dispatcher.proxy.edge.headers import FIELD_BYTES, REQUEST_NAMES, BadHead
+from dispatcher.proxy.edge.headers import DROPPED, KEPT, REQUEST_LINES, BadHead
 
 SAFE = 1  # RFC 9110, 9.2.1
 IDEMPOTENT = 2  # RFC 9110, 9.2.2
@@ -40,7 +40,7 @@ METHODS = {
 }
 _VERSIONS = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
 #: Origin-form as it is on the wire: visible ASCII without ``#``; percent-encoding is the application's business.
-_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != ord("#"))
+_TARGET_CHECK = bytes(byte if 0x21 <= byte < 0x7F and byte != ord("#") else 0 for byte in range(256))
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
@@ -58,6 +58,7 @@ class Request:
     :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
     :ivar lines: what is passed on as it came; :ivar fields: values by kind, of those that are looked at.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
+    :ivar watched: an upgrade, or the script of a service worker: its origin matters.
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
 
@@ -74,6 +75,7 @@ class Request:
         "traits",
         "upgrade",
         "version",
+        "watched",
     )
 
     method: bytes
@@ -87,7 +89,30 @@ class Request:
     close: bool
     upgrade: bool
     expects: bool
+    watched: bool
     size: int
+
+    def start(self, line: bytes) -> None:
+        """Take a request line; `fields` are there already.
+
+        :raises BadHead: it is none, or one that is refused.
+        """
+        try:
+            method, target, version = line.split(b" ")
+            self.version = _VERSIONS[version]
+            self.traits = METHODS[method]
+        except (ValueError, KeyError):
+            raise _bad_start(line) from None
+        self.method = method
+        self.target = target
+        if 0 in target.translate(_TARGET_CHECK):
+            raise BadHead("a bad character in the request target")
+        if target[:1] != b"/":
+            self.target = _other_form(self)
+
+    def repeats(self) -> bool:
+        """Whether the next request with the same field lines means the same by them."""
+        return not self.length and not self.upgrade and self.version == 1
 
     def navigation(self) -> bool:
         """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
@@ -113,45 +138,29 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     :raises BadHead: it breaks the grammar, or is one of the forms that are refused.
     """
     lines = head.split(b"\r\n")
-    # Every CR and LF is half of a CRLF pair, and nothing else is a control character.
-    if len(head.translate(None, FIELD_BYTES)) != 2 * len(lines) - 2:
-        raise BadHead("a control character in the head")
     if len(lines) > max_fields + 3:
         raise BadHead(f"more than {max_fields} header lines", 431)
     request = Request()
     request.size = len(head)
-    try:
-        method, target, version = lines[0].split(b" ")
-        request.version = _VERSIONS[version]
-        request.traits = METHODS[method]
-    except (ValueError, KeyError):
-        raise _bad_start(lines[0]) from None
-    request.method = method
-    request.target = target
-    known = REQUEST_NAMES.known
+    known = REQUEST_LINES.known
     kept: list[bytes] = []
     fields: dict[int, bytes] = {}
     for line in lines[1:-2]:
-        name, colon, value = line.partition(b":")
-        kind = known.get(name)
-        if kind is None:
-            kind = REQUEST_NAMES.learn(name)
-        if not colon:
-            raise BadHead("a header line without a colon")
-        if kind == 0:
+        entry = known.get(line)
+        if entry is None:
+            entry = REQUEST_LINES.learn(line)
+        if entry is KEPT:
             kept.append(line)
-        elif kind >= 3:
-            value = value.strip(b" \t")
+        elif entry is not DROPPED:
+            kind, value = entry
             if kind in fields:
                 value = fields[kind] + (b"; " if kind == headers.COOKIE else b", ") + value
             fields[kind] = value
             if kind >= headers.LOOKED_AT:
                 kept.append(line)
-        elif kind == headers.REFUSE:
-            raise BadHead("a framing header spelled with an underscore")
     request.lines = kept
     request.fields = fields
-    _check_target(request)
+    request.start(lines[0])
     host = fields.get(headers.HOST)
     if host is None or host not in _good_hosts:
         host = _check_host(request, host)
@@ -175,14 +184,11 @@ def _bad_start(line: bytes) -> BadHead:
     return BadHead("a bad method")
 
 
-def _check_target(request: Request) -> None:
+def _other_form(request: Request) -> bytes:
+    """Return the origin-form that a target of another form means."""
     target = request.target
-    if target.translate(None, _TARGET_BYTES):
-        raise BadHead("a bad character in the request target")
-    if target[:1] == b"/":
-        return
     if target == b"*" and request.method == b"OPTIONS":
-        return
+        return target
     match = _ABSOLUTE.fullmatch(target)
     if not match:
         raise BadHead("a request target that is no path")
@@ -190,7 +196,7 @@ def _check_target(request: Request) -> None:
     if match[1].lower() != request.fields.get(headers.HOST, b"").lower():
         raise BadHead("a request target of another host")
     rest = match[2] or b"/"
-    request.target = rest if rest[:1] == b"/" else b"/" + rest
+    return rest if rest[:1] == b"/" else b"/" + rest
 
 
 def _check_host(request: Request, host: bytes | None) -> bytes:
@@ -238,6 +244,7 @@ def _frame(request: Request) -> None:
         extra = options - _ORDINARY_OPTIONS
         if extra:
             request.lines = headers.without_named(request.lines, extra)
+    request.watched = request.upgrade or headers.SERVICE_WORKER in fields
     if headers.EXPECT in fields and request.version:
         if fields[headers.EXPECT].lower() != b"100-continue":
             raise BadHead("an expectation that cannot be met", 417)
@@ -247,37 +254,27 @@ def _frame(request: Request) -> None:
 _ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
 
 
-def upstream_head(request: Request, cookie: bytes, fixed: bytes, request_id: bytes) -> bytes:
-    """Return the head for the upstream.
+def upstream_lines(request: Request, cookie: bytes, fixed: bytes) -> bytes:
+    """Return the rest of an upstream's head: what follows the target, up to the value of `X-Request-ID`.
 
     :param cookie: value of the Cookie field, already without the dispatcher's own; empty for none.
     :param fixed: Host and the edge's own lines, each ended by CRLF: alike for all requests of a connection.
     """
     lines = request.lines
-    tail = b"\r\n"
-    if request.length or request.upgrade or headers.TE in request.fields:
-        tail = _framing_lines(request)
-    elif headers.CONTENT_LENGTH in request.fields:
-        tail = b"Content-Length: 0\r\n\r\n"
     return b"".join(
         (
-            request.method,
-            b" ",
-            request.target,
             b" HTTP/1.1\r\n",
             fixed,
-            b"X-Request-ID: ",
-            request_id,
-            b"\r\n",
             b"\r\n".join(lines) + b"\r\n" if lines else b"",
             b"Cookie: " + cookie + b"\r\n" if cookie else b"",
-            tail,
+            _framing_lines(request),
+            b"X-Request-ID: ",
         )
     )
 
 
 def _framing_lines(request: Request) -> bytes:
-    """Return the lines about body and connection, and the empty line."""
+    """Return the lines about body and connection."""
     lines = b""
     if request.length > 0:
         lines = b"Content-Length: %d\r\n" % request.length
@@ -291,4 +288,4 @@ def _framing_lines(request: Request) -> bytes:
         lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
     elif b"trailers" in request.fields.get(headers.TE, b"").lower():
         lines += b"Connection: TE\r\nTE: trailers\r\n"
-    return lines + b"\r\n"
+    return lines

@@ -10,7 +10,7 @@ import re
 
 from dispatcher.proxy.cookies import OWN_NAMES
 from dispatcher.proxy.edge import headers
-from dispatcher.proxy.edge.headers import FIELD_BYTES, RESPONSE_NAMES, BadHead
+from dispatcher.proxy.edge.headers import DROPPED, KEPT, RESPONSE_LINES, BadHead
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
@@ -27,22 +27,22 @@ UNTIL_CLOSE = -2
 class Response:
     """One answer's head, understood.
 
-    :ivar start: the start line for an HTTP/1.1 client; :ivar lines: what is passed on.
-    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`.
-    :ivar content_length: as stated (an answer to HEAD states one too), None without.
+    :ivar lines: what is passed on, the start line for an HTTP/1.1 client first.
+    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` state a length.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
+    :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty.
     """
 
-    __slots__ = ("close", "content_length", "dated", "length", "lines", "start", "status", "upgraded")
+    __slots__ = ("close", "dated", "length", "lines", "plain", "sized", "status", "upgraded")
 
     status: int
-    start: bytes
     lines: list[bytes]
     length: int
-    content_length: int | None
+    sized: bool
     close: bool
     upgraded: bool
     dated: bool
+    plain: bytes
 
 
 class Policy:
@@ -71,8 +71,6 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     :raises BadHead: it must not be passed on.
     """
     lines = head.split(b"\r\n")
-    if len(head.translate(None, FIELD_BYTES)) != 2 * len(lines) - 2:
-        raise BadHead("a control character in the head")
     if len(lines) > max_fields + 3:
         raise BadHead(f"more than {max_fields} header lines")
     start = _statuses.get(lines[0])
@@ -81,49 +79,86 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     version, status, first = start
     response = Response()
     response.status = status
-    response.start = first
-    response.upgraded = False
     response.dated = False
-    known = RESPONSE_NAMES.known
-    kept: list[bytes] = []
-    fields: dict[int, bytes] = {}
+    known = RESPONSE_LINES.known
+    kept = [first]
+    length = UNTIL_CLOSE
+    options = _NO_OPTIONS
+    chunked = False
+    response.upgraded = False
     for line in lines[1:-2]:
-        name, colon, value = line.partition(b":")
-        kind = known.get(name)
-        if kind is None:
-            kind = RESPONSE_NAMES.learn(name)
-        if not colon:
-            raise BadHead("a header line without a colon")
-        if kind == 0:
+        entry = known.get(line)
+        if entry is None:
+            entry = RESPONSE_LINES.learn(line)
+        if entry is KEPT:
             kept.append(line)
-        elif kind == headers.SET_COOKIE:
-            if policy is None:
-                kept.append(line)
-            elif not sets_own_cookie(value):
-                kept.append(_DOMAIN.sub(b"", line) if policy.host_only else line)
-        elif kind == headers.DATE:
-            if not response.dated:
-                response.dated = True
-                kept.append(line)
-        elif kind == headers.SERVICE_WORKER_ALLOWED:
-            if policy is None or not policy.guarded or not widens(value.strip(), policy.guarded):
-                kept.append(line)
-        elif kind == headers.CLEAR_SITE_DATA:
-            if policy is None:  # at the sign-out; an agent must not wipe the whole host
-                kept.append(line)
-        elif kind >= 3:
-            value = value.strip(b" \t")
-            fields[kind] = fields[kind] + b", " + value if kind in fields else value
-        elif kind == headers.REFUSE:
-            raise BadHead("a framing header spelled with an underscore")
+        elif entry is not DROPPED:
+            kind, value = entry
+            if kind == headers.DATE:
+                if not response.dated:
+                    response.dated = True
+                    kept.append(line)
+            elif kind == headers.CONTENT_LENGTH:
+                if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
+                    raise BadHead("a bad Content-Length, or more than one")
+                length = int(value)
+            elif kind == headers.CONNECTION:
+                options = options | headers.connection_options(value)
+            elif kind == headers.TRANSFER_ENCODING:
+                if chunked or value.lower() != b"chunked":
+                    raise BadHead("a Transfer-Encoding other than chunked")
+                chunked = True
+            elif kind == headers.UPGRADE:
+                response.upgraded = status == 101 and value.lower() == b"websocket"
+            elif _may_say(kind, line, value, policy):
+                kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
+    response.close = b"close" in options or (not version and b"keep-alive" not in options)
+    if not options <= _ORDINARY_OPTIONS:
+        kept[1:] = headers.without_named(kept[1:], options - _ORDINARY_OPTIONS)
+    if chunked:
+        if length != UNTIL_CLOSE:
+            raise BadHead("both Transfer-Encoding and Content-Length")
+        if not version:
+            raise BadHead("Transfer-Encoding in HTTP/1.0")
+        length = CHUNKED
     response.lines = kept
-    _frame(response, fields, version, method)
+    response.sized = length >= 0
+    if status < 200 or status == 204:
+        # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of nothing does no harm.
+        if chunked or length > 0:
+            raise BadHead("a body in an answer that has none")
+        response.sized = False
+        length = NO_BODY
+    elif length >= 0:
+        kept.append(b"Content-Length: %d" % length)
+    if status == 304 or method == b"HEAD":
+        length = NO_BODY
+    elif length == UNTIL_CLOSE:
+        response.close = True
+    response.length = length
+    response.plain = b""
     return response
+
+
+_NO_OPTIONS: frozenset[bytes] = frozenset()
+_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
+
+
+def _may_say(kind: int, line: bytes, value: bytes, policy: Policy | None) -> bool:
+    """Whether an upstream may say this about the origin."""
+    if policy is None:
+        return True
+    if kind == headers.SET_COOKIE:
+        return not sets_own_cookie(value)
+    if kind == headers.SERVICE_WORKER_ALLOWED:
+        return not policy.guarded or not widens(value, policy.guarded)
+    del line
+    return False
 
 
 def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     match = _STATUS.fullmatch(line)
-    if not match:
+    if not match or 0 in line.translate(headers.CHECK):
         raise BadHead("a bad status line")
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).
@@ -131,57 +166,6 @@ def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     if len(_statuses) < _MAX_CACHED and len(line) < 64:
         _statuses[line] = learned
     return learned
-
-
-def _frame(response: Response, fields: dict[int, bytes], version: int, method: bytes) -> None:
-    """Decide where the body ends (RFC 9112, 6.3) and whether the upstream connection persists."""
-    status = response.status
-    response.close = not version
-    content_length = None
-    if headers.CONNECTION in fields:
-        options = headers.connection_options(fields[headers.CONNECTION])
-        if b"close" in options:
-            response.close = True
-        elif not version and b"keep-alive" in options:
-            response.close = False
-        extra = options - _ORDINARY_OPTIONS
-        if extra:
-            response.lines = headers.without_named(response.lines, extra)
-    chunked = False
-    if headers.TRANSFER_ENCODING in fields:
-        if headers.CONTENT_LENGTH in fields:
-            raise BadHead("both Transfer-Encoding and Content-Length")
-        if not version:
-            raise BadHead("Transfer-Encoding in HTTP/1.0")
-        if fields[headers.TRANSFER_ENCODING].lower() != b"chunked":
-            raise BadHead("a Transfer-Encoding other than chunked")
-        if status < 200 or status == 204:
-            raise BadHead("Transfer-Encoding in an answer without a body")  # RFC 9112, 6.1
-        chunked = True
-    elif headers.CONTENT_LENGTH in fields:
-        text = fields[headers.CONTENT_LENGTH]
-        if not _LENGTH.fullmatch(text):
-            raise BadHead("a bad Content-Length, or more than one")
-        content_length = int(text)
-        if status < 200 or status == 204:
-            if content_length:
-                raise BadHead("Content-Length in an answer without a body")  # RFC 9110, 8.6
-            content_length = None
-    response.content_length = content_length
-    if method == b"HEAD" or status < 200 or status in {204, 304}:
-        response.length = NO_BODY
-        if status == 101:
-            response.upgraded = fields.get(headers.UPGRADE, b"").lower() == b"websocket"
-    elif chunked:
-        response.length = CHUNKED
-    elif content_length is not None:
-        response.length = content_length
-    else:
-        response.length = UNTIL_CLOSE
-        response.close = True
-
-
-_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 
 
 def sets_own_cookie(value: bytes) -> bool:
@@ -212,6 +196,4 @@ def widens(value: bytes, guarded: bytes) -> bool:
 
 def client_head(response: Response, additions: bytes) -> bytes:
     """Return the head for the client; `additions` are the edge's own lines, each ended by CRLF."""
-    if response.lines:
-        return response.start + b"\r\n" + b"\r\n".join(response.lines) + b"\r\n" + additions + b"\r\n"
-    return response.start + b"\r\n" + additions + b"\r\n"
+    return b"\r\n".join(response.lines) + b"\r\n" + additions + b"\r\n"

@@ -35,22 +35,25 @@ _SLEEPY = frozenset({feed_protocol.ASLEEP, feed_protocol.STOPPING})
 def route(client: Client, request: Request) -> None:
     """Decide what becomes of a request, and begin it."""
     worker = client.worker
-    settings = worker.settings
-    prefix = settings.prefix
-    if request.target.startswith(prefix) and request.target[len(prefix) : len(prefix) + 1] in {b"", b"/", b"?"}:
+    prefix = worker.settings.prefix
+    target = request.target
+    if target.startswith(prefix) and target[len(prefix) : len(prefix) + 1] in {b"", b"/", b"?"}:
         _to_portal(client, request)
         return
-    session = find_session(client, request)
-    if session is None:
-        _no_session(client, request)
-        return
-    to_agent(client, request, session)
+    cookie = request.fields.get(headers.COOKIE)
+    if cookie is not None:
+        if cookie != client.cookie:
+            read_cookie(client, cookie)
+        session = worker.tables.sessions.get(client.digest)
+        if session is not None and session.expires > worker.now:
+            to_agent(client, request, session)
+            return
+    _no_session(client, request)
 
 
 def to_agent(client: Client, request: Request, session: Session) -> None:
     """Send a session's request to its agent, if the agent runs."""
     worker = client.worker
-    settings = worker.settings
     if session is not client.session:
         worker.bind(client, session)
     if not session.used:
@@ -59,7 +62,8 @@ def to_agent(client: Client, request: Request, session: Session) -> None:
     agent = session.target
     if agent is None or agent.gone:
         agent = worker.tables.target(session)
-    if settings.subdomain:
+    subdomain = worker.settings.subdomain
+    if subdomain:
         agent = _of_host(client, request, session)
         if agent is None:
             return
@@ -69,7 +73,7 @@ def to_agent(client: Client, request: Request, session: Session) -> None:
     if agent is None or agent.user != session.user:
         client.say(pages.NO_AGENT)
         return
-    if request.upgrade or headers.SERVICE_WORKER in request.fields or settings.subdomain:
+    if request.watched or subdomain:
         failure = _origin_fault(client, request)
         if failure is not None:
             client.say(failure)

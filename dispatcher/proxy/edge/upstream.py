@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dispatcher.proxy.edge.tables import Agent
     from dispatcher.proxy.edge.worker import Worker
 
-_IDLE, _HEAD, _LENGTH, _CHUNKED, _REST = range(5)
+IDLE, AWAIT, _LENGTH, _CHUNKED, _REST = range(5)
 _JOIN = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
 
 
@@ -32,6 +32,9 @@ class Upstream(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_block",
+        "_method",
+        "_model",
         "agent",
         "client",
         "decoder",
@@ -54,21 +57,18 @@ class Upstream(asyncio.Protocol):
         self.agent = agent
         self.generation = agent.generation
         self.client: Client | None = None
-        self.mode = _IDLE
+        self.mode = IDLE
         self.left = 0
         self.decoder: Chunked | None = None
         self.partial: bytearray | None = None
         self.response: Response | None = None
         self.informational = 0
+        # The last answer's head and what it means: at a high rate, heads repeat within the second.
+        self._block = b""
+        self._method = b""
+        self._model: Response | None = None
         self.since = 0.0
         self.used = False
-
-    def begin(self, client: Client, head: bytes) -> None:
-        """Send a request's head, with as much of its body as there is, and wait for the answer."""
-        self.client = client
-        self.mode = _HEAD
-        self.informational = 0
-        self.transport.write(head)
 
     def leave(self) -> None:
         """Stop serving: the client is gone, or the exchange cannot go on."""
@@ -85,7 +85,9 @@ class Upstream(asyncio.Protocol):
             self.transport.abort()
             return
         mode = self.mode
-        if mode == _LENGTH:
+        if mode == AWAIT:
+            self._head(client, data)
+        elif mode == _LENGTH:
             size = len(data)
             if size < self.left:
                 self.left -= size
@@ -94,8 +96,6 @@ class Upstream(asyncio.Protocol):
             extra = size > self.left
             client.pass_on(data[: self.left] if extra else data)
             self.complete(reusable=not extra)
-        elif mode == _HEAD:
-            self._head(client, data)
         elif mode == _CHUNKED:
             self._chunks(client, data)
         elif mode == _REST:
@@ -103,17 +103,17 @@ class Upstream(asyncio.Protocol):
 
     def _head(self, client: Client, data: bytes) -> None:
         settings = self.worker.settings
-        if self.partial is not None:
+        if self.partial is None:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self.partial = bytearray(data)
+        else:
             start = max(0, len(self.partial) - 3)
             self.partial += data
             end = self.partial.find(b"\r\n\r\n", start)
             if end >= 0:
                 data = bytes(self.partial)
                 self.partial = None
-        else:
-            end = data.find(b"\r\n\r\n")
-            if end < 0:
-                self.partial = bytearray(data)
         size = end + 4 if end >= 0 else len(self.partial or b"")
         try:
             if size > settings.head_bytes:
@@ -121,12 +121,17 @@ class Upstream(asyncio.Protocol):
             if end < 0:
                 return
             head, rest = (data, b"") if size == len(data) else (data[:size], data[size:])
+            method = client.request.method
+            if head == self._block and method == self._method and self._model is not None:
+                self._final(client, self._model, rest)
+                return
             policy = settings.policy if self.agent.name else answers.TRUSTED
-            response = parse_response(head, settings.head_fields, client.request.method, policy)
+            response = parse_response(head, settings.head_fields, method, policy)
             if response.status < 200:
                 self._informational(client, response, rest)
-            else:
-                self._final(client, response, rest)
+                return
+            self._block, self._method, self._model = head, method, response
+            self._final(client, response, rest)
         except BadHead as error:
             self.partial = None
             client.upstream_invalid(error.why)
@@ -152,10 +157,13 @@ class Upstream(asyncio.Protocol):
         head = client.answer_head(response)
         if length >= 0:
             size = len(rest)
-            if size >= length:
-                extra = size > length
-                client.deliver(head + rest[:length] if extra else head + rest, length)
-                self.complete(reusable=not extra)
+            if size == length:
+                client.deliver(head + rest, length)
+                self.complete(reusable=True)
+                return
+            if size > length:
+                client.deliver(head + rest[:length], length)
+                self.complete(reusable=False)
                 return
             self.mode = _LENGTH
             self.left = length - size
@@ -200,28 +208,29 @@ class Upstream(asyncio.Protocol):
         if client is None or response is None:
             return
         self.client = self.response = self.decoder = None
-        self.mode = _IDLE
+        self.mode = IDLE
         agent = self.agent
+        idle = agent.idle
         if (
-            reusable
-            and not response.close
-            and client.request_sent()
-            and self.generation == agent.generation
-            and len(agent.idle) < MAX_IDLE
+            not reusable
+            or response.close
+            or not client.request_sent
+            or self.generation != agent.generation
+            or len(idle) >= MAX_IDLE
         ):
+            self.transport.close()
+        else:
             self.used = True
             self.since = self.worker.now
-            agent.idle.append(self)
+            idle.append(self)
             if client.write_paused:
                 self.transport.resume_reading()
-        else:
-            self.transport.close()
         client.exchanged()
 
     def connection_lost(self, exc: Exception | None) -> None:
         client = self.client
         if client is None:
-            if self.mode == _IDLE and self in self.agent.idle:
+            if self.mode == IDLE and self in self.agent.idle:
                 self.agent.idle.remove(self)
             return
         if self.mode == _REST and exc is None:
@@ -231,7 +240,7 @@ class Upstream(asyncio.Protocol):
             self.complete(reusable=False)
             return
         self.client = None
-        untouched = self.mode == _HEAD and self.partial is None and not self.informational
+        untouched = self.mode == AWAIT and self.partial is None and not self.informational
         client.upstream_lost(untouched=untouched)
 
     def pause_writing(self) -> None:

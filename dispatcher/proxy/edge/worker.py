@@ -41,6 +41,7 @@ _SPOKES = 2
 _MAX_LOOKUPS = 1000  # under way at a time
 _MAX_NEGATIVE = 10_000
 _NEGATIVE = 5.0  # seconds that an unknown session stays unknown without asking again
+_MAX_SPARE = 256  # connection objects kept for the next connections
 _WAKE_PAUSE = 1.0  # seconds between two wake requests, or reports, about one agent
 
 
@@ -69,6 +70,7 @@ class Worker:
         self._ticks = 0
         self._addresses: dict[str, int] = {}
         self._open = 0
+        self._spare: list[Client] = []
         self._tunnels: dict[ClientEnd, None] = {}
         self._active: dict[Session, None] = {}
         self._lookups: dict[bytes, list[Client]] = {}
@@ -92,13 +94,24 @@ class Worker:
 
     # Connections.
 
+    def client(self, address: str | None = None) -> Client:
+        """Return a protocol for a new connection.
+
+        :param address: of the client, where the transport does not know it.
+        """
+        client = self._spare.pop() if self._spare else Client(self)
+        client.address = address
+        return client
+
     def admit(self, client: Client) -> bool:
         """Take a new connection; False when there are too many."""
         if client.address is None:
             peer = client.transport.get_extra_info("peername")
             client.address = _plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
         address = client.address
-        client.remote, client.trusted, exempt = self._forwarded.peer(address)
+        remote, client.trusted, exempt = self._forwarded.peer(address)
+        if remote != client.remote:
+            client.moved(remote)
         self._open += 1
         count = self._addresses.get(address, 0) + 1
         self._addresses[address] = count
@@ -115,6 +128,9 @@ class Worker:
         self._leave(client.address or "")
         if streaming:
             self.events.forget(client)
+        if len(self._spare) < _MAX_SPARE:
+            client.reset()
+            self._spare.append(client)
 
     def hand_over(self, client: Client) -> None:
         """A connection is no client of HTTP any more; its address still counts."""
@@ -165,12 +181,8 @@ class Worker:
         session.connections[connection] = None
 
     def _unbind(self, connection: Client | ClientEnd, session: Session) -> None:
-        connections = session.connections
-        if connections is not None:
-            connections.pop(connection, None)
-            if not connections:
-                session.connections = None
-                self._active.pop(session, None)
+        if session.connections is not None:
+            session.connections.pop(connection, None)
 
     # Timers.
 
@@ -188,9 +200,12 @@ class Worker:
     def _each_second(self, now: float) -> None:
         self._date()
         self.feed.check()
-        ended = [session for session in self._active if session.expires <= now]
-        for session in ended:
-            self._end(session)
+        for session in list(self._active):
+            if session.expires <= now:
+                self._end(session)
+            elif not session.connections:
+                session.connections = None
+                del self._active[session]
         if now - self._reported >= feed_protocol.ACTIVITY_INTERVAL:
             self.report()
         if self._second % 5 == 0:
