@@ -1,4 +1,4 @@
-"""The manager's metrics, in Prometheus' text format.  Reads the supervisor and the feed when asked; no I/O.
+"""What the manager tells of itself: metrics in Prometheus' text format, and agents' events in the log.
 
 The registry is the manager's own; agents are counted by state and app, never one by one.
 """
@@ -11,10 +11,17 @@ from collections import Counter as Tally
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from dispatcher.hookspecs import hookimpl
+from dispatcher.logs import logger
 from dispatcher.manager.views import AgentView
 from dispatcher.model import AgentEvent
 
@@ -22,12 +29,16 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _STARTS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 MAX_STARTING = 20_000
+_WRONG = frozenset({"failed", "died", "unreachable"})
+
+_log = logger("manager.agents")
 
 
 class Metrics:
     """Counts what happens; asks the rest when it is read."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series each: when it began
         self.registry = CollectorRegistry()
         self._logins = Counter("dispatcher_logins", "Sign-ins by outcome", ["outcome"], registry=self.registry)
         for outcome in ("success", "failure", "throttled", "busy", "unavailable"):
@@ -76,6 +87,16 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics."""
         return generate_latest(self.registry)
+
+
+class EventLog:
+    """Writes into the log what happens to agents."""
+
+    @hookimpl
+    def dispatcher_agent_event(self, event: AgentEvent) -> None:
+        """Log one event; what went wrong as a warning."""
+        tell = _log.warning if event.kind in _WRONG else _log.info
+        tell(event.kind, agent=event.agent, app=event.app, **({"detail": event.detail} if event.detail else {}))
 
 
 class _Asked:

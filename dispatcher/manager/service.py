@@ -31,7 +31,7 @@ from dispatcher.manager.listeners import (
     tcp_socket,
     unix_socket,
 )
-from dispatcher.manager.metrics import Metrics
+from dispatcher.manager.metrics import EventLog, Metrics
 from dispatcher.manager.passwords import Hasher, HashPool
 from dispatcher.manager.session_table import Lifetimes
 from dispatcher.manager.sessions import Sessions
@@ -114,6 +114,7 @@ class Manager:
         clock = steady_clock(database)
         metrics = Metrics()
         self._plugins.register("dispatcher-metrics", metrics)
+        self._plugins.register("dispatcher-log", EventLog())
         for name in config.plugins:
             self._plugins.load(name)
         self.supervisor = Supervisor(
@@ -287,6 +288,8 @@ class Manager:
             for setting in FIXED
             if _setting(old, setting) != _setting(new, setting)
         ]
+        if old.plugins != new.plugins or old.auth.model_extra != new.auth.model_extra:
+            changed.append("plugins and the tables below auth are used after a restart.")
         _log.info("read the configuration again", changed=changed)
         return changed
 
