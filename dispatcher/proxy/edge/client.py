@@ -325,7 +325,7 @@ class Client(asyncio.Protocol):
         worker = self.worker
         agent = upstream.agent
         self.upstream = upstream
-        if agent is not self._lines_agent or self.trusted:
+        if request is not self._model or agent is not self._lines_agent or self.trusted:
             self._lines = upstream_lines(request, router.cookie_for(self, agent), worker.fixed_lines(self, agent))
             self._lines_agent = agent if request is self._model else None
         head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
