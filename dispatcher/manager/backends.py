@@ -82,8 +82,8 @@ class Backend:
         """Whether the plugin was loaded."""
         return self._guard is not None
 
-    def load(self, config: Config, plugins: Plugins, context: ProviderContext) -> None:
-        """Make the provider's instance, or note why that is impossible.  Replaces an earlier instance."""
+    def load(self, config: Config, plugins: Plugins, context: ProviderContext) -> Callable[[], None]:
+        """Make the provider's instance, or note why that is impossible; return what closes an earlier one."""
         before, watched = self._guard, self._watch
         try:
             cls = plugins.provider(self.name)
@@ -103,7 +103,8 @@ class Backend:
             if watched:
                 _close(watched)
             if before:
-                before.close()
+                return before.close
+        return lambda: None
 
     def watch(self, on_change: Callable[[str], None]) -> None:
         """Begin to listen to the provider's events, where it has them."""
@@ -213,15 +214,13 @@ class Backends:
                     self._known[name] = backend
         return backend
 
-    def reload(self, name: str) -> Backend:
-        """Make a provider's instance again, with the configuration of now."""
-        backend = self.get(name)
-        self._load(backend)
-        return backend
+    def reload(self, name: str) -> Callable[[], None]:
+        """Make a provider's instance again, with the configuration of now; return what closes the old one."""
+        return self._load(self.get(name))
 
-    def _load(self, backend: Backend) -> None:
+    def _load(self, backend: Backend) -> Callable[[], None]:
         state_dir, run_dir = provider_dirs(self._paths, backend.name)
-        backend.load(
+        return backend.load(
             self.config,
             self._plugins,
             ProviderContext(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from dispatcher.clock import SteadyWallClock, boottime
 from dispatcher.errors import DispatcherError, NotFound
 from dispatcher.logs import clean
 from dispatcher.manager.backends import Backends
+from dispatcher.manager.backlog import Backlog
 from dispatcher.manager.history import History
 from dispatcher.manager.lifecycle import (
     ASLEEP,
@@ -96,12 +98,12 @@ class Engine:
         self.installation = installation
         self.agents: dict[str, Agent] = {}
         self.by_backend_name: dict[str, Agent] = {}
-        self.registry = threading.Lock()
+        self._registry = threading.Lock()
+        self._claims: set[str] = set()
         self.submit: Callable[[Agent, Operation, bool], None] = lambda _agent, _operation, _urgent: None
         self.on_step: Callable[[str, Kind, str], None] = lambda _agent, _kind, _step: None
         self._subscribers: list[Callable[[str], None]] = []
-        self._unwritten: list[tuple[int, AgentEvent]] = []
-        self._unwritten_lock = threading.Lock()
+        self.backlog = Backlog(store)
 
     # --- who there is
 
@@ -121,10 +123,23 @@ class Engine:
         """Take an agent that is in the store into memory."""
         agent = Agent(row)
         agent.state = public_state(self.situation(row, insist=True))
-        with self.registry:
+        with self._registry:
             self.agents[row.name] = agent
             self.by_backend_name[names.backend_name(self.installation, row.name)] = agent
         return agent
+
+    @contextmanager
+    def claimed(self, name: str) -> Iterator[bool]:
+        """Keep a name, inside the block, for a new agent or for removing what nobody knows; False: it is taken."""
+        with self._registry:
+            free = name not in self._claims
+            self._claims.add(name)
+        try:
+            yield free
+        finally:
+            if free:
+                with self._registry:
+                    self._claims.discard(name)
 
     def recovered(self, row: AgentRow, *, host_restarted: bool) -> AgentRow:
         """Return a row as a new manager begins with it: nothing is in flight, and a new boot is a new chance."""
@@ -138,7 +153,7 @@ class Engine:
 
     def forget(self, agent: Agent) -> None:
         """Drop an agent that is no longer in the store."""
-        with self.registry:
+        with self._registry:
             if self.agents.get(agent.row.name) is agent:
                 del self.agents[agent.row.name]
                 del self.by_backend_name[names.backend_name(self.installation, agent.row.name)]
@@ -273,7 +288,7 @@ class Engine:
         row = dataclasses.replace(row, version=before.version + 1, last_used=agent.last_used)
         events = [(row.id, self.event(row, kind, detail)) for kind, detail in happened]
         if change.defer and operation is None:
-            self._write_later(agent, events)
+            self.backlog.add(agent, events)
         elif events or agent.dirty or _stored(row) != _stored(before):
             try:
                 self.store.save([row], events)
@@ -285,7 +300,7 @@ class Engine:
                     operation = None
                     row = dataclasses.replace(idle, version=row.version)
                     events = [(row.id, self.event(row, kind, detail)) for kind, detail in plain_events]
-                self._write_later(agent, events)
+                self.backlog.add(agent, events)
         agent.row = row
         agent.state = public_state(self.situation(row))
         if operation is not None:
@@ -323,35 +338,9 @@ class Engine:
         except DispatcherError:
             return ""
 
-    # --- what could not, or need not, be written at once
-
-    def _write_later(self, agent: Agent, events: list[tuple[int, AgentEvent]]) -> None:
-        agent.dirty = True
-        with self._unwritten_lock:
-            self._unwritten += events
-
     def flush(self) -> None:
-        """Write what was put off, in one transaction, and go on where a write had failed."""
-        late = []
-        for agent in list(self.agents.values()):
-            if agent.dirty:
-                with agent.lock:
-                    agent.dirty = False
-                    late.append((agent, agent.row))
-        with self._unwritten_lock:
-            events, self._unwritten = self._unwritten, []
-        if not late and not events:
-            return
-        try:
-            self.store.save([row for _, row in late], events)
-        except DispatcherError as error:
-            _log.error("What happened cannot be written down yet: %s", error)
-            with self._unwritten_lock:
-                self._unwritten = events + self._unwritten
-            for agent, _ in late:
-                agent.dirty = True
-            return
-        for agent, _ in late:
+        """Write what was put off, and go on where a write had failed."""
+        for agent in self.backlog.flush(list(self.agents.values())):
             self.poke(agent)
 
     def write_last_used(self) -> None:

@@ -15,10 +15,9 @@ from dispatcher.errors import BadRequest, Conflict, DispatcherError, Unsupported
 from dispatcher.manager.data import AgentData
 from dispatcher.manager.engine import Change, Engine
 from dispatcher.manager.lifecycle import DEAD, Desired, Kind, Pending, reached, recent
-from dispatcher.manager.reconciler import Reconciler
 from dispatcher.manager.record import Agent
 from dispatcher.manager.store import AgentRow, KeptRow
-from dispatcher.model import Capability
+from dispatcher.model import AgentEvent, Capability
 
 _NEEDS = {Desired.SUSPENDED: Capability.SUSPEND, Desired.HIBERNATED: Capability.HIBERNATE}
 
@@ -28,11 +27,10 @@ _log = logging.getLogger("dispatcher.manager")
 class Intents:
     """Turns requests into changes of what is desired."""
 
-    def __init__(self, engine: Engine, data: AgentData, accounts: HostAccounts, reconciler: Reconciler) -> None:
+    def __init__(self, engine: Engine, data: AgentData, accounts: HostAccounts) -> None:
         self._engine = engine
         self._data = data
         self._uids = accounts.agent_uids
-        self._reconciler = reconciler
         self._creating = threading.Lock()
         self._last_uid = -1
 
@@ -53,22 +51,32 @@ class Intents:
         engine.specs.check(chosen)
         with self._creating:
             name = self._free_name(name, user, suffix, app)
-            if password_hash is not None and engine.store.get_user(user) is not None:
-                raise Conflict(
-                    f"The user {names.printable(user)} exists",
-                    why="a password was given, as for a new one",
-                    fix="leave it out, or change it with `dispatcher passwd`",
-                )
-            kept = engine.store.kept(name)
-            row, detail = self._new_row(name, user, chosen, kept)
-            event = engine.event(row, "created", detail)
-            row = engine.store.create(
-                row, password_hash=password_hash, allocated=self._uids is not None, events=[event]
-            )
-            agent = engine.add(row)
+            with engine.claimed(name) as free:
+                if not free:
+                    raise Conflict(
+                        f"What an earlier agent {names.printable(name)} left is being removed",
+                        fix="try again in a moment",
+                        retry_after=1.0,
+                    )
+                agent, event = self._make(name, user, chosen, password_hash)
         engine.announce(agent)
         engine.history.tell([event])
-        return row
+        return agent.row
+
+    def _make(self, name: str, user: str, app: str, password_hash: str | None) -> tuple[Agent, AgentEvent]:
+        engine = self._engine
+        if password_hash is not None and engine.store.get_user(user) is not None:
+            raise Conflict(
+                f"The user {names.printable(user)} exists",
+                why="a password was given, as for a new one",
+                fix="leave it out, or change it with `dispatcher passwd`",
+            )
+        row, detail = self._new_row(name, user, app, engine.store.kept(name))
+        event = engine.event(row, "created", detail)
+        row = engine.store.create(
+            row, password_hash=password_hash, allocated=self._uids is not None, events=[event]
+        )
+        return engine.add(row), event
 
     def _free_name(self, name: str, user: str, suffix: str, app: str | None) -> str:
         known = self._engine.agents
@@ -80,12 +88,6 @@ class Intents:
                 f"The agent {names.printable(name)} {'is being removed' if going else 'exists'}",
                 fix="try again in a moment" if going else "choose another name, or another app with --app",
                 retry_after=1.0 if going else None,
-            )
-        if self._reconciler.being_cleaned(name):
-            raise Conflict(
-                f"What an earlier agent {names.printable(name)} left is being removed",
-                fix="try again in a moment",
-                retry_after=1.0,
             )
         return name
 

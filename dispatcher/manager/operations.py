@@ -45,6 +45,7 @@ class Operations:
     """Runs operations.
 
     :ivar asked: called with a backend that could not be asked, so that somebody looks after it.
+    :ivar nudged: called with an agent of which the backend reported a change that nobody looked at.
     """
 
     def __init__(self, engine: Engine, data: AgentData, mover: Mover, accounts: HostAccounts) -> None:
@@ -53,6 +54,7 @@ class Operations:
         self._proxy_gid = accounts.proxy_gid if accounts.agent_uids is not None else None
         self._mover = mover
         self.asked: Callable[[Backend], None] = lambda _backend: None
+        self.nudged: Callable[[Agent], None] = lambda _agent: None
         self._doing: dict[Kind, Callable[[Agent, Operation], Change | None]] = {
             Kind.START: self._start,
             Kind.SUSPEND: lambda agent, operation: self._suspend(agent, operation, Depth.RAM),
@@ -88,7 +90,9 @@ class Operations:
                 return
             if change is None:
                 return
-            operation = self._engine.finish(agent, operation, change)
+            ended, operation = operation, self._engine.finish(agent, operation, change)
+            if ended.nudged and operation is None:  # the backend reported a change after the last look
+                self.nudged(agent)
 
     # --- the operations
 
@@ -145,7 +149,7 @@ class Operations:
         """Bring an agent that does not sleep to run: prepared, its handle written, ensured."""
         engine, row, guard = self._engine, agent.row, backend.guard
         policy = engine.specs.policy(row.app)
-        spec = engine.specs.spec(row, agent.stdin)
+        spec = engine.specs.spec(row, agent.stdin if engine.specs.app(row.app).credentials == "stdin" else None)
         if spec.app.credentials == "stdin" and agent.stdin is None:
             raise Conflict(
                 "The app needs your sign-in to start",

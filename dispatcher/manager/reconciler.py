@@ -27,6 +27,7 @@ from dispatcher.model import BackendState, Endpoint, Handle, Observation
 from dispatcher.names import printable
 from dispatcher.provider import no_progress
 
+DESTROY = 300.0  # seconds to remove something unknown
 LIST_TIME = 30.0  # seconds for the list of all agents
 SUSPECT = 0.25  # seconds between looks at one agent that the edge could not reach
 
@@ -42,10 +43,10 @@ class Reconciler:
     def __init__(self, engine: Engine, operations: Operations) -> None:
         self._engine = engine
         self._operations = operations
-        self._cleaning: set[str] = set()
-        self._cleaning_lock = threading.Lock()
+        self._lock = threading.Lock()
         self.host_restarted = False
         operations.asked = self.kick
+        operations.nudged = self.observe
 
     # --- whole backends
 
@@ -54,7 +55,7 @@ class Reconciler:
 
         :param done: called when it was done.
         """
-        with self._cleaning_lock:
+        with self._lock:
             if backend.listing:
                 backend.listing = 2
                 return
@@ -65,7 +66,7 @@ class Reconciler:
             try:
                 self._sweep(backend)
             finally:
-                with self._cleaning_lock:
+                with self._lock:
                     again = backend.listing == 2 or hung.is_set()
                     backend.listing = 0
                 if done:
@@ -155,6 +156,12 @@ class Reconciler:
             engine.change(agent, away)
         engine.flush()
 
+    def remember(self) -> None:
+        """Write down when each backend last answered."""
+        for backend in self._engine.backends:
+            if backend.since is not None:
+                self._remember(backend)
+
     def _remember(self, backend: Backend) -> None:
         try:
             self._engine.store.save_backend(
@@ -179,7 +186,7 @@ class Reconciler:
         if operation is not None:
             operation.nudged = True
             return
-        with self._cleaning_lock:
+        with self._lock:
             if agent.observing:
                 agent.observing = 2
                 return
@@ -192,7 +199,7 @@ class Reconciler:
                 try:
                     self._observe(agent, backend, connect=connect)
                 finally:
-                    with self._cleaning_lock:
+                    with self._lock:
                         again = agent.observing == 2
                         agent.observing = 1 if again else 0
 
@@ -282,43 +289,26 @@ class Reconciler:
 
     # --- what is unknown
 
-    def being_cleaned(self, name: str) -> bool:
-        """Whether something left over under this name is being removed just now."""
-        with self._cleaning_lock:
-            return name in self._cleaning
-
     def _check_unknown(self, backend: Backend, handle: Handle) -> None:
         """Remove what carries our label and belongs to nobody we know; its data stays with the provider."""
-        engine = self._engine
-        if names.backend_name(engine.installation, handle.agent) != handle.name:
+        if names.backend_name(self._engine.installation, handle.agent) != handle.name:
             _log.warning("%s lists %s, which is not ours", backend.name, printable(handle.name))
-            return
-        agent = engine.agents.get(handle.agent)
-        if agent is None:
-            with engine.registry, self._cleaning_lock:
-                if handle.agent in engine.agents or handle.agent in self._cleaning:
-                    return
-                self._cleaning.add(handle.agent)
-        elif agent.row.provider == backend.name or agent.row.move is not None:
-            return
+        elif self._is_unknown(backend, handle):
+            backend.pool.submit(lambda: self._destroy_unknown(backend, handle), urgent=False)
 
-        def run() -> None:
+    def _is_unknown(self, backend: Backend, handle: Handle) -> bool:
+        agent = self._engine.agents.get(handle.agent)
+        return agent is None or (agent.row.provider != backend.name and agent.row.move is None)
+
+    def _destroy_unknown(self, backend: Backend, handle: Handle) -> None:
+        with self._engine.claimed(handle.agent) as free:
+            if not free or not self._is_unknown(backend, handle):
+                return
+            _log.warning("%s has %s, which nobody knows: it is removed", backend.name, printable(handle.name))
             try:
-                self._destroy_unknown(backend, handle, agent)
-            finally:
-                with self._cleaning_lock:
-                    self._cleaning.discard(handle.agent)
-
-        backend.pool.submit(run, urgent=False)
-
-    def _destroy_unknown(self, backend: Backend, handle: Handle, agent: Agent | None) -> None:
-        if agent is not None and (agent.row.provider == backend.name or agent.row.move is not None):
-            return
-        _log.warning("%s has %s, which nobody knows: it is removed", backend.name, printable(handle.name))
-        try:
-            backend.guard.destroy(handle, data=False, deadline=Deadline(300), progress=no_progress)
-        except DispatcherError as error:
-            _log.warning("%s cannot be removed from %s: %s", printable(handle.name), backend.name, error)
+                backend.guard.destroy(handle, data=False, deadline=Deadline(DESTROY), progress=no_progress)
+            except DispatcherError as error:
+                _log.warning("%s cannot be removed from %s: %s", printable(handle.name), backend.name, error)
 
 
 _ABSENT = Observation(state=BackendState.ABSENT)

@@ -15,14 +15,14 @@ from typing import Any
 from dispatcher.accounts import HostAccounts
 from dispatcher.clock import Deadline, SteadyWallClock, boot_id
 from dispatcher.config import Config
-from dispatcher.errors import Conflict, DispatcherError, NotFound
-from dispatcher.manager import why
+from dispatcher.errors import Conflict, DispatcherError
 from dispatcher.manager.backends import Backend, Backends
 from dispatcher.manager.data import AgentData
 from dispatcher.manager.database import Database
 from dispatcher.manager.engine import Engine
 from dispatcher.manager.history import History
 from dispatcher.manager.idle import Idleness, check_interval
+from dispatcher.manager.inspection import Inspection
 from dispatcher.manager.intents import Intents
 from dispatcher.manager.moves import Mover
 from dispatcher.manager.operations import Operations
@@ -33,8 +33,8 @@ from dispatcher.manager.store import AgentRow, Store
 from dispatcher.manager.tail import Tails
 from dispatcher.manager.timers import Timers
 from dispatcher.manager.usage import Usages
-from dispatcher.manager.views import AgentView, iso
-from dispatcher.model import AgentEvent, Finding, Level
+from dispatcher.manager.views import AgentView
+from dispatcher.model import AgentEvent, Finding
 from dispatcher.names import printable
 from dispatcher.paths import Paths
 from dispatcher.plugins import Plugins
@@ -43,6 +43,7 @@ from dispatcher.provider import no_progress
 BOOT = 2.0  # seconds that a boot waits for slow backends before it goes on without them
 LAST_USED = 30.0  # seconds between writes of when agents were last used
 TRIM = 3600.0  # seconds between looks at how many events there are
+OLD_PROVIDER = 60.0  # seconds that a provider whose options changed has for the calls that it is in
 CLOSE = 3.0  # seconds that a close waits for what is being done
 
 _log = logging.getLogger("dispatcher.manager")
@@ -90,10 +91,11 @@ class Supervisor:
         self._operations = Operations(self.engine, self._data, self._mover, accounts)
         self.engine.submit = self._operations.submit
         self._reconciler = Reconciler(self.engine, self._operations)
-        self._intents = Intents(self.engine, self._data, accounts, self._reconciler)
+        self._intents = Intents(self.engine, self._data, accounts)
         self._idleness = Idleness(self.engine, self._intents)
         self._usages = Usages(self.engine)
         self._tails = Tails(self.engine)
+        self._inspection = Inspection(self.engine, self._usages)
         self._closed = False
 
     def _specs(self, config: Config) -> Specs:
@@ -198,10 +200,12 @@ class Supervisor:
         self._closed = True
         self._timers.close()
         self._keeper.close()
+        self._tails.close()
         self.engine.flush()
         for backend in self._backends:
             backend.close(CLOSE)
         self.engine.write_last_used()
+        self._reconciler.remember()
         self._history.close()
 
     # --- intents: written before anything is done, return at once
@@ -306,19 +310,7 @@ class Supervisor:
 
     def runtime(self, agent: str) -> dict[str, Any]:
         """Return handle, endpoint, uid, provider, started_at, spec hash and usage."""
-        found = self.engine.find(agent)
-        row = found.row
-        usage = self._usages.collect([found]).get(row.name)
-        handle = found.handle
-        return {
-            "handle": handle and {"name": handle.name, "provider": handle.provider, "data": dict(handle.data)},
-            "endpoint": row.endpoint or None,
-            "uid": row.uid,
-            "provider": row.provider,
-            "started_at": iso(row.started_at),
-            "spec_hash": row.spec_hash or None,
-            "usage": usage and {"memory": usage.memory, "cpu_seconds": usage.cpu_seconds, "disk": usage.disk},
-        }
+        return self._inspection.runtime(self.engine.find(agent))
 
     def logs(self, agent: str, *, tail: int, after: str | None) -> tuple[list[str], str]:
         """Return the last lines, or those after a cursor, and the cursor for the next call.
@@ -333,22 +325,7 @@ class Supervisor:
 
     def why(self, agent: str) -> list[str]:
         """Say in plain sentences why an agent is in its state and what happens next."""
-        found = self.engine.find(agent)
-        row = found.row
-        backend = self._backends.get(row.provider)
-        specs = self.engine.specs
-        return why.sentences(
-            row,
-            self.engine.view(found),
-            now=self.engine.clock.now(),
-            policy=specs.policy(row.app),
-            configured=row.app in specs.config.apps,
-            capabilities=backend.capabilities,
-            backend_since=backend.since,
-            backend_problem=str(backend.problem),
-            stuck=found.stuck,
-            events=self.store.events(row.id, 20),
-        )
+        return self._inspection.why(self.engine.find(agent))
 
     def memory_usage(self) -> dict[str, Any]:
         """Return ``{"total", "average", "agents": [{"name", "memory"}]}`` in bytes."""
@@ -360,16 +337,7 @@ class Supervisor:
 
     def copies(self, agent: str) -> list[dict[str, Any]]:
         """Return the old copies of data that moves kept: ``[{"id", "provider", "kind", "time"}]``."""
-        self.engine.find(agent)
-        return [
-            {
-                "id": copy.id,
-                "provider": copy.provider,
-                "kind": "directory" if copy.directory else "provider",
-                "time": iso(copy.time),
-            }
-            for copy in self.store.copies(agent)
-        ]
+        return self._inspection.copies(self.engine.find(agent))
 
     def purge_copies(self, agent: str) -> int:
         """Delete the old copies and return how many there were.
@@ -388,35 +356,14 @@ class Supervisor:
 
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``."""
-        return [
-            {
-                "name": backend.name,
-                "isolation": backend.guard.provider.isolation.name.lower() if backend.usable else None,
-                "capabilities": sorted(item.value for item in backend.capabilities),
-                "distribution": backend.origin,
-                "usable": backend.usable and backend.reachable,
-                "error": None if backend.usable and backend.reachable else str(backend.problem),
-            }
-            for backend in sorted(self._backends, key=lambda backend: backend.name)
-        ]
+        return self._inspection.providers()
 
     def check_provider(self, name: str, app: str | None) -> list[Finding]:
         """Return what a provider isolates and what not, for one app or as a whole.
 
         :raises NotFound: there is no such provider or app.
         """
-        if name not in {backend.name for backend in self._backends}:
-            raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
-        if app is not None and app not in self.engine.specs.config.apps:
-            raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
-        backend = self._backends.get(name)
-        try:
-            guard = backend.guard
-            found = guard.explain(self.engine.specs.app(app) if app else None)
-            guard.check(deadline=Deadline(10))
-        except DispatcherError as error:
-            return [Finding(level=Level.ERROR, what=f"{error.what}: {error.why}".rstrip(": "), fix=error.fix)]
-        return found
+        return self._inspection.check_provider(name, app)
 
     def apply_config(self, config: Config) -> list[str]:
         """Use a new configuration from now on; return in sentences what changed.
@@ -430,8 +377,9 @@ class Supervisor:
         changed = list(app_changes(old, config))
         self._backends.config = config
         for name in provider_changes(old, config):
-            backend = self._backends.reload(name)
-            self._watch(backend)
+            replaced = self._backends.reload(name)
+            self._timers.after(OLD_PROVIDER, replaced)
+            self._watch(self._backends.get(name))
             changed.append(f"The provider {name} has new options.")
         outdated = renew(self.engine, self._specs(config))
         for name in self._wanted_providers():

@@ -125,6 +125,12 @@ class Tails:
             return lines[len(lines) - tail :] if tail < len(lines) else lines, _cursor("0", 0, lines)
         return self._follow(agent, backend, handle, after)
 
+    def close(self) -> None:
+        """Follow nothing any more."""
+        with self._lock:
+            for follower in self._followers.values():
+                follower.deadline.at = 0.0
+
     def _last(self, backend: Backend, handle: Handle, tail: int) -> list[str]:
         found: deque[str] = deque(maxlen=tail)
         for line in backend.guard.logs(handle, tail=tail, follow=False, deadline=Deadline(ANSWER)):
