@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from dispatcher.cli import lifeline
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.errors import Unavailable
 
@@ -33,6 +34,7 @@ def manager(cli: Cli) -> int:
 
     As root agents get user ids of their own; as an ordinary user they are less isolated.
     """
+    lifeline.hold()
     _same_configuration(cli)
     config = cli.config()
     from dispatcher.manager import daemon
@@ -44,6 +46,7 @@ def manager(cli: Cli) -> int:
 @pass_cli
 def proxy(cli: Cli) -> int:
     """Run the proxy in the foreground: it faces the web, and becomes proxy.user when started as root."""
+    lifeline.hold()
     _same_configuration(cli)
     config = cli.config()
     from dispatcher.proxy import daemon

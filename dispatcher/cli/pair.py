@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dispatcher.cli.lifeline import Lifeline
 from dispatcher.endpoints import connect
-from dispatcher.errors import DispatcherError, ManagerUnreachable, Unavailable
+from dispatcher.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
 from dispatcher.model import Endpoint
 from dispatcher.paths import Paths
 
@@ -59,6 +60,7 @@ class Pair:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: list[float] = []
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._lifelines: dict[str, Lifeline] = {}
 
     @property
     def url(self) -> str:
@@ -76,7 +78,14 @@ class Pair:
 
         :param before_stop: called before both are ended, if they were ready.
         :returns: exit code: 0 after a signal.
+        :raises Conflict: a manager of this installation runs already.
         """
+        if self._manager_answers():
+            raise Conflict(
+                "A manager runs already",
+                why=f"it answers at {self.paths.manager_socket}",
+                fix="stop it first, or choose another manager.run_dir and manager.state_dir",
+            )
         with self._signals() as received:
             try:
                 for name in ("manager", "proxy"):
@@ -121,7 +130,16 @@ class Pair:
         # Own process groups: Ctrl-C reaches this program alone, which then ends them in order.
         safe = ["-P"] if sys.version_info >= (3, 11) else []
         command = [sys.executable, *safe, "-m", "dispatcher", *self._arguments, name]
-        self._children[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        if name in self._lifelines:
+            self._lifelines[name].close()
+        lifeline = self._lifelines[name] = Lifeline()
+        self._children[name] = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lifeline.descriptor,),
+            env=lifeline.environment(),
+        )
 
     def _until_ready(self, name: str, received: Callable[[float], list[int]]) -> bool:
         """Wait until a child answers; False when a signal came meanwhile."""

@@ -308,6 +308,22 @@ def test_serve_ends_when_a_half_cannot_start(start, config, short_tmp, free_port
     assert not processes_with(str(config))
 
 
+def test_both_end_with_serve_however_it_ends_and_agents_go_on(start, config):
+    run = start([*PROGRAM, "--config", str(config), "serve"])
+    url = run.line(r"Open (.*)")[1]
+    add(config, "alice")
+    assert cli(config, "start", "alice").returncode == 0
+    twice = cli(config, "serve")
+    assert twice.returncode == 4
+    assert "A manager runs already" in twice.stderr
+    run.process.kill()
+    run.process.wait()
+    until("both have ended", lambda: not processes_with(str(config)))
+    again = start([*PROGRAM, "--config", str(config), "serve"])
+    assert again.line(r"Open (.*)")[1] == url
+    assert json.loads(cli(config, "info", "alice", "--json").stdout)["state"] == "running"
+
+
 def test_a_wrong_configuration_is_one_line(config):
     config.write_text("[proxy]\nworkerz = 1\n")
     for command in ("serve", "manager", "proxy"):
