@@ -20,7 +20,7 @@ from dispatcher.clock import Deadline, boot_id
 from dispatcher.errors import DispatcherError, ProviderError
 from dispatcher.model import AgentSpec, Network
 from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox
-from dispatcher_subprocess.cgroups import Group
+from dispatcher_subprocess.cgroups import Group, join, joined
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.output import log_file
@@ -63,6 +63,7 @@ class Attempt:
         self._launch: dict[str, Any] = {}
         self._output = self._info = self._gate = -1
         self._line = b"\n"  # what opens the gate
+        self._groups: list[Path] = []
         self._main: Process | None = None
         self._inner: Process | None = None
         self._pidns = 0
@@ -74,7 +75,7 @@ class Attempt:
         clear_socket(spec.run_dir, spec.socket.name)
         if self.group:
             try:
-                self.group.create(spec.app.limits)
+                self._groups = self.group.create(spec.app.limits)
             except OSError as error:
                 raise self._unlimited(error) from error
         if spec.secrets:
@@ -114,6 +115,7 @@ class Attempt:
 
     def _prepare_walled(self, user: list[str], plain: dict[str, str], loader: dict[str, str], status: int) -> None:
         spec, plan = self.spec, self.plan
+        assert plan.view is not None
         stdin, credentials = launch.input_pipe(spec.stdin or b"")
         os.close(credentials)
         block, self._gate = os.pipe()
@@ -124,12 +126,10 @@ class Attempt:
         resolver = self._memory(network.resolver(self.machine)) if spec.app.network is Network.PRIVATE else None
         words = sandbox.bubblewrap_arguments(
             spec,
-            shown=plan.shown,
-            hidden=plan.hidden,
+            plan.view,
             descriptors=sandbox.Descriptors(
                 status=status, info=told, block=block, loader=script, resolver=resolver
             ),
-            own_network=spec.app.network is not Network.HOST,
             own_user=not self.machine.privileged,
             workdir=plan.workdir,
             secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
@@ -165,40 +165,43 @@ class Attempt:
         }
 
     def spawn(self) -> None:
-        """Start the sandbox; it waits at the gate.
+        """Start the sandbox, in its control group; it waits at the gate.
 
         :raises ProviderError: it does not come up.
         """
         self._main = self._inner = launch.spawn(**self._launch)
         self._passed.close()
+        self._join(self._main.pid)  # at once: while it comes up, and before it forks, which saves the second
         if self.machine.sandboxed:
             pid, self._pidns = launch.read_info(self._info, self.deadline)
             found = procfs.stat(pid)
             if not found:
                 raise ProviderError("bubblewrap ended before the sandbox was made")
             self._inner = Process(pid=pid, start=found.start)
+            if not joined(self._groups, pid):
+                self._join(pid)
+
+    def _join(self, pid: int) -> None:
+        try:
+            join(self._groups, pid)
+        except ProcessLookupError:
+            pass  # it died; what comes next says why
+        except OSError as error:
+            raise self._unlimited(error) from error
 
     def confine(self) -> None:
-        """Put what waits into its group, set its limits, give it its network.
+        """Set the limits of what waits, give it its network.
 
         :raises ProviderError: that is not possible.
         """
         assert self._main is not None
         assert self._inner is not None
-        if self.group:
-            try:
-                for pid in dict.fromkeys([self._main.pid, self._inner.pid]):
-                    self.group.add(pid)
-            except OSError as error:
-                raise self._unlimited(error) from error
         launch.limit(self._inner.pid, self._limits(), options_of(self.spec.app).nice)
         if self.spec.app.network is Network.PRIVATE:
             self._helper = network.connect(
                 self.machine, self._inner, self.plan.inside.port, self.options.denied, self.deadline
             )
-            if self.group:
-                with contextlib.suppress(OSError):
-                    self.group.add(self._helper.pid)
+            self._join(self._helper.pid)
 
     def _limits(self) -> dict[int, int | None]:
         """Return the resource limits; what no controller limits is approached here."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,28 +68,41 @@ class Group:
         """All directories of this group, each once."""
         return list(dict.fromkeys([*([self.unified] if self.unified else []), *self.legacy.values()]))
 
-    def create(self, limits: Limits) -> None:
-        """Make the group and set its limits.
+    def create(self, limits: Limits) -> list[Path]:
+        """Make the group and set its limits; return the directories to `join`, in the order of their use.
+
+        Only hierarchies that are needed are used: moving a process into one makes the kernel wait.
 
         :raises OSError: the kernel refuses.
         """
-        for path in self.paths:
+        needed = {"memory"}  # counted always
+        if not self.unified:
+            needed |= {"cpuacct", "freezer"}
+        needed |= {name for name, limit in (("cpu", limits.cpus), ("pids", limits.pids)) if limit is not None}
+        legacy = {name: path for name, path in self.legacy.items() if name in needed}
+        paths = list(dict.fromkeys([*legacy.values(), *([self.unified] if self.unified else [])]))
+        for path in paths:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
-        if "memory" in self.controllers and self.unified:
-            _write(self.unified / "memory.max", limits.memory or "max")
+        if "memory" in legacy:
+            self._legacy_memory(legacy["memory"], limits)
+        if "cpu" in legacy:
+            _write(legacy["cpu"] / "cpu.cfs_quota_us", _quota(limits) or -1)
+        if "pids" in legacy:
+            _write(legacy["pids"] / "pids.max", limits.pids or "max")
+        if self.unified:
+            self._limit_unified(self.unified, limits)
+        return paths
+
+    def _limit_unified(self, directory: Path, limits: Limits) -> None:
+        if "memory" in self.controllers:
+            _write(directory / "memory.max", limits.memory or "max")
             if limits.swap is not None:
-                _try_write(self.unified / "memory.swap.max", limits.swap)
-        elif "memory" in self.legacy:
-            self._legacy_memory(self.legacy["memory"], limits)
-        quota = int(limits.cpus * _PERIOD) if limits.cpus else None
-        if "cpu" in self.controllers and self.unified:
-            _write(self.unified / "cpu.max", f"{quota or 'max'} {_PERIOD}")
-        elif "cpu" in self.legacy:
-            _write(self.legacy["cpu"] / "cpu.cfs_quota_us", quota or -1)
-        for directory in [self.unified if "pids" in self.controllers else None, self.legacy.get("pids")]:
-            if directory:
-                _write(directory / "pids.max", limits.pids or "max")
+                _try_write(directory / "memory.swap.max", limits.swap)
+        if "cpu" in self.controllers:
+            _write(directory / "cpu.max", f"{_quota(limits) or 'max'} {_PERIOD}")
+        if "pids" in self.controllers:
+            _write(directory / "pids.max", limits.pids or "max")
 
     @staticmethod
     def _legacy_memory(directory: Path, limits: Limits) -> None:
@@ -98,14 +111,6 @@ class Group:
         _write(directory / "memory.limit_in_bytes", limits.memory or -1)
         if limits.memory and limits.swap is not None:
             _try_write(directory / "memory.memsw.limit_in_bytes", limits.memory + limits.swap)
-
-    def add(self, pid: int) -> None:
-        """Move a process into the group, and what it forks from now on.
-
-        :raises OSError: the kernel refuses, or the process is gone.
-        """
-        for path in self.paths:
-            _write(path / "cgroup.procs", pid)
 
     def procs(self) -> set[int]:
         """Return the processes of the group, including those of groups that they made below it."""
@@ -226,6 +231,22 @@ class Group:
         return done
 
 
+def join(paths: Iterable[Path], pid: int) -> None:
+    """Move a process into groups, and what it forks from now on.
+
+    :raises OSError: the kernel refuses, or the process is gone.
+    """
+    for path in paths:
+        _write(path / "cgroup.procs", pid)
+
+
+def joined(paths: Sequence[Path], pid: int) -> bool:
+    """Whether a process is in all of some groups of one name."""
+    text = (procfs.read(f"/proc/{pid}/cgroup") or b"").decode("utf-8", "replace")
+    lines = [line for line in text.splitlines() if paths and line.endswith(f"/{paths[0].name}")]
+    return len(lines) >= len(paths)
+
+
 def discover(base: str, mountinfo: str, own: str) -> Cgroups:
     """Make the directory `base` in every hierarchy where that is possible, and say what can be done there.
 
@@ -308,6 +329,10 @@ def _value(text: bytes | None, key: bytes, default: int) -> int:
         if name == key:
             return int(value)
     return default
+
+
+def _quota(limits: Limits) -> int | None:
+    return int(limits.cpus * _PERIOD) if limits.cpus else None
 
 
 def _write(path: Path, value: object) -> None:

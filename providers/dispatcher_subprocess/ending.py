@@ -13,7 +13,7 @@ from dispatcher.errors import DeadlineExceeded, ProviderError
 from dispatcher_subprocess import launch, processes
 from dispatcher_subprocess.attempt import clear_socket
 from dispatcher_subprocess.cgroups import Cgroups, Group
-from dispatcher_subprocess.record import Journals, Record
+from dispatcher_subprocess.record import Journals, Record, told
 from dispatcher_subprocess.secretfiles import SecretFiles
 
 REBOOTED = "the machine was restarted"
@@ -54,9 +54,8 @@ class Ending:
         code = self._reap(record)
         if record.main is None:
             return self._note(record, INTERRUPTED)
-        told = self._journals.read(record.name)
-        if told and told.exit_code is not None:
-            code = told.exit_code
+        said = told(record).exit_code
+        code = code if said is None else said
         return self._note(record, "" if record.asked else exit_reason(code, out_of_memory=oom))
 
     def stop(self, record: Record, grace: float, deadline: Deadline, tick: Callable[[], None]) -> None:

@@ -59,7 +59,7 @@ def verify(app: App, kind: str, machine: Machine) -> None:
 
 
 def resolver(machine: Machine) -> bytes:
-    """Return the content of /etc/resolv.conf for a private network: the carrier's name server, the host's search."""
+    """Return a private network's /etc/resolv.conf: the name server of its carrier, the search list of the host."""
     server = str(_name_server()) if machine.pasta else _SLIRP_NAME_SERVER
     kept = [
         line

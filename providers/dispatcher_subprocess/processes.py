@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dispatcher.model import Usage
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Group
-from dispatcher_subprocess.record import Process, Record
+from dispatcher_subprocess.record import Process, Record, told
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
@@ -30,7 +30,7 @@ def main_lives(record: Record) -> bool:
         return False
     if procfs.lives(record.main.pid, record.main.start):
         return True
-    if record.init is None or record.exit_code is not None:
+    if record.init is None or told(record).exit_code is not None:
         return False
     # Only the outer bwrap was killed: the sandbox goes on without it, the app being the init's first child.
     if not procfs.lives(record.init.pid, record.init.start):
@@ -76,10 +76,8 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
     """Kill everything of an agent; False when something was still alive at `expired`."""
     if record.init:
         procfs.send(record.init.pid, record.init.start, 9)  # the kernel kills its whole pid namespace with it
-    elif record.child and record.pidns and procfs.namespace(record.child, "pid") == record.pidns:
-        found = procfs.stat(record.child)  # an interrupted start: only bubblewrap wrote of it
-        if found:
-            procfs.send(found.pid, found.start, 9)
+    elif record.main is None and record.sandboxed:
+        _kill_interrupted(record)
     if group:
         group.kill()
         group.thaw()  # a frozen process of version 1 dies only when thawed
@@ -99,6 +97,20 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
         time.sleep(pause)
         pause = min(pause * 2, 0.1)
     return False
+
+
+def _kill_interrupted(record: Record) -> None:
+    """Kill the sandbox of a start that the manager did not survive: bubblewrap holds its status file open."""
+    for pid in procfs.pids():
+        if pid != os.getpid() and record.status in procfs.open_paths(pid):
+            for found in map(procfs.stat, [*procfs.children(pid), pid]):
+                if found:
+                    procfs.send(found.pid, found.start, 9)
+    said = told(record)
+    if said.child and said.pidns and procfs.namespace(said.child, "pid") == said.pidns:
+        found = procfs.stat(said.child)
+        if found:
+            procfs.send(found.pid, found.start, 9)
 
 
 def _any_lives(processes: Iterable[Process | None]) -> bool:

@@ -163,6 +163,16 @@ def open_inodes(pid: int, kind: str) -> Iterator[int]:
                     yield int(target[len(prefix) : -1])
 
 
+def open_paths(pid: int) -> frozenset[str]:
+    """Return the paths of a process's open descriptors, as far as they may be read."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
+    return frozenset(found)
+
+
 def resident(pid: int) -> int:
     """Return a process's bytes of memory: its proportional share where that may be read, else what is resident."""
     for line in (read(f"/proc/{pid}/smaps_rollup") or b"").splitlines():

@@ -2,7 +2,7 @@ r"""The log pump: one small process per installation that writes agents' output 
 
 Run as ``python -I -S -E pump.py`` with its listening socket as standard input.  It outlives the manager, so that
 agents may write while there is none.  It imports next to nothing, as its memory counts.  A manager connects
-(SOCK_SEQPACKET) and sends, with one pipe's read end each: ``PATH\0SIZE\0FILES``; the answer is ``ok``.  When a
+(SOCK_SEQPACKET) and sends, with one pipe's read end each: ``PATH\0SIZE\0FILES``; there is no answer.  When a
 file cannot be written (disk full) output is dropped rather than held up: an agent never hangs because of its log.
 It ends by itself when no manager is connected and no agent writes any more.
 """
@@ -128,10 +128,6 @@ class Pump:
         path, size, files = message.split(b"\0")
         for fd in fds:
             self._attach(fd, os.fsdecode(path), int(size), int(files))
-        try:
-            manager.send(b"ok")
-        except OSError:
-            pass
 
     def _attach(self, fd: int, path: str, size: int, files: int) -> None:
         inode = os.fstat(fd).st_ino

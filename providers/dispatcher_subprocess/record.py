@@ -1,8 +1,9 @@
-"""The journal of an agent: what is needed to adopt it, in one append-only file.  Touches the provider's state.
+"""The journal of an agent: what is needed to adopt it.  Touches the provider's state directory.
 
-The first line is written before anything starts; bubblewrap appends the pid of the namespace's init and, at the
-end, the exit code, without the manager's help; the manager appends when the agent is up and when it asked it to
-end.  So whenever the manager is killed, the next one reads what happened.  The agent never holds the file.
+The journal is append-only.  Its first line is written before anything starts; the manager adds a line when the
+agent is up and when it asked it to end.  bubblewrap writes a second file, the status: the pid of the namespace's
+init and, at the end, the exit code, without the manager's help.  So whenever the manager is killed, the next one
+reads what happened.  An agent never holds either file.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,7 @@ class Record:
     :ivar init: first process of the agent's pid namespace, None without one; :ivar pidns: its inode.
     :ivar token: random, in the environment of every process of the run.
     :ivar helper: the process that carries the network, None without one.
-    :ivar child: pid of the init as bubblewrap wrote it, even when the start was interrupted; 0 unknown.
-    :ivar exit_code: as bubblewrap or the manager saw it, None while unknown.
+    :ivar status: path of the file that bubblewrap writes.
     :ivar asked: the manager was asked to end it; :ivar ended: why it ended by itself, None while not settled.
     """
 
@@ -59,47 +59,65 @@ class Record:
     token: str
     network: str
     sandboxed: bool
-    data: dict[str, Any] = field(default_factory=dict)
+    status: str
     started_at: float | None = None
     main: Process | None = None
     init: Process | None = None
     pidns: int = 0
     helper: Process | None = None
-    child: int = 0
-    exit_code: int | None = None
     asked: bool = False
     ended: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """What bubblewrap wrote: pid of the init, inode of its pid namespace, exit code; 0 or None while unknown."""
+
+    child: int = 0
+    pidns: int = 0
+    exit_code: int | None = None
+
+
 def parse(text: bytes) -> Record | None:
     """Return what a journal says; None when not even its first line is whole (a start that never began)."""
-    decoder = json.JSONDecoder()
-    body = text.decode("utf-8", "replace")
-    documents: list[dict[str, Any]] = []
-    at = 0
-    while at < len(body):
-        while at < len(body) and body[at].isspace():
-            at += 1
-        try:
-            document, at = decoder.raw_decode(body, at)
-        except ValueError:
-            break  # the rest was being written when somebody was killed
-        documents.append(document)
+    documents = _documents(text)
     if not documents or documents[0].get("version") != VERSION:
         return None
     known: dict[str, Any] = {}
     for document in documents:
-        if "child-pid" in document:
-            known |= {"child": document["child-pid"], "pidns": document.get("pid-namespace", 0)}
-        elif "exit-code" in document:
-            known["exit_code"] = document["exit-code"]
-        else:
-            known |= document
+        known |= document
     del known["version"]
     for key in ("main", "init", "helper"):
         if known.get(key):
             known[key] = Process(**known[key])
     return Record(**known)
+
+
+def told(record: Record) -> Told:
+    """Return what bubblewrap wrote of a run."""
+    try:
+        documents = _documents(Path(record.status).read_bytes())
+    except OSError:
+        return Told()
+    known: dict[str, Any] = {}
+    for document in documents:
+        known |= document
+    return Told(
+        child=known.get("child-pid", 0), pidns=known.get("pid-namespace", 0), exit_code=known.get("exit-code")
+    )
+
+
+def _documents(text: bytes) -> list[dict[str, Any]]:
+    """Return the JSON objects of a file, up to one that was being written when somebody was killed."""
+    found: list[dict[str, Any]] = []
+    for line in text.splitlines():
+        try:
+            document = json.loads(line)
+        except ValueError:
+            break
+        if isinstance(document, dict):
+            found.append(document)
+    return found
 
 
 class Journals:
@@ -148,20 +166,29 @@ class Journals:
         except OSError as error:
             raise _unavailable(self.path(name), error) from error
 
-    def begin(self, record: dict[str, Any]) -> int:
-        """Begin a new journal in the place of an old one; return its descriptor, for bubblewrap to append to.
+    def status_path(self, name: str) -> Path:
+        """Return the file that bubblewrap writes."""
+        return self.directory / f"{name}.status"
 
-        :raises ProviderError: it cannot be written.
+    def begin(self, record: dict[str, Any]) -> int:
+        """Begin a new journal in the place of an old one; return the descriptor of the new status file.
+
+        :raises ProviderError: they cannot be written.
         """
-        path = self.path(record["name"])
+        path, status = self.path(record["name"]), self.status_path(record["name"])
         fresh = path.with_suffix(".new")
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            with contextlib.suppress(FileNotFoundError):
-                fresh.unlink()
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            for old in (fresh, status):
+                with contextlib.suppress(FileNotFoundError):
+                    old.unlink()
             fd = os.open(fresh, flags, 0o600)
             try:
-                _append(fd, {"version": VERSION} | record)
+                _append(fd, {"version": VERSION, "status": str(status)} | record)
+            finally:
+                os.close(fd)
+            fd = os.open(status, flags, 0o600)
+            try:
                 fresh.rename(path)
             except BaseException:
                 os.close(fd)
@@ -191,8 +218,9 @@ class Journals:
 
     def remove(self, name: str) -> None:
         """Remove a journal; absent is success."""
-        with contextlib.suppress(FileNotFoundError):
-            self.path(name).unlink()
+        for path in (self.path(name), self.status_path(name)):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
 
     def lock(self, name: str) -> threading.RLock:
         """Return the lock of an agent, shared by all instances of this process (one manager owns it all)."""

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.model import AgentSpec
-from dispatcher_subprocess.options import options_of
+from dispatcher.model import AgentSpec, Network
+from dispatcher_subprocess.options import AppOptions
 from dispatcher_subprocess.visible import SYSTEM, below
 
 DATA = "/data"
@@ -22,6 +22,10 @@ SECRETS = "/run/secrets"
 ENVIRONMENT = "/run/environment"
 #: Variables that the dynamic loader or libc obeys.  A program of root's must never see those of an app.
 _LOADER = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "GETCONF_DIR", "RES_OPTIONS", "HOSTALIASES")
+# What setpriv needs to become the agent, and bwrap to enter the agent's private working directory.
+_CAPABILITIES = ["--cap-drop", "ALL"]
+for _name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_READ_SEARCH"):
+    _CAPABILITIES += ["--cap-add", _name]
 _SET_LOADER = '. "$0" && exec "$@"'
 _GATE = 'read -r _ && exec "$@"'
 
@@ -73,43 +77,29 @@ def with_loader(command: Sequence[str], script: str) -> list[str]:
     return ["/bin/sh", "-c", _SET_LOADER, script, *command]
 
 
-def bubblewrap_arguments(
-    spec: AgentSpec,
-    *,
-    shown: Iterable[Path],
-    hidden: Iterable[Path],
-    descriptors: Descriptors,
-    own_network: bool,
-    own_user: bool,
-    workdir: str,
-    secrets: Path | None,
-) -> list[str]:
-    """Return what goes to ``bwrap --args``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The part of the host's files that every agent of an app sees: arguments for bubblewrap.
+
+    :ivar made: directories that exist inside then.
+    """
+
+    words: tuple[str, ...]
+    made: frozenset[str]
+
+
+def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> View:
+    """Return what the agents of an app see.
 
     :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to cover up.
-    :param secrets: directory of the agent's secrets, None without any.
-    :param own_network: a network namespace of its own; :param own_user: a user namespace (not as root).
     """
-    options = options_of(spec.app)
-    words = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-    words += ["--hostname", spec.app.name, "--new-session"]
-    if own_user:
-        words += ["--unshare-user"]
-    else:
-        words += ["--cap-drop", "ALL"]
-        # What setpriv needs to become the agent, and bwrap to enter the agent's private working directory.
-        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_READ_SEARCH"):
-            words += ["--cap-add", name]
-    if own_network:
-        words += ["--unshare-net"]
-    tree = _Tree()
+    tree = _Tree(set())
     for name in SYSTEM:
         tree.system(name)
     tree.words += ["--proc", "/proc", "--dev", "/dev"]
-    tree.made |= {"/proc", "/dev"}
     size = ["--size", str(options.tmp_size), "--perms", "1777", "--tmpfs"]
     tree.words += [*size, "/tmp", *size, "/dev/shm"]  # noqa: S108  the agent's own
-    tree.made |= {"/tmp"}  # noqa: S108
+    tree.made |= {"/", "/proc", "/dev", "/tmp"}  # noqa: S108
     tree.directory("/var")
     tree.words += ["--symlink", "/tmp", "/var/tmp"]  # noqa: S108
     for path in shown:
@@ -119,10 +109,34 @@ def bubblewrap_arguments(
     for path in hidden:
         cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
         tree.words += [*cover, str(path)]
-    tree.bind("--bind", str(spec.data_dir), DATA)
-    tree.bind("--bind", str(spec.run_dir), RUN)
+    tree.directory("/run")
+    return View(words=tuple(tree.words), made=frozenset(tree.made))
+
+
+def bubblewrap_arguments(
+    spec: AgentSpec,
+    seen: View,
+    *,
+    descriptors: Descriptors,
+    own_user: bool,
+    workdir: str,
+    secrets: Path | None,
+) -> list[str]:
+    """Return what goes to ``bwrap --args``.
+
+    :param secrets: directory of the agent's secrets, None without any.
+    :param own_user: a user namespace (not as root).
+    """
+    words = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
+    words += ["--hostname", spec.app.name, "--new-session"]
+    words += ["--unshare-user"] if own_user else _CAPABILITIES
+    if spec.app.network is not Network.HOST:
+        words += ["--unshare-net"]
+    words += seen.words
+    tree = _Tree(set(seen.made))
+    tree.words += ["--bind", str(spec.data_dir), DATA, "--bind", str(spec.run_dir), RUN]
     if secrets:
-        tree.bind("--ro-bind", str(secrets), SECRETS)
+        tree.words += ["--ro-bind", str(secrets), SECRETS]
     if descriptors.loader is not None:
         tree.words += ["--perms", "0444", "--file", str(descriptors.loader), ENVIRONMENT]
     if descriptors.resolver is not None:
@@ -138,9 +152,9 @@ def bubblewrap_arguments(
 class _Tree:
     """Grows the sandbox's root; directories on the way to a mount are made open to the agent."""
 
-    def __init__(self) -> None:
+    def __init__(self, made: set[str]) -> None:
         self.words: list[str] = []
-        self.made: set[str] = {"/"}
+        self.made = made
 
     def system(self, name: str) -> None:
         if os.path.islink(name):

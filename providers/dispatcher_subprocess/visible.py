@@ -6,7 +6,6 @@ a Python virtual environment with the installation that it was made from, or a s
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 import sys
@@ -14,11 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import dispatcher
-from dispatcher.clock import boottime
 from dispatcher.errors import ProviderError
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
-_FRESH = 10.0  # seconds for which a look at the disk is believed
 _SHEBANG = 256  # bytes, as much as the kernel reads
 
 
@@ -46,13 +43,8 @@ def find_program(name: str, search: str, app: str) -> Path:
 
 def needed(program: Path) -> tuple[Path, ...]:
     """Return the paths beyond SYSTEM that a program needs, none of them below another."""
-    return _needed(str(program), int(boottime() / _FRESH))
-
-
-@functools.lru_cache(maxsize=256)
-def _needed(program: str, _bucket: int) -> tuple[Path, ...]:
     found: list[Path] = []
-    for path in dict.fromkeys(_closure(Path(program))):
+    for path in dict.fromkeys(_closure(program)):
         roots = [Path(name) for name in SYSTEM]
         if path != Path("/") and not below(path, roots) and not below(Path(os.path.realpath(path)), roots):
             found.append(path)
