@@ -215,7 +215,7 @@ class Manager:
                 sock = tcp_socket(address)
                 self._closers.append(sock.close)
                 wanted.append((sock, guarded, threads, context))
-                _log.info("listening with TLS", address=_shown(sock), sha256=fingerprint)
+                _log.info("listening with TLS", address=_shown(sock), fingerprint=fingerprint)
             if not self.config.manager.client_ca and not self.config.manager.token_file:
                 _log.warning("nobody can use manager.listen", fix="set manager.token_file or manager.client_ca")
         self._closers.append(self.feed.close)
