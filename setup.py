@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
-LIBVIRT = ["libvirt-python>=9", "lxml>=5"]
+LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
 TESTING = [
     "pytest>=8",
     "pytest-timeout",

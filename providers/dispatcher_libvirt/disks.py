@@ -1,0 +1,354 @@
+"""Making, growing, checking and copying machines' disks, as files of this host.  Touches files and processes.
+
+Every agent has a directory that belongs to the manager (so that no name in it can be swapped), with files that
+belong to the machine's host user:
+
+    data.raw                 the data disk: ext4 without partitions
+    root-FINGERPRINT.qcow2   the overlay of one base image
+    snapshots/               from before changes of the image: the data disk, and what the overlay was of
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.names import printable
+from dispatcher_libvirt import sandbox
+from dispatcher_libvirt.sandbox import Bind, Result, Tick
+
+DATA = "data.raw"
+SNAPSHOTS = "snapshots"
+IMAGE = "/image"  # where tools in the sandbox see the disk
+_ROOT = re.compile(r"root-([0-9a-f]{12})\.qcow2")
+_FICLONE = 0x40049409
+_CHUNK = 8 << 20
+_LABEL = "dispatcher-data"
+
+User = tuple[int, int] | None
+
+
+class Disks:
+    """The disks of all agents of one installation, below one directory.
+
+    :param own: the provider's own directory, when `top` lies in it; :param privileged: whether this is root,
+        whose tools become the agent's user.
+    """
+
+    def __init__(self, top: Path, *, own: Path | None, privileged: bool) -> None:
+        self.top = top
+        self._own_directory = own
+        self._privileged = privileged
+
+    def prepare(self) -> None:
+        """Make the top directory: QEMU passes through it without seeing what is there."""
+        with self.errors("making the directory of machines' disks"):
+            self.top.mkdir(mode=0o711, parents=True, exist_ok=True)
+            for directory in (self._own_directory, self.top):
+                if directory is not None and directory.stat().st_mode & 0o011 != 0o011:
+                    directory.chmod(0o711)
+
+    # -- directories -------------------------------------------------------------------------------------
+
+    def directory(self, name: str) -> Path:
+        """Return the directory of an agent, by its backend name."""
+        return self.top / name
+
+    def data(self, name: str) -> Path:
+        """Return the data disk of an agent."""
+        return self.directory(name) / DATA
+
+    def make_directory(self, name: str) -> bool:
+        """Make an agent's directory; whether it was not there."""
+        self.prepare()
+        with self.errors("making a machine's directory"):
+            try:
+                self.directory(name).mkdir(mode=0o711)
+            except FileExistsError:
+                return False
+            self.directory(name).chmod(0o711)
+            return True
+
+    def remove(self, name: str, *, data: bool) -> None:
+        """Remove an agent's disks, the data disk only when told so.  Absent is success."""
+        directory = self.directory(name)
+        with self.errors("removing a machine's disks"):
+            if data:
+                if directory.exists():
+                    shutil.rmtree(directory)
+                return
+            for path in (*self.roots(name).values(), directory / "booted", *directory.glob(".*.new")):
+                path.unlink(missing_ok=True)
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
+
+    def roots(self, name: str) -> dict[str, Path]:
+        """Return an agent's overlays by the fingerprint of their base image."""
+        found = {}
+        directory = self.directory(name)
+        for path in directory.iterdir() if directory.is_dir() else ():
+            if match := _ROOT.fullmatch(path.name):
+                found[match[1]] = path
+        return found
+
+    def size(self, name: str) -> int:
+        """Return the bytes that an agent's files take on the host's disk."""
+        total = 0
+        for directory, _, files in os.walk(self.directory(name)):
+            for file in files:
+                try:
+                    total += os.lstat(os.path.join(directory, file)).st_blocks * 512
+                except FileNotFoundError:
+                    continue
+        return total
+
+    # -- the data disk -----------------------------------------------------------------------------------
+
+    def create_data(self, name: str, size: int, user: User, *, full: bool, deadline: Deadline, tick: Tick) -> None:
+        """Make an empty data disk.
+
+        :raises ProviderError: no space, or a tool is missing.
+        """
+        with self._fresh(self.data(name), user) as path:
+            with self.errors("making a data disk"), path.open("r+b") as file:
+                if full:
+                    os.posix_fallocate(file.fileno(), 0, size)
+                else:
+                    os.truncate(file.fileno(), size)
+            self._format(path, user, None, deadline, tick)
+
+    def claim(self, name: str, user: User) -> None:
+        """Make the data disk its user's again, where libvirt was stopped before it could."""
+        with self.errors("looking at a data disk"):
+            self._own(self.data(name), user)
+
+    def grow_data(self, name: str, size: int, user: User, *, full: bool, deadline: Deadline, tick: Tick) -> None:
+        """Make an existing data disk larger, its content kept; one that is as large stays as it is."""
+        path = self.data(name)
+        before = path.stat().st_size
+        if before >= size:
+            return
+        self.repair(name, user, deadline=deadline, tick=tick, thorough=True)
+        with self.errors("growing a data disk"), path.open("r+b") as file:
+            if full:
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                os.truncate(file.fileno(), size)
+        result = self._tool(["resize2fs", IMAGE], path, user, deadline, tick)
+        if result.code:
+            os.truncate(path, before)
+            raise ProviderError(
+                f"The data disk of {printable(name)} does not grow", why=result.last_line, fix=f"look at {path}"
+            )
+
+    def repair(self, name: str, user: User, *, deadline: Deadline, tick: Tick, thorough: bool = False) -> None:
+        """Replay the data disk's journal and mend what a hard end left; quick when it was ended well.
+
+        :raises ProviderError: it is damaged beyond that.
+        """
+        path = self.data(name)
+        force = ["-f"] if thorough else []
+        result = self._tool(["e2fsck", "-p", *force, IMAGE], path, user, deadline, tick)
+        if result.code & ~3:
+            result = self._tool(["e2fsck", "-y", "-f", IMAGE], path, user, deadline, tick)
+        if result.code & ~3:
+            raise ProviderError(
+                f"The data disk of {printable(name)} is damaged",
+                why=result.last_line,
+                fix=f"look at it with e2fsck ({path}), restore a snapshot, or reset the agent's data",
+            )
+
+    def fill_data(self, name: str, source: Path, size: int, user: User, *, deadline: Deadline, tick: Tick) -> None:
+        """Replace the data disk by a new one that holds a copy of `source`; the old one stays until that is whole.
+
+        :raises ProviderError: it does not fit, or cannot be read.
+        """
+        with self._fresh(self.data(name), user) as path:
+            with self.errors("making a data disk"):
+                os.truncate(path, size)
+            self._format(path, user, source, deadline, tick)
+
+    # -- overlays and snapshots --------------------------------------------------------------------------
+
+    def create_root(self, name: str, fingerprint: str, base: Path, form: str, user: User) -> Path:
+        """Make the overlay of a base image; one that is there is used again."""
+        path = self.directory(name) / f"root-{fingerprint}.qcow2"
+        if path.exists():
+            return path
+        temporary = path.with_name(f".{secrets.token_hex(4)}.new")
+        command = [
+            sandbox.tool("qemu-img"),
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-b",
+            str(base),
+            "-F",
+            form,
+            str(temporary),
+        ]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            if done.returncode:
+                raise ProviderError(
+                    f"Cannot make an overlay of {base}",
+                    why=" ".join(done.stderr.split())[-400:],
+                    fix="see that the disk has space, and that the image and `format` are right",
+                )
+            with self.errors("making an overlay"):
+                self._own(temporary, user)
+                temporary.rename(path)
+        except subprocess.TimeoutExpired as error:
+            raise DeadlineExceeded(f"Making an overlay of {base} took too long") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def forget_roots(self, name: str, current: str, keep: int) -> None:
+        """Remove all overlays but the current one and the newest `keep` others."""
+        others = [path for fingerprint, path in self.roots(name).items() if fingerprint != current]
+        for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
+            path.unlink()
+
+    def snapshot(self, name: str, fingerprint: str, keep: int, *, deadline: Deadline, tick: Tick) -> None:
+        """Copy the data disk as it was with an image, and forget all but the newest `keep` snapshots."""
+        folder = self.directory(name) / SNAPSHOTS
+        with self.errors("taking a snapshot"):
+            if keep and self.data(name).exists():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                target = folder / f"data-{fingerprint}.raw"
+                temporary = folder / f".{secrets.token_hex(4)}.new"
+                try:
+                    copy_sparse(self.data(name), temporary, deadline, tick)
+                    temporary.replace(target)
+                finally:
+                    temporary.unlink(missing_ok=True)
+            kept = sorted(folder.glob("data-*.raw"), key=lambda path: path.stat().st_mtime, reverse=True)
+            for path in kept[keep:]:
+                path.unlink()
+
+    # -- parts -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def errors(self, what: str) -> Iterator[None]:
+        """Turn an OSError into one that says what to do."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+            raise ProviderError(
+                f"{'The disk is full' if full else 'The host refused'} while {what}",
+                why=f"{error.strerror or error} ({error.filename or self.top})",
+                fix=f"free some space at {self.top}" if full else f"see who may write to {self.top}",
+            ) from error
+
+    @contextmanager
+    def _fresh(self, target: Path, user: User) -> Iterator[Path]:
+        """Yield an empty file that takes the place of `target` when all went well, and is gone otherwise."""
+        path = target.with_name(f".{secrets.token_hex(4)}.new")
+        try:
+            with self.errors("making a disk"):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                self._own(path, user)
+            yield path
+            with self.errors("making a disk"):
+                path.rename(target)
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _own(self, path: Path, user: User) -> None:
+        path.chmod(0o600)
+        if self._privileged and user is not None:
+            os.chown(path, *user, follow_symlinks=False)
+
+    def _format(self, path: Path, user: User, source: Path | None, deadline: Deadline, tick: Tick) -> None:
+        owner = user or (os.geteuid(), os.getegid())
+        argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-L", _LABEL]
+        argv += ["-E", f"root_owner={owner[0]}:{owner[1]},lazy_itable_init=1,lazy_journal_init=1"]
+        binds = []
+        if source is not None:
+            argv += ["-d", "/source"]
+            binds = [Bind(source=source, target="/source")]
+        result = self._tool([*argv, IMAGE], path, user, deadline, tick, binds=binds, read_all=source is not None)
+        if result.code:
+            small = "could not allocate" in result.output.lower() or "no free space" in result.output.lower()
+            raise ProviderError(
+                "The data does not fit on the data disk" if small else "The data disk cannot be made",
+                why=result.last_line,
+                fix="raise the app's disk limit" if small else "see that the host's disk has space",
+            )
+        # An empty directory that only e2fsck needs, and makes again by itself, is no business of the app's.
+        self._tool(["debugfs", "-w", "-R", "rmdir lost+found", IMAGE], path, user, deadline, tick)
+
+    def _tool(
+        self,
+        argv: list[str],
+        path: Path,
+        user: User,
+        deadline: Deadline,
+        tick: Tick,
+        *,
+        binds: list[Bind] | None = None,
+        read_all: bool = False,
+    ) -> Result:
+        user = user if self._privileged else None
+        if read_all and user is not None:
+            os.chown(path, 0, 0)
+        try:
+            return sandbox.run(
+                [sandbox.tool(argv[0]), *argv[1:]],
+                binds=[Bind(source=path, target=IMAGE, writable=True), *(binds or [])],
+                user=user,
+                deadline=deadline,
+                tick=tick,
+                read_all=read_all,
+            )
+        finally:
+            if read_all and user is not None:
+                os.chown(path, *user)
+
+
+def copy_sparse(source: Path, target: Path, deadline: Deadline, tick: Callable[[], None]) -> None:
+    """Copy a file with its holes, owner and mode: shared blocks where the file system can, else data only.
+
+    :raises OSError: it cannot be read or written; :raises DeadlineExceeded: no time left.
+    """
+    with source.open("rb") as reading, target.open("xb") as writing:
+        status = os.fstat(reading.fileno())
+        os.fchmod(writing.fileno(), stat.S_IMODE(status.st_mode))
+        if os.geteuid() == 0:
+            os.fchown(writing.fileno(), status.st_uid, status.st_gid)
+        try:
+            fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
+            return
+        except OSError:
+            pass  # not on this file system
+        os.truncate(writing.fileno(), status.st_size)
+        at = 0
+        while at < status.st_size:
+            try:
+                at = os.lseek(reading.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole from here
+                    return
+                raise
+            end = os.lseek(reading.fileno(), at, os.SEEK_HOLE)
+            while at < end:
+                if deadline.expired:
+                    raise DeadlineExceeded("Copying a disk did not end in time", fix="try again with more time")
+                tick()
+                block = os.pread(reading.fileno(), min(_CHUNK, end - at), at)
+                os.pwrite(writing.fileno(), block, at)
+                at += len(block)

@@ -1,0 +1,279 @@
+"""What ``[providers.libvirt]`` and ``[apps.X.libvirt]`` may say, and what an app finds inside.  Pure."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from dispatcher.errors import BadRequest, ConfigError
+from dispatcher.model import AgentSpec, App, Network
+from dispatcher.names import printable
+from dispatcher.settings import Duration, Size, Table
+from dispatcher_libvirt import extra_xml
+
+MIB = 1024**2
+SMALLEST_MEMORY = 64 * MIB
+SMALLEST_DISK = 16 * MIB
+LARGEST_TEXT = 64 * 1024  # bytes of command and environment together: they go through one exec in the guest
+_PLACEHOLDER = re.compile(r"\{(port|data)\}")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
+_SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
+
+
+def _absolute(value: Path) -> Path:
+    text = str(value)
+    if not value.is_absolute() or ".." in value.parts or not text.isprintable():
+        raise ValueError("an absolute path without .. and control characters")
+    return value
+
+
+def _word(value: str) -> str:
+    if value and not _WORD.fullmatch(value):
+        raise ValueError("a name of letters, digits and . _ + -")
+    return value
+
+
+def _argument(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("text without NUL")
+    return value
+
+
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+Word = Annotated[str, AfterValidator(_word)]
+Argument = Annotated[str, Field(max_length=LARGEST_TEXT), AfterValidator(_argument)]
+
+
+class Options(Table):
+    """``[providers.libvirt]``"""
+
+    uri: str = Field(
+        default="", description="connection URI; qemu:///system for root, qemu:///session for others when empty"
+    )
+    accelerator: Literal["auto", "kvm", "emulation"] = Field(
+        default="auto", description="KVM where it works, always (an error where it does not), or never"
+    )
+    network: Word = Field(default="", description='libvirt network of apps with network = "private"')
+    storage: AbsolutePath | None = Field(
+        default=None, description="directory for machines' disks; by default in manager.state_dir"
+    )
+    pool: Word = Field(default="", description="storage pool of a remote host, where machines' disks go there")
+    own_users: Literal["auto", "always", "never"] = Field(
+        default="auto", description="run each machine's QEMU as its agent's own host user: where it works, ..."
+    )
+    ports: tuple[int, int] = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
+    connections: int = Field(default=4, ge=1, le=32, description="starts, saves and ends at the same time")
+    keepalive: Duration = Field(default=5.0, ge=1, le=600, description="between two keep-alive messages")
+    tunnel: list[Argument] = Field(
+        default=[],
+        description="command that forwards a remote port, ssh by default; {local}, {remote} are filled in",
+    )
+
+    @field_validator("ports")
+    @classmethod
+    def _ports(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 1024 <= value[0] <= value[1] <= 65535:
+            raise ValueError("two ports from 1024 to 65535, the lower one first")
+        return value
+
+    @field_validator("uri")
+    @classmethod
+    def _uri(cls, value: str) -> str:
+        if not value:
+            return value
+        parts = urlsplit(value)
+        if parts.scheme.partition("+")[0] not in {"qemu", "test"} or not value.isprintable() or " " in value:
+            raise ValueError("a URI of libvirt's QEMU driver, such as qemu:///system or qemu+ssh://HOST/system")
+        parse_qs(parts.query, strict_parsing=bool(parts.query))
+        return value
+
+    @model_validator(mode="after")
+    def _remote(self) -> Options:
+        if urlsplit(self.uri).hostname and not self.pool:
+            raise ValueError("a remote uri needs pool: machines' disks live there")
+        return self
+
+
+class AppOptions(Table):
+    """``[apps.X.libvirt]``"""
+
+    image: AbsolutePath | None = Field(default=None, description="base image; each agent gets an overlay of it")
+    format: Literal["qcow2", "raw"] = Field(default="qcow2", description="of the base image")
+    kernel: AbsolutePath | None = Field(default=None, description="kernel for direct boot")
+    initrd: AbsolutePath | None = Field(default=None, description="initial RAM disk for direct boot")
+    cmdline: Argument = Field(default="console=ttyS0 quiet panic=-1", description="the kernel's command line")
+    firmware: Literal["bios", "efi"] = "bios"
+    command: list[Argument] = Field(
+        default=[], description="program and arguments in the guest; {port} and {data} are replaced"
+    )
+    port: int = Field(default=8080, ge=1, le=65535, description="where the app listens in the guest")
+    endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="how the host reaches that port")
+    data: str = Field(default="/data", description="where the guest shows the data disk")
+    data_size: Size = Field(default=1024 * MIB, description="of the data disk where the app has no `disk` limit")
+    data_allocation: Literal["sparse", "full"] = Field(
+        default="sparse", description="take the data disk's space as it is used, or all at once"
+    )
+    root: Literal["keep", "fresh"] = Field(
+        default="keep", description="what becomes of the overlay when the agent stops"
+    )
+    snapshots: int = Field(default=1, ge=0, le=20, description="states kept from before changes of the image")
+    default_memory: Size = Field(
+        default=512 * MIB, ge=SMALLEST_MEMORY, description="of the guest where the app has no `memory` limit"
+    )
+    balloon: Size | None = Field(
+        default=None, ge=SMALLEST_MEMORY, description="memory that the guest starts with, below its limit"
+    )
+    vcpus: int | None = Field(default=None, ge=1, le=512, description="by default `cpus`, rounded up")
+    cpu: Word = Field(default="auto", description="auto, host-passthrough, host-model, maximum, or a model")
+    cpu_shares: int | None = Field(default=None, ge=2, le=262144, description="weight against other machines")
+    disk_bandwidth: Size | None = Field(default=None, description="bytes per second and disk, reading and writing")
+    disk_iops: int | None = Field(default=None, ge=1, description="operations per second and disk")
+    network_bandwidth: Size | None = Field(
+        default=None, ge=1024, description="bytes per second each way, on a libvirt network"
+    )
+    machine: Word = Field(default="q35", description="QEMU's machine type")
+    user_data: AbsolutePath | None = Field(default=None, description="cloud-init user data; a file that is read")
+    guest_agent: bool = Field(default=False, description="the image runs the QEMU guest agent")
+    flush: Duration = Field(
+        default=5.0, le=300, description="for the guest to write its disks, after the grace time and before force"
+    )
+    xml: list[Argument] = Field(default=[], description="further elements of libvirt's domain XML")
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: str) -> str:
+        if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value) or "/." in value:
+            raise ValueError("an absolute path of letters, digits and . _ -")
+        return value
+
+    @field_validator("data_size")
+    @classmethod
+    def _size(cls, value: int) -> int:
+        if value < SMALLEST_DISK:
+            raise ValueError("at least 16M")
+        return value
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, value: list[str]) -> list[str]:
+        if value and not value[0].startswith("/"):
+            raise ValueError("the program's absolute path first")
+        return value
+
+    @field_validator("xml")
+    @classmethod
+    def _xml(cls, value: list[str]) -> list[str]:
+        for text in value:
+            extra_xml.parse(text)
+        return value
+
+    @model_validator(mode="after")
+    def _boots(self) -> AppOptions:
+        if not (self.image or self.kernel):
+            raise ValueError("image, or kernel and initrd, must say what boots")
+        if self.initrd and not self.kernel:
+            raise ValueError("initrd needs kernel")
+        return self
+
+
+def options_of(app: App) -> AppOptions:
+    """Return an app's options with their type."""
+    if not isinstance(app.options, AppOptions):  # a programming error of the caller, still one clear sentence
+        raise ConfigError(f"The app {app.name} has no options of the provider libvirt")
+    return app.options
+
+
+def memory_of(app: App) -> int:
+    """Return the bytes of memory that an app's machines have.
+
+    :raises ConfigError: too little for any system.
+    """
+    memory = app.limits.memory or options_of(app).default_memory
+    if memory < SMALLEST_MEMORY:
+        raise ConfigError(
+            f"apps.{app.name}.memory: {memory} bytes are too few for a machine",
+            fix=f"give it at least {SMALLEST_MEMORY // MIB}M",
+        )
+    return memory
+
+
+def disk_of(app: App) -> int:
+    """Return the bytes of an app's data disks, in whole MiB.
+
+    :raises ConfigError: too little for a file system.
+    """
+    size = app.limits.disk or options_of(app).data_size
+    if size < SMALLEST_DISK:
+        raise ConfigError(
+            f"apps.{app.name}.disk: {size} bytes are too few for a data disk",
+            fix=f"give it at least {SMALLEST_DISK // MIB}M",
+        )
+    return -(-size // MIB) * MIB
+
+
+def vcpus_of(app: App) -> int:
+    """Return the number of processors that an app's machines see."""
+    return options_of(app).vcpus or max(1, math.ceil(app.limits.cpus or 1))
+
+
+def fill(text: str, options: AppOptions) -> str:
+    """Return `text` with ``{port}`` and ``{data}`` replaced; any other use of braces stays as it is."""
+    values = {"port": str(options.port), "data": options.data}
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+
+
+def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
+    """Return the environment of an agent's app, but for the guest's own PATH.
+
+    :param secrets: the directory of the secrets in the guest.
+    :raises ConfigError: a name or value cannot be one.
+    """
+    options = options_of(spec.app)
+    variables = {"HOME": options.data}
+    variables |= {name: fill(value, options) for name, value in spec.app.environment.items()}
+    variables |= {
+        "DISPATCHER_AGENT": spec.agent,
+        "DISPATCHER_USER": spec.user,
+        "DISPATCHER_DATA": options.data,
+    }
+    if spec.secrets:
+        variables["DISPATCHER_SECRETS"] = secrets
+    for name, value in variables.items():
+        if not _VARIABLE.fullmatch(name) or "\0" in value:
+            raise ConfigError(
+                f"apps.{spec.app.name}.environment: {printable(name)} cannot be a variable",
+                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
+            )
+    size = sum(len(name) + len(value.encode()) + 2 for name, value in variables.items())
+    if size + sum(len(word.encode()) + 1 for word in options.command) > LARGEST_TEXT:
+        raise ConfigError(
+            f"apps.{spec.app.name}: command and environment are over {LARGEST_TEXT} bytes", fix="shorten them"
+        )
+    return variables
+
+
+def secret_name(name: str) -> str:
+    """Return `name` if it can be a secret's file.
+
+    :raises BadRequest: it cannot.
+    """
+    if not _SECRET.fullmatch(name):
+        raise BadRequest(
+            f"Bad name of a secret {printable(name)}", why="it becomes a file", fix="use letters, digits and . _ -"
+        )
+    return name
+
+
+def unsupported_network(app: App, options: Options) -> str:
+    """Return why an app's network cannot be had, or ""."""
+    if app.network is Network.HOST:
+        return "a machine never has the host's own network"
+    if app.network is Network.PRIVATE and not options.network:
+        return "providers.libvirt.network names no libvirt network that leads outside"
+    return ""

@@ -1,0 +1,186 @@
+"""Guests for tests: the example images, built once into .cache/vm, and the same with the kit's probe as their app.
+
+Also a relay in front of libvirtd's socket that a test can break, so that the daemon itself is left in peace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dispatcher.testing import PROBE
+
+ROOT = Path(__file__).parent.parent
+IMAGES = ROOT / ".cache" / "vm"
+LIBVIRT = "/var/run/libvirt/libvirt-sock"
+
+
+def images() -> Path:
+    """Return the directory with the example images, built if they are absent or older than what makes them."""
+    sources = [path for path in (ROOT / "examples" / "vm").iterdir() if path.is_file()]
+    made = IMAGES / "disk.qcow2"
+    if not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+        subprocess.run(
+            [ROOT / "examples/vm/build-image", "--bootable"], check=True, capture_output=True, timeout=240
+        )
+    with_app(IMAGES / "probe.img", IMAGES / "direct.img", PROBE)
+    return IMAGES
+
+
+def with_app(target: Path, initrd: Path, app: Path) -> None:
+    """Make an initial RAM disk whose app is another program: the kernel unpacks one archive over the other."""
+    newest = max(initrd.stat().st_mtime, app.stat().st_mtime)
+    if target.exists() and target.stat().st_mtime > newest:
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "app").mkdir()
+        shutil.copy(app, Path(directory) / "app" / "app.py")
+        archive = subprocess.run(
+            ["cpio", "--quiet", "-o", "-H", "newc", "-R", "0:0"],
+            input=b"app\napp/app.py\n",
+            cwd=directory,
+            check=True,
+            capture_output=True,
+        ).stdout
+    temporary = target.with_suffix(f".{os.getpid()}")
+    temporary.write_bytes(initrd.read_bytes() + archive)
+    temporary.rename(target)
+
+
+def app_options(**changes: object) -> dict[str, object]:
+    """Return ``[apps.X.libvirt]`` for a guest that runs the probe."""
+    found = images()
+    options = {
+        "kernel": str(found / "vmlinuz"),
+        "initrd": str(found / "probe.img"),
+        "default_memory": "192M",
+        "data_size": "64M",
+        "flush": "3s",
+    }
+    return options | changes
+
+
+class Relay:
+    """A process that relays a Unix socket, and can be down or silent."""
+
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="relay-"))
+        self.path = self.directory / "sock"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.up()
+
+    @property
+    def uri(self) -> str:
+        """The connection URI that goes through the relay."""
+        return f"qemu+unix:///system?socket={self.path}"
+
+    def up(self) -> None:
+        """Relay, from now on."""
+        self._process = subprocess.Popen([sys.executable, __file__, str(self.path)])
+        end = time.monotonic() + 20
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(self.path))
+                return
+            time.sleep(0.02)
+        raise RuntimeError("the relay does not start")
+
+    def down(self) -> None:
+        """End, and with it every connection."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.kill()
+            self._process.wait()
+        self.path.unlink(missing_ok=True)
+
+    def silent(self, on: bool) -> None:
+        """Take connections and requests, answer none (`on`); or go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def broken(self, how: str):
+        """Be down or silent within the block."""
+        if how == "down":
+            self.down()
+        else:
+            self.silent(True)
+        try:
+            yield
+        finally:
+            if how == "down":
+                self.up()
+            else:
+                self.silent(False)
+
+    def close(self) -> None:
+        """End for good."""
+        self.down()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def virsh(*arguments: str) -> str:
+    """Return what virsh says, asked directly."""
+    done = subprocess.run(
+        ["virsh", "--quiet", "--connect", "qemu:///system", *arguments], capture_output=True, text=True, timeout=60
+    )
+    return done.stdout
+
+
+def leftovers(installation: str, *roots: Path) -> set[str]:
+    """Return what there is of an installation's machines, asked of the host and of libvirt itself."""
+    prefix = f"dispatcher-{installation}"
+    found = {f"domain {name}" for name in virsh("list", "--all", "--name").split() if name.startswith(prefix)}
+    found |= {f"filter {name}" for name in virsh("nwfilter-list").split() if name.startswith(prefix)}
+    places = [
+        Path("/dev/shm", f"dispatcher-seeds-{installation}"),
+        Path("/run", f"dispatcher-seeds-{installation}"),
+    ]
+    places += [Path("/var/lib/libvirt/qemu/save"), *(root / "machines" for root in roots)]
+    for place in places:
+        for path in place.glob("*"):
+            if path.name.startswith(prefix):
+                found.add(f"file {path}")
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"guest={prefix}".encode() in process.read_bytes():
+                found.add(f"process {process.parent.name}")
+    return found
+
+
+def relay(path: str) -> None:
+    """Run the relay process: each connection is one to libvirtd."""
+    import asyncio
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, to = await asyncio.open_unix_connection(LIBVIRT)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(pump(reader, to), pump(there, writer))
+
+    async def main() -> None:
+        server = await asyncio.start_unix_server(serve, path)
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+if __name__ == "__main__":
+    relay(sys.argv[1])
