@@ -16,6 +16,12 @@ import threading
 import time
 from pathlib import Path
 
+from dispatcher.model import Network
+from dispatcher.testing.driver import Driver
+from dispatcher.testing.kit import Kit, Settings
+from dispatcher_docker.options import DockerOptions
+from dispatcher_docker.provider import DockerProvider
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -245,3 +251,41 @@ class PrivateEngine:
 def inspect(name: str, host: str = "") -> dict:
     """Return the engine's inspection of a container."""
     return json.loads(docker("inspect", name, host=host))[0]
+
+
+PROBE = {"image": "dispatcher-test/probe", "command": ["python3", "/probe.py", "--unix", "{socket}"]}
+PORTED = {"image": "dispatcher-test/probe", "command": ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}"], "port": 8080}
+
+
+class DockerWorld(Kit):
+    """Agents of the Docker provider, and what the tests ask of them; everything is gone after `close`."""
+
+    def __init__(self, url: str = "", patience: float = 30.0, **options) -> None:
+        settings = Settings(patience=patience, slack=2.0, network=Network.NONE, app_options=lambda: dict(PROBE))
+        super().__init__(settings)
+        self.host = url
+        self.options = DockerOptions.model_validate({"url": url or "unix:///var/run/docker.sock", **options})
+        self.driver = self.sibling = self.another()
+
+    def another(self) -> Driver:
+        """Return a fresh instance, as a restarted manager makes one."""
+        provider = DockerProvider(context=self.context, options=self.options)
+        return Driver(provider, patience=self.settings.patience, slack=self.settings.slack)
+
+    def make(self, agent: str, *, options=None, **changes):
+        """Return a spec; `options` are added to the probe's."""
+        base = options if options and ("image" in options or "build" in options) else {**PROBE, **(options or {})}
+        return self.spec(self.driver.provider, agent, options=base, **changes)
+
+    def run(self, agent: str, *, options=None, **changes):
+        """Start an agent and wait for its probe."""
+        return self.start(self.driver, self.make(agent, options=options, **changes))
+
+    def observe(self, agent):
+        return self.driver.observe(getattr(agent, "handle", agent))
+
+    def close(self) -> None:
+        try:
+            super().close()
+        finally:
+            remove_all(self.installation, self.host)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.model import AgentSpec, App, Handle, Network
-from dispatcher_docker.options import DockerAppOptions, DockerOptions
+from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 PROVIDER = "docker"
 LABEL = "dispatcher."
@@ -59,9 +59,9 @@ def network_name(installation: str) -> str:
     return f"dispatcher-{installation}"
 
 
-def owner_uid(spec: AgentSpec) -> int | None:
-    """Return the host user id that the app's processes have, None where the image decides."""
-    return {"agent": spec.uid, "root": 0, "image": None}[options_of(spec.app).user]
+def owner_uid(spec: AgentSpec) -> int:
+    """Return the host user id that the app's processes have."""
+    return 0 if options_of(spec.app).user == "root" else spec.uid
 
 
 def container(
@@ -82,6 +82,7 @@ def container(
     options = options_of(spec.app)
     body: dict[str, Any] = {
         "Image": image_id,
+        "User": "0:0" if options.user == "root" else f"{spec.uid}:{spec.gid}",
         "Env": [f"{name}={value}" for name, value in environment(spec).items()],
         "WorkingDir": options.workdir or options.data_path,
         "Labels": labels(spec, image_id),
@@ -106,8 +107,6 @@ def container(
     }
     if spec.app.network is not Network.HOST:
         body["Hostname"] = options.hostname
-    if options.user != "image":
-        body["User"] = f"{spec.uid}:{spec.gid}" if options.user == "agent" else "0:0"
     if options.command:
         body["Cmd"] = [fill(word, options) for word in options.command]
     if options.entrypoint is not None:
@@ -153,7 +152,6 @@ def environment(spec: AgentSpec) -> dict[str, str]:
 def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
     """Return what a fresh instance of the provider knows an agent by."""
     options = options_of(spec.app)
-    owner = owner_uid(spec)
     known = {
         "installation": spec.installation,
         "agent": spec.agent,
@@ -164,7 +162,7 @@ def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
         "image": image_reference(spec.app, spec.installation),
         "image-id": image_id,
         "endpoint": f"port:{options.port}/tcp" if options.port else f"unix:{spec.socket}",
-        "owner": "" if owner is None or options.port else str(owner),
+        "owner": "" if options.port else str(owner_uid(spec)),
     }
     return {f"{LABEL}{name}": value for name, value in known.items()}
 
@@ -226,7 +224,7 @@ def _walls(options: DockerAppOptions, seccomp: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "Privileged": False,
         "CapDrop": ["ALL"],
-        "CapAdd": options.cap_add,
+        "CapAdd": sorted({*options.cap_add, *(ROOT_CAPABILITIES if options.user == "root" else ())}),
         "SecurityOpt": security,
         "ReadonlyRootfs": options.read_only,
         "IpcMode": "private",

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from dispatcher.settings import Duration, Size
 
 Path_ = Annotated[Path, Field(strict=False)]
+#: Without these root could not even use the agent's data, nor give up its rights.
+ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID")
 _CAPABILITY = re.compile(r"[A-Z][A-Z_]+")
 _SIGNAL = re.compile(r"(SIG)?[A-Z0-9+]+")
 _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -121,7 +123,9 @@ class DockerAppOptions(Strict):
     tmpfs: dict[str, Size] = Field(default={"/tmp": 64 * 1024**2}, description="writable, in memory: path to size")  # noqa: S108
     ulimits: dict[str, int] = Field(default={}, description="such as nofile = 4096; soft and hard")
     # What loosens the isolation, each by its own name:
-    user: Literal["agent", "image", "root"] = "agent"
+    user: Literal["agent", "root"] = Field(
+        default="agent", description="root also gets what a root that starts services needs: see ROOT_CAPABILITIES"
+    )
     read_only: bool = Field(default=True, description="the image's files cannot be changed")
     cap_add: list[str] = Field(default=[], description="capabilities, such as NET_BIND_SERVICE; all are dropped")
     no_new_privileges: bool = True

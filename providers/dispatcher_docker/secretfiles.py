@@ -46,10 +46,10 @@ class SecretFiles:
             fix="mount a tmpfs at manager.run_dir",
         )
 
-    def write(self, name: str, values: Mapping[str, str], owner: int | None) -> Path:
+    def write(self, name: str, values: Mapping[str, str], owner: int) -> Path:
         """Write the secrets of an agent, replacing what was there; return the directory.
 
-        :param owner: whose the files are; None where the image decides who runs: then all inside may read.
+        :param owner: host user id whose the files are.
         """
         for key in values:
             if not _NAME.fullmatch(key):
@@ -60,18 +60,15 @@ class SecretFiles:
             _private(directory.parent.parent)
             _private(directory.parent)
             directory.mkdir(mode=0o700)
-        chown = self._context.privileged and owner is not None
         for key, value in values.items():
             descriptor = os.open(directory / key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
             with os.fdopen(descriptor, "wb") as file:
                 file.write(value.encode())
-                if chown:
-                    os.fchown(file.fileno(), owner or 0, -1)
-                elif owner is None:
-                    os.fchmod(file.fileno(), 0o444)
-        directory.chmod(0o555 if owner is None else 0o500)
-        if chown:
-            os.chown(directory, owner or 0, -1)
+                if self._context.privileged:
+                    os.fchown(file.fileno(), owner, -1)
+        directory.chmod(0o500)
+        if self._context.privileged:
+            os.chown(directory, owner, -1)
         return directory
 
     def remove(self, name: str) -> None:

@@ -12,7 +12,7 @@ from dispatcher.model import App, Capability, Finding, Level, Network
 from dispatcher.provider import ProviderContext
 from dispatcher_docker.containers import options_of
 from dispatcher_docker.engine import Engine
-from dispatcher_docker.options import DockerAppOptions, DockerOptions
+from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 _SOCKETS = (
     "/run/docker.sock",
@@ -157,9 +157,8 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
 
 def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
     if options.user == "root":
-        yield "it runs as root, and its data belongs to root", 'set user = "agent"'
-    if options.user == "image":
-        yield "it runs as the image's own user, whom other agents may share", 'set user = "agent"'
+        names = ", ".join(ROOT_CAPABILITIES)
+        yield f"it runs as root with the capabilities {names}, and what it writes is root's", 'set user = "agent"'
     if not options.read_only:
         yield "it can change the image's files (its own copy of them)", "set read_only = true"
     for one in options.cap_add:

@@ -7,7 +7,7 @@ import pytest
 
 from dispatcher.model import AgentSpec, App, Limits, Network
 from dispatcher_docker import containers
-from dispatcher_docker.options import DockerAppOptions, DockerOptions, Mount
+from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions, Mount
 
 
 def spec(options=None, *, secrets=None, stdin=None, **app):
@@ -74,7 +74,7 @@ def test_each_loosening_is_one_key():
     host = made["HostConfig"]
     assert made["User"] == "0:0"
     assert not host["ReadonlyRootfs"]
-    assert host["CapAdd"] == ["NET_BIND_SERVICE"]
+    assert host["CapAdd"] == sorted(["NET_BIND_SERVICE", *ROOT_CAPABILITIES])
     assert host["SecurityOpt"] == ["seccomp=unconfined", "apparmor=mine"]
     assert host["Devices"][0] == {
         "PathOnHost": "/dev/fuse",
@@ -85,12 +85,6 @@ def test_each_loosening_is_one_key():
     assert host["DeviceRequests"] == [{"Driver": "", "Count": 2, "Capabilities": [["gpu"]]}]
     shared = next(one for one in host["Mounts"] if one["Target"] == "/shared")
     assert (shared["Source"], shared["ReadOnly"]) == ("/srv/shared", True)
-
-
-def test_the_image_may_choose_the_user():
-    made = spec(DockerAppOptions(image="x", user="image"))
-    assert "User" not in body(made)
-    assert containers.owner_uid(made) is None
 
 
 def test_limits_arrive():

@@ -281,7 +281,6 @@ def test_limits_that_cannot_be_kept_are_refused(context, limits, key):
     ("options", "words"),
     [
         ({"user": "root"}, "runs as root"),
-        ({"user": "image"}, "the image's own user"),
         ({"read_only": False}, "change the image's files"),
         ({"cap_add": ["SYS_ADMIN"]}, "the capability SYS_ADMIN"),
         ({"no_new_privileges": False}, "setuid"),

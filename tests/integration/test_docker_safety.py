@@ -1,0 +1,230 @@
+"""What `docker inspect` and the app itself show of the walls; what private networks reach; data over renewals."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dispatcher.errors import ConfigError
+from dispatcher.model import Network
+from dispatcher.testing.inside import Refused
+from tests.docker_tools import PORTED, DockerWorld, docker, images, inspect, leftovers
+
+pytestmark = [pytest.mark.docker, pytest.mark.root]
+
+
+@pytest.fixture(scope="module")
+def world():
+    images()
+    world = DockerWorld()
+    yield world
+    world.close()
+
+
+@pytest.fixture(autouse=True)
+def clean(world):
+    yield
+    world.end_check()
+
+
+def test_the_walls_as_the_engine_shows_them(world):
+    agent = world.run("walls")
+    found = inspect(agent.handle.name)
+    host = found["HostConfig"]
+    assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], [], False)
+    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert (host["ReadonlyRootfs"], host["NetworkMode"]) == (True, "none")
+    assert found["Config"]["User"] == f"{agent.spec.uid}:{agent.spec.gid}"
+    status = agent.inside.read("/proc/self/status").decode()
+    assert "Seccomp:\t2" in status
+    assert "NoNewPrivs:\t1" in status
+
+
+def test_only_data_and_tmp_can_be_written(world):
+    agent = world.run("writer")
+    agent.inside.write("/data/x", b"x")
+    agent.inside.write("/tmp/x", b"x")
+    for path in ("/etc/x", "/usr/bin/x", "/probe.py", "/run/x", "/proc/sys/kernel/hostname", "/sys/x"):
+        with pytest.raises(Refused):
+            agent.inside.write(path, b"x")
+
+
+def test_no_namespace_of_the_host_is_shared(world):
+    agent = world.run("names")
+    for name in ("pid", "mnt", "ipc", "uts", "net"):
+        refused = agent.inside.refused("/read", path=f"/proc/self/ns/{name}")
+        assert refused  # a link that cannot be read as a file: its target is compared from the host
+        pid = inspect(agent.handle.name)["State"]["Pid"]
+        assert os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+
+
+def test_a_loosened_app_has_what_it_names_and_no_more(world):
+    agent = world.run("loose", options={"read_only": False, "cap_add": ["NET_BIND_SERVICE"], "user": "root"})
+    agent.inside.write("/data/x", b"x")
+    agent.inside.write("/etc/x", b"x")
+    status = agent.inside.read("/proc/self/status").decode()
+    assert "CapEff:\t00000000000004cb" in status  # CHOWN DAC_OVERRIDE FOWNER SETGID SETUID NET_BIND_SERVICE
+    assert agent.inside.id()["uid"] == "0"
+    said = [one.what for one in world.driver.provider.explain(agent.spec.app)]
+    for words in ("runs as root", "change the image's files", "capability NET_BIND_SERVICE"):
+        assert any(words in one for one in said), words
+
+
+def test_a_mount_of_the_operator_is_read_only_unless_said(world, tmp_path):
+    tmp_path.chmod(0o777)
+    for parent in tmp_path.parents[:2]:  # not /tmp itself
+        parent.chmod(0o755)
+    (tmp_path / "hello").write_text("hello\n")
+    mounts = [{"source": str(tmp_path), "target": "/shared"}]
+    agent = world.run("mounted", options={"mounts": mounts})
+    assert agent.inside.read("/shared/hello") == b"hello\n"
+    with pytest.raises(Refused):
+        agent.inside.write("/shared/x", b"x")
+
+
+def test_no_way_to_the_engine_s_socket(world):
+    for source in ("/var/run/docker.sock", "/run", "/"):
+        spec = world.make("sneaky", options={"mounts": [{"source": source, "target": "/x"}]})
+        with pytest.raises(ConfigError, match="reaches the socket"):
+            world.driver.ensure(spec)
+    assert not leftovers(world.installation)
+
+
+def test_private_networks_keep_agents_apart_and_off_the_host(world):
+    alice = world.run("alice", options=PORTED, network=Network.PRIVATE)
+    bob = world.run("bob", options=PORTED, network=Network.PRIVATE)
+    networks = inspect(bob.handle.name)["NetworkSettings"]["Networks"]
+    (settings,) = networks.values()
+    address, gateway = settings["IPAddress"], settings["Gateway"]
+    assert socket.create_connection((address, 8080), 5).close() is None, "the host itself can"
+    assert alice.inside.refused("/connect", to=f"tcp:{address}:8080")
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        for target in (gateway, "127.0.0.1"):
+            assert alice.inside.refused("/connect", to=f"tcp:{target}:{port}"), target
+    assert alice.inside.refused("/connect", to=str(bob.inside.endpoint))
+    assert alice.inside.endpoint.host == "127.0.0.1"
+
+
+def test_private_networks_reach_the_outside(world):
+    """The outside is a namespace that the test makes: a routed peer behind a veth pair."""
+    agent = world.run("traveller", options=PORTED, network=Network.PRIVATE)
+    with Outside() as outside:
+        assert agent.inside.refused("/connect", to=f"tcp:{outside.address}:{outside.port}") == ""
+
+
+def test_networks_go_with_the_last_agent(world):
+    agent = world.run("last", options=PORTED, network=Network.PRIVATE)
+    assert leftovers(world.installation) >= {f"network dispatcher-{world.installation}"}
+    world.driver.destroy(agent.handle)
+    assert not leftovers(world.installation)
+
+
+def test_a_named_network_is_joined(world):
+    name = f"kit-{world.installation}"
+    docker("network", "create", name)
+    try:
+        agent = world.run("joined", options={**PORTED, "network": name}, network=Network.PRIVATE)
+        assert list(inspect(agent.handle.name)["NetworkSettings"]["Networks"]) == [name]
+        world.end_check()
+    finally:
+        docker("network", "rm", name)
+
+
+def test_data_outlives_image_and_options(world, tmp_path):
+    agent = world.run("keeper")
+    agent.inside.write("/data/note", b"mine\n")
+    world.driver.stop(agent.handle, grace=5)
+    agent = world.run("keeper", options={"tmpfs": {"/tmp": "8M", "/var/tmp": "8M"}})
+    assert agent.inside.read("/data/note") == b"mine\n"
+    assert (agent.spec.data_dir / "note").stat().st_uid == agent.spec.uid
+    world.driver.destroy(agent.handle)
+    assert (agent.spec.data_dir / "note").read_bytes() == b"mine\n"
+
+
+def test_volumes_go_only_when_asked(world):
+    volumes = DockerWorld(data="volume")
+    try:
+        agent = volumes.run("vera")
+        agent.inside.write("/data/note", b"mine\n")
+        volumes.driver.destroy(agent.handle, data=False)
+        assert leftovers(volumes.installation) == {f"volume {agent.handle.name}-data"}
+        agent = volumes.run("vera")
+        assert agent.inside.read("/data/note") == b"mine\n"
+        volumes.driver.destroy(agent.handle, data=True)
+        assert not leftovers(volumes.installation)
+    finally:
+        volumes.close()
+
+
+def test_a_hostile_volume_hurts_nobody_on_its_way_out(world, tmp_path):
+    """Links out of the tree, devices' names, setuid bits: copied as what they are, by the agent's user."""
+    volumes = DockerWorld(data="volume")
+    try:
+        agent = volumes.run("mallory")
+        docker(
+            "exec",
+            agent.handle.name,
+            "sh",
+            "-c",
+            "cd /data && ln -s /etc/shadow shadow && ln -s / root && mkdir d && ln -s ../../../../../tmp d/up && cp /bin/ls su && chmod 4755 su && printf x > $'a\\nb' && mkfifo pipe",
+        )
+        volumes.driver.stop(agent.handle)
+        target = tmp_path / "out"
+        target.mkdir()
+        for parent in tmp_path.parents[:2]:  # not /tmp itself
+            parent.chmod(0o755)
+        volumes.driver.export_data(agent.handle, target)
+        assert os.readlink(target / "shadow") == "/etc/shadow"
+        assert os.readlink(target / "d/up") == "../../../../../tmp"
+        uid = agent.spec.uid
+        assert {
+            os.lstat(os.path.join(here, name)).st_uid
+            for here, dirs, files in os.walk(target)
+            for name in dirs + files
+        } == {uid}
+    finally:
+        volumes.close()
+
+
+class Outside:
+    """A network namespace that is routed behind this host, with one listener in it."""
+
+    address, port = "198.18.77.2", 7777
+
+    def __enter__(self):
+        self.name = f"outside{os.getpid()}"
+        link = f"vo{os.getpid()}"
+        run = lambda *words: subprocess.run(words, check=True, capture_output=True, timeout=20)
+        run("ip", "netns", "add", self.name)
+        run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
+        run("ip", "addr", "add", "198.18.77.1/30", "dev", link)
+        run("ip", "link", "set", link, "up")
+        run("ip", "-n", self.name, "addr", "add", f"{self.address}/30", "dev", "eth0")
+        run("ip", "-n", self.name, "link", "set", "eth0", "up")
+        run("ip", "-n", self.name, "link", "set", "lo", "up")
+        code = f"import socket; s = socket.create_server(('{self.address}', {self.port})); print('up', flush=True)\nwhile True: s.accept()[0].close()"
+        self.server = subprocess.Popen(
+            ["ip", "netns", "exec", self.name, sys.executable, "-c", code], stdout=subprocess.PIPE
+        )
+        assert self.server.stdout.readline() == b"up\n"
+        self.link = link
+        return self
+
+    def __exit__(self, *error):
+        self.server.kill()
+        self.server.stdout.close()
+        self.server.wait()
+        subprocess.run(["ip", "netns", "del", self.name], check=False)
+        subprocess.run(["ip", "link", "del", self.link], check=False, capture_output=True)
+
+
+def test_ports_that_are_taken_at_once_stay_apart(world):
+    """Agents started at the same time on one bridge get a port each, and the right one."""
+    made = world.together(
+        [lambda n=n: world.run(f"port{n}", options=PORTED, network=Network.PRIVATE) for n in range(8)]
+    )
+    names = [agent.inside.environment()["DISPATCHER_AGENT"] for agent in made]
+    assert names == [f"port{n}" for n in range(8)]
