@@ -57,6 +57,12 @@ def test_many_targets_are_bounded() -> None:
     assert len(rhythm._changes) <= 128  # noqa: SLF001
 
 
+def test_a_script_that_backs_off_while_its_app_sleeps_does_not_wake_it() -> None:
+    request = change(b"/api/sessions?1795642948587", method=b"GET")
+    request.traits = SAFE
+    assert verdicts([request] * 7, [0, 10, 10, 29, 85, 250, 300]) == [False, False, *[True] * 5]
+
+
 def test_reading_is_judged_as_before() -> None:
     request = change(b"/api/kernels?1795642178389", method=b"GET")
     request.traits = SAFE

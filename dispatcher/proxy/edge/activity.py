@@ -13,7 +13,7 @@ from dispatcher.proxy.edge.request import SAFE, Request
 
 TRICKLE = 1024.0  # bytes per second of a flow that is no use
 _MAX_TARGETS = 128  # remembered for each agent
-_SLACK = 2.0  # a repetition up to that factor beyond the longest pause so far is still the same rhythm
+_SLACK = 4.0  # a repetition up to that factor beyond the longest pause is the same rhythm: scripts back off
 _STEADY = 0.2  # pauses that differ by less than this share of them are alike
 _ALIKE = 3  # so many pauses alike are a clock's
 _NUMBERS = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
