@@ -20,11 +20,15 @@ def test_a_notebook_cell_runs_in_jupyterlab(site_with, person, real_apps) -> Non
     page.locator(".jp-LauncherCard[data-category=Notebook]").first.click(timeout=60_000)
     cell = page.locator(".jp-Notebook .jp-CodeCell .cm-content").first
     cell.click()
-    page.keyboard.insert_text("import os; answer = 6 * 7; print(answer, os.environ['DISPATCHER_USER'], os.getuid() > 0)")
+    page.keyboard.insert_text(
+        "import os; answer = 6 * 7; print(answer, os.environ['DISPATCHER_USER'], os.getuid() > 0)"
+    )
     page.keyboard.press("Shift+Enter")
     expect(page.locator(".jp-OutputArea-output").first).to_contain_text("42 alice True", timeout=60_000)
     # Asleep, its memory kept: the next thing that the person does wakes it, and nothing is lost.
-    until("it sleeps", lambda: site.admin("PUT", "/agents/alice/state?wait=20", {"state": "suspended"}).status == 200)
+    until(
+        "it sleeps", lambda: site.admin("PUT", "/agents/alice/state?wait=20", {"state": "suspended"}).status == 200
+    )
     page.keyboard.insert_text("print('again', answer + 1)")
     page.keyboard.press("Shift+Enter")
     expect(page.locator(".jp-OutputArea-output").nth(1)).to_contain_text("again 43", timeout=60_000)
