@@ -9,6 +9,7 @@ import hashlib
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ class Images:
         with self._one_at_a_time(reference, deadline, progress):
             if options.pull == "missing" and (known := self.look_up(reference, deadline)):
                 return known
+            credentials = self._credentials(reference)
             try:
-                self._pull(app, reference, deadline, progress)
-            except NoSuchObject as error:
-                raise missing(app, reference, error.why) from error
+                self._pull(app, reference, credentials, deadline, progress)
+            except (NoSuchObject, ProviderError) as error:
+                raise _pull_failed(app, reference, error.why) from error
         known = self.look_up(reference, deadline)
         if not known:
             raise missing(app, reference, "the pull ended without it")
@@ -98,7 +100,9 @@ class Images:
 
     # -- pulling -----------------------------------------------------------------------------------------
 
-    def _pull(self, app: App, reference: str, deadline: Deadline, progress: Progress) -> None:
+    def _pull(
+        self, app: App, reference: str, credentials: dict[str, str] | None, deadline: Deadline, progress: Progress
+    ) -> None:
         options = options_of(app)
         layers = Layers()
         with self._engine.call(f"pull the image {reference}", deadline) as client:
@@ -106,14 +110,14 @@ class Images:
                 *_repository_and_tag(reference),
                 stream=True,
                 decode=True,
-                auth_config=self._credentials(reference),
+                auth_config=credentials,
                 platform=options.platform or None,
             )
             for message in self._follow(
                 stream, f"pull the image {reference}", deadline, progress, "pulling the image"
             ):
                 if "error" in message:
-                    raise _pull_failed(app, reference, str(message["error"]))
+                    raise ProviderError("The engine gave up", why=str(message["error"]))
                 if said := layers.hear(message):
                     progress("pulling the image", *said)
 
@@ -159,7 +163,7 @@ class Images:
                     platform=options.platform or None,
                     pull=options.pull == "always",
                 )
-                last = ""
+                said: deque[str] = deque(maxlen=20)
                 for message in self._follow(
                     stream, f"build the image of {app.name}", deadline, progress, "building the image"
                 ):
@@ -168,10 +172,11 @@ class Images:
                             f"The image of {app.name} could not be built",
                             why=" ".join(str(message["error"]).split())[:600],
                             fix=f"correct {options.build / options.dockerfile}",
-                            details={"log": [last]},
+                            details={"log": list(said)},
                         )
-                    last = str(message.get("stream", "")).strip() or last
-                    progress("building the image", last[:120])
+                    if line := str(message.get("stream", "")).strip():
+                        said.append(line[:500])
+                        progress("building the image", line[:120])
         known = self.look_up(reference, deadline)
         if not known:
             raise missing(app, reference, "the build ended without it")
@@ -294,13 +299,19 @@ def missing(app: App, reference: str, why: str) -> ProviderError:
 
 def _pull_failed(app: App, reference: str, why: str) -> ProviderError:
     text = why.lower()
-    if "denied" in text or "unauthorized" in text or "authentication" in text:
+    if any(words in text for words in ("denied", "unauthorized", "authentication", "no basic auth")):
         return ProviderError(
             f"The image {reference} could not be pulled",
             why=why,
             fix=f'set providers.docker.registries."{_host(reference)}", or docker login as the manager\'s user',
         )
-    return missing(app, reference, why)
+    if any(words in text for words in ("manifest unknown", "not found", "no such image", "does not exist")):
+        return missing(app, reference, why)
+    return ProviderError(
+        f"The image {reference} could not be pulled",
+        why=why,
+        fix=f"look whether {_host(reference)} can be reached",
+    )
 
 
 def directory_digest(directory: Path, dockerfile: str, arguments: Mapping[str, str]) -> str:
