@@ -116,7 +116,7 @@ class Idleness:
                 row.observed,
                 unused=unused,
                 asleep=now - row.since,
-                working=boottime() - agent.worked < FRESH,
+                working=_may_work(agent, backend),
             )
             if found is not None:
                 self._put_to_rest(agent, found)
@@ -160,9 +160,16 @@ def note_cpu(agent: Agent, now: float, seconds: float) -> float | None:
     if before is None or now <= before[0] or seconds < before[1]:
         return None
     share = (seconds - before[1]) / (now - before[0])
+    agent.judged = now
     if share > BUSY_SHARE:
         agent.worked = now
     return share
+
+
+def _may_work(agent: Agent, backend: Backend) -> bool:
+    """Whether an agent was seen to work, or could be seen and was not looked at long enough."""
+    now = boottime()
+    return Capability.USAGE in backend.capabilities and (now - agent.judged >= FRESH or now - agent.worked < FRESH)
 
 
 def words(seconds: float) -> str:

@@ -71,6 +71,17 @@ def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
     return fields
 
 
+def same(row: AgentRow, seen: Observation) -> bool:
+    """Whether an observation plainly says nothing new: the cheap answer for most agents of a sweep."""
+    if seen.state is not row.observed:
+        return False
+    return seen.state in DEAD or (
+        seen.spec_hash in {"", row.spec_hash}
+        and (row.started_at == seen.started_at or seen.started_at is None)
+        and (seen.endpoint is None or (seen.owner_uid == row.owner_uid and str(seen.endpoint) == row.endpoint))
+    )
+
+
 def died(row: AgentRow, seen: Observation) -> bool:
     """Whether an observation says that an agent that should run has ended."""
     return (

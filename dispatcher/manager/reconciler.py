@@ -18,7 +18,7 @@ from dispatcher.errors import DispatcherError, Unavailable
 from dispatcher.manager import outcomes
 from dispatcher.manager.backends import Backend, hanging
 from dispatcher.manager.engine import Change, Engine
-from dispatcher.manager.lifecycle import ALIVE, backoff, recent
+from dispatcher.manager.lifecycle import ALIVE, backoff, reached, recent
 from dispatcher.manager.operations import Operations
 from dispatcher.manager.readiness import OBSERVE, refuses
 from dispatcher.manager.record import Agent
@@ -115,6 +115,10 @@ class Reconciler:
         found = {handle.agent: (handle, seen) for handle, seen in listed}
         for agent, epoch in known:
             handle, seen = found.get(agent.row.name, (None, _ABSENT))
+            row = agent.row
+            settled = not first and row.failure is None and outcomes.same(row, seen)
+            if settled and reached(engine.situation(row)):
+                continue
             if agent.operation is None and agent.epoch == epoch:
                 self._apply(agent, epoch, seen, handle=handle, first=first, bulk=True)
         for handle, _ in found.values():

@@ -68,7 +68,8 @@ class Agent:
         self.reason = ""  # why the dispatcher itself wants what it wants, for the event that follows
         self.last_used = row.last_used
         self.cpu: tuple[float, float] | None = None  # boot time and CPU seconds of the last sample
-        self.worked = 0.0  # boot time at which it was last seen to use the CPU
+        self.judged = float("-inf")  # boot time at which two samples were last compared
+        self.worked = float("-inf")  # boot time at which it was last seen to use the CPU
 
     @property
     def handle(self) -> Handle | None:

@@ -71,7 +71,7 @@ def test_checks_are_often_enough_for_the_shortest_timeout():
 
 
 def test_work_is_seen_from_two_samples():
-    agent = SimpleNamespace(cpu=None, worked=0.0)
+    agent = SimpleNamespace(cpu=None, worked=0.0, judged=0.0)
     assert note_cpu(agent, 10.0, 100.0) is None
     assert note_cpu(agent, 20.0, 100.2) == pytest.approx(0.02)
     assert agent.worked == 0.0
