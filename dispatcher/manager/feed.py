@@ -1,19 +1,18 @@
-"""The feed's server: tells the edge what it routes by, and hears what it saw.  Touches feed.sock.
+"""The feed's server: tells the edge what it routes by.  Touches feed.sock.
 
 One thread with one event loop holds all workers' connections.  Changes are gathered for a few milliseconds and
 encoded once for all workers.  Whatever may touch the database or take a lock for long runs in a small pool.
+What workers report is `feed_reports`' business.
 """
 
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
 
 from dispatcher import feed_protocol as protocol
 from dispatcher.clock import boottime
@@ -21,9 +20,9 @@ from dispatcher.errors import NotFound
 from dispatcher.logs import logger
 from dispatcher.manager import feed_frames
 from dispatcher.manager.auth_store import SessionRow
+from dispatcher.manager.feed_reports import Reports, contained
 from dispatcher.manager.feed_worker import Worker
 from dispatcher.manager.listeners import peer
-from dispatcher.manager.metrics import clean_counters
 from dispatcher.manager.sessions import Sessions
 from dispatcher.manager.supervisor import Supervisor
 
@@ -31,9 +30,6 @@ GATHER = 0.004  # seconds between two frames of changes
 HELLO_TIMEOUT = 10.0  # seconds that a worker may take to say hello
 MAX_UP_FRAME = 4 * 1024 * 1024  # bytes
 MAX_WORKERS = 300
-MAX_JOBS = 64  # calls in flight for one worker; it is not read any further until some are done
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_CLASSES = ("use", "stream", "in", "out", "poll", "idle_sockets")
 
 _log = logger("manager.feed")
 
@@ -168,7 +164,7 @@ class Feed:
                 user = name.partition(":")[0]
                 if self._agents_of.get(user, {}).pop(name, name) is None:
                     touched.add(user)
-                self._pool.submit(self._contained, self._on_agent_gone, name)
+                self._pool.submit(contained, self._on_agent_gone, name)
                 continue
             rows.append(view.to_feed())
             mine = self._agents_of.setdefault(view.user, {})
@@ -267,13 +263,13 @@ class Feed:
         worker.pid = pid if isinstance(pid, int) else 0
         _log.info("worker connected", pid=worker.pid)
         feeding = asyncio.ensure_future(self._send_snapshot(worker))
-        jobs = asyncio.Semaphore(MAX_JOBS)
+        reports = Reports(worker, self._supervisor, self._sessions, self._pool)
         try:
             for message in first[1:]:
-                await self._hear(worker, message, jobs)
+                await reports.hear(message)
             while data := await reader.read(65536):
                 for message in decoder.feed(data):
-                    await self._hear(worker, message, jobs)
+                    await reports.hear(message)
         finally:
             feeding.cancel()
             with suppress(asyncio.CancelledError, OSError):
@@ -293,54 +289,6 @@ class Feed:
             return
         worker.live()
 
-    async def _hear(self, worker: Worker, message: protocol.Message, jobs: asyncio.Semaphore) -> None:
-        """React to what a worker says; unknown types are ignored, and so is what is malformed."""
-        kind = message["type"]
-        if kind == protocol.LOOKUP:
-            sha256 = message.get("sha256")
-            if isinstance(sha256, str) and _SHA256.fullmatch(sha256):
-                worker.send(self._look_up(sha256), at_once=True)
-        elif kind in {protocol.WAKE, protocol.DEAD}:
-            name = message.get("agent")
-            if isinstance(name, str) and 0 < len(name) <= 300:
-                act = self._supervisor.wake if kind == protocol.WAKE else self._supervisor.suspect
-                await self._job(jobs, act, name)
-        elif kind == protocol.ACTIVITY:
-            await self._job(jobs, self._note, message)
-        elif kind == protocol.COUNTERS:
-            worker.counters = clean_counters(message.get("values"))
-
-    def _look_up(self, sha256: str) -> bytes:
-        row = self._sessions.get(sha256)
-        if row is None:
-            return feed_frames.looked_up(sha256, None, [])
-        views = self._supervisor.views(user=row.user)
-        session = feed_frames.session_row(row, [view.name for view in views], self._sessions.ttl(row))
-        return feed_frames.looked_up(sha256, session, [view.to_feed() for view in views])
-
-    def _note(self, message: protocol.Message) -> None:
-        """Pass on who was used."""
-        agents, sessions = message.get("agents"), message.get("sessions")
-        if isinstance(agents, dict):
-            for name, counts in agents.items():
-                if isinstance(counts, dict):
-                    self._supervisor.touch(name, {key: _count(counts.get(key)) for key in _CLASSES})
-        if isinstance(sessions, list):
-            self._sessions.touch(sha256 for sha256 in sessions if isinstance(sha256, str))
-
-    async def _job(self, jobs: asyncio.Semaphore, work: Callable[..., object], argument: object) -> None:
-        """Do something in the pool, without waiting for it unless too much is going on."""
-        await jobs.acquire()
-        future = self._loop.run_in_executor(self._pool, self._contained, work, argument)
-        future.add_done_callback(lambda _: jobs.release())
-
-    @staticmethod
-    def _contained(work: Callable[..., object], argument: object) -> None:
-        try:
-            work(argument)
-        except Exception:
-            _log.exception("what the edge reported could not be acted on", what=work.__name__)
-
 
 async def _first(reader: asyncio.StreamReader, decoder: protocol.Decoder) -> list[protocol.Message]:
     """Return the first messages; none when the connection ends before."""
@@ -348,7 +296,3 @@ async def _first(reader: asyncio.StreamReader, decoder: protocol.Decoder) -> lis
         if messages := decoder.feed(data):
             return messages
     raise ConnectionResetError
-
-
-def _count(value: Any) -> int:
-    return value if type(value) is int and 0 <= value < 2**53 else 0
