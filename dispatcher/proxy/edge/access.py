@@ -47,7 +47,8 @@ class AccessLog:
             self._stamp_second = now
             self._stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         request = client.request
-        path, query, _ = request.target.partition(b"?")
+        method, target = (request.method, request.target) if request is not None else (b"", b"")
+        path, query, _ = target.partition(b"?")
         session = client.session
         line = (
             '{"time":"%s","id":"%s","client":"%s","method":"%s","path":%s,"query":%s,"status":%d,'
@@ -56,7 +57,7 @@ class AccessLog:
             self._stamp,
             client.request_id.decode("ascii"),
             client.remote.decode("ascii"),
-            request.method.decode("ascii"),
+            method.decode("ascii"),
             _quote(path[:_LONGEST_PATH].decode("ascii")),
             "true" if query else "false",
             status,

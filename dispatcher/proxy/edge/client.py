@@ -16,7 +16,7 @@ from dispatcher.proxy.edge.headers import BadHead
 from dispatcher.proxy.edge.pages import Failure
 from dispatcher.proxy.edge.request import CHUNKED, IDEMPOTENT, Request, parse_request, upstream_lines
 from dispatcher.proxy.edge.response import Response, client_head
-from dispatcher.proxy.edge.settings import CONNECT_TIMEOUT, FRESH_UPSTREAM, LINGER, WRITE_HIGH
+from dispatcher.proxy.edge.settings import CONNECT_TIMEOUT, FRESH_UPSTREAM, LINGER, LINGER_BYTES, WRITE_HIGH
 from dispatcher.proxy.edge.tunnel import tunnel
 from dispatcher.proxy.edge.upstream import AWAIT, Upstream
 
@@ -146,6 +146,10 @@ class Client(asyncio.Protocol):
             self._body(data)
         elif state < STREAM:
             self._early(data)
+        elif state == LINGER_STATE:
+            self.spoke += len(data)
+            if self.spoke > LINGER_BYTES:
+                self.transport.abort()
 
     def eof_received(self) -> bool:
         """The client will send no more; what it asked for is still answered (RFC 9112, 9.6)."""
@@ -340,7 +344,13 @@ class Client(asyncio.Protocol):
             if upstream.used and request.traits & IDEMPOTENT:
                 self.replay = head
         else:
-            first = self._first_of_body(length)
+            try:
+                first = self._first_of_body(length)
+            except BadHead as error:
+                self.upstream = None
+                agent.idle.append(upstream)  # it has seen nothing of this
+                self._refuse(error)
+                return
             head += first
             if self.state == ANSWER and upstream.used and request.traits & IDEMPOTENT:
                 self.replay = head
@@ -631,6 +641,8 @@ class Client(asyncio.Protocol):
         self.body = b""
         self.closing = True
         self.worker.refused += 1
+        if self.state == HEAD:
+            self.request = None  # there is none
         if self.status:
             self.transport.abort()
             return
@@ -709,6 +721,7 @@ class Client(asyncio.Protocol):
             self.transport.close()
             return
         self.deadline = self.worker.now + LINGER
+        self.spoke = 0
         self.transport.resume_reading()
         self.transport.write_eof()
 

@@ -154,6 +154,10 @@ class Upstream(asyncio.Protocol):
     def _final(self, client: Client, response: Response, rest: bytes) -> None:
         self.response = response
         length = response.length
+        if length == CHUNKED:
+            # Before anything is said to the client: chunks that are bad from the start are a bad answer.
+            self.decoder = Chunked(plain=not client.request.version)
+            first = self.decoder.feed(rest) if rest else b""
         head = client.answer_head(response)
         if length >= 0:
             size = len(rest)
@@ -174,8 +178,6 @@ class Upstream(asyncio.Protocol):
                 client.pass_on(rest)
         elif length == CHUNKED:
             self.mode = _CHUNKED
-            self.decoder = Chunked(plain=not client.rechunk)
-            first = self.decoder.feed(rest) if rest else b""
             client.deliver(head + first, len(first))
             self._end_of_chunks()
         elif length == UNTIL_CLOSE:
