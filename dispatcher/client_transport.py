@@ -9,30 +9,22 @@ from __future__ import annotations
 import hashlib
 import hmac
 import http.client
-import ipaddress
 import json
-import os
-import re
 import select
 import socket
 import ssl as tls
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from dispatcher.errors import BadRequest, ManagerUnreachable
-from dispatcher.names import printable
+from dispatcher import client_target as target
+from dispatcher.errors import ManagerUnreachable
 
-DEFAULT_PORT = 4443
 MAX_ANSWER = 64 * 1024 * 1024  # bytes
 MAX_IDLE = 5.0  # seconds; less than the server keeps a connection, so that it is rarely closed under us
 POOL = 16
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # RFC 9110, 9.2.2
-
-_UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +99,21 @@ class Transport:
         self._idle: list[_Idle] = []
         self._headers = {"Accept": "application/json"}
         if token is not None:
-            self._headers["Authorization"] = f"Bearer {_token(token)}"
-        self._fingerprint = _fingerprint(fingerprint) if fingerprint else ""
+            self._headers["Authorization"] = f"Bearer {target.token(token)}"
+        self._fingerprint = target.fingerprint(fingerprint) if fingerprint else ""
         self._context: tls.SSLContext | None = None
-        self._path = self._host = ""
-        self._port = 0
-        if match := _UNIX.fullmatch(url):
-            self._path = match[1]
+        self._host, self._port = "", 0
+        self._path = target.unix_path(url)
+        if self._path:
             return
-        self._host, self._port, encrypted = _tcp(url, ssl)
+        self._host, self._port, encrypted = target.tcp(url, ssl)
         if encrypted:
-            self._context = _context(verify and not fingerprint, ca_file, cert_file, key_file)
+            self._context = target.context(verify and not fingerprint, ca_file, cert_file, key_file)
 
-    def request(
-        self, method: str, target: str, body: bytes | None, timeout: float, *, again: bool = False
-    ) -> Reply:
+    def request(self, method: str, path: str, body: bytes | None, timeout: float, *, again: bool = False) -> Reply:
         """Send one request and return its answer.
 
-        :param target: path and query, percent-encoded.
+        :param path: with its query, percent-encoded.
         :param timeout: seconds to wait for the connection and for each piece of the answer.
         :param again: the request may be repeated even though its method is not idempotent.
         :raises ManagerUnreachable: no connection, no answer in time, or a certificate that is not believed.
@@ -133,7 +122,7 @@ class Transport:
         while True:
             connection, reused = self._take(timeout)
             try:
-                connection.request(method, target, body, headers)
+                connection.request(method, path, body, headers)
                 response = connection.getresponse()
                 content = response.read(MAX_ANSWER + 1)
             except (http.client.HTTPException, OSError) as error:
@@ -227,85 +216,6 @@ def _readable(sock: socket.socket) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN | select.POLLHUP)
     return bool(poll.poll(0))
-
-
-def _token(token: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._~+/=-]{1,4096}", token):
-        raise BadRequest(
-            "The token cannot be used", why="it is empty or holds other characters", fix="check the token file"
-        )
-    return token
-
-
-def _fingerprint(text: str) -> str:
-    plain = text.strip().lower().removeprefix("sha256:").replace(":", "")
-    if not re.fullmatch(r"[0-9a-f]{64}", plain):
-        raise BadRequest(
-            f"{printable(text)} is no fingerprint",
-            why="it has 64 hexadecimal digits, the SHA-256 of the certificate",
-            fix="copy the one that the manager logs when it starts",
-        )
-    return plain
-
-
-def _tcp(url: str, ssl: bool) -> tuple[str, int, bool]:
-    """Return host, port and whether to encrypt."""
-    usage = "use unix:///PATH or https://HOST:PORT"
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise BadRequest(f"{printable(url)} is no address of a manager", why=str(error), fix=usage) from error
-    if parts.scheme not in {"https", "http"} or not host or parts.path.strip("/") or parts.query or parts.username:
-        raise BadRequest(f"{printable(url)} is no address of a manager", fix=usage)
-    if parts.scheme == "https" and ssl:
-        return host, port or DEFAULT_PORT, True
-    if parts.scheme == "https":
-        raise BadRequest(
-            f"{url} is with TLS, --no-ssl is without", fix="leave out --no-ssl, or name it http://HOST:PORT"
-        )
-    if ssl:
-        raise BadRequest(f"{url} is without TLS", fix="use https://, or --no-ssl for this machine's loopback")
-    if not _loopback(host):
-        raise BadRequest(
-            f"{url} is without TLS", why="passwords would cross the network in the clear", fix="use https://"
-        )
-    return host, port or DEFAULT_PORT, False
-
-
-def _loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _context(
-    verify: bool, ca_file: str | Path | None, cert_file: str | Path | None, key_file: str | Path | None
-) -> tls.SSLContext:
-    context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = tls.TLSVersion.TLSv1_2
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = tls.CERT_NONE
-    elif ca_file:
-        _load(ca_file, lambda: context.load_verify_locations(os.fspath(ca_file)))
-    else:
-        context.load_default_certs()
-    if cert_file:
-        key = os.fspath(key_file) if key_file else None
-        _load(cert_file, lambda: context.load_cert_chain(os.fspath(cert_file), key))
-    return context
-
-
-def _load(name: str | Path, load: Callable[[], None]) -> None:
-    try:
-        load()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-        raise BadRequest(f"Cannot use the certificate {name}", why=str(why), fix="give a PEM file") from error
 
 
 def parse(reply: Reply, url: str) -> dict[str, object]:

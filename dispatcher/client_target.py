@@ -1,0 +1,117 @@
+"""Where a manager is, and whom to believe there: addresses, fingerprints, certificates, tokens.  Reads PEM."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import ssl as tls
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dispatcher.errors import BadRequest
+from dispatcher.names import printable
+
+DEFAULT_PORT = 4443
+_UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
+
+
+def unix_path(url: str) -> str:
+    """Return the path that ``unix:///PATH`` names, "" for another address."""
+    match = _UNIX.fullmatch(url)
+    return match[1] if match else ""
+
+
+def token(token: str) -> str:
+    """Return a token that can be sent.
+
+    :raises BadRequest: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9._~+/=-]{1,4096}", token):
+        raise BadRequest(
+            "The token cannot be used", why="it is empty or holds other characters", fix="check the token file"
+        )
+    return token
+
+
+def fingerprint(text: str) -> str:
+    """Return a SHA-256 as 64 hexadecimal digits, however it is written.
+
+    :raises BadRequest: it is none.
+    """
+    plain = text.strip().lower().removeprefix("sha256:").replace(":", "")
+    if not re.fullmatch(r"[0-9a-f]{64}", plain):
+        raise BadRequest(
+            f"{printable(text)} is no fingerprint",
+            why="it has 64 hexadecimal digits, the SHA-256 of the certificate",
+            fix="copy the one that the manager logs when it starts",
+        )
+    return plain
+
+
+def tcp(url: str, ssl: bool) -> tuple[str, int, bool]:
+    """Return host, port and whether to encrypt.
+
+    :raises BadRequest: it is no address, or passwords would cross a network in the clear.
+    """
+    usage = "use unix:///PATH or https://HOST:PORT"
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise BadRequest(f"{printable(url)} is no address of a manager", why=str(error), fix=usage) from error
+    if parts.scheme not in {"https", "http"} or not host or parts.path.strip("/") or parts.query or parts.username:
+        raise BadRequest(f"{printable(url)} is no address of a manager", fix=usage)
+    if parts.scheme == "https" and ssl:
+        return host, port or DEFAULT_PORT, True
+    if parts.scheme == "https":
+        raise BadRequest(
+            f"{url} is with TLS, --no-ssl is without", fix="leave out --no-ssl, or name it http://HOST:PORT"
+        )
+    if ssl:
+        raise BadRequest(f"{url} is without TLS", fix="use https://, or --no-ssl for this machine's loopback")
+    if not _loopback(host):
+        raise BadRequest(
+            f"{url} is without TLS", why="passwords would cross the network in the clear", fix="use https://"
+        )
+    return host, port or DEFAULT_PORT, False
+
+
+def _loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def context(
+    verify: bool, ca_file: str | Path | None, cert_file: str | Path | None, key_file: str | Path | None
+) -> tls.SSLContext:
+    """Return how to check the manager.
+
+    :raises BadRequest: a certificate cannot be used.
+    """
+    made = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = tls.TLSVersion.TLSv1_2
+    if not verify:
+        made.check_hostname = False
+        made.verify_mode = tls.CERT_NONE
+    elif ca_file:
+        _load(ca_file, lambda: made.load_verify_locations(os.fspath(ca_file)))
+    else:
+        made.load_default_certs()
+    if cert_file:
+        key = os.fspath(key_file) if key_file else None
+        _load(cert_file, lambda: made.load_cert_chain(os.fspath(cert_file), key))
+    return made
+
+
+def _load(name: str | Path, load: Callable[[], None]) -> None:
+    try:
+        load()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+        raise BadRequest(f"Cannot use the certificate {name}", why=str(why), fix="give a PEM file") from error
