@@ -42,28 +42,33 @@ def _own_directory(path: Path, mode: int) -> None:
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     for directory in reversed(missing):
         directory.mkdir(mode=mode if directory == path else 0o755, exist_ok=True)
-    for directory in (path.parent, path):
-        _check(directory, ours=directory == path)
+    _check_parent(path.parent)
+    _check_own(path)
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
 
 
-def _check(path: Path, *, ours: bool) -> None:
-    """Refuse a directory in which somebody else could put things in our way."""
-    found = path.lstat() if ours else path.stat()
+def _check_own(path: Path) -> None:
+    found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path} is no directory", fix="remove it, or choose another one")
-    owners = {os.geteuid()} if ours else {0, os.geteuid()}
-    if found.st_uid not in owners:
+    if found.st_uid != os.geteuid():
         raise ConfigError(
             f"{path} belongs to somebody else",
             why=f"its owner has the user id {found.st_uid}, this is {os.geteuid()}",
             fix="remove it, or choose another one",
         )
-    if not ours and found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX:
+
+
+def _check_parent(path: Path) -> None:
+    """Refuse a place where everybody could put something else in ours; warn where one other user could."""
+    found = path.stat()
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise ConfigError(
-            f"Others may write to {path}", why="they could replace what lies in it", fix=f"chmod go-w {path}"
+            f"Everybody may write to {path}", why="they could replace what lies in it", fix=f"chmod o-w {path}"
         )
+    if found.st_uid not in {0, os.geteuid()}:
+        _log.warning("another user could replace what lies there", directory=str(path), owner=found.st_uid)
 
 
 class Lock:

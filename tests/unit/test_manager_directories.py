@@ -50,7 +50,12 @@ def test_a_link_in_place_of_a_directory_is_refused(paths, tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_parent_that_others_may_write_to_is_refused_unless_sticky(paths, tmp_path):
+def test_a_parent_that_the_own_group_may_write_to_is_fine(paths, tmp_path):
+    tmp_path.chmod(0o775)
+    make_directories(paths, ME)
+
+
+def test_a_parent_that_everybody_may_write_to_is_refused_unless_sticky(paths, tmp_path):
     tmp_path.chmod(0o777)
     with pytest.raises(ConfigError) as caught:
         make_directories(paths, ME)
