@@ -16,10 +16,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline, boot_id
+from dispatcher.clock import Deadline
 from dispatcher.errors import DispatcherError, ProviderError
 from dispatcher.model import AgentSpec, Network
-from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox
+from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox, seccomp
 from dispatcher_subprocess.cgroups import Group, join, joined
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import Options, options_of
@@ -101,7 +101,7 @@ class Attempt:
         return {
             "name": spec.backend_name,
             "agent": spec.agent,
-            "boot": boot_id(),
+            "boot": procfs.boot_id(),
             "spec_hash": spec.hash,
             "uid": spec.uid,
             "endpoint": str(self.plan.endpoint),
@@ -111,12 +111,13 @@ class Attempt:
             "token": self.token,
             "network": spec.app.network.value,
             "sandboxed": self.machine.sandboxed,
+            "pipe": os.fstat(self._output).st_ino,
         }
 
     def _prepare_walled(self, user: list[str], plain: dict[str, str], loader: dict[str, str], status: int) -> None:
         spec, plan = self.spec, self.plan
         assert plan.view is not None
-        stdin, credentials = launch.input_pipe(spec.stdin or b"")
+        stdin, credentials = launch.input_pipe(self._credentials())
         os.close(credentials)
         block, self._gate = os.pipe()
         self._info, told = os.pipe()
@@ -124,11 +125,20 @@ class Attempt:
         self._pass(stdin, block, told)
         script = self._memory(sandbox.loader_script(loader)) if loader else None
         resolver = self._memory(network.resolver(self.machine)) if spec.app.network is Network.PRIVATE else None
+        accounts = [self._memory(text) for text in sandbox.accounts(spec)] if self.machine.own_uid else []
+        calls = seccomp.program() if options_of(spec.app).seccomp else b""
+        refused = self._memory(calls) if calls else None
         words = sandbox.bubblewrap_arguments(
             spec,
             plan.view,
             descriptors=sandbox.Descriptors(
-                status=status, info=told, block=block, loader=script, resolver=resolver
+                status=status,
+                info=told,
+                block=block,
+                accounts=accounts,
+                seccomp=refused,
+                loader=script,
+                resolver=resolver,
             ),
             own_user=not self.machine.privileged,
             workdir=plan.workdir,
@@ -140,16 +150,23 @@ class Attempt:
             "command": [self.machine.bwrap, "--args", str(arguments), "--", *user, *program],
             "environment": plain,
             "stdin": stdin,
-            "inherited": [fd for fd in (status, told, block, arguments, script, resolver) if fd is not None],
+            "inherited": [
+                status,
+                told,
+                block,
+                arguments,
+                *accounts,
+                *(fd for fd in (script, resolver, refused) if fd is not None),
+            ],
             "cwd": "/",
         }
 
     def _prepare_open(self, user: list[str], plain: dict[str, str], loader: dict[str, str]) -> None:
         """Without bubblewrap: standard input is the gate, and what follows its first line is the app's own."""
-        spec, plan = self.spec, self.plan
+        plan = self.plan
         stdin, self._gate = launch.input_pipe(b"")
         self._pass(stdin)
-        self._line = b"\n" + (spec.stdin or b"")
+        self._line = b"\n" + self._credentials()
         inherited, program, environment = [], plan.command, plain
         if self.machine.own_uid and loader:
             inherited = [self._memory(sandbox.loader_script(loader))]
@@ -267,6 +284,10 @@ class Attempt:
             self._gate = -1
         self._passed.close()
         self._kept.close()
+
+    def _credentials(self) -> bytes:
+        """Return what the app gets on its standard input."""
+        return (self.spec.stdin or b"") if self.spec.app.credentials == "stdin" else b""
 
     def _keep(self, fd: int) -> None:
         self._kept.callback(os.close, fd)

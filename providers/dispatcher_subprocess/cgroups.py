@@ -49,6 +49,12 @@ class Cgroups:
         """Whether memory, cpu or pids can be limited by a controller."""
         return controller in self.controllers or controller in self.legacy
 
+    def tidy(self) -> None:
+        """Remove the installation's directories when no agent is in them."""
+        for path in dict.fromkeys([*([self.unified] if self.unified else []), *self.legacy.values()]):
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
     def group(self, name: str) -> Group:
         """Return the group of an agent, whether it exists or not."""
         unified = self.unified / name if self.unified else None
@@ -83,7 +89,13 @@ class Group:
         paths = list(dict.fromkeys([*legacy.values(), *([self.unified] if self.unified else [])]))
         for path in paths:
             with contextlib.suppress(FileExistsError):
-                path.mkdir()
+                try:
+                    path.mkdir()
+                except FileNotFoundError:  # another instance tidied up the installation's own directory
+                    path.parent.mkdir(exist_ok=True)
+                    if path == self.unified:
+                        _enable(path.parent)
+                    path.mkdir()
         if "memory" in legacy:
             self._legacy_memory(legacy["memory"], limits)
         if "cpu" in legacy:
@@ -259,21 +271,18 @@ def discover(base: str, mountinfo: str, own: str) -> Cgroups:
     controllers: frozenset[str] = frozenset()
     legacy: dict[str, Path] = {}
     membership = _membership(own)
-    for mount, kind, names in _mounts(mountinfo):
-        if kind == "cgroup2":
-            directory = _claim(mount, membership.get("", "/"), base)
-            if directory:
-                unified, controllers = directory, _enable(directory)
-        for name in names & {"memory", "cpu", "cpuacct", "pids", "freezer"}:
+    mounts = list(_mounts(mountinfo))
+    for mount, kind, _ in mounts:
+        directory = _claim(mount, membership.get("", "/"), base) if kind == "cgroup2" else None
+        if directory:
+            unified, controllers = directory, _enable(directory)
+    # What version 2 does already: it always freezes and counts processor time.
+    wanted = {"memory", "cpu", "pids"} - controllers | (set() if unified else {"cpuacct", "freezer"})
+    for mount, _, names in mounts:
+        for name in names & wanted:
             directory = _claim(mount, membership.get(name, "/"), base)
             if directory:
                 legacy[name] = directory
-    if unified:
-        legacy.pop("freezer", None)
-    for name in controllers:
-        legacy.pop(name, None)
-    if "cpu" in controllers:
-        legacy.pop("cpuacct", None)
     return Cgroups(unified=unified, controllers=controllers, legacy=legacy)
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dispatcher.clock import Deadline, boot_id
+from dispatcher.clock import Deadline
 from dispatcher.errors import DeadlineExceeded, ProviderError
 from dispatcher_subprocess import launch, processes
 from dispatcher_subprocess.attempt import clear_socket
 from dispatcher_subprocess.cgroups import Cgroups, Group
+from dispatcher_subprocess.procfs import boot_id
 from dispatcher_subprocess.record import Journals, Record, told
 from dispatcher_subprocess.secretfiles import SecretFiles
 
@@ -104,6 +105,7 @@ class Ending:
         if self._cgroups.usable:
             self._cgroups.group(record.name).remove()
         self._secret_files.remove(record.name)
+        self._journals.asleep_path(record.name).unlink(missing_ok=True)
         with contextlib.suppress(ProviderError):
             clear_socket(Path(record.run_dir), "s")
         return replace(record, ended=reason)

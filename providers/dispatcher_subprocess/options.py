@@ -96,6 +96,11 @@ class AppOptions(Table):
     )
     hide: list[Path] = Field(default=[], description="paths below visible ones to cover up")
     pass_environment: list[str] = Field(default=[], description="variables of the manager to hand on")
+    devices: list[Path] = Field(default=[], description="devices to show, such as /dev/dri")
+    seccomp: bool = Field(
+        default=True,
+        description="refuse system calls that apps rarely need: keys, BPF, user namespaces, mounts, io_uring",
+    )
     umask: str = Field(
         default="007", description="in octal digits; the proxy's group needs write access to the socket"
     )
@@ -127,7 +132,7 @@ class AppOptions(Table):
             raise ValueError('three octal digits such as "007"')
         return value
 
-    @field_validator("read_only", "writable", "hide")
+    @field_validator("read_only", "writable", "hide", "devices")
     @classmethod
     def _paths(cls, value: list[Path]) -> list[Path]:
         return [_absolute(path) for path in value]

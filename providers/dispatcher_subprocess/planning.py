@@ -75,7 +75,7 @@ class Planner:
         network.verify(app, endpoint_kind(app), self.machine)
         self._looks.clear()
         self._look(app)
-        for path in (*options.read_only, *options.writable):
+        for path in (*options.read_only, *options.writable, *options.devices):
             if not path.exists():
                 raise ConfigError(
                     f"apps.{app.name}.subprocess: there is no {path}", why="it is to be shown to the agent"
@@ -117,7 +117,7 @@ class Planner:
         key = (
             options.command[0],
             search,
-            *map(tuple, (options.read_only, options.writable, options.hide)),
+            *map(tuple, (options.read_only, options.writable, options.hide, options.devices)),
             options.tmp_size,
         )
         known = self._looks.get(key)

@@ -2,7 +2,7 @@
 
 An agent may fork twice, make sessions and namespaces of its own, and close everything: it is found all the same by
 its control group, its pid namespace or its own host user id.  An ordinary user's agent without any of these is
-found by parenthood, session and a random token in the environment; `explain` says what that leaves open.
+found by parenthood, its output and a random token in the environment; `explain` says what that leaves open.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ def main_lives(record: Record) -> bool:
 def members(record: Record, group: Group | None) -> list[procfs.Stat]:
     """Return the living processes of an agent, without bubblewrap's own two and the network's helper."""
     found = group.procs() if group else set()
-    if record.pidns:
-        found |= {pid for pid in procfs.pids() if procfs.namespace(pid, "pid") == record.pidns}
+    if record.init:
+        # Whoever loses its parent gets the init of its namespace, so all of them stay below this one.
+        if not group and procfs.lives(record.init.pid, record.init.start):
+            found |= procfs.descendants([record.init.pid])
     elif not record.sandboxed:
         found |= _unconfined(record)
     own = {process.pid for process in (record.init, record.helper) if process}
@@ -62,7 +64,7 @@ def _unconfined(record: Record) -> set[int]:
     mark = f"{TOKEN}={record.token}".encode()
     roots = {record.main.pid} if record.main and procfs.lives(record.main.pid, record.main.start) else set()
     for pid in procfs.pids():
-        if mark in (procfs.read(f"/proc/{pid}/environ") or b"").split(b"\0"):
+        if mark in (procfs.read(f"/proc/{pid}/environ") or b"").split(b"\0") or procfs.writes_to(pid, record.pipe):
             roots.add(pid)
     return procfs.descendants(roots) if roots else roots
 

@@ -6,10 +6,13 @@ A process is named by its pid and its start time together; the pid alone means n
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+
+from dispatcher import clock
 
 _DEAD = frozenset("ZXx")
 
@@ -33,6 +36,12 @@ class Stat:
     def dead(self) -> bool:
         """Whether it is a zombie or worse: it executes nothing any more."""
         return self.state in _DEAD
+
+
+@functools.cache
+def boot_id() -> str:
+    """Return the kernel's id of this boot; it does not change while a process lives."""
+    return clock.boot_id()
 
 
 def read(path: str) -> bytes | None:
@@ -161,6 +170,15 @@ def open_inodes(pid: int, kind: str) -> Iterator[int]:
                 target = os.readlink(f"/proc/{pid}/fd/{name}")
                 if target.startswith(prefix):
                     yield int(target[len(prefix) : -1])
+
+
+def writes_to(pid: int, pipe: int) -> bool:
+    """Whether a process has a pipe as its standard output or error."""
+    for number in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{pid}/fd/{number}") == f"pipe:[{pipe}]":
+                return True
+    return False
 
 
 def open_paths(pid: int) -> frozenset[str]:

@@ -95,8 +95,11 @@ class SubprocessProvider(Provider):
     def close(self) -> None:
         with self._lock:
             watcher, self._watcher = self._watcher, None
+            known = self._known
         if watcher:
             watcher.close()
+        if known:
+            known.machine.cgroups.tidy()
         self._pump.close()
 
     @property

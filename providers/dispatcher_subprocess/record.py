@@ -43,6 +43,7 @@ class Record:
     :ivar init: first process of the agent's pid namespace, None without one; :ivar pidns: its inode.
     :ivar token: random, in the environment of every process of the run.
     :ivar helper: the process that carries the network, None without one.
+    :ivar pipe: inode of the pipe that its output goes to.
     :ivar status: path of the file that bubblewrap writes.
     :ivar asked: the manager was asked to end it; :ivar ended: why it ended by itself, None while not settled.
     """
@@ -60,6 +61,7 @@ class Record:
     network: str
     sandboxed: bool
     status: str
+    pipe: int
     started_at: float | None = None
     main: Process | None = None
     init: Process | None = None
@@ -170,6 +172,10 @@ class Journals:
         """Return the file that bubblewrap writes."""
         return self.directory / f"{name}.status"
 
+    def asleep_path(self, name: str) -> Path:
+        """Return the file that says which processes were stopped already when the agent was put to sleep."""
+        return self.directory / f"{name}.asleep"
+
     def begin(self, record: dict[str, Any]) -> int:
         """Begin a new journal in the place of an old one; return the descriptor of the new status file.
 
@@ -218,7 +224,7 @@ class Journals:
 
     def remove(self, name: str) -> None:
         """Remove a journal; absent is success."""
-        for path in (self.path(name), self.status_path(name)):
+        for path in (self.path(name), self.status_path(name), self.asleep_path(name)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dispatcher.model import AgentSpec, Network
+from dispatcher.names import slug
+from dispatcher_subprocess import procfs
 from dispatcher_subprocess.options import AppOptions
 from dispatcher_subprocess.visible import SYSTEM, below
 
@@ -37,6 +39,8 @@ class Descriptors:
     status: int
     info: int
     block: int
+    accounts: Sequence[int] = ()
+    seccomp: int | None = None
     loader: int | None = None
     resolver: int | None = None
 
@@ -51,6 +55,17 @@ def loader_script(variables: Mapping[str, str]) -> bytes:
     """Return a shell script that sets variables, whatever they hold."""
     lines = ("export {}='{}'\n".format(name, value.replace("'", "'\\''")) for name, value in variables.items())
     return "".join(lines).encode("utf-8", "surrogateescape")
+
+
+def accounts(spec: AgentSpec) -> tuple[bytes, bytes]:
+    """Return the host's user and group databases with the agent in them, so that programs find its name."""
+    name = slug(spec.user)
+    user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:/bin/sh\n"  # a user's name holds no colon
+    group = f"{name}:x:{spec.gid}:\n"
+    return (
+        (procfs.read("/etc/passwd") or b"") + user.encode(),
+        (procfs.read("/etc/group") or b"") + group.encode(),
+    )
 
 
 def become(uid: int, gid: int, setpriv: str) -> list[str]:
@@ -106,10 +121,16 @@ def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> 
         tree.bind("--ro-bind", str(path), str(path))
     for path in options.writable:
         tree.bind("--bind", str(path), str(path))
+    for path in options.devices:
+        tree.bind("--dev-bind", str(path), str(path))
     for path in hidden:
         cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
         tree.words += [*cover, str(path)]
     tree.directory("/run")
+    resolver = os.path.realpath("/etc/resolv.conf")  # often a link to what a service writes below /run
+    if not below(Path(resolver), map(Path, SYSTEM)):
+        tree.parents(resolver)
+        tree.words += ["--ro-bind-try", resolver, resolver]
     return View(words=tuple(tree.words), made=frozenset(tree.made))
 
 
@@ -141,8 +162,11 @@ def bubblewrap_arguments(
         tree.words += ["--perms", "0444", "--file", str(descriptors.loader), ENVIRONMENT]
     if descriptors.resolver is not None:
         resolver = os.path.realpath("/etc/resolv.conf")
-        tree.parents(resolver)
         tree.words += ["--perms", "0444", "--ro-bind-data", str(descriptors.resolver), resolver]
+    for fd, path in zip(descriptors.accounts, ("/etc/passwd", "/etc/group"), strict=False):
+        tree.words += ["--perms", "0444", "--ro-bind-data", str(fd), path]
+    if descriptors.seccomp is not None:
+        tree.words += ["--seccomp", str(descriptors.seccomp)]
     words += tree.words
     words += ["--remount-ro", "/", "--chdir", workdir]
     words += ["--json-status-fd", str(descriptors.status), "--info-fd", str(descriptors.info)]

@@ -60,7 +60,7 @@ class Sleeping:
         return self._cgroups.group(record.name) if self._cgroups.can_freeze else None
 
     def _file(self, record: Record) -> Path:
-        return self._journals.path(record.name).with_suffix(".asleep")
+        return self._journals.asleep_path(record.name)
 
     def _marked(self, record: Record) -> list[Process] | None:
         try:

@@ -38,7 +38,12 @@ class SubprocessContract(ProviderContract):
         """Control groups, journals, and processes that hold a journal or work on an agent's data."""
         specs = [spec for key, spec in self.kit_of_class._specs.items() if key.startswith(installation)]
         marks = [f"/state-{installation}/", *(str(spec.data_dir) for spec in specs)]
-        found = {str(path) for path in Path("/sys/fs/cgroup").glob(f"**/dispatcher-{installation}-*")}
+        found = {
+            f"{where}/{name}"
+            for where, names, _ in os.walk("/sys/fs/cgroup")
+            for name in names
+            if name.startswith(f"dispatcher-{installation}-")
+        }
         found |= {str(path) for path in self.kit_of_class.root.glob(f"state-{installation}/*.agent")}
         for process in Path("/proc").glob("[0-9]*"):
             try:
