@@ -211,6 +211,15 @@ class PrivateEngine:
         assert self.process
         self.process.kill()
         self.process.wait()
+        # The kernel ends its containerd with it.  Where PID 1 reaps nobody that stays a zombie, and the next
+        # dockerd would take the number in the pid file for a containerd that lives.
+        note = self.directory / "exec/containerd/containerd.pid"
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(note.read_text())
+            end = time.monotonic() + 5
+            while _state(pid) not in "ZX" and time.monotonic() < end:
+                time.sleep(0.02)
+            note.unlink()
 
     def close(self) -> None:
         """Remove its containers, end it and everything it started, remove its files."""
@@ -248,13 +257,24 @@ class PrivateEngine:
         return found
 
 
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def inspect(name: str, host: str = "") -> dict:
     """Return the engine's inspection of a container."""
     return json.loads(docker("inspect", name, host=host))[0]
 
 
 PROBE = {"image": "dispatcher-test/probe", "command": ["python3", "/probe.py", "--unix", "{socket}"]}
-PORTED = {"image": "dispatcher-test/probe", "command": ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}"], "port": 8080}
+PORTED = {
+    "image": "dispatcher-test/probe",
+    "command": ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}"],
+    "port": 8080,
+}
 
 
 class DockerWorld(Kit):

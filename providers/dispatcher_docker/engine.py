@@ -43,6 +43,7 @@ class Client(APIClient):
         super().__init__(
             base_url=url, version=DEFAULT_DOCKER_API_VERSION, tls=tls or False, user_agent="dispatcher"
         )
+        self.trust_env = False  # REQUESTS_CA_BUNDLE, proxies and .netrc are not about this engine
         if url.startswith("unix://"):
             self.mount("http+docker://", Adapter(url.removeprefix("unix://"), _KEEP))
         try:
