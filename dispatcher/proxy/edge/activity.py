@@ -34,7 +34,7 @@ class Traffic:
 
     def report(self, seconds: float, idle_sockets: int) -> dict[str, int] | None:
         """Return what the feed's activity frame says of the agent, None for nothing; counting starts again."""
-        stream = self.stream + (self.bulk if self.bulk > TRICKLE * seconds else 0)
+        stream = self.stream + (self.bulk if self.bulk > TRICKLE * max(seconds, 1.0) else 0)
         values = {
             "use": self.use,
             "stream": stream,

@@ -154,7 +154,7 @@ class Client(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client will send no more; what it asked for is still answered (RFC 9112, 9.6)."""
         self.eof = True
-        if self.state in {ANSWER, WAIT, STREAM} and not self.request.upgrade:
+        if self.state in {ANSWER, WAIT, STREAM}:
             self.closing = True
             if self.deadline == FOREVER or self.deadline > self.worker.now + self.worker.settings.body_timeout:
                 self.deadline = self.worker.now + self.worker.settings.body_timeout

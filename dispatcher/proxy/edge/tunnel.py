@@ -171,3 +171,5 @@ def tunnel(
         far.data_received(first)
     if early:
         near.data_received(early)
+    if client.eof:
+        near.eof_received()
