@@ -61,14 +61,21 @@ def _check_own(path: Path) -> None:
 
 
 def _check_parent(path: Path) -> None:
-    """Refuse a place where everybody could put something else in ours; warn where one other user could."""
+    """Refuse a place that anybody could have made or can write to; warn where one other user could."""
     found = path.stat()
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise ConfigError(
             f"Everybody may write to {path}", why="they could replace what lies in it", fix=f"chmod o-w {path}"
         )
-    if found.st_uid not in {0, os.geteuid()}:
-        _log.warning("another user could replace what lies there", directory=str(path), owner=found.st_uid)
+    if found.st_uid in {0, os.geteuid()}:
+        return
+    if path.parent.stat().st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{path} belongs to somebody else",
+            why=f"its owner has the user id {found.st_uid}; everybody may write to {path.parent}",
+            fix="set manager.run_dir and manager.state_dir, or $XDG_RUNTIME_DIR",
+        )
+    _log.warning("another user could replace what lies there", directory=str(path), owner=found.st_uid)
 
 
 class Lock:

@@ -73,6 +73,16 @@ def test_a_directory_of_somebody_else_is_refused(paths):
     assert "54321" in caught.value.why
 
 
+@pytest.mark.root
+def test_a_parent_that_somebody_made_in_tmp_is_refused(tmp_path):
+    tmp_path.chmod(0o1777)
+    (tmp_path / "dispatcher-0").mkdir()
+    os.chown(tmp_path / "dispatcher-0", 54321, 54321)
+    with pytest.raises(ConfigError) as caught:
+        make_directories(Paths(tmp_path / "dispatcher-0/dispatcher", tmp_path / "state"), ME)
+    assert "belongs to somebody else" in caught.value.what
+
+
 def test_a_file_in_the_way_is_said(paths):
     paths.run_dir.write_text("")
     with pytest.raises(ConfigError):
