@@ -82,12 +82,16 @@ class Lock:
     """Held while a manager lives; the kernel lets go of it however the manager ends.
 
     :param directory: what it guards.
-    :raises Conflict: a live manager holds it.
+    :raises Conflict: a live manager holds it; :raises Unavailable: it cannot be opened.
     """
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / LOCK
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(self.path, flags, 0o600)
+        except OSError as error:
+            raise Unavailable(f"Cannot open {self.path}", why=error.strerror or str(error)) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

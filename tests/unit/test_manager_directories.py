@@ -116,3 +116,11 @@ def test_what_a_crash_left_is_taken_over(tmp_path):
     lock = Lock(tmp_path)
     assert (tmp_path / "manager.lock").read_text() == str(os.getpid())
     lock.close()
+
+
+def test_a_lock_that_cannot_be_is_said(tmp_path):
+    (tmp_path / "manager.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable) as caught:
+        Lock(tmp_path)
+    assert "manager.lock" in caught.value.what
+    assert not (tmp_path / "elsewhere").exists()
