@@ -39,16 +39,37 @@ class Database:
             self.engine = sa.create_engine(url, pool_size=20, max_overflow=20)
         except sa.exc.ArgumentError as error:
             raise ConfigError("manager.database is no SQLAlchemy URL", why=str(error)) from error
+        except ImportError as error:
+            raise ConfigError(
+                "manager.database needs a driver that is not installed", why=str(error), fix="install it"
+            ) from error
         self._write_lock = threading.RLock()
         self.sqlite = self.engine.dialect.name == "sqlite"
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             path = self.engine.url.database
             if path and path != ":memory:":
-                Path(path).touch(mode=0o600, exist_ok=True)
+                try:
+                    Path(path).touch(mode=0o600, exist_ok=True)
+                except OSError as error:
+                    raise Unavailable(
+                        f"Cannot open the database {path}",
+                        why=error.strerror or str(error),
+                        fix="see that its directory exists, has space and is writable",
+                    ) from error
 
     def open(self) -> None:
         """Create what is missing and check the schema's version."""
+        try:
+            self._open()
+        except sa.exc.DatabaseError as error:
+            raise ConfigError(
+                f"{self.engine.url.database} cannot be used as a database",
+                why=str(error.orig),
+                fix="put back a copy of it, or choose another manager.database",
+            ) from error
+
+    def _open(self) -> None:
         with self.write() as connection:
             metadata.create_all(connection)
             found = connection.execute(sa.select(meta.c.value).where(meta.c.key == "schema")).scalar()
