@@ -7,6 +7,7 @@ reconciler observes, `lifecycle` decides, and the same operation runs again from
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 
 from dispatcher.accounts import HostAccounts
@@ -37,6 +38,7 @@ STOP_SLACK = 30.0  # seconds beyond the grace time
 SUSPEND_TIME = 60.0
 HIBERNATE_TIME = 600.0  # seconds; a guest's memory goes to disk
 DESTROY_TIME = 300.0
+LAST_WORDS = 0.4  # seconds that what an app said as it ended may still be on its way
 
 _log = logging.getLogger("dispatcher.manager")
 
@@ -326,12 +328,19 @@ class Operations:
         backend = self._engine.backends.get(agent.row.provider)
         if handle is None or Capability.LOGS not in backend.capabilities:
             return []
-        lines = []
+        lines: list[str] = []
+        patience = Deadline(LAST_WORDS)
         try:
-            for line in backend.guard.logs(handle, tail=outcomes.LOG_LINES, follow=False, deadline=Deadline(3)):
-                lines.append(line.decode("utf-8", "replace")[:2000])
-                if len(lines) >= outcomes.LOG_LINES:
+            while not lines:
+                for line in backend.guard.logs(
+                    handle, tail=outcomes.LOG_LINES, follow=False, deadline=Deadline(3)
+                ):
+                    lines.append(line.decode("utf-8", "replace")[:2000])
+                    if len(lines) >= outcomes.LOG_LINES:
+                        break
+                if lines or patience.expired:
                     break
+                time.sleep(0.05)
         except DispatcherError as error:
             _log.debug("%s: no log: %s", printable(agent.row.name), error)
         return lines
