@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -158,17 +159,22 @@ class Relay:
 
 
 class PrivateEngine:
-    """An engine of the test's own, without networks, that may be stopped and killed."""
+    """An engine of the test's own, its containers without networks, that may be stopped and killed.
+
+    It has a bridge of its own: with `--bridge=none` a dockerd removes the interface docker0 of all others.
+    """
 
     def __init__(self, *options: str) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="dkr-", dir="/tmp"))
         self.url = f"unix://{self.directory}/docker.sock"
         self.options = options
+        self.bridge = f"dkr{secrets.token_hex(4)}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, seconds: float = 60) -> None:
         """Start it and wait until it answers."""
         (self.directory / "docker.pid").unlink(missing_ok=True)
+        subprocess.run(["ip", "link", "add", self.bridge, "type", "bridge"], check=False, capture_output=True)
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
                 [
@@ -177,7 +183,7 @@ class PrivateEngine:
                     f"--data-root={self.directory}/data",
                     f"--exec-root={self.directory}/exec",
                     f"--pidfile={self.directory}/docker.pid",
-                    "--bridge=none",
+                    f"--bridge={self.bridge}",
                     "--iptables=false",
                     "--storage-driver=overlay2",
                     *self.options,
@@ -244,6 +250,7 @@ class PrivateEngine:
             where = line.split(" ")[1]
             if where.startswith(f"{self.directory}/"):
                 subprocess.run(["umount", "-l", where], check=False, capture_output=True)
+        subprocess.run(["ip", "link", "del", self.bridge], check=False, capture_output=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _containerd(self) -> list[int]:
