@@ -63,3 +63,22 @@ def test_libvirt(): pass
     result = suite.runpytest_subprocess("--collect-only", "-q")
     names = [line.split("::")[-1] for line in result.stdout.lines if "::" in line]
     assert names == ["test_libvirt", "test_browser", "test_light"]
+
+
+def test_a_group_stays_on_one_worker(suite):
+    suite.makepyfile(
+        """
+import os, pytest
+@pytest.mark.xdist_group("one")
+@pytest.mark.parametrize("n", range(12))
+def test_together(n, tmp_path_factory):
+    seen = tmp_path_factory.getbasetemp().parent / "workers"
+    with seen.open("a") as file:
+        file.write(os.environ["PYTEST_XDIST_WORKER"] + "\\n")
+    assert len(set(seen.read_text().split())) == 1
+@pytest.mark.parametrize("n", range(12))
+def test_spread(n): pass
+"""
+    )
+    result = suite.runpytest_subprocess("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
+    result.assert_outcomes(passed=24)
