@@ -323,24 +323,26 @@ class Operations:
             return None
 
     def last_lines(self, agent: Agent) -> list[str]:
-        """Return the agent's last lines of output, as far as they can be had."""
+        """Return the agent's last lines of output, as far as they can be had.
+
+        What an app said as it ended may still be on its way to the log: none at all is asked for again.
+        """
+        patience = Deadline(LAST_WORDS)
+        while not (lines := self._lines_now(agent)) and not patience.expired:
+            time.sleep(0.05)
+        return lines
+
+    def _lines_now(self, agent: Agent) -> list[str]:
         handle = agent.handle
         backend = self._engine.backends.get(agent.row.provider)
         if handle is None or Capability.LOGS not in backend.capabilities:
             return []
-        lines: list[str] = []
-        patience = Deadline(LAST_WORDS)
+        lines = []
         try:
-            while not lines:
-                for line in backend.guard.logs(
-                    handle, tail=outcomes.LOG_LINES, follow=False, deadline=Deadline(3)
-                ):
-                    lines.append(line.decode("utf-8", "replace")[:2000])
-                    if len(lines) >= outcomes.LOG_LINES:
-                        break
-                if lines or patience.expired:
+            for line in backend.guard.logs(handle, tail=outcomes.LOG_LINES, follow=False, deadline=Deadline(3)):
+                lines.append(line.decode("utf-8", "replace")[:2000])
+                if len(lines) >= outcomes.LOG_LINES:
                     break
-                time.sleep(0.05)
         except DispatcherError as error:
             _log.debug("%s: no log: %s", printable(agent.row.name), error)
         return lines

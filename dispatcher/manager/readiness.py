@@ -24,8 +24,8 @@ ANSWER = 10.0  # seconds that one answer may take
 SLICE = 0.25  # seconds between looks at whether the start was cancelled
 LOOK = 1.0  # seconds between questions to the backend while the app does not answer
 OBSERVE = 10.0  # seconds for the backend's answer
-SOONEST, LATEST = 0.001, 0.1  # seconds between tries
-SHARE = 0.15  # of the time that has passed: what waiting may add to a start
+SOONEST, LATEST = 0.002, 0.1  # seconds between tries
+SHARE = 0.2  # of the time that has passed: what waiting may add to a start
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)[ \r]")
 

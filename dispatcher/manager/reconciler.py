@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from dispatcher import names
@@ -23,12 +24,13 @@ from dispatcher.manager.operations import Operations
 from dispatcher.manager.readiness import OBSERVE, refuses
 from dispatcher.manager.record import Agent
 from dispatcher.manager.store import AgentRow, BackendRow
-from dispatcher.model import BackendState, Endpoint, Handle, Observation
+from dispatcher.model import BackendState, Handle, Observation
 from dispatcher.names import printable
 from dispatcher.provider import no_progress
 
 DESTROY = 300.0  # seconds to remove something unknown
 LIST_TIME = 30.0  # seconds for the list of all agents
+ENDING = (0.02, 0.1, 0.3)  # seconds between looks at an agent that refuses connections
 SUSPECT = 0.25  # seconds between looks at one agent that the edge could not reach
 
 _log = logging.getLogger("dispatcher.manager")
@@ -235,12 +237,27 @@ class Reconciler:
             _log.warning("%s: %s", printable(agent.row.name), error)
             return
         self._apply(agent, epoch, seen)
-        if connect and seen.state is BackendState.RUNNING and seen.endpoint is not None:
-            self._check_listener(agent, epoch, seen.endpoint, seen.owner_uid)
+        if connect:
+            self._check_listener(agent, epoch, backend, seen)
 
-    def _check_listener(self, agent: Agent, epoch: int, endpoint: Endpoint, owner_uid: int | None) -> None:
-        """An agent that runs and at whose endpoint nobody listens is not ready any more."""
-        if not refuses(endpoint, owner_uid):
+    def _check_listener(self, agent: Agent, epoch: int, backend: Backend, seen: Observation) -> None:
+        """An agent that runs and at whose endpoint nobody listens is not ready any more.
+
+        One that is just ending refuses connections, too: its end is awaited for a moment, as it has a reason.
+        """
+        handle = agent.handle
+        for pause in ENDING:
+            if handle is None or seen.state is not BackendState.RUNNING or seen.endpoint is None:
+                return
+            if not refuses(seen.endpoint, seen.owner_uid):
+                return
+            time.sleep(pause)
+            try:
+                seen = backend.guard.observe(handle, deadline=Deadline(OBSERVE))
+            except DispatcherError:
+                return
+            self._apply(agent, epoch, seen)
+        if seen.state is not BackendState.RUNNING:
             return
 
         def deaf(row: AgentRow) -> Change | None:
@@ -266,8 +283,9 @@ class Reconciler:
         policy = engine.specs.policy(row.app)
         log: list[str] = []
         if outcomes.died(row, seen):
-            given_up = len(recent(row.attempts, engine.clock.now())) >= policy.max_restarts
-            log = self._operations.last_lines(agent) if given_up or not bulk else []
+            tries = len(recent(row.attempts, engine.clock.now()))
+            if tries >= policy.max_restarts or (tries and not bulk):  # else it is started again at once
+                log = self._operations.last_lines(agent)
 
         def decide(row: AgentRow) -> Change | None:
             if agent.epoch != epoch or agent.operation is not None or agent.stuck:

@@ -349,7 +349,7 @@ def test_a_slow_start_is_cancelled_and_cleaned_up(world, supervisor):
     supervisor.set_desired("alice", "running")
     until(lambda: supervisor.view("alice").stage == "waiting")
     supervisor.set_desired("alice", "stopped")
-    view = reach(supervisor, "alice", "stopped", seconds=2)
+    view = reach(supervisor, "alice", "stopped", seconds=5)
     assert view.failure is None
     assert not world.backend.containers
 
@@ -361,7 +361,7 @@ def test_a_start_that_waits_for_the_app_is_cancelled(world):
     supervisor.set_desired("alice", "running")
     until(lambda: supervisor.view("alice").stage == "waiting for the app")
     supervisor.set_desired("alice", "stopped")
-    assert reach(supervisor, "alice", "stopped", seconds=2).failure is None
+    assert reach(supervisor, "alice", "stopped", seconds=5).failure is None
 
 
 def test_a_start_is_cancelled_by_removing_the_agent(world, supervisor):
@@ -370,7 +370,7 @@ def test_a_start_is_cancelled_by_removing_the_agent(world, supervisor):
     supervisor.set_desired("alice", "running")
     until(lambda: supervisor.view("alice").stage == "waiting")
     supervisor.remove("alice", keep_data=False)
-    gone(supervisor, "alice", seconds=2)
+    gone(supervisor, "alice", seconds=5)
 
 
 def test_stop_and_start_at_once(world, supervisor):
@@ -458,7 +458,7 @@ def test_a_slow_preparation_of_one_app_delays_no_other(world):
         supervisor.set_desired(name, "running")
     until(lambda: all(supervisor.view(name).stage == "waiting" for name in names), 2)
     supervisor.set_desired("alice", "running")
-    reach(supervisor, "alice", "running", seconds=1)
+    reach(supervisor, "alice", "running", seconds=2)  # the slow ones take three
     for name in names:
         reach(supervisor, name, "running")
     assert world.backend.calls.count(("prepare", "")) == 2
@@ -472,7 +472,7 @@ def test_who_waits_for_a_preparation_may_leave_and_the_others_get_it(world, supe
     supervisor.set_desired("bob", "running")
     until(lambda: supervisor.view("bob").stage == "waiting")
     supervisor.set_desired("alice", "stopped")
-    reach(supervisor, "alice", "stopped", seconds=1)
+    reach(supervisor, "alice", "stopped", seconds=5)
     reach(supervisor, "bob", "running")
     assert world.backend.calls.count(("prepare", "")) == 1
 
@@ -512,7 +512,7 @@ def test_an_app_that_ends_again_and_again_is_given_up_with_its_last_lines(world)
     supervisor = world.supervisor()
     supervisor.create("alice", app=None, password_hash="hash")
     supervisor.set_desired("alice", "running")
-    view = reach(supervisor, "alice", "failed", seconds=1)
+    view = reach(supervisor, "alice", "failed", seconds=5)
     assert view.failure.what == "The app ended before it was ready"
     assert view.failure.why == "exit code 3"
     assert view.failure.log == ("last words",)
@@ -535,7 +535,7 @@ def test_an_agent_that_dies_in_a_loop_is_given_up(world):
     world.kill(supervisor)
     until(lambda: kinds(supervisor).count("ready") == 2)
     world.kill(supervisor, reason="out of memory")
-    view = reach(supervisor, "alice", "failed", seconds=0.9)
+    view = reach(supervisor, "alice", "failed", seconds=5)
     assert view.failure.why == "out of memory"
     reach(supervisor, "alice", "running", seconds=3)
     world.kill(supervisor)
