@@ -279,7 +279,7 @@ def test_draining_says_going_away():
     with Edge(echo) as edge, edge.connect() as sock:
         sock.sendall(UPGRADE)
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
-        edge.do(edge.worker.drain)
+        edge.do(edge.worker.shut_tunnels)
         assert read_all(sock) == b"\x88\x02\x03\xe9"
         eventually(lambda: edge.worker.open_connections == 0)
 

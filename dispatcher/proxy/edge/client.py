@@ -341,7 +341,9 @@ class Client(asyncio.Protocol):
             if self.body and not request.upgrade:
                 self.partial = bytearray(self.body)
                 self.body = b""
-            if upstream.used and request.traits & IDEMPOTENT:
+            if (upstream.used and request.traits & IDEMPOTENT) or request.navigation():
+                # For people on a new connection too: an agent that was just killed may have taken it, and the
+                # second try finds nobody, which is what the waiting page is for.
                 self.replay = head
         else:
             try:

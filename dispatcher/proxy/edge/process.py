@@ -36,6 +36,7 @@ STOP = b"S"
 _BACKLOG = 4096
 _ROLLING_GRACE = 5.0  # seconds for a kept-alive connection to send its next request and learn that it was the last
 _STOP_GRACE = 0.5
+_LAST_WORDS = 1.5  # seconds for WebSockets to take their Close frame
 _FEED_PATIENCE = 3.0  # seconds to wait for the first tables; without the manager the proxy serves what it can
 
 
@@ -74,6 +75,7 @@ class Process:
         self._finished: asyncio.Event
         self._drain_until = 0.0
         self._grace_until = 0.0
+        self._tunnels_kept = False
         self._log = logger("edge")
 
     async def main(self) -> None:
@@ -131,7 +133,7 @@ class Process:
         except OSError:
             order = b""
         if order == DRAIN:
-            self._drain(_ROLLING_GRACE)
+            self._drain(_ROLLING_GRACE, keep_tunnels=True)
         elif order == STOP:
             self._drain(_STOP_GRACE)
         else:
@@ -140,17 +142,25 @@ class Process:
             self._drain(0.0)
             self._drain_until = boottime() + min(2.0, self._settings.drain_timeout)
 
-    def _drain(self, grace: float) -> None:
+    def _drain(self, grace: float, *, keep_tunnels: bool = False) -> None:
+        """Finish.
+
+        :param grace: seconds for kept-alive connections to send one more request.
+        :param keep_tunnels: WebSockets stay for as long as draining may take; else they are told to go at once.
+        """
         if self._drain_until:
             return
         now = boottime()
         self._drain_until = now + self._settings.drain_timeout
-        self._grace_until = now + grace
+        self._grace_until = now + min(grace, self._settings.drain_timeout / 2)
         for acceptor in self._acceptors:
             acceptor.close()
         for server in self._servers:
             server.close()
         self._worker.drain()
+        self._tunnels_kept = keep_tunnels
+        if not keep_tunnels:
+            self._worker.shut_tunnels()
         self._still_draining()
 
     def _still_draining(self) -> None:
@@ -158,7 +168,11 @@ class Process:
         worker = self._worker
         if now >= self._grace_until:
             worker.close_idle()
-        if not worker.open_connections or now >= self._drain_until:
+        if now >= self._drain_until and self._tunnels_kept:
+            self._tunnels_kept = False
+            self._drain_until = now + _LAST_WORDS
+            worker.shut_tunnels()
+        elif not worker.open_connections or now >= self._drain_until:
             if worker.open_connections:
                 self._log.warning("connections were cut off", number=worker.open_connections)
             self._finished.set()

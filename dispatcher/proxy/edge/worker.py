@@ -447,11 +447,14 @@ class Worker:
     # Stopping.
 
     def drain(self) -> None:
-        """Take no new work: what is under way is finished, WebSockets are told to go."""
+        """Take no new work; what is under way is finished."""
         self.draining = True
+        self.events.close()
+
+    def shut_tunnels(self) -> None:
+        """Tell all WebSockets that the server goes away."""
         for end in list(self._tunnels):
             end.shut()
-        self.events.close()
 
     def close_idle(self) -> None:
         """Close connections that are between two requests."""
