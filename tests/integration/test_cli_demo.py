@@ -22,6 +22,7 @@ from tests.conftest import ROOT
 from tests.installation import until
 
 PROGRAM = [sys.executable, "-m", "dispatcher"]
+pytestmark = pytest.mark.xdist_group("demo")  # two demos at once would race for port 8080
 
 
 class Run:
