@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import socket
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 
 from dispatcher import logs
 from dispatcher.config import Config
 from dispatcher.errors import DispatcherError
 from dispatcher.manager.service import Manager
 from dispatcher.plugins import Plugins
+
+WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = logs.logger("manager")
 
@@ -35,31 +36,40 @@ def run(config: Config, path: Path | None = None) -> int:
     logs.configure(config.manager.log_level, config.manager.log_format)
     notify = _notifier()
     manager = build(config, path)
-    ended, reload, look = threading.Event(), threading.Event(), threading.Event()
-
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        (reload if number == signal.SIGHUP else ended).set()
-        look.set()
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    }
-    try:
-        manager.start()
-        notify("READY=1")
-        while not ended.is_set():
-            look.wait()
-            look.clear()
-            if reload.is_set() and not ended.is_set():
-                reload.clear()
+    with _signals() as arrived:
+        try:
+            manager.start()
+            notify("READY=1")
+            for number in arrived:
+                if number != signal.SIGHUP:
+                    break
                 _reload_loudly(manager)
-        _log.info("ending; agents go on")
-        notify("STOPPING=1")
-    finally:
-        manager.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            _log.info("ending; agents go on")
+            notify("STOPPING=1")
+        finally:
+            manager.close()
     return 0
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Iterator[int]]:
+    """Yield the signals that arrive, as they do.
+
+    Through a pipe: the kernel may hand a signal to any thread, and a main thread that waits for a lock would not
+    be woken by it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    handlers = {number: signal.signal(number, lambda *_: None) for number in WATCHED}
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield (number for _ in itertools.count() for number in os.read(reader, 64) if number in WATCHED)
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
 
 
 def _reload_loudly(manager: Manager) -> None:

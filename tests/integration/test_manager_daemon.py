@@ -115,6 +115,19 @@ def test_a_clean_end_leaves_no_socket_and_no_warning(place):
     admin.close()
 
 
+def test_it_ends_whichever_of_its_threads_the_kernel_hands_the_signal_to(place):
+    """Seen: a main thread that waited for a lock slept on when another thread got the signal."""
+    import ctypes
+    import platform
+
+    tgkill = {"x86_64": 234, "aarch64": 131}[platform.machine()]
+    process = place.start("manager")
+    threads = [int(name) for name in os.listdir(f"/proc/{process.pid}/task")]
+    other = max(tid for tid in threads if tid != process.pid)
+    assert ctypes.CDLL(None, use_errno=True).syscall(tgkill, process.pid, other, signal.SIGTERM) == 0
+    assert process.wait(10) == 0
+
+
 def test_a_second_manager_is_refused_and_the_first_goes_on(place):
     place.start("manager")
     second = subprocess.run(
