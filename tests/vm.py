@@ -156,6 +156,38 @@ def leftovers(installation: str, *roots: Path) -> set[str]:
     return found
 
 
+def qemus(name: str) -> list[int]:
+    """Return the process ids of a machine's QEMU."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if f"guest={name},".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def kill_libvirtd() -> None:
+    """End libvirtd without a chance to tidy up, and wait until it is gone."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(LIBVIRT)
+        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+    os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(LIBVIRT)
+        except OSError:
+            return
+        time.sleep(0.02)
+    raise RuntimeError("libvirtd does not end")
+
+
+def start_libvirtd() -> None:
+    """Start it again, as the tests do at their beginning."""
+    subprocess.run([ROOT / "tests/machine/start-libvirt"], check=True, timeout=90)
+
+
 def relay(path: str) -> None:
     """Run the relay process: each connection is one to libvirtd."""
     import asyncio

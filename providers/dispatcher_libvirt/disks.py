@@ -30,10 +30,12 @@ from dispatcher_libvirt.sandbox import Bind, Result, Tick
 
 DATA = "data.raw"
 SNAPSHOTS = "snapshots"
+BOOTED = "booted"  # file with the fingerprint of what the machine booted last
 IMAGE = "/image"  # where tools in the sandbox see the disk
 _ROOT = re.compile(r"root-([0-9a-f]{12})\.qcow2")
 _FICLONE = 0x40049409
 _CHUNK = 8 << 20
+_BYTES_PER_INODE = 8192
 _LABEL = "dispatcher-data"
 
 User = tuple[int, int] | None
@@ -88,7 +90,7 @@ class Disks:
                 if directory.exists():
                     shutil.rmtree(directory)
                 return
-            for path in (*self.roots(name).values(), directory / "booted", *directory.glob(".*.new")):
+            for path in (*self.roots(name).values(), directory / BOOTED, *directory.glob(".*.new")):
                 path.unlink(missing_ok=True)
             if directory.is_dir() and not any(directory.iterdir()):
                 directory.rmdir()
@@ -126,7 +128,7 @@ class Disks:
                     os.posix_fallocate(file.fileno(), 0, size)
                 else:
                     os.truncate(file.fileno(), size)
-            self._format(path, user, None, deadline, tick)
+            self._format(path, user, None, deadline, tick, inodes=0)
 
     def claim(self, name: str, user: User) -> None:
         """Make the data disk its user's again, where libvirt was stopped before it could."""
@@ -169,15 +171,18 @@ class Disks:
                 fix=f"look at it with e2fsck ({path}), restore a snapshot, or reset the agent's data",
             )
 
-    def fill_data(self, name: str, source: Path, size: int, user: User, *, deadline: Deadline, tick: Tick) -> None:
+    def fill_data(
+        self, name: str, source: Path, size: int, user: User, *, files: int, deadline: Deadline, tick: Tick
+    ) -> None:
         """Replace the data disk by a new one that holds a copy of `source`; the old one stays until that is whole.
 
+        :param files: how many there are.
         :raises ProviderError: it does not fit, or cannot be read.
         """
         with self._fresh(self.data(name), user) as path:
             with self.errors("making a data disk"):
                 os.truncate(path, size)
-            self._format(path, user, source, deadline, tick)
+            self._format(path, user, source, deadline, tick, inodes=files + files // 4 + 1024)
 
     # -- overlays and snapshots --------------------------------------------------------------------------
 
@@ -273,9 +278,13 @@ class Disks:
         if self._privileged and user is not None:
             os.chown(path, *user, follow_symlinks=False)
 
-    def _format(self, path: Path, user: User, source: Path | None, deadline: Deadline, tick: Tick) -> None:
+    def _format(
+        self, path: Path, user: User, source: Path | None, deadline: Deadline, tick: Tick, *, inodes: int
+    ) -> None:
         owner = user or (os.geteuid(), os.getegid())
-        argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-L", _LABEL]
+        # Blocks that hold the longest symbolic link, inodes with whole times whatever the disk's size.
+        argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-L", _LABEL]
+        argv += ["-N", str(max(inodes, path.stat().st_size // _BYTES_PER_INODE))]
         argv += ["-E", f"root_owner={owner[0]}:{owner[1]},lazy_itable_init=1,lazy_journal_init=1"]
         binds = []
         if source is not None:

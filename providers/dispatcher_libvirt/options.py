@@ -108,7 +108,7 @@ class AppOptions(Table):
     kernel: AbsolutePath | None = Field(default=None, description="kernel for direct boot")
     initrd: AbsolutePath | None = Field(default=None, description="initial RAM disk for direct boot")
     cmdline: Argument = Field(default="console=ttyS0 quiet panic=-1", description="the kernel's command line")
-    firmware: Literal["bios", "efi"] = "bios"
+    firmware: Literal["bios", "efi"] = Field(default="bios", description="what starts the image's boot loader")
     command: list[Argument] = Field(
         default=[], description="program and arguments in the guest; {port} and {data} are replaced"
     )

@@ -21,7 +21,7 @@ from dispatcher.model import AgentSpec, App, BackendState, Handle
 from dispatcher.provider import Progress, ProviderContext
 from dispatcher_libvirt import console, domain_xml, errors_map, images, network, observing, plan, seed
 from dispatcher_libvirt.connection import Lane
-from dispatcher_libvirt.disks import Disks, User
+from dispatcher_libvirt.disks import BOOTED, Disks, User
 from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.machines import Found, Machines, clash
 from dispatcher_libvirt.network import Ports
@@ -30,7 +30,6 @@ from dispatcher_libvirt.plan import Host, Paths
 
 _PORT_TRIES = 8
 _CLEANING = 20.0  # seconds for undoing a start that failed, whatever its own deadline said
-_BOOTED = "booted"  # file with the fingerprint of what the machine booted last
 
 _log = logging.getLogger("dispatcher.provider.libvirt")
 
@@ -171,7 +170,7 @@ class Starter:
         name, options = spec.backend_name, options_of(spec.app)
         tick = lambda: progress("making the disks", "snapshot")  # noqa: E731
         base, boots = self._images.check(options, None, deadline=deadline, tick=tick)
-        marker = self._disks.directory(name) / _BOOTED
+        marker = self._disks.directory(name) / BOOTED
         before = marker.read_text(encoding="ascii").strip() if marker.exists() else ""
         if before and before != boots:
             self._disks.snapshot(name, before, options.snapshots, deadline=deadline, tick=tick)

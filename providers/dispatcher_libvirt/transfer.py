@@ -89,8 +89,9 @@ def bring(
 
     :param size: bytes that the disk shall have; :raises ProviderError: the data needs more.
     """
-    needed = 0
-    for folder, _, files in os.walk(directory):
+    needed = count = 0
+    for folder, folders, files in os.walk(directory):
+        count += len(folders) + len(files)
         for file in files:
             try:
                 needed += os.lstat(os.path.join(folder, file)).st_blocks * 512
@@ -104,4 +105,12 @@ def bring(
             fix="raise the app's disk limit",
         )
     disks.make_directory(name)
-    disks.fill_data(name, directory, size, user, deadline=deadline, tick=lambda: progress("importing", "copying"))
+    disks.fill_data(
+        name,
+        directory,
+        size,
+        user,
+        files=count,
+        deadline=deadline,
+        tick=lambda: progress("importing", "copying"),
+    )

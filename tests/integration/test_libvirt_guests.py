@@ -1,0 +1,322 @@
+"""libvirt: what real guests do beyond the conformance kit.  Few guests, each used for many things."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import websockets
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import Conflict, NotFound, ProviderError
+from dispatcher.model import BackendState, Depth, Level, Limits, Network
+from dispatcher.testing.inside import Inside
+from dispatcher.testing.kit import eventually
+from tests import vm
+from tests.vm_world import World, get, quiet
+
+pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
+
+
+@pytest.fixture
+def world():
+    with World() as world:
+        yield world
+
+
+@pytest.fixture
+def private_network():
+    """A libvirt network of the test's own, without the delay that spanning tree makes."""
+    name = "dispatcher-test"
+    xml = f"""<network><name>{name}</name><forward mode='nat'/><bridge name='virbr-disp' stp='off'/>
+    <ip address='192.168.237.1' netmask='255.255.255.0'>
+    <dhcp><range start='192.168.237.10' end='192.168.237.99'/></dhcp></ip></network>"""
+    vm.virsh("net-destroy", name)
+    path = Path("/tmp", f"{name}-{os.getpid()}.xml")
+    path.write_text(xml)
+    try:
+        assert "created" in vm.virsh("net-create", str(path)) or name in vm.virsh("net-list")
+        yield name
+    finally:
+        path.unlink()
+        vm.virsh("net-destroy", name)
+
+
+def test_an_app_on_an_overlay_is_used_renewed_and_rolled_back(world):
+    """HTTP, WebSocket, data on its disk; a new base image keeps the data, and the old one can be had again."""
+    images = vm.images()
+    base = world.root / "base.qcow2"
+    base.write_bytes((images / "root.qcow2").read_bytes())
+    base.chmod(0o644)
+    options = {
+        "image": str(base),
+        "kernel": str(images / "vmlinuz"),
+        "initrd": str(images / "initrd.img"),
+        "default_memory": "192M",
+        "data_size": "32M",
+    }
+    spec = world.spec("alice", **options)
+    handle = world.ensure(spec)
+    endpoint = world.ready(handle)
+    page = get(endpoint, "/").decode()
+    assert "A machine for alice" in page
+    assert get(endpoint, "/notes", "POST", b"note=remember+the+milk") == b""
+    assert "remember the milk" in get(endpoint, "/").decode()
+    assert get(endpoint, "/count", "POST") == b"1\n"
+
+    async def speak():
+        url = f"ws://{endpoint.host}:{endpoint.port}"
+        async with websockets.connect(f"{url}/echo") as echo:
+            await echo.send("héllo" * 100)
+            assert await echo.recv() == "héllo" * 100
+        async with websockets.connect(f"{url}/clock") as clock:
+            assert float(await asyncio.wait_for(clock.recv(), 10)) >= 0
+
+    asyncio.run(speak())
+    directory = world.machines / handle.name
+    (first,) = directory.glob("root-*.qcow2")
+    world.provider.stop(handle, grace=20, deadline=Deadline(60), progress=quiet)
+    assert world.state(handle) is BackendState.ABSENT
+    assert first.exists(), "a stopped agent keeps its overlay"
+
+    os.utime(base, (1_700_000_000, 1_700_000_000))  # another image in the old one's place
+    larger = world.spec("alice", limits=Limits(disk=96 << 20), **options)
+    world.ensure(larger)
+    endpoint = world.ready(handle)
+    assert "remember the milk" in get(endpoint, "/").decode(), "the data disk outlives its image, and grew"
+    assert (directory / "data.raw").stat().st_size == 96 << 20
+    assert get(endpoint, "/count") == b"0\n"
+    second = {path.name for path in directory.glob("root-*.qcow2")}
+    assert first.name in second, "the old image's overlay is kept for a roll-back"
+    assert len(second) == 2
+    assert [path.name.startswith("data-") for path in (directory / "snapshots").iterdir()] == [True]
+    get(endpoint, "/notes", "POST", b"note=written+later")
+    with pytest.raises(RuntimeError, match=r"4: .*The disk is in use.*stop the agent first"):
+        world.rollback(handle)
+    world.provider.stop(handle, grace=20, deadline=Deadline(60), progress=quiet)
+    assert "what it was is kept as data-" in world.rollback(handle)
+    out = world.export(handle)
+    assert (out / "notes.txt").read_text() == "remember the milk\n", "the data is as it was before the new image"
+    world.rollback(handle)
+    assert "written later" in (world.export(handle) / "notes.txt").read_text(), "a roll-back can be undone"
+
+
+def test_a_disk_image_with_its_own_boot_loader_boots(world):
+    images = vm.images()
+    spec = world.spec(
+        "grub", image=str(images / "disk.qcow2"), default_memory="256M", data_size="32M", root="fresh"
+    )
+    handle = world.ensure(spec)
+    endpoint = world.ready(handle, 120)
+    get(endpoint, "/notes", "POST", b"note=x")
+    assert "<li>x</li>" in get(endpoint, "/").decode()
+
+
+def test_walls_hold_from_inside(world):
+    """A guest reaches neither the host's loopback, through whatever address, nor another guest's port."""
+    alice, bob = world.probe("alice"), world.probe("bob")
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.settimeout(0.1)
+        own = [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
+        for host in ["127.0.0.1", "10.0.2.2", "10.0.2.3", *own]:
+            assert alice.refused("/connect", to=f"tcp:{host}:{port}"), host
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    for host in ("10.0.2.2", "127.0.0.1"):
+        assert alice.refused("/connect", to=f"tcp:{host}:{bob.endpoint.port}")
+    assert alice.refused("/connect", to="tcp:10.0.2.3:53")
+    assert alice.refused("/connect", to="tcp:192.0.2.1:80")
+
+
+def test_sleep_wakes_with_its_memory_on_another_port_if_it_must(world):
+    inside = world.probe("alice")
+    handle = world.handles["alice"]
+    inside.post("/count")
+    usage = world.provider.usage([handle], deadline=Deadline(10))[handle.name]
+    assert usage.memory > 50 << 20
+    world.provider.suspend(handle, depth=Depth.DISK, deadline=Deadline(60), progress=quiet)
+    assert world.state(handle) is BackendState.HIBERNATED
+    assert world.provider.usage([handle], deadline=Deadline(10)) == {}, "its memory is free"
+    assert not [name for name in vm.leftovers(world.installation, world.root) if "process" in name]
+    with pytest.raises(Conflict, match="stop the agent first"):
+        world.export(handle)
+    with socket.create_server(("127.0.0.1", inside.endpoint.port)):
+        world.provider.resume(handle, deadline=Deadline(60), progress=quiet)
+        seen = world.observe(handle)
+        assert seen.endpoint.port != inside.endpoint.port
+        assert Inside(seen.endpoint).get("/count") == b"1\n"
+    fresh = world.another()
+    assert fresh.observe(handle, deadline=Deadline(10)).endpoint == seen.endpoint
+    fresh.close()
+    # Woken to be ended, so that what it had not written yet is not lost.
+    Inside(seen.endpoint).write("/data/kept", b"kept\n")
+    world.provider.suspend(handle, depth=Depth.DISK, deadline=Deadline(60), progress=quiet)
+    world.provider.stop(handle, grace=20, deadline=Deadline(90), progress=quiet)
+    out = world.export(handle)
+    assert (out / "kept").read_bytes() == b"kept\n"
+    assert (out / "saved").read_bytes() == b"signal 15\n"
+
+
+def test_a_killed_qemu_and_a_stopped_libvirtd_are_told_apart(world):
+    """kill -9 of QEMU is the agent's end, reported within a second; kill -9 of libvirtd is nobody's."""
+    inside = world.probe("alice")
+    handle, heard = world.handles["alice"], []
+    watch = world.provider.watch(heard.append)
+    start = inside.id()["start"]
+    vm.kill_libvirtd()
+    try:
+        assert inside.id()["start"] == start, "guests go on serving"
+        with pytest.raises(Exception, match="libvirt does not answer on this host") as caught:
+            world.observe(handle)
+        assert caught.value.code == "unavailable"
+    finally:
+        vm.start_libvirtd()
+    assert world.state(handle) is BackendState.RUNNING
+    fresh = world.another()
+    ((found, seen),) = fresh.list(deadline=Deadline(20))
+    assert (found, seen.state, seen.endpoint) == (handle, BackendState.RUNNING, inside.endpoint)
+    fresh.ensure(world.specs["alice"], deadline=Deadline(20), progress=quiet)
+    assert inside.id()["start"] == start, "adopted, not started again"
+    fresh.close()
+    assert eventually(lambda: "" in heard, 15), "the gap is told"
+    heard.clear()
+    (pid,) = vm.qemus(handle.name)
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: handle.name in heard, 3)
+    assert eventually(lambda: world.state(handle) is BackendState.STOPPED, 5)
+    assert world.observe(handle).exit_reason == "QEMU crashed or was killed"
+    watch.close()
+
+
+def test_a_libvirt_network_leads_outside_and_not_to_the_host(world, private_network):
+    world.restart_provider(network=private_network)
+    spec = world.spec("alice", network=Network.PRIVATE, **vm.app_options())
+    handle = world.ensure(spec)
+    assert eventually(lambda: world.observe(handle).endpoint, 60, 0.2)
+    endpoint = world.observe(handle).endpoint
+    assert endpoint.host.startswith("192.168.237.")
+    inside = Inside(endpoint, timeout=20)
+    assert inside.wait(60)
+    assert any("filter" in one for one in vm.leftovers(world.installation, world.root))
+    with socket.create_server(("0.0.0.0", 0)) as listener:
+        port = listener.getsockname()[1]
+        listener.settimeout(0.1)
+        addresses = {
+            "192.168.237.1",
+            *(entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, 2)),
+        }
+        for host in addresses - {"127.0.0.1", "127.0.1.1"}:
+            assert inside.refused("/connect", to=f"tcp:{host}:{port}"), host
+        with pytest.raises(TimeoutError):
+            listener.accept()
+    world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
+    assert vm.leftovers(world.installation, world.root) == set()
+
+
+def test_usage_and_list_cost_a_few_calls_however_many_there_are(world):
+    world.probe("alice")
+    calls = []
+    call = world.provider._backend.call
+    world.provider._backend.call = lambda function, **named: calls.append(named["what"]) or call(function, **named)
+    handles = [replace(world.handles["alice"], name=f"dispatcher-x-{n}") for n in range(100)]
+    found = world.provider.usage([world.handles["alice"], *handles], deadline=Deadline(10))
+    assert list(found) == [world.handles["alice"].name]
+    assert len(list(world.provider.list(deadline=Deadline(10)))) == 1
+    assert len(calls) == 2
+
+
+@contextlib.contextmanager
+def small_disk(path, megabytes):
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=711", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_failed_starts_say_what_to_do_and_leave_nothing(world, tmp_path):
+    """Disk full, no permission, name clash, a machine that QEMU refuses: one clear error each."""
+    options = vm.app_options()
+    images = vm.images()
+
+    def fails(spec, why, fix=""):
+        with pytest.raises(ProviderError) as caught:
+            world.ensure(spec)
+        assert why in str(caught.value), caught.value
+        assert fix in caught.value.fix
+        assert caught.value.fix
+        assert vm.leftovers(world.installation, world.root, tmp_path) == set()
+        assert world.state(world.handles[spec.agent]) is BackendState.ABSENT
+
+    secret = world.root / "closed"
+    secret.mkdir(mode=0o700)
+    (secret / "initrd").write_bytes((images / "probe.img").read_bytes())
+    fails(world.spec("denied", **options | {"initrd": str(secret / "initrd")}), "may not read", "chmod o+x")
+    secret.chmod(0o711)
+    (secret / "initrd").chmod(0o600)
+    fails(world.spec("denied", **options | {"initrd": str(secret / "initrd")}), "may not read", "chmod o+r")
+    fails(world.spec("model", **options | {"cpu": "NoSuchProcessor"}), "NoSuchProcessor", "")
+    fails(world.spec("machine", **options | {"machine": "no-such"}), "no-such")
+    extra = ["<watchdog model='no-such-watchdog' action='reset'/>"]
+    fails(world.spec("extra", **options | {"xml": extra}), "does not accept", "xml")
+
+    taken = world.spec("taken", **options)
+    xml = f"<domain type='qemu'><name>{taken.backend_name}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
+    (world.root / "taken.xml").write_text(xml)
+    vm.virsh("define", str(world.root / "taken.xml"))
+    try:
+        with pytest.raises(ProviderError, match="exists already and is not the dispatcher's") as caught:
+            world.ensure(taken)
+        assert "virsh dumpxml" in caught.value.fix
+        assert taken.agent not in [handle.agent for handle, _ in world.provider.list(deadline=Deadline(10))]
+        world.provider.stop(world.handles["taken"], grace=1, deadline=Deadline(10), progress=quiet)
+        world.provider.destroy(world.handles["taken"], data=True, deadline=Deadline(10), progress=quiet)
+        assert taken.backend_name in vm.virsh("list", "--all", "--name"), "somebody else's machine is not touched"
+    finally:
+        vm.virsh("undefine", taken.backend_name)
+
+    with small_disk(tmp_path / "full", 24) as place:
+        world.restart_provider(storage=str(place))
+        (place / "filler").write_bytes(bytes(22 << 20))
+        fails(world.spec("full", **options | {"data_allocation": "full"}), "The disk is full", "free some space")
+        fails(world.spec("sparse", **options), "", "space")
+
+
+def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
+    """Readiness is the core's; the provider shows how far the guest is, and ends it however it behaves."""
+    options = vm.app_options() | {"command": ["/bin/busybox", "sleep", "1000"], "flush": "1s"}
+    handle = world.ensure(world.spec("never", **options))
+    assert eventually(lambda: "starting the app" in world.observe(handle).detail, 60, 0.1)
+    assert world.state(handle) is BackendState.RUNNING
+    assert not Inside(world.observe(handle).endpoint).answers()
+    assert any(b"starting the app" in line for line in world.logs(handle))
+    began = time.monotonic()
+    world.provider.stop(handle, grace=0.3, deadline=Deadline(60), progress=quiet)
+    assert time.monotonic() - began < 15
+    world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
+    assert vm.leftovers(world.installation, world.root) == set()
+
+
+def test_the_operator_is_told_what_an_app_boots_from(world):
+    good = world.spec("x", **vm.app_options())
+    assert any("there and whole" in one.what for one in world.provider.explain(good.app))
+    bad = world.spec("x", **vm.app_options(initrd="/nonexistent"))
+    (error,) = [one for one in world.provider.explain(bad.app) if one.level is Level.ERROR]
+    assert "/nonexistent" in error.what
+    assert error.fix
+
+
+def test_export_of_nothing_is_not_found(world):
+    handle = world.provider.handle(world.spec("nobody", **vm.app_options()))
+    with pytest.raises(NotFound, match="no data disk"):
+        world.provider.export_data(handle, world.fresh_directory(), deadline=Deadline(10), progress=quiet)
