@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 from dispatcher.accounts import HostAccounts
 from dispatcher.clock import Deadline
@@ -24,6 +25,7 @@ from dispatcher.provider import Closeable, Progress, ProviderContext
 PREPARING_AT_ONCE = 4  # image pulls and the like
 FRESH = 2.0  # seconds for which an app that was prepared counts as prepared
 
+_T = TypeVar("_T")
 _log = logging.getLogger("dispatcher.manager")
 
 
@@ -169,6 +171,32 @@ class Backend:
         work.error = hanging(self.name, call)
         work.done.set()
 
+    def ask(self, call: Callable[[], _T], seconds: float) -> _T:
+        """Return what a call returns that is made in a thread of the pool: for callers that must not hang.
+
+        :raises DeadlineExceeded: it took too long; it is left to itself.
+        :raises DispatcherError: as the call.
+        """
+        done = threading.Event()
+        results: list[_T] = []
+        errors: list[DispatcherError] = []
+
+        def run() -> None:
+            try:
+                results.append(call())
+            except DispatcherError as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        self.pool.submit(run)
+        done.wait(seconds)
+        if errors:
+            raise errors[0]
+        if not results:
+            raise hanging(self.name, "answer")
+        return results[0]
+
     def tend(self) -> None:
         """Look after calls that hang; called regularly."""
         self.pool.watch()
@@ -178,9 +206,14 @@ class Backend:
         """Begin nothing more, wait a little for what runs, release the provider."""
         self.pool.close()
         self._preparing_pool.close()
+        self.pool.join(seconds)
+        closing = threading.Thread(target=self._release, name=f"dispatcher-{self.name}-close", daemon=True)
+        closing.start()
+        closing.join(seconds)
+
+    def _release(self) -> None:
         if self._watch:
             _close(self._watch)
-        self.pool.join(seconds)
         if self._guard:
             self._guard.close()
 

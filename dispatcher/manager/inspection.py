@@ -92,11 +92,16 @@ class Inspection:
             raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
         if app is not None and app not in engine.specs.config.apps:
             raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
+        backend = engine.backends.get(name)
         found: list[Finding] = []
-        try:
-            guard = engine.backends.get(name).guard
-            found += guard.explain(engine.specs.app(app) if app else None)
+
+        def check() -> None:
+            guard = backend.guard
+            found.extend(guard.explain(engine.specs.app(app) if app else None))
             guard.check(deadline=Deadline(CHECK))
+
+        try:
+            backend.ask(check, 2 * CHECK)
         except DispatcherError as error:
             what = f"{error.what}: {error.why}" if error.why else error.what
             found.insert(0, Finding(level=Level.ERROR, what=what, fix=error.fix))

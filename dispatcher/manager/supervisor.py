@@ -27,6 +27,7 @@ from dispatcher.manager.intents import Intents
 from dispatcher.manager.moves import Mover
 from dispatcher.manager.operations import Operations
 from dispatcher.manager.reconciler import Reconciler
+from dispatcher.manager.record import Agent
 from dispatcher.manager.reload import app_changes, provider_changes, renew
 from dispatcher.manager.specs import Specs
 from dispatcher.manager.store import AgentRow, Store
@@ -44,6 +45,7 @@ BOOT = 2.0  # seconds that a boot waits for slow backends before it goes on with
 LAST_USED = 30.0  # seconds between writes of when agents were last used
 TRIM = 3600.0  # seconds between looks at how many events there are
 OLD_PROVIDER = 60.0  # seconds that a provider whose options changed has for the calls that it is in
+PURGE = 300.0  # seconds that the caller waits while old copies are deleted
 CLOSE = 3.0  # seconds that a close waits for what is being done
 
 _log = logging.getLogger("dispatcher.manager")
@@ -345,14 +347,21 @@ class Supervisor:
         :raises Conflict: an operation is being done on the agent.
         """
         found = self.engine.find(agent)
-        with found.reserved() as free:
-            if not free:
-                raise Conflict(
-                    f"{printable(agent)} is busy", why="something is being done to it", fix="try again in a moment"
-                )
-            count = self._mover.purge(found, no_progress)
-        self.engine.poke(found)
-        return count
+        backend = self._backends.get(found.row.provider)
+        return backend.ask(lambda: self._purge(found), PURGE)
+
+    def _purge(self, agent: Agent) -> int:
+        try:
+            with agent.reserved() as free:
+                if free:
+                    return self._mover.purge(agent, no_progress)
+        finally:
+            self.engine.poke(agent)
+        raise Conflict(
+            f"{printable(agent.row.name)} is busy",
+            why="something is being done to it",
+            fix="try again in a moment",
+        )
 
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``."""

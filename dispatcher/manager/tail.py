@@ -132,10 +132,13 @@ class Tails:
                 follower.deadline.at = 0.0
 
     def _last(self, backend: Backend, handle: Handle, tail: int) -> list[str]:
-        found: deque[str] = deque(maxlen=tail)
-        for line in backend.guard.logs(handle, tail=tail, follow=False, deadline=Deadline(ANSWER)):
-            found.append(_text(line))
-        return list(found)
+        def read() -> list[str]:
+            found: deque[str] = deque(maxlen=tail)
+            for line in backend.guard.logs(handle, tail=tail, follow=False, deadline=Deadline(ANSWER)):
+                found.append(_text(line))
+            return list(found)
+
+        return backend.ask(read, ANSWER + 1)
 
     def _follow(self, agent: Agent, backend: Backend, handle: Handle, after: str) -> tuple[list[str], str]:
         source, number, count, digest = _parse(after)

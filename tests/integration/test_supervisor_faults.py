@@ -566,3 +566,38 @@ def test_all_modules_of_the_manager_were_imported():
     assert backends.hanging("fake", "stop").status == 504
     assert guard.Guard
     assert os.geteuid() >= 0
+
+
+@pytest.mark.parametrize("method", ["logs", "check"])
+def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, monkeypatch):
+    from dispatcher.errors import DeadlineExceeded
+    from dispatcher.manager import inspection, tail
+
+    monkeypatch.setattr(tail, "ANSWER", 0.1)
+    monkeypatch.setattr(inspection, "CHECK", 0.1)
+    supervisor = world.supervisor()
+    running(supervisor)
+    world.backend.inject(method, hang=True)
+    before = time.monotonic()
+    if method == "logs":
+        with pytest.raises(DeadlineExceeded):
+            supervisor.logs("alice", tail=5, after=None)
+    else:
+        assert "does not come back" in supervisor.check_provider("fake", None)[0].what
+    assert time.monotonic() - before < 5
+    assert supervisor.view("alice").state is State.RUNNING
+
+
+def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkeypatch):
+    from dispatcher.manager import supervisor as module
+
+    monkeypatch.setattr(module, "CLOSE", 0.2)
+    supervisor = world.supervisor()
+    running(supervisor)
+    provider = supervisor._backends.get("fake").guard.provider
+    gate = __import__("threading").Event()
+    provider.close = lambda: gate.wait(20)
+    before = time.monotonic()
+    end(supervisor)
+    assert time.monotonic() - before < 5
+    gate.set()
