@@ -49,7 +49,7 @@ setup(
         "flask>=3",
         "werkzeug>=3",
         "waitress>=3",
-        "cheroot>=10",
+        "cheroot>=11,<12",  # wsgi_server knows its insides
         "click>=8.1",
         "rich>=13",
         "pydantic>=2.7",
