@@ -394,17 +394,15 @@ class _Watch:
 
 def copy(source: Path, target: Path) -> None:
     """Copy a tree with owners, modes, times and links, hard ones too."""
-    known: dict[tuple[int, int], Path] = {}
+    known: dict[int, Path] = {}
     for directory, names, files in os.walk(source):
         here = target / Path(directory).relative_to(source)
-        for name in (*names, *files):
-            one, other = Path(directory, name), here / name
+        for one, other in ((Path(directory, name), here / name) for name in (*names, *files)):
             status = one.lstat()
-            first = known.setdefault((status.st_dev, status.st_ino), other)
             if one.is_dir() and not one.is_symlink():
                 other.mkdir()
-            elif first != other:
-                os.link(first, other, follow_symlinks=False)
+            elif known.setdefault(status.st_ino, other) != other:
+                os.link(known[status.st_ino], other, follow_symlinks=False)
             else:
                 shutil.copy2(one, other, follow_symlinks=False)
             if os.geteuid() == 0:
