@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 ARGS ?=
 
 .PHONY: help demo test check bench clean machine
@@ -17,7 +17,7 @@ help:
 	@echo 'make clean   remove what make made'
 
 demo: $(VENV)/.demo
-	$(BIN)/dispatcher demo $(ARGS)
+	@$(BIN)/dispatcher demo $(ARGS)
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -26,23 +26,25 @@ check: $(VENV)/.test
 	$(BIN)/pytest -q -n 2 tests/unit $(ARGS)
 
 test: machine $(VENV)/.test
-	VENV='$(VENV)' tests/machine/run $(ARGS)
+	@VENV='$(VENV)' tests/machine/run $(ARGS)
 
 bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
 
 machine:
-	tests/machine/install
+	@tests/machine/install
 
 $(VENV)/bin/python:
-	tests/machine/make-venv '$(PYTHON)' '$(VENV)'
+	@tests/machine/make-venv '$(PYTHON)' '$(VENV)'
 
 $(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt
-	$(PIP) install -c constraints.txt -e .
+	@echo 'Installing dispatcher into $(VENV) (half a minute)'
+	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt
-	$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
+	@echo 'Installing dispatcher and what its tests need into $(VENV) (a minute)'
+	@$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
 	@touch $@ $(VENV)/.demo
 
 clean:
