@@ -126,12 +126,18 @@ class Operations:
             raise RuntimeError("an agent that runs has a handle")
         engine.step(agent, operation, "waiting for the app")
         probe = Probe(policy.health, self._proxy_gid)
-        seen = await_ready(guard, handle, probe, operation=operation, deadline=deadline, seen=seen)
+        seen = await_ready(
+            guard,
+            handle,
+            probe,
+            operation=operation,
+            deadline=deadline,
+            seen=seen,
+            tell=lambda detail: progress("waiting for the app", detail),
+        )
         agent.stdin = None
-        now = engine.clock.now()
-        agent.last_used = max(agent.last_used or 0.0, now)
         fields = {
-            **outcomes.observed(row, seen, now),
+            **outcomes.observed(row, seen, engine.clock.now()),
             "observed": BackendState.RUNNING,
             "ready": True,
             "handle": handle.to_json(),
@@ -282,9 +288,12 @@ class Operations:
         log = self.last_lines(agent) if operation.kind in {Kind.START, Kind.MOVE} else ()
         if operation.kind is Kind.START and seen and seen.state not in DEAD and self._is_hopeless(row, error):
             seen = self._clean_up(agent, operation) or seen
-        return outcomes.failed(
+        change = outcomes.failed(
             row, operation.kind, error, seen=seen, now=engine.clock.now(), policy=policy, log=log
         )
+        if change.fields["retry_at"] is None:
+            agent.stdin = None
+        return change
 
     @staticmethod
     def _is_hopeless(row: AgentRow, error: DispatcherError) -> bool:
