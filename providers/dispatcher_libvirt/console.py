@@ -68,6 +68,17 @@ def last_line(log_dir: Path) -> str:
     return printable(found[0].decode(errors="replace").strip(), 120).strip("'\"") if found else ""
 
 
+def announced(log_dir: Path, words: str) -> bool:
+    """Whether the console has said `words` since the machine started, as far as its last lines tell."""
+    found, _ = _tail(log_dir, 1000, follow=False, most=256 * 1024)
+    for line in reversed(found):
+        if words.encode() in line:
+            return True
+        if line.endswith(START):
+            return False
+    return True
+
+
 def ending(log_dir: Path) -> str:
     """Return why the guest ended, in its own words: what its last lines say of the app or of a panic, or ""."""
     found, _ = _tail(log_dir, 40, follow=False, most=16384)

@@ -63,7 +63,7 @@ class Label:
     """What the provider keeps with a domain, as metadata: enough to adopt the agent.
 
     :ivar port: forwarded port on 127.0.0.1, 0 without; :ivar guest_port: where the app listens in the guest.
-    :ivar data: `Handle.data` as JSON text.
+    :ivar data: `Handle.data` as JSON text; :ivar announce: what the console says once the network is up.
     """
 
     installation: str
@@ -74,6 +74,7 @@ class Label:
     port: int = 0
     guest_port: int = 0
     network: str = ""
+    announce: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 PREFIX = "dispatcher"
 #: What a user network gives to the guest (QEMU's own defaults); its DHCP server says the same.
 GUEST_ADDRESS, GUEST_GATEWAY = "10.0.2.15", "10.0.2.2"
+_REQUIRED = ("installation", "agent", "spec", "data")
 _PERIOD = 100_000  # microseconds, of the processor quota
 _SMALLEST_QUOTA = 1_000
 
@@ -63,16 +64,19 @@ def label_element(label: Label) -> etree._Element:
 
 
 def parse_label(text: str) -> Label:
-    """Return the label in a metadata element, as libvirt gives it.
+    """Return the label in a metadata element, as libvirt gives it; what an older release did not write is default.
 
     :raises ValueError: it is none, or a damaged one.
     """
     parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
     try:
         element = etree.fromstring(text, parser)
-        values: dict[str, Any] = {key: element.attrib[key] for key in Label.__dataclass_fields__}
+        if element.tag not in {"agent", f"{{{NAMESPACE}}}agent"}:  # libvirt takes the namespace off
+            raise ValueError("it is another element")
+        values: dict[str, Any] = {key: element.attrib[key] for key in _REQUIRED}
+        values |= {key: element.attrib[key] for key in Label.__dataclass_fields__ if key in element.attrib}
         for key, kind in (("started", float), ("port", int), ("guest_port", int)):
-            values[key] = kind(values[key])
+            values[key] = kind(values.get(key, 0))
         return Label(**values)
     except (etree.XMLSyntaxError, KeyError, ValueError) as error:
         raise ValueError(f"a damaged label: {error}") from error

@@ -11,6 +11,9 @@ from dispatcher_libvirt import console, plan
 from dispatcher_libvirt.machines import Found
 
 BOOTING = 120.0  # seconds after a start for which the console's last line is told
+# QEMU accepts a connection before the guest has a network, and tries it again after 3, 9 and 21 s only: so nobody
+# is told where to connect before the guest says that it is up, or so many seconds have passed.
+ANNOUNCED = 30.0
 
 _RUNNING = {libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_SHUTDOWN}
 _ENDED = {
@@ -69,11 +72,14 @@ def observation(found: Found | None) -> Observation:
         state, reason = BackendState.STOPPED, "the guest crashed"
     elif found.state not in _RUNNING:
         state = BackendState.STARTING
-    elif logs and 0 <= time.time() - label.started < BOOTING:
+    elif logs and 0 <= (age := time.time() - label.started) < BOOTING:
         detail = console.last_line(logs)
+        if label.announce and age < ANNOUNCED and not console.announced(logs, label.announce):
+            state = BackendState.STARTING
+    known = found.active and state in {BackendState.RUNNING, BackendState.SUSPENDED}
     return Observation(
         state=state,
-        endpoint=endpoint(found) if found.active else None,
+        endpoint=endpoint(found) if known else None,
         started_at=label.started if found.active else None,
         spec_hash=label.spec,
         exit_reason=reason,

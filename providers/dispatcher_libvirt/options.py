@@ -113,6 +113,10 @@ class AppOptions(Table):
         default=[], description="program and arguments in the guest; {port} and {data} are replaced"
     )
     port: int = Field(default=8080, ge=1, le=65535, description="where the app listens in the guest")
+    announce: Argument = Field(
+        default="dispatcher: starting the app",
+        description="what the console says once the guest's network is up; connections before that are lost",
+    )
     endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="how the host reaches that port")
     data: str = Field(default="/data", description="where the guest shows the data disk")
     data_size: Size = Field(default=1024 * MIB, description="of the data disk where the app has no `disk` limit")

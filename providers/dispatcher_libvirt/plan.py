@@ -109,7 +109,7 @@ def check_spec(spec: AgentSpec, options: Options, host: Host) -> None:
                 why="the host has no /dev/vhost-vsock",
                 fix='load the kernel module vhost_vsock, or use endpoint = "tcp"',
             )
-    for text in (spec.agent, spec.user, own.cmdline, *own.command):
+    for text in (spec.agent, spec.user, own.cmdline, own.announce, *own.command):
         if any(not (char.isprintable() or char in "\t\n") for char in text):
             raise ConfigError(f"apps.{app.name}.libvirt: control characters cannot be in a machine's description")
     memory_of(app)
@@ -141,6 +141,7 @@ def machine_of(
         port=port,
         guest_port=options.port,
         network=network,
+        announce=options.announce if port else "",
     )
     way_in: UserNetwork | LibvirtNetwork | Vsock
     if options.endpoint == "vsock":
