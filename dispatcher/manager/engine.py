@@ -251,8 +251,11 @@ class Engine:
                 return None
             agent.operation = None
             agent.epoch += 1
-            ended = {"operation": None, "step": "", "operation_since": None}
-            following = self._settle(agent, dataclasses.replace(change, fields={**change.fields, **ended}))
+            fields = {**change.fields, "operation": None, "step": "", "operation_since": None}
+            if operation.cancel.is_set():  # how it failed is of no interest to the newer intent
+                for name in ("failure", "retry_at", "attempts"):
+                    fields.pop(name, None)
+            following = self._settle(agent, dataclasses.replace(change, fields=fields))
             agent.changed.notify_all()
         self.announce(agent)
         return following

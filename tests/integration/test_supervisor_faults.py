@@ -601,3 +601,23 @@ def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkey
     end(supervisor)
     assert time.monotonic() - before < 5
     gate.set()
+
+
+@pytest.mark.parametrize("wish", ["stopped", "absent"])
+def test_how_a_start_failed_is_of_no_interest_to_a_newer_wish(world, wish):
+    """The provider is deaf to the cancellation and fails for good; what is wanted by now happens at once."""
+    world.app(max_restarts=0)
+    supervisor = world.supervisor()
+    supervisor.create("alice", app=None, password_hash="h")
+    world.backend.inject("ensure", hang=True, error=ProviderError("No"))
+    supervisor.set_desired("alice", "running")
+    until(lambda: ("ensure", "alice") in world.backend.calls)
+    if wish == "absent":
+        supervisor.remove("alice", keep_data=False)
+    else:
+        supervisor.set_desired("alice", wish)
+    world.backend.release()
+    if wish == "absent":
+        gone(supervisor, "alice", seconds=3)
+    else:
+        assert reach(supervisor, "alice", "stopped", seconds=3).failure is None
