@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flask import Flask, Response
-from jinja2 import StrictUndefined
+from jinja2 import DictLoader, StrictUndefined
 from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dispatcher.proxy.portal import account, agents, content, context, handover, sign_in, waiting, words
-from dispatcher.proxy.portal.assets import Assets
+from dispatcher.proxy.portal.assets import SHIPPED, TEMPLATES
 
 if TYPE_CHECKING:
     from dispatcher.client import ManagerClient
@@ -27,10 +27,11 @@ def create_app(config: Config, client: ManagerClient) -> Flask:
     """
     app = Flask(__name__, static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY, MAX_FORM_PARTS=20)
+    app.jinja_env.loader = DictLoader(TEMPLATES)
     app.jinja_env.undefined = StrictUndefined
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters["sentence"] = words.sentence
-    portal = context.Portal(config, client, Assets())
+    portal = context.Portal(config, client, SHIPPED)
     app.extensions[context.EXTENSION] = portal
     for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
         app.register_blueprint(blueprint, url_prefix=portal.prefix)

@@ -1,6 +1,8 @@
-"""The portal's static files: read once, served from memory under names that hold their hash.  Reads static/ only.
+"""The portal's static files and templates, read when this module is imported.  Reads static/ and templates/ only.
 
-A name that changes with its content may be cached for ever (RFC 8246): a page known before costs one request.
+Static files are served from memory under names that hold their hash: a name that changes with its content may be
+cached for ever (RFC 8246), so a page known before costs one request.  Templates are read as early because the
+proxy's user may have no access to where this program lies, once privileges are dropped.
 """
 
 from __future__ import annotations
@@ -52,3 +54,10 @@ class Assets:
     def get(self, hashed: str) -> Asset | None:
         """Return a file by its name with the hash in it."""
         return self._hashed.get(hashed)
+
+
+#: What this program ships.
+SHIPPED = Assets()
+TEMPLATES = {
+    path.name: path.read_text(encoding="utf-8") for path in (HERE.parent / "templates").iterdir() if path.is_file()
+}
