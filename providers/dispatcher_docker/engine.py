@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -22,6 +23,7 @@ from dispatcher.clock import Deadline
 from dispatcher.errors import DeadlineExceeded
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.translate import translated
+from dispatcher_docker.tunnel import Tunnel
 from dispatcher_docker.unixsocket import Adapter
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
@@ -96,12 +98,14 @@ class Engine:
 
     :param options: ``[providers.docker]``; without a `url` the environment (DOCKER_HOST, DOCKER_TLS_VERIFY,
         DOCKER_CERT_PATH) decides, as it does for the `docker` program.
+    :param run_dir: for the sockets of a tunnel, private to the provider.
     """
 
-    def __init__(self, options: DockerOptions) -> None:
+    def __init__(self, options: DockerOptions, run_dir: Path) -> None:
         self._options = options
         self.url = options.url or os.environ.get("DOCKER_HOST") or DEFAULT_URL
         self._from_environment = not options.url
+        self.tunnel = Tunnel(self.url, run_dir / "ssh") if self.url.startswith("ssh://") else None
         self._client: Client | None = None
         self._lock = threading.Lock()
 
@@ -134,6 +138,8 @@ class Engine:
     def _connected(self, doing: str, deadline: Deadline) -> Client:
         if deadline.expired:
             raise DeadlineExceeded(f"There was no time left to {doing}", fix="try again with more time")
+        if self.tunnel:
+            self.tunnel.ensure(deadline)
         if self._client:
             return self._client
         if not self._lock.acquire(timeout=deadline.remaining()):
@@ -151,6 +157,8 @@ class Engine:
 
     def new_client(self) -> Client:
         """Return a client of its own; asks the engine for its version within the deadline of `call`."""
+        if self.tunnel:
+            return Client(f"unix://{self.tunnel.socket}", None)
         return Client(self.url, self._tls())
 
     def _tls(self) -> TLSConfig | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +31,7 @@ from dispatcher_docker.events import Watch
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
-from dispatcher_docker.secretfiles import SecretFiles
+from dispatcher_docker.thisside import ThisSide
 from dispatcher_docker.translate import NameTaken, start_failed
 from dispatcher_docker.usage import CgroupUsage, EngineUsage
 from dispatcher_docker.volumes import Volumes
@@ -52,10 +51,10 @@ class DockerProvider(Provider):
         super().__init__(context=context, options=options)
         assert isinstance(options, DockerOptions)
         self._options = options
-        self._engine = Engine(options)
+        self._engine = Engine(options, context.run_dir)
         self._images = Images(self._engine, options, context.installation)
         self._networks = Networks(self._engine, context)
-        self._secrets = SecretFiles(context)
+        self._here = ThisSide(self._engine, context)
         self._volumes = Volumes(self._engine, context.installation, privileged=context.privileged)
         self._own_volume = options.data == "volume" or (options.data == "auto" and not self._engine.is_local)
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
@@ -167,7 +166,7 @@ class DockerProvider(Provider):
         try:
             secrets = None
             if spec.secrets:
-                secrets = self._secrets.write(handle.name, spec.secrets, containers.owner_uid(spec))
+                secrets = self._here.secrets.write(handle.name, spec.secrets, containers.owner_uid(spec))
             if found and not self._fits(found, spec, image):
                 progress("removing the old container")
                 runs.remove(self._engine, handle.name, deadline)
@@ -186,7 +185,7 @@ class DockerProvider(Provider):
             progress("started")
         except BaseException:
             runs.clean_up(self._engine, handle.name)
-            self._secrets.remove(handle.name)
+            self._here.secrets.remove(handle.name)
             if fresh_volume:
                 self._volumes.remove(handle, Deadline(10))
             raise
@@ -249,6 +248,7 @@ class DockerProvider(Provider):
         labels = found["Config"].get("Labels")
         current = self._images.meaning(observing.label(labels, "image"))
         seen = observing.from_inspection(found, reach=self._reach, current_image=current)
+        seen = self._here.tunnelled(handle, seen, deadline)
         if seen.state is BackendState.STOPPED:
             return self._endings.complete(handle, found["Id"], seen, deadline)
         return seen
@@ -259,7 +259,7 @@ class DockerProvider(Provider):
         if found and self._is_ours(found) and runs.status(found) in runs.ALIVE:
             self._endings.note_stop(handle, found["Id"])
             runs.end(self._engine, found, grace=grace, deadline=deadline, progress=progress)
-        self._clear(handle)
+        self._here.clear(handle, deadline)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
@@ -268,29 +268,13 @@ class DockerProvider(Provider):
             progress("removing the container")
             runs.remove(self._engine, handle.name, deadline)
             self._networks.remove_unused(deadline)
-        self._clear(handle)
+        self._here.clear(handle, deadline)
         self._endings.forget(handle)
         if self._own_volume:
             self._volumes.remove_helper(handle, deadline)
         if data and self._own_volume:
             progress("removing the data volume")
             self._volumes.remove(handle, deadline)
-
-    def _clear(self, handle: Handle) -> None:
-        """Remove what this host keeps for a container that runs: its secrets and its socket."""
-        self._secrets.remove(handle.name)
-        run_dir = handle.data.get("run_dir")
-        if not isinstance(run_dir, str):
-            return
-        try:
-            directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError:
-            return
-        try:
-            with contextlib.suppress(OSError):
-                os.unlink("s", dir_fd=directory)
-        finally:
-            os.close(directory)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         with self._engine.call("list the containers", deadline) as client:
@@ -310,7 +294,7 @@ class DockerProvider(Provider):
             if seen.state is BackendState.STOPPED:
                 ended.append((handle, str(one["Id"]), seen))
             else:
-                alive.append((handle, seen))
+                alive.append((handle, self._here.tunnelled(handle, seen, deadline)))
         whys = self._endings.complete_many(ended, deadline)
         return alive + [(handle, seen) for (handle, _, _), seen in zip(ended, whys, strict=True)]
 

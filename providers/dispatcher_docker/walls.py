@@ -103,11 +103,14 @@ def explain_backend(
     )
     kept = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
     yield _info(f"Data is kept in {kept}; it is the one thing of the host that an agent can change")
-    if not engine.is_local:
+    if engine.tunnel:
+        yield _info("Traffic between the proxy and agents goes through the ssh that also reaches the engine")
+    elif not engine.is_local:
         yield _warning(
             "Traffic between the proxy and agents on another host is not encrypted by Docker",
             "reach published ports over a private network or a VPN (publish, reach), or use an ssh:// engine",
         )
+    if not engine.is_local:
         yield _warning("Secrets of apps need an engine on this host; apps that have any are refused", "")
     elif not protects_host:
         yield _warning(
@@ -131,7 +134,9 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
     options = options_of(app)
     for problem in _problems(app, engine, context):
         yield Finding(level=Level.ERROR, what=f"The app {app.name} is refused: {problem}", fix="correct the key")
-    if options.port:
+    if options.port and engine.tunnel:
+        yield _info(f"The port of {app.name} is published on the engine's host, and reached through ssh")
+    elif options.port:
         yield _warning(
             f"The port of {app.name} is published on the host: every local user can connect to it",
             "let the app listen on {socket}, which only the proxy can reach",
