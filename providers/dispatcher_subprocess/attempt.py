@@ -74,6 +74,7 @@ class Attempt:
         spec = self.spec
         clear_socket(spec.run_dir, spec.socket.name)
         if self.group:
+            self.group.kill()  # nothing should be there; if it is, two agents would share one data directory
             try:
                 self._groups = self.group.create(spec.app.limits)
             except OSError as error:

@@ -20,7 +20,7 @@ from dispatcher_subprocess import procfs
 
 _WANTED = ("memory", "cpu", "pids")
 _PERIOD = 100_000  # microseconds, the kernel's default
-_SINGLE = 64  # rounds of moving or killing against forks
+_ROUNDS = 64  # of killing against forks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,12 +142,17 @@ class Group:
         """Kill every process of the group."""
         if self.unified and _try_write(self.unified / "cgroup.kill", 1):
             return
-        for _ in range(_SINGLE):
+        freezer = self.legacy.get("freezer")
+        for _ in range(_ROUNDS):
+            if freezer:  # so that none forks away; what is frozen in version 1 dies when it is thawed
+                _try_write(freezer / "freezer.state", "FROZEN")
             alive = [found for pid in self.procs() if (found := procfs.stat(pid)) and not found.dead]
-            if not alive:
-                return
             for process in alive:
                 procfs.send(process.pid, process.start, 9)
+            self.thaw()
+            if not alive:
+                return
+            time.sleep(0.002)
 
     def freeze(self, expired: Callable[[], bool]) -> bool:
         """Freeze the group; False when it did not freeze before `expired`, then it is thawed again."""

@@ -55,8 +55,9 @@ class Ending:
         code = self._reap(record)
         if record.main is None:
             return self._note(record, INTERRUPTED)
-        said = told(record).exit_code
-        code = code if said is None else said
+        if record.sandboxed:
+            said = told(record).exit_code  # bubblewrap's own end says nothing when it was killed itself
+            code = said if said is not None or code is None or code < 0 else code
         return self._note(record, "" if record.asked else exit_reason(code, out_of_memory=oom))
 
     def stop(self, record: Record, grace: float, deadline: Deadline, tick: Callable[[], None]) -> None:
@@ -112,14 +113,16 @@ class Ending:
 
 
 def exit_reason(code: int | None, *, out_of_memory: bool) -> str:
-    """Return in words why an app ended by itself, from its exit code as a shell counts it."""
+    """Return in words why an app ended by itself.
+
+    :param code: its exit code; -N, or 128 + N as bubblewrap tells it: killed by signal N; None: not known.
+    """
     if code is None:
         return "ended, nobody saw how"
-    if code <= 128:
-        return f"exit code {code}"
-    if code == 128 + signal.SIGKILL and out_of_memory:
+    number = -code if code < 0 else code - 128
+    if number == signal.SIGKILL and out_of_memory:
         return "out of memory"
     try:
-        return f"killed by signal {code - 128} ({signal.Signals(code - 128).name})"
+        return f"killed by signal {number} ({signal.Signals(number).name})"
     except ValueError:
         return f"exit code {code}"

@@ -82,7 +82,7 @@ def spawn(
 
 
 def reap(pid: int) -> int | None:
-    """Reap a dying child; return its exit code as a shell counts it, None when it is no child of ours.
+    """Reap a dying child; return its exit code (-N: killed by signal N), None when it is no child of ours.
 
     Its first thread may look dead while others are still at it: so wait a little.
     """
@@ -93,8 +93,7 @@ def reap(pid: int) -> int | None:
         except ChildProcessError:
             return None
         if done == pid:
-            code = os.waitstatus_to_exitcode(status)
-            return 128 - code if code < 0 else code
+            return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             return None
         time.sleep(0.001)

@@ -7,20 +7,23 @@ found by parenthood, its output and a random token in the environment; `explain`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 from dispatcher.model import Usage
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Group
+from dispatcher_subprocess.machine import which
 from dispatcher_subprocess.record import Process, Record, told
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
+_AT_ONCE = 10.0  # seconds for a signal that is sent in one stroke
 _AFTER_MAIN = 1.0  # seconds that the rest gets once the app's first process has ended
 
 
@@ -28,18 +31,20 @@ def main_lives(record: Record) -> bool:
     """Whether the app itself, its first process, still executes."""
     if record.main is None:
         return False
-    if procfs.lives(record.main.pid, record.main.start):
-        return True
+    return procfs.lives(record.main.pid, record.main.start) or app_without_main(record) is not None
+
+
+def app_without_main(record: Record) -> Process | None:
+    """Return the app's first process when only the outer bwrap was killed: the sandbox goes on without it."""
     if record.init is None or told(record).exit_code is not None:
-        return False
-    # Only the outer bwrap was killed: the sandbox goes on without it, the app being the init's first child.
+        return None
     if not procfs.lives(record.init.pid, record.init.start):
-        return False
+        return None
     for pid in procfs.children(record.init.pid):
         found = procfs.stat(pid)
-        if found and not found.dead and procfs.inner_pid(pid) == 2:
-            return True
-    return False
+        if found and not found.dead and procfs.inner_pid(pid) == 2:  # the init's own first child
+            return Process(pid=pid, start=found.start)
+    return None
 
 
 def members(record: Record, group: Group | None) -> list[procfs.Stat]:
@@ -74,6 +79,34 @@ def signal_all(record: Record, group: Group | None, number: int) -> int:
     return sum(procfs.send(process.pid, process.start, number) for process in members(record, group))
 
 
+def signal_at_once(record: Record, number: int) -> bool:
+    """Send a signal to every process of an agent in one stroke that no fork escapes; False where there is no way.
+
+    The kernel's ``kill(-1)`` reaches all that a process may signal: so one is made that may signal just these,
+    inside the agent's pid namespace, or as its own user.
+    """
+    shell = ["/bin/sh", "-c", f"kill -{int(number)} -1"]
+    with contextlib.ExitStack() as stack:
+        if record.init:
+            pidfd = procfs.open_pidfd(record.init.pid, record.init.start)
+            if pidfd is None:
+                return True  # all is over
+            stack.callback(os.close, pidfd)
+            inside = [f"--pid=/proc/{record.init.pid}/ns/pid"]
+            if os.geteuid() != 0:
+                inside += [f"--user=/proc/{record.init.pid}/ns/user", "--preserve-credentials"]
+            command = [which("nsenter"), *inside, *shell]
+        elif os.geteuid() == 0 and record.uid >= 1000:
+            command = [which("setpriv"), f"--reuid={record.uid}", "--clear-groups", *shell]
+        else:
+            return False
+        try:
+            subprocess.run(command, check=False, capture_output=True, timeout=_AT_ONCE, env={}, cwd="/")
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+    return True
+
+
 def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bool:
     """Kill everything of an agent; False when something was still alive at `expired`."""
     if record.init:
@@ -82,7 +115,8 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
         _kill_interrupted(record)
     if group:
         group.kill()
-        group.thaw()  # a frozen process of version 1 dies only when thawed
+    elif not record.init:
+        signal_at_once(record, 9)  # a list of processes is never right while they fork
     if record.helper:
         procfs.send(record.helper.pid, record.helper.start, 9)
     pause = 0.001
@@ -90,7 +124,7 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
         rest = members(record, group)
         for process in rest:
             procfs.send(process.pid, process.start, 9)
-        if not rest and not _any_lives([record.init, record.main]):
+        if not rest and not _any_lives([record.init, record.main, record.helper]):
             return True
         if record.main:
             procfs.send(record.main.pid, record.main.start, 9)
@@ -137,7 +171,7 @@ def wait_end(record: Record, group: Group | None, seconds: float, tick: Callable
                 wait(min(0.2, left))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], None]]:
     """Yield a function that waits until one of some processes ends."""
     poll = select.poll()
@@ -163,14 +197,17 @@ def stop_rounds(record: Record, group: Group | None, expired: Callable[[], bool]
     before: list[Process] = []
     seen: set[tuple[int, int]] = set()
     quiet = 0
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         fresh = [process for process in members(record, group) if (process.pid, process.start) not in seen]
         for process in fresh:
             seen.add((process.pid, process.start))
             if process.state in "Tt":
-                before.append(Process(pid=process.pid, start=process.start))
+                if number == 0:
+                    before.append(Process(pid=process.pid, start=process.start))
             else:
                 procfs.send(process.pid, process.start, 19)
+        if number == 0:
+            signal_at_once(record, 19)  # where that works, the next rounds find nothing to do
         quiet = 0 if fresh else quiet + 1
         if quiet == 2:
             return before

@@ -17,7 +17,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, NotFound, SpecConflict
+from dispatcher.errors import DispatcherError, NotFound, ProviderError, SpecConflict
 from dispatcher.model import (
     AgentSpec,
     App,
@@ -71,6 +71,7 @@ class SubprocessProvider(Provider):
         self._callbacks: list[Callable[[str], None]] = []
         self._watcher: Watcher | None = None
         self._verified = Verified()
+        self._handed_over = False
 
     # --- the backend
 
@@ -309,10 +310,11 @@ class SubprocessProvider(Provider):
                 self._watcher = Watcher(self._ended, self._keep_pumping, self.context.log)
                 self._watcher.watch_pump(self._pump.fileno())
             watcher = self._watcher
-        for process in (record.main, record.init):
-            if process and not watcher.add(record.name, process):
+        # bubblewrap's outer process ends after the app; what is seen then is final.
+        if record.main and not watcher.add(record.name, record.main):
+            app = processes.app_without_main(record)
+            if app is None or not watcher.add(record.name, app):
                 self._ended(record.name)
-                return
 
     def _ended(self, name: str) -> None:
         """Tidy up after an agent of which a process ended, and tell who watches."""
@@ -320,6 +322,8 @@ class SubprocessProvider(Provider):
             record = self._journals.read(name) if held else None
             if record and self._parts.ending.settle(record).ended is not None:
                 self._verified.forget(record.token)
+            elif record:
+                self._watch(record)
         for callback in tuple(self._callbacks):
             callback(name)
 
@@ -328,11 +332,15 @@ class SubprocessProvider(Provider):
             self._attach_all()
 
     def _keep_pumping(self) -> None:
-        """Start the log pump again if it died, and give it every agent's output."""
-        if self._pump.wake():
-            self._attach_all()
+        """See that the log pump runs and has all output, which a manager may have died before handing over."""
+        try:
+            if self._pump.wake() or not self._handed_over:
+                self._attach_all()
+        except ProviderError as error:
+            self.context.log.warning("agents' output is not written to their logs: %s", error)
 
     def _attach_all(self) -> None:
+        self._handed_over = True
         if self._watcher:
             self._watcher.watch_pump(self._pump.fileno())
         for name in self._journals.names():

@@ -46,7 +46,8 @@ def needed(program: Path) -> tuple[Path, ...]:
     found: list[Path] = []
     for path in dict.fromkeys(_closure(program)):
         roots = [Path(name) for name in SYSTEM]
-        if path != Path("/") and not below(path, roots) and not below(Path(os.path.realpath(path)), roots):
+        inside = below(path, roots) or below(Path(os.path.realpath(path)), roots) or path == Path("/")
+        if not inside and path.exists():  # what is absent, an interpreter say, the app's own start complains about
             found.append(path)
     return tuple(path for path in found if not below(path, [other for other in found if other != path]))
 

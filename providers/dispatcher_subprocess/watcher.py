@@ -25,8 +25,8 @@ class Watcher:
         self._log = log
         self._poll = select.epoll()
         self._lock = threading.Lock()
-        self._names: dict[int, str] = {}  # pidfd -> backend name
-        self._watched: dict[tuple[str, int, int], int] = {}
+        self._names: dict[int, tuple[str, Process]] = {}  # pidfd -> backend name, process
+        self._watched: set[tuple[str, Process]] = set()
         self._pump = -1
         self._wake_read, self._wake_write = os.pipe()
         self._poll.register(self._wake_read, select.EPOLLIN)
@@ -36,15 +36,15 @@ class Watcher:
 
     def add(self, name: str, process: Process) -> bool:
         """Watch a process of an agent; False when it has ended already."""
-        key = (name, process.pid, process.start)
+        key = (name, process)
         with self._lock:
             if self._closed or key in self._watched:
                 return True
             fd = procfs.open_pidfd(process.pid, process.start)
             if fd is None:
                 return False
-            self._names[fd] = name
-            self._watched[key] = fd
+            self._names[fd] = key
+            self._watched.add(key)
             self._poll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
         return True
 
@@ -86,18 +86,18 @@ class Watcher:
 
     def _handle(self, fd: int) -> None:
         with self._lock:
-            name = self._names.pop(fd, None)
+            key = self._names.pop(fd, None)
             pump = fd == self._pump
-            if name is not None:
-                self._watched = {key: known for key, known in self._watched.items() if known != fd}
+            if key is not None:
+                self._watched.discard(key)
                 os.close(fd)
         try:
-            if name is not None:
-                self._ended(name)
+            if key is not None:
+                self._ended(key[0])
             elif pump:
                 self._pump_died()
         except Exception:
-            self._log.exception("Watching agents: %s", name or "the log pump")
+            self._log.exception("Watching agents: %s", key[0] if key else "the log pump")
 
 
 class Subscription:
