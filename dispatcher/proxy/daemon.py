@@ -1,7 +1,7 @@
 """The proxy daemon's parent: opens the listeners, drops privileges, keeps workers and portal running.
 
-It serves nothing itself and imports little.  SIGTERM and SIGINT drain and stop, a second one stops at once; SIGHUP
-reads configuration and certificates again and replaces the workers one by one, without a lost request.
+It serves nothing itself and imports little.  SIGTERM and SIGINT drain and stop, a second one stops at once;
+SIGHUP reads configuration and certificates again and replaces the workers one by one, without a lost request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dispatcher.config import Config
 from dispatcher.errors import ConfigError, DispatcherError, Unavailable
 from dispatcher.logs import configure, logger
 from dispatcher.paths import Paths
-from dispatcher.proxy import listeners, privileges, tls, workers
+from dispatcher.proxy import listeners, privileges, startup, tls, workers
 from dispatcher.proxy.workers import PORTAL, WORKER, BackOff, Child
 
 PID_FILE = "proxy.pid"
@@ -82,7 +82,7 @@ class Daemon:
         self._tls = tls.context(proxy.tls_cert, proxy.tls_key)
         self._listeners = listeners.open_all(proxy.listen, "proxy.listen")
         self._redirects = listeners.open_all(proxy.redirect_listen, "proxy.redirect_listen")
-        self._access_log = open_access_log(proxy.access_log, (accounts.proxy_uid, accounts.proxy_gid))
+        self._access_log = startup.open_access_log(proxy.access_log, (accounts.proxy_uid, accounts.proxy_gid))
         directory = self._paths.proxy_dir
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class Daemon:
             _log.info("few files may be open", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE")
         if accounts.made_up:
             _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
-        preload()
+        startup.preload()
         privileges.drop(accounts)
         self._open_portal()
         if proxy.tls_key is not None and not os.access(proxy.tls_key, os.R_OK):
@@ -185,7 +185,7 @@ class Daemon:
         while True:
             self._wait()
             if not notified and any(child.ready for child in self._of(WORKER)):
-                notify("READY=1")
+                startup.notify("READY=1")
                 notified = True
             if self._stopping and not self._of(WORKER) and not self._of(WORKER, leaving=True):
                 return 0
@@ -207,9 +207,10 @@ class Daemon:
         controls = {
             child.control: child for child in self._children.values() if child.kind == WORKER and not child.ready
         }
-        readable, _, _ = select.select([self._wake, *controls], [], [], 0.2 if self._busy() else 5.0)
+        watched: list[int | socket.socket] = [self._wake, *controls]
+        readable, _, _ = select.select(watched, [], [], 0.2 if self._busy() else 5.0)
         for ready in readable:
-            if ready in controls:
+            if isinstance(ready, socket.socket):
                 self._heard(controls[ready])
         if self._wake in readable:
             with contextlib.suppress(BlockingIOError):
@@ -260,7 +261,7 @@ class Daemon:
             self._read_again()
 
     def _stop(self) -> None:
-        notify("STOPPING=1")
+        startup.notify("STOPPING=1")
         if self._stopping:
             _log.info("stopping at once")
             for child in self._children.values():
@@ -311,12 +312,12 @@ class Daemon:
     # Reading the configuration again.
 
     def _read_again(self) -> None:
-        notify("RELOADING=1")
+        startup.notify("RELOADING=1")
         try:
             self._take(self._reload())
         except DispatcherError as error:
             _log.error("the configuration was not taken, going on as before", error=str(error))
-        notify("READY=1")
+        startup.notify("READY=1")
 
     def _take(self, config: Config) -> None:
         from dispatcher.proxy.edge.settings import Settings
@@ -336,7 +337,7 @@ class Daemon:
             raise
         log = self._access_log
         try:
-            log = open_access_log(config.proxy.access_log, None)
+            log = startup.open_access_log(config.proxy.access_log, None)
         except DispatcherError as error:
             _log.error("the access log cannot be opened again, going on with the old file", error=str(error))
         old_log, self._access_log = self._access_log, log
@@ -378,27 +379,10 @@ class Daemon:
                     os.unlink(address[5:])
 
 
-def preload() -> None:
-    """Load what the children will need, while it can be read and once for all of them.
-
-    The proxy's user may have no access to where Python or this program lie (below root's home, say).
-    """
-    import encodings.ascii
-    import encodings.idna
-    import encodings.latin_1
-    import encodings.punycode
-    import encodings.unicode_escape
-
-    import uvloop
-
-    import dispatcher.proxy.edge.process
-    import dispatcher.proxy.portal.server  # noqa: F401
-
-
 def _merged(
     have: dict[str, list[socket.socket]], added: dict[str, list[socket.socket]], wanted: list[str]
 ) -> dict[str, list[socket.socket]]:
-    """Return the sockets of the wanted addresses; the others are closed here, and by their workers when they go."""
+    """Return the sockets of the wanted addresses; the others are closed, by their workers when they go."""
     _close({address: sockets for address, sockets in have.items() if address not in wanted})
     return {address: have.get(address) or added[address] for address in dict.fromkeys(wanted)}
 
@@ -407,36 +391,3 @@ def _close(group: dict[str, list[socket.socket]]) -> None:
     for sockets in group.values():
         for sock in sockets:
             sock.close()
-
-
-def open_access_log(target: str, owner: tuple[int, int] | None) -> int | None:
-    """Return the access log's descriptor, None when there is none.
-
-    :param owner: who must be able to open it again; None when we are that already.
-    :raises Unavailable: it cannot be opened.
-    """
-    if not target:
-        return None
-    if target == "-":
-        return 1
-    try:
-        fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
-        if owner is not None and os.geteuid() == 0:
-            os.fchown(fd, *owner)
-    except OSError as error:
-        raise Unavailable(
-            f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
-        ) from error
-    return fd
-
-
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), when it asks to be told."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
-        contextlib.suppress(OSError),
-    ):
-        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)

@@ -1,7 +1,7 @@
 """The proxy's own TLS.  Reads two files.
 
-The key is read once before privileges are dropped, and again on a reload, then as the proxy's user: for a reload to
-work the proxy's group must be able to read it.
+The key is read once before privileges are dropped, and again on a reload, then as the proxy's user: for a
+reload to work the proxy's group must be able to read it.
 """
 
 from __future__ import annotations

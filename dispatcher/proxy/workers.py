@@ -1,7 +1,7 @@
 """The proxy's child processes: forked, watched, replaced.  Touches processes and socket pairs.
 
-A child is a worker of the edge or the portal.  It inherits what the parent has open and loaded, so that memory is
-shared; it never executes another program.
+A child is a worker of the edge or the portal.  It inherits what the parent has open and loaded, so that memory
+is shared; it never executes another program.
 """
 
 from __future__ import annotations

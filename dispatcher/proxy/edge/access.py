@@ -1,7 +1,8 @@
 """The access log: one JSON object a line.  Touches one file descriptor.
 
-No secret is ever in it: no header, no cookie, no body, and of the target the path alone, as queries carry passwords and
-tokens (that there was one shows as ``"query": true``).  Lines are written together, once a second or per 64 KiB.
+No secret is ever in it: no header, no cookie, no body, and of the target the path alone, as queries carry
+passwords and tokens (that there was one shows as ``"query": true``).  Lines are written together, once a second
+or per 64 KiB.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dispatcher.proxy.edge.client import Client
+    from dispatcher.proxy.edge.connection import Connection
     from dispatcher.proxy.edge.tables import Agent
 
 _TOGETHER = 65536
@@ -39,7 +40,7 @@ class AccessLog:
         self._stamp = ""
         self._stamp_second = 0.0
 
-    def write(self, client: Client, agent: Agent | None, status: int) -> None:
+    def write(self, client: Connection, agent: Agent | None, status: int) -> None:
         """Log one exchange."""
         worker = client.worker
         now = worker.now
@@ -50,23 +51,16 @@ class AccessLog:
         method, target = (request.method, request.target) if request is not None else (b"", b"")
         path, query, _ = target.partition(b"?")
         session = client.session
+        named = agent is not None and agent.name
         line = (
-            '{"time":"%s","id":"%s","client":"%s","method":"%s","path":%s,"query":%s,"status":%d,'
-            '"in":%d,"out":%d,"ms":%.1f,"user":%s,"agent":%s,"app":%s}\n'
-        ) % (
-            self._stamp,
-            client.request_id.decode("ascii"),
-            client.remote.decode("ascii"),
-            method.decode("ascii"),
-            _quote(path[:_LONGEST_PATH].decode("ascii")),
-            "true" if query else "false",
-            status,
-            client.bytes_in,
-            client.bytes_out,
-            (worker.clock() - client.started) * 1000,
-            _quote(session.user) if session is not None else "null",
-            _quote(agent.name) if agent is not None and agent.name else "null",
-            _quote(agent.app) if agent is not None and agent.name else "null",
+            f'{{"time":"{self._stamp}","id":"{client.request_id.decode("ascii")}",'
+            f'"client":"{client.remote.decode("ascii")}","method":"{method.decode("ascii")}",'
+            f'"path":{_quote(path[:_LONGEST_PATH].decode("ascii"))},"query":{"true" if query else "false"},'
+            f'"status":{status},"in":{client.bytes_in},"out":{client.bytes_out},'
+            f'"ms":{(worker.clock() - client.started) * 1000:.1f},'
+            f'"user":{_quote(session.user) if session is not None else "null"},'
+            f'"agent":{_quote(agent.name) if agent is not None and named else "null"},'
+            f'"app":{_quote(agent.app) if agent is not None and named else "null"}}}\n'
         )
         if self._size > _MOST:
             self.lost += 1

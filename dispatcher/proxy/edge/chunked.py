@@ -1,9 +1,9 @@
 """The chunked transfer coding (RFC 9112, 7.1), read strictly and passed on in the same breath.  Pure.
 
 The scanner returns bytes that are again chunked coding: the very bytes that came, as long as their framing is
-canonical.  Chunk extensions are dropped (nobody uses them and parsers disagree about them), and the trailer section
-is rebuilt from the fields that may be in one.  A line that is incomplete is never passed on, so nothing that has
-left here can turn out to be malformed.
+canonical.  Chunk extensions are dropped (nobody uses them and parsers disagree about them), and the trailer
+section is rebuilt from the fields that may be in one.  A line that is incomplete is never passed on, so nothing
+that has left here can turn out to be malformed.
 """
 
 from __future__ import annotations

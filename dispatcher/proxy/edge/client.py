@@ -1,8 +1,8 @@
 """A connection from the web: reading requests, and what its transport says.  Touches its transport.
 
 A connection works on one request at a time: it reads a head, has it routed, passes the body on as it comes, and
-passes the answer back; what arrives early waits.  No task, future or timer belongs to a request: the worker's wheel
-looks at `deadline` twice a second, and everything else happens in the callbacks of the two transports.
+passes the answer back; what arrives early waits.  No task, future or timer belongs to a request: the worker's
+wheel looks at `deadline` twice a second, and everything else happens in the callbacks of the two transports.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Client(Exchange):
             self.settle(self.agent, self.status or 499)
         self.decoder = self.replay = self.partial = None
         self.body = b""
-        self.worker.forget(self, streaming=state == STREAM)
+        if state == STREAM:
+            self.worker.events.forget(self)
+        self.worker.forget(self)
 
     def pause_writing(self) -> None:
         self.write_paused = True

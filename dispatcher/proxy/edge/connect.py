@@ -1,7 +1,7 @@
 """Opening connections to upstreams.  Touches sockets; never blocks the loop.
 
-A Unix endpoint is opened through `checked_unix_path`, so that what was checked is what is connected; connecting to
-one does not wait in the kernel, it works at once or the listener's queue is full.
+A Unix endpoint is opened through `checked_unix_path`, so that what was checked is what is connected; connecting
+to one does not wait in the kernel, it works at once or the listener's queue is full.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: 
     if code != errno.EINPROGRESS:
         raise OSError(code, "vsock connect")
     done: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(sock, lambda: done.done() or done.set_result(None))
+    loop.add_writer(sock, _settle, done)
     try:
         await done
     finally:
@@ -96,6 +96,11 @@ async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: 
     code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
     if code:
         raise OSError(code, "vsock connect")
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
 
 
 def _as_unix(sock: socket.socket) -> socket.socket:

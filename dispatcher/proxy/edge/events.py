@@ -1,7 +1,8 @@
 """The event stream of an agent's state (``PREFIX/events``), served by the edge.  Touches client connections.
 
-A stream costs one entry in the agent's list of watchers, no thread and no task: the feed's changes are written to the
-clients as they come.  It is Server-Sent Events (WHATWG HTML, 9.2); a comment each quarter of a minute keeps it open.
+A stream costs one entry in the agent's list of watchers, no thread and no task: the feed's changes are written
+to the clients as they come.  It is Server-Sent Events (WHATWG HTML, 9.2); a comment each quarter of a minute
+keeps it open.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from dispatcher.proxy.edge import pages
-from dispatcher.proxy.edge.client import STREAM, Client
+from dispatcher.proxy.edge.connection import STREAM, Connection
 from dispatcher.proxy.edge.settings import EVENTS_PING, MAX_EVENTS
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class EventStreams:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._streams: dict[Client, Agent] = {}
+        self._streams: dict[Connection, Agent] = {}
 
-    def serve(self, client: Client, request: Request, session: Session) -> None:
+    def serve(self, client: Connection, request: Request, session: Session) -> None:
         """Begin a stream, or say why not; alike for another's agent and for none at all."""
         worker = self._worker
         query = parse_qs(request.target.partition(b"?")[2].decode("ascii"), max_num_fields=8)
@@ -65,22 +66,22 @@ class EventStreams:
             for client in list(agent.watchers):
                 client.transport.close()
 
-    def resume(self, client: Client) -> None:
+    def resume(self, client: Connection) -> None:
         """A client that read too slowly for the states in between gets the present one."""
         self._send(client, _event(self._streams[client]))
 
-    def _send(self, client: Client, data: bytes) -> None:
+    def _send(self, client: Connection, data: bytes) -> None:
         client.transport.write(data)
         client.deadline = self._worker.now + EVENTS_PING
 
-    def ping(self, client: Client) -> None:
+    def ping(self, client: Connection) -> None:
         """Keep a silent stream open."""
         if client.write_paused:
             client.transport.abort()
         else:
             self._send(client, b": \n\n")
 
-    def forget(self, client: Client) -> None:
+    def forget(self, client: Connection) -> None:
         """A stream is gone."""
         agent = self._streams.pop(client, None)
         if agent is not None:

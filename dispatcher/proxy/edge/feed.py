@@ -1,7 +1,7 @@
 """The worker's connection to the manager's feed.  Touches one Unix socket; tells the worker what came.
 
-It reconnects by itself, for ever, with a back-off.  While it is down the worker goes on with what it knows; nothing
-is queued for the manager but what the next report says anyway.
+It reconnects by itself, for ever, with a back-off.  While it is down the worker goes on with what it knows;
+nothing is queued for the manager but what the next report says anyway.
 """
 
 from __future__ import annotations

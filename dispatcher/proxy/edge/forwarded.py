@@ -1,7 +1,7 @@
 """Who the client is, behind proxies that are believed.  Pure.
 
-Nobody is believed by default.  From a trusted peer the edge takes `X-Forwarded-For` (the last address that is no trusted
-proxy itself), `-Proto`, `-Host` and `X-Request-ID`; from everybody else it drops them.
+Nobody is believed by default.  From a trusted peer the edge takes `X-Forwarded-For` (the last address that is no
+trusted proxy itself), `-Proto`, `-Host` and `X-Request-ID`; from everybody else it drops them.
 """
 
 from __future__ import annotations

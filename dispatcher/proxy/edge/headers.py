@@ -1,11 +1,12 @@
 """Field lines of HTTP/1.1 heads and trailers, strictly by RFC 9110 section 5 and RFC 9112 section 5.  Pure.
 
-What two parsers could read differently is refused here once, for requests and answers alike: bare CR or LF,
-NUL and other controls, folded lines, space before the colon, names that are no tokens, and names whose
-underscore spelling some applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
+What two parsers could read differently is refused here once, for requests and answers alike: bare CR or LF, NUL
+and other controls, folded lines, space before the colon, names that are no tokens, and names whose underscore
+spelling some applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
 
-Each name has a *kind*, a small number that says what the edge does with the line.  Clients and applications send the
-same lines again and again: what such a line means is remembered by its exact bytes, and costs one dictionary lookup.
+Each name has a *kind*, a small number that says what the edge does with the line.  Clients and applications send
+the same lines again and again: what such a line means is remembered by its exact bytes, and costs one
+dictionary lookup.
 """
 
 from __future__ import annotations
@@ -220,8 +221,8 @@ _MAX_LINE = 400
 class Lines:
     """What field lines mean, by exact bytes.
 
-    `known` is read directly by the parsers: a line that was seen before costs one dictionary lookup, and was checked then.
-    On a miss they call `learn`.
+    `known` is read directly by the parsers: a line that was seen before was checked then, and is one dictionary
+    lookup.  On a miss they call `learn`.
     """
 
     __slots__ = ("_kinds", "_names", "_prefixes", "_repeated", "known")

@@ -1,8 +1,8 @@
 """A worker process: loop, listeners, signals, drain.  Touches everything that a process has.
 
-The parent talks to it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN` to let it
-finish (another worker takes the new connections) or `STOP` (nobody will); the end of the file means that the
-parent is gone, and then the worker goes too.
+The parent talks to it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
+to let it finish (another worker takes the new connections) or `STOP` (nobody will); the end of the file means
+that the parent is gone, and then the worker goes too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import gc
 import signal
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -88,7 +88,7 @@ class Process:
             loop.add_signal_handler(number, lambda: None)
         worker = self._worker
         worker.start(loop)
-        # The first request after a restart finds its session.  Connections wait in the listeners' queues meanwhile.
+        # The first request after a restart finds its session: connections wait in the queue meanwhile.
         await worker.feed.first(_FEED_PATIENCE)
         await self._listen()
         self._control.setblocking(False)
@@ -115,15 +115,16 @@ class Process:
             self._servers.append(await self._server(sock, lambda: Redirect(worker), None))
 
     async def _server(
-        self, sock: socket.socket, factory: type[asyncio.Protocol] | object, tls: ssl.SSLContext | None
+        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
     ) -> asyncio.AbstractServer:
-        kind = self._loop.create_unix_server if sock.family == socket.AF_UNIX else self._loop.create_server
-        extra = (
-            {}
-            if tls is None
-            else {"ssl_handshake_timeout": self._settings.head_timeout, "ssl_shutdown_timeout": 2.0}
+        patience = None if tls is None else self._settings.head_timeout
+        if sock.family == socket.AF_UNIX:
+            return await self._loop.create_unix_server(
+                factory, sock=sock, ssl=tls, backlog=_BACKLOG, ssl_handshake_timeout=patience
+            )
+        return await self._loop.create_server(
+            factory, sock=sock, ssl=tls, backlog=_BACKLOG, ssl_handshake_timeout=patience
         )
-        return await kind(factory, sock=sock, ssl=tls, backlog=_BACKLOG, **extra)  # type: ignore[operator,no-any-return]
 
     def _told(self) -> None:
         try:
@@ -161,7 +162,8 @@ class Process:
         self._tunnels_kept = keep_tunnels
         if not keep_tunnels:
             self._worker.shut_tunnels()
-        self._still_draining()
+        # Not at once: connections that were just accepted are not counted yet.
+        self._loop.call_later(0.05, self._still_draining)
 
     def _still_draining(self) -> None:
         now = boottime()

@@ -1,8 +1,8 @@
 """PROXY protocol version 2: who a connection comes from, as a load balancer says it.  Parsing is pure.
 
-With ``proxy.proxy_protocol`` every connection must begin with such a header (haproxy's proxy-protocol.txt, section 2.2);
-one that does not is closed.  The header comes before TLS, so these connections are accepted here rather than by the
-loop's server.
+With ``proxy.proxy_protocol`` every connection must begin with such a header (haproxy's proxy-protocol.txt,
+section 2.2); one that does not is closed.  The header comes before TLS, so these connections are accepted here
+rather than by the loop's server.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The plain HTTP listener that sends everybody to HTTPS.  Touches its connection only.
 
-It knows no session and no agent.  308 keeps the method and the body (RFC 9110, 15.4.9), GET and HEAD get the customary 301.
+It knows no session and no agent.  308 keeps the method and the body (RFC 9110, 15.4.9), GET and HEAD get the
+customary 301.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Request:
 
     def navigation(self) -> bool:
         """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
-        if self.method != b"GET" and self.method != b"HEAD":
+        if self.method not in {b"GET", b"HEAD"}:
             return False
         mode = self.fields.get(headers.SEC_FETCH_MODE)
         if mode is not None:

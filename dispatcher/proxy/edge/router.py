@@ -1,11 +1,9 @@
 """Where a request goes: the five rules of the edge.  Decides and says so to the client connection; does no I/O.
 
-1. what could be read in two ways was refused before it came here (`request`);
-2. the portal's paths go to the portal;
-3. a session's request goes to the session's agent;
-4. without a session the edge itself answers, and does not read the body;
-5. the agent's state decides, never a failed connect: a sleeping agent is woken and the request held for a bounded
-   time, then people get the portal's waiting page and programs a small 503.
+1. what could be read in two ways was refused before it came here (`request`); 2. the portal's paths go to the
+portal; 3. a session's request goes to the session's agent; 4. without a session the edge itself answers, and
+does not read the body; 5. the agent's state decides, never a failed connect: a sleeping agent is woken and the
+request held for a bounded    time, then people get the portal's waiting page and programs a small 503.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from dispatcher.proxy.edge.response import covers
 from dispatcher.proxy.edge.settings import MAX_HELD, PORTAL_BODY
 
 if TYPE_CHECKING:
-    from dispatcher.proxy.edge.client import Client
+    from dispatcher.proxy.edge.exchange import Exchange
     from dispatcher.proxy.edge.tables import Agent, Session
 
 RUNNING = feed_protocol.RUNNING
@@ -32,7 +30,7 @@ _TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
 _SLEEPY = frozenset({feed_protocol.ASLEEP, feed_protocol.STOPPING})
 
 
-def route(client: Client, request: Request) -> None:
+def route(client: Exchange, request: Request) -> None:
     """Decide what becomes of a request, and begin it."""
     worker = client.worker
     prefix = worker.settings.prefix
@@ -51,7 +49,7 @@ def route(client: Client, request: Request) -> None:
     _no_session(client, request)
 
 
-def to_agent(client: Client, request: Request, session: Session) -> None:
+def to_agent(client: Exchange, request: Request, session: Session) -> None:
     """Send a session's request to its agent, if the agent runs."""
     worker = client.worker
     if session is not client.session:
@@ -95,7 +93,7 @@ def to_agent(client: Client, request: Request, session: Session) -> None:
 # Sessions.
 
 
-def find_session(client: Client, request: Request) -> Session | None:
+def find_session(client: Exchange, request: Request) -> Session | None:
     """Return the request's session, None when it has none that this worker knows.
 
     What the Cookie field means is kept with the connection, as browsers send the same one again and again.
@@ -112,14 +110,14 @@ def find_session(client: Client, request: Request) -> Session | None:
     return session
 
 
-def read_cookie(client: Client, cookie: bytes) -> None:
+def read_cookie(client: Exchange, cookie: bytes) -> None:
     """Take the dispatcher's cookies out of a Cookie field."""
     token, client.rest_cookie = cookies.split_cookie(cookie, client.worker.settings.cookie_name)
     client.cookie = cookie
     client.digest = hashlib.sha256(token).digest() if token and _TOKEN.fullmatch(token) else b""
 
 
-def cookie_for(client: Client, agent: Agent) -> bytes:
+def cookie_for(client: Exchange, agent: Agent) -> bytes:
     """Return the Cookie value that an upstream may see: the portal the dispatcher's own, an agent all others."""
     cookie = client.request.fields.get(headers.COOKIE)
     if cookie is None:
@@ -131,7 +129,7 @@ def cookie_for(client: Client, agent: Agent) -> bytes:
     return client.rest_cookie
 
 
-def _no_session(client: Client, request: Request) -> None:
+def _no_session(client: Exchange, request: Request) -> None:
     worker = client.worker
     if request.fields.get(headers.COOKIE) is not None and client.digest:
         if worker.feed_lost_for_good():
@@ -142,7 +140,7 @@ def _no_session(client: Client, request: Request) -> None:
     refuse(client, request)
 
 
-def looked_up(client: Client) -> None:
+def looked_up(client: Exchange) -> None:
     """The manager has said whether the session exists, or did not say so in time."""
     request = client.request
     session = find_session(client, request)
@@ -154,7 +152,7 @@ def looked_up(client: Client) -> None:
         to_agent(client, request, session)
 
 
-def refuse(client: Client, request: Request) -> None:
+def refuse(client: Exchange, request: Request) -> None:
     """Answer a request without a session: people are sent to sign in, programs are told."""
     settings = client.worker.settings
     if request.upgrade or not request.navigation():
@@ -172,7 +170,7 @@ def refuse(client: Client, request: Request) -> None:
 EVENTS = 1
 
 
-def _to_portal(client: Client, request: Request) -> None:
+def _to_portal(client: Exchange, request: Request) -> None:
     worker = client.worker
     settings = worker.settings
     if request.length > PORTAL_BODY:
@@ -186,7 +184,7 @@ def _to_portal(client: Client, request: Request) -> None:
     client.dispatch(worker.portal)
 
 
-def _events(client: Client, request: Request) -> None:
+def _events(client: Exchange, request: Request) -> None:
     """Serve an agent's state as an event stream to its owner."""
     worker = client.worker
     session = find_session(client, request)
@@ -201,7 +199,7 @@ def _events(client: Client, request: Request) -> None:
     worker.events.serve(client, request, session)
 
 
-def to_waiting_page(client: Client, agent: Agent) -> None:
+def to_waiting_page(client: Exchange, agent: Agent) -> None:
     """Let the portal answer in the agent's place: 503, with what is known of the start."""
     worker = client.worker
     original = client.request
@@ -233,7 +231,7 @@ def to_waiting_page(client: Client, agent: Agent) -> None:
 # Agents that do not run.
 
 
-def _asleep(client: Client, request: Request, agent: Agent) -> None:
+def _asleep(client: Exchange, request: Request, agent: Agent) -> None:
     worker = client.worker
     if agent.state in _SLEEPY and not client.poll:
         worker.wake(agent)
@@ -244,7 +242,7 @@ def _asleep(client: Client, request: Request, agent: Agent) -> None:
     client.hold(agent, hold)
 
 
-def _instead(client: Client, request: Request, agent: Agent) -> None:
+def _instead(client: Exchange, request: Request, agent: Agent) -> None:
     """Answer for an agent that does not run."""
     if request.navigation() and not request.length:
         to_waiting_page(client, agent)
@@ -252,7 +250,7 @@ def _instead(client: Client, request: Request, agent: Agent) -> None:
         client.say(pages.not_running(agent.public()))
 
 
-def resumed(client: Client, agent: Agent) -> None:
+def resumed(client: Exchange, agent: Agent) -> None:
     """The row of an agent that a request is held for has changed."""
     request = client.request
     session = client.session
@@ -268,8 +266,8 @@ def resumed(client: Client, agent: Agent) -> None:
         client.hold(agent, 0)
 
 
-def unreachable(client: Client, agent: Agent) -> None:
-    """Nobody listens at the agent's endpoint: the manager is asked to look, and the request waits for what it says."""
+def unreachable(client: Exchange, agent: Agent) -> None:
+    """Nobody listens at the agent's endpoint: the manager is asked to look, the request waits for what it says."""
     if not agent.name:
         client.say(pages.PORTAL_AWAY)
         return
@@ -281,7 +279,7 @@ def unreachable(client: Client, agent: Agent) -> None:
     client.hold(agent, worker.settings.hold)
 
 
-def waited(client: Client) -> None:
+def waited(client: Exchange) -> None:
     """A request has waited long enough."""
     agent = client.holding
     if agent is not None:
@@ -299,7 +297,7 @@ def waited(client: Client) -> None:
 # Hosts and origins.
 
 
-def _of_host(client: Client, request: Request, session: Session) -> Agent | None:
+def _of_host(client: Exchange, request: Request, session: Session) -> Agent | None:
     """Return the agent whose own host was asked for; answer, and return None, where there is none."""
     worker = client.worker
     host = request.host.lower()
@@ -320,7 +318,7 @@ def _of_host(client: Client, request: Request, session: Session) -> Agent | None
     return agent
 
 
-def _origin_fault(client: Client, request: Request) -> pages.Failure | None:
+def _origin_fault(client: Exchange, request: Request) -> pages.Failure | None:
     """Return why a request must not reach the agent: it comes from another origin, or would reach the portal's."""
     settings = client.worker.settings
     fields = request.fields
@@ -336,6 +334,6 @@ def _origin_fault(client: Client, request: Request) -> pages.Failure | None:
         good = origin.lower() == scheme + b"://" + host.lower()
     else:
         # Browsers send Origin with what changes something and with WebSockets; where it is missing, Fetch Metadata
-        # may stand for it.  Programs have no page that could be attacked, but a shared origin asks nothing of them.
+        # may stand for it.  On a shared origin programs, which no page can attack, need neither.
         good = fields.get(headers.SEC_FETCH_SITE) == b"same-origin" or not settings.subdomain
     return None if good else pages.CROSS_ORIGIN

@@ -18,6 +18,7 @@ CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
 LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the manager to say whether its session exists
 LINGER = 2.0  # seconds of listening after the last word (RFC 9112, 9.6)
 LINGER_BYTES = 1 << 20  # that are heard and dropped meanwhile
+LEAST_READ = 1024  # bytes that a slow reader must take within `body_timeout`
 MAX_HELD = 64  # requests held for one agent
 MAX_IDLE = 64  # pooled connections to one agent
 IDLE_UPSTREAM = 55.0  # seconds that a pooled connection is kept

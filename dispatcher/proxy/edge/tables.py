@@ -1,7 +1,7 @@
 """What the edge knows of agents and sessions, as the manager's feed tells it.  Pure: messages in, changes out.
 
-Rows are updated in place, so that a reference to an agent or a session stays good while it exists; one that is gone
-says so itself (`gone`).  Times are seconds of one steady clock that the caller passes in.
+Rows are updated in place, so that a reference to an agent or a session stays good while it exists; one that is
+gone says so itself (`gone`).  Times are seconds of one steady clock that the caller passes in.
 """
 
 from __future__ import annotations

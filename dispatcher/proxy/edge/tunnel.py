@@ -1,7 +1,7 @@
 """An upgraded connection: two ends that pass bytes to each other.  Touches both transports.
 
-Each end takes over its transport from the request's protocol, which is then free: an idle WebSocket costs two small
-objects beside the two transports.
+Each end takes over its transport from the request's protocol, which is then free: an idle WebSocket costs two
+small objects beside the two transports.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dispatcher.proxy.edge.settings import LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.websocket import GOING_AWAY, POLICY, Scanner, close_frame
 
 if TYPE_CHECKING:
-    from dispatcher.proxy.edge.client import Client
+    from dispatcher.proxy.edge.connection import Connection
     from dispatcher.proxy.edge.tables import Agent, Session
     from dispatcher.proxy.edge.upstream import Upstream
     from dispatcher.proxy.edge.worker import Worker
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class End(asyncio.Protocol):
     """One end; it passes on what its peer sends.
 
-    :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: only waits for its peer's end.
+    :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
 
     __slots__ = ("agent", "closing", "eof", "lost", "other", "scanner", "transport", "worker")
@@ -144,7 +144,7 @@ class UpstreamEnd(End):
 
 def tunnel(
     worker: Worker,
-    client: Client,
+    client: Connection,
     upstream: Upstream,
     agent: Agent,
     session: Session | None,

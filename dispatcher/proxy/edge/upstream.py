@@ -1,7 +1,7 @@
 """One connection to an upstream: an agent or the portal.  Touches its transport, and the client that it serves.
 
-The connection serves one request at a time and goes back to its agent's pool in between.  What an upstream sends is
-checked by `response` and `chunked`; after anything doubtful the connection is closed rather than used again.
+The connection serves one request at a time and goes back to its agent's pool in between.  What an upstream sends
+is checked by `response` and `chunked`; after anything doubtful the connection is closed rather than used again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dispatcher.proxy.edge.response import CHUNKED, NO_BODY, UNTIL_CLOSE, Respon
 from dispatcher.proxy.edge.settings import MAX_IDLE, MAX_INFORMATIONAL
 
 if TYPE_CHECKING:
-    from dispatcher.proxy.edge.client import Client
+    from dispatcher.proxy.edge.exchange import Exchange
     from dispatcher.proxy.edge.tables import Agent
     from dispatcher.proxy.edge.worker import Worker
 
@@ -56,7 +56,7 @@ class Upstream(asyncio.Protocol):
         self.worker = worker
         self.agent = agent
         self.generation = agent.generation
-        self.client: Client | None = None
+        self.client: Exchange | None = None
         self.mode = IDLE
         self.left = 0
         self.decoder: Chunked | None = None
@@ -101,7 +101,7 @@ class Upstream(asyncio.Protocol):
         elif mode == _REST:
             client.pass_on(b"%x\r\n%b\r\n" % (len(data), data) if client.rechunk else data)
 
-    def _head(self, client: Client, data: bytes) -> None:
+    def _head(self, client: Exchange, data: bytes) -> None:
         settings = self.worker.settings
         if self.partial is None:
             end = data.find(b"\r\n\r\n")
@@ -136,7 +136,7 @@ class Upstream(asyncio.Protocol):
             self.partial = None
             client.upstream_invalid(error.why)
 
-    def _informational(self, client: Client, response: Response, rest: bytes) -> None:
+    def _informational(self, client: Exchange, response: Response, rest: bytes) -> None:
         """Pass on 1xx (RFC 9110, 15.2): any number may come, but not endlessly."""
         if response.status == 101:
             if not client.request.upgrade or not response.upgraded:
@@ -151,7 +151,7 @@ class Upstream(asyncio.Protocol):
         if rest:
             self._head(client, rest)
 
-    def _final(self, client: Client, response: Response, rest: bytes) -> None:
+    def _final(self, client: Exchange, response: Response, rest: bytes) -> None:
         self.response = response
         length = response.length
         if length == CHUNKED:
@@ -186,7 +186,7 @@ class Upstream(asyncio.Protocol):
                 rest = b"%x\r\n%b\r\n" % (len(rest), rest)
             client.deliver(head + rest, len(rest))
 
-    def _chunks(self, client: Client, data: bytes) -> None:
+    def _chunks(self, client: Exchange, data: bytes) -> None:
         decoder = self.decoder
         assert decoder is not None
         try:

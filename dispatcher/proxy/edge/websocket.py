@@ -1,7 +1,7 @@
 """WebSocket frames (RFC 6455, section 5), read just far enough to know what they are.  Pure.
 
-The edge passes frames on as they come.  It only wants to know where one ends, so that a Close frame of its own can
-be put between two, and how many bytes are data: a ping is not use, typing is.
+The edge passes frames on as they come.  It only wants to know where one ends, so that a Close frame of its own
+can be put between two, and how many bytes are data: a ping is not use, typing is.
 """
 
 from __future__ import annotations

@@ -161,6 +161,7 @@ def install(app: Flask) -> None:
         )
 
     app.after_request(context.keep_seed)
+    app.after_request(context.drop_doubles)
     app.after_request(_headers)
 
 

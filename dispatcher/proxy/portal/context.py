@@ -182,8 +182,8 @@ def set_session(response: Response, token: str, session: dict[str, Any]) -> None
 
 def device_token() -> str | None:
     """Return the token that proves an earlier sign-in from this browser."""
-    found = request.cookies.get(cookies.device_cookie_name(portal().config.secure), "")
-    return found if _TOKEN.fullmatch(found) else None
+    found = request.cookies.getlist(cookies.device_cookie_name(portal().config.secure))
+    return found[0] if len(found) == 1 and _TOKEN.fullmatch(found[0]) else None
 
 
 def set_device(response: Response, token: str) -> None:
@@ -222,6 +222,29 @@ def forget_session(response: Response) -> None:
         ):
             _set(response, name, "", 0)
     response.headers["Clear-Site-Data"] = '"cache", "storage"'
+
+
+def drop_doubles(response: Response) -> Response:
+    """Expire what stands beside a cookie of ours, and makes both count as none.
+
+    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain, and so
+    lock its user out of the portal.  With HTTPS the name's prefix forbids both.
+    """
+    doubled = [name for name in cookies.OWN_NAMES if len(request.cookies.getlist(name)) > 1]
+    if not doubled:
+        return response
+    steps = request.path.split("/")[1:-1]
+    paths = {"/" + "/".join(steps[:count]) + end for count in range(1, len(steps) + 1) for end in ("", "/")}
+    paths |= {request.path}
+    host = request.host.partition(":")[0].split(".")
+    parents = [".".join(host[at:]) for at in range(len(host))] if host[-1].isalpha() else []
+    for name in doubled:
+        for path in sorted(paths - {"/"}):
+            response.set_cookie(name, "", max_age=0, path=path)
+        for domain in parents:
+            for path in sorted({"/"} | paths):
+                response.set_cookie(name, "", max_age=0, path=path, domain=domain)
+    return response
 
 
 # Forms.

@@ -14,6 +14,8 @@ from dispatcher.proxy.portal.app import MAX_BODY, create_app
 
 #: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
 SPARE_THREADS = 8
+#: Seconds to wait for the manager; a sign-in may queue there behind others.
+TIMEOUT = 15.0
 
 
 def serve(config: Config, sock: socket.socket) -> None:
@@ -21,7 +23,7 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
-    client = ManagerClient(f"unix://{Paths.of(config).proxy_socket}")
+    client = ManagerClient(f"unix://{Paths.of(config).proxy_socket}", timeout=TIMEOUT)
     waitress.serve(
         create_app(config, client),
         sockets=[sock],

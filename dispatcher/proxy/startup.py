@@ -1,0 +1,59 @@
+"""Small things that the proxy daemon does once.  Touches modules, one file, and the service manager's socket."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import socket
+
+from dispatcher.errors import Unavailable
+
+_NEEDED = (
+    *(f"encodings.{name}" for name in ("ascii", "idna", "latin_1", "punycode", "unicode_escape")),
+    "uvloop",
+    "dispatcher.proxy.edge.process",
+    "dispatcher.proxy.portal.server",
+)
+
+
+def preload() -> None:
+    """Load what the children will need, while it can be read and once for all of them.
+
+    The proxy's user may have no access to where Python or this program lie (below root's home, say).
+    """
+    for module in _NEEDED:
+        importlib.import_module(module)
+
+
+def open_access_log(target: str, owner: tuple[int, int] | None) -> int | None:
+    """Return the access log's descriptor, None when there is none.
+
+    :param owner: who must be able to open it again; None when we are that already.
+    :raises Unavailable: it cannot be opened.
+    """
+    if not target:
+        return None
+    if target == "-":
+        return 1
+    try:
+        fd = os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        if owner is not None and os.geteuid() == 0:
+            os.fchown(fd, *owner)
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
+        ) from error
+    return fd
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), when it asks to be told."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        contextlib.suppress(OSError),
+    ):
+        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
