@@ -1,12 +1,14 @@
 """Providers, backends, disks and databases that misbehave: contained to what they concern, with the reason."""
 
 import os
+import threading
 import time
 
 import pytest
 
+from dispatcher.clock import Deadline
 from dispatcher.errors import ConfigError, ProviderError, Unavailable
-from dispatcher.manager import backends, guard, operations, pool, readiness, reconciler
+from dispatcher.manager import operations, pool, readiness, reconciler
 from dispatcher.manager.lifecycle import State
 from dispatcher.model import BackendState, Capability, Handle, Observation
 from dispatcher.testing.fake_backend import ALL
@@ -562,12 +564,6 @@ def test_the_guard_checks_capabilities_that_are_nonsense(world):
     assert supervisor._backends.get("fake").guard.capabilities == frozenset()
 
 
-def test_all_modules_of_the_manager_were_imported():
-    assert backends.hanging("fake", "stop").status == 504
-    assert guard.Guard
-    assert os.geteuid() >= 0
-
-
 @pytest.mark.parametrize("method", ["logs", "check"])
 def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, monkeypatch):
     from dispatcher.errors import DeadlineExceeded
@@ -595,7 +591,7 @@ def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkey
     supervisor = world.supervisor()
     running(supervisor)
     provider = supervisor._backends.get("fake").guard.provider
-    gate = __import__("threading").Event()
+    gate = threading.Event()
     provider.close = lambda: gate.wait(20)
     before = time.monotonic()
     end(supervisor)
@@ -621,3 +617,60 @@ def test_how_a_start_failed_is_of_no_interest_to_a_newer_wish(world, wish):
         gone(supervisor, "alice", seconds=3)
     else:
         assert reach(supervisor, "alice", "stopped", seconds=3).failure is None
+
+
+def test_a_sleeper_that_vanished_is_started_afresh(world):
+    supervisor = world.supervisor()
+    running(supervisor)
+    supervisor.set_desired("alice", "suspended")
+    reach(supervisor, "alice", "suspended")
+    world.backend.containers.clear()
+    supervisor.wake("alice")
+    reach(supervisor, "alice", "running")
+    assert world.backend.calls.count(("ensure", "alice")) == 2
+
+
+def test_what_runs_behind_our_back_as_it_was_meant_earlier_is_replaced(world):
+    supervisor = world.supervisor()
+    running(supervisor)
+    supervisor.set_desired("alice", "stopped")
+    reach(supervisor, "alice", "stopped")
+    container = world.container(supervisor)
+    container.state, container.labels["hash"] = "running", "another"
+    supervisor.set_desired("alice", "running")
+    view = reach(supervisor, "alice", "running")
+    assert not view.outdated
+    assert world.container(supervisor).labels["hash"] != "another"
+
+
+def test_what_is_not_ours_in_a_list_is_left_alone(world, caplog):
+    supervisor = world.supervisor()
+    running(supervisor)
+    stranger = Handle(provider="fake", agent="bob", name="dispatcher-ffffffff-bob-000000000000")
+    good = list(supervisor._backends.get("fake").guard.provider.list(deadline=Deadline(5)))
+    world.backend.inject("list", result=[*good, (stranger, Observation(state=BackendState.RUNNING))], after=True)
+    supervisor._reconciler.kick(supervisor._backends.get("fake"))
+    until(lambda: "is not ours" in caplog.text)
+    time.sleep(0.05)
+    assert ("destroy", "bob") not in world.backend.calls
+    assert supervisor.view("alice").state is State.RUNNING
+
+
+@pytest.mark.root
+def test_directories_of_another_owner_are_mended(world):
+    """A restored backup has lost its owners; a stale endpoint directory belonged to somebody else."""
+    supervisor = world.supervisor()
+    running(supervisor)
+    supervisor.set_desired("alice", "stopped")
+    reach(supervisor, "alice", "stopped")
+    data, endpoint = supervisor._data.data_dir("alice"), supervisor._data.paths.endpoint_dir("alice")
+    (data / "note").write_text("mine")
+    os.chown(data, 0, 0)
+    os.chown(endpoint, 12345, 12345)
+    (endpoint / "trap").write_text("x")
+    running_uid = supervisor.runtime("alice")["uid"]
+    supervisor.set_desired("alice", "running")
+    reach(supervisor, "alice", "running")
+    assert (data / "note").stat().st_uid == running_uid
+    assert endpoint.stat().st_uid == running_uid
+    assert not (endpoint / "trap").exists()
