@@ -11,8 +11,10 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,38 @@ def test_demo_runs_and_leaves_nothing(start, monkeypatch, tmp_path):
     assert demo_directories() <= before
     with pytest.raises(OSError):
         ask(url)
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_demo_from_a_directory_that_only_root_may_enter(start, tmp_path):
+    """The proxy gives up root, the agents never have it, and yet the program lies below root's home."""
+    private = tmp_path / "home-of-root"
+    private.mkdir(mode=0o700)
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "dispatcher", private / "dispatcher", ignore=skip)
+    shutil.copytree(ROOT / "providers", private / "providers", ignore=skip)
+    venv.create(private / "venv", symlinks=True)
+    here = next((private / "venv/lib").glob("python3*")) / "site-packages"
+    libraries = sysconfig.get_path("purelib")
+    # Agents see their program's own directories alone: what the demo app needs lies there.
+    shutil.copytree(Path(libraries, "httptools"), here / "httptools", ignore=skip)
+    (here / "clone.pth").write_text(f"{private}\n{private}/providers\n{libraries}\n")
+    run = start(
+        [private / "venv/bin/python", "-m", "dispatcher", "demo", "--directory", tmp_path / "demo"], cwd="/"
+    )
+    url, people = read_the_demo(run)
+    use_the_demo(url, people)
+    cookie = sign_in(url, "alice", people["alice"])
+    for path in ("/auth/", "/auth/account", "/auth/login", "/auth/nothing"):
+        status, _, body = ask(url, path=path, Cookie=cookie, Accept="text/html")
+        assert status in {200, 303, 404}
+        if status != 303:
+            assert "<html" in body
+    for name in ("GET", "POST"):
+        assert ask(url, name, "/auth/account", Accept="text/html")[0] < 500
+    assert run.end() == 0
+    assert [line for line in run.lines if "ERROR" in line or "Traceback" in line] == []
 
 
 @pytest.mark.root
@@ -363,11 +397,11 @@ def test_reload_reaches_both(start, config):
 @pytest.mark.bubblewrap
 def test_make_demo_ends_with_ctrl_c(start, tmp_path):
     """As a person in a terminal: Ctrl-C reaches make and all that it started at once."""
-    venv = Path(sys.prefix)
+    prefix = Path(sys.prefix)
     directory = tmp_path / "demo"
     run = start(
         # -o: what is installed here is what is tried; how make installs it, CI shows.
-        ["make", "demo", f"VENV={venv}", "-o", str(venv / ".demo"), f"ARGS=--directory {directory}"],
+        ["make", "demo", f"VENV={prefix}", "-o", str(prefix / ".demo"), f"ARGS=--directory {directory}"],
         cwd=ROOT,
     )
     url = run.line(r"Open (http://127\.0\.0\.1:\d+/)")[1]
