@@ -62,13 +62,3 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
             token = content.strip(b" \t")
             count += 1
     return token if count == 1 else None, b";".join(rest).strip(b" \t")
-
-
-def without_doubles(value: bytes) -> bytes:
-    """Return the Cookie value for the portal: a dispatcher cookie that is there twice is not there at all."""
-    pairs = value.split(b";")
-    names = [pair.strip(b" \t").partition(b"=")[0].rstrip(b" \t") for pair in pairs]
-    doubled = {name for name in names if name in _OWN_BYTES and names.count(name) > 1}
-    if not doubled:
-        return value
-    return b";".join(pair for pair, name in zip(pairs, names, strict=True) if name not in doubled).strip(b" \t")

@@ -93,6 +93,16 @@ def test_an_app_cannot_see_or_set_the_portals_cookies(demo, app: Page) -> None:
     expect(app.get_by_role("heading", level=1)).to_contain_text("Notebook of alice")
 
 
+@pytest.mark.parametrize("where", ["path=/auth", "path=/auth/account", "path=/auth/; max-age=99999"])
+def test_an_app_cannot_lock_its_user_out_of_the_portal(demo, app: Page, where: str) -> None:
+    """A second session cookie makes both count as none; the portal removes what is not its own."""
+    app.evaluate("text => { document.cookie = text; }", f"dispatcher={'x' * 43}; {where}")
+    app.goto(f"{demo.url}/auth/account")
+    app.get_by_role("link", name="Continue").click()
+    expect(app.get_by_role("heading", name="Account")).to_be_visible()
+    assert len([cookie for cookie in app.context.cookies() if cookie["name"] == "dispatcher"]) == 1
+
+
 def test_the_next_person_finds_nothing_of_the_last(demo, app: Page) -> None:
     app.evaluate("localStorage.setItem('secret', 'of alice'); document.cookie = 'theirs=of-alice; path=/'")
     app.evaluate("caches.open('c').then(c => c.put('/x', new Response('of alice')))")

@@ -289,14 +289,33 @@ class TestSessions:
         browser.sign_in()
         token = browser.cookie()
         headers = browser.headers("GET") | {"Cookie": f"dispatcher={token}; dispatcher={token}"}
-        response = app.test_client().get("/auth/", headers=headers)
+        client = app.test_client(use_cookies=False)
+        assert client.get("/auth/", headers=headers).status_code == 303
+        headers["Cookie"] = f"dispatcher={token}"
+        assert client.get("/auth/", headers=headers).status_code == 200
+
+    def test_what_stands_beside_the_session_cookie_is_expired(self, portal) -> None:
+        """Without HTTPS an app's page can set a second one; both count as none, until it is gone."""
+        app, _ = portal
+        browser = Browser(app)
+        browser.sign_in()
+        headers = browser.headers("GET") | {"Cookie": f"dispatcher={browser.cookie()}; dispatcher={'x' * 43}; a=1"}
+        response = app.test_client(use_cookies=False).get("/auth/account", base_url=browser.origin, headers=headers)
         assert response.status_code == 303
+        gone = {tuple(part.strip() for part in line.split(";")) for line in response.headers.getlist("Set-Cookie")}
+        names = {parts[0] for parts in gone}
+        assert names == {"dispatcher="}
+        assert all("Max-Age=0" in parts for parts in gone)
+        places = {tuple(part for part in parts if part.startswith(("Path=", "Domain="))) for parts in gone}
+        assert {("Path=/auth",), ("Path=/auth/",), ("Path=/auth/account",)} <= places
+        assert {("Domain=portal.test", "Path=/"), ("Domain=test", "Path=/")} <= places
+        assert ("Path=/",) not in places, "that one is ours"
 
     @pytest.mark.parametrize("value", ["", "x", "a b", "é" * 40, "x" * 5000, "../../etc/passwd", '"quoted"'])
     def test_odd_cookies_are_nobodys(self, portal, value: str) -> None:
         app, manager = portal
         cookie = f"dispatcher={value}".encode().decode("latin-1")
-        response = app.test_client().get("/auth/", headers={"Accept": HTML, "Cookie": cookie})
+        response = app.test_client(use_cookies=False).get("/auth/", headers={"Accept": HTML, "Cookie": cookie})
         assert response.status_code == 303
         assert not any(value and value in str(call) for call in manager.calls)
 

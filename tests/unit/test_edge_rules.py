@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.config import parse
 from dispatcher.errors import ConfigError
-from dispatcher.proxy.cookies import split_cookie, without_doubles
+from dispatcher.proxy.cookies import split_cookie
 from dispatcher.proxy.edge import pages
 from dispatcher.proxy.edge.activity import Rhythm, Traffic
 from dispatcher.proxy.edge.forwarded import Forwarded, usable_request_id
@@ -37,11 +37,6 @@ NAME = b"dispatcher"
 def test_the_dispatchers_cookies_are_taken_out(value, token, rest):
     found, left = split_cookie(value, NAME)
     assert (found or b"", left) == (token or b"", rest)
-
-
-def test_doubled_cookies_are_no_cookies_for_the_portal():
-    assert without_doubles(b"a=1; dispatcher=t; a=2") == b"a=1; dispatcher=t; a=2"
-    assert without_doubles(b"a=1; dispatcher=t; dispatcher=u; dispatcher-form=f") == b"a=1; dispatcher-form=f"
 
 
 # WebSocket frames.

@@ -119,11 +119,11 @@ def read_cookie(client: Exchange, cookie: bytes) -> None:
 
 def cookie_for(client: Exchange, agent: Agent) -> bytes:
     """Return the Cookie value that an upstream may see: the portal the dispatcher's own, an agent all others."""
-    cookie = client.request.fields.get(headers.COOKIE)
+    cookie: bytes | None = client.request.fields.get(headers.COOKIE)
     if cookie is None:
         return b""
     if not agent.name:
-        return cookies.without_doubles(cookie)
+        return cookie  # doubles too: the portal takes them for none as well, and removes them
     if cookie != client.cookie:
         read_cookie(client, cookie)
     return client.rest_cookie

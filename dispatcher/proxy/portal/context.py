@@ -227,8 +227,8 @@ def forget_session(response: Response) -> None:
 def drop_doubles(response: Response) -> Response:
     """Expire what stands beside a cookie of ours, and makes both count as none.
 
-    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain, and so
-    lock its user out of the portal.  With HTTPS the name's prefix forbids both.
+    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain,
+    and so lock its user out of the portal.  With HTTPS the name's prefix forbids both.
     """
     doubled = [name for name in cookies.OWN_NAMES if len(request.cookies.getlist(name)) > 1]
     if not doubled:
