@@ -42,7 +42,7 @@ if [ $packages = yes ]; then
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends \
-        python3 python3-venv bubblewrap passt openssl ca-certificates curl >/dev/null
+        python3 python3-venv bubblewrap slirp4netns openssl ca-certificates curl >/dev/null
 fi
 
 step "Program, in $venv"
