@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.proxy.edge import headers
 from dispatcher.proxy.edge.activity import Rhythm
-from dispatcher.proxy.edge.request import SAFE, Request
+from dispatcher.proxy.edge.request import SAFE, Request, parse_request
 
 
 def change(path: bytes = b"/lab/api/workspaces/default", mode: bytes | None = b"cors", method: bytes = b"PUT") -> Request:
-    request = Request()
-    request.method, request.target, request.traits = method, path, 0
-    request.upgrade = False
-    request.fields = {} if mode is None else {headers.SEC_FETCH_MODE: mode}
-    return request
+    line = b"" if mode is None else b"Sec-Fetch-Mode: " + mode + b"\r\n"
+    return parse_request(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n", 100)
 
 
 def verdicts(requests, pauses) -> list[bool]:
@@ -59,11 +55,11 @@ def test_many_targets_are_bounded() -> None:
 
 def test_a_script_that_backs_off_while_its_app_sleeps_does_not_wake_it() -> None:
     request = change(b"/api/sessions?1795642948587", method=b"GET")
-    request.traits = SAFE
+    assert request.traits & SAFE
     assert verdicts([request] * 7, [0, 10, 10, 29, 85, 250, 300]) == [False, False, *[True] * 5]
 
 
 def test_reading_is_judged_as_before() -> None:
     request = change(b"/api/kernels?1795642178389", method=b"GET")
-    request.traits = SAFE
+    assert request.traits & SAFE
     assert verdicts([request] * 4, [0, 10, 10, 10]) == [False, False, True, True]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from dispatcher.proxy.edge import headers
-from dispatcher.proxy.edge.request import SAFE, Request
+from dispatcher.proxy.edge.request import SAFE, SILENT, Request
 
 TRICKLE = 1024.0  # bytes per second of a flow that is no use
 _MAX_TARGETS = 128  # remembered for each agent
@@ -66,12 +66,12 @@ class Rhythm:
         after a pause that is not much longer than those before, is a rhythm; the same holds for a WebSocket that
         is opened again and again.  Numbers in a query that only defeat caches make no new target.
         """
-        if not request.traits & SAFE:
+        traits = request.traits
+        if not traits & SAFE:
             return self._by_the_clock(request, now)
-        fields = request.fields
-        if fields.get(headers.SEC_FETCH_MODE) == b"navigate":
-            return headers.SEC_PURPOSE in fields
-        if headers.SEC_PURPOSE in fields or request.method in {b"HEAD", b"OPTIONS"}:
+        if request.by_hand:
+            return False
+        if request.machine or traits & SILENT:
             return True
         target = request.target
         entry = self._seen.get(target)

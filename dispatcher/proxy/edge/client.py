@@ -22,7 +22,7 @@ from dispatcher.proxy.edge.connection import (
 )
 from dispatcher.proxy.edge.exchange import Exchange
 from dispatcher.proxy.edge.headers import BadHead
-from dispatcher.proxy.edge.request import parse_request
+from dispatcher.proxy.edge.request import Request, parse_request
 from dispatcher.proxy.edge.settings import LINGER, LINGER_BYTES, WRITE_HIGH
 
 
@@ -43,10 +43,14 @@ class Client(Exchange):
     def data_received(self, data: bytes) -> None:
         state = self.state
         if state == HEAD:
-            if self.partial is None:
-                self._heads(data)
-            else:
+            if self.partial is not None:
                 self._more_head(data)
+                return
+            block = self.block
+            if block and data.endswith(block) and len(data) <= self.worker.settings.head_bytes:
+                self._again(data, data[: -len(block)])
+            else:
+                self._heads(data)
         elif state == BODY:
             self.body_piece(data)
         elif state < STREAM:
@@ -150,23 +154,7 @@ class Client(Exchange):
             else:
                 head = data[:end]
                 self.body = data[end:]
-            cut = head.find(b"\r\n")
-            block = head[cut:]
-            if block == self.block:
-                request = self.model
-                assert request is not None
-                request.start(head[:cut])
-                request.size = end
-            else:
-                request = None
-            if request is None or not request.version:
-                self.outgoing_agent = None
-                request = parse_request(head, settings.head_fields)
-                if request.repeats():
-                    self.block = block
-                    self.model = request
-                else:
-                    self.block = b""
+            request = parse_request(head, settings.head_fields)
         except BadHead as error:
             if data[:2] == b"\r\n" and not skipped:
                 # RFC 9112, 2.2: an empty line before the request line is ignored.
@@ -174,12 +162,38 @@ class Client(Exchange):
                 return
             self.refuse(error)
             return
+        self.outgoing_agent = None
+        if request.repeats():
+            self.block = head[head.find(b"\r\n") :]
+            self.model = request
+        else:
+            self.block = b""
+        self._begin(request, end)
+
+    def _again(self, data: bytes, line: bytes) -> None:
+        """Take a head whose field lines are those of the request before: only the request line is read."""
+        request = self.model
+        assert request is not None
+        try:
+            request.start(line)
+        except BadHead:
+            request.version = 0
+        if request.version:
+            self.body = b""
+            self._begin(request, len(data))
+        else:
+            self.block = b""  # bad, or HTTP/1.0, in which the same lines mean something else
+            self._heads(data)
+
+    def _begin(self, request: Request, size: int) -> None:
+        worker = self.worker
         self.request = request
         self.closing = request.close or self.eof or worker.draining
-        self.bytes_in = end
+        self.bytes_in = size
         self.bytes_out = 0
         self.held_until = 0.0
-        self.request_id = worker.request_id()
+        worker.serial = serial = worker.serial + 1
+        self.request_id = b"%b%08x" % (worker.request_prefix, serial)
         self.started = worker.clock() if worker.log.on else worker.now
         if self.trusted:
             worker.believe(self, request)

@@ -181,11 +181,6 @@ class Exchange(Connection):
         if self.state == BODY:
             self.deadline = self.worker.now + self.worker.settings.body_timeout
 
-    @property
-    def request_sent(self) -> bool:
-        """Whether the whole request has gone to the upstream."""
-        return self.state == ANSWER
-
     # The answer.
 
     def answer_head(self, response: Response) -> bytes:

@@ -13,16 +13,17 @@ from dispatcher.proxy.edge.headers import DROPPED, KEPT, REQUEST_LINES, BadHead
 
 SAFE = 1  # RFC 9110, 9.2.1
 IDEMPOTENT = 2  # RFC 9110, 9.2.2
+SILENT = 4  # nothing that a person sees comes of it
 
 #: Methods that are passed on, of the IANA registry.  CONNECT would make a tunnel, TRACE an echo of credentials.
 METHODS = {
     b"GET": SAFE | IDEMPOTENT,
-    b"HEAD": SAFE | IDEMPOTENT,
+    b"HEAD": SAFE | IDEMPOTENT | SILENT,
     b"POST": 0,
     b"PUT": IDEMPOTENT,
     b"DELETE": IDEMPOTENT,
     b"PATCH": 0,
-    b"OPTIONS": SAFE | IDEMPOTENT,
+    b"OPTIONS": SAFE | IDEMPOTENT | SILENT,
     b"QUERY": SAFE | IDEMPOTENT,
     b"PROPFIND": SAFE | IDEMPOTENT,
     b"SEARCH": SAFE | IDEMPOTENT,
@@ -47,6 +48,9 @@ _ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _MAX_CACHED_HOSTS = 1024
 _good_hosts: set[bytes] = set()
+_MAX_TARGETS = 4096
+_MAX_TARGET = 200
+_good_targets: set[bytes] = set()
 
 NO_BODY = 0
 CHUNKED = -1
@@ -58,17 +62,20 @@ class Request:
     :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
     :ivar lines: what is passed on as it came; :ivar fields: values by kind, of those that are looked at.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
+    :ivar by_hand: Fetch Metadata says that a person opens a page; :ivar machine: a browser asks ahead.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
 
     __slots__ = (
+        "by_hand",
         "close",
         "expects",
         "fields",
         "host",
         "length",
         "lines",
+        "machine",
         "method",
         "size",
         "target",
@@ -90,6 +97,8 @@ class Request:
     upgrade: bool
     expects: bool
     watched: bool
+    by_hand: bool
+    machine: bool
     size: int
 
     def start(self, line: bytes) -> None:
@@ -105,10 +114,8 @@ class Request:
             raise _bad_start(line) from None
         self.method = method
         self.target = target
-        if 0 in target.translate(_TARGET_CHECK):
-            raise BadHead("a bad character in the request target")
-        if target[:1] != b"/":
-            self.target = _other_form(self)
+        if target not in _good_targets:
+            self.target = _check_target(self, target)
 
     def repeats(self) -> bool:
         """Whether the next request with the same field lines means the same by them."""
@@ -184,9 +191,16 @@ def _bad_start(line: bytes) -> BadHead:
     return BadHead("a bad method")
 
 
-def _other_form(request: Request) -> bytes:
-    """Return the origin-form that a target of another form means."""
-    target = request.target
+def _check_target(request: Request, target: bytes) -> bytes:
+    """Return the origin-form that a target means."""
+    if 0 in target.translate(_TARGET_CHECK):
+        raise BadHead("a bad character in the request target")
+    if target[:1] == b"/":
+        if len(target) <= _MAX_TARGET and b"?" not in target:  # a query may hold a secret
+            if len(_good_targets) >= _MAX_TARGETS:
+                _good_targets.clear()
+            _good_targets.add(target)
+        return target
     if target == b"*" and request.method == b"OPTIONS":
         return target
     match = _ABSOLUTE.fullmatch(target)
@@ -244,6 +258,8 @@ def _frame(request: Request) -> None:
         extra = options - _ORDINARY_OPTIONS
         if extra:
             request.lines = headers.without_named(request.lines, extra)
+    request.machine = headers.SEC_PURPOSE in fields
+    request.by_hand = fields.get(headers.SEC_FETCH_MODE) == b"navigate" and not request.machine
     request.watched = request.upgrade or headers.SERVICE_WORKER in fields
     if headers.EXPECT in fields and request.version:
         if fields[headers.EXPECT].lower() != b"100-continue":

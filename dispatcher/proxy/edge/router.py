@@ -135,6 +135,7 @@ def _no_session(client: Exchange, request: Request) -> None:
         if worker.feed_lost_for_good():
             client.say(pages.NO_FEED)
             return
+        client.parked_for = 0
         if worker.look_up(client, client.digest):
             return  # `looked_up` goes on
     refuse(client, request)

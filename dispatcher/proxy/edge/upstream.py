@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dispatcher.proxy.edge import response as answers
 from dispatcher.proxy.edge.chunked import Chunked
+from dispatcher.proxy.edge.connection import ANSWER
 from dispatcher.proxy.edge.headers import BadHead
 from dispatcher.proxy.edge.response import CHUNKED, NO_BODY, UNTIL_CLOSE, Response, client_head, parse_response
 from dispatcher.proxy.edge.settings import MAX_IDLE, MAX_INFORMATIONAL
@@ -103,6 +104,15 @@ class Upstream(asyncio.Protocol):
 
     def _head(self, client: Exchange, data: bytes) -> None:
         settings = self.worker.settings
+        block = self._block
+        if block and self.partial is None and data.startswith(block) and client.request.method == self._method:
+            response = self._model
+            assert response is not None
+            try:
+                self._final(client, response, data[len(block) :])
+            except BadHead as error:
+                client.upstream_invalid(error.why)
+            return
         if self.partial is None:
             end = data.find(b"\r\n\r\n")
             if end < 0:
@@ -122,9 +132,6 @@ class Upstream(asyncio.Protocol):
                 return
             head, rest = (data, b"") if size == len(data) else (data[:size], data[size:])
             method = client.request.method
-            if head == self._block and method == self._method and self._model is not None:
-                self._final(client, self._model, rest)
-                return
             policy = settings.policy if self.agent.name else answers.TRUSTED
             response = parse_response(head, settings.head_fields, method, policy)
             if response.status < 200:
@@ -216,7 +223,7 @@ class Upstream(asyncio.Protocol):
         if (
             not reusable
             or response.close
-            or not client.request_sent
+            or client.state != ANSWER  # the request is not all there yet
             or self.generation != agent.generation
             or len(idle) >= MAX_IDLE
         ):

@@ -57,8 +57,8 @@ class Worker(Registry):
         self._negative: dict[bytes, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reported = 0.0
-        self._request_prefix = secrets.token_hex(5).encode()
-        self._request_number = 0
+        self.request_prefix = secrets.token_hex(5).encode()
+        self.serial = 0
         self._logger = logger("edge")
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -107,8 +107,8 @@ class Worker(Registry):
 
     def request_id(self) -> bytes:
         """Return a new id, unique over workers and restarts."""
-        self._request_number += 1
-        return b"%b%08x" % (self._request_prefix, self._request_number)
+        self.serial += 1
+        return b"%b%08x" % (self.request_prefix, self.serial)
 
     def believe(self, client: Connection, request: Request) -> None:
         """Take what a trusted proxy says about its client."""
