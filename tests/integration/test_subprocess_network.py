@@ -1,0 +1,225 @@
+"""Networks of agents: private reaches the outside and nothing of this host; a port is the agent's own or nobody's.
+
+The private networks live in namespaces that the test makes: one is "this host", one is "the outside".
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from dispatcher_subprocess import explain
+from dispatcher_subprocess.machine import Machine
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import ConfigError
+from dispatcher.model import BackendState, Capability, Network
+from dispatcher.testing import PROBE
+from tests.subprocess_world import PYTHON, World, destroy, eventually, observe
+
+TCP = [PYTHON, "-S", str(PROBE), "--tcp", "127.0.0.1:{port}"]
+HERE = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def world():
+    made = World("7e570040")
+    yield made
+    made.close()
+
+
+@pytest.mark.bubblewrap
+def test_a_port_without_a_network_is_refused_in_words(world):
+    provider = world.provider()
+    with pytest.raises(ConfigError) as caught:
+        world.start(provider, world.spec("alice", TCP), ready=False)
+    assert "{port}" in str(caught.value) and "{socket}" in caught.value.fix
+
+
+def test_a_port_is_told_once_the_agent_listens_there(world):
+    provider = world.provider()
+    spec = world.spec("alice", TCP, network=Network.HOST)
+    handle, inside = world.start(provider, spec)
+    seen = observe(provider, handle)
+    assert seen.endpoint.kind == "tcp" and seen.endpoint.host == "127.0.0.1"
+    assert 20000 <= seen.endpoint.port <= 29999
+    other, _ = world.start(provider, world.spec("bob", TCP, network=Network.HOST))
+    assert observe(provider, other).endpoint != seen.endpoint
+    assert observe(world.provider(), handle).endpoint == seen.endpoint, "a fresh manager finds it too"
+
+
+def test_a_stolen_port_is_nobodys(world):
+    """Somebody else listens on the agent's port: the endpoint is withheld, and the reason told."""
+    provider = world.provider()
+    program = "import sys, time\nprint('port', sys.argv[1], flush=True)\ntime.sleep(60)\n"
+    spec = world.spec("alice", [PYTHON, "-S", "-c", program, "{port}"], network=Network.HOST)
+    handle, _ = world.start(provider, spec, ready=False)
+    seen = observe(provider, handle)
+    assert seen.state is BackendState.RUNNING and seen.endpoint is None
+    assert seen.detail == "it does not listen yet"
+    told = eventually(lambda: list(provider.logs(handle, tail=1, follow=False, deadline=Deadline(1))))
+    port = int(told[0].split()[1])
+    for address in (("127.0.0.1", port), ("0.0.0.0", port)):
+        with socket.create_server(address):
+            seen = observe(provider, handle)
+            assert seen.endpoint is None
+            assert "not the agent's" in seen.detail
+            (listed,) = [found for _, found in provider.list(deadline=Deadline(5))]
+            assert listed.endpoint is None
+
+
+def test_ports_in_use_are_not_given_out(world):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        world.options = {"ports": (port, port)}
+        provider = world.provider()
+        with pytest.raises(Exception, match="No TCP port is free"):
+            world.start(provider, world.spec("alice", TCP, network=Network.HOST), ready=False)
+    handle, _ = world.start(provider, world.spec("alice", TCP, network=Network.HOST))
+    assert observe(provider, handle).endpoint.port == port
+    with pytest.raises(Exception, match="No TCP port is free"):
+        world.start(provider, world.spec("bob", TCP, network=Network.HOST), ready=False)
+    destroy(provider, handle)
+
+
+SETUP = textwrap.dedent(
+    """
+    set -e
+    mount -t tmpfs tmpfs /mnt
+    printf 'nameserver 203.0.113.53\\nsearch example.org\\n' > /mnt/resolv.conf
+    mount --bind /mnt/resolv.conf "$(readlink -f /etc/resolv.conf)"
+    ip link set lo up
+    unshare -n sleep 120 & outside=$!
+    trap 'kill $outside $! 2>/dev/null || true' EXIT
+    sleep 0.2
+    ip link add ext type veth peer name out netns $outside
+    ip addr add 10.9.0.2/24 dev ext
+    ip addr add 10.9.0.3/24 dev ext
+    ip link set ext up
+    ip link add inner type bridge
+    ip addr add 172.20.0.1/16 dev inner
+    ip link set inner up
+    nsenter -t $outside -n sh -c 'ip link set lo up; ip addr add 10.9.0.1/24 dev out; ip link set out up;
+        ip addr add 203.0.113.5/32 dev lo; ip addr add 203.0.113.53/32 dev lo; ip addr add 169.254.169.254/32 dev lo'
+    ip route add default via 10.9.0.1
+    nsenter -t $outside -n "$PYTHON" -c "$SERVE" &
+    "$PYTHON" -c "$INSIDE" "$@"
+    """
+)
+SERVE = textwrap.dedent(
+    """
+    import socket, threading
+    dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    dns.bind(("203.0.113.53", 53))
+    def answer():
+        while True:
+            q, peer = dns.recvfrom(512)
+            a = q[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + q[12:q.index(b"\\0", 12) + 5]
+            dns.sendto(a + b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\xcb\\0\\x71\\5", peer)
+    threading.Thread(target=answer, daemon=True).start()
+    server = socket.create_server(("0.0.0.0", 80))
+    while True:
+        server.accept()[0].close()
+    """
+)
+INSIDE = textwrap.dedent(
+    """
+    import json, socket, sys, threading
+    from dispatcher.model import Network
+    from tests.integration.test_subprocess_network import ASK, TCP
+    from tests.subprocess_world import PYTHON, World, destroy, observe
+
+    carrier, kind = sys.argv[1:3]
+    servers = [socket.create_server(("0.0.0.0", 8000))]
+    world = World("7e570041", private_network=carrier)
+    provider = world.provider()
+    report = {}
+    try:
+        spec = world.spec("alice", TCP if kind == "tcp" else None, network=Network.PRIVATE)
+        handle, inside = world.start(provider, spec)
+        for address in ("203.0.113.5:80", "10.9.0.2:8000", "10.9.0.3:8000", "172.20.0.1:8000", "172.20.0.9:80",
+                        "127.0.0.1:8000", "10.9.0.1:8000", "169.254.169.254:80"):
+            report[address] = inside.refused("/connect", to="tcp:" + address) or "reached"
+        report["resolv"] = inside.read("/etc/resolv.conf").decode()
+        name = world.spec("bob", [PYTHON, "-S", "-c", ASK, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, name, ready=False)
+        report["name"] = ""
+        for _ in range(500):
+            import time
+            time.sleep(0.01)
+            if (name.data_dir / "address").exists():
+                report["name"] = (name.data_dir / "address").read_text()
+                break
+        record = provider._journals.read(handle.name)
+        report["helper"] = [record.helper.pid, record.helper.start]
+        if kind == "tcp":
+            endpoint = observe(provider, handle).endpoint
+            report["port"] = endpoint.port
+        destroy(provider, handle)
+        from dispatcher_subprocess import procfs
+        report["helper lives"] = procfs.lives(record.helper.pid, record.helper.start)
+    finally:
+        world.close()
+    print("REPORT", json.dumps(report))
+    """
+)
+ASK = (
+    "import os, socket, sys\n"
+    "try:\n    found = socket.gethostbyname('some.example.net')\n"
+    "except OSError as error:\n    found = str(error)\n"
+    "open('/data/address.new', 'w').write(found)\n"
+    "os.rename('/data/address.new', '/data/address')\n"
+    "server = socket.socket(socket.AF_UNIX)\nserver.bind(sys.argv[1])\nserver.listen()\n"
+    "while True:\n    server.accept()[0].close()\n"
+)
+
+
+def in_namespaces(*arguments):
+    """Run a manager on a "host" of its own; return what its agents could reach."""
+    done = subprocess.run(
+        ["unshare", "--net", "--mount", "bash", "-c", SETUP, "bash", *arguments],
+        env=os.environ | {"PYTHON": sys.executable, "SERVE": SERVE, "INSIDE": INSIDE, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        cwd=HERE,
+    )
+    found = re.search(r"^REPORT (.*)$", done.stdout, re.M)
+    assert found, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(found[1])
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("carrier, kind", [("pasta", "unix"), ("slirp4netns", "unix"), ("pasta", "tcp")])
+def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier, kind):
+    report = in_namespaces(carrier, kind)
+    assert report["203.0.113.5:80"] == "reached"
+    for address in (
+        "10.9.0.2:8000",  # this host's address
+        "10.9.0.3:8000",  # its second one
+        "172.20.0.1:8000",  # its address in a network of containers
+        "172.20.0.9:80",  # another machine in such a network
+        "127.0.0.1:8000",  # the loopback interface: the agent has its own
+        "10.9.0.1:8000",  # the gateway, which carriers like to map to the host
+        "169.254.169.254:80",  # a cloud's metadata
+    ):
+        assert report[address] not in {"reached", ""}, address
+    assert "search example.org" in report["resolv"]
+    assert "203.0.113.53" not in report["resolv"]
+    assert report["name"] == "203.0.113.5", "names are resolved"
+    assert report["helper lives"] is False
+    if kind == "tcp":
+        assert 20000 <= report["port"] <= 29999
+
+
+@pytest.mark.bubblewrap
+def test_a_private_network_needs_a_carrier(world):
+    found = Machine(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
+    assert Capability.NETWORK_PRIVATE not in explain.capabilities(found)
+    assert any("neither pasta nor slirp4netns" in finding.what for finding in explain.findings(found, None))
