@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 
 import click
 import pytest
@@ -159,6 +161,18 @@ def test_ctrl_c_is_clean(run, manager, monkeypatch):
     code, out, err = run("list")
     assert (code, out) == (130, "")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_no_trouble(manager, closed):
+    manager.add("alice")
+    env = {**os.environ, "DISPATCHER_MANAGER": manager.url}
+    for arguments in ("list", "remove alice --yes", "add bob"):
+        command = f"exec {sys.executable} -m dispatcher {arguments} {closed}"
+        done = subprocess.run(["sh", "-c", command], env=env, capture_output=True, text=True, timeout=30)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == (2 if arguments == "add bob" else 0), done.stderr
+        manager.agents.setdefault("alice", manager.add("alice"))
 
 
 # Where the manager is.
