@@ -25,7 +25,7 @@ def run_dir() -> Path:
     """Return the default of ``manager.run_dir``."""
     if os.geteuid() == 0:
         return Path("/run/dispatcher")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/dispatcher-{os.geteuid()}") / "dispatcher"  # noqa: S108 - the manager makes it 0700 and checks its owner
+    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/dispatcher-{os.geteuid()}") / "dispatcher"  # noqa: S108 - manager and client check its owner
 
 
 def state_dir() -> Path:
