@@ -27,6 +27,8 @@ from dispatcher.model import AgentEvent
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_LABEL = re.compile(r'([a-z_]{1,32})="([^"\\\x00-\x1f]{0,300})"')
+_LABELS = re.compile(rf"{_LABEL.pattern}(?:,{_LABEL.pattern})*\}}")
 _STARTS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 MAX_STARTING = 20_000
 _WRONG = frozenset({"failed", "died", "unreachable"})
@@ -129,23 +131,31 @@ class _Asked:
 
 
 def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
-    families: dict[str, CounterMetricFamily] = {}
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
     for worker, counters in sorted(workers.items()):
-        for name, value in sorted(counters.items()):
-            family = families.setdefault(
-                name, CounterMetricFamily(f"dispatcher_edge_{name}", "As the edge counts it", labels=["worker"])
-            )
-            family.add_metric([worker], value)
+        for key, value in sorted(counters.items()):
+            name, _, rest = key.partition("{")
+            labels = dict(_LABEL.findall(rest))
+            family = families.get(name)
+            if family is None:
+                kind = GaugeMetricFamily if name.endswith("_open") else CounterMetricFamily
+                family = families[name] = kind(
+                    f"dispatcher_edge_{name}", "As the edge counts it", labels=["worker", *labels]
+                )
+            family.add_metric([worker, *labels.values()], value)
     yield from families.values()
 
 
 def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
-    """Return what of a worker's counters can be shown: plain names, numbers, not too many."""
+    """Return what of a worker's counters can be shown: plain names, perhaps with labels, numbers, not too many."""
     if not isinstance(values, dict):
         return {}
     good: dict[str, float] = {}
     for name, value in list(values.items())[:limit]:
         number: Any = value
-        if isinstance(name, str) and _NAME.fullmatch(name) and type(number) in {int, float} and number >= 0:
-            good[name.removesuffix("_total")] = float(number)
+        if not isinstance(name, str) or type(number) not in {int, float} or not number >= 0:
+            continue
+        plain, brace, labels = name.partition("{")
+        if _NAME.fullmatch(plain) and (not brace or _LABELS.fullmatch(labels)):
+            good[plain.removesuffix("_total") + brace + labels] = float(number)
     return good

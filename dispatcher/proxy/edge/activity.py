@@ -34,6 +34,8 @@ class Traffic:
 
     def report(self, seconds: float, idle_sockets: int) -> dict[str, int] | None:
         """Return what the feed's activity frame says of the agent, None for nothing; counting starts again."""
+        if not (self.bytes_in or self.bytes_out or self.use or self.poll or self.stream or idle_sockets):
+            return None  # most agents, most of the time
         stream = self.stream + (self.bulk if self.bulk > TRICKLE * max(seconds, 1.0) else 0)
         values = {
             "use": self.use,
