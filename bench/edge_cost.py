@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """What one request costs the edge's own code: no sockets, no kernel, so a quiet machine is not needed.
 
     bench/edge_cost.py                    microseconds of CPU per request, best of several runs
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
@@ -169,4 +171,7 @@ def main():
 
 
 if __name__ == "__main__":
+    HOME = ROOT / ".venv"
+    if (HOME / "bin/python").exists() and Path(sys.prefix) != HOME:  # the project's own interpreter, whatever started this
+        os.execv(HOME / "bin/python", [str(HOME / "bin/python"), __file__, *sys.argv[1:]])
     main()

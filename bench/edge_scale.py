@@ -172,4 +172,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    HOME = ROOT / ".venv"
+    if (HOME / "bin/python").exists() and Path(sys.prefix) != HOME:  # the project's own interpreter, whatever started this
+        os.execv(HOME / "bin/python", [str(HOME / "bin/python"), __file__, *sys.argv[1:]])
     main()
