@@ -151,8 +151,16 @@ class World:
     def probe(self, agent, **options):
         """Start an agent with the kit's probe; return the view from inside."""
         handle = self.ensure(self.spec(agent, **vm.app_options(**options)))
-        inside = Inside(self.observe(handle).endpoint, timeout=20)
-        assert inside.wait(90), self.logs(handle)[-10:]
+        return self.inside(handle)
+
+    def inside(self, handle, seconds=90):
+        """Return the view from inside once the probe answers."""
+        end = time.monotonic() + seconds
+        while not (endpoint := self.observe(handle).endpoint):
+            assert time.monotonic() < end, self.logs(handle)[-10:]
+            time.sleep(0.1)
+        inside = Inside(endpoint, timeout=20)
+        assert inside.wait(end - time.monotonic()), self.logs(handle)[-10:]
         return inside
 
     def fresh_directory(self) -> Path:

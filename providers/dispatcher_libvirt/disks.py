@@ -231,7 +231,7 @@ class Disks:
         """Copy the data disk as it was with an image, and forget all but the newest `keep` snapshots."""
         folder = self.directory(name) / SNAPSHOTS
         with self.errors("taking a snapshot"):
-            if keep and self.data(name).exists():
+            if keep:
                 folder.mkdir(mode=0o700, exist_ok=True)
                 target = folder / f"data-{fingerprint}.raw"
                 temporary = folder / f".{secrets.token_hex(4)}.new"

@@ -163,6 +163,7 @@ def _system() -> Iterator[str]:
         elif path.is_dir():
             yield from ("--ro-bind", str(path), str(path))
     yield from ("--perms", "0755", "--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")
+    yield from ("--dev-bind", "/dev/null", "/etc/mtab")  # resize2fs wants to know that nothing is mounted
 
 
 def _follow(

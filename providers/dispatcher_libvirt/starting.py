@@ -111,8 +111,8 @@ class Starter:
         user = self._user(spec.uid, spec.gid)
         progress("making the disks")
         made.directory = self._disks.make_directory(name)
-        self._data_disk(spec, user, made, deadline, progress)
         root = self._root_disk(spec, user, made, deadline, progress)
+        self._data_disk(spec, user, made, deadline, progress)
         static = options.endpoint != "vsock" and spec.app.network.value == "none"
         paths = Paths(root=root, data=self._disks.data(name), seed=self.write_seed(spec, user, static=static))
         net = self._options.network if spec.app.network.value == "private" else ""
@@ -172,7 +172,8 @@ class Starter:
         base, boots = self._images.check(options, None, deadline=deadline, tick=tick)
         marker = self._disks.directory(name) / BOOTED
         before = marker.read_text(encoding="ascii").strip() if marker.exists() else ""
-        if before and before != boots:
+        if before and before != boots and self._disks.data(name).exists():
+            self._disks.claim(name, user)
             self._disks.snapshot(name, before, options.snapshots, deadline=deadline, tick=tick)
         path = None
         if options.image is not None:

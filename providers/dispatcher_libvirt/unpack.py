@@ -55,15 +55,14 @@ class Unpacker:
         :raises Ext4Error: the image is damaged; :raises OSError: something cannot be written.
         """
         root = self._image.root()
-        levels, names = [Level(root, self._image.entries(root))], [b""]
+        levels, names = [Level(root, self._image.entries(root))], [b"."]
         while levels:
             entry = next(levels[-1].entries, None)
             if entry is None:
-                done = levels.pop()
-                names.pop()
-                self._finish(b".", done.inode)
-                if levels:
+                done, own = levels.pop(), names.pop()
+                if levels:  # up first: its mode may be one that lets nobody pass
                     os.chdir("..")
+                self._finish(own, done.inode)
                 continue
             name, number = entry
             if len(levels) == 1 and name == b"lost+found":

@@ -201,11 +201,8 @@ def test_a_libvirt_network_leads_outside_and_not_to_the_host(world, private_netw
     world.restart_provider(network=private_network)
     spec = world.spec("alice", network=Network.PRIVATE, **vm.app_options())
     handle = world.ensure(spec)
-    assert eventually(lambda: world.observe(handle).endpoint, 60, 0.2)
-    endpoint = world.observe(handle).endpoint
-    assert endpoint.host.startswith("192.168.237.")
-    inside = Inside(endpoint, timeout=20)
-    assert inside.wait(60)
+    inside = world.inside(handle)
+    assert inside.endpoint.host.startswith("192.168.237.")
     assert any("filter" in one for one in vm.leftovers(world.installation, world.root))
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
@@ -244,7 +241,7 @@ def small_disk(path, megabytes):
         subprocess.run(["umount", path], check=True)
 
 
-def test_failed_starts_say_what_to_do_and_leave_nothing(world, tmp_path):
+def test_failed_starts_say_what_to_do_and_leave_nothing(world):
     """Disk full, no permission, name clash, a machine that QEMU refuses: one clear error each."""
     options = vm.app_options()
     images = vm.images()
@@ -255,7 +252,7 @@ def test_failed_starts_say_what_to_do_and_leave_nothing(world, tmp_path):
         assert why in str(caught.value), caught.value
         assert fix in caught.value.fix
         assert caught.value.fix
-        assert vm.leftovers(world.installation, world.root, tmp_path) == set()
+        assert vm.leftovers(world.installation, world.root, world.root / "full") == set()
         assert world.state(world.handles[spec.agent]) is BackendState.ABSENT
 
     secret = world.root / "closed"
@@ -266,7 +263,7 @@ def test_failed_starts_say_what_to_do_and_leave_nothing(world, tmp_path):
     (secret / "initrd").chmod(0o600)
     fails(world.spec("denied", **options | {"initrd": str(secret / "initrd")}), "may not read", "chmod o+r")
     fails(world.spec("model", **options | {"cpu": "NoSuchProcessor"}), "NoSuchProcessor", "")
-    fails(world.spec("machine", **options | {"machine": "no-such"}), "no-such")
+    fails(world.spec("machine", **options | {"machine": "no-such"}), "does not accept", "machine")
     extra = ["<watchdog model='no-such-watchdog' action='reset'/>"]
     fails(world.spec("extra", **options | {"xml": extra}), "does not accept", "xml")
 
@@ -285,8 +282,8 @@ def test_failed_starts_say_what_to_do_and_leave_nothing(world, tmp_path):
     finally:
         vm.virsh("undefine", taken.backend_name)
 
-    with small_disk(tmp_path / "full", 24) as place:
-        world.restart_provider(storage=str(place))
+    with small_disk(world.root / "full", 24) as place:
+        world.restart_provider(storage=str(place / "machines"))
         (place / "filler").write_bytes(bytes(22 << 20))
         fails(world.spec("full", **options | {"data_allocation": "full"}), "The disk is full", "free some space")
         fails(world.spec("sparse", **options), "", "space")
@@ -297,7 +294,7 @@ def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
     options = vm.app_options() | {"command": ["/bin/busybox", "sleep", "1000"], "flush": "1s"}
     handle = world.ensure(world.spec("never", **options))
     assert eventually(lambda: "starting the app" in world.observe(handle).detail, 60, 0.1)
-    assert world.state(handle) is BackendState.RUNNING
+    assert eventually(lambda: world.observe(handle).endpoint, 10)
     assert not Inside(world.observe(handle).endpoint).answers()
     assert any(b"starting the app" in line for line in world.logs(handle))
     began = time.monotonic()
