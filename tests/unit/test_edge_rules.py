@@ -79,6 +79,16 @@ def test_between_tells_where_a_frame_may_be_put():
     assert scanner.between
 
 
+@pytest.mark.parametrize("masked,size", [(False, 128), (True, 132)])
+def test_the_first_bytes_of_a_longer_frame_are_no_short_one(masked, size):
+    scanner = Scanner()
+    data = frame(2, b"x" * 300, masked=masked)
+    scanner.scan(data[:size])
+    assert not scanner.between
+    scanner.scan(data[size:])
+    assert scanner.between
+
+
 def test_pings_and_pongs_are_no_use():
     scanner = Scanner()
     assert scanner.scan(frame(9, b"", masked=True)) == scanner.scan(frame(10, b"abc", masked=True)) == 0

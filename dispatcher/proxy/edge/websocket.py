@@ -17,41 +17,35 @@ _MASKED = 0x80
 class Scanner:
     """One direction of a WebSocket.
 
-    :ivar skip: bytes of the frame under way that are still to come; :ivar broken: this is no WebSocket.
+    :ivar between: a frame could be put in here; :ivar broken: this is no WebSocket.
     """
 
-    __slots__ = ("_data", "_head", "broken", "skip")
+    __slots__ = ("_data", "_head", "_skip", "between", "broken")
 
     def __init__(self) -> None:
-        self.skip = 0
+        self.between = True
         self.broken = False
+        self._skip = 0  # bytes of the frame under way that are still to come
         self._head = b""
         self._data = False
-
-    @property
-    def between(self) -> bool:
-        """Whether a frame could be put in here."""
-        return not self.skip and not self._head and not self.broken
 
     def scan(self, data: bytes) -> int:
         """Take the next bytes; return how many of them belong to data frames (text, binary, continuation)."""
         size = len(data)
         if self.broken:
             return size
-        # The hot path: exactly one whole short frame.
-        if not self.skip and not self._head and size > 1:
-            second = data[1]
-            length = second & 0x7F
-            if length < 126 and size == length + (6 if second & _MASKED else 2):
-                return 0 if data[0] & _CONTROL else size
-        return self._walk(data, size)
+        if self.between and size > 1 and whole(data, size):
+            return 0 if data[0] & _CONTROL else size
+        counted = self._walk(data, size)
+        self.between = not self._skip and not self._head and not self.broken
+        return counted
 
     def _walk(self, data: bytes, size: int) -> int:
         counted = position = 0
         while position < size:
-            if self.skip:
-                taken = min(self.skip, size - position)
-                self.skip -= taken
+            if self._skip:
+                taken = min(self._skip, size - position)
+                self._skip -= taken
                 position += taken
                 if self._data:
                     counted += taken
@@ -72,11 +66,17 @@ class Scanner:
                 if length >> 63:
                     self.broken = True
                     return counted + size - position
-            self.skip = length
+            self._skip = length
             self._data = not head[0] & _CONTROL
             if self._data:
                 counted += needed
         return counted
+
+
+def whole(data: bytes, size: int) -> bool:
+    """Whether the bytes, at least two, are exactly one short frame, masked or not: most messages are."""
+    second = data[1]
+    return second & 0x7F < 126 and second in (size - 2, size + 0x80 - 6)
 
 
 def _head_length(head: bytes) -> int:
