@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all, saying
+from tests.edge_feed import agent_row
+from tests.edge_harness import COOKIE, TOKEN, Agent, Connection, Edge, Reader, echo, eventually, read_all, saying
 
 HOST = b"Host: app.test\r\n"
 
@@ -314,6 +315,29 @@ def test_idempotent_requests_are_retried_once_and_others_are_not():
                 sock.sendall(request)
                 second = reader.answer().status
                 assert {first, second} <= {200, expected} and (expected == 200 or 502 in {first, second})
+
+
+def test_a_repeated_body_is_kept_while_the_agent_comes_back():
+    """The pooled connection ends under a PUT, and for a moment nobody listens."""
+
+    def script(connection: Connection) -> None:
+        connection.body(connection.head())
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        connection.head()
+
+    with Edge(script, hold=5) as edge, edge.connect() as sock:
+        reader = Reader(sock)
+        put = b"PUT / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 5\r\n\r\nhello"
+        sock.sendall(put)
+        assert reader.answer().status == 200
+        edge.agent.sock.shutdown(socket.SHUT_RDWR)
+        edge.agent.sock.close()
+        other = Agent(echo)
+        sock.sendall(put)
+        edge.feed.wait_for(lambda frame: frame["type"] == "dead")
+        edge.feed.add(agents=(agent_row("alice", other.endpoint),))
+        assert reader.answer().body.endswith(b"\r\n\r\nhello")
+        other.close()
 
 
 def test_an_answer_that_comes_unasked_is_not_the_next_one():

@@ -248,6 +248,24 @@ def test_an_agent_that_does_not_answer():
         assert edge.get("/", b"Accept: text/html").field(b"content-type") == b"text/html; charset=utf-8"
 
 
+def test_a_request_that_got_no_answer_is_not_sent_in_place_of_the_next():
+    def script(connection: Connection) -> None:
+        while head := connection.head():
+            if b" /stuck " in head:
+                time.sleep(3)
+                return
+            connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(head) + head)
+
+    with Edge(script, upstream_timeout=0.6) as edge, edge.connect() as sock:
+        reader = Reader(sock)
+        for path, status in ((b"/a", 200), (b"/stuck", 504), (b"/b", 200)):
+            sock.sendall(GET.replace(b"/ ", path + b" ", 1))
+            answer = reader.answer()
+            assert answer.status == status
+            assert status != 200 or answer.body.startswith(b"GET " + path + b" ")
+        assert [head.split()[1] for head in edge.agent.heads] == [b"/a", b"/stuck", b"/b"]
+
+
 def test_a_slow_stream_is_not_cut_by_the_upstream_timeout():
     def script(connection: Connection) -> None:
         connection.head()

@@ -192,6 +192,7 @@ class Client(Exchange):
         self.bytes_in = size
         self.bytes_out = 0
         self.held_until = 0.0
+        self.replay = None
         worker.serial = serial = worker.serial + 1
         self.request_id = b"%b%08x" % (worker.request_prefix, serial)
         self.started = worker.clock() if worker.log.on else worker.now

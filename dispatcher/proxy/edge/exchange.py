@@ -39,7 +39,7 @@ class Exchange(Connection):
             self.agent = agent
         request = self.request
         idle = agent.idle
-        if idle:
+        if idle and self.replay is None:
             upstream = idle.pop()
             if request.traits & IDEMPOTENT or self.worker.now - upstream.since < FRESH_UPSTREAM:
                 self.send(upstream)
