@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 T = TypeVar("T")
 PASSWORD = "correct horse battery"
@@ -113,6 +114,7 @@ class Installation:
 
     def __init__(self, base: Path, apps: str = "", extra: str = "", proxy: str = "") -> None:
         self.base = base
+        proxy = proxy.replace("{base}", str(base))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -194,7 +196,7 @@ class Installation:
             if manager is None or manager.poll() is not None:
                 self.start("manager")
             for row in self.admin("GET", "/agents").json()["agents"]:
-                self.admin("DELETE", f"/agents/{row['name']}?wait=30")
+                self.admin("DELETE", f"/agents/{quote(row['name'])}?wait=30")
         finally:
             for process in self.processes.values():
                 process.terminate()
