@@ -59,9 +59,16 @@ class Database:
                     ) from error
 
     def open(self) -> None:
-        """Create what is missing and check the schema's version."""
+        """Create what is missing and check the schema's version.
+
+        :raises ConfigError: it is no database, or a newer release's; :raises Unavailable: it cannot be used now.
+        """
         try:
             self._open()
+        except Unavailable as error:
+            # Only here: what is said later may be shown to people who need not know where it lies.
+            where = self.engine.url.database if self.sqlite else self.engine.url.render_as_string()
+            raise Unavailable(f"The database {where} cannot be used now", why=error.why, fix=error.fix) from error
         except sa.exc.DatabaseError as error:
             raise ConfigError(
                 f"{self.engine.url.database} cannot be used as a database",

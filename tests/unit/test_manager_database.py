@@ -62,6 +62,14 @@ def test_a_file_that_is_no_database_stays_as_it_is(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_what_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "x.db").mkdir()
+    with pytest.raises((Unavailable, ConfigError)) as caught:
+        opened(f"sqlite:///{tmp_path}/x.db")
+    assert f"{tmp_path}/x.db" in str(caught.value)
+    assert "space" in caught.value.fix
+
+
 def test_a_newer_schema_is_refused(tmp_path):
     url = f"sqlite:///{tmp_path}/x.db"
     opened(url)
