@@ -152,7 +152,7 @@ class Manager:
         user, wanted, nonce_sha256 = self.codes.pop(code, ("", "", ""))
         if not user or wanted != host or nonce_sha256 != digest(nonce):
             raise Forbidden("The sign-in cannot be handed over")
-        token, row = self._begin(user)
+        token, row = self._begin(user, host=host)
         return {"token": token, "session": row}
 
 

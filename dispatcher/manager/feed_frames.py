@@ -30,13 +30,14 @@ def error(what: str) -> bytes:
 def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
     """Return SESSION.
 
-    :param agents: names of all agents of its user; :param ttl: seconds until it ends if it is not used.
+    :param agents: names of all agents of its user, of which a session for one host is to know its own alone.
+    :param ttl: seconds until it ends if it is not used.
     """
     found: Row = {
         "sha256": row.sha256,
         "user": row.user,
         "agent": row.agent,
-        "agents": agents,
+        "agents": [row.agent] if row.host else agents,
         "ttl": round(ttl, 3),
     }
     if row.host:

@@ -1,4 +1,8 @@
-"""Role *proxy*: what the portal may ask, always in the name of a session or of somebody who signs in."""
+"""Role *proxy*: what the portal may ask, always in the name of a session or of somebody who signs in.
+
+A child session (subdomain routing) is for one agent's host, and that agent may come to hold its token: it knows
+that agent alone, and changes nothing of its user's but that agent's state.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dispatcher.errors import Forbidden
 from dispatcher.manager.api import models
 from dispatcher.manager.api.routing import Answer, Routes
 from dispatcher.manager.api.services import Json, Services
-from dispatcher.manager.auth_store import Visitor
+from dispatcher.manager.auth_store import SessionRow, Visitor
 
 routes = Routes()
 
@@ -40,23 +44,23 @@ def revoke(services: Services, body: models.Revoke) -> Answer:
         row = services.sessions.get(body.sha256)
         services.sessions.revoke(row.parent or row.sha256 if row else body.sha256)
     else:
-        user = services.sessions.require(body.sha256).user
+        user = _whole(services, body.sha256).user
         services.sessions.revoke(services.sessions.by_id(body.id, user).sha256)
     return Answer(204)
 
 
 @routes.add("POST", "/sessions/agents", body=models.OfSession, answers={200: "AgentList"})
 def my_agents(services: Services, body: models.OfSession) -> Json:
-    """List the agents of a session's user."""
-    user = services.sessions.require(body.sha256).user
-    return {"agents": [view.to_json() for view in services.supervisor.views(user=user)]}
+    """List the agents of a session's user; a child session's own alone."""
+    row = services.sessions.require(body.sha256)
+    return {"agents": [view.to_json() for view in services.agents_of(row)]}
 
 
 @routes.add("POST", "/sessions/select", body=models.Select, answers={200: "Session"})
 def select(services: Services, body: models.Select) -> Json:
     """Send a session's requests to another agent of its user."""
-    row = services.sessions.require(body.sha256)
-    agent = services.own(row.user, names.agent_name(body.agent))
+    row = _whole(services, body.sha256)
+    agent = services.own(row, names.agent_name(body.agent))
     return services.session_json(services.sessions.select(row.sha256, agent.name))
 
 
@@ -64,7 +68,7 @@ def select(services: Services, body: models.Select) -> Json:
 def my_state(services: Services, body: models.MyState) -> Answer:
     """Start, stop or restart an agent of a session's user."""
     row = services.sessions.require(body.sha256)
-    agent = services.own(row.user, names.agent_name(body.agent)).name
+    agent = services.own(row, names.agent_name(body.agent)).name
     if body.state == "restart":
         services.supervisor.restart(agent)
     else:
@@ -75,7 +79,7 @@ def my_state(services: Services, body: models.MyState) -> Answer:
 @routes.add("POST", "/sessions/list", body=models.OfSession, answers={200: "SessionList"})
 def my_sessions(services: Services, body: models.OfSession) -> Json:
     """List the sessions of a session's user."""
-    user = services.sessions.require(body.sha256).user
+    user = _whole(services, body.sha256).user
     return {"sessions": services.listed(services.sessions.all(user))}
 
 
@@ -119,9 +123,20 @@ def redeem(services: Services, body: models.Redeem) -> Answer:
 
 
 def _verified(services: Services, body: models.Verify) -> str:
-    user = services.sessions.require(body.sha256).user
+    user = _whole(services, body.sha256).user
     services.signin.check(user, body.password, body.address)
     return user
+
+
+def _whole(services: Services, sha256: str) -> SessionRow:
+    """Return a session that is for all of its user's affairs.
+
+    :raises NotFound: it is dead; :raises Forbidden: it is for one agent's host.
+    """
+    row = services.sessions.require(sha256)
+    if row.parent:
+        raise Forbidden("This sign-in is for one app alone", fix="go to your list of apps")
+    return row
 
 
 def _line(text: str) -> str:

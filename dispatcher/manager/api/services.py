@@ -78,13 +78,18 @@ class Services:
         """
         return self.supervisor.view(agent).user
 
-    def own(self, user: str, agent: str) -> AgentView:
-        """Return a user's agent; somebody else's is as unknown as none.
+    def agents_of(self, row: SessionRow) -> list[AgentView]:
+        """Return the agents that a session is for: its user's, or the one of its host."""
+        views = self.supervisor.views(user=row.user)
+        return [view for view in views if not row.parent or view.name == row.agent]
+
+    def own(self, row: SessionRow, agent: str) -> AgentView:
+        """Return an agent that a session is for; any other is as unknown as none.
 
         :raises NotFound: as said.
         """
         view = self._view(agent)
-        if view is None or view.user != user:
+        if view is None or view.user != row.user or (row.parent and agent != row.agent):
             raise NotFound(f"There is no agent {agent}", fix="see the dashboard for your agents")
         return view
 
@@ -94,7 +99,7 @@ class Services:
             "sha256": row.sha256,
             "user": row.user,
             "agent": row.agent,
-            "agents": [view.name for view in self.supervisor.views(user=row.user)],
+            "agents": [view.name for view in self.agents_of(row)],
             "ttl": round(self.sessions.ttl(row), 3),
             "lifetime": round(self.sessions.lifetime(row), 3),
             "created": iso(row.created),

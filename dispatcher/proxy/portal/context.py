@@ -150,6 +150,8 @@ def _look_up() -> Person | None:
         session = portal().client.lookup(digest)
     except (NotFound, Forbidden):
         return None
+    if str(session.get("host") or "") != (request.host.lower() if on_agent_host() else ""):
+        return None  # of another host: an agent may hold the token of its own
     return Person(digest, str(session["user"]), str(session["agent"]), tuple(session.get("agents", ())))
 
 

@@ -35,6 +35,8 @@ def form() -> Response:
 @pages.post("/login")
 def sign_in() -> Response:
     """Check a name and a password, and begin a session: always a new one, whatever cookie came along."""
+    if context.on_agent_host():
+        raise Forbidden("Nobody signs in on an app's own host", fix=f"sign in at {context.portal().public_origin}")
     target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
     user = context.sent("user")
     try:
