@@ -270,7 +270,7 @@ class Attempt:
             init = self._inner if self.machine.sandboxed and self._inner is not self._main else None
             record = replace(record, main=self._main, init=init, helper=self._helper)
             processes.kill(record, self.group, lambda: limit.expired)
-            launch.reap(self._main.pid)
+            launch.reap(self._main)
         if self.group:
             self.group.remove()
         self.secret_files.remove(name)

@@ -98,8 +98,8 @@ class Ending:
     def _reap(record: Record) -> int | None:
         """Reap what were children of this process; return the exit code of the main one, None when it was none."""
         if record.helper:
-            launch.reap(record.helper.pid)
-        return launch.reap(record.main.pid) if record.main else None
+            launch.reap(record.helper)
+        return launch.reap(record.main) if record.main else None
 
     def _note(self, record: Record, reason: str) -> Record:
         self._journals.append(record.name, {"ended": reason})

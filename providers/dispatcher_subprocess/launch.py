@@ -81,18 +81,21 @@ def spawn(
     return Process(pid=process.pid, start=found.start if found else 0)
 
 
-def reap(pid: int) -> int | None:
+def reap(process: Process) -> int | None:
     """Reap a dying child; return its exit code (-N: killed by signal N), None when it is no child of ours.
 
     Its first thread may look dead while others are still at it: so wait a little.
     """
+    found = procfs.stat(process.pid)
+    if found is None or found.start != process.start:
+        return None  # gone; whoever has its pid now, perhaps another child of ours, is none of this
     end = time.monotonic() + _DYING
     while True:
         try:
-            done, status = os.waitpid(pid, os.WNOHANG)
+            done, status = os.waitpid(process.pid, os.WNOHANG)
         except ChildProcessError:
             return None
-        if done == pid:
+        if done:
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > end:
             return None

@@ -15,15 +15,18 @@ from dispatcher_subprocess.options import Options
 
 _SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _PROBE = (
-    "--unshare-pid",
-    "--unshare-ipc",
-    "--unshare-uts",
-    "--unshare-net",
-    "--ro-bind",
-    "/",
-    "/",
-    "--proc",
-    "/proc",
+    *(
+        "--unshare-pid",
+        "--unshare-ipc",
+        "--unshare-uts",
+        "--unshare-net",
+        "--ro-bind",
+        "/",
+        "/",
+        "--proc",
+        "/proc",
+    ),
+    *("--dev", "/dev", "--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/"),  # noqa: S108
 )
 
 

@@ -83,7 +83,7 @@ def connect(machine: Machine, inner: Process, port: int, denied: Networks, deadl
             _wall_off(inside, [*host_networks(), *denied], deadline)
         except BaseException:
             procfs.send(helper.pid, helper.start, 9)
-            launch.reap(helper.pid)
+            launch.reap(helper)
             raise
     return helper
 
@@ -166,7 +166,7 @@ def _slirp(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> 
         if launch.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
             return helper
         procfs.send(helper.pid, helper.start, 9)
-        launch.reap(helper.pid)
+        launch.reap(helper)
         raise ProviderError("slirp4netns does not connect the agent", fix="install passt, which is used instead")
     finally:
         os.close(ready)

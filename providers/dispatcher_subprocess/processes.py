@@ -8,6 +8,7 @@ found by parenthood, its output and a random token in the environment; `explain`
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import stat
@@ -23,6 +24,7 @@ from dispatcher_subprocess.record import Process, Record, told
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
+_OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
 _AT_ONCE = 10.0  # seconds for a signal that is sent in one stroke
 _AFTER_MAIN = 1.0  # seconds that the rest gets once the app's first process has ended
 
@@ -86,22 +88,32 @@ def signal_at_once(record: Record, number: int) -> bool:
     inside the agent's pid namespace, or as its own user.
     """
     shell = ["/bin/sh", "-c", f"kill -{int(number)} -1"]
+    fds: list[int] = []
     with contextlib.ExitStack() as stack:
         if record.init:
             pidfd = procfs.open_pidfd(record.init.pid, record.init.start)
             if pidfd is None:
                 return True  # all is over
             stack.callback(os.close, pidfd)
-            inside = [f"--pid=/proc/{record.init.pid}/ns/pid"]
-            if os.geteuid() != 0:
-                inside += [f"--user=/proc/{record.init.pid}/ns/user", "--preserve-credentials"]
-            command = [which("nsenter"), *inside, *shell]
+            try:
+                space = os.open(f"/proc/{record.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, space)
+                fds = [space]
+                if os.geteuid() != 0:  # with the rights of who made it, which the agent's own namespace lacks
+                    fds.append(fcntl.ioctl(space, _OWNER))
+                    stack.callback(os.close, fds[1])
+            except OSError:
+                return False
+            inside = [f"--{kind}=/proc/self/fd/{fd}" for kind, fd in zip(("pid", "user"), fds, strict=False)]
+            command = [which("nsenter"), *inside, *(["--preserve-credentials"] if len(fds) > 1 else []), *shell]
         elif os.geteuid() == 0 and record.uid >= 1000:
             command = [which("setpriv"), f"--reuid={record.uid}", "--clear-groups", *shell]
         else:
             return False
         try:
-            subprocess.run(command, check=False, capture_output=True, timeout=_AT_ONCE, env={}, cwd="/")
+            subprocess.run(
+                command, check=False, capture_output=True, timeout=_AT_ONCE, env={}, cwd="/", pass_fds=fds
+            )
         except (OSError, subprocess.TimeoutExpired):
             return False
     return True

@@ -32,7 +32,7 @@ from dispatcher.model import (
     Usage,
 )
 from dispatcher.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext
-from dispatcher_subprocess import explain, output, processes
+from dispatcher_subprocess import explain, output, processes, procfs
 from dispatcher_subprocess.attempt import Attempt
 from dispatcher_subprocess.ending import Ending, gone
 from dispatcher_subprocess.listeners import NOT_YET, Verified, listening
@@ -113,8 +113,8 @@ class SubprocessProvider(Provider):
 
     def _examine(self, deadline: Deadline) -> _Parts:
         found = examine(self._options, self.context.installation, deadline)
-        if not found.sandboxed:
-            self.context.log.warning("agents are not isolated: %s", found.reason)
+        if found.reason and (self._known is None or self._known.machine.reason != found.reason):
+            self.context.log.warning("agents run without a sandbox: %s", found.reason)
         return _Parts(
             machine=found,
             planner=Planner(self.context, self._options, found, self._secret_files),
@@ -272,7 +272,9 @@ class SubprocessProvider(Provider):
                 exit_reason=record.ended or "",
             )
         asleep = self._parts.sleeping.asleep(record)
-        endpoint, detail = self._endpoint(record, asleep=asleep)
+        endpoint, detail = self._endpoint(record)
+        if record.helper and not procfs.lives(record.helper.pid, record.helper.start):
+            detail = "what carried its network has ended: restart it"
         return Observation(
             state=BackendState.SUSPENDED if asleep else BackendState.RUNNING,
             endpoint=endpoint,
@@ -282,7 +284,7 @@ class SubprocessProvider(Provider):
             detail=detail,
         )
 
-    def _endpoint(self, record: Record, *, asleep: bool) -> tuple[Endpoint | None, str]:
+    def _endpoint(self, record: Record) -> tuple[Endpoint | None, str]:
         """Return where the agent listens, or None and why that is not known to be the agent."""
         endpoint = Endpoint.parse(record.endpoint)
         if endpoint.kind != "tcp":

@@ -1,5 +1,7 @@
 """What the provider `subprocess` takes for options, and what it makes of placeholders and environments."""
 
+from pathlib import Path
+
 import pytest
 from dispatcher_subprocess.options import AppOptions, Inside, Options, endpoint_kind, environment
 from dispatcher_subprocess.provider import SubprocessProvider
@@ -178,3 +180,10 @@ def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
 def test_variables_that_cannot_be_are_refused(tmp_path, env):
     with pytest.raises(ConfigError, match="cannot be a variable"):
         environment(spec(tmp_path, env=env), INSIDE, {}, "")
+
+
+def test_every_option_is_documented():
+    text = (Path(__file__).parent.parent.parent / "docs/reference/subprocess.md").read_text(encoding="utf-8")
+    for model in (Options, AppOptions):
+        for name in model.model_fields:
+            assert f"| `{name}` |" in text, name
