@@ -5,15 +5,18 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket
 import ssl as tls
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dispatcher.errors import BadRequest
+from dispatcher.errors import BadRequest, ManagerUnreachable
 from dispatcher.names import printable
 
 DEFAULT_PORT = 4443
+_UCRED = struct.Struct("3i")
 _UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
 
 
@@ -21,6 +24,23 @@ def unix_path(url: str) -> str:
     """Return the path that ``unix:///PATH`` names, "" for another address."""
     match = _UNIX.fullmatch(url)
     return match[1] if match else ""
+
+
+def believe(sock: socket.socket, path: str) -> None:
+    """Return when the process that listens at a Unix socket is one that may be a manager of ours.
+
+    It is root's or our own user's.  Where the path leads tells nothing: below /tmp somebody else may have made it.
+    Root has named a path that it trusts.
+
+    :raises ManagerUnreachable: it is another user's, and would get passwords.
+    """
+    uid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+    if uid not in {0, os.geteuid()} and os.geteuid() != 0:
+        raise ManagerUnreachable(
+            f"Will not talk to the manager at {path}",
+            why=f"it belongs to user id {uid}, neither root nor you",
+            fix="find out who made that socket; set manager.run_dir, or $XDG_RUNTIME_DIR",
+        )
 
 
 def token(token: str) -> str:

@@ -52,6 +52,7 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.settimeout(self.timeout)
         try:
             self.sock.connect(self._path)
+            target.believe(self.sock, self._path)
         except BaseException:
             self.close()
             raise

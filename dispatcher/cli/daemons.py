@@ -78,17 +78,20 @@ def _reload_proxy(run_dir: Path) -> bool:
 
     :raises Unavailable: it runs and may not be signalled.
     """
-    from dispatcher.cli.pair import proxy_pid
+    from dispatcher.cli.pair import pid_file
 
-    pid = proxy_pid(run_dir)
-    if pid is None:
+    found = pid_file(run_dir)
+    if found is None:
         return False
+    pid, owner = found
     try:
         arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{pid}/status").read_bytes()
     except OSError:
         return False
-    if b"proxy" not in arguments:
-        return False  # a stale file: the number belongs to another program now
+    # A stale file, whose number belongs to another program now, or one with which the proxy's user aims at others.
+    if b"proxy" not in arguments or b"\nUid:\t%d\t" % owner not in status:
+        return False
     try:
         os.kill(pid, signal.SIGHUP)
     except ProcessLookupError:

@@ -220,10 +220,24 @@ class Pair:
 
 def proxy_pid(run_dir: Path) -> int | None:
     """Return the process id that the proxy of this run directory wrote, None when there is none."""
+    return (pid_file(run_dir) or (None, 0))[0]
+
+
+def pid_file(run_dir: Path) -> tuple[int, int] | None:
+    """Return what the proxy's file says and whose it is, None when there is none.
+
+    The proxy's user may put anything there, and root reads it.
+    """
     try:
-        return int((run_dir / PID_FILE).read_text(encoding="ascii"))
+        fd = os.open(run_dir / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(os.read(fd, 20).decode("ascii")), os.fstat(fd).st_uid
     except (OSError, ValueError):
         return None
+    finally:
+        os.close(fd)
 
 
 def listen_endpoint(address: str) -> Endpoint | None:

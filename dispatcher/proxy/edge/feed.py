@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher import feed_protocol
+from dispatcher import client_target, feed_protocol
 from dispatcher.clock import boottime
+from dispatcher.errors import ManagerUnreachable
 from dispatcher.logs import logger
 
 _FIRST_PAUSE = 0.05
@@ -100,6 +101,12 @@ class Feed:
 
     def up(self, transport: asyncio.WriteTransport) -> None:
         """The connection is there."""
+        try:
+            client_target.believe(transport.get_extra_info("socket"), self._path)
+        except ManagerUnreachable as error:
+            self._log.error("the feed is not the manager's", path=self._path, why=error.why)
+            transport.abort()
+            return
         self._transport = transport
         self._heard = boottime()
         self.send({"type": feed_protocol.HELLO, "version": feed_protocol.VERSION, "pid": os.getpid()})

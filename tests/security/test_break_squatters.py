@@ -1,0 +1,129 @@
+"""Another user of the machine, or the proxy's user, in the place of the manager's: who is believed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+
+from dispatcher.cli.daemons import _reload_proxy
+from dispatcher.cli.pair import proxy_pid
+from tests import ordinary
+
+VICTIM, THIEF = 61001, 61002
+PROGRAM = """
+import sys
+from dispatcher.client import ManagerClient
+from dispatcher.errors import ManagerUnreachable
+try:
+    ManagerClient("unix://" + sys.argv[1], timeout=5).login("alice", "a secret of alice", "192.0.2.1")
+except ManagerUnreachable as error:
+    print(error.why)
+"""
+FEED = """
+import asyncio, sys
+from dispatcher.proxy.edge.feed import Feed
+async def main():
+    feed = Feed(sys.argv[1], lambda message: None, lambda: None, lambda: None)
+    feed.open()
+    await asyncio.sleep(1)
+    feed.close()
+asyncio.run(main())
+"""
+
+
+@pytest.fixture
+def trap():
+    """A socket at which user THIEF listens; what arrives there."""
+    directory = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    directory.chmod(0o777)
+    arrived: list[bytes] = []
+    listener = socket.socket(socket.AF_UNIX)
+
+    def listen() -> None:  # the kernel notes who calls listen(2): a thread may have an id of its own
+        import ctypes
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.syscall(117, -1, THIEF, -1) == 0  # setresuid of this thread alone (x86_64)
+        listener.bind(str(directory / "manager.sock"))
+        (directory / "manager.sock").chmod(0o666)
+        listener.listen()
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    listener.settimeout(20)
+
+    def take() -> None:
+        try:
+            connection, _ = listener.accept()
+            connection.settimeout(3)
+            arrived.append(connection.recv(65536))
+            connection.close()
+        except OSError:
+            pass
+
+    taker = threading.Thread(target=take)
+    taker.start()
+    yield directory, arrived, taker
+    listener.close()
+    shutil.rmtree(directory)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="takes another user id by the number of a system call")
+@pytest.mark.parametrize("program", [PROGRAM, FEED])
+def test_nothing_is_said_to_a_manager_that_is_another_users(trap, tmp_path, program) -> None:
+    """A link below /tmp/dispatcher-UID can lead to any directory: only the listening process itself tells whose it is."""
+    directory, arrived, taker = trap
+    home = Path(tempfile.mkdtemp(prefix="v-", dir="/tmp"))
+    os.chown(home, VICTIM, VICTIM)
+    try:
+        command = ordinary.command(VICTIM, home, sys.executable, "-c", program, str(directory / "manager.sock"))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        shutil.rmtree(home)
+    taker.join()
+    assert arrived == [b""]
+    assert str(THIEF) in done.stdout + done.stderr
+
+
+def test_the_proxys_file_makes_nobody_read_or_wait_for_ever(tmp_path) -> None:
+    (tmp_path / "proxy").mkdir()
+    file = tmp_path / "proxy/proxy.pid"
+    os.mkfifo(file)
+    assert proxy_pid(tmp_path) is None
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert proxy_pid(tmp_path) is None
+    file.unlink()
+    file.write_text("123\n")
+    assert proxy_pid(tmp_path) == 123
+
+
+@pytest.mark.root
+def test_the_proxys_user_names_no_process_of_another_user_to_be_signalled(tmp_path) -> None:
+    (tmp_path / "proxy").mkdir()
+    program = (
+        "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(7)); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, "proxy"], stdin=-1, stdout=-1) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            file = tmp_path / "proxy/proxy.pid"
+            file.write_text(f"{process.pid}\n")
+            os.chown(file, THIEF, THIEF)
+            assert not _reload_proxy(tmp_path)
+            os.chown(file, 0, 0)
+            assert _reload_proxy(tmp_path)
+            assert process.wait(20) == 7
+        finally:
+            process.kill()
