@@ -112,10 +112,13 @@ class Connection(asyncio.Protocol):
         self.outgoing_agent: Agent | None = None
         self.bytes_in = self.bytes_out = self.spoke = 0
         self.started = 0.0
+        self.trusted = False
         self.reset()
 
     def reset(self) -> None:
         """Be as new, for the next connection; what was learned of a client's field lines may come in useful."""
+        if self.trusted:  # they meant more than they will
+            self.block, self.model, self.outgoing_agent = b"", None, None
         self.state = HEAD
         self.write_paused = self.closing = self.eof = self.poll = self.rechunk = self.trusted = False
         self.proto = self.worker.settings.scheme

@@ -36,7 +36,11 @@ class EventStreams:
     def serve(self, client: Connection, request: Request, session: Session) -> None:
         """Begin a stream, or say why not; alike for another's agent and for none at all."""
         worker = self._worker
-        query = parse_qs(request.target.partition(b"?")[2].decode("ascii"), max_num_fields=8)
+        try:
+            query = parse_qs(request.target.partition(b"?")[2].decode("ascii"), max_num_fields=8)
+        except ValueError:
+            client.say(pages.bad_request(400, "a query of too many fields"))
+            return
         name = query.get("agent", [session.agent])[0]
         agent = worker.tables.agents.get(name)
         if agent is None or name not in session.agents or agent.user != session.user:

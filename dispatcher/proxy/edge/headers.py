@@ -57,6 +57,7 @@ SET_COOKIE = 30
 SERVICE_WORKER_ALLOWED = 31
 DATE = 32
 CLEAR_SITE_DATA = 33
+CONTENT_TYPE = 34
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP = dict.fromkeys(
@@ -139,6 +140,9 @@ _RESPONSE = {
     "public-key-pins": DROP,
     "alt-svc": DROP,
     "clear-site-data": CLEAR_SITE_DATA,
+    "nel": DROP,  # reports each request to the host, the portal's too, long after the session
+    "report-to": DROP,
+    "content-type": CONTENT_TYPE,
     # Orders to a front proxy, which would read its own files for the agent:
     "x-accel-redirect": DROP,
     "x-sendfile": DROP,

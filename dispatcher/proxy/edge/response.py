@@ -98,6 +98,12 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
                 if not response.dated:
                     response.dated = True
                     kept.append(line)
+            elif kind == headers.CONTENT_TYPE:
+                kept.append(line)
+                if policy is not None and policy.guarded and b"script" in value.lower():
+                    # A copy in the browser's cache must not serve for a service worker that is refused here:
+                    # browsers may take the script from there (Service Workers, "Update", updateViaCache).
+                    kept.append(b"Vary: Service-Worker")
             elif kind == headers.CONTENT_LENGTH:
                 if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
                     raise BadHead("a bad Content-Length, or more than one")
