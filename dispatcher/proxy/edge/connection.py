@@ -144,6 +144,7 @@ class Connection(asyncio.Protocol):
         self.worker.refused += 1
         if self.state == HEAD:
             self.request = None  # there is none
+            self.request_id = b""
         if self.status:
             self.transport.abort()
             return
