@@ -26,7 +26,7 @@ class Contract:
     #: Seconds that one operation (a start up to the probe's first answer, say) may take.
     patience: ClassVar[float] = 15.0
     #: Seconds that a call may take past its deadline.
-    slack: ClassVar[float] = 1.0
+    slack: ClassVar[float] = 2.0
     #: Agents that are started at the same time.
     many: ClassVar[int] = 6
     #: Why there is no backend that could be down ("processes of this machine"); empty where there is one.

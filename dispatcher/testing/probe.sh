@@ -41,7 +41,10 @@ saved() {
 }
 
 leave() {
-    kill -9 "$server" "$reader" $(cat "$PROBE_STATE/holders" 2>/dev/null) 2>/dev/null
+    kill -9 "$server" "$reader" 2>/dev/null
+    if [ -e "$PROBE_STATE/holders" ]; then
+        xargs kill -9 <"$PROBE_STATE/holders" 2>/dev/null
+    fi
     rm -rf "$PROBE_STATE"
     exit "$1"
 }
@@ -110,7 +113,7 @@ get() {
             cat "$PROBE_STATE/stdin"
         } | reply 200
         ;;
-    /read) if [ -f "$what" ] && cat "$what" >/dev/null 2>&1; then cat "$what" | reply 200; else refuse "$what"; fi ;;
+    /read) if [ -f "$what" ] && cat "$what" >/dev/null 2>&1; then reply 200 <"$what"; else refuse "$what"; fi ;;
     /list) if ls "$what" >/dev/null 2>&1; then ls -A "$what" | reply 200; else refuse "$what"; fi ;;
     /stat) if stat "$what" >/dev/null 2>&1; then stat -c '%u %g %a %s' "$what" | reply 200; else refuse "$what"; fi ;;
     /connect) dial "$(argument to)" ;;
@@ -185,13 +188,22 @@ post() {
     /fork)
         : >"$body.pids"
         n=$(argument count)
-        while [ "$n" -gt 0 ]; do
-            n=$((n - 1))
-            (sleep 60 & echo $! >>"$body.pids") </dev/null >/dev/null 2>&1 || break
-        done
-        wc -l <"$body.pids" | reply 200
-        xargs kill -9 <"$body.pids" 2>/dev/null
+        # ash ends when it cannot fork: that is left to a shell of its own, and nothing is forked before all are gone.
+        (
+            while [ "$n" -gt 0 ]; do
+                n=$((n - 1))
+                sleep 60 &
+                echo "$!" >>"$body.pids"
+            done
+        ) </dev/null >/dev/null 2>&1
+        n=0
+        while read -r pid; do
+            kill -9 "$pid" 2>/dev/null
+            n=$((n + 1))
+        done <"$body.pids"
+        usleep 100000
         rm -f "$body.pids"
+        echo "$n" | reply 200
         return
         ;;
     /burn) timeout "$(argument seconds)" sh -c 'while :; do :; done' ;;

@@ -12,7 +12,7 @@ ADVICE = "connect in check()"
 class Broken(FakeProvider):
     def __init__(self, *, context, options):
         super().__init__(context=context, options=options)
-        time.sleep(0.7)
+        time.sleep(1.2)
 
 
 class TestBroken(BrokenContract):
