@@ -49,10 +49,14 @@ class StaleForm(Forbidden):
 
 @dataclass(frozen=True, slots=True)
 class Portal:
-    """Settings of the application."""
+    """Settings of the application.
+
+    :ivar client: speaks to the manager; :ivar patient: the same where a password is checked, which takes longer.
+    """
 
     config: Config
     client: ManagerClient
+    patient: ManagerClient
     assets: Assets
     logins: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(LOGIN_SLOTS))
 
@@ -216,12 +220,25 @@ def forget_session(response: Response) -> None:
     of all sibling hosts, and the device cookie, which lets the owner in while somebody guesses passwords.  So
     the cookies that the browser showed (an app's, when it shares the portal's origin) are expired one by one.
     """
-    secure = portal().config.secure
+    _set(response, cookies.session_cookie_name(portal().config.secure), "", 0)
+    _forget_apps(response)
+
+
+def forget_others(response: Response, device: str | None) -> None:
+    """Leave nothing of whoever had this browser before, unless it was the same person.
+
+    A session may end without a sign-out.  In subdomain routing nothing is shared.
+
+    :param device: what the sign-in gave: the browser's own token when its owner has signed in from it before.
+    """
+    if not portal().subdomains and (device is None or device != device_token()):
+        _forget_apps(response)
+
+
+def _forget_apps(response: Response) -> None:
     shown = [] if portal().subdomains else list(request.cookies)[:_EXPIRED_AT_MOST]
-    for name in [cookies.session_cookie_name(secure), *shown]:
-        if name == cookies.session_cookie_name(secure) or (
-            name not in cookies.OWN_NAMES and _NAME.fullmatch(name)
-        ):
+    for name in shown:
+        if name not in cookies.OWN_NAMES and _NAME.fullmatch(name):
             _set(response, name, "", 0)
     response.headers["Clear-Site-Data"] = '"cache", "storage"'
 

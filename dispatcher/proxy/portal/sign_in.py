@@ -51,6 +51,7 @@ def sign_in() -> Response:
     except TooManyRequests as error:
         return _again(error, user, target)
     response = _welcome(answer["session"], target)
+    context.forget_others(response, answer.get("device"))
     context.set_session(response, answer["token"], answer["session"])
     if answer.get("device"):
         context.set_device(response, answer["device"])
@@ -62,13 +63,13 @@ def _login(user: str, password: str) -> dict[str, Any]:
 
     :raises Forbidden, BadRequest: wrong; :raises TooManyRequests: slowed down, or too many at once.
     """
-    client = context.portal().client
+    portal = context.portal()
     agent = request.headers.get("User-Agent", "")[:512]
     with _slot():
-        answer = client.login(user, password, context.address(), agent, context.device_token())
+        answer = portal.patient.login(user, password, context.address(), agent, context.device_token())
     if before := context.session_digest():
         with suppress(DispatcherError):
-            client.logout(before)
+            portal.client.logout(before)
     return answer
 
 
