@@ -114,10 +114,10 @@ class Installation:
 
     def __init__(self, base: Path, apps: str = "", extra: str = "", proxy: str = "") -> None:
         self.base = base
-        proxy = proxy.replace("{base}", str(base))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
+        proxy = proxy.replace("{base}", str(base)).replace("{port}", str(self.port))
         app = base / "app.py"
         app.write_text(APP)
         app.chmod(0o644)

@@ -22,7 +22,10 @@ FLAT = 20_000_000  # bytes that a proxy may grow by, whatever passes
 
 @pytest.fixture(scope="module")
 def site():
-    with Site(app() + app("loop", "environment = {CASE_LAST_WORDS = 'x'}", "max_restarts = 0"), extra='default_app = "web"') as site:
+    with Site(
+        app() + app("loop", "environment = {CASE_LAST_WORDS = 'x'}", "max_restarts = 0"),
+        extra='default_app = "web"',
+    ) as site:
         site.add("alice")
         site.add("looper", "loop")
         yield site
@@ -54,6 +57,18 @@ def test_a_large_download_leaves_memory_flat(site, alice):
                 at, most = got, max(most, site.memory())
     assert got == SIZE
     assert most - before < FLAT
+
+
+def test_an_endless_body_for_head_is_nobodys(site, alice):
+    before = site.memory()
+    with site.connect() as sock:
+        sock.sendall(site.head("/download/100000000000", alice, method="HEAD"))
+        assert b"\r\nContent-Length: 100000000000\r\n" in head_of(sock)
+        sock.sendall(site.head("/after", alice, "Connection: close"))
+        head, _, body = rest(sock).partition(b"\r\n\r\n")
+    assert b" 200 " in head.split(b"\r\n")[0]
+    assert json.loads(body)["target"] == "/after"
+    assert site.memory() - before < FLAT
 
 
 @pytest.mark.parametrize("how", ["with its length", "in chunks"])
@@ -113,7 +128,9 @@ def test_the_exchange_is_as_the_standard_says(site, alice):
     assert b"Content-Length: " in first
     assert json.loads(second.partition(b"\r\n\r\n")[2])["target"] == "/second"
     with site.connect() as sock:
-        sock.sendall(site.head("/", alice, "Expect: 100-continue", "Content-Length: 3", "Connection: close", method="PUT"))
+        sock.sendall(
+            site.head("/", alice, "Expect: 100-continue", "Content-Length: 3", "Connection: close", method="PUT")
+        )
         assert head_of(sock).startswith(b"HTTP/1.1 100 ")
         sock.sendall(b"abc")
         assert json.loads(rest(sock).partition(b"\r\n\r\n")[2])["length"] == 3
@@ -121,7 +138,7 @@ def test_the_exchange_is_as_the_standard_says(site, alice):
         sock.sendall(f"GET / HTTP/1.0\r\nHost: 127.0.0.1:{site.port}\r\nCookie: {alice}\r\n\r\n".encode())
         assert json.loads(rest(sock).partition(b"\r\n\r\n")[2])["target"] == "/"
     for status in (204, 304):
-        raw = f"HTTP/1.1 {status} X\r\nETag: \"x\"\r\n\r\n".encode().hex()
+        raw = f'HTTP/1.1 {status} X\r\nETag: "x"\r\n\r\n'.encode().hex()
         with site.connect() as sock:
             sock.sendall(site.head(f"/raw/{raw}", alice) + site.head("/after", alice, "Connection: close"))
             text = rest(sock)

@@ -68,7 +68,9 @@ def test_no_cookie_and_no_credential_of_ours_reaches_an_app(site, alice):
     assert "x" * 43 not in answer.body.decode()
 
 
-@pytest.mark.parametrize("more", ["", "; Domain=127.0.0.1", "; Path=/auth", "; Path=/; Max-Age=0", "; HttpOnly; SameSite=None"])
+@pytest.mark.parametrize(
+    "more", ["", "; Domain=127.0.0.1", "; Path=/auth", "; Path=/; Max-Age=0", "; HttpOnly; SameSite=None"]
+)
 def test_an_app_cannot_set_or_end_the_portals_cookies(site, alice, more):
     lines = [f"Set-Cookie: {name}=evil{more}" for name in
              ("dispatcher", "dispatcher-device", "dispatcher-form", "__Host-dispatcher", " dispatcher ", '"dispatcher"')]  # fmt: skip
@@ -94,7 +96,10 @@ def test_an_app_hears_from_the_edge_alone_whom_it_serves(site, alice, claim):
         text = b""
         while data := sock.recv(65536):
             text += data
-    got = [(name.lower().replace("_", "-"), value) for name, value in json.loads(text.partition(b"\r\n\r\n")[2])["headers"]]
+    got = [
+        (name.lower().replace("_", "-"), value)
+        for name, value in json.loads(text.partition(b"\r\n\r\n")[2])["headers"]
+    ]
     assert [value for name, value in got if name == "x-dispatcher-user"] == ["alice"]
     assert [value for name, value in got if name == "x-forwarded-for"] == ["127.0.0.1"]
     assert [value for name, value in got if name == "x-forwarded-host"] == [f"127.0.0.1:{site.port}"]
@@ -119,7 +124,9 @@ def test_no_websocket_without_a_session(site, alice, how):
     else:
         cookie = f"dispatcher={token_of(cookie)}; dispatcher={token_of(alice)}"
     # What ends is pushed to all workers, which takes milliseconds on a machine that is not overloaded.
-    until("no worker knows it", lambda: all(site.web("GET", "/", Cookie=cookie).status == 401 for _ in range(8)), 2)
+    until(
+        "no worker knows it", lambda: all(site.web("GET", "/", Cookie=cookie).status == 401 for _ in range(8)), 2
+    )
     for _ in range(6):  # either worker
         sock, head = site.upgrade(f"/ws/without-{how.replace(' ', '-')}", cookie)
         sock.close()
@@ -128,7 +135,9 @@ def test_no_websocket_without_a_session(site, alice, how):
 
 
 def newest(site, user):
-    return max(site.admin("GET", f"/sessions?user={user}").json()["sessions"], key=lambda row: row["created"])["id"]
+    return max(site.admin("GET", f"/sessions?user={user}").json()["sessions"], key=lambda row: row["created"])[
+        "id"
+    ]
 
 
 ENDS = {
@@ -240,13 +249,30 @@ def test_a_socket_that_became_a_link_leads_nowhere(site, alice, bob, target):
     assert len(seen(site, bob)) == before + 1
 
 
-MANAGER = ["/agents", "/agents/alice", "/sessions", "/metrics", "/openapi.json", "/stats/top", "/reload", "/healthz", "/providers"]
+MANAGER = [
+    "/agents",
+    "/agents/alice",
+    "/sessions",
+    "/metrics",
+    "/openapi.json",
+    "/stats/top",
+    "/reload",
+    "/healthz",
+    "/providers",
+]
 
 
 @pytest.mark.parametrize("path", MANAGER)
 def test_the_managers_paths_are_never_the_managers_through_the_proxy(site, alice, path):
     assert site.web("GET", path).status == 401
-    for way in (path, f"/auth{path}", f"/auth/..{path}", f"/auth/%2e%2e{path}", f"//{path}", f"/auth/static/..{path}"):
+    for way in (
+        path,
+        f"/auth{path}",
+        f"/auth/..{path}",
+        f"/auth/%2e%2e{path}",
+        f"//{path}",
+        f"/auth/static/..{path}",
+    ):
         answer = site.web("GET", way, Cookie=alice)
         if answer.status == 200:
             assert answer.json()["target"] == way, "it is the app that answered"
@@ -259,7 +285,12 @@ def test_the_managers_paths_are_never_the_managers_through_the_proxy(site, alice
 def test_the_manager_listens_on_no_port(site):
     pid = site.processes["manager"].pid
     assert not [each for each in psutil.Process(pid).net_connections("inet") if each.status == psutil.CONN_LISTEN]
-    listening = [each for process in site.workers() for each in process.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    listening = [
+        each
+        for process in site.workers()
+        for each in process.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN
+    ]
     assert {each.laddr.port for each in listening} == {site.port}
 
 
@@ -285,7 +316,13 @@ def test_the_template_decides_whatever_is_asked_for(site, alice, extra):
 
 def test_no_secret_and_no_forged_line_in_any_log(site, alice):
     secret = "S3cret-that-nobody-may-see"
-    names = ["x\n2026-01-01T00:00:00Z INFO    signed in user=root", "\x1b[2J\x1b[31mx", "a\r\nSet-Cookie: b=c", "\u202ex", "y" * 300]
+    names = [
+        "x\n2026-01-01T00:00:00Z INFO    signed in user=root",
+        "\x1b[2J\x1b[31mx",
+        "a\r\nSet-Cookie: b=c",
+        "\u202ex",
+        "y" * 300,
+    ]
     for name in names:
         assert site.post("/auth/login", {"user": name, "password": secret}).status == 403
         site.web("GET", f"/auth/login?user=x&password={secret}", **HTML)
@@ -408,7 +445,20 @@ def test_names_that_look_alike_are_different_people():
             site.add(name)
         for name in ("a", "a-b"):
             assert site.admin("POST", "/agents", {"name": name, "app": "b-c"}).status == 201
-        for name in ["Alice", "..", "a/b", "-rf", "--privileged", ".", "a\0b", "x" * 256, "", " ", "a\nb", "A" * 300]:
+        for name in [
+            "Alice",
+            "..",
+            "a/b",
+            "-rf",
+            "--privileged",
+            ".",
+            "a\0b",
+            "x" * 256,
+            "",
+            " ",
+            "a\nb",
+            "A" * 300,
+        ]:
             answer = site.admin("POST", "/agents", {"name": name, "password": PASSWORD})
             assert answer.status == (201 if name == "Alice" else 400), (name, answer.body)
         assert site.admin("POST", "/agents", {"name": "alice", "password": PASSWORD}).status == 409
@@ -418,7 +468,9 @@ def test_names_that_look_alike_are_different_people():
         assert len(everybody) == len(set(everybody)) == len(names) + 3
         cookies = {name: site.login(name) for name in [*names, "ALICE"]}
         uids = [site.app(cookie)["uid"] for cookie in cookies.values()]
-        handles = [json.dumps(site.admin("GET", f"/agents/{quote(name)}/runtime").json()["handle"]) for name in everybody]
+        handles = [
+            json.dumps(site.admin("GET", f"/agents/{quote(name)}/runtime").json()["handle"]) for name in everybody
+        ]
         assert len(set(handles)) == len(everybody)
         assert os.geteuid() or len(set(uids)) == len(cookies)
         for name, cookie in cookies.items():
