@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import secrets
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -72,7 +73,7 @@ class Attempt:
     def prepare(self) -> None:
         """Make the group and the descriptors, write the journal."""
         spec = self.spec
-        clear_socket(spec.run_dir, spec.socket.name)
+        clear_run_dir(spec.run_dir)
         if self.group:
             self.group.kill()  # nothing should be there; if it is, two agents would share one data directory
             try:
@@ -276,7 +277,7 @@ class Attempt:
         self.secret_files.remove(name)
         self.journals.remove(name)
         with contextlib.suppress(ProviderError):
-            clear_socket(self.spec.run_dir, self.spec.socket.name)
+            clear_run_dir(self.spec.run_dir)
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -307,16 +308,19 @@ class Attempt:
         )
 
 
-def clear_socket(run_dir: Path, socket: str) -> None:
-    """Remove the socket of an earlier run; never follows what the agent may have put there.
+def clear_run_dir(run_dir: Path) -> None:
+    """Remove what an earlier run left in its run directory, memory that it would hold; never follows a link.
 
     :raises ProviderError: something cannot be removed.
     """
     try:
         directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(socket, dir_fd=directory)
+            for name in os.listdir(directory):
+                try:
+                    os.unlink(name, dir_fd=directory)
+                except IsADirectoryError:
+                    shutil.rmtree(f"/proc/self/fd/{directory}/{name}")
         finally:
             os.close(directory)
     except OSError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from dispatcher.clock import Deadline
 from dispatcher.errors import DeadlineExceeded, ProviderError
 from dispatcher_subprocess import launch, processes
-from dispatcher_subprocess.attempt import clear_socket
+from dispatcher_subprocess.attempt import clear_run_dir
 from dispatcher_subprocess.cgroups import Cgroups, Group
 from dispatcher_subprocess.procfs import boot_id
 from dispatcher_subprocess.record import Journals, Record, told
@@ -108,7 +108,7 @@ class Ending:
         self._secret_files.remove(record.name)
         self._journals.asleep_path(record.name).unlink(missing_ok=True)
         with contextlib.suppress(ProviderError):
-            clear_socket(Path(record.run_dir), "s")
+            clear_run_dir(Path(record.run_dir))
         return replace(record, ended=reason)
 
 

@@ -132,25 +132,40 @@ def wait_readable(fd: int, deadline: Deadline) -> bool:
 def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
     """Set resource limits (soft and hard alike, None leaves one alone) and priority of a waiting process.
 
+    Who may not raise a hard limit gives the agent that much: an ordinary user, and a root without CAP_SYS_RESOURCE
+    as in many containers.  It is never more than what the app asked for.
+
     :raises ProviderError: the kernel refuses.
     """
     try:
         for kind, value in limits.items():
             if value is not None:
-                hard = resource.prlimit(pid, kind)[1]
-                if os.geteuid() != 0 and hard != resource.RLIM_INFINITY:
-                    value = min(value, hard)  # noqa: PLW2901
-                resource.prlimit(pid, kind, (value, value))
+                _limit(pid, kind, value)
         if nice:
             os.setpriority(os.PRIO_PROCESS, pid, nice)
     except OSError as error:
-        raise ProviderError("Cannot limit the agent", why=str(error)) from error
+        raise ProviderError(
+            "Cannot limit the agent",
+            why=error.strerror or str(error),
+            fix="give the manager CAP_SYS_RESOURCE, or run it as an ordinary user",
+        ) from error
     with contextlib.suppress(OSError):
         fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, str(_AGENT_OOM).encode())
         finally:
             os.close(fd)
+
+
+def _limit(pid: int, kind: int, value: int) -> None:
+    """Set one limit, or the hard limit there is when that is lower and may not be raised."""
+    try:
+        resource.prlimit(pid, kind, (value, value))
+    except PermissionError:
+        hard = resource.prlimit(pid, kind)[1]
+        if hard == resource.RLIM_INFINITY or hard >= value:
+            raise
+        resource.prlimit(pid, kind, (hard, hard))
 
 
 def drain(fd: int) -> str:

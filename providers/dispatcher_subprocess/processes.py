@@ -91,17 +91,19 @@ def signal_at_once(record: Record, number: int) -> bool:
     fds: list[int] = []
     with contextlib.ExitStack() as stack:
         if record.init:
-            pidfd = procfs.open_pidfd(record.init.pid, record.init.start)
-            if pidfd is None:
-                return True  # all is over
-            stack.callback(os.close, pidfd)
             try:
+                pidfd = procfs.open_pidfd(record.init.pid, record.init.start)
+                if pidfd is None:
+                    return True  # all is over
+                stack.callback(os.close, pidfd)
                 space = os.open(f"/proc/{record.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, space)
                 fds = [space]
                 if os.geteuid() != 0:  # with the rights of who made it, which the agent's own namespace lacks
                     fds.append(fcntl.ioctl(space, _OWNER))
                     stack.callback(os.close, fds[1])
+                if not procfs.lives(record.init.pid, record.init.start):
+                    return True
             except OSError:
                 return False
             inside = [f"--{kind}=/proc/self/fd/{fd}" for kind, fd in zip(("pid", "user"), fds, strict=False)]
@@ -187,10 +189,14 @@ def wait_end(record: Record, group: Group | None, seconds: float, tick: Callable
 def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], None]]:
     """Yield a function that waits until one of some processes ends."""
     poll = select.poll()
-    fds = [fd for p in processes if p and (fd := procfs.open_pidfd(p.pid, p.start)) is not None]
+    fds: list[int] = []
     try:
-        for fd in fds:
-            poll.register(fd, select.POLLIN)
+        for process in processes:
+            with contextlib.suppress(OSError):  # without descriptors it is looked at now and then
+                fd = procfs.open_pidfd(process.pid, process.start) if process else None
+                if fd is not None:
+                    fds.append(fd)
+                    poll.register(fd, select.POLLIN)
 
         def wait(seconds: float) -> None:
             poll.poll(seconds * 1000)

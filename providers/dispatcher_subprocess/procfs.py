@@ -90,10 +90,13 @@ def pids() -> list[int]:
 
 
 def open_pidfd(pid: int, start: int) -> int | None:
-    """Return a pidfd of exactly that process, None when it is gone (or another one has its pid)."""
+    """Return a pidfd of exactly that process, None when it is gone (or another one has its pid).
+
+    :raises OSError: no descriptor is to be had.
+    """
     try:
         fd = os.pidfd_open(pid)
-    except OSError:
+    except ProcessLookupError:
         return None
     found = stat(pid)
     if found is None or found.start != start:
@@ -104,7 +107,10 @@ def open_pidfd(pid: int, start: int) -> int | None:
 
 def send(pid: int, start: int, number: int) -> bool:
     """Send a signal to exactly that process; False when it is gone."""
-    fd = open_pidfd(pid, start)
+    try:
+        fd = open_pidfd(pid, start)
+    except OSError:  # no descriptor left: the last look is all there is between this pid and another process
+        return lives(pid, start) and _kill(pid, number)
     if fd is None:
         return False
     try:
@@ -113,6 +119,14 @@ def send(pid: int, start: int, number: int) -> bool:
         return False
     finally:
         os.close(fd)
+    return True
+
+
+def _kill(pid: int, number: int) -> bool:
+    try:
+        os.kill(pid, number)
+    except OSError:
+        return False
     return True
 
 

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class SecretFiles:
 
     def __init__(self, installation: str, fallback: Path) -> None:
         self._base = (_MEMORY if _MEMORY.is_dir() else fallback) / f"dispatcher-{installation}-{os.geteuid()}"
+        self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
         """Return the directory of an agent's secrets."""
@@ -36,7 +38,11 @@ class SecretFiles:
 
         :raises ProviderError: they cannot be written, or somebody else made the directory.
         """
-        self.remove(name)
+        with self._lock:
+            self._remove(name)
+            self._write(name, values, uid, gid)
+
+    def _write(self, name: str, values: Mapping[str, str], uid: int, gid: int) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         owner = (uid, gid) if os.geteuid() == 0 else (-1, -1)
         try:
@@ -54,11 +60,18 @@ class SecretFiles:
                 os.fchown(directory, *owner)
                 os.fchmod(directory, 0o500)
         except OSError as error:
-            self.remove(name)
+            self._remove(name)
             raise ProviderError("Cannot hand over the secrets", why=error.strerror or str(error)) from error
 
     def remove(self, name: str) -> None:
-        """Remove an agent's secrets; absent is success."""
+        """Remove an agent's secrets; absent is success.
+
+        :raises ProviderError: they cannot be removed.
+        """
+        with self._lock:
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
         path = self.path(name)
         try:
             directory = os.open(path, _DIRECTORY)
@@ -67,6 +80,8 @@ class SecretFiles:
             finally:
                 os.close(directory)
             shutil.rmtree(path)  # follows no links
+            with contextlib.suppress(OSError):
+                self._base.rmdir()  # when this was the last one
         except FileNotFoundError:
             pass
         except OSError as error:

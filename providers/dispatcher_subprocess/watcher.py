@@ -40,7 +40,11 @@ class Watcher:
         with self._lock:
             if self._closed or key in self._watched:
                 return True
-            fd = procfs.open_pidfd(process.pid, process.start)
+            try:
+                fd = procfs.open_pidfd(process.pid, process.start)
+            except OSError as error:
+                self._log.warning("the end of %s will be noticed late: %s", name, error)
+                return True
             if fd is None:
                 return False
             self._names[fd] = key
@@ -52,7 +56,8 @@ class Watcher:
         """Watch the log pump's connection (a copy of its descriptor)."""
         with self._lock:
             if self._pump >= 0:
-                os.close(self._pump)  # leaves the epoll set with it
+                self._poll.unregister(self._pump)  # closing a copy alone would leave it in the epoll set
+                os.close(self._pump)
                 self._pump = -1
             if fd is not None and not self._closed:
                 self._pump = os.dup(fd)
@@ -80,6 +85,7 @@ class Watcher:
                     os.close(fd)
                 if self._pump >= 0:
                     os.close(self._pump)
+                    self._pump = -1
                 self._names.clear()
                 self._watched.clear()
                 self._poll.close()

@@ -444,3 +444,32 @@ def test_fifty_starts_at_once(world):
         list(pool.map(lambda spec: destroy(provider, provider.handle(spec)), specs))
     assert list(provider.list(deadline=Deadline(10))) == []
     assert [name for name in os.listdir(provider.context.state_dir) if "alice" not in name] == []
+
+
+@pytest.mark.parametrize("world", EXTREMES, indirect=True)
+def test_nothing_an_agent_leaves_in_its_run_directory_stops_the_next_start(world):
+    provider = world.provider()
+    spec = world.spec("alice")
+    handle, inside = world.start(provider, spec)
+    directory = "/run/agent" if "bubblewrap" not in world.options else str(spec.run_dir)
+    inside.write(f"{directory}/junk", b"x" * 100_000)
+    provider.stop(handle, grace=5, deadline=Deadline(10), progress=no_progress)
+    assert list(spec.run_dir.iterdir()) == [], "memory of the host is given back"
+    (spec.run_dir / "s").mkdir()
+    (spec.run_dir / "s/deep").mkdir()
+    (spec.run_dir / "s/link").symlink_to("/etc")
+    _, inside = world.start(provider, spec)
+    assert inside.answers() and Path("/etc/passwd").exists()
+
+
+def test_a_hundred_lookalikes_are_not_confused(world):
+    """Handles of other agents, and of no agent, do not touch this one."""
+    provider = world.provider()
+    handle, inside = world.start(provider, world.spec("a-b"))
+    for name in ("a", "a-b-c", "A-B", "a_b"):
+        other = provider.handle(world.spec(name))
+        assert observe(provider, other).state is BackendState.ABSENT
+        stop(provider, other)
+        destroy(provider, other)
+    assert inside.answers()
+    assert observe(provider, handle).state is BackendState.RUNNING
