@@ -63,6 +63,16 @@ def remove_all(installation: str, host: str = "") -> None:
         docker(*command, name, host=host, check=False)
 
 
+def forget_images(prefix: str) -> None:
+    """Remove every name of an image that begins so."""
+    form = "{{.Repository}} {{.Tag}} {{.Digest}}"
+    for line in docker("images", "--digests", "--format", form).splitlines():
+        repository, tag, digest = line.split()
+        if repository.startswith(prefix):
+            name = f"{repository}:{tag}" if tag != "<none>" else f"{repository}@{digest}"
+            docker("rmi", "-f", name, check=False)
+
+
 class Relay:
     """A Unix socket in front of an engine's: it can be down (refuses) or silent (takes, never answers)."""
 

@@ -9,7 +9,7 @@ from typing import Any
 from dispatcher.clock import Deadline
 from dispatcher.errors import DispatcherError, ProviderError, Unavailable
 from dispatcher_docker.engine import Engine
-from dispatcher_docker.translate import NoSuchObject
+from dispatcher_docker.translate import NoSuchObject, translated
 
 MAX_LINE = 65_536
 
@@ -40,7 +40,7 @@ def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Itera
     timer.daemon = True
     timer.start()
     try:
-        with engine.call("read the log", patient):
+        with translated("read the log", engine.url, patient):
             yield from lines(stream)
     except Unavailable:
         if not deadline.expired:

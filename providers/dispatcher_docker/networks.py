@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
+from dispatcher.errors import DeadlineExceeded, ProviderError
 from dispatcher.provider import ProviderContext
 from dispatcher_docker.containers import LABEL, network_name
 from dispatcher_docker.engine import Engine
@@ -36,7 +36,7 @@ class Networks:
     @contextmanager
     def in_use(self, deadline: Deadline) -> Iterator[None]:
         """Have the bridge there for the length of a start."""
-        with self._lock:
+        with self._alone(deadline):
             self._ensure(deadline)
             self._starting += 1
         try:
@@ -44,6 +44,19 @@ class Networks:
         finally:
             with self._lock:
                 self._starting -= 1
+
+    @contextmanager
+    def _alone(self, deadline: Deadline) -> Iterator[None]:
+        if not self._lock.acquire(timeout=deadline.remaining()):
+            raise DeadlineExceeded(
+                "The network of this installation was not ready in time",
+                why="another start or removal is busy with it",
+                fix="look whether the engine hangs (docker info)",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _ensure(self, deadline: Deadline) -> None:
         try:
@@ -89,7 +102,7 @@ class Networks:
 
     def remove_unused(self, deadline: Deadline) -> None:
         """Remove the bridge and its rule when the installation has no container any more."""
-        with self._lock:
+        with self._alone(deadline):
             if self._starting:
                 return
             with self._engine.call("look for containers of this installation", deadline) as client:

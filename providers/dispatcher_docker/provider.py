@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import NotFound, ProviderError, SpecConflict, Unavailable
+from dispatcher.errors import ConfigError, NotFound, ProviderError, SpecConflict, Unavailable, Unsupported
 from dispatcher.model import (
     AgentSpec,
     App,
@@ -109,6 +109,12 @@ class DockerProvider(Provider):
                 fix="set url in [providers.docker] to the system's engine, or use the provider subprocess",
             )
         self._info = info
+        if self._options.data == "bind" and not self._engine.is_local:
+            raise ConfigError(
+                "providers.docker.data cannot be bind here",
+                why=f"{self._engine.url} is an engine on another host, which does not see this host's files",
+                fix='set data = "volume", or local = true if the engine does run here',
+            )
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         if app is not None:
@@ -134,7 +140,15 @@ class DockerProvider(Provider):
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         handle = self.handle(spec)
+        if self._info is None:
+            self.check(deadline=deadline)
         walls.refuse(spec.app, self._engine, self.context, self.capabilities)
+        if spec.secrets and not self._engine.is_local:
+            raise Unsupported(
+                f"{spec.agent} cannot be given its secrets",
+                why="the engine is on another host, where nothing can be put into memory for it",
+                fix='use credentials = "stdin", or an engine on this host',
+            )
         progress("looking for the container")
         found = self._find(handle, deadline)
         if found and runs.status(found) in runs.ALIVE:

@@ -16,6 +16,8 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -70,11 +72,16 @@ class Tunnel:
         """
         if self._alive():
             return
+        with self._alone(deadline):
+            if not self._alive() and not self._adopt(deadline):
+                self._start(deadline)
+
+    @contextmanager
+    def _alone(self, deadline: Deadline) -> Iterator[None]:
         if not self._lock.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded("The Docker engine was not reached in time", why=f"ssh to {self.url} hangs")
         try:
-            if not self._alive() and not self._adopt(deadline):
-                self._start(deadline)
+            yield
         finally:
             self._lock.release()
 
@@ -83,7 +90,7 @@ class Tunnel:
         if self._forwards.get(path) == target and self._alive():
             return
         self.ensure(deadline)
-        with self._lock:
+        with self._alone(deadline):
             known = self._forwards.pop(path, target)
             self._control_command("cancel", f"{path}:{known}", deadline, must=False)
             self._control_command("forward", f"{path}:{target}", deadline, must=True)
@@ -91,7 +98,7 @@ class Tunnel:
 
     def cancel(self, path: str, deadline: Deadline) -> None:
         """Forward a socket no more."""
-        with self._lock:
+        with self._alone(deadline):
             target = self._forwards.pop(path, None)
             if target and self._alive():
                 self._control_command("cancel", f"{path}:{target}", deadline, must=False)

@@ -357,3 +357,25 @@ def test_a_far_engine_is_used_by_port_with_volumes_and_statistics(far, authority
         assert (target / "note").stat().st_uid == spec.uid
     finally:
         world.close()
+
+
+def test_what_a_far_engine_cannot_do_is_refused_with_the_reason(far, authority):
+    from dispatcher.errors import ConfigError, Unsupported
+    from dispatcher.model import Network
+    from tests.docker_tools import PORTED
+
+    world = DockerWorld(far.address, data="bind", **tls(authority))
+    world.host = far.url
+    try:
+        with pytest.raises(ConfigError, match="cannot be bind"):
+            world.driver.check()
+        world.options = world.options.model_copy(update={"data": "volume"})
+        driver = world.another()
+        spec = world.make("secretive", options=PORTED, network=Network.PRIVATE, values={"token": "x"})
+        with pytest.raises(Unsupported, match="secrets"):
+            driver.ensure(spec)
+        with pytest.raises(ConfigError, match="cannot be shared with an engine on another host"):
+            driver.ensure(world.make("socketed"))
+        driver.provider.close()
+    finally:
+        world.close()

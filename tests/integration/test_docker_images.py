@@ -11,7 +11,7 @@ from dispatcher.errors import Cancelled, DeadlineExceeded, ProviderError
 from dispatcher.testing.driver import Steps, cancel
 from dispatcher.testing.kit import eventually
 from tests.docker_registry import Registry
-from tests.docker_tools import PROBE, DockerWorld, docker, images
+from tests.docker_tools import PROBE, DockerWorld, docker, forget_images, images
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 COMMAND = {"command": ["/bin/sleep", "1000"]}
@@ -22,10 +22,8 @@ def registry():
     images()
     registry = Registry("reader:letmein")
     yield registry
-    for name in docker("images", "--format", "{{.Repository}}:{{.Tag}}").split():
-        if name.startswith(registry.host):
-            docker("rmi", "-f", name, check=False)
     registry.close()
+    forget_images(registry.host)
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +33,8 @@ def world(registry, tmp_path_factory):
     world = DockerWorld(registries={registry.host: {"username": "reader", "password_file": str(password)}})
     yield world
     world.close()
+    forget_images(f"dispatcher-{world.installation}/")
+    docker("image", "prune", "-f", "--filter", f"label=dispatcher.installation={world.installation}")
 
 
 @pytest.fixture
