@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from dispatcher.client import ManagerClient
+from dispatcher.errors import DeadlineExceeded
 from dispatcher.proxy.portal import context
 from tests.portal_manager import Browser, Manager, Program, agent, digest, make
 
@@ -155,6 +156,17 @@ class TestSignIn:
             thread.join(10)
         assert first.cookie()
         assert second.sign_in().status == 303
+
+    def test_a_queue_that_takes_too_long_asks_to_try_again(self, portal, monkeypatch) -> None:
+        app, manager = portal
+
+        def late(*_):
+            raise DeadlineExceeded("The password was not checked in time")
+
+        monkeypatch.setattr(manager, "login", late)
+        page = Browser(app).sign_in()
+        assert (page.status, page.headers["Retry-After"]) == (429, "2")
+        assert page.form("/login")["fields"]["user"] == "alice"
 
     def test_a_manager_that_is_down_is_said_so(self, portal) -> None:
         app, manager = portal

@@ -55,7 +55,7 @@ def change_password() -> Response:
     try:
         if not request.is_json and new != context.sent("again"):
             raise BadRequest("The two new passwords differ", fix="type the new password twice, alike")
-        answer = context.portal().client.change_password(
+        answer = context.portal().patient.change_password(
             someone.sha256, context.sent("password"), new, context.address()
         )
     except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:

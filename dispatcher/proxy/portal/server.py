@@ -14,8 +14,9 @@ from dispatcher.proxy.portal.app import MAX_BODY, create_app
 
 #: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
 SPARE_THREADS = 8
-#: Seconds to wait for the manager; a sign-in may queue there behind others.
-TIMEOUT = 15.0
+TIMEOUT = 10.0  # seconds to wait for the manager
+#: The same where it checks a password, which may queue there for half a minute and then is refused honestly.
+PASSWORD_TIMEOUT = 35.0
 
 
 def serve(config: Config, sock: socket.socket) -> None:
@@ -23,9 +24,10 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
-    client = ManagerClient(f"unix://{Paths.of(config).proxy_socket}", timeout=TIMEOUT)
+    url = f"unix://{Paths.of(config).proxy_socket}"
+    client, patient = (ManagerClient(url, timeout=seconds) for seconds in (TIMEOUT, PASSWORD_TIMEOUT))
     waitress.serve(
-        create_app(config, client),
+        create_app(config, client, patient),
         sockets=[sock],
         threads=context.LOGIN_SLOTS + SPARE_THREADS,
         asyncore_use_poll=True,  # descriptors past 1,024

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.errors import BadRequest, DispatcherError, Forbidden, TooManyRequests
+from dispatcher.errors import BadRequest, DeadlineExceeded, DispatcherError, Forbidden, TooManyRequests
 from dispatcher.proxy.portal import content, context, handover, targets, words
 
 pages = Blueprint("sign_in", __name__)
@@ -77,13 +77,16 @@ def _login(user: str, password: str) -> dict[str, Any]:
 def _slot() -> Iterator[None]:
     """Leave threads for everybody else while many passwords are checked.
 
-    :raises TooManyRequests: all slots are taken.
+    :raises TooManyRequests: all slots are taken, or the manager did not get to it in time.
     """
     slots = context.portal().logins
+    busy = TooManyRequests("Many people are signing in", fix="try again in a moment", retry_after=2)
     if not slots.acquire(blocking=False):
-        raise TooManyRequests("Many people are signing in", fix="try again in a moment", retry_after=2)
+        raise busy
     try:
         yield
+    except DeadlineExceeded as error:  # it was waited for as long as makes sense
+        raise busy from error
     finally:
         slots.release()
 
