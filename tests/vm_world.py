@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from dispatcher.clock import Deadline
+from dispatcher.errors import Unsupported
 from dispatcher.model import AgentSpec, App, Limits, Network
 from dispatcher.provider import ProviderContext
 from dispatcher.testing.inside import Inside
@@ -134,9 +135,12 @@ class World:
 
     def logs(self, handle):
         """Return all lines."""
-        return list(self.provider.logs(handle, tail=1000, follow=False, deadline=Deadline(5)))
+        try:
+            return list(self.provider.logs(handle, tail=1000, follow=False, deadline=Deadline(5)))
+        except Unsupported:
+            return []
 
-    def ready(self, handle, seconds=90):
+    def ready(self, handle, seconds=150):
         """Return the endpoint once the app answers there."""
         end = time.monotonic() + seconds
         while True:
@@ -153,7 +157,7 @@ class World:
         handle = self.ensure(self.spec(agent, **vm.app_options(**options)))
         return self.inside(handle)
 
-    def inside(self, handle, seconds=90):
+    def inside(self, handle, seconds=150):
         """Return the view from inside once the probe answers."""
         end = time.monotonic() + seconds
         while not (endpoint := self.observe(handle).endpoint):

@@ -64,6 +64,7 @@ class Label:
 
     :ivar port: forwarded port on 127.0.0.1, 0 without; :ivar guest_port: where the app listens in the guest.
     :ivar data: `Handle.data` as JSON text; :ivar announce: what the console says once the network is up.
+    :ivar guest_agent: "yes" where the guest runs the QEMU guest agent.
     """
 
     installation: str
@@ -75,6 +76,7 @@ class Label:
     guest_port: int = 0
     network: str = ""
     announce: str = ""
+    guest_agent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +95,7 @@ class Machine:
 
     :ivar kind: ``kvm`` or ``qemu``; :ivar memory, balloon: bytes.
     :ivar cpu_quota: processors that it may use on the host, None without a limit.
-    :ivar console: file for the serial console's output; :ivar owner: None leaves it to libvirt.
+    :ivar console: file for the serial console's output, None for none; :ivar owner: None leaves it to libvirt.
     """
 
     name: str
@@ -105,7 +107,7 @@ class Machine:
     cpu: str
     vcpus: int
     memory: int
-    console: Path
+    console: Path | None
     boot: Boot
     disks: tuple[Disk, ...]
     network: UserNetwork | LibvirtNetwork | Vsock

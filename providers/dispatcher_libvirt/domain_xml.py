@@ -168,12 +168,10 @@ def _devices(domain: etree._Element, machine: Machine) -> None:
     _add(devices, "controller", type="usb", model="none")
     for index, disk in enumerate(machine.disks):
         _disk(devices, disk, f"vd{chr(ord('a') + index)}", unlabelled=machine.owner is None)
-    serial = _add(devices, "serial", type="file")
-    _add(serial, "source", path=machine.console, append="on")
+    serial = _add(devices, "serial", type="file" if machine.console else "pty")
+    if machine.console:
+        _add(serial, "source", path=machine.console, append="on")
     _add(serial, "target", port=0)
-    console = _add(devices, "console", type="file")
-    _add(console, "source", path=machine.console, append="on")
-    _add(console, "target", type="serial", port=0)
     if machine.guest_agent:
         channel = _add(devices, "channel", type="unix")
         _add(channel, "target", type="virtio", name="org.qemu.guest_agent.0")

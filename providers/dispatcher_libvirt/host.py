@@ -52,7 +52,7 @@ def examine(backend: Backend, options: Options, *, privileged: bool, deadline: D
         own_users=own,
         why_not=why_not,
         cpu_limits=system and (not local or cpu_controller()),
-        vsock=not local or os.path.exists("/dev/vhost-vsock"),
+        vsock=local and os.path.exists("/dev/vhost-vsock"),
         why_no_kvm=why_no_kvm,
     )
 

@@ -299,9 +299,9 @@ def _address(domain: libvirt.virDomain, mac: str) -> str:
     try:
         interfaces = domain.interfaceAddresses(libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE)
     except libvirt.libvirtError as error:
-        if error.get_error_code() in {libvirt.VIR_ERR_OPERATION_INVALID, libvirt.VIR_ERR_NO_SUPPORT}:
-            return ""
-        raise
+        if errors_map.lost(error):
+            raise
+        return ""  # one machine's network is gone, say: no reason not to tell of the others
     for interface in interfaces.values():
         if interface.get("hwaddr") == mac:
             for one in interface.get("addrs") or ():

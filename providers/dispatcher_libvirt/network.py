@@ -32,13 +32,14 @@ def mac_address(name: str) -> str:
 
 
 class Ports:
-    """Gives out ports that nobody has now.
+    """Gives out ports that nobody has now, as far as can be seen from here.
 
     QEMU binds the port itself and does not start where it cannot, so what is given out here is only a good
     guess: while a machine runs, its port is its QEMU's and nobody else's.
     """
 
-    def __init__(self, first: int, last: int) -> None:
+    def __init__(self, first: int, last: int, *, here: bool = True) -> None:
+        self._here = here
         self._range = range(first, last + 1)
         self._lock = threading.Lock()
         self._given: dict[int, float] = {}
@@ -54,7 +55,11 @@ class Ports:
             self._given = {port: until for port, until in self._given.items() if until > now}
             tries = random.sample(self._range, len(self._range))
             for port in ([wanted] if wanted in self._range else []) + tries:
-                if port not in avoid and (port == wanted or port not in self._given) and _free(port):
+                if (
+                    port not in avoid
+                    and (port == wanted or port not in self._given)
+                    and (not self._here or _free(port))
+                ):
                     self._given[port] = now + _RESERVED
                     return port
         raise ProviderError(

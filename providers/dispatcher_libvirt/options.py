@@ -63,17 +63,13 @@ class Options(Table):
     storage: AbsolutePath | None = Field(
         default=None, description="directory for machines' disks; by default in manager.state_dir"
     )
-    pool: Word = Field(default="", description="storage pool of a remote host, where machines' disks go there")
+    pool: Word = Field(default="", description="storage pool of a remote host, for its machines' disks")
     own_users: Literal["auto", "always", "never"] = Field(
         default="auto", description="run each machine's QEMU as its agent's own host user: where it works, ..."
     )
     ports: tuple[int, int] = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
     connections: int = Field(default=4, ge=1, le=32, description="starts, saves and ends at the same time")
     keepalive: Duration = Field(default=5.0, ge=1, le=600, description="between two keep-alive messages")
-    tunnel: list[Argument] = Field(
-        default=[],
-        description="command that forwards a remote port, ssh by default; {local}, {remote} are filled in",
-    )
 
     @field_validator("ports")
     @classmethod
@@ -95,8 +91,11 @@ class Options(Table):
 
     @model_validator(mode="after")
     def _remote(self) -> Options:
-        if urlsplit(self.uri).hostname and not self.pool:
+        parts = urlsplit(self.uri)
+        if parts.hostname and not self.pool:
             raise ValueError("a remote uri needs pool: machines' disks live there")
+        if parts.hostname and parts.scheme != "qemu+ssh":
+            raise ValueError("a remote uri begins with qemu+ssh://: agents are reached through the same way")
         return self
 
 

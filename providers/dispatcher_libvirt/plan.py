@@ -11,7 +11,7 @@ from typing import Any
 
 from dispatcher.errors import ConfigError, Unsupported
 from dispatcher.model import AgentSpec, Handle
-from dispatcher_libvirt import console, domain
+from dispatcher_libvirt import domain
 from dispatcher_libvirt.domain import Boot, Disk, Label, LibvirtNetwork, Machine, Owner, UserNetwork, Vsock
 from dispatcher_libvirt.network import mac_address
 from dispatcher_libvirt.options import (
@@ -55,15 +55,18 @@ class Paths:
     seed: Path
 
 
-def handle_of(spec: AgentSpec) -> Handle:
-    """Return an agent's handle: enough to find its machine, disks and logs again."""
-    data = {
+def handle_of(spec: AgentSpec, *, remote: bool) -> Handle:
+    """Return an agent's handle: enough to find its machine, disks and logs again.
+
+    :param remote: the machine is another host's: there are no logs, and a tunnel ends at the agent's socket.
+    """
+    data: dict[str, Any] = {
         "uid": spec.uid,
         "gid": spec.gid,
-        "logs": str(spec.log_dir),
         "disk": disk_of(spec.app),
         "flush": options_of(spec.app).flush,
     }
+    data |= {"socket": str(spec.socket), "proxy": spec.proxy_gid} if remote else {"logs": str(spec.log_dir)}
     return Handle(provider=PROVIDER, agent=spec.agent, name=spec.backend_name, data=data)
 
 
@@ -71,6 +74,12 @@ def log_dir_of(handle: Handle) -> Path | None:
     """Return the log directory of a handle, None where an older release kept none."""
     value = handle.data.get("logs")
     return Path(value) if isinstance(value, str) and value.startswith("/") else None
+
+
+def size_of(handle: Handle) -> int:
+    """Return the bytes that the data disk of a handle's agent should have, 0 where it does not say."""
+    value = handle.data.get("disk")
+    return value if isinstance(value, int) else 0
 
 
 def user_of(handle: Handle) -> tuple[int, int] | None:
@@ -121,6 +130,7 @@ def machine_of(
     *,
     host: Host,
     paths: Paths,
+    console: Path | None,
     port: int,
     started: float,
     network: str,
@@ -128,10 +138,11 @@ def machine_of(
 ) -> Machine:
     """Return the machine of an agent, with a new identity.
 
+    :param console: file for its console, None on another host.
     :param port: on 127.0.0.1 for QEMU's own network, else 0.
     """
     app, options = spec.app, options_of(spec.app)
-    handle = handle_of(spec)
+    handle = handle_of(spec, remote=console is None)
     label = Label(
         installation=spec.installation,
         agent=spec.agent,
@@ -141,7 +152,8 @@ def machine_of(
         port=port,
         guest_port=options.port,
         network=network,
-        announce=options.announce if port else "",
+        announce=options.announce if port and console else "",
+        guest_agent="yes" if options.guest_agent else "",
     )
     way_in: UserNetwork | LibvirtNetwork | Vsock
     if options.endpoint == "vsock":
@@ -161,7 +173,7 @@ def machine_of(
         vcpus=vcpus_of(app),
         memory=memory_of(app),
         balloon=options.balloon,
-        console=spec.log_dir / console.NAME,
+        console=console,
         boot=Boot(
             kernel=options.kernel,
             initrd=options.initrd,

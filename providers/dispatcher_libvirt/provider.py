@@ -26,12 +26,15 @@ from dispatcher.model import (
     Usage,
 )
 from dispatcher.provider import Closeable, Progress, Provider, ProviderContext, no_progress
-from dispatcher_libvirt import console, ending, explaining, host, observing, options, plan, transfer
+from dispatcher_libvirt import console, ending, errors_map, explaining, host, observing, options, plan
 from dispatcher_libvirt.connection import Backend
-from dispatcher_libvirt.disks import Disks, User
+from dispatcher_libvirt.filters import Filters
 from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.machines import Found, Machines
+from dispatcher_libvirt.pool import PoolStorage
 from dispatcher_libvirt.starting import Starter
+from dispatcher_libvirt.storage import LocalStorage, Storage
+from dispatcher_libvirt.tunnel import Tunnels
 from dispatcher_libvirt.watching import Watch
 
 _ALWAYS = frozenset(
@@ -63,21 +66,25 @@ class LibvirtProvider(Provider):
         own = _options(options)
         self._options = own
         uri = own.uri or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
+        self._remote = errors_map.is_remote(uri)
         self._backend = Backend(uri, connections=own.connections, keepalive=own.keepalive)
         self._machines = Machines(self._backend, context.installation)
-        self._disks = Disks(
-            own.storage or context.state_dir / "machines",
-            own=None if own.storage else context.state_dir,
-            privileged=context.privileged,
+        self._tunnels = Tunnels(uri, context.run_dir) if self._remote else None
+        self._storage: Storage = (
+            PoolStorage(context, own, self._backend) if self._remote else LocalStorage(context, own)
         )
-        self._starter = Starter(context, own, self._machines, self._disks)
+        self._filters = Filters(self._backend, context.installation)
+        self._starter = Starter(context, own, self._machines, self._storage, self._filters)
         self._host: plan.Host | None = None
         self._examining = threading.Lock()
-        self._cpu_limits = uri.split("?", 1)[0].endswith("/system") and host.cpu_controller()
+        system = uri.split("?", 1)[0].endswith("/system")
+        self._cpu_limits = system and (self._remote or host.cpu_controller())
 
     @property
     def capabilities(self) -> frozenset[Capability]:
         found = set(_ALWAYS)
+        if self._remote:
+            found.discard(Capability.LOGS)
         if self._options.network:
             found.add(Capability.NETWORK_PRIVATE)
         if self._cpu_limits:
@@ -106,20 +113,22 @@ class LibvirtProvider(Provider):
         self._starter.check_image(app, self._reader(app), deadline, progress)
 
     def handle(self, spec: AgentSpec) -> Handle:
-        return plan.handle_of(spec)
+        return plan.handle_of(spec, remote=self._remote)
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         return self._starter.ensure(spec, self._examined(deadline), deadline, progress)
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
-        return observing.observation(self._machines.find(handle.name, deadline))
+        return self._near(handle, observing.observation(self._machines.find(handle.name, deadline)), deadline)
 
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         def wake(found: Found) -> None:
             self._starter.wake(handle, found, deadline, progress)
 
         ending.stop(self._machines, handle, wake=wake, grace=grace, deadline=deadline, progress=progress)
-        self._starter.remove_seed(handle.name)
+        if self._tunnels:
+            self._tunnels.remove(handle)
+        self._storage.remove_seed(handle.name, deadline)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         found = self._machines.ours(self._machines.find(handle.name, deadline))
@@ -127,17 +136,20 @@ class LibvirtProvider(Provider):
             self.stop(handle, grace=ending.FLUSH, deadline=deadline, progress=progress)
         progress("removing the machine")
         self._machines.remove(handle.name, deadline)
-        self._starter.remove_seed(handle.name)
-        self._disks.remove(handle.name, data=data)
+        if self._tunnels:
+            self._tunnels.remove(handle)
+        self._storage.remove_seed(handle.name, deadline)
+        self._storage.remove(handle.name, data=data, deadline=deadline)
         if found is not None and found.label is not None and found.label.network:
-            self._starter.remove_filter(found.label.network, deadline)
+            self._filters.remove(found.label.network, deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
-        return [
-            (plan.handle_from(found.name, found.label), observing.observation(found))
-            for found in self._machines.all(deadline)
-            if found.label is not None
+        found = [
+            (plan.handle_from(one.name, one.label), observing.observation(one))
+            for one in self._machines.all(deadline)
+            if one.label is not None
         ]
+        return [(handle, self._near(handle, seen, deadline)) for handle, seen in found]
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         ending.suspend(self._machines, handle, depth, deadline, progress)
@@ -149,6 +161,8 @@ class LibvirtProvider(Provider):
         self._starter.wake(handle, found, deadline, progress)
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
+        if self._remote:
+            raise self.unsupported(Capability.LOGS)
         directory = plan.log_dir_of(handle)
         if directory is None:
             return iter(())
@@ -163,31 +177,21 @@ class LibvirtProvider(Provider):
         return Watch(self._backend, f"dispatcher-{self.context.installation}-", on_change)
 
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        user = self._at_rest(handle, deadline)
-        if self._disks.data(handle.name).exists():
-            self._disks.claim(handle.name, user)
-        transfer.export(
-            self._disks,
-            handle.name,
-            user,
-            directory,
-            privileged=self.context.privileged,
-            deadline=deadline,
-            progress=progress,
-        )
+        self._at_rest(handle, deadline)
+        self._storage.export(handle, directory, deadline, progress)
 
     def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        user = self._at_rest(handle, deadline)
-        size = handle.data.get("disk")
-        known = self._disks.data(handle.name)
-        least = known.stat().st_size if known.exists() else options.SMALLEST_DISK
-        size = max(size, least) if isinstance(size, int) else least
-        transfer.bring(self._disks, handle.name, user, directory, size, deadline=deadline, progress=progress)
+        self._at_rest(handle, deadline)
+        self._storage.bring(handle, directory, deadline, progress)
 
     def close(self) -> None:
         self._backend.close()
 
     # -- parts -------------------------------------------------------------------------------------------
+
+    def _near(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
+        """Return an observation with the endpoint as it is reached from here."""
+        return self._tunnels.apply(handle, seen, deadline) if self._tunnels else seen
 
     def _examined(self, deadline: Deadline) -> plan.Host:
         """Return what the backend can do; looked at once, and again by each `check`."""
@@ -196,8 +200,8 @@ class LibvirtProvider(Provider):
         assert self._host is not None
         return self._host
 
-    def _at_rest(self, handle: Handle, deadline: Deadline) -> User:
-        """Return whose disk a handle means, once it is sure that no machine uses it.
+    def _at_rest(self, handle: Handle, deadline: Deadline) -> None:
+        """Make sure that no machine uses an agent's data disk, and that it is known whose it is.
 
         :raises Conflict: one does, or sleeps; :raises ProviderError: the handle does not say whose it is.
         """
@@ -208,10 +212,8 @@ class LibvirtProvider(Provider):
                 why="it runs or sleeps",
                 fix="stop the agent first",
             )
-        user = plan.user_of(handle)
-        if user is None:
+        if plan.user_of(handle) is None:
             raise ProviderError(f"The handle of {handle.name} does not say whose data it is")
-        return user if self.context.privileged else None
 
     def _reader(self, app: App) -> Reader | None:
         """Return somebody like the users as whom the app's machines read their files."""

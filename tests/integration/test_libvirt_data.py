@@ -123,7 +123,7 @@ def test_a_disk_grows_without_loss_and_never_shrinks(world, agent):
     spec, handle = agent
     source = fill(world.fresh_directory(), spec.uid)
     world.provider.import_data(handle, source, deadline=Deadline(60), progress=quiet)
-    disks, user = world.provider._disks, (spec.uid, spec.gid)
+    disks, user = world.provider._storage.disks, (spec.uid, spec.gid)
     for size, full in ((128 << 20, False), (160 << 20, True), (16 << 20, False)):
         disks.grow_data(handle.name, size, user, full=full, deadline=Deadline(60), tick=lambda: None)
         assert differences(manifest(source), manifest(world.export(handle))) == []

@@ -49,7 +49,14 @@ def spec(agent="alice", *, limits=Limits(), network=Network.NONE, environment=No
 def machine(one, *, host=HOST, port=18_123, network="", **changes):
     paths = plan.Paths(root=Path("/m/root.qcow2"), data=Path("/m/data.raw"), seed=Path("/s/seed.iso"))
     made = plan.machine_of(
-        one, host=host, paths=paths, port=port, started=1234.5, network=network, network_filter="dispatcher-f"
+        one,
+        host=host,
+        paths=paths,
+        console=Path("/l/console.log"),
+        port=port,
+        started=1234.5,
+        network=network,
+        network_filter="dispatcher-f",
     )
     return dataclasses.replace(made, **changes)
 
@@ -137,7 +144,7 @@ def test_identity_and_labels():
     assert (label.installation, label.agent, label.spec, label.port) == ("0123abcd", "alice", one.hash, 18_123)
     assert label.started == 1234.5
     handle = plan.handle_from(one.backend_name, label)
-    assert handle == plan.handle_of(one)
+    assert handle == plan.handle_of(one, remote=False)
     assert handle.data["disk"] == 100 << 20
     assert root.findtext("memory") == str(256 * 1024)
     assert root.findtext("seclabel/label") == "+200123:+64055"
