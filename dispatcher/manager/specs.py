@@ -31,7 +31,7 @@ class Specs:
     def default_app(self) -> str:
         """Return the app of new users.
 
-        :raises BadRequest: there are several, and none is the default.
+        :raises BadRequest: there is none, or there are several and none is the default.
         """
         apps = self.config.apps
         if self.config.default_app:
@@ -40,10 +40,14 @@ class Specs:
             return next(iter(apps))
         if "demo" in apps:
             return "demo"
+        if not apps:
+            raise BadRequest(
+                "No app is configured", fix="write an [apps.NAME] section into the configuration, then reload"
+            )
         raise BadRequest(
-            "Which app?",
-            why="configured are: " + (", ".join(sorted(apps)) or "none"),
-            fix="name one, or set `default_app` in the configuration",
+            "There are several apps, and none is the default",
+            why=", ".join(sorted(apps)),
+            fix="name one (`--app NAME` on the command line), or set `default_app` in the configuration",
         )
 
     def policy(self, app: str) -> AppDefaults:

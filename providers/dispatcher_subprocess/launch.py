@@ -147,7 +147,7 @@ def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
         raise ProviderError(
             "Cannot limit the agent",
             why=error.strerror or str(error),
-            fix="give the manager CAP_SYS_RESOURCE, or run it as an ordinary user",
+            fix="give the manager CAP_SYS_RESOURCE and CAP_SYS_NICE (a container: --cap-add)",
         ) from error
     with contextlib.suppress(OSError):
         fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)

@@ -81,9 +81,16 @@ def test_bad_names_and_apps_are_refused_and_nothing_is_made(supervisor, name, ap
 def test_with_several_apps_and_no_default_one_must_be_named(world):
     world.data["apps"] = {"one": {"provider": "fake", "fake": {}}, "two": {"provider": "fake", "fake": {}}}
     supervisor = world.supervisor()
-    with pytest.raises(BadRequest, match="Which app"):
+    with pytest.raises(BadRequest) as caught:
         supervisor.create("alice", app=None, password_hash="hash")
+    assert str(caught.value).startswith("There are several apps, and none is the default: one, two (name one ")
     assert supervisor.create("alice", app="two", password_hash="hash").app == "two"
+
+
+def test_without_any_app_it_says_what_to_write(world):
+    world.data["apps"] = {}
+    with pytest.raises(BadRequest, match=r"No app is configured \(write an \[apps.NAME\] section"):
+        world.supervisor().create("alice", app=None, password_hash="hash")
 
 
 def test_what_is_not_there_is_not_found(supervisor):
