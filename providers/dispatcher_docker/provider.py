@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, NotFound, ProviderError, SpecConflict, Unavailable, Unsupported
+from dispatcher.errors import ConfigError, NotFound, ProviderError, SpecConflict, Unsupported
 from dispatcher.model import (
     AgentSpec,
     App,
@@ -31,8 +31,8 @@ from dispatcher_docker.events import Watch
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
+from dispatcher_docker.starting import Starts
 from dispatcher_docker.thisside import ThisSide
-from dispatcher_docker.translate import NameTaken, start_failed
 from dispatcher_docker.usage import CgroupUsage, EngineUsage
 from dispatcher_docker.volumes import Volumes
 
@@ -59,6 +59,14 @@ class DockerProvider(Provider):
         self._own_volume = options.data == "volume" or (options.data == "auto" and not self._engine.is_local)
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
         self._endings = Endings(self._engine, context.state_dir)
+        self._starts = Starts(
+            self._engine,
+            options,
+            context.installation,
+            here=self._here,
+            endings=self._endings,
+            volumes=self._volumes if self._own_volume else None,
+        )
         self._cgroups = CgroupUsage()
         self._statistics = EngineUsage(self._engine, options.usage_cache)
         self._info: dict[str, Any] | None = None
@@ -89,6 +97,10 @@ class DockerProvider(Provider):
             if info.get(key, True):
                 found.add(capability)
         return frozenset(found)
+
+    @property
+    def _remapped(self) -> bool:
+        return "name=userns" in ((self._info or {}).get("SecurityOptions") or [])
 
     def check(self, *, deadline: Deadline) -> None:
         with self._engine.call("tell about itself", deadline) as client:
@@ -150,7 +162,7 @@ class DockerProvider(Provider):
                 fix='use credentials = "stdin", or an engine on this host',
             )
         progress("looking for the container")
-        found = self._find(handle, deadline)
+        found = self._starts.find(handle, deadline)
         if found and runs.status(found) in runs.ALIVE:
             if observing.label(found["Config"].get("Labels"), "hash") != spec.hash:
                 raise SpecConflict(
@@ -164,100 +176,14 @@ class DockerProvider(Provider):
         image = self._images.resolve(spec.app, deadline=deadline, progress=progress)
         private = spec.app.network.value == "private" and not containers.options_of(spec.app).network
         with self._networks.in_use(deadline) if private else contextlib.nullcontext():
-            self._run(spec, handle, found, image, deadline, progress)
-        return handle
-
-    def _run(
-        self,
-        spec: AgentSpec,
-        handle: Handle,
-        found: Mapping[str, Any] | None,
-        image: str,
-        deadline: Deadline,
-        progress: Progress,
-    ) -> None:
-        fresh_volume = self._own_volume and self._volumes.ensure(handle, deadline)
-        try:
-            secrets = None
-            if spec.secrets:
-                secrets = self._here.secrets.write(handle.name, spec.secrets, containers.owner_uid(spec))
-            if found and not self._fits(found, spec, image):
-                progress("removing the old container")
-                runs.remove(self._engine, handle.name, deadline)
-                found = None
-            if found is None:
-                progress("creating the container")
-                self._create(spec, handle, image, secrets, deadline)
-            progress("starting the container")
-            self._endings.forget(handle)
-            try:
-                runs.start(self._engine, handle.name, spec.stdin, deadline)
-            except (Unavailable, NotFound):
-                raise
-            except ProviderError as error:
-                raise start_failed(error, self._endings.last_lines(handle, deadline)) from error
-            progress("started")
-        except BaseException:
-            runs.clean_up(self._engine, handle.name)
-            self._here.secrets.remove(handle.name)
-            if fresh_volume:
-                self._volumes.remove(handle, Deadline(10))
-            raise
-
-    def _create(
-        self, spec: AgentSpec, handle: Handle, image: str, secrets: Path | None, deadline: Deadline
-    ) -> None:
-        options = containers.options_of(spec.app)
-        seccomp = options.seccomp
-        if seccomp not in {"default", "unconfined"}:
-            seccomp = Path(seccomp).read_text(encoding="utf-8")
-        body = containers.container(
-            spec,
-            backend=self._options,
-            image_id=image,
-            own_volume=self._own_volume,
-            secrets_dir=secrets,
-            seccomp="" if seccomp == "default" else seccomp,
-            host_user_namespace="name=userns" in ((self._info or {}).get("SecurityOptions") or []),
-        )
-        try:
-            runs.create(self._engine, body, handle.name, options.platform, deadline)
-        except NameTaken:
-            # A start that met its deadline may still have been carried out: that container is ours to remove.
-            if self._find(handle, deadline) is None:
-                raise
-            runs.remove(self._engine, handle.name, deadline)
-            runs.create(self._engine, body, handle.name, options.platform, deadline)
-
-    def _fits(self, found: Mapping[str, Any], spec: AgentSpec, image: str) -> bool:
-        """Whether a container that does not run can be started for this spec."""
-        config = found["Config"]
-        has_secrets = any(one.get("Destination") == containers.INSIDE_SECRETS for one in found.get("Mounts") or ())
-        return (
-            runs.status(found) == "exited"
-            and observing.label(config.get("Labels"), "hash") == spec.hash
-            and observing.label(config.get("Labels"), "image-id") == image
-            and bool(config.get("OpenStdin")) == (spec.stdin is not None)
-            and has_secrets == bool(spec.secrets)
-        )
-
-    def _find(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
-        """Return an agent's container; a foreign one under its name is an error."""
-        found = runs.inspect(self._engine, handle.name, deadline)
-        if found is not None and not self._is_ours(found):
-            raise ProviderError(
-                f"A container called {handle.name} exists that is not the dispatcher's",
-                why="it does not carry this installation's label",
-                fix=f"look what it is, then remove it: docker rm -f {handle.name}",
+            self._starts.run(
+                spec, handle, found, image=image, remapped=self._remapped, deadline=deadline, progress=progress
             )
-        return found
-
-    def _is_ours(self, found: Mapping[str, Any]) -> bool:
-        return observing.label(found["Config"].get("Labels"), "installation") == self.context.installation
+        return handle
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
         found = runs.inspect(self._engine, handle.name, deadline)
-        if found is None or not self._is_ours(found):
+        if found is None or not self._starts.is_ours(found):
             return Observation(state=BackendState.ABSENT)
         labels = found["Config"].get("Labels")
         current = self._images.meaning(observing.label(labels, "image"))
@@ -270,7 +196,7 @@ class DockerProvider(Provider):
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
         found = runs.inspect(self._engine, handle.name, deadline)
-        if found and self._is_ours(found) and runs.status(found) in runs.ALIVE:
+        if found and self._starts.is_ours(found) and runs.status(found) in runs.ALIVE:
             self._endings.note_stop(handle, found["Id"])
             runs.end(self._engine, found, grace=grace, deadline=deadline, progress=progress)
         self._here.clear(handle, deadline)
@@ -278,7 +204,7 @@ class DockerProvider(Provider):
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
         found = runs.inspect(self._engine, handle.name, deadline)
-        if found and self._is_ours(found):
+        if found and self._starts.is_ours(found):
             progress("removing the container")
             runs.remove(self._engine, handle.name, deadline)
             self._networks.remove_unused(deadline)
