@@ -21,7 +21,7 @@ from dispatcher.clock import Deadline
 from dispatcher.errors import DispatcherError, ProviderError
 from dispatcher.model import AgentSpec, Network
 from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox, seccomp
-from dispatcher_subprocess.cgroups import Group, join, joined
+from dispatcher_subprocess.cgroups import Group, join
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.output import log_file
@@ -62,7 +62,8 @@ class Attempt:
         self._kept = contextlib.ExitStack()  # descriptors of ours until the end
         self._passed = contextlib.ExitStack()  # those that the agent inherits; our copies would hide its end
         self._launch: dict[str, Any] = {}
-        self._output = self._info = self._gate = -1
+        self._output = self._info = self._gate = self._speaker = -1
+        self._arguments = b""
         self._line = b"\n"  # what opens the gate
         self._groups: list[Path] = []
         self._main: Process | None = None
@@ -146,7 +147,9 @@ class Attempt:
             workdir=plan.workdir,
             secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
         )
-        arguments = self._memory(b"".join(os.fsencode(word) + b"\0" for word in words))
+        self._arguments = b"".join(os.fsencode(word) + b"\0" for word in words)
+        arguments, self._speaker = os.pipe()
+        self._pass(arguments)
         program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
         self._launch = {
             "command": [self.machine.bwrap, "--args", str(arguments), "--", *user, *program],
@@ -184,21 +187,31 @@ class Attempt:
         }
 
     def spawn(self) -> None:
-        """Start the sandbox, in its control group; it waits at the gate.
+        """Start the sandbox, in its control group and within its limits; it waits at the gate.
 
         :raises ProviderError: it does not come up.
         """
         self._main = self._inner = launch.spawn(**self._launch)
         self._passed.close()
-        self._join(self._main.pid)  # at once: while it comes up, and before it forks, which saves the second
-        if self.machine.sandboxed:
-            pid, self._pidns = launch.read_info(self._info, self.deadline)
-            found = procfs.stat(pid)
-            if not found:
-                raise ProviderError("bubblewrap ended before the sandbox was made")
-            self._inner = Process(pid=pid, start=found.start)
-            if not joined(self._groups, pid):
-                self._join(pid)
+        # bubblewrap waits for its arguments, and forks only then: what is set now holds for all of them.
+        self._join(self._main.pid)
+        launch.limit(self._main.pid, self._limits(), options_of(self.spec.app).nice)
+        if not self.machine.sandboxed:
+            return
+        self._speak()
+        pid, self._pidns = launch.read_info(self._info, self.deadline)
+        found = procfs.stat(pid)
+        if not found:
+            raise ProviderError("bubblewrap ended before the sandbox was made")
+        self._inner = Process(pid=pid, start=found.start)
+
+    def _speak(self) -> None:
+        speaker, self._speaker = self._speaker, -1
+        try:
+            with os.fdopen(speaker, "wb", closefd=True) as file:
+                file.write(self._arguments)
+        except OSError as error:
+            raise ProviderError("bubblewrap ended at once", why=str(error)) from error
 
     def _join(self, pid: int) -> None:
         try:
@@ -209,13 +222,11 @@ class Attempt:
             raise self._unlimited(error) from error
 
     def confine(self) -> None:
-        """Set the limits of what waits, give it its network.
+        """Give what waits its network.
 
         :raises ProviderError: that is not possible.
         """
-        assert self._main is not None
         assert self._inner is not None
-        launch.limit(self._inner.pid, self._limits(), options_of(self.spec.app).nice)
         if self.spec.app.network is Network.PRIVATE:
             self._helper = network.connect(
                 self.machine, self._inner, self.plan.inside.port, self.options.denied, self.deadline
@@ -262,7 +273,7 @@ class Attempt:
             error.why = f"{error.why}; {said}" if error.why else said
 
     def undo(self) -> None:
-        """Leave nothing of a start that failed."""
+        """Leave nothing of a start that failed.  The gate stays shut meanwhile: its end would open it."""
         self._passed.close()
         name = self.spec.backend_name
         limit = Deadline(_UNDO)
@@ -281,9 +292,10 @@ class Attempt:
 
     def close(self) -> None:
         """Close all descriptors."""
-        if self._gate >= 0:
-            os.close(self._gate)
-            self._gate = -1
+        for fd in (self._gate, self._speaker):
+            if fd >= 0:
+                os.close(fd)
+        self._gate = self._speaker = -1
         self._passed.close()
         self._kept.close()
 

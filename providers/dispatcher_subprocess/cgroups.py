@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -255,13 +255,6 @@ def join(paths: Iterable[Path], pid: int) -> None:
     """
     for path in paths:
         _write(path / "cgroup.procs", pid)
-
-
-def joined(paths: Sequence[Path], pid: int) -> bool:
-    """Whether a process is in all of some groups of one name."""
-    text = (procfs.read(f"/proc/{pid}/cgroup") or b"").decode("utf-8", "replace")
-    lines = [line for line in text.splitlines() if paths and line.endswith(f"/{paths[0].name}")]
-    return len(lines) >= len(paths)
 
 
 def discover(base: str, mountinfo: str, own: str) -> Cgroups:

@@ -462,7 +462,7 @@ def test_nothing_an_agent_leaves_in_its_run_directory_stops_the_next_start(world
     assert inside.answers() and Path("/etc/passwd").exists()
 
 
-def test_a_hundred_lookalikes_are_not_confused(world):
+def test_lookalikes_are_not_confused(world):
     """Handles of other agents, and of no agent, do not touch this one."""
     provider = world.provider()
     handle, inside = world.start(provider, world.spec("a-b"))
