@@ -15,12 +15,14 @@ NAMES = [f"user{number}" for number in range(5)]
 @pytest.fixture
 def site(short_tmp):
     installation = Installation(short_tmp)
-    installation.start("manager")
-    installation.start("proxy")
-    for name in NAMES:
-        installation.add(name)
-    yield installation
-    installation.close()
+    try:
+        installation.start("manager")
+        installation.start("proxy")
+        for name in NAMES:
+            installation.add(name)
+        yield installation
+    finally:
+        installation.close()
 
 
 def test_agents_are_served_while_the_manager_is_dead_and_adopted_afterwards(site):

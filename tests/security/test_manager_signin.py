@@ -22,10 +22,12 @@ ADDRESS = "192.0.2.1"
 @pytest.fixture
 def site(short_tmp):
     site = Installation(short_tmp)
-    site.start("manager")
-    site.add("alice")
-    yield site
-    site.close()
+    try:
+        site.start("manager")
+        site.add("alice")
+        yield site
+    finally:
+        site.close()
 
 
 @pytest.fixture
