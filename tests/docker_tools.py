@@ -253,9 +253,11 @@ class PrivateEngine:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        # A crash leaves shims behind, and the containers that are their children: neither ends when it is asked to.
         for pid in self._containerd():
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGTERM)
+            for one in (*_children(pid), pid):
+                with contextlib.suppress(OSError):
+                    os.kill(one, signal.SIGKILL)
         for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
             where = line.split(" ")[1]
             if where.startswith(f"{self.directory}/"):
@@ -272,6 +274,14 @@ class PrivateEngine:
                     if f"{self.directory}/" in line and int(entry.name) != os.getpid():
                         found.append(int(entry.name))
         return found
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(word) for word in path.read_text().split()]
+    return found
 
 
 def _state(pid: int) -> str:

@@ -4,6 +4,7 @@ Their checks run in one pytest of its own; what it reports is judged here.
 """
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -29,6 +30,7 @@ def verdicts(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen],
         cwd=HERE.parent.parent,
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         capture_output=True,
         text=True,
         timeout=200,
