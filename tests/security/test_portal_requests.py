@@ -300,7 +300,9 @@ class TestSessions:
         browser = Browser(app)
         browser.sign_in()
         headers = browser.headers("GET") | {"Cookie": f"dispatcher={browser.cookie()}; dispatcher={'x' * 43}; a=1"}
-        response = app.test_client(use_cookies=False).get("/auth/account", base_url=browser.origin, headers=headers)
+        response = app.test_client(use_cookies=False).get(
+            "/auth/account", base_url=browser.origin, headers=headers
+        )
         assert response.status_code == 303
         gone = {tuple(part.strip() for part in line.split(";")) for line in response.headers.getlist("Set-Cookie")}
         names = {parts[0] for parts in gone}
