@@ -72,11 +72,15 @@ class Config(Table):
         :raises ConfigError: as `app`, or the provider's options are wrong; :raises PluginError: as `Plugins.load`.
         """
         app = self.app(name)
-        options = validate(
-            plugins.provider(app.provider).AppOptions,
-            app.provider_table(app.provider),
-            f"apps.{name}.{app.provider}",
-        )
+        model, path = plugins.provider(app.provider).AppOptions, f"apps.{name}.{app.provider}"
+        try:
+            options = validate(model, app.provider_table(app.provider), path)
+        except ConfigError as error:
+            others = [key for key in app.model_extra or {} if key in plugins.available()]
+            if others and app.provider not in others:  # a table is there, and nobody said that it is the one
+                hint = f'{error.why} (there is [apps.{name}.{others[0]}]: add provider = "{others[0]}"?)'
+                raise ConfigError(error.what, why=hint) from error
+            raise
         return App(
             name=name,
             provider=app.provider,

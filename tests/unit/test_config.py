@@ -359,6 +359,14 @@ def test_plugins_tables_are_validated_by_their_models(plugins):
     ]
 
 
+def test_the_table_of_a_provider_that_is_not_chosen_is_pointed_at(plugins, monkeypatch):
+    monkeypatch.setattr(plugins, "available", lambda: {"fake": "some-plugin", "other": "some-plugin"})
+    found = config.parse({"apps": {"a": {"provider": "fake", "other": {"image": "x"}}}})
+    with pytest.raises(ConfigError) as caught:
+        found.validate_providers(plugins)
+    assert caught.value.why == 'apps.a.fake.image: is missing (there is [apps.a.other]: add provider = "other"?)'
+
+
 def test_a_table_of_no_plugin_is_a_fault(plugins):
     found = config.parse({"apps": {"a": {"provider": "fake", "fake": {"image": "x"}, "fakr": {}}}})
     with pytest.raises(ConfigError, match=r"apps\.a\.fakr: there is no plugin of that name"):
