@@ -6,6 +6,7 @@ importlib.metadata: `dispatcher --help` and the commands that only ask the manag
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ SECTIONS = {
         "doctor": Lazy("doctor", "doctor", "Check this machine and say what to do."),
     },
 }
+#: What a full disk, a quota or a broken device says to who writes.
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
 
 EPILOG = """\b
@@ -168,9 +171,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         # Who reads has gone (`| head`); Python must not complain about it once more while it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _discard_output()
+        return _fail(f"Cannot write: {error.strerror} (make room, or send the output elsewhere)", 1)
     return result if isinstance(result, int) else 0
+
+
+def _discard_output() -> None:
+    """Send to nowhere what is buffered still, which Python would try to write, and complain, while it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_standard_streams() -> None:

@@ -86,6 +86,9 @@ def remove(cli: Cli, name: str, keep_data: bool, yes: bool, wait: bool) -> None:
 def passwd(cli: Cli, name: str, password_stdin: bool) -> None:
     """Set the password of the person NAME.  Their sign-ins end."""
     client = cli.client()
-    client.agent(name)
-    client.set_password(name, new_password(from_stdin=password_stdin))
+    # Before anybody types it twice.  A person may have only agents of other apps (NAME:APP): any of them will do.
+    agents = [agent["name"] for agent in client.agents()["agents"] if name in (agent["name"], agent["user"])]
+    if not agents:
+        raise NotFound(f"There is no person {name}", fix="`dispatcher list` shows those there are")
+    client.set_password(agents[0], new_password(from_stdin=password_stdin))
     cli.out.line(f"{name} has a new password")

@@ -333,6 +333,37 @@ def test_passwd(run, manager):
     assert manager.users["alice"] == "new-password"
 
 
+def test_passwd_of_who_has_only_an_agent_of_another_app(run, manager):
+    manager.add("alice:notebook")
+    assert run("passwd", "alice", "--password-stdin", stdin=b"new-password\n")[:2] == (
+        0,
+        "alice has a new password\n",
+    )
+
+
+def test_passwd_of_nobody_names_the_person(run, manager):
+    assert run("passwd", "nobody", "--password-stdin", stdin=b"new-password\n")[::2] == (
+        3,
+        "dispatcher: There is no person nobody (`dispatcher list` shows those there are)\n",
+    )
+
+
+def test_output_that_cannot_be_written_is_one_line(manager):
+    manager.add("alice")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dispatcher", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "dispatcher: Cannot write: No space left on device (make room, or send the output elsewhere)\n",
+    )
+
+
 # States.
 
 
