@@ -132,14 +132,22 @@ def private_network() -> Iterator[Finding]:
         )
 
 
-def cgroups() -> Iterator[Finding]:
-    """Check where limits on memory and CPU can be had."""
-    for root in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
+def cgroups(top: Path = Path("/sys/fs/cgroup")) -> Iterator[Finding]:
+    """Check where limits on memory and CPU can be had: version 2, or a controller of version 1 beside it.
+
+    :param top: where control groups are mounted.
+    """
+    wanted = {"memory", "cpu", "pids"}
+    legacy = {name for name in wanted if (top / name / "cgroup.procs").exists()}
+    if legacy == wanted:
+        yield ok("cgroup v1 with memory, cpu and pids")
+        return
+    for root in (top, top / "unified"):
         try:
             found = set((root / "cgroup.controllers").read_text(encoding="ascii").split())
         except OSError:
             continue
-        lacking = sorted({"memory", "cpu", "pids"} - found)
+        lacking = sorted(wanted - found - legacy)
         if lacking:
             yield info(
                 f"cgroup v2 at {root} has no controller {', '.join(lacking)}: subprocess agents get rlimits",

@@ -253,6 +253,25 @@ def test_accounts(monkeypatch, tmp_path):
     assert "not root" in only(installation.accounts(config.parse({}))).what
 
 
+def test_controllers_of_version_1_limit_as_well(tmp_path):
+    (tmp_path / "unified").mkdir()
+    (tmp_path / "unified/cgroup.controllers").write_text("\n")
+    assert "has no controller cpu, memory, pids" in only(machine.cgroups(tmp_path)).what
+    for name in ("memory", "cpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "cgroup.procs").touch()
+    assert "has no controller pids:" in only(machine.cgroups(tmp_path)).what
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "pids/cgroup.procs").touch()
+    assert only(machine.cgroups(tmp_path)).level is Level.OK
+
+
+def test_control_groups_of_version_2(tmp_path):
+    assert only(machine.cgroups(tmp_path)).fix == "mount -t cgroup2"
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
+    assert only(machine.cgroups(tmp_path)).what == "cgroup v2 with memory, cpu and pids"
+
+
 def test_every_remedy_is_there():
     """Whatever is not good says what to do."""
     for finding in [
