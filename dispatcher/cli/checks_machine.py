@@ -19,6 +19,8 @@ from dispatcher.model import Finding, Level
 MIN_PYTHON = (3, 10)
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that says less is wrong
 WANTED_FILES = 4096
+#: Where the provider `subprocess` looks, whatever PATH says: never in a user's own directories.
+_SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _KVM = Path("/dev/kvm")
 _KVM_CREATE_VM = 0xAE01  # linux/kvm.h: the device may be there and refuse
 
@@ -75,7 +77,7 @@ def open_files() -> Iterator[Finding]:
 
 def bubblewrap() -> Iterator[Finding]:
     """Check the sandbox of the subprocess provider by running it."""
-    program = shutil.which("bwrap")
+    program = shutil.which("bwrap", path=_SEARCH)
     if program is None:
         yield warning(
             "bubblewrap is not installed: subprocess agents see this machine's files and processes",
@@ -83,7 +85,7 @@ def bubblewrap() -> Iterator[Finding]:
         )
         return
     command = [program, "--ro-bind", "/", "/", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--dev", "/dev"]
-    done = _run([*command, "true"])
+    done = _run([*command, "/bin/sh", "-c", ":"])  # by its path: PATH may lead nowhere
     if done == "":
         yield ok("bubblewrap works")
     else:
@@ -122,7 +124,7 @@ def _userns_fix() -> str:
 
 def private_network() -> Iterator[Finding]:
     """Check the helpers that give agents a network of their own."""
-    found = [name for name in ("pasta", "slirp4netns") if shutil.which(name)]
+    found = [name for name in ("pasta", "slirp4netns") if shutil.which(name, path=_SEARCH)]
     if found:
         yield ok(f'network = "private" works for subprocess agents ({", ".join(found)})')
     else:

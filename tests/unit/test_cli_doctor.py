@@ -53,11 +53,11 @@ def test_open_files(monkeypatch, hard, level):
 
 
 def test_bubblewrap_absent_broken_and_well(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _, **__: None)
     found = only(machine.bubblewrap())
     assert (found.level, found.fix) == (Level.WARNING, "apt-get install bubblewrap")
     program = tmp_path / "bwrap"
-    monkeypatch.setattr(shutil, "which", lambda _: str(program))
+    monkeypatch.setattr(shutil, "which", lambda _, **__: str(program))
     program.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
     program.chmod(0o755)
     found = only(machine.bubblewrap())
@@ -75,9 +75,9 @@ def test_closed_user_namespaces_matter_to_an_ordinary_user(monkeypatch, euid, le
 
 
 def test_network_helpers(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: None)
     assert only(machine.private_network()).level is Level.INFO
-    monkeypatch.setattr(shutil, "which", lambda name: name if name == "pasta" else None)
+    monkeypatch.setattr(shutil, "which", lambda name, **_: name if name == "pasta" else None)
     assert "pasta" in only(machine.private_network()).what
 
 
@@ -251,6 +251,14 @@ def test_accounts(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "not root" in only(installation.accounts(config.parse({}))).what
+
+
+def test_bubblewrap_of_a_user_s_own_directory_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = list(machine.bubblewrap())
+    (tmp_path / "bwrap").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    assert list(machine.bubblewrap()) == before
 
 
 def test_controllers_of_version_1_limit_as_well(tmp_path):

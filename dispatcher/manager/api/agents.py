@@ -33,7 +33,11 @@ def create_agent(services: Services, body: models.CreateAgent) -> Answer:
     store = services.supervisor.store
     new = store.get_user(user) is None
     if new and body.password is None and services.signin.local:
-        raise BadRequest(f"The user {user} is new", why="no password was given", fix="give one")
+        raise BadRequest(
+            f"The user {user} is new",
+            why="no password was given",
+            fix='give one; none is needed only where `auth.authenticator` is another than "local"',
+        )
     if not new and body.password is not None:
         raise Conflict(
             f"{user} exists",
