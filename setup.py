@@ -12,6 +12,7 @@ TESTING = [
     "pytest>=8,<9.2",  # with 9.2 pytest-xdist 3.8 no longer keeps groups together
     "pytest-timeout",
     "pytest-xdist",
+    "pytest-rerunfailures",
     "pytest-cov",
     "hypothesis",
     "h11",

@@ -41,8 +41,9 @@ BROWSER = (
     b"HTTP/1.1 200 OK\r\nServer: TornadoServer/6.4\r\nContent-Type: application/json\r\n"
     b"Date: Wed, 25 Nov 2026 21:13:48 GMT\r\nX-Content-Type-Options: nosniff\r\n"
     b"Content-Security-Policy: frame-ancestors 'self'; report-uri /api/security/csp-report; default-src 'none'\r\n"
-    b"Access-Control-Allow-Origin: \r\nEtag: \"3f786850e387550fdab836ed7e6dc881de23001b\"\r\nContent-Length: 200\r\n\r\n"
-    + b"x" * 200,
+    b'Access-Control-Allow-Origin: \r\nEtag: "3f786850e387550fdab836ed7e6dc881de23001b"\r\nContent-Length: 200\r\n\r\n'
+    + b"x"
+    * 200,
 )
 
 
@@ -101,7 +102,11 @@ def loop(kind, count):
     if kind == "connect":
         return connections(client.worker, upstream, count)
     request, answer = SMALL if kind == "small" else BROWSER
-    requests = [request] * count if isinstance(request, bytes) else [(request % (i % 50, i % 7)).encode() for i in range(count)]
+    requests = (
+        [request] * count
+        if isinstance(request, bytes)
+        else [(request % (i % 50, i % 7)).encode() for i in range(count)]
+    )
     ask, tell = client.data_received, upstream.data_received
     start = time.process_time()
     for data in requests:
@@ -134,7 +139,16 @@ def instructions(kind, few=500, many=2500):
     for count in (few, many):
         with tempfile.NamedTemporaryFile() as out:
             subprocess.run(
-                ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out.name}", sys.executable, __file__, "--loop", kind, str(count)],
+                [
+                    "valgrind",
+                    "--tool=callgrind",
+                    f"--callgrind-out-file={out.name}",
+                    sys.executable,
+                    __file__,
+                    "--loop",
+                    kind,
+                    str(count),
+                ],
                 check=True,
                 capture_output=True,
             )
@@ -172,6 +186,8 @@ def main():
 
 if __name__ == "__main__":
     HOME = ROOT / ".venv"
-    if (HOME / "bin/python").exists() and Path(sys.prefix) != HOME:  # the project's own interpreter, whatever started this
+    if (HOME / "bin/python").exists() and Path(
+        sys.prefix
+    ) != HOME:  # the project's own interpreter, whatever started this
         os.execv(HOME / "bin/python", [str(HOME / "bin/python"), __file__, *sys.argv[1:]])
     main()

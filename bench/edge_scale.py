@@ -28,7 +28,9 @@ SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection:
 
 def private_kib(pid: int) -> int:
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith(("Private_Dirty", "Private_Clean")))
+    return sum(
+        int(line.split()[1]) for line in text.splitlines() if line.startswith(("Private_Dirty", "Private_Clean"))
+    )
 
 
 class Silent(asyncio.Protocol):
@@ -85,7 +87,12 @@ def websockets(count: int) -> None:
         before = private_kib(worker)
 
         async def open_some(number):
-            await asyncio.gather(*(loop.create_connection(lambda: Idle(state, head), "127.0.0.1", daemon.port) for _ in range(number)))
+            await asyncio.gather(
+                *(
+                    loop.create_connection(lambda: Idle(state, head), "127.0.0.1", daemon.port)
+                    for _ in range(number)
+                )
+            )
 
         done = 0
         while done < count:
@@ -98,7 +105,9 @@ def websockets(count: int) -> None:
         start = time.monotonic()
         daemon.feed.remove(tokens=(TOKEN,))
         until(lambda: state["lost"] >= count, 60)
-        print(f"{count} idle WebSockets: {(after - before) / count:.2f} KiB each, all closed {time.monotonic() - start:.2f} s after their session ended")
+        print(
+            f"{count} idle WebSockets: {(after - before) / count:.2f} KiB each, all closed {time.monotonic() - start:.2f} s after their session ended"
+        )
 
 
 def until(condition, seconds):
@@ -116,12 +125,25 @@ def tables(sessions: int, agents: int) -> None:
     from tests.edge_feed import agent_row, session_row
 
     def part(kind, rows, first, last):
-        return feed_protocol.encode({"type": "snapshot", "first": first, "last": last, "agents": [], "sessions": [], kind: rows})
+        return feed_protocol.encode(
+            {"type": "snapshot", "first": first, "last": last, "agents": [], "sessions": [], kind: rows}
+        )
 
     own = agent_row("alice", "tcp:127.0.0.1:9001")
-    rows = [own, *(agent_row(f"user{i}", f"unix:/run/dispatcher/a/{i:012x}/s", uid=200000 + i, label=f"user{i}-0123456789ab") for i in range(agents - 1))]
+    rows = [
+        own,
+        *(
+            agent_row(
+                f"user{i}", f"unix:/run/dispatcher/a/{i:012x}/s", uid=200000 + i, label=f"user{i}-0123456789ab"
+            )
+            for i in range(agents - 1)
+        ),
+    ]
     frames = [part("agents", rows[i : i + 5000], i == 0, False) for i in range(0, agents, 5000)]
-    rows = [session_row(edge_cost.TOKEN, "alice"), *(session_row(f"token-{i}", f"user{i % (agents - 1)}") for i in range(sessions - 1))]
+    rows = [
+        session_row(edge_cost.TOKEN, "alice"),
+        *(session_row(f"token-{i}", f"user{i % (agents - 1)}") for i in range(sessions - 1)),
+    ]
     frames += [part("sessions", rows[i : i + 5000], False, i + 5000 >= sessions) for i in range(0, sessions, 5000)]
     data = b"".join(frames)
     del rows, frames
@@ -138,7 +160,9 @@ def tables(sessions: int, agents: int) -> None:
     grown = (int(Path("/proc/self/statm").read_text().split()[1]) - before) * 4 / 1024
     assert len(worker.tables.sessions) == sessions and len(worker.tables.agents) == agents
     assert isinstance(worker.tables.agents["alice"].traffic, Traffic)
-    print(f"{sessions} sessions and {agents} agents ({len(data) / 1e6:.1f} MB of frames): loaded in {spent:.2f} s, {grown:.0f} MiB")
+    print(
+        f"{sessions} sessions and {agents} agents ({len(data) / 1e6:.1f} MB of frames): loaded in {spent:.2f} s, {grown:.0f} MiB"
+    )
     request, answer = edge_cost.SMALL
 
     def cost():
@@ -173,6 +197,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     HOME = ROOT / ".venv"
-    if (HOME / "bin/python").exists() and Path(sys.prefix) != HOME:  # the project's own interpreter, whatever started this
+    if (HOME / "bin/python").exists() and Path(
+        sys.prefix
+    ) != HOME:  # the project's own interpreter, whatever started this
         os.execv(HOME / "bin/python", [str(HOME / "bin/python"), __file__, *sys.argv[1:]])
     main()

@@ -13,7 +13,10 @@ posix.umask(0o007)
 listener.bind(sys.argv[1])
 listener.listen(64)
 body = b"%d\n" % posix.getpid()
-reply = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (len(body), body)
+reply = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+    len(body),
+    body,
+)
 while True:
     fd, _ = listener._accept()
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM, 0, fd)

@@ -43,7 +43,9 @@ def free_port(host: str = "127.0.0.1") -> int:
 class Daemon:
     """A proxy daemon; `write` changes its configuration file."""
 
-    def __init__(self, script: Script = echo, *, state: str = "running", start: bool = True, label: str = "", **proxy: Any) -> None:
+    def __init__(
+        self, script: Script = echo, *, state: str = "running", start: bool = True, label: str = "", **proxy: Any
+    ) -> None:
         self.dir = Path(tempfile.mkdtemp(prefix="edged-", dir="/tmp"))
         self.dir.chmod(0o755)
         self.port = free_port()
@@ -118,8 +120,6 @@ class Daemon:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
 
 
 def user_ids(pid: int) -> set[int]:

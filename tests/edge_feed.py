@@ -145,7 +145,12 @@ class FeedServer:
             if self._closed:
                 peer.close()
                 return
-            hello = {"type": "hello", "version": feed_protocol.VERSION, "installation": "0a1b2c3d", "now": boottime()}
+            hello = {
+                "type": "hello",
+                "version": feed_protocol.VERSION,
+                "installation": "0a1b2c3d",
+                "now": boottime(),
+            }
             rows = feed_protocol.MAX_ROWS
             agents, sessions = list(self.agents.values()), list(self.sessions.values())
             parts = [(agents[i : i + rows], []) for i in range(0, len(agents), rows)]

@@ -80,7 +80,9 @@ def echo(connection: Connection) -> None:
     """Answer each request with its head (and body) as the body."""
     while head := connection.head():
         text = head + connection.body(head)
-        connection.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(text) + text)
+        connection.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: %d\r\n\r\n" % len(text) + text
+        )
 
 
 def saying(answer: bytes, *, close: bool = False) -> Script:
@@ -241,7 +243,9 @@ class Edge:
                 sock.shutdown(socket.SHUT_WR)
             return read_all(sock)
 
-    def get(self, path: str = "/", *lines: bytes, cookie: bytes = COOKIE, method: str = "GET", **kw: Any) -> Answer:
+    def get(
+        self, path: str = "/", *lines: bytes, cookie: bytes = COOKIE, method: str = "GET", **kw: Any
+    ) -> Answer:
         """Send one request, read one answer."""
         head = f"{method} {path} HTTP/1.1\r\nHost: app.test\r\n".encode() + cookie
         head += b"".join(line + b"\r\n" for line in lines) + b"\r\n"
@@ -263,7 +267,9 @@ def read_all(sock: socket.socket) -> bytes:
 class Answer:
     """A final answer, read by h11: an independent judge of what the edge sends."""
 
-    def __init__(self, response: h11.Response, body: bytes, trailers: list[tuple[bytes, bytes]], ended: bool) -> None:
+    def __init__(
+        self, response: h11.Response, body: bytes, trailers: list[tuple[bytes, bytes]], ended: bool
+    ) -> None:
         self.status = response.status_code
         self.reason = bytes(response.reason)
         self.fields = [(bytes(name), bytes(value)) for name, value in response.headers]

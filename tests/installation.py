@@ -19,7 +19,7 @@ T = TypeVar("T")
 PASSWORD = "correct horse battery"
 
 #: A small app of one file: /pid, /env-like facts, /count (memory), /exit, WebSocket echo is left to the demo app.
-APP = '''
+APP = """
 import http.server, json, os, socketserver, sys, threading
 count = 0
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -52,7 +52,7 @@ class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         return connection, ("proxy", 0)
 os.umask(0o007)
 Server(sys.argv[1], Handler).serve_forever()
-'''
+"""
 
 
 def until(what: str, check: Callable[[], T | None], seconds: float = 20.0) -> T:
@@ -121,7 +121,9 @@ class Installation:
         app = base / "app.py"
         app.write_text(APP)
         app.chmod(0o644)
-        apps = apps or '[apps.web.subprocess]\ncommand = ["{python}", "{app}", "{{socket}}"]\nread_only = ["{app}"]\n'
+        apps = (
+            apps or '[apps.web.subprocess]\ncommand = ["{python}", "{app}", "{{socket}}"]\nread_only = ["{app}"]\n'
+        )
         self.config = base / "dispatcher.toml"
         self.config.write_text(
             f'{extra}\n[manager]\nstate_dir = "{base}/state"\nrun_dir = "{base}/run"\nreconcile_interval = "1s"\n'
@@ -165,7 +167,9 @@ class Installation:
             return request(connection, method, path, body, **headers)
 
     def add(self, name: str, app: str | None = None) -> None:
-        answer = self.admin("POST", "/agents", {"name": name, "password": PASSWORD, **({"app": app} if app else {})})
+        answer = self.admin(
+            "POST", "/agents", {"name": name, "password": PASSWORD, **({"app": app} if app else {})}
+        )
         assert answer.status == 201, answer.body
 
     def login(self, name: str, password: str = PASSWORD) -> str:

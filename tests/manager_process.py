@@ -15,9 +15,7 @@ from tests.fake_supervisor import FakeSupervisor
 @contextmanager
 def manager_in(directory, monkeypatch, **tables):
     """Yield a started manager below `directory`; `tables` are those of the configuration."""
-    monkeypatch.setattr(
-        service, "Supervisor", lambda *, clock, **_: FakeSupervisor(clock)
-    )
+    monkeypatch.setattr(service, "Supervisor", lambda *, clock, **_: FakeSupervisor(clock))
     places = {"run_dir": str(directory / "r"), "state_dir": str(directory / "s")}
     config = parse(tables | {"manager": places | tables.get("manager", {})})
     manager = service.Manager(config)

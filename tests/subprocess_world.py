@@ -88,7 +88,13 @@ class World:
             if ROOT and owner >= 0:
                 os.chown(directory, owner, os.getegid() if directory == run else gid)
             directory.chmod(mode)
-        for parent in (self.base / "state", self.base / "state/agents", home, self.base / "run", self.base / "run/a"):
+        for parent in (
+            self.base / "state",
+            self.base / "state/agents",
+            home,
+            self.base / "run",
+            self.base / "run/a",
+        ):
             parent.chmod(0o711)
         return spec
 

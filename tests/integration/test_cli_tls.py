@@ -42,7 +42,16 @@ def run(site):
     def run(*arguments, token=None):
         env = {name: value for name, value in os.environ.items() if not name.startswith("DISPATCHER_")}
         return subprocess.run(
-            [sys.executable, "-m", "dispatcher", "--manager", site.url, "--token-file", token or site.token, *arguments],
+            [
+                sys.executable,
+                "-m",
+                "dispatcher",
+                "--manager",
+                site.url,
+                "--token-file",
+                token or site.token,
+                *arguments,
+            ],
             env=env,
             capture_output=True,
             text=True,

@@ -80,7 +80,9 @@ class Load:
         self.done = 0
         self._daemon = daemon
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n % 2 == 0,), daemon=True) for n in range(threads)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(n % 2 == 0,), daemon=True) for n in range(threads)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -117,7 +119,12 @@ def test_no_request_fails_over_reloads_under_load():
         for _ in range(3):
             before = set(daemon.workers())
             daemon.signal(signal.SIGHUP)
-            eventually(lambda before=before: len(set(daemon.workers()) - before) == 2 and not set(daemon.workers()) & before, 20)
+            eventually(
+                lambda before=before: (
+                    len(set(daemon.workers()) - before) == 2 and not set(daemon.workers()) & before
+                ),
+                20,
+            )
         load.stop()
         assert not load.failed and load.done > 100
         assert len(daemon.children()) == 3
@@ -216,7 +223,11 @@ def test_a_killed_parent_takes_its_children_along_and_the_next_one_starts():
 def test_two_proxies_on_one_address():
     with Daemon() as daemon:
         result = subprocess.run(daemon.process.args, capture_output=True, text=True, timeout=30, check=False)
-        assert result.returncode == 1 and "Cannot listen on" in result.stderr and "stop what listens there" in result.stderr
+        assert (
+            result.returncode == 1
+            and "Cannot listen on" in result.stderr
+            and "stop what listens there" in result.stderr
+        )
 
 
 @pytest.mark.parametrize("proxy,words", [
@@ -289,7 +300,9 @@ def test_systemd_is_told_when_it_is_ready():
 
 def test_proxy_protocol_says_who_the_client_is():
     with Daemon(proxy_protocol=True) as daemon:
-        header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes([1, 2, 3, 4, 10, 0, 0, 1]) + struct.pack("!HH", 1, 2)
+        header = (
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes([1, 2, 3, 4, 10, 0, 0, 1]) + struct.pack("!HH", 1, 2)
+        )
         with daemon.connect() as sock:
             for byte in header:
                 sock.sendall(bytes([byte]))
@@ -301,12 +314,21 @@ def test_proxy_protocol_says_who_the_client_is():
 
 
 def test_trusted_proxies_are_believed_and_others_are_not():
-    said = GET[:-2] + b"X-Forwarded-For: 9.9.9.9, 1.2.3.4\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: apps.test\r\nX-Request-ID: mine-1\r\n\r\n"
+    said = (
+        GET[:-2]
+        + b"X-Forwarded-For: 9.9.9.9, 1.2.3.4\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: apps.test\r\nX-Request-ID: mine-1\r\n\r\n"
+    )
     with Daemon(trusted_proxies=["127.0.0.0/8"]) as daemon, daemon.connect() as sock:
         for address in (b"1.2.3.4", b"5.6.7.8"):
             sock.sendall(said.replace(b"1.2.3.4", address))
             body = Reader(sock).answer().body
-            for line in (b"X-Forwarded-For: " + address, b"X-Forwarded-Proto: https", b"X-Forwarded-Host: apps.test", b"X-Request-ID: mine-1", b"Host: apps.test"):
+            for line in (
+                b"X-Forwarded-For: " + address,
+                b"X-Forwarded-Proto: https",
+                b"X-Forwarded-Host: apps.test",
+                b"X-Request-ID: mine-1",
+                b"Host: apps.test",
+            ):
                 assert body.count(b"\r\n" + line + b"\r\n") == 1, line
 
 
@@ -328,7 +350,11 @@ def certificate(directory: Path, name: str) -> tuple[Path, Path]:
     )  # fmt: skip
     cert, pem = directory / "cert.pem", directory / "key.pem"
     cert.write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    pem.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    pem.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
     pem.chmod(0o644)
     return cert, pem
 
@@ -386,7 +412,11 @@ def test_tls():
         # A big body through TLS, both ways.
         with tls(daemon) as sock:
             body = os.urandom(3_000_000)
-            threading.Thread(target=sock.sendall, args=(b"POST / HTTP/1.1\r\n" + HOST + cookie + b"Content-Length: %d\r\n\r\n" % len(body) + body,), daemon=True).start()
+            threading.Thread(
+                target=sock.sendall,
+                args=(b"POST / HTTP/1.1\r\n" + HOST + cookie + b"Content-Length: %d\r\n\r\n" % len(body) + body,),
+                daemon=True,
+            ).start()
             assert Reader(sock).answer().body.endswith(body)
         (daemon.dir / "key.pem").write_text("nonsense")
         daemon.signal(signal.SIGHUP)
@@ -394,4 +424,3 @@ def test_tls():
         with tls(daemon) as sock, contextlib.suppress(OSError):
             sock.sendall(request)
             assert Reader(sock).answer().status == 200
-

@@ -89,8 +89,10 @@ def test_connection_cannot_name_away_what_the_edge_adds(edge):
 
 
 def test_the_session_cookie_stays_here_and_others_pass_exactly(edge):
-    body = edge.get("/", cookie=b"Cookie: a=1;  b=\"x; y\"; dispatcher=" + TOKEN.encode() + b";c=%20 3; dispatcher-device=z\r\n").body
-    assert b"\r\nCookie: a=1;  b=\"x; y\";c=%20 3\r\n" in body
+    body = edge.get(
+        "/", cookie=b'Cookie: a=1;  b="x; y"; dispatcher=' + TOKEN.encode() + b";c=%20 3; dispatcher-device=z\r\n"
+    ).body
+    assert b'\r\nCookie: a=1;  b="x; y";c=%20 3\r\n' in body
     assert TOKEN.encode() not in body and b"dispatcher-device" not in body
 
 
@@ -236,7 +238,10 @@ def test_expect_without_a_session_gets_the_final_answer_at_once():
 
 def test_early_hints_pass_and_a_flood_of_them_does_not():
     hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n"
-    with Edge(saying(hint * 3 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")) as edge, edge.connect() as sock:
+    with (
+        Edge(saying(hint * 3 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")) as edge,
+        edge.connect() as sock,
+    ):
         sock.sendall(b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n")
         reader = Reader(sock)
         assert reader.answer().body == b"ok" and reader.informational == [103] * 3
@@ -272,7 +277,9 @@ def test_a_large_upload_and_download_stream_through():
             connection.send(piece)
 
     with Edge(script) as edge, edge.connect() as sock:
-        sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % size)
+        sock.sendall(
+            b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: %d\r\nConnection: close\r\n\r\n" % size
+        )
 
         def upload():
             piece = b"x" * (1 << 20)
@@ -308,7 +315,9 @@ def test_idempotent_requests_are_retried_once_and_others_are_not():
         for method, expected in ((b"GET", 200), (b"DELETE", 200), (b"PUT", 200), (b"POST", 502), (b"PATCH", 502)):
             with edge.connect() as sock:
                 body = b"hi" if method in {b"PUT", b"POST", b"PATCH"} else b""
-                request = method + b" / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: %d\r\n\r\n" % len(body) + body
+                request = (
+                    method + b" / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: %d\r\n\r\n" % len(body) + body
+                )
                 reader = Reader(sock)
                 sock.sendall(request)
                 first = reader.answer().status
@@ -383,7 +392,9 @@ def test_a_client_that_leaves_takes_its_upstream_along():
 
 def test_no_session(edge):
     edge.agent.heads.clear()
-    page = edge.get("/lab?x=1&y=é".encode().decode("latin-1").replace("Ã©", "%C3%A9"), b"Accept: text/html", cookie=b"")
+    page = edge.get(
+        "/lab?x=1&y=é".encode().decode("latin-1").replace("Ã©", "%C3%A9"), b"Accept: text/html", cookie=b""
+    )
     assert page.status == 303
     assert page.field(b"location") == b"/auth/login?next=/lab%3Fx%3D1%26y%3D%25C3%25A9"
     assert page.field(b"cache-control") == b"no-store"

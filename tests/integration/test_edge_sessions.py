@@ -11,7 +11,19 @@ import time
 import pytest
 
 from tests.edge_feed import agent_row, session_row
-from tests.edge_harness import BOB, COOKIE, TOKEN, Agent, Connection, Edge, Reader, descriptors, echo, eventually, read_all
+from tests.edge_harness import (
+    BOB,
+    COOKIE,
+    TOKEN,
+    Agent,
+    Connection,
+    Edge,
+    Reader,
+    descriptors,
+    echo,
+    eventually,
+    read_all,
+)
 
 HOST = b"Host: app.test\r\n"
 GET = b"GET / HTTP/1.1\r\n" + HOST + COOKIE
@@ -48,7 +60,10 @@ def test_a_sleeping_agent_is_woken_and_the_request_held():
 
 def test_a_held_body_reaches_the_agent_whole():
     with Edge(agent_state="asleep", hold=5) as edge:
-        edge.feed.on_wake = lambda name: (time.sleep(0.2), edge.feed.add(agents=(agent_row(name, edge.agent.endpoint),)))
+        edge.feed.on_wake = lambda name: (
+            time.sleep(0.2),
+            edge.feed.add(agents=(agent_row(name, edge.agent.endpoint),)),
+        )
         body = os.urandom(2_000_000)
         with edge.connect() as sock:
             threading.Thread(
@@ -77,7 +92,9 @@ def test_a_program_gets_a_problem_document():
         edge.feed.add(agents=(agent_row("alice", None, "starting", stage="pulling image", fraction=0.5),))
         answer = edge.get("/api", b"Accept: application/json")
         document = json.loads(answer.body)
-        assert answer.status == 503 and answer.field(b"cache-control") == b"no-store" and answer.field(b"retry-after")
+        assert (
+            answer.status == 503 and answer.field(b"cache-control") == b"no-store" and answer.field(b"retry-after")
+        )
         assert document["agent"]["stage"] == "pulling image" and document["status"] == 503
 
 
@@ -122,7 +139,10 @@ def test_old_tabs_do_not_wake_an_agent_for_ever():
             reader = Reader(sock)
             for number in range(60):
                 sock.sendall(
-                    b"GET /api/status?17000000%05d HTTP/1.1\r\n" % number + HOST + COOKIE + b"Sec-Fetch-Mode: cors\r\n\r\n"
+                    b"GET /api/status?17000000%05d HTTP/1.1\r\n" % number
+                    + HOST
+                    + COOKIE
+                    + b"Sec-Fetch-Mode: cors\r\n\r\n"
                 )
                 assert reader.answer().status == 503
                 time.sleep(0.02)
@@ -376,7 +396,9 @@ def test_events_tell_the_owner_what_happens():
         while b"\n\n" not in received.partition(b"\r\n\r\n")[2]:
             received += sock.recv(4000)
         assert b"Content-Type: text/event-stream" in received and b"no-store" in received
-        edge.feed.add(agents=(agent_row("alice", None, "starting", stage="start", detail="pulling", fraction=0.25),))
+        edge.feed.add(
+            agents=(agent_row("alice", None, "starting", stage="start", detail="pulling", fraction=0.25),)
+        )
         event = json.loads(sock.recv(4000).removeprefix(b"data: "))
         assert event == {
             "agent": "alice", "state": "starting", "stage": "start", "detail": "pulling", "fraction": 0.25, "failed": None,

@@ -16,7 +16,12 @@ def cookie(token: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def edge():
-    with Edge(routing="subdomain", public_url="http://apps.localhost:8080", label="alice-1", host="alice-1.apps.localhost:8080") as edge:
+    with Edge(
+        routing="subdomain",
+        public_url="http://apps.localhost:8080",
+        label="alice-1",
+        host="alice-1.apps.localhost:8080",
+    ) as edge:
         bobs = Agent(echo)
         edge.feed.add(
             agents=(agent_row("bob", bobs.endpoint, label="bob-2"),),
@@ -31,7 +36,11 @@ def edge():
 def get(edge: Edge, host: str, token: str = TOKEN, *lines: bytes, path: str = "/", method: str = "GET"):
     from tests.edge_harness import read_answer
 
-    head = f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n".encode() + cookie(token) + b"".join(line + b"\r\n" for line in lines)
+    head = (
+        f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n".encode()
+        + cookie(token)
+        + b"".join(line + b"\r\n" for line in lines)
+    )
     with edge.connect() as sock:
         sock.sendall(head + b"\r\n")
         return read_answer(sock, method)
@@ -51,7 +60,17 @@ def test_each_host_reaches_its_agent(edge):
 def test_a_session_of_one_host_opens_no_other(edge):
     edge.agent.heads.clear()
     edge.bobs.heads.clear()
-    for host, token in ((BOBS, TOKEN), (ALICE, BOB), (ALICE, PARENT), (BOBS, PARENT), ("nobody-3.apps.localhost:8080", TOKEN), ("evil.test", TOKEN), ("alice-1.apps.localhost.evil.test:8080", TOKEN), ("x.alice-1.apps.localhost:8080", TOKEN), ("alice-1.apps.localhost:9", TOKEN)):
+    for host, token in (
+        (BOBS, TOKEN),
+        (ALICE, BOB),
+        (ALICE, PARENT),
+        (BOBS, PARENT),
+        ("nobody-3.apps.localhost:8080", TOKEN),
+        ("evil.test", TOKEN),
+        ("alice-1.apps.localhost.evil.test:8080", TOKEN),
+        ("x.alice-1.apps.localhost:8080", TOKEN),
+        ("alice-1.apps.localhost:9", TOKEN),
+    ):
         answer = get(edge, host, token, NAVIGATE)
         assert answer.status == 303 and answer.field(b"location") == b"/auth/login?next=/", (host, answer.status)
         assert get(edge, host, token).status == 401
@@ -62,7 +81,9 @@ def test_the_main_host_is_the_portals(edge):
     answer = get(edge, MAIN, PARENT, NAVIGATE)
     assert answer.status == 303 and answer.field(b"location") == b"/auth/"
     for host in (MAIN, ALICE):
-        assert get(edge, host, PARENT, path="/auth/login").body.startswith(b"GET /auth/login HTTP/1.1\r\nHost: " + host.encode())
+        assert get(edge, host, PARENT, path="/auth/login").body.startswith(
+            b"GET /auth/login HTTP/1.1\r\nHost: " + host.encode()
+        )
 
 
 ORIGIN = b"Origin: http://alice-1.apps.localhost:8080"
@@ -88,7 +109,9 @@ def test_a_service_worker_is_the_agents_own_matter(edge):
 
 def test_no_cookie_for_a_sibling():
     answer = b"HTTP/1.1 200 OK\r\nSet-Cookie: a=1; Domain=apps.localhost; Path=/\r\nSet-Cookie: dispatcher=evil; Domain=apps.localhost\r\nContent-Length: 0\r\n\r\n"
-    with Edge(saying(answer), routing="subdomain", public_url="http://apps.localhost:8080", label="alice-1", host=ALICE) as edge:
+    with Edge(
+        saying(answer), routing="subdomain", public_url="http://apps.localhost:8080", label="alice-1", host=ALICE
+    ) as edge:
         got = get(edge, ALICE)
         assert [value for name, value in got.fields if name == b"set-cookie"] == [b"a=1; Path=/"]
 

@@ -56,7 +56,9 @@ class Library:
             async for message in peer:
                 await peer.send(message)
 
-        async with serve(handler, "127.0.0.1", 0, max_size=2**28, ping_interval=None, subprotocols=["b", "a"]) as server:
+        async with serve(
+            handler, "127.0.0.1", 0, max_size=2**28, ping_interval=None, subprotocols=["b", "a"]
+        ) as server:
             self.port = server.sockets[0].getsockname()[1]
             self._ready.set()
             await self._stop.wait()
@@ -142,7 +144,10 @@ def test_the_agent_sees_a_clean_upgrade():
         received = b""
         while not received.endswith(TEXT):
             received += sock.recv(1000)
-        assert received.startswith(b"HTTP/1.1 101 ") and b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in received
+        assert (
+            received.startswith(b"HTTP/1.1 101 ")
+            and b"Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in received
+        )
         (head,) = edge.agent.heads
         assert head.count(b"Connection: Upgrade\r\nUpgrade: websocket\r\n") == 1 and b"keep-alive" not in head
         assert b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n" in head and TOKEN.encode() not in head
@@ -198,7 +203,10 @@ def test_half_close_is_passed_on():
 
 
 def test_silence_is_not_an_end():
-    with Edge(echo, idle_timeout=0.5, body_timeout=0.5, upstream_timeout=0.5, head_timeout=0.5) as edge, edge.connect() as sock:
+    with (
+        Edge(echo, idle_timeout=0.5, body_timeout=0.5, upstream_timeout=0.5, head_timeout=0.5) as edge,
+        edge.connect() as sock,
+    ):
         sock.sendall(UPGRADE)
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
         time.sleep(2.5)
@@ -324,4 +332,3 @@ def test_thousands_of_idle_websockets_end_at_once():
         eventually(lambda: edge.worker.open_connections == 0, 10)
         eventually(lambda: descriptors() <= before + 10, 10)
         edge.do(servers[0].close)
-

@@ -132,7 +132,9 @@ def test_a_second_manager_is_refused_and_the_first_goes_on(place):
     place.start("manager")
     second = subprocess.run(
         [sys.executable, "-m", "dispatcher", "--config", str(place.config), "manager"],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert second.returncode == Conflict.exit_code
     assert "A manager runs already" in second.stderr
@@ -146,10 +148,14 @@ def test_a_second_manager_is_refused_and_the_first_goes_on(place):
 def test_the_same_state_from_another_run_directory_is_refused_too(place):
     place.start("manager")
     other = place.base / "other.toml"
-    other.write_text(place.config.read_text().replace(f'run_dir = "{place.base}/run"', f'run_dir = "{place.base}/r2"'))
+    other.write_text(
+        place.config.read_text().replace(f'run_dir = "{place.base}/run"', f'run_dir = "{place.base}/r2"')
+    )
     second = subprocess.run(
         [sys.executable, "-m", "dispatcher", "--config", str(other), "manager"],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     assert second.returncode == Conflict.exit_code
     assert "manager.lock" in second.stderr
@@ -196,7 +202,9 @@ def test_a_state_directory_that_cannot_be_is_said_in_one_line(place):
     (place.base / "state").write_text("in the way")
     ended = subprocess.run(
         [sys.executable, "-m", "dispatcher", "--config", str(place.config), "manager"],
-        capture_output=True, text=True, timeout=30,
+        capture_output=True,
+        text=True,
+        timeout=30,
     )
     (place.base / "state").unlink()
     assert ended.returncode != 0
@@ -254,8 +262,12 @@ def test_removal_ends_the_sessions_within_a_moment_and_data_does_not_come_back(p
 
 #: Runs a command as an ordinary user, who may read what lies below root's home, as the interpreter may lie there.
 AS_ORDINARY_USER = [
-    "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups",
-    "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search",
+    "setpriv",
+    "--reuid=65534",
+    "--regid=65534",
+    "--clear-groups",
+    "--inh-caps=-all,+dac_read_search",
+    "--ambient-caps=-all,+dac_read_search",
 ]
 
 

@@ -287,8 +287,16 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
     for number in range(10_000):
         name = f"user{number}"
         supervisor.rows[name] = AgentView(
-            name=name, user=name, app="demo", provider="fake", state=State.RUNNING, desired=Desired.RUNNING,
-            feed_state="running", label=names.key(name), since=now, created=now,
+            name=name,
+            user=name,
+            app="demo",
+            provider="fake",
+            state=State.RUNNING,
+            desired=Desired.RUNNING,
+            feed_state="running",
+            label=names.key(name),
+            since=now,
+            created=now,
         )
     for number in range(100_000):
         user = f"user{number % 10_000}"

@@ -102,7 +102,10 @@ def test_a_client_certificate_of_somebody_else_or_of_the_past_does_not(signed, a
 def test_an_expired_certificate_of_the_manager_is_refused(short_tmp, monkeypatch, authority, tokens):
     certificate, key = authority.issue("expired", ["127.0.0.1"], days=-1)
     tables = {
-        "listen": ["127.0.0.1:0"], "tls_cert": str(certificate), "tls_key": str(key), "token_file": str(tokens)
+        "listen": ["127.0.0.1:0"],
+        "tls_cert": str(certificate),
+        "tls_key": str(key),
+        "token_file": str(tokens),
     }
     with manager_in(short_tmp, monkeypatch, manager=tables) as manager:
         client = remote(manager, ca_file=authority.path, token=TOKEN)
@@ -117,7 +120,10 @@ def test_an_expired_certificate_of_the_manager_is_refused(short_tmp, monkeypatch
 def test_a_certificate_for_another_host_is_refused(short_tmp, monkeypatch, authority, tokens):
     certificate, key = authority.issue("other", ["manager.example.org"])
     tables = {
-        "listen": ["127.0.0.1:0"], "tls_cert": str(certificate), "tls_key": str(key), "token_file": str(tokens)
+        "listen": ["127.0.0.1:0"],
+        "tls_cert": str(certificate),
+        "tls_key": str(key),
+        "token_file": str(tokens),
     }
     with manager_in(short_tmp, monkeypatch, manager=tables) as manager:
         with pytest.raises(ManagerUnreachable) as caught:
@@ -184,11 +190,15 @@ def test_a_self_signed_certificate_is_made_once_with_a_private_key(self_signed, 
     assert stat.S_IMODE((secrets / "manager.key").stat().st_mode) == 0o600
     before = shown_fingerprint(self_signed)
     self_signed.close()
-    with manager_in(short_tmp, monkeypatch, manager={"listen": ["127.0.0.1:0"], "token_file": str(tokens)}) as again:
+    with manager_in(
+        short_tmp, monkeypatch, manager={"listen": ["127.0.0.1:0"], "token_file": str(tokens)}
+    ) as again:
         assert shown_fingerprint(again) == before
 
 
-@pytest.mark.parametrize("form", [str, str.upper, lambda f: ":".join(f[i : i + 2] for i in range(0, 64, 2)), "SHA256:{}".format])
+@pytest.mark.parametrize(
+    "form", [str, str.upper, lambda f: ":".join(f[i : i + 2] for i in range(0, 64, 2)), "SHA256:{}".format]
+)
 def test_its_fingerprint_is_enough(self_signed, form):
     client = remote(self_signed, fingerprint=form(shown_fingerprint(self_signed)), token=TOKEN)
     assert client.agents() == {"agents": []}
@@ -357,7 +367,9 @@ def test_the_fingerprint_is_logged(short_tmp, monkeypatch, tokens, capsys):
     handlers, level = root.handlers[:], root.level
     try:
         logs.configure("info", "json")
-        with manager_in(short_tmp, monkeypatch, manager={"listen": ["127.0.0.1:0"], "token_file": str(tokens)}) as m:
+        with manager_in(
+            short_tmp, monkeypatch, manager={"listen": ["127.0.0.1:0"], "token_file": str(tokens)}
+        ) as m:
             expected = shown_fingerprint(m)
     finally:
         root.handlers[:] = handlers

@@ -56,7 +56,10 @@ def raw(path, data, timeout=5.0):
 def test_modes(manager):
     paths = manager.paths
     for directory, mode in (
-        (paths.run_dir, 0o755), (paths.state_dir, 0o711), (paths.secrets_dir, 0o700), (paths.proxy_dir, 0o700)
+        (paths.run_dir, 0o755),
+        (paths.state_dir, 0o711),
+        (paths.secrets_dir, 0o700),
+        (paths.proxy_dir, 0o700),
     ):
         assert stat.S_IMODE(directory.stat().st_mode) == mode
     for path in (paths.manager_socket, paths.proxy_socket, paths.feed_socket):
@@ -263,7 +266,9 @@ def test_requests_that_are_none_end_alone(manager, admin, head):
 
 
 def test_what_the_server_refuses_by_itself_is_a_problem_document(manager):
-    head = b"POST /agents HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+    head = (
+        b"POST /agents HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99999999\r\n\r\n"
+    )
     answer = raw(manager.paths.manager_socket, head)
     top, _, body = answer.partition(b"\r\n\r\n")
     assert b"application/problem+json" in top
@@ -325,7 +330,10 @@ def test_threads_come_with_the_work_and_go_again(short_tmp, monkeypatch):
         manager.supervisor.settle = False
         with client_of(manager) as admin:
             admin.create_agent("alice", "correct horse")
-            threads = [threading.Thread(target=admin.set_state, args=("alice", "running"), kwargs={"wait": 5}) for _ in range(6)]
+            threads = [
+                threading.Thread(target=admin.set_state, args=("alice", "running"), kwargs={"wait": 5})
+                for _ in range(6)
+            ]
             for thread in threads:
                 thread.start()
             until("more threads came", lambda: len(server.requests._threads) > 5)

@@ -71,9 +71,13 @@ class TestUnconfined(SubprocessContract):
         "network": "network",
         "files": "They see the host's files",
         "processes": "processes",
-        **({} if ROOT else {
+        **(
+            {}
+            if ROOT
+            else {
                 "uid": "as the user that runs the manager",
                 "endpoint": "can read each other's data",
                 "capabilities": "without a sandbox",
-            }),
+            }
+        ),
     }

@@ -17,7 +17,7 @@ from tests.subprocess_world import PYTHON, World, eventually, lines, observe, st
 pytestmark = [pytest.mark.root, pytest.mark.bubblewrap]
 
 ATTACKER = textwrap.dedent(
-    r'''
+    r"""
     import ctypes, ctypes.util, errno, json, os, socket, struct, sys, platform
     libc = ctypes.CDLL(None, use_errno=True)
     plan = json.loads(sys.argv[1])
@@ -109,7 +109,7 @@ ATTACKER = textwrap.dedent(
         server.listen()
         while True:
             server.accept()[0].close()
-    '''
+    """
 )
 
 
@@ -118,7 +118,9 @@ def system_calls():
     machine = platform.machine()
     _, refused, absent = seccomp._CALLS[machine]
     clone, unshare = seccomp._MAKERS[machine]
-    return refused | absent | {"clone": clone, "unshare": unshare, "ptrace": {"x86_64": 101, "aarch64": 117}[machine]}
+    return (
+        refused | absent | {"clone": clone, "unshare": unshare, "ptrace": {"x86_64": 101, "aarch64": 117}[machine]}
+    )
 
 
 def gave_up(provider, handle):
@@ -284,8 +286,8 @@ def test_loader_variables_do_not_reach_roots_programs(world):
     marker = world.base / "loaded"
     source = world.base / "evil.c"
     source.write_text(
-        '#include <fcntl.h>\n#include <unistd.h>\n#include <stdlib.h>\n#include <stdio.h>\n'
-        'static void __attribute__((constructor)) begin(void) { char name[64]; '
+        "#include <fcntl.h>\n#include <unistd.h>\n#include <stdlib.h>\n#include <stdio.h>\n"
+        "static void __attribute__((constructor)) begin(void) { char name[64]; "
         'snprintf(name, sizeof name, "/data/loaded-%d", (int)geteuid()); close(open(name, O_CREAT | O_WRONLY, 0600)); }\n'
     )
     provider = world.provider()
@@ -302,7 +304,14 @@ def test_loader_variables_do_not_reach_roots_programs(world):
 
 def test_paths_that_would_show_other_agents_are_refused(world):
     provider = world.provider()
-    for path in ("/", "/run", "/proc", str(world.base), str(world.base / "state"), str(world.base / "state/agents")):
+    for path in (
+        "/",
+        "/run",
+        "/proc",
+        str(world.base),
+        str(world.base / "state"),
+        str(world.base / "state/agents"),
+    ):
         spec = world.spec("eve", options={"read_only": [path]})
         with pytest.raises(ConfigError, match="cannot be shown"):
             world.start(provider, spec, ready=False)

@@ -158,7 +158,9 @@ def test_the_pump_ends_when_nobody_needs_it(world):
     pump = eventually(lambda: pump_of(world))
     destroy(provider, handle)
     provider.close()
-    eventually(lambda: not Path(f"/proc/{pump}/cmdline").exists() or not Path(f"/proc/{pump}/cmdline").read_bytes(), 10)
+    eventually(
+        lambda: not Path(f"/proc/{pump}/cmdline").exists() or not Path(f"/proc/{pump}/cmdline").read_bytes(), 10
+    )
 
 
 @pytest.mark.root

@@ -56,7 +56,8 @@ BODIES = {
 def test_bad_chunks_end_the_request(edge, name):
     edge.agent.heads.clear()
     received = edge.ask(
-        b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Transfer-Encoding: chunked\r\n\r\n" + BODIES[name] + SMUGGLED, timeout=5
+        b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Transfer-Encoding: chunked\r\n\r\n" + BODIES[name] + SMUGGLED,
+        timeout=5,
     )
     assert received.startswith(b"HTTP/1.1 400 ") and received.count(b"HTTP/1.1 ") == 1
     assert not any(b"smuggled" in head for head in edge.agent.heads)
@@ -77,7 +78,14 @@ def test_chunk_extensions_and_hostile_trailers_do_not_reach_the_agent(edge):
 
 def test_a_body_beyond_content_length_is_the_next_request(edge):
     with edge.connect() as sock:
-        sock.sendall(b"POST /1 HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 3\r\n\r\nabcGET /2 HTTP/1.1\r\n" + HOST + b"\r\n")
+        sock.sendall(
+            b"POST /1 HTTP/1.1\r\n"
+            + HOST
+            + COOKIE
+            + b"Content-Length: 3\r\n\r\nabcGET /2 HTTP/1.1\r\n"
+            + HOST
+            + b"\r\n"
+        )
         reader = Reader(sock)
         assert reader.answer().body.endswith(b"abc")
         assert reader.answer().status == 401, "it has no session, whatever came before it"
@@ -91,7 +99,13 @@ def test_a_get_with_a_body_keeps_its_place(edge):
 
 
 def test_not_http_at_all(edge):
-    for data in (b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03", b"\0\0\0\0", b"SSH-2.0-OpenSSH\r\n", b"{}", b"\r\n\r\n\r\n\r\nGET"):
+    for data in (
+        b"\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03",
+        b"\0\0\0\0",
+        b"SSH-2.0-OpenSSH\r\n",
+        b"{}",
+        b"\r\n\r\n\r\n\r\nGET",
+    ):
         received = edge.ask(data, timeout=5, shut=True)
         assert received == b"" or received.startswith(b"HTTP/1.1 4"), data
 
@@ -137,7 +151,9 @@ def test_an_endless_head_is_cut():
         assert edge.get().status == 502
 
 
-@pytest.mark.parametrize("body", [b"zz\r\n", b"5\r\nhelloXX", b"-5\r\n", b"5;" + b"x" * 5000, b"0\r\n folded: x\r\n\r\n"])
+@pytest.mark.parametrize(
+    "body", [b"zz\r\n", b"5\r\nhelloXX", b"-5\r\n", b"5;" + b"x" * 5000, b"0\r\n folded: x\r\n\r\n"]
+)
 def test_bad_chunks_of_an_agent_break_the_answer_off(body):
     with Edge(saying(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n" + body)) as edge:
         assert edge.get().status == 502
@@ -155,7 +171,9 @@ def test_bad_chunks_of_an_agent_break_the_answer_off(body):
 
 
 def test_an_answer_longer_than_it_says_is_cut_and_poisons_nothing():
-    with Edge(saying(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngoodHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")) as edge:
+    with Edge(
+        saying(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngoodHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+    ) as edge:
         for _ in range(3):
             assert edge.get().body == b"good"
         assert edge.agent.opened == 3
@@ -171,13 +189,17 @@ def test_a_body_in_the_answer_to_head_poisons_nothing():
 
 
 def test_101_that_nobody_asked_for():
-    with Edge(saying(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")) as edge:
+    with Edge(
+        saying(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n")
+    ) as edge:
         assert edge.get().status == 502
 
 
 @pytest.mark.parametrize("cookie", OWN_COOKIES)
 def test_an_agent_cannot_set_the_session_cookie(cookie):
-    with Edge(saying(b"HTTP/1.1 200 OK\r\nSet-Cookie: " + cookie + b"\r\nSet-Cookie: own=1\r\nContent-Length: 0\r\n\r\n")) as edge:
+    with Edge(
+        saying(b"HTTP/1.1 200 OK\r\nSet-Cookie: " + cookie + b"\r\nSet-Cookie: own=1\r\nContent-Length: 0\r\n\r\n")
+    ) as edge:
         answer = edge.get()
         assert answer.status == 200 and [v for n, v in answer.fields if n == b"set-cookie"] == [b"own=1"]
 
@@ -306,7 +328,9 @@ def test_readers_that_stop_cost_little_memory_and_harm_nobody():
 
 def test_a_reader_that_is_slow_but_reads_is_served():
     size = 12_000_000
-    with Edge(saying(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size), body_timeout=1) as edge:
+    with Edge(
+        saying(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size), body_timeout=1
+    ) as edge:
         with edge.connect() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
             sock.sendall(GET)
@@ -320,7 +344,10 @@ def test_a_reader_that_is_slow_but_reads_is_served():
 
 
 def test_an_agent_that_does_not_read_holds_the_client_back():
-    with Edge(lambda connection: (connection.head(), time.sleep(4)), body_timeout=1.0) as edge, edge.connect(2) as sock:
+    with (
+        Edge(lambda connection: (connection.head(), time.sleep(4)), body_timeout=1.0) as edge,
+        edge.connect(2) as sock,
+    ):
         gc.collect()
         before = psutil.Process().memory_info().rss
         sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 1000000000\r\n\r\n")
@@ -403,8 +430,18 @@ def test_the_access_log_is_json_without_secrets(tmp_path):
     lines = [json.loads(line) for line in text.splitlines()]
     assert [line["status"] for line in lines[:4]] == [200, 200, 401, 200]
     first = lines[0]
-    assert first["path"] == "/a%0Ab" and first["query"] is True and first["user"] == "alice" and first["app"] == "demo"
-    assert first["client"] == "127.0.0.1" and first["method"] == "GET" and first["out"] > 100 and 0 <= first["ms"] < 5000
+    assert (
+        first["path"] == "/a%0Ab"
+        and first["query"] is True
+        and first["user"] == "alice"
+        and first["app"] == "demo"
+    )
+    assert (
+        first["client"] == "127.0.0.1"
+        and first["method"] == "GET"
+        and first["out"] > 100
+        and 0 <= first["ms"] < 5000
+    )
     assert lines[1]["agent"] is None and lines[2]["user"] is None and lines[3]["path"] == "/\"quote'"
     assert "hunter2" not in text and TOKEN not in text
     assert re.fullmatch(r"[0-9a-f]{18}", first["id"])

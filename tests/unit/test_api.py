@@ -87,9 +87,7 @@ def test_state_now_and_later(slow):
     answer = slow.admin.put("/agents/alice/state", json={"state": "running"})
     assert answer.status_code == 202
     assert answer.json["desired"] == "running"
-    assert set(answer.json) == {
-        "state", "desired", "stage", "detail", "fraction", "since", "failure", "outdated"
-    }
+    assert set(answer.json) == {"state", "desired", "stage", "detail", "fraction", "since", "failure", "outdated"}
     threading.Timer(0.1, slow.supervisor.reach, ["alice"]).start()
     answer = slow.admin.put("/agents/alice/state?wait=10", json={"state": "running"})
     assert (answer.status_code, answer.json["state"]) == (200, "running")
@@ -276,11 +274,7 @@ def test_purge_reload_events_and_findings(parts):
     assert parts.admin.get("/providers/nope/check").status_code == 404
 
 
-AGENT_PATHS = [
-    (route.method, route.path)
-    for route in ROLES["admin"]
-    if "<agent>" in route.path
-]
+AGENT_PATHS = [(route.method, route.path) for route in ROLES["admin"] if "<agent>" in route.path]
 BODIES = {
     "/agents/<agent>/state": {"state": "running"},
     "/agents/<agent>/authenticate": {"password": "x" * 8},
@@ -323,14 +317,18 @@ def test_what_there_is_not_is_a_problem_document(parts, method, path, status):
         assert answer.headers["Allow"]
 
 
-@pytest.mark.parametrize("type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize(
+    "type", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
 def test_a_body_that_is_not_json_is_415(parts, type):
     answer = parts.admin.post("/agents", data=b'{"name": "bob", "password": "xxxxxxxx"}', content_type=type)
     assert (answer.status_code, answer.content_type) == (415, PROBLEM)
     assert list(parts.supervisor.rows) == ["alice"]
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b'{"name": "bob"', b"\xff\xfe", b'{"name":"bob","name":"eve"}x', b"[" * 5000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"name": "bob"', b"\xff\xfe", b'{"name":"bob","name":"eve"}x', b"[" * 5000]
+)
 def test_broken_json_is_400(parts, data):
     answer = parts.admin.post("/agents", data=data, content_type="application/json")
     assert (answer.status_code, answer.content_type) == (400, PROBLEM)

@@ -60,7 +60,7 @@ def test_credentials_go_to_apps_that_ask_for_them_and_nowhere_else(tmp_path):
     parts = Parts(tmp_path, config=config)
     parts.add("alice")
     parts.login()
-    (_, agent, state, stdin), = [call for call in parts.supervisor.calls if call[0] == "set_desired"]
+    ((_, agent, state, stdin),) = [call for call in parts.supervisor.calls if call[0] == "set_desired"]
     assert (agent, state) == ("alice", "running")
     assert json.loads(stdin) == {"user": "alice", "password": "correct horse"}
     assert stdin.endswith(b"\n")
@@ -267,7 +267,12 @@ def test_verify(parts):
 
 def test_a_new_password_ends_all_other_sessions_and_renews_this_one(parts):
     session, other, bobs = signed_in(parts), signed_in(parts), signed_in(parts, "bob")
-    body = {"sha256": session, "password": "correct horse", "new_password": "a new password", "address": "192.0.2.1"}
+    body = {
+        "sha256": session,
+        "password": "correct horse",
+        "new_password": "a new password",
+        "address": "192.0.2.1",
+    }
     assert parts.post("/sessions/password", **body | {"password": "wrong"}).status_code == 403
     assert parts.post("/sessions/password", **body | {"new_password": "short"}).status_code == 400
     assert parts.sessions.get(session)
@@ -385,9 +390,15 @@ def test_nothing_that_the_app_decides_can_be_asked_for(parts, extra):
     assert parts.supervisor.calls == []
 
 
-@pytest.mark.parametrize("route", [r for r in ROLES["admin"] if r.path not in {"/healthz", "/metrics"}], ids=lambda r: f"{r.method} {r.path}")
+@pytest.mark.parametrize(
+    "route",
+    [r for r in ROLES["admin"] if r.path not in {"/healthz", "/metrics"}],
+    ids=lambda r: f"{r.method} {r.path}",
+)
 def test_nothing_of_the_role_admin_is_here(parts, route):
-    answer = parts.proxy.open(route.path.replace("<agent>", "alice").replace("<id>", "0" * 16), method=route.method)
+    answer = parts.proxy.open(
+        route.path.replace("<agent>", "alice").replace("<id>", "0" * 16), method=route.method
+    )
     assert answer.status_code in {404, 405}
 
 

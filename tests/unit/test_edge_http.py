@@ -35,7 +35,13 @@ def judged(head: bytes) -> h11.Request:
 
 
 def sent(parsed) -> bytes:
-    return parsed.method + b" " + parsed.target + upstream_lines(parsed, b"", b"Host: " + parsed.host + b"\r\n") + b"id\r\n\r\n"
+    return (
+        parsed.method
+        + b" "
+        + parsed.target
+        + upstream_lines(parsed, b"", b"Host: " + parsed.host + b"\r\n")
+        + b"id\r\n\r\n"
+    )
 
 
 REFUSED = {
@@ -138,12 +144,20 @@ def test_a_cached_line_is_not_mistaken_for_another():
 
 def test_upgrades_that_are_no_websockets_are_ignored():
     for value in (b"h2c", b"websocket, h2c", b"TLS/1.2", b"tcp"):
-        parsed = request(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: " + value + b"\r\nHTTP2-Settings: AA\r\n\r\n")
+        parsed = request(
+            b"GET / HTTP/1.1\r\n"
+            + HOST
+            + b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: "
+            + value
+            + b"\r\nHTTP2-Settings: AA\r\n\r\n"
+        )
         assert not parsed.upgrade
         assert b"pgrade" not in sent(parsed) and b"HTTP2" not in sent(parsed)
     assert not request(b"GET / HTTP/1.0\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n").upgrade
     assert not request(b"GET / HTTP/1.1\r\n" + HOST + b"Upgrade: websocket\r\n\r\n").upgrade
-    assert request(b"GET / HTTP/1.1\r\n" + HOST + b"Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\n\r\n").upgrade
+    assert request(
+        b"GET / HTTP/1.1\r\n" + HOST + b"Connection: keep-alive, Upgrade\r\nUpgrade: WebSocket\r\n\r\n"
+    ).upgrade
 
 
 def test_te_trailers_is_said_again_and_other_codings_are_not():
@@ -160,10 +174,49 @@ def test_persistence(connection, version, close):
     assert request(b"GET / HTTP/" + version + b"\r\n" + HOST + line + b"\r\n").close is close
 
 
-TOKENS = st.sampled_from([b"X-A", b"Accept", b"content-length", b"Transfer-Encoding", b"Host", b"Connection", b"Cookie", b"X_B", b"Expect", b"Upgrade", b"TE"])
-VALUES = st.sampled_from([b"a", b"5", b"0", b"chunked", b"a, b", b"close", b" x ", b"app.test", b"\xe9", b"keep-alive", b"websocket", b"", b"100-continue"]) | st.binary(max_size=6)
+TOKENS = st.sampled_from(
+    [
+        b"X-A",
+        b"Accept",
+        b"content-length",
+        b"Transfer-Encoding",
+        b"Host",
+        b"Connection",
+        b"Cookie",
+        b"X_B",
+        b"Expect",
+        b"Upgrade",
+        b"TE",
+    ]
+)
+VALUES = st.sampled_from(
+    [
+        b"a",
+        b"5",
+        b"0",
+        b"chunked",
+        b"a, b",
+        b"close",
+        b" x ",
+        b"app.test",
+        b"\xe9",
+        b"keep-alive",
+        b"websocket",
+        b"",
+        b"100-continue",
+    ]
+) | st.binary(max_size=6)
 LINES = st.tuples(TOKENS, st.sampled_from([b": ", b":", b" :", b":\t"]), VALUES).map(b"".join)
-STARTS = st.sampled_from([b"GET / HTTP/1.1", b"POST /a?b HTTP/1.1", b"HEAD /%20 HTTP/1.0", b"OPTIONS * HTTP/1.1", b"PUT //x HTTP/1.1", b"DELETE /;a HTTP/1.1"])
+STARTS = st.sampled_from(
+    [
+        b"GET / HTTP/1.1",
+        b"POST /a?b HTTP/1.1",
+        b"HEAD /%20 HTTP/1.0",
+        b"OPTIONS * HTTP/1.1",
+        b"PUT //x HTTP/1.1",
+        b"DELETE /;a HTTP/1.1",
+    ]
+)
 
 
 @settings(max_examples=300 * LONGER, deadline=None)
@@ -207,7 +260,9 @@ def test_random_bytes_never_break_the_parser(noise):
 @given(st.integers(0, 10**9))
 def test_mutated_requests_never_break_the_parser(seed):
     rng = random.Random(seed)
-    head = bytearray(b"POST /a/b?c=d HTTP/1.1\r\nHost: app.test\r\nContent-Length: 12\r\nCookie: dispatcher=x; a=b\r\nAccept: */*\r\n\r\n")
+    head = bytearray(
+        b"POST /a/b?c=d HTTP/1.1\r\nHost: app.test\r\nContent-Length: 12\r\nCookie: dispatcher=x; a=b\r\nAccept: */*\r\n\r\n"
+    )
     for _ in range(rng.randint(1, 4)):
         head[rng.randrange(len(head))] = rng.randrange(256)
     cut = head.find(b"\r\n\r\n") + 4
@@ -270,13 +325,17 @@ OWN_COOKIES = [
 @pytest.mark.parametrize("cookie", OWN_COOKIES)
 def test_an_agent_does_not_set_the_dispatchers_cookies(cookie):
     assert sets_own_cookie(cookie)
-    head = b"HTTP/1.1 200 OK\r\nset-COOKIE:" + cookie + b"\r\nSet-Cookie: app=1; Path=/\r\nContent-Length: 0\r\n\r\n"
+    head = (
+        b"HTTP/1.1 200 OK\r\nset-COOKIE:" + cookie + b"\r\nSet-Cookie: app=1; Path=/\r\nContent-Length: 0\r\n\r\n"
+    )
     answer = client_head(parse_response(head, 100, b"GET", Policy()), b"")
     assert b"spatcher" not in answer.lower().replace(b"app", b"") and b"Set-Cookie: app=1; Path=/\r\n" in answer
     assert cookie in client_head(parse_response(head, 100, b"GET", None), b""), "the portal may"
 
 
-@pytest.mark.parametrize("cookie", [b"app=dispatcher", b"dispatcher2=x", b"xdispatcher=1", b"a=1; dispatcher=2", b"=", b""])
+@pytest.mark.parametrize(
+    "cookie", [b"app=dispatcher", b"dispatcher2=x", b"xdispatcher=1", b"a=1; dispatcher=2", b"=", b""]
+)
 def test_other_cookies_are_the_apps(cookie):
     assert not sets_own_cookie(cookie)
 
@@ -289,7 +348,17 @@ def test_cookies_lose_their_domain_where_agents_have_hosts_of_their_own():
 
 
 def test_an_agent_says_nothing_about_the_whole_host():
-    lines = (b"Strict-Transport-Security: max-age=1", b"Alt-Svc: h3=':1'", b'Clear-Site-Data: "*"', b"X-Accel-Redirect: /x", b"X-Sendfile: /etc/passwd", b"Keep-Alive: timeout=5", b"Upgrade: h2c", b"Connection: X-Hop", b"X-Hop: 1")
+    lines = (
+        b"Strict-Transport-Security: max-age=1",
+        b"Alt-Svc: h3=':1'",
+        b'Clear-Site-Data: "*"',
+        b"X-Accel-Redirect: /x",
+        b"X-Sendfile: /etc/passwd",
+        b"Keep-Alive: timeout=5",
+        b"Upgrade: h2c",
+        b"Connection: X-Hop",
+        b"X-Hop: 1",
+    )
     head = b"HTTP/1.1 200 OK\r\n" + b"\r\n".join(lines) + b"\r\nX-Ok: 1\r\nContent-Length: 0\r\n\r\n"
     answer = client_head(parse_response(head, 100, b"GET", Policy(b"/auth/")), b"")
     assert answer == b"HTTP/1.1 200 OK\r\nX-Ok: 1\r\nContent-Length: 0\r\n\r\n"
@@ -312,7 +381,9 @@ def test_head_and_304_keep_what_they_say_of_a_length():
 
 
 def test_a_reason_may_be_missing_and_the_version_is_our_own():
-    assert client_head(parse_response(b"HTTP/1.0 200\r\n\r\n", 100, b"GET", None), b"").startswith(b"HTTP/1.1 200 \r\n")
+    assert client_head(parse_response(b"HTTP/1.0 200\r\n\r\n", 100, b"GET", None), b"").startswith(
+        b"HTTP/1.1 200 \r\n"
+    )
 
 
 # Chunks.

@@ -8,7 +8,9 @@ from dispatcher.proxy.edge.activity import Rhythm
 from dispatcher.proxy.edge.request import SAFE, Request, parse_request
 
 
-def change(path: bytes = b"/lab/api/workspaces/default", mode: bytes | None = b"cors", method: bytes = b"PUT") -> Request:
+def change(
+    path: bytes = b"/lab/api/workspaces/default", mode: bytes | None = b"cors", method: bytes = b"PUT"
+) -> Request:
     line = b"" if mode is None else b"Sec-Fetch-Mode: " + mode + b"\r\n"
     return parse_request(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n", 100)
 

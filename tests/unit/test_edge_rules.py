@@ -14,7 +14,13 @@ from dispatcher.proxy.cookies import split_cookie
 from dispatcher.proxy.edge import pages
 from dispatcher.proxy.edge.activity import Rhythm, Traffic
 from dispatcher.proxy.edge.forwarded import Forwarded, usable_request_id
-from dispatcher.proxy.edge.headers import X_FORWARDED_FOR, X_FORWARDED_HOST, X_FORWARDED_PROTO, X_REQUEST_ID, BadHead
+from dispatcher.proxy.edge.headers import (
+    X_FORWARDED_FOR,
+    X_FORWARDED_HOST,
+    X_FORWARDED_PROTO,
+    X_REQUEST_ID,
+    BadHead,
+)
 from dispatcher.proxy.edge.proxy_protocol import SIGNATURE, parse_address, parse_head
 from dispatcher.proxy.edge.request import parse_request
 from dispatcher.proxy.edge.settings import Settings
@@ -56,7 +62,15 @@ def frame(opcode: int, payload: bytes, *, masked: bool, fin: bool = True) -> byt
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_frames_are_followed_however_they_are_split(masked):
-    frames = [(1, b"hello"), (9, b"ping"), (2, b"x" * 126), (0, b"y" * 70000), (10, b""), (2, b""), (8, b"\x03\xe8")]
+    frames = [
+        (1, b"hello"),
+        (9, b"ping"),
+        (2, b"x" * 126),
+        (0, b"y" * 70000),
+        (10, b""),
+        (2, b""),
+        (8, b"\x03\xe8"),
+    ]
     data = b"".join(frame(opcode, payload, masked=masked) for opcode, payload in frames)
     expected = sum(len(frame(opcode, payload, masked=masked)) for opcode, payload in frames if opcode < 8)
     rng = random.Random(1)
@@ -126,7 +140,9 @@ def test_people_navigate_and_change_things():
         assert not rhythm.is_poll(ask(b"GET /item/%d" % second, FETCH), second)
 
 
-@pytest.mark.parametrize("pauses", [[1.0], [0.05], [600.0], [3, 7], [2, 2, 6], [5, 9, 6, 8, 7], [1, 1, 60, 60, 60]])
+@pytest.mark.parametrize(
+    "pauses", [[1.0], [0.05], [600.0], [3, 7], [2, 2, 6], [5, 9, 6, 8, 7], [1, 1, 60, 60, 60]]
+)
 def test_a_rhythm_is_recognised(pauses):
     rhythm = Rhythm()
     now = 0.0
@@ -191,7 +207,15 @@ def snapshot(first, last, agents=(), sessions=()):
 
 def test_a_snapshot_in_parts_replaces_what_was():
     tables = Tables()
-    tables.apply(snapshot(True, True, [agent_row("a", "unix:/a"), agent_row("b", "unix:/b")], [session_row("t", "a"), session_row("u", "b")]), 0.0)
+    tables.apply(
+        snapshot(
+            True,
+            True,
+            [agent_row("a", "unix:/a"), agent_row("b", "unix:/b")],
+            [session_row("t", "a"), session_row("u", "b")],
+        ),
+        0.0,
+    )
     old = tables.agents["a"]
     gone = tables.agents["b"]
     tables.apply(snapshot(True, False, [agent_row("a", "unix:/a")]), 0.0)
@@ -225,7 +249,14 @@ def test_generations_tell_which_connections_are_old():
 
 def test_a_session_follows_its_agent():
     tables = Tables()
-    tables.apply({"type": "change", "agents": [agent_row("a", "unix:/a"), agent_row("a:x", "unix:/x")], "sessions": [session_row("t", "a")]}, 10.0)
+    tables.apply(
+        {
+            "type": "change",
+            "agents": [agent_row("a", "unix:/a"), agent_row("a:x", "unix:/x")],
+            "sessions": [session_row("t", "a")],
+        },
+        10.0,
+    )
     (session,) = tables.sessions.values()
     assert tables.target(session) is tables.agents["a"] and session.expires == 3610.0
     tables.apply({"type": "change", "sessions": [session_row("t", "a:x", ttl=None)]}, 10.0)
@@ -238,8 +269,16 @@ def test_a_session_follows_its_agent():
 
 def test_labels_follow_agents():
     tables = Tables()
-    tables.apply({"type": "change", "agents": [agent_row("a", "unix:/a", label="one"), agent_row("b", "unix:/b", label="two")]}, 0.0)
-    tables.apply({"type": "change", "agents": [agent_row("a", "unix:/a", label="three")], "agents_gone": ["b"]}, 0.0)
+    tables.apply(
+        {
+            "type": "change",
+            "agents": [agent_row("a", "unix:/a", label="one"), agent_row("b", "unix:/b", label="two")],
+        },
+        0.0,
+    )
+    tables.apply(
+        {"type": "change", "agents": [agent_row("a", "unix:/a", label="three")], "agents_gone": ["b"]}, 0.0
+    )
     assert {label: agent.name for label, agent in tables.labels.items()} == {"three": "a"}
 
 
@@ -284,7 +323,10 @@ def test_scheme_host_and_id_of_trusted_proxies():
     some = forwarded("10.0.0.0/8")
     fields = {X_FORWARDED_PROTO: b"http, HTTPS", X_FORWARDED_HOST: b"evil, apps.test:8443", X_REQUEST_ID: b"abc-1"}
     assert some.believed("10.0.0.1", fields)[1:] == (b"https", b"apps.test:8443")
-    assert some.believed("10.0.0.1", {X_FORWARDED_PROTO: b"gopher", X_FORWARDED_HOST: b"a b"})[1:] == (b"http", b"")
+    assert some.believed("10.0.0.1", {X_FORWARDED_PROTO: b"gopher", X_FORWARDED_HOST: b"a b"})[1:] == (
+        b"http",
+        b"",
+    )
     assert usable_request_id(fields) == b"abc-1"
     assert usable_request_id({X_REQUEST_ID: b'a"b'}) == usable_request_id({X_REQUEST_ID: b"x" * 200}) == b""
 
@@ -314,7 +356,12 @@ def test_proxy_protocol():
     assert parse_address(1, 0x21, bytes.fromhex("00000000000000000000ffff01020304") * 2 + b"\0\0\0\0") == "1.2.3.4"
     assert parse_address(0, 0x11, v4) is None and parse_address(1, 0x31, b"x" * 216) is None
     assert parse_address(1, 0x11, v4 + b"tlvs follow") == "1.2.3.4"
-    for bad in (b"PROXY TCP4 1.2.3", proxied(1, 0x11, v4)[:12] + b"\x11\x11\0\x0c", proxied(2, 0x11, v4)[:16], SIGNATURE + b"\x21\x11\xff\xff"):
+    for bad in (
+        b"PROXY TCP4 1.2.3",
+        proxied(1, 0x11, v4)[:12] + b"\x11\x11\0\x0c",
+        proxied(2, 0x11, v4)[:16],
+        SIGNATURE + b"\x21\x11\xff\xff",
+    ):
         with pytest.raises(BadHead):
             parse_head(bad[:16].ljust(16))
     with pytest.raises(BadHead):
@@ -328,7 +375,11 @@ def test_failures_are_escaped_and_never_cached():
     what = pages.Failure(503, "x", "<b>", "<script>", "a & b", retry_after=3, extra={"agent": {"name": "<i>"}})
     page = pages.failure(what, b"", "<id>", page=True, close=True, body=True)
     assert b"&lt;b&gt;" in page and b"<script>" not in page and b"<id>" not in page and b"a &amp; b" in page
-    assert b"\r\nCache-Control: no-store\r\n" in page and b"\r\nRetry-After: 3\r\n" in page and b"Connection: close" in page
+    assert (
+        b"\r\nCache-Control: no-store\r\n" in page
+        and b"\r\nRetry-After: 3\r\n" in page
+        and b"Connection: close" in page
+    )
     document = pages.failure(what, b"", "id", page=False, close=False, body=True).partition(b"\r\n\r\n")[2]
     assert json.loads(document)["code"] == "x" and json.loads(document)["agent"] == {"name": "<i>"}
     assert pages.failure(what, b"", "id", page=False, close=False, body=False).endswith(b"\r\n\r\n")

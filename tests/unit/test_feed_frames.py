@@ -19,11 +19,23 @@ def decoded(frames):
 
 @pytest.mark.parametrize(
     ("agents", "sessions"),
-    [(0, 0), (1, 0), (0, 1), (MANY, 0), (0, MANY), (MANY, MANY), (MANY - 1, 1), (MANY - 1, 2), (MANY + 1, MANY * 2 + 1)],
+    [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (MANY, 0),
+        (0, MANY),
+        (MANY, MANY),
+        (MANY - 1, 1),
+        (MANY - 1, 2),
+        (MANY + 1, MANY * 2 + 1),
+    ],
 )
 def test_a_snapshot_names_everything_once_in_parts_of_so_many(agents, sessions):
     parts = decoded(
-        feed_frames.snapshot(({"name": f"a{n}"} for n in range(agents)), ({"sha256": f"s{n}"} for n in range(sessions)))
+        feed_frames.snapshot(
+            ({"name": f"a{n}"} for n in range(agents)), ({"sha256": f"s{n}"} for n in range(sessions))
+        )
     )
     assert [part["first"] for part in parts] == [True] + [False] * (len(parts) - 1)
     assert [part["last"] for part in parts] == [False] * (len(parts) - 1) + [True]
@@ -60,7 +72,11 @@ def test_changes_hold_only_what_there_is_and_are_cut():
 def test_rows_of_sessions():
     row = SessionRow(sha256="s", user="alice", agent="alice", created=1.0, last_used=1.0)
     assert feed_frames.session_row(row, ["alice"], 12.34567) == {
-        "sha256": "s", "user": "alice", "agent": "alice", "agents": ["alice"], "ttl": 12.346
+        "sha256": "s",
+        "user": "alice",
+        "agent": "alice",
+        "agents": ["alice"],
+        "ttl": 12.346,
     }
     child = SessionRow(sha256="s", user="u", agent="u", created=1.0, last_used=1.0, host="h", parent="p")
     assert feed_frames.session_row(child, ["u"], 1.0)["host"] == "h"

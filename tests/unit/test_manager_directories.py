@@ -12,9 +12,7 @@ from dispatcher.errors import ConfigError, Conflict, Unavailable
 from dispatcher.manager.directories import Lock, make_directories
 from dispatcher.paths import Paths
 
-ME = HostAccounts(
-    proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False
-)
+ME = HostAccounts(proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False)
 
 
 @pytest.fixture

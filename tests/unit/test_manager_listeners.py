@@ -72,7 +72,11 @@ def app(_environ, start_response):
 def test_peers():
     guard = PeerGuard(app, lambda uid, gid: (uid, gid) == (7, 8))
     assert call(guard, X_REMOTE_UID="7", X_REMOTE_GID="8")[2] == b"inside"
-    for environ in ({}, {"X_REMOTE_UID": "8", "X_REMOTE_GID": "8"}, {"HTTP_X_REMOTE_UID": "7", "HTTP_X_REMOTE_GID": "8"}):
+    for environ in (
+        {},
+        {"X_REMOTE_UID": "8", "X_REMOTE_GID": "8"},
+        {"HTTP_X_REMOTE_UID": "7", "HTTP_X_REMOTE_GID": "8"},
+    ):
         status, headers, body = call(guard, **environ)
         assert status == "403"
         assert headers["Content-Type"] == "application/problem+json"
@@ -124,7 +128,9 @@ def test_credentials(tokens):
     assert call(guard, **{"HTTP_DISPATCHER.CERTIFIED": True})[0] == "401"
 
 
-@pytest.mark.parametrize("address", ["", "nonsense", "127.0.0.1", ":4443", "127.0.0.1:x", "127.0.0.1:65536", "[::1]", "::1:4443"])
+@pytest.mark.parametrize(
+    "address", ["", "nonsense", "127.0.0.1", ":4443", "127.0.0.1:x", "127.0.0.1:65536", "[::1]", "::1:4443"]
+)
 def test_addresses_that_are_none(address):
     with pytest.raises(ConfigError) as caught:
         tcp_socket(address)

@@ -38,7 +38,10 @@ def test_every_outcome_of_a_sign_in_shows_from_the_beginning():
         ({"Bad": 1, "a b": 1, 'x{y="z"} 1\n': 1, "": 1, "x" * 65: 1}, {}),
         ({"a": "1", "b": None, "c": True, "d": -1, "e": float("nan"), "f": [1]}, {}),
         ({f"n{n}": n for n in range(1000)}, {f"n{n}": float(n) for n in range(200)}),
-        ({'r_total{app="a:b",class="2xx"}': 2, 'r{app="a': 1, 'r{a="\n"}': 1, 'r{}': 1}, {'r{app="a:b",class="2xx"}': 2.0}),
+        (
+            {'r_total{app="a:b",class="2xx"}': 2, 'r{app="a': 1, 'r{a="\n"}': 1, "r{}": 1},
+            {'r{app="a:b",class="2xx"}': 2.0},
+        ),
         ([], {}),
         (None, {}),
     ],
@@ -49,7 +52,9 @@ def test_only_plain_counters_of_a_worker_are_shown(given, kept):
 
 def test_the_edges_counters_keep_their_labels():
     metrics = Metrics()
-    counters = clean_counters({'requests_total{app="demo",class="2xx"}': 3, "websockets_open": 2, "wakes_total": 1})
+    counters = clean_counters(
+        {'requests_total{app="demo",class="2xx"}': 3, "websockets_open": 2, "wakes_total": 1}
+    )
     metrics.watch(agents=list, gauges={}, workers=lambda: {"7": counters})
     text = metrics.text().decode()
     assert 'dispatcher_edge_requests_total{app="demo",class="2xx",worker="7"} 3.0' in text

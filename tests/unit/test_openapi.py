@@ -37,7 +37,10 @@ def test_described_is_what_there_is(parts, role):
     client = getattr(parts, role)
     document = client.get("/openapi.json").json
     described = {
-        (method, path) for path, operations in document["paths"].items() for method in operations if method in METHODS
+        (method, path)
+        for path, operations in document["paths"].items()
+        for method in operations
+        if method in METHODS
     }
     assert described == rules(client.application)
     assert document["openapi"].startswith("3.")
