@@ -61,6 +61,7 @@ def missing(marker: str) -> str:
     return ""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist writes groups into the ids of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give heavy tests their group and put them first; groups begin in the order of HEAVY."""
 
