@@ -206,6 +206,9 @@ class Disks:
         ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+            if done.returncode and os.strerror(errno.ENOSPC).lower() in done.stderr.lower():
+                with self.errors("making an overlay"):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary.parent))
             if done.returncode:
                 raise ProviderError(
                     f"Cannot make an overlay of {base}",
