@@ -73,6 +73,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if item.get_closest_marker(name) or f"/tests/{name}/" in str(item.path):
                 item.add_marker(pytest.mark.xdist_group(name))
                 return name
+        if "/tests/integration/test_subprocess_" in str(item.path):
+            # They look at all processes of user ids that they share.
+            item.add_marker(pytest.mark.xdist_group("subprocess"))
+            return "subprocess"
         return ""
 
     def rank(item: pytest.Item) -> int:

@@ -24,7 +24,7 @@ ARGUMENTS = [
 DEMO = '[apps.demo]\ntitle = "Notebook"\n[apps.demo.subprocess]\ncommand = ["{python}", "-m", "dispatcher.demo", "--unix", "{{socket}}"]\n'
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its loop would still run in the tests that come after
 def chromium():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
