@@ -148,3 +148,8 @@ def example(name: str, home: Path) -> str:
     assert "/opt/apps/bin/" in text
     text = text.replace("/opt/apps", str(home))
     return text.replace("{", "{{").replace("}", "}}")
+
+
+def until_the_kernel_is_idle(page: Page) -> None:
+    """Wait as a person does: JupyterLab forgets a cell that is run before its kernel is there."""
+    expect(page.get_by_role("button", name="| Idle")).to_be_visible(timeout=90_000)

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import ROOT
+from tests.browser.conftest import ROOT, until_the_kernel_is_idle
 from tests.docker_tools import docker
 from tests.installation import until
 
@@ -21,11 +21,12 @@ def test_a_notebook_cell_runs_in_a_container_that_sleeps_when_idle(site_with, pe
     assert built in text
     text = text.replace(built, 'image = "dispatcher-test/jupyter"')
     # Longer than a kernel's start on a busy machine, during which nobody says anything.
-    text = text.replace('busy_grace = "12h"', 'idle_timeout = "12s"')
+    text = text.replace('busy_grace = "12h"', 'idle_timeout = "20s"')
     site = site_with(text.replace("{", "{{").replace("}", "}}"), people=("alice",))
     page = person(viewport={"width": 1400, "height": 900})
     site.sign_in(page, "alice")
     page.locator(".jp-LauncherCard[data-category=Notebook]").first.click(timeout=90_000)
+    until_the_kernel_is_idle(page)
     cell = page.locator(".jp-Notebook .jp-CodeCell .cm-content").first
     cell.click()
     page.keyboard.insert_text(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.conftest import example
+from tests.browser.conftest import example, until_the_kernel_is_idle
 from tests.installation import until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -18,6 +18,7 @@ def test_a_notebook_cell_runs_in_jupyterlab(site_with, person, real_apps) -> Non
     page.on("websocket", lambda socket: sockets.append(socket.url))
     site.sign_in(page, "alice")
     page.locator(".jp-LauncherCard[data-category=Notebook]").first.click(timeout=60_000)
+    until_the_kernel_is_idle(page)
     cell = page.locator(".jp-Notebook .jp-CodeCell .cm-content").first
     cell.click()
     page.keyboard.insert_text(
