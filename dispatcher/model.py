@@ -270,7 +270,8 @@ class Observation:
 
     :ivar endpoint: where it listens or will listen, when known; :ivar owner_uid: host user id that must own
         a Unix endpoint's socket, None where the provider vouches otherwise.
-    :ivar started_at: Unix time in seconds; :ivar spec_hash: hash of the spec it was made from.
+    :ivar started_at: Unix time in seconds of the last start, None where `list` cannot tell.
+    :ivar spec_hash: hash of the spec it was made from.
     :ivar exit_reason: why it ended by itself ("exit code 1", "killed by signal 9", "out of memory"), or "".
     :ivar detail: one more sentence for an operator.
     """

@@ -65,7 +65,8 @@ def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
             "exit_reason": "",
         }
         if not ran_on or row.started_at is None:
-            fields["started_at"] = seen.started_at
+            # A list need not know: what slept, or was away, began when it did.
+            fields["started_at"] = row.started_at if seen.started_at is None else seen.started_at
     if any(getattr(row, name) != value for name, value in fields.items()):
         fields["observed_at"] = now
     return fields

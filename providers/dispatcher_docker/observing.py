@@ -61,7 +61,10 @@ def from_inspection(found: Mapping[str, Any], *, reach: str, current_image: str 
 
 
 def from_summary(found: Mapping[str, Any], *, reach: str, current_image: str = "") -> Observation:
-    """Return the observation for one entry of `GET /containers/json`."""
+    """Return the observation for one entry of `GET /containers/json`.
+
+    That tells when a container was made, not when it was started, which may be days later.
+    """
     ports: dict[str, list[tuple[str, int]]] = {}
     for one in found.get("Ports") or []:
         if one.get("PublicPort"):
@@ -70,14 +73,13 @@ def from_summary(found: Mapping[str, Any], *, reach: str, current_image: str = "
             )
     exited = _EXITED.match(found.get("Status", ""))
     said = STATES.get(found.get("State", ""), BackendState.STOPPED)
-    created = found.get("Created")
     return _observation(
         said,
         found.get("Labels"),
         ports,
         reach=reach,
         current_image=current_image,
-        started_at=float(created) if isinstance(created, (int, float)) else None,
+        started_at=None,
         exit_reason=code_reason(int(exited[1])) if exited and said is BackendState.STOPPED else "",
         detail="",
     )

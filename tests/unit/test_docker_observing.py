@@ -54,6 +54,11 @@ def test_both_ways_of_asking_agree():
     assert one.started_at == 1795600800.5
 
 
+def test_when_a_container_was_made_is_not_when_it_was_started():
+    """A list of containers tells the former alone: a stopped one that was started again would look older than it is."""
+    assert observing.from_summary(summary(), reach="").started_at is None
+
+
 PORTED = {**LABELS, "dispatcher.endpoint": "port:8080/tcp", "dispatcher.owner": ""}
 
 

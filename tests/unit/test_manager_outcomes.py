@@ -67,6 +67,15 @@ def test_who_started_anew_must_prove_that_it_is_ready():
     assert notice(asleep, seen(B.RUNNING)).fields["ready"] is False
 
 
+def test_the_start_is_the_last_one_and_is_kept_where_a_list_does_not_tell():
+    assert notice(RUNNING, seen(B.RUNNING, started_at=700.0)).fields["started_at"] == 700.0
+    asleep = dataclasses.replace(RUNNING, observed=B.SUSPENDED, ready=False)
+    assert notice(asleep, seen(B.RUNNING)).fields["started_at"] == RUNNING.started_at
+    stopped = dataclasses.replace(RUNNING, observed=B.STOPPED, started_at=None)
+    assert notice(stopped, seen(B.RUNNING)).fields["started_at"] is None
+    assert notice(stopped, seen(B.RUNNING, started_at=900.0)).fields["started_at"] == 900.0
+
+
 def test_what_is_gone_has_no_endpoint_and_keeps_its_reason():
     change = notice(RUNNING, seen(B.STOPPED, exit_reason="out of memory"))
     assert (change.fields["endpoint"], change.fields["spec_hash"], change.fields["ready"]) == ("", "", False)

@@ -122,6 +122,7 @@ class LifecycleChecks(Contract):
         agent = kit.start(driver, kit.spec(driver.provider, "carol"))
         start = agent.inside.id()["start"]
         agent.inside.write(agent.within("kept"), b"kept\n")
+        first = driver.observe(agent.handle).started_at or 0.0
         driver.stop(agent.handle)
         state = driver.state(agent.handle)
         expect(state in ENDED, f"after stop() the agent is {state.value}: return when it is ended")
@@ -130,6 +131,13 @@ class LifecycleChecks(Contract):
         again = kit.start(driver, agent.spec)
         expect(again.inside.id()["start"] != start, "after stop() and ensure() the old process still runs")
         expect(again.inside.read(again.within("kept")) == b"kept\n", "stop() and ensure() lost the data")
+        second = driver.observe(again.handle).started_at or 0.0
+        expect(second > first, "after stop() and ensure() Observation.started_at is the earlier start's")
+        listed = driver.list()[again.spec.agent][1].started_at
+        expect(
+            listed is None or abs(listed - second) < abs(listed - first),
+            "after stop() and ensure() list() tells the earlier start in started_at: None is honest, too",
+        )
 
     def test_stopped_agent_takes_another_spec(self, driver: Driver, kit: Kit) -> None:
         """A stopped agent is replaced when its spec changed, its data kept."""
