@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 
-from dispatcher.proxy.edge import pages, router
+from dispatcher.proxy.edge import collecting, pages, router
 from dispatcher.proxy.edge.connection import (
     ANSWER,
     BODY,
     CLOSED,
+    COLLECT,
     FOREVER,
     HEAD,
     LINGER_STATE,
@@ -59,6 +60,8 @@ class Client(Exchange):
             self.spoke += len(data)
             if self.spoke > LINGER_BYTES:
                 self.transport.abort()
+        elif state == COLLECT:
+            collecting.more(self, data)
 
     def eof_received(self) -> bool:
         """The client will send no more; what it asked for is still answered (RFC 9112, 9.6)."""
@@ -79,6 +82,8 @@ class Client(Exchange):
             upstream.leave()
         if self.holding is not None or self.parked:
             self.release()
+        if state == COLLECT:
+            collecting.leave(self)
         if self.agent is not None:
             self.settle(self.agent, self.status or 499)
         self.decoder = self.replay = self.partial = None
@@ -118,6 +123,8 @@ class Client(Exchange):
         elif state == WAIT:
             self.deadline = FOREVER
             router.waited(self)
+        elif state == COLLECT:
+            collecting.expired(self)
         elif state == BODY and not self.status:
             self.drop_upstream()
             self.closing = True

@@ -28,6 +28,7 @@ WAIT = 3  # the request cannot be passed on yet: lookup, held, connecting
 STREAM = 4  # an event stream of the edge's own
 LINGER_STATE = 5  # the last word was said
 CLOSED = 6
+COLLECT = 7  # the body of a request for the portal comes, and nobody has seen anything of it
 
 FOREVER = float("inf")
 
@@ -238,6 +239,8 @@ class Connection(asyncio.Protocol):
         """Leave the agent that works on the request, and count the exchange unless it goes on elsewhere (0)."""
         self.agent = None
         agent.in_flight -= 1
+        if not agent.name:
+            self.worker.leave_portal(self.remote)
         self.status = 0
         if status:
             self.worker.count(self, agent, status)

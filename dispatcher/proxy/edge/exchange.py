@@ -35,6 +35,9 @@ class Exchange(Connection):
             self.say(pages.TOO_BUSY)
             return
         if self.agent is None:
+            if not agent.name and not self.worker.enter_portal(self.remote):
+                self.say(pages.TOO_BUSY)
+                return
             agent.in_flight += 1
             self.agent = agent
         request = self.request
@@ -260,6 +263,8 @@ class Exchange(Connection):
         self.upstream = self.agent = None
         if agent is not None:
             agent.in_flight -= 1
+            if not agent.name:
+                worker.leave_portal(self.remote)
             counters = agent.counters
             if counters is not None and not worker.log.on:
                 counters[self.status // 100] += 1

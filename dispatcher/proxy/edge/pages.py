@@ -174,7 +174,7 @@ SLOW_REQUEST = Failure(
     408, "request-timeout", "The request did not arrive in time", "Its rest did not come.", "Send it again."
 )
 TOO_LARGE = Failure(
-    413, "too-large", "The request is too large", "This address takes at most 1 MiB.", "Send less."
+    413, "too-large", "The request is too large", "This address takes at most 64 KiB.", "Send less."
 )
 CROSS_ORIGIN = Failure(
     403,

@@ -33,6 +33,7 @@ class Registry:
     """All connections of a worker.
 
     :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is taken.
+    :ivar collected: bytes of bodies for the portal that are not complete yet.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -47,6 +48,8 @@ class Registry:
         self._next_spoke = 0
         self._ticks = 0
         self._addresses: dict[str, int] = {}
+        self._at_portal: dict[bytes, int] = {}
+        self.collected = 0
         self._open = 0
         self.spare: list[Connection] = []  # for the next connections
         self._tunnels: dict[ClientEnd, None] = {}
@@ -97,6 +100,25 @@ class Registry:
             self._addresses[address] = left
         else:
             self._addresses.pop(address, None)
+
+    def enter_portal(self, remote: bytes) -> bool:
+        """Take one of the portal's places; False when the client's address has taken half of them already.
+
+        :param remote: where the request comes from, as trusted proxies say.
+        """
+        count = self._at_portal.get(remote, 0)
+        if count >= self.settings.portal_share and not self._forwarded.peer(remote.decode("ascii"))[2]:
+            return False
+        self._at_portal[remote] = count + 1
+        return True
+
+    def leave_portal(self, remote: bytes) -> None:
+        """Give the place back."""
+        left = self._at_portal[remote] - 1
+        if left:
+            self._at_portal[remote] = left
+        else:
+            del self._at_portal[remote]
 
     def remember_tunnel(self, end: ClientEnd) -> None:
         """A connection has become a tunnel."""

@@ -15,7 +15,7 @@ from urllib.parse import quote_from_bytes
 
 from dispatcher import feed_protocol
 from dispatcher.proxy import cookies
-from dispatcher.proxy.edge import headers, pages
+from dispatcher.proxy.edge import collecting, headers, pages
 from dispatcher.proxy.edge.activity import Rhythm
 from dispatcher.proxy.edge.request import NO_BODY, SAFE, Request
 from dispatcher.proxy.edge.response import covers
@@ -182,7 +182,10 @@ def _to_portal(client: Exchange, request: Request) -> None:
         _events(client, request)
         return
     client.poll = True
-    client.dispatch(worker.portal)
+    if request.length:
+        collecting.begin(client, request)
+    else:
+        client.dispatch(worker.portal)
 
 
 def _events(client: Exchange, request: Request) -> None:

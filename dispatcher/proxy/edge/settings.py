@@ -24,7 +24,9 @@ MAX_IDLE = 64  # pooled connections to one agent
 IDLE_UPSTREAM = 55.0  # seconds that a pooled connection is kept
 FRESH_UPSTREAM = 2.0  # seconds after which a pooled connection is too old for a request that cannot be repeated
 MAX_INFORMATIONAL = 16  # 1xx answers before the final one
-PORTAL_BODY = 1 << 20  # bytes of a body for the portal
+PORTAL_BODY = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
+COLLECTED = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
+SMALL_BODY = 4096  # bytes of one that are taken all the same
 WRITE_HIGH = 256 * 1024  # bytes that may wait in memory for a slow reader
 EVENTS_PING = 15.0  # seconds between comments on a silent event stream
 MAX_EVENTS = 16  # event streams of one session
@@ -52,6 +54,7 @@ class Settings:
         "login",
         "metrics_by_agent",
         "policy",
+        "portal_share",
         "prefix",
         "public_host",
         "scheme",
@@ -80,6 +83,7 @@ class Settings:
         self.hold = proxy.hold
         self.idle_timeout = proxy.idle_timeout
         self.in_flight = proxy.in_flight_per_agent
+        self.portal_share = max(1, proxy.in_flight_per_agent // 2)
         self.metrics_by_agent = proxy.metrics_by_agent
         self.upstream_timeout = proxy.upstream_timeout
         self.prefix = proxy.prefix.encode()
