@@ -374,12 +374,12 @@ class Engine:
         def tell(step: str, detail: str = "", fraction: float | None = None) -> None:
             operation.check()
             now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
-            if now == (operation.stage, operation.detail, operation.fraction):
+            if now == operation.shown:
                 return
             new_stage = now[0] != operation.stage
             operation.stage, operation.detail, operation.fraction = now
             if new_stage or boottime() - operation.told > TELL:
-                operation.told = boottime()
+                operation.told, operation.shown = boottime(), now
                 self._tell_progress(agent, operation)
 
         return tell

@@ -38,6 +38,7 @@ STOP_SLACK = 30.0  # seconds beyond the grace time
 SUSPEND_TIME = 60.0
 HIBERNATE_TIME = 600.0  # seconds; a guest's memory goes to disk
 DESTROY_TIME = 300.0
+WAITING = "waiting for the app"
 LAST_WORDS = 0.4  # seconds that what an app said as it ended may still be on its way
 
 _log = logging.getLogger("dispatcher.manager")
@@ -124,7 +125,13 @@ class Operations:
             deadline = Deadline(policy.start_timeout)
         if handle is None:
             raise RuntimeError("an agent that runs has a handle")
-        engine.step(agent, operation, "waiting for the app")
+        engine.on_step(row.name, operation.kind, WAITING)
+
+        def tell(seen: Observation) -> None:
+            # What still starts, a machine that boots say, is shown in the provider's own words.
+            booting = seen.state is BackendState.STARTING
+            progress(operation.stage if booting else WAITING, seen.detail)
+
         probe = Probe(policy.health, self._proxy_gid)
         seen = await_ready(
             guard,
@@ -133,7 +140,7 @@ class Operations:
             operation=operation,
             deadline=deadline,
             seen=seen,
-            tell=lambda detail: progress("waiting for the app", detail),
+            tell=tell,
         )
         agent.stdin = None
         fields = {

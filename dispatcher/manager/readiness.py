@@ -108,14 +108,14 @@ def await_ready(
     operation: Operation,
     deadline: Deadline,
     seen: Observation | None = None,
-    tell: Callable[[str], None] | None = None,
+    tell: Callable[[Observation], None] | None = None,
 ) -> Observation:
     """Wait until an agent that runs is ready; return how it was observed.
 
     The backend is asked now and then: an app that ends is not waited for.  One that does not answer is.
 
     :param seen: a fresh observation, if there is one.
-    :param tell: gets what the backend says of an agent that is not ready yet: how far a machine's boot is, say.
+    :param tell: gets what the backend says of an agent before it is asked whether it is ready, each time.
     :raises StartFailed: the app ended, or was not ready before the deadline.
     :raises Cancelled: the start is no longer wanted.
     :raises DispatcherError: as the provider's `observe`, or `InsecureEndpoint`.
@@ -127,8 +127,8 @@ def await_ready(
         if seen is None or operation.nudged or boottime() - looked > (LOOK if seen.endpoint else LATEST):
             operation.nudged = False
             seen, looked = _look(guard, handle, deadline, seen), boottime()
-            if tell and seen and seen.detail:
-                tell(seen.detail)
+        if tell and seen:
+            tell(seen)
         if seen and seen.endpoint:
             reason = probe(seen.endpoint, seen.owner_uid, deadline, operation.check)
             if not reason:

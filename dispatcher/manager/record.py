@@ -20,7 +20,7 @@ class Operation:
     :ivar abandoned: a provider's call hangs: whatever comes of it is ignored.
     """
 
-    __slots__ = ("abandoned", "cancel", "detail", "fraction", "kind", "nudged", "since", "stage", "told")
+    __slots__ = ("abandoned", "cancel", "detail", "fraction", "kind", "nudged", "shown", "since", "stage", "told")
 
     def __init__(self, kind: Kind, since: float) -> None:
         self.kind = kind
@@ -32,6 +32,7 @@ class Operation:
         self.abandoned = False
         self.nudged = False  # the backend reported a change: look again
         self.told = 0.0  # boot time of the last announcement of progress
+        self.shown: tuple[str, str, float | None] = ("", "", None)  # what it said
 
     def check(self) -> None:
         """Go on, or not.

@@ -22,6 +22,7 @@ _BLOCK = 64 * 1024
 _MOST_TAIL = 8 << 20  # bytes that are read backwards at most
 _PAUSE = 0.25
 _ENDED = re.compile(rb"dispatcher: the app ended: ([\x20-\x7e]{1,200})")
+_SPOKEN = "dispatcher: "
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
 
 
@@ -63,9 +64,13 @@ def begin(log_dir: Path) -> None:
 
 
 def last_line(log_dir: Path) -> str:
-    """Return the last line, fit for showing: what a guest that is booting is doing."""
+    """Return the last line, fit for showing: what a guest that is booting is doing.
+
+    In front of what a machine says to the dispatcher nobody needs to read its name.
+    """
     found, _ = _tail(log_dir, 1, follow=False, most=4096)
-    return printable(found[0].decode(errors="replace").strip(), 120).strip("'\"") if found else ""
+    text = found[0].decode(errors="replace").strip().removeprefix(_SPOKEN) if found else ""
+    return printable(text, 120).strip("'\"") if text else ""
 
 
 def announced(log_dir: Path, words: str) -> bool:

@@ -51,7 +51,8 @@ class Starter:
         found = self._machines.find(handle.name, deadline)
         if found is not None and found.label is None:
             raise clash(handle.name)
-        if found is not None and observing.observation(found).state is not BackendState.STOPPED:
+        state = observing.observation(found).state
+        if found is not None and state is not BackendState.STOPPED:
             assert found.label is not None
             if found.label.spec != spec.hash:
                 raise SpecConflict(
@@ -60,6 +61,8 @@ class Starter:
                     fix="stop the agent, then start it again",
                 )
             self.wake(handle, found, deadline, progress)
+            if state is BackendState.STARTING:
+                progress("booting")
             return handle
         progress("checking the image")
         self.check_image(spec.app, self._reader(spec, host), deadline, progress)

@@ -86,7 +86,7 @@ def test_a_guest_tells_why_it_ended(tmp_path, text, reason):
 
 def test_what_is_shown_of_a_console_is_harmless(tmp_path):
     console.begin(tmp_path)
-    assert console.last_line(tmp_path) == "dispatcher: the machine starts"
+    assert console.last_line(tmp_path) == "the machine starts"
     (tmp_path / "console.log").write_bytes(b"\x1b[31mred\x07" + b"x" * 1000 + b"\n")
     shown = console.last_line(tmp_path)
     assert shown.isprintable()

@@ -185,9 +185,11 @@ class Guard:
         return found
 
 
-def wait(guard, seconds=2, operation=None, seen=None):
+def wait(guard, seconds=2, operation=None, seen=None, tell=None):
     operation = operation or Operation(Kind.START, 0.0)
-    return await_ready(guard, HANDLE, Probe("/", None), operation=operation, deadline=Deadline(seconds), seen=seen)
+    return await_ready(
+        guard, HANDLE, Probe("/", None), operation=operation, deadline=Deadline(seconds), seen=seen, tell=tell
+    )
 
 
 def running(endpoint=None, **more):
@@ -204,6 +206,17 @@ def test_an_address_that_is_not_known_yet_is_waited_for(serve):
     guard = Guard(running(), running(), running(serve(OK)))
     assert wait(guard).endpoint
     assert guard.asked == 3
+
+
+def test_what_the_backend_says_meanwhile_is_told(serve):
+    booting = [Observation(state=BackendState.STARTING, detail=detail) for detail in ("disks", "network")]
+    told = []
+    wait(Guard(*booting, running(serve(OK))), tell=lambda seen: told.append((seen.state, seen.detail)))
+    assert list(dict.fromkeys(told)) == [
+        (BackendState.STARTING, "disks"),
+        (BackendState.STARTING, "network"),
+        (BackendState.RUNNING, ""),
+    ]
 
 
 def test_a_backend_that_is_away_for_a_moment_is_waited_for(serve):
