@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from dispatcher import names, places
 from dispatcher.config_tables import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
@@ -46,6 +46,7 @@ class Config(Table):
     plugins: list[str] = Field(default=[], description="plugins that observe, loaded besides the configured ones")
     providers: dict[str, dict[str, Any]] = {}
     apps: dict[str, AppConfig] = {}
+    _file: Path | None = PrivateAttr(default=None)  # where it was read, so that plugins' faults name it as well
 
     def app(self, name: str) -> AppConfig:
         """Return an app's table.
@@ -74,7 +75,7 @@ class Config(Table):
         app = self.app(name)
         model, path = plugins.provider(app.provider).AppOptions, f"apps.{name}.{app.provider}"
         try:
-            options = validate(model, app.provider_table(app.provider), path)
+            options = self._validate(model, app.provider_table(app.provider), path)
         except ConfigError as error:
             others = [key for key in app.model_extra or {} if key in plugins.available()]
             if others and app.provider not in others:  # a table is there, and nobody said that it is the one
@@ -96,7 +97,28 @@ class Config(Table):
 
         :raises ConfigError: it is wrong; :raises PluginError: as `Plugins.load`.
         """
-        return validate(plugins.provider(name).Options, self.providers.get(name, {}), f"providers.{name}")
+        model = plugins.provider(name).Options
+        return self._validate(model, self.providers.get(name, {}), f"providers.{name}")
+
+    def authenticator_options(self, name: str, model: type[BaseModel]) -> BaseModel:
+        """Return ``[auth.NAME]``, validated by the authenticator's `Options`.
+
+        :raises ConfigError: it is wrong.
+        """
+        return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
+
+    def _check_authenticator(self, name: str, plugins: Plugins) -> None:
+        self.authenticator_options(name, plugins.authenticator(name).Options)
+
+    def _validate(self, model: type[BaseModel], table: Mapping[str, Any], path: str) -> BaseModel:
+        try:
+            return validate(model, table, path)
+        except ConfigError as error:
+            raise self._in_file(error) from error
+
+    def _in_file(self, error: ConfigError) -> ConfigError:
+        """Return an error that names the file in which the fault stands, where there is one."""
+        return error if self._file is None else _in_file(self._file, error)
 
     def validate_providers(self, plugins: Plugins) -> None:
         """Load every configured provider and validate all tables that belong to plugins.
@@ -108,6 +130,8 @@ class Config(Table):
             *((self.provider_options, name) for name in self.providers),
             *((self.template, name) for name in self.apps),
         ]
+        if self.auth.authenticator != "local":
+            checks.append((self._check_authenticator, self.auth.authenticator))
         for check, name in checks:
             try:
                 check(name, plugins)
@@ -123,7 +147,7 @@ class Config(Table):
                     hint = f", did you mean {near[0]!r}?" if near else f", installed are: {', '.join(known)}"
                     found.append(f"{path}.{key}: there is no plugin of that name{hint}")
         if found:
-            raise wrong(found)
+            raise self._in_file(wrong(found))
 
 
 DEMO = {
@@ -151,11 +175,17 @@ def load(path: Path | None = None) -> Config:
     except OSError as error:
         raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
     try:
-        return parse(tomllib.loads(text))
+        config = parse(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{chosen} is no TOML", why=str(error)) from error
     except ConfigError as error:
-        raise ConfigError(f"{chosen} is wrong", why=error.why or error.what, fix=error.fix) from error
+        raise _in_file(chosen, error) from error
+    config._file = chosen  # noqa: SLF001 - private to this module
+    return config
+
+
+def _in_file(path: Path, error: ConfigError) -> ConfigError:
+    return ConfigError(f"{path} is wrong", why=error.why or error.what, fix=error.fix)
 
 
 def parse(data: Mapping[str, Any]) -> Config:

@@ -25,6 +25,7 @@ from dispatcher.settings import (
     Origin,
     Size,
     Table,
+    UidRange,
     UrlPath,
 )
 
@@ -48,9 +49,7 @@ class ManagerConfig(Table):
     proxy_group: str = Field(
         default="dispatcher-proxy", description="group that may use proxy.sock and reach agents"
     )
-    uid_range: tuple[Count, Count] = Field(
-        default=(200000, 265535), description="host user ids for agents, as root"
-    )
+    uid_range: UidRange = Field(default=(200000, 265535), description="host user ids for agents, as root")
     threads: Count = Field(default=48, ge=2, le=256, description="threads of the REST API")
     provider_threads: Count = Field(default=32, ge=1, le=512, description="threads per provider")
     reconcile_interval: Duration = Field(
@@ -60,13 +59,6 @@ class ManagerConfig(Table):
         default="info", description="the least that is logged, to standard error"
     )
     log_format: Literal["console", "json"] = Field(default="console", description="for people or for programs")
-
-    @field_validator("uid_range")
-    @classmethod
-    def _range(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 1000 <= value[0] < value[1] < 2**32 - 1:
-            raise ValueError("two user ids from 1000 on, the lower one first")
-        return value
 
 
 class ProxyConfig(Table):

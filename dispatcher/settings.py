@@ -8,10 +8,15 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from dispatcher.errors import ConfigError
+from dispatcher.names import printable
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
 _SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -131,9 +136,75 @@ def variables(value: dict[str, str]) -> dict[str, str]:
 
     :raises ValueError: a name that is not of letters, digits and _, or a NUL in a value.
     """
-    for name, content in value.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in content:
-            raise ValueError("names of letters, digits and _, and values without NUL")
+    if any(not _can_be_variable(*item) for item in value.items()):
+        raise ValueError("names of letters, digits and _, and values without NUL")
+    return value
+
+
+def check_environment(app: str, environment: Mapping[str, str]) -> None:
+    """Check the whole environment that an agent of `app` is to get, the provider's own variables included.
+
+    :raises ConfigError: something in it cannot be a variable.
+    """
+    for name, content in environment.items():
+        if not _can_be_variable(name, content):
+            raise ConfigError(
+                f"apps.{app}.environment: {printable(name)} cannot be a variable",
+                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
+            )
+
+
+def _can_be_variable(name: str, content: str) -> bool:
+    return bool(_VARIABLE.fullmatch(name)) and "\0" not in content
+
+
+def variable(value: str) -> str:
+    """Return the name of an environment variable.
+
+    :raises ValueError: it is none.
+    """
+    if not _VARIABLE.fullmatch(value):
+        raise ValueError("the name of a variable")
+    return value
+
+
+def argument(value: str) -> str:
+    """Return an argument of a program.
+
+    :raises ValueError: it holds a NUL.
+    """
+    if "\0" in value:
+        raise ValueError("text without NUL")
+    return value
+
+
+def absolute_path(value: Path) -> Path:
+    """Return a path that is one from everywhere, and can be written into a command or a file.
+
+    :raises ValueError: it is relative, goes up again, or holds control characters.
+    """
+    if not value.is_absolute() or ".." in value.parts or not str(value).isprintable():
+        raise ValueError("an absolute path without .. and control characters")
+    return value
+
+
+def port_range(value: tuple[int, int]) -> tuple[int, int]:
+    """Return the first and the last of TCP ports that need no privilege.
+
+    :raises ValueError: they are not in this order, or out of range.
+    """
+    if not 1024 <= value[0] <= value[1] <= 65535:
+        raise ValueError("two ports from 1024 to 65535, the lower one first")
+    return value
+
+
+def uid_range(value: tuple[int, int]) -> tuple[int, int]:
+    """Return the first and the last of user ids that no system account has.
+
+    :raises ValueError: they are not in this order, or out of range.
+    """
+    if not 1000 <= value[0] < value[1] < 2**32 - 1:
+        raise ValueError("two user ids from 1000 on, the lower one first")
     return value
 
 
@@ -153,3 +224,8 @@ NetworkAddress = Annotated[str, AfterValidator(network)]
 Origin = Annotated[str, AfterValidator(origin)]
 UrlPath = Annotated[str, AfterValidator(url_path)]
 Environment = Annotated[dict[str, str], AfterValidator(variables)]
+Variable = Annotated[str, AfterValidator(variable)]
+Argument = Annotated[str, AfterValidator(argument)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute_path)]
+PortRange = Annotated[tuple[Count, Count], AfterValidator(port_range)]
+UidRange = Annotated[tuple[Count, Count], AfterValidator(uid_range)]

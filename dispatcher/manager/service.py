@@ -41,7 +41,6 @@ from dispatcher.manager.supervisor import Supervisor
 from dispatcher.manager.wsgi_server import Server, WsgiApp
 from dispatcher.paths import Paths
 from dispatcher.plugins import Plugins
-from dispatcher.validation import validate
 
 #: Settings that are read at the start only.
 FIXED = (
@@ -185,8 +184,7 @@ class Manager:
         name = self.config.auth.authenticator
         self._plugins.register(local_auth.NAME, local_auth.plugin(self.supervisor.store, hasher))
         cls = self._plugins.authenticator(name)
-        table = (self.config.auth.model_extra or {}).get(name, {})
-        return cls(options=validate(cls.Options, table, f"auth.{name}"))
+        return cls(options=self.config.authenticator_options(name, cls.Options))
 
     def _listen(self) -> None:
         threads = self.config.manager.threads

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
 
@@ -13,7 +12,8 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from dispatcher.errors import BadRequest, ConfigError
 from dispatcher.model import AgentSpec, App, Network
 from dispatcher.names import printable
-from dispatcher.settings import Duration, Size, Table
+from dispatcher.settings import AbsolutePath, Duration, PortRange, Size, Table, check_environment
+from dispatcher.settings import Argument as Text
 from dispatcher_libvirt import extra_xml
 
 MIB = 1024**2
@@ -21,16 +21,8 @@ SMALLEST_MEMORY = 64 * MIB
 SMALLEST_DISK = 16 * MIB
 LARGEST_TEXT = 64 * 1024  # bytes of command and environment together: they go through one exec in the guest
 _PLACEHOLDER = re.compile(r"\{(port|data)\}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-
-
-def _absolute(value: Path) -> Path:
-    text = str(value)
-    if not value.is_absolute() or ".." in value.parts or not text.isprintable():
-        raise ValueError("an absolute path without .. and control characters")
-    return value
 
 
 def _word(value: str) -> str:
@@ -39,15 +31,8 @@ def _word(value: str) -> str:
     return value
 
 
-def _argument(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("text without NUL")
-    return value
-
-
-AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 Word = Annotated[str, AfterValidator(_word)]
-Argument = Annotated[str, Field(max_length=LARGEST_TEXT), AfterValidator(_argument)]
+Argument = Annotated[Text, Field(max_length=LARGEST_TEXT)]
 
 
 class Options(Table):
@@ -67,16 +52,9 @@ class Options(Table):
     own_users: Literal["auto", "always", "never"] = Field(
         default="auto", description="run each machine's QEMU as its agent's own host user: where it works, ..."
     )
-    ports: tuple[int, int] = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
+    ports: PortRange = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
     connections: int = Field(default=4, ge=1, le=32, description="starts, saves and ends at the same time")
     keepalive: Duration = Field(default=5.0, ge=1, le=600, description="between two keep-alive messages")
-
-    @field_validator("ports")
-    @classmethod
-    def _ports(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 1024 <= value[0] <= value[1] <= 65535:
-            raise ValueError("two ports from 1024 to 65535, the lower one first")
-        return value
 
     @field_validator("uri")
     @classmethod
@@ -247,12 +225,7 @@ def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
     }
     if spec.secrets:
         variables["DISPATCHER_SECRETS"] = secrets
-    for name, value in variables.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in value:
-            raise ConfigError(
-                f"apps.{spec.app.name}.environment: {printable(name)} cannot be a variable",
-                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
-            )
+    check_environment(spec.app.name, variables)
     size = sum(len(name) + len(value.encode()) + 2 for name, value in variables.items())
     if size + sum(len(word.encode()) + 1 for word in options.command) > LARGEST_TEXT:
         raise ConfigError(

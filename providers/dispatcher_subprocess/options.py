@@ -6,35 +6,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
 from dispatcher.errors import ConfigError
 from dispatcher.model import AgentSpec, App
-from dispatcher.names import printable
-from dispatcher.settings import Size, Table
+from dispatcher.settings import AbsolutePath, PortRange, Size, Table, Variable, check_environment
+from dispatcher.settings import Argument as Text
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NETWORK = "a network such as 10.0.0.0/8"
 
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("text without NUL")
-    return value
-
-
-def _absolute(value: Path) -> Path:
-    if not value.is_absolute() or ".." in value.parts or "\0" in str(value):
-        raise ValueError("an absolute path without ..")
-    return value
-
-
-Argument = Annotated[str, Field(max_length=131071)]
+Argument = Annotated[Text, Field(max_length=131071)]  # bytes, execve(2)
 
 
 class Options(Table):
@@ -50,7 +36,7 @@ class Options(Table):
     log_files: int = Field(
         default=4, ge=1, le=100, description="log files kept per agent, the current one included"
     )
-    ports: tuple[int, int] = Field(default=(20000, 29999), description="first and last TCP port for {port}")
+    ports: PortRange = Field(default=(20000, 29999), description="first and last TCP port for {port}")
     private_network: Literal["auto", "pasta", "slirp4netns"] = Field(
         default="auto", description='what carries outbound traffic of network = "private"'
     )
@@ -58,13 +44,6 @@ class Options(Table):
         default=["169.254.0.0/16"],
         description='networks that network = "private" cannot reach, besides all addresses of this host',
     )
-
-    @field_validator("ports")
-    @classmethod
-    def _ports(cls, value: tuple[int, int]) -> tuple[int, int]:
-        if not 1024 <= value[0] <= value[1] <= 65535:
-            raise ValueError("two ports from 1024 to 65535, the lower one first")
-        return value
 
     @field_validator("deny")
     @classmethod
@@ -90,13 +69,13 @@ class AppOptions(Table):
         description="program and arguments, no shell; {socket}, {port} and {data} are replaced",
     )
     workdir: str = Field(default="{data}", description="working directory, as seen from inside")
-    read_only: list[Path] = Field(default=[], description="more of the host's paths to show, read-only")
-    writable: list[Path] = Field(
+    read_only: list[AbsolutePath] = Field(default=[], description="more of the host's paths to show, read-only")
+    writable: list[AbsolutePath] = Field(
         default=[], description="more of the host's paths to show, writable as far as their modes allow"
     )
-    hide: list[Path] = Field(default=[], description="paths below visible ones to cover up")
-    pass_environment: list[str] = Field(default=[], description="variables of the manager to hand on")
-    devices: list[Path] = Field(default=[], description="devices to show, such as /dev/dri")
+    hide: list[AbsolutePath] = Field(default=[], description="paths below visible ones to cover up")
+    pass_environment: list[Variable] = Field(default=[], description="variables of the manager to hand on")
+    devices: list[AbsolutePath] = Field(default=[], description="devices to show, such as /dev/dri")
     seccomp: bool = Field(
         default=True,
         description="refuse system calls that apps rarely need: keys, BPF, user namespaces, mounts, io_uring",
@@ -112,8 +91,6 @@ class AppOptions(Table):
     @field_validator("command")
     @classmethod
     def _command(cls, value: list[str]) -> list[str]:
-        for argument in value:
-            _no_nul(argument)
         if not value[0].strip() or value[0].startswith("-"):
             raise ValueError("the program first")
         return value
@@ -130,19 +107,6 @@ class AppOptions(Table):
     def _umask(cls, value: str) -> str:
         if not re.fullmatch(r"0?[0-7]{3}", value):
             raise ValueError('three octal digits such as "007"')
-        return value
-
-    @field_validator("read_only", "writable", "hide", "devices")
-    @classmethod
-    def _paths(cls, value: list[Path]) -> list[Path]:
-        return [_absolute(path) for path in value]
-
-    @field_validator("pass_environment")
-    @classmethod
-    def _variables(cls, value: list[str]) -> list[str]:
-        for name in value:
-            if not _VARIABLE.fullmatch(name):
-                raise ValueError("names of variables")
         return value
 
 
@@ -204,10 +168,5 @@ def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], sec
     }
     if secrets:
         variables["DISPATCHER_SECRETS"] = secrets
-    for name, value in variables.items():
-        if not _VARIABLE.fullmatch(name) or "\0" in value:
-            raise ConfigError(
-                f"apps.{spec.app.name}.environment: {printable(name)} cannot be a variable",
-                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
-            )
+    check_environment(spec.app.name, variables)
     return variables

@@ -359,6 +359,33 @@ def test_plugins_tables_are_validated_by_their_models(plugins):
     ]
 
 
+def test_a_fault_in_a_plugin_s_table_names_the_file_as_every_other_does(plugins, tmp_path):
+    path = tmp_path / "d.toml"
+    path.write_text('[providers.fake]\ncolr = 1\n[apps.a]\nprovider = "fake"\n[apps.a.fake]\nimag = "x"\n')
+    found = config.load(path)
+    for check in (
+        lambda: found.validate_providers(plugins),
+        lambda: found.provider_options("fake", plugins),
+        lambda: found.template("a", plugins),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check()
+        assert caught.value.what == f"{path} is wrong"
+        assert caught.value.why.startswith(("providers.fake.colr: unknown key", "apps.a.fake.image: is missing"))
+
+
+def test_an_authenticator_s_table_is_checked_with_the_others(plugins, monkeypatch):
+    class Options(settings.Table):
+        url: str
+
+    monkeypatch.setattr(plugins, "available", lambda: {"fake": "some-plugin", "directory": "some-plugin"})
+    monkeypatch.setattr(plugins, "authenticator", lambda _name: type("Directory", (), {"Options": Options}))
+    found = config.parse({"apps": {}, "auth": {"authenticator": "directory", "directory": {"ulr": "x"}}})
+    with pytest.raises(ConfigError) as caught:
+        found.validate_providers(plugins)
+    assert "auth.directory.ulr: unknown key, did you mean 'url'?" in caught.value.why
+
+
 def test_the_table_of_a_provider_that_is_not_chosen_is_pointed_at(plugins, monkeypatch):
     monkeypatch.setattr(plugins, "available", lambda: {"fake": "some-plugin", "other": "some-plugin"})
     found = config.parse({"apps": {"a": {"provider": "fake", "other": {"image": "x"}}}})
