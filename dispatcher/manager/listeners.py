@@ -194,15 +194,7 @@ class CredentialGuard:
 
 
 def _refuse(error: DispatcherError, start_response: Callable[..., Any]) -> Iterable[bytes]:
-    body = {
-        "type": "about:blank",
-        "title": error.what,
-        "status": error.status,
-        "detail": error.why,
-        "fix": error.fix,
-        "code": error.code,
-    }
-    data = json.dumps(body).encode()
+    data = json.dumps(error.problem()).encode()
     headers = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(data)))]
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))

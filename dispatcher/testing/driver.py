@@ -74,6 +74,18 @@ class Driver:
         )
         return self._handle("ensure", handle)
 
+    def ensure_doomed(self, spec: AgentSpec) -> Handle:
+        """Start an app that ends at once: `ensure` returns, or raises `ProviderError`."""
+        handle = self.handle(spec)
+        try:
+            self.ensure(spec)
+        except DispatcherError as error:
+            expect(
+                error.code in {"provider-error", "start-failed"},
+                f"ensure() raised {error.code}: raise ProviderError",
+            )
+        return handle
+
     def observe(self, handle: Handle, *, seconds: float | None = None) -> Observation:
         """`Provider.observe`."""
         seen = self._call("observe", lambda by: self.provider.observe(handle, deadline=by), seconds)

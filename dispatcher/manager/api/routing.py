@@ -131,19 +131,10 @@ def respond(answer: Answer) -> Response:
 
 def problem(error: DispatcherError) -> Response:
     """Return the problem document of an error."""
-    body = {
-        **error.details,
-        "type": "about:blank",
-        "title": error.what,
-        "status": error.status,
-        "detail": error.why,
-        "fix": error.fix,
-        "code": error.code,
-    }
     headers = {}
     if error.retry_after is not None or error.status in {429, 503}:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after or 1)))
-    return respond(Answer(error.status, body, headers, "application/problem+json"))
+    return respond(Answer(error.status, error.problem(), headers, "application/problem+json"))
 
 
 def http_problem(error: HTTPException) -> Response:

@@ -165,15 +165,8 @@ class CapabilityChecks(Contract):
             unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
             return
         spec = kit.spec(driver.provider, "rupert", environment={"PROBE_EXIT": "7"})
-        handle = driver.handle(spec)
-        kit.fresh(handle)
-        try:
-            driver.ensure(spec)
-        except DispatcherError as error:
-            expect(
-                error.code in {"provider-error", "start-failed"},
-                f"ensure() raised {error.code}: raise ProviderError",
-            )
+        kit.fresh(driver.handle(spec))
+        handle = driver.ensure_doomed(spec)
         expect(
             eventually(lambda: any(b"last words" in line for line in driver.logs(handle)), self.patience, 0.1),
             "the last output of an app that ended at once is lost: people need it to see why",

@@ -222,15 +222,8 @@ class LifecycleChecks(Contract):
     def test_exit_at_once_is_told(self, driver: Driver, kit: Kit) -> None:
         """An app that ends before it listens: `ensure` returns or raises `ProviderError`; the end is told."""
         spec = kit.spec(driver.provider, "judy", environment={"PROBE_EXIT": "7"})
-        handle = driver.handle(spec)
-        kit.fresh(handle)
-        try:
-            driver.ensure(spec)
-        except DispatcherError as error:
-            expect(
-                error.code in {"provider-error", "start-failed"},
-                f"ensure() raised {error.code}: raise ProviderError",
-            )
+        kit.fresh(driver.handle(spec))
+        handle = driver.ensure_doomed(spec)
         expect(
             eventually(lambda: driver.state(handle) in ENDED, self.patience),
             "an app that ended at once is not told as ended",
