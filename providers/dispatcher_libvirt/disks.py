@@ -302,7 +302,18 @@ class Disks:
                 fix="raise the app's disk limit" if small else "see that the host's disk has space",
             )
         # An empty directory that only e2fsck needs, and makes again by itself, is no business of the app's.
-        self._tool(["debugfs", "-w", "-R", "rmdir lost+found", IMAGE], path, user, deadline, tick)
+        debugfs = sandbox.tool("debugfs")
+        self._tool([debugfs, "-w", "-R", "rmdir lost+found", IMAGE], path, user, deadline, tick)
+        if source is not None:
+            program, more = sandbox.python("stamp.py")
+            argv = [*program, debugfs, IMAGE, "/source"]
+            result = self._tool(argv, path, user, deadline, tick, binds=[*binds, *more], read_all=True)
+            if result.code:
+                raise ProviderError(
+                    "The times of files cannot be put on the data disk",
+                    why=result.last_line.removeprefix("error "),
+                    fix="see that the directory's files can be read, and that the host's disk has space",
+                )
 
     def _tool(
         self,
@@ -320,7 +331,7 @@ class Disks:
             os.chown(path, 0, 0)
         try:
             return sandbox.run(
-                [sandbox.tool(argv[0]), *argv[1:]],
+                [argv[0] if "/" in argv[0] else sandbox.tool(argv[0]), *argv[1:]],
                 binds=[Bind(source=path, target=IMAGE, writable=True), *(binds or [])],
                 user=user,
                 deadline=deadline,

@@ -65,7 +65,15 @@ def fill(top, uid):
         os.lchown(path, uid, uid)
     (top / "setuid").chmod(0o4750)
     os.utime(top / "deep" / "er" / "file", (1_000_000_000, 1_000_000_000))
+    for number, name in enumerate(("empty", "setuid", "sticky", "link", "private")):
+        seconds = (-1_000_000_000, 1_000_000_000, 2_147_483_647, 2_147_483_648, 4_102_444_800)[number]
+        os.utime(top / name, ns=(0, seconds * 10**9 + 123_456_789), follow_symlinks=False)
     return top
+
+
+def times(top):
+    """When everything in a tree was changed, in nanoseconds."""
+    return {path.relative_to(top): path.lstat().st_mtime_ns for path in top.rglob("*")}
 
 
 def test_data_goes_in_and_out_whole(world, agent):
@@ -77,6 +85,7 @@ def test_data_goes_in_and_out_whole(world, agent):
     assert disk.stat().st_blocks * 512 < 16 << 20
     out = world.export(handle)
     assert differences(manifest(source), manifest(out)) == []
+    assert times(out) == times(source)
     assert stat.S_IMODE((out / "setuid").stat().st_mode) == 0o4750
     assert (out / "sparse").stat().st_blocks * 512 < 1 << 20
     assert out.stat().st_uid == spec.uid
