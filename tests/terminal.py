@@ -17,9 +17,9 @@ def on_a_terminal(arguments, environment, keys=(), rows=40, columns=120):
     pid, master = pty.fork()
     if pid == 0:
         try:
-            os.environ.update(environment)
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "dispatcher", *arguments])
+            # Not the C library's own environment: readline, once imported, has put a width into it.
+            own = {**os.environ, **environment, "TERM": "xterm"}
+            os.execve(sys.executable, [sys.executable, "-m", "dispatcher", *arguments], own)
         finally:
             os._exit(99)
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))

@@ -26,7 +26,9 @@ def agent_argument(function: _F) -> _F:
 
 def yes_option(function: _F) -> _F:
     """Add ``--yes``."""
-    return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(function)
+    return click.option(
+        "-y", "--yes", is_flag=True, help="Do not ask; elsewhere than on a terminal nothing is asked."
+    )(function)
 
 
 def confirm(question: str, *, yes: bool) -> None:

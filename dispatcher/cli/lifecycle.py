@@ -74,6 +74,7 @@ def restart(cli: Cli, name: str, wait: bool) -> None:
 @pass_cli
 def reset_data(cli: Cli, name: str, yes: bool, wait: bool) -> None:
     """Stop the agent NAME, delete its data, and start it again if it ran."""
+    cli.client().agent(name)
     confirm(f"Delete all data of {name}?", yes=yes)
 
     def ask(client: ManagerClient, seconds: float | None) -> Json:

@@ -1,6 +1,7 @@
 """What the command line prints: tables, JSON, notes.  Touches standard output and standard error.
 
-On a terminal tables are drawn by rich, imported then; elsewhere they are plain columns that `awk` can read.
+On a terminal tables are drawn by rich, imported then, and made to fit.  Elsewhere they are plain columns for
+programs, never cut.
 Text that comes from agents, users or backends is never trusted to hold no control characters.
 """
 
@@ -10,11 +11,13 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import click
 
 _UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+GAP = 2  # characters between two columns
+_FOLDED = 20  # characters that a table's last column needs at most
 STATE_STYLES = {
     "running": "green",
     "starting": "yellow",
@@ -52,8 +55,19 @@ class Output:
         """Say something on standard error."""
         click.echo(f"dispatcher: {clean(text)}", err=True)
 
-    def table(self, headings: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "") -> None:
-        """Print a table; headings that end with ``>`` stand above numbers.  An empty one says `empty` instead."""
+    def table(
+        self,
+        headings: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        *,
+        empty: str = "",
+        least: Sequence[str] = (),
+    ) -> None:
+        """Print a table; headings that end with ``>`` stand above numbers.
+
+        :param empty: what to say instead of an empty one.
+        :param least: headings of what a narrow terminal goes without, the least important first.
+        """
         cells = [[clean("" if cell is None else str(cell)).replace("\n", " ") for cell in row] for row in rows]
         names = [heading.rstrip(">") for heading in headings]
         right = [heading.endswith(">") for heading in headings]
@@ -61,9 +75,10 @@ class Output:
             if empty:
                 self.note(empty)
         elif sys.stdout.isatty():
-            _rich_table(names, right, cells)
+            _terminal_table(names, right, cells, least)
         else:
-            click.echo("\n".join(columns(names, right, cells)))
+            filled = [[*(cell or "-" for cell in row[:-1]), row[-1]] for row in cells]
+            click.echo("\n".join(columns(names, right, filled)))
 
     def pairs(self, values: Mapping[str, object]) -> None:
         """Print a record, a line for each value that there is."""
@@ -86,17 +101,54 @@ def columns(headings: Sequence[str], right: Sequence[bool], rows: Sequence[Seque
     ]
 
 
-def _rich_table(headings: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]]) -> None:
+def fitting(headings: Sequence[str], widths: Sequence[int], least: Sequence[str], width: int) -> list[int] | None:
+    """Return which columns of a table fit into `width` characters; None when even those that must stay do not.
+
+    :param widths: of the columns; one of no width is left out.  :param least: which go, in this order.
+    """
+
+    def total(columns: Sequence[int]) -> int:
+        return sum(widths[at] for at in columns) + GAP * (len(columns) - 1)
+
+    shown = [at for at in range(len(headings)) if widths[at]]
+    for heading in least:
+        if total(shown) <= width:
+            break
+        shown = [at for at in shown if headings[at] != heading]
+    return shown if total(shown) <= width else None
+
+
+def _terminal_table(
+    headings: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], least: Sequence[str]
+) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", show_edge=False)
-    for heading, to_right in zip(headings, right, strict=True):
-        table.add_column(heading, justify="right" if to_right else "left", overflow="fold")
+    console = Console(highlight=False, markup=False)
+    widths = [max(cell_len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
+    widths[-1] = min(widths[-1], _FOLDED)  # its text goes on in a further line
+    shown = fitting(headings, widths, least, console.width)
+    if shown is None:
+        click.echo("\n\n".join(_block(headings, row) for row in rows))
+        return
+    table = Table(box=None, padding=(0, GAP, 0, 0), header_style="bold", show_edge=False, pad_edge=False)
+    for at in shown:
+        justify: Literal["right", "left"] = "right" if right[at] else "left"
+        table.add_column(headings[at], justify=justify, overflow="fold", min_width=widths[at])
     for row in rows:
-        table.add_row(*(Text(cell, style=STATE_STYLES.get(cell, "")) for cell in row))
-    Console(highlight=False, markup=False).print(table)
+        table.add_row(*(Text(row[at], style=STATE_STYLES.get(row[at], "")) for at in shown))
+    console.print(table)
+
+
+def _block(headings: Sequence[str], row: Sequence[str]) -> str:
+    """Return a row as lines: what it is about, then the rest below it."""
+    wide = max(map(len, headings[1:]))
+    rest = [
+        f"  {heading.ljust(wide)}  {cell}" for heading, cell in zip(headings[1:], row[1:], strict=True) if cell
+    ]
+    return "\n".join([row[0], *rest])
 
 
 def clean(text: str) -> str:

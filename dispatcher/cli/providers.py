@@ -38,6 +38,7 @@ def list_providers(cli: Cli) -> None:
             for provider in found["providers"]
         ),
         empty="no provider is configured",
+        least=("FROM",),
     )
 
 

@@ -39,6 +39,7 @@ def list_sessions(cli: Cli, user: str | None) -> None:
             for session in found["sessions"]
         ),
         empty="nobody is signed in",
+        least=("BROWSER", "AGENT", "ADDRESS", "SIGNED IN"),
     )
 
 

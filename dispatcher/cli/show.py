@@ -36,6 +36,7 @@ def list_agents(cli: Cli, state: str | None) -> None:
             for agent in found["agents"]
         ),
         empty="there are no agents (add one: dispatcher add NAME)",
+        least=("PROVIDER", "APP", "SINCE", "LAST USED"),
     )
 
 
@@ -52,6 +53,7 @@ def running(cli: Cli) -> None:
         ["NAME", "APP", "PROVIDER", "SINCE"],
         ([agent["name"], agent["app"], agent["provider"], ago(agent.get("since"))] for agent in found["agents"]),
         empty="no agent runs",
+        least=("PROVIDER", "APP"),
     )
 
 

@@ -57,6 +57,7 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
             for agent in sorted(found["agents"], key=key)
         ),
         empty="no agent uses anything",
+        least=("LAST USED", "CPU TIME", "STATE"),
     )
 
 
