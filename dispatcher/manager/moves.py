@@ -151,7 +151,8 @@ class Mover:
             raise ProviderError(
                 f"The data did not arrive whole on {target.name}",
                 why="; ".join(wrong),
-                fix="the old data is untouched; set the app's provider back to go on with it",
+                fix="mend what it names (chown, for another owner) and start the agent again, or set the app's "
+                "provider back; the old data is untouched",
             )
 
     def _hand_over(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from dispatcher_libvirt.storage import LocalStorage, Storage
 from dispatcher_libvirt.tunnel import Tunnels
 from dispatcher_libvirt.watching import Watch
 
+_EXAMINE = 10.0  # seconds for a look at the host, where nobody had one before
 _ALWAYS = frozenset(
     {
         Capability.SUSPEND,
@@ -98,6 +100,8 @@ class LibvirtProvider(Provider):
             )
 
     def explain(self, app: App | None) -> Sequence[Finding]:
+        with contextlib.suppress(DispatcherError):  # that libvirt does not answer is for `check` to say
+            self._examined(Deadline(_EXAMINE))
         if app is None:
             return list(explaining.backend(self._host))
         findings = list(explaining.application(app, self._options, self._host))
