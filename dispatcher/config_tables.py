@@ -14,13 +14,13 @@ from pydantic import ConfigDict, Field, field_validator
 from dispatcher import places
 from dispatcher.model import Network
 from dispatcher.settings import (
-    Address,
+    Addresses,
     Count,
     Duration,
     Environment,
     Flag,
     MaybeDuration,
-    NetworkAddress,
+    NetworkAddresses,
     Number,
     Origin,
     Size,
@@ -33,7 +33,7 @@ from dispatcher.settings import (
 class ManagerConfig(Table):
     """``[manager]``"""
 
-    listen: list[Address] = Field(
+    listen: Addresses = Field(
         default=[], description="TCP addresses with TLS, such as 0.0.0.0:4443; none by default"
     )
     state_dir: Path = Field(default_factory=places.state_dir, description="database, agents' data, logs")
@@ -64,13 +64,13 @@ class ManagerConfig(Table):
 class ProxyConfig(Table):
     """``[proxy]``"""
 
-    listen: list[Address] = Field(
+    listen: Addresses = Field(
         default=["127.0.0.1:8080"],
         description="HOST:PORT, [IPv6]:PORT, unix:/PATH, or systemd (socket activation)",
     )
     tls_cert: Path | None = Field(default=None, description="PEM file, the chain included; HTTPS when set")
     tls_key: Path | None = Field(default=None, description="the key of tls_cert")
-    redirect_listen: list[Address] = Field(default=[], description="plain HTTP addresses that redirect to HTTPS")
+    redirect_listen: Addresses = Field(default=[], description="plain HTTP addresses that redirect to HTTPS")
     hsts: MaybeDuration = Field(default=False, description="max-age of Strict-Transport-Security, with TLS")
     workers: Count = Field(default=1, ge=1, le=256, description="processes, at most one a core")
     user: str = Field(default="dispatcher-proxy", description="user to become when started as root")
@@ -79,12 +79,8 @@ class ProxyConfig(Table):
     )
     prefix: str = Field(default="/auth", description="path of the portal")
     public_url: Origin = Field(default="", description="as people see it, such as https://apps.example.org")
-    admin_listen: list[Address] = Field(
-        default=[], description="address of the admin pages, an origin of their own"
-    )
-    trusted_proxies: list[NetworkAddress] = Field(
-        default=[], description="networks whose X-Forwarded-* are believed"
-    )
+    admin_listen: Addresses = Field(default=[], description="address of the admin pages, an origin of their own")
+    trusted_proxies: NetworkAddresses = Field(default=[], description="networks whose X-Forwarded-* are believed")
     proxy_protocol: Flag = Field(default=False, description="expect PROXY protocol v2 on every connection")
     feed_grace: Duration = Field(default=600.0, description="how long to serve what is known without the manager")
     hold: Duration = Field(default=5.0, description="how long a request waits for an agent that wakes up")

@@ -208,6 +208,11 @@ def uid_range(value: tuple[int, int]) -> tuple[int, int]:
     return value
 
 
+def _one_or_more(value: Any) -> Any:
+    """Take a single text for a list of one, as everybody writes it who has one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _duration_or_never(value: Any) -> Any:
     return value if value is False else duration(value)
 
@@ -221,6 +226,9 @@ MaybeDuration = Annotated[float | Literal[False], BeforeValidator(_duration_or_n
 Size = Annotated[int, BeforeValidator(size)]
 Address = Annotated[str, AfterValidator(_address)]
 NetworkAddress = Annotated[str, AfterValidator(network)]
+#: One address, or a list of them.
+Addresses = Annotated[list[Address], BeforeValidator(_one_or_more)]
+NetworkAddresses = Annotated[list[NetworkAddress], BeforeValidator(_one_or_more)]
 Origin = Annotated[str, AfterValidator(origin)]
 UrlPath = Annotated[str, AfterValidator(url_path)]
 Environment = Annotated[dict[str, str], AfterValidator(variables)]

@@ -60,7 +60,7 @@ def test_no_apps_are_no_apps():
             {"proxy": {"routing": "subdomain"}},
             'proxy.public_url: is missing, routing = "subdomain" needs it: agents live below its host',
         ),
-        ({"proxy": {"listen": "8080"}}, "proxy.listen: found '8080', expected a list in square brackets"),
+        ({"proxy": {"listen": 8080}}, "proxy.listen: found 8080, expected a list in square brackets"),
         (
             {"proxy": {"listen": ["127.0.0.1:1", "nowhere"]}},
             "proxy.listen.1: found 'nowhere', expected an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd",
@@ -260,6 +260,11 @@ def test_origins(text, kept):
 )
 def test_no_origins(text):
     assert "public_url: found" in complaint({"proxy": {"public_url": text}})
+
+
+@pytest.mark.parametrize("table", ["manager", "proxy"])
+def test_a_single_address_needs_no_brackets(table):
+    assert getattr(config.parse({table: {"listen": "127.0.0.1:4443"}}), table).listen == ["127.0.0.1:4443"]
 
 
 def test_never_is_false():
