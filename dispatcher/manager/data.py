@@ -6,6 +6,7 @@ directories belongs to the agent and is never trusted (`trees`).
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from dispatcher.accounts import HostAccounts
 from dispatcher.clock import Deadline
 from dispatcher.errors import DispatcherError
+from dispatcher.manager.endpoint_space import EndpointSpace
 from dispatcher.manager.store import AgentRow
 from dispatcher.manager.trees import Tick, exists, make_directory, remove_tree, take_over
 from dispatcher.paths import Paths
@@ -45,6 +47,7 @@ class AgentData:
         self._proxy_gid = accounts.proxy_gid
         self._agents = paths.state_dir / "agents"
         self._endpoints = paths.run_dir / "a"
+        self.endpoints = EndpointSpace(self._endpoints, privileged=self._privileged)
         self._left: list[str] = []  # what interrupted deletions of an earlier manager left
 
     def begin(self, *, new_boot: bool) -> None:
@@ -58,6 +61,7 @@ class AgentData:
             for directory in (self._endpoints, self.paths.run_dir / "p"):
                 for entry in list(os.scandir(directory)) if directory.exists() else ():
                     remove_tree(entry.path, deadline=Deadline(DELETING))
+        self.endpoints.open()
 
     def ids(self, row: AgentRow) -> tuple[int, int]:
         """Return the user and group id of an agent."""
@@ -94,7 +98,12 @@ class AgentData:
             stale = False
         if stale:
             remove_tree(endpoint, deadline=Deadline(30))
-        make_directory(endpoint, 0o2710, (owner[0], self._proxy_gid))
+        try:
+            make_directory(endpoint, 0o2710, (owner[0], self._proxy_gid))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise self.endpoints.full() from error
 
     def reset(self, row: AgentRow, tick: Tick | None = None) -> None:
         """Delete an agent's data; its directory is there again, empty, before the old one is deleted."""

@@ -7,11 +7,12 @@ from typing import Any
 from dispatcher.clock import Deadline
 from dispatcher.errors import DispatcherError, NotFound
 from dispatcher.manager import why
+from dispatcher.manager.endpoint_space import EndpointSpace
 from dispatcher.manager.engine import Engine
 from dispatcher.manager.record import Agent
 from dispatcher.manager.usage import Usages
 from dispatcher.manager.views import iso
-from dispatcher.model import Finding, Level
+from dispatcher.model import Finding, Isolation, Level
 from dispatcher.names import printable
 
 CHECK = 10.0  # seconds
@@ -21,9 +22,10 @@ RECENT = 20  # events that an explanation looks at
 class Inspection:
     """Answers for `Supervisor`, in the forms of the REST interface."""
 
-    def __init__(self, engine: Engine, usages: Usages) -> None:
+    def __init__(self, engine: Engine, usages: Usages, endpoints: EndpointSpace) -> None:
         self._engine = engine
         self._usages = usages
+        self._endpoints = endpoints
 
     def runtime(self, agent: Agent) -> dict[str, Any]:
         """Return where an agent runs, and what it uses."""
@@ -98,6 +100,8 @@ class Inspection:
         def check() -> None:
             guard = backend.guard
             found.extend(guard.explain(engine.specs.app(app) if app else None))
+            if guard.provider.isolation < Isolation.VM:  # a machine has no directory of the host
+                found.append(self._endpoints.finding())
             guard.check(deadline=Deadline(CHECK))
 
         try:

@@ -24,6 +24,7 @@ from dispatcher.manager.history import History
 from dispatcher.manager.idle import Idleness, check_interval
 from dispatcher.manager.inspection import Inspection
 from dispatcher.manager.intents import Intents
+from dispatcher.manager.lifecycle import DEAD
 from dispatcher.manager.moves import Mover
 from dispatcher.manager.operations import Operations
 from dispatcher.manager.reconciler import Reconciler
@@ -97,7 +98,7 @@ class Supervisor:
         self._idleness = Idleness(self.engine, self._intents)
         self._usages = Usages(self.engine)
         self._tails = Tails(self.engine)
-        self._inspection = Inspection(self.engine, self._usages)
+        self._inspection = Inspection(self.engine, self._usages, self._data.endpoints)
         self._closed = False
 
     def _specs(self, config: Config) -> Specs:
@@ -209,6 +210,8 @@ class Supervisor:
         self.engine.write_last_used()
         self._reconciler.remember()
         self._history.close()
+        if all(agent.row.observed in DEAD and agent.operation is None for agent in self.engine.agents.values()):
+            self._data.endpoints.close()
 
     # --- intents: written before anything is done, return at once
 
