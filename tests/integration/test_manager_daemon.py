@@ -93,8 +93,8 @@ def pid_of_alive(place, pid):
     with socket.socket(socket.AF_UNIX) as sock:
         sock.settimeout(5)
         sock.connect(str(found[0]))
-        sock.sendall(b"GET /pid HTTP/1.1\r\nHost: x\r\n\r\n")
-        return f'"pid": {pid}'.encode() in sock.recv(65536)
+        sock.sendall(b"GET /pid HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return f'"pid": {pid}'.encode() in b"".join(iter(lambda: sock.recv(65536), b""))
 
 
 def test_a_clean_end_leaves_no_socket_and_no_warning(place):
