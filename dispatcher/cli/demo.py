@@ -63,15 +63,16 @@ def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
 
 def _add_people(pair: Pair) -> None:
     client = pair.client()
-    click.echo(f"Open {pair.url}")
-    for name in PEOPLE:
-        password = pronounceable()
+    passwords = {name: pronounceable() for name in PEOPLE}
+    for name, password in passwords.items():
         try:
             client.create_agent(name, password)
         except Conflict:  # kept from an earlier demo
             client.set_password(name, password)
-        click.echo(f"Sign in {name} / {password}")
     client.close()
+    click.echo(f"Open {pair.url}")
+    for name, password in passwords.items():
+        click.echo(f"Sign in {name} / {password}")
 
 
 def _stop_agents(pair: Pair, cli: Cli) -> None:

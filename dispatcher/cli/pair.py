@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dispatcher.cli import front_door
 from dispatcher.cli.lifeline import Lifeline
-from dispatcher.endpoints import connect
 from dispatcher.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
 from dispatcher.model import Endpoint
 from dispatcher.paths import Paths
@@ -92,7 +92,7 @@ class Pair:
                     self._start(name)
                     if not self._until_ready(name, received):
                         return 0
-                ready()
+                self._while_they_live(ready)
                 try:
                     return self._watch(received)
                 finally:
@@ -102,6 +102,20 @@ class Pair:
                 return error.child_code
             finally:
                 self._stop()
+
+    def _while_they_live(self, ready: Callable[[], None]) -> None:
+        """Call `ready`; where it fails because a child ended meanwhile, say so."""
+        try:
+            ready()
+        except ManagerUnreachable:
+            for name in self._children:
+                self._check_alive(name)
+            raise
+
+    def _check_alive(self, name: str) -> None:
+        code = self._children[name].poll()
+        if code is not None:
+            raise Ended(f"The {name} {_ending(code)}", code if code > 0 else 1)
 
     def _watch(self, received: Callable[[float], list[int]]) -> int:
         while True:
@@ -148,9 +162,7 @@ class Pair:
         while not answers():
             if {signal.SIGTERM, signal.SIGINT} & set(received(0.05)):
                 return False
-            code = self._children[name].poll()
-            if code is not None:
-                raise Ended(f"The {name} {_ending(code)}", code if code > 0 else 1)
+            self._check_alive(name)
             if time.monotonic() > until:
                 raise Ended(f"The {name} is not ready after {STARTUP:.0f} s", 1)
         return True
@@ -172,13 +184,7 @@ class Pair:
         if proxy_pid(self.paths.run_dir) != self._children["proxy"].pid:
             return False
         endpoint = listen_endpoint(self.config.proxy.listen[0]) if self.config.proxy.listen else None
-        if endpoint is None:
-            return True  # a socket of systemd's: it listens already
-        try:
-            connect(endpoint, None, 1.0).close()
-        except OSError:
-            return False
-        return True
+        return endpoint is None or front_door.answers(endpoint, self.config.proxy, browser_url(self.config))
 
     def _signal_all(self, number: int) -> None:
         for child in self._children.values():

@@ -290,7 +290,7 @@ class Daemon:
                 continue
             child.control.close()
             if not child.leaving and not self._stopping:
-                pause = self._back_off[child.kind].ended(child)
+                pause = self._back_off[child.kind].ended(child, status)
                 _log.error(
                     f"a {child.kind} {workers.ending(status)}, starting another", pid=pid, pause=round(pause, 1)
                 )

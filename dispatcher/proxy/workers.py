@@ -14,12 +14,15 @@ import sys
 from collections.abc import Callable
 
 from dispatcher.clock import boottime
+from dispatcher.errors import Unavailable
 from dispatcher.logs import logger
 from dispatcher.proxy import privileges
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
+FIRST_TRIES = 5  # then the proxy does not start: about three seconds
 _STEADY = 20.0  # seconds after which a child's end is no longer a failed start
+_BORN = 5.0  # seconds after which its end is no longer a matter of its beginning
 
 WORKER = "worker"
 PORTAL = "portal"
@@ -90,18 +93,36 @@ def fork(kind: str, generation: int, body: Callable[[socket.socket], None], othe
 
 
 class BackOff:
-    """How long to wait before a child of a kind is started again."""
+    """How long to wait before a child of a kind is started again.
 
-    __slots__ = ("_pause", "at")
+    :ivar at: boot time from which it may be; :ivar stillborn: how many gave up at once, before any went well.
+    """
+
+    __slots__ = ("_pause", "at", "stillborn")
 
     def __init__(self) -> None:
         self._pause = FIRST_PAUSE
         self.at = 0.0
+        self.stillborn: int | None = 0
 
-    def ended(self, child: Child) -> float:
-        """A child ended by itself; return the seconds until the next is started."""
-        if boottime() - child.started > _STEADY:
+    def ended(self, child: Child, status: int) -> float:
+        """A child ended by itself, with this wait status; return the seconds until the next is started.
+
+        :raises Unavailable: the first ones all ended at once: another one will not do better.
+        """
+        lived = boottime() - child.started
+        if lived > _STEADY:
             self._pause = FIRST_PAUSE
+        if lived > _BORN:
+            self.stillborn = None
+        elif self.stillborn is not None and os.WIFEXITED(status):
+            self.stillborn += 1
+            if self.stillborn >= FIRST_TRIES:
+                raise Unavailable(
+                    "The proxy cannot start",
+                    why=f"its {child.kind} ended at once, {FIRST_TRIES} times in a row",
+                    fix="see what it said",
+                )
         pause = self._pause
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
         self.at = boottime() + pause

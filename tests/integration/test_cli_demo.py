@@ -243,6 +243,53 @@ def test_demo_takes_the_next_port_when_8080_is_taken_and_can_be_kept(start, tmp_
         assert passwords[0] != passwords[1]
 
 
+BREAKS = {
+    "its portal": (
+        "proxy",
+        "import waitress\nwaitress.serve = None\n",
+        "The proxy cannot start: its portal ended",
+    ),
+    "its workers": (
+        "proxy",
+        "from dispatcher.proxy.edge import process\nprocess.run = None\n",
+        "The proxy cannot start: its worker ended",
+    ),
+    "its manager": (
+        "manager",
+        "import os\nfrom dispatcher.manager.service import Manager\nManager._listen = lambda _: os._exit(7)\n",
+        "The manager ended with exit code 7",
+    ),
+    "its manager, later": (
+        "manager",
+        "import os\nfrom dispatcher.manager.passwords import Hasher\nHasher.hash = lambda *_: os._exit(7)\n",
+        "The manager ended with exit code 7",
+    ),
+}
+
+
+@pytest.mark.parametrize(("which", "fault", "told"), BREAKS.values(), ids=BREAKS)
+def test_demo_gives_up_when_a_part_cannot_live(start, tmp_path, which, fault, told):
+    """No address and no password is shown that nobody could use; one line says why; nothing is left."""
+    module = tmp_path / "fault/sitecustomize.py"
+    module.parent.mkdir()
+    lines = "".join(f"    {line}\n" for line in fault.splitlines())
+    module.write_text(f"import sys\nif sys.orig_argv[-1] == {which!r}:\n{lines}")
+    before = demo_directories()
+    run = start(
+        [*PROGRAM, "demo", "--directory", str(tmp_path / "demo")],
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(module.parent), os.environ.get("PYTHONPATH")))),
+        },
+    )
+    assert run.process.wait(60) not in {0, -signal.SIGKILL}
+    run._reader.join(5)
+    assert sum(told in line for line in run.lines) == 1, run.text
+    assert not [line for line in run.lines if line.startswith(("Open ", "Sign in "))]
+    assert not (tmp_path / "demo").exists()
+    assert demo_directories() <= before
+
+
 def test_demo_touches_no_directory_that_it_did_not_make(tmp_path):
     (tmp_path / "precious").touch()
     done = subprocess.run([*PROGRAM, "demo", "--directory", str(tmp_path)], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import waitress
@@ -24,6 +25,8 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
+    # Waitress warns of each request that finds no idle thread, as the first ones do: no news for an operator.
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     url = f"unix://{Paths.of(config).proxy_socket}"
     client, patient = (ManagerClient(url, timeout=seconds) for seconds in (TIMEOUT, PASSWORD_TIMEOUT))
     waitress.serve(

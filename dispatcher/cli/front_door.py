@@ -1,0 +1,47 @@
+"""Whether people would get the sign-in page.  Touches one connection to the proxy's listener."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from dispatcher.endpoints import connect
+from dispatcher.errors import InsecureEndpoint
+
+if TYPE_CHECKING:
+    from dispatcher.config import ProxyConfig
+    from dispatcher.model import Endpoint
+
+PATIENCE = 1.0  # seconds
+#: The PROXY protocol's header of a connection that is the sender's own ("LOCAL").
+_LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
+
+
+def answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
+    """Ask for the sign-in page: an answer says that a worker serves, one below 500 that the portal does.
+
+    :param url: what people open.
+    """
+    host = urlsplit(url).netloc or "localhost"
+    request = f"GET {proxy.prefix}/login HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    try:
+        sock = connect(endpoint, None, PATIENCE)
+    except (OSError, InsecureEndpoint):
+        return False
+    try:
+        if proxy.proxy_protocol:
+            sock.sendall(_LOCAL)
+        if proxy.tls_cert is not None:
+            import ssl
+
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname = False  # this process made the listener, it knows who it is
+            context.verify_mode = ssl.CERT_NONE
+            sock = context.wrap_socket(sock)
+        sock.sendall(request.encode())
+        line = sock.recv(32)
+    except OSError:
+        return False
+    finally:
+        sock.close()
+    return line.startswith(b"HTTP/1.1 ") and line[9:12] < b"500"
