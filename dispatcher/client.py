@@ -29,6 +29,7 @@ class ManagerClient:
     :param ca_file: PEM file of the certificates to trust instead of the system's.
     :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
     :param timeout: seconds to wait for an answer, a `wait` not counted.
+    :param patience: seconds to wait for a manager that is starting on this machine, while one is.
     :raises BadRequest: something among these cannot be used.
 
     Every method raises `ManagerUnreachable`, and the error that the manager answered with.
@@ -46,6 +47,7 @@ class ManagerClient:
         key_file: str | Path | None = None,
         ssl: bool = True,
         timeout: float = 30.0,
+        patience: float = 0.0,
     ) -> None:
         self.url = url
         self.timeout = timeout
@@ -58,6 +60,7 @@ class ManagerClient:
             cert_file=cert_file,
             key_file=key_file,
             ssl=ssl,
+            patience=patience,
         )
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from dispatcher.errors import BadRequest, ManagerUnreachable
 from dispatcher.names import printable
+from dispatcher.places import MANAGER_LOCK
 
 DEFAULT_PORT = 4443
 _UCRED = struct.Struct("3i")
@@ -41,6 +42,20 @@ def believe(sock: socket.socket, path: str) -> None:
             why=f"it belongs to user id {uid}, neither root nor you",
             fix="find out who made that socket; set manager.run_dir, or $XDG_RUNTIME_DIR",
         )
+
+
+def is_starting(path: str) -> bool:
+    """Whether a manager holds the lock beside its socket: the socket will answer soon, or the manager just ends.
+
+    The kernel is asked who holds what: to try the lock would keep out the manager that begins just then.
+    """
+    try:
+        lock = Path(path).with_name(MANAGER_LOCK).stat()
+        held = Path("/proc/locks").read_text(encoding="ascii")
+    except OSError:
+        return False
+    where = f" {os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino} "
+    return any(" FLOCK " in line and where in line for line in held.splitlines())
 
 
 def token(token: str) -> str:

@@ -24,6 +24,7 @@ from dispatcher.errors import ManagerUnreachable
 MAX_ANSWER = 64 * 1024 * 1024  # bytes
 MAX_IDLE = 5.0  # seconds; less than the server keeps a connection, so that it is rarely closed under us
 POOL = 16
+_AGAIN = 0.05  # seconds between two tries to reach a manager that is starting
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # RFC 9110, 9.2.2
 
 
@@ -94,8 +95,10 @@ class Transport:
         cert_file: str | Path | None = None,
         key_file: str | Path | None = None,
         ssl: bool = True,
+        patience: float = 0.0,
     ) -> None:
         self.url = url
+        self._patience = patience
         self._lock = threading.Lock()
         self._idle: list[_Idle] = []
         self._headers = {"Accept": "application/json"}
@@ -182,12 +185,24 @@ class Transport:
             connection = http.client.HTTPSConnection(
                 self._host, self._port, timeout=timeout, context=self._context
             )
-        try:
-            connection.connect()
-        except OSError as error:
-            connection.close()
-            raise self._unreachable(error) from error
-        return connection
+        until = time.monotonic() + self._patience
+        while True:
+            try:
+                connection.connect()
+            except OSError as error:
+                connection.close()
+                absent = isinstance(error, (FileNotFoundError, ConnectionRefusedError))
+                if not (self._patience and self._path and absent and target.is_starting(self._path)):
+                    raise self._unreachable(error) from error
+                if time.monotonic() > until:
+                    what, fix = (
+                        f"The manager does not answer at {self.url}",
+                        "try again; its log says what it does",
+                    )
+                    raise ManagerUnreachable(what, why="it is still starting", fix=fix) from error
+                time.sleep(_AGAIN)
+                continue
+            return connection
 
     def _unreachable(self, error: Exception) -> ManagerUnreachable:
         what, why, fix = f"The manager does not answer at {self.url}", str(error), "is it running? see its log"

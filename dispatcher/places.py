@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 MANAGER_SOCKET = "manager.sock"
+MANAGER_LOCK = "manager.lock"  # beside it, held by a manager from its first to its last moment
 
 
 def config_file() -> Path:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dispatcher.client import ManagerClient
     from dispatcher.config import Config
 
+PATIENCE = 3.0  # seconds for a manager that is just starting
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -68,6 +69,7 @@ class Cli:
             ca_file=self.sslcert,
             cert_file=self.client_cert,
             ssl=self.tls,
+            patience=PATIENCE,
         )
         return self._client
 

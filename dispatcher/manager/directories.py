@@ -11,8 +11,7 @@ from dispatcher.accounts import HostAccounts
 from dispatcher.errors import ConfigError, Conflict, Unavailable
 from dispatcher.logs import logger
 from dispatcher.paths import Paths
-
-LOCK = "manager.lock"
+from dispatcher.places import MANAGER_LOCK
 
 _log = logger("manager.directories")
 
@@ -86,7 +85,7 @@ class Lock:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.path = directory / LOCK
+        self.path = directory / MANAGER_LOCK
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._descriptor = os.open(self.path, flags, 0o600)

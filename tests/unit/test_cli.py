@@ -3,8 +3,11 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import click
 import pytest
@@ -145,6 +148,53 @@ def test_no_manager_is_exit_code_5_and_says_what_to_do(run, short_tmp):
     assert (code, out) == (5, "")
     assert err.count("\n") == 1
     assert "there is no such socket (start it with `dispatcher serve`" in err
+
+
+@pytest.fixture
+def starting(short_tmp):
+    """A manager that has its lock and does not listen yet: what makes it, and its socket."""
+    from dispatcher.manager.directories import Lock
+
+    lock = Lock(short_tmp)
+    yield FakeManager, short_tmp / "manager.sock"
+    lock.close()
+
+
+def test_a_manager_that_is_just_starting_is_waited_for(run, starting):
+    make, path = starting
+    made = []
+    timer = threading.Timer(0.4, lambda: made.append(make(path).__enter__()))
+    timer.start()
+    try:
+        code, out, err = run("--manager", f"unix://{path}", "list", "--json")
+    finally:
+        timer.join()
+        made[0].__exit__()
+    assert (code, json.loads(out), err) == (0, {"agents": []}, "")
+
+
+def test_one_that_never_comes_up_is_not_waited_for_long(run, starting, monkeypatch):
+    monkeypatch.setattr("dispatcher.cli.context.PATIENCE", 0.3)
+    began = time.monotonic()
+    code, _, err = run("--manager", f"unix://{starting[1]}", "list")
+    assert code == 5
+    assert "it is still starting (try again" in err
+    assert 0.3 <= time.monotonic() - began < 2
+
+
+def test_where_no_manager_is_nobody_waits(run, short_tmp):
+    """Neither for one that never was, nor for one that has ended and left its lock file and socket behind."""
+    (short_tmp / "manager.lock").write_text("1")
+    path = short_tmp / "manager.sock"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    for missing in (False, True):
+        began = time.monotonic()
+        code, _, err = run("--manager", f"unix://{path}", "list")
+        assert code == 5
+        assert ("no such socket" if missing else "nobody listens there") in err
+        assert time.monotonic() - began < 1
+        path.unlink(missing_ok=True)
 
 
 def test_control_characters_of_a_manager_s_error_do_not_reach_the_terminal(run, manager):
