@@ -157,6 +157,7 @@ class App:
     network: Network = Network.NONE
     environment: Mapping[str, str] = field(default_factory=dict)
     credentials: str = "none"  # "none" or "stdin"
+    _known: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return what, when changed, makes a running agent *outdated*; JSON-serialisable, without secrets."""
@@ -169,6 +170,13 @@ class App:
             "environment": dict(sorted(self.environment.items())),
             "credentials": self.credentials,
         }
+
+    @property
+    def fingerprint_text(self) -> str:
+        """The fingerprint as JSON, made once: many agents of an app start at the same time."""
+        if not self._known:
+            self._known.append(json.dumps(self.fingerprint(), sort_keys=True, default=str))
+        return self._known[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,9 +227,9 @@ class AgentSpec:
             self.gid,
             str(self.data_dir),
             str(self.run_dir),
-            self.app.fingerprint(),
         ]
-        return hashlib.sha256(json.dumps(body, sort_keys=True, default=str).encode()).hexdigest()
+        text = f"{json.dumps(body)[:-1]}, {self.app.fingerprint_text}]"
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ Backends never see a raw name as an identifier, only `SLUG-HASH`, which is legal
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 import unicodedata
@@ -16,6 +17,7 @@ from dispatcher.errors import BadRequest
 MAX_NAME = 255
 SLUG_LENGTH = 20
 HASH_LENGTH = 12
+_REMEMBERED = 16384  # agents whose keys are not computed again for every look at them
 _PUNCTUATION = frozenset("._-@+")
 _APP = re.compile(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?")
 
@@ -75,11 +77,13 @@ def slug(name: str) -> str:
     return text or "x"
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def digest(name: str) -> str:
     """Return 12 hexadecimal digits of the name's SHA-256."""
     return hashlib.sha256(name.encode()).hexdigest()[:HASH_LENGTH]
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def key(name: str) -> str:
     """Return the collision-free, DNS-safe key of an agent: ``SLUG-HASH``, at most 33 characters."""
     return f"{slug(name)}-{digest(name)}"

@@ -132,7 +132,7 @@ class Backend:
             raise work.error
 
     def _join(self, app: App, seconds: float) -> Preparation:
-        key = repr(app.fingerprint())
+        key = app.fingerprint_text
         with self._lock:
             work = self._preparations.get(key)
             if work is None or (work.until is not None and work.until.expired):

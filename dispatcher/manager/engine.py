@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -402,8 +403,14 @@ class Engine:
         self.announce(agent)
 
 
-def _stored(row: AgentRow) -> AgentRow:
-    return dataclasses.replace(row, observed_at=None, last_used=None, version=0)
+#: What of a row is worth a write when it changes.
+_stored = operator.attrgetter(
+    *(
+        name
+        for name in (item.name for item in dataclasses.fields(AgentRow))
+        if name not in {"observed_at", "last_used", "version"}
+    )
+)
 
 
 def _fraction(value: object) -> float | None:

@@ -5,6 +5,9 @@ An instance belongs to one configuration and is replaced with it.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 from dispatcher.config import AppDefaults, Config
 from dispatcher.errors import BadRequest, DispatcherError
 from dispatcher.manager.data import AgentData
@@ -12,6 +15,8 @@ from dispatcher.manager.store import AgentRow
 from dispatcher.model import AgentSpec, App
 from dispatcher.names import printable
 from dispatcher.plugins import Plugins
+
+AT_ONCE = 256  # specs that are remembered: a start asks for one several times
 
 
 class Specs:
@@ -27,6 +32,7 @@ class Specs:
         self._proxy_gid = proxy_gid
         self._apps: dict[str, App] = {}
         self._hashes: dict[int, str | None] = {}
+        self._spec = functools.lru_cache(AT_ONCE)(self._make_spec)
 
     def default_app(self) -> str:
         """Return the app of new users.
@@ -74,20 +80,21 @@ class Specs:
 
         :raises DispatcherError: as `app`.
         """
-        paths = self._data.paths
-        uid, gid = self._data.ids(row)
+        spec = self._spec(row.name, row.user, row.app, *self._data.ids(row))
+        return spec if stdin is None else dataclasses.replace(spec, stdin=stdin)
+
+    def _make_spec(self, agent: str, user: str, app: str, uid: int, gid: int) -> AgentSpec:
         return AgentSpec(
             installation=self._installation,
-            agent=row.name,
-            user=row.user,
-            app=self.app(row.app),
+            agent=agent,
+            user=user,
+            app=self.app(app),
             uid=uid,
             gid=gid,
             proxy_gid=self._proxy_gid,
-            data_dir=self._data.data_dir(row.name),
-            run_dir=paths.endpoint_dir(row.name),
-            log_dir=self._data.log_dir(row.name),
-            stdin=stdin,
+            data_dir=self._data.data_dir(agent),
+            run_dir=self._data.paths.endpoint_dir(agent),
+            log_dir=self._data.log_dir(agent),
         )
 
     def outdated(self, row: AgentRow) -> bool:

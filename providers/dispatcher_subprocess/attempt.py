@@ -147,7 +147,7 @@ class Attempt:
             workdir=plan.workdir,
             secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
         )
-        self._arguments = b"".join(os.fsencode(word) + b"\0" for word in words)
+        self._arguments = os.fsencode("\0".join([*words, ""]))
         arguments, self._speaker = os.pipe()
         self._pass(arguments)
         program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
