@@ -131,8 +131,14 @@ class Installation:
         )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def start(self, what: str) -> subprocess.Popen[bytes]:
-        """Start `manager` or `proxy` and wait until it answers."""
+        """Start `manager` or `proxy` and wait until it answers; one that does not is ended."""
         with (self.base / f"{what}.log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "dispatcher", "--config", str(self.config), what],
@@ -150,7 +156,12 @@ class Installation:
                 return self.admin("GET", "/healthz").status == 200
             return self.web("GET", "/auth/login", Accept="text/html").status in {200, 303}
 
-        until(f"the {what} answers", answers)
+        try:
+            until(f"the {what} answers", answers)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         return process
 
     def kill(self, what: str) -> None:
@@ -198,6 +209,8 @@ class Installation:
         try:
             manager = self.processes.get("manager")
             if manager is None or manager.poll() is not None:
+                if not (self.base / "state/dispatcher.db").exists():
+                    return  # no manager ever was, so there are no agents
                 self.start("manager")
             for row in self.admin("GET", "/agents").json()["agents"]:
                 self.admin("DELETE", f"/agents/{quote(row['name'])}?wait=30")

@@ -14,15 +14,12 @@ NAMES = [f"user{number}" for number in range(5)]
 
 @pytest.fixture
 def site(short_tmp):
-    installation = Installation(short_tmp)
-    try:
+    with Installation(short_tmp) as installation:
         installation.start("manager")
         installation.start("proxy")
         for name in NAMES:
             installation.add(name)
         yield installation
-    finally:
-        installation.close()
 
 
 def test_agents_are_served_while_the_manager_is_dead_and_adopted_afterwards(site):

@@ -18,10 +18,9 @@ def site(tmp_path_factory):
 
     base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
     base.chmod(0o755)
-    site = Installation(base, extra='default_app = "web"')
-    site.start("manager")
-    yield site
-    site.close()
+    with Installation(base, extra='default_app = "web"') as site:
+        site.start("manager")
+        yield site
 
 
 @pytest.fixture

@@ -24,17 +24,15 @@ def site():
     token = secrets.token_urlsafe(32)
     (base / "tokens").write_text(f"{token}\n")
     (base / "tokens").chmod(0o600)
-    site = Installation(base)
-    text = site.config.read_text()
-    site.config.write_text(
-        text.replace("[manager]\n", f'[manager]\nlisten = ["127.0.0.1:{port}"]\ntoken_file = "{base}/tokens"\n')
-    )
-    site.start("manager")
-    site.url = f"https://127.0.0.1:{port}"
-    site.token = base / "my-token"
-    site.token.write_text(token)
-    yield site
-    site.close()
+    with Installation(base) as site:
+        text = site.config.read_text()
+        listen = f'listen = ["127.0.0.1:{port}"]\ntoken_file = "{base}/tokens"\n'
+        site.config.write_text(text.replace("[manager]\n", f"[manager]\n{listen}"))
+        site.start("manager")
+        site.url = f"https://127.0.0.1:{port}"
+        site.token = base / "my-token"
+        site.token.write_text(token)
+        yield site
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -31,20 +32,17 @@ command = ["python3", "/probe.py", "--unix", "{{{{socket}}}}"]
 @pytest.fixture
 def site():
     images()
-    made = []
+    with contextlib.ExitStack() as stack:
 
-    def make(apps: str) -> Installation:
-        base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
-        base.chmod(0o755)
-        site = Installation(base, apps)
-        made.append(site)
-        site.start("manager")
-        site.start("proxy")
-        return site
+        def make(apps: str) -> Installation:
+            base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
+            base.chmod(0o755)
+            site = stack.enter_context(Installation(base, apps))
+            site.start("manager")
+            site.start("proxy")
+            return site
 
-    yield make
-    for site in made:
-        site.close()
+        yield make
 
 
 def ask(site, cookie, path, seconds=30):
@@ -55,8 +53,16 @@ def ask(site, cookie, path, seconds=30):
     return until(f"the app answers {path}", answered, seconds)
 
 
-def containers_of(agent):
-    return docker("ps", "-a", "--format", "{{.Names}}", "--filter", f"label=dispatcher.agent={agent}").split()
+def installation_of(site):
+    """Return what this installation, and no other one on the same engine, calls itself."""
+    return site.admin("GET", "/agents/alice/runtime").json()["handle"]["name"].split("-")[1]
+
+
+def containers_of(site):
+    """Return the containers of alice, of this installation's one."""
+    labels = {"agent": "alice", "installation": installation_of(site)}
+    filters = [word for key, value in labels.items() for word in ("--filter", f"label=dispatcher.{key}={value}")]
+    return docker("ps", "-a", "--format", "{{.Names}}", *filters).split()
 
 
 def test_one_line_moves_an_app_into_containers_and_back(site):
@@ -79,7 +85,7 @@ def test_one_line_moves_an_app_into_containers_and_back(site):
             entry.split("=", 1) for entry in ask(site, cookie, "/env").decode().split("\0") if entry
         )
         assert ask(site, cookie, f"/read?path={quote(environment['DISPATCHER_DATA'] + '/note')}") == b'"mine"'
-        assert bool(containers_of("alice")) == (provider == "docker")
+        assert bool(containers_of(site)) == (provider == "docker")
 
 
 def test_files_by_a_port_as_the_example_says(site):
@@ -103,7 +109,7 @@ def test_a_killed_container_comes_back_and_why_is_told(site):
     site.add("alice")
     cookie = site.login("alice")
     ask(site, cookie, "/id")
-    (name,) = containers_of("alice")
+    (name,) = containers_of(site)
     docker("kill", name)
     until(
         "it died and came back",
@@ -120,8 +126,8 @@ def test_removed_with_its_container_and_secrets(site):
     site.add("alice")
     cookie = site.login("alice")
     ask(site, cookie, "/id")
-    (name,) = containers_of("alice")
-    installation = name.split("-")[1]
+    assert len(containers_of(site)) == 1
+    installation = installation_of(site)
     assert site.admin("DELETE", "/agents/alice?wait=30").status == 204
     assert not leftovers(installation)
     remove_all(installation)

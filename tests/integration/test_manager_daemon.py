@@ -21,9 +21,8 @@ ADDRESS = "192.0.2.1"
 
 @pytest.fixture
 def place(short_tmp):
-    place = Installation(short_tmp)
-    yield place
-    place.close()
+    with Installation(short_tmp) as place:
+        yield place
 
 
 def client(place, which="manager"):

@@ -18,15 +18,12 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def site(short_tmp):
-    site = Installation(short_tmp)
-    try:
+    with Installation(short_tmp) as site:
         site.start("manager")
         site.start("proxy")
         for name in ("alice", "bob"):
             site.add(name)
         yield site
-    finally:
-        site.close()
 
 
 def memory(site) -> int:

@@ -21,13 +21,10 @@ ADDRESS = "192.0.2.1"
 
 @pytest.fixture
 def site(short_tmp):
-    site = Installation(short_tmp)
-    try:
+    with Installation(short_tmp) as site:
         site.start("manager")
         site.add("alice")
         yield site
-    finally:
-        site.close()
 
 
 @pytest.fixture
