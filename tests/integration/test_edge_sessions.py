@@ -58,6 +58,18 @@ def test_a_sleeping_agent_is_woken_and_the_request_held():
         assert edge.feed.of_type("wake") == [{"type": "wake", "agent": "alice"}]
 
 
+def test_an_agent_that_falls_asleep_right_after_it_woke_is_woken_again_at_once():
+    with Edge(agent_state="asleep", hold=5) as edge:
+        edge.feed.on_wake = lambda name: edge.feed.add(agents=(agent_row(name, edge.agent.endpoint),))
+        start = time.monotonic()
+        for count in (1, 2, 3):
+            assert edge.get(f"/{count}", HTML).status == 200
+            assert len(edge.feed.of_type("wake")) == count
+            edge.feed.add(agents=(agent_row("alice", None, "asleep"),))
+            eventually(lambda: edge.worker.tables.agents["alice"].state == "asleep")
+        assert time.monotonic() - start < 2
+
+
 def test_a_held_body_reaches_the_agent_whole():
     with Edge(agent_state="asleep", hold=5) as edge:
         edge.feed.on_wake = lambda name: (

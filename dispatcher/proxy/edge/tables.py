@@ -89,6 +89,8 @@ class Agent:
             self.app = sys.intern(row.get("app", ""))
             self.counters = None
         self.label = row.get("label", "")
+        if state == "running" and self.state != "running":
+            self.woken = 0.0  # what was asked for is done: if it falls asleep, it is asked for again at once
         self.state = sys.intern(state)
         self.endpoint = endpoint
         self.uid = uid
