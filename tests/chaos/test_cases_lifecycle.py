@@ -305,6 +305,62 @@ def test_a_person_who_is_removed_while_the_app_starts_leaves_nothing(site):
     assert "gone" not in json.dumps(site.admin("GET", "/agents").json())
 
 
+#: Found by every Python of the site: the wall clock goes wrong by as many hours as a file says, and who asks it leaves
+#: a trace.  The classes are no functions, so that one who keeps `time.time` as an attribute gets no method.
+WRONG_CLOCK = """
+import os, time
+class Wrong:
+    def __init__(self, real, unit):
+        self.real, self.unit = real, unit
+    def __call__(self):
+        try:
+            with open({hours!r}) as file:
+                ahead = float(file.read()) * 3600 * self.unit
+            open({seen!r} + "/" + str(os.getpid()), "w").close()
+        except (OSError, ValueError):
+            return self.real()
+        return self.real() + type(self.real())(ahead)
+time.time, time.time_ns = Wrong(time.time, 1), Wrong(time.time_ns, 10**9)
+"""
+
+
+def test_a_clock_that_jumps_stops_nobody_and_signs_nobody_out(short_tmp, monkeypatch):
+    """Both daemons see the wall clock go two hours ahead and back; idle times and lifetimes are shorter than that."""
+    hours, seen = short_tmp / "hours", short_tmp / "seen"
+    seen.mkdir()
+    seen.chmod(0o777)  # the proxy has a user of its own
+    (short_tmp / "sitecustomize.py").write_text(WRONG_CLOCK.format(hours=str(hours), seen=str(seen)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(short_tmp), os.environ.get("PYTHONPATH")))))
+    lifetimes = '[auth]\nsession_idle = "20m"\nsession_lifetime = "40m"\n'
+    with Site(app("web", 'idle_timeout = "20m"'), extra=lifetimes) as site:
+        site.add("alice")
+        cookie = site.login("alice")
+        site.app(cookie)
+        sock, _ = site.upgrade("/ws", cookie)
+        before = handles(site)
+
+        def all_is_well():
+            assert site.web("GET", "/", Cookie=cookie).status == 200
+            assert site.web("GET", "/auth/status", Cookie=cookie, Accept="application/json").status == 200
+            sock.sendall(frame(b"a"))
+            assert sock.recv(10) == b"\x81\x01a"
+
+        for jump in ("2", "-2"):
+            hours.write_text(jump)
+            time.sleep(2.5)  # two rounds of the reconciler
+            all_is_well()
+            site.kill("manager")
+            site.start("manager")
+            site.reach("alice", "running")
+            all_is_well()
+            assert site.login("alice")
+        assert handles(site) == before
+        sock.close()
+        deceived = {int(path.name) for path in seen.iterdir()}
+        assert site.processes["manager"].pid in deceived
+        assert deceived & {process.pid for process in site.workers()}
+
+
 def size_of(directory):
     return sum(path.lstat().st_size for path in directory.rglob("*"))
 
