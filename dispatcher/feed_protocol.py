@@ -24,12 +24,14 @@ SNAPSHOT = "snapshot"
 CHANGE = "change"
 SESSION = "session"
 PING = "ping"
+SYNC = "sync"
 # Up, worker to manager.
 LOOKUP = "lookup"
 WAKE = "wake"
 ACTIVITY = "activity"
 DEAD = "dead"
 COUNTERS = "counters"
+SYNCED = "synced"
 
 # States of an agent in the feed.
 RUNNING = "running"

@@ -39,14 +39,14 @@ def client_of(manager, socket_name="manager_socket", **options):
 class Worker:
     """An edge worker's side of the feed, reading when asked."""
 
-    def __init__(self, path, *, hello=True, version=1, timeout=10.0):
+    def __init__(self, path, *, hello=True, version=1, timeout=10.0, **more):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(timeout)
         self.sock.connect(str(path))
         self.decoder = Decoder()
         self.waiting = []
         if hello:
-            self.send(type="hello", version=version, pid=4242)
+            self.send(type="hello", version=version, pid=4242, **more)
 
     def send(self, **message):
         self.sock.sendall(encode(message))

@@ -21,6 +21,7 @@ from dispatcher.logs import logger
 from dispatcher.manager import feed_frames
 from dispatcher.manager.auth_store import SessionRow
 from dispatcher.manager.feed_reports import Reports, contained
+from dispatcher.manager.feed_sync import Syncs
 from dispatcher.manager.feed_worker import Worker
 from dispatcher.manager.listeners import peer
 from dispatcher.manager.sessions import Sessions
@@ -30,6 +31,7 @@ GATHER = 0.004  # seconds between two frames of changes
 HELLO_TIMEOUT = 10.0  # seconds that a worker may take to say hello
 MAX_UP_FRAME = 4 * 1024 * 1024  # bytes
 MAX_WORKERS = 300
+SETTLE = 1.0  # seconds that an answer waits until all workers know what it says
 
 _log = logger("manager.feed")
 
@@ -57,6 +59,7 @@ class Feed:
         self._on_agent_gone = on_agent_gone
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
         self._workers: set[Worker] = set()
+        self._syncs = Syncs()
         self._agents_of: dict[str, dict[str, None]] = {}
         self._lock = threading.Lock()
         self._changed_agents: dict[str, None] = {}
@@ -112,6 +115,22 @@ class Feed:
             self._gone_sessions.update(dict.fromkeys(gone))
         self._schedule()
 
+    def settle(self) -> bool:
+        """Wait, but not for long, until every connected worker has applied what has changed up to now.
+
+        :return: whether all have said so.  A worker that is not connected begins anew with a snapshot.
+        """
+        done = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(self._ask, done)
+            if done.wait(SETTLE):
+                return True
+            self._loop.call_soon_threadsafe(self._syncs.forget, done)
+        except RuntimeError:  # the loop is closed: the manager ends
+            return False
+        _log.warning("not every worker has said in time that it knows", workers=len(self._workers))
+        return False
+
     def _schedule(self) -> None:
         with self._lock:
             if self._scheduled:
@@ -129,6 +148,10 @@ class Feed:
             self._loop.call_later(wait, self._flush)
         else:
             self._flush()
+
+    def _ask(self, done: threading.Event) -> None:
+        self._flush()
+        self._syncs.ask(self._workers, done)
 
     def _flush(self) -> None:
         self._flushed_at = self._loop.time()
@@ -245,6 +268,7 @@ class Feed:
             _log.exception("a worker's connection failed", pid=worker.pid)
         finally:
             self._workers.discard(worker)
+            self._syncs.gone(worker)
             worker.close()
             _log.info("worker disconnected", pid=worker.pid)
 
@@ -261,9 +285,10 @@ class Feed:
             raise protocol.FrameError(f"version {first[0].get('version')!r} of the feed")
         pid = first[0].get("pid")
         worker.pid = pid if isinstance(pid, int) else 0
+        worker.answers = first[0].get("sync") is True
         _log.info("worker connected", pid=worker.pid)
         feeding = asyncio.ensure_future(self._send_snapshot(worker))
-        reports = Reports(worker, self._supervisor, self._sessions, self._pool)
+        reports = Reports(worker, self._supervisor, self._sessions, self._syncs, self._pool)
         try:
             for message in first[1:]:
                 await reports.hear(message)

@@ -11,6 +11,7 @@ from typing import Any
 from dispatcher import feed_protocol as protocol
 from dispatcher.logs import logger
 from dispatcher.manager import feed_frames
+from dispatcher.manager.feed_sync import Syncs
 from dispatcher.manager.feed_worker import Worker
 from dispatcher.manager.metrics import clean_counters
 from dispatcher.manager.sessions import Sessions
@@ -29,10 +30,13 @@ class Reports:
     :param pool: for what may touch the database.
     """
 
-    def __init__(self, worker: Worker, supervisor: Supervisor, sessions: Sessions, pool: Executor) -> None:
+    def __init__(
+        self, worker: Worker, supervisor: Supervisor, sessions: Sessions, syncs: Syncs, pool: Executor
+    ) -> None:
         self._worker = worker
         self._supervisor = supervisor
         self._sessions = sessions
+        self._syncs = syncs
         self._pool = pool
         self._jobs = asyncio.Semaphore(MAX_JOBS)
 
@@ -48,6 +52,8 @@ class Reports:
             if isinstance(name, str) and 0 < len(name) <= 300:
                 act = self._supervisor.wake if kind == protocol.WAKE else self._supervisor.suspect
                 await self._job(act, name)
+        elif kind == protocol.SYNCED:
+            self._syncs.heard(self._worker, message.get("number"))
         elif kind == protocol.ACTIVITY:
             await self._job(self._note, message)
         elif kind == protocol.COUNTERS:

@@ -17,6 +17,8 @@ class Worker:
 
     def __init__(self, writer: asyncio.StreamWriter, task: asyncio.Task[Any] | None) -> None:
         self.pid = 0
+        self.answers = False  # it says when it has applied what was sent (`feed_sync`)
+        self.late = False  # it has not done so in time
         self.counters: dict[str, float] = {}
         self.task = task
         self._writer = writer

@@ -166,6 +166,7 @@ class Manager:
             health=self.health.report,
             waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
         )
+            settle=self.feed.settle,
         metrics.watch(
             agents=self.supervisor.views,
             gauges={

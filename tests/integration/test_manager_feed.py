@@ -353,3 +353,61 @@ def test_other_users_are_refused_even_if_the_mode_let_them(manager):
     os.close(reader)
     assert b"may not use" in data
     assert b"snapshot" not in data
+
+
+def revoked_in(proxy, sha256):
+    """Revoke a session in a thread of its own; return the list that gets the seconds that took."""
+    took = []
+
+    def revoke():
+        began = time.monotonic()
+        proxy.logout(sha256)
+        took.append(time.monotonic() - began)
+
+    thread = threading.Thread(target=revoke)
+    thread.start()
+    return thread, took
+
+
+def test_a_sign_out_is_answered_when_every_worker_knows_of_it(manager, proxy):
+    first, second = (Worker(manager.paths.feed_socket, sync=True) for _ in range(2))
+    session = proxy.login("alice", "correct horse", ADDRESS)["session"]["sha256"]
+    for worker in (first, second):
+        worker.snapshot()
+    thread, took = revoked_in(proxy, session)
+    numbers = []
+    for worker in (first, second):
+        worker.until(has("sessions_gone", session))
+        numbers.append(worker.until(lambda message: message["type"] == "sync")["number"])
+    first.send(type="synced", number=numbers[0])
+    second.send(type="synced", number=numbers[1] + 1)  # of something else
+    second.send(type="synced", number="x")
+    time.sleep(0.2)
+    assert not took
+    second.send(type="synced", number=numbers[1])
+    thread.join(10)
+    assert took and took[0] < 0.9
+    for worker in (first, second):
+        worker.close()
+
+
+def test_a_worker_that_is_stuck_or_goes_holds_a_sign_out_up_for_a_moment_only(manager, proxy):
+    stuck = Worker(manager.paths.feed_socket, sync=True)
+    stuck.snapshot()
+    session = proxy.login("alice", "correct horse", ADDRESS)["session"]["sha256"]
+    thread, took = revoked_in(proxy, session)
+    thread.join(10)
+    assert 0.9 < took[0] < 3
+    session = proxy.login("alice", "correct horse", ADDRESS)["session"]["sha256"]
+    thread, took = revoked_in(proxy, session)
+    thread.join(10)
+    assert took[0] < 0.9, "nobody waits twice for who hangs"
+    number = stuck.until(lambda message: message["type"] == "sync")["number"]
+    stuck.send(type="synced", number=number)
+    session = proxy.login("alice", "correct horse", ADDRESS)["session"]["sha256"]
+    thread, took = revoked_in(proxy, session)
+    stuck.until(has("sessions_gone", session))
+    stuck.close()
+    thread.join(10)
+    assert took[0] < 0.9
+    assert not manager.feed._syncs._open

@@ -20,13 +20,16 @@ def list_sessions(services: Services, query: models.ListSessions) -> Json:
 @routes.add("DELETE", "/sessions", query=models.RevokeSessions, answers={200: "Revoked"})
 def revoke_sessions(services: Services, query: models.RevokeSessions) -> Json:
     """End all sessions of a user."""
-    return {"revoked": services.sessions.revoke_user(names.user_name(query.user))}
+    revoked = services.sessions.revoke_user(names.user_name(query.user))
+    services.settle()
+    return {"revoked": revoked}
 
 
 @routes.add("DELETE", "/sessions/<id>", answers={204: ""})
 def revoke_session(services: Services, id: str) -> Answer:
     """End one session."""
     services.sessions.revoke(services.sessions.by_id(id).sha256)
+    services.settle()
     return Answer(204)
 
 

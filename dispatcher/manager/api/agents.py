@@ -140,6 +140,7 @@ def set_password(services: Services, agent: str, body: models.GivePassword) -> A
     user = services.user_of(agent)
     services.signin.set_password(user, body.password)
     services.sessions.revoke_user(user)
+    services.settle()
     return Answer(204)
 
 

@@ -46,6 +46,7 @@ def revoke(services: Services, body: models.Revoke) -> Answer:
     else:
         user = _whole(services, body.sha256).user
         services.sessions.revoke(services.sessions.by_id(body.id, user).sha256)
+    services.settle()
     return Answer(204)
 
 
@@ -96,6 +97,7 @@ def change_password(services: Services, body: models.ChangePassword) -> Json:
     user = _verified(services, body)
     services.signin.set_password(user, body.new_password)
     token, row = services.sessions.renew(body.sha256)
+    services.settle()
     return {"token": token, "session": services.session_json(row)}
 
 

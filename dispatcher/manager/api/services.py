@@ -31,6 +31,7 @@ class Services:
     :ivar config: the current one; replaced by a reload.
     :ivar reload: reads the configuration again and says in sentences what changed.
     :ivar health: says how the manager is; must not block.
+    :ivar settle: waits a moment until the edge knows what has changed: an ended session is dead everywhere then.
     :ivar waiting: places for requests that wait; :ivar closing: set when the manager ends.
     """
 
@@ -42,6 +43,7 @@ class Services:
     metrics: Metrics
     reload: Callable[[], list[str]]
     health: Callable[[], Json]
+    settle: Callable[[], object] = lambda: None
     waiting: threading.BoundedSemaphore
     handovers: HandoverCodes = field(default_factory=HandoverCodes)
     closing: threading.Event = field(default_factory=threading.Event)

@@ -109,7 +109,8 @@ class Feed:
             return
         self._transport = transport
         self._heard = boottime()
-        self.send({"type": feed_protocol.HELLO, "version": feed_protocol.VERSION, "pid": os.getpid()})
+        hello = {"type": feed_protocol.HELLO, "version": feed_protocol.VERSION, "pid": os.getpid(), "sync": True}
+        self.send(hello)
 
     def message(self, message: dict[str, Any]) -> None:
         """Take one message."""

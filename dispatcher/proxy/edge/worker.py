@@ -216,6 +216,8 @@ class Worker(Registry):
                 self._negative.pop(digest, None)
                 if digest in self._lookups:
                     self._looked_up(digest)
+        elif kind == feed_protocol.SYNC:
+            self.feed.send({"type": feed_protocol.SYNCED, "number": message["number"]})
         elif kind == feed_protocol.SESSION:
             digest = bytes.fromhex(message["sha256"])
             if not message.get("session") and len(self._negative) < _MAX_NEGATIVE:
