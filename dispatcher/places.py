@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SYSTEM_CONFIG = Path("/etc/dispatcher/dispatcher.toml")
 MANAGER_SOCKET = "manager.sock"
 MANAGER_LOCK = "manager.lock"  # beside it, held by a manager from its first to its last moment
 
@@ -18,7 +19,7 @@ def config_file() -> Path:
     if path := os.environ.get("DISPATCHER_CONFIG"):
         return Path(path)
     if os.geteuid() == 0:
-        return Path("/etc/dispatcher/dispatcher.toml")
+        return SYSTEM_CONFIG
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dispatcher/dispatcher.toml"
 
 

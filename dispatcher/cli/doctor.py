@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -59,6 +60,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
 def _installation(cli: Cli, config: Config) -> Iterator[Finding]:
     from dispatcher.cli import checks_installation as installation
     from dispatcher.cli import checks_machine as machine
+    from dispatcher.cli import checks_neighbours as neighbours
     from dispatcher.paths import Paths
     from dispatcher.plugins import Plugins
 
@@ -77,6 +79,8 @@ def _installation(cli: Cli, config: Config) -> Iterator[Finding]:
         yield machine.error(str(error), "check the options")
     yield from installation.directories(paths)
     yield from installation.accounts(config)
+    if os.geteuid() == 0:
+        yield from neighbours.user_ids(config)
     yield from installation.ports(config, serving=serving)
     yield from installation.encryption(config)
     yield from installation.certificates(config)

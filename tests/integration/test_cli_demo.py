@@ -165,7 +165,10 @@ def test_demo_runs_and_leaves_nothing(start, monkeypatch, tmp_path):
     use_the_demo(url, people)
     made = next(tmp_path.glob("dispatcher-demo-*"))
     assert processes_with(str(made))
+    name = json.loads(cli(made / "dispatcher.toml", "info", "alice", "--json").stdout)["runtime"]["handle"]["name"]
+    groups = f"*/{'-'.join(name.split('-')[:2])}"
     assert run.end() == 0
+    assert not [*Path("/sys/fs/cgroup").glob(groups), *Path("/sys/fs/cgroup").glob(groups.removeprefix("*/"))]
     assert processes_with(str(made)) == []
     assert list(tmp_path.iterdir()) == []
     assert demo_directories() <= before
@@ -256,12 +259,15 @@ BREAKS = {
     ),
     "its manager": (
         "manager",
-        "import os\nfrom dispatcher.manager.service import Manager\nManager._listen = lambda _: os._exit(7)\n",
+        "from dispatcher.manager.service import Manager\nManager._listen = lambda _: sys.exit(7)\n",
         "The manager ended with exit code 7",
     ),
     "its manager, later": (
         "manager",
-        "import os\nfrom dispatcher.manager.passwords import Hasher\nHasher.hash = lambda *_: os._exit(7)\n",
+        "import os\nfrom dispatcher.manager.service import Manager\nfrom dispatcher.manager.passwords import Hasher\n"
+        "real = Manager._listen\n"
+        "def listen(self):\n    real(self)\n    Hasher.hash = lambda *_: (self.supervisor.close(), os._exit(7))\n"
+        "Manager._listen = listen\n",
         "The manager ended with exit code 7",
     ),
 }

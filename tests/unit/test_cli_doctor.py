@@ -16,6 +16,7 @@ import pytest
 from dispatcher import config
 from dispatcher.cli import checks_installation as installation
 from dispatcher.cli import checks_machine as machine
+from dispatcher.cli import checks_neighbours as neighbours
 from dispatcher.cli import main
 from dispatcher.errors import ManagerUnreachable, Unavailable
 from dispatcher.model import Level
@@ -300,3 +301,39 @@ def test_a_wrong_configuration_does_not_stop_the_doctor(tmp_path, capsys):
     assert "ERROR" in out
     assert "manager.threads: found 0" in out
     assert "Python 3" in out
+
+
+@pytest.fixture
+def processes(tmp_path):
+    """A made-up /proc in which managers run; returns what adds one, with a configuration of its own."""
+
+    def add(pid, name, uid_range, words=("/usr/bin/python3", "/usr/bin/dispatcher", "--config", "{}", "manager")):
+        directory = tmp_path / "proc" / str(pid)
+        directory.mkdir(parents=True)
+        (tmp_path / f"{name}.toml").write_text(
+            f'[manager]\nrun_dir = "/run/{name}"\nuid_range = [{uid_range[0]}, {uid_range[1]}]\n'
+        )
+        line = "\0".join(word.format(f"{name}.toml") for word in words) + "\0"
+        (directory / "cmdline").write_text(line)
+        (directory / "environ").write_text(f"HOME=/root\0DISPATCHER_CONFIG={tmp_path}/{name}.toml\0")
+        (directory / "cwd").symlink_to(tmp_path)
+        return config.load(tmp_path / f"{name}.toml")
+
+    return add
+
+
+def test_another_installation_with_the_same_user_ids_is_told(processes, tmp_path):
+    own = processes(10, "own", (200000, 265535))
+    processes(11, "far", (300000, 365535))
+    assert not list(neighbours.user_ids(own, tmp_path / "proc"))
+    processes(12, "near", (260000, 270000))
+    processes(13, "near2", (200000, 265535), ("python", "-m", "dispatcher", "manager"))  # by its environment
+    processes(14, "ended", (200000, 265535))
+    (tmp_path / "ended.toml").write_text("[")
+    processes(15, "no-manager", (200000, 265535), ("vi", "dispatcher", "--config", "{}"))
+    near, again = neighbours.user_ids(own, tmp_path / "proc")
+    assert near.level is Level.WARNING
+    assert f"({tmp_path}/near.toml)" in near.what
+    assert near.what.endswith("260000 to 265535")
+    assert "near2.toml" in again.what
+    assert "uid_range" in near.fix
