@@ -61,7 +61,7 @@ setup(
         "prometheus-client>=0.20",
         "psutil>=5.9",
         "uvloop>=0.19",
-        "httptools>=0.6",
+        "httptools>=0.6",  # the demo app reads requests with it; the edge does so itself (docs/adr/0005)
         "tomli>=2; python_version < '3.11'",
     ],
     extras_require={
