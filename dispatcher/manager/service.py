@@ -164,9 +164,9 @@ class Manager:
             metrics=metrics,
             reload=self.reload,
             health=self.health.report,
+            settle=self.feed.settle,
             waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
         )
-            settle=self.feed.settle,
         metrics.watch(
             agents=self.supervisor.views,
             gauges={
