@@ -250,13 +250,18 @@ class Intents:
         return row.retry_at is None and not recent(row.attempts, now)
 
     def touch(self, agent: Agent, activity: Mapping[str, int]) -> None:
-        """Count activity.  Use keeps an agent awake that was about to be put to sleep."""
+        """Count activity.  Use keeps an agent awake that was about to be put to sleep because nobody used it.
+
+        What somebody asked for stays: the use may be seconds older than that, and a request that comes later wakes
+        the agent by itself.
+        """
         if not (activity.get("use", 0) > 0 or activity.get("stream", 0) > 0):
             return
         agent.last_used = self._engine.clock.now()
         row = agent.row
-        falling_asleep = row.operation in {Kind.SUSPEND, Kind.HIBERNATE}
-        if row.desired in _NEEDS and (falling_asleep or self._engine.served(row)):
+        if row.desired not in _NEEDS or not (agent.reason or row.failure):
+            return
+        if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._engine.served(row):
             self.wake_for_use(agent)
 
     def wake_for_use(self, agent: Agent) -> None:

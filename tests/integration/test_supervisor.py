@@ -428,13 +428,28 @@ def test_wishes_from_many_threads(world, supervisor):
     assert len(world.backend.containers) == 10
 
 
-def test_use_wakes_an_agent_that_is_being_put_to_sleep(world, supervisor):
+def test_use_keeps_an_agent_awake_that_is_being_put_to_sleep_as_nobody_used_it(world):
+    world.app(idle_timeout=0.4)
+    supervisor = world.supervisor()
+    running(supervisor)
+    world.backend.inject("suspend", delay=0.5)
+    until(lambda: supervisor.view("alice").state.value == "suspending")
+    supervisor.touch("alice", {"use": 1})
+    reach(supervisor, "alice", "running")
+    assert supervisor.view("alice").desired.value == "running"
+
+
+def test_use_of_a_moment_ago_does_not_contradict_who_puts_an_agent_to_sleep(world, supervisor):
+    """What was used is reported every five seconds: most of it is older than the wish."""
     running(supervisor)
     world.backend.inject("suspend", delay=0.3)
     supervisor.set_desired("alice", "suspended")
     supervisor.touch("alice", {"use": 1})
+    reach(supervisor, "alice", "suspended")
+    supervisor.touch("alice", {"use": 1})
+    assert supervisor.view("alice").desired.value == "suspended"
+    supervisor.wake("alice")
     reach(supervisor, "alice", "running")
-    assert supervisor.view("alice").desired.value == "running"
 
 
 # --- 50 at once, beside each other
