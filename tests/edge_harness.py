@@ -18,6 +18,7 @@ from typing import Any
 import h11
 
 from dispatcher.config import parse
+from dispatcher.proxy.edge.accept import Listener
 from dispatcher.proxy.edge.access import AccessLog
 from dispatcher.proxy.edge.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
@@ -197,8 +198,14 @@ class Edge:
         )
         self.worker.start(self.loop)
         await self.worker.feed.first(5)
-        server = await self.loop.create_server(self.worker.client, "127.0.0.1", 0, ssl=self._tls, backlog=1024)
-        self.port = server.sockets[0].getsockname()[1]
+        sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self.port = sock.getsockname()[1]
+        server: asyncio.AbstractServer | Listener
+        if self._tls is None:
+            server = Listener(self.worker, sock)
+            server.start()
+        else:
+            server = await self.loop.create_server(self.worker.client, sock=sock, ssl=self._tls, backlog=1024)
         self._stop = asyncio.Event()
         self._ready.set()
         await self._stop.wait()

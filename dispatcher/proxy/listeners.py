@@ -19,6 +19,7 @@ from dispatcher.names import printable
 
 BACKLOG = 4096
 _FIRST_FD = 3
+_DEFER = 1  # seconds
 _PATIENCE = 5.0  # seconds to wait for workers of a proxy that was killed to let go of an address
 
 
@@ -87,6 +88,9 @@ def _tcp(host: str, port: int, address: str, key: str) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
+    # HTTP's client speaks first: the kernel hands a connection over with its first bytes, or after this time
+    # without (tcp(7)).  A worker wakes once for accepting and reading, not twice.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, _DEFER)
     try:
         _bind(sock, where, address)
         sock.listen(BACKLOG)

@@ -167,6 +167,7 @@ def slow(connection: Connection) -> None:
 def test_stopping_finishes_what_is_under_way():
     with Daemon(slow, drain_timeout=6) as daemon:
         with daemon.connect() as download, daemon.connect() as websocket, daemon.connect() as idle:
+            idle.sendall(b"\r\n")  # nothing yet, but the kernel hands a connection over with its first bytes
             download.sendall(GET)
             websocket.sendall(UPGRADE)
             assert websocket.recv(1000).startswith(b"HTTP/1.1 101")

@@ -295,7 +295,7 @@ def test_draining_says_going_away():
 @pytest.mark.slow
 def test_thousands_of_idle_websockets_end_at_once():
     count = 2000
-    with Edge(saying(b"")) as edge:
+    with Edge(saying(b""), in_flight_per_agent=count) as edge:
 
         class Silent(asyncio.Protocol):
             def connection_made(self, transport):

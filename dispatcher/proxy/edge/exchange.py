@@ -194,9 +194,16 @@ class Exchange(Connection):
         if self.state == BODY or worker.draining:
             # The body may never be read to its end: no further request can follow it.
             self.closing = True
-        elif response.length >= 0 and response.dated and not self.closing and self.request.version:
+        if response.length >= 0 and response.dated and self.request.version and not worker.settings.hsts_line:
             self.rechunk = False
-            if not worker.settings.hsts_line:
+            if self.closing:
+                if self.state == ANSWER and not self.eof:
+                    head = response.last
+                    if not head:
+                        head = response.last = client_head(response, b"Connection: close\r\n")
+                    self.deadline = FOREVER
+                    return head
+            else:
                 head = response.plain
                 if not head:
                     head = response.plain = client_head(response, b"")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from dispatcher.clock import boottime
 from dispatcher.logs import logger
 from dispatcher.proxy import privileges
+from dispatcher.proxy.edge.accept import Listener
 from dispatcher.proxy.edge.access import AccessLog
 from dispatcher.proxy.edge.proxy_protocol import Acceptor
 from dispatcher.proxy.edge.redirect import Redirect
@@ -70,7 +71,7 @@ class Process:
             AccessLog(inherited.access_log),
         )
         self._servers: list[asyncio.AbstractServer] = []
-        self._acceptors: list[Acceptor] = []
+        self._acceptors: list[Acceptor | Listener] = []
         self._loop: asyncio.AbstractEventLoop
         self._finished: asyncio.Event
         self._drain_until = 0.0
@@ -105,12 +106,16 @@ class Process:
     async def _listen(self) -> None:
         worker, inherited = self._worker, self._inherited
         for sock in inherited.listeners:
+            if inherited.tls is not None and not self._config.proxy.proxy_protocol:
+                self._servers.append(await self._server(sock, worker.client, inherited.tls))
+                continue
+            acceptor: Acceptor | Listener
             if self._config.proxy.proxy_protocol:
                 acceptor = Acceptor(worker, sock, inherited.tls)
-                self._acceptors.append(acceptor)
-                acceptor.start()
-                continue
-            self._servers.append(await self._server(sock, worker.client, inherited.tls))
+            else:
+                acceptor = Listener(worker, sock)
+            self._acceptors.append(acceptor)
+            acceptor.start()
         for sock in inherited.redirects:
             self._servers.append(await self._server(sock, lambda: Redirect(worker), None))
 

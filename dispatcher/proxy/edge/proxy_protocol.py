@@ -70,6 +70,7 @@ class Acceptor:
     def close(self) -> None:
         """Stop accepting."""
         self._worker.loop.remove_reader(self._sock)
+        self._sock.close()
 
     def _accept(self) -> None:
         for _ in range(64):

@@ -30,10 +30,11 @@ class Response:
     :ivar lines: what is passed on, the start line for an HTTP/1.1 client first.
     :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` state a length.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
-    :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty.
+    :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty; :ivar last:
+        the same where it only ends the connection.
     """
 
-    __slots__ = ("close", "dated", "length", "lines", "plain", "sized", "status", "upgraded")
+    __slots__ = ("close", "dated", "last", "length", "lines", "plain", "sized", "status", "upgraded")
 
     status: int
     lines: list[bytes]
@@ -43,6 +44,7 @@ class Response:
     upgraded: bool
     dated: bool
     plain: bytes
+    last: bytes
 
 
 class Policy:
@@ -142,7 +144,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     elif length == UNTIL_CLOSE:
         response.close = True
     response.length = length
-    response.plain = b""
+    response.plain = response.last = b""
     return response
 
 

@@ -1,0 +1,185 @@
+"""New connections: what becomes of one that its first request does not end."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import threading
+import time
+
+from tests.edge_harness import COOKIE, Connection, Edge, Reader, descriptors, echo, eventually, read_all, saying
+
+HOST = b"Host: app.test\r\n"
+GET = b"GET / HTTP/1.1\r\n" + HOST + COOKIE
+LAST = GET + b"Connection: close\r\n\r\n"
+
+
+def test_a_connection_for_each_request_leaves_nothing_open():
+    with Edge() as edge:
+        assert edge.ask(LAST).startswith(b"HTTP/1.1 200 OK\r\n")
+        before = descriptors()
+        for _ in range(200):
+            answer = edge.ask(LAST)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nConnection: close\r\n" in answer
+        assert edge.agent.opened == 1, "a new client is no reason for a new connection to the agent"
+        eventually(lambda: edge.worker.open_connections == 0)
+        assert descriptors() <= before + 2
+
+
+def test_the_first_request_of_many_on_one_connection():
+    with Edge() as edge, edge.connect() as sock:
+        reader = Reader(sock)
+        for number in range(5):
+            sock.sendall(GET + b"X-Number: %d\r\n\r\n" % number)
+            answer = reader.answer()
+            assert answer.status == 200 and b"X-Number: %d" % number in answer.body
+
+
+def test_all_at_once_on_a_new_connection():
+    with Edge() as edge, edge.connect() as sock:
+        sock.sendall((GET + b"\r\n") * 20 + LAST)
+        reader = Reader(sock)
+        for _ in range(21):
+            assert reader.answer().status == 200
+        assert sock.recv(10) == b""
+
+
+def test_a_client_that_says_nothing_at_first():
+    with Edge() as edge, edge.connect() as sock:
+        time.sleep(0.3)
+        sock.sendall(LAST)
+        assert read_all(sock).startswith(b"HTTP/1.1 200")
+
+
+def test_a_body_longer_than_the_first_read():
+    with Edge() as edge:
+        body = bytes(range(256)) * 4000
+        answer = edge.ask(
+            b"POST / HTTP/1.1\r\n"
+            + HOST
+            + COOKIE
+            + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
+            + body
+        )
+        assert answer.endswith(body)
+
+
+def test_bytes_after_the_last_request_do_not_cost_the_answer():
+    # Closing a socket that holds unread bytes resets the connection, and the answer would be lost with it.
+    def script(connection: Connection) -> None:
+        connection.head()
+        time.sleep(0.1)
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 50000\r\n\r\n" + b"x" * 50000)
+
+    for _ in range(5):
+        with Edge(script) as edge, edge.connect() as sock:
+            sock.sendall(LAST)
+            time.sleep(0.03)
+            sock.sendall(b"\r\n")
+            time.sleep(0.2)
+            assert read_all(sock).endswith(b"x" * 50000)
+
+
+def test_a_large_answer_on_a_new_connection_to_a_slow_reader():
+    size = 30_000_000
+    sent = [0]
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size)
+        for _ in range(300):
+            connection.send(b"x" * 100_000)
+            sent[0] += 100_000
+
+    with Edge(script) as edge, edge.connect() as sock:
+        sock.sendall(LAST)
+        time.sleep(1)
+        assert sent[0] < size, "the agent is held back"
+        assert len(read_all(sock).partition(b"\r\n\r\n")[2]) == size
+
+
+def test_a_client_that_leaves_while_its_agent_thinks_is_noticed():
+    left = threading.Event()
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.sock.settimeout(5)
+        if connection.sock.recv(1) == b"":
+            left.set()
+
+    with Edge(script) as edge:
+        sock = edge.connect()
+        sock.sendall(LAST)
+        time.sleep(0.05)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        sock.close()
+        assert left.wait(3)
+        eventually(lambda: edge.worker.open_connections == 0)
+
+
+def test_a_client_that_is_gone_before_it_is_answered():
+    with Edge(saying(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")) as edge:
+        for _ in range(50):
+            sock = edge.connect()
+            sock.sendall(LAST)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            sock.close()
+        eventually(lambda: edge.worker.open_connections == 0)
+        assert edge.ask(LAST).startswith(b"HTTP/1.1 200")
+
+
+def test_a_new_connection_of_a_session_that_ends():
+    from tests.edge_harness import TOKEN
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.sock.recv(1)
+
+    with Edge(script) as edge, edge.connect() as sock:
+        sock.sendall(LAST)
+        eventually(lambda: edge.agent.heads)
+        edge.feed.remove(tokens=(TOKEN,))
+        assert read_all(sock) == b""
+        eventually(lambda: edge.worker.open_connections == 0)
+
+
+def test_accepting_goes_on_after_descriptors_ran_out():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Edge() as edge:
+        assert edge.ask(LAST).startswith(b"HTTP/1.1 200")
+        waiting = socket.socket()
+        waiting.settimeout(10)
+        waiting.bind(("127.0.0.1", 0))
+        taken = descriptors()
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (taken - 4, hard))
+            waiting.connect(("127.0.0.1", edge.port))
+            waiting.sendall(LAST)
+            waiting.settimeout(0.5)
+            try:
+                got = waiting.recv(1)
+            except TimeoutError:
+                got = None
+            assert got is None, "there was no descriptor for it"
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        waiting.settimeout(10)
+        assert read_all(waiting).startswith(b"HTTP/1.1 200"), "it waited in the queue and was taken"
+        waiting.close()
+
+
+def test_a_fault_of_the_edge_ends_only_the_connection_that_met_it():
+    with Edge(echo) as edge:
+        real = edge.worker.look_up
+
+        def broken(*_: object) -> bool:
+            raise ZeroDivisionError
+
+        edge.worker.look_up = broken  # type: ignore[method-assign]
+        unknown = LAST.replace(b"dispatcher=token-of-alice", b"dispatcher=token-of-nobody")
+        assert edge.ask(unknown) == b""
+        edge.worker.look_up = real  # type: ignore[method-assign]
+        assert edge.ask(LAST).startswith(b"HTTP/1.1 200")
+        eventually(lambda: edge.worker.open_connections == 0)
+        assert [type(error.get("exception")) for error in edge.errors] == [ZeroDivisionError]
+        edge.errors.clear()
