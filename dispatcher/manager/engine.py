@@ -345,7 +345,8 @@ class Engine:
     def flush(self) -> None:
         """Write what was put off, and go on where a write had failed."""
         for agent in self.backlog.flush(list(self.agents.values())):
-            self.poke(agent)
+            if agent.operation is None and next_operation(self.situation(agent.row)) is not None:
+                self.poke(agent)
 
     def write_last_used(self) -> None:
         """Write when agents were last used, where that changed."""
@@ -399,7 +400,6 @@ class Engine:
                 return
             if self.clock.now() - operation.since > WRITE_STEP and agent.row.step != operation.stage:
                 self._settle(agent, Change({"step": operation.stage}, defer=True))
-            agent.changed.notify_all()
         self.announce(agent)
 
 

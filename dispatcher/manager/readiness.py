@@ -6,6 +6,7 @@ for itself alone (0600) is opened to the proxy's group first, by the descriptor 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dispatcher import endpoints
 from dispatcher.clock import Deadline, boottime
 from dispatcher.errors import DispatcherError, StartFailed, Unavailable
+from dispatcher.manager.arrivals import Arrivals
 from dispatcher.manager.guard import Guard
 from dispatcher.manager.record import Operation
 from dispatcher.model import BackendState, Endpoint, Handle, Observation
@@ -25,6 +27,7 @@ SLICE = 0.25  # seconds between looks at whether the start was cancelled
 LOOK = 1.0  # seconds between questions to the backend while the app does not answer
 OBSERVE = 10.0  # seconds for the backend's answer
 SOONEST, LATEST = 0.002, 0.1  # seconds between tries
+FUTILE = 8  # things that may appear beside an app's socket before they are looked at no more
 SHARE = 0.2  # of the time that has passed: what waiting may add to a start
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)[ \r]")
@@ -122,8 +125,21 @@ def await_ready(
     :raises Cancelled: the start is no longer wanted.
     :raises DispatcherError: as the provider's `observe`, or `InsecureEndpoint`.
     """
-    began = boottime()
-    looked, reason = began, "it does not listen yet"
+    with contextlib.closing(Pauses(operation)) as pauses:
+        return _await(guard, handle, probe, pauses, operation, deadline, seen, tell)
+
+
+def _await(
+    guard: Guard,
+    handle: Handle,
+    probe: Probe,
+    pauses: Pauses,
+    operation: Operation,
+    deadline: Deadline,
+    seen: Observation | None,
+    tell: Callable[[Observation], None] | None,
+) -> Observation:
+    looked, reason = boottime(), "it does not listen yet"
     while True:
         operation.check()
         if seen is None or operation.nudged or boottime() - looked > (LOOK if seen.endpoint else LATEST):
@@ -145,7 +161,44 @@ def await_ready(
                 why=reason,
                 fix="see its last lines; `health` and `start_timeout` say what is waited for and how long",
             )
-        operation.cancel.wait(min(LATEST, max(SOONEST, (boottime() - began) * SHARE)))
+        pauses.pause(seen.endpoint if seen else None)
+
+
+class Pauses:
+    """How long to wait between two tries: until the app's socket appears; then, or without one, ever longer."""
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+        self._since = boottime()
+        self._arrivals: Arrivals | None = None
+        self._futile = 0
+
+    def close(self) -> None:
+        """Release what is held."""
+        if self._arrivals:
+            self._arrivals.close()
+
+    def pause(self, endpoint: Endpoint | None) -> None:
+        """Wait a little, or until there is a reason to try again; no longer than `LATEST`."""
+        if endpoint and endpoint.kind == "unix" and self._futile < FUTILE and not os.path.lexists(endpoint.path):
+            self._await_socket(endpoint.path)
+        else:
+            waited = (boottime() - self._since) * SHARE
+            self._operation.cancel.wait(min(LATEST, max(SOONEST, waited)))
+
+    def _await_socket(self, path: str) -> None:
+        if self._arrivals is None:
+            try:
+                self._arrivals = Arrivals(os.path.dirname(path))
+            except OSError:
+                self._futile = FUTILE
+                return
+            if os.path.lexists(path):  # it came just before the watch
+                return
+        if self._arrivals.wait(LATEST):
+            # An agent may fill its directory with anything: it must not keep the manager busy by that.
+            self._futile += 1
+            self._since = boottime()
 
 
 def _look(guard: Guard, handle: Handle, deadline: Deadline, before: Observation | None) -> Observation | None:

@@ -296,7 +296,7 @@ class Supervisor:
     def wait(self, agent: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:
         """Wait until `done(view)` is true (None: the agent is gone) or `seconds` are over; return the last view.
 
-        `done` must be quick and must not call the supervisor.
+        `done` must be quick and must not call the supervisor; it is not asked for mere progress (stage, detail).
 
         :raises NotFound: there is no such agent at the beginning.
         """
