@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -34,6 +35,7 @@ def manager(cli: Cli) -> int:
 
     As root agents get user ids of their own; as an ordinary user they are less isolated.
     """
+    gc.disable()  # what is loaded stays; the manager turns it on once it is up
     lifeline.hold()
     _same_configuration(cli)
     config = cli.config()

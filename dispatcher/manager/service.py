@@ -60,6 +60,8 @@ FIXED = (
     "proxy.user",
 )
 
+SETTLED = 2.0  # seconds after which nobody waits for the start any more
+
 _log = logs.logger("manager")
 
 
@@ -179,7 +181,10 @@ class Manager:
         self._adopt_sessions()
         self._listen()
         pool.background(hasher.warm)
-        pool.background(_settle)
+        settling = threading.Timer(SETTLED, _settle)
+        settling.daemon = True
+        self._closers.append(settling.cancel)
+        settling.start()
 
     def _authenticator(self, hasher: Hasher) -> Authenticator:
         name = self.config.auth.authenticator
@@ -318,6 +323,7 @@ def _settle() -> None:
     """What is there by now stays: the collector need not look at it again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _lifetimes(config: Config) -> Lifetimes:

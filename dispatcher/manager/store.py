@@ -125,11 +125,14 @@ class Store:
 
     def save(self, rows: Iterable[AgentRow], events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
         """Write rows and events in one transaction.  A row older than the stored one is left out."""
+        saved = []
+        for row in rows:
+            values = _values(row)
+            values["b_id"], values["b_version"] = values.pop("id"), row.version
+            saved.append(values)
         with self.database.write() as connection:
-            for row in rows:
-                values = _values(row)
-                values["b_id"], values["b_version"] = values.pop("id"), row.version
-                connection.execute(_SAVE, values)
+            if saved:
+                connection.execute(_SAVE, saved)
             _add_events(connection, events)
 
     def remove(self, row: AgentRow, *, kept: KeptRow | None, events: Sequence[AgentEvent]) -> bool:

@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 
-import psutil
-
 from dispatcher.clock import Deadline
 from dispatcher.errors import ConfigError, DeadlineExceeded, ProviderError, Unsupported
 from dispatcher.model import App, Network
@@ -210,6 +208,8 @@ def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) 
 
 def host_networks() -> Iterator[IPv4Network | IPv6Network]:
     """Yield what an agent with a private network must not reach: this host, and what only this host reaches."""
+    import psutil  # few need it, and every start of the manager would wait for it
+
     outgoing = outgoing_interface()
     for name, addresses in psutil.net_if_addrs().items():
         for address in addresses:
@@ -246,6 +246,8 @@ def _name_server() -> IPv4Address:
 
 def _near(server: IPv4Address) -> bool:
     """Whether an address is in one of the networks that the host is in."""
+    import psutil
+
     return any(
         server in IPv4Network(f"{address.address}/{address.netmask}", strict=False)
         for addresses in psutil.net_if_addrs().values()

@@ -201,14 +201,14 @@ class SubprocessProvider(Provider):
             raise self.unsupported(Capability.HIBERNATE)
         with self._journals.locked(handle.name, deadline):
             progress("suspend", "freezing it")
-            self._parts.sleeping.suspend(self._living(handle), deadline)
+            self._parts.sleeping.suspend(self._alive(handle), deadline)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         with self._journals.locked(handle.name, deadline):
             progress("resume", "thawing it")
-            self._parts.sleeping.resume(self._living(handle))
+            self._parts.sleeping.resume(self._alive(handle))
 
-    def _living(self, handle: Handle) -> Record:
+    def _alive(self, handle: Handle) -> Record:
         record = self._journals.read(handle.name)
         if record is None or self._parts.ending.settle(record).ended is not None:
             raise NotFound(f"{handle.agent} does not run", fix="start it")
@@ -222,14 +222,18 @@ class SubprocessProvider(Provider):
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = []
+        living = []
         for name in self._journals.names():
             record = self._journals.read(name)
             if record:
                 data = {"log_dir": record.log_dir}
                 handle = Handle(provider=self.name, agent=record.agent, name=record.name, data=data)
-                found.append((handle, self._observe(record)))
-        if any(seen.state in {BackendState.RUNNING, BackendState.SUSPENDED} for _, seen in found):
-            self._keep_pumping()
+                seen = self._observe(record)
+                found.append((handle, seen))
+                if seen.state in {BackendState.RUNNING, BackendState.SUSPENDED}:
+                    living.append(record)
+        if living:
+            self._keep_pumping(living)
         return found
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
@@ -331,29 +335,36 @@ class SubprocessProvider(Provider):
 
     def _attach(self, read_end: int, path: Path) -> None:
         if self._pump.attach(read_end, path):
-            self._attach_all()
+            self._attach_all(self._living())
 
-    def _keep_pumping(self) -> None:
-        """See that the log pump runs and has all output, which a manager may have died before handing over."""
+    def _keep_pumping(self, living: Iterable[Record] | None = None) -> None:
+        """See that the log pump runs and has all output, which a manager may have died before handing over.
+
+        :param living: the records of all agents that live, where they are known already.
+        """
         try:
             if self._pump.wake() or not self._handed_over:
-                self._attach_all()
+                self._attach_all(self._living() if living is None else living)
         except ProviderError as error:
             self.context.log.warning("agents' output is not written to their logs: %s", error)
 
-    def _attach_all(self) -> None:
-        self._handed_over = True
-        if self._watcher:
-            self._watcher.watch_pump(self._pump.fileno())
+    def _living(self) -> Iterator[Record]:
         for name in self._journals.names():
             record = self._journals.read(name)
             if record and not gone(record):
-                fd = processes.output_of(record)
-                if fd is not None:
-                    try:
-                        self._pump.attach(fd, output.log_file(record.log_dir))
-                    finally:
-                        os.close(fd)
+                yield record
+
+    def _attach_all(self, living: Iterable[Record]) -> None:
+        self._handed_over = True
+        if self._watcher:
+            self._watcher.watch_pump(self._pump.fileno())
+        for record in living:
+            fd = processes.output_of(record)
+            if fd is not None:
+                try:
+                    self._pump.attach(fd, output.log_file(record.log_dir))
+                finally:
+                    os.close(fd)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Rule
 
 from dispatcher.errors import DispatcherError
 from dispatcher.manager.api import admin, agents, openapi, proxy
@@ -44,9 +45,21 @@ ROLES = {
 }
 
 
+class _Route(Rule):
+    """A route of which no URL is built: the functions for that would take longer to make than all else here."""
+
+    def _compile_builder(self, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:
+        return _built
+
+
+def _built(*_: object) -> tuple[str, str]:
+    raise RuntimeError("the manager builds no URLs")
+
+
 def application(role: str, services: Services) -> Flask:
     """Return the application of the role *admin* or *proxy*."""
     app = Flask("dispatcher.manager", static_folder=None)
+    app.url_rule_class = _Route
     app.config["MAX_CONTENT_LENGTH"] = MAX_BODY
     app.url_map.strict_slashes = True
     app.url_map.merge_slashes = False

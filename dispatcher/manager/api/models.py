@@ -23,7 +23,7 @@ Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[a-z0-9.:\[
 class Body(BaseModel):
     """A request's body or query: no unknown members, no guessing at types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
 
 
 class Nothing(Body):

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from dispatcher import __version__
 from dispatcher.manager.api.models import Nothing
-from dispatcher.manager.api.routing import Route
+from dispatcher.manager.api.routing import Route, built
 from dispatcher.manager.lifecycle import Desired, State
 from dispatcher.model import Capability, Isolation, Level
 
@@ -189,7 +189,7 @@ def _operation(route: Route) -> Schema:
     if parameters:
         operation["parameters"] = parameters
     if route.body is not None:
-        schema = _plain(route.body.model_json_schema())
+        schema = _plain(built(route.body).model_json_schema())
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     operation["responses"] = {
         **{str(status): _response(status, schema) for status, schema in route.answers.items()},
@@ -204,7 +204,7 @@ def _operation(route: Route) -> Schema:
 def _query(model: type[BaseModel]) -> list[Schema]:
     if model is Nothing:
         return []
-    schema = _plain(model.model_json_schema())
+    schema = _plain(built(model).model_json_schema())
     required = schema.get("required", [])
     return [
         {"name": name, "in": "query", "required": name in required, "schema": member}

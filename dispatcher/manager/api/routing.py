@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from dispatcher.manager.api.services import Json, Services
 
 MAX_BODY = 65536  # bytes
 
+_building = threading.Lock()
 _log = logger("manager.api")
 
 
@@ -166,6 +168,15 @@ def crash(error: Exception, request: Request) -> Response:
     )
 
 
+def built(model: type[BaseModel]) -> type[BaseModel]:
+    """Return a model that can validate: each is built when it is first needed, by one thread."""
+    if not model.__pydantic_complete__:
+        with _building:
+            if not model.__pydantic_complete__:
+                model.model_rebuild()
+    return model
+
+
 def _body(model: type[BaseModel], request: Request) -> BaseModel:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
@@ -175,7 +186,7 @@ def _body(model: type[BaseModel], request: Request) -> BaseModel:
         )
     data = request.get_data(cache=False)
     try:
-        return model.model_validate_json(data)
+        return built(model).model_validate_json(data)
     except ValidationError as error:
         raise _invalid("body", model, error) from None
 
@@ -187,7 +198,7 @@ def _query(model: type[BaseModel], request: Request) -> BaseModel:
             raise BadRequest(f"The query gives {names.printable(name)} twice", fix="give it once")
         given[name] = values[0]
     try:
-        return model.model_validate(given)
+        return built(model).model_validate(given)
     except ValidationError as error:
         raise _invalid("query", model, error) from None
 
