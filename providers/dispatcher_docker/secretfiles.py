@@ -10,12 +10,12 @@ import contextlib
 import os
 import re
 import shutil
-import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from dispatcher.errors import BadRequest, ProviderError
+from dispatcher.owned import make_owned, owned
 from dispatcher.provider import ProviderContext
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -27,10 +27,11 @@ class SecretFiles:
 
     def __init__(self, context: ProviderContext) -> None:
         self._context = context
+        self._stem = f"dispatcher-{context.installation}-secrets"
         self._lock = threading.Lock()  # directories that agents share come and go
 
-    def directory(self, name: str) -> Path:
-        """Return where the secrets of the agent with this backend name are.
+    def _parent(self) -> Path:
+        """Return a directory in memory that everybody may write to, or only this user.
 
         :raises ProviderError: no directory of this host is in memory.
         """
@@ -38,8 +39,7 @@ class SecretFiles:
         mounts = _mounts()
         for base in candidates:
             if base.is_dir() and os.access(base, os.W_OK) and _kind(base, mounts) in _TMPFS_MAGIC:
-                own = base if base == self._context.run_dir else base / f"dispatcher-{self._context.installation}"
-                return own / "secrets" / name
+                return base
         raise ProviderError(
             "Secrets cannot be kept in memory",
             why="neither the run directory nor /dev/shm is on a tmpfs",
@@ -54,11 +54,9 @@ class SecretFiles:
         for key in values:
             if not _NAME.fullmatch(key):
                 raise BadRequest(f"Bad name of a secret {key!r}", fix="use letters, digits and . _ -")
-        directory = self.directory(name)
         self.remove(name)
         with self._lock:
-            _private(directory.parent.parent)
-            _private(directory.parent)
+            directory = make_owned(self._parent(), self._stem, 0o700) / name
             directory.mkdir(mode=0o700)
         for key, value in values.items():
             descriptor = os.open(directory / key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o400)
@@ -74,34 +72,19 @@ class SecretFiles:
     def remove(self, name: str) -> None:
         """Remove the secrets of an agent; none is success."""
         try:
-            directory = self.directory(name)
+            parent = self._parent()
         except ProviderError:
             return
         with self._lock:
-            if not os.path.lexists(directory):
-                return
-            if not self._context.privileged:
-                directory.chmod(0o700)
-            shutil.rmtree(directory)
-            with contextlib.suppress(OSError):  # others have theirs in it
-                directory.parent.rmdir()
-                if directory.parent.parent != self._context.run_dir:
-                    directory.parent.parent.rmdir()
-
-
-def _private(directory: Path) -> None:
-    """Make a directory of the manager alone; refuse one that somebody else prepared."""
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:
-        status = directory.lstat()
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-            raise ProviderError(
-                f"{directory} is not the manager's own directory",
-                why=f"it belongs to user {status.st_uid}",
-                fix="remove it, and find out who made it",
-            ) from None
-        directory.chmod(0o700)
+            for base in owned(parent, self._stem):
+                directory = base / name
+                if not os.path.lexists(directory):
+                    continue
+                if not self._context.privileged:
+                    directory.chmod(0o700)
+                shutil.rmtree(directory)
+                with contextlib.suppress(OSError):  # others have theirs in it
+                    base.rmdir()
 
 
 def _mounts() -> list[tuple[str, str]]:

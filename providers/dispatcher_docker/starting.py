@@ -81,7 +81,7 @@ class Starts:
             secrets = None
             if spec.secrets:
                 secrets = self._here.secrets.write(handle.name, spec.secrets, containers.owner_uid(spec))
-            if found and not self._fits(found, spec, image):
+            if found and not self._fits(found, spec, image, secrets):
                 progress("removing the old container")
                 runs.remove(self._engine, handle.name, deadline)
                 found = None
@@ -142,14 +142,15 @@ class Starts:
             runs.create(self._engine, body, handle.name, options.platform, deadline)
 
     @staticmethod
-    def _fits(found: Mapping[str, Any], spec: AgentSpec, image: str) -> bool:
+    def _fits(found: Mapping[str, Any], spec: AgentSpec, image: str, secrets: Path | None) -> bool:
         """Whether a container that does not run can be started for this spec."""
         config = found["Config"]
-        has_secrets = any(one.get("Destination") == containers.INSIDE_SECRETS for one in found.get("Mounts") or ())
+        mounts = found.get("Mounts") or ()
+        shown = [one.get("Source") for one in mounts if one.get("Destination") == containers.INSIDE_SECRETS]
         return (
             runs.status(found) == "exited"
             and observing.label(config.get("Labels"), "hash") == spec.hash
             and observing.label(config.get("Labels"), "image-id") == image
             and bool(config.get("OpenStdin")) == (spec.stdin is not None)
-            and has_secrets == bool(spec.secrets)
+            and shown == ([str(secrets)] if secrets else [])
         )

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 from dispatcher.errors import ProviderError
+from dispatcher.owned import make_owned, owned
 
 _MEMORY = Path("/dev/shm")  # noqa: S108  what lies below it is owned, and checked to be
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -26,17 +26,19 @@ class SecretFiles:
     """
 
     def __init__(self, installation: str, fallback: Path) -> None:
-        self._base = (_MEMORY if _MEMORY.is_dir() else fallback) / f"dispatcher-{installation}-{os.geteuid()}"
+        self._parent = _MEMORY if _MEMORY.is_dir() else fallback
+        self._stem = f"dispatcher-{installation}-{os.geteuid()}"
         self._lock = threading.Lock()
 
     def path(self, name: str) -> Path:
-        """Return the directory of an agent's secrets."""
-        return self._base / name
+        """Return the directory of an agent's secrets; where it would be, if it has none."""
+        places = [base / name for base in owned(self._parent, self._stem)]
+        return next((path for path in places if os.path.lexists(path)), self._parent / self._stem / name)
 
     def write(self, name: str, values: Mapping[str, str], uid: int, gid: int) -> None:
         """Write an agent's secrets in the place of what was there.
 
-        :raises ProviderError: they cannot be written, or somebody else made the directory.
+        :raises ProviderError: they cannot be written.
         """
         with self._lock:
             self._remove(name)
@@ -47,7 +49,7 @@ class SecretFiles:
         owner = (uid, gid) if os.geteuid() == 0 else (-1, -1)
         try:
             with contextlib.ExitStack() as stack:
-                base = self._open_base()
+                base = os.open(make_owned(self._parent, self._stem, 0o711), _DIRECTORY)
                 stack.callback(os.close, base)
                 os.mkdir(name, 0o700, dir_fd=base)
                 directory = os.open(name, _DIRECTORY, dir_fd=base)
@@ -72,29 +74,18 @@ class SecretFiles:
             self._remove(name)
 
     def _remove(self, name: str) -> None:
-        path = self.path(name)
-        try:
-            directory = os.open(path, _DIRECTORY)
+        for base in owned(self._parent, self._stem):
+            path = base / name
             try:
-                os.fchmod(directory, 0o700)
-            finally:
-                os.close(directory)
-            shutil.rmtree(path)  # follows no links
-            with contextlib.suppress(OSError):
-                self._base.rmdir()  # when this was the last one
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            raise ProviderError(f"Cannot remove {path}", why=error.strerror or str(error)) from error
-
-    def _open_base(self) -> int:
-        with contextlib.suppress(FileExistsError):
-            self._base.mkdir(mode=0o711)
-        base = os.open(self._base, _DIRECTORY)
-        status = os.fstat(base)
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            os.close(base)
-            raise ProviderError(
-                f"Cannot use {self._base}", why="somebody else made it", fix="remove it, and find out who did"
-            )
-        return base
+                directory = os.open(path, _DIRECTORY)
+                try:
+                    os.fchmod(directory, 0o700)
+                finally:
+                    os.close(directory)
+                shutil.rmtree(path)  # follows no links
+                with contextlib.suppress(OSError):
+                    base.rmdir()  # when this was the last one
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise ProviderError(f"Cannot remove {path}", why=error.strerror or str(error)) from error

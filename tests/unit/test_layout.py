@@ -17,6 +17,7 @@ PUBLIC = {
     "endpoints",
     "names",
     "settings",
+    "owned",
     "testing",
 }
 CORE = sorted(ROOT.glob("dispatcher/**/*.py"))
