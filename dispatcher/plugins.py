@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
@@ -73,7 +74,7 @@ class Plugins:
             raise PluginError(
                 f"The plugin {name!r} of {origin} cannot be imported",
                 why=f"{type(error).__name__}: {error}",
-                fix=f"install what it needs, often: pip install 'agent-dispatcher[{name}]'",
+                fix=f"install what it needs, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
             ) from error
         self._register(name, plugin, origin)
 

@@ -167,7 +167,7 @@ def docker(*, wanted: bool) -> Iterator[Finding]:
     """Check the engine; loudly only where the configuration uses it."""
     say = error if wanted else info
     if importlib.util.find_spec("docker") is None:
-        yield say("the Docker client library is not installed", "pip install 'agent-dispatcher[docker]'")
+        yield say("the Docker client library is not installed", _extra("docker"))
     host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
     if not host.startswith("unix://"):
         yield info(f"Docker is reached at {host}", "dispatcher providers check docker")
@@ -183,7 +183,7 @@ def libvirt(*, wanted: bool) -> Iterator[Finding]:
     """Check libvirt and QEMU; loudly only where the configuration uses it."""
     say = error if wanted else info
     if importlib.util.find_spec("libvirt") is None:
-        yield say("libvirt's Python module is not installed", "pip install 'agent-dispatcher[libvirt]'")
+        yield say("libvirt's Python module is not installed", _extra("libvirt"))
     if shutil.which("qemu-system-x86_64") is None and shutil.which("qemu-system-aarch64") is None:
         yield say("QEMU is not installed", "apt-get install qemu-system-x86 qemu-utils")
     if any(_connects(path) for path in ("/run/libvirt/libvirt-sock", "/run/libvirt/virtqemud-sock")):
@@ -191,6 +191,11 @@ def libvirt(*, wanted: bool) -> Iterator[Finding]:
     else:
         yield say("no libvirtd answers", "apt-get install libvirt-daemon-system, and start libvirtd")
     yield from kvm()
+
+
+def _extra(name: str) -> str:
+    """Return the command that installs an extra where this program is: another `pip` would do so elsewhere."""
+    return f"{sys.executable} -m pip install 'agent-dispatcher[{name}]'"
 
 
 def kvm() -> Iterator[Finding]:
