@@ -94,6 +94,7 @@ class Machine:
     """Everything that a domain is.
 
     :ivar kind: ``kvm`` or ``qemu``; :ivar memory, balloon: bytes.
+    :ivar translation_cache: bytes that an emulator keeps of translated code, None for QEMU's own choice.
     :ivar cpu_quota: processors that it may use on the host, None without a limit.
     :ivar console: file for the serial console's output, None for none; :ivar owner: None leaves it to libvirt.
     """
@@ -113,6 +114,7 @@ class Machine:
     network: UserNetwork | LibvirtNetwork | Vsock
     mac: str
     balloon: int | None = None
+    translation_cache: int | None = None
     cpu_quota: float | None = None
     cpu_shares: int | None = None
     owner: Owner | None = None

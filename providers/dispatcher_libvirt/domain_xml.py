@@ -38,6 +38,8 @@ def build(machine: Machine) -> str:
     _add(features, "acpi")
     if machine.arch == "x86_64":
         _add(features, "apic")
+    if machine.translation_cache is not None:
+        _add(_add(features, "tcg"), "tb-cache", machine.translation_cache >> 20, unit="MiB")
     _cpu(domain, machine)
     clock = _add(domain, "clock", offset="utc")
     _add(clock, "timer", name="rtc", tickpolicy="catchup")

@@ -18,6 +18,7 @@ from dispatcher_libvirt.plan import Host
 _KVM_CREATE_VM = 0xAE01
 _LIBRARY = "/var/lib/libvirt/qemu"
 _OLDEST = 7_000_000  # libvirt 7.0
+_BOUNDED_CACHE = 8_000_000  # from libvirt 8.0 on an emulator's cache of translated code has a size
 _TOOLS = ("bwrap", "mke2fs", "e2fsck", "resize2fs", "debugfs", "qemu-img", "prlimit", "setpriv")
 
 
@@ -54,6 +55,7 @@ def examine(backend: Backend, options: Options, *, privileged: bool, deadline: D
         cpu_limits=system and (not local or cpu_controller()),
         vsock=local and os.path.exists("/dev/vhost-vsock"),
         why_no_kvm=why_no_kvm,
+        bounded_cache=kind == "qemu" and version >= _BOUNDED_CACHE,
     )
 
 

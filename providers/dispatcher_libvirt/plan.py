@@ -25,6 +25,9 @@ from dispatcher_libvirt.options import (
 )
 
 PROVIDER = "libvirt"
+# An emulator keeps the code that it has translated, up to a gibibyte of it unless it is told otherwise: more than
+# most guests have.  What does not fit is translated again.
+TRANSLATION_CACHE = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class Host:
     :ivar kind: ``kvm`` or ``qemu``; :ivar qemu: user and group that libvirt runs QEMU as.
     :ivar own_users: each machine's QEMU runs as its agent's own user; :ivar why_not: why that is not so.
     :ivar cpu_limits: libvirt has a CPU controller; :ivar vsock: the host has vhost-vsock.
+    :ivar bounded_cache: machines are emulated, and the memory that this takes beside their own can be bounded.
     """
 
     kind: str
@@ -44,6 +48,7 @@ class Host:
     cpu_limits: bool
     vsock: bool
     why_no_kvm: str = ""
+    bounded_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +178,7 @@ def machine_of(
         vcpus=vcpus_of(app),
         memory=memory_of(app),
         balloon=options.balloon,
+        translation_cache=TRANSLATION_CACHE if host.bounded_cache else None,
         console=console,
         boot=Boot(
             kernel=options.kernel,

@@ -74,6 +74,7 @@ SHAPES = {
     "network": (spec(network=Network.PRIVATE, network_bandwidth="1M"), {"network": "default", "port": 0}),
     "vsock": (spec(endpoint="vsock"), {"port": 0}),
     "kvm": (spec(guest_agent=True), {"host": dataclasses.replace(HOST, kind="kvm", own_users=False)}),
+    "emulated": (spec(), {"host": dataclasses.replace(HOST, bounded_cache=True)}),
     "model": (spec(cpu="Nehalem", machine="pc"), {}),
     "extra": (
         spec(
@@ -95,6 +96,12 @@ def schema():
 def test_libvirt_accepts_the_description(schema, shape):
     one, changes = SHAPES[shape]
     assert schema.validate(tree(one, **changes)), schema.error_log
+
+
+def test_what_emulation_takes_beside_a_machine_s_memory_is_bounded():
+    emulated = tree(spec(), host=dataclasses.replace(HOST, bounded_cache=True)).find("features/tcg/tb-cache")
+    assert (emulated.text, emulated.get("unit")) == ("64", "MiB")
+    assert tree(spec()).find("features/tcg") is None, "libvirt is too old, or there is nothing to translate"
 
 
 @pytest.mark.parametrize("field", ["name", "cmdline", "agent", "console", "root", "data", "network"])
