@@ -146,6 +146,53 @@ def test_half_close_is_answered(edge):
     assert edge.ask(b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n", shut=True).startswith(b"HTTP/1.1 200")
 
 
+def thinking(seconds: float, noticed: threading.Event):
+    """Return an agent that takes its time, and notices when nobody waits any more."""
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.sock.settimeout(seconds)
+        try:
+            if connection.sock.recv(1) == b"":
+                noticed.set()
+        except TimeoutError:
+            connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+
+    return script
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_half_close_is_answered_late_too(version):
+    with Edge(thinking(3, threading.Event())) as edge:
+        answer = edge.ask(b"GET / HTTP/" + version + b"\r\nHost: a\r\n" + COOKIE + b"\r\n", shut=True)
+        assert answer.endswith(b"\r\n\r\nhi")
+        # A 1.1 client is asked whether it still listens; 1.0 does not know such answers.
+        assert answer.startswith(
+            b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200" if version == b"1.1" else b"HTTP/1.1 200"
+        )
+
+
+def test_a_client_that_closed_its_connection_does_not_hold_its_agent():
+    noticed = threading.Event()
+    with Edge(thinking(8, noticed), body_timeout=60) as edge:
+        sock = edge.connect()
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + COOKIE + b"\r\n")
+        eventually(lambda: edge.agent.heads)
+        sock.close()
+        assert noticed.wait(4), "the agent goes on for nobody"
+        eventually(lambda: edge.worker.open_connections == 0)
+
+
+def test_a_client_that_closed_its_connection_does_not_wait_for_a_sleeper():
+    with Edge(agent_state="asleep", hold=60) as edge:
+        sock = edge.connect()
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + COOKIE + b"\r\n")
+        eventually(lambda: edge.worker.tables.agents["alice"].waiting)
+        sock.close()
+        eventually(lambda: not edge.worker.tables.agents["alice"].waiting)
+        assert edge.worker.open_connections == 0
+
+
 def test_an_empty_line_before_a_request_is_ignored(edge):
     with edge.connect() as sock:
         for _ in range(2):

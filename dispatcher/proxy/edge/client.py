@@ -8,6 +8,7 @@ wheel looks at `deadline` twice a second, and everything else happens in the cal
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 from dispatcher.proxy.edge import collecting, pages, router
 from dispatcher.proxy.edge.connection import (
@@ -23,8 +24,9 @@ from dispatcher.proxy.edge.connection import (
 )
 from dispatcher.proxy.edge.exchange import Exchange
 from dispatcher.proxy.edge.headers import BadHead
+from dispatcher.proxy.edge.registry import was_reset
 from dispatcher.proxy.edge.request import Request, parse_request
-from dispatcher.proxy.edge.settings import LINGER, LINGER_BYTES, WRITE_HIGH
+from dispatcher.proxy.edge.settings import LINGER, LINGER_BYTES, PROBE_PAUSE, WRITE_HIGH
 
 
 class Client(Exchange):
@@ -66,12 +68,32 @@ class Client(Exchange):
     def eof_received(self) -> bool:
         """The client will send no more; what it asked for is still answered (RFC 9112, 9.6)."""
         self.eof = True
-        if self.state in {ANSWER, WAIT, STREAM}:
+        state = self.state
+        if state in {ANSWER, WAIT, STREAM}:
             self.closing = True
             if self.deadline == FOREVER or self.deadline > self.worker.now + self.worker.settings.body_timeout:
                 self.deadline = self.worker.now + self.worker.settings.body_timeout
+            if state != STREAM and self.request.version:
+                self.worker.later(PROBE_PAUSE, partial(self._probe, self.transport))
             return self.transport.can_write_eof()
         return False
+
+    def _probe(self, transport: asyncio.Transport, *, asked: bool = False) -> None:
+        """Find out whether a client that sends no more still listens, by saying something that means nothing.
+
+        From here, closing a connection for good and closing one direction of it look alike.  The system of a
+        client that is gone answers any byte with a reset; one that waits must take a 100 that it did not ask for,
+        and ignore it (RFC 9110, 15.2).
+        """
+        if self.transport is not transport or transport.is_closing() or self.status:
+            return
+        if self.state not in {ANSWER, WAIT}:
+            return
+        if not asked:
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.worker.later(PROBE_PAUSE, partial(self._probe, transport, asked=True))
+        elif was_reset(transport):
+            transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc

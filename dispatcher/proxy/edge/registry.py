@@ -9,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import ipaddress
+import select
 import struct
 import termios
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dispatcher.clock import boottime
 from dispatcher.proxy.edge.counters import Counters
 from dispatcher.proxy.edge.forwarded import Forwarded
-from dispatcher.proxy.edge.settings import LEAST_READ, Settings
+from dispatcher.proxy.edge.settings import FAREWELL, LEAST_READ, Settings
 from dispatcher.proxy.edge.tables import Session
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ class Registry:
         self._open = 0
         self.spare: list[Connection] = []  # for the next connections
         self._tunnels: dict[ClientEnd, None] = {}
+        self._leaving: deque[tuple[float, ClientEnd]] = (
+            deque()
+        )  # the last moments of tunnels, the next to come first
         self._active: dict[Session, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
@@ -138,6 +143,10 @@ class Registry:
             self._unbind(end, end.session)
         self._leave(end.address)
 
+    def await_farewell(self, end: ClientEnd) -> None:
+        """Give a tunnel's client, which was told that this is the end, a moment to take it."""
+        self._leaving.append((self.now + FAREWELL, end))
+
     def bind(self, client: Connection, session: Session) -> None:
         """Remember which session a connection works for, to end it with the session."""
         if client.session is not None:
@@ -175,6 +184,9 @@ class Registry:
         for client in list(self._spokes[self._ticks % _SPOKES]):
             if client.deadline <= now:
                 client.expired()
+        leaving = self._leaving
+        while leaving and leaving[0][0] <= now:
+            leaving.popleft()[1].transport.abort()
         if int(now) != self._second:
             self._second = int(now)
             self.each_second(now)
@@ -251,6 +263,17 @@ def _plain_address(text: str) -> str:
         mapped = ipaddress.IPv6Address(text).ipv4_mapped
         return str(mapped) if mapped else text
     return text.partition("%")[0]
+
+
+def was_reset(transport: asyncio.Transport) -> bool:
+    """Whether the peer of a connection that is not read any more has refused what was written to it."""
+    sock = transport.get_extra_info("socket")
+    try:
+        poll = select.poll()
+        poll.register(sock.fileno(), 0)
+        return bool(poll.poll(0))  # an error or a hang-up, which are always told (poll(2))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _unsent(client: Connection) -> int:

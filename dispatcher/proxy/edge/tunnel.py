@@ -128,7 +128,7 @@ class ClientEnd(End):
         self.transport.resume_reading()
         self.transport.write(close_frame(code, masked=False))
         self.transport.write_eof()
-        self.worker.later(1.0, self.transport.abort)
+        self.worker.await_farewell(self)
 
 
 class UpstreamEnd(End):
