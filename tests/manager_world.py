@@ -173,6 +173,18 @@ def reach(supervisor, agent, *states, seconds=10):
     return view
 
 
+def running(supervisor, name="alice"):
+    """Make an agent and wait until it runs."""
+    supervisor.create(name, app=None, password_hash="hash")
+    supervisor.set_desired(name, "running")
+    return reach(supervisor, name, "running")
+
+
+def kinds(supervisor, name="alice"):
+    """Return what happened to an agent, in order."""
+    return [event.kind for event in supervisor.events(name, 100)]
+
+
 def gone(supervisor, agent, seconds=10):
     """Wait until an agent is gone."""
     view = supervisor.wait(agent, lambda view: view is None, seconds)

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.manager.lifecycle import State
 from dispatcher.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import Crash, World, cut_off, end, gone, reach, until
+from tests.manager_world import Crash, World, cut_off, end, gone, reach, running, until
 
 
 @pytest.fixture
@@ -19,12 +19,6 @@ def world(tmp_path):
     for crash in crashes:
         crash.release()
     made.close()
-
-
-def running(supervisor, name="alice"):
-    supervisor.create(name, app=None, password_hash="hash")
-    supervisor.set_desired(name, "running")
-    return reach(supervisor, name, "running")
 
 
 def alive(world):

@@ -11,7 +11,7 @@ from dispatcher.manager.lifecycle import State
 from dispatcher.model import Capability
 from dispatcher.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, until
+from tests.manager_world import World, end, gone, reach, running, until
 
 
 @pytest.fixture
@@ -19,12 +19,6 @@ def world(tmp_path):
     made = World(tmp_path)
     yield made
     made.close()
-
-
-def running(supervisor, name="alice"):
-    supervisor.create(name, app=None, password_hash="hash")
-    supervisor.set_desired(name, "running")
-    return reach(supervisor, name, "running")
 
 
 def last(supervisor, kind, name="alice"):

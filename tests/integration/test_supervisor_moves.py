@@ -11,7 +11,7 @@ from dispatcher.manager.trees import differences
 from dispatcher.model import Capability
 from dispatcher.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, until
+from tests.manager_world import World, end, gone, reach, running, until
 
 OWN = ALL | {Capability.OWN_DATA}
 
@@ -22,12 +22,6 @@ def world(tmp_path):
     made.away.capabilities = OWN
     yield made
     made.close()
-
-
-def running(supervisor, name="alice"):
-    supervisor.create(name, app=None, password_hash="hash")
-    supervisor.set_desired(name, "running")
-    return reach(supervisor, name, "running")
 
 
 def move(world, supervisor, provider, name="alice"):

@@ -1,0 +1,140 @@
+"""Disks that are full, databases that are locked, clocks that jump: nothing is lost."""
+
+import os
+import threading
+import time
+
+import pytest
+
+from dispatcher.clock import Deadline
+from dispatcher.errors import ConfigError, ProviderError, Unavailable
+from dispatcher.manager import operations, pool, readiness, reconciler
+from dispatcher.manager.lifecycle import State
+from dispatcher.model import BackendState, Capability, Handle, Observation
+from dispatcher.testing.fake_backend import ALL
+from tests.manager_world import World, end, gone, reach, running, until
+
+
+@pytest.fixture
+def world(tmp_path):
+    made = World(tmp_path)
+    yield made
+    made.close()
+
+
+# --- disks, databases, clocks
+
+
+def fail_writes(supervisor):
+    def full(*_args, **_more):
+        raise Unavailable("The database cannot be used now", why="database or disk is full")
+
+    saved = supervisor.store.save
+    supervisor.store.save = full
+    return lambda: setattr(supervisor.store, "save", saved)
+
+
+def test_a_wish_that_cannot_be_written_is_refused_and_nothing_happens(world):
+    supervisor = world.supervisor()
+    running(supervisor)
+    heal = fail_writes(supervisor)
+    calls = len(world.backend.calls)
+    for wish in (
+        lambda: supervisor.set_desired("alice", "stopped"),
+        lambda: supervisor.restart("alice"),
+        lambda: supervisor.remove("alice", keep_data=False),
+        lambda: supervisor.reset_data("alice"),
+    ):
+        with pytest.raises(Unavailable, match="disk is full"):
+            wish()
+    assert supervisor.view("alice").state is State.RUNNING
+    assert len(world.backend.calls) == calls
+    heal()
+    supervisor.set_desired("alice", "stopped")
+    reach(supervisor, "alice", "stopped")
+
+
+def test_what_happens_while_nothing_can_be_written_is_written_later(world):
+    supervisor = world.supervisor()
+    supervisor.create("alice", app=None, password_hash="h")
+    world.backend.inject("ensure", delay=0.3)
+    supervisor.set_desired("alice", "running")
+    heal = fail_writes(supervisor)
+    view = reach(supervisor, "alice", "running")
+    assert view.feed_state == "running"
+    assert supervisor.store.agents()[0].observed is BackendState.ABSENT
+    heal()
+    until(lambda: supervisor.store.agents()[0].observed is BackendState.RUNNING, 3)
+    until(lambda: "ready" in [event.kind for event in supervisor.events("alice", 5)])
+
+
+def test_nothing_is_begun_that_cannot_be_written(world):
+    supervisor = world.supervisor()
+    running(supervisor)
+    heal = fail_writes(supervisor)
+    ensured = world.backend.calls.count(("ensure", "alice"))
+    world.kill(supervisor)
+    until(lambda: supervisor.view("alice").feed_state == "starting")
+    time.sleep(0.1)
+    assert world.backend.calls.count(("ensure", "alice")) == ensured
+    heal()
+    reach(supervisor, "alice", "running")
+
+
+def test_a_locked_database_is_an_error_and_recovers(world):
+    import sqlalchemy as sa
+
+    database = world.database()
+
+    def impatient(connection, _record):
+        connection.execute("PRAGMA busy_timeout=50")
+
+    sa.event.listen(database.engine, "connect", impatient)
+    database.engine.dispose()
+    supervisor = world.supervisor(database=database)
+    running(supervisor)
+    other = sa.create_engine(str(database.engine.url))
+    with other.connect() as connection:
+        connection.exec_driver_sql("BEGIN EXCLUSIVE")
+        with pytest.raises(Unavailable, match="locked"):
+            supervisor.set_desired("alice", "stopped")
+        assert supervisor.view("alice").state is State.RUNNING
+        connection.exec_driver_sql("ROLLBACK")
+    other.dispose()
+    supervisor.set_desired("alice", "stopped")
+    reach(supervisor, "alice", "stopped")
+
+
+def test_a_disk_that_is_full_fails_the_start_with_the_reason(world, monkeypatch):
+    world.app(max_restarts=5)
+    supervisor = world.supervisor()
+    supervisor.create("alice", app=None, password_hash="h")
+    prepare = supervisor._data.prepare
+
+    def full(_row):
+        raise OSError(28, "No space left on device", "/data")
+
+    supervisor._data.prepare = full
+    supervisor.set_desired("alice", "running")
+    view = reach(supervisor, "alice", "failed")
+    assert "No space left" in view.failure.why
+    assert "disk" in view.failure.fix
+    supervisor._data.prepare = prepare
+    reach(supervisor, "alice", "running", seconds=3)
+
+
+def test_a_jump_of_the_wall_clock_moves_nothing(world, monkeypatch):
+    world.app(idle_timeout=3600)
+    supervisor = world.supervisor()
+    view = running(supervisor)
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 7200)
+    supervisor._idleness.check()
+    supervisor._reconcile()
+    time.sleep(0.1)
+    assert supervisor.view("alice").state is State.RUNNING
+    end(supervisor)
+    new = world.supervisor()
+    new._idleness.check()
+    assert new.view("alice").state is State.RUNNING
+    assert new.view("alice").since == pytest.approx(view.since, abs=0.01)
