@@ -7,6 +7,7 @@ import struct
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from dispatcher_subprocess import cgroups, listeners, network, procfs, sandbox, seccomp, visible
 from dispatcher_subprocess.ending import exit_reason
@@ -390,7 +391,7 @@ def test_what_a_private_network_must_not_reach(monkeypatch):
     address = namedtuple("address", "family address netmask")
     monkeypatch.setattr(network, "outgoing_interface", lambda: "eth0")
     monkeypatch.setattr(
-        network.psutil,
+        psutil,
         "net_if_addrs",
         lambda: {
             "lo": [address(socket.AF_INET, "127.0.0.1", "255.0.0.0"), address(socket.AF_INET6, "::1", "ffff::")],
