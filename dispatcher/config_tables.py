@@ -93,7 +93,9 @@ class ProxyConfig(Table):
     body_timeout: Duration = Field(default=60.0, description="longest silence in the middle of a body")
     upstream_timeout: Duration = Field(default=600.0, description="longest wait for an agent's answer to begin")
     connections: Count = Field(default=20000, ge=16, description="per worker")
-    connections_per_address: Count = Field(default=2000, ge=1, description="per worker; loopback is exempt")
+    connections_per_address: Count = Field(
+        default=2000, ge=1, description="per worker, IPv6 by the /64; loopback and trusted proxies are exempt"
+    )
     in_flight_per_agent: Count = Field(default=1000, ge=1, description="per worker")
     drain_timeout: Duration = Field(default=30.0, description="how long a stop waits for what is in flight")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -20,13 +20,16 @@ from cheroot import connections, server, wsgi
 from cheroot.makefile import StreamReader, StreamWriter
 from cheroot.workers import threadpool
 
+from dispatcher.addresses import network
 from dispatcher.logs import logger
 
 BACKLOG = 256
 MAX_CONNECTIONS = 1000  # of one listener, idle ones included
+MAX_OF_ADDRESS = 250  # of them from one address
 MAX_HEAD = 32768  # bytes
 MAX_BODY = 1024 * 1024  # bytes; what the application takes is less, and refused with more words
-TIMEOUT = 10  # seconds for a handshake, the next piece of a request, or the next request
+TIMEOUT = 10  # seconds for the next piece of a handshake or a request, or the next request
+PATIENCE = 20.0  # seconds for all of a handshake and a request, until a credential has come with it
 THREAD_IDLE = 20.0  # seconds after which a spare thread ends
 LEAST_THREADS = 2
 STOP_TIMEOUT = 3  # seconds for requests in flight when the manager ends
@@ -152,9 +155,27 @@ class Connection(server.HTTPConnection):
 
 
 class TlsConnection(Connection):
-    """A connection whose handshake is made by the thread that handles its first request."""
+    """A connection whose handshake is made by the thread that handles its first request.
+
+    Anybody may connect: until a credential was shown the time for all of a request is bounded, or a few who send
+    byte by byte would hold every thread.
+    """
+
+    requests_handled = 0
 
     def communicate(self) -> bool:
+        self.server.watch(self)
+        try:
+            return self._communicate()
+        finally:
+            self.server.trust(self)
+
+    def close(self) -> None:
+        """Close; another one of its address may come."""
+        self.server.forget(self)
+        super().close()
+
+    def _communicate(self) -> bool:
         if self.requests_handled == 0:
             try:
                 self.socket.do_handshake()
@@ -162,6 +183,7 @@ class TlsConnection(Connection):
                     "wsgi.url_scheme": "https",
                     # A certificate that is not signed by `client_ca` has failed the handshake.
                     "dispatcher.certified": bool(self.socket.getpeercert()),
+                    "dispatcher.trust": lambda: self.server.trust(self),
                 }
             except (OSError, ValueError) as error:
                 _log.info("a TLS handshake failed", address=self.remote_addr, why=str(error))
@@ -169,7 +191,13 @@ class TlsConnection(Connection):
         self.requests_handled += 1
         return bool(super().communicate())  # type: ignore[no-untyped-call]
 
-    requests_handled = 0
+
+class Connections(connections.ConnectionManager):
+    """The waiting connections; looks after those that are being read, too."""
+
+    def _expire(self, threshold: float) -> None:
+        super()._expire(threshold)  # type: ignore[misc]  # not among what cheroot types
+        self.server.cut_off()
 
 
 class TlsAdapter:
@@ -212,6 +240,10 @@ class Server(wsgi.Server):
         self.shutdown_timeout = STOP_TIMEOUT
         self.expiration_interval = 2.0
         self._bound = sock
+        self._watched: dict[TlsConnection, float] = {}
+        self._addresses: dict[str, int] = {}
+        self._counted: dict[TlsConnection, str] = {}
+        self._lock = threading.Lock()
 
     def prepare(self) -> None:
         """Listen.  Replaces cheroot's own, which would make the socket, or take descriptor 3 under systemd."""
@@ -220,7 +252,7 @@ class Server(wsgi.Server):
         self.socket = self._bound
         self.socket.settimeout(1)
         self.socket.listen(BACKLOG)
-        self._connections = connections.ConnectionManager(self)
+        self._connections = Connections(self)
         self.requests.start()
         self.ready = True
         self._start_time = time.time()
@@ -231,11 +263,48 @@ class Server(wsgi.Server):
             conn.close()
         elif conn.last_used is not None:
             self.requests.put(conn)
-        elif self.can_add_keepalive_connection:
+        elif self.can_add_keepalive_connection and self._count(conn):
             self.put_conn(conn)
         else:
-            _log.warning("too many connections", most=MAX_CONNECTIONS)
+            _log.warning("too many connections", most=MAX_CONNECTIONS, address=conn.remote_addr)
             conn.close()
+
+    # What strangers may take.
+
+    def _count(self, conn: Any) -> bool:
+        """Count a new connection for its address; False when it has too many."""
+        if not isinstance(conn, TlsConnection):
+            return True
+        with self._lock:
+            address = self._counted[conn] = network(conn.remote_addr or "")
+            self._addresses[address] = count = self._addresses.get(address, 0) + 1
+        return count <= MAX_OF_ADDRESS
+
+    def forget(self, conn: TlsConnection) -> None:
+        """A connection is closed."""
+        with self._lock:
+            address = self._counted.pop(conn, None)
+            if address is not None:
+                self._addresses[address] -= 1
+                if not self._addresses[address]:
+                    del self._addresses[address]
+
+    def watch(self, conn: TlsConnection) -> None:
+        """A stranger's request begins: it is cut off unless it is trusted in time."""
+        self._watched[conn] = time.monotonic() + PATIENCE
+
+    def trust(self, conn: TlsConnection) -> None:
+        """A credential was shown, or the request is over: a connection may take its time."""
+        self._watched.pop(conn, None)
+
+    def cut_off(self) -> None:
+        """End what strangers have begun and do not bring to an end."""
+        now = time.monotonic()
+        for conn, until in list(self._watched.items()):
+            if until < now:
+                _log.info("cut off, as no request came in time", address=conn.remote_addr, seconds=PATIENCE)
+                with contextlib.suppress(OSError):  # not SSLSocket's own: another thread is in the middle of it
+                    socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
         """Log what cheroot has to say; a client that goes away is nothing to tell."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -18,6 +19,7 @@ from dispatcher.client import ManagerClient
 from dispatcher.errors import BadRequest, ConfigError, ManagerUnreachable, Unauthorized
 from dispatcher.manager import wsgi_server
 from tests.certificates import Authority
+from tests.installation import until
 from tests.manager_process import client_of, manager_in
 
 TOKEN = "a-token-of-enough-length-to-be-one"
@@ -284,6 +286,83 @@ def test_clients_that_do_not_finish_a_handshake_hold_nobody_up(self_signed):
     client.close()
     for sock in idle:
         sock.close()
+
+
+def encrypted(port):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 10))
+
+
+@pytest.mark.parametrize("stage", ["handshake", "head", "body"])
+def test_strangers_that_send_byte_by_byte_hold_no_thread_for_ever(short_tmp, monkeypatch, tokens, stage):
+    monkeypatch.setattr(wsgi_server, "PATIENCE", 1.0)
+    tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens), "threads": 2}}
+    with manager_in(short_tmp, monkeypatch, **tables) as manager:
+        port = int(url(manager).rpartition(":")[2])
+        begin = {
+            "handshake": b"\x16\x03\x01\x02\x00\x01",
+            "head": b"GET /agents HTTP/1.1\r\nX-Long: ",
+            "body": b"POST /agents HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999\r\n\r\n",
+        }[stage]
+        slow = [
+            socket.create_connection(("127.0.0.1", port), 10) if stage == "handshake" else encrypted(port)
+            for _ in range(4)
+        ]
+        done = threading.Event()
+
+        def drip(sock):
+            with contextlib.suppress(OSError), sock:
+                sock.sendall(begin)
+                while not done.wait(0.2):
+                    sock.sendall(b"x")
+
+        threads = [threading.Thread(target=drip, args=(sock,)) for sock in slow]
+        for thread in threads:
+            thread.start()
+        try:
+            time.sleep(0.5)
+            client = remote(manager, verify=False, token=TOKEN)
+            began = time.monotonic()
+            assert client.agents() == {"agents": []}
+            assert time.monotonic() - began < 9
+            client.close()
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join(5)
+
+
+def test_who_has_shown_a_credential_may_take_longer(short_tmp, monkeypatch, tokens):
+    monkeypatch.setattr(wsgi_server, "PATIENCE", 0.5)
+    tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens)}}
+    with manager_in(short_tmp, monkeypatch, **tables) as manager:
+        connection = encrypted(int(url(manager).rpartition(":")[2]))
+        head = f"POST /agents HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+        body = json.dumps({"name": "alice", "password": "correct horse"}).encode()
+        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body))
+        time.sleep(4)
+        connection.sendall(body)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 201 ")
+        connection.close()
+
+
+def test_one_address_does_not_take_all_connections(short_tmp, monkeypatch, tokens):
+    monkeypatch.setattr(wsgi_server, "MAX_OF_ADDRESS", 3)
+    tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens)}}
+    with manager_in(short_tmp, monkeypatch, **tables) as manager:
+        port = int(url(manager).rpartition(":")[2])
+        idle = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(4)]
+        assert idle[-1].recv(1) == b""
+        with socket.create_connection(("127.0.0.1", port), 10, source_address=("127.0.0.2", 0)) as other:
+            other.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                other.recv(1)
+        for sock in idle:
+            sock.close()
+        client = remote(manager, verify=False, token=TOKEN)
+        until("there is room again", lambda: client.agents() == {"agents": []})
+        client.close()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ _PATIENCE = 10.0
 class Redirect(asyncio.Protocol):
     """One connection; it gets one answer."""
 
-    __slots__ = ("_data", "_timer", "_transport", "_worker")
+    __slots__ = ("_address", "_data", "_timer", "_transport", "_worker")
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -32,6 +32,9 @@ class Redirect(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
         self._timer = self._worker.loop.call_later(_PATIENCE, self._transport.abort)
+        self._address = self._worker.address_of(self._transport)
+        if not self._worker.enter(self._address, exempt=self._worker.exempt(self._address)):
+            self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._data += data
@@ -62,3 +65,4 @@ class Redirect(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self._timer.cancel()
+        self._worker.leave(self._address)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dispatcher.addresses import network
 from dispatcher.clock import boottime
 from dispatcher.proxy.edge.counters import Counters
 from dispatcher.proxy.edge.forwarded import Forwarded
@@ -50,7 +51,7 @@ class Registry:
         self._next_spoke = 0
         self._ticks = 0
         self._addresses: dict[str, int] = {}
-        self._at_portal: dict[bytes, int] = {}
+        self._at_portal: dict[str, int] = {}
         self.collected = 0
         self._open = 0
         self.spare: list[Connection] = []  # for the next connections
@@ -65,18 +66,33 @@ class Registry:
     def admit(self, client: Connection) -> bool:
         """Take a new connection; False when there are too many."""
         if client.address is None:
-            peer = client.transport.get_extra_info("peername")
-            client.address = _plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
+            client.address = self.address_of(client.transport)
         address = client.address
         remote, client.trusted, exempt = self._forwarded.peer(address)
         if remote != client.remote:
             client.moved(remote)
-        self._open += 1
-        count = self._addresses.get(address, 0) + 1
-        self._addresses[address] = count
+        within = self.enter(address, exempt=exempt)
         self._next_spoke = (self._next_spoke + 1) % _SPOKES
         self._spokes[self._next_spoke][client] = None
         self.counters.connections += 1
+        return within
+
+    @staticmethod
+    def address_of(transport: asyncio.BaseTransport) -> str:
+        """Return the peer's address, "" on a Unix socket."""
+        peer = transport.get_extra_info("peername")
+        return _plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
+
+    def exempt(self, address: str) -> bool:
+        """Whether any number of connections may come from an address: this machine's, and trusted proxies'."""
+        return self._forwarded.peer(address)[2]
+
+    def enter(self, address: str, *, exempt: bool) -> bool:
+        """Count a connection; return whether it is within the bounds.  Either way `leave` it when it is gone."""
+        self._open += 1
+        key = network(address)
+        count = self._addresses.get(key, 0) + 1
+        self._addresses[key] = count
         return self._open <= self.settings.connections and (
             exempt or count <= self.settings.connections_per_address
         )
@@ -84,7 +100,7 @@ class Registry:
     def forget(self, client: Connection) -> None:
         """A connection is gone."""
         self.hand_over(client)
-        self._leave(client.address or "")
+        self.leave(client.address or "")
         if len(self.spare) < _MAX_SPARE:
             client.reset()
             self.spare.append(client)
@@ -98,32 +114,37 @@ class Registry:
             client.session = None
             self._unbind(client, session)
 
-    def _leave(self, address: str) -> None:
+    def leave(self, address: str) -> None:
+        """A connection of this address is gone."""
         self._open -= 1
-        left = self._addresses.get(address, 1) - 1
+        key = network(address)
+        left = self._addresses.get(key, 1) - 1
         if left:
-            self._addresses[address] = left
+            self._addresses[key] = left
         else:
-            self._addresses.pop(address, None)
+            self._addresses.pop(key, None)
 
     def enter_portal(self, remote: bytes) -> bool:
         """Take one of the portal's places; False when the client's address has taken half of them already.
 
         :param remote: where the request comes from, as trusted proxies say.
         """
-        count = self._at_portal.get(remote, 0)
-        if count >= self.settings.portal_share and not self._forwarded.peer(remote.decode("ascii"))[2]:
+        address = remote.decode("ascii")
+        key = network(address)
+        count = self._at_portal.get(key, 0)
+        if count >= self.settings.portal_share and not self.exempt(address):
             return False
-        self._at_portal[remote] = count + 1
+        self._at_portal[key] = count + 1
         return True
 
     def leave_portal(self, remote: bytes) -> None:
         """Give the place back."""
-        left = self._at_portal[remote] - 1
+        key = network(remote.decode("ascii"))
+        left = self._at_portal[key] - 1
         if left:
-            self._at_portal[remote] = left
+            self._at_portal[key] = left
         else:
-            del self._at_portal[remote]
+            del self._at_portal[key]
 
     def remember_tunnel(self, end: ClientEnd) -> None:
         """A connection has become a tunnel."""
@@ -141,7 +162,7 @@ class Registry:
         end.agent.tunnels.pop(end, None)
         if end.session is not None:
             self._unbind(end, end.session)
-        self._leave(end.address)
+        self.leave(end.address)
 
     def await_farewell(self, end: ClientEnd) -> None:
         """Give a tunnel's client, which was told that this is the end, a moment to take it."""

@@ -1,0 +1,61 @@
+"""One client has many addresses, and many ways in: it is counted as one all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+
+import pytest
+
+from dispatcher.addresses import network
+from dispatcher.proxy.edge.redirect import Redirect
+from tests.edge_harness import Edge, eventually
+
+
+@pytest.mark.parametrize(
+    ("address", "found"),
+    [
+        ("192.0.2.1", "192.0.2.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::ffff", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("::ffff:192.0.2.1", "192.0.2.1"),
+        ("", ""),
+        ("unknown", "unknown"),
+        ("::::", "::::"),
+    ],
+)
+def test_an_ipv6_address_stands_for_its_network(address, found) -> None:
+    assert network(address) == found
+
+
+def test_connections_from_one_ipv6_network_are_counted_together() -> None:
+    with Edge(connections_per_address=2) as edge:
+
+        def enter(*addresses: str) -> list[bool]:
+            return edge.do(lambda: [edge.worker.enter(address, exempt=False) for address in addresses])
+
+        assert enter("2001:db8::1", "2001:db8::2", "2001:db8::3") == [True, True, False]
+        assert enter("2001:db8:0:1::1", "192.0.2.1") == [True, True]
+        edge.do(lambda: [edge.worker.leave(f"2001:db8::{number}") for number in (1, 2, 3)])
+        assert enter("2001:db8::4") == [True]
+        edge.do(lambda: [edge.worker.leave(each) for each in ("2001:db8::4", "2001:db8:0:1::1", "192.0.2.1")])
+        assert edge.worker.open_connections == 0 and not edge.worker._addresses
+
+
+def test_the_listener_that_redirects_counts_its_connections_too() -> None:
+    with Edge(connections=16, public_url="https://apps.test") as edge:
+        listening = edge.loop.create_server(lambda: Redirect(edge.worker), "127.0.0.1", 0)
+        server = asyncio.run_coroutine_threadsafe(listening, edge.loop).result(5)
+        port = server.sockets[0].getsockname()[1]
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(16)]
+            eventually(lambda: edge.worker.open_connections == 16)
+            late = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+            with contextlib.suppress(ConnectionResetError):
+                assert late.recv(1) == b""
+            idle[0].sendall(b"GET /x HTTP/1.1\r\nHost: apps.test\r\n\r\n")
+            assert b"Location: https://apps.test/x" in idle[0].recv(4096)
+        eventually(lambda: edge.worker.open_connections == 0)
+        edge.do(server.close)
