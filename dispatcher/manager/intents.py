@@ -159,8 +159,6 @@ class Intents:
                 why="valid are: running, suspended, hibernated, stopped",
             )
         self._check_capability(agent, desired)
-        if stdin is not None:
-            agent.stdin = stdin
 
         def decide(row: AgentRow) -> Change | None:
             self._check_not_going(row)
@@ -171,8 +169,12 @@ class Intents:
                 )
             if row.desired is desired and row.pending is Pending.NONE:
                 now = self._engine.situation(row)
-                if row.operation is not None or (row.failure is None and reached(now)):
+                if row.operation is None and row.failure is None and reached(now):
+                    return None  # nothing will be started: the credentials are not kept for later
+                if row.operation is not None:
+                    agent.stdin = stdin or agent.stdin
                     return None
+            agent.stdin = stdin or agent.stdin
             pending = row.pending if row.pending is Pending.RESET else Pending.NONE
             fields: dict[str, object] = {"desired": desired, "pending": pending}
             if desired is Desired.RUNNING:

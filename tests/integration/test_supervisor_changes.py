@@ -201,3 +201,20 @@ def test_an_app_that_takes_the_login_starts_only_at_a_sign_in(world):
     assert "sign out and sign in" in view.failure.fix
     stored = (world.directory / "state/dispatcher.db").read_bytes()
     assert b"s3cret" not in stored
+
+
+def test_a_sign_in_to_a_running_app_leaves_no_password_for_later(world):
+    """Its next start would take it, long after whoever signed in has signed out."""
+    world.app(credentials="stdin", max_restarts=5)
+    supervisor = world.supervisor()
+    running = {"state": "running", "stdin": b'{"password": "s3cret"}\n'}
+    supervisor.create("alice", app=None, password_hash="hash")
+    supervisor.set_desired("alice", **running)
+    reach(supervisor, "alice", "running")
+    supervisor.set_desired("alice", **running)
+    assert supervisor.engine.find("alice").stdin is None
+    world.kill(supervisor)
+    view = reach(supervisor, "alice", "failed")
+    assert "sign-in" in view.failure.what
+    supervisor.set_desired("alice", **running)
+    reach(supervisor, "alice", "running")
