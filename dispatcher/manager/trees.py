@@ -26,6 +26,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK = 1 << 20
 _MOST_DIFFERENCES = 5
+_MOST_NAMES = 1 << 29  # characters of paths that are kept at a time: some millions of files, or a very deep tree
 
 Tick = Callable[[], None]
 
@@ -204,10 +205,14 @@ def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:
     """Yield ``(path below the top, name, open directory that holds it, its status)`` for everything in a tree.
 
     The directory is open only until the next item.  A directory that is swapped away meanwhile is left out.
+
+    :raises ProviderError: the directories still to be seen have longer paths, all together, than fit into memory.
     """
     waiting = [""]
+    kept = 0
     while waiting:
         path = waiting.pop()
+        kept -= len(path)
         try:
             folder = _descend(top, path)
         except (FileNotFoundError, NotADirectoryError):
@@ -225,9 +230,24 @@ def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:
                 below = f"{path}/{name}" if path else name
                 if stat.S_ISDIR(found.st_mode):
                     waiting.append(below)
+                    kept = _bounded(kept + len(below))
                 yield below, name, folder, found
         finally:
             os.close(folder)
+
+
+def _bounded(characters: int) -> int:
+    """Return the number.
+
+    :raises ProviderError: so much is not kept in memory.  Whoever owns a tree decides how large it seems.
+    """
+    if characters > _MOST_NAMES:
+        raise ProviderError(
+            "The directory is too large to be compared",
+            why=f"the paths in it have more than {_MOST_NAMES} characters: it has too many files, or is too deep",
+            fix="look what its owner keeps there, and pack or delete it",
+        )
+    return characters
 
 
 def _descend(top: int, path: str) -> int:
@@ -302,9 +322,10 @@ class Item:
 def manifest(path: str | os.PathLike[str], tick: Tick | None = None) -> dict[str, Item]:
     """Return what is in a tree, by path: owners, modes, links, times, contents.  Sockets and devices are left out.
 
-    :raises OSError: something cannot be read.
+    :raises OSError: something cannot be read; :raises ProviderError: it does not fit into memory.
     """
     items: dict[str, Item] = {}
+    kept = 0
     names: dict[tuple[int, int], list[str]] = defaultdict(list)
     with opened(os.fspath(path), DIRECTORY) as top:
         for below, name, folder, found in walk(top):
@@ -321,6 +342,7 @@ def manifest(path: str | os.PathLike[str], tick: Tick | None = None) -> dict[str
                 if found.st_nlink > 1:
                     names[found.st_dev, found.st_ino].append(below)
             modified = 0 if kind == "l" else int(found.st_mtime)
+            kept = _bounded(kept + len(below))
             items[below] = Item(kind, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, modified, content)
     for paths in names.values():
         for below in paths if len(paths) > 1 else ():

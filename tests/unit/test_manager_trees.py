@@ -308,3 +308,26 @@ def test_long_work_ticks(tmp_path):
     manifest(tmp_path / "one", lambda: ticks.append(1))
     remove_tree(tmp_path / "one", deadline=Deadline(5), tick=lambda: ticks.append(1))
     assert len(ticks) > 6
+
+
+def test_a_tree_whose_names_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    """Paths of a chain of directories grow with the square of its length: 16,000 are gigabytes."""
+    monkeypatch.setattr(trees, "_MOST_NAMES", 100_000)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(60):
+        os.mkdir("d" * 100, dir_fd=folder)
+        below = os.open("d" * 100, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    with pytest.raises(ProviderError, match="too large to be compared") as caught:
+        manifest(tmp_path)
+    assert caught.value.fix
+    remove_tree(tmp_path / ("d" * 100), deadline=Deadline(20))
+    for number in range(300):
+        (tmp_path / f"{number:0200}").mkdir()
+    assert len(manifest(tmp_path)) == 300
+    for number in range(300, 600):
+        (tmp_path / f"{number:0200}").mkdir()
+    with pytest.raises(ProviderError):
+        take_over(tmp_path, (os.geteuid(), os.getegid()))
