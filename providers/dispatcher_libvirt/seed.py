@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import shlex
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import pycdlib
 from dispatcher import names
 from dispatcher.errors import ConfigError, ProviderError
 from dispatcher.model import AgentSpec
+from dispatcher.owned import make_owned
 from dispatcher_libvirt import domain_xml
 from dispatcher_libvirt.options import environment, fill, options_of, secret_name
 
@@ -157,9 +157,8 @@ def memory_directory(installation: str, preferred: Path) -> Path:
     """Return a directory in memory for seed disks, made if need be: 0711, this user's.
 
     :param preferred: used where it lies in memory itself.
-    :raises ProviderError: there is none, or somebody else has taken its name.
+    :raises ProviderError: there is none.
     """
-    user = os.geteuid()
     candidates = [
         preferred,
         Path("/run"),
@@ -169,20 +168,7 @@ def memory_directory(installation: str, preferred: Path) -> Path:
     for base in candidates:
         if not (in_memory(base) and os.access(base, os.W_OK | os.X_OK)):
             continue
-        path = base / "seeds" if base == preferred else base / f"dispatcher-seeds-{installation}"
-        try:
-            path.mkdir(mode=0o711)
-            path.chmod(0o711)
-        except FileExistsError:
-            pass
-        found = path.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
-            raise ProviderError(
-                f"{path} belongs to somebody else",
-                why="secrets would lie there",
-                fix="remove it, and see who made it",
-            )
-        return path
+        return make_owned(base, "seeds" if base == preferred else f"dispatcher-seeds-{installation}", 0o711)
     raise ProviderError(
         "There is no directory in memory for secrets",
         why="none of the manager's run_dir, /run and /dev/shm is a tmpfs that it may write to",
