@@ -8,7 +8,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -86,6 +86,15 @@ def _address(value: str) -> str:
         return address(value)
     except ipaddress.AddressValueError as error:
         raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd") from error
+
+
+def takes_ipv4(address: str, beside: Iterable[str]) -> bool:
+    """Whether a listener takes IPv4 beside IPv6: ``[::]:PORT`` does, unless ``0.0.0.0:PORT`` has one of its own.
+
+    :param beside: all addresses of the list that it is from.
+    """
+    port = address.removeprefix("[::]:")
+    return port != address and f"0.0.0.0:{port}" not in beside
 
 
 def network(value: str) -> str:

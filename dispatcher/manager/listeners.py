@@ -23,6 +23,7 @@ from dispatcher.accounts import HostAccounts
 from dispatcher.errors import ConfigError, DispatcherError, Forbidden, Unauthorized
 from dispatcher.logs import logger
 from dispatcher.manager.wsgi_server import WsgiApp
+from dispatcher.settings import takes_ipv4
 
 SOCKET_MODE = 0o660
 _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.%]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
@@ -56,9 +57,10 @@ def unix_socket(path: Path, gid: int | None) -> socket.socket:
     return sock
 
 
-def tcp_socket(address: str) -> socket.socket:
+def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
     """Return a socket bound to ``HOST:PORT`` or ``[IPv6]:PORT``.
 
+    :param beside: the other addresses.
     :raises ConfigError: it is no address, or cannot be had.
     """
     match = _ADDRESS.fullmatch(address)
@@ -75,6 +77,8 @@ def tcp_socket(address: str) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_ipv4(address, beside))
             sock.bind(where)
         except BaseException:
             sock.close()

@@ -216,7 +216,7 @@ class Manager:
             context, fingerprint = tls.server_context(self.config.manager, self.paths.secrets_dir)
             guarded = CredentialGuard(admin, self._tokens, lambda: self.health.report()["status"])
             for address in self.config.manager.listen:
-                sock = tcp_socket(address)
+                sock = tcp_socket(address, self.config.manager.listen)
                 self._closers.append(sock.close)
                 wanted.append((sock, guarded, threads, context))
                 _log.info("listening with TLS", address=_shown(sock), fingerprint=fingerprint)

@@ -361,7 +361,7 @@ class Daemon:
     def _added(
         self, have: dict[str, list[socket.socket]], wanted: list[str], key: str
     ) -> dict[str, list[socket.socket]]:
-        return listeners.open_all([address for address in wanted if address not in have], key)
+        return listeners.open_all([address for address in wanted if address not in have], key, wanted)
 
     def clean_up(self) -> None:
         """Leave nothing behind: no child, no socket, no file."""

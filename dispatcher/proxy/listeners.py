@@ -16,6 +16,7 @@ import time
 from dispatcher.errors import ConfigError, Unavailable
 from dispatcher.logs import logger
 from dispatcher.names import printable
+from dispatcher.settings import takes_ipv4
 
 BACKLOG = 4096
 _FIRST_FD = 3
@@ -23,17 +24,18 @@ _DEFER = 1  # seconds
 _PATIENCE = 5.0  # seconds to wait for workers of a proxy that was killed to let go of an address
 
 
-def open_all(addresses: list[str], key: str) -> dict[str, list[socket.socket]]:
+def open_all(addresses: list[str], key: str, beside: list[str] | None = None) -> dict[str, list[socket.socket]]:
     """Return the listening sockets of each address.
 
     :param key: name of the configuration's key, for errors.
+    :param beside: its whole list, where `addresses` are but the new ones.
     :raises ConfigError: an address that is none; :raises Unavailable: it cannot be had.
     """
     opened: dict[str, list[socket.socket]] = {}
     try:
         for address in addresses:
             if address not in opened:
-                opened[address] = open_one(address, key)
+                opened[address] = open_one(address, key, addresses if beside is None else beside)
     except BaseException:
         for sockets in opened.values():
             for sock in sockets:
@@ -42,8 +44,8 @@ def open_all(addresses: list[str], key: str) -> dict[str, list[socket.socket]]:
     return opened
 
 
-def open_one(address: str, key: str) -> list[socket.socket]:
-    """Return the sockets of one address.
+def open_one(address: str, key: str, beside: list[str]) -> list[socket.socket]:
+    """Return the sockets of one address of a list.
 
     :raises ConfigError: it is none; :raises Unavailable: it cannot be had.
     """
@@ -52,7 +54,7 @@ def open_one(address: str, key: str) -> list[socket.socket]:
     if address.startswith("unix:"):
         return [_unix(address[5:], key)]
     host, port = parse(address, key)
-    return [_tcp(host, port, address, key)]
+    return [_tcp(host, port, address, key, ipv4_too=takes_ipv4(address, beside))]
 
 
 def parse(address: str, key: str) -> tuple[str, int]:
@@ -72,7 +74,7 @@ def parse(address: str, key: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _tcp(host: str, port: int, address: str, key: str) -> socket.socket:
+def _tcp(host: str, port: int, address: str, key: str, *, ipv4_too: bool) -> socket.socket:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -81,8 +83,7 @@ def _tcp(host: str, port: int, address: str, key: str) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
-        # [::] takes IPv4 as well, unless 0.0.0.0 is asked for beside it.
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host != "::" else 0)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not ipv4_too)
     # Accepted connections inherit these: a client that vanished without a word is noticed.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 120)
