@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dispatcher import endpoints
 from dispatcher.clock import Deadline, boottime
 from dispatcher.errors import DispatcherError, StartFailed, Unavailable
-from dispatcher.manager.arrivals import Arrivals
+from dispatcher.manager.arrivals import arrivals
 from dispatcher.manager.guard import Guard
 from dispatcher.manager.record import Operation
 from dispatcher.model import BackendState, Endpoint, Handle, Observation
@@ -26,7 +26,7 @@ ANSWER = 10.0  # seconds that one answer may take
 SLICE = 0.25  # seconds between looks at whether the start was cancelled
 LOOK = 1.0  # seconds between questions to the backend while the app does not answer
 OBSERVE = 10.0  # seconds for the backend's answer
-SOONEST, LATEST = 0.002, 0.1  # seconds between tries
+SOONEST, LATEST = 0.001, 0.1  # seconds between tries
 FUTILE = 8  # things that may appear beside an app's socket before they are looked at no more
 SHARE = 0.2  # of the time that has passed: what waiting may add to a start
 
@@ -170,13 +170,13 @@ class Pauses:
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
         self._since = boottime()
-        self._arrivals: Arrivals | None = None
+        self._kept = contextlib.ExitStack()
+        self._arrived: Callable[[float], bool] | None = None
         self._futile = 0
 
     def close(self) -> None:
         """Release what is held."""
-        if self._arrivals:
-            self._arrivals.close()
+        self._kept.close()
 
     def pause(self, endpoint: Endpoint | None) -> None:
         """Wait a little, or until there is a reason to try again; no longer than `LATEST`."""
@@ -187,15 +187,15 @@ class Pauses:
             self._operation.cancel.wait(min(LATEST, max(SOONEST, waited)))
 
     def _await_socket(self, path: str) -> None:
-        if self._arrivals is None:
+        if self._arrived is None:
             try:
-                self._arrivals = Arrivals(os.path.dirname(path))
+                self._arrived = self._kept.enter_context(arrivals(os.path.dirname(path)))
             except OSError:
                 self._futile = FUTILE
                 return
             if os.path.lexists(path):  # it came just before the watch
                 return
-        if self._arrivals.wait(LATEST):
+        if self._arrived(LATEST):
             # An agent may fill its directory with anything: it must not keep the manager busy by that.
             self._futile += 1
             self._since = boottime()

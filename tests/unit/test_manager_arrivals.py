@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dispatcher.manager.arrivals import Arrivals
+from dispatcher.manager.arrivals import arrivals
 from dispatcher.manager.lifecycle import Kind
 from dispatcher.manager.readiness import FUTILE, LATEST, Pauses
 from dispatcher.manager.record import Operation
@@ -15,10 +15,9 @@ from dispatcher.model import Endpoint
 
 
 @pytest.fixture
-def arrivals(tmp_path):
-    watch = Arrivals(str(tmp_path))
-    yield watch
-    watch.close()
+def arrived(tmp_path):
+    with arrivals(str(tmp_path)) as wait:
+        yield wait
 
 
 @pytest.fixture
@@ -34,33 +33,54 @@ def appear(path):
     return sock
 
 
-def test_a_socket_that_appears_ends_the_wait(arrivals, tmp_path):
-    assert not arrivals.wait(0)
+def test_a_socket_that_appears_ends_the_wait(arrived, tmp_path):
+    assert not arrived(0)
     with appear(tmp_path / "s"):
-        assert arrivals.wait(5)
-    assert not arrivals.wait(0), "what was told once is not told again"
+        assert arrived(5)
+    assert not arrived(0), "what was told once is not told again"
 
 
-def test_a_socket_that_is_renamed_into_place_counts(arrivals, tmp_path):
+def test_a_socket_that_is_renamed_into_place_counts(arrived, tmp_path):
     with appear(tmp_path.parent / "elsewhere"):
         os.rename(tmp_path.parent / "elsewhere", tmp_path / "s")
-        assert arrivals.wait(5)
+        assert arrived(5)
 
 
 def test_neither_nothing_nor_a_link_is_watched(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path)
     for name in ("absent", "link"):
-        with pytest.raises(OSError, match="cannot be watched"):
-            Arrivals(str(tmp_path / name))
+        with pytest.raises(OSError, match="cannot be watched"), arrivals(str(tmp_path / name)):
+            pass
 
 
-def test_descriptors_do_not_add_up(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
-    for _ in range(50):
-        Arrivals(str(tmp_path)).close()
-        with pytest.raises(OSError, match="cannot be watched"):
-            Arrivals(str(tmp_path / "absent"))
+def test_a_thread_keeps_one_descriptor_and_gives_it_back(tmp_path):
+    def watch():
+        for _ in range(20):
+            with arrivals(str(tmp_path)) as wait:
+                wait(0)
+            with pytest.raises(OSError, match="cannot be watched"), arrivals(str(tmp_path / "absent")):
+                pass
+        during.append(len(os.listdir("/proc/self/fd")))
+
+    before, during = len(os.listdir("/proc/self/fd")), []
+    for _ in range(3):
+        thread = threading.Thread(target=watch)
+        thread.start()
+        thread.join()
+    assert during == [before + 1] * 3
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_came_for_one_agent_is_nothing_to_the_next(tmp_path):
+    for name in ("alice", "bob"):
+        (tmp_path / name).mkdir()
+    with arrivals(str(tmp_path / "alice")):
+        (tmp_path / "alice" / "s").touch()
+    with arrivals(str(tmp_path / "bob")) as wait:
+        (tmp_path / "alice" / "t").touch()
+        assert not wait(0.02)
+        (tmp_path / "bob" / "s").touch()
+        assert wait(5)
 
 
 def test_a_pause_ends_as_the_socket_appears(pauses, tmp_path):
