@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import ssl
 
 import pytest
 
 from dispatcher.addresses import network
+from dispatcher.proxy.edge.handshakes import Handshakes
 from dispatcher.proxy.edge.redirect import Redirect
+from tests.certificates import Authority
 from tests.edge_harness import Edge, eventually
 
 
@@ -59,3 +62,41 @@ def test_the_listener_that_redirects_counts_its_connections_too() -> None:
             assert b"Location: https://apps.test/x" in idle[0].recv(4096)
         eventually(lambda: edge.worker.open_connections == 0)
         edge.do(server.close)
+
+
+@pytest.mark.parametrize(("header", "known"), [(False, True), (False, False), (True, True)])
+def test_connections_that_never_finish_their_handshake_are_bounded(tmp_path, header, known) -> None:
+    """They hold a descriptor each, and are no clients yet: nothing else counts them."""
+    certificate, key = Authority(tmp_path).issue("server", ["127.0.0.1"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+    most = 16 if known else 8  # in all, or of one address
+    with Edge(connections=64, connections_per_address=32, head_timeout=3) as edge, contextlib.ExitStack() as stack:
+        if not known:
+            edge.worker._forwarded._peers["127.0.0.1"] = (b"192.0.2.1", False, False)
+        sock = socket.socket()
+        sock.bind(("127.0.0.1", 0))
+        sock.listen(64)
+        port = sock.getsockname()[1]
+        listener = Handshakes(edge.worker, sock, None if header else tls, header=header)
+        edge.do(listener.start)
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(most)]
+        eventually(lambda: edge.worker.beginning == most)
+        with socket.create_connection(("127.0.0.1", port), 5) as late, contextlib.suppress(ConnectionResetError):
+            assert late.recv(1) == b""
+        silent[0].settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            assert silent[0].recv(1) == b"", "given up after head_timeout"
+        eventually(lambda: edge.worker.beginning == 0)
+        assert not edge.worker._beginning and edge.worker.open_connections == 0
+        client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+        if header:
+            client.sendall(b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0")
+        else:
+            client = stack.enter_context(trusting.wrap_socket(client))
+        client.sendall(b"GET /auth/login HTTP/1.1\r\nHost: app.test\r\nConnection: close\r\n\r\n")
+        assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
+        eventually(lambda: edge.worker.beginning == 0)
+        edge.do(listener.close)

@@ -21,7 +21,7 @@ from dispatcher.logs import logger
 from dispatcher.proxy import privileges
 from dispatcher.proxy.edge.accept import Listener
 from dispatcher.proxy.edge.access import AccessLog
-from dispatcher.proxy.edge.proxy_protocol import Acceptor
+from dispatcher.proxy.edge.handshakes import Handshakes
 from dispatcher.proxy.edge.redirect import Redirect
 from dispatcher.proxy.edge.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
@@ -71,7 +71,7 @@ class Process:
             AccessLog(inherited.access_log),
         )
         self._servers: list[asyncio.AbstractServer] = []
-        self._acceptors: list[Acceptor | Listener] = []
+        self._acceptors: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop
         self._finished: asyncio.Event
         self._drain_until = 0.0
@@ -106,30 +106,22 @@ class Process:
     async def _listen(self) -> None:
         worker, inherited = self._worker, self._inherited
         for sock in inherited.listeners:
-            if inherited.tls is not None and not self._config.proxy.proxy_protocol:
-                self._servers.append(await self._server(sock, worker.client, inherited.tls))
-                continue
-            acceptor: Acceptor | Listener
-            if self._config.proxy.proxy_protocol:
-                acceptor = Acceptor(worker, sock, inherited.tls)
+            header = self._config.proxy.proxy_protocol
+            if inherited.tls is not None or header:
+                acceptor: Listener = Handshakes(worker, sock, inherited.tls, header=header)
             else:
                 acceptor = Listener(worker, sock)
             self._acceptors.append(acceptor)
             acceptor.start()
         for sock in inherited.redirects:
-            self._servers.append(await self._server(sock, lambda: Redirect(worker), None))
+            self._servers.append(await self._server(sock, lambda: Redirect(worker)))
 
     async def _server(
-        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol]
     ) -> asyncio.AbstractServer:
-        patience = None if tls is None else self._settings.head_timeout
         if sock.family == socket.AF_UNIX:
-            return await self._loop.create_unix_server(
-                factory, sock=sock, ssl=tls, backlog=_BACKLOG, ssl_handshake_timeout=patience
-            )
-        return await self._loop.create_server(
-            factory, sock=sock, ssl=tls, backlog=_BACKLOG, ssl_handshake_timeout=patience
-        )
+            return await self._loop.create_unix_server(factory, sock=sock, backlog=_BACKLOG)
+        return await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
 
     def _told(self) -> None:
         try:
@@ -179,7 +171,7 @@ class Process:
             self._tunnels_kept = False
             self._drain_until = now + _LAST_WORDS
             worker.shut_tunnels()
-        elif not worker.open_connections or now >= self._drain_until:
+        elif not (worker.open_connections or worker.beginning) or now >= self._drain_until:
             if worker.open_connections:
                 self._log.warning("connections were cut off", number=worker.open_connections)
             self._finished.set()

@@ -36,6 +36,7 @@ class Registry:
     """All connections of a worker.
 
     :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is taken.
+    :ivar beginning: connections that are no clients yet, as their handshake is under way.
     :ivar collected: bytes of bodies for the portal that are not complete yet.
     """
 
@@ -51,6 +52,8 @@ class Registry:
         self._next_spoke = 0
         self._ticks = 0
         self._addresses: dict[str, int] = {}
+        self._beginning: dict[str, int] = {}
+        self.beginning = 0
         self._at_portal: dict[str, int] = {}
         self.collected = 0
         self._open = 0
@@ -81,7 +84,7 @@ class Registry:
     def address_of(transport: asyncio.BaseTransport) -> str:
         """Return the peer's address, "" on a Unix socket."""
         peer = transport.get_extra_info("peername")
-        return _plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
+        return plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
 
     def exempt(self, address: str) -> bool:
         """Whether any number of connections may come from an address: this machine's, and trusted proxies'."""
@@ -113,6 +116,29 @@ class Registry:
         if session is not None:
             client.session = None
             self._unbind(client, session)
+
+    def begin(self, address: str) -> bool:
+        """Let a connection begin its handshake; False when too many are at it.  `begun` it when that is over."""
+        key = network(address)
+        count = self._beginning.get(key, 0)
+        settings = self.settings
+        if self.beginning >= settings.beginning or (
+            count >= settings.beginning_per_address and not self.exempt(address)
+        ):
+            return False
+        self.beginning += 1
+        self._beginning[key] = count + 1
+        return True
+
+    def begun(self, address: str) -> None:
+        """A handshake is over: the connection counts as a client now, or is gone."""
+        key = network(address)
+        self.beginning -= 1
+        left = self._beginning[key] - 1
+        if left:
+            self._beginning[key] = left
+        else:
+            del self._beginning[key]
 
     def leave(self, address: str) -> None:
         """A connection of this address is gone."""
@@ -278,7 +304,7 @@ class Registry:
             self._timer.cancel()
 
 
-def _plain_address(text: str) -> str:
+def plain_address(text: str) -> str:
     """Return an IPv4 address that was mapped into IPv6 as what it is."""
     if text.startswith("::ffff:"):
         mapped = ipaddress.IPv6Address(text).ipv4_mapped

@@ -38,6 +38,7 @@ class Settings:
     """Precomputed forms of ``[proxy]``; see `ProxyConfig` for their meaning."""
 
     __slots__ = (
+        "beginning_per_address",
         "body_timeout",
         "connections",
         "connections_per_address",
@@ -68,6 +69,11 @@ class Settings:
         "waiting",
     )
 
+    @property
+    def beginning(self) -> int:
+        """Connections whose handshake is under way: a quarter of all that may be."""
+        return max(16, self.connections // 4)
+
     def __init__(self, config: Config) -> None:
         """Work them out.
 
@@ -85,6 +91,7 @@ class Settings:
         self.hold = proxy.hold
         self.idle_timeout = proxy.idle_timeout
         self.in_flight = proxy.in_flight_per_agent
+        self.beginning_per_address = max(8, proxy.connections_per_address // 4)
         self.portal_share = max(1, proxy.in_flight_per_agent // 2)
         self.metrics_by_agent = proxy.metrics_by_agent
         self.upstream_timeout = proxy.upstream_timeout
