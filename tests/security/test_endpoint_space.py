@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import subprocess
@@ -59,15 +60,30 @@ def on_machine(*command: str) -> None:
     subprocess.run(command, check=True, timeout=20)
 
 
+PROBED = """
+[apps.probe]
+provider = "docker"
+health = "/"
+[apps.probe.docker]
+image = "dispatcher-test/probe"
+command = ["python3", "/probe.py", "--unix", "{{socket}}"]
+"""
+
+
 @pytest.fixture
-def site(short_tmp):
+def apps() -> str:
+    return ""
+
+
+@pytest.fixture
+def site(short_tmp, apps):
     """An installation whose run directory is a tmpfs, as /run is."""
     run = short_tmp / "run"
     run.mkdir(mode=0o755)
     on_machine("mount", "-t", "tmpfs", "-o", f"mode=0755,size={ROOM}", "endpoint-test", str(run))
     on_machine("mount", "--make-shared", str(run))
     try:
-        site = Installation(short_tmp)
+        site = Installation(short_tmp, apps)
         (short_tmp / "app.py").write_text(APP)
         try:
             yield site
@@ -172,3 +188,27 @@ def test_an_ordinary_user_is_told_what_is_not_bounded(site) -> None:
     assert not endpoints(site).is_mount()
     assert "can fill" in space.finding().what and "root" in space.finding().fix
     space.close()
+
+
+@pytest.mark.docker
+@pytest.mark.parametrize("apps", [PROBED], ids=["probe"])
+def test_a_container_fills_no_more(site) -> None:
+    """The engine shows it a directory of the same small file system."""
+    from tests.docker_tools import images
+
+    images()
+    site.start("manager")
+    site.add("alice")
+    assert reach(site, "alice", "running")["state"] == "running"
+    endpoint = site.admin("GET", "/agents/alice/runtime").json()["endpoint"]
+    path = Path(endpoint.removeprefix("unix:"))
+    statuses = []
+    for number in range(SIZE // (4 << 20) + 1):
+        with closing(UnixConnection(path)) as connection:
+            connection.request("POST", f"/write?path=/run/dispatcher/big{number}", bytes(4 << 20))
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                statuses.append(connection.getresponse().status)
+    assert statuses[0] == 200 and len(list(path.parent.glob("big*"))) > 1
+    found = os.statvfs(site.base / "run")
+    assert found.f_bavail * found.f_frsize >= ROOM - SIZE // 8
+    assert sum(file.stat().st_blocks * 512 for file in path.parent.iterdir()) <= SIZE
