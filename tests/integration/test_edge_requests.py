@@ -373,6 +373,23 @@ def test_idempotent_requests_are_retried_once_and_others_are_not():
                 assert {first, second} <= {200, expected} and (expected == 200 or 502 in {first, second})
 
 
+def test_a_program_that_meets_an_agent_as_it_dies_waits_for_it_too():
+    """The new connection was taken, and ends without a word: asked for again; what may change something is not."""
+    for method, expected in ((b"GET", 200), (b"HEAD", 200), (b"DELETE", 502), (b"POST", 502)):
+        taken = []
+
+        def script(connection: Connection, taken: list[int] = taken) -> None:
+            connection.head()
+            taken.append(1)
+            if len(taken) > 1:
+                connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+        with Edge(script) as edge:
+            request = method + b" / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 0\r\n\r\n"
+            assert edge.ask(request, timeout=3).startswith(b"HTTP/1.1 %d " % expected), method
+        assert len(taken) == (2 if expected == 200 else 1)
+
+
 def test_a_repeated_body_is_kept_while_the_agent_comes_back():
     """The pooled connection ends under a PUT, and for a moment nobody listens."""
 

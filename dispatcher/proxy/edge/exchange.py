@@ -12,7 +12,7 @@ from dispatcher.proxy.edge import pages, router
 from dispatcher.proxy.edge.chunked import Chunked
 from dispatcher.proxy.edge.connection import ANSWER, BODY, CLOSED, FOREVER, HEAD, WAIT, Connection
 from dispatcher.proxy.edge.headers import BadHead
-from dispatcher.proxy.edge.request import CHUNKED, IDEMPOTENT, upstream_lines
+from dispatcher.proxy.edge.request import CHUNKED, IDEMPOTENT, SAFE, upstream_lines
 from dispatcher.proxy.edge.response import Response, client_head
 from dispatcher.proxy.edge.settings import CONNECT_TIMEOUT, FRESH_UPSTREAM
 from dispatcher.proxy.edge.tunnel import tunnel
@@ -75,9 +75,9 @@ class Exchange(Connection):
             if self.body and not request.upgrade:
                 self.partial = bytearray(self.body)
                 self.body = b""
-            if (upstream.used and request.traits & IDEMPOTENT) or request.navigation():
-                # For people on a new connection too: an agent that was just killed may have taken it, and the
-                # second try finds nobody, which is what the waiting page is for.
+            if request.traits & (IDEMPOTENT if upstream.used else SAFE):
+                # On a new connection too: an agent that was just killed may have taken it.  The second try finds
+                # nobody, and is held until the agent is back.
                 self.replay = head
         else:
             try:
