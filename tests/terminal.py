@@ -17,8 +17,9 @@ def on_a_terminal(arguments, environment, keys=(), rows=40, columns=120):
     pid, master = pty.fork()
     if pid == 0:
         try:
-            # Not the C library's own environment: readline, once imported, has put a width into it.
-            own = {**os.environ, **environment, "TERM": "xterm"}
+            # The width is this terminal's: readline (in the C library's environment) and xdist set one of their own.
+            inherited = {key: value for key, value in os.environ.items() if key not in {"COLUMNS", "LINES"}}
+            own = {**inherited, **environment, "TERM": "xterm"}
             os.execve(sys.executable, [sys.executable, "-m", "dispatcher", *arguments], own)
         finally:
             os._exit(99)
