@@ -61,9 +61,18 @@ def get_agent(services: Services, agent: str) -> Json:
 @routes.add("DELETE", "/agents/<agent>", query=models.DeleteAgent, answers={202: "Agent", 204: ""})
 def delete_agent(services: Services, agent: str, query: models.DeleteAgent) -> Answer:
     """Remove an agent with its data, or without; its user goes with the last one."""
-    user = services.user_of(agent)
+    going = services.supervisor.view(agent)
+    user = going.user
+
+    def stay(but: str = "") -> bool:
+        views = services.supervisor.views(user=user)
+        return any(view.desired is not Desired.ABSENT and view.name != but for view in views)
+
+    if not stay(but=going.name):  # whoever is there is told so, before the app just breaks off
+        services.sessions.user_gone(user)
+        services.settle()
     services.supervisor.remove(agent, keep_data=query.data == "keep")
-    if all(view.desired is Desired.ABSENT for view in services.supervisor.views(user=user)):
+    if not stay():
         services.sessions.user_gone(user)
     view = services.wait(agent, lambda view: view is None or view.desired is not Desired.ABSENT, query.wait)
     return Answer(204) if view is None else Answer(202, view.to_json())
