@@ -288,7 +288,7 @@ def test_an_ordinary_user_can_run_it(short_tmp):
 
     try:
         until("it listens", alive)
-        admin = ManagerClient(f"unix://{base}/run/manager.sock")
+        admin = ManagerClient(f"unix://{base}/run/manager.sock", patience=20)  # bound is not yet listening
         until("it answers", lambda: admin.healthz()["status"])
         admin.create_agent("alice", PASSWORD)
         assert (base / "state/dispatcher.db").stat().st_uid == 65534
