@@ -390,6 +390,33 @@ def test_a_program_that_meets_an_agent_as_it_dies_waits_for_it_too():
         assert len(taken) == (2 if expected == 200 else 1)
 
 
+def test_an_agent_that_goes_on_taking_connections_as_it_dies_is_waited_for():
+    """A killed process takes connections until the kernel has put it away: both tries end without a word."""
+    with Edge(lambda connection: connection.head() and None) as edge:
+        other = Agent(echo)
+
+        def revive() -> None:
+            edge.feed.wait_for(lambda frame: frame["type"] == "dead")
+            edge.feed.add(agents=(agent_row("alice", None, "starting"),))
+            time.sleep(0.5)
+            edge.feed.add(agents=(agent_row("alice", other.endpoint),))
+
+        thread = threading.Thread(target=revive)
+        thread.start()
+        assert edge.get().status == 200
+        thread.join()
+        other.close()
+
+
+def test_an_agent_that_never_answers_a_request_is_not_waited_for_long():
+    with Edge(lambda connection: connection.head() and None) as edge:
+        began = time.monotonic()
+        answer = edge.get()
+        assert answer.status == 502
+        assert b"broke off" in answer.body
+        assert time.monotonic() - began < 3
+
+
 def test_a_repeated_body_is_kept_while_the_agent_comes_back():
     """The pooled connection ends under a PUT, and for a moment nobody listens."""
 

@@ -312,6 +312,8 @@ class Exchange(Connection):
             # A kept-alive connection ended just as the request was sent (RFC 9110, 9.2.2): once more, on another.
             self._connect(agent)
             return
+        if untouched and self.request.traits & SAFE and self.state == ANSWER and router.is_dying(self, agent):
+            return
         self.fail(pages.GONE_AWAY)
 
     def upstream_invalid(self, why: str) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dispatcher.proxy.edge.exchange import Exchange
     from dispatcher.proxy.edge.tables import Agent, Session
 
+DYING = 0.3  # seconds in which the end of an agent that lets go of requests is noticed
 RUNNING = feed_protocol.RUNNING
 _TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
 _SLEEPY = frozenset({feed_protocol.ASLEEP, feed_protocol.STOPPING})
@@ -283,13 +284,31 @@ def unreachable(client: Exchange, agent: Agent) -> None:
     client.hold(agent, worker.settings.hold)
 
 
+def is_dying(client: Exchange, agent: Agent) -> bool:
+    """An agent took a request that changes nothing, twice, and let go without a word: wait whether it is dying.
+
+    A process that was killed goes on taking connections for some milliseconds, until the kernel has put it away.
+    False: the request has waited before, or cannot be held.
+    """
+    worker = client.worker
+    if not agent.name or agent.gone or client.held_until or worker.settings.hold <= 0:
+        return False
+    if len(agent.waiting) >= MAX_HELD:
+        return False
+    worker.report_dead(agent)
+    client.hold(agent, worker.settings.hold)
+    client.park(min(client.held_until, worker.now + DYING))
+    return True
+
+
 def waited(client: Exchange) -> None:
     """A request has waited long enough."""
     agent = client.holding
     if agent is not None:
+        took_it = client.worker.now < client.held_until  # see `is_dying`
         client.release()
         if agent.state == RUNNING:
-            client.say(pages.UNREACHABLE)
+            client.say(pages.GONE_AWAY if took_it else pages.UNREACHABLE)
         else:
             _instead(client, client.request, agent)
     elif client.agent is None:
