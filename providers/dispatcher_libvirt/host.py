@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
+import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import libvirt
 
 from dispatcher.clock import Deadline
 from dispatcher.errors import ProviderError
-from dispatcher_libvirt import errors_map, sandbox
+from dispatcher_libvirt import errors_map, kvm, sandbox
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.options import Options
 from dispatcher_libvirt.plan import Host
 
-_KVM_CREATE_VM = 0xAE01
 _LIBRARY = "/var/lib/libvirt/qemu"
 _OLDEST = 7_000_000  # libvirt 7.0
 _BOUNDED_CACHE = 8_000_000  # from libvirt 8.0 on an emulator's cache of translated code has a size
@@ -92,19 +93,30 @@ def _accelerator(
 
 
 def _kvm_fault() -> str:
-    """Return why KVM cannot make a machine here, "" when it can."""
+    """Return why KVM cannot run a machine here, "" when it can."""
     try:
-        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         # Without the right to look, libvirt's word counts: its QEMU may be let in where this user is not.
         return "" if isinstance(error, PermissionError) else f"/dev/kvm: {error.strerror}"
+    return _tried_kvm()
+
+
+@functools.cache
+def _tried_kvm() -> str:
+    """Return why a machine that was made with KVM did not run; tried once."""
     try:
-        os.close(fcntl.ioctl(fd, _KVM_CREATE_VM, 0))
-    except OSError as error:
-        return f"/dev/kvm cannot make a machine: {error.strerror}"
-    finally:
-        os.close(fd)
-    return ""
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", kvm.__file__],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=kvm.SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return "/dev/kvm makes machines that stand still"
+    return (done.stdout.strip() or done.stderr.strip()[-200:] or "it failed") if done.returncode else ""
 
 
 def _qemu_user() -> tuple[int, int] | None:

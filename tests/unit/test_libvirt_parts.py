@@ -20,7 +20,7 @@ from dispatcher.clock import Deadline
 from dispatcher.errors import Cancelled, ProviderError
 from dispatcher.model import App, Level, Limits, Network
 from dispatcher.provider import no_progress
-from dispatcher_libvirt import console, explaining, images, network
+from dispatcher_libvirt import console, explaining, host, images, network
 from dispatcher_libvirt.disks import Disks, copy_sparse
 from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.network import Ports
@@ -315,3 +315,18 @@ def test_explanations_say_what_is_not_promised():
     assert any("127.0.0.1" in one.what and one.level is Level.WARNING for one in explaining.backend(HOST))
     assert any("is not known" in one.what for one in explaining.backend(None))
     assert no_progress("nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        ("import time; time.sleep(60)", "/dev/kvm makes machines that stand still"),
+        ("print('/dev/kvm interprets'); raise SystemExit(1)", "/dev/kvm interprets"),
+        ("", ""),
+    ],
+)
+def test_kvm_that_runs_no_machine_at_speed_is_no_kvm(tmp_path, monkeypatch, program, why):
+    (tmp_path / "kvm.py").write_text(program)
+    monkeypatch.setattr(host.kvm, "__file__", str(tmp_path / "kvm.py"))
+    monkeypatch.setattr(host.kvm, "SECONDS", 3.0 if program.startswith("print") or not program else 0.3)
+    assert host._tried_kvm.__wrapped__() == why
