@@ -180,12 +180,16 @@ def qemus(name: str) -> list[int]:
     return found
 
 
-def kill_libvirtd() -> None:
-    """End libvirtd without a chance to tidy up, and wait until it is gone."""
+def libvirtd() -> int:
+    """Return libvirtd's process id."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(LIBVIRT)
-        pid = int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
-    os.kill(pid, signal.SIGKILL)
+        return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)[:4], sys.byteorder)
+
+
+def kill_libvirtd() -> None:
+    """End libvirtd without a chance to tidy up, and wait until it is gone."""
+    os.kill(libvirtd(), signal.SIGKILL)
     end = time.monotonic() + 10
     while time.monotonic() < end:
         try:

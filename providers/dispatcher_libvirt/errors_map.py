@@ -98,6 +98,12 @@ def translate(error: libvirt.libvirtError, uri: str, what: str) -> DispatcherErr
         )
     if "no space left" in low or "enospc" in low:
         return ProviderError(f"The disk is full while {what}", why=why, fix="free some space on the host")
+    if "tc qdisc" in low:
+        return ProviderError(
+            f"The host's kernel cannot limit a network's bandwidth while {what}",
+            why=why,
+            fix="load its modules sch_htb, sch_sfq and sch_ingress, or remove the app's network_bandwidth",
+        )
     if "permission denied" in low:
         return ProviderError(
             f"QEMU may not use a file while {what}",

@@ -67,7 +67,7 @@ class Starter:
         progress("checking the image")
         self.check_image(spec.app, self._reader(spec, host), deadline, progress)
         made = Made()
-        defined = False
+        defined, network = False, ""
         try:
             progress("making the disks")
             root, data = self._storage.make(spec, made, deadline, progress)
@@ -79,7 +79,7 @@ class Starter:
             with self._filters.on(network, deadline) as network_filter:
                 self._start(spec, host, paths, network, network_filter, deadline, progress)
         except BaseException:
-            self._undo(handle.name, made, defined=defined)
+            self._undo(handle.name, made, network, defined=defined)
             raise
         return handle
 
@@ -132,12 +132,14 @@ class Starter:
             taken.add(machine.label.port)
         raise self._no_port()
 
-    def _undo(self, name: str, made: Made, *, defined: bool) -> None:
+    def _undo(self, name: str, made: Made, network: str, *, defined: bool) -> None:
         """Remove what a start that failed has made; what cannot be removed now is left to `destroy`."""
         deadline = Deadline(_CLEANING)
         try:
             if defined:
                 self._machines.remove(name, deadline)
+            if network:
+                self._filters.remove(network, deadline)
         except DispatcherError as error:  # perhaps it runs: its disks must stay
             _log.warning("%s: what a failed start left: %s", name, error)
             return

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ import websockets
 
 from dispatcher.clock import Deadline
 from dispatcher.errors import Conflict, NotFound, ProviderError
-from dispatcher.model import BackendState, Depth, Level, Limits, Network
+from dispatcher.model import BackendState, Capability, Depth, Level, Limits, Network
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
 from tests import vm
@@ -231,91 +233,42 @@ def test_usage_and_list_cost_a_few_calls_however_many_there_are(world):
     assert len(calls) == 2
 
 
-@contextlib.contextmanager
-def small_disk(path, megabytes):
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=711", "tmpfs", path], check=True)
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
+def test_limits_reach_qemu(world, private_network):
+    world.restart_provider(network=private_network)
+    limits = {"balloon": "128M", "vcpus": 2, "cpu_shares": 512, "disk_bandwidth": "20M", "disk_iops": 500}
+    # Whether the kernel has what libvirt limits networks with.
+    can = subprocess.run(["unshare", "-n", "tc", "qdisc", "add", "dev", "lo", "root", "sfq"], capture_output=True)
+    able = can.returncode == 0
 
+    def spec(**more):
+        options = vm.app_options(**limits, **more)
+        return world.spec("alice", network=Network.PRIVATE, limits=Limits(memory=192 << 20, cpus=1.5), **options)
 
-def test_failed_starts_say_what_to_do_and_leave_nothing(world):
-    """Disk full, no permission, name clash, a machine that QEMU refuses: one clear error each."""
-    options = vm.app_options()
-    images = vm.images()
+    if not able:
+        with pytest.raises(ProviderError, match="cannot limit a network's bandwidth") as caught:
+            world.ensure(spec(network_bandwidth="1M"))
+        assert "network_bandwidth" in caught.value.fix
+        assert vm.leftovers(world.installation, world.root) == set()
+    handle = world.ensure(spec(network_bandwidth="1M") if able else spec())
+    inside = world.inside(handle)
+    name = handle.name
 
-    def fails(spec, why, fix=""):
-        with pytest.raises(ProviderError) as caught:
-            world.ensure(spec)
-        assert why in str(caught.value), caught.value
-        assert fix in caught.value.fix
-        assert caught.value.fix
-        assert vm.leftovers(world.installation, world.root, world.root / "full") == set()
-        assert world.state(world.handles[spec.agent]) is BackendState.ABSENT
+    def said(*command):
+        pairs = (re.split(r"\s*:\s*|\s+", line.strip(), maxsplit=1) for line in vm.virsh(*command).splitlines())
+        return dict(pair for pair in pairs if len(pair) == 2)
 
-    secret = world.root / "closed"
-    secret.mkdir(mode=0o700)
-    (secret / "initrd").write_bytes((images / "probe.img").read_bytes())
-    fails(world.spec("denied", **options | {"initrd": str(secret / "initrd")}), "may not read", "chmod o+x")
-    secret.chmod(0o711)
-    (secret / "initrd").chmod(0o600)
-    fails(world.spec("denied", **options | {"initrd": str(secret / "initrd")}), "may not read", "chmod o+r")
-    fails(world.spec("model", **options | {"cpu": "NoSuchProcessor"}), "NoSuchProcessor", "")
-    fails(world.spec("machine", **options | {"machine": "no-such"}), "does not accept", "machine")
-    extra = ["<watchdog model='no-such-watchdog' action='reset'/>"]
-    fails(world.spec("extra", **options | {"xml": extra}), "does not accept", "xml")
-
-    taken = world.spec("taken", **options)
-    xml = f"<domain type='qemu'><name>{taken.backend_name}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
-    (world.root / "taken.xml").write_text(xml)
-    vm.virsh("define", str(world.root / "taken.xml"))
-    try:
-        with pytest.raises(ProviderError, match="exists already and is not the dispatcher's") as caught:
-            world.ensure(taken)
-        assert "virsh dumpxml" in caught.value.fix
-        assert taken.agent not in [handle.agent for handle, _ in world.provider.list(deadline=Deadline(10))]
-        world.provider.stop(world.handles["taken"], grace=1, deadline=Deadline(10), progress=quiet)
-        world.provider.destroy(world.handles["taken"], data=True, deadline=Deadline(10), progress=quiet)
-        assert taken.backend_name in vm.virsh("list", "--all", "--name"), "somebody else's machine is not touched"
-    finally:
-        vm.virsh("undefine", taken.backend_name)
-
-    with small_disk(world.root / "full", 24) as place:
-        world.restart_provider(storage=str(place / "machines"))
-        with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as filler:
-            while filler.write(bytes(4096)):
-                pass
-        fails(world.spec("full", **options | {"data_allocation": "full"}), "The disk is full", "free some space")
-        fails(world.spec("sparse", **options), "The disk is full", "free some space")
-
-
-def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
-    """Readiness is the core's; the provider shows how far the guest is, and ends it however it behaves."""
-    options = vm.app_options() | {"command": ["/bin/busybox", "sleep", "1000"], "flush": "1s"}
-    handle = world.ensure(world.spec("never", **options))
-    assert eventually(lambda: "starting the app" in world.observe(handle).detail, 110, 0.1)
-    assert eventually(lambda: world.observe(handle).endpoint, 10)
-    assert not Inside(world.observe(handle).endpoint).answers()
-    assert any(b"starting the app" in line for line in world.logs(handle))
-    began = time.monotonic()
-    world.provider.stop(handle, grace=0.3, deadline=Deadline(60), progress=quiet)
-    assert time.monotonic() - began < 15
-    world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
-    assert vm.leftovers(world.installation, world.root) == set()
-
-
-def test_the_operator_is_told_what_an_app_boots_from(world):
-    good = world.spec("x", **vm.app_options())
-    assert any("there and whole" in one.what for one in world.provider.explain(good.app))
-    bad = world.spec("x", **vm.app_options(initrd="/nonexistent"))
-    (error,) = [one for one in world.provider.explain(bad.app) if one.level is Level.ERROR]
-    assert "/nonexistent" in error.what
-    assert error.fix
-
-
-def test_export_of_nothing_is_not_found(world):
-    handle = world.provider.handle(world.spec("nobody", **vm.app_options()))
-    with pytest.raises(NotFound, match="no data disk"):
-        world.provider.export_data(handle, world.fresh_directory(), deadline=Deadline(10), progress=quiet)
+    assert vm.virsh("vcpucount", name, "--live").strip() == "2"
+    for disk in ("vda", "vdb"):
+        tuned = said("blkdeviotune", name, disk, "--live")
+        assert (tuned["total_bytes_sec"], tuned["total_iops_sec"]) == (str(20 << 20), "500")
+    assert said("dommemstat", name)["actual"] == str(128 << 10)
+    if Capability.CPU_LIMIT in world.provider.capabilities:
+        tuned = said("schedinfo", name, "--live")
+        assert (tuned["cpu_shares"], tuned["global_period"], tuned["global_quota"]) == ("512", "100000", "150000")
+    if able:
+        (interface,) = (line.split()[0] for line in vm.virsh("domiflist", name).splitlines() if line.strip())
+        tuned = said("domiftune", name, interface, "--live")
+        assert tuned["inbound.average"] == tuned["outbound.average"] == "1024"
+        began = time.monotonic()
+        inside.write("/data/large", bytes(3 << 20))
+        assert time.monotonic() - began > 1.5, "three MiB at one a second"
