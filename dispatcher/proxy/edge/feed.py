@@ -18,7 +18,8 @@ from dispatcher.errors import ManagerUnreachable
 from dispatcher.logs import logger
 
 _FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 2.0
+_RESTARTING = 10.0  # seconds that a manager may be away before it is asked for less often
+_SHORT_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
 class Feed:
@@ -95,7 +96,8 @@ class Feed:
                     self._log.warning("the manager's feed cannot be reached", path=self._path, error=str(error))
                     self._complained = True
             await asyncio.sleep(self._pause)
-            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+            away = self.lost_at and boottime() - self.lost_at > _RESTARTING
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE if away else _SHORT_PAUSE)
 
     # For the protocol.
 
