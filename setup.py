@@ -17,6 +17,7 @@ TESTING = [
     "hypothesis",
     "h11",
     "websockets>=13",
+    "kosoku>=0.1",  # the Autobahn test cases
     "playwright",
     "mypy",
     "ruff",
