@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import subprocess
 import tempfile
 import threading
@@ -88,8 +89,8 @@ class Tunnels:
             self._looked = -_LOOK
 
     def _look(self, deadline: Deadline) -> None:
-        """See now and then that the connection is up; make it where it is not."""
-        if boottime() - self._looked < _LOOK:
+        """See that the connection's master is there, now and then that it works; make it where it is not."""
+        if boottime() - self._looked < _LOOK and self._is_there():
             return
         try:
             self._ssh(["-O", "check"], deadline)
@@ -99,6 +100,15 @@ class Tunnels:
                 self._control.unlink()
             self._ssh(["-M", "-f", "-N"], deadline)
         self._looked = boottime()
+
+    def _is_there(self) -> bool:
+        """Whether a master listens: one that died left all its sockets, and the agents' ones refuse."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            try:
+                sock.connect(str(self._control))
+            except OSError:
+                return False
+        return True
 
     def _forward(self, local: str, far: str, deadline: Deadline) -> None:
         # One that an earlier manager asked for is not made again, and its socket may lead elsewhere.
