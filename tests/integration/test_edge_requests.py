@@ -417,6 +417,13 @@ def test_an_agent_that_never_answers_a_request_is_not_waited_for_long():
         assert time.monotonic() - began < 3
 
 
+def test_an_agent_that_lets_go_of_connections_at_once_hangs_nobody():
+    """Its end may come before the request was written, between the loop's turns."""
+    with Edge(lambda connection: None, hold=0) as edge:
+        statuses = {edge.get().status for _ in range(200)}
+    assert statuses <= {502, 503}
+
+
 def test_a_repeated_body_is_kept_while_the_agent_comes_back():
     """The pooled connection ends under a PUT, and for a moment nobody listens."""
 

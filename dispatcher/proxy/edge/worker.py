@@ -149,6 +149,9 @@ class Worker(Registry):
             upstream = await open_upstream(self, agent)
         except (OSError, DispatcherError) as error:
             problem = error
+        if upstream is not None and upstream.transport.is_closing():
+            # Whoever accepted it ended before it could be used: nobody has been told of the request.
+            problem, upstream = ConnectionRefusedError("closed as soon as it was open"), None
         wanted = client.state == WAIT and client.agent is agent and client.upstream is None
         if upstream is not None:
             if wanted:
