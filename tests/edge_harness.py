@@ -18,6 +18,7 @@ from typing import Any
 import h11
 
 from dispatcher.config import parse
+from dispatcher.proxy import listeners
 from dispatcher.proxy.edge.accept import Listener
 from dispatcher.proxy.edge.access import AccessLog
 from dispatcher.proxy.edge.settings import Settings
@@ -198,7 +199,7 @@ class Edge:
         )
         self.worker.start(self.loop)
         await self.worker.feed.first(5)
-        sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        ((sock,),) = listeners.open_all(["127.0.0.1:0"], "proxy.listen").values()
         self.port = sock.getsockname()[1]
         server: asyncio.AbstractServer | Listener
         if self._tls is None:

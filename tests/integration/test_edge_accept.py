@@ -64,6 +64,17 @@ def test_a_body_longer_than_the_first_read():
         assert answer.endswith(body)
 
 
+def test_a_body_behind_its_head_waits_for_nothing():
+    # No connection to the agent is there yet, and the body comes when there is one.
+    with Edge() as edge, edge.connect() as sock:
+        start = time.monotonic()
+        sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 100000\r\n\r\n")
+        time.sleep(0.02)
+        sock.sendall(b"x" * 100_000)
+        assert Reader(sock).answer().body.endswith(b"x" * 100_000)
+        assert time.monotonic() - start < 0.2, "nobody looked at the connection for a while"
+
+
 def test_bytes_after_the_last_request_do_not_cost_the_answer():
     # Closing a socket that holds unread bytes resets the connection, and the answer would be lost with it.
     def script(connection: Connection) -> None:

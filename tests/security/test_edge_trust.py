@@ -371,6 +371,7 @@ def test_connections_are_bounded_in_all_and_by_address():
             sock.close()
     with Edge(connections_per_address=3) as edge:
         socks = [edge.connect() for _ in range(10)]
+        eventually(lambda: edge.worker.open_connections == 10)
         assert edge.get().status == 200, "loopback is exempt"
         edge.worker._forwarded._peers["127.0.0.1"] = (b"1.2.3.4", False, False)
         assert edge.ask(GET, timeout=3).startswith(b"HTTP/1.1 503 ")

@@ -264,7 +264,8 @@ class Fresh(asyncio.Transport):
         """Nothing is read here but the first bytes, which are fewer than anybody's limit."""
 
     def resume_reading(self) -> None:
-        """Nothing was paused."""
+        """Somebody waits for more: that is the loop's matter."""
+        self.hand_over()
 
 
 class _Adopted(asyncio.Protocol):
