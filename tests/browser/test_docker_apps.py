@@ -20,8 +20,8 @@ def test_a_notebook_cell_runs_in_a_container_that_sleeps_when_idle(site_with, pe
     built = 'build = "/opt/apps/docker-jupyterlab"'
     assert built in text
     text = text.replace(built, 'image = "dispatcher-test/jupyter"')
-    # Longer than a kernel's start on a busy machine, during which nobody says anything.
-    text = text.replace('busy_grace = "12h"', 'idle_timeout = "20s"')
+    # Longer than a kernel's start on a busy machine, during which nobody says anything; later it is to fall asleep soon.
+    text = text.replace('busy_grace = "12h"', 'idle_timeout = "10m"')
     site = site_with(text.replace("{", "{{").replace("}", "}}"), people=("alice",))
     page = person(viewport={"width": 1400, "height": 900})
     site.sign_in(page, "alice")
@@ -35,6 +35,8 @@ def test_a_notebook_cell_runs_in_a_container_that_sleeps_when_idle(site_with, pe
     page.keyboard.press("Shift+Enter")
     expect(page.locator(".jp-OutputArea-output").first).to_contain_text("42 alice True", timeout=90_000)
 
+    site.config.write_text(site.config.read_text().replace('idle_timeout = "10m"', 'idle_timeout = "5s"'))
+    assert site.admin("POST", "/reload").status == 200
     name = docker("ps", "--format", "{{.Names}}", "--filter", "label=dispatcher.agent=alice")
     until(
         "it sleeps by itself", lambda: site.admin("GET", "/agents/alice/state").json()["state"] == "suspended", 120
