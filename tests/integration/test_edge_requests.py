@@ -448,6 +448,8 @@ def test_a_repeated_body_is_kept_while_the_agent_comes_back():
 
 
 def test_an_answer_that_comes_unasked_is_not_the_next_one():
+    said = threading.Event()
+
     def script(connection: Connection) -> None:
         first = True
         while connection.head():
@@ -455,10 +457,12 @@ def test_an_answer_that_comes_unasked_is_not_the_next_one():
             if first:
                 time.sleep(0.1)
                 connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil")
+                said.set()
             first = False
 
     with Edge(script) as edge:
         assert edge.get().body == b"good"
+        assert said.wait(5)
         eventually(lambda: not edge.worker.tables.agents["alice"].idle)
         assert edge.get().body == b"good"
 
