@@ -156,7 +156,9 @@ def connections(worker, upstream, count):
         os.close(fd)
         nothing += time.process_time() - start
         near.close()
-    assert got.startswith(b"HTTP/1.1 200 OK") and worker.counters.connections == count + 1, "the answers did not get through"
+    assert got.startswith(b"HTTP/1.1 200 OK") and worker.counters.connections == count + 1, (
+        "the answers did not get through"
+    )
     return (spent - nothing) / count * 1e6
 
 
