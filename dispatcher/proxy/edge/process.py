@@ -8,7 +8,6 @@ that the parent is gone, and then the worker goes too.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import signal
 import socket
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from dispatcher.clock import boottime
 from dispatcher.logs import logger
-from dispatcher.proxy import privileges
+from dispatcher.proxy import memory, privileges
 from dispatcher.proxy.edge.accept import Listener
 from dispatcher.proxy.edge.access import AccessLog
 from dispatcher.proxy.edge.handshakes import Handshakes
@@ -39,8 +38,6 @@ _BACKLOG = 4096
 _ROLLING_GRACE = 5.0  # seconds for a kept-alive connection to send its next request and learn that it was the last
 _STOP_GRACE = 0.5
 _LAST_WORDS = 1.5  # seconds for WebSockets to take their Close frame
-# mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD; the worker keeps at most so many unused bytes.
-_MALLOC = {-1: 4 << 20, -2: 1 << 20, -3: 1 << 20}
 _FEED_PATIENCE = 3.0  # seconds to wait for the first tables; without the manager the proxy serves what it can
 
 
@@ -193,23 +190,11 @@ class Process:
         )
 
 
-def _keep_buffers() -> None:
-    """Let the allocator keep what bodies are read into: a piece has up to 256 KiB, and the next one comes at once.
-
-    By default glibc gives that much back to the kernel each time, which then has to fill it with zeros, page by
-    page: a third of what an upload costs.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc's; others do not have it
-        for option, size in _MALLOC.items():
-            mallopt(option, size)
-
-
 def run(config: Config, paths: Paths, inherited: Inherited, control: socket.socket) -> None:
     """Be a worker process, until told to stop."""
     import uvloop
 
-    _keep_buffers()
+    memory.keep_buffers()
     process = Process(config, paths, inherited, control)
     uvloop.install()
     loop = uvloop.new_event_loop()

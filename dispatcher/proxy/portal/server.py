@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import socket
 
@@ -11,6 +10,7 @@ import waitress
 from dispatcher.client import ManagerClient
 from dispatcher.config import Config
 from dispatcher.paths import Paths
+from dispatcher.proxy import memory
 from dispatcher.proxy.portal import context
 from dispatcher.proxy.portal.app import MAX_BODY, create_app
 
@@ -19,7 +19,6 @@ SPARE_THREADS = 8
 TIMEOUT = 10.0  # seconds to wait for the manager
 #: The same where it checks a password, which may queue there for half a minute and then is refused honestly.
 PASSWORD_TIMEOUT = 35.0
-_M_ARENA_MAX = -8  # mallopt(3)
 
 
 def serve(config: Config, sock: socket.socket) -> None:
@@ -27,7 +26,7 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
-    _share_one_heap()
+    memory.share_one_heap()
     # Waitress warns of each request that finds no idle thread, as the first ones do: no news for an operator.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     url = f"unix://{Paths.of(config).proxy_socket}"
@@ -44,10 +43,3 @@ def serve(config: Config, sock: socket.socket) -> None:
         expose_tracebacks=False,
         ident=None,
     )
-
-
-def _share_one_heap() -> None:
-    """Let all threads allocate from one heap: many threads that do little would each keep a part of their own."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # glibc's; others do not have it, nor those heaps
-        mallopt(_M_ARENA_MAX, 1)
