@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import signal
 import socket
 import subprocess
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,8 @@ import pytest
 import websockets
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import Conflict, NotFound, ProviderError
-from dispatcher.model import BackendState, Capability, Depth, Level, Limits, Network
+from dispatcher.errors import Conflict, ProviderError
+from dispatcher.model import BackendState, Capability, Depth, Limits, Network
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
 from tests import vm

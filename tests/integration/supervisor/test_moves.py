@@ -11,17 +11,15 @@ from dispatcher.manager.trees import differences
 from dispatcher.model import Capability
 from dispatcher.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, running, until
+from tests.manager_world import end, gone, reach, running, until
 
 OWN = ALL | {Capability.OWN_DATA}
 
 
 @pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    made.away.capabilities = OWN
-    yield made
-    made.close()
+def world(world):
+    world.away.capabilities = OWN
+    return world
 
 
 def move(world, supervisor, provider, name="alice"):

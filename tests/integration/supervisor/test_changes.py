@@ -1,27 +1,12 @@
 """What befalls agents: death, another configuration, a sign-in whose credentials they get."""
 
-import os
-import threading
-
 import pytest
 
-from dispatcher.errors import BadRequest, Conflict, NotFound, Unsupported
+from dispatcher.errors import BadRequest
 from dispatcher.manager.lifecycle import State
 from dispatcher.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, kinds, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def supervisor(world):
-    return world.supervisor()
+from tests.manager_world import gone, kinds, reach, running, until
 
 
 # --- death

@@ -1,25 +1,14 @@
 """Backends that are away, and what happens behind the manager's back: known agents stay what they were."""
 
-import os
-import threading
 import time
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, ProviderError, Unavailable
-from dispatcher.manager import operations, pool, readiness, reconciler
+from dispatcher.errors import ConfigError, Unavailable
 from dispatcher.manager.lifecycle import State
-from dispatcher.model import BackendState, Capability, Handle, Observation
+from dispatcher.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
+from tests.manager_world import end, reach, running, until
 
 
 # --- backends that are away

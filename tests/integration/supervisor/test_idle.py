@@ -11,14 +11,7 @@ from dispatcher.manager.lifecycle import State
 from dispatcher.model import Capability
 from dispatcher.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
+from tests.manager_world import end, gone, reach, running, until
 
 
 def last(supervisor, kind, name="alice"):

@@ -1,25 +1,13 @@
 """Disks that are full, databases that are locked, clocks that jump: nothing is lost."""
 
-import os
-import threading
 import time
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, ProviderError, Unavailable
-from dispatcher.manager import operations, pool, readiness, reconciler
+from dispatcher.errors import Unavailable
 from dispatcher.manager.lifecycle import State
-from dispatcher.model import BackendState, Capability, Handle, Observation
-from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
+from dispatcher.model import BackendState
+from tests.manager_world import end, reach, running, until
 
 
 # --- disks, databases, clocks

@@ -11,14 +11,12 @@ from tests.manager_world import Crash, World, cut_off, end, gone, reach, running
 
 
 @pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
+def world(world):
     crashes = []
-    made.crash = lambda *args, **more: crashes.append(Crash(made, *args, **more)) or crashes[-1]
-    yield made
+    world.crash = lambda *args, **more: crashes.append(Crash(world, *args, **more)) or crashes[-1]
+    yield world
     for crash in crashes:
         crash.release()
-    made.close()
 
 
 def alive(world):

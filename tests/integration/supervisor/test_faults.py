@@ -7,19 +7,11 @@ import time
 import pytest
 
 from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, ProviderError, Unavailable
+from dispatcher.errors import ProviderError
 from dispatcher.manager import operations, pool, readiness, reconciler
 from dispatcher.manager.lifecycle import State
-from dispatcher.model import BackendState, Capability, Handle, Observation
-from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
+from dispatcher.model import BackendState, Handle, Observation
+from tests.manager_world import end, gone, reach, running, until
 
 
 @pytest.fixture

@@ -1,27 +1,12 @@
 """What the supervisor tells: to those who wait, to observers, and in its documents."""
 
-import os
 import threading
 
 import pytest
 
-from dispatcher.errors import BadRequest, Conflict, NotFound, Unsupported
+from dispatcher.errors import NotFound
 from dispatcher.manager.lifecycle import State
-from dispatcher.model import Capability
-from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import World, end, gone, kinds, reach, running, until
-
-
-@pytest.fixture
-def world(tmp_path):
-    made = World(tmp_path)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def supervisor(world):
-    return world.supervisor()
+from tests.manager_world import end, reach, running, until
 
 
 # --- what is told
