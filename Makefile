@@ -21,6 +21,7 @@ demo: $(VENV)/.demo
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff check --isolated --select F tests bench examples
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n 2 tests/unit $(ARGS)

@@ -1,21 +1,12 @@
 """The command line against a manager that answers by the book: what people see, exit codes, JSON, errors."""
 
-import io
 import json
-import os
-import socket
 import subprocess
 import sys
-import threading
-import time
 
-import click
 import pytest
 
-from dispatcher import cli
-from dispatcher.cli import ALIASES, SECTIONS, main, program
-from tests.fake_manager import FakeManager, problem
-from tests.terminal import on_a_terminal
+from tests.fake_manager import problem
 
 
 # People.

@@ -1,6 +1,5 @@
 """The frame of the command line: help, usage, where the manager is, and what is said when it is not."""
 
-import io
 import json
 import os
 import socket
@@ -13,9 +12,8 @@ import click
 import pytest
 
 from dispatcher import cli
-from dispatcher.cli import ALIASES, SECTIONS, main, program
+from dispatcher.cli import ALIASES, SECTIONS, program
 from tests.fake_manager import FakeManager, problem
-from tests.terminal import on_a_terminal
 
 ALL = sorted(name for section in SECTIONS.values() for name in section)
 

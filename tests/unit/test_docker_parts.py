@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from dispatcher.errors import BadRequest, ConfigError, ProviderError, Unsupported
+from dispatcher.errors import BadRequest, ConfigError, Unsupported
 from dispatcher.model import App, Capability, Level, Limits, Network
 from dispatcher.provider import ProviderContext
 from dispatcher_docker import walls

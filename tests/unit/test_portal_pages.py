@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import threading
 
 import pytest
 
-from dispatcher.client import ManagerClient
-from dispatcher.errors import DeadlineExceeded
-from dispatcher.proxy.portal import context
-from tests.portal_manager import Browser, Manager, Program, agent, digest, make
+from tests.portal_manager import Browser, Program, agent, digest, make
 
 LOG = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'numpy'"]
 FAILURE = {"what": "The demo could not start", "why": "exit code 1", "fix": "install numpy", "log": LOG}

@@ -11,7 +11,7 @@ import pytest
 from dispatcher.client import ManagerClient
 from dispatcher.errors import DeadlineExceeded
 from dispatcher.proxy.portal import context
-from tests.portal_manager import Browser, Manager, Program, agent, digest, make
+from tests.portal_manager import Browser, Manager, Program, digest, make
 
 LOG = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'numpy'"]
 FAILURE = {"what": "The demo could not start", "why": "exit code 1", "fix": "install numpy", "log": LOG}
