@@ -20,7 +20,7 @@ from cheroot import connections, server, wsgi
 from cheroot.makefile import StreamReader, StreamWriter
 from cheroot.workers import threadpool
 
-from dispatcher.addresses import network
+from dispatcher.addresses import Tally
 from dispatcher.logs import logger
 
 BACKLOG = 256
@@ -241,7 +241,7 @@ class Server(wsgi.Server):
         self.expiration_interval = 2.0
         self._bound = sock
         self._watched: dict[TlsConnection, float] = {}
-        self._addresses: dict[str, int] = {}
+        self._addresses = Tally()
         self._counted: dict[TlsConnection, str] = {}
         self._lock = threading.Lock()
 
@@ -276,18 +276,15 @@ class Server(wsgi.Server):
         if not isinstance(conn, TlsConnection):
             return True
         with self._lock:
-            address = self._counted[conn] = network(conn.remote_addr or "")
-            self._addresses[address] = count = self._addresses.get(address, 0) + 1
-        return count <= MAX_OF_ADDRESS
+            address = self._counted[conn] = conn.remote_addr or ""
+            return self._addresses.add(address) <= MAX_OF_ADDRESS
 
     def forget(self, conn: TlsConnection) -> None:
         """A connection is closed."""
         with self._lock:
             address = self._counted.pop(conn, None)
             if address is not None:
-                self._addresses[address] -= 1
-                if not self._addresses[address]:
-                    del self._addresses[address]
+                self._addresses.drop(address)
 
     def watch(self, conn: TlsConnection) -> None:
         """A stranger's request begins: it is cut off unless it is trusted in time."""

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dispatcher.addresses import network
+from dispatcher.addresses import Tally
 from dispatcher.clock import boottime
 from dispatcher.proxy.edge.counters import Counters
 from dispatcher.proxy.edge.forwarded import Forwarded
@@ -51,17 +51,16 @@ class Registry:
         self._spokes: tuple[dict[Connection, None], ...] = tuple({} for _ in range(_SPOKES))
         self._next_spoke = 0
         self._ticks = 0
-        self._addresses: dict[str, int] = {}
-        self._beginning: dict[str, int] = {}
+        self._addresses = Tally()
+        self._beginning = Tally()
         self.beginning = 0
-        self._at_portal: dict[str, int] = {}
+        self._at_portal = Tally()
         self.collected = 0
         self._open = 0
         self.spare: list[Connection] = []  # for the next connections
         self._tunnels: dict[ClientEnd, None] = {}
-        self._leaving: deque[tuple[float, ClientEnd]] = (
-            deque()
-        )  # the last moments of tunnels, the next to come first
+        # The last moments of tunnels, the next to come first.
+        self._leaving: deque[tuple[float, ClientEnd]] = deque()
         self._active: dict[Session, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
@@ -93,9 +92,7 @@ class Registry:
     def enter(self, address: str, *, exempt: bool) -> bool:
         """Count a connection; return whether it is within the bounds.  Either way `leave` it when it is gone."""
         self._open += 1
-        key = network(address)
-        count = self._addresses.get(key, 0) + 1
-        self._addresses[key] = count
+        count = self._addresses.add(address)
         return self._open <= self.settings.connections and (
             exempt or count <= self.settings.connections_per_address
         )
@@ -119,36 +116,24 @@ class Registry:
 
     def begin(self, address: str) -> bool:
         """Let a connection begin its handshake; False when too many are at it.  `begun` it when that is over."""
-        key = network(address)
-        count = self._beginning.get(key, 0)
         settings = self.settings
         if self.beginning >= settings.beginning or (
-            count >= settings.beginning_per_address and not self.exempt(address)
+            self._beginning.of(address) >= settings.beginning_per_address and not self.exempt(address)
         ):
             return False
         self.beginning += 1
-        self._beginning[key] = count + 1
+        self._beginning.add(address)
         return True
 
     def begun(self, address: str) -> None:
         """A handshake is over: the connection counts as a client now, or is gone."""
-        key = network(address)
         self.beginning -= 1
-        left = self._beginning[key] - 1
-        if left:
-            self._beginning[key] = left
-        else:
-            del self._beginning[key]
+        self._beginning.drop(address)
 
     def leave(self, address: str) -> None:
         """A connection of this address is gone."""
         self._open -= 1
-        key = network(address)
-        left = self._addresses.get(key, 1) - 1
-        if left:
-            self._addresses[key] = left
-        else:
-            self._addresses.pop(key, None)
+        self._addresses.drop(address)
 
     def enter_portal(self, remote: bytes) -> bool:
         """Take one of the portal's places; False when the client's address has taken half of them already.
@@ -156,21 +141,14 @@ class Registry:
         :param remote: where the request comes from, as trusted proxies say.
         """
         address = remote.decode("ascii")
-        key = network(address)
-        count = self._at_portal.get(key, 0)
-        if count >= self.settings.portal_share and not self.exempt(address):
+        if self._at_portal.of(address) >= self.settings.portal_share and not self.exempt(address):
             return False
-        self._at_portal[key] = count + 1
+        self._at_portal.add(address)
         return True
 
     def leave_portal(self, remote: bytes) -> None:
         """Give the place back."""
-        key = network(remote.decode("ascii"))
-        left = self._at_portal[key] - 1
-        if left:
-            self._at_portal[key] = left
-        else:
-            del self._at_portal[key]
+        self._at_portal.drop(remote.decode("ascii"))
 
     def remember_tunnel(self, end: ClientEnd) -> None:
         """A connection has become a tunnel."""
