@@ -25,12 +25,12 @@ def begin(client: Exchange, request: Request) -> None:
     client.state = COLLECT
     client.deadline = client.worker.now + client.worker.settings.body_timeout  # for all of it
     client.decoder = Chunked() if request.length == CHUNKED else None
+    expects, request.expects = request.expects, False  # the portal has no say in it
     early, client.body = client.body, b""
     if early:
         more(client, early)
-    if client.state == COLLECT and request.expects:
+    if client.state == COLLECT and expects:
         client.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110, 10.1.1
-    request.expects = False  # the portal has no say in it
 
 
 def more(client: Exchange, data: bytes) -> None:
@@ -50,7 +50,6 @@ def more(client: Exchange, data: bytes) -> None:
     size = len(client.body)
     if decoder.done if decoder is not None else size >= client.request.length:
         leave(client)
-        client.request.expects = False
         client.dispatch(worker.portal)
     elif size > PORTAL_BODY:
         leave(client)
