@@ -278,10 +278,10 @@ def unreachable(client: Exchange, agent: Agent) -> None:
         return
     worker = client.worker
     worker.report_dead(agent)
-    if len(agent.waiting) >= MAX_HELD or client.held_until or worker.settings.hold <= 0:
+    if _may_hold(client, agent):
+        client.hold(agent, worker.settings.hold)
+    else:
         client.say(pages.UNREACHABLE)
-        return
-    client.hold(agent, worker.settings.hold)
 
 
 def is_dying(client: Exchange, agent: Agent) -> bool:
@@ -291,14 +291,17 @@ def is_dying(client: Exchange, agent: Agent) -> bool:
     False: the request has waited before, or cannot be held.
     """
     worker = client.worker
-    if not agent.name or agent.gone or client.held_until or worker.settings.hold <= 0:
-        return False
-    if len(agent.waiting) >= MAX_HELD:
+    if not agent.name or agent.gone or not _may_hold(client, agent):
         return False
     worker.report_dead(agent)
     client.hold(agent, worker.settings.hold)
     client.park(min(client.held_until, worker.now + DYING))
     return True
+
+
+def _may_hold(client: Exchange, agent: Agent) -> bool:
+    """Whether a request may wait for its agent: it has not done so before, and not too many do."""
+    return not client.held_until and len(agent.waiting) < MAX_HELD and client.worker.settings.hold > 0
 
 
 def waited(client: Exchange) -> None:
