@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import socket
 import threading
 import time
 
-from tests.edge_harness import COOKIE, Connection, Edge, Reader, descriptors, echo, eventually, read_all, saying
+from tests.edge_harness import (
+    COOKIE,
+    Connection,
+    Edge,
+    Reader,
+    descriptors,
+    echo,
+    eventually,
+    read_all,
+    saying,
+)
 
 HOST = b"Host: app.test\r\n"
 GET = b"GET / HTTP/1.1\r\n" + HOST + COOKIE
@@ -194,3 +206,28 @@ def test_a_fault_of_the_edge_ends_only_the_connection_that_met_it():
         eventually(lambda: edge.worker.open_connections == 0)
         assert [type(error.get("exception")) for error in edge.errors] == [ZeroDivisionError]
         edge.errors.clear()
+
+
+class Poor:
+    """A loop whose kernel has no watch left for another connection (epoll_ctl(2), ENOSPC)."""
+
+    def __init__(self, loop):
+        self._loop = loop
+
+    def __getattr__(self, name):
+        return getattr(self._loop, name)
+
+    async def connect_accepted_socket(self, *_values, **_more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_connection_that_the_loop_cannot_take_is_let_go():
+    with Edge() as edge:
+        rich = edge.worker.loop
+        edge.worker.loop = Poor(rich)
+        with edge.connect() as sock:
+            sock.sendall(b"GET / HT")  # the rest is the loop's matter
+            assert sock.recv(1) == b""
+        eventually(lambda: edge.worker.open_connections == 0)
+        edge.worker.loop = rich
+        assert edge.get().status == 200

@@ -16,6 +16,7 @@ import fcntl
 import os
 import socket
 import termios
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from dispatcher.logs import logger
@@ -134,8 +135,17 @@ class Listener:
     def adopt(self, fresh: Fresh, fd: int) -> None:
         """Make a transport of the loop's."""
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
-        loop = self.worker.loop
-        task = loop.create_task(loop.connect_accepted_socket(lambda: _Adopted(fresh), sock))
+        self._do(self._adopt(fresh, sock))
+
+    async def _adopt(self, fresh: Fresh, sock: socket.socket) -> None:
+        try:
+            await self.worker.loop.connect_accepted_socket(lambda: _Adopted(fresh), sock)
+        except OSError as error:  # the kernel has nothing left for it: its protocol must not wait for ever
+            sock.close()
+            fresh.protocol.connection_lost(error)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.worker.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -38,9 +38,7 @@ class Handshakes(Listener):
             os.close(fd)
             return
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
-        task = self.worker.loop.create_task(self._shake(sock, address))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._do(self._shake(sock, address))
 
     async def _shake(self, sock: socket.socket, address: str) -> None:
         worker = self.worker
