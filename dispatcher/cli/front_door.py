@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from dispatcher.model import Endpoint
 
 PATIENCE = 1.0  # seconds
-#: The PROXY protocol's header of a connection that is the sender's own ("LOCAL").
-_LOCAL = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
 
 
 def answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
@@ -30,14 +28,16 @@ def answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
         return False
     try:
         if proxy.proxy_protocol:
-            sock.sendall(_LOCAL)
-        if proxy.tls_cert is not None:
-            import ssl
+            from dispatcher.proxy.edge.proxy_protocol import SIGNATURE
 
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname = False  # this process made the listener, it knows who it is
-            context.verify_mode = ssl.CERT_NONE
-            sock = context.wrap_socket(sock)
+            sock.sendall(
+                SIGNATURE + b"\x20\0\0\0"
+            )  # a connection of the sender's own: version 2, LOCAL, no address
+        if proxy.tls_cert is not None:
+            from dispatcher.client_target import context
+
+            # Not verified: this process made the listener, it knows who it is.
+            sock = context(verify=False, ca_file=None, cert_file=None, key_file=None).wrap_socket(sock)
         sock.sendall(request.encode())
         line = sock.recv(32)
     except OSError:
