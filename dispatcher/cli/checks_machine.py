@@ -212,7 +212,7 @@ def kvm() -> Iterator[Finding]:
     except OSError as problem:
         yield info(f"/dev/kvm cannot be used ({problem.strerror}): machines are emulated", "join the group kvm")
     else:
-        yield ok("/dev/kvm can be used")
+        yield ok("/dev/kvm can make machines (`dispatcher providers check libvirt` says whether they run)")
 
 
 def _run(command: list[str]) -> str:
