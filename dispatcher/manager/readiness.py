@@ -125,43 +125,30 @@ def await_ready(
     :raises Cancelled: the start is no longer wanted.
     :raises DispatcherError: as the provider's `observe`, or `InsecureEndpoint`.
     """
-    with contextlib.closing(Pauses(operation)) as pauses:
-        return _await(guard, handle, probe, pauses, operation, deadline, seen, tell)
-
-
-def _await(
-    guard: Guard,
-    handle: Handle,
-    probe: Probe,
-    pauses: Pauses,
-    operation: Operation,
-    deadline: Deadline,
-    seen: Observation | None,
-    tell: Callable[[Observation], None] | None,
-) -> Observation:
     looked, reason = boottime(), "it does not listen yet"
-    while True:
-        operation.check()
-        if seen is None or operation.nudged or boottime() - looked > (LOOK if seen.endpoint else LATEST):
-            operation.nudged = False
-            seen, looked = _look(guard, handle, deadline, seen), boottime()
-        if tell and seen:
-            tell(seen)
-        if seen and seen.endpoint:
-            reason = probe(seen.endpoint, seen.owner_uid, deadline, operation.check)
-            if not reason:
-                return seen
-        elif seen:
-            reason = seen.detail or "its address is not known yet"
-        if deadline.expired:
-            if seen:  # an app that ended just now has a better reason
-                _look(guard, handle, Deadline(OBSERVE), seen)
-            raise StartFailed(
-                "The app did not become ready in time",
-                why=reason,
-                fix="see its last lines; `health` and `start_timeout` say what is waited for and how long",
-            )
-        pauses.pause(seen.endpoint if seen else None)
+    with contextlib.closing(Pauses(operation)) as pauses:
+        while True:
+            operation.check()
+            if seen is None or operation.nudged or boottime() - looked > (LOOK if seen.endpoint else LATEST):
+                operation.nudged = False
+                seen, looked = _look(guard, handle, deadline, seen), boottime()
+            if tell and seen:
+                tell(seen)
+            if seen and seen.endpoint:
+                reason = probe(seen.endpoint, seen.owner_uid, deadline, operation.check)
+                if not reason:
+                    return seen
+            elif seen:
+                reason = seen.detail or "its address is not known yet"
+            if deadline.expired:
+                if seen:  # an app that ended just now has a better reason
+                    _look(guard, handle, Deadline(OBSERVE), seen)
+                raise StartFailed(
+                    "The app did not become ready in time",
+                    why=reason,
+                    fix="see its last lines; `health` and `start_timeout` say what is waited for and how long",
+                )
+            pauses.pause(seen.endpoint if seen else None)
 
 
 class Pauses:
