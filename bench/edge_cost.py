@@ -73,13 +73,13 @@ CLOSE = (SMALL[0][:-2] + b"Connection: close\r\n\r\n", SMALL[1])
 
 
 def setup():
-    from dispatcher.config import parse
-    from dispatcher.proxy.edge.access import AccessLog
-    from dispatcher.proxy.edge.client import Client
-    from dispatcher.proxy.edge.settings import Settings
-    from dispatcher.proxy.edge.upstream import Upstream
+    from dispatcher.config.load import parse
+    from dispatcher.proxy.edge.net.access_log import AccessLog
+    from dispatcher.proxy.edge.net.client import Client
+    from dispatcher.proxy.edge.routing.settings import Settings
+    from dispatcher.proxy.edge.net.upstream import Upstream
     from dispatcher.proxy.edge.worker import Worker
-    from tests.edge_feed import agent_row, session_row
+    from tests.support.edge_feed import agent_row, session_row
 
     worker = Worker(Settings(parse({})), "/nowhere", "/nowhere", AccessLog(None))
     message = {
@@ -122,7 +122,7 @@ def connections(worker, upstream, count):
     """A connection for each request, as the listener takes it: with the kernel's sockets, whose cost is subtracted."""
     import socket
 
-    from dispatcher.proxy.edge.accept import Listener
+    from dispatcher.proxy.edge.net.listener import Listener
 
     class Loop:
         def call_soon(self, callback):

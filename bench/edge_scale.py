@@ -68,9 +68,9 @@ class Idle(asyncio.Protocol):
 
 
 def websockets(count: int) -> None:
-    from tests.edge_daemon import Daemon
-    from tests.edge_feed import agent_row
-    from tests.edge_harness import COOKIE, TOKEN
+    from tests.support.edge_daemon import Daemon
+    from tests.support.edge_feed import agent_row
+    from tests.support.edge_harness import COOKIE, TOKEN
 
     import uvloop
 
@@ -128,12 +128,12 @@ def until(condition, seconds):
 
 def tables(sessions: int, agents: int) -> None:
     import edge_cost
-    from dispatcher import feed_protocol
-    from dispatcher.proxy.edge.activity import Traffic
-    from tests.edge_feed import agent_row, session_row
+    from dispatcher.feed import protocol
+    from dispatcher.proxy.edge.routing.activity import Traffic
+    from tests.support.edge_feed import agent_row, session_row
 
     def part(kind, rows, first, last):
-        return feed_protocol.encode(
+        return protocol.encode(
             {"type": "snapshot", "first": first, "last": last, "agents": [], "sessions": [], kind: rows}
         )
 
@@ -160,7 +160,7 @@ def tables(sessions: int, agents: int) -> None:
     worker = client.worker
     before = int(Path("/proc/self/statm").read_text().split()[1])
     start = time.process_time()
-    decoder = feed_protocol.Decoder()
+    decoder = protocol.Decoder()
     for position in range(0, len(data), 262144):
         for message in decoder.feed(data[position : position + 262144]):
             worker._on_message(message)

@@ -17,8 +17,8 @@ import click
 from dispatcher import __version__
 from dispatcher.cli.context import Cli
 from dispatcher.cli.lazy import Lazy, LazyGroup
-from dispatcher.cli.output import Output, clean
-from dispatcher.errors import BadRequest, DispatcherError
+from dispatcher.cli.ui.output import Output, clean
+from dispatcher.plugin.errors import BadRequest, DispatcherError
 
 SECTIONS = {
     "Run": {

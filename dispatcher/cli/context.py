@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from dispatcher.cli.output import Output
 from dispatcher.cli.target import manager_url
-from dispatcher.errors import BadRequest
+from dispatcher.cli.ui.output import Output
+from dispatcher.plugin.errors import BadRequest
 
 if TYPE_CHECKING:
-    from dispatcher.client import ManagerClient
-    from dispatcher.config import Config
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.load import Config
 
 PATIENCE = 3.0  # seconds for a manager that is just starting
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -53,7 +53,7 @@ class Cli:
         """
         if self._client is not None:
             return self._client
-        from dispatcher.client import ManagerClient
+        from dispatcher.client.manager_client import ManagerClient
 
         url = self.url
         remote = not url.startswith("unix:")
@@ -96,9 +96,9 @@ class Cli:
 
         :raises ConfigError: it is wrong.
         """
-        from dispatcher import config
+        from dispatcher.config.load import load
 
-        return config.load(self.config_path)
+        return load(self.config_path)
 
 
 pass_cli = click.make_pass_decorator(Cli, ensure=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dispatcher.endpoints import connect
-from dispatcher.errors import InsecureEndpoint
+from dispatcher.plugin.endpoints import connect
+from dispatcher.plugin.errors import InsecureEndpoint
 
 if TYPE_CHECKING:
-    from dispatcher.config import ProxyConfig
-    from dispatcher.model import Endpoint
+    from dispatcher.config.load import ProxyConfig
+    from dispatcher.plugin.model import Endpoint
 
 PATIENCE = 1.0  # seconds
 
@@ -28,13 +28,13 @@ def answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
         return False
     try:
         if proxy.proxy_protocol:
-            from dispatcher.proxy.edge.proxy_protocol import SIGNATURE
+            from dispatcher.proxy.edge.http.proxy_protocol import SIGNATURE
 
             sock.sendall(
                 SIGNATURE + b"\x20\0\0\0"
             )  # a connection of the sender's own: version 2, LOCAL, no address
         if proxy.tls_cert is not None:
-            from dispatcher.client_target import context
+            from dispatcher.client.trust import context
 
             # Not verified: this process made the listener, it knows who it is.
             sock = context(verify=False, ca_file=None, cert_file=None, key_file=None).wrap_socket(sock)

@@ -15,7 +15,7 @@ import click
 
 @dataclass(frozen=True)
 class Lazy:
-    """Where a command is and what it does: ``dispatcher.cli.MODULE:ATTRIBUTE``."""
+    """Where a command is and what it does: ``dispatcher.cli.commands.MODULE:ATTRIBUTE``."""
 
     module: str
     attribute: str
@@ -23,7 +23,7 @@ class Lazy:
 
     def load(self) -> click.Command:
         """Import the command."""
-        command = getattr(importlib.import_module(f"dispatcher.cli.{self.module}"), self.attribute)
+        command = getattr(importlib.import_module(f"dispatcher.cli.commands.{self.module}"), self.attribute)
         assert isinstance(command, click.Command)
         return command
 

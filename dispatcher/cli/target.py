@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dispatcher import places
-from dispatcher.errors import BadRequest, ConfigError, ManagerUnreachable
+from dispatcher.config import defaults
+from dispatcher.plugin.errors import BadRequest, ConfigError, ManagerUnreachable
 
 ADMIN_PORT = 4443
 SYSTEM_RUN_DIR = Path("/run/dispatcher")
@@ -26,7 +26,7 @@ def manager_url(*, given: str | None, config: Path | None, tls: bool) -> str:
     """
     if given:
         return _normal(given, tls=tls)
-    return f"unix://{_run_dir(config) / places.MANAGER_SOCKET}"
+    return f"unix://{_run_dir(config) / defaults.MANAGER_SOCKET}"
 
 
 def _normal(given: str, *, tls: bool) -> str:
@@ -48,8 +48,8 @@ def _normal(given: str, *, tls: bool) -> str:
 def _run_dir(config: Path | None) -> Path:
     if chosen := _configured(config):
         return chosen
-    own = places.run_dir()
-    if (own / places.MANAGER_SOCKET).exists() or not (SYSTEM_RUN_DIR / places.MANAGER_SOCKET).exists():
+    own = defaults.run_dir()
+    if (own / defaults.MANAGER_SOCKET).exists() or not (SYSTEM_RUN_DIR / defaults.MANAGER_SOCKET).exists():
         _check_owner(own)
         return own
     return SYSTEM_RUN_DIR
@@ -57,7 +57,7 @@ def _run_dir(config: Path | None) -> Path:
 
 def _configured(config: Path | None) -> Path | None:
     """Return ``manager.run_dir`` of the file, read without the models."""
-    path = config or places.config_file()
+    path = config or defaults.config_file()
     if not path.exists():
         if config is not None or os.environ.get("DISPATCHER_CONFIG"):
             raise ConfigError(f"Cannot read {path}", why="there is no such file", fix="check --config")

@@ -10,15 +10,15 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dispatcher import logs
-from dispatcher.config import Config
-from dispatcher.errors import DispatcherError
-from dispatcher.manager.service import Manager
-from dispatcher.plugins import Plugins
+from dispatcher.common import log
+from dispatcher.config.load import Config
+from dispatcher.config.plugins import Plugins
+from dispatcher.manager.app import Manager
+from dispatcher.plugin.errors import DispatcherError
 
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-_log = logs.logger("manager")
+_log = log.logger("manager")
 
 
 def build(config: Config, path: Path | None = None, plugins: Plugins | None = None) -> Manager:
@@ -33,7 +33,7 @@ def run(config: Config, path: Path | None = None) -> int:
     :return: the exit code.
     :raises DispatcherError: it cannot start, and why.
     """
-    logs.configure(config.manager.log_level, config.manager.log_format)
+    log.configure(config.manager.log_level, config.manager.log_format)
     notify = _notifier()
     manager = build(config, path)
     with _signals() as arrived:

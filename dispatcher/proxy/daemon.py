@@ -15,13 +15,12 @@ import socket
 import ssl
 from collections.abc import Callable
 
-from dispatcher import config as configuration
-from dispatcher.accounts import host_accounts
-from dispatcher.clock import boottime
-from dispatcher.config import Config
-from dispatcher.errors import ConfigError, DispatcherError, Unavailable
-from dispatcher.logs import configure, logger
-from dispatcher.paths import Paths
+from dispatcher.common.log import configure, logger
+from dispatcher.config.host_users import host_accounts
+from dispatcher.config.layout import Paths
+from dispatcher.config.load import Config, load
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import ConfigError, DispatcherError, Unavailable
 from dispatcher.proxy import listeners, privileges, startup, tls, workers
 from dispatcher.proxy.workers import PORTAL, WORKER, BackOff, Child
 
@@ -32,7 +31,7 @@ _KILL_GRACE = 10.0  # seconds beyond proxy.drain_timeout until a child that shou
 _log = logger("proxy")
 
 
-def run(config: Config, *, reload: Callable[[], Config] = configuration.load) -> int:
+def run(config: Config, *, reload: Callable[[], Config] = load) -> int:
     """Run the proxy in the foreground until a signal ends it; return the exit code.
 
     :param reload: reads the configuration again, on SIGHUP.
@@ -51,7 +50,7 @@ class Daemon:
     """The parent."""
 
     def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        from dispatcher.proxy.edge.settings import Settings
+        from dispatcher.proxy.edge.routing.settings import Settings
 
         Settings(config)  # a wrong address or URL shows now, before anything is opened
         if config.proxy.admin_listen:
@@ -320,7 +319,7 @@ class Daemon:
         startup.notify("READY=1")
 
     def _take(self, config: Config) -> None:
-        from dispatcher.proxy.edge.settings import Settings
+        from dispatcher.proxy.edge.routing.settings import Settings
 
         Settings(config)
         if Paths.of(config) != self._paths or config.proxy.user != self._config.proxy.user:

@@ -13,10 +13,10 @@ import socket
 import stat
 import time
 
-from dispatcher.errors import ConfigError, Unavailable
-from dispatcher.logs import logger
-from dispatcher.names import printable
-from dispatcher.settings import takes_ipv4
+from dispatcher.common.log import logger
+from dispatcher.plugin.errors import ConfigError, Unavailable
+from dispatcher.plugin.names import printable
+from dispatcher.plugin.options import takes_ipv4
 
 BACKLOG = 4096
 _FIRST_FD = 3

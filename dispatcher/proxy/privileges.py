@@ -6,8 +6,8 @@ import ctypes
 import os
 import resource
 
-from dispatcher.accounts import HostAccounts
-from dispatcher.errors import Unavailable
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.plugin.errors import Unavailable
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38

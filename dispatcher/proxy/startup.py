@@ -7,7 +7,7 @@ import importlib
 import os
 import socket
 
-from dispatcher.errors import Unavailable
+from dispatcher.plugin.errors import Unavailable
 
 _NEEDED = (
     *(f"encodings.{name}" for name in ("ascii", "idna", "latin_1", "punycode", "unicode_escape")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from dispatcher.errors import ConfigError
+from dispatcher.plugin.errors import ConfigError
 
 
 def context(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:

@@ -13,9 +13,9 @@ import socket
 import sys
 from collections.abc import Callable
 
-from dispatcher.clock import boottime
-from dispatcher.errors import Unavailable
-from dispatcher.logs import logger
+from dispatcher.common.log import logger
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import Unavailable
 from dispatcher.proxy import privileges
 
 FIRST_PAUSE = 0.1

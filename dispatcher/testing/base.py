@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from dispatcher.model import Capability, Handle, Network
-from dispatcher.provider import Provider, ProviderContext
+from dispatcher.plugin.model import Capability, Handle, Network
+from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver
 from dispatcher.testing.kit import Agent, Kit, Settings
 

@@ -13,10 +13,20 @@ from typing import TypeVar
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Cancelled, DispatcherError
-from dispatcher.model import AgentSpec, App, BackendState, Capability, Depth, Endpoint, Handle, Observation, Usage
-from dispatcher.provider import Closeable, Progress, Provider, no_progress
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import Cancelled, DispatcherError
+from dispatcher.plugin.model import (
+    AgentSpec,
+    App,
+    BackendState,
+    Capability,
+    Depth,
+    Endpoint,
+    Handle,
+    Observation,
+    Usage,
+)
+from dispatcher.plugin.provider import Closeable, Progress, Provider, no_progress
 
 _T = TypeVar("_T")
 
@@ -224,7 +234,7 @@ class Driver:
         except Exception as error:
             raise AssertionError(
                 f"{method}() let {type(error).__module__}.{type(error).__qualname__} escape ({error}): "
-                "translate it into dispatcher.errors with `raise ... from error`"
+                "translate it into dispatcher.plugin.errors with `raise ... from error`"
             ) from error
         finally:
             took = time.monotonic() - began

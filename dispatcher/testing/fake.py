@@ -23,10 +23,10 @@ from typing import ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, NotFound, ProviderError, SpecConflict, Unavailable
-from dispatcher.hookspecs import hookimpl
-from dispatcher.model import (
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import DeadlineExceeded, NotFound, ProviderError, SpecConflict, Unavailable
+from dispatcher.plugin.hooks import hookimpl
+from dispatcher.plugin.model import (
     AgentSpec,
     App,
     BackendState,
@@ -41,7 +41,7 @@ from dispatcher.model import (
     Observation,
     Usage,
 )
-from dispatcher.provider import Closeable, Progress, Provider, ProviderContext, no_progress
+from dispatcher.plugin.provider import Closeable, Progress, Provider, ProviderContext, no_progress
 from dispatcher.testing.fake_app import FakeApp
 from dispatcher.testing.fake_backend import (
     Container,

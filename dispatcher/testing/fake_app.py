@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dispatcher.model import Endpoint
+from dispatcher.plugin.model import Endpoint
 from dispatcher.testing.probe import Handler
 
 _SECRETS = "/run/secrets"

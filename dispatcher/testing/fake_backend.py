@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dispatcher.clock import Deadline
-from dispatcher.model import Capability
-from dispatcher.provider import Progress
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.model import Capability
+from dispatcher.plugin.provider import Progress
 from dispatcher.testing.fake_app import FakeApp
 
 ALL = frozenset(Capability) - {Capability.OWN_DATA}

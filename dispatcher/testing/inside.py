@@ -7,9 +7,9 @@ import socket
 import time
 from urllib.parse import urlencode
 
-from dispatcher import endpoints
-from dispatcher.errors import DispatcherError
-from dispatcher.model import Endpoint
+from dispatcher.plugin import endpoints
+from dispatcher.plugin.errors import DispatcherError
+from dispatcher.plugin.model import Endpoint
 
 
 class Refused(Exception):

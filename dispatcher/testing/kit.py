@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import pytest
 
-from dispatcher.errors import DispatcherError, NotFound
-from dispatcher.model import AgentSpec, App, BackendState, Handle, Network
-from dispatcher.provider import Provider, ProviderContext
+from dispatcher.plugin.errors import DispatcherError, NotFound
+from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle, Network
+from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.inside import Inside
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dispatcher.model import AgentSpec, App, Handle, Network
+from dispatcher.plugin import AgentSpec, App, Handle, Network
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 PROVIDER = "docker"

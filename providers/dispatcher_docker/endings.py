@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
-from dispatcher.model import Handle, Observation
+from dispatcher.plugin import Deadline, Handle, Observation, ProviderError
 from dispatcher_docker import logs, observing, runs
 from dispatcher_docker.engine import Engine
 

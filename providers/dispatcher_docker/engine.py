@@ -19,8 +19,7 @@ from docker.constants import DEFAULT_DOCKER_API_VERSION
 from docker.tls import TLSConfig
 from docker.types import CancellableStream
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded
+from dispatcher.plugin import Deadline, DeadlineExceeded
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.translate import translated
 from dispatcher_docker.tunnel import Tunnel

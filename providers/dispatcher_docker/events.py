@@ -7,8 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError
+from dispatcher.plugin import Deadline, DispatcherError
 from dispatcher_docker.containers import LABEL
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.observing import unix_time

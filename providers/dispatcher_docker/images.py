@@ -16,10 +16,7 @@ from typing import Any
 
 from docker.types import CancellableStream
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
-from dispatcher.model import App
-from dispatcher.provider import Progress
+from dispatcher.plugin import App, Deadline, DeadlineExceeded, Progress, ProviderError
 from dispatcher_docker.containers import LABEL, image_reference, options_of
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.options import DockerOptions

@@ -6,8 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, ProviderError, Unavailable
+from dispatcher.plugin import Deadline, DispatcherError, ProviderError, Unavailable
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.translate import NoSuchObject, translated
 

@@ -13,9 +13,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
-from dispatcher.provider import ProviderContext
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderContext, ProviderError
 from dispatcher_docker.containers import LABEL, network_name
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.translate import NoSuchObject

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from dispatcher.errors import BadRequest
-from dispatcher.model import BackendState, Endpoint, Handle, Observation
+from dispatcher.plugin import BackendState, BadRequest, Endpoint, Handle, Observation
 from dispatcher_docker.containers import LABEL
 
 STATES = {

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from dispatcher.settings import Duration, Size
+from dispatcher.plugin import Duration, Size
 
 Path_ = Annotated[Path, Field(strict=False)]
 #: Without these root could not even use the agent's data, nor give up its rights.

@@ -9,21 +9,28 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, NotFound, ProviderError, SpecConflict, Unsupported
-from dispatcher.model import (
+from dispatcher.plugin import (
     AgentSpec,
     App,
     BackendState,
     Capability,
+    Closeable,
+    ConfigError,
+    Deadline,
     Depth,
     Finding,
     Handle,
     Isolation,
+    NotFound,
     Observation,
+    Progress,
+    Provider,
+    ProviderContext,
+    ProviderError,
+    SpecConflict,
+    Unsupported,
     Usage,
 )
-from dispatcher.provider import Closeable, Progress, Provider, ProviderContext
 from dispatcher_docker import containers, logs, observing, runs, walls
 from dispatcher_docker.endings import Endings
 from dispatcher_docker.engine import Engine, as_numbers

@@ -11,9 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, DispatcherError, ProviderError
-from dispatcher.provider import Progress
+from dispatcher.plugin import Deadline, DeadlineExceeded, DispatcherError, Progress, ProviderError
 from dispatcher_docker.engine import Client, Engine
 from dispatcher_docker.translate import NameTaken, NoSuchObject
 

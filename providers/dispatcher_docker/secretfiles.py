@@ -14,9 +14,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from dispatcher.errors import BadRequest, ProviderError
-from dispatcher.owned import make_owned, owned
-from dispatcher.provider import ProviderContext
+from dispatcher.plugin import BadRequest, ProviderContext, ProviderError, make_owned, owned
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _TMPFS_MAGIC = {"tmpfs", "ramfs"}

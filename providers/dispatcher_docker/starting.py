@@ -10,10 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import NotFound, ProviderError, Unavailable
-from dispatcher.model import AgentSpec, Handle
-from dispatcher.provider import Progress
+from dispatcher.plugin import AgentSpec, Deadline, Handle, NotFound, Progress, ProviderError, Unavailable
 from dispatcher_docker import containers, observing, runs
 from dispatcher_docker.endings import Endings
 from dispatcher_docker.engine import Engine

@@ -6,9 +6,7 @@ import contextlib
 import os
 from dataclasses import replace
 
-from dispatcher.clock import Deadline
-from dispatcher.model import Endpoint, Handle, Observation
-from dispatcher.provider import ProviderContext
+from dispatcher.plugin import Deadline, Endpoint, Handle, Observation, ProviderContext
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.secretfiles import SecretFiles
 

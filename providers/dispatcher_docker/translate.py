@@ -11,8 +11,15 @@ import docker.errors
 import requests.exceptions
 import urllib3.exceptions
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, DispatcherError, NotFound, ProviderError, StartFailed, Unavailable
+from dispatcher.plugin import (
+    Deadline,
+    DeadlineExceeded,
+    DispatcherError,
+    NotFound,
+    ProviderError,
+    StartFailed,
+    Unavailable,
+)
 
 _MAX_WHY = 600
 

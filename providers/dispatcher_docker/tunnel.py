@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, DeadlineExceeded, Unavailable
+from dispatcher.plugin import ConfigError, Deadline, DeadlineExceeded, Unavailable
 
 _REMOTE_SOCKET = "/var/run/docker.sock"
 _OPTIONS = (

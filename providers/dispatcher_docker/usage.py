@@ -12,9 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline, boottime
-from dispatcher.errors import DispatcherError
-from dispatcher.model import Usage
+from dispatcher.plugin import Deadline, DispatcherError, Usage, boottime
 from dispatcher_docker.engine import Engine
 
 _SIDE_BY_SIDE = 16

@@ -18,10 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
-from dispatcher.model import Handle
-from dispatcher.provider import Progress
+from dispatcher.plugin import Deadline, DeadlineExceeded, Handle, Progress, ProviderError
 from dispatcher_docker.containers import LABEL, volume_name
 from dispatcher_docker.engine import Client, Engine
 from dispatcher_docker.translate import NoSuchObject

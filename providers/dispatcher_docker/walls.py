@@ -7,9 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dispatcher.errors import ConfigError, Unsupported
-from dispatcher.model import App, Capability, Finding, Level, Network
-from dispatcher.provider import ProviderContext
+from dispatcher.plugin import App, Capability, ConfigError, Finding, Level, Network, ProviderContext, Unsupported
 from dispatcher_docker.containers import options_of
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions

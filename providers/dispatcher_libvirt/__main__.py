@@ -14,8 +14,7 @@ from pathlib import Path
 
 import click
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Conflict, DispatcherError, NotFound
+from dispatcher.plugin import Conflict, Deadline, DispatcherError, NotFound
 from dispatcher_libvirt import snapshots
 from dispatcher_libvirt.connection import Backend
 

@@ -17,8 +17,7 @@ from typing import TypeVar
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Unavailable
+from dispatcher.plugin import Deadline, Unavailable
 from dispatcher_libvirt import errors_map, event_loop
 from dispatcher_libvirt.workers import Call, Workers
 
@@ -29,7 +28,7 @@ MOST_CALLS = 64  # under way at once; more than that means that libvirtd has sto
 LOST = 3  # unanswered keep-alive messages after which a connection is given up
 _TICK = 0.4  # seconds between two calls of `tick`
 
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Lane(enum.Enum):

@@ -12,8 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.names import printable
+from dispatcher.plugin import Deadline, printable
 
 NAME = "console.log"
 START = b"dispatcher: the machine starts"

@@ -22,9 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
-from dispatcher.names import printable
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError, printable
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.sandbox import Bind, Result, Tick
 

@@ -8,15 +8,23 @@ from collections.abc import Callable
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Cancelled, Conflict, DeadlineExceeded, DispatcherError, NotFound, ProviderError
-from dispatcher.model import Depth, Handle
-from dispatcher.provider import Progress
+from dispatcher.plugin import (
+    Cancelled,
+    Conflict,
+    Deadline,
+    DeadlineExceeded,
+    Depth,
+    DispatcherError,
+    Handle,
+    NotFound,
+    Progress,
+    ProviderError,
+)
 from dispatcher_libvirt.machines import Found, Machines
 
 FLUSH = 5.0  # seconds for a guest to write its disks, where its app does not say otherwise
 _POLL = 0.1
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 def suspend(machines: Machines, handle: Handle, depth: Depth, deadline: Deadline, progress: Progress) -> None:

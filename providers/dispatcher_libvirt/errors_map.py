@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from dispatcher.errors import Conflict, DeadlineExceeded, DispatcherError, NotFound, ProviderError, Unavailable
+from dispatcher.plugin import Conflict, DeadlineExceeded, DispatcherError, NotFound, ProviderError, Unavailable
 
 #: Codes after which a connection is of no use any more.
 _BROKEN = frozenset(

@@ -13,7 +13,7 @@ import libvirt
 
 _lock = threading.Lock()
 _started = False
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 def start() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dispatcher.model import App, Finding, Level, Network
+from dispatcher.plugin import App, Finding, Level, Network
 from dispatcher_libvirt.options import Options, options_of, unsupported_network
 from dispatcher_libvirt.plan import Host
 

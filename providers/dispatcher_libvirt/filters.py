@@ -12,8 +12,7 @@ from collections.abc import Iterator
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_libvirt import errors_map, network
 from dispatcher_libvirt.connection import Backend, Lane
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_libvirt import errors_map, kvm, sandbox
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.options import Options

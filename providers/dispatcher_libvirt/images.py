@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.options import AppOptions
 

@@ -13,9 +13,7 @@ from typing import Any, TypeVar
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
-from dispatcher.model import Usage
+from dispatcher.plugin import Deadline, ProviderError, Usage
 from dispatcher_libvirt import domain_xml, errors_map, network
 from dispatcher_libvirt.connection import Backend, Lane, Tick
 from dispatcher_libvirt.domain import Label

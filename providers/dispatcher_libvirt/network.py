@@ -17,8 +17,7 @@ from pathlib import Path
 import psutil
 from lxml import etree
 
-from dispatcher.clock import boottime
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import ProviderError, boottime
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds for which a port that was given out is not given out again

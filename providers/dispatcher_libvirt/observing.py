@@ -6,7 +6,7 @@ import time
 
 import libvirt
 
-from dispatcher.model import BackendState, Endpoint, Observation
+from dispatcher.plugin import BackendState, Endpoint, Observation
 from dispatcher_libvirt import console, plan
 from dispatcher_libvirt.machines import Found
 

@@ -9,11 +9,21 @@ from urllib.parse import parse_qs, urlsplit
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from dispatcher.errors import BadRequest, ConfigError
-from dispatcher.model import AgentSpec, App, Network
-from dispatcher.names import printable
-from dispatcher.settings import AbsolutePath, Duration, PortRange, Size, Table, check_environment
-from dispatcher.settings import Argument as Text
+from dispatcher.plugin import (
+    AbsolutePath,
+    AgentSpec,
+    App,
+    BadRequest,
+    ConfigError,
+    Duration,
+    Network,
+    PortRange,
+    Size,
+    Table,
+    check_environment,
+    printable,
+)
+from dispatcher.plugin import Argument as Text
 from dispatcher_libvirt import extra_xml
 
 MIB = 1024**2

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.errors import ConfigError, Unsupported
-from dispatcher.model import AgentSpec, Handle
+from dispatcher.plugin import AgentSpec, ConfigError, Handle, Unsupported
 from dispatcher_libvirt import domain
 from dispatcher_libvirt.domain import Boot, Disk, Label, LibvirtNetwork, Machine, Owner, UserNetwork, Vsock
 from dispatcher_libvirt.network import mac_address

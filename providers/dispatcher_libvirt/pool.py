@@ -22,10 +22,17 @@ from typing import TypeVar
 import libvirt
 from lxml import etree
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, NotFound, ProviderError
-from dispatcher.model import AgentSpec, App, Handle
-from dispatcher.provider import Progress, ProviderContext
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    Deadline,
+    DispatcherError,
+    Handle,
+    NotFound,
+    Progress,
+    ProviderContext,
+    ProviderError,
+)
 from dispatcher_libvirt import plan, seed, streams, transfer
 from dispatcher_libvirt.connection import Backend, Lane, Tick
 from dispatcher_libvirt.disks import Disks
@@ -37,7 +44,7 @@ _T = TypeVar("_T")
 _ROOT = re.compile(r"root-([0-9a-f]{12})\.qcow2")
 _DATA = re.compile(r"data-(\d+)\.raw")
 _CLEANING = 30.0
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class PoolStorage:

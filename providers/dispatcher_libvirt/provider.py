@@ -11,22 +11,30 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, Conflict, DispatcherError, NotFound, ProviderError
-from dispatcher.model import (
+from dispatcher.plugin import (
     AgentSpec,
     App,
     BackendState,
     Capability,
+    Closeable,
+    ConfigError,
+    Conflict,
+    Deadline,
     Depth,
+    DispatcherError,
     Finding,
     Handle,
     Isolation,
     Level,
+    NotFound,
     Observation,
+    Progress,
+    Provider,
+    ProviderContext,
+    ProviderError,
     Usage,
+    no_progress,
 )
-from dispatcher.provider import Closeable, Progress, Provider, ProviderContext, no_progress
 from dispatcher_libvirt import console, ending, errors_map, explaining, host, observing, options, plan
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.filters import Filters

@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 
 SEARCH = os.pathsep.join(["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
 CODE, PYTHON = "/code", "/python"

@@ -22,10 +22,7 @@ from pathlib import Path
 
 import pycdlib
 
-from dispatcher import names
-from dispatcher.errors import ConfigError, ProviderError
-from dispatcher.model import AgentSpec
-from dispatcher.owned import make_owned
+from dispatcher.plugin import AgentSpec, ConfigError, ProviderError, make_owned, names
 from dispatcher_libvirt import domain_xml
 from dispatcher_libvirt.options import environment, fill, options_of, secret_name
 

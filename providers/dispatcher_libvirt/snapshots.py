@@ -10,7 +10,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.errors import NotFound
+from dispatcher.plugin import NotFound
 from dispatcher_libvirt.disks import BOOTED, DATA, SNAPSHOTS
 
 _NAME = re.compile(r"data-([0-9a-f]{12})\.raw")

@@ -10,10 +10,21 @@ import time
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Conflict, DeadlineExceeded, DispatcherError, NotFound, ProviderError, SpecConflict
-from dispatcher.model import AgentSpec, App, BackendState, Handle
-from dispatcher.provider import Progress, ProviderContext
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    BackendState,
+    Conflict,
+    Deadline,
+    DeadlineExceeded,
+    DispatcherError,
+    Handle,
+    NotFound,
+    Progress,
+    ProviderContext,
+    ProviderError,
+    SpecConflict,
+)
 from dispatcher_libvirt import domain_xml, errors_map, observing, plan, seed
 from dispatcher_libvirt.filters import Filters
 from dispatcher_libvirt.images import Reader
@@ -27,7 +38,7 @@ _PORT_TRIES = 8
 _CLEANING = 20.0  # seconds for undoing a start that failed, whatever its own deadline said
 _SET_CLOCK = 5.0
 
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Starter:

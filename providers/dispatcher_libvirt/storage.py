@@ -13,16 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, ProviderError
-from dispatcher.model import AgentSpec, App, Handle
-from dispatcher.provider import Progress, ProviderContext
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    Deadline,
+    DispatcherError,
+    Handle,
+    Progress,
+    ProviderContext,
+    ProviderError,
+)
 from dispatcher_libvirt import console, images, plan, seed, transfer
 from dispatcher_libvirt.disks import BOOTED, Disks, User
 from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
 
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 @dataclass

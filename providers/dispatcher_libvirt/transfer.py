@@ -9,10 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import NotFound, ProviderError
-from dispatcher.names import printable
-from dispatcher.provider import Progress
+from dispatcher.plugin import Deadline, NotFound, Progress, ProviderError, printable
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.disks import IMAGE, Disks, User
 from dispatcher_libvirt.options import MIB

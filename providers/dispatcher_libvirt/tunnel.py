@@ -16,14 +16,12 @@ import threading
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
-from dispatcher.clock import Deadline, boottime
-from dispatcher.errors import DeadlineExceeded, Unavailable
-from dispatcher.model import Endpoint, Handle, Observation
+from dispatcher.plugin import Deadline, DeadlineExceeded, Endpoint, Handle, Observation, Unavailable, boottime
 from dispatcher_libvirt import sandbox
 
 _PATIENCE = 15.0
 _LOOK = 5.0  # seconds between two looks at whether the connection is up
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Tunnels:

@@ -9,15 +9,14 @@ from collections.abc import Callable
 
 import libvirt
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError
+from dispatcher.plugin import Deadline, DispatcherError
 from dispatcher_libvirt.connection import Backend, Link
 
 _RETRY = 1.0  # seconds between two tries to connect
 _CONNECT = 10.0
 _LOOK = 5.0  # seconds between two looks at the connection, besides its own word that it was closed
 
-_log = logging.getLogger("dispatcher.provider.libvirt")
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Watch:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from dispatcher.hookspecs import hookimpl
+from dispatcher.plugin import hookimpl
 
 if TYPE_CHECKING:
-    from dispatcher.provider import Provider
+    from dispatcher.plugin import Provider
 
 
 @hookimpl

@@ -17,9 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, ProviderError
-from dispatcher.model import AgentSpec, Network
+from dispatcher.plugin import AgentSpec, Deadline, DispatcherError, Network, ProviderError
 from dispatcher_subprocess import launch, network, processes, procfs, pumping, sandbox, seccomp
 from dispatcher_subprocess.cgroups import Group, join
 from dispatcher_subprocess.machine import Machine

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dispatcher.model import Limits, Usage
+from dispatcher.plugin import Limits, Usage
 from dispatcher_subprocess import procfs
 
 _WANTED = ("memory", "cpu", "pids")

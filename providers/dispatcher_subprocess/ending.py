@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 from dispatcher_subprocess import launch, processes
 from dispatcher_subprocess.attempt import clear_run_dir
 from dispatcher_subprocess.cgroups import Cgroups, Group

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dispatcher.model import App, Capability, Finding, Level, Network
+from dispatcher.plugin import App, Capability, Finding, Level, Network
 from dispatcher_subprocess.machine import Machine
 from dispatcher_subprocess.options import endpoint_kind
 

@@ -15,8 +15,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.record import Process
 

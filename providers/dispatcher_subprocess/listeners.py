@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable
 
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import ProviderError
 from dispatcher_subprocess import procfs
 
 NOT_YET = "it does not listen yet"

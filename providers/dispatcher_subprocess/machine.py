@@ -7,8 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass, field
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError, Unavailable
+from dispatcher.plugin import Deadline, ProviderError, Unavailable
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Cgroups, discover
 from dispatcher_subprocess.options import Options

@@ -18,9 +18,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_interface, ip_network
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError, DeadlineExceeded, ProviderError, Unsupported
-from dispatcher.model import App, Network
+from dispatcher.plugin import App, ConfigError, Deadline, DeadlineExceeded, Network, ProviderError, Unsupported
 from dispatcher_subprocess import launch, procfs
 from dispatcher_subprocess.machine import Machine, which
 from dispatcher_subprocess.record import Process

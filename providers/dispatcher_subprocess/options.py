@@ -10,10 +10,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from dispatcher.errors import ConfigError
-from dispatcher.model import AgentSpec, App
-from dispatcher.settings import AbsolutePath, PortRange, Size, Table, Variable, check_environment
-from dispatcher.settings import Argument as Text
+from dispatcher.plugin import (
+    AbsolutePath,
+    AgentSpec,
+    App,
+    ConfigError,
+    PortRange,
+    Size,
+    Table,
+    Variable,
+    check_environment,
+)
+from dispatcher.plugin import Argument as Text
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.clock import Deadline
+from dispatcher.plugin import Deadline
 
 FILE = "output.log"
 MAX_LINE = 65536

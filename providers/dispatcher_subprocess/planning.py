@@ -7,11 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.clock import boottime
-from dispatcher.errors import ConfigError
-from dispatcher.model import AgentSpec, App, Endpoint
-from dispatcher.names import printable
-from dispatcher.provider import ProviderContext
+from dispatcher.plugin import AgentSpec, App, ConfigError, Endpoint, ProviderContext, boottime, printable
 from dispatcher_subprocess import network, sandbox, visible
 from dispatcher_subprocess.listeners import Ports
 from dispatcher_subprocess.machine import Machine

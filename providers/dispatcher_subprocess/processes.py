@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from dispatcher.model import Usage
+from dispatcher.plugin import Usage
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Group
 from dispatcher_subprocess.machine import which

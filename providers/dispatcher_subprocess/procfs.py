@@ -12,7 +12,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from dispatcher import clock
+from dispatcher.plugin import deadline
 
 _DEAD = frozenset("ZXx")
 
@@ -41,7 +41,7 @@ class Stat:
 @functools.cache
 def boot_id() -> str:
     """Return the kernel's id of this boot; it does not change while a process lives."""
-    return clock.boot_id()
+    return deadline.boot_id()
 
 
 def read(path: str) -> bytes | None:

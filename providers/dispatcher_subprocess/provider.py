@@ -16,22 +16,29 @@ from typing import ClassVar
 
 from pydantic import BaseModel
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DispatcherError, NotFound, ProviderError, SpecConflict
-from dispatcher.model import (
+from dispatcher.plugin import (
+    API_VERSION,
     AgentSpec,
     App,
     BackendState,
     Capability,
+    Closeable,
+    Deadline,
     Depth,
+    DispatcherError,
     Endpoint,
     Finding,
     Handle,
     Isolation,
+    NotFound,
     Observation,
+    Progress,
+    Provider,
+    ProviderContext,
+    ProviderError,
+    SpecConflict,
     Usage,
 )
-from dispatcher.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext
 from dispatcher_subprocess import explain, output, processes, procfs
 from dispatcher_subprocess.attempt import Attempt
 from dispatcher_subprocess.ending import Ending, gone

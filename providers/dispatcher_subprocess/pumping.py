@@ -17,7 +17,7 @@ import sys
 import threading
 from pathlib import Path
 
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import ProviderError
 from dispatcher_subprocess import pump
 
 _TIMEOUT = 10.0  # seconds; the pump answers within a millisecond unless the machine is overwhelmed

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError, Unavailable
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError, Unavailable
 
 VERSION = 1
 SUFFIX = ".agent"

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dispatcher.model import AgentSpec, Network
-from dispatcher.names import slug
+from dispatcher.plugin import AgentSpec, Network, slug
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.options import AppOptions
 from dispatcher_subprocess.visible import SYSTEM, below

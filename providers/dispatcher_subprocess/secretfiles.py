@@ -12,8 +12,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from dispatcher.errors import ProviderError
-from dispatcher.owned import make_owned, owned
+from dispatcher.plugin import ProviderError, make_owned, owned
 
 _MEMORY = Path("/dev/shm")  # noqa: S108  what lies below it is owned, and checked to be
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

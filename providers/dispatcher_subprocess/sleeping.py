@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 from dispatcher_subprocess import processes
 from dispatcher_subprocess.cgroups import Cgroups, Group
 from dispatcher_subprocess.record import Journals, Process, Record

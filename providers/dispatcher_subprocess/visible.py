@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import dispatcher
-from dispatcher.errors import ProviderError
+from dispatcher.plugin import ProviderError
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 _SHEBANG = 256  # bytes, as much as the kernel reads

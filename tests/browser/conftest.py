@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-from tests.installation import PASSWORD, Installation
+from tests.support.installation import PASSWORD, Installation
 
 #: Other tests run beside these on few cores.
 expect.set_options(timeout=15_000)
@@ -73,7 +73,7 @@ class Site(Installation):
 
     def data(self, name: str) -> Path:
         """The directory of an agent's data."""
-        from dispatcher import names
+        from dispatcher.plugin import names
 
         return self.base / "state/agents" / names.key(name) / "data"
 

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import ROOT, until_the_kernel_is_idle
-from tests.docker_tools import docker
-from tests.installation import until
+from tests.support.docker_tools import docker
+from tests.support.installation import until
 
 pytestmark = [pytest.mark.browser, pytest.mark.docker, pytest.mark.root, pytest.mark.slow]
 

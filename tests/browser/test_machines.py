@@ -7,8 +7,8 @@ import json
 import pytest
 from playwright.sync_api import expect
 
-from tests import vm
-from tests.installation import until
+from tests.support import vm
+from tests.support.installation import until
 
 pytestmark = [
     pytest.mark.browser,

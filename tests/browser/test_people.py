@@ -8,7 +8,7 @@ import time
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.installation import PASSWORD
+from tests.support.installation import PASSWORD
 
 pytestmark = pytest.mark.browser
 

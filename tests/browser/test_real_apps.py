@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from tests.browser.conftest import example, until_the_kernel_is_idle
-from tests.installation import until
+from tests.support.installation import until
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
-from dispatcher import names
-from tests.installation import PASSWORD
+from dispatcher.plugin import names
+from tests.support.installation import PASSWORD
 
 pytestmark = pytest.mark.browser
 

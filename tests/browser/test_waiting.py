@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import expect
 
 import dispatcher
-from tests.installation import until
+from tests.support.installation import until
 
 pytestmark = pytest.mark.browser
 

@@ -13,8 +13,8 @@ from contextlib import suppress
 
 import pytest
 
-from tests.cases_site import Site, app, frame
-from tests.installation import PASSWORD, until
+from tests.support.cases_site import Site, app, frame
+from tests.support.installation import PASSWORD, until
 
 pytestmark = pytest.mark.bubblewrap
 HTML = {"Accept": "text/html", "Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}

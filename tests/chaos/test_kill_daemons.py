@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.installation import Installation, until
+from tests.support.installation import Installation, until
 
 NAMES = [f"user{number}" for number in range(5)]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dispatcher.model import Network
+from dispatcher.plugin.model import Network
 from dispatcher.testing import ProviderContract
 from dispatcher.testing.checks.concurrency import ConcurrencyChecks
 from dispatcher.testing.checks.isolation import IsolationChecks
@@ -11,7 +11,7 @@ from dispatcher.testing.checks.lifecycle import LifecycleChecks
 from dispatcher.testing.checks.promises import PromiseChecks
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.provider import DockerProvider
-from tests.docker_tools import Relay, docker, images, leftovers
+from tests.support.docker_tools import Relay, docker, images, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 

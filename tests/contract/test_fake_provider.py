@@ -2,7 +2,7 @@
 
 import pytest
 
-from dispatcher.model import Capability
+from dispatcher.plugin.model import Capability
 from dispatcher.testing.fake_backend import ALL
 from tests.kit.fake_contract import FakeContract
 

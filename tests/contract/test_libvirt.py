@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.testing import ProviderContract
-from tests import vm
+from tests.support import vm
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 

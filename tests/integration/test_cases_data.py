@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from tests.cases_site import Site, app, frame, head_of
-from tests.installation import until
+from tests.support.cases_site import Site, app, frame, head_of
+from tests.support.installation import until
 
 pytestmark = [pytest.mark.bubblewrap, pytest.mark.xdist_group("cases")]
 SIZE = 300_000_000

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import ordinary
+from tests.support import ordinary
 from tests.conftest import ROOT
-from tests.installation import until
+from tests.support.installation import until
 
 PROGRAM = [sys.executable, "-m", "dispatcher"]
 pytestmark = pytest.mark.xdist_group("demo")  # two demos at once would race for port 8080
@@ -259,12 +259,12 @@ BREAKS = {
     ),
     "its manager": (
         "manager",
-        "from dispatcher.manager.service import Manager\nManager._listen = lambda _: sys.exit(7)\n",
+        "from dispatcher.manager.app import Manager\nManager._listen = lambda _: sys.exit(7)\n",
         "The manager ended with exit code 7",
     ),
     "its manager, later": (
         "manager",
-        "import os\nfrom dispatcher.manager.service import Manager\nfrom dispatcher.manager.passwords import Hasher\n"
+        "import os\nfrom dispatcher.manager.app import Manager\nfrom dispatcher.manager.auth.passwords import Hasher\n"
         "real = Manager._listen\n"
         "def listen(self):\n    real(self)\n    Hasher.hash = lambda *_: (self.supervisor.close(), os._exit(7))\n"
         "Manager._listen = listen\n",

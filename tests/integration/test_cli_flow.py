@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from tests.installation import PASSWORD, Installation
-from tests.terminal import on_a_terminal
+from tests.support.installation import PASSWORD, Installation
+from tests.support.terminal import on_a_terminal
 
 
 @pytest.fixture(scope="module")

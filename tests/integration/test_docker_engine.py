@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from dispatcher.errors import DeadlineExceeded, ProviderError, Unavailable
-from dispatcher.model import BackendState, Limits
+from dispatcher.plugin.errors import DeadlineExceeded, ProviderError, Unavailable
+from dispatcher.plugin.model import BackendState, Limits
 from dispatcher.testing.kit import eventually
-from tests.docker_tools import DockerWorld, PrivateEngine, docker, images
+from tests.support.docker_tools import DockerWorld, PrivateEngine, docker, images
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.slow]
 
@@ -297,7 +297,7 @@ def test_over_tls_from_the_environment_as_docker_does(far, authority, monkeypatc
     world = DockerWorld()
     try:
         provider = DockerProvider(context=world.context, options=DockerOptions())
-        from dispatcher.clock import Deadline
+        from dispatcher.plugin.deadline import Deadline
 
         provider.check(deadline=Deadline(10))
         assert [one.what for one in provider.explain(None) if far.address in one.what]
@@ -333,7 +333,7 @@ def test_a_far_engine_is_used_by_port_with_volumes_and_statistics(far, authority
     world.host = far.url
     try:
         provider = world.driver.provider
-        from dispatcher.model import Capability
+        from dispatcher.plugin.model import Capability
 
         assert Capability.OWN_DATA in provider.capabilities
         assert Capability.NETWORK_NONE not in provider.capabilities
@@ -360,9 +360,9 @@ def test_a_far_engine_is_used_by_port_with_volumes_and_statistics(far, authority
 
 
 def test_what_a_far_engine_cannot_do_is_refused_with_the_reason(far, authority):
-    from dispatcher.errors import ConfigError, Unsupported
-    from dispatcher.model import Network
-    from tests.docker_tools import PORTED
+    from dispatcher.plugin.errors import ConfigError, Unsupported
+    from dispatcher.plugin.model import Network
+    from tests.support.docker_tools import PORTED
 
     world = DockerWorld(far.address, data="bind", **tls(authority))
     world.host = far.url

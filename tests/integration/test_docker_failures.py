@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from dispatcher.errors import ConfigError, NotFound, ProviderError, StartFailed
-from dispatcher.model import BackendState, Limits, Network
+from dispatcher.plugin.errors import ConfigError, NotFound, ProviderError, StartFailed
+from dispatcher.plugin.model import BackendState, Limits, Network
 from dispatcher.testing.kit import eventually
-from tests.docker_tools import DockerWorld, docker, images, inspect, leftovers
+from tests.support.docker_tools import DockerWorld, docker, images, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from dispatcher.errors import Cancelled, DeadlineExceeded, ProviderError
+from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, ProviderError
 from dispatcher.testing.driver import Steps, cancel
 from dispatcher.testing.kit import eventually
-from tests.docker_registry import Registry
-from tests.docker_tools import PROBE, DockerWorld, docker, forget_images, images
+from tests.support.docker_registry import Registry
+from tests.support.docker_tools import PROBE, DockerWorld, docker, forget_images, images
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 COMMAND = {"command": ["/bin/sleep", "1000"]}

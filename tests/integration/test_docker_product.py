@@ -11,8 +11,8 @@ from urllib.parse import quote
 import pytest
 
 from dispatcher.testing import PROBE
-from tests.docker_tools import ROOT, docker, images, leftovers, remove_all
-from tests.installation import Installation, until
+from tests.support.docker_tools import ROOT, docker, images, leftovers, remove_all
+from tests.support.installation import Installation, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
 
@@ -96,7 +96,7 @@ def test_files_by_a_port_as_the_example_says(site):
     site.add("alice")
     cookie = site.login("alice")
     until("it runs", lambda: site.admin("GET", "/agents/alice/state").json()["state"] == "running", 30)
-    from dispatcher import names
+    from dispatcher.plugin import names
 
     data = site.base / "state/agents" / names.key("alice") / "data"
     (data / "hello.txt").write_text("hello\n")

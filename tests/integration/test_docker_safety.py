@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from dispatcher.errors import ConfigError
-from dispatcher.model import Network
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.model import Network
 from dispatcher.testing.inside import Refused
-from tests.docker_tools import PORTED, DockerWorld, docker, images, inspect, leftovers
+from tests.support.docker_tools import PORTED, DockerWorld, docker, images, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 

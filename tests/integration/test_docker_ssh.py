@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.errors import ConfigError, Unavailable
-from dispatcher.model import BackendState, Network
+from dispatcher.plugin.errors import ConfigError, Unavailable
+from dispatcher.plugin.model import BackendState, Network
 from dispatcher.testing.kit import eventually
-from tests.docker_tools import PORTED, DockerWorld, docker, images
+from tests.support.docker_tools import PORTED, DockerWorld, docker, images
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.slow]
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-from tests.edge_harness import (
+from tests.support.edge_harness import (
     COOKIE,
     Connection,
     Edge,
@@ -152,7 +152,7 @@ def test_a_client_that_is_gone_before_it_is_answered():
 
 
 def test_a_new_connection_of_a_session_that_ends():
-    from tests.edge_harness import TOKEN
+    from tests.support.edge_harness import TOKEN
 
     def script(connection: Connection) -> None:
         connection.head()

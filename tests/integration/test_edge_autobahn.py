@@ -16,8 +16,8 @@ import pytest
 from kosoku import FailureError, run_fuzzingclient
 from websockets.asyncio.server import serve
 
-from tests.edge_feed import agent_row
-from tests.edge_harness import COOKIE, Edge, eventually
+from tests.support.edge_feed import agent_row
+from tests.support.edge_harness import COOKIE, Edge, eventually
 
 # Of the limits messages of 64 KiB, of the compression each way to negotiate it with the smallest messages.
 CASES = [

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from tests.edge_daemon import ROOT, Daemon, free_port, status, user_ids
-from tests.edge_harness import COOKIE, TOKEN, Connection, Reader, eventually, read_all
+from tests.support.edge_daemon import ROOT, Daemon, free_port, status, user_ids
+from tests.support.edge_harness import COOKIE, TOKEN, Connection, Reader, eventually, read_all
 
 HOST = b"Host: app.test\r\n"
 GET = b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n"
@@ -280,7 +280,7 @@ def test_socket_activation():
 def _command(daemon: Daemon) -> list[str]:
     import sys
 
-    from tests.edge_daemon import MAIN
+    from tests.support.edge_daemon import MAIN
 
     return [sys.executable, "-c", MAIN, str(daemon.dir / "config.json")]
 

@@ -6,8 +6,8 @@ import socket
 import threading
 import time
 
-from tests.edge_feed import agent_row
-from tests.edge_harness import COOKIE, Agent, Connection, Edge, Reader, echo, eventually, saying
+from tests.support.edge_feed import agent_row
+from tests.support.edge_harness import COOKIE, Agent, Connection, Edge, Reader, echo, eventually, saying
 
 HOST = b"Host: app.test\r\n"
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all, saying
+from tests.support.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all, saying
 
 HOST = b"Host: app.test\r\n"
 

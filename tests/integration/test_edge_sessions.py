@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from tests.edge_feed import agent_row, session_row
-from tests.edge_harness import (
+from tests.support.edge_feed import agent_row, session_row
+from tests.support.edge_harness import (
     BOB,
     COOKIE,
     TOKEN,
@@ -371,17 +371,17 @@ def test_expiry_is_applied_without_the_manager():
 
 
 def test_a_feed_of_another_version_is_no_feed():
-    from dispatcher import feed_protocol
+    from dispatcher.feed import protocol
 
-    before = feed_protocol.VERSION
+    before = protocol.VERSION
     with Edge() as edge:
         edge.feed.stop()
         try:
-            feed_protocol.VERSION = 2
+            protocol.VERSION = 2
             edge.feed.start()
             time.sleep(0.3)
         finally:
-            feed_protocol.VERSION = before
+            protocol.VERSION = before
         assert edge.get().status == 200, "what was known is still served"
 
 

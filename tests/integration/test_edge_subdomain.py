@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.edge_feed import agent_row, session_row
-from tests.edge_harness import BOB, TOKEN, Agent, Edge, echo, eventually, saying
+from tests.support.edge_feed import agent_row, session_row
+from tests.support.edge_harness import BOB, TOKEN, Agent, Edge, echo, eventually, saying
 
 PARENT = "token-of-parent-0123456789abcdefghijklmnop"
 
@@ -34,7 +34,7 @@ def edge():
 
 
 def get(edge: Edge, host: str, token: str = TOKEN, *lines: bytes, path: str = "/", method: str = "GET"):
-    from tests.edge_harness import read_answer
+    from tests.support.edge_harness import read_answer
 
     head = (
         f"{method} {path} HTTP/1.1\r\nHost: {host}\r\n".encode()

@@ -13,8 +13,18 @@ import websockets
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import serve
 
-from tests.edge_feed import agent_row
-from tests.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, descriptors, eventually, read_all, saying
+from tests.support.edge_feed import agent_row
+from tests.support.edge_harness import (
+    COOKIE,
+    TOKEN,
+    Connection,
+    Edge,
+    Reader,
+    descriptors,
+    eventually,
+    read_all,
+    saying,
+)
 
 HOST = b"Host: app.test\r\n"
 UPGRADE = (

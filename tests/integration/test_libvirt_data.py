@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Cancelled, DeadlineExceeded, DispatcherError, ProviderError
-from dispatcher.manager.trees import differences, manifest
-from dispatcher.model import Limits
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, ProviderError
+from dispatcher.manager.files.safe_tree import differences, manifest
+from dispatcher.plugin.model import Limits
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.sandbox import Bind
-from tests import ordinary, vm
-from tests.vm_world import World, quiet
+from tests.support import ordinary
+from tests.support import vm
+from tests.support.vm_world import World, quiet
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.bubblewrap]
 
@@ -279,7 +280,7 @@ def test_an_ordinary_user_reads_disks_in_a_user_namespace():
         "import os, sys\n"
         f"sys.path[:0] = {[str(vm.ROOT), str(vm.ROOT / 'providers')]!r}\n"
         "from pathlib import Path\n"
-        "from dispatcher.clock import Deadline\n"
+        "from dispatcher.plugin.deadline import Deadline\n"
         "from dispatcher_libvirt import transfer\n"
         "from dispatcher_libvirt.disks import Disks\n"
         "quiet = lambda *a, **k: None\n"

@@ -10,13 +10,13 @@ import time
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import NotFound, ProviderError
-from dispatcher.model import BackendState, Level
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import NotFound, ProviderError
+from dispatcher.plugin.model import BackendState, Level
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
-from tests import vm
-from tests.vm_world import World, quiet
+from tests.support import vm
+from tests.support.vm_world import World, quiet
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 

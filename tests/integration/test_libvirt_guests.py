@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import websockets
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import Conflict, ProviderError
-from dispatcher.model import BackendState, Capability, Depth, Limits, Network
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import Conflict, ProviderError
+from dispatcher.plugin.model import BackendState, Capability, Depth, Limits, Network
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
-from tests import vm
-from tests.vm_world import World, get, quiet
+from tests.support import vm
+from tests.support.vm_world import World, get, quiet
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 

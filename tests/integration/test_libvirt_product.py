@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher import names
-from tests import vm
-from tests.installation import Installation, until
+from dispatcher.plugin import names
+from tests.support import vm
+from tests.support.installation import Installation, until
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError, Unavailable
-from dispatcher.manager.trees import differences, manifest
-from dispatcher.model import BackendState, Capability, Depth, Limits
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import ProviderError, Unavailable
+from dispatcher.manager.files.safe_tree import differences, manifest
+from dispatcher.plugin.model import BackendState, Capability, Depth, Limits
 from dispatcher.testing.inside import Inside
 from dispatcher_libvirt import tunnel
-from tests import vm
-from tests.vm_world import World, quiet
+from tests.support import vm
+from tests.support.vm_world import World, quiet
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 

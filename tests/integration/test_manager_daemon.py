@@ -11,10 +11,10 @@ import time
 
 import pytest
 
-from dispatcher.client import ManagerClient
-from dispatcher.errors import Conflict, Forbidden, ManagerUnreachable
-from tests.installation import PASSWORD, Installation, until
-from tests.manager_process import Worker
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.plugin.errors import Conflict, Forbidden, ManagerUnreachable
+from tests.support.installation import PASSWORD, Installation, until
+from tests.support.manager_process import Worker
 
 ADDRESS = "192.0.2.1"
 
@@ -43,8 +43,8 @@ def pid_of(place, name):
     """The app's own process id, asked through its endpoint."""
     import http.client as http
 
-    from dispatcher.endpoints import connect
-    from dispatcher.model import Endpoint
+    from dispatcher.plugin.endpoints import connect
+    from dispatcher.plugin.model import Endpoint
 
     with_endpoint = client(place)
     endpoint = with_endpoint.runtime(name)["endpoint"]

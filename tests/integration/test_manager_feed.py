@@ -10,14 +10,15 @@ import time
 
 import pytest
 
-from dispatcher import names
-from dispatcher.feed_protocol import encode
-from dispatcher.manager import feed, feed_worker
-from dispatcher.manager.auth_store import SessionRow
-from dispatcher.manager.lifecycle import Desired, State
-from dispatcher.manager.views import AgentView
-from tests.installation import until
-from tests.manager_process import Worker, client_of, manager_in
+from dispatcher.plugin import names
+from dispatcher.feed.protocol import encode
+from dispatcher.manager.feed import server
+from dispatcher.manager.feed import worker as feed_worker
+from dispatcher.manager.storage.auth import SessionRow
+from dispatcher.manager.agents.lifecycle import Desired, State
+from dispatcher.manager.agents.views import AgentView
+from tests.support.installation import until
+from tests.support.manager_process import Worker, client_of, manager_in
 
 ADDRESS = "192.0.2.1"
 
@@ -238,7 +239,7 @@ def test_nonsense_ends_the_connection_and_only_it(manager, worker, data):
 
 
 def test_who_says_nothing_is_let_go(manager, monkeypatch):
-    monkeypatch.setattr(feed, "HELLO_TIMEOUT", 0.2)
+    monkeypatch.setattr(server, "HELLO_TIMEOUT", 0.2)
     silent = Worker(manager.paths.feed_socket, hello=False)
     assert silent.read()["type"] == "hello"
     assert silent.read() is None
@@ -272,7 +273,7 @@ def test_a_worker_that_does_not_read_is_dropped_and_holds_nobody_up(manager, wor
 
 
 def test_pings_come_while_nothing_happens(short_tmp, monkeypatch):
-    monkeypatch.setattr(feed.protocol, "PING_INTERVAL", 0.1)
+    monkeypatch.setattr(server.protocol, "PING_INTERVAL", 0.1)
     with manager_in(short_tmp, monkeypatch) as manager:
         worker = Worker(manager.paths.feed_socket)
         worker.snapshot()

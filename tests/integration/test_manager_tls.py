@@ -15,12 +15,12 @@ import time
 
 import pytest
 
-from dispatcher.client import ManagerClient
-from dispatcher.errors import BadRequest, ConfigError, ManagerUnreachable, Unauthorized
-from dispatcher.manager import wsgi_server
-from tests.certificates import Authority
-from tests.installation import until
-from tests.manager_process import client_of, manager_in
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.plugin.errors import BadRequest, ConfigError, ManagerUnreachable, Unauthorized
+from dispatcher.manager.rest import server
+from tests.support.certificates import Authority
+from tests.support.installation import until
+from tests.support.manager_process import client_of, manager_in
 
 TOKEN = "a-token-of-enough-length-to-be-one"
 
@@ -296,7 +296,7 @@ def encrypted(port):
 
 @pytest.mark.parametrize("stage", ["handshake", "head", "body"])
 def test_strangers_that_send_byte_by_byte_hold_no_thread_for_ever(short_tmp, monkeypatch, tokens, stage):
-    monkeypatch.setattr(wsgi_server, "PATIENCE", 1.0)
+    monkeypatch.setattr(server, "PATIENCE", 1.0)
     tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens), "threads": 2}}
     with manager_in(short_tmp, monkeypatch, **tables) as manager:
         port = int(url(manager).rpartition(":")[2])
@@ -334,7 +334,7 @@ def test_strangers_that_send_byte_by_byte_hold_no_thread_for_ever(short_tmp, mon
 
 
 def test_who_has_shown_a_credential_may_take_longer(short_tmp, monkeypatch, tokens):
-    monkeypatch.setattr(wsgi_server, "PATIENCE", 0.5)
+    monkeypatch.setattr(server, "PATIENCE", 0.5)
     tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens)}}
     with manager_in(short_tmp, monkeypatch, **tables) as manager:
         connection = encrypted(int(url(manager).rpartition(":")[2]))
@@ -348,7 +348,7 @@ def test_who_has_shown_a_credential_may_take_longer(short_tmp, monkeypatch, toke
 
 
 def test_one_address_does_not_take_all_connections(short_tmp, monkeypatch, tokens):
-    monkeypatch.setattr(wsgi_server, "MAX_OF_ADDRESS", 3)
+    monkeypatch.setattr(server, "MAX_OF_ADDRESS", 3)
     tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens)}}
     with manager_in(short_tmp, monkeypatch, **tables) as manager:
         port = int(url(manager).rpartition(":")[2])
@@ -403,8 +403,8 @@ def test_settings_that_cannot_be_are_named_and_nothing_is_left(short_tmp, monkey
 
 
 def test_reload_takes_new_certificates_and_tokens(signed, authority, tokens, monkeypatch):
-    from dispatcher.config import Config
-    from dispatcher.manager import service
+    from dispatcher.config.load import Config
+    from dispatcher.manager import app
 
     before = remote(signed, ca_file=authority.path, token=TOKEN)
     assert before.agents() == {"agents": []}
@@ -412,7 +412,7 @@ def test_reload_takes_new_certificates_and_tokens(signed, authority, tokens, mon
     tokens.write_text("another-token-of-enough-length\n")
     manager = signed.config.manager.model_copy(update={"tls_cert": certificate, "tls_key": key, "threads": 30})
     new = signed.config.model_copy(update={"manager": manager})
-    monkeypatch.setattr(service, "load", lambda _path: new)
+    monkeypatch.setattr(app, "load", lambda _path: new)
     changed = signed.reload()
     assert any("certificate" in sentence for sentence in changed)
     assert any("manager.threads" in sentence and "restart" in sentence for sentence in changed)
@@ -427,10 +427,10 @@ def test_reload_takes_new_certificates_and_tokens(signed, authority, tokens, mon
 
 
 def test_a_reload_that_fails_changes_nothing(signed, authority, tokens, monkeypatch):
-    from dispatcher.manager import service
+    from dispatcher.manager import app
 
     tokens.write_text("short\n")
-    monkeypatch.setattr(service, "load", lambda _path: signed.config)
+    monkeypatch.setattr(app, "load", lambda _path: signed.config)
     with client_of(signed) as admin, pytest.raises(BadRequest) as caught:
         admin.reload()
     assert "too short" in caught.value.why or "too short" in caught.value.what
@@ -440,12 +440,12 @@ def test_a_reload_that_fails_changes_nothing(signed, authority, tokens, monkeypa
 
 
 def test_the_fingerprint_is_logged(short_tmp, monkeypatch, tokens, capsys):
-    from dispatcher import logs
+    from dispatcher.common import log
 
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:
-        logs.configure("info", "json")
+        log.configure("info", "json")
         with manager_in(
             short_tmp, monkeypatch, manager={"listen": ["127.0.0.1:0"], "token_file": str(tokens)}
         ) as m:
@@ -460,7 +460,7 @@ def test_the_fingerprint_is_logged(short_tmp, monkeypatch, tokens, capsys):
 
 
 def test_connections_that_are_too_many_are_closed(short_tmp, monkeypatch):
-    monkeypatch.setattr(wsgi_server, "MAX_CONNECTIONS", 5)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 5)
     with manager_in(short_tmp, monkeypatch) as manager:
         idle = []
         for _ in range(8):

@@ -12,12 +12,12 @@ import time
 
 import pytest
 
-from dispatcher import errors
-from dispatcher.client import ManagerClient
-from dispatcher.errors import BadRequest, Conflict, Forbidden, ManagerUnreachable, NotFound
-from dispatcher.manager import wsgi_server
-from tests.installation import UnixConnection, until
-from tests.manager_process import client_of, manager_in
+from dispatcher.plugin import errors
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.plugin.errors import BadRequest, Conflict, Forbidden, ManagerUnreachable, NotFound
+from dispatcher.manager.rest import server as wsgi_server
+from tests.support.installation import UnixConnection, until
+from tests.support.manager_process import client_of, manager_in
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.installation import until
+from tests.support.installation import until
 
 PACKAGING = ROOT / "packaging"
 PYTHON = "/usr/bin/python3"  # what a plain Debian has, and what every user may run

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from dispatcher_subprocess import seccomp
 
-from dispatcher.errors import ConfigError
-from dispatcher.model import Network
-from tests.subprocess_world import PYTHON, World, eventually, lines, observe, status
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.model import Network
+from tests.support.subprocess_world import PYTHON, World, eventually, lines, observe, status
 
 pytestmark = [pytest.mark.root, pytest.mark.bubblewrap]
 

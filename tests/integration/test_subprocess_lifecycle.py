@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from dispatcher_subprocess import processes
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import NotFound, ProviderError
-from dispatcher.model import BackendState, Depth
-from dispatcher.provider import no_progress
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import NotFound, ProviderError
+from dispatcher.plugin.model import BackendState, Depth
+from dispatcher.plugin.provider import no_progress
 from dispatcher.testing.kit import processes_of
-from tests.subprocess_world import (
+from tests.support.subprocess_world import (
     PROBE_COMMAND,
     PYTHON,
     ROOT,
@@ -59,7 +59,7 @@ def sandboxes():
 MANAGER = textwrap.dedent(
     """
     import json, os, signal, sys
-    from tests.subprocess_world import World, PROBE_COMMAND
+    from tests.support.subprocess_world import World, PROBE_COMMAND
     from dispatcher_subprocess.attempt import Attempt
 
     base, options, dies_at = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]

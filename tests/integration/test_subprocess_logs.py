@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.clock import Deadline
-from tests.subprocess_world import PYTHON, World, destroy, eventually, lines, shell, stop
+from dispatcher.plugin.deadline import Deadline
+from tests.support.subprocess_world import PYTHON, World, destroy, eventually, lines, shell, stop
 
 ROOTED = Path(__file__).parent.parent.parent
 WRITER = textwrap.dedent(
@@ -51,8 +51,8 @@ def writer(world, agent="alice", **changes):
 
 def say(spec, text):
     """Tell the writer what to do; it answers although its output may be stuck."""
-    from dispatcher.endpoints import connect
-    from dispatcher.model import Endpoint
+    from dispatcher.plugin.endpoints import connect
+    from dispatcher.plugin.model import Endpoint
 
     with connect(Endpoint.unix(spec.socket), None, 5) as sock:
         sock.sendall(text.encode())
@@ -88,7 +88,7 @@ def size(spec):
 def test_output_stays_bounded_while_the_manager_is_down(world):
     program = (
         "import os, sys\n"
-        "from tests.subprocess_world import World\n"
+        "from tests.support.subprocess_world import World\n"
         "from tests.integration.test_subprocess_logs import writer, eventually\n"
         "world = World(sys.argv[2], base=sys.argv[1], log_size=65536, log_files=3)\n"
         "provider = world.provider()\n"

@@ -16,11 +16,11 @@ import pytest
 from dispatcher_subprocess import explain
 from dispatcher_subprocess.machine import Machine
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ConfigError
-from dispatcher.model import BackendState, Capability, Network
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.model import BackendState, Capability, Network
 from dispatcher.testing import PROBE
-from tests.subprocess_world import PYTHON, World, destroy, eventually, observe
+from tests.support.subprocess_world import PYTHON, World, destroy, eventually, observe
 
 TCP = [PYTHON, "-S", str(PROBE), "--tcp", "127.0.0.1:{port}"]
 HERE = Path(__file__).parent.parent.parent
@@ -130,9 +130,9 @@ SERVE = textwrap.dedent(
 INSIDE = textwrap.dedent(
     """
     import json, socket, sys, threading
-    from dispatcher.model import Network
+    from dispatcher.plugin.model import Network
     from tests.integration.test_subprocess_network import ASK, TCP
-    from tests.subprocess_world import PYTHON, World, destroy, observe
+    from tests.support.subprocess_world import PYTHON, World, destroy, observe
 
     carrier, kind = sys.argv[1:3]
     servers = [socket.create_server(("0.0.0.0", 8000))]

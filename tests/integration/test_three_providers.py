@@ -20,11 +20,11 @@ from urllib.parse import quote
 
 import pytest
 
-from dispatcher import names
+from dispatcher.plugin import names
 from dispatcher.testing import PROBE
-from tests.docker_tools import images as docker_images
-from tests.installation import Installation, UnixConnection, request, until
-from tests.vm import app_options
+from tests.support.docker_tools import images as docker_images
+from tests.support.installation import Installation, UnixConnection, request, until
+from tests.support.vm import app_options
 
 pytestmark = [
     pytest.mark.docker,

@@ -9,11 +9,11 @@ import ssl
 
 import pytest
 
-from dispatcher.addresses import network
-from dispatcher.proxy.edge.handshakes import Handshakes
-from dispatcher.proxy.edge.redirect import Redirect
-from tests.certificates import Authority
-from tests.edge_harness import Edge, eventually
+from dispatcher.common.ip_limits import network
+from dispatcher.proxy.edge.net.handshakes import Handshakes
+from dispatcher.proxy.edge.net.redirect import Redirect
+from tests.support.certificates import Authority
+from tests.support.edge_harness import Edge, eventually
 
 
 @pytest.mark.parametrize(

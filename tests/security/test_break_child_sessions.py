@@ -10,11 +10,11 @@ import json
 
 import pytest
 
-from dispatcher import names
-from dispatcher.manager import feed_frames
-from dispatcher.manager.sessions import digest
-from tests.manager_parts import Parts
-from tests.portal_manager import Browser, Manager, Program, make
+from dispatcher.plugin import names
+from dispatcher.manager.feed import frames
+from dispatcher.manager.auth.sessions import digest
+from tests.support.manager_parts import Parts
+from tests.support.portal_manager import Browser, Manager, Program, make
 
 APPS = {"demo": {"subprocess": {"command": ["x"]}}, "lab": {"subprocess": {"command": ["x"]}}}
 PORTAL = "https://apps.example"
@@ -59,7 +59,7 @@ def test_it_learns_of_no_other_agent_and_no_other_session(parts, child) -> None:
     assert [row["name"] for row in parts.post("/sessions/agents", sha256=child).json["agents"]] == ["alice"]
     assert parts.post("/sessions/lookup", sha256=child).json["agents"] == ["alice"]
     assert parts.post("/sessions/list", sha256=child).status_code == 403
-    row = feed_frames.session_row(parts.sessions.require(child), ["alice", "alice:lab"], 1.0)
+    row = frames.session_row(parts.sessions.require(child), ["alice", "alice:lab"], 1.0)
     assert row["agents"] == ["alice"]
 
 

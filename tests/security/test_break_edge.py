@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.proxy.edge.connection import Connection
-from dispatcher.proxy.edge.response import Policy, parse_response
-from tests.edge_harness import COOKIE, Edge, eventually
+from dispatcher.proxy.edge.net.connection import Connection
+from dispatcher.proxy.edge.http.response import Policy, parse_response
+from tests.support.edge_harness import COOKIE, Edge, eventually
 
 GUARDED = Policy(b"/auth/")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.portal_manager import Browser, Manager, Program, make
+from tests.support.portal_manager import Browser, Manager, Program, make
 
 
 class Knowing(Manager):

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.cli.daemons import _reload_proxy
-from dispatcher.cli.pair import proxy_pid
-from tests import ordinary
+from dispatcher.cli.commands.daemons import _reload_proxy
+from dispatcher.cli.serve import proxy_pid
+from tests.support import ordinary
 
 VICTIM, THIEF = 61001, 61002
 PROGRAM = """
 import sys
-from dispatcher.client import ManagerClient
-from dispatcher.errors import ManagerUnreachable
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.plugin.errors import ManagerUnreachable
 try:
     ManagerClient("unix://" + sys.argv[1], timeout=5).login("alice", "a secret of alice", "192.0.2.1")
 except ManagerUnreachable as error:
@@ -29,7 +29,7 @@ except ManagerUnreachable as error:
 """
 FEED = """
 import asyncio, sys
-from dispatcher.proxy.edge.feed import Feed
+from dispatcher.proxy.edge.feed_client import Feed
 async def main():
     feed = Feed(sys.argv[1], lambda message: None, lambda: None, lambda: None)
     feed.open()
@@ -142,7 +142,7 @@ def secret_files(kind: str, memory: Path, monkeypatch):
             f"dispatcher-0a1b2c3d-{os.geteuid()}",
         )
     import dispatcher_docker.secretfiles as docker_files
-    from dispatcher.provider import ProviderContext
+    from dispatcher.plugin.provider import ProviderContext
 
     context = ProviderContext(
         installation="0a1b2c3d", state_dir=memory, run_dir=memory, proxy_gid=VICTIM, privileged=True

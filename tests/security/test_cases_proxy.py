@@ -12,8 +12,8 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from tests.cases_site import Site, app, ended, frame, head_of, status_of
-from tests.installation import PASSWORD, until
+from tests.support.cases_site import Site, app, ended, frame, head_of, status_of
+from tests.support.installation import PASSWORD, until
 
 pytestmark = [pytest.mark.bubblewrap, pytest.mark.xdist_group("cases")]
 HTML = {"Accept": "text/html", "Sec_Fetch_Mode": "navigate"}

@@ -7,10 +7,10 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from dispatcher import names
-from tests.cases_site import Site, head_of
-from tests.installation import until
-from tests.portal_manager import Browser, make
+from dispatcher.plugin import names
+from tests.support.cases_site import Site, head_of
+from tests.support.installation import until
+from tests.support.portal_manager import Browser, make
 
 pytestmark = [pytest.mark.bubblewrap, pytest.mark.xdist_group("cases")]
 HTML = {

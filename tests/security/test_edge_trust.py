@@ -12,9 +12,9 @@ import time
 import psutil
 import pytest
 
-from tests.edge_feed import agent_row
-from tests.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all, saying
-from tests.unit.test_edge_http import BAD_ANSWERS, OWN_COOKIES, REFUSED
+from tests.support.edge_feed import agent_row
+from tests.support.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all, saying
+from tests.unit.proxy.edge.http.test_http import BAD_ANSWERS, OWN_COOKIES, REFUSED
 
 HOST = b"Host: app.test\r\n"
 GET = b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.manager.endpoint_space import FILES, SIZE, EndpointSpace
-from dispatcher.model import Level
-from tests.installation import Installation, UnixConnection, request, until
+from dispatcher.manager.files.socket_tmpfs import FILES, SIZE, EndpointSpace
+from dispatcher.plugin.model import Level
+from tests.support.installation import Installation, UnixConnection, request, until
 
 pytestmark = [pytest.mark.root, pytest.mark.bubblewrap]
 
@@ -194,7 +194,7 @@ def test_an_ordinary_user_is_told_what_is_not_bounded(site) -> None:
 @pytest.mark.parametrize("apps", [PROBED], ids=["probe"])
 def test_a_container_fills_no_more(site) -> None:
     """The engine shows it a directory of the same small file system."""
-    from tests.docker_tools import images
+    from tests.support.docker_tools import images
 
     images()
     site.start("manager")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.installation import PASSWORD, Installation
+from tests.support.installation import PASSWORD, Installation
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from contextlib import suppress
 
 import pytest
 
-from dispatcher.client import ManagerClient
-from dispatcher.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests
-from tests.installation import PASSWORD, Installation, UnixConnection
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests
+from tests.support.installation import PASSWORD, Installation, UnixConnection
 
 ADDRESS = "192.0.2.1"
 
@@ -265,7 +265,7 @@ def test_one_user_cannot_act_on_anothers_agent_or_session(site, proxy):
 
 
 def site_label(site, agent):
-    from dispatcher import names
+    from dispatcher.plugin import names
 
     return names.key(agent)
 

@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from tests.portal_manager import Browser, Manager, Program, make
+from tests.support.portal_manager import Browser, Manager, Program, make
 
 PORTAL = "https://apps.example"
 HOST = "https://alice-2bd806c97f0e.apps.example"

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from dispatcher.proxy.edge.settings import COLLECTED, PORTAL_BODY, SMALL_BODY
-from tests.cases_site import Site
-from tests.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all
+from dispatcher.proxy.edge.routing.settings import COLLECTED, PORTAL_BODY, SMALL_BODY
+from tests.support.cases_site import Site
+from tests.support.edge_harness import COOKIE, TOKEN, Connection, Edge, Reader, eventually, read_all
 
 SENDERS = 40
 PLACES = 16
@@ -123,7 +123,7 @@ def test_the_end_of_a_session_does_not_break_a_form_that_is_on_its_way(edge) -> 
 
 
 def test_incomplete_bodies_take_bounded_memory_and_small_ones_still_pass(edge, monkeypatch) -> None:
-    monkeypatch.setattr("dispatcher.proxy.edge.collecting.COLLECTED", 4 * PORTAL_BODY)
+    monkeypatch.setattr("dispatcher.proxy.edge.net.body_buffer.COLLECTED", 4 * PORTAL_BODY)
     assert COLLECTED >= 4 * PORTAL_BODY
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(edge.connect()) for _ in range(8)]

@@ -7,8 +7,8 @@ import re
 import pytest
 from markupsafe import escape
 
-from dispatcher.errors import ManagerUnreachable, NotFound
-from tests.portal_manager import HTML, Browser, Manager, Program, agent, digest, make
+from dispatcher.plugin.errors import ManagerUnreachable, NotFound
+from tests.support.portal_manager import HTML, Browser, Manager, Program, agent, digest, make
 
 EVIL = [
     "//evil.example",

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from tests.cases_site import Site
-from tests.edge_harness import TOKEN, Edge
-from tests.installation import request
+from tests.support.cases_site import Site
+from tests.support.edge_harness import TOKEN, Edge
+from tests.support.installation import request
 
 WORKERS = 4
 

@@ -5,7 +5,7 @@ import io
 import pytest
 
 from dispatcher.cli import main
-from tests.fake_manager import FakeManager
+from tests.support.fake_manager import FakeManager
 
 
 @pytest.fixture

@@ -16,19 +16,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dispatcher.clock import boottime
-from dispatcher.logs import logger
+from dispatcher.common.log import logger
+from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy import memory, privileges
-from dispatcher.proxy.edge.accept import Listener
-from dispatcher.proxy.edge.access import AccessLog
-from dispatcher.proxy.edge.handshakes import Handshakes
-from dispatcher.proxy.edge.redirect import Redirect
-from dispatcher.proxy.edge.settings import Settings
+from dispatcher.proxy.edge.net.access_log import AccessLog
+from dispatcher.proxy.edge.net.handshakes import Handshakes
+from dispatcher.proxy.edge.net.listener import Listener
+from dispatcher.proxy.edge.net.redirect import Redirect
+from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
 
 if TYPE_CHECKING:
-    from dispatcher.config import Config
-    from dispatcher.paths import Paths
+    from dispatcher.config.layout import Paths
+    from dispatcher.config.load import Config
 
 READY = b"R"
 DRAIN = b"D"

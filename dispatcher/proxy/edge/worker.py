@@ -9,24 +9,24 @@ import time
 from email.utils import formatdate
 from typing import Any
 
-from dispatcher import feed_protocol
-from dispatcher.clock import boottime
-from dispatcher.errors import DispatcherError
-from dispatcher.logs import logger
-from dispatcher.proxy.edge import router
-from dispatcher.proxy.edge.access import AccessLog
-from dispatcher.proxy.edge.activity import Traffic
-from dispatcher.proxy.edge.client import Client
-from dispatcher.proxy.edge.connect import open_upstream
-from dispatcher.proxy.edge.connection import WAIT, Connection
-from dispatcher.proxy.edge.events import EventStreams
-from dispatcher.proxy.edge.exchange import Exchange
-from dispatcher.proxy.edge.feed import Feed
-from dispatcher.proxy.edge.forwarded import usable_request_id
-from dispatcher.proxy.edge.registry import Registry
-from dispatcher.proxy.edge.request import Request
-from dispatcher.proxy.edge.settings import IDLE_UPSTREAM, LOOKUP_TIMEOUT, Settings
-from dispatcher.proxy.edge.tables import Agent, Changes, Session, Tables
+from dispatcher.common.log import logger
+from dispatcher.feed import protocol
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import DispatcherError
+from dispatcher.proxy.edge.feed_client import Feed
+from dispatcher.proxy.edge.http.forwarded import usable_request_id
+from dispatcher.proxy.edge.http.request import Request
+from dispatcher.proxy.edge.net.access_log import AccessLog
+from dispatcher.proxy.edge.net.client import Client
+from dispatcher.proxy.edge.net.connect import open_upstream
+from dispatcher.proxy.edge.net.connection import WAIT, Connection
+from dispatcher.proxy.edge.net.events import EventStreams
+from dispatcher.proxy.edge.net.exchange import Exchange
+from dispatcher.proxy.edge.net.registry import Registry
+from dispatcher.proxy.edge.routing import router
+from dispatcher.proxy.edge.routing.activity import Traffic
+from dispatcher.proxy.edge.routing.settings import IDLE_UPSTREAM, LOOKUP_TIMEOUT, Settings
+from dispatcher.proxy.edge.routing.table import Agent, Changes, Session, Tables
 
 _MAX_LOOKUPS = 1000  # under way at a time
 _MAX_NEGATIVE = 10_000
@@ -82,7 +82,7 @@ class Worker(Registry):
         self._date()
         self.feed.check()
         self.end_expired(now)
-        if now - self._reported >= feed_protocol.ACTIVITY_INTERVAL:
+        if now - self._reported >= protocol.ACTIVITY_INTERVAL:
             self.report()
         if int(now) % 5 == 0:
             self._tired(now)
@@ -165,17 +165,13 @@ class Worker(Registry):
 
     def wake(self, agent: Agent) -> None:
         """Ask the manager to wake an agent; often is as good as once."""
-        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send(
-            {"type": feed_protocol.WAKE, "agent": agent.name}
-        ):
+        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.WAKE, "agent": agent.name}):
             agent.woken = self.now
             self.counters.wakes += 1
 
     def report_dead(self, agent: Agent) -> None:
         """Tell the manager that nobody listens at the agent's endpoint."""
-        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send(
-            {"type": feed_protocol.DEAD, "agent": agent.name}
-        ):
+        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.DEAD, "agent": agent.name}):
             agent.woken = self.now
 
     def look_up(self, client: Exchange, digest: bytes) -> bool:
@@ -184,9 +180,7 @@ class Worker(Registry):
         if waiting is None:
             if self._negative.get(digest, 0.0) > self.now or len(self._lookups) >= _MAX_LOOKUPS:
                 return False
-            if not self.feed.complete or not self.feed.send(
-                {"type": feed_protocol.LOOKUP, "sha256": digest.hex()}
-            ):
+            if not self.feed.complete or not self.feed.send({"type": protocol.LOOKUP, "sha256": digest.hex()}):
                 return False
             waiting = self._lookups[digest] = []
             self.later(LOOKUP_TIMEOUT, lambda: self._looked_up(digest))
@@ -213,15 +207,15 @@ class Worker(Registry):
                 agent.traffic = Traffic()
         self._changed(changes)
         kind = message["type"]
-        if kind in {feed_protocol.CHANGE, feed_protocol.SNAPSHOT}:
+        if kind in {protocol.CHANGE, protocol.SNAPSHOT}:
             for row in message.get("sessions", ()) if self._negative or self._lookups else ():
                 digest = bytes.fromhex(row["sha256"])
                 self._negative.pop(digest, None)
                 if digest in self._lookups:
                     self._looked_up(digest)
-        elif kind == feed_protocol.SYNC:
-            self.feed.send({"type": feed_protocol.SYNCED, "number": message["number"]})
-        elif kind == feed_protocol.SESSION:
+        elif kind == protocol.SYNC:
+            self.feed.send({"type": protocol.SYNCED, "number": message["number"]})
+        elif kind == protocol.SESSION:
             digest = bytes.fromhex(message["sha256"])
             if not message.get("session") and len(self._negative) < _MAX_NEGATIVE:
                 self._negative[digest] = self.now + _NEGATIVE
@@ -265,8 +259,8 @@ class Worker(Registry):
             session.used = False
         if agents or used:
             sessions = [session.digest.hex() for session in used if not session.gone]
-            self.feed.send({"type": feed_protocol.ACTIVITY, "agents": agents, "sessions": sessions})
-        self.feed.send({"type": feed_protocol.COUNTERS, "values": self.counters.values(self)})
+            self.feed.send({"type": protocol.ACTIVITY, "agents": agents, "sessions": sessions})
+        self.feed.send({"type": protocol.COUNTERS, "values": self.counters.values(self)})
 
     def count(self, client: Connection, agent: Agent | None, status: int) -> None:
         """Count an exchange that has ended, and log it if that is wanted."""

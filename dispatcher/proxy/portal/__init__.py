@@ -6,7 +6,7 @@ import socket
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dispatcher.config import Config
+    from dispatcher.config.load import Config
 
 
 def serve(config: Config, sock: socket.socket) -> None:

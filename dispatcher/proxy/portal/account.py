@@ -7,7 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.errors import BadRequest, Forbidden, NotFound, TooManyRequests, Unsupported
+from dispatcher.plugin.errors import BadRequest, Forbidden, NotFound, TooManyRequests, Unsupported
 from dispatcher.proxy.portal import content, context, sign_in, words
 
 pages = Blueprint("account", __name__)

@@ -6,8 +6,8 @@ from typing import Any
 
 from flask import Blueprint, Response
 
-from dispatcher import names
-from dispatcher.errors import BadRequest
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import BadRequest
 from dispatcher.proxy.portal import content, context, targets, words
 
 pages = Blueprint("agents", __name__)

@@ -13,8 +13,8 @@ from dispatcher.proxy.portal import account, agents, content, context, handover,
 from dispatcher.proxy.portal.assets import SHIPPED, TEMPLATES
 
 if TYPE_CHECKING:
-    from dispatcher.client import ManagerClient
-    from dispatcher.config import Config
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.load import Config
 
 MAX_BODY = 64 * 1024  # bytes; the longest form holds two passwords and a target
 

@@ -13,8 +13,8 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, make_response, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from dispatcher.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
-from dispatcher.names import printable
+from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
+from dispatcher.plugin.names import printable
 from dispatcher.proxy.portal import context, words
 
 _log = logging.getLogger("dispatcher.portal")

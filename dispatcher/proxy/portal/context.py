@@ -16,13 +16,13 @@ from urllib.parse import urlencode
 
 from flask import Response, current_app, g, request
 
-from dispatcher.errors import DispatcherError, Forbidden, NotFound
+from dispatcher.plugin.errors import DispatcherError, Forbidden, NotFound
 from dispatcher.proxy import cookies
 from dispatcher.proxy.portal import forms, targets
 
 if TYPE_CHECKING:
-    from dispatcher.client import ManagerClient
-    from dispatcher.config import Config
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.load import Config
     from dispatcher.proxy.portal.assets import Assets
 
 EXTENSION = "dispatcher-portal"

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from flask import Blueprint, Response, request
 
-from dispatcher.errors import BadRequest, DispatcherError, Forbidden, NotFound
+from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound
 from dispatcher.proxy.portal import content, context, forms, targets
 
 pages = Blueprint("handover", __name__)

@@ -7,9 +7,9 @@ import socket
 
 import waitress
 
-from dispatcher.client import ManagerClient
-from dispatcher.config import Config
-from dispatcher.paths import Paths
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.config.layout import Paths
+from dispatcher.config.load import Config
 from dispatcher.proxy import memory
 from dispatcher.proxy.portal import context
 from dispatcher.proxy.portal.app import MAX_BODY, create_app

@@ -8,7 +8,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.errors import BadRequest, DeadlineExceeded, DispatcherError, Forbidden, TooManyRequests
+from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, Forbidden, TooManyRequests
 from dispatcher.proxy.portal import content, context, handover, targets, words
 
 pages = Blueprint("sign_in", __name__)

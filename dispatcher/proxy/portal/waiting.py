@@ -12,7 +12,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.errors import StartFailed, Unavailable
+from dispatcher.plugin.errors import StartFailed, Unavailable
 from dispatcher.proxy.portal import content, context, targets, words
 
 pages = Blueprint("waiting", __name__)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.errors import SpecConflict
-from dispatcher.model import BackendState, Capability, Handle
+from dispatcher.plugin.errors import SpecConflict
+from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dispatcher.errors import DispatcherError, NotFound, Unsupported
-from dispatcher.model import BackendState, Capability, Depth
+from dispatcher.plugin.errors import DispatcherError, NotFound, Unsupported
+from dispatcher.plugin.model import BackendState, Capability, Depth
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, eventually

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-from dispatcher.errors import Cancelled, DeadlineExceeded, DispatcherError, NotFound
-from dispatcher.model import BackendState, Capability
+from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, NotFound
+from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Agent, Kit

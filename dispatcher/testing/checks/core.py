@@ -11,11 +11,19 @@ from typing import Any
 
 import pytest
 
-from dispatcher import config, hookspecs, names
-from dispatcher.errors import ConfigError, DispatcherError, NotFound, PluginError, ProviderError, Unavailable
-from dispatcher.model import App, BackendState, Capability, Finding, Handle, Isolation
-from dispatcher.plugins import Plugins
-from dispatcher.provider import Provider
+from dispatcher.config.load import parse
+from dispatcher.config.plugins import Plugins
+from dispatcher.plugin import hooks, names
+from dispatcher.plugin.errors import (
+    ConfigError,
+    DispatcherError,
+    NotFound,
+    PluginError,
+    ProviderError,
+    Unavailable,
+)
+from dispatcher.plugin.model import App, BackendState, Capability, Finding, Handle, Isolation
+from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Kit
@@ -255,7 +263,7 @@ def _succeeds(method: str, call: Any) -> None:
 
 def _load(cls: type[Provider]) -> Plugins:
     plugins = Plugins(())
-    hook = hookspecs.hookimpl(lambda: [cls])
+    hook = hooks.hookimpl(lambda: [cls])
     plugins.register(
         cls.name if isinstance(getattr(cls, "name", None), str) else "nameless",
         SimpleNamespace(dispatcher_register_providers=hook),
@@ -270,7 +278,7 @@ def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_op
     path = f"apps.kit.{name}" if table == "app" else f"providers.{name}"
     (tables["apps"]["kit"][name] if table == "app" else tables["providers"][name])[key] = value
     try:
-        parsed = config.parse(tables)
+        parsed = parse(tables)
         if table == "app":
             parsed.template("kit", plugins)
         else:

@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import pytest
 
-from dispatcher.errors import DispatcherError, ProviderError, Unavailable
-from dispatcher.model import BackendState, Capability
+from dispatcher.plugin.errors import DispatcherError, ProviderError, Unavailable
+from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract, needs_backend
 from dispatcher.testing.driver import Driver, Steps, expect
 from dispatcher.testing.kit import Agent, Kit, eventually

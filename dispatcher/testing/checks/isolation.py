@@ -9,8 +9,8 @@ import re
 import socket
 import stat
 
-from dispatcher.model import Capability, Isolation, Level
-from dispatcher.provider import Provider
+from dispatcher.plugin.model import Capability, Isolation, Level
+from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.inside import Refused

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from dispatcher.errors import DispatcherError
+from dispatcher.plugin.errors import DispatcherError
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Kit, eventually, processes_of

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from dispatcher.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
-from dispatcher.model import BackendState, Capability
+from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
+from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Agent, Kit, eventually

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dispatcher.errors import DispatcherError, StartFailed, Unsupported
-from dispatcher.model import BackendState, Capability, Level, Limits, Network
+from dispatcher.plugin.errors import DispatcherError, StartFailed, Unsupported
+from dispatcher.plugin.model import BackendState, Capability, Level, Limits, Network
 from dispatcher.testing.base import Contract
 from dispatcher.testing.checks.capability import unsupported
 from dispatcher.testing.driver import Driver, expect

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.model import Capability
+from dispatcher.plugin.model import Capability
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, files_holding, holding

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.manager_world import World
+from tests.support.manager_world import World
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import pytest
 
-from dispatcher.errors import BadRequest
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import Capability
+from dispatcher.plugin.errors import BadRequest
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import gone, kinds, reach, running, until
+from tests.support.manager_world import gone, kinds, reach, running, until
 
 
 # --- death

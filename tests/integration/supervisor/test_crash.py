@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import Capability
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import Crash, World, cut_off, end, gone, reach, running, until
+from tests.support.manager_world import Crash, World, cut_off, end, gone, reach, running, until
 
 
 @pytest.fixture
@@ -268,7 +268,7 @@ def test_an_agent_whose_wish_was_not_carried_out_gets_it_from_the_next_manager(w
     old = world.supervisor()
     running(old)
     cut_off(old)
-    from dispatcher.manager.database import Database
+    from dispatcher.manager.storage.database import Database
 
     database = Database(f"sqlite:///{world.directory}/state/dispatcher.db")
     import sqlalchemy as sa

@@ -4,10 +4,10 @@ import time
 
 import pytest
 
-from dispatcher.errors import Unavailable
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import BackendState
-from tests.manager_world import end, reach, running, until
+from dispatcher.plugin.errors import Unavailable
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import BackendState
+from tests.support.manager_world import end, reach, running, until
 
 
 # --- disks, databases, clocks

@@ -6,12 +6,15 @@ import time
 
 import pytest
 
-from dispatcher.clock import Deadline
-from dispatcher.errors import ProviderError
-from dispatcher.manager import operations, pool, readiness, reconciler
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import BackendState, Handle, Observation
-from tests.manager_world import end, gone, reach, running, until
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import ProviderError
+from dispatcher.manager.agents import operations
+from dispatcher.manager.backends import pool
+from dispatcher.manager.agents import readiness
+from dispatcher.manager.agents import reconciler
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import BackendState, Handle, Observation
+from tests.support.manager_world import end, gone, reach, running, until
 
 
 @pytest.fixture
@@ -164,7 +167,7 @@ def test_a_list_that_hangs_makes_the_backend_unreachable_and_is_not_asked_twice(
 
 
 def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
-    from dispatcher.manager import supervisor as module
+    from dispatcher.manager.agents import supervisor as module
 
     monkeypatch.setattr(module, "BOOT", 0.2)
     old = world.supervisor()
@@ -181,9 +184,9 @@ def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
 
 
 def test_a_stop_that_fails_is_tried_again_until_it_works(world, monkeypatch):
-    from dispatcher.manager import outcomes
+    from dispatcher.manager.agents import transitions
 
-    monkeypatch.setattr(outcomes, "LONGEST_RETRY", 0.1)
+    monkeypatch.setattr(transitions, "LONGEST_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("stop", error=ProviderError("Device busy"), times=3)
@@ -208,9 +211,9 @@ def test_a_failed_suspension_leaves_the_agent_served(world):
 
 
 def test_a_removal_that_fails_is_tried_again(world, monkeypatch):
-    from dispatcher.manager import outcomes
+    from dispatcher.manager.agents import transitions
 
-    monkeypatch.setattr(outcomes, "LONGEST_RETRY", 0.1)
+    monkeypatch.setattr(transitions, "LONGEST_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("destroy", error=ValueError("broken"), times=2)
@@ -234,7 +237,7 @@ def test_a_failed_start_leaves_nothing_running(world):
 
 
 def test_a_provider_that_cancels_by_itself_is_told_to_be_wrong(world):
-    from dispatcher.errors import Cancelled
+    from dispatcher.plugin.errors import Cancelled
 
     world.app(max_restarts=0)
     supervisor = world.supervisor()
@@ -279,11 +282,12 @@ def test_the_guard_checks_capabilities_that_are_nonsense(world):
 
 @pytest.mark.parametrize("method", ["logs", "check"])
 def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, monkeypatch):
-    from dispatcher.errors import DeadlineExceeded
-    from dispatcher.manager import inspection, tail
+    from dispatcher.plugin.errors import DeadlineExceeded
+    from dispatcher.manager.agents import queries
+    from dispatcher.manager.backends import logs
 
-    monkeypatch.setattr(tail, "ANSWER", 0.1)
-    monkeypatch.setattr(inspection, "CHECK", 0.1)
+    monkeypatch.setattr(logs, "ANSWER", 0.1)
+    monkeypatch.setattr(queries, "CHECK", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject(method, hang=True)
@@ -298,7 +302,7 @@ def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, mon
 
 
 def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkeypatch):
-    from dispatcher.manager import supervisor as module
+    from dispatcher.manager.agents import supervisor as module
 
     monkeypatch.setattr(module, "CLOSE", 0.2)
     supervisor = world.supervisor()

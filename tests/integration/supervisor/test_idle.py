@@ -5,13 +5,13 @@ import time
 
 import pytest
 
-from dispatcher.errors import Conflict
-from dispatcher.manager import idle
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import Capability
-from dispatcher.names import backend_name
+from dispatcher.plugin.errors import Conflict
+from dispatcher.manager.agents import idle
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import Capability
+from dispatcher.plugin.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import end, gone, reach, running, until
+from tests.support.manager_world import end, gone, reach, running, until
 
 
 def last(supervisor, kind, name="alice"):

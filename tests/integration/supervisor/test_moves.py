@@ -4,14 +4,16 @@ import os
 
 import pytest
 
-from dispatcher.errors import Conflict, ProviderError
-from dispatcher.manager import moves, outcomes, trees
-from dispatcher.manager.lifecycle import State
-from dispatcher.manager.trees import differences
-from dispatcher.model import Capability
-from dispatcher.names import backend_name
+from dispatcher.plugin.errors import Conflict, ProviderError
+from dispatcher.manager.agents import migration
+from dispatcher.manager.agents import transitions
+from dispatcher.manager.files import safe_tree
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.files.safe_tree import differences
+from dispatcher.plugin.model import Capability
+from dispatcher.plugin.names import backend_name
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import end, gone, reach, running, until
+from tests.support.manager_world import end, gone, reach, running, until
 
 OWN = ALL | {Capability.OWN_DATA}
 
@@ -32,7 +34,7 @@ def move(world, supervisor, provider, name="alice"):
 
 def manifest(directory):
     """What is there, without the file in which the pretended app notes that it was ended politely."""
-    return {name: item for name, item in trees.manifest(directory).items() if name != "saved"}
+    return {name: item for name, item in safe_tree.manifest(directory).items() if name != "saved"}
 
 
 def fill(directory, uid):
@@ -217,7 +219,7 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
 
 
 def test_a_move_whose_target_is_away_is_tried_again(world, monkeypatch):
-    monkeypatch.setattr(outcomes, "ASK_AGAIN", 0.3)
+    monkeypatch.setattr(transitions, "ASK_AGAIN", 0.3)
     supervisor = world.supervisor()
     running(supervisor)
     (supervisor._data.data_dir("alice") / "note").write_text("mine")
@@ -307,7 +309,7 @@ def test_what_a_guest_made_dangerous_is_harmless_in_the_directory(world):
 
 
 def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
-    from tests.manager_world import Crash
+    from tests.support.manager_world import Crash
 
     old = world.supervisor()
     running(old)
@@ -322,7 +324,7 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
     new.engine.on_step = lambda *_: None
     import dataclasses
 
-    from dispatcher.manager.lifecycle import Pending
+    from dispatcher.manager.agents.lifecycle import Pending
 
     row = new.store.agents()[0]
     new.store.save([dataclasses.replace(row, pending=Pending.RESET, version=row.version + 1)])
@@ -336,4 +338,4 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
 
 
 def test_names_beside_the_data_are_those_of_the_paths():
-    assert moves.SCRATCH != moves.CHECK
+    assert migration.SCRATCH != migration.CHECK

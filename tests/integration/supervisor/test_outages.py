@@ -4,11 +4,11 @@ import time
 
 import pytest
 
-from dispatcher.errors import ConfigError, Unavailable
-from dispatcher.manager.lifecycle import State
-from dispatcher.model import Capability
+from dispatcher.plugin.errors import ConfigError, Unavailable
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.plugin.model import Capability
 from dispatcher.testing.fake_backend import ALL
-from tests.manager_world import end, reach, running, until
+from tests.support.manager_world import end, reach, running, until
 
 
 # --- backends that are away

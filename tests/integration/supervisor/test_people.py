@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from dispatcher.errors import BadRequest, Conflict, NotFound
-from dispatcher.manager.lifecycle import State
-from tests.manager_world import gone, kinds, reach, running, until
+from dispatcher.plugin.errors import BadRequest, Conflict, NotFound
+from dispatcher.manager.agents.lifecycle import State
+from tests.support.manager_world import gone, kinds, reach, running, until
 
 
 # --- coming and going

@@ -11,10 +11,10 @@ import time
 import psutil
 import pytest
 
-from dispatcher.endpoints import connect
-from dispatcher.manager.lifecycle import State
-from tests.manager_world import gone, reach, until
-from tests.supervised import Place
+from dispatcher.plugin.endpoints import connect
+from dispatcher.manager.agents.lifecycle import State
+from tests.support.manager_world import gone, reach, until
+from tests.support.supervised import Place
 
 pytestmark = [pytest.mark.bubblewrap, pytest.mark.xdist_group("supervised")]
 
@@ -344,7 +344,7 @@ def small_disk(place):
 
 @pytest.mark.root
 def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(place, small_disk):
-    from dispatcher.errors import DispatcherError
+    from dispatcher.plugin.errors import DispatcherError
 
     supervisor = place.supervisor()
     running(supervisor)

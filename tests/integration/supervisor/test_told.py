@@ -4,9 +4,9 @@ import threading
 
 import pytest
 
-from dispatcher.errors import NotFound
-from dispatcher.manager.lifecycle import State
-from tests.manager_world import end, reach, running, until
+from dispatcher.plugin.errors import NotFound
+from dispatcher.manager.agents.lifecycle import State
+from tests.support.manager_world import end, reach, running, until
 
 
 # --- what is told
@@ -35,7 +35,7 @@ def test_a_subscriber_that_fails_harms_nobody(supervisor):
 
 
 def test_observers_get_all_events_in_order_and_a_broken_one_is_contained(world, supervisor):
-    from dispatcher.hookspecs import hookimpl
+    from dispatcher.plugin.hooks import hookimpl
 
     class Broken:
         @hookimpl

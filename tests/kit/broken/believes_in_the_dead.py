@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from dispatcher.model import BackendState
+from dispatcher.plugin import BackendState
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

@@ -1,7 +1,7 @@
 """It cuts long names, so that two agents share one."""
 
-from dispatcher.model import Handle
-from dispatcher.names import slug
+from dispatcher.plugin import Handle
+from dispatcher.plugin import slug
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

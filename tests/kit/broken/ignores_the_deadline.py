@@ -1,6 +1,6 @@
 """It waits for a silent backend as long as it likes."""
 
-from dispatcher.clock import Deadline
+from dispatcher.plugin import Deadline
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

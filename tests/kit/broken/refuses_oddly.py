@@ -1,7 +1,7 @@
 """What it does not declare, it refuses with another error."""
 
-from dispatcher.errors import ProviderError
-from dispatcher.model import Capability
+from dispatcher.plugin import ProviderError
+from dispatcher.plugin import Capability
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

@@ -1,7 +1,7 @@
 """A backend that is down makes it say that agents are stopped."""
 
-from dispatcher.errors import Unavailable
-from dispatcher.model import BackendState, Observation
+from dispatcher.plugin import Unavailable
+from dispatcher.plugin import BackendState, Observation
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

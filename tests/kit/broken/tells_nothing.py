@@ -1,6 +1,6 @@
 """It never tells its progress, so nobody can cancel."""
 
-from dispatcher.provider import no_progress
+from dispatcher.plugin import no_progress
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 

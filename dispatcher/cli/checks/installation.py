@@ -1,0 +1,239 @@
+"""What `doctor` looks at in an installation: directories, disk, ports, certificates, accounts.
+
+Reads files and tries addresses; changes nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dispatcher.cli.checks.machine import error, info, ok, warning
+from dispatcher.cli.serve import listen_endpoint
+from dispatcher.cli.ui.output import human_bytes
+from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
+from dispatcher.plugin.model import Finding
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.layout import Paths
+    from dispatcher.config.load import Config
+
+LOW_DISK, VERY_LOW_DISK = 2 * 1024**3, 200 * 1024**2  # bytes
+SOON = 30 * 86400  # seconds until a certificate ends
+
+
+def manager(client: ManagerClient, url: str) -> tuple[bool, list[Finding]]:
+    """Return whether the manager answers, and how it is."""
+    try:
+        health = client.healthz()
+    except ManagerUnreachable as problem:
+        return False, [info(f"no manager answers at {url}: {problem.why}", problem.fix)]
+    except DispatcherError as problem:
+        return True, [error(f"the manager is not well: {problem}", "see its log")]
+    status = str(health.get("status", "ok"))
+    if status == "ok":
+        return True, [ok(f"the manager answers at {url}")]
+    return True, [warning(f"the manager answers and says {status}", f"curl its /healthz at {url}")]
+
+
+def config_file(path: Path) -> Iterator[Finding]:
+    """Check who may write the configuration: who can, commands what agents run."""
+    try:
+        status = path.stat()
+    except OSError:
+        yield info(f"there is no {path}: the demo app and the defaults are in force", f"write {path}")
+        return
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {0, os.geteuid()}:
+        yield error(f"{path} can be written by others", f"chown root {path}; chmod go-w {path}")
+    else:
+        yield ok(f"the configuration is {path}")
+
+
+def directories(paths: Paths) -> Iterator[Finding]:
+    """Check owner and mode of the state and run directories, and the disk below them."""
+    for path, name in ((paths.state_dir, "state"), (paths.run_dir, "run")):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            yield from _can_be_made(path, name)
+            continue
+        except OSError as problem:
+            yield error(f"the {name} directory {path}: {problem.strerror}", "see its parents' modes")
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            yield error(f"{path} is no directory", f"move it away, or change manager.{name}_dir")
+        elif status.st_uid != os.geteuid():
+            yield warning(
+                f"the {name} directory {path} belongs to user id {status.st_uid}, you are {os.geteuid()}",
+                "run the doctor as the manager's user",
+            )
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            yield error(f"the {name} directory {path} can be written by others", f"chmod go-w {path}")
+        else:
+            yield ok(f"the {name} directory is {path}")
+    yield from disk(paths.state_dir)
+
+
+def _can_be_made(path: Path, name: str) -> Iterator[Finding]:
+    parent = _existing(path)
+    if os.access(parent, os.W_OK | os.X_OK):
+        yield ok(f"the {name} directory {path} will be made")
+    else:
+        yield error(f"the {name} directory {path} cannot be made", f"{parent} is not writable for you")
+
+
+def disk(path: Path) -> Iterator[Finding]:
+    """Check the space left for agents' data."""
+    parent = _existing(path)
+    free = shutil.disk_usage(parent).free
+    if free < VERY_LOW_DISK:
+        yield error(f"only {human_bytes(free)} free at {parent}", "make room: agents cannot write")
+    elif free < LOW_DISK:
+        yield warning(f"only {human_bytes(free)} free at {parent}", "make room")
+    else:
+        yield ok(f"{human_bytes(free)} free at {parent}")
+
+
+def _existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.parents) if parent.exists())
+
+
+def ports(config: Config, *, serving: bool) -> Iterator[Finding]:
+    """Check that the listeners can be opened, or (`serving`) are open."""
+    addresses = [*config.proxy.listen, *config.proxy.redirect_listen, *config.proxy.admin_listen]
+    for address in addresses:
+        endpoint = listen_endpoint(address)
+        if endpoint is None or endpoint.kind != "tcp":
+            continue
+        family = socket.AF_INET6 if ":" in endpoint.host else socket.AF_INET
+        with socket.socket(family) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((endpoint.host, endpoint.port))
+            except OSError as problem:
+                yield from _bind_problem(address, problem, serving)
+            else:
+                yield ok(f"{address} is free")
+
+
+def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Finding]:
+    if problem.errno == errno.EADDRINUSE and serving:
+        yield ok(f"{address} is taken, by the proxy most likely")
+    elif problem.errno == errno.EADDRINUSE:
+        yield error(f"{address} is taken", "end what listens there (ss -ltnp), or change proxy.listen")
+    elif problem.errno == errno.EACCES:
+        yield error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
+    else:
+        yield error(f"cannot listen on {address}: {problem.strerror}", "change proxy.listen")
+
+
+def encryption(config: Config) -> Iterator[Finding]:
+    """Check that passwords do not cross a network in the clear."""
+    if config.secure:
+        return
+    for address in config.proxy.listen:
+        endpoint = listen_endpoint(address)
+        wide = (
+            endpoint is not None
+            and endpoint.kind == "tcp"
+            and not address.startswith(("127.", "[::1]", "localhost"))
+        )
+        if wide and not config.proxy.trusted_proxies:
+            yield warning(
+                f"{address} is reachable from elsewhere without HTTPS: passwords cross the network in the clear",
+                "set proxy.tls_cert and proxy.tls_key, or put a front proxy before it and set public_url",
+            )
+
+
+def certificates(config: Config) -> Iterator[Finding]:
+    """Check that each configured certificate can be read and when it ends."""
+    named = {
+        "proxy.tls_cert": config.proxy.tls_cert,
+        "manager.tls_cert": config.manager.tls_cert,
+        "manager.client_ca": config.manager.client_ca,
+    }
+    for key, path in named.items():
+        if path is not None:
+            yield from certificate(key, path)
+
+
+def certificate(key: str, path: Path) -> Iterator[Finding]:
+    """Check one certificate."""
+    from cryptography import x509
+
+    try:
+        found = x509.load_pem_x509_certificate(path.read_bytes())
+    except OSError as problem:
+        yield error(f"{key}: {path}: {problem.strerror}", "check the path and its mode")
+        return
+    except ValueError:
+        yield error(f"{key}: {path} is no PEM certificate", "check the file")
+        return
+    end = found.not_valid_after_utc.timestamp()
+    left = end - time.time()
+    day = time.strftime("%Y-%m-%d", time.gmtime(end))
+    if left < 0:
+        yield error(f"{key}: {path} ended on {day}", "renew it, then: dispatcher reload")
+    elif left < SOON:
+        yield warning(f"{key}: {path} ends on {day}", "renew it, then: dispatcher reload")
+    else:
+        yield ok(f"{key}: {path} is good until {day}")
+
+
+def accounts(config: Config) -> Iterator[Finding]:
+    """Check the host's users and groups that the configuration names, and the range of agents' user ids."""
+    if os.geteuid() != 0:
+        yield info(
+            "not root: all agents run under your user id, so they are isolated by the sandbox alone",
+            "run the manager as root to give each agent a user id of its own",
+        )
+        return
+    try:
+        pwd.getpwnam(config.proxy.user)
+    except KeyError:
+        yield warning(
+            f"there is no user {config.proxy.user}: the proxy gets the first id of manager.uid_range",
+            f"useradd --system --no-create-home {config.proxy.user}",
+        )
+    else:
+        yield ok(f"the proxy becomes {config.proxy.user}")
+    try:
+        grp.getgrnam(config.manager.admin_group)
+    except KeyError:
+        yield info(
+            f"there is no group {config.manager.admin_group}: only root may administer",
+            f"groupadd --system {config.manager.admin_group}",
+        )
+    first, last = config.manager.uid_range
+    taken = [user.pw_name for user in pwd.getpwall() if first <= user.pw_uid <= last]
+    if taken:
+        yield error(
+            f"manager.uid_range holds user ids of {', '.join(sorted(taken)[:5])}", "choose a range that is free"
+        )
+    yield from _sub_ids(first, last)
+
+
+def _sub_ids(first: int, last: int) -> Iterator[Finding]:
+    try:
+        lines = Path("/etc/subuid").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        fields = line.split(":")
+        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
+            start, count = int(fields[1]), int(fields[2])
+            if start <= last and first < start + count:
+                yield warning(
+                    f"manager.uid_range overlaps the subordinate ids of {fields[0]} in /etc/subuid",
+                    "choose a range that nobody uses",
+                )

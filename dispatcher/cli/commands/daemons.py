@@ -1,0 +1,113 @@
+"""serve, manager, proxy, reload.  Touches processes; what a daemon does is its own module's business."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+from pathlib import Path
+
+import click
+
+from dispatcher.cli import parent_death
+from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.plugin.errors import Unavailable
+
+
+@click.command(epilog="\b\nExamples:\n  dispatcher serve\n  dispatcher --config dispatcher.toml serve")
+@pass_cli
+def serve(cli: Cli) -> int:
+    """Run manager and proxy together, until Ctrl-C or SIGTERM.  Agents go on.
+
+    SIGHUP makes both read the configuration again.
+    """
+    from dispatcher.cli.serve import Pair, global_options
+
+    _same_configuration(cli)
+    pair = Pair(cli.config(), global_options(cli.config_path), cli.out.note)
+    return pair.run(lambda: click.echo(f"Open {pair.url}"))
+
+
+@click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml manager")
+@pass_cli
+def manager(cli: Cli) -> int:
+    """Run the manager in the foreground: it owns people, agents, providers and state.
+
+    As root agents get user ids of their own; as an ordinary user they are less isolated.
+    """
+    gc.disable()  # what is loaded stays; the manager turns it on once it is up
+    parent_death.hold()
+    _same_configuration(cli)
+    config = cli.config()
+    from dispatcher.manager import daemon
+
+    return daemon.run(config, cli.config_path)
+
+
+@click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml proxy")
+@pass_cli
+def proxy(cli: Cli) -> int:
+    """Run the proxy in the foreground: it faces the web, and becomes proxy.user when started as root."""
+    parent_death.hold()
+    _same_configuration(cli)
+    config = cli.config()
+    from dispatcher.proxy import daemon
+
+    return daemon.run(config)
+
+
+@click.command(epilog="\b\nExample:\n  dispatcher reload")
+@json_option
+@pass_cli
+def reload(cli: Cli) -> None:
+    """Make manager and proxy read the configuration again, without a dropped request.
+
+    A configuration that is wrong changes nothing.
+    """
+    url = cli.url
+    changed = cli.client().reload().get("changed", [])
+    told = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
+    if cli.out.json:
+        cli.out.data({"changed": changed, "proxy": told})
+        return
+    for sentence in changed or ["nothing changed for the manager"]:
+        cli.out.line(sentence)
+    cli.out.line("the proxy reads the configuration again" if told else "no proxy runs here; it was told nothing")
+
+
+def _reload_proxy(run_dir: Path) -> bool:
+    """Send SIGHUP to the proxy of this run directory; False when none runs.
+
+    :raises Unavailable: it runs and may not be signalled.
+    """
+    from dispatcher.cli.serve import pid_file
+
+    found = pid_file(run_dir)
+    if found is None:
+        return False
+    pid, owner = found
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        return False
+    # A stale file, whose number belongs to another program now, or one with which the proxy's user aims at others.
+    if b"proxy" not in arguments or b"\nUid:\t%d\t" % owner not in status:
+        return False
+    try:
+        os.kill(pid, signal.SIGHUP)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        raise Unavailable(
+            "The manager has read the configuration again, the proxy has not",
+            why=f"you may not send a signal to process {pid}",
+            fix="become root, or: systemctl reload dispatcher-proxy",
+        ) from error
+    return True
+
+
+def _same_configuration(cli: Cli) -> None:
+    """Let whoever reads the configuration again in this process find the file that ``--config`` named."""
+    if cli.config_path is not None:
+        os.environ["DISPATCHER_CONFIG"] = str(cli.config_path.absolute())

@@ -1,0 +1,156 @@
+"""demo: a private installation with the built-in app and two people, gone afterwards.
+
+Touches a directory of its own and the processes that it starts.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from dispatcher.cli.context import Cli, pass_cli
+from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError
+
+if TYPE_CHECKING:
+    from dispatcher.cli.serve import Pair
+
+PEOPLE = ("alice", "bob")
+PORT = 8080
+MARKER = "made-by-dispatcher-demo"
+_CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"
+
+
+@click.command(epilog="\b\nExamples:\n  dispatcher demo\n  dispatcher demo --directory ./demo --keep")
+@click.option(
+    "--directory",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where to keep everything; a temporary one otherwise.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="8080, or the next free one, otherwise.")
+@click.option("--keep", is_flag=True, help="Keep the directory at the end.")
+@pass_cli
+def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
+    """Try it: the built-in app for alice and for bob, in your browser, until Ctrl-C.
+
+    Nothing of this machine's own configuration is read or changed.
+    """
+    from dispatcher.cli.serve import Pair, global_options
+    from dispatcher.config.load import load
+
+    with _home(directory, keep=keep) as (home, run_dir):
+        path = _write_config(home, run_dir, port or _free_port())
+        os.environ["DISPATCHER_CONFIG"] = str(path)
+        pair = Pair(load(path), global_options(path), cli.out.note)
+
+        def ready() -> None:
+            _add_people(pair)
+            if keep:
+                click.echo(f"Everything is kept in {home}")
+            click.echo("Ctrl-C ends it")
+
+        return pair.run(ready, before_stop=lambda: _stop_agents(pair, cli))
+
+
+def _add_people(pair: Pair) -> None:
+    client = pair.client()
+    passwords = {name: pronounceable() for name in PEOPLE}
+    for name, password in passwords.items():
+        try:
+            client.create_agent(name, password)
+        except Conflict:  # kept from an earlier demo
+            client.set_password(name, password)
+    client.close()
+    click.echo(f"Open {pair.url}")
+    for name, password in passwords.items():
+        click.echo(f"Sign in {name} / {password}")
+
+
+def _stop_agents(pair: Pair, cli: Cli) -> None:
+    """End what the demo started: agents would outlive the manager."""
+    client = pair.client()
+    try:
+        agents = [agent["name"] for agent in client.agents()["agents"]]
+        for name in agents:
+            client.set_state(name, "stopped")
+        for name in agents:
+            client.set_state(name, "stopped", wait=30.0)
+    except DispatcherError as error:
+        cli.out.note(f"agents may still run: {error}")
+    finally:
+        client.close()
+
+
+@contextmanager
+def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
+    """Yield the demo's directory and one for sockets; removed afterwards, the first one unless it is kept.
+
+    :raises BadRequest: `directory` holds something else.
+    """
+    if directory is None:
+        home = Path(tempfile.mkdtemp(prefix="dispatcher-demo-"))
+    else:
+        home = directory.absolute()
+        home.mkdir(parents=True, exist_ok=True)
+        if any(home.iterdir()) and not (home / MARKER).exists():
+            raise BadRequest(
+                f"{directory} is not empty", why="no demo made what is in there", fix="name another directory"
+            )
+    (home / MARKER).touch()
+    run_dir = Path(tempfile.mkdtemp(prefix="dispatcher-", dir="/tmp"))  # the path of a socket must be short
+    for path in (home, run_dir):
+        path.chmod(0o711)  # agents and the proxy pass through under their own user ids
+    try:
+        yield home, run_dir
+    finally:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(home, ignore_errors=True)
+
+
+def _write_config(home: Path, run_dir: Path, port: int) -> Path:
+    import json
+
+    lines = [
+        "# Made by `dispatcher demo`.",
+        "[manager]",
+        f"state_dir = {json.dumps(str(home / 'state'), ensure_ascii=False)}",
+        f"run_dir = {json.dumps(str(run_dir), ensure_ascii=False)}",
+        'log_level = "warning"',
+        "",
+        "[proxy]",
+        f'listen = ["127.0.0.1:{port}"]',
+        'log_level = "warning"',
+        "",
+    ]
+    path = home / "dispatcher.toml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def _free_port() -> int:
+    for port in (*range(PORT, PORT + 20), 0):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(sock.getsockname()[1])
+    raise AssertionError("port 0 can always be bound")
+
+
+def pronounceable(syllables: int = 8) -> str:
+    """Return a random password that one can read aloud: more than six bits a syllable."""
+    made = [secrets.choice(_CONSONANTS) + secrets.choice(_VOWELS) for _ in range(syllables)]
+    half = syllables // 2
+    return "".join(made[:half]) + "-" + "".join(made[half:])

@@ -1,0 +1,101 @@
+"""providers list, providers check, providers schema.  Touches the manager; `schema` imports the plugin here."""
+
+from __future__ import annotations
+
+import click
+
+from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.ui.output import Output
+from dispatcher.client.manager_client import Json
+
+MARKS = {"ok": "ok", "info": "note", "warning": "WARNING", "error": "ERROR"}
+
+
+@click.group(epilog="\b\nExamples:\n  dispatcher providers check subprocess\n  dispatcher providers schema docker")
+def providers() -> None:
+    """List, check and describe providers."""
+
+
+@providers.command("list", epilog="\b\nExample:\n  dispatcher providers list")
+@json_option
+@pass_cli
+def list_providers(cli: Cli) -> None:
+    """List the providers that the manager knows: isolation, what each can do, whether it is usable."""
+    found = cli.client().providers()
+    if cli.out.json:
+        cli.out.data(found)
+        return
+    cli.out.table(
+        ["NAME", "ISOLATION", "USABLE", "FROM", "CAN"],
+        (
+            [
+                provider["name"],
+                provider["isolation"],
+                "yes" if provider["usable"] else f"no: {_error(provider)}",
+                provider["distribution"],
+                " ".join(provider["capabilities"]),
+            ]
+            for provider in found["providers"]
+        ),
+        empty="no provider is configured",
+        least=("FROM",),
+    )
+
+
+def _error(provider: Json) -> str:
+    error = provider.get("error")
+    return str(error.get("what", "")) if isinstance(error, dict) else str(error or "")
+
+
+@providers.command(
+    epilog="\b\nExamples:\n  dispatcher providers check\n  dispatcher providers check docker --app notebook"
+)
+@click.argument("name", required=False)
+@click.option("--app", metavar="APP", help="What this app loosens or demands.")
+@json_option
+@pass_cli
+def check(cli: Cli, name: str | None, app: str | None) -> int:
+    """Say in words what the provider NAME (or each) isolates from what, and what it does not."""
+    client = cli.client()
+    if name is not None:
+        asked = [name]
+    elif app is not None:
+        raise click.UsageError("--app needs the NAME of its provider")
+    else:
+        asked = [provider["name"] for provider in client.providers()["providers"]]
+    answers = {provider: client.check_provider(provider, app)["findings"] for provider in asked}
+    bad = any(finding["level"] == "error" for findings in answers.values() for finding in findings)
+    if cli.out.json:
+        cli.out.data(answers)
+        return int(bad)
+    for provider, findings in answers.items():
+        if len(answers) > 1:
+            cli.out.line(f"{provider}:")
+        show_findings(cli.out, findings)
+    return int(bad)
+
+
+def show_findings(out: Output, findings: list[Json]) -> None:
+    """Print findings, each with its weight and what to do."""
+    width = max(map(len, MARKS.values()))
+    for finding in findings:
+        mark = MARKS.get(finding["level"], str(finding["level"]))
+        out.line(f"{mark.ljust(width)}  {finding['what']}")
+        if finding.get("fix"):
+            out.line(f"{' ' * width}  -> {finding['fix']}")
+
+
+@providers.command(epilog="\b\nExample:\n  dispatcher providers schema subprocess")
+@click.argument("name")
+@pass_cli
+def schema(cli: Cli, name: str) -> None:
+    """Print the JSON Schema of the options of the provider NAME: [providers.NAME] and [apps.APP.NAME]."""
+    from dispatcher.config.plugins import Plugins
+
+    provider = Plugins().provider(name)
+    cli.out.data(
+        {
+            f"providers.{name}": provider.Options.model_json_schema(),
+            f"apps.APP.{name}": provider.AppOptions.model_json_schema(),
+        }
+    )

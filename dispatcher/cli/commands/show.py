@@ -1,0 +1,109 @@
+"""list, running, info.  Touches the manager."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.ui.output import ago, human_bytes
+from dispatcher.cli.ui.prompts import agent_argument
+
+
+@click.command("list", epilog="\b\nExamples:\n  dispatcher list\n  dispatcher list --json | jq '.agents[].name'")
+@click.option("--state", metavar="STATE", help="Only those that are running, stopped, failed, ...")
+@json_option
+@pass_cli
+def list_agents(cli: Cli, state: str | None) -> None:
+    """List all agents: app, provider, state, last use."""
+    found = cli.client().agents(state)
+    if cli.out.json:
+        cli.out.data(found)
+        return
+    cli.out.table(
+        ["NAME", "APP", "PROVIDER", "STATE", "SINCE", "LAST USED", ""],
+        (
+            [
+                agent["name"],
+                agent["app"],
+                agent["provider"],
+                agent["state"],
+                ago(agent.get("since"), never=""),
+                ago(agent.get("last_used")),
+                remark(agent),
+            ]
+            for agent in found["agents"]
+        ),
+        empty="there are no agents (add one: dispatcher add NAME)",
+        least=("PROVIDER", "APP", "SINCE", "LAST USED"),
+    )
+
+
+@click.command(epilog="\b\nExample:\n  dispatcher running")
+@json_option
+@pass_cli
+def running(cli: Cli) -> None:
+    """List the agents that run."""
+    found = cli.client().agents("running")
+    if cli.out.json:
+        cli.out.data(found)
+        return
+    cli.out.table(
+        ["NAME", "APP", "PROVIDER", "SINCE"],
+        ([agent["name"], agent["app"], agent["provider"], ago(agent.get("since"))] for agent in found["agents"]),
+        empty="no agent runs",
+        least=("PROVIDER", "APP"),
+    )
+
+
+@click.command(epilog="\b\nExample:\n  dispatcher info alice")
+@agent_argument
+@json_option
+@pass_cli
+def info(cli: Cli, name: str) -> None:
+    """Show all there is to know about the agent NAME."""
+    client = cli.client()
+    agent = client.agent(name)
+    runtime = client.runtime(name)
+    if cli.out.json:
+        cli.out.data({**agent, "runtime": runtime})
+        return
+    usage = runtime.get("usage") or {}
+    values: dict[str, object] = {
+        "name": agent["name"],
+        "user": agent["user"],
+        "app": agent["app"],
+        "provider": agent["provider"],
+        "state": agent["state"],
+        "desired": agent["desired"],
+        "doing": " ".join(str(agent[key]) for key in ("stage", "detail") if agent.get(key)),
+        "since": agent.get("since"),
+        "created": agent.get("created"),
+        "last used": agent.get("last_used") or "never",
+        "outdated": "yes, `restart` renews it" if agent.get("outdated") else "",
+        "backend": "" if agent.get("reachable", True) else f"not reachable, as of {agent.get('observed_at')}",
+        "move": agent.get("move"),
+        "endpoint": runtime.get("endpoint"),
+        "user id": runtime.get("uid"),
+        "started": runtime.get("started_at"),
+        "memory": human_bytes(usage["memory"]) if usage.get("memory") is not None else "",
+        "CPU": f"{usage['cpu_seconds']:.1f} s" if usage.get("cpu_seconds") is not None else "",
+        "disk": human_bytes(usage["disk"]) if usage.get("disk") is not None else "",
+    }
+    failure = agent.get("failure") or {}
+    values |= {"failure": failure.get("what"), "why": failure.get("why"), "what to do": failure.get("fix")}
+    cli.out.pairs(values)
+    for line in failure.get("log") or ():
+        cli.out.line(f"  | {line}")
+
+
+def remark(agent: dict[str, Any]) -> str:
+    """Return what is worth a remark in a list: what is done now, what failed, what is out of date."""
+    if agent.get("failure"):
+        return str(agent["failure"].get("what") or "")
+    if agent.get("stage"):
+        return str(agent["stage"])
+    if agent.get("reachable") is False:
+        return "backend not reachable"
+    return "outdated" if agent.get("outdated") else ""

@@ -1,0 +1,77 @@
+"""top, memory-usage.  Touches the manager."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import click
+
+from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.ui.output import Output, ago, human_bytes, human_seconds
+from dispatcher.client.manager_client import Json
+
+
+@click.command(epilog="\b\nExamples:\n  dispatcher top\n  dispatcher top --once --sort cpu")
+@click.option("--once", is_flag=True, help="Print one table and end; as when standard output is no terminal.")
+@click.option("--interval", metavar="SECONDS", type=click.FloatRange(0.5, 3600), default=2.0, show_default=True)
+@click.option("--sort", type=click.Choice(["memory", "cpu", "name"]), default="memory", show_default=True)
+@json_option
+@pass_cli
+def top(cli: Cli, once: bool, interval: float, sort: str) -> None:
+    """Show what agents use, refreshed until Ctrl-C."""
+    client = cli.client()
+    live = sys.stdout.isatty() and not once and not cli.out.json
+    while True:
+        found = client.top()
+        if cli.out.json:
+            cli.out.data(found)
+            return
+        if live:
+            click.clear()
+        _usage_table(cli.out, found, sort)
+        if not live:
+            return
+        try:
+            time.sleep(interval)
+        except KeyboardInterrupt:
+            return
+
+
+def _usage_table(out: Output, found: Json, sort: str) -> None:
+    def key(agent: Json) -> tuple[float, str]:
+        used = agent.get({"memory": "memory", "cpu": "cpu_percent"}.get(sort, "")) or 0.0
+        return -float(used), agent["name"]
+
+    out.table(
+        ["NAME", "STATE", "MEMORY>", "CPU %>", "CPU TIME>", "LAST USED"],
+        (
+            [
+                agent["name"],
+                agent["state"],
+                human_bytes(agent.get("memory")),
+                "-" if agent.get("cpu_percent") is None else f"{agent['cpu_percent']:.1f}",
+                human_seconds(agent.get("cpu_seconds")),
+                ago(agent.get("last_used")),
+            ]
+            for agent in sorted(found["agents"], key=key)
+        ),
+        empty="no agent uses anything",
+        least=("LAST USED", "CPU TIME", "STATE"),
+    )
+
+
+@click.command("memory-usage", epilog="\b\nExample:\n  dispatcher memory-usage")
+@json_option
+@pass_cli
+def memory_usage(cli: Cli) -> None:
+    """Show the memory of the agents that run: each, in all, on average."""
+    found = cli.client().memory_usage()
+    if cli.out.json:
+        cli.out.data(found)
+        return
+    agents = sorted(found["agents"], key=lambda agent: -(agent.get("memory") or 0))
+    rows = [[agent["name"], human_bytes(agent.get("memory"))] for agent in agents]
+    if rows:
+        rows += [["total", human_bytes(found["total"])], ["average", human_bytes(found["average"])]]
+    cli.out.table(["NAME", "MEMORY>"], rows, empty="no agent runs")

@@ -1,0 +1,284 @@
+"""Manager and proxy as two child processes of one program, as `serve` and `demo` run them.
+
+Touches processes and signals.  A child that dies is started again, loudly and with a bound; one that does not
+come up at all ends the program.  SIGTERM and SIGINT end both, the proxy first, so that it can drain.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dispatcher.cli import front_door
+from dispatcher.cli.parent_death import Lifeline
+from dispatcher.config.layout import Paths
+from dispatcher.plugin.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
+from dispatcher.plugin.model import Endpoint
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.load import Config
+
+STARTUP = 120.0  # seconds until a child must be ready
+GRACE = 20.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
+RESTARTS = 5  # within WINDOW, then the program gives up
+WINDOW = 60.0  # seconds
+PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Ended(Unavailable):
+    """A child ended while it should have come up; `child_code` is its exit code."""
+
+    code = "child-ended"
+
+    def __init__(self, what: str, child_code: int) -> None:
+        super().__init__(what, fix="its messages stand above")
+        self.child_code = child_code
+
+
+class Pair:
+    """The two daemons.
+
+    :param arguments: the program's global options for both.
+    :param say: told each thing that a person should know.
+    """
+
+    def __init__(self, config: Config, arguments: Sequence[str], say: Callable[[str], None]) -> None:
+        self.config = config
+        self.paths = Paths.of(config)
+        self._arguments = list(arguments)
+        self._say = say
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._deaths: list[float] = []
+        self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._lifelines: dict[str, Lifeline] = {}
+
+    @property
+    def url(self) -> str:
+        """Where people open it."""
+        return browser_url(self.config)
+
+    def client(self) -> ManagerClient:
+        """Return a client of the manager."""
+        from dispatcher.client.manager_client import ManagerClient
+
+        return ManagerClient(f"unix://{self.paths.manager_socket}")
+
+    def run(self, ready: Callable[[], None], *, before_stop: Callable[[], None] = lambda: None) -> int:
+        """Start both, call `ready` when people can sign in, and go on until a signal ends it.
+
+        :param before_stop: called before both are ended, if they were ready.
+        :returns: exit code: 0 after a signal.
+        :raises Conflict: a manager of this installation runs already.
+        """
+        if self._manager_answers():
+            raise Conflict(
+                "A manager runs already",
+                why=f"it answers at {self.paths.manager_socket}",
+                fix="stop it first, or choose another manager.run_dir and manager.state_dir",
+            )
+        with self._signals() as received:
+            try:
+                for name in ("manager", "proxy"):
+                    self._start(name)
+                    if not self._until_ready(name, received):
+                        return 0
+                self._while_they_live(ready)
+                try:
+                    return self._watch(received)
+                finally:
+                    before_stop()
+            except Ended as error:
+                self._say(str(error))
+                return error.child_code
+            finally:
+                self._stop()
+
+    def _while_they_live(self, ready: Callable[[], None]) -> None:
+        """Call `ready`; where it fails because a child ended meanwhile, say so."""
+        try:
+            ready()
+        except ManagerUnreachable:
+            for name in self._children:
+                self._check_alive(name)
+            raise
+
+    def _check_alive(self, name: str) -> None:
+        code = self._children[name].poll()
+        if code is not None:
+            raise Ended(f"The {name} {_ending(code)}", code if code > 0 else 1)
+
+    def _watch(self, received: Callable[[float], list[int]]) -> int:
+        while True:
+            for number in received(1.0):
+                if number in {signal.SIGTERM, signal.SIGINT}:
+                    return 0
+                if number == signal.SIGHUP:
+                    self._signal_all(signal.SIGHUP)
+            for name, child in list(self._children.items()):
+                if child.poll() is not None and not self._again(name, child.returncode):
+                    return 1
+
+    def _again(self, name: str, code: int) -> bool:
+        """Start a child that died once more, unless it does so all the time."""
+        now = time.monotonic()
+        self._deaths = [death for death in self._deaths if now - death < WINDOW] + [now]
+        if len(self._deaths) > RESTARTS:
+            self._say(f"the {name} {_ending(code)}; that is too often, giving up")
+            return False
+        self._say(f"the {name} {_ending(code)}; starting it again (agents go on)")
+        time.sleep(min(0.2 * 2 ** (len(self._deaths) - 1), 5.0))
+        self._start(name)
+        return True
+
+    def _start(self, name: str) -> None:
+        # Own process groups: Ctrl-C reaches this program alone, which then ends them in order.
+        safe = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [sys.executable, *safe, "-m", "dispatcher", *self._arguments, name]
+        if name in self._lifelines:
+            self._lifelines[name].close()
+        lifeline = self._lifelines[name] = Lifeline()
+        self._children[name] = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=(lifeline.descriptor,),
+            env=lifeline.environment(),
+        )
+
+    def _until_ready(self, name: str, received: Callable[[float], list[int]]) -> bool:
+        """Wait until a child answers; False when a signal came meanwhile."""
+        answers = self._manager_answers if name == "manager" else self._proxy_answers
+        until = time.monotonic() + STARTUP
+        while not answers():
+            if {signal.SIGTERM, signal.SIGINT} & set(received(0.05)):
+                return False
+            self._check_alive(name)
+            if time.monotonic() > until:
+                raise Ended(f"The {name} is not ready after {STARTUP:.0f} s", 1)
+        return True
+
+    def _manager_answers(self) -> bool:
+        client = self.client()
+        try:
+            client.healthz()
+        except ManagerUnreachable:
+            return False
+        except DispatcherError:
+            return True  # it answers; what is wrong shows elsewhere
+        finally:
+            client.close()
+        return True
+
+    def _proxy_answers(self) -> bool:
+        # Somebody else may listen there: the proxy writes its process id once it has its listeners.
+        if proxy_pid(self.paths.run_dir) != self._children["proxy"].pid:
+            return False
+        endpoint = listen_endpoint(self.config.proxy.listen[0]) if self.config.proxy.listen else None
+        return endpoint is None or front_door.answers(endpoint, self.config.proxy, browser_url(self.config))
+
+    def _signal_all(self, number: int) -> None:
+        for child in self._children.values():
+            if child.poll() is None:
+                child.send_signal(number)
+
+    def _stop(self) -> None:
+        for name in ("proxy", "manager"):
+            child = self._children.get(name)
+            if child is None or child.poll() is not None:
+                continue
+            child.terminate()
+            try:
+                child.wait(GRACE + (self.config.proxy.drain_timeout if name == "proxy" else 0.0))
+            except subprocess.TimeoutExpired:
+                self._say(f"the {name} does not end, killing it")
+                child.kill()
+                child.wait()
+
+    @contextmanager
+    def _signals(self) -> Iterator[Callable[[float], list[int]]]:
+        """Yield a function that waits so many seconds for signals and returns their numbers."""
+
+        def received(seconds: float) -> list[int]:
+            if not select.select([self._wake], [], [], seconds)[0]:
+                return []
+            return list(os.read(self._wake, 64))
+
+        numbers = (*_FORWARDED, signal.SIGCHLD)
+        before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+        old = signal.set_wakeup_fd(self._woken)
+        try:
+            yield received
+        finally:
+            signal.set_wakeup_fd(old)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def proxy_pid(run_dir: Path) -> int | None:
+    """Return the process id that the proxy of this run directory wrote, None when there is none."""
+    return (pid_file(run_dir) or (None, 0))[0]
+
+
+def pid_file(run_dir: Path) -> tuple[int, int] | None:
+    """Return what the proxy's file says and whose it is, None when there is none.
+
+    The proxy's user may put anything there, and root reads it.
+    """
+    try:
+        fd = os.open(run_dir / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        return int(os.read(fd, 20).decode("ascii")), os.fstat(fd).st_uid
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)
+
+
+def listen_endpoint(address: str) -> Endpoint | None:
+    """Return where to connect to reach a listener; None for one that systemd holds.
+
+    Any-addresses are reached over the loopback.
+    """
+    if address.startswith("unix:"):
+        return Endpoint.unix(address.removeprefix("unix:"))
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return None
+    plain = host.strip("[]")
+    return Endpoint.tcp({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plain, plain), int(port))  # noqa: S104 - compared, not bound
+
+
+def browser_url(config: Config) -> str:
+    """Return the address that people open."""
+    if config.proxy.public_url:
+        return config.proxy.public_url.rstrip("/") + "/"
+    scheme = "https" if config.proxy.tls_cert else "http"
+    for address in config.proxy.listen:
+        endpoint = listen_endpoint(address)
+        if endpoint is not None and endpoint.kind == "tcp":
+            host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+            return f"{scheme}://{host}:{endpoint.port}/"
+    return ", ".join(config.proxy.listen)
+
+
+def _ending(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {-code} ({signal.strsignal(-code) or 'unknown'})"
+    return f"ended with exit code {code}"
+
+
+def global_options(config_path: Path | None) -> list[str]:
+    """Return the options that make a child read the same configuration."""
+    return ["--config", str(config_path.absolute())] if config_path else []

@@ -1,0 +1,78 @@
+"""What the command line asks people: agents' names, passwords, confirmations.  Touches the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import BadRequest
+
+MIN_PASSWORD, MAX_PASSWORD = 8, 1024
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def _agent_name(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    return names.agent_name(value)
+
+
+def agent_argument(function: _F) -> _F:
+    """Add the argument NAME, an agent's (``USER`` or ``USER:APP``), in its canonical form."""
+    return click.argument("name", callback=_agent_name)(function)
+
+
+def yes_option(function: _F) -> _F:
+    """Add ``--yes``."""
+    return click.option(
+        "-y", "--yes", is_flag=True, help="Do not ask; elsewhere than on a terminal nothing is asked."
+    )(function)
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask on a terminal whether to go on; elsewhere, or with ``--yes``, go on.
+
+    :raises click.Abort: no.
+    """
+    if not yes and sys.stdin.isatty():
+        click.confirm(question, abort=True, err=True)
+
+
+def password_option(function: _F) -> _F:
+    """Add ``--password-stdin``."""
+    return click.option("--password-stdin", is_flag=True, help="Read the password from standard input, one line.")(
+        function
+    )
+
+
+def new_password(*, from_stdin: bool) -> str:
+    """Return a password: one line of standard input, or asked for twice on a terminal.
+
+    :raises BadRequest: there is no terminal, or the password is too short or too long.
+    """
+    if from_stdin:
+        password = _read_line()
+    elif sys.stdin.isatty():
+        password = click.prompt("Password", hide_input=True, confirmation_prompt="Once more", err=True)
+    else:
+        raise BadRequest(
+            "No password", why="standard input is no terminal to ask on", fix="give it with --password-stdin"
+        )
+    if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
+        raise BadRequest(
+            "Bad password",
+            why=f"it has {len(password)} characters, not {MIN_PASSWORD} to {MAX_PASSWORD}",
+            fix="choose another one",
+        )
+    return password
+
+
+def _read_line() -> str:
+    raw = sys.stdin.buffer.readline(MAX_PASSWORD * 4 + 2)
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRequest("Bad password", why="it is not UTF-8", fix="choose another one") from error
+    return text.removesuffix("\n").removesuffix("\r")

@@ -1,0 +1,1 @@
+"""The manager's REST client, for the command line and the portal."""

@@ -1,0 +1,294 @@
+"""The manager's REST client, for the command line and the portal.  Touches the network through its transport.
+
+One method a request (docs/reference/rest.md), each returning the parsed JSON object, `{}` where there is none.
+Problem details come back as the errors of `dispatcher.plugin.errors`.  Safe to use from many threads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from dispatcher.client.transport import Reply, Transport, parse
+from dispatcher.plugin import errors
+
+Json = dict[str, Any]
+
+
+class ManagerClient:
+    """Speaks to one manager.
+
+    :param url: ``unix:///PATH`` of a socket, or ``https://HOST[:4443]``; ``http://`` only with ``ssl=False``
+        and a loopback address.
+    :param token: proves the caller over TCP.
+    :param verify: False believes any certificate (``-k``); the connection is encrypted, to whom is not known.
+    :param fingerprint: SHA-256 of the one certificate to believe, in hexadecimal, instead of its signer.
+    :param ca_file: PEM file of the certificates to trust instead of the system's.
+    :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
+    :param timeout: seconds to wait for an answer, a `wait` not counted.
+    :param patience: seconds to wait for a manager that is starting on this machine, while one is.
+    :raises BadRequest: something among these cannot be used.
+
+    Every method raises `ManagerUnreachable`, and the error that the manager answered with.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        verify: bool = True,
+        fingerprint: str | None = None,
+        ca_file: str | Path | None = None,
+        cert_file: str | Path | None = None,
+        key_file: str | Path | None = None,
+        ssl: bool = True,
+        timeout: float = 30.0,
+        patience: float = 0.0,
+    ) -> None:
+        self.url = url
+        self.timeout = timeout
+        self._transport = Transport(
+            url,
+            token=token,
+            verify=verify,
+            fingerprint=fingerprint,
+            ca_file=ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
+            ssl=ssl,
+            patience=patience,
+        )
+
+    def close(self) -> None:
+        """Close idle connections; the client can be used again."""
+        self._transport.close()
+
+    # Every listener.
+
+    def healthz(self) -> Json:
+        """``{"status": "ok"|"degraded", ...}``."""
+        return self._get("/healthz")
+
+    def openapi(self) -> Json:
+        """Return the description of this interface."""
+        return self._get("/openapi.json")
+
+    def metrics(self) -> str:
+        """Return the metrics in Prometheus' text format."""
+        reply = self._send("GET", "/metrics", None, self.timeout)
+        return reply.body.decode("utf-8", "replace")
+
+    # Role admin: agents.
+
+    def agents(self, state: str | None = None) -> Json:
+        """``{"agents": [AGENT...]}``."""
+        return self._get("/agents", state=state)
+
+    def create_agent(self, name: str, password: str | None = None, app: str | None = None) -> Json:
+        """Create an agent, and its user when new (then `password` is needed); AGENT."""
+        return self._post("/agents", {"name": name, "password": password, "app": app})
+
+    def agent(self, name: str) -> Json:
+        """AGENT."""
+        return self._get(_agent(name))
+
+    def delete_agent(self, name: str, *, keep_data: bool = False, wait: float | None = None) -> Json:
+        """Remove an agent; AGENT, or `{}` once it is gone."""
+        return self._request("DELETE", _agent(name), wait=wait, data="keep" if keep_data else None)
+
+    def state(self, name: str) -> Json:
+        """STATE."""
+        return self._get(_agent(name, "state"))
+
+    def set_state(self, name: str, state: str, *, wait: float | None = None) -> Json:
+        """Ask for ``running``, ``suspended``, ``hibernated`` or ``stopped``; STATE."""
+        return self._request("PUT", _agent(name, "state"), {"state": state}, wait=wait)
+
+    def restart(self, name: str, *, wait: float | None = None) -> Json:
+        """Stop and start an agent; STATE."""
+        return self._request("POST", _agent(name, "restart"), wait=wait)
+
+    def runtime(self, name: str) -> Json:
+        """Return where an agent runs and what it uses."""
+        return self._get(_agent(name, "runtime"))
+
+    def logs(self, name: str, *, tail: int = 100, after: str | None = None) -> Json:
+        """``{"lines": [...], "cursor": "..."}``; `after` is the last cursor."""
+        return self._get(_agent(name, "logs"), tail=tail, after=after)
+
+    def events(self, name: str, *, limit: int = 100) -> Json:
+        """``{"events": [{"time", "kind", "detail"}]}``."""
+        return self._get(_agent(name, "events"), limit=limit)
+
+    def authenticate(self, name: str, password: str) -> Json:
+        """``{"user"}`` when the password is right."""
+        return self._post(_agent(name, "authenticate"), {"password": password})
+
+    def set_password(self, name: str, password: str) -> Json:
+        """Change the password of an agent's user; ends the user's sessions."""
+        return self._request("PUT", _agent(name, "password"), {"password": password})
+
+    def reset_data(self, name: str, *, wait: float | None = None) -> Json:
+        """Delete an agent's data; STATE."""
+        return self._request("PUT", _agent(name, "reset_data"), wait=wait)
+
+    def why(self, name: str) -> Json:
+        """``{"agent", "sentences": [...]}``."""
+        return self._get(_agent(name, "why"))
+
+    def copies(self, name: str) -> Json:
+        """``{"copies": [...]}``: old copies of data kept by moves."""
+        return self._get(_agent(name, "copies"))
+
+    def purge_copies(self, name: str) -> Json:
+        """``{"purged": N}``."""
+        return self._request("DELETE", _agent(name, "copies"))
+
+    # Role admin: the rest.
+
+    def sessions(self, user: str | None = None) -> Json:
+        """``{"sessions": [...]}``."""
+        return self._get("/sessions", user=user)
+
+    def revoke_session(self, id: str) -> Json:
+        """End one session."""
+        return self._request("DELETE", f"/sessions/{quote(id, safe='')}")
+
+    def revoke_sessions(self, user: str) -> Json:
+        """End all sessions of a user; ``{"revoked": N}``."""
+        return self._request("DELETE", "/sessions", user=user)
+
+    def providers(self) -> Json:
+        """``{"providers": [...]}``."""
+        return self._get("/providers")
+
+    def check_provider(self, name: str, app: str | None = None) -> Json:
+        """``{"findings": [...]}``."""
+        return self._get(f"/providers/{quote(name, safe='')}/check", app=app)
+
+    def memory_usage(self) -> Json:
+        """``{"total", "average", "agents": [...]}`` in bytes."""
+        return self._get("/stats/memory_usage")
+
+    def top(self) -> Json:
+        """``{"agents": [...]}`` with what each uses."""
+        return self._get("/stats/top")
+
+    def reload(self) -> Json:
+        """Have the manager read its configuration again; ``{"changed": [sentence...]}``."""
+        return self._request("POST", "/reload")
+
+    # Role proxy.
+
+    def login(
+        self, user: str, password: str, address: str, user_agent: str | None = None, device: str | None = None
+    ) -> Json:
+        """``{"token", "device", "session": SESSION}``.
+
+        :param address: of the person's browser; :param device: token of an earlier sign-in from it.
+        """
+        body = {"user": user, "password": password, "address": address}
+        return self._post("/sessions", body | _given(user_agent=user_agent, device=device))
+
+    def lookup(self, sha256: str) -> Json:
+        """SESSION; `NotFound` when it is dead or unknown."""
+        return self._post("/sessions/lookup", {"sha256": sha256}, again=True)
+
+    def logout(self, sha256: str, id: str | None = None) -> Json:
+        """End this session, or another one of the same user."""
+        return self._post("/sessions/revoke", {"sha256": sha256, "id": id}, again=True)
+
+    def my_agents(self, sha256: str) -> Json:
+        """``{"agents": [AGENT...]}`` of the session's user."""
+        return self._post("/sessions/agents", {"sha256": sha256}, again=True)
+
+    def select(self, sha256: str, agent: str) -> Json:
+        """Send the session's requests to another agent of its user; SESSION."""
+        return self._post("/sessions/select", {"sha256": sha256, "agent": agent}, again=True)
+
+    def my_state(self, sha256: str, agent: str, state: str) -> Json:
+        """``running``, ``stopped`` or ``restart`` for an agent of the session's user; AGENT."""
+        return self._post("/sessions/state", {"sha256": sha256, "agent": agent, "state": state})
+
+    def my_sessions(self, sha256: str) -> Json:
+        """``{"sessions": [...]}`` of the session's user."""
+        return self._post("/sessions/list", {"sha256": sha256}, again=True)
+
+    def verify(self, sha256: str, password: str, address: str) -> Json:
+        """Check the password of the session's user again; `Forbidden` when it is wrong."""
+        return self._post("/sessions/verify", {"sha256": sha256, "password": password, "address": address})
+
+    def change_password(self, sha256: str, password: str, new_password: str, address: str) -> Json:
+        """``{"token", "session": SESSION}``; all other sessions of the user end."""
+        body = {"sha256": sha256, "password": password, "new_password": new_password, "address": address}
+        return self._post("/sessions/password", body)
+
+    def handover(self, sha256: str, host: str, nonce_sha256: str) -> Json:
+        """``{"code"}`` that carries the sign-in to one host, once, within 30 seconds."""
+        return self._post("/sessions/handover", {"sha256": sha256, "host": host, "nonce_sha256": nonce_sha256})
+
+    def redeem(self, code: str, nonce: str, host: str) -> Json:
+        """``{"token", "session": SESSION}`` for the code's host; ends with its parent."""
+        return self._post("/sessions/redeem", {"code": code, "nonce": nonce, "host": host})
+
+    def _get(self, path: str, **query: Any) -> Json:
+        return self._request("GET", path, **query)
+
+    def _post(self, path: str, body: Mapping[str, object], *, again: bool = False) -> Json:
+        return self._request("POST", path, body, again=again)
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, object] | None = None,
+        *,
+        wait: float | None = None,
+        again: bool = False,
+        **query: object,
+    ) -> Json:
+        given = _given(wait=wait, **query)
+        content = None if body is None else json.dumps(_given(**body)).encode()
+        target = f"{path}?{urlencode(given)}" if given else path
+        return parse(self._send(method, target, content, self.timeout + (wait or 0.0), again=again), self.url)
+
+    def _send(self, method: str, target: str, body: bytes | None, timeout: float, *, again: bool = False) -> Reply:
+        reply = self._transport.request(method, target, body, timeout, again=again)
+        if reply.status >= 300:
+            raise _error(reply, self.url)
+        return reply
+
+
+def _agent(name: str, *rest: str) -> str:
+    return "/".join(["/agents", quote(name, safe=""), *rest])
+
+
+def _given(**members: object) -> dict[str, object]:
+    return {name: value for name, value in members.items() if value is not None}
+
+
+def _classes(root: type[errors.DispatcherError]) -> Iterator[type[errors.DispatcherError]]:
+    yield root
+    for cls in root.__subclasses__():
+        yield from _classes(cls)
+
+
+def _error(reply: Reply, url: str) -> errors.DispatcherError:
+    """Return the error that a problem document (RFC 9457) describes."""
+    problem = parse(reply, url)
+    known = list(_classes(errors.DispatcherError))
+    found = [cls for cls in known if cls.code == problem.get("code")]
+    found += [cls for cls in known if cls.status == reply.status]
+    retry_after = reply.headers.get("retry-after", "")
+    standard = {"type", "title", "status", "detail", "fix", "code"}
+    return (found or known)[0](
+        str(problem.get("title") or f"The manager answered {reply.status}"),
+        why=str(problem.get("detail") or ""),
+        fix=str(problem.get("fix") or ""),
+        retry_after=float(retry_after) if retry_after.isdigit() else None,
+        details={name: value for name, value in problem.items() if name not in standard},
+    )

@@ -1,0 +1,1 @@
+"""Small things that several parts need; imports nothing else of the project."""

@@ -1,0 +1,1 @@
+"""One TOML file -> validated models; discovery of plugins; default locations."""

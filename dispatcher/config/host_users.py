@@ -1,0 +1,62 @@
+"""Users and groups of the host that the configuration names.  Reads the host's databases only."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+from dataclasses import dataclass
+
+from dispatcher.config.load import Config
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAccounts:
+    """Who is who on this host.
+
+    :ivar proxy_uid: what the proxy becomes; :ivar proxy_gid: its group, which may connect to agents.
+    :ivar admin_gid: group that may use manager.sock, None when there is none (then only root may).
+    :ivar agent_uids: first and last host user id for agents; None as an ordinary user (all are that user).
+    :ivar made_up: the configured proxy user does not exist, the first id of `uid_range` stands for it.
+    """
+
+    proxy_uid: int
+    proxy_gid: int
+    admin_gid: int | None
+    agent_uids: tuple[int, int] | None
+    made_up: bool
+
+
+def host_accounts(config: Config) -> HostAccounts:
+    """Return the accounts that a configuration means on this host.
+
+    As an ordinary user everything is that user.  As root the proxy becomes `proxy.user`; where that user does
+    not exist, the first id of `manager.uid_range` is the proxy's and agents begin after it.
+    """
+    if os.geteuid() != 0:
+        return HostAccounts(
+            proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False
+        )
+    first, last = config.manager.uid_range
+    admin = _gid(config.manager.admin_group)
+    try:
+        user = pwd.getpwnam(config.proxy.user)
+    except KeyError:
+        return HostAccounts(
+            proxy_uid=first, proxy_gid=first, admin_gid=admin, agent_uids=(first + 1, last), made_up=True
+        )
+    group = _gid(config.manager.proxy_group)
+    return HostAccounts(
+        proxy_uid=user.pw_uid,
+        proxy_gid=user.pw_gid if group is None else group,
+        admin_gid=admin,
+        agent_uids=(first + 1, last),
+        made_up=False,
+    )
+
+
+def _gid(name: str) -> int | None:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None

@@ -1,0 +1,98 @@
+"""Where everything lives, derived from the configuration.  Pure, apart from `Paths.make`.
+
+RUN_DIR/   manager.sock proxy.sock feed.sock   the manager's listeners
+           proxy/portal.sock                   the portal, private to the proxy
+           a/HASH/s                            endpoint of an agent, directory 2710 AGENT:PROXY
+           p/PROVIDER/                         private to a provider, emptied at boot
+STATE_DIR/ dispatcher.db secrets/              the store, keys made on demand
+           agents/KEY/data                     canonical data, owned by the agent's user id
+           agents/KEY/log                      log files of providers, owned by the manager
+           agents/KEY/copies/                  old copies kept by moves
+           providers/PROVIDER/                 private to a provider
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatcher.config.load import Config
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import ConfigError
+
+MAX_SOCKET_PATH = 107
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """All paths of one installation."""
+
+    run_dir: Path
+    state_dir: Path
+
+    @classmethod
+    def of(cls, config: Config) -> Paths:
+        """Return the paths that a configuration means.
+
+        :raises ConfigError: `manager.run_dir` is too long for the path of a Unix socket.
+        """
+        paths = cls(config.manager.run_dir.absolute(), config.manager.state_dir.absolute())
+        longest = max(len(str(paths.endpoint_dir("x") / "s")), len(str(paths.portal_socket)))
+        if longest > MAX_SOCKET_PATH:
+            raise ConfigError(
+                "manager.run_dir is too long",
+                why=f"a socket below it would have a path of {longest} bytes, the kernel takes {MAX_SOCKET_PATH}",
+                fix="choose a shorter directory",
+            )
+        return paths
+
+    @property
+    def manager_socket(self) -> Path:
+        """Administration."""
+        return self.run_dir / "manager.sock"
+
+    @property
+    def proxy_socket(self) -> Path:
+        """The role *proxy*."""
+        return self.run_dir / "proxy.sock"
+
+    @property
+    def feed_socket(self) -> Path:
+        """The feed for edge workers."""
+        return self.run_dir / "feed.sock"
+
+    @property
+    def proxy_dir(self) -> Path:
+        """Private to the proxy."""
+        return self.run_dir / "proxy"
+
+    @property
+    def portal_socket(self) -> Path:
+        """The portal, an upstream of the edge."""
+        return self.proxy_dir / "portal.sock"
+
+    @property
+    def database(self) -> Path:
+        """The default SQLite file."""
+        return self.state_dir / "dispatcher.db"
+
+    @property
+    def secrets_dir(self) -> Path:
+        """Keys and certificates made on demand; 0700."""
+        return self.state_dir / "secrets"
+
+    def endpoint_dir(self, agent: str) -> Path:
+        """Return the directory of an agent's Unix endpoint."""
+        return self.run_dir / "a" / names.digest(agent)
+
+    def agent_dir(self, agent: str) -> Path:
+        """Return the directory of everything an agent keeps."""
+        return self.state_dir / "agents" / names.key(agent)
+
+    def provider_state(self, provider: str) -> Path:
+        """Return the directory that a provider keeps over restarts."""
+        return self.state_dir / "providers" / provider
+
+    def provider_run(self, provider: str) -> Path:
+        """Return the directory that a provider may lose at boot."""
+        return self.run_dir / "p" / provider

@@ -1,0 +1,271 @@
+"""One TOML file -> validated models.  Reads files; touches nothing else.
+
+Every error names the key's full path, what was found, what was expected and the nearest valid key; all
+errors of a file are collected before any is shown.  Provider tables (``[providers.X]``, ``[apps.Y.X]``) are
+validated by the plugin's own models, once `Plugins` has loaded it: `validate_providers`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError
+
+from dispatcher.config import defaults
+from dispatcher.config.messages import nearest, printable_key, problems, shown, validate, wrong
+from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
+from dispatcher.plugin.model import App, Limits
+from dispatcher.plugin.options import Table
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if typing.TYPE_CHECKING:
+    from dispatcher.config.plugins import Plugins
+
+__all__ = ["AppConfig", "AppDefaults", "AuthConfig", "Config", "ManagerConfig", "ProxyConfig"]
+
+
+class Config(Table):
+    """The whole file."""
+
+    manager: ManagerConfig = ManagerConfig()
+    proxy: ProxyConfig = ProxyConfig()
+    auth: AuthConfig = AuthConfig()
+    defaults: AppDefaults = AppDefaults()
+    default_app: str = Field(default="", description="app of new users; the only one, or 'demo', when empty")
+    plugins: list[str] = Field(default=[], description="plugins that observe, loaded besides the configured ones")
+    providers: dict[str, dict[str, Any]] = {}
+    apps: dict[str, AppConfig] = {}
+    _file: Path | None = PrivateAttr(default=None)  # where it was read, so that plugins' faults name it as well
+
+    def app(self, name: str) -> AppConfig:
+        """Return an app's table.
+
+        :raises ConfigError: there is none of that name.
+        """
+        if name not in self.apps:
+            near = difflib.get_close_matches(name, self.apps, 1)
+            raise ConfigError(
+                f"There is no app {names.printable(name)}",
+                why="configured are: " + (", ".join(sorted(self.apps)) or "none"),
+                fix=f"did you mean {near[0]!r}?" if near else "add it to the configuration",
+            )
+        return self.apps[name]
+
+    @property
+    def secure(self) -> bool:
+        """Whether browsers reach the proxy over HTTPS, by its own TLS or a front proxy's."""
+        return self.proxy.tls_cert is not None or self.proxy.public_url.startswith("https://")
+
+    def template(self, name: str, plugins: Plugins) -> App:
+        """Return an app as its provider gets it, the provider's own options validated.
+
+        :raises ConfigError: as `app`, or the provider's options are wrong; :raises PluginError: as `Plugins.load`.
+        """
+        app = self.app(name)
+        model, path = plugins.provider(app.provider).AppOptions, f"apps.{name}.{app.provider}"
+        try:
+            options = self._validate(model, app.provider_table(app.provider), path)
+        except ConfigError as error:
+            others = [key for key in app.model_extra or {} if key in plugins.available()]
+            if others and app.provider not in others:  # a table is there, and nobody said that it is the one
+                hint = f'{error.why} (there is [apps.{name}.{others[0]}]: add provider = "{others[0]}"?)'
+                raise ConfigError(error.what, why=hint) from error
+            raise
+        return App(
+            name=name,
+            provider=app.provider,
+            options=options,
+            limits=Limits(memory=app.memory, swap=app.swap, cpus=app.cpus, pids=app.pids, disk=app.disk),
+            network=app.network,
+            environment=app.environment,
+            credentials=app.credentials,
+        )
+
+    def provider_options(self, name: str, plugins: Plugins) -> BaseModel:
+        """Return ``[providers.NAME]``, validated by the provider's `Options`.
+
+        :raises ConfigError: it is wrong; :raises PluginError: as `Plugins.load`.
+        """
+        model = plugins.provider(name).Options
+        return self._validate(model, self.providers.get(name, {}), f"providers.{name}")
+
+    def authenticator_options(self, name: str, model: type[BaseModel]) -> BaseModel:
+        """Return ``[auth.NAME]``, validated by the authenticator's `Options`.
+
+        :raises ConfigError: it is wrong.
+        """
+        return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
+
+    def _check_authenticator(self, name: str, plugins: Plugins) -> None:
+        self.authenticator_options(name, plugins.authenticator(name).Options)
+
+    def _validate(self, model: type[BaseModel], table: Mapping[str, Any], path: str) -> BaseModel:
+        try:
+            return validate(model, table, path)
+        except ConfigError as error:
+            raise self._in_file(error) from error
+
+    def _in_file(self, error: ConfigError) -> ConfigError:
+        """Return an error that names the file in which the fault stands, where there is one."""
+        return error if self._file is None else _in_file(self._file, error)
+
+    def validate_providers(self, plugins: Plugins) -> None:
+        """Load every configured provider and validate all tables that belong to plugins.
+
+        :raises ConfigError: naming every fault found.
+        """
+        found: list[str] = []
+        checks: list[tuple[Callable[[str, Plugins], object], str]] = [
+            *((self.provider_options, name) for name in self.providers),
+            *((self.template, name) for name in self.apps),
+        ]
+        if self.auth.authenticator != "local":
+            checks.append((self._check_authenticator, self.auth.authenticator))
+        for check, name in checks:
+            try:
+                check(name, plugins)
+            except PluginError as error:
+                found.append(str(error))
+            except ConfigError as error:
+                found.append(error.why or str(error))
+        known = plugins.available()
+        for path, table in (*((f"apps.{name}", app) for name, app in self.apps.items()), ("auth", self.auth)):
+            for key in table.model_extra or {}:
+                if key not in known and key != "local":
+                    near = difflib.get_close_matches(key, [*known, *type(table).model_fields], 1)
+                    hint = f", did you mean {near[0]!r}?" if near else f", installed are: {', '.join(known)}"
+                    found.append(f"{path}.{key}: there is no plugin of that name{hint}")
+        if found:
+            raise self._in_file(wrong(found))
+
+
+DEMO = {
+    "title": "Demo",
+    "subprocess": {"command": [sys.executable, "-m", "dispatcher.demo", "--unix", "{socket}"]},
+}
+
+
+def load(path: Path | None = None) -> Config:
+    """Read and validate the configuration; a default one with the demo app when the default file is absent.
+
+    :raises ConfigError: the file cannot be read, is no TOML, or says something wrong.
+    """
+    chosen = path or defaults.config_file()
+    try:
+        text = chosen.read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        if path is not None or os.environ.get("DISPATCHER_CONFIG"):
+            raise ConfigError(
+                f"Cannot read {chosen}", why="there is no such file", fix="check --config"
+            ) from error
+        return parse({})
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{chosen} is no TOML", why="it is not UTF-8", fix="save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
+    try:
+        config = parse(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{chosen} is no TOML", why=str(error)) from error
+    except ConfigError as error:
+        raise _in_file(chosen, error) from error
+    config._file = chosen  # noqa: SLF001 - private to this module
+    return config
+
+
+def _in_file(path: Path, error: ConfigError) -> ConfigError:
+    return ConfigError(f"{path} is wrong", why=error.why or error.what, fix=error.fix)
+
+
+def parse(data: Mapping[str, Any]) -> Config:
+    """Validate a parsed file: defaults are merged into apps, names checked.
+
+    :raises ConfigError: naming every fault found, of every kind.
+    """
+    data = dict(data)
+    written = data.get("apps", {"demo": DEMO})
+    defaults = data.get("defaults", {})
+    if isinstance(written, Mapping) and isinstance(defaults, Mapping):
+        data["apps"] = {
+            name: _merge(defaults, app) if isinstance(app, Mapping) else app for name, app in written.items()
+        }
+    found: list[str] = []
+    config: Config | None = None
+    try:
+        config = Config.model_validate(data)
+    except ValidationError as error:
+        # What an app inherits is wrong in [defaults], not in each app.
+        found += problems(Config, error, skip=lambda where: _inherited(where, written))
+    found += _contradictions(data)
+    if found or config is None:
+        raise wrong(found)
+    return config
+
+
+def _merge(defaults: Mapping[str, Any], app: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: value for key, value in defaults.items() if key in AppDefaults.model_fields} | dict(app)
+    if isinstance(defaults.get("environment"), Mapping) and isinstance(app.get("environment"), Mapping):
+        merged["environment"] = {**defaults["environment"], **app["environment"]}
+    return merged
+
+
+def _inherited(where: tuple[str | int, ...], written: Any) -> bool:
+    """Whether a fault at `where` stands in an app that did not write it."""
+    if len(where) < 3 or where[0] != "apps":
+        return False
+    table = written[where[1]]
+    for part in where[2:4]:
+        if not isinstance(table, Mapping):
+            return False
+        if part not in table:
+            return part in AppDefaults.model_fields or where[2] == "environment"
+        table = table[part]
+    return False
+
+
+def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what no single field's type can say.  Works on the file's own values, whatever else is wrong in it."""
+    manager, proxy, auth, apps = (_table(data, name) for name in ("manager", "proxy", "auth", "apps"))
+    for path, table in (("manager", manager), ("proxy", proxy)):
+        for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
+            if table.get(one) and not table.get(other):
+                yield f"{path}.{other}: is missing, {one} needs it"
+    if proxy.get("routing") == "subdomain" and not proxy.get("public_url"):
+        yield 'proxy.public_url: is missing, routing = "subdomain" needs it: agents live below its host'
+    for name, app in apps.items():
+        try:
+            names.app_name(name)
+        except BadRequest as error:
+            yield f"apps.{printable_key(name)}: {error.why}"
+        yield from _stray(f"apps.{printable_key(name)}", app, AppConfig)
+    yield from _stray("auth", auth, AuthConfig)
+    default_app = data.get("default_app")
+    if isinstance(default_app, str) and default_app and default_app not in apps:
+        near = difflib.get_close_matches(default_app, apps, 1)
+        hint = f", did you mean {near[0]!r}?" if near else f", there are: {', '.join(apps) or 'none'}"
+        yield f"default_app: there is no app {shown(default_app)}{hint}"
+
+
+def _stray(path: str, table: Any, model: type[BaseModel]) -> Iterator[str]:
+    """Yield the unknown keys of a table in which plugins may have tables of their own."""
+    if isinstance(table, Mapping):
+        for key, value in table.items():
+            if key not in model.model_fields and not isinstance(value, Mapping):
+                yield f"{path}.{key}: unknown key{nearest(key, model)}"
+
+
+def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = data.get(name)
+    return found if isinstance(found, Mapping) else {}

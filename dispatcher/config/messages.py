@@ -1,0 +1,154 @@
+"""From pydantic's errors to sentences for an operator.  Pure.
+
+Each names the key's full path, what was found, what was expected and the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import re
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import ConfigError
+
+_SECRET = re.compile(r"(?i)passw|secret|token|api_?key|private_?key")
+#: What pydantic's kinds of errors expect, in the words of a TOML file.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "a text in quotes",
+    "path_type": "a path in quotes",
+    "list_type": "a list in square brackets",
+    "tuple_type": "a list in square brackets",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "mapping_type": "a table",
+}
+_BOUNDS = {
+    "greater_than": ("gt", "more than"),
+    "greater_than_equal": ("ge", "at least"),
+    "less_than": ("lt", "less than"),
+    "less_than_equal": ("le", "at most"),
+}
+
+
+def looks_secret(key: str) -> bool:
+    """Whether a key's name says that its value is a secret (and not the path of a file that holds one)."""
+    return bool(_SECRET.search(key)) and not key.endswith(("_file", "_dir", "_path"))
+
+
+def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> BaseModel:
+    """Return `data` as `model`.
+
+    :param path: where in the file `data` stands.
+    :raises ConfigError: naming every fault.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise wrong(problems(model, error, path)) from error
+
+
+def wrong(found: Iterable[str]) -> ConfigError:
+    """Return the error that names these problems, each once."""
+    return ConfigError("The configuration is wrong", why="; ".join(dict.fromkeys(found)))
+
+
+def problems(
+    model: type[BaseModel],
+    error: ValidationError,
+    path: str = "",
+    *,
+    skip: Callable[[tuple[str | int, ...]], bool] = lambda _: False,
+) -> list[str]:
+    """Return a sentence for each fault that pydantic found, except where `skip` is true of its location."""
+    return [_problem(model, item, path) for item in error.errors(include_url=False) if not skip(item["loc"])]
+
+
+def nearest(key: str, model: type[BaseModel] | None) -> str:
+    """Return a hint at the nearest valid key of a table, else all of them."""
+    if model is None:
+        return ""
+    near = difflib.get_close_matches(key, model.model_fields, 1, 0.6)
+    if near:
+        return f", did you mean {near[0]!r}?"
+    return ", valid are: " + (", ".join(sorted(model.model_fields)) or "none")
+
+
+def shown(value: object, key: str = "") -> str:
+    """Return a value as its file would say it, cut and escaped; what looks like a secret is not shown."""
+    if looks_secret(key) and value not in (None, ""):
+        return "a secret"
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if isinstance(value, (list, tuple)):
+        return names.printable(json.dumps(value, default=str))[1:-1]
+    return names.printable(value)
+
+
+def _problem(model: type[BaseModel], item: Any, path: str) -> str:
+    where = [str(part) for part in item["loc"] if not _is_union_tag(str(part))]
+    full = ".".join([*([path] if path else []), *map(printable_key, where)]) or "the file"
+    kind, context = item["type"], item.get("ctx") or {}
+    if kind == "extra_forbidden":
+        return f"{full}: unknown key{nearest(where[-1], _model_at(model, where[:-1]))}"
+    if kind == "missing" and not (where and where[-1].isdigit()):
+        return f"{full}: is missing"
+    if kind == "missing":
+        return f"{full}: is missing, expected one more in the list"
+    message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if (
+        kind == "value_error"
+        and isinstance(item["input"], (dict, BaseModel))
+        and not message.startswith("names of")
+    ):
+        return f"{full}: {message}"
+    expected = _EXPECTED.get(kind, message)
+    if kind in _BOUNDS:
+        name, words = _BOUNDS[kind]
+        expected = f"{words} {context.get(name)}"
+    return f"{full}: found {shown(item['input'], where[-1] if where else '')}, expected {expected}"
+
+
+def printable_key(part: str) -> str:
+    """Return a key as a file would say it: quoted when it must be."""
+    return part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else names.printable(part)
+
+
+def _is_union_tag(part: str) -> bool:
+    return "[" in part or part in {"float", "literal"}
+
+
+def _model_at(model: type[BaseModel] | None, where: list[str]) -> type[BaseModel] | None:
+    for part in where:
+        if model is None:
+            return None
+        field = model.model_fields.get(part)
+        if field is not None:
+            model = next(_classes(field.annotation), None)
+    return model
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if inspect.isclass(annotation) and not typing.get_args(annotation):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _classes(argument)

@@ -1,0 +1,186 @@
+"""Discovery and loading of plugins.  Touches installed distributions' metadata; imports what is asked for.
+
+A plugin is a module (or object) under the entry-point group `dispatcher.plugins`; the entry point's name is
+the provider's or authenticator's.  Built-ins take the same way as a third party's.  Only plugins that are
+named are imported: a broken or heavy one that nobody configured does no harm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+import pluggy
+from pydantic import BaseModel
+
+from dispatcher.plugin import authenticator, hooks, provider
+from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.errors import PluginError
+from dispatcher.plugin.names import printable
+from dispatcher.plugin.provider import Provider
+
+GROUP = "dispatcher.plugins"
+_T = TypeVar("_T")
+
+
+def distribution(entry: EntryPoint) -> str:
+    """Return ``NAME VERSION`` of the distribution that declares an entry point."""
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+
+
+class Plugins:
+    """The plugins of one process.
+
+    :param entries: the entry points to choose from; by default those installed.
+    """
+
+    def __init__(self, entries: Iterable[EntryPoint] | None = None) -> None:
+        self._entries: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=GROUP) if entries is None else entries:
+            known = self._entries.setdefault(entry.name, [])
+            if all((entry.value, distribution(entry)) != (other.value, distribution(other)) for other in known):
+                known.append(entry)
+        self._manager = pluggy.PluginManager(hooks.NAMESPACE)
+        self._manager.add_hookspecs(hooks)
+        self._loaded: dict[str, str] = {}
+        self._providers: dict[str, type[Provider]] = {}
+        self._authenticators: dict[str, type[Authenticator]] = {}
+
+    @property
+    def hook(self) -> pluggy.HookRelay:
+        """The hooks of all loaded plugins."""
+        return self._manager.hook
+
+    def available(self) -> dict[str, str]:
+        """Return the name of every installed plugin with its distribution."""
+        return {name: distribution(found[0]) for name, found in sorted(self._entries.items())}
+
+    def load(self, name: str) -> None:
+        """Import and register one plugin; twice is once.
+
+        :raises PluginError: not installed, declared twice, not importable, an unknown hook, a wrong class.
+        """
+        if name in self._loaded:
+            return
+        entry = self._entry(name)
+        origin = distribution(entry)
+        try:
+            plugin = entry.load()
+        except Exception as error:
+            raise PluginError(
+                f"The plugin {name!r} of {origin} cannot be imported",
+                why=f"{type(error).__name__}: {error}",
+                fix=f"install what it needs, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
+            ) from error
+        self._register(name, plugin, origin)
+
+    def register(self, name: str, plugin: object, origin: str = "this program") -> None:
+        """Register a plugin object without an entry point (built in, or in tests)."""
+        self._register(name, plugin, origin)
+
+    def provider(self, name: str) -> type[Provider]:
+        """Return the provider class called `name`, its plugin loaded.
+
+        :raises PluginError: as `load`, or its plugin registers no provider of that name.
+        """
+        return self._class(name, self._providers, "provider")
+
+    def authenticator(self, name: str) -> type[Authenticator]:
+        """Return the authenticator class called `name`, its plugin loaded.
+
+        :raises PluginError: as `load`, or its plugin registers no authenticator of that name.
+        """
+        return self._class(name, self._authenticators, "authenticator")
+
+    def _class(self, name: str, known: dict[str, type[_T]], what: str) -> type[_T]:
+        if name not in known:
+            self.load(name)
+        if name not in known:
+            raise PluginError(f"The plugin {name!r} of {self._loaded[name]} registers no {what} called {name!r}")
+        return known[name]
+
+    def _entry(self, name: str) -> EntryPoint:
+        found = self._entries.get(name, [])
+        if len(found) > 1:
+            both = " and ".join(f"{entry.value} of {distribution(entry)}" for entry in found)
+            raise PluginError(f"The plugin name {name!r} is declared twice", why=both, fix="uninstall one of them")
+        if not found:
+            near = difflib.get_close_matches(name, self._entries, 1)
+            raise PluginError(
+                f"There is no plugin {printable(name)}",
+                why="installed are: " + (", ".join(sorted(self._entries)) or "none"),
+                fix=f"did you mean {near[0]!r}?" if near else "install the distribution that provides it",
+            )
+        return found[0]
+
+    def _register(self, name: str, plugin: object, origin: str) -> None:
+        known = {
+            hook for hook, _ in inspect.getmembers(hooks, inspect.isfunction) if hook.startswith("dispatcher_")
+        }
+        for attribute, value in inspect.getmembers(plugin):
+            marked = callable(value) and getattr(value, f"{hooks.NAMESPACE}_impl", None)
+            if marked and (marked.get("specname") or attribute) not in known:
+                near = difflib.get_close_matches(attribute, known, 1)
+                raise PluginError(
+                    f"The plugin {name!r} of {origin} implements an unknown hook {attribute!r}",
+                    fix=f"did you mean {near[0]!r}?"
+                    if near
+                    else "see dispatcher/plugin/hooks.py for the hooks there are",
+                )
+        try:
+            self._manager.register(plugin, name)
+            self._manager.check_pending()
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(
+                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
+            ) from error
+        self._loaded[name] = origin
+        spec = hooks.dispatcher_register_providers.__name__
+        self._collect(plugin, spec, Provider, provider.API_VERSION, self._providers, origin)
+        spec = hooks.dispatcher_register_authenticators.__name__
+        self._collect(plugin, spec, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
+
+    def _collect(
+        self, plugin: object, hook: str, base: Any, version: int, into: dict[str, Any], origin: str
+    ) -> None:
+        implementation: Callable[[], Iterable[Any]] | None = getattr(plugin, hook, None)
+        if implementation is None or not getattr(implementation, f"{hooks.NAMESPACE}_impl", None):
+            return
+        try:
+            classes = list(implementation())
+        except Exception as error:
+            raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
+        for cls in classes:
+            self._check_class(cls, base, version, origin)
+            if cls.name in into:
+                raise PluginError(
+                    f"{cls.name!r} is registered twice",
+                    why=f"by {into[cls.name].__module__} and by {cls.__module__} of {origin}",
+                    fix="uninstall one of them",
+                )
+            into[cls.name] = cls
+
+    @staticmethod
+    def _check_class(candidate: Any, base: type, version: int, origin: str) -> None:
+        what = f"{getattr(candidate, '__qualname__', printable(candidate))} of {origin}"
+        if not (inspect.isclass(candidate) and issubclass(candidate, base)):
+            raise PluginError(f"{what} is not a subclass of dispatcher's {base.__name__}")
+        if inspect.isabstract(candidate):
+            missing = ", ".join(sorted(getattr(candidate, "__abstractmethods__", ())))
+            raise PluginError(f"{what} is incomplete", why=f"it does not implement {missing}")
+        if not isinstance(getattr(candidate, "name", None), str):
+            raise PluginError(f"{what} has no name", fix="set the class attribute `name`")
+        if getattr(candidate, "api_version", None) != version:
+            raise PluginError(
+                f"{what} is written for version {getattr(candidate, 'api_version', None)} of the contract",
+                why=f"this program has version {version}",
+                fix="install a matching release of the plugin",
+            )
+        for options in ("Options", *(("AppOptions",) if base is Provider else ())):
+            model = getattr(candidate, options, None)
+            if not (inspect.isclass(model) and issubclass(model, BaseModel)):
+                raise PluginError(f"{what} has no {options}", fix=f"set `{options}` to a pydantic model")

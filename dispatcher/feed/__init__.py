@@ -1,0 +1,1 @@
+"""The protocol between the manager and the edge, shared by both."""

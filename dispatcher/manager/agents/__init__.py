@@ -1,0 +1,1 @@
+"""The life of agents: desired state, transitions, operations, reconciliation."""

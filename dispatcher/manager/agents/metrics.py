@@ -1,0 +1,161 @@
+"""What the manager tells of itself: metrics in Prometheus' text format, and agents' events in the log.
+
+The registry is the manager's own; agents are counted by state and app, never one by one.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter as Tally
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from dispatcher.common.log import logger
+from dispatcher.manager.agents.views import AgentView
+from dispatcher.plugin.hooks import hookimpl
+from dispatcher.plugin.model import AgentEvent
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_LABEL = re.compile(r'([a-z_]{1,32})="([^"\\\x00-\x1f]{0,300})"')
+_LABELS = re.compile(rf"{_LABEL.pattern}(?:,{_LABEL.pattern})*\}}")
+_STARTS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+MAX_STARTING = 20_000
+_WRONG = frozenset({"failed", "died", "unreachable"})
+
+_log = logger("manager.agents")
+
+
+class Metrics:
+    """Counts what happens; asks the rest when it is read."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series each: when it began
+        self.registry = CollectorRegistry()
+        self._logins = Counter("dispatcher_logins", "Sign-ins by outcome", ["outcome"], registry=self.registry)
+        for outcome in ("success", "failure", "throttled", "busy", "unavailable"):
+            self._logins.labels(outcome)
+        self._events = Counter(
+            "dispatcher_agent_events", "What happened to agents", ["kind"], registry=self.registry
+        )
+        self._starts = Histogram(
+            "dispatcher_agent_start_seconds",
+            "From the beginning of a start to ready",
+            ["app"],
+            buckets=_STARTS,
+            registry=self.registry,
+        )
+        self._starting: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def login(self, outcome: str) -> None:
+        """Count a sign-in: success, failure, throttled, busy or unavailable."""
+        self._logins.labels(outcome).inc()
+
+    @hookimpl
+    def dispatcher_agent_event(self, event: AgentEvent) -> None:
+        """Count what happened to an agent, and how long its start took."""
+        self._events.labels(event.kind).inc()
+        with self._lock:
+            began = self._starting.pop(event.agent, None)
+            if event.kind == "starting" and len(self._starting) < MAX_STARTING:
+                self._starting[event.agent] = event.time
+        if event.kind == "ready" and began is not None:
+            self._starts.labels(event.app).observe(max(0.0, event.time - began))
+
+    def watch(
+        self,
+        *,
+        agents: Callable[[], Iterable[AgentView]],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        workers: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        """Ask these when the metrics are read.
+
+        :param gauges: name -> (help, value); :param workers: counters of each connected edge worker.
+        """
+        self.registry.register(_Asked(agents, gauges, workers))
+
+    def text(self) -> bytes:
+        """Return all metrics."""
+        return generate_latest(self.registry)
+
+
+class EventLog:
+    """Writes into the log what happens to agents."""
+
+    @hookimpl
+    def dispatcher_agent_event(self, event: AgentEvent) -> None:
+        """Log one event; what went wrong as a warning."""
+        tell = _log.warning if event.kind in _WRONG else _log.info
+        tell(event.kind, agent=event.agent, app=event.app, **({"detail": event.detail} if event.detail else {}))
+
+
+class _Asked:
+    """Collects what others know."""
+
+    def __init__(
+        self,
+        agents: Callable[[], Iterable[AgentView]],
+        gauges: Mapping[str, tuple[str, Callable[[], float]]],
+        workers: Callable[[], Mapping[str, Mapping[str, float]]],
+    ) -> None:
+        self._agents = agents
+        self._gauges = gauges
+        self._workers = workers
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing in advance: what there is shows when it is asked."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Return everything."""
+        agents = GaugeMetricFamily("dispatcher_agents", "Agents by state and app", labels=["state", "app"])
+        tally = Tally((view.state.value, view.app) for view in self._agents())
+        for (state, app), number in sorted(tally.items()):
+            agents.add_metric([state, app], number)
+        yield agents
+        for name, (text, value) in self._gauges.items():
+            yield GaugeMetricFamily(f"dispatcher_{name}", text, value=value())
+        yield from _worker_metrics(self._workers())
+
+
+def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:
+    families: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
+    for worker, counters in sorted(workers.items()):
+        for key, value in sorted(counters.items()):
+            name, _, rest = key.partition("{")
+            labels = dict(_LABEL.findall(rest))
+            family = families.get(name)
+            if family is None:
+                kind = GaugeMetricFamily if name.endswith("_open") else CounterMetricFamily
+                family = families[name] = kind(
+                    f"dispatcher_edge_{name}", "As the edge counts it", labels=["worker", *labels]
+                )
+            family.add_metric([worker, *labels.values()], value)
+    yield from families.values()
+
+
+def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
+    """Return what of a worker's counters can be shown: plain names, perhaps with labels, numbers, not too many."""
+    if not isinstance(values, dict):
+        return {}
+    good: dict[str, float] = {}
+    for name, value in list(values.items())[:limit]:
+        number: Any = value
+        if not isinstance(name, str) or type(number) not in {int, float} or not number >= 0:
+            continue
+        plain, brace, labels = name.partition("{")
+        if _NAME.fullmatch(plain) and (not brace or _LABELS.fullmatch(labels)):
+            good[plain.removesuffix("_total") + brace + labels] = float(number)
+    return good

@@ -1,0 +1,119 @@
+"""What each agent should be, by the configuration of now.  Pure, apart from loading the apps' plugins.
+
+An instance belongs to one configuration and is replaced with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from dispatcher.config.load import AppDefaults, Config
+from dispatcher.config.plugins import Plugins
+from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.storage.agents import AgentRow
+from dispatcher.plugin.errors import BadRequest, DispatcherError
+from dispatcher.plugin.model import AgentSpec, App
+from dispatcher.plugin.names import printable
+
+AT_ONCE = 256  # specs that are remembered: a start asks for one several times
+
+
+class Specs:
+    """Apps and specs of one configuration."""
+
+    def __init__(
+        self, *, config: Config, plugins: Plugins, data: AgentData, installation: str, proxy_gid: int
+    ) -> None:
+        self.config = config
+        self._plugins = plugins
+        self._data = data
+        self._installation = installation
+        self._proxy_gid = proxy_gid
+        self._apps: dict[str, App] = {}
+        self._hashes: dict[int, str | None] = {}
+        self._spec = functools.lru_cache(AT_ONCE)(self._make_spec)
+
+    def default_app(self) -> str:
+        """Return the app of new users.
+
+        :raises BadRequest: there is none, or there are several and none is the default.
+        """
+        apps = self.config.apps
+        if self.config.default_app:
+            return self.config.default_app
+        if len(apps) == 1:
+            return next(iter(apps))
+        if "demo" in apps:
+            return "demo"
+        if not apps:
+            raise BadRequest(
+                "No app is configured", fix="write an [apps.NAME] section into the configuration, then reload"
+            )
+        raise BadRequest(
+            "There are several apps, and none is the default",
+            why=", ".join(sorted(apps)),
+            fix="name one (`--app NAME` on the command line), or set `default_app` in the configuration",
+        )
+
+    def policy(self, app: str) -> AppDefaults:
+        """Return an app's time-outs and limits; the defaults for an app that is configured no more."""
+        return self.config.apps.get(app, self.config.defaults)
+
+    def provider(self, row: AgentRow) -> str:
+        """Return the provider that should have an agent: its app's; where it is now when the app is gone."""
+        app = self.config.apps.get(row.app)
+        return app.provider if app else row.provider
+
+    def app(self, name: str) -> App:
+        """Return an app as its provider gets it.
+
+        :raises DispatcherError: it is configured no more, or wrongly.
+        """
+        app = self._apps.get(name)
+        if app is None:
+            app = self._apps[name] = self.config.template(name, self._plugins)
+        return app
+
+    def spec(self, row: AgentRow, stdin: bytes | None = None) -> AgentSpec:
+        """Return what an agent should be.
+
+        :raises DispatcherError: as `app`.
+        """
+        spec = self._spec(row.name, row.user, row.app, *self._data.ids(row))
+        return spec if stdin is None else dataclasses.replace(spec, stdin=stdin)
+
+    def _make_spec(self, agent: str, user: str, app: str, uid: int, gid: int) -> AgentSpec:
+        return AgentSpec(
+            installation=self._installation,
+            agent=agent,
+            user=user,
+            app=self.app(app),
+            uid=uid,
+            gid=gid,
+            proxy_gid=self._proxy_gid,
+            data_dir=self._data.data_dir(agent),
+            run_dir=self._data.paths.endpoint_dir(agent),
+            log_dir=self._data.log_dir(agent),
+        )
+
+    def outdated(self, row: AgentRow) -> bool:
+        """Whether what runs or sleeps differs from what would be started now."""
+        if not row.spec_hash:
+            return False
+        if row.id not in self._hashes:
+            try:
+                self._hashes[row.id] = self.spec(row).hash
+            except DispatcherError:
+                self._hashes[row.id] = None
+        return self._hashes[row.id] != row.spec_hash
+
+    def check(self, app: str) -> None:
+        """See that an app can be used for a new agent.
+
+        :raises BadRequest: there is no such app; :raises DispatcherError: its tables are wrong.
+        """
+        if app not in self.config.apps:
+            known = ", ".join(sorted(self.config.apps)) or "none"
+            raise BadRequest(f"There is no app {printable(app)}", why=f"configured are: {known}")
+        self.app(app)

@@ -1,0 +1,341 @@
+"""The manager as a whole: puts the parts together, starts and ends them in order, reloads."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import ssl
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from dispatcher import __version__
+from dispatcher.common import log
+from dispatcher.config.host_users import HostAccounts, host_accounts
+from dispatcher.config.layout import Paths
+from dispatcher.config.load import Config, load
+from dispatcher.config.plugins import Plugins
+from dispatcher.manager.agents.metrics import EventLog, Metrics
+from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.auth import local
+from dispatcher.manager.auth.passwords import Hasher, HashPool
+from dispatcher.manager.auth.session_table import Lifetimes
+from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.feed.server import Feed
+from dispatcher.manager.files.runtime import Lock, make_directories
+from dispatcher.manager.rest import Services, application, tls
+from dispatcher.manager.rest.health import Health
+from dispatcher.manager.rest.listeners import (
+    CredentialGuard,
+    PeerGuard,
+    Tokens,
+    may_administer,
+    may_proxy,
+    tcp_socket,
+    unix_socket,
+)
+from dispatcher.manager.rest.server import Server, WsgiApp
+from dispatcher.manager.storage.agents import steady_clock
+from dispatcher.manager.storage.auth import AuthStore
+from dispatcher.manager.storage.database import Database
+from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import NotFound
+
+#: Settings that are read at the start only.
+FIXED = (
+    "manager.listen",
+    "manager.state_dir",
+    "manager.run_dir",
+    "manager.database",
+    "manager.admin_group",
+    "manager.proxy_group",
+    "manager.uid_range",
+    "manager.threads",
+    "manager.provider_threads",
+    "manager.log_format",
+    "auth.authenticator",
+    "auth.hash_workers",
+    "auth.hash_queue",
+    "proxy.user",
+)
+
+SETTLED = 2.0  # seconds after which nobody waits for the start any more
+
+_log = log.logger("manager")
+
+
+class Manager:
+    """Everything of one manager.
+
+    :param config: as it is to begin with; :param path: its file, read again by `reload`.
+    :param plugins: by default those installed.
+    """
+
+    def __init__(self, config: Config, path: Path | None = None, plugins: Plugins | None = None) -> None:
+        self.config = config
+        self.paths = Paths.of(config)
+        self.accounts: HostAccounts = host_accounts(config)
+        self._config_path = path
+        self._plugins = plugins or Plugins()
+        self._closers: list[Callable[[], None]] = []
+        self._servers: list[Server] = []
+        self._reloading = threading.Lock()
+
+    def start(self) -> None:
+        """Take control, then listen.  Returns when the manager answers.
+
+        :raises DispatcherError: why it cannot; nothing of it is left running then.
+        """
+        began = boottime()
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        _log.info("the manager is ready", seconds=round(boottime() - began, 3), version=__version__)
+
+    def close(self) -> None:
+        """Stop listening, stop everything; agents go on."""
+        closers, self._closers = self._closers, []
+        for close in reversed(closers):
+            try:
+                close()
+            except Exception:
+                _log.exception("something could not be closed")
+
+    def _start(self) -> None:
+        config = self.config
+        make_directories(self.paths, self.accounts)
+        for directory in (self.paths.state_dir, self.paths.run_dir):
+            self._closers.append(Lock(directory).close)
+        database = Database(config.manager.database or f"sqlite:///{self.paths.database}")
+        self._closers.append(database.close)
+        database.open()
+        clock = steady_clock(database)
+        metrics = Metrics()
+        self._plugins.register("dispatcher-metrics", metrics)
+        self._plugins.register("dispatcher-log", EventLog())
+        for name in config.plugins:
+            self._plugins.load(name)
+        self.supervisor = Supervisor(
+            config=config,
+            paths=self.paths,
+            accounts=self.accounts,
+            plugins=self._plugins,
+            database=database,
+            clock=clock,
+        )
+        auth_store = AuthStore(database)
+        self.sessions = Sessions(auth_store, clock, _lifetimes(config))
+        hasher = Hasher()
+        pool = HashPool(config.auth.hash_workers, config.auth.hash_queue)
+        self._closers.append(pool.close)
+        authenticator = self._authenticator(hasher)
+        self._closers.append(authenticator.close)
+        signin = SignIn(
+            authenticator=authenticator,
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            store=auth_store,
+            pool=pool,
+            hasher=hasher,
+            clock=clock,
+            metrics=metrics,
+        )
+        self._closers.append(self.supervisor.close)
+        self.supervisor.start()
+        self.sessions.load({user.name: user.created for user in self.supervisor.store.users()})
+        self._closers.append(self.sessions.close)
+        self.sessions.start()
+        # The sockets are made before anything listens: what cannot be had stops the start.
+        self.feed = Feed(
+            self._unix(self.paths.feed_socket, self.accounts.proxy_gid),
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
+            on_agent_gone=self._agent_gone,
+        )
+        self.health = Health(self.supervisor, database, self.feed.connections)
+        self.services = Services(
+            config=config,
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            signin=signin,
+            clock=clock,
+            metrics=metrics,
+            reload=self.reload,
+            health=self.health.report,
+            settle=self.feed.settle,
+            waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
+        )
+        metrics.watch(
+            agents=self.supervisor.views,
+            gauges={
+                "sessions": ("Sessions that are alive", self.sessions.count),
+                "feed_connections": ("Connected edge workers", self.feed.connections),
+                "hash_queue": ("Password checks that run or wait", lambda: pool.present),
+            },
+            workers=self.feed.counters,
+        )
+        self._adopt_sessions()
+        self._listen()
+        pool.background(hasher.warm)
+        settling = threading.Timer(SETTLED, _settle)
+        settling.daemon = True
+        self._closers.append(settling.cancel)
+        settling.start()
+
+    def _authenticator(self, hasher: Hasher) -> Authenticator:
+        name = self.config.auth.authenticator
+        self._plugins.register(local.NAME, local.plugin(self.supervisor.store, hasher))
+        cls = self._plugins.authenticator(name)
+        return cls(options=self.config.authenticator_options(name, cls.Options))
+
+    def _listen(self) -> None:
+        threads = self.config.manager.threads
+        logins = self.config.auth.hash_workers + self.config.auth.hash_queue
+        admin = application("admin", self.services)
+        proxy = application("proxy", self.services)
+        wanted: list[tuple[socket.socket, WsgiApp, int, ssl.SSLContext | None]] = [
+            (
+                self._unix(self.paths.manager_socket, self.accounts.admin_gid),
+                PeerGuard(admin, lambda uid, gid: may_administer(self.accounts, uid, gid)),
+                threads,
+                None,
+            ),
+            (
+                self._unix(self.paths.proxy_socket, self.accounts.proxy_gid),
+                PeerGuard(proxy, lambda uid, gid: may_proxy(self.accounts, uid, gid)),
+                threads + logins,  # who waits for a password check keeps nobody else from a thread
+                None,
+            ),
+        ]
+        self._tokens = Tokens(self.config.manager.token_file)
+        if self.config.manager.listen:
+            context, fingerprint = tls.server_context(self.config.manager, self.paths.secrets_dir)
+            guarded = CredentialGuard(admin, self._tokens, lambda: self.health.report()["status"])
+            for address in self.config.manager.listen:
+                sock = tcp_socket(address, self.config.manager.listen)
+                self._closers.append(sock.close)
+                wanted.append((sock, guarded, threads, context))
+                _log.info("listening with TLS", address=_shown(sock), fingerprint=fingerprint)
+            if not self.config.manager.client_ca and not self.config.manager.token_file:
+                _log.warning("nobody can use manager.listen", fix="set manager.token_file or manager.client_ca")
+        self._closers.append(self.feed.close)
+        self.feed.start()
+        self._closers.append(self._close_servers)
+        for sock, app, most, encryption in wanted:
+            server = Server(sock, app, most, encryption)
+            server.serve_in_thread()
+            self._servers.append(server)
+        _log.info("listening", manager=str(self.paths.manager_socket), proxy=str(self.paths.proxy_socket))
+
+    def _close_servers(self) -> None:
+        """End all listeners at the same time."""
+        self.services.closing.set()
+        closing = [threading.Thread(target=server.close) for server in self._servers]
+        for thread in closing:
+            thread.start()
+        for thread in closing:
+            thread.join()
+        self._servers.clear()
+
+    def _unix(self, path: Path, gid: int | None) -> socket.socket:
+        sock = unix_socket(path, gid)
+
+        def remove() -> None:
+            sock.close()
+            path.unlink(missing_ok=True)
+
+        self._closers.append(remove)
+        return sock
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens with TLS, as ``HOST:PORT``."""
+        return [_shown(server.socket) for server in self._servers if server.ssl_adapter]
+
+    # --- reload
+
+    def reload(self) -> list[str]:
+        """Read the configuration again and use what can change; return in sentences what did.
+
+        :raises DispatcherError: it is wrong; nothing has changed.
+        """
+        with self._reloading:
+            return self._reload(load(self._config_path))
+
+    def _reload(self, new: Config) -> list[str]:
+        old = self.config
+        context: ssl.SSLContext | None = None
+        fingerprint = ""
+        if old.manager.listen:
+            context, fingerprint = tls.server_context(new.manager, self.paths.secrets_dir)
+        tokens = Tokens(new.manager.token_file)
+        changed = self.supervisor.apply_config(new)
+        self.config = self.services.config = new
+        self._tokens.adopt(tokens)
+        if _lifetimes(old) != _lifetimes(new):
+            self.sessions.set_lifetimes(_lifetimes(new))
+            changed.append("Sessions last as auth.session_lifetime and auth.session_idle say now.")
+        if old.manager.log_level != new.manager.log_level:
+            log.set_level(new.manager.log_level)
+            changed.append(f"The log level is {new.manager.log_level}.")
+        for server in self._servers:
+            if server.ssl_adapter is not None and context is not None:
+                server.ssl_adapter.context = context
+        if context is not None:
+            changed.append(f"TLS connections get the certificate {fingerprint}.")
+        changed += [
+            f"{setting} has changed and is used after a restart."
+            for setting in FIXED
+            if _setting(old, setting) != _setting(new, setting)
+        ]
+        if old.plugins != new.plugins or old.auth.model_extra != new.auth.model_extra:
+            changed.append("plugins and the tables below auth are used after a restart.")
+        _log.info("read the configuration again", changed=changed)
+        return changed
+
+    # --- agents that go
+
+    def _agent_gone(self, name: str) -> None:
+        """An agent is gone: its sessions go to another one of its user, or end with the user."""
+        user = name.partition(":")[0]
+        views = self.supervisor.views(user=user)
+        if any(view.name == name for view in views):
+            return
+        if views:
+            self.sessions.replace_agent(user, name, views[0].name)
+        elif self.supervisor.store.get_user(user) is None:
+            self.sessions.user_gone(user)
+
+    def _adopt_sessions(self) -> None:
+        """Agents that went while no manager lived."""
+        for name in {row.agent for row in self.sessions.all()}:
+            try:
+                self.supervisor.view(name)
+            except NotFound:
+                self._agent_gone(name)
+
+
+def _settle() -> None:
+    """What is there by now stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def _lifetimes(config: Config) -> Lifetimes:
+    return Lifetimes(lifetime=config.auth.session_lifetime, idle=config.auth.session_idle)
+
+
+def _setting(config: Config, name: str) -> object:
+    table, _, key = name.partition(".")
+    return getattr(getattr(config, table), key)
+
+
+def _shown(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,146 @@
+"""Passwords: argon2id, and the bounded pool in which they are checked.  Touches CPU and memory only.
+
+Parameters are RFC 9106's second choice cut down as OWASP advises for servers: 46 MiB, one pass, one lane, about
+35 ms here.  More than 32 MiB on purpose: above that, the C library maps each check's memory for itself and gives
+it back at once, so that a manager that has checked passwords is no bigger than one that has not.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TypeVar
+
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests
+
+MIN_LENGTH = 8  # characters
+MAX_LENGTH = 1024
+MEMORY_KIB = 46 * 1024
+PASSES = 1
+
+_T = TypeVar("_T")
+
+
+def check_length(password: str) -> None:
+    """Refuse a new password that is too short or too long.
+
+    :raises BadRequest: saying how long it must be, never what it was.
+    """
+    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
+        raise BadRequest(
+            "The password cannot be used",
+            why=f"it has {len(password)} characters, allowed are {MIN_LENGTH} to {MAX_LENGTH}",
+            fix="choose another password",
+        )
+
+
+class Hasher:
+    """Makes and verifies argon2id hashes.
+
+    :param memory: KiB; :param passes: over that memory.
+    """
+
+    def __init__(self, memory: int = MEMORY_KIB, passes: int = PASSES) -> None:
+        import argon2
+
+        self._argon2 = argon2
+        self._hasher = argon2.PasswordHasher(time_cost=passes, memory_cost=memory, parallelism=1)
+        self._dummy = ""
+        self._lock = threading.Lock()
+
+    def hash(self, password: str) -> str:
+        """Return the hash, with a salt of its own and the parameters in it."""
+        return str(self._hasher.hash(password))
+
+    def verify(self, stored: str | None, password: str) -> bool:
+        """Whether the password belongs to a hash; without a hash it takes as long, and is False."""
+        if stored is None:
+            self._compare(self._unknown(), password)
+            return False
+        return self._compare(stored, password)
+
+    def outdated(self, stored: str) -> bool:
+        """Whether a hash was made with other parameters than these."""
+        return bool(self._hasher.check_needs_rehash(stored))
+
+    def warm(self) -> None:
+        """Prepare for unknown names, so that the first one takes no longer than the next."""
+        self._unknown()
+
+    def _compare(self, stored: str, password: str) -> bool:
+        try:
+            return bool(self._hasher.verify(stored, password))
+        except (self._argon2.exceptions.VerificationError, self._argon2.exceptions.InvalidHashError):
+            return False
+
+    def _unknown(self) -> str:
+        """A hash that no password fits."""
+        with self._lock:
+            if not self._dummy:
+                self._dummy = self.hash(secrets.token_hex())
+            return self._dummy
+
+
+class HashPool:
+    """Runs password checks: so many at a time, so many waiting, no more.
+
+    :param workers: checks at the same time; :param queue: checks that may wait.
+    """
+
+    def __init__(self, workers: int, queue: int) -> None:
+        self._executor = ThreadPoolExecutor(workers, "dispatcher-hash")
+        self._places = threading.BoundedSemaphore(workers + queue)
+        self._lock = threading.Lock()
+        self._present = 0
+        self.size = workers + queue
+
+    @property
+    def present(self) -> int:
+        """How many checks run or wait."""
+        return self._present
+
+    def run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
+        """Return what `work` returns, run in the pool.
+
+        :raises TooManyRequests: as many as may wait do so already.
+        :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
+        """
+        if not self._places.acquire(blocking=False):
+            raise TooManyRequests(
+                "Too many sign-ins at once",
+                why=f"{self.size} are being checked or wait already",
+                fix="try again in a moment",
+                retry_after=2,
+            )
+        with self._lock:
+            self._present += 1
+        try:
+            future = self._executor.submit(work)
+        except BaseException:
+            self._left(None)
+            raise
+        future.add_done_callback(self._left)
+        try:
+            return future.result(deadline.remaining())
+        except FutureTimeout as error:
+            if future.done():
+                raise
+            future.cancel()
+            raise DeadlineExceeded("The password was not checked in time", fix="try again in a moment") from error
+
+    def background(self, work: Callable[[], object]) -> None:
+        """Run `work` in the pool some time; nobody waits for it."""
+        self._executor.submit(work)
+
+    def close(self) -> None:
+        """Let what runs finish, drop what waits."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def _left(self, _future: Future[_T] | None) -> None:
+        with self._lock:
+            self._present -= 1
+        self._places.release()

@@ -1,0 +1,290 @@
+"""Sessions: making, using and ending them.  Touches `auth_store` only; one thread ends what is over.
+
+A token has 256 random bits; only its SHA-256 is known here.  A session ends at the end of its lifetime, after a
+time without a request, when it is revoked, or with its parent.  The steady clock decides, so a jump of the wall
+clock ends nobody's session.  When a session was last used is written down in batches: after a crash of the manager
+the last half minute of use is not remembered, which is little against the time that it takes to expire.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+
+from dispatcher.common.log import logger
+from dispatcher.manager.auth.session_table import Lifetimes, SessionTable
+from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
+from dispatcher.plugin.deadline import SteadyWallClock
+from dispatcher.plugin.errors import Forbidden, NotFound, Unavailable
+
+ID_LENGTH = 16  # hexadecimal digits of a session's public id
+MAX_PER_USER = 100
+FLUSH_INTERVAL = 30.0  # seconds between writes of `last_used`
+
+OnChange = Callable[[Collection[str], Collection[str]], None]
+
+_log = logger("manager.sessions")
+
+
+def new_token() -> str:
+    """Return 256 random bits as text for a cookie."""
+    return secrets.token_urlsafe(32)
+
+
+def digest(token: str) -> str:
+    """Return what is stored of a token: its SHA-256 in hexadecimal."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+class Sessions:
+    """All sessions of one installation.  Every method may be called from any thread."""
+
+    def __init__(self, store: AuthStore, clock: SteadyWallClock, lifetimes: Lifetimes) -> None:
+        self._store = store
+        self._clock = clock
+        self._table = SessionTable(lifetimes)
+        self._subscribers: list[OnChange] = []
+        self._unremoved: set[str] = set()  # ended, not yet written down
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def load(self, users: dict[str, float]) -> None:
+        """Read what is stored; sessions of users who are gone, or were made anew since, are dropped.
+
+        :param users: when each user was created, by name.
+        """
+        rows = {row.sha256: row for row in self._store.sessions()}
+        known = {key for key, row in rows.items() if row.created >= users.get(row.user, float("inf"))}
+        known -= {key for key in known if (parent := rows[key].parent) and parent not in known}
+        self._store.remove_sessions(rows.keys() - known)
+        for key in sorted(known, key=lambda key: rows[key].parent is not None):
+            self._table.insert(rows[key])
+        self.sweep()
+
+    def start(self) -> None:
+        """Begin to end sessions when their time is over."""
+        self._thread = threading.Thread(target=self._run, name="dispatcher-sessions", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; write down what is not yet."""
+        self._closing.set()
+        self._wake.set()
+        if self._thread:
+            self._thread.join(10)
+        self.flush()
+
+    def subscribe(self, on_change: OnChange) -> None:
+        """Call `on_change(changed, gone)` with the SHA-256s of sessions, from any thread; it must be quick."""
+        self._subscribers.append(on_change)
+
+    def set_lifetimes(self, lifetimes: Lifetimes) -> None:
+        """Use other lifetimes from now on, for sessions that exist too."""
+        self._table.lifetimes = lifetimes
+        self._wake.set()
+        self._changed([row.sha256 for row in self.all()], ())
+
+    # --- making
+
+    def epoch(self, user: str) -> int:
+        """Return what to give `create`: all of a user's sessions were ended so many times."""
+        return self._table.epoch(user)
+
+    def create(
+        self, user: str, agent: str, visitor: Visitor, *, epoch: int, device: str | None = None
+    ) -> tuple[str, SessionRow]:
+        """Return a new token and its session.
+
+        :param epoch: from before the password was checked, so that a sign-in that overlaps a change of the
+            password does not outlive it.
+        :param device: SHA-256 of the token that shall prove this browser from now on.
+        :raises Forbidden: all sessions of the user were ended meanwhile.
+        """
+        now = self._clock.now()
+        row = SessionRow(sha256="", user=user, agent=agent, created=now, last_used=now)
+        return self._add(row, visitor, epoch, device)
+
+    def child(self, parent: SessionRow, host: str, agent: str) -> tuple[str, SessionRow]:
+        """Return a new token and its session for one host, which ends with `parent`.
+
+        :raises Forbidden: the parent has ended.
+        """
+        epoch = self.epoch(parent.user)
+        visitor = self._store.visitors([parent.sha256]).get(parent.sha256, Visitor())
+        row = replace(parent, agent=agent, last_used=self._clock.now(), host=host, parent=parent.sha256)
+        return self._add(row, visitor, epoch, None)
+
+    def renew(self, sha256: str) -> tuple[str, SessionRow]:
+        """Replace a session by a new one of the same user, and end all others: the password was changed.
+
+        :raises NotFound: the session is dead.
+        """
+        old = self.require(sha256)
+        visitor = self._store.visitors([sha256]).get(sha256, Visitor())
+        token, row = self.create(old.user, old.agent, visitor, epoch=self.epoch(old.user))
+        self.revoke_user(old.user, spare=row.sha256)
+        return token, row
+
+    def _add(self, row: SessionRow, visitor: Visitor, epoch: int, device: str | None) -> tuple[str, SessionRow]:
+        token = new_token()
+        row = replace(row, sha256=digest(token))
+        self._store.add_session(row, visitor, device=device)
+        if not self._table.insert(row, epoch):
+            self._store.remove_sessions([row.sha256])
+            raise Forbidden("The sign-in was ended meanwhile", fix="sign in again")
+        self._changed([row.sha256], ())
+        mine = self.all(row.user)
+        if len(mine) > MAX_PER_USER:
+            oldest = sorted(mine, key=lambda other: other.last_used)[: len(mine) - MAX_PER_USER]
+            self._end({other.sha256 for other in oldest} - {row.sha256, row.parent or ""})
+        return token, row
+
+    # --- asking
+
+    def get(self, sha256: str) -> SessionRow | None:
+        """Return a session that is alive, else None."""
+        return self._table.get(sha256, self._clock.now())
+
+    def require(self, sha256: str) -> SessionRow:
+        """Return a session that is alive.
+
+        :raises NotFound: it is dead or unknown.
+        """
+        row = self.get(sha256)
+        if row is None:
+            raise NotFound("There is no such session", why="it has ended", fix="sign in again")
+        return row
+
+    def by_id(self, id: str, user: str | None = None) -> SessionRow:
+        """Return the session with a public id.
+
+        :raises NotFound: there is none (of that user).
+        """
+        found = [row for row in self.all(user) if row.sha256[:ID_LENGTH] == id]
+        if len(found) != 1:
+            raise NotFound("There is no such session", fix="list the sessions to see their ids")
+        return found[0]
+
+    def all(self, user: str | None = None) -> list[SessionRow]:
+        """Return the sessions that are alive, of all or of one user."""
+        return self._table.alive(self._clock.now(), user)
+
+    def count(self) -> int:
+        """How many sessions there are."""
+        return len(self._table)
+
+    def visitors(self, rows: Iterable[SessionRow]) -> dict[str, Visitor]:
+        """Return where sessions were made, by SHA-256."""
+        return self._store.visitors([row.sha256 for row in rows])
+
+    def expires(self, row: SessionRow) -> float:
+        """Unix time at which a session ends if it is not used."""
+        return self._table.ends(row)
+
+    def ttl(self, row: SessionRow) -> float:
+        """Seconds until a session ends if it is not used."""
+        return max(0.0, self._table.ends(row) - self._clock.now())
+
+    def lifetime(self, row: SessionRow) -> float:
+        """Seconds until a session ends even if it is used."""
+        return max(0.0, row.created + self._table.lifetimes.lifetime - self._clock.now())
+
+    # --- using
+
+    def select(self, sha256: str, agent: str) -> SessionRow:
+        """Send a session's requests to another agent.  The caller has checked whose it is.
+
+        :raises NotFound: the session is dead.
+        """
+        row = self.require(sha256)
+        self._store.set_agent([sha256], agent)
+        self._table.set_agent([sha256], agent)
+        self._changed([sha256], ())
+        return row
+
+    def replace_agent(self, user: str, gone: str, agent: str) -> None:
+        """An agent is gone: send the sessions that were with it to another one of the same user."""
+        rows = [row for row in self.all(user) if row.agent == gone]
+        moved = [row.sha256 for row in rows if not row.host]
+        self._store.set_agent(moved, agent)
+        self._table.set_agent(moved, agent)
+        self._changed(moved, ())
+        self._end({row.sha256 for row in rows if row.host})
+
+    def touch(self, sha256s: Iterable[str]) -> None:
+        """These sessions made a request just now; a child's request is its parent's too."""
+        self._changed(self._table.touch(sha256s, self._clock.now()), ())
+
+    # --- ending
+
+    def revoke(self, sha256: str) -> None:
+        """End a session and its children; one that is dead already is no error."""
+        self._end({sha256})
+
+    def revoke_user(self, user: str, *, spare: str | None = None) -> int:
+        """End all sessions of a user but one; return how many."""
+        return self._ended(self._table.end_user(user, spare))
+
+    def user_gone(self, user: str) -> None:
+        """A user was removed: end the sessions, forget the browsers."""
+        self.revoke_user(user)
+        self._store.forget_user(user)
+
+    def sweep(self) -> float:
+        """End what is over; return the seconds until it is worth looking again."""
+        over, pause = self._table.overdue(self._clock.now())
+        self._end(over)
+        return pause
+
+    def flush(self) -> None:
+        """Write down when sessions were last used, and what has ended."""
+        self._store.set_last_used(self._table.take_used())
+        self._write_removals()
+
+    def _end(self, sha256s: set[str]) -> int:
+        return self._ended(self._table.end(sha256s)) if sha256s else 0
+
+    def _ended(self, gone: list[str]) -> int:
+        """Tell at once, whether or not the database can be written just now."""
+        if gone:
+            with self._lock:
+                self._unremoved.update(gone)
+            self._changed((), gone)
+            self._write_removals()
+        return len(gone)
+
+    def _write_removals(self) -> None:
+        with self._lock:
+            keys = set(self._unremoved)
+        try:
+            self._store.remove_sessions(keys)
+        except Unavailable as error:
+            _log.error("ended sessions cannot be written down, trying again soon", why=str(error))
+            return
+        with self._lock:
+            self._unremoved -= keys
+
+    def _changed(self, changed: Collection[str], gone: Collection[str]) -> None:
+        if changed or gone:
+            for subscriber in self._subscribers:
+                subscriber(changed, gone)
+
+    def _run(self) -> None:
+        flushed = self._clock.now()
+        pause = 0.0
+        while not self._closing.is_set():
+            self._wake.wait(pause)
+            self._wake.clear()
+            pause = FLUSH_INTERVAL
+            try:
+                pause = self.sweep()
+                if self._clock.now() - flushed >= FLUSH_INTERVAL:
+                    flushed = self._clock.now()
+                    self.flush()
+            except Exception:
+                _log.exception("sessions cannot be written down, trying again soon")

@@ -1,0 +1,172 @@
+"""Slowing down whoever guesses passwords.  Pure: a clock goes in, delays come out; `auth_store` keeps it.
+
+Counted are the wrong passwords for a name (whether it exists or not) and from an address (IPv6 by its /64).  Past
+a few free ones the delay doubles with each further one.  Who is past them gets one attempt at a time, charged
+before the password is looked at; so a burst gains nothing, and a class of thirty who sign in at once, all with
+the right password, is never slowed.
+
+A browser that has signed in before proves it with its device token: then only that device's own account for that
+name counts, so that strangers who guess cannot lock the owner out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from dispatcher.plugin.errors import TooManyRequests
+
+FORGET = 24 * 3600.0  # seconds without attempts after which an account is forgotten
+MAX_ACCOUNTS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When an account is slowed, and how much.
+
+    :ivar free: wrong passwords without a delay; :ivar first: delay after the next one, doubled by each further
+        one; :ivar most: longest delay; :ivar forgive: one wrong password is forgiven each so many seconds.
+    """
+
+    free: int
+    first: float
+    most: float
+    forgive: float
+
+    def delay(self, failures: float) -> float:
+        """Seconds to wait after so many wrong passwords."""
+        over = failures - self.free
+        return 0.0 if over < 0 else min(self.most, self.first * 2.0 ** min(over, 60.0))
+
+
+#: Per name: five attempts, then 1, 2, 4, ... seconds, at most 15 minutes.
+NAME = Rule(free=5, first=1.0, most=900.0, forgive=1800.0)
+#: Per address: more and shorter, as many people may share one.
+ADDRESS = Rule(free=20, first=1.0, most=60.0, forgive=120.0)
+RULES = {"name": NAME, "address": ADDRESS, "device": NAME}
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is held against one name, address or device.
+
+    :ivar failures: wrong passwords not yet forgiven; :ivar last: when the last one was; :ivar until: when
+        the next is let through (Unix time, seconds).
+    """
+
+    failures: float
+    last: float
+    until: float
+
+
+#: What is to be kept: the account of a key, or None where nothing is left.
+Changes = dict[str, Account | None]
+
+
+def address_key(address: str) -> str:
+    """Return what an address is counted by; one key for all that are no IP address."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return "address:other"
+    if isinstance(found, ipaddress.IPv6Address):
+        if found.ipv4_mapped is None:
+            return f"address:{ipaddress.ip_network((found, 64), strict=False)}"
+        found = found.ipv4_mapped
+    return f"address:{found}"
+
+
+class Throttle:
+    """The accounts of all names, addresses and devices; bounded.
+
+    :param accounts: as kept earlier.
+    """
+
+    def __init__(self, accounts: Mapping[str, Account] | None = None, *, limit: int = MAX_ACCOUNTS) -> None:
+        self._accounts = dict(accounts or {})
+        self._limit = limit
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def admit(self, keys: Iterable[str], now: float) -> Changes:
+        """Let one attempt through, for all `keys` or none; return what changed, to be kept.
+
+        :param keys: ``name:...``, ``address:...``, ``device:...``.
+        :raises TooManyRequests: one of them must wait; `retry_after` says how long.
+        """
+        changed: Changes = {}
+        with self._lock:
+            known = {key: self._accounts[key] for key in keys if key in self._accounts}
+            wait = max((account.until - now for account in known.values()), default=0.0)
+            if wait > 0:
+                raise TooManyRequests(
+                    "Too many attempts to sign in",
+                    why="passwords were wrong several times for this name or from this address",
+                    fix=f"wait {wait_text(wait)}, then try again",
+                    retry_after=wait,
+                )
+            for key, account in known.items():
+                delay = _rule(key).delay(self._forgiven(key, now) + 1)
+                if delay:
+                    changed[key] = self._accounts[key] = replace(account, until=now + delay)
+        return changed
+
+    def failed(self, keys: Iterable[str], now: float) -> Changes:
+        """Count a wrong password against all `keys`; return what changed, to be kept."""
+        changed: Changes = {}
+        with self._lock:
+            for key in keys:
+                failures = self._forgiven(key, now) + 1
+                changed[key] = self._accounts[key] = Account(failures, now, now + _rule(key).delay(failures))
+            if len(self._accounts) > self._limit:
+                changed.update(self._evict(set(changed), now))
+        return changed
+
+    def succeeded(self, keys: Iterable[str], now: float, *, forget: Iterable[str] = ()) -> Changes:
+        """The password was right, or was not looked at: `keys` wait no longer, `forget` start afresh."""
+        changed: Changes = {}
+        with self._lock:
+            for key in forget:
+                if self._accounts.pop(key, None):
+                    changed[key] = None
+            for key in keys:
+                account = self._accounts.get(key)
+                if account is not None and account.until > now:
+                    changed[key] = self._accounts[key] = replace(account, until=now)
+        return changed
+
+    def _forgiven(self, key: str, now: float) -> float:
+        """How many wrong passwords still count."""
+        account = self._accounts.get(key)
+        if account is None or now - account.last > FORGET:
+            return 0.0
+        return max(0.0, account.failures - max(0.0, now - account.last) / _rule(key).forgive)
+
+    def _evict(self, spare: set[str], now: float) -> Changes:
+        """Drop a tenth: the forgotten, then those with the fewest failures, the oldest first."""
+
+        def worth(key: str) -> tuple[bool, float, float]:
+            account = self._accounts[key]
+            return now - account.last < FORGET, account.failures, account.last
+
+        ranked = sorted((key for key in self._accounts if key not in spare), key=worth)
+        dropped = ranked[: max(1, self._limit // 10)]
+        for key in dropped:
+            del self._accounts[key]
+        return dict.fromkeys(dropped)
+
+
+def _rule(key: str) -> Rule:
+    return RULES[key.partition(":")[0]]
+
+
+def wait_text(seconds: float) -> str:
+    """Return a waiting time for people: ``3 seconds``, ``2 minutes``."""
+    if seconds < 90:
+        whole = max(1, round(seconds + 0.499))
+        return f"{whole} second{'s' if whole != 1 else ''}"
+    return f"{round(seconds / 60 + 0.499)} minutes"

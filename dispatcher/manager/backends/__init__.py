@@ -1,0 +1,1 @@
+"""Providers, contained: threads, deadlines, usage, logs."""

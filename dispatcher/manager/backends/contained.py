@@ -1,0 +1,206 @@
+"""A provider behind glass: what it raises is translated, what it returns is checked.  Calls the provider only.
+
+A plugin may be wrong in any way.  Whatever happens in it ends here as an error of dispatcher's tree that names
+the provider and the call, and reaches only the agent that was asked about.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dispatcher.manager.backends.pool import current_job
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
+from dispatcher.plugin.model import (
+    AgentSpec,
+    App,
+    BackendState,
+    Capability,
+    Depth,
+    Endpoint,
+    Finding,
+    Handle,
+    Observation,
+    Usage,
+)
+from dispatcher.plugin.names import printable
+from dispatcher.plugin.provider import Closeable, Progress, Provider
+
+MAX_LISTED = 1_000_000
+MAX_LINE = 65536  # bytes of one log line
+
+_T = TypeVar("_T")
+_log = logging.getLogger("dispatcher.manager")
+
+
+class Guard:
+    """The methods of `Provider` that the manager calls, contained.  Raises nothing but `DispatcherError`."""
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
+        self.name = provider.name
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What the provider declares; nothing when it cannot even say that."""
+        try:
+            return frozenset(Capability(item) for item in self.provider.capabilities)
+        except Exception:
+            _log.exception("The provider %s cannot say what it is capable of", self.name)
+            return frozenset()
+
+    def check(self, *, deadline: Deadline) -> None:
+        """`Provider.check`"""
+        with self._call("check", deadline):
+            self.provider.check(deadline=deadline)
+
+    def explain(self, app: App | None) -> list[Finding]:
+        """`Provider.explain`"""
+        with self._call("explain", Deadline(30)):
+            return [self._checked("explain", item, Finding) for item in self.provider.explain(app)]
+
+    def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.prepare`"""
+        with self._call("prepare", deadline):
+            self.provider.prepare(app, deadline=deadline, progress=progress)
+
+    def handle(self, spec: AgentSpec) -> Handle:
+        """`Provider.handle`"""
+        with self._call("handle", Deadline(5)):
+            return self._own(spec, self.provider.handle(spec), "handle")
+
+    def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
+        """`Provider.ensure`"""
+        with self._call("ensure", deadline):
+            return self._own(spec, self.provider.ensure(spec, deadline=deadline, progress=progress), "ensure")
+
+    def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
+        """`Provider.observe`"""
+        with self._call("observe", deadline):
+            return self._observation("observe", self.provider.observe(handle, deadline=deadline))
+
+    def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.stop`"""
+        with self._call("stop", deadline):
+            self.provider.stop(handle, grace=grace, deadline=deadline, progress=progress)
+
+    def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.destroy`"""
+        with self._call("destroy", deadline):
+            self.provider.destroy(handle, data=data, deadline=deadline, progress=progress)
+
+    def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.suspend`"""
+        with self._call("suspend", deadline):
+            self.provider.suspend(handle, depth=depth, deadline=deadline, progress=progress)
+
+    def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.resume`"""
+        with self._call("resume", deadline):
+            self.provider.resume(handle, deadline=deadline, progress=progress)
+
+    def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.export_data`"""
+        with self._call("export_data", deadline):
+            self.provider.export_data(handle, directory, deadline=deadline, progress=progress)
+
+    def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.import_data`"""
+        with self._call("import_data", deadline):
+            self.provider.import_data(handle, directory, deadline=deadline, progress=progress)
+
+    def list(self, *, deadline: Deadline) -> list[tuple[Handle, Observation]]:
+        """`Provider.list`, as a whole."""
+        found: list[tuple[Handle, Observation]] = []
+        with self._call("list", deadline):
+            for item in self.provider.list(deadline=deadline):
+                if not (isinstance(item, tuple) and len(item) == 2):
+                    raise self._nonsense("list", item)
+                handle = self._checked("list", item[0], Handle)
+                if handle.provider != self.name:
+                    raise self._nonsense("list", handle)
+                found.append((handle, self._observation("list", item[1])))
+                if len(found) > MAX_LISTED or deadline.expired:
+                    raise DeadlineExceeded(f"The provider {self.name} did not finish its list in time")
+        return found
+
+    def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
+        """`Provider.logs`, a line at a time."""
+        with self._call("logs", deadline):
+            for line in self.provider.logs(handle, tail=tail, follow=follow, deadline=deadline):
+                yield self._checked("logs", line, bytes)[:MAX_LINE]
+
+    def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> dict[str, Usage]:
+        """`Provider.usage`"""
+        with self._call("usage", deadline):
+            found = self.provider.usage(handles, deadline=deadline)
+            if not isinstance(found, Mapping):
+                raise self._nonsense("usage", found)
+            return {str(name): self._checked("usage", usage, Usage) for name, usage in found.items()}
+
+    def watch(self, on_change: Callable[[str], None]) -> Closeable:
+        """`Provider.watch`"""
+        with self._call("watch", Deadline(30)):
+            return self.provider.watch(on_change)
+
+    def close(self) -> None:
+        """`Provider.close`; its faults are logged."""
+        try:
+            self.provider.close()
+        except Exception:
+            _log.exception("The provider %s cannot be closed", self.name)
+
+    @contextmanager
+    def _call(self, method: str, deadline: Deadline) -> Iterator[None]:
+        job = current_job()
+        try:
+            if job is None:
+                yield
+            else:
+                with job.calling(f"{self.name}.{method}", deadline):
+                    yield
+        except (DispatcherError, GeneratorExit):
+            raise
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt that a plugin raises
+            _log.exception("The provider %s failed in %s", self.name, method)
+            raise ProviderError(
+                f"The provider {self.name} failed in {method}",
+                why=f"{type(error).__name__}: {printable(str(error), 300)}",
+                fix="this is a fault of the plugin, tell its author; the manager's log has the details",
+            ) from error
+
+    def _own(self, spec: AgentSpec, value: object, method: str) -> Handle:
+        handle = self._checked(method, value, Handle)
+        if handle.provider != self.name or handle.agent != spec.agent:
+            raise self._nonsense(method, handle)
+        handle.to_json()  # a handle that is no JSON is a fault, too
+        return handle
+
+    def _observation(self, method: str, value: object) -> Observation:
+        seen = self._checked(method, value, Observation)
+        if not (
+            isinstance(seen.state, BackendState)
+            and isinstance(seen.endpoint, (Endpoint, type(None)))
+            and isinstance(seen.owner_uid, (int, type(None)))
+            and isinstance(seen.started_at, (int, float, type(None)))
+            and isinstance(seen.spec_hash, str)
+            and isinstance(seen.exit_reason, str)
+        ):
+            raise self._nonsense(method, seen)
+        return seen
+
+    def _checked(self, method: str, value: Any, kind: type[_T]) -> _T:
+        if not isinstance(value, kind):
+            raise self._nonsense(method, value)
+        return value
+
+    def _nonsense(self, method: str, value: object) -> ProviderError:
+        return ProviderError(
+            f"The provider {self.name} returned nonsense from {method}",
+            why=f"it returned {printable(value, 200)}",
+            fix="this is a fault of the plugin, tell its author",
+        )

@@ -1,0 +1,198 @@
+"""Threads for one provider's calls.  Touches threads only.
+
+A pool of daemon threads that grows on demand.  A job may give its place away while it merely waits
+(`released`), and a job whose call hangs past its limit is *abandoned*: it keeps its thread, but no longer
+counts, so that one hung call costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from dispatcher.plugin.deadline import Deadline, boottime
+
+SLACK = 5.0  # seconds that a call may take beyond its deadline before it counts as hanging
+IDLE_SECONDS = 10.0  # an idle thread ends after that long
+MAX_RELEASED = 256  # threads that wait outside the count
+MAX_ABANDONED = 256  # threads whose call hangs; beyond it they count again
+
+_log = logging.getLogger("dispatcher.manager")
+_current = threading.local()
+
+
+class Job:
+    """A function to run once.
+
+    :ivar deadline: by when the call that it is in should return; None: it is in none.
+    :ivar call: the name of that call; :ivar abandoned: it hung, and whoever waited was told.
+    """
+
+    __slots__ = ("abandoned", "call", "counted", "deadline", "overdue", "run")
+
+    def __init__(self, run: Callable[[], None], overdue: Callable[[Job], None] | None) -> None:
+        self.run = run
+        self.overdue = overdue
+        self.deadline: Deadline | None = None
+        self.call = ""
+        self.abandoned = False
+        self.counted = True
+
+    @contextmanager
+    def calling(self, call: str, deadline: Deadline) -> Iterator[None]:
+        """Name the call that is being made and by when it should return."""
+        before = self.call, self.deadline
+        self.call, self.deadline = call, deadline
+        try:
+            yield
+        finally:
+            self.call, self.deadline = before
+
+    def hangs(self, now: float) -> bool:
+        """Whether its call should have returned long ago."""
+        deadline = self.deadline
+        return deadline is not None and deadline.at + SLACK < now
+
+
+def current_job() -> Job | None:
+    """Return the job that this thread runs, None outside of pools."""
+    return getattr(_current, "job", None)
+
+
+class Pool:
+    """Runs jobs on at most `size` threads at a time, urgent ones first.
+
+    :param name: of the threads.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name = name
+        self._size = size
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # there is work
+        self._ended = threading.Condition(lock)  # a job is done
+        self._urgent: deque[Job] = deque()
+        self._patient: deque[Job] = deque()
+        self._running: set[Job] = set()
+        self._threads = 0  # that count against the size
+        self._idle = 0
+        self._released = 0
+        self._abandoned = 0
+        self._closed = False
+
+    def submit(
+        self, run: Callable[[], None], *, overdue: Callable[[Job], None] | None = None, urgent: bool = True
+    ) -> Job:
+        """Run a function soon.  Its exceptions are logged and end nothing but itself.
+
+        :param overdue: called once, from `watch`, when a call of the job hangs past its limit.
+        """
+        job = Job(run, overdue)
+        with self._changed:
+            if self._closed:
+                return job
+            (self._urgent if urgent else self._patient).append(job)
+            self._staff()
+        return job
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Give this thread's place to other jobs inside the block, which only waits."""
+        with self._changed:
+            giving = self._released < MAX_RELEASED and current_job() is not None
+            if giving:
+                self._released += 1
+                self._threads -= 1
+                self._staff()
+        try:
+            yield
+        finally:
+            if giving:
+                with self._changed:
+                    self._released -= 1
+                    self._threads += 1
+
+    def watch(self) -> None:
+        """Abandon the jobs whose call hangs; called regularly by one thread."""
+        now = boottime()
+        overdue = []
+        with self._changed:
+            for job in self._running:
+                if not job.abandoned and job.hangs(now):
+                    job.abandoned = True
+                    overdue.append(job)
+                    if self._abandoned < MAX_ABANDONED:
+                        job.counted = False
+                        self._abandoned += 1
+                        self._threads -= 1
+            self._staff()
+        for job in overdue:
+            _log.error("%s: the call of %s hangs, going on without it", self._name, job.call)
+            if job.overdue:
+                job.overdue(job)
+
+    def close(self) -> None:
+        """Begin nothing more.  What runs is left to end by itself."""
+        with self._changed:
+            self._closed = True
+            self._urgent.clear()
+            self._patient.clear()
+            self._changed.notify_all()
+
+    def join(self, seconds: float) -> None:
+        """Wait until nothing runs any more, at most so long."""
+        with self._changed:
+            self._ended.wait_for(lambda: all(job.abandoned for job in self._running), seconds)
+
+    def _staff(self) -> None:
+        waiting = len(self._urgent) + len(self._patient)
+        if self._idle:
+            self._changed.notify(min(waiting, self._idle))
+        for _ in range(min(waiting - self._idle, self._size - self._threads)):
+            thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+            self._threads += 1
+            try:
+                thread.start()
+            except RuntimeError as error:  # no memory or too many threads: the job waits for the next chance
+                self._threads -= 1
+                _log.error("%s: no thread can be started: %s", self._name, error)
+                return
+
+    def _work(self) -> None:
+        counted = True
+        while job := self._next(counted):
+            _current.job = job
+            try:
+                job.run()
+            except Exception:
+                _log.exception("%s: a job failed", self._name)
+            finally:
+                _current.job = None
+                with self._changed:
+                    self._running.discard(job)
+                    if not job.counted:  # its place was given away: this thread is one too many
+                        self._abandoned -= 1
+                        counted = False
+                    self._ended.notify_all()
+
+    def _next(self, counted: bool) -> Job | None:
+        with self._changed:
+            if not counted:
+                return None
+            while not self._closed:
+                if self._threads > self._size:
+                    break
+                if self._urgent or self._patient:
+                    job = (self._urgent or self._patient).popleft()
+                    self._running.add(job)
+                    return job
+                self._idle += 1
+                woken = self._changed.wait(IDLE_SECONDS)
+                self._idle -= 1
+                if not woken and not (self._urgent or self._patient):
+                    break
+            self._threads -= 1
+            return None

@@ -1,0 +1,107 @@
+"""The frames that the manager sends, cut to size (docs/reference/feed.md).  Pure: rows in, bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from dispatcher.feed import protocol
+from dispatcher.manager.storage.auth import SessionRow
+
+Row = dict[str, Any]
+
+
+def hello(installation: str, now: float) -> bytes:
+    """Return the first frame.
+
+    :param now: seconds on the boot clock.
+    """
+    return protocol.encode(
+        {"type": protocol.HELLO, "version": protocol.VERSION, "installation": installation, "now": round(now, 3)}
+    )
+
+
+def error(what: str) -> bytes:
+    """Return the last frame of a connection that cannot be."""
+    return protocol.encode({"type": protocol.ERROR, "what": what})
+
+
+def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
+    """Return SESSION.
+
+    :param agents: names of all agents of its user, of which a session for one host is to know its own alone.
+    :param ttl: seconds until it ends if it is not used.
+    """
+    found: Row = {
+        "sha256": row.sha256,
+        "user": row.user,
+        "agent": row.agent,
+        "agents": [row.agent] if row.host else agents,
+        "ttl": round(ttl, 3),
+    }
+    if row.host:
+        found["host"] = row.host
+    return found
+
+
+def snapshot(agents: Iterable[Row], sessions: Iterable[Row]) -> Iterator[bytes]:
+    """Yield a snapshot's parts, at least one, made as they are asked for."""
+    some_agents, some_sessions = iter(agents), iter(sessions)
+    part = list(islice(some_agents, protocol.MAX_ROWS))
+    first = True
+    while True:
+        agent_part = part
+        session_part = list(islice(some_sessions, protocol.MAX_ROWS - len(agent_part)))
+        part = list(islice(some_agents, protocol.MAX_ROWS))
+        following = next(some_sessions, None) if not part else None
+        if following is not None:
+            some_sessions = _prepend(following, some_sessions)
+        last = not part and following is None
+        yield protocol.encode(
+            {
+                "type": protocol.SNAPSHOT,
+                "first": first,
+                "last": last,
+                "agents": agent_part,
+                "sessions": session_part,
+            }
+        )
+        if last:
+            return
+        first = False
+
+
+def changes(
+    agents: Sequence[Row], sessions: Sequence[Row], agents_gone: Sequence[str], sessions_gone: Sequence[str]
+) -> Iterator[bytes]:
+    """Yield what has changed; what ends sessions goes first."""
+    size = protocol.MAX_ROWS
+    everything: dict[str, Sequence[Any]] = {
+        "sessions_gone": sessions_gone,
+        "agents": agents,
+        "sessions": sessions,
+        "agents_gone": agents_gone,
+    }
+    longest = max(len(rows) for rows in everything.values())
+    for index in range(0, longest, size):
+        message: Row = {"type": protocol.CHANGE}
+        message.update(
+            (name, rows[index : index + size]) for name, rows in everything.items() if index < len(rows)
+        )
+        yield protocol.encode(message)
+
+
+def looked_up(sha256: str, session: Row | None, agents: Sequence[Row]) -> bytes:
+    """Return the answer to a lookup."""
+    return protocol.encode(
+        {"type": protocol.SESSION, "sha256": sha256, "session": session, "agents": list(agents)}
+    )
+
+
+PING = protocol.encode({"type": protocol.PING})
+
+
+def _prepend(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
+    yield first
+    yield from rest

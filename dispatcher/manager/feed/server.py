@@ -1,0 +1,318 @@
+"""The feed's server: tells the edge what it routes by.  Touches feed.sock.
+
+One thread with one event loop holds all workers' connections.  Changes are gathered for a few milliseconds and
+encoded once for all workers.  Whatever may touch the database or take a lock for long runs in a small pool.
+What workers report is `feed_reports`' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+
+from dispatcher.common.log import logger
+from dispatcher.feed import protocol
+from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.feed import frames
+from dispatcher.manager.feed.reports import Reports, contained
+from dispatcher.manager.feed.sync import Syncs
+from dispatcher.manager.feed.worker import Worker
+from dispatcher.manager.rest.listeners import peer
+from dispatcher.manager.storage.auth import SessionRow
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import NotFound
+
+GATHER = 0.004  # seconds between two frames of changes
+HELLO_TIMEOUT = 10.0  # seconds that a worker may take to say hello
+MAX_UP_FRAME = 4 * 1024 * 1024  # bytes
+MAX_WORKERS = 300
+SETTLE = 1.0  # seconds that an answer waits until all workers know what it says
+
+_log = logger("manager.feed")
+
+
+class Feed:
+    """Serves the feed on one listening socket.
+
+    :param sock: bound; :param allowed: who may connect, by user id and group id.
+    :param on_agent_gone: called in the pool with the name of each agent that is gone.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        supervisor: Supervisor,
+        sessions: Sessions,
+        allowed: Callable[[int, int], bool],
+        on_agent_gone: Callable[[str], None],
+    ) -> None:
+        self._sock = sock
+        self._supervisor = supervisor
+        self._sessions = sessions
+        self._allowed = allowed
+        self._on_agent_gone = on_agent_gone
+        self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
+        self._workers: set[Worker] = set()
+        self._syncs = Syncs()
+        self._agents_of: dict[str, dict[str, None]] = {}
+        self._lock = threading.Lock()
+        self._changed_agents: dict[str, None] = {}
+        self._changed_sessions: dict[str, None] = {}
+        self._gone_sessions: dict[str, None] = {}
+        self._scheduled = False
+        self._flushed_at = 0.0
+        self._stop: asyncio.Event | None = None
+        self._serving = threading.Event()
+
+    def start(self) -> None:
+        """Listen; returns once it does."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
+        self._supervisor.subscribe(self.agent_changed)
+        self._sessions.subscribe(self.sessions_changed)
+        for view in self._supervisor.views():
+            self._agents_of.setdefault(view.user, {})[view.name] = None
+        self._thread.start()
+        self._serving.wait(10)
+
+    def close(self) -> None:
+        """Say farewell by closing; the edge serves on with what it knows."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._ask_to_stop)
+            self._thread.join(10)
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ask_to_stop(self) -> None:
+        if self._stop is not None:
+            self._stop.set()
+
+    def connections(self) -> int:
+        """How many workers are connected."""
+        return len(self._workers)
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """Return the counters of each connected worker, by its process id."""
+        return {str(worker.pid): worker.counters for worker in list(self._workers) if worker.counters}
+
+    # --- from other threads
+
+    def agent_changed(self, name: str) -> None:
+        """An agent changed or is gone."""
+        with self._lock:
+            self._changed_agents[name] = None
+        self._schedule()
+
+    def sessions_changed(self, changed: Collection[str], gone: Collection[str]) -> None:
+        """Sessions changed or are gone."""
+        with self._lock:
+            self._changed_sessions.update(dict.fromkeys(changed))
+            self._gone_sessions.update(dict.fromkeys(gone))
+        self._schedule()
+
+    def settle(self) -> bool:
+        """Wait, but not for long, until every connected worker has applied what has changed up to now.
+
+        :return: whether all have said so.  A worker that is not connected begins anew with a snapshot.
+        """
+        done = threading.Event()
+        try:
+            self._loop.call_soon_threadsafe(self._ask, done)
+            if done.wait(SETTLE):
+                return True
+            self._loop.call_soon_threadsafe(self._syncs.forget, done)
+        except RuntimeError:  # the loop is closed: the manager ends
+            return False
+        _log.warning("not every worker has said in time that it knows", workers=len(self._workers))
+        return False
+
+    def _schedule(self) -> None:
+        with self._lock:
+            if self._scheduled:
+                return
+            self._scheduled = True
+        with suppress(RuntimeError):  # the loop is closed: the manager ends
+            self._loop.call_soon_threadsafe(self._gather)
+
+    # --- in the loop
+
+    def _gather(self) -> None:
+        """The first change goes out at once, those right after it together."""
+        wait = self._flushed_at + GATHER - self._loop.time()
+        if wait > 0:
+            self._loop.call_later(wait, self._flush)
+        else:
+            self._flush()
+
+    def _ask(self, done: threading.Event) -> None:
+        self._flush()
+        self._syncs.ask(self._workers, done)
+
+    def _flush(self) -> None:
+        self._flushed_at = self._loop.time()
+        with self._lock:
+            self._scheduled = False
+            names, self._changed_agents = self._changed_agents, {}
+            changed, self._changed_sessions = self._changed_sessions, {}
+            gone, self._gone_sessions = self._gone_sessions, {}
+        agents, agents_gone, touched = self._agent_rows(names)
+        for user in touched:
+            changed.update((row.sha256, None) for row in self._sessions.all(user))
+        if not self._workers:
+            return
+        sessions = []
+        for sha256 in changed:
+            row = self._sessions.get(sha256)
+            if row is None:
+                gone[sha256] = None
+            elif sha256 not in gone:
+                sessions.append(self._session_row(row))
+        for frame in frames.changes(agents, sessions, agents_gone, list(gone)):
+            for worker in list(self._workers):
+                worker.send(frame)
+
+    def _agent_rows(self, names: Iterable[str]) -> tuple[list[frames.Row], list[str], set[str]]:
+        """Return rows, agents that are gone, and users who have other agents than before."""
+        rows, gone, touched = [], [], set()
+        for name in names:
+            try:
+                view = self._supervisor.view(name)
+            except NotFound:
+                gone.append(name)
+                user = name.partition(":")[0]
+                if self._agents_of.get(user, {}).pop(name, name) is None:
+                    touched.add(user)
+                self._pool.submit(contained, self._on_agent_gone, name)
+                continue
+            rows.append(view.to_feed())
+            mine = self._agents_of.setdefault(view.user, {})
+            if name not in mine:
+                mine[name] = None
+                touched.add(view.user)
+        for user in touched:
+            if not self._agents_of.get(user, True):
+                del self._agents_of[user]
+        return rows, gone, touched
+
+    def _session_row(self, row: SessionRow) -> frames.Row:
+        return frames.session_row(row, list(self._agents_of.get(row.user, ())), self._sessions.ttl(row))
+
+    def _snapshot(self) -> Iterator[bytes]:
+        """Yield the parts; runs in the pool, as it takes a while with many rows."""
+        views = self._supervisor.views()
+        agents_of: dict[str, list[str]] = {}
+        for view in views:
+            agents_of.setdefault(view.user, []).append(view.name)
+        sessions = self._sessions.all()
+        return frames.snapshot(
+            (view.to_feed() for view in views),
+            (frames.session_row(row, agents_of.get(row.user, []), self._sessions.ttl(row)) for row in sessions),
+        )
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._main())
+        except Exception:
+            _log.exception("the feed ended")
+        finally:
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+            self._loop.close()
+
+    async def _main(self) -> None:
+        self._stop = asyncio.Event()
+        server = await asyncio.start_unix_server(self._accept, sock=self._sock, backlog=MAX_WORKERS)
+        self._serving.set()
+        pings = asyncio.ensure_future(self._ping())
+        await self._stop.wait()
+        pings.cancel()
+        server.close()
+        tasks = [worker.task for worker in list(self._workers) if worker.task]
+        for worker in list(self._workers):
+            worker.abort()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(pings, *tasks, return_exceptions=True)
+        await asyncio.sleep(0.001)  # connections close in the loop's next round
+
+    async def _ping(self) -> None:
+        while True:
+            await asyncio.sleep(protocol.PING_INTERVAL)
+            for worker in list(self._workers):
+                worker.send(frames.PING)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid, gid = peer(writer.get_extra_info("socket"))
+        if not self._allowed(uid, gid) or len(self._workers) >= MAX_WORKERS:
+            _log.warning("refused a connection", uid=uid, workers=len(self._workers))
+            writer.write(frames.error("you may not use this socket"))
+            writer.close()
+            return
+        worker = Worker(writer, asyncio.current_task())
+        self._workers.add(worker)
+        try:
+            await self._serve(worker, reader)
+        except (protocol.FrameError, asyncio.TimeoutError) as error:
+            _log.warning("dropped a worker", pid=worker.pid, why=str(error) or "it said no hello in time")
+        except (OSError, asyncio.CancelledError):
+            pass
+        except Exception:
+            _log.exception("a worker's connection failed", pid=worker.pid)
+        finally:
+            self._workers.discard(worker)
+            self._syncs.gone(worker)
+            worker.close()
+            _log.info("worker disconnected", pid=worker.pid)
+
+    async def _serve(self, worker: Worker, reader: asyncio.StreamReader) -> None:
+        worker.send(frames.hello(self._supervisor.installation, boottime()), at_once=True)
+        decoder = protocol.Decoder(MAX_UP_FRAME)
+        first = await asyncio.wait_for(_first(reader, decoder), HELLO_TIMEOUT)
+        if not first or first[0]["type"] != protocol.HELLO:
+            raise protocol.FrameError("the first frame is not a hello")
+        if first[0].get("version") != protocol.VERSION:
+            worker.send(frames.error(f"this manager speaks version {protocol.VERSION} of the feed"), at_once=True)
+            raise protocol.FrameError(f"version {first[0].get('version')!r} of the feed")
+        pid = first[0].get("pid")
+        worker.pid = pid if isinstance(pid, int) else 0
+        worker.answers = first[0].get("sync") is True
+        _log.info("worker connected", pid=worker.pid)
+        feeding = asyncio.ensure_future(self._send_snapshot(worker))
+        reports = Reports(worker, self._supervisor, self._sessions, self._syncs, self._pool)
+        try:
+            for message in first[1:]:
+                await reports.hear(message)
+            while data := await reader.read(65536):
+                for message in decoder.feed(data):
+                    await reports.hear(message)
+        finally:
+            feeding.cancel()
+            with suppress(asyncio.CancelledError, OSError):
+                await feeding
+
+    async def _send_snapshot(self, worker: Worker) -> None:
+        try:
+            parts = await self._loop.run_in_executor(self._pool, self._snapshot)
+            while part := await self._loop.run_in_executor(self._pool, next, parts, b""):
+                worker.send(part, at_once=True)
+                await worker.drain()
+        except (OSError, asyncio.CancelledError):
+            raise
+        except Exception:
+            _log.exception("the snapshot failed", pid=worker.pid)
+            worker.abort()
+            return
+        worker.live()
+
+
+async def _first(reader: asyncio.StreamReader, decoder: protocol.Decoder) -> list[protocol.Message]:
+    """Return the first messages; none when the connection ends before."""
+    while data := await reader.read(65536):
+        if messages := decoder.feed(data):
+            return messages
+    raise ConnectionResetError

@@ -1,0 +1,1 @@
+"""Agents' directories, safe directory trees, runtime directories."""

@@ -1,0 +1,118 @@
+"""The manager's directories and the lock that keeps a second manager out.  Touches the file system only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+from dispatcher.common.log import logger
+from dispatcher.config.defaults import MANAGER_LOCK
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.config.layout import Paths
+from dispatcher.plugin.errors import ConfigError, Conflict, Unavailable
+
+_log = logger("manager.directories")
+
+
+def make_directories(paths: Paths, accounts: HostAccounts) -> None:
+    """Make what the manager needs, with the modes that keep others out; repair modes that are too wide.
+
+    :raises ConfigError: a directory belongs to somebody else, others may write to it, or it is a link.
+    :raises Unavailable: the disk is full or read-only.
+    """
+    try:
+        _own_directory(paths.run_dir, 0o755)
+        _own_directory(paths.state_dir, 0o711)
+        _own_directory(paths.secrets_dir, 0o700)
+        paths.proxy_dir.mkdir(mode=0o700, exist_ok=True)
+        if os.geteuid() == 0:
+            os.chown(paths.proxy_dir, accounts.proxy_uid, accounts.proxy_gid, follow_symlinks=False)
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot make {error.filename or paths.state_dir}",
+            why=error.strerror or str(error),
+            fix="see that the disk has space and is writable, or choose manager.state_dir and manager.run_dir",
+        ) from error
+
+
+def _own_directory(path: Path, mode: int) -> None:
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(mode=mode if directory == path else 0o755, exist_ok=True)
+    _check_parent(path.parent)
+    _check_own(path)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
+
+
+def _check_own(path: Path) -> None:
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise ConfigError(f"{path} is no directory", fix="remove it, or choose another one")
+    if found.st_uid != os.geteuid():
+        raise ConfigError(
+            f"{path} belongs to somebody else",
+            why=f"its owner has the user id {found.st_uid}, this is {os.geteuid()}",
+            fix="remove it, or choose another one",
+        )
+
+
+def _check_parent(path: Path) -> None:
+    """Refuse a place that anybody could have made or can write to; warn where one other user could."""
+    found = path.stat()
+    if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
+        raise ConfigError(
+            f"Everybody may write to {path}", why="they could replace what lies in it", fix=f"chmod o-w {path}"
+        )
+    if found.st_uid in {0, os.geteuid()}:
+        return
+    if path.parent.stat().st_mode & stat.S_IWOTH:
+        raise ConfigError(
+            f"{path} belongs to somebody else",
+            why=f"its owner has the user id {found.st_uid}; everybody may write to {path.parent}",
+            fix="set manager.run_dir and manager.state_dir, or $XDG_RUNTIME_DIR",
+        )
+    _log.warning("another user could replace what lies there", directory=str(path), owner=found.st_uid)
+
+
+class Lock:
+    """Held while a manager lives; the kernel lets go of it however the manager ends.
+
+    :param directory: what it guards.
+    :raises Conflict: a live manager holds it; :raises Unavailable: it cannot be opened.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / MANAGER_LOCK
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(self.path, flags, 0o600)
+        except OSError as error:
+            raise Unavailable(f"Cannot open {self.path}", why=error.strerror or str(error)) from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = self._read()
+            os.close(self._descriptor)
+            raise Conflict(
+                "A manager runs already",
+                why=f"the process {holder or 'of an unknown id'} holds {self.path}",
+                fix="stop it first, or choose another manager.run_dir and manager.state_dir",
+            ) from None
+        if left := self._read():
+            _log.warning("the last manager did not end by itself", pid=left, lock=str(self.path))
+        self._write(str(os.getpid()))
+
+    def close(self) -> None:
+        """Let go; the next manager finds that this one ended by itself."""
+        self._write("")
+        os.close(self._descriptor)
+
+    def _read(self) -> str:
+        return os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()
+
+    def _write(self, text: str) -> None:
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, text.encode(), 0)

@@ -1,0 +1,208 @@
+"""The manager's listeners, and who may use each.  Touches sockets and the modes of their files.
+
+The role belongs to the listener.  On a Unix socket the file's mode decides, and `SO_PEERCRED` is a second check;
+over TCP a token or a client's certificate is demanded for everything but a bare /healthz.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import pwd
+import re
+import socket
+import struct
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dispatcher.common.log import logger
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.manager.rest.server import WsgiApp
+from dispatcher.plugin.errors import ConfigError, DispatcherError, Forbidden, Unauthorized
+from dispatcher.plugin.options import takes_ipv4
+
+SOCKET_MODE = 0o660
+_ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.%]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
+_UCRED = struct.Struct("3i")
+
+_log = logger("manager.listeners")
+
+
+def unix_socket(path: Path, gid: int | None) -> socket.socket:
+    """Return a bound socket of mode 0660 and the given group; never open to more for a moment.
+
+    A socket that lies there is a leftover: the caller holds the lock of the run directory.
+
+    :raises ConfigError: there is something else than a socket, or the directory cannot be written.
+    """
+    if path.is_socket():
+        _log.warning("removed a leftover socket", path=str(path))
+        path.unlink()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"Cannot make the socket {path}", why=str(error.strerror), fix="see run_dir") from error
+    finally:
+        os.umask(before)
+    if gid is not None and gid != os.getegid():
+        os.chown(path, -1, gid)
+    path.chmod(SOCKET_MODE)
+    return sock
+
+
+def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
+    """Return a socket bound to ``HOST:PORT`` or ``[IPv6]:PORT``.
+
+    :param beside: the other addresses.
+    :raises ConfigError: it is no address, or cannot be had.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if not match or int(match["port"]) > 65535:
+        raise ConfigError(
+            f"manager.listen: found {address!r}",
+            why="expected HOST:PORT or [IPv6]:PORT",
+            fix="for example [::]:4443",
+        )
+    host, port = match["six"] or match["host"], int(match["port"])
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, where = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_ipv4(address, beside))
+            sock.bind(where)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {address}", why=error.strerror or str(error), fix="see manager.listen"
+        ) from error
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return sock
+
+
+def peer(sock: socket.socket) -> tuple[int, int]:
+    """Return user id and group id of the process at the other end of a Unix socket."""
+    _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return uid, gid
+
+
+def may_administer(accounts: HostAccounts, uid: int, gid: int) -> bool:
+    """Whether a process may use manager.sock: root, this daemon's user, a member of the administrators' group."""
+    if uid in {0, os.geteuid()}:
+        return True
+    if accounts.admin_gid is None:
+        return False
+    groups = {gid}
+    with suppress(KeyError):
+        groups.update(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+    return accounts.admin_gid in groups
+
+
+def may_proxy(accounts: HostAccounts, uid: int, _gid: int) -> bool:
+    """Whether a process may use proxy.sock and feed.sock: root, this daemon's user, the proxy."""
+    return uid in {0, os.geteuid(), accounts.proxy_uid}
+
+
+class PeerGuard:
+    """WSGI: lets only certain processes through."""
+
+    def __init__(self, app: WsgiApp, allowed: Callable[[int, int], bool]) -> None:
+        self._app = app
+        self._allowed = allowed
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request."""
+        uid, gid = int(environ.get("X_REMOTE_UID", -1)), int(environ.get("X_REMOTE_GID", -1))
+        if uid >= 0 and self._allowed(uid, gid):
+            return self._app(environ, start_response)
+        _log.warning("refused a process of another user", uid=uid, path=environ.get("PATH_INFO"))
+        error = Forbidden("You may not use this socket", why=f"the user id {uid} is not among those who may")
+        return _refuse(error, start_response)
+
+
+class Tokens:
+    """The tokens of `manager.token_file`; only their SHA-256 is kept, all are compared each time."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Read the file: one token a line, ``#`` begins a comment.
+
+        :raises ConfigError: it cannot be read, others may read it, or a token can be guessed.
+        """
+        digests: list[bytes] = []
+        if path is not None:
+            try:
+                if path.stat().st_mode & 0o077:
+                    raise ConfigError(f"manager.token_file: {path} can be read by others", fix=f"chmod 600 {path}")
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                why = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(f"manager.token_file: cannot read {path}", why=why) from error
+            for line in lines:
+                token = line.partition("#")[0].strip()
+                if token and len(token) < 20:
+                    raise ConfigError(
+                        f"manager.token_file: a token of {path} is too short",
+                        why="whoever guesses it administers everything",
+                        fix="make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                    )
+                if token:
+                    digests.append(hashlib.sha256(token.encode()).digest())
+        self._digests = digests
+
+    def adopt(self, other: Tokens) -> None:
+        """Know what `other` knows, and nothing else."""
+        self._digests = other._digests
+
+    def known(self, header: str) -> bool:
+        """Whether an Authorization field holds one of the tokens; takes alike long for all."""
+        scheme, _, token = header.partition(" ")
+        found = hashlib.sha256(token.strip().encode("utf-8", "replace")).digest()
+        matches = [hmac.compare_digest(found, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+class CredentialGuard:
+    """WSGI: lets only requests with a token or a client's certificate through, and a bare /healthz."""
+
+    def __init__(self, app: WsgiApp, tokens: Tokens, status: Callable[[], str]) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._status = status
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer a request."""
+        if environ.get("dispatcher.certified") or self._tokens.known(environ.get("HTTP_AUTHORIZATION", "")):
+            if trust := environ.get("dispatcher.trust"):
+                trust()
+            return self._app(environ, start_response)
+        if environ.get("PATH_INFO") == "/healthz" and environ["REQUEST_METHOD"] in {"GET", "HEAD"}:
+            data = json.dumps({"status": self._status()}).encode()
+            start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(data)))])
+            return [data if environ["REQUEST_METHOD"] == "GET" else b""]
+        _log.warning("refused without a credential", address=environ.get("REMOTE_ADDR"))
+        error = Unauthorized(
+            "A token or a client certificate is needed",
+            why="none was given, or it is not known",
+            fix="give --token-file with one of the manager's tokens",
+        )
+        return _refuse(error, start_response)
+
+
+def _refuse(error: DispatcherError, start_response: Callable[..., Any]) -> Iterable[bytes]:
+    data = json.dumps(error.problem()).encode()
+    headers = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(data)))]
+    if error.status == 401:
+        headers.append(("WWW-Authenticate", "Bearer"))
+    start_response(f"{error.status} {error.code.title()}", headers)
+    return [data]

@@ -1,0 +1,107 @@
+"""TLS of the manager's TCP listener.  Touches key and certificate files; loads `cryptography` only to make one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import ssl
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+from dispatcher.common.log import logger
+from dispatcher.config.load import ManagerConfig
+from dispatcher.plugin.errors import ConfigError
+
+CERTIFICATE = "manager.crt"
+KEY = "manager.key"
+VALID_DAYS = 3650
+
+_log = logger("manager.tls")
+
+
+def server_context(config: ManagerConfig, secrets_dir: Path) -> tuple[ssl.SSLContext, str]:
+    """Return the context for listening, and the certificate's SHA-256 fingerprint in hexadecimal.
+
+    Without `tls_cert` a self-signed certificate is made once and kept in `secrets_dir`.
+
+    :raises ConfigError: key, certificate or `client_ca` cannot be used.
+    """
+    certificate = config.tls_cert or secrets_dir / CERTIFICATE
+    key = config.tls_key or secrets_dir / KEY
+    if config.tls_cert is None and not (certificate.exists() and key.exists()):
+        make_certificate(certificate, key, [socket.gethostname(), "localhost"])
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+        shown = fingerprint(certificate)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"manager.tls_cert: cannot use {certificate} with {key}",
+            why=_why(error),
+            fix="give PEM files that match",
+        ) from error
+    if config.client_ca is not None:
+        try:
+            context.load_verify_locations(config.client_ca)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"manager.client_ca: cannot use {config.client_ca}", why=_why(error)) from error
+        context.verify_mode = ssl.CERT_OPTIONAL
+    return context, shown
+
+
+def fingerprint(certificate: Path) -> str:
+    """Return the SHA-256 of the first certificate of a PEM file, in hexadecimal."""
+    text = certificate.read_text(encoding="ascii")
+    begin, end = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
+    first = text[text.index(begin) : text.index(end) + len(end)]
+    return hashlib.sha256(ssl.PEM_cert_to_DER_cert(first)).hexdigest()
+
+
+def make_certificate(certificate: Path, key: Path, hosts: list[str]) -> None:
+    """Make a self-signed certificate and its key, the key readable by nobody else."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    private = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "dispatcher manager")])
+    now = datetime.now(timezone.utc)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(private.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=VALID_DAYS))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.DNSName(host) for host in dict.fromkeys(hosts)]), critical=False
+        )
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(private, hashes.SHA256())
+    )
+    secret = private.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    _write(key, secret, 0o600)
+    _write(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
+    _log.info("made a self-signed certificate", path=str(certificate), hosts=hosts)
+
+
+def _write(path: Path, data: bytes, mode: int) -> None:
+    """Write a file so that it is whole or absent, and never more open than `mode`."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _why(error: Exception) -> str:
+    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)

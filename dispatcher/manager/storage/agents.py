@@ -1,0 +1,308 @@
+"""Users, agents and what belongs to them, as typed rows.  Touches the database only.
+
+An agent's row is written whole, guarded by its version: the newest row wins, whoever writes late.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from dispatcher.manager.agents.lifecycle import Desired, Kind, Pending
+from dispatcher.manager.storage import tables
+from dispatcher.manager.storage.database import Database
+from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move, UserRow
+from dispatcher.plugin.deadline import SteadyWallClock, boot_id
+from dispatcher.plugin.errors import Conflict, NotFound
+from dispatcher.plugin.model import AgentEvent, BackendState
+
+__all__ = [
+    "AgentRow",
+    "BackendRow",
+    "CopyRow",
+    "Failure",
+    "KeptRow",
+    "Move",
+    "Store",
+    "UserRow",
+    "steady_clock",
+]
+
+MAX_EVENTS = 100_000
+
+
+def steady_clock(database: Database) -> SteadyWallClock:
+    """Return the clock of this boot: the same offset for every process, whatever the wall clock did since."""
+    boot = boot_id()
+    fresh = SteadyWallClock()
+    known, _, offset = database.meta("clock", f"{boot} {fresh.offset!r}").partition(" ")
+    if known == boot:
+        return SteadyWallClock(float(offset))
+    database.set_meta("clock", f"{boot} {fresh.offset!r}")
+    return fresh
+
+
+class Store:
+    """Rows in, rows out.  Every method raises `Unavailable` when the database cannot be used."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    # --- users
+
+    def get_user(self, name: str) -> UserRow | None:
+        """Return a user by canonical name."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(tables.users).where(tables.users.c.name == name)).mappings().first()
+        return UserRow(**row) if row else None
+
+    def users(self) -> list[UserRow]:
+        """Return all users by name."""
+        with self.database.read() as connection:
+            return [
+                UserRow(**row)
+                for row in connection.execute(sa.select(tables.users).order_by(tables.users.c.name)).mappings()
+            ]
+
+    def set_password_hash(self, name: str, password_hash: str) -> None:
+        """Replace a user's password hash.
+
+        :raises NotFound: there is no such user.
+        """
+        statement = tables.users.update().where(tables.users.c.name == name)
+        with self.database.write() as connection:
+            if not connection.execute(statement.values(password_hash=password_hash)).rowcount:
+                raise NotFound(f"There is no user {name}")
+
+    # --- agents
+
+    def agents(self) -> list[AgentRow]:
+        """Return all agents by name."""
+        query = (
+            sa.select(tables.agents, tables.users.c.name.label("user"))
+            .join(tables.users, tables.users.c.id == tables.agents.c.user_id)
+            .order_by(tables.agents.c.name)
+        )
+        with self.database.read() as connection:
+            return [_agent(row) for row in connection.execute(query).mappings()]
+
+    def create(
+        self, row: AgentRow, *, password_hash: str | None, allocated: bool, events: Sequence[AgentEvent]
+    ) -> AgentRow:
+        """Insert an agent, and its user when that is new; return the row with its ids.
+
+        :param allocated: `row.uid` is of the agents' range and is taken for it; kept data of the name is its own.
+        :raises Conflict: the name or the user id is taken.
+        """
+        try:
+            with self.database.write() as connection:
+                user_id = connection.execute(
+                    sa.select(tables.users.c.id).where(tables.users.c.name == row.user)
+                ).scalar()
+                if user_id is None:
+                    user = {
+                        "name": row.user,
+                        "password_hash": password_hash,
+                        "created": row.created,
+                        "disabled": False,
+                    }
+                    user_id = _key(connection.execute(_ADD_USER, user))
+                connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
+                if allocated:
+                    connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
+                    connection.execute(_ADD_UID, {"uid": row.uid, "agent": row.name})
+                values = _values(dataclasses.replace(row, user_id=user_id))
+                del values["id"]
+                agent_id = _key(connection.execute(_ADD_AGENT, values))
+                made = dataclasses.replace(row, id=agent_id, user_id=user_id)
+                _add_events(connection, [(made.id, event) for event in events])
+        except sa.exc.IntegrityError as error:
+            raise Conflict(f"The agent {row.name} exists", why=str(error.orig)) from error
+        return made
+
+    def save(self, rows: Iterable[AgentRow], events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
+        """Write rows and events in one transaction.  A row older than the stored one is left out."""
+        saved = []
+        for row in rows:
+            values = _values(row)
+            values["b_id"], values["b_version"] = values.pop("id"), row.version
+            saved.append(values)
+        with self.database.write() as connection:
+            if saved:
+                connection.execute(_SAVE, saved)
+            _add_events(connection, events)
+
+    def remove(self, row: AgentRow, *, kept: KeptRow | None, events: Sequence[AgentEvent]) -> bool:
+        """Delete an agent, and its user with the last one; return whether the user went.
+
+        Its user id stays taken when data is kept.
+        """
+        with self.database.write() as connection:
+            connection.execute(tables.agents.delete().where(tables.agents.c.id == row.id))
+            if kept is None:
+                connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
+                connection.execute(tables.copies.delete().where(tables.copies.c.agent == row.name))
+            else:
+                connection.execute(tables.kept.insert().values(dataclasses.asdict(kept)))
+            _add_events(connection, [(row.id, event) for event in events])
+            others = sa.select(tables.agents.c.id).where(tables.agents.c.user_id == row.user_id).limit(1)
+            if connection.execute(others).first():
+                return False
+            connection.execute(tables.users.delete().where(tables.users.c.id == row.user_id))
+            return True
+
+    # --- data
+
+    def is_taken(self, uid: int) -> bool:
+        """Whether a host user id belongs to an agent or to kept data."""
+        with self.database.read() as connection:
+            return (
+                connection.execute(sa.select(tables.uids.c.uid).where(tables.uids.c.uid == uid)).first()
+                is not None
+            )
+
+    def last_uid(self) -> int | None:
+        """Return the highest host user id that is taken."""
+        with self.database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(tables.uids.c.uid))).scalar()
+
+    def kept(self, agent: str) -> KeptRow | None:
+        """Return what was kept of a removed agent of this name."""
+        with self.database.read() as connection:
+            row = connection.execute(sa.select(tables.kept).where(tables.kept.c.agent == agent)).mappings().first()
+        return KeptRow(**row) if row else None
+
+    def copies(self, agent: str) -> list[CopyRow]:
+        """Return an agent's old copies, oldest first."""
+        query = sa.select(tables.copies).where(tables.copies.c.agent == agent).order_by(tables.copies.c.id)
+        with self.database.read() as connection:
+            return [CopyRow(**row) for row in connection.execute(query).mappings()]
+
+    def add_copy(self, copy: CopyRow, row: AgentRow, events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
+        """Record an old copy together with the agent's row: the moment at which a move becomes true."""
+        values = dataclasses.asdict(copy)
+        del values["id"]
+        saved = _values(row)
+        saved["b_id"], saved["b_version"] = saved.pop("id"), row.version
+        with self.database.write() as connection:
+            connection.execute(tables.copies.insert().values(values))
+            connection.execute(_SAVE, saved)
+            _add_events(connection, events)
+
+    def set_copy_directory(self, copy_id: int, directory: str) -> None:
+        """Record that a copy is a directory from now on."""
+        with self.database.write() as connection:
+            connection.execute(
+                tables.copies.update().where(tables.copies.c.id == copy_id).values(directory=directory)
+            )
+
+    def remove_copy(self, copy_id: int) -> None:
+        """Forget a copy."""
+        with self.database.write() as connection:
+            connection.execute(tables.copies.delete().where(tables.copies.c.id == copy_id))
+
+    def providers(self) -> set[str]:
+        """Return the providers that have agents, kept data or old copies."""
+        with self.database.read() as connection:
+            return {
+                name
+                for table in (tables.agents, tables.kept, tables.copies)
+                for name in connection.execute(sa.select(table.c.provider).distinct()).scalars()
+            }
+
+    # --- backends
+
+    def backends(self) -> dict[str, BackendRow]:
+        """Return what is known of every backend by name."""
+        with self.database.read() as connection:
+            return {
+                row["name"]: BackendRow(**row) for row in connection.execute(sa.select(tables.backends)).mappings()
+            }
+
+    def save_backend(self, row: BackendRow) -> None:
+        """Write what is known of a backend."""
+        with self.database.write() as connection:
+            connection.execute(tables.backends.delete().where(tables.backends.c.name == row.name))
+            connection.execute(tables.backends.insert().values(dataclasses.asdict(row)))
+
+    # --- events
+
+    def events(self, agent_id: int, limit: int) -> list[AgentEvent]:
+        """Return the last events of an agent, newest last."""
+        query = (
+            sa.select(*(tables.events.c[name] for name in _EVENT_COLUMNS))
+            .where(tables.events.c.agent_id == agent_id)
+            .order_by(tables.events.c.id.desc())
+            .limit(limit)
+        )
+        with self.database.read() as connection:
+            return [AgentEvent(**row) for row in connection.execute(query).mappings()][::-1]
+
+    def trim_events(self) -> None:
+        """Forget the oldest events beyond `MAX_EVENTS`."""
+        newest = sa.select(sa.func.max(tables.events.c.id) - MAX_EVENTS).scalar_subquery()
+        with self.database.write() as connection:
+            connection.execute(tables.events.delete().where(tables.events.c.id <= newest))
+
+
+_EVENT_COLUMNS = ("time", "agent", "user", "app", "kind", "detail")
+_SAVE = (
+    tables.agents.update()
+    .where(tables.agents.c.id == sa.bindparam("b_id"), tables.agents.c.version < sa.bindparam("b_version"))
+    .values({column.name: sa.bindparam(column.name) for column in tables.agents.columns if column.name != "id"})
+)
+_ADD_EVENT = tables.events.insert()
+_ADD_USER = tables.users.insert()
+_ADD_UID = tables.uids.insert()
+_ADD_AGENT = tables.agents.insert()
+
+
+def _key(result: sa.CursorResult[Any]) -> int:
+    key = result.inserted_primary_key
+    if key is None:
+        raise RuntimeError("the database returned no key")
+    return int(key[0])
+
+
+def _add_events(connection: sa.Connection, events: Iterable[tuple[int, AgentEvent]]) -> None:
+    values = [
+        {"agent_id": agent_id, **{name: getattr(event, name) for name in _EVENT_COLUMNS}}
+        for agent_id, event in events
+    ]
+    if values:
+        connection.execute(_ADD_EVENT, values)
+
+
+def _values(row: AgentRow) -> dict[str, Any]:
+    values = {name: getattr(row, name) for name in _AGENT_COLUMNS}
+    values["desired"] = row.desired.value
+    values["pending"] = row.pending.value
+    values["observed"] = row.observed.value
+    values["operation"] = row.operation.value if row.operation else ""
+    values["failure"] = dataclasses.asdict(row.failure) if row.failure else None
+    values["move"] = dataclasses.asdict(row.move) if row.move else None
+    values["attempts"] = list(row.attempts)
+    return values
+
+
+_AGENT_COLUMNS = tuple(column.name for column in tables.agents.columns)
+
+
+def _agent(stored: Mapping[Any, Any]) -> AgentRow:
+    values = dict(stored)
+    failure, move = values.pop("failure"), values.pop("move")
+    return AgentRow(
+        **{
+            **values,
+            "desired": Desired(values["desired"]),
+            "pending": Pending(values["pending"]),
+            "observed": BackendState(values["observed"]),
+            "operation": Kind(values["operation"]) if values["operation"] else None,
+            "failure": Failure(**{**failure, "log": tuple(failure["log"])}) if failure else None,
+            "move": Move(**move) if move else None,
+            "attempts": tuple(values["attempts"] or ()),
+        }
+    )

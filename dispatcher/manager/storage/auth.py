@@ -1,0 +1,206 @@
+"""What signing in leaves behind: sessions, known browsers, slowed names.  Touches its own tables only.
+
+No token is stored, only the SHA-256 of each: whoever reads the database cannot become anybody with it.
+Times are Unix seconds of the steady clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from dispatcher.manager.auth.throttle import Account, Changes
+from dispatcher.manager.storage.database import Database, metadata
+
+MAX_DEVICES = 20  # known browsers of one user
+DEVICE_LIFETIME = 180 * 86400.0  # seconds without a sign-in after which a browser is forgotten
+_BATCH = 500
+
+_sessions = sa.Table(
+    "sessions",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("user", sa.String(255), nullable=False, index=True),
+    sa.Column("agent", sa.String(300), nullable=False),
+    sa.Column("created", sa.Float, nullable=False),
+    sa.Column("last_used", sa.Float, nullable=False),
+    sa.Column("host", sa.String(255)),
+    sa.Column("parent", sa.String(64), index=True),
+    sa.Column("address", sa.String(64), nullable=False),
+    sa.Column("user_agent", sa.String(256), nullable=False),
+)
+
+_devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("user", sa.String(255), nullable=False, index=True),
+    sa.Column("last_used", sa.Float, nullable=False),
+)
+
+_throttle = sa.Table(
+    "throttle",
+    metadata,
+    sa.Column("key", sa.String(400), primary_key=True),
+    sa.Column("failures", sa.Float, nullable=False),
+    sa.Column("last", sa.Float, nullable=False),
+    sa.Column("until", sa.Float, nullable=False),
+)
+
+
+@dataclass(slots=True, kw_only=True)
+class SessionRow:
+    """One session as it is stored.
+
+    :ivar sha256: of the token, hexadecimal; :ivar agent: whose requests it makes.
+    :ivar host: the one host of a child session; :ivar parent: SHA-256 of its parent.
+    """
+
+    sha256: str
+    user: str
+    agent: str
+    created: float
+    last_used: float
+    host: str | None = None
+    parent: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visitor:
+    """Where a session was made: shown to its user, so that a stranger's is recognised."""
+
+    address: str = ""
+    user_agent: str = ""
+
+
+class AuthStore:
+    """The tables of this module, in one database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # Sessions.
+
+    def sessions(self) -> list[SessionRow]:
+        """Return all sessions."""
+        columns = [
+            _sessions.c[name] for name in ("sha256", "user", "agent", "created", "last_used", "host", "parent")
+        ]
+        with self._database.read() as connection:
+            return [
+                SessionRow(
+                    sha256=row[0],
+                    user=row[1],
+                    agent=row[2],
+                    created=row[3],
+                    last_used=row[4],
+                    host=row[5],
+                    parent=row[6],
+                )
+                for row in connection.execute(sa.select(*columns))
+            ]
+
+    def add_session(self, row: SessionRow, visitor: Visitor, *, device: str | None = None) -> None:
+        """Keep a new session, and the browser that made it when `device` (a SHA-256) is given."""
+        with self._database.write() as connection:
+            connection.execute(
+                _sessions.insert().values(
+                    sha256=row.sha256,
+                    user=row.user,
+                    agent=row.agent,
+                    created=row.created,
+                    last_used=row.last_used,
+                    host=row.host,
+                    parent=row.parent,
+                    address=visitor.address,
+                    user_agent=visitor.user_agent,
+                )
+            )
+            if device:
+                self._add_device(connection, device, row.user, row.created)
+
+    def visitors(self, sha256s: Iterable[str]) -> dict[str, Visitor]:
+        """Return where sessions were made."""
+        found: dict[str, Visitor] = {}
+        with self._database.read() as connection:
+            for batch in _batches(sha256s):
+                query = sa.select(_sessions.c.sha256, _sessions.c.address, _sessions.c.user_agent)
+                for row in connection.execute(query.where(_sessions.c.sha256.in_(batch))):
+                    found[row[0]] = Visitor(address=row[1], user_agent=row[2])
+        return found
+
+    def remove_sessions(self, sha256s: Iterable[str]) -> None:
+        """Forget sessions."""
+        with self._database.write() as connection:
+            for batch in _batches(sha256s):
+                connection.execute(_sessions.delete().where(_sessions.c.sha256.in_(batch)))
+
+    def set_agent(self, sha256s: Iterable[str], agent: str) -> None:
+        """Send sessions to another agent."""
+        with self._database.write() as connection:
+            for batch in _batches(sha256s):
+                connection.execute(_sessions.update().where(_sessions.c.sha256.in_(batch)).values(agent=agent))
+
+    def set_last_used(self, times: Mapping[str, float]) -> None:
+        """Write down when sessions were last used."""
+        if not times:
+            return
+        update = (
+            _sessions.update()
+            .where(_sessions.c.sha256 == sa.bindparam("which"))
+            .values(last_used=sa.bindparam("used"))
+        )
+        with self._database.write() as connection:
+            connection.execute(update, [{"which": sha256, "used": used} for sha256, used in times.items()])
+
+    # Known browsers.
+
+    def knows_device(self, sha256: str, user: str, now: float) -> bool:
+        """Whether `user` has signed in from the browser that holds this token."""
+        query = sa.select(_devices.c.last_used).where(_devices.c.sha256 == sha256, _devices.c.user == user)
+        with self._database.read() as connection:
+            last_used = connection.execute(query).scalar()
+        return last_used is not None and now - last_used < DEVICE_LIFETIME
+
+    def forget_user(self, user: str) -> None:
+        """Forget a user's browsers."""
+        with self._database.write() as connection:
+            connection.execute(_devices.delete().where(_devices.c.user == user))
+
+    def _add_device(self, connection: sa.Connection, sha256: str, user: str, now: float) -> None:
+        connection.execute(_devices.delete().where(_devices.c.sha256 == sha256))
+        connection.execute(_devices.insert().values(sha256=sha256, user=user, last_used=now))
+        mine = sa.select(_devices.c.sha256).where(_devices.c.user == user).order_by(_devices.c.last_used.desc())
+        if extra := connection.execute(mine.offset(MAX_DEVICES)).scalars().all():
+            connection.execute(_devices.delete().where(_devices.c.sha256.in_(extra)))
+
+    # Slowed names and addresses.
+
+    def accounts(self) -> dict[str, Account]:
+        """Return what is held against names, addresses and devices."""
+        with self._database.read() as connection:
+            rows = connection.execute(sa.select(_throttle))
+            return {row.key: Account(row.failures, row.last, row.until) for row in rows}
+
+    def keep(self, changes: Changes) -> None:
+        """Write down what a `Throttle` says has changed."""
+        if not changes:
+            return
+        with self._database.write() as connection:
+            for batch in _batches(changes):
+                connection.execute(_throttle.delete().where(_throttle.c.key.in_(batch)))
+            rows = [
+                {"key": key, "failures": account.failures, "last": account.last, "until": account.until}
+                for key, account in changes.items()
+                if account is not None
+            ]
+            if rows:
+                connection.execute(_throttle.insert(), rows)
+
+
+def _batches(keys: Iterable[str]) -> Iterable[list[str]]:
+    """Cut keys into pieces that fit one statement."""
+    every = list(keys)
+    return (every[index : index + _BATCH] for index in range(0, len(every), _BATCH))

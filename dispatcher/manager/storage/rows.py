@@ -1,0 +1,138 @@
+"""What is stored of users and agents, as typed rows.  Pure.
+
+Times are Unix seconds of the steady clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from dispatcher.manager.agents.lifecycle import Desired, Kind, Pending
+from dispatcher.plugin.model import BackendState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserRow:
+    """A person who signs in.
+
+    :ivar password_hash: argon2id, None where an external authenticator knows the password.
+    """
+
+    id: int
+    name: str
+    password_hash: str | None = field(repr=False)
+    created: float
+    disabled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why the last try did not work, in three sentences and the agent's last lines."""
+
+    what: str
+    why: str = ""
+    fix: str = ""
+    log: tuple[str, ...] = ()
+    time: float = 0.0
+    final: bool = False  # trying again cannot help until somebody changes something
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the `failure` of the REST interface."""
+        return {"what": self.what, "why": self.why, "fix": self.fix, "log": list(self.log)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A move of an agent and its data between providers that has begun.
+
+    :ivar settling: the data is with the target, and the agent is the target's; what is left is tidying up.
+    :ivar handle: the agent's on the target, once data was brought there; :ivar copy: name of the old copy that
+        the data directory becomes, or ""; :ivar install: what was exported becomes the data directory.
+    """
+
+    source: str
+    target: str
+    step: str
+    since: float
+    settling: bool = False
+    handle: str = ""
+    copy: str = ""
+    install: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentRow:
+    """Everything that is stored of an agent.  Times are Unix seconds of the steady clock.
+
+    :ivar provider: where the agent and its data are now; the app's may differ until the next start.
+    :ivar handle: `Handle.to_json`, "" before the first start; :ivar ready: the health check has answered
+        since it runs; :ivar spec_hash: of what runs or sleeps, "" when nothing does.
+    :ivar attempts: when it was started by itself or failed to start, within the last ten minutes.
+    :ivar retry_at: when the next try is due; None with a failure: given up.
+    """
+
+    id: int
+    version: int
+    name: str
+    user: str
+    user_id: int
+    app: str
+    provider: str
+    uid: int
+    created: float
+    since: float
+    desired: Desired = Desired.STOPPED
+    keep_data: bool = False
+    pending: Pending = Pending.NONE
+    handle: str = ""
+    observed: BackendState = BackendState.ABSENT
+    observed_at: float | None = None
+    ready: bool = False
+    endpoint: str = ""
+    owner_uid: int | None = None
+    started_at: float | None = None
+    spec_hash: str = ""
+    exit_reason: str = ""
+    operation: Kind | None = None
+    step: str = ""
+    operation_since: float | None = None
+    failure: Failure | None = None
+    attempts: tuple[float, ...] = ()
+    retry_at: float | None = None
+    move: Move | None = None
+    last_used: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRow:
+    """Data kept when its agent was removed."""
+
+    agent: str
+    uid: int
+    app: str
+    provider: str
+    handle: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyRow:
+    """An old copy of data.  `directory` is a name below the agent's ``copies/``; "" when the provider holds it."""
+
+    id: int
+    agent: str
+    provider: str
+    directory: str
+    handle: str
+    time: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendRow:
+    """Whether a provider's backend answered, since when, and when it last did."""
+
+    name: str
+    reachable: bool
+    since: float
+    contact: float | None

@@ -1,0 +1,242 @@
+"""The public, versioned interface for plugins: all that a plugin may import, in one flat module.
+
+    from dispatcher.plugin import App, Provider, hookimpl
+
+`__all__` changes only as `CHANGELOG.md` announces it.  Names are imported when they are first used, so
+that a program that needs an error class does not import pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dispatcher.plugin.authenticator import Authenticator, Identity
+    from dispatcher.plugin.deadline import Deadline, boot_id, boottime
+    from dispatcher.plugin.endpoints import checked_unix_path, connect
+    from dispatcher.plugin.errors import (
+        BadRequest,
+        Cancelled,
+        ConfigError,
+        Conflict,
+        DeadlineExceeded,
+        DispatcherError,
+        Forbidden,
+        InsecureEndpoint,
+        ManagerUnreachable,
+        NotFound,
+        PluginError,
+        ProviderError,
+        SpecConflict,
+        StartFailed,
+        TooManyRequests,
+        Unauthorized,
+        Unavailable,
+        Unsupported,
+    )
+    from dispatcher.plugin.hooks import hookimpl
+    from dispatcher.plugin.model import (
+        HANDLE_VERSION,
+        AgentEvent,
+        AgentSpec,
+        App,
+        BackendState,
+        Capability,
+        Depth,
+        Endpoint,
+        Finding,
+        Handle,
+        Isolation,
+        Level,
+        Limits,
+        Network,
+        Observation,
+        Usage,
+    )
+    from dispatcher.plugin.names import backend_name, printable, slug
+    from dispatcher.plugin.options import (
+        AbsolutePath,
+        Address,
+        Addresses,
+        Argument,
+        Count,
+        Duration,
+        Environment,
+        Flag,
+        MaybeDuration,
+        NetworkAddress,
+        NetworkAddresses,
+        Number,
+        Origin,
+        PortRange,
+        Size,
+        Table,
+        UidRange,
+        UrlPath,
+        Variable,
+        check_environment,
+    )
+    from dispatcher.plugin.private_dir import make_owned, owned
+    from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
+
+_MODULES = {
+    "authenticator": ("Authenticator", "Identity"),
+    "deadline": ("Deadline", "boot_id", "boottime"),
+    "endpoints": ("checked_unix_path", "connect"),
+    "errors": (
+        "BadRequest",
+        "Cancelled",
+        "ConfigError",
+        "Conflict",
+        "DeadlineExceeded",
+        "DispatcherError",
+        "Forbidden",
+        "InsecureEndpoint",
+        "ManagerUnreachable",
+        "NotFound",
+        "PluginError",
+        "ProviderError",
+        "SpecConflict",
+        "StartFailed",
+        "TooManyRequests",
+        "Unauthorized",
+        "Unavailable",
+        "Unsupported",
+    ),
+    "hooks": ("hookimpl",),
+    "model": (
+        "HANDLE_VERSION",
+        "AgentEvent",
+        "AgentSpec",
+        "App",
+        "BackendState",
+        "Capability",
+        "Depth",
+        "Endpoint",
+        "Finding",
+        "Handle",
+        "Isolation",
+        "Level",
+        "Limits",
+        "Network",
+        "Observation",
+        "Usage",
+    ),
+    "names": ("backend_name", "printable", "slug"),
+    "options": (
+        "AbsolutePath",
+        "Address",
+        "Addresses",
+        "Argument",
+        "Count",
+        "Duration",
+        "Environment",
+        "Flag",
+        "MaybeDuration",
+        "NetworkAddress",
+        "NetworkAddresses",
+        "Number",
+        "Origin",
+        "PortRange",
+        "Size",
+        "Table",
+        "UidRange",
+        "UrlPath",
+        "Variable",
+        "check_environment",
+    ),
+    "private_dir": ("make_owned", "owned"),
+    "provider": ("API_VERSION", "Closeable", "Progress", "Provider", "ProviderContext", "no_progress"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "API_VERSION",
+    "HANDLE_VERSION",
+    "AbsolutePath",
+    "Address",
+    "Addresses",
+    "AgentEvent",
+    "AgentSpec",
+    "App",
+    "Argument",
+    "Authenticator",
+    "BackendState",
+    "BadRequest",
+    "Cancelled",
+    "Capability",
+    "Closeable",
+    "ConfigError",
+    "Conflict",
+    "Count",
+    "Deadline",
+    "DeadlineExceeded",
+    "Depth",
+    "DispatcherError",
+    "Duration",
+    "Endpoint",
+    "Environment",
+    "Finding",
+    "Flag",
+    "Forbidden",
+    "Handle",
+    "Identity",
+    "InsecureEndpoint",
+    "Isolation",
+    "Level",
+    "Limits",
+    "ManagerUnreachable",
+    "MaybeDuration",
+    "Network",
+    "NetworkAddress",
+    "NetworkAddresses",
+    "NotFound",
+    "Number",
+    "Observation",
+    "Origin",
+    "PluginError",
+    "PortRange",
+    "Progress",
+    "Provider",
+    "ProviderContext",
+    "ProviderError",
+    "Size",
+    "SpecConflict",
+    "StartFailed",
+    "Table",
+    "TooManyRequests",
+    "UidRange",
+    "Unauthorized",
+    "Unavailable",
+    "Unsupported",
+    "UrlPath",
+    "Usage",
+    "Variable",
+    "backend_name",
+    "boot_id",
+    "boottime",
+    "check_environment",
+    "checked_unix_path",
+    "connect",
+    "hookimpl",
+    "make_owned",
+    "no_progress",
+    "owned",
+    "printable",
+    "slug",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its module (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

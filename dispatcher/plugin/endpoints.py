@@ -1,0 +1,74 @@
+"""Opening an agent's endpoint without trusting the agent.  Touches sockets and /proc/self/fd.
+
+A Unix endpoint lies in a directory that its agent may write to.  It is opened with ``O_PATH | O_NOFOLLOW``,
+checked to be a socket of the agent's user, and connected through ``/proc/self/fd/N``: an agent that swaps its
+socket for a link to somebody else's gains nothing, as what was checked is what is connected.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dispatcher.plugin.errors import InsecureEndpoint
+from dispatcher.plugin.model import Endpoint
+
+
+@contextmanager
+def checked_unix_path(path: str, owner_uid: int | None) -> Iterator[str]:
+    """Yield a path under ``/proc/self/fd`` that names the checked socket, valid inside the block.
+
+    :raises FileNotFoundError: there is nothing at `path`.
+    :raises InsecureEndpoint: a symbolic link, no socket, or of another owner than `owner_uid` (None: any).
+    """
+    parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fd = os.open(os.path.basename(path), os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    finally:
+        os.close(parent)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode):
+            raise InsecureEndpoint(
+                "The agent's endpoint is not a socket",
+                why=f"{path} is of type {stat.filemode(status.st_mode)[0]!r}",
+            )
+        if owner_uid is not None and status.st_uid != owner_uid:
+            raise InsecureEndpoint(
+                "The agent's endpoint belongs to somebody else",
+                why=f"{path} has owner {status.st_uid}, not {owner_uid}",
+            )
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def connect(endpoint: Endpoint, owner_uid: int | None, timeout: float) -> socket.socket:
+    """Return a connected socket with `timeout` seconds set.
+
+    :raises OSError: nobody listens there (FileNotFoundError, ConnectionRefusedError, TimeoutError, ...).
+    :raises InsecureEndpoint: as `checked_unix_path`.
+    """
+    if endpoint.kind == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        try:
+            sock.settimeout(timeout)
+            with checked_unix_path(endpoint.path, owner_uid) as path:
+                sock.connect(path)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    if endpoint.kind == "vsock":
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(timeout)
+            sock.connect((endpoint.cid, endpoint.port))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+    return socket.create_connection((endpoint.host, endpoint.port), timeout)

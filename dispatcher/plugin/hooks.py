@@ -1,0 +1,48 @@
+"""Every pluggy hook there is.  Plugins implement them; behaviour lives in the classes they return."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from dispatcher.plugin.authenticator import Authenticator
+    from dispatcher.plugin.model import AgentEvent
+    from dispatcher.plugin.provider import Provider
+
+NAMESPACE = "dispatcher"
+
+hookspec = pluggy.HookspecMarker(NAMESPACE)
+hookimpl = pluggy.HookimplMarker(NAMESPACE)
+
+
+@hookspec
+def dispatcher_register_providers() -> Iterable[type[Provider]]:
+    """Return the provider classes of this plugin.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def dispatcher_register_authenticators() -> Iterable[type[Authenticator]]:
+    """Return the authenticator classes of this plugin.
+
+    .. versionadded:: 0.1
+    """
+    raise NotImplementedError
+
+
+@hookspec
+def dispatcher_agent_event(event: AgentEvent) -> None:
+    """Observe something that happened to an agent.  Exceptions are logged and contained.
+
+    Called in a thread of its own, in order; a slow observer never delays the manager.
+
+    :param event: what happened.
+
+    .. versionadded:: 0.1
+    """

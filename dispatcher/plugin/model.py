@@ -1,0 +1,336 @@
+"""The values that the core and the providers exchange.  Pure: frozen dataclasses, no I/O.
+
+A spec says what an agent must be, a handle where it is, an observation how it is.  Everything that is
+stored or sent has a JSON form with a version.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from dispatcher.plugin import names
+from dispatcher.plugin.errors import BadRequest
+
+HANDLE_VERSION = 1
+
+
+class Isolation(enum.IntEnum):
+    """How strong the wall around an agent is; ordered."""
+
+    PROCESS = 1
+    CONTAINER = 2
+    VM = 3
+
+
+class Capability(str, enum.Enum):
+    """What a provider can do beyond the core of the contract.  An undeclared one raises `Unsupported`."""
+
+    SUSPEND = "suspend"  # keep the agent in RAM, frozen
+    HIBERNATE = "hibernate"  # keep the agent's memory on disk
+    LOGS = "logs"
+    USAGE = "usage"
+    MEMORY_LIMIT = "memory-limit"
+    CPU_LIMIT = "cpu-limit"
+    PIDS_LIMIT = "pids-limit"
+    DISK_LIMIT = "disk-limit"
+    EVENTS = "events"  # `watch` reports changes
+    OWN_DATA = "own-data"  # data is not the canonical directory: `export_data` and `import_data` work
+    CREDENTIALS = "credentials"  # hands the login's credentials to the app on its standard input
+    NETWORK_NONE = "network-none"
+    NETWORK_PRIVATE = "network-private"
+    NETWORK_HOST = "network-host"
+
+
+class Depth(str, enum.Enum):
+    """Where a suspended agent's memory is kept."""
+
+    RAM = "ram"
+    DISK = "disk"
+
+
+class Network(str, enum.Enum):
+    """What an agent can reach: nothing, the outside but nothing of this host, or all that the host reaches."""
+
+    NONE = "none"
+    PRIVATE = "private"
+    HOST = "host"
+
+
+class BackendState(str, enum.Enum):
+    """What a backend says of an agent."""
+
+    ABSENT = "absent"  # does not exist
+    STARTING = "starting"  # exists, not yet able to listen
+    RUNNING = "running"  # executes; readiness is the core's health check, not this
+    SUSPENDED = "suspended"
+    HIBERNATED = "hibernated"
+    STOPPED = "stopped"  # exists, does not execute; `exit_reason` says why when it ended by itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where an agent listens: ``unix:PATH``, ``tcp:HOST:PORT`` (IPv6 in brackets) or ``vsock:CID:PORT``."""
+
+    kind: str
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    cid: int = 0
+
+    @classmethod
+    def unix(cls, path: Path | str) -> Endpoint:
+        """Return the endpoint of a Unix socket."""
+        return cls(kind="unix", path=str(path))
+
+    @classmethod
+    def tcp(cls, host: str, port: int) -> Endpoint:
+        """Return the endpoint of a TCP port."""
+        return cls(kind="tcp", host=host, port=port)
+
+    @classmethod
+    def vsock(cls, cid: int, port: int) -> Endpoint:
+        """Return the endpoint of a vsock port."""
+        return cls(kind="vsock", cid=cid, port=port)
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Return the endpoint that `text` names.
+
+        :raises BadRequest: it is not one of the three forms.
+        """
+        kind, _, rest = text.partition(":")
+        try:
+            if kind == "unix" and rest.startswith("/"):
+                return cls.unix(rest)
+            if kind == "tcp":
+                host, _, port = rest.rpartition(":")
+                if host and 0 < int(port) < 65536:
+                    return cls.tcp(host.strip("[]"), int(port))
+            if kind == "vsock":
+                cid, _, port = rest.partition(":")
+                return cls.vsock(int(cid), int(port))
+        except ValueError:
+            pass
+        raise BadRequest(
+            f"Bad endpoint {names.printable(text)}", fix="use unix:/PATH, tcp:HOST:PORT or vsock:CID:PORT"
+        )
+
+    def __str__(self) -> str:
+        if self.kind == "unix":
+            return f"unix:{self.path}"
+        if self.kind == "vsock":
+            return f"vsock:{self.cid}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"tcp:{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Upper bounds of one agent; None is unlimited."""
+
+    memory: int | None = None  # bytes
+    swap: int | None = None  # bytes beyond memory
+    cpus: float | None = None  # cores
+    pids: int | None = None
+    disk: int | None = None  # bytes of data
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class App:
+    """A template for agents, as a provider gets it: validated, the provider's own options included.
+
+    `options` is an instance of the provider's `AppOptions`.
+    """
+
+    name: str
+    provider: str
+    options: BaseModel
+    limits: Limits = field(default_factory=Limits)
+    network: Network = Network.NONE
+    environment: Mapping[str, str] = field(default_factory=dict)
+    credentials: str = "none"  # "none" or "stdin"
+    _known: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return what, when changed, makes a running agent *outdated*; JSON-serialisable, without secrets."""
+        return {
+            "app": self.name,
+            "provider": self.provider,
+            "options": self.options.model_dump(mode="json"),
+            "limits": [self.limits.memory, self.limits.swap, self.limits.cpus, self.limits.pids, self.limits.disk],
+            "network": self.network.value,
+            "environment": dict(sorted(self.environment.items())),
+            "credentials": self.credentials,
+        }
+
+    @property
+    def fingerprint_text(self) -> str:
+        """The fingerprint as JSON, made once: many agents of an app start at the same time."""
+        if not self._known:
+            self._known.append(json.dumps(self.fingerprint(), sort_keys=True, default=str))
+        return self._known[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSpec:
+    """What an agent must be.  Directories exist before a provider sees them.
+
+    :ivar installation: 8 hexadecimal digits; two installations never share one.
+    :ivar agent: canonical agent name; :ivar user: canonical name of its user.
+    :ivar uid: host user id of the agent alone; :ivar gid: its group; :ivar proxy_gid: the proxy's group.
+    :ivar data_dir: canonical data, owned by `uid`; :ivar run_dir: ``2710 uid:proxy_gid``, short path, for
+        sockets (use `socket`); :ivar log_dir: owned by the manager, for the provider's log files.
+    :ivar secrets: values that the app gets as files in memory or on standard input, never in argv, labels
+        or environment of the backend; not part of the hash.
+    :ivar stdin: the login's credentials for apps with ``credentials = "stdin"``; not part of the hash.
+    """
+
+    installation: str
+    agent: str
+    user: str
+    app: App
+    uid: int
+    gid: int
+    proxy_gid: int
+    data_dir: Path
+    run_dir: Path
+    log_dir: Path
+    secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
+    stdin: bytes | None = field(default=None, repr=False)
+
+    @property
+    def backend_name(self) -> str:
+        """``dispatcher-INSTALLATION-SLUG-HASH``."""
+        return names.backend_name(self.installation, self.agent)
+
+    @property
+    def socket(self) -> Path:
+        """Path for a Unix endpoint, under 108 bytes."""
+        return self.run_dir / "s"
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over everything that defines the agent, secrets left out."""
+        body = [
+            self.installation,
+            self.agent,
+            self.user,
+            self.uid,
+            self.gid,
+            str(self.data_dir),
+            str(self.run_dir),
+        ]
+        text = f"{json.dumps(body)[:-1]}, {self.app.fingerprint_text}]"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handle:
+    """Where an agent is on its backend.  JSON with a version: enough to adopt it after a restart.
+
+    :ivar name: the agent's backend name, unique on the backend; :ivar data: the provider's own, JSON.
+    """
+
+    provider: str
+    agent: str
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the stored form."""
+        return json.dumps(
+            {
+                "version": HANDLE_VERSION,
+                "provider": self.provider,
+                "agent": self.agent,
+                "name": self.name,
+                "data": dict(self.data),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Handle:
+        """Return the handle that `to_json` wrote.
+
+        :raises BadRequest: damaged, or of a newer version.
+        """
+        try:
+            body = json.loads(text)
+            version = body["version"]
+            if version == HANDLE_VERSION:
+                return cls(provider=body["provider"], agent=body["agent"], name=body["name"], data=body["data"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadRequest("Damaged handle", why=str(error)) from error
+        raise BadRequest(f"Handle of version {version}", why=f"this program knows version {HANDLE_VERSION}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """How an agent was when its backend was asked.
+
+    :ivar endpoint: where it listens or will listen, when known; :ivar owner_uid: host user id that must own
+        a Unix endpoint's socket, None where the provider vouches otherwise.
+    :ivar started_at: Unix time in seconds of the last start, None where `list` cannot tell.
+    :ivar spec_hash: hash of the spec it was made from.
+    :ivar exit_reason: why it ended by itself ("exit code 1", "killed by signal 9", "out of memory"), or "".
+    :ivar detail: one more sentence for an operator.
+    """
+
+    state: BackendState
+    endpoint: Endpoint | None = None
+    owner_uid: int | None = None
+    started_at: float | None = None
+    spec_hash: str = ""
+    exit_reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What an agent uses now."""
+
+    memory: int | None = None  # bytes
+    cpu_seconds: float | None = None  # since its start
+    disk: int | None = None  # bytes
+
+
+class Level(str, enum.Enum):
+    """Weight of a finding."""
+
+    OK = "ok"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One sentence of `providers check` or `doctor`: what is so, and what to do about it."""
+
+    level: Level
+    what: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentEvent:
+    """Something that happened to an agent, as observers and ``GET /agents/NAME/events`` see it.
+
+    :ivar kind: created, starting, ready, suspended, hibernated, resumed, stopping, stopped, failed, died,
+        adopted, unreachable, reachable, outdated, moved, reset, removed.
+    """
+
+    time: float
+    agent: str
+    user: str
+    app: str
+    kind: str
+    detail: str = ""

@@ -1,0 +1,248 @@
+"""The types of settings: tables, durations, sizes, addresses.  Pure.
+
+The configuration is made of them, and a plugin's `Options` and `AppOptions` may be: public, as the contracts are.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.names import printable
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)")
+_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_FACTORS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+class Table(BaseModel):
+    """A table of the configuration: frozen, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def duration(value: object) -> float:
+    """Return seconds for ``"30m"``, ``"1h30m"``, ``"500ms"`` or a number of seconds.
+
+    :raises ValueError: it is none, or negative.
+    """
+    expected = 'a duration such as "90s", "30m" or "1h30m"'
+    if isinstance(value, str):
+        parts = _DURATION.findall(value)
+        if not parts or _DURATION.sub("", value).strip():
+            raise ValueError(expected)
+        return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(expected)
+    return float(value)
+
+
+def size(value: object) -> int:
+    """Return bytes for ``"512M"``, ``"1.5G"`` or a number of bytes.  Powers of 1024.
+
+    :raises ValueError: it is none, or not above zero.
+    """
+    expected = 'a size such as "512M" or "2G"'
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value.strip())
+        if not match:
+            raise ValueError(expected)
+        value = int(float(match[1]) * _FACTORS[match[2].upper()])
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(expected)
+    return value
+
+
+def address(value: str) -> str:
+    """Return where to listen: ``HOST:PORT``, ``[IPv6]:PORT``, ``unix:/PATH`` or ``systemd``.
+
+    :raises ValueError: it is none of these.
+    """
+    host, colon, port = value.rpartition(":")
+    if value == "systemd" or (value.startswith("unix:/") and "\0" not in value):
+        return value
+    if colon and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
+        if host.startswith("[") and host.endswith("]"):
+            ipaddress.IPv6Address(host[1:-1].partition("%")[0])
+            return value
+        if _HOST.fullmatch(host):
+            return value
+    raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd")
+
+
+def _address(value: str) -> str:
+    try:
+        return address(value)
+    except ipaddress.AddressValueError as error:
+        raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd") from error
+
+
+def takes_ipv4(address: str, beside: Iterable[str]) -> bool:
+    """Whether a listener takes IPv4 beside IPv6: ``[::]:PORT`` does, unless ``0.0.0.0:PORT`` has one of its own.
+
+    :param beside: all addresses of the list that it is from.
+    """
+    port = address.removeprefix("[::]:")
+    return port != address and f"0.0.0.0:{port}" not in beside
+
+
+def network(value: str) -> str:
+    """Return a network such as ``10.0.0.0/8``, an address, or ``unix`` for peers on Unix sockets.
+
+    :raises ValueError: it is none of these.
+    """
+    if value == "unix":
+        return value
+    try:
+        ipaddress.ip_network(value, strict=False)
+    except ValueError as error:
+        raise ValueError("a network such as 10.0.0.0/8, an address, or unix") from error
+    return value
+
+
+def origin(value: str) -> str:
+    """Return ``http://HOST[:PORT]`` or ``https://HOST[:PORT]`` (or nothing), without a slash at the end.
+
+    :raises ValueError: it is no origin.
+    """
+    expected = "an address such as https://apps.example.org, without a path"
+    if not value:
+        return value
+    try:
+        parts = urlsplit(value)
+        good = parts.port is None or parts.port > 0
+    except ValueError as error:
+        raise ValueError(expected) from error
+    plain = parts.path in {"", "/"} and not parts.query and not parts.fragment and parts.username is None
+    if not (good and plain and parts.scheme in {"http", "https"} and parts.hostname) or re.search(r"\s", value):
+        raise ValueError(expected)
+    return value.rstrip("/")
+
+
+def url_path(value: str) -> str:
+    """Return a path that begins with a slash.
+
+    :raises ValueError: it does not, or holds spaces or control characters.
+    """
+    if not value.startswith("/") or not re.fullmatch(r"[!-~]+", value):
+        raise ValueError("a path that begins with /")
+    return value
+
+
+def variables(value: dict[str, str]) -> dict[str, str]:
+    """Return environment variables.
+
+    :raises ValueError: a name that is not of letters, digits and _, or a NUL in a value.
+    """
+    if any(not _can_be_variable(*item) for item in value.items()):
+        raise ValueError("names of letters, digits and _, and values without NUL")
+    return value
+
+
+def check_environment(app: str, environment: Mapping[str, str]) -> None:
+    """Check the whole environment that an agent of `app` is to get, the provider's own variables included.
+
+    :raises ConfigError: something in it cannot be a variable.
+    """
+    for name, content in environment.items():
+        if not _can_be_variable(name, content):
+            raise ConfigError(
+                f"apps.{app}.environment: {printable(name)} cannot be a variable",
+                why="a name has letters, digits and _ and does not begin with a digit; a value holds no NUL",
+            )
+
+
+def _can_be_variable(name: str, content: str) -> bool:
+    return bool(_VARIABLE.fullmatch(name)) and "\0" not in content
+
+
+def variable(value: str) -> str:
+    """Return the name of an environment variable.
+
+    :raises ValueError: it is none.
+    """
+    if not _VARIABLE.fullmatch(value):
+        raise ValueError("the name of a variable")
+    return value
+
+
+def argument(value: str) -> str:
+    """Return an argument of a program.
+
+    :raises ValueError: it holds a NUL.
+    """
+    if "\0" in value:
+        raise ValueError("text without NUL")
+    return value
+
+
+def absolute_path(value: Path) -> Path:
+    """Return a path that is one from everywhere, and can be written into a command or a file.
+
+    :raises ValueError: it is relative, goes up again, or holds control characters.
+    """
+    if not value.is_absolute() or ".." in value.parts or not str(value).isprintable():
+        raise ValueError("an absolute path without .. and control characters")
+    return value
+
+
+def port_range(value: tuple[int, int]) -> tuple[int, int]:
+    """Return the first and the last of TCP ports that need no privilege.
+
+    :raises ValueError: they are not in this order, or out of range.
+    """
+    if not 1024 <= value[0] <= value[1] <= 65535:
+        raise ValueError("two ports from 1024 to 65535, the lower one first")
+    return value
+
+
+def uid_range(value: tuple[int, int]) -> tuple[int, int]:
+    """Return the first and the last of user ids that no system account has.
+
+    :raises ValueError: they are not in this order, or out of range.
+    """
+    if not 1000 <= value[0] < value[1] < 2**32 - 1:
+        raise ValueError("two user ids from 1000 on, the lower one first")
+    return value
+
+
+def _one_or_more(value: Any) -> Any:
+    """Take a single text for a list of one, as everybody writes it who has one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _duration_or_never(value: Any) -> Any:
+    return value if value is False else duration(value)
+
+
+Count = Annotated[int, Strict()]
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+Duration = Annotated[float, BeforeValidator(duration)]
+#: A duration, or false for *never*.
+MaybeDuration = Annotated[float | Literal[False], BeforeValidator(_duration_or_never)]
+Size = Annotated[int, BeforeValidator(size)]
+Address = Annotated[str, AfterValidator(_address)]
+NetworkAddress = Annotated[str, AfterValidator(network)]
+#: One address, or a list of them.
+Addresses = Annotated[list[Address], BeforeValidator(_one_or_more)]
+NetworkAddresses = Annotated[list[NetworkAddress], BeforeValidator(_one_or_more)]
+Origin = Annotated[str, AfterValidator(origin)]
+UrlPath = Annotated[str, AfterValidator(url_path)]
+Environment = Annotated[dict[str, str], AfterValidator(variables)]
+Variable = Annotated[str, AfterValidator(variable)]
+Argument = Annotated[str, AfterValidator(argument)]
+AbsolutePath = Annotated[Path, AfterValidator(absolute_path)]
+PortRange = Annotated[tuple[Count, Count], AfterValidator(port_range)]
+UidRange = Annotated[tuple[Count, Count], AfterValidator(uid_range)]

@@ -1,0 +1,174 @@
+"""The worker's connection to the manager's feed.  Touches one Unix socket; tells the worker what came.
+
+It reconnects by itself, for ever, with a back-off.  While it is down the worker goes on with what it knows;
+nothing is queued for the manager but what the next report says anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from dispatcher.client import trust
+from dispatcher.common.log import logger
+from dispatcher.feed import protocol
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import ManagerUnreachable
+
+_FIRST_PAUSE = 0.05
+_RESTARTING = 10.0  # seconds that a manager may be away before it is asked for less often
+_SHORT_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
+
+
+class Feed:
+    """The feed, up or down.
+
+    :ivar lost_at: boot time since which there is no complete feed; 0 while there is one.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        on_message: Callable[[dict[str, Any]], None],
+        on_up: Callable[[], None],
+        on_down: Callable[[], None],
+    ) -> None:
+        self._path = path
+        self._on_message = on_message
+        self._on_up = on_up
+        self._on_down = on_down
+        self._transport: asyncio.WriteTransport | None = None
+        self._pause = _FIRST_PAUSE
+        self._task: asyncio.Task[None] | None = None
+        self._heard = boottime()
+        self._closed = False
+        self._log = logger("edge")
+        self._complained = False
+        self.lost_at = boottime()
+        self._first = asyncio.Event()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the tables are those of the manager."""
+        return not self.lost_at
+
+    def open(self) -> None:
+        """Connect, and stay connected."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def first(self, patience: float) -> None:
+        """Wait for the first complete tables, but not for ever."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._first.wait(), patience)
+
+    def close(self) -> None:
+        """Stop."""
+        self._closed = True
+        if self._task is not None:
+            self._task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Send a message; False when the feed is down."""
+        if self._transport is None or self._transport.is_closing():
+            return False
+        self._transport.write(protocol.encode(message))
+        return True
+
+    def check(self) -> None:
+        """Notice silence; called about once a second."""
+        if self._transport is not None and boottime() - self._heard > protocol.SILENCE:
+            self._log.warning("the feed is silent, connecting again", seconds=protocol.SILENCE)
+            self._transport.abort()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._closed:
+            ended: asyncio.Future[None] = loop.create_future()
+            try:
+                await loop.create_unix_connection(lambda ended=ended: _Protocol(self, ended), self._path)  # type: ignore[misc]
+                await ended
+            except OSError as error:
+                if not self._complained:
+                    self._log.warning("the manager's feed cannot be reached", path=self._path, error=str(error))
+                    self._complained = True
+            await asyncio.sleep(self._pause)
+            away = self.lost_at and boottime() - self.lost_at > _RESTARTING
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE if away else _SHORT_PAUSE)
+
+    # For the protocol.
+
+    def up(self, transport: asyncio.WriteTransport) -> None:
+        """The connection is there."""
+        try:
+            trust.believe(transport.get_extra_info("socket"), self._path)
+        except ManagerUnreachable as error:
+            self._log.error("the feed is not the manager's", path=self._path, why=error.why)
+            transport.abort()
+            return
+        self._transport = transport
+        self._heard = boottime()
+        hello = {"type": protocol.HELLO, "version": protocol.VERSION, "pid": os.getpid(), "sync": True}
+        self.send(hello)
+
+    def message(self, message: dict[str, Any]) -> None:
+        """Take one message."""
+        self._heard = boottime()
+        kind = message["type"]
+        if kind == protocol.ERROR or (kind == protocol.HELLO and message.get("version") != protocol.VERSION):
+            why = message.get("what") or f"the manager speaks version {message.get('version')} of the feed"
+            self._log.error("the manager refuses the feed", why=str(why))
+            if self._transport is not None:
+                self._transport.abort()
+            return
+        self._on_message(message)
+        if kind == protocol.SNAPSHOT and message.get("last"):
+            self._pause = _FIRST_PAUSE
+            if self._complained:
+                self._log.info("the manager's feed is back")
+                self._complained = False
+            self.lost_at = 0.0
+            self._first.set()
+            self._on_up()
+
+    def down(self) -> None:
+        """The connection is gone."""
+        self._transport = None
+        if not self.lost_at:
+            self.lost_at = boottime()
+        if not self._closed:
+            if not self._complained:
+                self._log.warning("the manager's feed is lost, going on with what is known")
+                self._complained = True
+            self._on_down()
+
+
+class _Protocol(asyncio.Protocol):
+    def __init__(self, feed: Feed, ended: asyncio.Future[None]) -> None:
+        self._feed = feed
+        self._ended = ended
+        self._decoder = protocol.Decoder()
+        self._transport: asyncio.WriteTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._feed.up(transport)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._decoder.feed(data):
+                self._feed.message(message)
+        except (protocol.FrameError, KeyError, TypeError, ValueError) as error:
+            logger("edge").error("the feed cannot be understood", error=repr(error))
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._feed.down()
+        if not self._ended.done():
+            self._ended.set_result(None)

@@ -1,0 +1,307 @@
+"""Request heads: strict parsing and the head that goes to an upstream.  Pure: bytes in, bytes out.
+
+The grammar is RFC 9112 sections 2, 3, 5 and 6, with the choices that leave nothing to read in two ways:
+a request that two parsers could take differently is refused with 400 and its connection closed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http.headers import DROPPED, KEPT, REQUEST_LINES, BadHead
+
+SAFE = 1  # RFC 9110, 9.2.1
+IDEMPOTENT = 2  # RFC 9110, 9.2.2
+SILENT = 4  # nothing that a person sees comes of it
+
+#: Methods that are passed on, of the IANA registry.  CONNECT would make a tunnel, TRACE an echo of credentials.
+METHODS = {
+    b"GET": SAFE | IDEMPOTENT,
+    b"HEAD": SAFE | IDEMPOTENT | SILENT,
+    b"POST": 0,
+    b"PUT": IDEMPOTENT,
+    b"DELETE": IDEMPOTENT,
+    b"PATCH": 0,
+    b"OPTIONS": SAFE | IDEMPOTENT | SILENT,
+    b"QUERY": SAFE | IDEMPOTENT,
+    b"PROPFIND": SAFE | IDEMPOTENT,
+    b"SEARCH": SAFE | IDEMPOTENT,
+    b"REPORT": SAFE | IDEMPOTENT,
+    **dict.fromkeys(
+        (
+            *(b"ACL", b"BASELINE-CONTROL", b"BIND", b"CHECKIN", b"CHECKOUT", b"COPY", b"LABEL", b"LINK"),
+            *(b"MERGE", b"MKACTIVITY", b"MKCALENDAR", b"MKCOL", b"MKREDIRECTREF", b"MKWORKSPACE", b"MOVE"),
+            *(b"ORDERPATCH", b"PROPPATCH", b"REBIND", b"UNBIND", b"UNCHECKOUT", b"UNLINK", b"UNLOCK", b"UPDATE"),
+            *(b"UPDATEREDIRECTREF", b"VERSION-CONTROL"),
+        ),
+        IDEMPOTENT,
+    ),
+    b"LOCK": 0,
+}
+_VERSIONS = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
+#: Origin-form as it is on the wire: visible ASCII without ``#``; percent-encoding is the application's business.
+_TARGET_CHECK = bytes(byte if 0x21 <= byte < 0x7F and byte != ord("#") else 0 for byte in range(256))
+_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_MAX_CACHED_HOSTS = 1024
+_good_hosts: set[bytes] = set()
+_MAX_TARGETS = 4096
+_MAX_TARGET = 200
+_good_targets: set[bytes] = set()
+
+NO_BODY = 0
+CHUNKED = -1
+
+
+class Request:
+    """One request head, understood.
+
+    :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
+    :ivar lines: what is passed on as it came; :ivar fields: values by kind, of those that are looked at.
+    :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
+    :ivar by_hand: Fetch Metadata says that a person opens a page; :ivar machine: a browser asks ahead.
+    :ivar watched: an upgrade, or the script of a service worker: its origin matters.
+    :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
+    """
+
+    __slots__ = (
+        "by_hand",
+        "close",
+        "expects",
+        "fields",
+        "host",
+        "length",
+        "lines",
+        "machine",
+        "method",
+        "size",
+        "target",
+        "traits",
+        "upgrade",
+        "version",
+        "watched",
+    )
+
+    method: bytes
+    target: bytes
+    version: int
+    traits: int
+    host: bytes
+    lines: list[bytes]
+    fields: dict[int, bytes]
+    length: int
+    close: bool
+    upgrade: bool
+    expects: bool
+    watched: bool
+    by_hand: bool
+    machine: bool
+    size: int
+
+    def start(self, line: bytes) -> None:
+        """Take a request line; `fields` are there already.
+
+        :raises BadHead: it is none, or one that is refused.
+        """
+        try:
+            method, target, version = line.split(b" ")
+            self.version = _VERSIONS[version]
+            self.traits = METHODS[method]
+        except (ValueError, KeyError):
+            raise _bad_start(line) from None
+        self.method = method
+        self.target = target
+        if target not in _good_targets:
+            self.target = _check_target(self, target)
+
+    def repeats(self) -> bool:
+        """Whether the next request with the same field lines means the same by them."""
+        return not self.length and not self.upgrade and self.version == 1
+
+    def navigation(self) -> bool:
+        """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
+        if self.method not in {b"GET", b"HEAD"}:
+            return False
+        mode = self.fields.get(headers.SEC_FETCH_MODE)
+        if mode is not None:
+            return mode == b"navigate"
+        return b"text/html" in self.fields.get(headers.ACCEPT, b"")
+
+    def wants_html(self) -> bool:
+        """Whether an error is better shown as a page than as a problem document."""
+        return b"text/html" in self.fields.get(headers.ACCEPT, b"")
+
+    def path(self) -> bytes:
+        """Return the target without its query."""
+        return self.target.partition(b"?")[0]
+
+
+def parse_request(head: bytes, max_fields: int) -> Request:
+    """Understand a head: everything up to and including the empty line.
+
+    :raises BadHead: it breaks the grammar, or is one of the forms that are refused.
+    """
+    lines = head.split(b"\r\n")
+    if len(lines) > max_fields + 3:
+        raise BadHead(f"more than {max_fields} header lines", 431)
+    request = Request()
+    request.size = len(head)
+    known = REQUEST_LINES.known
+    kept: list[bytes] = []
+    fields: dict[int, bytes] = {}
+    for line in lines[1:-2]:
+        entry = known.get(line)
+        if entry is None:
+            entry = REQUEST_LINES.learn(line)
+        if entry is KEPT:
+            kept.append(line)
+        elif entry is not DROPPED:
+            kind, value = entry
+            if kind in fields:
+                value = fields[kind] + (b"; " if kind == headers.COOKIE else b", ") + value
+            fields[kind] = value
+            if kind >= headers.LOOKED_AT:
+                kept.append(line)
+    request.lines = kept
+    request.fields = fields
+    request.start(lines[0])
+    host = fields.get(headers.HOST)
+    if host is None or host not in _good_hosts:
+        host = _check_host(request, host)
+    request.host = host
+    _frame(request)
+    return request
+
+
+def _bad_start(line: bytes) -> BadHead:
+    """Say what is wrong with a request line."""
+    parts = line.split(b" ")
+    if len(parts) != 3:
+        return BadHead("a bad request line")
+    method, _, version = parts
+    if version not in _VERSIONS:
+        if re.fullmatch(rb"HTTP/[0-9]\.[0-9]", version):
+            return BadHead("an HTTP version other than 1.0 and 1.1", 505)
+        return BadHead("a bad HTTP version")
+    if _TOKEN.fullmatch(method) and method == method.upper():
+        return BadHead("a method that is not served here", 405 if method in {b"CONNECT", b"TRACE"} else 501)
+    return BadHead("a bad method")
+
+
+def _check_target(request: Request, target: bytes) -> bytes:
+    """Return the origin-form that a target means."""
+    if 0 in target.translate(_TARGET_CHECK):
+        raise BadHead("a bad character in the request target")
+    if target[:1] == b"/":
+        if len(target) <= _MAX_TARGET and b"?" not in target:  # a query may hold a secret
+            if len(_good_targets) >= _MAX_TARGETS:
+                _good_targets.clear()
+            _good_targets.add(target)
+        return target
+    if target == b"*" and request.method == b"OPTIONS":
+        return target
+    match = _ABSOLUTE.fullmatch(target)
+    if not match:
+        raise BadHead("a request target that is no path")
+    # RFC 9112, 3.2.2: absolute-form must be taken.  It must also say what Host says, or two readers differ.
+    if match[1].lower() != request.fields.get(headers.HOST, b"").lower():
+        raise BadHead("a request target of another host")
+    rest = match[2] or b"/"
+    return rest if rest[:1] == b"/" else b"/" + rest
+
+
+def _check_host(request: Request, host: bytes | None) -> bytes:
+    if host is None:
+        if request.version:
+            raise BadHead("no Host header")
+        return b""
+    if not _HOST.fullmatch(host):
+        raise BadHead("a bad Host header, or more than one")
+    if len(_good_hosts) < _MAX_CACHED_HOSTS:
+        _good_hosts.add(host)
+    return host
+
+
+def _frame(request: Request) -> None:
+    """Decide where the body ends (RFC 9112, 6.3) and whether the connection persists (9.3)."""
+    fields = request.fields
+    request.length = NO_BODY
+    request.upgrade = request.expects = False
+    request.close = not request.version
+    if headers.TRANSFER_ENCODING in fields:
+        if headers.CONTENT_LENGTH in fields:
+            raise BadHead("both Transfer-Encoding and Content-Length")
+        if not request.version:
+            raise BadHead("Transfer-Encoding in HTTP/1.0")
+        coding = fields[headers.TRANSFER_ENCODING].lower()
+        if coding != b"chunked":
+            raise BadHead("a Transfer-Encoding other than chunked", 400 if b"chunked" in coding else 501)
+        request.length = CHUNKED
+    elif headers.CONTENT_LENGTH in fields:
+        text = fields[headers.CONTENT_LENGTH]
+        if not _LENGTH.fullmatch(text):
+            raise BadHead("a bad Content-Length, or more than one")
+        request.length = int(text)
+    if headers.CONNECTION in fields:
+        options = headers.connection_options(fields[headers.CONNECTION])
+        if b"close" in options:
+            request.close = True
+        elif not request.version and b"keep-alive" in options:
+            request.close = False
+        if b"upgrade" in options and headers.UPGRADE in fields and request.version and request.method == b"GET":
+            request.upgrade = fields[headers.UPGRADE].lower() == b"websocket"
+            if request.upgrade and request.length:
+                raise BadHead("a body with an upgrade")
+        extra = options - _ORDINARY_OPTIONS
+        if extra:
+            request.lines = headers.without_named(request.lines, extra)
+    request.machine = headers.SEC_PURPOSE in fields
+    request.by_hand = fields.get(headers.SEC_FETCH_MODE) == b"navigate" and not request.machine
+    request.watched = request.upgrade or headers.SERVICE_WORKER in fields
+    if headers.EXPECT in fields and request.version:
+        if fields[headers.EXPECT].lower() != b"100-continue":
+            raise BadHead("an expectation that cannot be met", 417)
+        request.expects = request.length != NO_BODY
+
+
+_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
+
+
+def upstream_lines(request: Request, cookie: bytes, fixed: bytes) -> bytes:
+    """Return the rest of an upstream's head: what follows the target, up to the value of `X-Request-ID`.
+
+    :param cookie: value of the Cookie field, already without the dispatcher's own; empty for none.
+    :param fixed: Host and the edge's own lines, each ended by CRLF: alike for all requests of a connection.
+    """
+    lines = request.lines
+    return b"".join(
+        (
+            b" HTTP/1.1\r\n",
+            fixed,
+            b"\r\n".join(lines) + b"\r\n" if lines else b"",
+            b"Cookie: " + cookie + b"\r\n" if cookie else b"",
+            _framing_lines(request),
+            b"X-Request-ID: ",
+        )
+    )
+
+
+def _framing_lines(request: Request) -> bytes:
+    """Return the lines about body and connection."""
+    lines = b""
+    if request.length > 0:
+        lines = b"Content-Length: %d\r\n" % request.length
+    elif request.length == CHUNKED:
+        lines = b"Transfer-Encoding: chunked\r\n"
+    elif headers.CONTENT_LENGTH in request.fields:
+        lines = b"Content-Length: 0\r\n"
+    if request.expects:
+        lines += b"Expect: 100-continue\r\n"
+    if request.upgrade:
+        lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
+    elif b"trailers" in request.fields.get(headers.TE, b"").lower():
+        lines += b"Connection: TE\r\nTE: trailers\r\n"
+    return lines

@@ -1,0 +1,207 @@
+"""Answers of upstreams: strict parsing, and the head that goes to the client.  Pure: bytes in, bytes out.
+
+An agent is not trusted to frame its answers well.  Whatever could make this connection or the client's lose its
+place (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the client then gets 502.
+"""
+
+from __future__ import annotations
+
+import re
+
+from dispatcher.proxy.cookies import OWN_NAMES
+from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http.headers import DROPPED, KEPT, RESPONSE_LINES, BadHead
+
+_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_OWN = frozenset(name.lower().encode() for name in OWN_NAMES)
+_DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|$)", re.IGNORECASE)
+_MAX_CACHED = 512
+_statuses: dict[bytes, tuple[int, int, bytes]] = {}
+
+NO_BODY = 0
+CHUNKED = -1
+UNTIL_CLOSE = -2
+
+
+class Response:
+    """One answer's head, understood.
+
+    :ivar lines: what is passed on, the start line for an HTTP/1.1 client first.
+    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` state a length.
+    :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
+    :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty; :ivar last:
+        the same where it only ends the connection.
+    """
+
+    __slots__ = ("close", "dated", "last", "length", "lines", "plain", "sized", "status", "upgraded")
+
+    status: int
+    lines: list[bytes]
+    length: int
+    sized: bool
+    close: bool
+    upgraded: bool
+    dated: bool
+    plain: bytes
+    last: bytes
+
+
+class Policy:
+    """What agents may say about the origin that they share.
+
+    :ivar guarded: the portal's prefix with a slash, as bytes, that no service worker may cover; empty when agents
+        have origins of their own.
+    :ivar host_only: cookies lose their ``Domain``, so that no agent sets one for a sibling.
+    """
+
+    __slots__ = ("guarded", "host_only")
+
+    def __init__(self, guarded: bytes = b"", *, host_only: bool = False) -> None:
+        self.guarded = guarded
+        self.host_only = host_only
+
+
+#: For the portal, which is the dispatcher itself: it may set the dispatcher's cookies.
+TRUSTED = None
+
+
+def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy | None) -> Response:
+    """Understand an answer's head: everything up to and including the empty line.
+
+    :param method: of the request, as the answer to HEAD has no body whatever its head says.
+    :raises BadHead: it must not be passed on.
+    """
+    lines = head.split(b"\r\n")
+    if len(lines) > max_fields + 3:
+        raise BadHead(f"more than {max_fields} header lines")
+    start = _statuses.get(lines[0])
+    if start is None:
+        start = _learn_status(lines[0])
+    version, status, first = start
+    response = Response()
+    response.status = status
+    response.dated = False
+    known = RESPONSE_LINES.known
+    kept = [first]
+    length = UNTIL_CLOSE
+    options = _NO_OPTIONS
+    chunked = False
+    response.upgraded = False
+    for line in lines[1:-2]:
+        entry = known.get(line)
+        if entry is None:
+            entry = RESPONSE_LINES.learn(line)
+        if entry is KEPT:
+            kept.append(line)
+        elif entry is not DROPPED:
+            kind, value = entry
+            if kind == headers.DATE:
+                if not response.dated:
+                    response.dated = True
+                    kept.append(line)
+            elif kind == headers.CONTENT_TYPE:
+                kept.append(line)
+                if policy is not None and policy.guarded and b"script" in value.lower():
+                    # A copy in the browser's cache must not serve for a service worker that is refused here:
+                    # browsers may take the script from there (Service Workers, "Update", updateViaCache).
+                    kept.append(b"Vary: Service-Worker")
+            elif kind == headers.CONTENT_LENGTH:
+                if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
+                    raise BadHead("a bad Content-Length, or more than one")
+                length = int(value)
+            elif kind == headers.CONNECTION:
+                options = options | headers.connection_options(value)
+            elif kind == headers.TRANSFER_ENCODING:
+                if chunked or value.lower() != b"chunked":
+                    raise BadHead("a Transfer-Encoding other than chunked")
+                chunked = True
+            elif kind == headers.UPGRADE:
+                response.upgraded = status == 101 and value.lower() == b"websocket"
+            elif _may_say(kind, line, value, policy):
+                kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
+    response.close = b"close" in options or (not version and b"keep-alive" not in options)
+    if not options <= _ORDINARY_OPTIONS:
+        kept[1:] = headers.without_named(kept[1:], options - _ORDINARY_OPTIONS)
+    if chunked:
+        if length != UNTIL_CLOSE:
+            raise BadHead("both Transfer-Encoding and Content-Length")
+        if not version:
+            raise BadHead("Transfer-Encoding in HTTP/1.0")
+        length = CHUNKED
+    response.lines = kept
+    response.sized = length >= 0
+    if status < 200 or status == 204:
+        # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of nothing does no harm.
+        if chunked or length > 0:
+            raise BadHead("a body in an answer that has none")
+        response.sized = False
+        length = NO_BODY
+    elif length >= 0:
+        kept.append(b"Content-Length: %d" % length)
+    if status == 304 or method == b"HEAD":
+        length = NO_BODY
+    elif length == UNTIL_CLOSE:
+        response.close = True
+    response.length = length
+    response.plain = response.last = b""
+    return response
+
+
+_NO_OPTIONS: frozenset[bytes] = frozenset()
+_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
+
+
+def _may_say(kind: int, line: bytes, value: bytes, policy: Policy | None) -> bool:
+    """Whether an upstream may say this about the origin."""
+    if policy is None:
+        return True
+    if kind == headers.SET_COOKIE:
+        return not sets_own_cookie(value)
+    if kind == headers.SERVICE_WORKER_ALLOWED:
+        return not policy.guarded or not widens(value, policy.guarded)
+    del line
+    return False
+
+
+def _learn_status(line: bytes) -> tuple[int, int, bytes]:
+    match = _STATUS.fullmatch(line)
+    if not match or 0 in line.translate(headers.CHECK):
+        raise BadHead("a bad status line")
+    status = int(match[2])
+    # The version is this connection's own (RFC 9112, 2.3).
+    learned = int(match[1]), status, b"HTTP/1.1" + line[8:] + (b" " if len(line) == 12 else b"")
+    if len(_statuses) < _MAX_CACHED and len(line) < 64:
+        _statuses[line] = learned
+    return learned
+
+
+def sets_own_cookie(value: bytes) -> bool:
+    """Whether a `Set-Cookie` value would set one of the dispatcher's cookies, however it is spelled.
+
+    A browser takes ``=name=x`` for a cookie without a name and sends ``name=x`` back, and it ignores blanks
+    around names; comparing without case costs nothing that an application may rightly want.
+    """
+    pair = value.partition(b";")[0].lstrip(b"= \t")
+    return pair.partition(b"=")[0].rstrip(b" \t").lower() in _OWN
+
+
+def covers(directory: bytes, guarded: bytes) -> bool:
+    """Whether a service worker with that scope would see what lies under `guarded`."""
+    return guarded.startswith(directory)
+
+
+def widens(value: bytes, guarded: bytes) -> bool:
+    """Whether a `Service-Worker-Allowed` value lets a scope cover `guarded`.
+
+    Only a plain absolute path is understood; whatever a browser would have to resolve counts as widening.
+    """
+    plain = (
+        value[:1] == b"/" and value[:2] != b"//" and not any(odd in value for odd in (b"..", b"%", b"\\", b"\t"))
+    )
+    return not plain or covers(value, guarded)
+
+
+def client_head(response: Response, additions: bytes) -> bytes:
+    """Return the head for the client; `additions` are the edge's own lines, each ended by CRLF."""
+    return b"\r\n".join(response.lines) + b"\r\n" + additions + b"\r\n"

@@ -1,0 +1,1 @@
+"""Connections, upstreams and tunnels: carries out what routing decided."""

@@ -1,0 +1,111 @@
+"""Opening connections to upstreams.  Touches sockets; never blocks the loop.
+
+A Unix endpoint is opened through `checked_unix_path`, so that what was checked is what is connected; connecting
+to one does not wait in the kernel, it works at once or the listener's queue is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import TYPE_CHECKING
+
+from dispatcher.plugin.endpoints import checked_unix_path
+from dispatcher.plugin.errors import BadRequest, InsecureEndpoint
+from dispatcher.plugin.model import Endpoint
+from dispatcher.proxy.edge.net.upstream import Upstream
+from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT
+
+if TYPE_CHECKING:
+    from dispatcher.proxy.edge.routing.table import Agent
+    from dispatcher.proxy.edge.worker import Worker
+
+_FULL_PAUSE = 0.01  # seconds between two tries while a listener's queue is full
+_FULL_TRIES = 200
+
+
+async def open_upstream(worker: Worker, agent: Agent) -> Upstream:
+    """Return a connection to an agent, or to the portal.
+
+    :raises OSError: nobody listens there, or it took too long (TimeoutError).
+    :raises InsecureEndpoint: the endpoint is not the agent's; :raises BadRequest: it is none.
+    """
+    upstream = Upstream(worker, agent)
+    try:
+        await asyncio.wait_for(_open(upstream, Endpoint.parse(agent.endpoint), agent.uid), CONNECT_TIMEOUT)
+    except asyncio.TimeoutError as error:
+        raise TimeoutError(errno.ETIMEDOUT, "no connection in time") from error
+    return upstream
+
+
+async def _open(upstream: Upstream, endpoint: Endpoint, uid: int | None) -> None:
+    loop = asyncio.get_running_loop()
+    if endpoint.kind == "tcp":
+        await loop.create_connection(lambda: upstream, endpoint.host, endpoint.port)
+        return
+    if endpoint.kind == "vsock":
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            await _vsock(loop, sock, (endpoint.cid, endpoint.port))
+            await loop.create_unix_connection(lambda: upstream, sock=_as_unix(sock))
+        except BaseException:
+            sock.close()
+            raise
+        return
+    sock = await _unix(endpoint.path, uid)
+    try:
+        await loop.create_unix_connection(lambda: upstream, sock=sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+async def _unix(path: str, uid: int | None) -> socket.socket:
+    for attempt in range(_FULL_TRIES):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            with checked_unix_path(path, uid) as checked:
+                sock.connect(checked)
+        except BlockingIOError:
+            sock.close()
+            if attempt == _FULL_TRIES - 1:
+                break
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+        await asyncio.sleep(_FULL_PAUSE)
+    raise TimeoutError(errno.ETIMEDOUT, "the listener's queue stays full")
+
+
+async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: tuple[int, int]) -> None:
+    """Connect without blocking; the loop's own `sock_connect` knows no vsock addresses."""
+    code = sock.connect_ex(address)
+    if code == 0:
+        return
+    if code != errno.EINPROGRESS:
+        raise OSError(code, "vsock connect")
+    done: asyncio.Future[None] = loop.create_future()
+    loop.add_writer(sock, _settle, done)
+    try:
+        await done
+    finally:
+        loop.remove_writer(sock)
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        raise OSError(code, "vsock connect")
+
+
+def _settle(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+def _as_unix(sock: socket.socket) -> socket.socket:
+    """Return the same connection as an object that the loop takes for a stream: it looks at the family only."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, sock.detach())
+
+
+__all__ = ["BadRequest", "InsecureEndpoint", "open_upstream"]

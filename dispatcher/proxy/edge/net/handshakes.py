@@ -1,0 +1,67 @@
+"""Accepting connections that have to say something first: a PROXY header, a TLS handshake, or both.
+
+Until then nobody knows who they are or whether they ever will be clients, while each holds a descriptor: so they
+are counted and bounded apart from clients, by address too.  Touches descriptors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
+from dispatcher.proxy.edge.net.listener import Listener
+from dispatcher.proxy.edge.net.registry import plain_address
+
+if TYPE_CHECKING:
+    from dispatcher.proxy.edge.worker import Worker
+
+
+class Handshakes(Listener):
+    """Takes the connections of one listening socket, and hands those that get so far to client connections.
+
+    :param tls: None without TLS; :param header: each connection begins with a PROXY header, before TLS.
+    """
+
+    def __init__(self, worker: Worker, sock: socket.socket, tls: ssl.SSLContext | None, *, header: bool) -> None:
+        super().__init__(worker, sock)
+        self._tls = tls
+        self._header = header
+
+    def _begin(self, fd: int, address: str) -> None:
+        address = plain_address(address)
+        if not self.worker.begin(address):
+            os.close(fd)
+            return
+        sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
+        self._do(self._shake(sock, address))
+
+    async def _shake(self, sock: socket.socket, address: str) -> None:
+        worker = self.worker
+        patience = worker.settings.head_timeout
+        try:
+            client = await asyncio.wait_for(self._said(sock), patience) if self._header else address
+            extra = {} if self._tls is None else {"ssl_handshake_timeout": patience}
+            await worker.loop.connect_accepted_socket(lambda: worker.client(client), sock, ssl=self._tls, **extra)
+        except (OSError, asyncio.TimeoutError, BadHead):
+            sock.close()
+        finally:
+            worker.begun(address)
+
+    async def _said(self, sock: socket.socket) -> str | None:
+        """Return the client's address as the header says it; None when it says none."""
+        command, family, length = parse_head(await self._exactly(sock, HEAD_SIZE))
+        return parse_address(command, family, await self._exactly(sock, length))
+
+    async def _exactly(self, sock: socket.socket, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            piece = await self.worker.loop.sock_recv(sock, size - len(data))
+            if not piece:
+                raise BadHead("no PROXY header")
+            data += piece
+        return data

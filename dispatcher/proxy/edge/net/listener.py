@@ -1,0 +1,288 @@
+"""Accepting plain connections, and serving the first request of each without the loop.  Touches descriptors.
+
+Making a transport of the loop's, with its registrations and its callbacks, costs as much as a whole small request
+does otherwise, and many programs (and proxies in front) open a connection for each request.  So a new connection
+begins as a `Fresh`: a descriptor that is read once and written to.  One that is closed after its answer never was
+more than that; any other, whatever it does, becomes a transport of the loop's as soon as it needs one.
+
+TLS and the PROXY protocol have to be read first and take the loop's way from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import socket
+import termios
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from dispatcher.common.log import logger
+from dispatcher.proxy.edge.net.connection import ANSWER, WAIT, Connection
+
+if TYPE_CHECKING:
+    from dispatcher.proxy.edge.worker import Worker
+
+_BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
+_FIRST = 16384  # bytes of the first read; a longer head or a body is the loop's matter
+_KEPT = 65536  # bytes that wait for the loop's transport before whoever writes them is held back
+_PATIENCE = 0.25  # seconds, twice at most, until the loop watches whether a client that waits is still there
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_SCARCE_PAUSE = 0.1  # seconds without accepting while descriptors or memory are short
+_NOTHING = b"\0\0\0\0"
+
+
+class Listener:
+    """Takes the connections of one listening socket."""
+
+    def __init__(self, worker: Worker, sock: socket.socket) -> None:
+        self.worker = worker
+        self.ended: list[Fresh] = []
+        self.young: dict[Fresh, None] = {}
+        self._old: dict[Fresh, None] = {}
+        self._sock = sock
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def start(self) -> None:
+        """Begin."""
+        self._sock.setblocking(False)
+        if self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
+        self.worker.loop.add_reader(self._sock, self._accept)
+
+    def close(self) -> None:
+        """Stop accepting; what was accepted goes on."""
+        if not self._closed:
+            self._closed = True
+            self.worker.loop.remove_reader(self._sock)
+            self._sock.close()
+
+    def _accept(self) -> None:
+        accept = self._sock._accept  # type: ignore[attr-defined]  # noqa: SLF001  # what `accept` calls, without a socket object for each
+        for _ in range(_BATCH):
+            try:
+                fd, peer = accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _SCARCE:
+                    self._pause(error)
+                    break
+                continue  # this one is gone already (accept(2))
+            os.set_blocking(fd, False)
+            self._begin(fd, peer[0] if isinstance(peer, tuple) else "")
+        if self.ended:
+            self._bury()
+
+    def _begin(self, fd: int, address: str) -> None:
+        client = self.worker.client(address)
+        fresh = Fresh(self, fd, client)
+        try:
+            client.connection_made(fresh)
+            if fresh.fd < 0:
+                return
+            try:
+                data = os.read(fd, _FIRST)
+            except BlockingIOError:
+                data = b""
+            if data:
+                client.data_received(data)
+                if fresh.fd >= 0 and client.state in {ANSWER, WAIT}:
+                    fresh.shelf = shelf = self.young
+                    shelf[fresh] = None
+                    if self._timer is None:
+                        self._timer = self.worker.loop.call_later(_PATIENCE, self._turn)
+                    return
+        except OSError:
+            fresh.abort()
+        except Exception as error:  # as a transport of the loop's does it
+            self.worker.loop.call_exception_handler({"message": "a new connection failed", "exception": error})
+            fresh.abort()
+        fresh.hand_over()
+
+    def _turn(self) -> None:
+        """Give the loop the connections that have been waiting for a while."""
+        for fresh in list(self._old):
+            fresh.hand_over()
+        self._old, self.young = self.young, {}
+        self._timer = self.worker.loop.call_later(_PATIENCE, self._turn) if self._old else None
+
+    def _pause(self, error: OSError) -> None:
+        loop = self.worker.loop
+        logger("edge").warning("no more connections can be taken for now", why=error.strerror)
+        loop.remove_reader(self._sock)
+        loop.call_later(_SCARCE_PAUSE, self._resume)
+
+    def _resume(self) -> None:
+        if not self._closed:
+            self.worker.loop.add_reader(self._sock, self._accept)
+
+    def gone(self, fresh: Fresh) -> None:
+        """A connection has been closed: its protocol hears of it when nobody is in the middle of using it."""
+        if not self.ended:
+            self.worker.loop.call_soon(self._bury)
+        self.ended.append(fresh)
+
+    def _bury(self) -> None:
+        ended, self.ended = self.ended, []
+        for fresh in ended:
+            fresh.protocol.connection_lost(None)
+
+    def adopt(self, fresh: Fresh, fd: int) -> None:
+        """Make a transport of the loop's."""
+        sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
+        self._do(self._adopt(fresh, sock))
+
+    async def _adopt(self, fresh: Fresh, sock: socket.socket) -> None:
+        try:
+            await self.worker.loop.connect_accepted_socket(lambda: _Adopted(fresh), sock)
+        except OSError as error:  # the kernel has nothing left for it: its protocol must not wait for ever
+            sock.close()
+            fresh.protocol.connection_lost(error)
+
+    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self.worker.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Fresh(asyncio.Transport):
+    """A connection before the loop has it, and the transport of its protocol until then.
+
+    :ivar fd: -1 once it was closed or given away; :ivar shelf: where it waits.
+    """
+
+    __slots__ = ("_aborted", "_closing", "_eof", "_listener", "_paused", "_unsent", "fd", "protocol", "shelf")
+
+    def __init__(self, listener: Listener, fd: int, protocol: Connection) -> None:
+        self.fd = fd
+        self.protocol: Any = protocol
+        self.shelf: dict[Fresh, None] | None = None
+        self._listener = listener
+        self._unsent = b""
+        self._closing = self._aborted = self._eof = self._paused = False
+
+    # Before.
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Write at once; what the kernel does not take, and whatever follows, goes through the loop."""
+        fd = self.fd
+        if fd < 0:
+            if not self._closing:
+                self._keep(data)
+            return
+        try:
+            taken = os.write(fd, data)
+        except BlockingIOError:
+            taken = 0
+        except OSError:
+            self.abort()
+            return
+        if taken < len(data):
+            self.hand_over()
+            self._keep(data[taken:])
+        elif not self.protocol.closing:
+            self.hand_over()  # there will be another request
+
+    def _keep(self, data: bytes | bytearray | memoryview) -> None:
+        """Keep what the loop's transport will write; a fast upstream must wait for it."""
+        self._unsent += data
+        if len(self._unsent) > _KEPT and not self._paused:
+            self._paused = True
+            self.protocol.pause_writing()
+
+    def close(self) -> None:
+        """Close; the answer must not be lost because the client had sent something more (RFC 9112, 9.6)."""
+        if self.fd < 0:
+            self._closing = True
+            return
+        if fcntl.ioctl(self.fd, termios.FIONREAD, _NOTHING) != _NOTHING:
+            os.read(self.fd, 1 << 20)
+        self._end()
+
+    def abort(self) -> None:
+        """Close now."""
+        if self.fd < 0:
+            self._closing = self._aborted = True
+        else:
+            self._end()
+
+    def _end(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+        self._closing = True
+        if self.shelf is not None:
+            self.shelf.pop(self, None)
+        self._listener.gone(self)
+
+    def write_eof(self) -> None:
+        """Say that nothing more will be written."""
+        self._eof = True
+        self.hand_over()
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Serve another protocol from now on."""
+        self.protocol = protocol
+        self.hand_over()
+
+    def hand_over(self) -> None:
+        """Let the loop go on; it has a transport within two turns."""
+        fd = self.fd
+        if fd >= 0:
+            self.fd = -1
+            if self.shelf is not None:
+                self.shelf.pop(self, None)
+            self._listener.adopt(self, fd)
+
+    def adopted(self, transport: asyncio.Transport) -> None:
+        """Take leave: the loop's transport is there."""
+        protocol = self.protocol
+        protocol.transport = transport
+        transport.set_protocol(protocol)
+        if self._aborted:
+            transport.abort()
+            return
+        if self._paused:
+            protocol.resume_writing()
+        if self._unsent:
+            transport.write(self._unsent)
+        if self._eof:
+            transport.write_eof()
+        if self._closing:
+            transport.close()
+
+    # What is asked of any transport.
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def is_closing(self) -> bool:
+        return self._closing
+
+    def get_write_buffer_size(self) -> int:
+        return len(self._unsent)
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        del name
+        return default
+
+    def pause_reading(self) -> None:
+        """Nothing is read here but the first bytes, which are fewer than anybody's limit."""
+
+    def resume_reading(self) -> None:
+        """Somebody waits for more: that is the loop's matter."""
+        self.hand_over()
+
+
+class _Adopted(asyncio.Protocol):
+    """Stands between the loop's new transport and the protocol that has been served by a `Fresh`."""
+
+    def __init__(self, fresh: Fresh) -> None:
+        self._fresh = fresh
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._fresh.adopted(transport)  # type: ignore[arg-type]  # of a stream socket

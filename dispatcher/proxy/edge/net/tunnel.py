@@ -1,0 +1,183 @@
+"""An upgraded connection: two ends that pass bytes to each other.  Touches both transports.
+
+Each end takes over its transport from the request's protocol, which is then free: an idle WebSocket costs two
+small objects beside the two transports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
+from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
+
+if TYPE_CHECKING:
+    from dispatcher.proxy.edge.net.connection import Connection
+    from dispatcher.proxy.edge.net.upstream import Upstream
+    from dispatcher.proxy.edge.routing.table import Agent, Session
+    from dispatcher.proxy.edge.worker import Worker
+
+
+class End(asyncio.Protocol):
+    """One end; it passes on what its peer sends.
+
+    :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
+    """
+
+    __slots__ = ("agent", "closing", "eof", "lost", "other", "scanner", "transport", "worker")
+
+    other: End
+
+    def __init__(self, worker: Worker, transport: asyncio.Transport, agent: Agent) -> None:
+        self.worker = worker
+        self.transport = transport
+        self.agent = agent
+        self.scanner = Scanner()
+        self.eof = self.closing = self.lost = False
+
+    def eof_received(self) -> bool:
+        """Pass a half-close on; when both sides have said all, the tunnel ends."""
+        self.eof = True
+        other = self.other
+        if self.closing or other.eof or other.lost or not other.transport.can_write_eof():
+            self.end()
+            return False
+        other.transport.write_eof()
+        self.worker.later(LINGER, self.end)
+        return self.transport.can_write_eof()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """One side is gone, and so is the tunnel."""
+        self.lost = True
+        other = self.other
+        if not other.lost:
+            if exc is None:
+                other.transport.close()
+            else:
+                other.transport.abort()
+
+    def end(self) -> None:
+        """Close both sides, after what is on its way."""
+        for each in (self, self.other):
+            if not each.lost:
+                each.transport.close()
+
+    def pause_writing(self) -> None:
+        if not self.other.lost:
+            self.other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if not self.other.lost:
+            self.other.transport.resume_reading()
+
+
+class ClientEnd(End):
+    """The end that faces the web."""
+
+    __slots__ = ("address", "session")
+
+    def __init__(
+        self, worker: Worker, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
+    ) -> None:
+        super().__init__(worker, transport, agent)
+        self.session = session
+        self.address = address
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on what the client sends; its data frames are use, its pings and pongs are not."""
+        if self.closing:
+            return
+        agent = self.agent
+        traffic = agent.traffic
+        size = len(data)
+        traffic.bytes_in += size
+        # Most messages are one short masked frame; what is not is looked at more closely.
+        scanner = self.scanner
+        if 6 < size < 132 and data[1] == size + 122 and scanner.between:
+            typed = 0 if data[0] & 0x08 else size
+        else:
+            typed = scanner.scan(data)
+        if typed:
+            traffic.stream += typed
+            if agent.state != "running":
+                self.worker.wake(agent)
+        self.other.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.worker.forget_tunnel(self)
+
+    def revoke(self) -> None:
+        """The session has ended."""
+        self.shut(POLICY)
+
+    def shut(self, code: int = GOING_AWAY) -> None:
+        """Close the WebSocket as far as frames allow: with a Close frame to each side, then the connections."""
+        if self.closing or self.lost:
+            return
+        other = self.other
+        self.closing = other.closing = True
+        if not other.lost:
+            if self.scanner.between and not self.eof:
+                other.transport.write(close_frame(GOING_AWAY, masked=True))
+            other.transport.close()
+        if not other.scanner.between or other.eof or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.resume_reading()
+        self.transport.write(close_frame(code, masked=False))
+        self.transport.write_eof()
+        self.worker.await_farewell(self)
+
+
+class UpstreamEnd(End):
+    """The end that faces the agent."""
+
+    __slots__ = ()
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on what the agent sends; more than a trickle of it is use."""
+        if self.closing:
+            return
+        traffic = self.agent.traffic
+        size = len(data)
+        traffic.bytes_out += size
+        traffic.bulk += size
+        scanner = self.scanner
+        if not 1 < size < 128 or data[1] != size - 2 or not scanner.between:
+            scanner.scan(data)
+        self.other.transport.write(data)
+
+
+def tunnel(
+    worker: Worker,
+    client: Connection,
+    upstream: Upstream,
+    agent: Agent,
+    session: Session | None,
+    answer: bytes,
+    early: bytes,
+) -> None:
+    """Turn an exchange into a tunnel.
+
+    :param answer: the 101 for the client, and what the agent sent right after it.
+    :param early: what the client sent before it had the answer.
+    """
+    near = ClientEnd(worker, client.transport, agent, session, client.address or "")
+    far = UpstreamEnd(worker, upstream.transport, agent)
+    near.other, far.other = far, near
+    upstream.client = None
+    worker.remember_tunnel(near)
+    head, _, first = answer.partition(b"\r\n\r\n")
+    client.transport.set_protocol(near)
+    upstream.transport.set_protocol(far)
+    upstream.transport.set_write_buffer_limits(WRITE_HIGH)
+    client.transport.resume_reading()
+    client.transport.write(head + b"\r\n\r\n")
+    if first:
+        far.data_received(first)
+    if early:
+        near.data_received(early)
+    if client.eof:
+        near.eof_received()

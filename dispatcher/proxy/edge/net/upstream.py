@@ -1,0 +1,271 @@
+"""One connection to an upstream: an agent or the portal.  Touches its transport, and the client that it serves.
+
+The connection serves one request at a time and goes back to its agent's pool in between.  What an upstream sends
+is checked by `response` and `chunked`; after anything doubtful the connection is closed rather than used again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from dispatcher.proxy.edge.http import response as answers
+from dispatcher.proxy.edge.http.chunked import Chunked
+from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.response import (
+    CHUNKED,
+    NO_BODY,
+    UNTIL_CLOSE,
+    Response,
+    client_head,
+    parse_response,
+)
+from dispatcher.proxy.edge.net.connection import ANSWER
+from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
+
+if TYPE_CHECKING:
+    from dispatcher.proxy.edge.net.exchange import Exchange
+    from dispatcher.proxy.edge.routing.table import Agent
+    from dispatcher.proxy.edge.worker import Worker
+
+IDLE, AWAIT, _LENGTH, _CHUNKED, _REST = range(5)
+_JOIN = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
+
+
+class Upstream(asyncio.Protocol):
+    """A connection, and the answer that comes over it.
+
+    :ivar generation: of the agent's endpoint when it was opened; :ivar since: when it became idle.
+    :ivar used: it has served a request before, so that its end may only mean that the upstream was tired of it.
+    """
+
+    __slots__ = (
+        "_block",
+        "_method",
+        "_model",
+        "agent",
+        "client",
+        "decoder",
+        "generation",
+        "informational",
+        "left",
+        "mode",
+        "partial",
+        "response",
+        "since",
+        "transport",
+        "used",
+        "worker",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, worker: Worker, agent: Agent) -> None:
+        self.worker = worker
+        self.agent = agent
+        self.generation = agent.generation
+        self.client: Exchange | None = None
+        self.mode = IDLE
+        self.left = 0
+        self.decoder: Chunked | None = None
+        self.partial: bytearray | None = None
+        self.response: Response | None = None
+        self.informational = 0
+        # The last answer's head and what it means: at a high rate, heads repeat within the second.
+        self._block = b""
+        self._method = b""
+        self._model: Response | None = None
+        self.since = 0.0
+        self.used = False
+
+    def leave(self) -> None:
+        """Stop serving: the client is gone, or the exchange cannot go on."""
+        self.client = None
+        self.transport.abort()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def data_received(self, data: bytes) -> None:
+        client = self.client
+        if client is None:
+            # Nobody asked.  Whatever this is, it must not become the answer to the next request.
+            self.transport.abort()
+            return
+        mode = self.mode
+        if mode == AWAIT:
+            self._head(client, data)
+        elif mode == _LENGTH:
+            size = len(data)
+            if size < self.left:
+                self.left -= size
+                client.pass_on(data)
+                return
+            extra = size > self.left
+            client.pass_on(data[: self.left] if extra else data)
+            self.complete(reusable=not extra)
+        elif mode == _CHUNKED:
+            self._chunks(client, data)
+        elif mode == _REST:
+            client.pass_on(b"%x\r\n%b\r\n" % (len(data), data) if client.rechunk else data)
+
+    def _head(self, client: Exchange, data: bytes) -> None:
+        settings = self.worker.settings
+        block = self._block
+        if block and self.partial is None and data.startswith(block) and client.request.method == self._method:
+            response = self._model
+            assert response is not None
+            try:
+                self._final(client, response, data[len(block) :])
+            except BadHead as error:
+                client.upstream_invalid(error.why)
+            return
+        if self.partial is None:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self.partial = bytearray(data)
+        else:
+            start = max(0, len(self.partial) - 3)
+            self.partial += data
+            end = self.partial.find(b"\r\n\r\n", start)
+            if end >= 0:
+                data = bytes(self.partial)
+                self.partial = None
+        size = end + 4 if end >= 0 else len(self.partial or b"")
+        try:
+            if size > settings.head_bytes:
+                raise BadHead("a head that is too large")
+            if end < 0:
+                return
+            head, rest = (data, b"") if size == len(data) else (data[:size], data[size:])
+            method = client.request.method
+            policy = settings.policy if self.agent.name else answers.TRUSTED
+            response = parse_response(head, settings.head_fields, method, policy)
+            if response.status < 200:
+                self._informational(client, response, rest)
+                return
+            self._block, self._method, self._model = head, method, response
+            self._final(client, response, rest)
+        except BadHead as error:
+            self.partial = None
+            client.upstream_invalid(error.why)
+
+    def _informational(self, client: Exchange, response: Response, rest: bytes) -> None:
+        """Pass on 1xx (RFC 9110, 15.2): any number may come, but not endlessly."""
+        if response.status == 101:
+            if not client.request.upgrade or not response.upgraded:
+                raise BadHead("101 without a request for it")
+            client.upgraded(self, response, rest)
+            return
+        self.informational += 1
+        if self.informational > MAX_INFORMATIONAL:
+            raise BadHead("too many informational answers")
+        if client.request.version and (response.status != 100 or client.request.expects):
+            client.write(client_head(response, b""))
+        if rest:
+            self._head(client, rest)
+
+    def _final(self, client: Exchange, response: Response, rest: bytes) -> None:
+        self.response = response
+        length = response.length
+        if length == CHUNKED:
+            # Before anything is said to the client: chunks that are bad from the start are a bad answer.
+            self.decoder = Chunked(plain=not client.request.version)
+            first = self.decoder.feed(rest) if rest else b""
+        head = client.answer_head(response)
+        if length >= 0:
+            size = len(rest)
+            if size == length:
+                client.deliver(head + rest, length)
+                self.complete(reusable=True)
+                return
+            if size > length:
+                client.deliver(head + rest[:length], length)
+                self.complete(reusable=False)
+                return
+            self.mode = _LENGTH
+            self.left = length - size
+            if size <= _JOIN:
+                client.deliver(head + rest, size)
+            else:
+                client.deliver(head, 0)
+                client.pass_on(rest)
+        elif length == CHUNKED:
+            self.mode = _CHUNKED
+            client.deliver(head + first, len(first))
+            self._end_of_chunks()
+        elif length == UNTIL_CLOSE:
+            self.mode = _REST
+            if rest and client.rechunk:
+                rest = b"%x\r\n%b\r\n" % (len(rest), rest)
+            client.deliver(head + rest, len(rest))
+
+    def _chunks(self, client: Exchange, data: bytes) -> None:
+        decoder = self.decoder
+        assert decoder is not None
+        try:
+            passed = decoder.feed(data)
+        except BadHead as error:
+            client.upstream_invalid(error.why)
+            return
+        if passed:
+            client.pass_on(passed)
+        self._end_of_chunks()
+
+    def _end_of_chunks(self) -> None:
+        decoder = self.decoder
+        if decoder is not None and decoder.done:
+            self.complete(reusable=not decoder.rest)
+
+    def complete(self, *, reusable: bool) -> None:
+        """End the exchange: the answer has been passed on whole."""
+        client = self.client
+        response = self.response
+        if client is None or response is None:
+            return
+        self.client = self.response = self.decoder = None
+        self.mode = IDLE
+        agent = self.agent
+        idle = agent.idle
+        if (
+            not reusable
+            or response.close
+            or client.state != ANSWER  # the request is not all there yet
+            or self.generation != agent.generation
+            or len(idle) >= MAX_IDLE
+        ):
+            self.transport.close()
+        else:
+            self.used = True
+            self.since = self.worker.now
+            idle.append(self)
+            if client.write_paused:
+                self.transport.resume_reading()
+        client.exchanged()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        client = self.client
+        if client is None:
+            if self.mode == IDLE and self in self.agent.idle:
+                self.agent.idle.remove(self)
+            return
+        if self.mode == _REST and exc is None:
+            # An answer without a length ends with the connection (RFC 9112, 6.3).
+            if client.rechunk:
+                client.pass_on(b"0\r\n\r\n")
+            self.complete(reusable=False)
+            return
+        self.client = None
+        untouched = self.mode == AWAIT and self.partial is None and not self.informational
+        client.upstream_lost(untouched=untouched)
+
+    def pause_writing(self) -> None:
+        if self.client is not None:
+            self.client.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self.client is not None:
+            self.client.resume_body()
+
+
+__all__ = ["NO_BODY", "Upstream"]

@@ -1,0 +1,142 @@
+"""What the configuration means to the edge, worked out once.  Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from dispatcher.config.load import Config
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.names import printable
+from dispatcher.proxy.cookies import session_cookie_name
+from dispatcher.proxy.edge.http.response import Policy
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+#: Fixed bounds that nobody has needed to change; each is tested like those of the configuration.
+CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
+LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the manager to say whether its session exists
+LINGER = 2.0  # seconds of listening after the last word (RFC 9112, 9.6)
+LINGER_BYTES = 1 << 20  # that are heard and dropped meanwhile
+FAREWELL = 1.0  # seconds that a WebSocket's client has to take its Close frame
+LEAST_READ = 1024  # bytes that a slow reader must take within `body_timeout`
+MAX_HELD = 64  # requests held for one agent
+MAX_IDLE = 64  # pooled connections to one agent
+IDLE_UPSTREAM = 55.0  # seconds that a pooled connection is kept
+FRESH_UPSTREAM = 2.0  # seconds after which a pooled connection is too old for a request that cannot be repeated
+MAX_INFORMATIONAL = 16  # 1xx answers before the final one
+PROBE_PAUSE = 1.0  # seconds between a client's last byte, the question whether it still listens, and the answer
+PORTAL_BODY = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
+COLLECTED = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
+SMALL_BODY = 4096  # bytes of one that are taken all the same
+WRITE_HIGH = 256 * 1024  # bytes that may wait in memory for a slow reader
+EVENTS_PING = 15.0  # seconds between comments on a silent event stream
+MAX_EVENTS = 16  # event streams of one session
+
+
+class Settings:
+    """Precomputed forms of ``[proxy]``; see `ProxyConfig` for their meaning."""
+
+    __slots__ = (
+        "beginning_per_address",
+        "body_timeout",
+        "connections",
+        "connections_per_address",
+        "cookie_name",
+        "domain",
+        "drain_timeout",
+        "events_path",
+        "feed_grace",
+        "head_bytes",
+        "head_fields",
+        "head_timeout",
+        "hold",
+        "hsts_line",
+        "idle_timeout",
+        "in_flight",
+        "login",
+        "metrics_by_agent",
+        "policy",
+        "portal_share",
+        "prefix",
+        "public_host",
+        "scheme",
+        "secure",
+        "subdomain",
+        "trusted",
+        "trusted_unix",
+        "upstream_timeout",
+        "waiting",
+    )
+
+    @property
+    def beginning(self) -> int:
+        """Connections whose handshake is under way: a quarter of all that may be."""
+        return max(16, self.connections // 4)
+
+    def __init__(self, config: Config) -> None:
+        """Work them out.
+
+        :raises ConfigError: `proxy.trusted_proxies` or `proxy.public_url` cannot be understood.
+        """
+        proxy = config.proxy
+        self.body_timeout = proxy.body_timeout
+        self.connections = proxy.connections
+        self.connections_per_address = proxy.connections_per_address
+        self.drain_timeout = proxy.drain_timeout
+        self.feed_grace = proxy.feed_grace
+        self.head_bytes = proxy.head_bytes
+        self.head_fields = proxy.head_fields
+        self.head_timeout = proxy.head_timeout
+        self.hold = proxy.hold
+        self.idle_timeout = proxy.idle_timeout
+        self.in_flight = proxy.in_flight_per_agent
+        self.beginning_per_address = max(8, proxy.connections_per_address // 4)
+        self.portal_share = max(1, proxy.in_flight_per_agent // 2)
+        self.metrics_by_agent = proxy.metrics_by_agent
+        self.upstream_timeout = proxy.upstream_timeout
+        self.prefix = proxy.prefix.encode()
+        self.login = self.prefix + b"/login?next="
+        self.waiting = self.prefix + b"/waiting"
+        self.events_path = self.prefix + b"/events"
+        self.secure = config.secure
+        self.scheme = b"https" if config.secure else b"http"
+        self.cookie_name = session_cookie_name(config.secure).encode()
+        self.subdomain = proxy.routing == "subdomain"
+        self.public_host, self.domain = _public(proxy.public_url, self.subdomain)
+        guarded = b"" if self.subdomain else self.prefix + b"/"
+        self.policy = Policy(guarded, host_only=self.subdomain)
+        hsts = proxy.hsts if config.secure and proxy.hsts is not False else None
+        self.hsts_line = b"" if hsts is None else b"Strict-Transport-Security: max-age=%d\r\n" % int(hsts)
+        self.trusted_unix = "unix" in proxy.trusted_proxies
+        self.trusted = tuple(_network(text) for text in proxy.trusted_proxies if text != "unix")
+
+
+def _public(url: str, subdomain: bool) -> tuple[bytes, bytes]:
+    """Return the public host with its port, and the domain below which agents live, both lower case."""
+    if not url:
+        return b"", b""
+    parts = urlsplit(url)
+    try:
+        usable = parts.scheme in {"http", "https"} and parts.hostname and not parts.path.strip("/")
+        port = parts.port
+    except ValueError:
+        usable = None
+        port = None
+    if not usable or parts.query or parts.fragment or parts.username:
+        raise ConfigError(
+            f"proxy.public_url: found {printable(url)}, expected a URL of scheme and host alone",
+            fix="write it like https://apps.example.org",
+        )
+    host = (parts.hostname or "").encode("idna" if subdomain else "utf-8").lower()
+    return host + (b":%d" % port if port else b""), host
+
+
+def _network(text: str) -> Network:
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"proxy.trusted_proxies: found {printable(text)}, expected a network such as 10.0.0.0/8, or unix",
+            why=str(error),
+        ) from error

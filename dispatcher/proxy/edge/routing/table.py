@@ -1,0 +1,258 @@
+"""What the edge knows of agents and sessions, as the manager's feed tells it.  Pure: messages in, changes out.
+
+Rows are updated in place, so that a reference to an agent or a session stays good while it exists; one that is
+gone says so itself (`gone`).  Times are seconds of one steady clock that the caller passes in.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import quote
+
+from dispatcher.feed import protocol
+
+_NO_AGENTS: tuple[str, ...] = ()
+
+
+class Agent:
+    """One agent's row, and what this worker counts for it.
+
+    :ivar generation: rises whenever connections to the agent's endpoint must not be used any more.
+    :ivar idle: pooled upstream connections, the most recently used last; :ivar in_flight: requests under way.
+    :ivar waiting: what is held until the agent runs; :ivar watchers: called with the agent when its row changes.
+    """
+
+    __slots__ = (
+        "app",
+        "counters",
+        "detail",
+        "endpoint",
+        "failed",
+        "fraction",
+        "generation",
+        "gone",
+        "identity",
+        "idle",
+        "in_flight",
+        "label",
+        "name",
+        "seen",
+        "stage",
+        "state",
+        "traffic",
+        "tunnels",
+        "uid",
+        "user",
+        "waiting",
+        "watchers",
+        "woken",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.user = ""
+        self.app = ""
+        self.label = ""
+        self.state = ""
+        self.endpoint = ""
+        self.uid: int | None = None
+        self.stage = ""
+        self.detail = ""
+        self.fraction: float | None = None
+        self.failed: object = None
+        self.generation = 0
+        self.gone = False
+        self.identity = b""
+        self.idle: list[Any] = []
+        self.in_flight = 0
+        self.waiting: dict[Any, None] = {}
+        self.watchers: dict[Any, None] = {}
+        self.tunnels: dict[Any, None] = {}
+        self.woken = 0.0
+        self.traffic: Any = None
+        self.seen: Any = None
+        self.counters: Any = None
+
+    def update(self, row: dict[str, Any]) -> bool:
+        """Take a row; return whether connections to the endpoint as it was must be dropped."""
+        state = row.get("state", "")
+        endpoint = row.get("endpoint") or ""
+        uid = row.get("uid")
+        moved = endpoint != self.endpoint or uid != self.uid or (self.state == "running" and state != "running")
+        if row.get("user", "") != self.user or not self.identity:
+            self.user = sys.intern(row.get("user", ""))
+            # Names may hold any letter; a header field holds ASCII (RFC 9110, 5.5): percent-encoded UTF-8.
+            self.identity = b"X-Dispatcher-User: %b\r\n" % quote(self.user, safe="@+._-").encode("ascii")
+        if row.get("app", "") != self.app:
+            self.app = sys.intern(row.get("app", ""))
+            self.counters = None
+        self.label = row.get("label", "")
+        if state == "running" and self.state != "running":
+            self.woken = 0.0  # what was asked for is done: if it falls asleep, it is asked for again at once
+        self.state = sys.intern(state)
+        self.endpoint = endpoint
+        self.uid = uid
+        self.stage = row.get("stage") or ""
+        self.detail = row.get("detail") or ""
+        self.fraction = row.get("fraction")
+        self.failed = row.get("failed")
+        if moved:
+            self.generation += 1
+        return moved
+
+    def public(self) -> dict[str, Any]:
+        """Return what the owner's browser may know."""
+        return {
+            "agent": self.name,
+            "state": self.state if not self.gone else "gone",
+            "stage": self.stage,
+            "detail": self.detail,
+            "fraction": self.fraction,
+            "failed": self.failed,
+        }
+
+
+class Session:
+    """One session's row.
+
+    :ivar digest: SHA-256 of the token, 32 bytes; :ivar expires: on the caller's clock, infinite without end.
+    :ivar target: the agent that requests go to, once it was looked up.
+    :ivar connections: client connections that were last used with it, None while there is none.
+    """
+
+    __slots__ = ("agent", "agents", "connections", "digest", "expires", "gone", "host", "target", "used", "user")
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.user = ""
+        self.agent = ""
+        self.agents = _NO_AGENTS
+        self.expires = 0.0
+        self.host = ""
+        self.gone = False
+        self.used = False
+        self.target: Agent | None = None
+        self.connections: dict[Any, None] | None = None
+
+
+class Changes:
+    """What a message changed, for those who hold connections."""
+
+    __slots__ = ("agents", "moved", "sessions_gone")
+
+    def __init__(self) -> None:
+        self.agents: list[Agent] = []
+        self.moved: list[Agent] = []
+        self.sessions_gone: list[Session] = []
+
+
+class Tables:
+    """Agents by name and label, sessions by digest."""
+
+    __slots__ = ("_fresh_agents", "_fresh_sessions", "_tuples", "agents", "labels", "sessions")
+
+    def __init__(self) -> None:
+        self.agents: dict[str, Agent] = {}
+        self.labels: dict[str, Agent] = {}
+        self.sessions: dict[bytes, Session] = {}
+        self._fresh_agents: set[str] | None = None
+        self._fresh_sessions: set[bytes] | None = None
+        self._tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def apply(self, message: dict[str, Any], now: float) -> Changes:
+        """Take a snapshot's part, a change or the answer to a lookup.
+
+        :raises KeyError, TypeError, ValueError: a row that is none; the feed is then of no use.
+        """
+        changes = Changes()
+        kind = message["type"]
+        if kind == protocol.SNAPSHOT:
+            if message.get("first"):
+                self._fresh_agents, self._fresh_sessions = set(), set()
+                self._tuples.clear()
+            self._rows(message, now, changes)
+            if self._fresh_agents is not None and self._fresh_sessions is not None:
+                self._fresh_agents.update(row["name"] for row in message.get("agents", ()))
+                self._fresh_sessions.update(bytes.fromhex(row["sha256"]) for row in message.get("sessions", ()))
+                if message.get("last"):
+                    self._drop_sessions([d for d in self.sessions if d not in self._fresh_sessions], changes)
+                    self._drop_agents([n for n in self.agents if n not in self._fresh_agents], changes)
+                    self._fresh_agents = self._fresh_sessions = None
+        elif kind == protocol.CHANGE:
+            self._rows(message, now, changes)
+            self._drop_sessions(map(bytes.fromhex, message.get("sessions_gone", ())), changes)
+            self._drop_agents(message.get("agents_gone", ()), changes)
+        elif kind == protocol.SESSION:
+            rows = {"agents": message.get("agents", ()), "sessions": ()}
+            if message.get("session"):
+                rows["sessions"] = (message["session"],)
+            self._rows(rows, now, changes)
+        return changes
+
+    def target(self, session: Session) -> Agent | None:
+        """Return the agent that a session's requests go to."""
+        agent = session.target
+        if agent is None or agent.gone:
+            agent = session.target = self.agents.get(session.agent)
+        return agent
+
+    def clear(self, changes: Changes) -> None:
+        """Forget everything: nothing is known any more."""
+        self._drop_sessions(list(self.sessions), changes)
+        self._drop_agents(list(self.agents), changes)
+
+    def _rows(self, message: dict[str, Any], now: float, changes: Changes) -> None:
+        for row in message.get("agents", ()):
+            name = row["name"]
+            agent = self.agents.get(name)
+            if agent is None:
+                agent = self.agents[name] = Agent(name)
+            if agent.label != row.get("label", ""):
+                self.labels.pop(agent.label, None)
+            if agent.update(row):
+                changes.moved.append(agent)
+            if agent.label:
+                self.labels[agent.label] = agent
+            changes.agents.append(agent)
+        for row in message.get("sessions", ()):
+            self._session(row, now)
+
+    def _session(self, row: dict[str, Any], now: float) -> None:
+        digest = bytes.fromhex(row["sha256"])
+        session = self.sessions.get(digest)
+        if session is None:
+            session = self.sessions[digest] = Session(digest)
+        agent = self.agents.get(row.get("agent") or "")
+        session.target = agent
+        session.agent = agent.name if agent else row.get("agent") or ""
+        session.user = agent.user if agent and agent.user == row["user"] else row["user"]
+        names = tuple(row.get("agents", ()))
+        session.agents = self._tuples.setdefault(names, names) if len(names) > 1 else self._one(names)
+        ttl = row.get("ttl")
+        session.expires = float("inf") if ttl is None else now + ttl
+        session.host = row.get("host") or ""
+
+    def _one(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return self._tuples.setdefault(names, names)
+
+    def _drop_sessions(self, digests: Iterable[bytes], changes: Changes) -> None:
+        for digest in digests:
+            session = self.sessions.pop(digest, None)
+            if session is not None:
+                session.gone = True
+                changes.sessions_gone.append(session)
+
+    def _drop_agents(self, names: Iterable[str], changes: Changes) -> None:
+        for name in list(names):
+            agent = self.agents.pop(name, None)
+            if agent is None:
+                continue
+            agent.gone = True
+            agent.state = "gone"
+            agent.generation += 1
+            if self.labels.get(agent.label) is agent:
+                del self.labels[agent.label]
+            changes.moved.append(agent)
+            changes.agents.append(agent)

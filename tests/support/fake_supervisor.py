@@ -1,0 +1,237 @@
+"""A supervisor in memory: agents change state when a test says so (or at once).  For tests of API and feed."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+from dispatcher.plugin import names
+from dispatcher.plugin.deadline import SteadyWallClock, boottime
+from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unsupported
+from dispatcher.manager.agents.lifecycle import Desired, State
+from dispatcher.manager.storage.agents import Failure, UserRow
+from dispatcher.manager.agents.views import AgentView
+from dispatcher.plugin.model import AgentEvent, Endpoint, Finding, Level
+
+SETTLED = {
+    "running": (State.RUNNING, "running"),
+    "suspended": (State.SUSPENDED, "asleep"),
+    "hibernated": (State.HIBERNATED, "asleep"),
+    "stopped": (State.STOPPED, "asleep"),
+}
+
+
+class FakeStore:
+    def __init__(self, clock):
+        self.rows: dict[str, UserRow] = {}
+        self.clock = clock
+
+    def get_user(self, name):
+        return self.rows.get(name)
+
+    def users(self):
+        return list(self.rows.values())
+
+    def set_password_hash(self, name, password_hash):
+        if name not in self.rows:
+            raise NotFound(f"There is no user {name}")
+        self.rows[name] = replace(self.rows[name], password_hash=password_hash)
+
+    def add(self, name, password_hash=None):
+        self.rows[name] = UserRow(
+            id=len(self.rows) + 1, name=name, password_hash=password_hash, created=self.clock.now(), disabled=False
+        )
+
+
+class FakeSupervisor:
+    """:ivar settle: agents reach what is desired at once; :ivar calls: what was asked, in order."""
+
+    installation = "0a1b2c3d"
+
+    def __init__(self, clock=None, *, settle=True):
+        self.clock = clock or SteadyWallClock()
+        self.store = FakeStore(self.clock)
+        self.settle = settle
+        self.calls = []
+        self.rows: dict[str, AgentView] = {}
+        self.changed = threading.Condition(threading.RLock())
+        self.subscribers = []
+        self.down = ""
+
+    def start(self):
+        pass
+
+    def close(self):
+        pass
+
+    def _find(self, agent):
+        view = self.rows.get(agent)
+        if view is None:
+            raise NotFound(f"There is no agent {agent}", fix="see: dispatcher list")
+        return view
+
+    def put(self, name, **members):
+        """Set what an agent is, and tell."""
+        with self.changed:
+            self.rows[name] = replace(self.rows[name], **members)
+            self.changed.notify_all()
+        self._tell(name)
+
+    def vanish(self, name):
+        """The agent is gone at last, its user with the last one."""
+        with self.changed:
+            user = self.rows.pop(name).user
+            if not any(view.user == user for view in self.rows.values()):
+                self.store.rows.pop(user, None)
+            self.changed.notify_all()
+        self._tell(name)
+
+    def _tell(self, name):
+        for subscriber in self.subscribers:
+            subscriber(name)
+
+    def create(self, name, *, app, password_hash):
+        user = name.partition(":")[0]
+        if app not in {None, "demo", "lab"}:
+            raise BadRequest(f"There is no app {names.printable(app)}", fix="see the configuration")
+        if user in self.rows and app and self.rows[user].app != app:
+            name = f"{user}:{app}"
+        if name in self.rows:
+            raise Conflict(f"The agent {name} exists")
+        if user not in self.store.rows:
+            self.store.add(user, password_hash)
+        now = self.clock.now()
+        self.rows[name] = AgentView(
+            name=name,
+            user=user,
+            app=app or "demo",
+            provider="fake",
+            state=State.STOPPED,
+            desired=Desired.STOPPED,
+            feed_state="asleep",
+            label=names.key(name),
+            since=now,
+            created=now,
+        )
+        self._tell(name)
+        return self.rows[name]
+
+    def remove(self, agent, *, keep_data):
+        self._find(agent)
+        self.calls.append(("remove", agent, keep_data))
+        self.put(agent, desired=Desired.ABSENT, state=State.REMOVING, feed_state="stopping")
+        if self.settle:
+            self.vanish(agent)
+
+    def set_desired(self, agent, state, *, stdin=None):
+        self._find(agent)
+        self.calls.append(("set_desired", agent, state, stdin))
+        if state == "hibernated":
+            raise Unsupported("The provider fake cannot hibernate", fix="suspend it")
+        self.put(agent, desired=Desired(state))
+        if self.settle:
+            self.reach(agent)
+
+    def reach(self, agent):
+        """Have an agent be what is desired."""
+        state, feed_state = SETTLED[self.rows[agent].desired.value]
+        endpoint = Endpoint.unix(f"/run/x/{names.digest(agent)}/s") if feed_state == "running" else None
+        self.put(agent, state=state, feed_state=feed_state, endpoint=endpoint, owner_uid=None, failure=None)
+
+    def fail(self, agent, what="The agent did not start"):
+        failure = Failure(what=what, why="exit code 1", fix="see its log", log=("boom <b>",))
+        self.put(agent, state=State.FAILED, feed_state="failed", failure=failure, endpoint=None)
+
+    def restart(self, agent):
+        self._find(agent)
+        self.calls.append(("restart", agent))
+        self.put(agent, desired=Desired.RUNNING, state=State.STOPPING, feed_state="stopping")
+        if self.settle:
+            self.reach(agent)
+
+    def reset_data(self, agent):
+        self._find(agent)
+        self.calls.append(("reset_data", agent))
+
+    def wake(self, agent):
+        self.calls.append(("wake", agent))
+        if agent in self.rows:
+            self.set_desired(agent, "running")
+
+    def touch(self, agent, activity):
+        self.calls.append(("touch", agent, dict(activity)))
+
+    def suspect(self, agent):
+        self.calls.append(("suspect", agent))
+
+    def view(self, agent):
+        with self.changed:
+            return self._find(agent)
+
+    def views(self, *, user=None):
+        with self.changed:
+            return [view for view in self.rows.values() if user in {None, view.user}]
+
+    def wait(self, agent, done, seconds):
+        end = boottime() + seconds
+        with self.changed:
+            self._find(agent)
+            while True:
+                view = self.rows.get(agent)
+                left = end - boottime()
+                if done(view) or left <= 0:
+                    return view
+                self.changed.wait(left)
+
+    def subscribe(self, on_change):
+        self.subscribers.append(on_change)
+
+    def runtime(self, agent):
+        return {"provider": self._find(agent).provider, "uid": 200001}
+
+    def logs(self, agent, *, tail, after):
+        self._find(agent)
+        return ["one", "two"][-tail:] if tail else [], "7"
+
+    def events(self, agent, limit):
+        view = self._find(agent)
+        kinds = ["created", "starting", "ready"][-limit:]
+        return [AgentEvent(time=1.5, agent=agent, user=view.user, app=view.app, kind=kind) for kind in kinds]
+
+    def why(self, agent):
+        self._find(agent)
+        return ["It runs because somebody signed in."]
+
+    def memory_usage(self):
+        return {"total": 0, "average": 0, "agents": []}
+
+    def top(self):
+        return []
+
+    def copies(self, agent):
+        self._find(agent)
+        return []
+
+    def purge_copies(self, agent):
+        self._find(agent)
+        return 0
+
+    def providers(self):
+        return [
+            {
+                "name": "fake",
+                "isolation": "process",
+                "capabilities": ["logs"],
+                "distribution": "agent-dispatcher 0.1.0",
+                "usable": not self.down,
+                "error": self.down or None,
+            }
+        ]
+
+    def check_provider(self, name, app):
+        if name != "fake":
+            raise NotFound(f"There is no provider {names.printable(name)}")
+        return [Finding(level=Level.WARNING, what="It isolates nothing", fix="use another")]
+
+    def apply_config(self, config):
+        return []

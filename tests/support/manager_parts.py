@@ -1,0 +1,96 @@
+"""The manager's outside on a fake supervisor and a real database, without sockets.  For unit tests."""
+
+from __future__ import annotations
+
+import threading
+
+from dispatcher.config.load import parse
+from dispatcher.manager.storage import agents  # noqa: F401 - declares its tables
+from dispatcher.manager.rest import Services
+from dispatcher.manager.rest import application
+from dispatcher.manager.storage.auth import AuthStore
+from dispatcher.manager.storage.database import Database
+from dispatcher.manager.auth.local import plugin
+from dispatcher.manager.agents.metrics import Metrics
+from dispatcher.manager.auth.passwords import Hasher, HashPool
+from dispatcher.manager.auth.session_table import Lifetimes
+from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.signin import SignIn
+from tests.support.fake_supervisor import FakeSupervisor
+
+
+class Clock:
+    """A steady clock that a test moves."""
+
+    def __init__(self, now=1_800_000_000.0):
+        self.time = now
+
+    def now(self):
+        return self.time
+
+
+class Parts:
+    """Everything below HTTP's sockets, with clients of both roles."""
+
+    def __init__(self, directory, *, config=None, lifetimes=None, settle=True, queue=64, authenticator=None):
+        self.directory = directory
+        self.clock = Clock()
+        self.database = Database(f"sqlite:///{directory}/dispatcher.db")
+        self.database.open()
+        self.supervisor = FakeSupervisor(self.clock, settle=settle)
+        self.metrics = Metrics()
+        self.store = AuthStore(self.database)
+        self.hasher = Hasher(memory=64, passes=1)
+        self.pool = HashPool(2, queue)
+        self.lifetimes = lifetimes or Lifetimes(lifetime=7 * 86400.0, idle=86400.0)
+        self.sessions = Sessions(self.store, self.clock, self.lifetimes)
+        if authenticator is None:
+            cls = plugin(self.supervisor.store, self.hasher).dispatcher_register_authenticators()[0]
+            authenticator = cls(options=cls.Options())
+        self.authenticator = authenticator
+        self.reloads = []
+        self.services = Services(
+            config=parse(config or {}),
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            signin=self.new_signin(),
+            clock=self.clock,
+            metrics=self.metrics,
+            reload=lambda: self.reloads.append(1) or ["The log level is debug."],
+            health=lambda: {"status": "ok"},
+            waiting=threading.BoundedSemaphore(2),
+        )
+        self.metrics.watch(
+            agents=self.supervisor.views,
+            gauges={"sessions": ("Sessions", self.sessions.count)},
+            workers=lambda: {"7": {"requests": 3.0}},
+        )
+        self.admin = application("admin", self.services).test_client()
+        self.proxy = application("proxy", self.services).test_client()
+
+    def new_signin(self):
+        """A sign-in service as after a restart: it knows what was stored."""
+        return SignIn(
+            authenticator=self.authenticator,
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            store=self.store,
+            pool=self.pool,
+            hasher=self.hasher,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
+    def add(self, name, password="correct horse", app=None):
+        body = {"name": name, "app": app} if app else {"name": name}
+        return self.admin.post("/agents", json=body | ({"password": password} if password else {}))
+
+    def login(self, name="alice", password="correct horse", address="192.0.2.1", **more):
+        return self.proxy.post("/sessions", json={"user": name, "password": password, "address": address, **more})
+
+    def post(self, path, **body):
+        return self.proxy.post(path, json=body)
+
+    def close(self):
+        self.pool.close()
+        self.database.close()

@@ -1,0 +1,336 @@
+"""The command line against a manager that answers by the book: what people see, exit codes, JSON, errors."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.fake_manager import problem
+
+
+# People.
+
+
+def test_add_reads_the_password_from_standard_input(run, manager):
+    code, out, err = run("add", "alice", "--password-stdin", stdin=b"correct horse\n")
+    assert (code, out, err) == (0, "alice was added\n", "")
+    assert manager.users == {"alice": "correct horse"}
+
+
+def test_add_without_a_terminal_says_how(run, manager):
+    code, out, err = run("add", "alice", stdin=b"")
+    assert code == 2
+    assert "give it with --password-stdin" in err
+    assert manager.users == {}
+
+
+@pytest.mark.parametrize(
+    ("password", "why"),
+    [
+        (b"short\n", "it has 5 characters, not 8 to 1024"),
+        (b"x" * 2000, "it has 2000 characters"),
+        (b"\xff" * 9, "it is not UTF-8"),
+    ],
+)
+def test_add_refuses_bad_passwords_before_the_manager_hears_of_them(run, manager, password, why):
+    code, _, err = run("add", "alice", "--password-stdin", stdin=password)
+    assert code == 2
+    assert why in err
+    assert manager.users == {}
+
+
+def test_a_password_keeps_its_spaces(run, manager):
+    run("add", "alice", "--password-stdin", stdin=b"  two spaces \r\n")
+    assert manager.users["alice"] == "  two spaces "
+
+
+def test_add_of_somebody_who_exists_is_a_conflict_and_asks_nothing(run, manager):
+    manager.add("alice")
+    code, _, err = run("add", "Alice")
+    assert code == 4
+    assert err == "dispatcher: alice exists (give them a further agent with --app, or choose another name)\n"
+
+
+def test_a_further_agent_needs_no_password(run, manager):
+    manager.add("alice")
+    code, out, _ = run("add", "alice", "--app", "notebook")
+    assert (code, out) == (0, "alice:notebook was added\n")
+
+
+def test_add_for_another_directory_s_people_needs_no_password(run, manager):
+    manager.answers["POST /agents"] = lambda _query, body: (201, manager.add(body["name"]))
+    assert run("add", "alice", "--no-password")[0] == 0
+    assert manager.requests[-1][3] == {"name": "alice"}
+
+
+def test_remove_waits_and_tells(run, manager):
+    manager.add("alice")
+    code, out, _ = run("remove", "alice", "--yes")
+    assert (code, out) == (0, "alice was removed\n")
+    assert manager.agents == {}
+
+
+def test_remove_can_keep_the_data(run, manager):
+    manager.add("alice")
+    assert run("remove", "alice", "--keep-data", "-y")[1] == "alice was removed, its data kept\n"
+    assert manager.requests[-1][2]["data"] == "keep"
+
+
+def test_remove_of_nobody_is_exit_code_3(run, manager):
+    code, _, err = run("remove", "nobody", "-y")
+    assert (code, err) == (3, "dispatcher: There is no agent nobody\n")
+
+
+def test_passwd(run, manager):
+    manager.add("alice")
+    assert run("passwd", "alice", "--password-stdin", stdin=b"new-password\n")[:2] == (
+        0,
+        "alice has a new password\n",
+    )
+    assert manager.users["alice"] == "new-password"
+
+
+def test_passwd_of_who_has_only_an_agent_of_another_app(run, manager):
+    manager.add("alice:notebook")
+    assert run("passwd", "alice", "--password-stdin", stdin=b"new-password\n")[:2] == (
+        0,
+        "alice has a new password\n",
+    )
+
+
+def test_passwd_of_nobody_names_the_person(run, manager):
+    assert run("passwd", "nobody", "--password-stdin", stdin=b"new-password\n")[::2] == (
+        3,
+        "dispatcher: There is no person nobody (`dispatcher list` shows those there are)\n",
+    )
+
+
+def test_output_that_cannot_be_written_is_one_line(manager):
+    manager.add("alice")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dispatcher", "list"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        1,
+        "dispatcher: Cannot write: No space left on device (make room, or send the output elsewhere)\n",
+    )
+
+
+# States.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "state"),
+    [
+        (["start"], "running"),
+        (["stop"], "stopped"),
+        (["suspend"], "suspended"),
+        (["suspend", "--to-disk"], "hibernated"),
+    ],
+)
+def test_states_are_reached(run, manager, arguments, state):
+    manager.add("alice", "unknown")
+    code, out, _ = run(*arguments, "alice")
+    assert (code, out) == (0, f"alice is {state}\n")
+    assert manager.requests[-1][3] == {"state": state}
+
+
+def test_start_follows_a_long_start_to_its_end(run, manager):
+    manager.add("alice")
+    manager.script = [
+        {"state": "starting", "stage": "pull", "fraction": 0.5},
+        {"state": "starting"},
+        {"state": "running"},
+    ]
+    assert run("start", "alice")[:2] == (0, "alice is running\n")
+
+
+def test_a_start_that_fails_says_why_with_the_last_lines(run, manager):
+    manager.add("alice")
+    failure = {
+        "what": "alice did not become ready",
+        "why": "exit code 1",
+        "fix": "see its log",
+        "log": ["a", "\x1b[2Jb"],
+    }
+    manager.script = [{"state": "starting"}, {"state": "failed", "failure": failure}]
+    code, out, err = run("start", "alice")
+    assert (code, out) == (1, "")
+    assert err == "dispatcher: alice did not become ready: exit code 1 (see its log)\n  | a\n  | \\x1b[2Jb\n"
+
+
+def test_a_failure_that_the_manager_answers_is_told_the_same(run, manager):
+    manager.add("alice")
+    manager.answers["PUT /agents/alice/state"] = problem(502, "start-failed", "No luck", log=["last words"])
+    assert run("start", "alice")[2] == "dispatcher: No luck\n  | last words\n"
+
+
+def test_no_wait_returns_at_once(run, manager):
+    manager.add("alice")
+    assert run("start", "alice", "--no-wait")[:2] == (0, "alice is stopped\n")
+    assert "wait" not in manager.requests[-1][2]
+
+
+def test_what_the_provider_cannot_do_is_an_error(run, manager):
+    manager.add("alice")
+    manager.answers["PUT /agents/alice/state"] = problem(422, "unsupported", "The provider cannot do this")
+    assert run("suspend", "alice")[0] == 1
+
+
+def test_restart_and_reset_data(run, manager):
+    manager.add("alice")
+    assert run("restart", "alice")[:2] == (0, "alice is running\n")
+    assert run("reset_data", "alice", "--yes")[:2] == (0, "alice has begun afresh\n")
+    assert ("PUT", "/agents/alice/reset_data") in [request[:2] for request in manager.requests]
+
+
+# Looking.
+
+
+def test_list_is_plain_columns_without_a_terminal(run, manager):
+    manager.add("alice", "running", last_used="2026-01-01T00:00:00+00:00")
+    manager.add("bob@example.org", outdated=True)
+    manager.fail("bob@example.org")
+    code, out, err = run("list")
+    assert (code, err) == (0, "")
+    heading, alice, bob = out.splitlines()
+    assert heading.split() == ["NAME", "APP", "PROVIDER", "STATE", "SINCE", "LAST", "USED"]
+    assert alice.split()[:4] == ["alice", "demo", "subprocess", "running"]
+    assert "bob@example.org did not become ready" in bob
+    assert "never" in bob
+    assert heading.index("STATE") == alice.index("running") == bob.index("failed")
+
+
+def test_an_empty_list_says_what_to_do_and_prints_nothing(run, manager):
+    code, out, err = run("list")
+    assert (code, out) == (0, "")
+    assert "dispatcher add NAME" in err
+
+
+def test_running_lists_those_that_run(run, manager):
+    manager.add("alice", "running")
+    manager.add("bob")
+    out = run("running")[1]
+    assert "alice" in out
+    assert "bob" not in out
+
+
+def test_info_tells_all(run, manager):
+    manager.add("alice", "running")
+    out = run("info", "alice")[1]
+    for text in ("alice", "unix:/run/d/a/x/s", "200001", "3.0 MiB", "1.5 s"):
+        assert text in out
+
+
+def test_why_is_sentences(run, manager):
+    manager.add("alice")
+    assert run("why", "alice")[1] == "It was asked to stop.\nIt stopped.\n"
+
+
+def test_logs(run, manager):
+    manager.add("alice")
+    assert run("logs", "alice", "-n", "2")[1] == "line 4\nline 5\n"
+
+
+def test_logs_follow_asks_again_with_the_cursor(run, manager, monkeypatch):
+    manager.add("alice")
+
+    def stop(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dispatcher.cli.commands.logs.time.sleep", stop)
+    code, out, _ = run("logs", "-f", "alice")
+    assert code == 130
+    assert out.splitlines()[-1] == "line 5"
+    assert manager.requests[-1][2]["after"] == "5"
+
+
+def test_top_and_memory_usage(run, manager):
+    manager.answers["GET /stats/top"] = 200, {"agents": [
+        {"name": "small", "state": "running", "memory": 1024, "cpu_percent": 50.0, "cpu_seconds": 4, "last_used": None},
+        {"name": "big", "state": "running", "memory": 2048, "cpu_percent": None, "cpu_seconds": None, "last_used": None},
+    ]}  # fmt: skip
+    lines = run("top")[1].splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["big", "small"]
+    assert [line.split()[0] for line in run("top", "--sort", "cpu")[1].splitlines()[1:]] == ["small", "big"]
+    manager.answers["GET /stats/memory_usage"] = (
+        200,
+        {"total": 4096, "average": 2048, "agents": [{"name": "a", "memory": 2048}]},
+    )
+    assert "total  4.0 KiB" in " ".join(run("memory_usage")[1].split(" ")).replace("   ", "  ").replace(
+        "   ", "  "
+    )
+
+
+def test_sessions(run, manager):
+    manager.answers["GET /sessions"] = 200, {"sessions": [{"id": "0123456789abcdef", "user": "alice", "agent": "alice",
+        "created": None, "last_used": None, "expires": None, "address": "127.0.0.1", "user_agent": "evil\x1b[2J"}]}  # fmt: skip
+    out = run("sessions", "list")[1]
+    assert "0123456789abcdef" in out
+    assert "\x1b" not in out
+    manager.answers["DELETE /sessions/0123456789abcdef"] = 204, None
+    assert run("sessions", "revoke", "0123456789abcdef")[:2] == (0, "1 sign-in ended\n")
+    manager.answers["DELETE /sessions"] = lambda query, _: (
+        200,
+        {"revoked": 3 if query == {"user": "alice"} else 0},
+    )
+    assert run("sessions", "revoke", "--user", "Alice")[1] == "3 sign-ins ended\n"
+
+
+def test_providers(run, manager):
+    manager.answers["GET /providers"] = 200, {"providers": [
+        {"name": "subprocess", "isolation": "process", "capabilities": ["suspend"], "distribution": "d 1", "usable": True, "error": None},
+        {"name": "docker", "isolation": "container", "capabilities": [], "distribution": "d 1", "usable": False, "error": {"what": "no engine"}},
+    ]}  # fmt: skip
+    manager.answers["GET /providers/subprocess/check"] = (
+        200,
+        {"findings": [{"level": "ok", "what": "sandboxed", "fix": ""}]},
+    )
+    manager.answers["GET /providers/docker/check"] = (
+        200,
+        {"findings": [{"level": "error", "what": "no engine", "fix": "start it"}]},
+    )
+    assert "no: no engine" in run("providers", "list")[1]
+    assert run("providers", "check", "subprocess")[0] == 0
+    code, out, _ = run("providers", "check")
+    assert code == 1
+    assert "-> start it" in out
+
+
+def test_reload_says_what_changed(run, manager):
+    manager.answers["POST /reload"] = 200, {"changed": ["apps.demo: memory is 1G now"]}
+    code, out, _ = run("reload")
+    assert (code, out) == (0, "apps.demo: memory is 1G now\nno proxy runs here; it was told nothing\n")
+
+
+# JSON.
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (["list"], {"agents"}),
+        (["running"], {"agents"}),
+        (["info", "alice"], {"name", "state", "runtime"}),
+        (["start", "alice"], {"state", "desired"}),
+        (["stop", "alice"], {"state", "desired"}),
+        (["restart", "alice"], {"state", "desired"}),
+        (["reset-data", "--yes", "alice"], {"state", "desired"}),
+        (["remove", "--yes", "alice"], {"name", "state"}),
+        (["add", "--app", "x", "alice"], {"name", "state"}),
+        (["why", "alice"], {"sentences"}),
+        (["logs", "alice"], {"lines", "cursor"}),
+    ],
+)  # fmt: skip
+def test_json_is_what_the_manager_said(run, manager, arguments, keys, where):
+    manager.add("alice")
+    code, out, err = run(*(["--json", *arguments] if where == "before" else [*arguments, "--json"]))
+    assert (code, err) == (0, "")
+    assert keys <= set(json.loads(out))

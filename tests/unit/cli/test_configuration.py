@@ -1,0 +1,136 @@
+"""`config show`: what is in force, as a file that says the same, secrets masked."""
+
+import json
+import sys
+
+import pytest
+
+from dispatcher.config.load import parse
+from dispatcher.cli import main
+from dispatcher.cli.commands.configuration import MASK, effective, masked, toml
+from dispatcher.config.plugins import Plugins
+from tests.unit.config.test_plugins import FakeProvider, plugin
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ODD = {
+    "plain": "text",
+    "quotes": 'a "b" \\ c',
+    "lines": "a\nb\tc\rd",
+    "control": "\x00\x1b\x7f\x85",
+    "unicode": "Ünïcödé 李 😀",
+    "empty": "",
+    "numbers": [1, -2, 0.5, 1e300],
+    "flags": [True, False],
+    "nested": {"a b": {"c.d": [{"x": 1}, {"y": []}]}, "": {"z": 1}, "leer": {}},
+}
+
+
+def test_what_is_printed_reads_back_as_the_same():
+    assert tomllib.loads("\n".join(toml(ODD))) == ODD
+
+
+@pytest.fixture
+def plugins():
+    found = Plugins([])
+    found.register("fake", plugin(providers=[FakeProvider]))
+    return found
+
+
+def test_the_effective_configuration_is_a_fixed_point(plugins):
+    first = parse(
+        {
+            "proxy": {"hsts": "1d"},
+            "defaults": {"memory": "1G", "environment": {"A": "1"}},
+            "providers": {"fake": {"colour": "red"}},
+            "apps": {
+                "a": {"provider": "fake", "idle_timeout": False, "fake": {"image": "x"}},
+                "b": {"provider": "none"},
+            },
+        }
+    )
+    shown = effective(first, plugins)
+    text = "\n".join(toml(shown))
+    again = parse(tomllib.loads(text))
+    assert effective(again, plugins) == shown
+    assert shown["providers"]["fake"] == {"colour": "red"}
+    assert shown["apps"]["a"]["fake"] == {"image": "x"}
+    assert shown["apps"]["a"]["environment"] == {"A": "1"}
+    assert shown["apps"]["a"]["idle_timeout"] is False
+
+
+def test_secrets_are_masked_and_the_rest_is_not():
+    shown = masked(
+        {
+            "manager": {"database": "postgresql://user:hunter2@host/db", "token_file": "/etc/tokens"},
+            "auth": {"ldap": {"bind_password": "hunter2", "url": "ldaps://x"}},
+            "apps": {
+                "a": {
+                    "environment": {"API_KEY": "hunter2", "DB": "mysql://a:hunter2@h", "TZ": "UTC"},
+                    "secrets": ["hunter2"],
+                }
+            },
+            "credentials": "stdin",
+        }
+    )
+    assert "hunter2" not in json.dumps(shown)
+    assert shown["manager"] == {"database": f"postgresql://user:{MASK}@host/db", "token_file": "/etc/tokens"}
+    assert shown["apps"]["a"]["environment"]["TZ"] == "UTC"
+    assert shown["auth"]["ldap"]["url"] == "ldaps://x"
+    assert shown["credentials"] == "stdin"
+
+
+def run(capsys, *arguments):
+    code = main(arguments)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_show_and_check_through_the_program(tmp_path, capsys):
+    path = tmp_path / "d.toml"
+    path.write_text(
+        '[manager]\ndatabase = "postgresql://u:hunter2@h/d"\n[apps.a.subprocess]\ncommand = ["x", "{socket}"]\n'
+    )
+    code, out, err = run(capsys, "--config", str(path), "config", "show")
+    assert (code, err) == (0, "")
+    assert "hunter2" not in out
+    assert tomllib.loads(out)["apps"]["a"]["subprocess"]["command"] == ["x", "{socket}"]
+    code, out, _ = run(capsys, "--config", str(path), "config", "show", "--json")
+    assert json.loads(out)["manager"]["database"].endswith("@h/d")
+    assert run(capsys, "--config", str(path), "config", "check") == (
+        0,
+        "the configuration is good (apps: a)\n",
+        "",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[manager]\nthreads = 0", "manager.threads: found 0, expected at least 2"),
+        ("[apps.a.subprocess]\ncomand = []", "apps.a.subprocess.comand: unknown key, did you mean 'command'?"),
+        ('[apps.a]\nprovider = "dokcer"', "There is no plugin 'dokcer'"),
+        (f'[manager]\nrun_dir = "/{"x" * 120}"', "manager.run_dir is too long"),
+        ("[", "is no TOML"),
+    ],
+)
+def test_check_names_each_fault(tmp_path, capsys, text, complaint):
+    path = tmp_path / "d.toml"
+    path.write_text(text)
+    code, out, err = run(capsys, "--config", str(path), "config", "check")
+    assert (code, out) == (2, "")
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_schema_is_json_schema(capsys):
+    code, out, _ = run(capsys, "providers", "schema", "subprocess")
+    assert code == 0
+    found = json.loads(out)
+    assert found["apps.APP.subprocess"]["properties"]["command"]["type"] == "array"
+    code, _, err = run(capsys, "providers", "schema", "dokcer")
+    assert code == 2
+    assert "did you mean 'docker'" in err

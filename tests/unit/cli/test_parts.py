@@ -1,0 +1,133 @@
+"""The command line's small parts: how numbers, times and addresses are shown; passwords that can be read aloud."""
+
+import pytest
+
+from dispatcher.config.load import parse
+from dispatcher.cli.commands.demo import pronounceable
+from dispatcher.cli.ui.output import ago, clean, columns, human_bytes, human_seconds
+from dispatcher.cli.serve import browser_url, listen_endpoint
+from dispatcher.cli.ui.progress import describe
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, "-"),
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (36175872, "34.5 MiB"),
+        (2**40, "1.0 TiB"),
+        (2**53, "8192.0 TiB"),
+    ],
+)
+def test_bytes(count, text):
+    assert human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"),
+        (-1, "0.0s"),
+        (0.44, "0.4s"),
+        (59, "59s"),
+        (60, "1m"),
+        (125, "2m 5s"),
+        (12000, "3h 20m"),
+        (349200, "4d 1h"),
+        (86401, "1d"),
+    ],
+)
+def test_durations(seconds, text):
+    assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("stamp", "text"),
+    [
+        (None, "never"),
+        ("", "never"),
+        ("2026-01-01T00:00:00+00:00", "2m 5s ago"),
+        ("2026-01-01T00:00:00Z", "2m 5s ago"),
+        ("2026-01-01T01:00:00+01:00", "2m 5s ago"),
+        ("2026-01-01T00:02:05+00:00", "just now"),
+        ("2027-01-01T00:00:00+00:00", "just now"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_how_long_ago(stamp, text):
+    assert ago(stamp, now=1767225725.0) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ünï 李", "plain ünï 李"),
+        ("\x1b[2J", "\\x1b[2J"),
+        ("a\u202eb", "a\\u202eb"),
+        ("a\nb\t", "a\nb\t"),
+        ("\r", "\\r"),
+        ("\ud800", "\\ud800"),
+    ],
+)
+def test_control_characters_are_shown_not_sent(text, shown):
+    assert clean(text) == shown
+
+
+def test_columns_line_up():
+    assert columns(["A", "B"], [False, True], [["long", "1"], ["x", "22"]]) == ["A      B", "long   1", "x     22"]
+
+
+@pytest.mark.parametrize(
+    ("state", "text"),
+    [
+        ({}, "is gone"),
+        ({"state": "running"}, "running"),
+        (
+            {"state": "starting", "stage": "pulling", "detail": "layer 3", "fraction": 0.42},
+            "starting: pulling, layer 3 (42%)",
+        ),
+    ],
+)
+def test_a_state_is_a_phrase(state, text):
+    assert describe(state) == text
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"),
+    [
+        ("127.0.0.1:80", "tcp:127.0.0.1:80"),
+        ("0.0.0.0:80", "tcp:127.0.0.1:80"),
+        ("[::]:80", "tcp:[::1]:80"),
+        ("[::1]:80", "tcp:[::1]:80"),
+        ("unix:/x", "unix:/x"),
+        ("systemd", "None"),
+    ],
+)
+def test_where_to_reach_a_listener(address, endpoint):
+    assert str(listen_endpoint(address)) == endpoint
+
+
+@pytest.mark.parametrize(
+    ("proxy", "url"),
+    [
+        ({}, "http://127.0.0.1:8080/"),
+        ({"listen": ["0.0.0.0:443"], "tls_cert": "/c", "tls_key": "/k"}, "https://127.0.0.1:443/"),
+        ({"listen": ["unix:/x", "[::]:81"]}, "http://[::1]:81/"),
+        ({"public_url": "https://apps.example.org"}, "https://apps.example.org/"),
+        ({"listen": ["unix:/x"]}, "unix:/x"),
+    ],
+)
+def test_what_people_open(proxy, url):
+    assert browser_url(parse({"proxy": proxy})) == url
+
+
+def test_demo_passwords_differ_and_can_be_read_aloud():
+    made = {pronounceable() for _ in range(200)}
+    assert len(made) == 200
+    assert all(len(password) == 17 for password in made)
+    for password in made:
+        for half in password.split("-"):
+            assert set(half[1::2]) <= set("aeiou")
+            assert not set(half[::2]) & set("aeiou")

@@ -1,0 +1,58 @@
+"""Who is who on the host: root with the proxy's user, root without, an ordinary user."""
+
+import grp
+import pwd
+from types import SimpleNamespace
+
+import pytest
+
+from dispatcher.config.load import parse
+from dispatcher.config.host_users import host_accounts
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A host whose users and groups a test says."""
+
+    def host(*, euid, users=None, groups=None):
+        def find(table):
+            def get(name):
+                if name not in (table or {}):
+                    raise KeyError(name)
+                return SimpleNamespace(pw_uid=table[name], pw_gid=table[name], gr_gid=table[name])
+
+            return get
+
+        monkeypatch.setattr("os.geteuid", lambda: euid)
+        monkeypatch.setattr("os.getegid", lambda: euid)
+        monkeypatch.setattr(pwd, "getpwnam", find(users))
+        monkeypatch.setattr(grp, "getgrnam", find(groups))
+        return host_accounts(parse({"manager": {"uid_range": [5000, 5999]}}))
+
+    return host
+
+
+def test_an_ordinary_user_is_everybody(host):
+    found = host(euid=1000)
+    assert (found.proxy_uid, found.proxy_gid, found.admin_gid, found.agent_uids) == (1000, 1000, None, None)
+    assert not found.made_up
+
+
+def test_root_with_a_proxy_user(host):
+    found = host(
+        euid=0, users={"dispatcher-proxy": 990}, groups={"dispatcher-proxy": 991, "dispatcher-admin": 992}
+    )
+    assert (found.proxy_uid, found.proxy_gid, found.admin_gid) == (990, 991, 992)
+    assert not found.made_up
+
+
+def test_root_with_a_proxy_user_whose_group_has_another_name(host):
+    found = host(euid=0, users={"dispatcher-proxy": 990})
+    assert (found.proxy_uid, found.proxy_gid, found.admin_gid) == (990, 990, None)
+
+
+def test_root_without_one_makes_it_up_and_never_gives_that_id_to_an_agent(host):
+    found = host(euid=0)
+    assert found.made_up
+    assert found.proxy_uid == found.proxy_gid == 5000
+    assert found.agent_uids == (5001, 5999)

@@ -1,0 +1,207 @@
+"""Plugins: found by name, loaded when named, and each way to break the contract told with who is at fault."""
+
+import types
+from importlib.metadata import EntryPoint
+
+import pytest
+from pydantic import BaseModel, ConfigDict
+
+from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.errors import PluginError
+from dispatcher.plugin.hooks import hookimpl
+from dispatcher.plugin.model import Isolation
+from dispatcher.config.plugins import GROUP, Plugins
+from dispatcher.plugin.provider import Provider
+
+
+class Options(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    colour: str = "blue"
+
+
+class AppOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    image: str
+
+
+class FakeProvider(Provider):
+    name = "fake"
+    isolation = Isolation.PROCESS
+    Options = Options
+    AppOptions = AppOptions
+    capabilities = frozenset()
+
+    def check(self, *, deadline): ...
+    def explain(self, app): ...
+    def prepare(self, app, *, deadline, progress): ...
+    def handle(self, spec): ...
+    def ensure(self, spec, *, deadline, progress): ...
+    def observe(self, handle, *, deadline): ...
+    def stop(self, handle, *, grace, deadline, progress): ...
+    def destroy(self, handle, *, data, deadline, progress): ...
+    def list(self, *, deadline): ...
+
+
+class FakeAuthenticator(Authenticator):
+    name = "fake-auth"
+    Options = Options
+
+    def authenticate(self, name, password, *, deadline): ...
+
+
+def plugin(providers=None, authenticators=None, **others):
+    module = types.ModuleType("some_plugin")
+    if providers is not None:
+        module.dispatcher_register_providers = hookimpl(lambda: providers, specname=None)
+        module.dispatcher_register_providers.__name__ = "dispatcher_register_providers"
+    if authenticators is not None:
+        module.dispatcher_register_authenticators = hookimpl(lambda: authenticators)
+    for name, value in others.items():
+        setattr(module, name, value)
+    return module
+
+
+def broken(**attributes):
+    return type("Broken", (FakeProvider,), attributes)
+
+
+class Distribution:
+    version = "1.2"
+
+    def __init__(self, name):
+        self.name = self.metadata = name
+
+
+def entry(name, value, distribution="acme-plugin"):
+    found = EntryPoint(name, value, GROUP)
+    vars(found).update(dist=Distribution(distribution))
+    return found
+
+
+def test_the_built_in_providers_take_the_way_of_a_third_party():
+    available = Plugins().available()
+    assert {"subprocess", "docker", "libvirt"} <= set(available)
+    assert available["docker"].startswith("agent-dispatcher ")
+
+
+def test_a_registered_class_is_found_by_its_name():
+    plugins = Plugins([])
+    plugins.register("fake", plugin([FakeProvider], [FakeAuthenticator]))
+    assert plugins.provider("fake") is FakeProvider
+    assert plugins.authenticator("fake-auth") is FakeAuthenticator
+
+
+def test_only_the_plugin_that_is_named_is_imported(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "good_plugin", plugin([FakeProvider]))
+    plugins = Plugins([entry("fake", "good_plugin"), entry("bad", "no_such_module_anywhere")])
+    assert plugins.provider("fake") is FakeProvider
+    assert list(plugins.available()) == ["bad", "fake"]
+
+
+def test_loading_twice_is_once(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "good_plugin", plugin([FakeProvider]))
+    plugins = Plugins([entry("fake", "good_plugin")])
+    plugins.load("fake")
+    plugins.load("fake")
+
+
+def test_one_distribution_that_is_seen_twice_is_one(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "good_plugin", plugin([FakeProvider]))
+    assert Plugins([entry("fake", "good_plugin"), entry("fake", "good_plugin")]).provider("fake") is FakeProvider
+
+
+def test_a_name_that_two_distributions_claim_names_both():
+    plugins = Plugins([entry("fake", "one"), entry("fake", "two", "rival-plugin")])
+    with pytest.raises(PluginError) as caught:
+        plugins.load("fake")
+    assert "one of acme-plugin 1.2 and two of rival-plugin 1.2" in str(caught.value)
+
+
+def test_an_unknown_name_names_its_neighbour():
+    with pytest.raises(
+        PluginError, match=r"There is no plugin 'dokcer': installed are: docker.*did you mean 'docker'"
+    ):
+        Plugins([entry("docker", "x")]).load("dokcer")
+    with pytest.raises(PluginError, match="installed are: none"):
+        Plugins([]).load("docker")
+
+
+def test_a_plugin_that_cannot_be_imported_names_its_distribution():
+    plugins = Plugins([entry("bad", "no_such_module_anywhere")])
+    with pytest.raises(
+        PluginError, match=r"The plugin 'bad' of acme-plugin 1\.2 cannot be imported: ModuleNotFoundError"
+    ):
+        plugins.load("bad")
+
+
+def failing():
+    raise RuntimeError("boom")
+
+
+@pytest.mark.parametrize(
+    ("made", "complaint"),
+    [
+        (plugin([int]), "int of acme 1 is not a subclass of dispatcher's Provider"),
+        (plugin(["text"]), "'text' of acme 1 is not a subclass"),
+        (plugin([FakeAuthenticator]), "is not a subclass of dispatcher's Provider"),
+        (
+            plugin([broken(api_version=99)]),
+            "Broken of acme 1 is written for version 99 of the contract: this program has version 1",
+        ),
+        (plugin([broken(api_version=None)]), "written for version None"),
+        (plugin([broken(name=None)]), "Broken of acme 1 has no name"),
+        (plugin([broken(Options=dict)]), "Broken of acme 1 has no Options"),
+        (plugin([broken(AppOptions=None)]), "Broken of acme 1 has no AppOptions"),
+        (plugin([FakeProvider, broken()]), "'fake' is registered twice"),
+        (
+            plugin([type("Partial", (Provider,), {"name": "p"})]),
+            "Partial of acme 1 is incomplete: it does not implement capabilities, check",
+        ),
+        (
+            plugin(dispatcher_register_provider=hookimpl(lambda: [])),
+            "implements an unknown hook 'dispatcher_register_provider'",
+        ),
+        (plugin(dispatcher_agent_event=hookimpl(lambda evnt: None)), "breaks a hook's contract"),
+    ],
+)
+def test_each_breach_of_contract_names_the_one_at_fault(made, complaint):
+    with pytest.raises(PluginError) as caught:
+        Plugins([]).register("fake", made, "acme 1")
+    assert complaint in str(caught.value)
+    assert "acme 1" in str(caught.value)
+
+
+def test_a_hook_that_raises_is_the_plugin_s_fault():
+    module = types.ModuleType("some_plugin")
+    module.dispatcher_register_providers = hookimpl(failing)
+    with pytest.raises(PluginError, match="dispatcher_register_providers of acme 1 failed: RuntimeError: boom"):
+        Plugins([]).register("fake", module, "acme 1")
+
+
+def test_a_hook_that_is_nearly_one_names_it():
+    made = plugin(dispatcher_agent_evnt=hookimpl(lambda event: None))
+    with pytest.raises(PluginError, match="did you mean 'dispatcher_agent_event'"):
+        Plugins([]).register("fake", made, "acme 1")
+
+
+def test_a_plugin_without_the_class_that_its_name_promises(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "good_plugin", plugin([FakeProvider]))
+    with pytest.raises(PluginError, match=r"'other' of acme-plugin 1\.2 registers no provider called 'other'"):
+        Plugins([entry("other", "good_plugin")]).provider("other")
+    with pytest.raises(PluginError, match="registers no authenticator called 'fake'"):
+        Plugins([entry("fake", "good_plugin")]).authenticator("fake")
+
+
+def test_observers_are_called_through_the_hook():
+    seen = []
+    plugins = Plugins([])
+    plugins.register("watch", plugin(dispatcher_agent_event=hookimpl(lambda event: seen.append(event))))
+    plugins.hook.dispatcher_agent_event(event="something")
+    assert seen == ["something"]
+
+
+def test_two_registries_know_nothing_of_each_other():
+    one, two = Plugins([]), Plugins([])
+    one.register("fake", plugin([FakeProvider]))
+    with pytest.raises(PluginError):
+        two.provider("fake")

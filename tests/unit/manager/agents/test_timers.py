@@ -1,0 +1,113 @@
+"""Calls at a later time, in order, contained."""
+
+import threading
+import time
+
+import pytest
+
+from dispatcher.manager.agents.observers import History
+from dispatcher.manager.agents.timers import Timers
+from dispatcher.plugin.model import AgentEvent
+
+
+@pytest.fixture
+def timers():
+    made = Timers("test-timers")
+    made.start()
+    yield made
+    made.close()
+
+
+def test_calls_come_in_the_order_of_their_times(timers):
+    order, done = [], threading.Event()
+    timers.after(0.06, lambda: (order.append("late"), done.set()))
+    timers.after(0.02, lambda: order.append("early"))
+    timers.after(-5, lambda: order.append("now"))
+    assert done.wait(5)
+    assert order == ["now", "early", "late"]
+
+
+def test_a_call_that_fails_is_logged_and_a_regular_one_goes_on(timers, caplog):
+    count, done = [], threading.Event()
+
+    def call():
+        count.append(1)
+        if len(count) == 3:
+            done.set()
+        raise RuntimeError("broken")
+
+    timers.every(0.01, call)
+    assert done.wait(5)
+    assert "A timer's call failed" in caplog.text
+
+
+def test_after_closing_nothing_is_called(timers):
+    called = []
+    timers.every(0.01, lambda: called.append(1))
+    time.sleep(0.03)
+    timers.close()
+    before = len(called)
+    timers.after(0, lambda: called.append(1))
+    time.sleep(0.03)
+    assert len(called) == before
+
+
+# --- observers
+
+
+class Hook:
+    def __init__(self, *functions):
+        self.functions = functions
+
+    def get_hookimpls(self):
+        return [Impl(function) for function in self.functions]
+
+
+class Impl:
+    plugin_name = "test"
+
+    def __init__(self, function):
+        self.function = function
+        self.argnames = ("event",)
+
+
+class Plugins:
+    def __init__(self, *functions):
+        self.hook = self
+        self.dispatcher_agent_event = Hook(*functions)
+
+
+def events(count):
+    return [AgentEvent(time=n, agent="a", user="a", app="d", kind="ready") for n in range(count)]
+
+
+def test_observers_see_everything_in_order_and_a_broken_one_harms_nobody(caplog):
+    seen = []
+
+    def broken(_event):
+        raise RuntimeError("broken")
+
+    history = History(Plugins(broken, lambda event: seen.append(event.time)))
+    history.start()
+    history.tell(events(50))
+    history.close()
+    assert seen == list(range(50))
+    assert "The observer of the plugin test failed" in caplog.text
+
+
+def test_a_slow_observer_delays_nobody_and_loses_the_oldest(monkeypatch, caplog):
+    from dispatcher.manager.agents import observers as module
+
+    monkeypatch.setattr(module, "MOST_WAITING", 5)
+    gate, seen = threading.Event(), []
+    history = History(Plugins(lambda event: (gate.wait(5), seen.append(event.time))))
+    history.start()
+    before = time.monotonic()
+    history.tell(events(1))
+    time.sleep(0.05)
+    history.tell(events(100))
+    assert time.monotonic() - before < 1
+    gate.set()
+    history.close()
+    assert seen == [0, 95, 96, 97, 98, 99]
+    assert "too slow: 95 events" in caplog.text

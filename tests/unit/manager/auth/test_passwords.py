@@ -1,0 +1,133 @@
+"""Passwords: argon2id, alike for unknown names, in a pool that is bounded in every direction."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+import pytest
+
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests
+from dispatcher.manager.auth.passwords import MEMORY_KIB, PASSES, Hasher, HashPool, check_length
+
+CHEAP = Hasher(memory=64, passes=1)
+
+
+def test_hashes_are_argon2id_salted_and_verify():
+    one, other = CHEAP.hash("correct horse"), CHEAP.hash("correct horse")
+    assert one.startswith("$argon2id$")
+    assert one != other
+    assert "correct" not in one
+    assert CHEAP.verify(one, "correct horse")
+    assert not CHEAP.verify(one, "correct horsf")
+
+
+@pytest.mark.parametrize("stored", ["", "nonsense", "$argon2id$v=19$m=64,t=1,p=1$!!$!!", "$2b$12$abc"])
+def test_a_damaged_hash_fits_no_password(stored):
+    assert not CHEAP.verify(stored, "correct horse")
+
+
+def test_no_hash_takes_as_long_and_fits_nothing():
+    hasher = Hasher(memory=16384, passes=2)
+    stored = hasher.hash("correct horse")
+    hasher.warm()
+
+    def fastest(known):
+        times = []
+        for _ in range(5):
+            began = time.thread_time()
+            assert not hasher.verify(known, "wrong password")
+            times.append(time.thread_time() - began)
+        return min(times)
+
+    assert fastest(None) == pytest.approx(fastest(stored), rel=0.5)
+
+
+def test_other_parameters_are_outdated():
+    assert not CHEAP.outdated(CHEAP.hash("x" * 8))
+    assert Hasher(memory=128, passes=1).outdated(CHEAP.hash("x" * 8))
+
+
+def test_the_parameters_hold_what_is_advised():
+    stored = Hasher().hash("correct horse")
+    assert f"m={MEMORY_KIB},t={PASSES},p=1" in stored
+    assert MEMORY_KIB >= 19 * 1024
+    assert MEMORY_KIB * PASSES >= 19 * 1024 * 2
+
+
+def test_the_memory_of_a_check_is_given_back():
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 1024
+
+    hasher, pool = Hasher(), HashPool(2, 10)
+    stored = hasher.hash("correct horse")
+    before = resident()
+    threads = [
+        threading.Thread(target=lambda: pool.run(lambda: hasher.verify(stored, "wrong"), Deadline(30)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    pool.close()
+    assert resident() - before < MEMORY_KIB / 4
+
+
+@pytest.mark.parametrize("length", [0, 7, 1025])
+def test_lengths_that_are_refused_never_show_the_password(length):
+    with pytest.raises(BadRequest) as caught:
+        check_length("s" * length)
+    assert "sss" not in str(caught.value)
+    check_length("x" * 8)
+    check_length("x" * 1024)
+
+
+def test_the_pool_runs_so_many_and_lets_so_many_wait():
+    pool, go, running = HashPool(2, 3), threading.Event(), []
+
+    def work():
+        running.append(threading.get_ident())
+        go.wait(10)
+        return "done"
+
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(pool.run(work, Deadline(10)))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    while pool.present < 5 or len(running) < 2:
+        time.sleep(0.001)
+    with pytest.raises(TooManyRequests) as caught:
+        pool.run(work, Deadline(10))
+    assert caught.value.retry_after
+    assert len(running) == 2
+    go.set()
+    for thread in threads:
+        thread.join()
+    assert results == ["done"] * 5
+    assert pool.run(lambda: 1, Deadline(1)) == 1
+    assert pool.present == 0
+    pool.close()
+
+
+def test_who_waits_too_long_is_told_and_frees_the_place_in_the_end():
+    pool, go = HashPool(1, 1), threading.Event()
+    with pytest.raises(DeadlineExceeded):
+        pool.run(lambda: go.wait(10), Deadline(0.01))
+    assert pool.present == 1
+    go.set()
+    assert pool.run(lambda: 2, Deadline(5)) == 2
+    pool.close()
+
+
+def test_what_the_work_raises_comes_through():
+    pool = HashPool(1, 1)
+    with pytest.raises(TimeoutError):
+        pool.run(lambda: (_ for _ in ()).throw(TimeoutError("of its own")), Deadline(5))
+    with pytest.raises(ZeroDivisionError):
+        pool.run(lambda: 1 / 0, Deadline(5))
+    assert pool.present == 0
+    pool.close()

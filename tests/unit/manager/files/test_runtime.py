@@ -1,0 +1,124 @@
+"""Directories that others cannot reach into, and one manager at a time."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.plugin.errors import ConfigError, Conflict, Unavailable
+from dispatcher.manager.files.runtime import Lock, make_directories
+from dispatcher.config.layout import Paths
+
+ME = HostAccounts(proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    return Paths(tmp_path / "run", tmp_path / "deep/state")
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_modes_do_not_depend_on_the_umask_and_are_repaired(paths, umask):
+    before = os.umask(umask)
+    try:
+        make_directories(paths, ME)
+    finally:
+        os.umask(before)
+    expected = {paths.run_dir: 0o755, paths.state_dir: 0o711, paths.secrets_dir: 0o700, paths.proxy_dir: 0o700}
+    assert {path: mode(path) for path in expected} == expected
+    for path in (paths.run_dir, paths.state_dir, paths.secrets_dir):
+        path.chmod(0o777)
+    make_directories(paths, ME)
+    assert {path: mode(path) for path in expected} == expected
+
+
+def test_a_link_in_place_of_a_directory_is_refused(paths, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    paths.run_dir.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError) as caught:
+        make_directories(paths, ME)
+    assert str(paths.run_dir) in str(caught.value)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_parent_that_the_own_group_may_write_to_is_fine(paths, tmp_path):
+    tmp_path.chmod(0o775)
+    make_directories(paths, ME)
+
+
+def test_a_parent_that_everybody_may_write_to_is_refused_unless_sticky(paths, tmp_path):
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError) as caught:
+        make_directories(paths, ME)
+    assert "chmod" in caught.value.fix
+    tmp_path.chmod(0o1777)
+    make_directories(paths, ME)
+
+
+@pytest.mark.root
+def test_a_directory_of_somebody_else_is_refused(paths):
+    paths.run_dir.mkdir()
+    os.chown(paths.run_dir, 54321, 54321)
+    with pytest.raises(ConfigError) as caught:
+        make_directories(paths, ME)
+    assert "54321" in caught.value.why
+
+
+@pytest.mark.root
+def test_a_parent_that_somebody_made_in_tmp_is_refused(tmp_path):
+    tmp_path.chmod(0o1777)
+    (tmp_path / "dispatcher-0").mkdir()
+    os.chown(tmp_path / "dispatcher-0", 54321, 54321)
+    with pytest.raises(ConfigError) as caught:
+        make_directories(Paths(tmp_path / "dispatcher-0/dispatcher", tmp_path / "state"), ME)
+    assert "belongs to somebody else" in caught.value.what
+
+
+def test_a_file_in_the_way_is_said(paths):
+    paths.run_dir.write_text("")
+    with pytest.raises(ConfigError):
+        make_directories(paths, ME)
+
+
+def test_a_disk_that_cannot_be_written_is_said(paths, monkeypatch):
+    from pathlib import Path
+
+    def full(self, *_args, **_more):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(Unavailable) as caught:
+        make_directories(paths, ME)
+    assert "No space left" in caught.value.why
+
+
+def test_the_lock_is_held_by_one_and_says_by_whom(tmp_path):
+    lock = Lock(tmp_path)
+    with pytest.raises(Conflict) as caught:
+        Lock(tmp_path)
+    assert str(os.getpid()) in caught.value.why
+    lock.close()
+    Lock(tmp_path).close()
+    assert (tmp_path / "manager.lock").read_text() == ""
+
+
+def test_what_a_crash_left_is_taken_over(tmp_path):
+    (tmp_path / "manager.lock").write_text("4711")
+    lock = Lock(tmp_path)
+    assert (tmp_path / "manager.lock").read_text() == str(os.getpid())
+    lock.close()
+
+
+def test_a_lock_that_cannot_be_is_said(tmp_path):
+    (tmp_path / "manager.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable) as caught:
+        Lock(tmp_path)
+    assert "manager.lock" in caught.value.what
+    assert not (tmp_path / "elsewhere").exists()

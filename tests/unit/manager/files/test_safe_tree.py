@@ -1,0 +1,333 @@
+"""Trees that somebody hostile may write to: nothing outside of them is ever touched."""
+
+import os
+import stat
+import threading
+import time
+
+import pytest
+
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
+from dispatcher.manager.files import safe_tree
+from dispatcher.manager.files.safe_tree import differences, make_directory, manifest, remove_tree, take_over
+
+ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """Something outside that must stay as it is."""
+    made = tmp_path / "victim"
+    made.mkdir()
+    (made / "file").write_text("precious")
+    before = manifest(made)
+    yield made
+    assert manifest(made) == before
+
+
+def remove(path, seconds=20):
+    remove_tree(path, deadline=Deadline(seconds))
+    assert not os.path.lexists(path)
+
+
+def test_nothing_there_is_success(tmp_path):
+    remove(tmp_path / "nothing")
+    remove(tmp_path / "no/such/parent")
+
+
+def test_a_tree_with_everything_in_it(tmp_path, victim):
+    top = tmp_path / "tree"
+    (top / "a/b/c").mkdir(parents=True)
+    for name in ("a/file", "a/b/file", "a/b/c/-rf", "a/b/c/new\nline", "a/\udcff"):
+        (top / name).write_text("x")
+    (top / "a/link").symlink_to(victim)
+    (top / "a/b/link").symlink_to(victim / "file")
+    (top / "a/dangling").symlink_to("/nothing")
+    (top / "a/loop").symlink_to("loop")
+    os.mkfifo(top / "a/fifo")
+    os.link(victim / "file", top / "a/hard")
+    remove(top)
+    assert (victim / "file").read_text() == "precious"
+
+
+def test_a_link_in_place_of_the_tree_is_deleted_itself(tmp_path, victim):
+    link = tmp_path / "tree"
+    link.symlink_to(victim)
+    remove(link)
+    file = tmp_path / "file"
+    file.write_text("x")
+    remove(file)
+
+
+def test_a_tree_deeper_than_any_path_or_descriptor_table(tmp_path):
+    top = tmp_path / "tree"
+    top.mkdir()
+    folder = os.open(top, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("deeper", dir_fd=folder)
+        (lambda: None)()
+        below = os.open("deeper", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    remove(top)
+
+
+def test_names_that_collide_with_those_used_while_deleting(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_tree.secrets, "token_hex", lambda _: "taken")
+    top = tmp_path / "tree"
+    (top / "a/b/c").mkdir(parents=True)
+    (top / "taken-1").write_text("x")
+    (top / "taken-2/x").mkdir(parents=True)
+    with pytest.raises(OSError):
+        remove_tree(top, deadline=Deadline(5))
+    monkeypatch.undo()
+    remove(top)
+
+
+def test_directories_without_permissions(tmp_path):
+    top = tmp_path / "tree"
+    (top / "a/b").mkdir(parents=True)
+    (top / "a/b/file").write_text("x")
+    for path in (top / "a/b", top / "a", top):
+        path.chmod(0)
+    remove(top)
+
+
+def test_many_files_in_one_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(safe_tree, "_names", lambda folder, most=50, names=safe_tree._names: names(folder, most))
+    top = tmp_path / "tree"
+    (top / "a").mkdir(parents=True)
+    for number in range(300):
+        (top / f"a/{number}").write_text("x")
+        (top / f"d{number}").mkdir()
+    remove(top)
+
+
+def test_who_keeps_writing_does_not_keep_it_busy_for_ever(tmp_path):
+    top = tmp_path / "tree"
+    top.mkdir()
+    done = threading.Event()
+
+    def write():
+        number = 0
+        while not done.is_set():
+            number += 1
+            try:
+                os.makedirs(top / f"a/{number}")
+            except OSError:
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        try:
+            remove_tree(top, deadline=Deadline(0.3))
+        except (DeadlineExceeded, OSError) as error:
+            assert isinstance(error, DeadlineExceeded) or error.errno == 39
+    finally:
+        done.set()
+        writer.join()
+    remove(top)
+
+
+def test_swapping_directories_for_links_while_they_are_deleted(tmp_path, victim):
+    """A race that an agent would play: the name that was a directory a moment ago is a link to a victim."""
+    for _ in range(20):
+        top = tmp_path / "tree"
+        (top / "real").mkdir(parents=True)
+        (top / "link").symlink_to(victim)
+        done = threading.Event()
+
+        def swap(top=top, done=done):
+            while not done.is_set():
+                try:
+                    os.rename(top / "real", top / "other")
+                    os.rename(top / "link", top / "real")
+                    os.rename(top / "real", top / "link")
+                    os.rename(top / "other", top / "real")
+                except OSError:
+                    return
+
+        player = threading.Thread(target=swap)
+        player.start()
+        try:
+            remove_tree(top, deadline=Deadline(5))
+        except OSError:
+            pass
+        finally:
+            done.set()
+            player.join()
+        remove(top)
+
+
+# --- directories
+
+
+def test_making_a_directory_again_mends_its_mode(tmp_path):
+    path = tmp_path / "d"
+    assert make_directory(path, 0o711)
+    path.chmod(0o777)
+    assert not make_directory(path, 0o711)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o711
+
+
+def test_a_link_in_place_of_a_directory_is_refused(tmp_path, victim):
+    (tmp_path / "d").symlink_to(victim)
+    with pytest.raises(ProviderError, match="is no directory"):
+        make_directory(tmp_path / "d", 0o777)
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(ProviderError, match="is no directory"):
+        make_directory(tmp_path / "f", 0o777)
+
+
+@pytest.mark.root
+def test_a_directory_gets_its_owner(tmp_path):
+    make_directory(tmp_path / "d", 0o2710, (300_001, 300_000))
+    found = (tmp_path / "d").stat()
+    assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (300_001, 300_000, 0o2710)
+
+
+# --- what comes from outside
+
+
+@pytest.mark.root
+def test_taking_over_makes_a_tree_harmless(tmp_path, victim):
+    top = tmp_path / "tree"
+    (top / "sub").mkdir(parents=True)
+    setuid = top / "sub/setuid"
+    setuid.write_text("#!/bin/sh")
+    setuid.chmod(0o6755)
+    own = top / "own"
+    own.write_text("x")
+    os.chown(own, 300_001, 300_001)
+    own.chmod(0o4700)
+    (top / "link").symlink_to(victim / "file")
+    os.mknod(top / "disk", stat.S_IFBLK | 0o666, os.makedev(7, 0))
+    os.mkfifo(top / "fifo")
+    one = top / "one"
+    one.write_text("twice")
+    os.link(one, top / "sub/two")
+    (top / "sub").chmod(0o2777)
+    os.setxattr(own, "security.capability", bytes.fromhex("0100000200040000000000000000000000000000"))
+    take_over(top, (300_001, 300_001))
+    for path in (top / "sub", setuid, own, top / "link", top / "fifo", one, top / "sub/two"):
+        found = path.lstat()
+        assert (found.st_uid, found.st_gid) == (300_001, 300_001), path
+    assert stat.S_IMODE(setuid.stat().st_mode) == 0o755
+    assert stat.S_IMODE((top / "sub").stat().st_mode) == 0o777
+    assert stat.S_IMODE(own.stat().st_mode) == 0o4700  # to itself: nothing is gained
+    assert "security.capability" not in os.listxattr(own)
+    assert not (top / "disk").exists()
+    assert one.samefile(top / "sub/two")
+
+
+@pytest.mark.root
+def test_a_file_with_a_name_outside_is_not_given_away(tmp_path, victim):
+    top = tmp_path / "tree"
+    top.mkdir()
+    os.link(victim / "file", top / "shadow")
+    with pytest.raises(ProviderError, match="further name outside"):
+        take_over(top, (300_001, 300_001))
+    assert (victim / "file").stat().st_uid == 0
+
+
+# --- manifests
+
+
+def tree(path):
+    (path / "sub/deep").mkdir(parents=True)
+    (path / "sub/file").write_text("content")
+    os.link(path / "sub/file", path / "hard")
+    (path / "link").symlink_to("sub/file")
+    os.mkfifo(path / "fifo")
+    for name in ("sub/file", "sub/deep", "sub"):
+        os.utime(path / name, (1_600_000_000, 1_600_000_000))
+    return path
+
+
+def test_trees_that_are_alike_have_no_differences(tmp_path):
+    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
+    assert manifest(one).keys() == {"sub", "sub/deep", "sub/file", "hard", "link", "fifo"}
+    assert differences(manifest(one), manifest(two)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda top: (top / "new").write_text("x"), "new is new"),
+        (lambda top: (top / "fifo").unlink(), "fifo is missing"),
+        (lambda top: (top / "sub/file").write_text("CONTENT"), "another content"),
+        (lambda top: (top / "sub/file").chmod(0o600), "another mode"),
+        (lambda top: os.utime(top / "sub/file", (1, 1)), "another time of change"),
+        (lambda top: ((top / "link").unlink(), (top / "link").symlink_to("other")), "another target"),
+        (lambda top: ((top / "hard").unlink(), (top / "hard").write_text("content")), "another hard links"),
+        (lambda top: ((top / "fifo").unlink(), (top / "fifo").mkdir()), "fifo is of another kind"),
+        pytest.param(lambda top: os.chown(top / "sub/file", 5, 6), "another owner", marks=pytest.mark.root),
+    ],
+)
+def test_every_difference_is_found(tmp_path, change, told):
+    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
+    mode = (two / "sub/file").stat()
+    change(two)
+    if "content" in told:
+        os.utime(two / "sub/file", (mode.st_atime, mode.st_mtime))
+    found = differences(manifest(one), manifest(two))
+    assert any(told in difference for difference in found), found
+
+
+def test_rounded_times_and_lost_and_found_do_not_count(tmp_path):
+    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
+    os.utime(two / "sub/file", (1_600_000_000.9, 1_600_000_000.9))
+    (two / "lost+found").mkdir()
+    assert differences(manifest(one), manifest(two)) == []
+
+
+def test_a_long_list_of_differences_is_cut(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    for number in range(100):
+        (tmp_path / f"two/{number}").write_text("x")
+    assert len(differences(manifest(tmp_path / "one"), manifest(tmp_path / "two"))) == 5
+
+
+def test_a_manifest_follows_no_link_and_waits_for_no_fifo(tmp_path, victim):
+    top = tmp_path / "tree"
+    top.mkdir()
+    (top / "link").symlink_to(victim)
+    os.mkfifo(top / "fifo")
+    before = time.monotonic()
+    assert manifest(top).keys() == {"link", "fifo"}
+    assert time.monotonic() - before < 1
+
+
+def test_long_work_ticks(tmp_path):
+    ticks = []
+    tree(tmp_path / "one")
+    manifest(tmp_path / "one", lambda: ticks.append(1))
+    remove_tree(tmp_path / "one", deadline=Deadline(5), tick=lambda: ticks.append(1))
+    assert len(ticks) > 6
+
+
+def test_a_tree_whose_names_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    """Paths of a chain of directories grow with the square of its length: 16,000 are gigabytes."""
+    monkeypatch.setattr(safe_tree, "_MOST_NAMES", 100_000)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(60):
+        os.mkdir("d" * 100, dir_fd=folder)
+        below = os.open("d" * 100, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    os.close(folder)
+    with pytest.raises(ProviderError, match="too large to be compared") as caught:
+        manifest(tmp_path)
+    assert caught.value.fix
+    remove_tree(tmp_path / ("d" * 100), deadline=Deadline(20))
+    for number in range(300):
+        (tmp_path / f"{number:0200}").mkdir()
+    assert len(manifest(tmp_path)) == 300
+    for number in range(300, 600):
+        (tmp_path / f"{number:0200}").mkdir()
+    with pytest.raises(ProviderError):
+        take_over(tmp_path, (os.geteuid(), os.getegid()))

@@ -1,0 +1,113 @@
+"""`/openapi.json` names every request there is, and none that there is not; so does docs/reference/rest.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dispatcher.client.manager_client import ManagerClient
+from dispatcher.manager.rest import openapi
+from dispatcher.manager.rest.application import ROLES
+from tests.support.manager_parts import Parts
+
+DOCS = Path(__file__).parents[4] / "docs/reference/rest.md"
+METHODS = {"get", "put", "post", "delete"}
+
+
+@pytest.fixture
+def parts(tmp_path):
+    parts = Parts(tmp_path)
+    yield parts
+    parts.close()
+
+
+def rules(app):
+    return {
+        (method.lower(), re.sub(r"<(\w+)>", r"{\1}", rule.rule))
+        for rule in app.url_map.iter_rules()
+        for method in rule.methods - {"HEAD", "OPTIONS"}
+    }
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_described_is_what_there_is(parts, role):
+    client = getattr(parts, role)
+    document = client.get("/openapi.json").json
+    described = {
+        (method, path)
+        for path, operations in document["paths"].items()
+        for method in operations
+        if method in METHODS
+    }
+    assert described == rules(client.application)
+    assert document["openapi"].startswith("3.")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_request_says_what_it_does_and_answers(role):
+    document = json.loads(json.dumps(openapi.document(role, ROLES[role])))
+    names = set(document["components"]["schemas"])
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert operation["summary"], (method, path)
+            assert operation["responses"], (method, path)
+            parameters = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
+            assert parameters == set(re.findall(r"{(\w+)}", path))
+            body = operation.get("requestBody")
+            if body:
+                assert body["content"]["application/json"]["schema"]["additionalProperties"] is False
+    referred = set(re.findall(r"#/components/schemas/(\w+)", json.dumps(document)))
+    assert referred <= names
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_answers_have_the_members_that_are_described(parts, role):
+    parts.add("alice")
+    parts.login()
+    agent = parts.admin.get("/agents/alice").json
+    assert set(agent) == set(openapi.SCHEMAS["Agent"]["properties"])
+    state = parts.admin.get("/agents/alice/state").json
+    assert set(state) == set(openapi.SCHEMAS["State"]["properties"])
+    session = parts.admin.get("/sessions").json["sessions"][0]
+    assert set(session) == set(openapi.SCHEMAS["ListedSession"]["properties"])
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_the_reference_names_every_request(role):
+    section = DOCS.read_text().split(f"## {role.title()}\n")[1].split("\n## ")[0]
+    everywhere = DOCS.read_text()
+    documented = set(re.findall(r"`(GET|PUT|POST|DELETE) (/[^\s`?]*)", section))
+    plain = {(method, path.replace("NAME", "_").replace("ID", "_")) for method, path in documented}
+    there = {(route.method, re.sub(r"<\w+>", "_", route.path)) for route in ROLES[role]}
+    common = {("GET", "/healthz"), ("GET", "/metrics")}
+    assert plain == there - common
+    for _, path in common:
+        assert path in everywhere
+
+
+def test_the_client_has_a_method_for_every_request(monkeypatch):
+    asked = set()
+
+    def note(_self, method, path, *_args, **_more):
+        asked.add((method, re.sub(r"(?<=/agents/)NAME|(?<=/providers/)NAME|(?<=/sessions/)0{16}", "_", path)))
+        return {}
+
+    monkeypatch.setattr(ManagerClient, "_request", note)
+    monkeypatch.setattr(ManagerClient, "_send", lambda _self, method, path, *_: note(_self, method, path) or Reply)
+    client = ManagerClient("unix:///nowhere")
+    arguments = {"name": "NAME", "id": "0" * 16}
+    for name, method in vars(ManagerClient).items():
+        if name.startswith("_") or name == "close" or not callable(method):
+            continue
+        code = method.__code__
+        needed = code.co_varnames[1 : code.co_argcount - len(method.__defaults__ or ())]
+        method(client, *(arguments.get(name, "x") for name in needed))
+    everything = {(r.method, re.sub(r"<\w+>", "_", r.path)) for routes in ROLES.values() for r in routes}
+    assert asked == everything | {("GET", "/openapi.json")}
+
+
+class Reply:
+    body = b""

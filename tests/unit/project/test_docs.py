@@ -1,0 +1,164 @@
+"""The documentation says what the code does: references are current, hooks complete, examples run, links lead somewhere."""
+
+import inspect
+import re
+import subprocess
+import sys
+import types
+
+import pytest
+
+from dispatcher.config.load import parse
+from dispatcher.config import schema
+from dispatcher.plugin import hooks
+from dispatcher.config.plugins import Plugins
+from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+HOOKS = [
+    function for name, function in inspect.getmembers(hooks, inspect.isfunction) if name.startswith("dispatcher_")
+]
+HOOKS_PAGE = (ROOT / "docs/reference/hooks.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}(?: title=\"[^\"]*\")?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_references_are_made_from_this_code():
+    pytest.importorskip("libvirt", reason="the reference of its provider is made from its options")
+    done = subprocess.run([sys.executable, ROOT / "docs/build", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
+def test_each_hook_s_exact_signature_is_a_heading(hook):
+    assert f"\n## `{hook.__name__}{inspect.signature(hook)}`\n".replace("'", "") in HOOKS_PAGE
+
+
+def test_the_page_names_no_hook_that_there_is_not():
+    headings = re.findall(r"^## `(\w+)\(", HOOKS_PAGE, re.MULTILINE)
+    assert sorted(headings) == sorted(hook.__name__ for hook in HOOKS)
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.__name__)
+def test_each_hook_has_a_test(hook):
+    tests = "".join(path.read_text() for path in ROOT.glob("tests/**/test_*.py") if path.name != "test_docs.py")
+    assert hook.__name__ in tests
+
+
+@pytest.mark.parametrize(
+    "code", blocks(HOOKS_PAGE, "python"), ids=lambda code: re.search(r"def (dispatcher_\w+)", code)[1]
+)
+def test_the_hooks_examples_register(code):
+    from tests.unit.config.test_plugins import FakeProvider
+
+    module = types.ModuleType("example")
+    module.MyProvider = FakeProvider
+    exec(compile(code, "hooks.md", "exec"), vars(module))
+    plugins = Plugins([])
+    plugins.register("example", module)
+    if "OnePassphrase" in code:
+        authenticator = plugins.authenticator("passphrase")(options=module.Options(passphrase="open"))
+        assert authenticator.authenticate("alice", "open", deadline=None).user == "alice"
+        assert authenticator.authenticate("alice", "shut", deadline=None) is None
+    if "SEEN" in code:
+        plugins.hook.dispatcher_agent_event(event=types.SimpleNamespace(agent="alice", kind="ready"))
+        assert module.SEEN == ["alice ready"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target or not path:
+            continue
+        found = (page.parent / path).resolve()
+        if not found.exists():
+            dead.append(target)
+    assert dead == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_speak_of_the_project_alone(page):
+    text = page.read_text()
+    assert not re.search(r"/wo[r]k/|\.\./share[d]|/roo[t]/|pypi\.or[g]|deb\.debian\.or[g]", text)
+    assert text.startswith("# ")
+
+
+TOML = [
+    (page, number, block)
+    for page in [*PAGES, *ROOT.glob("examples/**/*.toml"), ROOT / "packaging/dispatcher.toml"]
+    for number, block in enumerate(
+        blocks(page.read_text(), "toml") if page.suffix == ".md" else [page.read_text()]
+    )
+    if "[project]" not in block
+]
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [(page, block) for page, _, block in TOML],
+    ids=[f"{page.relative_to(ROOT)}-{number}" for page, number, _ in TOML],
+)
+def test_configurations_in_the_documentation_are_good(page, block):
+    found = parse(tomllib.loads(block))
+    names = {app.provider for app in found.apps.values()} | set(found.providers)
+    if names <= set(Plugins().available()) and all(app.model_extra for app in found.apps.values()):
+        found.validate_providers(Plugins())
+
+
+def test_commands_in_the_documentation_exist():
+    """Each `dispatcher ...` line of a shell block parses up to its operands."""
+    from dispatcher.cli import program
+    from dispatcher.cli.lazy import LazyGroup
+
+    assert isinstance(program, LazyGroup)
+    known = {*program.lazy, *program.aliases}
+    wrong = []
+    for page in PAGES:
+        for block in [*blocks(page.read_text(), "sh"), *re.findall(r"`(dispatcher [^`\n]+)`", page.read_text())]:
+            for line in block.splitlines():
+                match = re.search(
+                    r"(?:^|\s|/)dispatcher((?: --?[a-z-]+(?:[ =][^-\s]\S*)?)*) ([a-z][a-z_-]+)", line
+                )
+                if match and match[2] not in known and "pip install" not in line and "adduser" not in line:
+                    wrong.append(f"{page.name}: {line.strip()}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("table", ["ManagerConfig", "ProxyConfig", "AuthConfig", "AppDefaults", "AppConfig"])
+def test_every_key_is_described(table):
+    fields = getattr(schema, table).model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
+
+
+def test_every_page_of_the_documentation_can_be_found_from_its_index():
+    linked, todo = set(), [ROOT / "docs/index.md"]
+    while todo:
+        page = todo.pop()
+        if page in linked or page.suffix != ".md" or not page.exists():
+            continue
+        linked.add(page)
+        todo += [
+            (page.parent / target.partition("#")[0]).resolve()
+            for target in re.findall(r"\]\(([^)\s:]+)\)", page.read_text())
+        ]
+    lost = [
+        str(page.relative_to(ROOT))
+        for page in ROOT.glob("docs/**/*.md")
+        if page not in linked and page.parent.name != "adr"
+    ]
+    assert lost == []
+
+
+def test_the_readme_begins_with_its_two_commands():
+    first = blocks((ROOT / "README.md").read_text(), "sh")[0].splitlines()
+    assert [line.partition("#")[0].strip() for line in first] == ["make demo", "make test"]

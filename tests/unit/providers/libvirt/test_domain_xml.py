@@ -1,0 +1,254 @@
+"""libvirt: domain XML from a typed description.  Names and options stay data; libvirt's schema judges the whole."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libvirt")
+
+from lxml import etree
+
+from dispatcher.plugin.errors import ConfigError, Unsupported
+from dispatcher.plugin.model import AgentSpec, App, Limits, Network
+from dispatcher_libvirt import domain, domain_xml, extra_xml, plan
+from dispatcher_libvirt.options import AppOptions, Options
+
+SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
+HOST = plan.Host(
+    kind="qemu", arch="x86_64", qemu=(64055, 64055), own_users=True, why_not="", cpu_limits=True, vsock=False
+)
+EVIL = """a"b'c<d>&amp;&e;]]>--><x/>,hostfwd=tcp::22-:22 -drive file=/etc/shadow {port}"""
+
+
+def spec(agent="alice", *, limits=Limits(), network=Network.NONE, environment=None, **options):
+    options = {"kernel": "/k", "initrd": "/i"} | options
+    app = App(
+        name="vm",
+        provider="libvirt",
+        options=AppOptions.model_validate(options),
+        limits=limits,
+        network=network,
+        environment=environment or {},
+    )
+    return AgentSpec(
+        installation="0123abcd",
+        agent=agent,
+        user=agent,
+        app=app,
+        uid=200_123,
+        gid=200_124,
+        proxy_gid=1,
+        data_dir=Path("/d"),
+        run_dir=Path("/r"),
+        log_dir=Path("/l"),
+    )
+
+
+def machine(one, *, host=HOST, port=18_123, network="", **changes):
+    paths = plan.Paths(root=Path("/m/root.qcow2"), data=Path("/m/data.raw"), seed=Path("/s/seed.iso"))
+    made = plan.machine_of(
+        one,
+        host=host,
+        paths=paths,
+        console=Path("/l/console.log"),
+        port=port,
+        started=1234.5,
+        network=network,
+        network_filter="dispatcher-f",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def tree(one, **changes):
+    return etree.fromstring(domain_xml.build(machine(one, **changes)))
+
+
+SHAPES = {
+    "direct boot": (spec(), {}),
+    "limits": (spec(limits=Limits(memory=256 << 20, cpus=1.5, disk=1 << 30), cpu_shares=100, balloon="128M"), {}),
+    "bandwidth": (spec(disk_bandwidth="10M", disk_iops=100), {}),
+    "image": (spec(image="/base.qcow2", kernel=None, initrd=None), {}),
+    "raw image": (spec(image="/base.raw", format="raw", firmware="efi", kernel=None, initrd=None), {}),
+    "network": (spec(network=Network.PRIVATE, network_bandwidth="1M"), {"network": "default", "port": 0}),
+    "vsock": (spec(endpoint="vsock"), {"port": 0}),
+    "kvm": (spec(guest_agent=True), {"host": dataclasses.replace(HOST, kind="kvm", own_users=False)}),
+    "emulated": (spec(), {"host": dataclasses.replace(HOST, bounded_cache=True)}),
+    "model": (spec(cpu="Nehalem", machine="pc"), {}),
+    "extra": (
+        spec(
+            xml=["<watchdog model='i6300esb' action='reset'/>", "<memoryBacking><nosharepages/></memoryBacking>"]
+        ),
+        {},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def schema():
+    if not SCHEMA.exists():
+        pytest.skip("libvirt's schemas are not installed")
+    return etree.RelaxNG(file=str(SCHEMA))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_libvirt_accepts_the_description(schema, shape):
+    one, changes = SHAPES[shape]
+    assert schema.validate(tree(one, **changes)), schema.error_log
+
+
+def test_what_emulation_takes_beside_a_machine_s_memory_is_bounded():
+    emulated = tree(spec(), host=dataclasses.replace(HOST, bounded_cache=True)).find("features/tcg/tb-cache")
+    assert (emulated.text, emulated.get("unit")) == ("64", "MiB")
+    assert tree(spec()).find("features/tcg") is None, "libvirt is too old, or there is nothing to translate"
+
+
+@pytest.mark.parametrize("field", ["name", "cmdline", "agent", "console", "root", "data", "network"])
+def test_every_value_stays_data(field):
+    made = machine(spec(image="/base.qcow2"), network="n", port=0)
+    before = etree.fromstring(domain_xml.build(made))
+    changed = {
+        "name": dataclasses.replace(made, name=EVIL),
+        "cmdline": dataclasses.replace(made, boot=dataclasses.replace(made.boot, cmdline=EVIL)),
+        "agent": dataclasses.replace(made, label=dataclasses.replace(made.label, agent=EVIL)),
+        "console": dataclasses.replace(made, console=Path("/l") / EVIL.replace("/", "_")),
+        "root": dataclasses.replace(made, disks=(dataclasses.replace(made.disks[0], path=Path("/" + EVIL)),)),
+        "data": dataclasses.replace(made, label=dataclasses.replace(made.label, data=json.dumps({"x": EVIL}))),
+        "network": dataclasses.replace(made, network=dataclasses.replace(made.network, name=EVIL)),
+    }[field]
+    after = etree.fromstring(domain_xml.build(changed))
+    kinds = lambda root: [one.tag for one in root.iter() if one.tag not in {"disk"}]  # noqa: E731
+    if field != "root":
+        assert kinds(before) == kinds(after)
+    assert any(
+        EVIL.replace("/", "_") in value.replace("/", "_").replace('\\"', '"')
+        for one in after.iter()
+        for value in (one.text or "", *one.attrib.values())
+    )
+
+
+def test_characters_that_xml_cannot_hold_are_refused_early():
+    for bad in (spec(agent="a\x01b"), spec(cmdline="x\x1b[31m"), spec(command=["/x", "a\x07"])):
+        with pytest.raises(ConfigError, match="control characters"):
+            plan.check_spec(bad, Options(), HOST)
+
+
+def test_qemu_gets_numbers_only_and_the_guest_no_way_out():
+    root = tree(spec(port=9000))
+    arguments = [one.get("value") for one in root.iter(f"{{{domain_xml.QEMU}}}arg")]
+    assert arguments[0:3:2] == ["-netdev", "-device"]
+    assert arguments[1] == ("user,id=dispatcher0,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:18123-10.0.2.15:9000")
+    assert root.find("devices/interface") is None
+
+
+def test_identity_and_labels():
+    one = spec(limits=Limits(memory=256 << 20, disk=100 << 20))
+    root = tree(one)
+    label = domain_xml.parse_label(
+        etree.tostring(root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent"), encoding="unicode")
+    )
+    assert (label.installation, label.agent, label.spec, label.port) == ("0123abcd", "alice", one.hash, 18_123)
+    assert label.started == 1234.5
+    handle = plan.handle_from(one.backend_name, label)
+    assert handle == plan.handle_of(one, remote=False)
+    assert handle.data["disk"] == 100 << 20
+    assert root.findtext("memory") == str(256 * 1024)
+    assert root.findtext("seclabel/label") == "+200123:+64055"
+    assert root.find("seclabel").get("relabel") == "no"
+    assert [one.text for one in root.iterfind("devices/disk/serial")] == [domain.DATA, domain.SEED]
+
+
+def test_two_starts_have_two_identities():
+    one = spec()
+    assert machine(one).uuid != machine(one).uuid
+
+
+def test_the_overlays_base_is_given_explicitly_and_never_relabelled():
+    shared = dataclasses.replace(HOST, own_users=False)
+    root = tree(spec(image="/base.qcow2", kernel=None, initrd=None), host=shared)
+    disk = root.find("devices/disk")
+    assert disk.find("backingStore/source").get("file") == "/base.qcow2"
+    assert disk.find("backingStore/source/seclabel").get("relabel") == "no"
+    assert disk.find("backingStore/backingStore") is not None, "nothing is probed below it"
+    assert root.find("seclabel") is None
+
+
+def test_limits_reach_libvirt():
+    root = tree(spec(limits=Limits(cpus=1.5), cpu_shares=300, balloon="128M", default_memory="256M"))
+    assert root.findtext("vcpu") == "2"
+    assert root.findtext("cputune/global_quota") == "150000"
+    assert root.findtext("cputune/shares") == "300"
+    assert (root.findtext("memory"), root.findtext("currentMemory")) == ("262144", "131072")
+    unlimited = dataclasses.replace(HOST, cpu_limits=False)
+    assert tree(spec(limits=Limits(cpus=1.5)), host=unlimited).find("cputune") is None
+
+
+def test_a_saved_machine_moves_to_another_port():
+    text = domain_xml.with_port(domain_xml.build(machine(spec(port=9000))), 18_999)
+    root = etree.fromstring(text)
+    assert [one.get("value") for one in root.iter(f"{{{domain_xml.QEMU}}}arg")][1].endswith(
+        ":18999-10.0.2.15:9000"
+    )
+    assert root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent").get("port") == "18999"
+    for bad in ("<domain/>", "no xml", domain_xml.build(machine(spec(endpoint="vsock"), port=0))):
+        with pytest.raises(ValueError, match="no domain|no XML"):
+            domain_xml.with_port(bad, 1)
+
+
+@pytest.mark.parametrize("text", ["", "<x/>", "<agent xmlns='urn:other'/>", "<a", "<agent installation='1'/>"])
+def test_damaged_labels_are_refused(text):
+    with pytest.raises(ValueError, match="damaged"):
+        domain_xml.parse_label(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "well-formed"),
+        ("<watchdog", "well-formed"),
+        ("<watchdog/><watchdog/>", "well-formed"),
+        ("text", "well-formed"),
+        ("<name>x</name>", "may be added"),
+        ("<disk type='file'/>", "may be added"),
+        ("<interface type='user'/>", "may be added"),
+        ("<seclabel type='none'/>", "may be added"),
+        ("<memory>1</memory>", ""),
+        ("<commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'/>", "without namespaces"),
+        ("<rng><x:y xmlns:x='urn:x'/></rng>", "without namespaces"),
+        ("<!DOCTYPE rng [<!ENTITY e 'x'>]><rng>&e;</rng>", "document type|namespaces"),
+        ("<!DOCTYPE rng SYSTEM 'file:///etc/passwd'><rng/>", "document type"),
+        ("<rng>" + "x" * 20_000 + "</rng>", "characters"),
+    ],
+)
+def test_extra_elements_are_judged_before_use(text, why):
+    if not why:
+        assert extra_xml.parse(text).tag == "memory"
+        return
+    with pytest.raises(ValueError, match=why):
+        extra_xml.parse(text)
+
+
+def test_extra_elements_find_their_place():
+    extra = ["<cpu mode='host-model'/>", "<watchdog model='i6300esb'/>", "<iothreads>2</iothreads>"]
+    root = tree(spec(xml=extra))
+    assert [one.get("mode") for one in root.iterfind("cpu")] == ["host-model"], "it replaces the provider's"
+    assert root.find("devices/watchdog") is not None
+    assert root.findtext("iothreads") == "2"
+
+
+@pytest.mark.parametrize(
+    ("one", "options", "error", "why"),
+    [
+        (spec(network=Network.HOST), Options(), Unsupported, "never has the host"),
+        (spec(network=Network.PRIVATE), Options(), Unsupported, "providers.libvirt.network"),
+        (spec(endpoint="vsock"), Options(), Unsupported, "vhost-vsock"),
+        (spec(network_bandwidth="1M"), Options(), ConfigError, "no effect"),
+        (spec(endpoint="vsock", network=Network.PRIVATE), Options(network="n"), ConfigError, "without a network"),
+        (spec(limits=Limits(memory=1 << 20)), Options(), ConfigError, "too few for a machine"),
+        (spec(limits=Limits(disk=1 << 20)), Options(), ConfigError, "too few for a data disk"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_made(one, options, error, why):
+    with pytest.raises(error, match=why):
+        plan.check_spec(one, options, HOST)

@@ -1,0 +1,189 @@
+"""What the provider `subprocess` takes for options, and what it makes of placeholders and environments."""
+
+from pathlib import Path
+
+import pytest
+from dispatcher_subprocess.options import AppOptions, Inside, Options, endpoint_kind, environment
+from dispatcher_subprocess.provider import SubprocessProvider
+from pydantic import ValidationError
+
+from dispatcher.config.load import parse
+from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.model import AgentSpec, App
+from dispatcher.config.plugins import Plugins
+
+INSIDE = Inside(socket="/run/agent/s", data="/data", port=20001)
+
+
+def app(command=("app", "{socket}"), env=None, **options):
+    return App(
+        name="notes",
+        provider="subprocess",
+        options=AppOptions(command=list(command), **options),
+        environment=env or {},
+    )
+
+
+def spec(tmp_path, **changes):
+    return AgentSpec(
+        installation="00000000",
+        agent="alice:notes",
+        user="alice",
+        app=app(**changes),
+        uid=200001,
+        gid=200001,
+        proxy_gid=1,
+        data_dir=tmp_path / "data",
+        run_dir=tmp_path / "run",
+        log_dir=tmp_path / "log",
+    )
+
+
+@pytest.mark.parametrize(
+    "text, filled",
+    [
+        ("{socket}", "/run/agent/s"),
+        ("--addr=unix:{socket}", "--addr=unix:/run/agent/s"),
+        ("http://127.0.0.1:{port}/", "http://127.0.0.1:20001/"),
+        ("{data}/notes", "/data/notes"),
+        ("{socket}{port}{data}", "/run/agent/s20001/data"),
+        ("{{socket}}", "{/run/agent/s}"),
+        ('{"a": {"b": 1}}', '{"a": {"b": 1}}'),
+        ("{user} {} {0} {socket.name} {socket!r}", "{user} {} {0} {socket.name} {socket!r}"),
+        ("$(id) `id` ; rm -rf ~", "$(id) `id` ; rm -rf ~"),
+        ("", ""),
+    ],
+)
+def test_placeholders(text, filled):
+    assert INSIDE.fill(text) == filled
+
+
+def test_what_is_filled_in_is_not_filled_again():
+    assert Inside(socket="{data}", data="{port}", port=1).fill("{socket} {data}") == "{data} {port}"
+
+
+@pytest.mark.parametrize(
+    "command, env, kind",
+    [
+        (["app", "{socket}"], {}, "unix"),
+        (["app", "{port}"], {}, "tcp"),
+        (["app", "{port}", "{socket}"], {}, "unix"),
+        (["app"], {"LISTEN": "unix:{socket}"}, "unix"),
+        (["app"], {"PORT": "{port}"}, "tcp"),
+    ],
+)
+def test_the_endpoint_is_what_the_command_asks_for(command, env, kind):
+    assert endpoint_kind(app(command, env)) == kind
+
+
+@pytest.mark.parametrize("command", [["app"], ["app", "{sokcet}"], ["app", "{data}"], ["app", "{ socket }"]])
+def test_an_app_must_be_told_where_to_listen(command):
+    with pytest.raises(ConfigError) as caught:
+        endpoint_kind(app(command))
+    assert "apps.notes.subprocess.command" in str(caught.value)
+    assert "{socket}" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({}, "command"),
+        ({"command": []}, "command"),
+        ({"command": "app {socket}"}, "command"),
+        ({"command": ["", "{socket}"]}, "command"),
+        ({"command": ["--privileged", "{socket}"]}, "command"),
+        ({"command": ["app", "a\0b"]}, "command"),
+        ({"command": ["app"], "workdir": "relative"}, "workdir"),
+        ({"command": ["app"], "read_only": ["etc"]}, "read_only"),
+        ({"command": ["app"], "writable": ["/srv/../root"]}, "writable"),
+        ({"command": ["app"], "hide": ["/a\0"]}, "hide"),
+        ({"command": ["app"], "pass_environment": ["A=B"]}, "pass_environment"),
+        ({"command": ["app"], "umask": "999"}, "umask"),
+        ({"command": ["app"], "umask": 7}, "umask"),
+        ({"command": ["app"], "tmp_size": 0}, "tmp_size"),
+        ({"command": ["app"], "nofile": 1}, "nofile"),
+        ({"command": ["app"], "nice": 20}, "nice"),
+        ({"command": ["app"], "image": "debian"}, "image"),
+    ],
+)
+def test_bad_app_options_are_refused_by_name(options, names):
+    with pytest.raises(ValidationError) as caught:
+        AppOptions.model_validate(options)
+    assert names in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bubblewrap": "sometimes"},
+        {"log_size": "1 parsec"},
+        {"log_files": 0},
+        {"ports": [80, 90]},
+        {"ports": [30000, 20000]},
+        {"deny": ["everything"]},
+        {"private_network": "vpn"},
+        {"bubblewarp": "auto"},
+    ],
+)
+def test_bad_backend_options_are_refused(options):
+    with pytest.raises(ValidationError):
+        Options.model_validate(options)
+
+
+def test_errors_name_the_full_path_and_the_nearest_key():
+    plugins = Plugins([])
+    plugins.register("subprocess", __import__("dispatcher_subprocess"))
+    config = parse({"apps": {"notes": {"subprocess": {"comand": ["x"], "command": ["x", "{socket}"]}}}})
+    with pytest.raises(ConfigError) as caught:
+        config.template("notes", plugins)
+    assert "apps.notes.subprocess.comand" in str(caught.value)
+    assert "did you mean 'command'?" in str(caught.value)
+
+
+def test_the_plugin_registers_its_provider():
+    plugins = Plugins([])
+    plugins.register("subprocess", __import__("dispatcher_subprocess"))
+    assert plugins.provider("subprocess") is SubprocessProvider
+
+
+def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
+    manager = {"SECRET": "of the manager", "TZ": "Europe/Rome", "PATH": "/root/bin"}
+    found = environment(
+        spec(tmp_path, env={"WHERE": "{data}/x", "ODD": "it's $HOME\n`id`"}, pass_environment=["TZ", "ABSENT"]),
+        INSIDE,
+        manager,
+        "",
+    )
+    assert found == {
+        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": "/data",
+        "TZ": "Europe/Rome",
+        "WHERE": "/data/x",
+        "ODD": "it's $HOME\n`id`",
+        "DISPATCHER_AGENT": "alice:notes",
+        "DISPATCHER_USER": "alice",
+        "DISPATCHER_DATA": "/data",
+    }
+
+
+def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
+    found = environment(
+        spec(tmp_path, env={"HOME": "/tmp", "DISPATCHER_USER": "mallory"}), INSIDE, {}, "/run/secrets"
+    )
+    assert found["HOME"] == "/tmp"
+    assert found["DISPATCHER_USER"] == "alice"
+    assert found["DISPATCHER_SECRETS"] == "/run/secrets"
+
+
+@pytest.mark.parametrize("env", [{"A B": "x"}, {"": "x"}, {"A=B": "x"}, {"1A": "x"}, {"A": "x\0y"}])
+def test_variables_that_cannot_be_are_refused(tmp_path, env):
+    with pytest.raises(ConfigError, match="cannot be a variable"):
+        environment(spec(tmp_path, env=env), INSIDE, {}, "")
+
+
+def test_every_option_is_documented():
+    text = (Path(__file__).parents[4] / "docs/reference/subprocess.md").read_text(encoding="utf-8")
+    for model in (Options, AppOptions):
+        for name in model.model_fields:
+            assert f"| `{name}` |" in text, name

@@ -1,0 +1,67 @@
+"""An open tab is no use, whatever its script sends by the clock; a person's and a program's changes are."""
+
+from __future__ import annotations
+
+import pytest
+
+from dispatcher.proxy.edge.routing.activity import Rhythm
+from dispatcher.proxy.edge.http.request import SAFE, Request, parse_request
+
+
+def change(
+    path: bytes = b"/lab/api/workspaces/default", mode: bytes | None = b"cors", method: bytes = b"PUT"
+) -> Request:
+    line = b"" if mode is None else b"Sec-Fetch-Mode: " + mode + b"\r\n"
+    return parse_request(method + b" " + path + b" HTTP/1.1\r\nHost: a\r\n" + line + b"\r\n", 100)
+
+
+def verdicts(requests, pauses) -> list[bool]:
+    rhythm, now, found = Rhythm(), 100.0, []
+    for request, pause in zip(requests, pauses, strict=True):
+        now += pause
+        found.append(rhythm.is_poll(request, now))
+    return found
+
+
+def test_a_layout_that_is_written_down_every_ten_seconds() -> None:
+    requests = [change(b"/lab/api/workspaces/default?%d" % at) for at in range(8)]
+    pauses = [0, 10.05, 10.1, 9.9, 10.2, 10.0, 10.1, 10.05]
+    assert verdicts(requests, pauses) == [False] * 3 + [True] * 5
+
+
+def test_a_person_who_saves_now_and_then() -> None:
+    requests = [change(b"/api/contents/Untitled.ipynb") for _ in range(8)]
+    assert not any(verdicts(requests, [0, 4, 31, 3, 60, 8, 5, 120]))
+
+
+def test_one_change_out_of_time_is_use_again() -> None:
+    requests = [change() for _ in range(7)]
+    assert verdicts(requests, [0, 10, 10, 10, 10, 3, 10]) == [False, False, False, True, True, False, False]
+
+
+def test_typing_is_quick_and_never_a_clock() -> None:
+    assert not any(verdicts([change() for _ in range(20)], [0.5] * 20))
+
+
+@pytest.mark.parametrize("mode", [None, b"navigate"])
+def test_programs_and_forms_are_always_use(mode: bytes | None) -> None:
+    assert not any(verdicts([change(mode=mode, method=b"POST") for _ in range(8)], [10.0] * 8))
+
+
+def test_many_targets_are_bounded() -> None:
+    rhythm = Rhythm()
+    for at in range(1000):
+        rhythm.is_poll(change(b"/%d" % at), float(at))
+    assert len(rhythm._changes) <= 128  # noqa: SLF001
+
+
+def test_a_script_that_backs_off_while_its_app_sleeps_does_not_wake_it() -> None:
+    request = change(b"/api/sessions?1795642948587", method=b"GET")
+    assert request.traits & SAFE
+    assert verdicts([request] * 7, [0, 10, 10, 29, 85, 250, 300]) == [False, False, *[True] * 5]
+
+
+def test_reading_is_judged_as_before() -> None:
+    request = change(b"/api/kernels?1795642178389", method=b"GET")
+    assert request.traits & SAFE
+    assert verdicts([request] * 4, [0, 10, 10, 10]) == [False, False, True, True]

@@ -1,0 +1,342 @@
+"""The portal's pages as people and programs meet them, with a manager in memory."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.support.portal_manager import Browser, Program, agent, digest, make
+
+LOG = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'numpy'"]
+FAILURE = {"what": "The demo could not start", "why": "exit code 1", "fix": "install numpy", "log": LOG}
+
+
+@pytest.fixture
+def portal():
+    return make()
+
+
+class TestWaiting:
+    def page(self, app, manager, browser=None, **state):
+        browser = browser or Browser(app)
+        if browser.cookie() is None:
+            browser.sign_in()
+        manager.agents["alice"] |= state
+        return browser.get("/auth/waiting", X_Dispatcher_Agent="alice", X_Dispatcher_Target="/lab?x=1")
+
+    def test_it_shows_the_stage_and_works_without_scripts(self, portal) -> None:
+        app, manager = portal
+        page = self.page(app, manager, state="starting", stage="booting", detail="waiting for the network")
+        assert (page.status, page.headers["Retry-After"]) == (503, "2")
+        assert page.headers["Cache-Control"] == "no-store"
+        assert page.headers["Content-Type"] == "text/html; charset=utf-8"
+        assert "Notebook booting" in page.text.replace("You will be there as soon as it is ready. ", "")
+        assert "waiting for the network" in page.text
+        assert '<noscript><meta http-equiv="refresh" content="2; url=/lab?x=1"></noscript>' in page.source
+        assert 'data-events="/auth/events"' in page.source
+        assert 'data-target="/lab?x=1"' in page.source
+
+    def test_progress_is_shown_when_it_is_known(self, portal) -> None:
+        app, manager = portal
+        assert 'value="0.25"' in self.page(app, manager, state="starting", fraction=0.25).source
+        assert (
+            "value=" not in self.page(app, manager, state="starting", fraction=None).source.split("<progress")[1]
+        )
+
+    def test_programs_get_a_problem(self, portal) -> None:
+        app, manager = portal
+        program = Program(app)
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        manager.agents["alice"] |= {"state": "starting", "stage": "booting"}
+        for accept in ("application/json", "*/*", "image/png"):
+            answer = program.get("/auth/waiting", X_Dispatcher_Agent="alice", Accept=accept)
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "2")
+            assert answer.response.mimetype == "application/problem+json"
+            assert answer.headers["Cache-Control"] == "no-store"
+            assert (answer.json["code"], answer.json["agent"]["stage"]) == ("unavailable", "booting")
+
+    def test_a_failed_start_says_what_why_and_what_to_do(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        page = self.page(app, manager, browser, state="failed", failure=FAILURE)
+        assert page.status == 503
+        for text in ("The demo could not start", "Exit code 1.", "What to do: install numpy.", *LOG):
+            assert text in page.text
+        assert 'http-equiv="refresh"' not in page.source
+        answer = browser.submit(page, "/agents", {"action": "start"})
+        assert (answer.status, answer.location) == (303, "/lab?x=1")
+        assert manager.calls[-1][0::2][:2] == ("my_state", "alice")
+        assert manager.calls[-1][-1] == "running"
+
+    def test_a_failure_without_details_is_still_a_page(self, portal) -> None:
+        app, manager = portal
+        assert "Notebook could not start" in self.page(app, manager, state="failed", failure=None).text
+
+    def test_programs_get_the_failure_as_data(self, portal) -> None:
+        app, manager = portal
+        program = Program(app)
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        manager.agents["alice"] |= {"state": "failed", "failure": FAILURE}
+        answer = program.get("/auth/waiting", X_Dispatcher_Agent="alice")
+        assert (answer.status, answer.json["code"], answer.json["detail"]) == (503, "start-failed", "exit code 1")
+        assert answer.json["agent"]["failure"]["log"] == LOG
+        assert answer.json["status"] == 503
+
+    def test_without_the_edges_headers_it_is_about_the_sessions_agent(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        manager.agents["alice"] |= {"state": "starting"}
+        page = browser.get("/auth/waiting?next=//evil")
+        assert page.status == 503
+        assert 'data-target="/"' in page.source
+
+    def test_without_a_session_it_leads_to_the_form(self, portal) -> None:
+        app, _ = portal
+        page = Browser(app).get("/auth/waiting", X_Dispatcher_Agent="alice", X_Dispatcher_Target="/lab")
+        assert (page.status, page.location) == (303, "/auth/login?next=%2Flab")
+        assert Program(app).get("/auth/waiting", X_Dispatcher_Agent="alice").status == 401
+
+    def test_a_name_beyond_ascii(self, portal) -> None:
+        app, manager = portal
+        manager.users["zoë"] = "correct horse"
+        manager.agents["zoë"] = agent("zoë", "starting", stage="booting")
+        browser = Browser(app)
+        browser.sign_in("zoë")
+        header = "zoë".encode().decode("latin-1")
+        page = browser.get("/auth/waiting", X_Dispatcher_Agent=header, X_Dispatcher_Target="/")
+        assert page.status == 503
+        assert 'data-agent="zoë"' in page.source
+
+    def test_it_waits_for_the_manager_too(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        manager.down = True
+        page = browser.get("/auth/waiting", X_Dispatcher_Agent="alice", X_Dispatcher_Target="/")
+        assert page.status == 503
+        assert "does not answer" in page.text
+
+
+class TestDashboard:
+    def test_it_lists_ones_own_apps_alone(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice:lab"] = agent("alice:lab", "suspended")
+        browser = Browser(app)
+        browser.sign_in()
+        page = browser.get("/auth/")
+        assert page.status == 200
+        assert "Notebook Running" in page.text
+        assert "lab Asleep" in page.text
+        assert "bob" not in page.text
+
+    def test_opening_another_app_selects_it(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice:lab"] = agent("alice:lab", "suspended")
+        browser = Browser(app)
+        browser.sign_in()
+        form = browser.get("/auth/").form("/agents")
+        answer = browser.post(form["action"], form["fields"] | {"agent": "alice:lab", "action": "open"})
+        assert (answer.status, answer.location) == (303, "/")
+        assert manager.rows[digest(browser.cookie())]["agent"] == "alice:lab"
+
+    @pytest.mark.parametrize(
+        ("action", "asked"), [("start", "running"), ("stop", "stopped"), ("restart", "restart")]
+    )
+    def test_actions(self, portal, action: str, asked: str) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        answer = browser.submit(browser.get("/auth/"), "/agents", {"action": action})
+        assert (answer.status, answer.location) == (303, "/auth/")
+        assert manager.calls[-1] == ("my_state", digest(browser.cookie()), "alice", asked)
+
+    def test_an_unknown_action_changes_nothing(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        page = browser.submit(browser.get("/auth/"), "/agents", {"action": "admin"})
+        assert page.status == 400
+        assert not any(call[0] in {"my_state", "select"} for call in manager.calls)
+
+    def test_a_failure_is_shown(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice"] |= {"state": "failed", "failure": FAILURE}
+        browser = Browser(app)
+        browser.sign_in()
+        text = browser.get("/auth/").text
+        assert "The demo could not start. Exit code 1." in text
+        assert "Start Notebook" in text
+
+    def test_nobody_is_led_to_the_form_and_back(self, portal) -> None:
+        app, _ = portal
+        page = Browser(app).get("/auth/")
+        assert (page.status, page.location) == (303, "/auth/login?next=%2Fauth%2F")
+        assert Browser(app).get("/auth").location == "/auth/"
+
+    def test_no_app_at_all(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        del manager.agents["alice"]
+        assert "There is no app for you yet" in browser.get("/auth/").text
+
+    def test_status_tells_programs_nothing_of_the_host(self, portal) -> None:
+        app, _ = portal
+        program = Program(app)
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        answer = program.get("/auth/status")
+        assert answer.json["agents"][0] == {
+            "name": "alice", "app": "demo", "state": "running", "stage": "", "detail": "", "fraction": None,
+            "since": "2026-01-01T10:00:00+00:00", "failure": None, "last_used": None, "outdated": False,
+        }  # fmt: skip
+        assert program.get("/auth/").json == answer.json
+        assert program.post("/auth/agents", {"agent": "alice", "action": "stop"}).json["state"] == "stopping"
+
+
+class TestAccount:
+    def change(self, browser, **fields):
+        values = {"password": "correct horse", "new_password": "brand new one", "again": "brand new one"} | fields
+        return browser.submit(browser.get("/auth/account"), "/account/password", values)
+
+    def test_changing_the_password_renews_this_session_and_ends_the_others(self, portal) -> None:
+        app, manager = portal
+        here, there = Browser(app), Browser(app)
+        here.sign_in()
+        there.sign_in()
+        before = here.cookie()
+        page = self.change(here)
+        assert (page.status, page.location) == (303, "/auth/account?notice=password")
+        assert here.cookie() != before
+        assert "Your password is changed" in here.get(page.location).text
+        assert there.get("/auth/").status == 303
+        assert manager.users["alice"] == "brand new one"
+
+    @pytest.mark.parametrize(
+        ("fields", "status", "text"),
+        [
+            ({"password": "wrong"}, 403, "Wrong password"),
+            ({"again": "another"}, 400, "The two new passwords differ"),
+            ({"new_password": "short", "again": "short"}, 400, "It has fewer than 8 characters"),
+        ],
+    )
+    def test_what_cannot_be_changed_is_said_and_nothing_happens(self, portal, fields, status, text) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        before = browser.cookie()
+        page = self.change(browser, **fields)
+        assert page.status == status
+        assert text in page.text
+        assert (manager.users["alice"], browser.cookie()) == ("correct horse", before)
+
+    def test_sessions_are_listed_and_ended_one_by_one(self, portal) -> None:
+        app, _ = portal
+        here, there = Browser(app), Browser(app)
+        here.sign_in()
+        there.sign_in()
+        page = here.get("/auth/account")
+        assert page.text.count("Firefox on Linux") == 3
+        assert "Firefox on Linux this one 192.0.2.7" in page.text
+        other = digest(there.cookie())[:16]
+        answer = here.post("/auth/account/sessions", page.form("/account/sessions")["fields"] | {"id": other})
+        assert answer.location == "/auth/account?notice=revoked"
+        assert there.get("/auth/").status == 303
+        assert here.get("/auth/").status == 200
+
+    def test_signing_out_everywhere(self, portal) -> None:
+        app, manager = portal
+        browsers = [Browser(app) for _ in range(3)]
+        for browser in browsers:
+            browser.sign_in()
+        Browser(app).sign_in("bob", "battery staple")
+        page = browsers[0].get("/auth/account")
+        fields = page.form("/account/sessions")["fields"] | {"id": "all"}
+        answer = browsers[0].post("/auth/account/sessions", fields)
+        assert answer.location == "/auth/login?notice=everywhere"
+        assert "Clear-Site-Data" in answer.headers
+        assert {row["user"] for row in manager.rows.values()} == {"bob"}
+
+    def test_programs(self, portal) -> None:
+        app, manager = portal
+        program = Program(app)
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        assert program.get("/auth/account").json["sessions"][0]["user"] == "alice"
+        answer = program.post("/auth/account/password", {"password": "correct horse", "new_password": "12345678"})
+        assert (answer.status, answer.json) == (200, {"user": "alice"})
+        assert program.get("/auth/status").status == 200
+        wrong = program.post("/auth/account/password", {"password": "no", "new_password": "12345678"})
+        assert (wrong.status, wrong.json["code"]) == (403, "forbidden")
+        assert manager.users["alice"] == "12345678"
+
+
+class TestTheRest:
+    def test_static_files_are_cached_for_ever_under_their_hash(self, portal) -> None:
+        app, _ = portal
+        browser = Browser(app)
+        names = re.findall(r'"(/auth/static/[^"]+)"', browser.get("/auth/login").source)
+        assert len(names) == 3
+        for name in names:
+            page = browser.get(name, Sec_Fetch_Dest="script", Sec_Fetch_Mode="no-cors")
+            assert page.status == 200
+            assert page.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        assert browser.get("/auth/static/portal.css").status == 404
+
+    def test_pages_load_nothing_from_elsewhere(self, portal) -> None:
+        app, _ = portal
+        browser = Browser(app)
+        browser.sign_in()
+        for path in ("/auth/login", "/auth/", "/auth/account", "/auth/logout", "/auth/nothing"):
+            source = browser.get(path).source
+            assert not re.search(r'(src|href|action)="(?!/|#)', source), path
+            assert not re.search(r"<[^>]+\s(style|on\w+)=", source), path
+            assert source.count("<h1>") == 1
+            assert '<html lang="en">' in source
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status"),
+        [("GET", "/auth/nothing", 404), ("POST", "/auth/status", 405), ("DELETE", "/auth/login", 405)],
+    )
+    def test_errors_for_people_and_for_programs(self, portal, method: str, path: str, status: int) -> None:
+        app, _ = portal
+        browser, program = Browser(app), Program(app)
+        for client, headers in ((browser, browser.headers(method)), (program, {"Accept": "*/*"})):
+            response = client.client.open(path, method=method, headers=headers)
+            assert response.status_code == status
+            assert response.headers["Cache-Control"] == "no-store"
+            if client is program:
+                assert response.mimetype == "application/problem+json"
+                assert response.get_json()["status"] == status
+            else:
+                assert response.mimetype == "text/html"
+            if status == 405:
+                assert "Allow" in response.headers
+
+    def test_a_body_that_is_too_big(self, portal) -> None:
+        app, _ = portal
+        page = Browser(app).post("/auth/login", {"user": "x" * 100_000})
+        assert page.status == 413
+        assert "The request is too big." in page.text
+
+    def test_a_mistake_of_the_portal_shows_no_inside(self, portal, monkeypatch, caplog) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        monkeypatch.setattr(manager, "my_agents", lambda _: {"secret": 1}["agents"])
+        page = browser.get("/auth/?password=hunter2", X_Request_ID="r-17")
+        assert page.status == 500
+        assert "The portal made a mistake" in page.text
+        assert "KeyError" not in page.source
+        assert "r-17" in page.text
+        assert "r-17" in caplog.text
+        assert "hunter2" not in caplog.text
+
+    def test_another_prefix(self) -> None:
+        app, _ = make(prefix="/-/portal")
+        browser = Browser(app)
+        assert browser.get("/-/portal/").location == "/-/portal/login?next=%2F-%2Fportal%2F"
+        page = browser.get("/-/portal/login")
+        assert browser.submit(page, "/login", {"user": "alice", "password": "correct horse"}).location == "/"
+        assert browser.get("/-/portal/").status == 200
+        assert browser.get("/auth/login").status == 404
