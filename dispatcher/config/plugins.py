@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
@@ -118,40 +118,41 @@ class Plugins:
         return found[0]
 
     def _register(self, name: str, plugin: object, origin: str) -> None:
-        known = {
-            hook for hook, _ in inspect.getmembers(hooks, inspect.isfunction) if hook.startswith("dispatcher_")
-        }
-        for attribute, value in inspect.getmembers(plugin):
-            marked = callable(value) and getattr(value, f"{hooks.NAMESPACE}_impl", None)
-            if marked and (marked.get("specname") or attribute) not in known:
-                near = difflib.get_close_matches(attribute, known, 1)
-                raise PluginError(
-                    f"The plugin {name!r} of {origin} implements an unknown hook {attribute!r}",
-                    fix=f"did you mean {near[0]!r}?"
-                    if near
-                    else "see dispatcher/plugin/hooks.py for the hooks there are",
-                )
         try:
             self._manager.register(plugin, name)
-            self._manager.check_pending()
         except (pluggy.PluginValidationError, ValueError) as error:
             raise PluginError(
                 f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
             ) from error
+        try:
+            self._check_hooks(name, plugin, origin)
+            hook = hooks.dispatcher_register_providers.__name__
+            self._collect(plugin, hook, Provider, provider.API_VERSION, self._providers, origin)
+            hook = hooks.dispatcher_register_authenticators.__name__
+            self._collect(plugin, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
+        except PluginError:
+            self._manager.unregister(plugin)
+            raise
         self._loaded[name] = origin
-        spec = hooks.dispatcher_register_providers.__name__
-        self._collect(plugin, spec, Provider, provider.API_VERSION, self._providers, origin)
-        spec = hooks.dispatcher_register_authenticators.__name__
-        self._collect(plugin, spec, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
+
+    def _check_hooks(self, name: str, plugin: object, origin: str) -> None:
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                known = [hook for hook, other in vars(self._manager.hook).items() if other.has_spec()]
+                near = difflib.get_close_matches(caller.name, known, 1)
+                raise PluginError(
+                    f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
+                    fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
+                )
 
     def _collect(
         self, plugin: object, hook: str, base: Any, version: int, into: dict[str, Any], origin: str
     ) -> None:
-        implementation: Callable[[], Iterable[Any]] | None = getattr(plugin, hook, None)
-        if implementation is None or not getattr(implementation, f"{hooks.NAMESPACE}_impl", None):
-            return
+        """Call a hook of this plugin alone and add the classes that it returns to `into`."""
+        others = [other for other in self._manager.get_plugins() if other is not plugin]
         try:
-            classes = list(implementation())
+            found = self._manager.subset_hook_caller(hook, remove_plugins=others)()
+            classes = [cls for returned in found for cls in returned]
         except Exception as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:

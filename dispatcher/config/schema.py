@@ -79,7 +79,6 @@ class ProxyConfig(Table):
     )
     prefix: str = Field(default="/auth", description="path of the portal")
     public_url: Origin = Field(default="", description="as people see it, such as https://apps.example.org")
-    admin_listen: Addresses = Field(default=[], description="address of the admin pages, an origin of their own")
     trusted_proxies: NetworkAddresses = Field(default=[], description="networks whose X-Forwarded-* are believed")
     proxy_protocol: Flag = Field(default=False, description="expect PROXY protocol v2 on every connection")
     feed_grace: Duration = Field(default=600.0, description="how long to serve what is known without the manager")

@@ -53,11 +53,6 @@ class Daemon:
         from dispatcher.proxy.edge.routing.settings import Settings
 
         Settings(config)  # a wrong address or URL shows now, before anything is opened
-        if config.proxy.admin_listen:
-            raise ConfigError(
-                "proxy.admin_listen: there are no admin pages yet",
-                fix="remove the key; administrators use the command line",
-            )
         self._config = config
         self._paths = Paths.of(config)
         self._reload = reload

@@ -233,7 +233,7 @@ def test_two_proxies_on_one_address():
 
 @pytest.mark.parametrize("proxy,words", [
     ({"listen": ["nonsense"]}, "proxy.listen"), ({"listen": ["::1:80"]}, "proxy.listen"), ({"listen": ["systemd"]}, "systemd hands over no socket"),
-    ({"admin_listen": ["127.0.0.1:1"]}, "admin_listen"), ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "proxy.tls_cert"),
+    ({"lisen": ["127.0.0.1:1"]}, "did you mean 'listen'?"), ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "proxy.tls_cert"),
     ({"trusted_proxies": ["x"]}, "trusted_proxies"), ({"access_log": "/nowhere/log"}, "access log"), ({"listen": ["unix:relative"]}, "unix:/PATH"),
 ])  # fmt: skip
 def test_bad_configuration_is_one_clear_error(proxy, words):

@@ -110,7 +110,7 @@ def _existing(path: Path) -> Path:
 
 def ports(config: Config, *, serving: bool) -> Iterator[Finding]:
     """Check that the listeners can be opened, or (`serving`) are open."""
-    addresses = [*config.proxy.listen, *config.proxy.redirect_listen, *config.proxy.admin_listen]
+    addresses = [*config.proxy.listen, *config.proxy.redirect_listen]
     for address in addresses:
         endpoint = listen_endpoint(address)
         if endpoint is None or endpoint.kind != "tcp":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -19,7 +19,6 @@ if typing.TYPE_CHECKING:
 MASK = "********"
 _SECRET = re.compile(r"(?i)passw|secret|token|api_?key|private_?key")
 _USERINFO = re.compile(r"(?<=://)([^/?#@:]*):[^/?#]*(?=@)")
-_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @click.group(epilog="\b\nExamples:\n  dispatcher config check\n  dispatcher --config new.toml config show")
@@ -52,7 +51,9 @@ def show(cli: Cli) -> None:
     if cli.out.json:
         cli.out.data(data)
     else:
-        click.echo("\n".join(toml(data)))
+        import tomli_w
+
+        click.echo(tomli_w.dumps(data), nl=False)
 
 
 def effective(found: Config, plugins: Plugins) -> dict[str, Any]:
@@ -90,36 +91,6 @@ def masked(data: Any, key: str = "") -> Any:
             return MASK
         return _USERINFO.sub(rf"\1:{MASK}", data)
     return data
-
-
-def toml(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the lines of a TOML document."""
-    plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
-    tables = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    if path and (plain or not tables):
-        yield f"[{'.'.join(map(_key, path))}]"
-    for key, value in plain.items():
-        yield f"{_key(key)} = {_value(value)}"
-    if plain or (path and not tables):
-        yield ""
-    for key, value in tables.items():
-        yield from toml(value, (*path, key))
-
-
-def _key(key: str) -> str:
-    return key if _BARE_KEY.fullmatch(key) else _value(key)
-
-
-def _value(value: Any) -> str:
-    import json
-
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_value, value)) + "]"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)  # numbers and booleans read alike in JSON and TOML
 
 
 def _without_none(data: Any) -> Any:

@@ -205,3 +205,32 @@ def test_two_registries_know_nothing_of_each_other():
     one.register("fake", plugin([FakeProvider]))
     with pytest.raises(PluginError):
         two.provider("fake")
+
+
+def test_hooks_are_called_by_pluggy_whatever_the_function_s_name():
+    """`specname` is pluggy's way to give an implementation a name of its own."""
+    plugins = Plugins([])
+    plugins.register(
+        "fake",
+        plugin(providers_of_acme=hookimpl(lambda: [FakeProvider], specname="dispatcher_register_providers")),
+    )
+    assert plugins.provider("fake") is FakeProvider
+
+
+def test_a_hook_is_called_for_the_plugin_that_is_loaded_alone():
+    calls = []
+    plugins = Plugins([])
+    plugins.register(
+        "one", plugin(dispatcher_register_providers=hookimpl(lambda: calls.append("one") or [FakeProvider]))
+    )
+    plugins.register("two", plugin([], dispatcher_agent_event=hookimpl(lambda event: None)))
+    assert calls == ["one"]
+
+
+def test_a_plugin_that_was_refused_gets_no_events():
+    seen = []
+    plugins = Plugins([])
+    with pytest.raises(PluginError):
+        plugins.register("bad", plugin([int], dispatcher_agent_event=hookimpl(lambda event: seen.append(event))))
+    plugins.hook.dispatcher_agent_event(event="something")
+    assert seen == []
