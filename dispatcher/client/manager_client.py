@@ -141,7 +141,7 @@ class ManagerClient:
         return self._get(_agent(name, "why"))
 
     def copies(self, name: str) -> Json:
-        """``{"copies": [...]}``: old copies of data kept by moves."""
+        """``{"copies": [COPY...]}``: the data kept of an agent, or of a removed agent of this name."""
         return self._get(_agent(name, "copies"))
 
     def purge_copies(self, name: str) -> Json:

@@ -21,7 +21,6 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, ProviderError
 from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.provider import Progress
 
 TRANSFER = 6 * 3600.0  # seconds that one export or import may take
 SCRATCH, CHECK = "moving", "verifying"  # directories beside the agent's data
@@ -30,7 +29,7 @@ _log = logging.getLogger("dispatcher.manager")
 
 
 class Mover:
-    """Carries out moves, and looks after old copies."""
+    """Carries out moves."""
 
     def __init__(self, engine: Engine, data: AgentData) -> None:
         self._engine = engine
@@ -74,22 +73,6 @@ class Mover:
             remove_tree(self._data.paths.agent_dir(row.name) / name, deadline=Deadline(TRANSFER))
         self._engine.update(agent, operation, move=None)
         return True
-
-    def purge(self, agent: Agent, progress: Progress) -> int:
-        """Delete an agent's old copies; return how many there were.
-
-        :raises DispatcherError: one cannot be deleted; those before it are gone.
-        """
-        copies = self._engine.store.copies(agent.row.name)
-        for copy in copies:
-            if copy.directory:
-                self._data.remove_copy(copy.agent, copy.directory)
-            elif copy.provider != agent.row.provider:
-                self._engine.backends.get(copy.provider).guard.destroy(
-                    Handle.from_json(copy.handle), data=True, deadline=Deadline(TRANSFER), progress=progress
-                )
-            self._engine.store.remove_copy(copy.id)
-        return len(copies)
 
     def _step(self, agent: Agent, operation: Operation, step: str) -> None:
         self._engine.step(agent, operation, step)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.manager.agents import transitions
 from dispatcher.manager.agents.agent import Agent, Operation
+from dispatcher.manager.agents.copies import Copies
 from dispatcher.manager.agents.lifecycle import ASLEEP, DEAD, Desired, Kind, Pending
 from dispatcher.manager.agents.migration import Mover
 from dispatcher.manager.agents.readiness import OBSERVE, Probe, await_ready
@@ -51,11 +52,14 @@ class Operations:
     :ivar nudged: called with an agent of which the backend reported a change that nobody looked at.
     """
 
-    def __init__(self, engine: Engine, data: AgentData, mover: Mover, accounts: HostAccounts) -> None:
+    def __init__(
+        self, engine: Engine, data: AgentData, mover: Mover, copies: Copies, accounts: HostAccounts
+    ) -> None:
         self._engine = engine
         self._data = data
         self._proxy_gid = accounts.proxy_gid if accounts.agent_uids is not None else None
         self._mover = mover
+        self._copies = copies
         self.asked: Callable[[Backend], None] = lambda _backend: None
         self.nudged: Callable[[Agent], None] = lambda _agent: None
         self._doing: dict[Kind, Callable[[Agent, Operation], Change | None]] = {
@@ -133,15 +137,7 @@ class Operations:
             progress(operation.stage if booting else WAITING, seen.detail)
 
         probe = Probe(policy.health, self._proxy_gid)
-        seen = await_ready(
-            guard,
-            handle,
-            probe,
-            operation=operation,
-            deadline=deadline,
-            seen=seen,
-            tell=tell,
-        )
+        seen = await_ready(guard, handle, probe, operation=operation, deadline=deadline, seen=seen, tell=tell)
         agent.stdin = None
         fields = {
             **transitions.observed(row, seen, engine.clock.now()),
@@ -241,7 +237,7 @@ class Operations:
             )
         self._mover.abandon(agent)
         if not keep:
-            self._mover.purge(agent, progress)
+            self._copies.delete(row.name, row.provider, progress)
         engine.step(agent, operation, "deleting the data")
         self._data.remove(row.name, keep_data=keep, tick=operation.check)
         engine.step(agent, operation, "forgetting")

@@ -1,4 +1,4 @@
-"""What people can look at: an agent's runtime, why it is so, its old copies, the providers.  Changes nothing."""
+"""What people can look at: an agent's runtime, why it is so, the providers.  Changes nothing."""
 
 from __future__ import annotations
 
@@ -57,18 +57,6 @@ class Inspection:
             stuck=agent.stuck,
             events=engine.store.events(row.id, RECENT),
         )
-
-    def copies(self, agent: Agent) -> list[dict[str, Any]]:
-        """Return the old copies of an agent's data."""
-        return [
-            {
-                "id": copy.id,
-                "provider": copy.provider,
-                "kind": "directory" if copy.directory else "provider",
-                "time": iso(copy.time),
-            }
-            for copy in self._engine.store.copies(agent.row.name)
-        ]
 
     def providers(self) -> list[dict[str, Any]]:
         """Return all providers, as they were when last asked; never blocks."""

@@ -16,8 +16,8 @@ from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.commands import Intents
+from dispatcher.manager.agents.copies import Copies
 from dispatcher.manager.agents.idle import Idleness, check_interval
 from dispatcher.manager.agents.lifecycle import DEAD
 from dispatcher.manager.agents.migration import Mover
@@ -37,16 +37,14 @@ from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.storage.agents import AgentRow, Store
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock, boot_id
-from dispatcher.plugin.errors import Conflict, DispatcherError
+from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import AgentEvent, Finding
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.provider import no_progress
 
 BOOT = 2.0  # seconds that a boot waits for slow backends before it goes on without them
 LAST_USED = 30.0  # seconds between writes of when agents were last used
 TRIM = 3600.0  # seconds between looks at how many events there are
 OLD_PROVIDER = 60.0  # seconds that a provider whose options changed has for the calls that it is in
-PURGE = 300.0  # seconds that the caller waits while old copies are deleted
 CLOSE = 3.0  # seconds that a close waits for what is being done
 
 _log = logging.getLogger("dispatcher.manager")
@@ -91,7 +89,8 @@ class Supervisor:
             installation=self.installation,
         )
         self._mover = Mover(self.engine, self._data)
-        self._operations = Operations(self.engine, self._data, self._mover, accounts)
+        self._copies = Copies(self.engine, self._data)
+        self._operations = Operations(self.engine, self._data, self._mover, self._copies, accounts)
         self.engine.submit = self._operations.submit
         self._reconciler = Reconciler(self.engine, self._operations)
         self._intents = Intents(self.engine, self._data, accounts)
@@ -341,30 +340,18 @@ class Supervisor:
         return self._usages.top()
 
     def copies(self, agent: str) -> list[dict[str, Any]]:
-        """Return the old copies of data that moves kept: ``[{"id", "provider", "kind", "time"}]``."""
-        return self._inspection.copies(self.engine.find(agent))
+        """Return the data kept of an agent, or of a removed agent of this name (rest.md).
+
+        :raises NotFound: there is no such agent, and nothing was kept of an earlier one.
+        """
+        return self._copies.list(agent)
 
     def purge_copies(self, agent: str) -> int:
-        """Delete the old copies and return how many there were.
+        """Delete that data and return how many copies there were.
 
-        :raises Conflict: an operation is being done on the agent.
+        :raises NotFound: as `copies`; :raises Conflict: an operation on the agent is in progress.
         """
-        found = self.engine.find(agent)
-        backend = self._backends.get(found.row.provider)
-        return backend.ask(lambda: self._purge(found), PURGE)
-
-    def _purge(self, agent: Agent) -> int:
-        try:
-            with agent.reserved() as free:
-                if free:
-                    return self._mover.purge(agent, no_progress)
-        finally:
-            self.engine.poke(agent)
-        raise Conflict(
-            f"{printable(agent.row.name)} is busy",
-            why="something is being done to it",
-            fix="try again in a moment",
-        )
+        return self._copies.purge(agent)
 
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``."""

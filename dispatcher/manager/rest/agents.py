@@ -161,11 +161,11 @@ def why(services: Services, agent: str) -> Json:
 
 @routes.add("GET", "/agents/<agent>/copies", answers={200: "Copies"})
 def copies(services: Services, agent: str) -> Json:
-    """List the old copies of data that moves kept."""
+    """List the data kept of an agent, or of a removed agent of this name."""
     return {"copies": services.supervisor.copies(agent)}
 
 
 @routes.add("DELETE", "/agents/<agent>/copies", answers={200: "Purged"})
 def purge_copies(services: Services, agent: str) -> Json:
-    """Delete the old copies of data."""
+    """Delete the data kept of an agent, or of a removed agent of this name; never live data."""
     return {"purged": services.supervisor.purge_copies(agent)}

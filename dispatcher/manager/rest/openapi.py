@@ -87,7 +87,17 @@ SCHEMAS: dict[str, Schema] = {
     "Events": _list("events", _object(time=_TIME, kind=_STRING, detail=_STRING)),
     "User": _object(user=_STRING),
     "Why": _object(agent=_STRING, sentences=_STRINGS),
-    "Copies": _list("copies", {"type": "object"}),
+    "Copies": _list(
+        "copies",
+        _object(
+            id=_or_null(_INTEGER),
+            provider=_STRING,
+            kind=_enum(["directory", "provider"]),
+            time=_TIME,
+            why=_STRING,
+            size=_or_null(_INTEGER),
+        ),
+    ),
     "Purged": _object(purged=_INTEGER),
     "ListedSession": _object(
         id=_STRING,

@@ -175,6 +175,12 @@ class Store:
             row = connection.execute(sa.select(tables.kept).where(tables.kept.c.agent == agent)).mappings().first()
         return KeptRow(**row) if row else None
 
+    def remove_kept(self, agent: str) -> None:
+        """Forget what was kept of a removed agent; its user id is free again."""
+        with self.database.write() as connection:
+            for table in (tables.kept, tables.uids, tables.copies):
+                connection.execute(table.delete().where(table.c.agent == agent))
+
     def copies(self, agent: str) -> list[CopyRow]:
         """Return an agent's old copies, oldest first."""
         query = sa.select(tables.copies).where(tables.copies.c.agent == agent).order_by(tables.copies.c.id)

@@ -17,6 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+
 @pytest.fixture
 def plugins():
     found = Plugins([])

@@ -10,7 +10,14 @@ import pytest
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
 from dispatcher.manager.files import safe_tree
-from dispatcher.manager.files.safe_tree import differences, make_directory, manifest, remove_tree, take_over
+from dispatcher.manager.files.safe_tree import (
+    differences,
+    disk_usage,
+    make_directory,
+    manifest,
+    remove_tree,
+    take_over,
+)
 
 ROOT = os.geteuid() == 0
 
@@ -331,3 +338,16 @@ def test_a_tree_whose_names_would_fill_the_memory_is_refused(tmp_path, monkeypat
         (tmp_path / f"{number:0200}").mkdir()
     with pytest.raises(ProviderError):
         take_over(tmp_path, (os.geteuid(), os.getegid()))
+
+
+def test_disk_usage_counts_a_file_once_and_follows_no_link(tmp_path, victim):
+    (victim / "large").write_bytes(b"x" * 1_000_000)
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "sub/file").write_bytes(b"x" * 50_000)
+    os.link(tree / "sub/file", tree / "again")
+    (tree / "link").symlink_to(victim)
+    assert 50_000 <= disk_usage(tree, Deadline(10)) < 100_000
+    assert disk_usage(tree, Deadline(0)) is None
+    assert disk_usage(tmp_path / "none", Deadline(10)) is None
+    (victim / "large").unlink()

@@ -152,6 +152,16 @@ def test_kept_data_holds_its_user_id(store):
     assert store.providers() == set()
 
 
+def test_kept_data_that_is_purged_frees_its_user_id(store):
+    first = store.create(row("alice"), password_hash="h", allocated=True, events=[])
+    store.remove(
+        first, kept=KeptRow(agent="alice", uid=1000, app="demo", provider="f", handle="", time=4.0), events=[]
+    )
+    store.remove_kept("alice")
+    assert store.kept("alice") is None
+    assert not store.is_taken(1000)
+
+
 def test_copies(store):
     first = made(store)
     moved = dataclasses.replace(first, version=2, provider="other")
