@@ -25,6 +25,7 @@ from tests.support.installation import until
 
 PACKAGING = ROOT / "packaging"
 PYTHON = "/usr/bin/python3"  # what a plain Debian has, and what every user may run
+DENY_HOSTNAME = ROOT / "tests/support/deny_hostname.py"
 PASSWORD = "correct horse battery"
 
 
@@ -78,6 +79,8 @@ class Unit:
             writable.append("/tmp")
         binds = "".join(f"mount --bind {path} {path}\n" for path in writable)
         uid, gid = self.user
+        # ProtectHostname= is a seccomp filter, which reaches the agents' sandboxes too.
+        protect = f"{PYTHON} {DENY_HOSTNAME}" if self.settings.get("ProtectHostname") == ["yes"] else ""
         capabilities = [name.removeprefix("CAP_").lower() for name in self.one("CapabilityBoundingSet").split()]
         bounding = ",".join(["-all", *(f"+{name}" for name in capabilities)])
         script = f"""set -e
@@ -87,7 +90,7 @@ mount --bind {self.root}/etc/group /etc/group
 {binds}mount -o remount,bind,ro /
 umask {self.one("UMask")}
 cd /
-exec setpriv --reuid={uid} --regid={gid} {"--clear-groups" if uid else "--keep-groups"} --inh-caps=-all \\
+exec {protect} setpriv --reuid={uid} --regid={gid} {"--clear-groups" if uid else "--keep-groups"} --inh-caps=-all \\
     --bounding-set={bounding} --no-new-privs {self.one("ExecStart")}
 """
         return ["unshare", "--mount", "sh", "-c", script]
