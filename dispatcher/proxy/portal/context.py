@@ -33,6 +33,9 @@ _LONGEST = 400 * 86400  # browsers keep no cookie longer (RFC 6265bis, 5.5)
 _DEVICE_AGE = 180 * 86400
 _NONCE_AGE = 600
 _EXPIRED_AT_MOST = 50
+#: Bounds of `drop_doubles`: segments of a path, labels of a host.
+_DEEPEST = 4
+_MOST_PARENTS = 6
 
 
 class NotSignedIn(DispatcherError):
@@ -244,26 +247,44 @@ def _forget_apps(response: Response) -> None:
 
 
 def drop_doubles(response: Response) -> Response:
-    """Expire what stands beside a cookie of ours, and makes both count as none.
+    """Expire the copies of a cookie of ours that has come more than once, since both then count as none.
 
-    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain,
-    and so lock its user out of the portal.  With HTTPS the name's prefix forbids both.
+    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain, and so
+    lock its user out of the portal.  With HTTPS the name's prefix forbids both.  A request chooses its path, host and
+    cookies itself, so each is bounded; the portal's own paths are shorter.
     """
-    doubled = [name for name in cookies.OWN_NAMES if len(request.cookies.getlist(name)) > 1]
+    doubled = [name for name in _own_names() if len(request.cookies.getlist(name)) > 1]
     if not doubled:
         return response
-    steps = request.path.split("/")[1:-1]
-    paths = {"/" + "/".join(steps[:count]) + end for count in range(1, len(steps) + 1) for end in ("", "/")}
-    paths |= {request.path}
-    host = request.host.partition(":")[0].split(".")
-    parents = [".".join(host[at:]) for at in range(len(host))] if host[-1].isalpha() else []
+    steps = request.path.split("/", _DEEPEST + 1)[1 : _DEEPEST + 1]
+    paths = {"/" + "/".join(steps[:count]) + end for count in range(1, len(steps) + 1) for end in ("", "/")} - {
+        "/",
+        "//",
+    }
+    host = request.host.partition(":")[0]
+    labels = host.rsplit(".", _MOST_PARENTS)[-_MOST_PARENTS:] if host[-1:].isalpha() else []
+    parents = [".".join(labels[at:]) for at in range(len(labels))]
     for name in doubled:
-        for path in sorted(paths - {"/"}):
+        for path in sorted(paths):
             response.set_cookie(name, "", max_age=0, path=path)
         for domain in parents:
             for path in sorted({"/"} | paths):
                 response.set_cookie(name, "", max_age=0, path=path, domain=domain)
     return response
+
+
+def _own_names() -> list[str]:
+    """Return the names of our cookies as this installation spells them."""
+    secure = portal().config.secure
+    return [
+        named(secure)
+        for named in (
+            cookies.session_cookie_name,
+            cookies.device_cookie_name,
+            cookies.nonce_cookie_name,
+            cookies.form_cookie_name,
+        )
+    ]
 
 
 # Forms.
