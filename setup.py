@@ -21,6 +21,7 @@ TESTING = [
     "playwright",
     "mypy",
     "ruff",
+    "import-linter>=2",
     "types-docker",
     "types-psutil",
     "types-setuptools",

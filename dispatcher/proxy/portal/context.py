@@ -249,9 +249,9 @@ def _forget_apps(response: Response) -> None:
 def drop_doubles(response: Response) -> Response:
     """Expire the copies of a cookie of ours that has come more than once, since both then count as none.
 
-    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain, and so
-    lock its user out of the portal.  With HTTPS the name's prefix forbids both.  A request chooses its path, host and
-    cookies itself, so each is bounded; the portal's own paths are shorter.
+    Without HTTPS a page of an app can set a cookie of the same name for a longer path or for a parent domain, and
+    so lock its user out of the portal.  With HTTPS the name's prefix forbids both.  The client chooses path, host
+    and cookies of a request, so each is bounded; the portal's own paths are shorter.
     """
     doubled = [name for name in _own_names() if len(request.cookies.getlist(name)) > 1]
     if not doubled:

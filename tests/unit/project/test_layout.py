@@ -1,4 +1,4 @@
-"""The layout's rules: who may import whom, what a module may be called, how long it may be, what it says first."""
+"""Rules of the tree that import-linter (pyproject.toml) does not check."""
 
 import ast
 import subprocess
@@ -7,49 +7,18 @@ import pytest
 
 from tests.conftest import ROOT
 
-PUBLIC = {"plugin", "testing"}
 CORE = sorted(ROOT.glob("dispatcher/**/*.py"))
 PROVIDERS = sorted(ROOT.glob("providers/dispatcher_*/**/*.py"))
 FORBIDDEN_NAMES = {"docker.py", "libvirt.py", "subprocess.py"}
-
-
-def imports(path):
-    """Yield the full name of each module that a file imports; `from a import b` gives a.b."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def relative(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", CORE, ids=relative)
-def test_the_core_never_imports_a_provider(path):
-    assert [name for name in imports(path) if name.split(".")[0].startswith("dispatcher_")] == []
-
-
-@pytest.mark.parametrize("path", PROVIDERS, ids=relative)
-def test_providers_import_public_modules_only(path):
-    package = path.relative_to(ROOT / "providers").parts[0]
-    private = []
-    for name in imports(path):
-        top, *rest = name.split(".")
-        if top == "dispatcher" and rest and rest[0] not in PUBLIC:
-            private.append(name)
-        if top.startswith("dispatcher_") and top != package:
-            private.append(name)
-    assert private == []
-
-
 @pytest.mark.parametrize("path", [*CORE, *PROVIDERS], ids=relative)
-def test_modules_say_what_they_are_for_and_stay_readable(path):
-    tree = ast.parse(path.read_text())
-    assert ast.get_docstring(tree), "the first lines say what it is for and what it may touch"
-    assert len(path.read_text().splitlines()) <= 420
+def test_modules_say_what_they_are_for(path):
+    assert ast.get_docstring(ast.parse(path.read_text())), "the first lines say what the module is for"
     assert path.name not in FORBIDDEN_NAMES
 
 
@@ -62,21 +31,6 @@ def test_nothing_is_left_to_do(path):
         if any(word in line for word in words)
     ]
     assert found == []
-
-
-@pytest.mark.parametrize(
-    "package",
-    [
-        "dispatcher.plugin.provider",
-        "dispatcher.plugin.model",
-        "dispatcher.manager.agents.lifecycle",
-        "dispatcher.plugin.names",
-    ],
-)
-def test_what_calls_itself_pure_imports_no_io(package):
-    io = {"socket", "subprocess", "asyncio", "threading", "http", "sqlalchemy", "flask", "docker", "libvirt"}
-    path = ROOT / (package.replace(".", "/") + ".py")
-    assert {name.split(".")[0] for name in imports(path)} & io == set()
 
 
 def test_no_committed_file_names_this_machine():
