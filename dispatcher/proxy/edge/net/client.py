@@ -27,7 +27,7 @@ from dispatcher.proxy.edge.net.connection import (
 from dispatcher.proxy.edge.net.exchange import Exchange
 from dispatcher.proxy.edge.net.registry import was_reset
 from dispatcher.proxy.edge.routing import pages, router
-from dispatcher.proxy.edge.routing.settings import LINGER, LINGER_BYTES, PROBE_PAUSE, WRITE_HIGH
+from dispatcher.proxy.edge.routing.settings import LINGER, LINGER_BYTES, PROBE_PAUSE
 
 
 class Client(Exchange):
@@ -47,6 +47,9 @@ class Client(Exchange):
     def data_received(self, data: bytes) -> None:
         state = self.state
         if state == HEAD:
+            if self.write_paused:
+                self._early(data)
+                return
             if self.partial is not None:
                 self._more_head(data)
                 return
@@ -119,7 +122,8 @@ class Client(Exchange):
         self.write_paused = True
         if self.upstream is not None:
             self.upstream.transport.pause_reading()
-        self.worker.watch_writer(self)
+        if self.state != WAIT:
+            self.worker.watch_writer(self)
 
     def resume_writing(self) -> None:
         self.write_paused = False
@@ -132,15 +136,21 @@ class Client(Exchange):
             self.deadline = self.worker.now + self.worker.settings.body_timeout
         elif self.state == ANSWER:
             self.deadline = FOREVER
+            if not self.status:
+                self.deadline = self.worker.now + self.worker.settings.upstream_timeout
+            elif self.eof:
+                self.deadline = self.worker.now + self.worker.settings.body_timeout
         elif self.state == STREAM:
             self.worker.events.resume(self)
 
     def expired(self) -> None:
         """The deadline has passed."""
         worker = self.worker
-        if self.write_paused and worker.still_writing(self):
-            return
         state = self.state
+        if self.write_paused and state != WAIT:
+            if not worker.still_writing(self):
+                self.transport.abort()
+            return
         if state == STREAM:
             worker.events.ping(self)
         elif state == WAIT:
@@ -157,7 +167,7 @@ class Client(Exchange):
             self.say(pages.TOO_SLOW)
         elif state == HEAD and self.partial is not None:
             self.refuse(BadHead("a head that did not arrive in time", 408))
-        elif state == HEAD and not self.write_paused:
+        elif state == HEAD:
             self.state = LINGER_STATE
             self.deadline = worker.now + LINGER
             self.transport.close()
@@ -261,18 +271,18 @@ class Client(Exchange):
 
     def _early(self, data: bytes) -> None:
         """Keep what came while a request is being answered: a pipelined request, or a body that must wait."""
-        if self.state == WAIT or self.request.upgrade:
+        if self.state == WAIT or (self.state != HEAD and self.request.upgrade):
             self.body += data
         elif self.partial is None:
             self.partial = bytearray(data)
         else:
             self.partial += data
-        if len(self.body) + len(self.partial or b"") > WRITE_HIGH:
-            self.transport.pause_reading()
+        self.regulate_reading()
 
     def proceed(self) -> None:
-        self.transport.resume_reading()
         partial = self.partial
-        if partial is not None and self.state == HEAD:
+        if partial is not None and self.state == HEAD and not self.write_paused:
             self.partial = None
             self._heads(bytes(partial))
+        if self.reading_paused:
+            self.regulate_reading()

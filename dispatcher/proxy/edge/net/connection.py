@@ -13,7 +13,7 @@ from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.pages import Failure
-from dispatcher.proxy.edge.routing.settings import LINGER
+from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
 
 if TYPE_CHECKING:
     from dispatcher.proxy.edge.net.upstream import Upstream
@@ -38,6 +38,7 @@ class Connection(asyncio.Protocol):
 
     :ivar address: of the peer, or what a trusted PROXY header says; :ivar deadline: when `expired` is called.
     :ivar rechunk: the answer's body goes out in chunks; :ivar write_paused: the client reads too slowly.
+    :ivar reading_paused: the client is not read, see `regulate_reading`.
     :ivar agent: whose requests under way this one counts among; :ivar holding: whose state it waits for.
     """
 
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
         "partial",
         "poll",
         "proto",
+        "reading_paused",
         "rechunk",
         "remote",
         "replay",
@@ -121,7 +123,8 @@ class Connection(asyncio.Protocol):
         if self.trusted:  # they meant more than they will
             self.block, self.model, self.outgoing_agent = b"", None, None
         self.state = HEAD
-        self.write_paused = self.closing = self.eof = self.poll = self.rechunk = self.trusted = False
+        self.write_paused = self.reading_paused = False
+        self.closing = self.eof = self.poll = self.rechunk = self.trusted = False
         self.proto = self.worker.settings.scheme
         self.status = 0
         self.request_id = b""
@@ -211,9 +214,14 @@ class Connection(asyncio.Protocol):
             self.finish(clean=clean)
         else:
             self.state = HEAD
-            self.deadline = self.worker.now + self.worker.settings.idle_timeout
-            if self.partial is not None and not self.write_paused:
-                self.worker.soon(self.proceed)
+            if self.write_paused:
+                self.worker.watch_writer(self)
+            else:
+                self.deadline = self.worker.now + self.worker.settings.idle_timeout
+                if self.partial is not None:
+                    self.worker.soon(self.proceed)
+            if self.reading_paused:
+                self.regulate_reading()
 
     def finish(self, *, clean: bool) -> None:
         """Close after the last answer; listen on for a moment when more input may be under way (RFC 9112, 9.6)."""
@@ -225,7 +233,7 @@ class Connection(asyncio.Protocol):
             return
         self.deadline = self.worker.now + LINGER
         self.spoke = 0
-        self.transport.resume_reading()
+        self.regulate_reading()
         self.transport.write_eof()
 
     def fail(self, failure: Failure) -> None:
@@ -249,6 +257,26 @@ class Connection(asyncio.Protocol):
         upstream, self.upstream = self.upstream, None
         if upstream is not None:
             upstream.leave()
+
+    # Back-pressure.
+
+    def regulate_reading(self) -> None:
+        """Read from the client only what can be passed on, or kept within `WRITE_HIGH`.
+
+        Called whenever one of the reasons not to read may have appeared or gone.
+        """
+        upstream = self.upstream
+        wait = (
+            (upstream is not None and upstream.write_paused)
+            or len(self.body) + len(self.partial or b"") > WRITE_HIGH
+            or (self.write_paused and self.state == HEAD and self.partial is not None)
+        )
+        if wait != self.reading_paused:
+            self.reading_paused = wait
+            if wait:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
 
     # Waiting.
 

@@ -91,9 +91,19 @@ class Exchange(Connection):
             if self.state == ANSWER and upstream.used and request.traits & IDEMPOTENT:
                 self.replay = head
         agent.traffic.bytes_in += len(head)
+        self._start(upstream, head)
+
+    def _start(self, upstream: Upstream, head: bytes) -> None:
+        """Begin an exchange: each side is read only while the other takes what comes."""
         upstream.client = self
         upstream.mode = AWAIT
+        if self.write_paused:
+            upstream.transport.pause_reading()
         upstream.transport.write(head)
+        if self.reading_paused:
+            self.regulate_reading()
+        elif self.state == BODY:
+            self.transport.resume_reading()  # a new connection that the loop does not read yet
 
     def connected(self, upstream: Upstream) -> None:
         """A new connection is there: use it."""
@@ -108,14 +118,11 @@ class Exchange(Connection):
         if self.body and not self.request.upgrade:
             self.partial = (self.partial or bytearray()) + self.body
             self.body = b""
-        upstream.client = self
-        upstream.mode = AWAIT
-        upstream.transport.write(replay)
+        self._start(upstream, replay)
 
     def _first_of_body(self, length: int) -> bytes:
         body, self.body = self.body, b""
         self.state = BODY
-        self.transport.resume_reading()  # it may have waited for the agent
         self.deadline = self.worker.now + self.worker.settings.body_timeout
         if length == CHUNKED:
             self.decoder = Chunked()
@@ -138,10 +145,13 @@ class Exchange(Connection):
         return passed
 
     def _body_done(self, rest: bytes) -> None:
+        worker = self.worker
         self.left = 0
         self.state = ANSWER
-        self.deadline = self.worker.now + self.worker.settings.upstream_timeout
-        if self.status:
+        self.deadline = worker.now + worker.settings.upstream_timeout
+        if self.write_paused:
+            worker.watch_writer(self)
+        elif self.status:
             self.deadline = FOREVER
         if rest:
             self.partial = bytearray(rest)
@@ -180,7 +190,7 @@ class Exchange(Connection):
 
     def resume_body(self) -> None:
         """The upstream takes more of the body again."""
-        self.transport.resume_reading()
+        self.regulate_reading()
         if self.state == BODY:
             self.deadline = self.worker.now + self.worker.settings.body_timeout
 
@@ -243,6 +253,8 @@ class Exchange(Connection):
             if not self.poll:
                 traffic.bulk += size
         self.bytes_out += len(data)
+        if self.write_paused:
+            self.worker.watch_writer(self)
         self.transport.write(data)
 
     def pass_on(self, data: bytes) -> None:
@@ -285,10 +297,13 @@ class Exchange(Connection):
         if self.body:
             self.partial, self.body = bytearray(self.body), b""
         if self.write_paused:
-            return  # the next request waits until this answer has left
-        self.deadline = worker.now + worker.settings.idle_timeout
-        if self.partial is not None:
-            self.proceed()
+            worker.watch_writer(self)  # the next request waits until this answer has left
+        else:
+            self.deadline = worker.now + worker.settings.idle_timeout
+            if self.partial is not None:
+                self.proceed()
+        if self.reading_paused:
+            self.regulate_reading()
 
     def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
         """The upstream took the upgrade: from here on the connection is a tunnel."""

@@ -156,7 +156,18 @@ class Fresh(asyncio.Transport):
     :ivar fd: -1 once it was closed or given away; :ivar shelf: where it waits.
     """
 
-    __slots__ = ("_aborted", "_closing", "_eof", "_listener", "_paused", "_unsent", "fd", "protocol", "shelf")
+    __slots__ = (
+        "_aborted",
+        "_closing",
+        "_eof",
+        "_listener",
+        "_paused",
+        "_reading",
+        "_unsent",
+        "fd",
+        "protocol",
+        "shelf",
+    )
 
     def __init__(self, listener: Listener, fd: int, protocol: Connection) -> None:
         self.fd = fd
@@ -165,6 +176,7 @@ class Fresh(asyncio.Transport):
         self._listener = listener
         self._unsent = b""
         self._closing = self._aborted = self._eof = self._paused = False
+        self._reading = True
 
     # Before.
 
@@ -246,10 +258,12 @@ class Fresh(asyncio.Transport):
         if self._aborted:
             transport.abort()
             return
-        if self._paused:
-            protocol.resume_writing()
+        if not self._reading:
+            transport.pause_reading()
         if self._unsent:
             transport.write(self._unsent)
+        if self._paused and transport.get_write_buffer_size() <= transport.get_write_buffer_limits()[1]:
+            protocol.resume_writing()  # else the transport does so once the client has read
         if self._eof:
             transport.write_eof()
         if self._closing:
@@ -271,10 +285,12 @@ class Fresh(asyncio.Transport):
         return default
 
     def pause_reading(self) -> None:
-        """Nothing is read here but the first bytes, which are fewer than anybody's limit."""
+        """Let the loop's transport not read; nothing is read here but the first bytes."""
+        self._reading = False
 
     def resume_reading(self) -> None:
         """Somebody waits for more: that is the loop's matter."""
+        self._reading = True
         self.hand_over()
 
 

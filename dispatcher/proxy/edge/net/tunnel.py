@@ -173,7 +173,8 @@ def tunnel(
     client.transport.set_protocol(near)
     upstream.transport.set_protocol(far)
     upstream.transport.set_write_buffer_limits(WRITE_HIGH)
-    client.transport.resume_reading()
+    if not upstream.write_paused:
+        client.transport.resume_reading()
     client.transport.write(head + b"\r\n\r\n")
     if first:
         far.data_received(first)

@@ -56,6 +56,7 @@ class Upstream(asyncio.Protocol):
         "transport",
         "used",
         "worker",
+        "write_paused",
     )
 
     transport: asyncio.Transport
@@ -76,7 +77,7 @@ class Upstream(asyncio.Protocol):
         self._method = b""
         self._model: Response | None = None
         self.since = 0.0
-        self.used = False
+        self.used = self.write_paused = False
 
     def leave(self) -> None:
         """Stop serving: the client is gone, or the exchange cannot go on."""
@@ -227,7 +228,9 @@ class Upstream(asyncio.Protocol):
         self.mode = IDLE
         agent = self.agent
         idle = agent.idle
-        if (
+        if self.transport.get_write_buffer_size():
+            self.transport.abort()  # it has not taken all of the request, and may never
+        elif (
             not reusable
             or response.close
             or client.state != ANSWER  # the request is not all there yet
@@ -260,10 +263,12 @@ class Upstream(asyncio.Protocol):
         client.upstream_lost(untouched=untouched)
 
     def pause_writing(self) -> None:
+        self.write_paused = True
         if self.client is not None:
-            self.client.transport.pause_reading()
+            self.client.regulate_reading()
 
     def resume_writing(self) -> None:
+        self.write_paused = False
         if self.client is not None:
             self.client.resume_body()
 
