@@ -64,6 +64,7 @@ setup(
         "psutil>=5.9",
         "uvloop>=0.19",
         "httptools>=0.6",  # the demo app reads requests with it; the edge does so itself (docs/adr/0005)
+        "urllib3>=2",
         "tomli>=2; python_version < '3.11'",
         "tomli_w>=1",
     ],

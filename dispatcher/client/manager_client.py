@@ -1,7 +1,7 @@
-"""The manager's REST client, for the command line and the portal.  Touches the network through its transport.
+"""The manager's REST client, for the command line and the portal.
 
-One method a request (docs/reference/rest.md), each returning the parsed JSON object, `{}` where there is none.
-Problem details come back as the errors of `dispatcher.plugin.errors`.  Safe to use from many threads.
+One method for each request that they make (docs/reference/rest.md).  A method returns the parsed JSON object, `{}`
+for an answer without a body.  Problem documents become the errors of `dispatcher.plugin.errors`.  Thread-safe.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Json = dict[str, Any]
 
 
 class ManagerClient:
-    """Speaks to one manager.
+    """A client of one manager.
 
     :param url: ``unix:///PATH`` of a socket, or ``https://HOST[:4443]``; ``http://`` only with ``ssl=False``
         and a loopback address.
-    :param token: proves the caller over TCP.
-    :param verify: False believes any certificate (``-k``); the connection is encrypted, to whom is not known.
-    :param fingerprint: SHA-256 of the one certificate to believe, in hexadecimal, instead of its signer.
+    :param token: authenticates the caller over TCP.
+    :param verify: False accepts any certificate (``-k``): the connection is encrypted and not authenticated.
+    :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, whoever signed it.
     :param ca_file: PEM file of the certificates to trust instead of the system's.
     :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
-    :param timeout: seconds to wait for an answer, a `wait` not counted.
-    :param patience: seconds to wait for a manager that is starting on this machine, while one is.
-    :raises BadRequest: something among these cannot be used.
+    :param timeout: seconds to wait for an answer, in addition to a `wait`.
+    :param patience: seconds to wait for a manager that is starting on this machine.
+    :raises BadRequest: a parameter cannot be used.
 
     Every method raises `ManagerUnreachable`, and the error that the manager answered with.
     """
@@ -64,7 +64,7 @@ class ManagerClient:
         )
 
     def close(self) -> None:
-        """Close idle connections; the client can be used again."""
+        """Close all connections.  The client cannot be used any more."""
         self._transport.close()
 
     # Every listener.
@@ -72,15 +72,6 @@ class ManagerClient:
     def healthz(self) -> Json:
         """``{"status": "ok"|"degraded", ...}``."""
         return self._get("/healthz")
-
-    def openapi(self) -> Json:
-        """Return the description of this interface."""
-        return self._get("/openapi.json")
-
-    def metrics(self) -> str:
-        """Return the metrics in Prometheus' text format."""
-        reply = self._send("GET", "/metrics", None, self.timeout)
-        return reply.body.decode("utf-8", "replace")
 
     # Role admin: agents.
 
@@ -119,14 +110,6 @@ class ManagerClient:
     def logs(self, name: str, *, tail: int = 100, after: str | None = None) -> Json:
         """``{"lines": [...], "cursor": "..."}``; `after` is the last cursor."""
         return self._get(_agent(name, "logs"), tail=tail, after=after)
-
-    def events(self, name: str, *, limit: int = 100) -> Json:
-        """``{"events": [{"time", "kind", "detail"}]}``."""
-        return self._get(_agent(name, "events"), limit=limit)
-
-    def authenticate(self, name: str, password: str) -> Json:
-        """``{"user"}`` when the password is right."""
-        return self._post(_agent(name, "authenticate"), {"password": password})
 
     def set_password(self, name: str, password: str) -> Json:
         """Change the password of an agent's user; ends the user's sessions."""
@@ -195,7 +178,7 @@ class ManagerClient:
         return self._post("/sessions", body | _given(user_agent=user_agent, device=device))
 
     def lookup(self, sha256: str) -> Json:
-        """SESSION; `NotFound` when it is dead or unknown."""
+        """SESSION; `NotFound` when it has ended or is unknown."""
         return self._post("/sessions/lookup", {"sha256": sha256}, again=True)
 
     def logout(self, sha256: str, id: str | None = None) -> Json:
@@ -217,10 +200,6 @@ class ManagerClient:
     def my_sessions(self, sha256: str) -> Json:
         """``{"sessions": [...]}`` of the session's user."""
         return self._post("/sessions/list", {"sha256": sha256}, again=True)
-
-    def verify(self, sha256: str, password: str, address: str) -> Json:
-        """Check the password of the session's user again; `Forbidden` when it is wrong."""
-        return self._post("/sessions/verify", {"sha256": sha256, "password": password, "address": address})
 
     def change_password(self, sha256: str, password: str, new_password: str, address: str) -> Json:
         """``{"token", "session": SESSION}``; all other sessions of the user end."""
@@ -254,13 +233,10 @@ class ManagerClient:
         given = _given(wait=wait, **query)
         content = None if body is None else json.dumps(_given(**body)).encode()
         target = f"{path}?{urlencode(given)}" if given else path
-        return parse(self._send(method, target, content, self.timeout + (wait or 0.0), again=again), self.url)
-
-    def _send(self, method: str, target: str, body: bytes | None, timeout: float, *, again: bool = False) -> Reply:
-        reply = self._transport.request(method, target, body, timeout, again=again)
+        reply = self._transport.request(method, target, content, self.timeout + (wait or 0.0), again=again)
         if reply.status >= 300:
             raise _error(reply, self.url)
-        return reply
+        return parse(reply, self.url)
 
 
 def _agent(name: str, *rest: str) -> str:
@@ -283,12 +259,11 @@ def _error(reply: Reply, url: str) -> errors.DispatcherError:
     known = list(_classes(errors.DispatcherError))
     found = [cls for cls in known if cls.code == problem.get("code")]
     found += [cls for cls in known if cls.status == reply.status]
-    retry_after = reply.headers.get("retry-after", "")
     standard = {"type", "title", "status", "detail", "fix", "code"}
     return (found or known)[0](
         str(problem.get("title") or f"The manager answered {reply.status}"),
         why=str(problem.get("detail") or ""),
         fix=str(problem.get("fix") or ""),
-        retry_after=float(retry_after) if retry_after.isdigit() else None,
+        retry_after=float(reply.retry_after) if reply.retry_after.isdigit() else None,
         details={name: value for name, value in problem.items() if name not in standard},
     )

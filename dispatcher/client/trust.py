@@ -1,4 +1,4 @@
-"""Where a manager is, and whom to believe there: addresses, fingerprints, certificates, tokens.  Reads PEM."""
+"""The manager's address and the proofs of identity: URLs, socket owners, fingerprints, certificates, tokens."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ def unix_path(url: str) -> str:
     return match[1] if match else ""
 
 
-def believe(sock: socket.socket, path: str) -> None:
-    """Return when the process that listens at a Unix socket is one that may be a manager of ours.
+def check_peer(sock: socket.socket, path: str) -> None:
+    """Check that the process that listens at a Unix socket belongs to root or to our own user.
 
-    It is root's or our own user's.  Where the path leads tells nothing: below /tmp somebody else may have made it.
-    Root has named a path that it trusts.
+    The path alone proves nothing: below /tmp any user may have made the socket.  Root is not checked, as it
+    names paths that it trusts.
 
-    :raises ManagerUnreachable: it is another user's, and would get passwords.
+    :raises ManagerUnreachable: it belongs to another user, who would get passwords.
     """
     uid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
     if uid not in {0, os.geteuid()} and os.geteuid() != 0:
         raise ManagerUnreachable(
-            f"Will not talk to the manager at {path}",
-            why=f"it belongs to user id {uid}, neither root nor you",
+            f"The manager at {path} is not trusted",
+            why=f"it belongs to user id {uid}, which is neither root nor you",
             fix="find out who made that socket; set manager.run_dir, or $XDG_RUNTIME_DIR",
         )
 
 
 def is_starting(path: str) -> bool:
-    """Whether a manager holds the lock beside its socket: the socket will answer soon, or the manager just ends.
+    """Whether a manager holds the lock beside its socket: it is starting or ending.
 
-    The kernel is asked who holds what: to try the lock would keep out the manager that begins just then.
+    Reads /proc/locks: taking the lock to test it could make a manager fail that starts at that moment.
     """
     try:
         lock = Path(path).with_name(MANAGER_LOCK).stat()
@@ -59,7 +59,7 @@ def is_starting(path: str) -> bool:
 
 
 def token(token: str) -> str:
-    """Return a token that can be sent.
+    """Return `token` if it can be sent in a header field.
 
     :raises BadRequest: it cannot.
     """
@@ -71,15 +71,15 @@ def token(token: str) -> str:
 
 
 def fingerprint(text: str) -> str:
-    """Return a SHA-256 as 64 hexadecimal digits, however it is written.
+    """Return a SHA-256 as 64 hexadecimal digits; accepts capitals, colons and the prefix ``SHA256:``.
 
-    :raises BadRequest: it is none.
+    :raises BadRequest: it is not a SHA-256.
     """
     plain = text.strip().lower().removeprefix("sha256:").replace(":", "")
     if not re.fullmatch(r"[0-9a-f]{64}", plain):
         raise BadRequest(
-            f"{printable(text)} is no fingerprint",
-            why="it has 64 hexadecimal digits, the SHA-256 of the certificate",
+            f"{printable(text)} is not a fingerprint",
+            why="a fingerprint is the certificate's SHA-256, 64 hexadecimal digits",
             fix="copy the one that the manager logs when it starts",
         )
     return plain
@@ -88,27 +88,27 @@ def fingerprint(text: str) -> str:
 def tcp(url: str, ssl: bool) -> tuple[str, int, bool]:
     """Return host, port and whether to encrypt.
 
-    :raises BadRequest: it is no address, or passwords would cross a network in the clear.
+    :raises BadRequest: it is not an address, or passwords would cross a network unencrypted.
     """
     usage = "use unix:///PATH or https://HOST:PORT"
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise BadRequest(f"{printable(url)} is no address of a manager", why=str(error), fix=usage) from error
+        raise BadRequest(f"{printable(url)} is not the address of a manager", why=str(error), fix=usage) from error
     if parts.scheme not in {"https", "http"} or not host or parts.path.strip("/") or parts.query or parts.username:
-        raise BadRequest(f"{printable(url)} is no address of a manager", fix=usage)
+        raise BadRequest(f"{printable(url)} is not the address of a manager", fix=usage)
     if parts.scheme == "https" and ssl:
         return host, port or DEFAULT_PORT, True
     if parts.scheme == "https":
         raise BadRequest(
-            f"{url} is with TLS, --no-ssl is without", fix="leave out --no-ssl, or name it http://HOST:PORT"
+            f"{url} uses TLS, which --no-ssl excludes", fix="leave out --no-ssl, or use http://HOST:PORT"
         )
     if ssl:
-        raise BadRequest(f"{url} is without TLS", fix="use https://, or --no-ssl for this machine's loopback")
+        raise BadRequest(f"{url} is without TLS", fix="use https://, or --no-ssl for a loopback address")
     if not _loopback(host):
         raise BadRequest(
-            f"{url} is without TLS", why="passwords would cross the network in the clear", fix="use https://"
+            f"{url} is without TLS", why="passwords would cross the network unencrypted", fix="use https://"
         )
     return host, port or DEFAULT_PORT, False
 
@@ -125,7 +125,7 @@ def _loopback(host: str) -> bool:
 def context(
     verify: bool, ca_file: str | Path | None, cert_file: str | Path | None, key_file: str | Path | None
 ) -> tls.SSLContext:
-    """Return how to check the manager.
+    """Return the TLS context of a client.
 
     :raises BadRequest: a certificate cannot be used.
     """

@@ -74,7 +74,7 @@ def test_a_certificate_of_nobody_known_is_refused_with_what_to_do(run):
     done = run("list")
     assert done.returncode == 5
     assert done.stderr.count("\n") == 1
-    assert "is not believed" in done.stderr
+    assert "is not trusted" in done.stderr
     assert "fingerprint" in done.stderr
 
 

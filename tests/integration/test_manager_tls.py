@@ -73,12 +73,18 @@ def test_a_token_lets_in(signed, authority):
 @pytest.mark.parametrize("token", [None, "a-token-of-enough-length-to-be-onf", TOKEN[:-1], TOKEN + "x", "x"])
 def test_no_and_wrong_tokens_do_not(signed, authority, token):
     client = remote(signed, ca_file=authority.path, token=token)
-    for ask in (client.agents, client.metrics, client.openapi, client.reload):
+    for ask in (client.agents, client.top, client.reload):
         with pytest.raises(Unauthorized) as caught:
             ask()
         assert caught.value.fix
     assert client.healthz() == {"status": "ok"}
     client.close()
+    context = ssl.create_default_context(cafile=authority.path)
+    for path in ("/metrics", "/openapi.json"):
+        connection = http.client.HTTPSConnection(url(signed).removeprefix("https://"), context=context, timeout=10)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {token}"} if token else {})
+        assert connection.getresponse().status == 401
+        connection.close()
 
 
 def test_a_client_certificate_lets_in(signed, authority):

@@ -100,19 +100,15 @@ def test_the_clients_methods_work_end_to_end(admin, proxy):
     assert admin.set_state("alice", "running", wait=5)["state"] == "running"
     assert admin.restart("alice", wait=5)["state"] == "running"
     assert admin.logs("alice", tail=1)["lines"] == ["two"]
-    assert admin.authenticate("alice", "correct horse") == {"user": "alice"}
     assert admin.check_provider("fake")["findings"]
     assert admin.delete_agent("alice:lab", keep_data=True, wait=5) == {}
     login = proxy.login("alice", "correct horse", "192.0.2.1", "Browser", None)
     sha256 = login["session"]["sha256"]
     assert proxy.lookup(sha256)["user"] == "alice"
     assert admin.sessions("alice")["sessions"][0]["user_agent"] == "Browser"
-    assert proxy.verify(sha256, "correct horse", "192.0.2.1") == {}
     renewed = proxy.change_password(sha256, "correct horse", "battery staple", "192.0.2.1")
     assert admin.revoke_session(renewed["session"]["sha256"][:16]) == {}
     assert admin.set_password("alice", "correct horse") == {}
-    assert "dispatcher_sessions 0.0" in admin.metrics()
-    assert proxy.openapi()["info"]["title"].endswith("proxy")
     assert admin.healthz()["status"] == "ok"
 
 
@@ -143,24 +139,13 @@ def test_one_client_serves_many_threads(manager, admin):
     assert problems == []
 
 
-def test_connections_are_kept_and_replaced_when_the_manager_has_closed_them(manager, admin, monkeypatch):
-    admin.healthz()
-    assert len(admin._transport._idle) == 1
-    first = admin._transport._idle[0].connection.sock
-    admin.healthz()
-    assert admin._transport._idle[0].connection.sock is first
-    first.shutdown(socket.SHUT_RDWR)
-    admin.healthz()
-    assert admin._transport._idle[0].connection.sock is not first
-
-
 def test_a_client_survives_a_restart_of_the_manager(short_tmp, monkeypatch):
     with manager_in(short_tmp, monkeypatch) as manager:
         client = ManagerClient(f"unix://{manager.paths.manager_socket}")
         client.healthz()
     with pytest.raises(ManagerUnreachable) as caught:
         client.healthz()
-    assert "no such socket" in caught.value.why
+    assert "does not exist" in caught.value.why
     assert "dispatcher serve" in caught.value.fix
     with manager_in(short_tmp, monkeypatch):
         assert client.healthz()["status"] == "ok"
@@ -173,15 +158,15 @@ def test_a_socket_that_nobody_listens_on(short_tmp):
         sock.bind(str(path))
     with pytest.raises(ManagerUnreachable) as caught:
         ManagerClient(f"unix://{path}").healthz()
-    assert "nobody listens" in caught.value.why
+    assert "refused" in caught.value.why
 
 
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "Something else"),
-        (b"HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nhi", "Something else"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "no HTTP"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", "Another program"),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 2\r\n\r\nhi", "Another program"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "invalid HTTP"),
         (b"", "Remote end closed"),
     ],
 )
@@ -215,23 +200,23 @@ def test_a_manager_that_hangs_is_given_up(short_tmp):
         listener.listen()
         with pytest.raises(ManagerUnreachable) as caught:
             ManagerClient(f"unix://{path}", timeout=0.2).healthz()
-    assert "too long" in caught.value.why
+    assert "timed out" in caught.value.why
 
 
 @pytest.mark.parametrize(
     ("url", "options", "words"),
     [
-        ("ftp://host", {}, "no address"),
-        ("https://", {}, "no address"),
-        ("https://host:99999", {}, "no address"),
-        ("https://host/path", {}, "no address"),
-        ("https://user:secret@host", {}, "no address"),
-        ("unix://", {}, "no address"),
+        ("ftp://host", {}, "not the address"),
+        ("https://", {}, "not the address"),
+        ("https://host:99999", {}, "not the address"),
+        ("https://host/path", {}, "not the address"),
+        ("https://user:secret@host", {}, "not the address"),
+        ("unix://", {}, "not the address"),
         ("http://127.0.0.1:1", {}, "without TLS"),
-        ("http://192.0.2.1:1", {"ssl": False}, "clear"),
-        ("http://manager.example.org:1", {"ssl": False}, "clear"),
+        ("http://192.0.2.1:1", {"ssl": False}, "unencrypted"),
+        ("http://manager.example.org:1", {"ssl": False}, "unencrypted"),
         ("https://127.0.0.1:1", {"ssl": False}, "--no-ssl"),
-        ("https://host", {"fingerprint": "12:34"}, "no fingerprint"),
+        ("https://host", {"fingerprint": "12:34"}, "not a fingerprint"),
         ("https://host", {"ca_file": "/nonexistent"}, "Cannot use the certificate"),
         ("https://host", {"cert_file": "/nonexistent"}, "Cannot use the certificate"),
         ("https://host", {"token": "two\nlines"}, "token"),

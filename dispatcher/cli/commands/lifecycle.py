@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.progress import describe, follow
 from dispatcher.cli.ui.prompts import agent_argument, confirm, yes_option
-from dispatcher.client.manager_client import Json, ManagerClient
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import Json, ManagerClient
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 SETTLED = frozenset({"running", "suspended", "hibernated", "stopped"})

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dispatcher.cli.commands.lifecycle import wait_option
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.progress import follow
 from dispatcher.cli.ui.prompts import agent_argument, confirm, new_password, password_option, yes_option
-from dispatcher.client.manager_client import Json, ManagerClient
 from dispatcher.plugin.errors import Conflict, NotFound
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import Json, ManagerClient
 
 
 @click.command(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.output import Output
-from dispatcher.client.manager_client import Json
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import Json
 
 MARKS = {"ok": "ok", "info": "note", "warning": "WARNING", "error": "ERROR"}
 

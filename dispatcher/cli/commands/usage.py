@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.output import Output, ago, human_bytes, human_seconds
-from dispatcher.client.manager_client import Json
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import Json
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher top\n  dispatcher top --once --sort cpu")

@@ -10,14 +10,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dispatcher.cli.context import Cli
 from dispatcher.cli.ui.output import clean, human_seconds
-from dispatcher.client.manager_client import Json, ManagerClient
 from dispatcher.plugin.errors import NotFound, StartFailed
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import Json, ManagerClient
 
 INTERVAL = 0.25  # seconds
 WAIT = 60.0  # seconds that one request waits at the manager

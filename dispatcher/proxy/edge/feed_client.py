@@ -105,7 +105,7 @@ class Feed:
     def up(self, transport: asyncio.WriteTransport) -> None:
         """The connection is there."""
         try:
-            trust.believe(transport.get_extra_info("socket"), self._path)
+            trust.check_peer(transport.get_extra_info("socket"), self._path)
         except ManagerUnreachable as error:
             self._log.error("the feed is not the manager's", path=self._path, why=error.why)
             transport.abort()

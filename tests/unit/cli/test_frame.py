@@ -106,7 +106,7 @@ def test_aliases_of_the_ancestor(run, alias, name):
         (["providers", "nonsense"], "No such command"),
         (["--manager", "ftp://x", "list"], "Bad address of the manager 'ftp://x'"),
         (["--token-file", "/nonexistent", "--manager", "https://localhost", "list"], "Cannot read /nonexistent"),
-        (["--manager", "https://localhost", "--fingerprint", "zz", "list"], "'zz' is no fingerprint"),
+        (["--manager", "https://localhost", "--fingerprint", "zz", "list"], "'zz' is not a fingerprint"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(run, monkeypatch, arguments, complaint):
@@ -123,7 +123,7 @@ def test_no_manager_is_exit_code_5_and_says_what_to_do(run, short_tmp):
     code, out, err = run("--manager", f"unix://{short_tmp}/none.sock", "list")
     assert (code, out) == (5, "")
     assert err.count("\n") == 1
-    assert "there is no such socket (start it with `dispatcher serve`" in err
+    assert "the socket does not exist (start it with `dispatcher serve`" in err
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_where_no_manager_is_nobody_waits(run, short_tmp):
         began = time.monotonic()
         code, _, err = run("--manager", f"unix://{path}", "list")
         assert code == 5
-        assert ("no such socket" if missing else "nobody listens there") in err
+        assert ("does not exist" if missing else "connection refused") in err
         assert time.monotonic() - began < 1
         path.unlink(missing_ok=True)
 

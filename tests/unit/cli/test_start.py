@@ -35,7 +35,9 @@ def test_client_commands_import_nothing_heavy(short_tmp, arguments):
         done = subprocess.run([sys.executable, "-c", PROBE, *arguments], env=env, capture_output=True, text=True)
     imported = set(done.stderr.partition("MODULES ")[2].split())
     assert "dispatcher.cli" in imported, done.stderr
-    assert imported & HEAVY == set()
+    allowed = {"importlib.metadata"} if "urllib3" in imported else set()  # imported by urllib3 itself
+    assert imported & HEAVY <= allowed
+    assert "--help" not in arguments or "urllib3" not in imported
 
 
 @pytest.mark.xdist_group("timing")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.client.manager_client import ManagerClient
 from dispatcher.manager.rest import openapi
 from dispatcher.manager.rest.application import ROLES
 from tests.support.manager_parts import Parts
@@ -86,28 +85,3 @@ def test_the_reference_names_every_request(role):
     assert plain == there - common
     for _, path in common:
         assert path in everywhere
-
-
-def test_the_client_has_a_method_for_every_request(monkeypatch):
-    asked = set()
-
-    def note(_self, method, path, *_args, **_more):
-        asked.add((method, re.sub(r"(?<=/agents/)NAME|(?<=/providers/)NAME|(?<=/sessions/)0{16}", "_", path)))
-        return {}
-
-    monkeypatch.setattr(ManagerClient, "_request", note)
-    monkeypatch.setattr(ManagerClient, "_send", lambda _self, method, path, *_: note(_self, method, path) or Reply)
-    client = ManagerClient("unix:///nowhere")
-    arguments = {"name": "NAME", "id": "0" * 16}
-    for name, method in vars(ManagerClient).items():
-        if name.startswith("_") or name == "close" or not callable(method):
-            continue
-        code = method.__code__
-        needed = code.co_varnames[1 : code.co_argcount - len(method.__defaults__ or ())]
-        method(client, *(arguments.get(name, "x") for name in needed))
-    everything = {(r.method, re.sub(r"<\w+>", "_", r.path)) for routes in ROLES.values() for r in routes}
-    assert asked == everything | {("GET", "/openapi.json")}
-
-
-class Reply:
-    body = b""

@@ -1,0 +1,110 @@
+"""The client's connections: kept, replaced once the server has closed them, and requests that may be repeated."""
+
+import socket
+import threading
+import time
+
+import pytest
+
+from dispatcher.client.transport import Transport
+from dispatcher.plugin.errors import ManagerUnreachable
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+class Server:
+    """Answers on a Unix socket as a script says: for each connection, the answer to each of its requests.
+
+    The connection is closed after its last answer; an answer of None closes it in place of one.
+    """
+
+    def __init__(self, path, script):
+        self.requests = []
+        self.closed = [threading.Event() for _ in script]
+        self._script = script
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def _serve(self):
+        for number, answers in enumerate(self._script):
+            sock, _ = self._listener.accept()
+            with sock:
+                for answer in answers:
+                    head = b""
+                    while b"\r\n\r\n" not in head and (piece := sock.recv(65536)):
+                        head += piece
+                    if not head:
+                        break
+                    self.requests.append((number, head.split(b" ")[0].decode()))
+                    if answer is not None:
+                        sock.sendall(answer)
+            self.closed[number].set()
+
+    def close(self):
+        self._listener.close()
+        self._thread.join(10)
+
+
+@pytest.fixture
+def connect(short_tmp):
+    """Return a server that follows a script, and a transport to it."""
+    made = []
+
+    def connect(*script):
+        path = short_tmp / "x.sock"
+        server, transport = Server(path, script), Transport(f"unix://{path}")
+        made.extend((transport, server))
+        return server, lambda method, **more: transport.request(method, "/", None, 10.0, **more)
+
+    yield connect
+    for one in made:
+        one.close()
+
+
+def test_a_connection_is_kept(connect):
+    server, request = connect([ANSWER, ANSWER])
+    assert request("GET").body == request("POST").body == b"{}"
+    assert server.requests == [(0, "GET"), (0, "POST")]
+
+
+def test_one_that_the_server_has_closed_is_not_used_again(connect):
+    server, request = connect([ANSWER], [ANSWER])
+    request("POST")
+    assert server.closed[0].wait(10)
+    request("POST")
+    assert server.requests == [(0, "POST"), (1, "POST")]
+
+
+def test_one_that_was_idle_for_long_is_not_used_again(connect, monkeypatch):
+    monkeypatch.setattr("dispatcher.client.transport.MAX_IDLE", 0.05)
+    server, request = connect([ANSWER, None], [ANSWER])
+    request("POST")
+    time.sleep(0.1)
+    request("POST")
+    assert server.requests[-1] == (1, "POST")
+
+
+@pytest.mark.parametrize(("method", "again"), [("GET", False), ("PUT", False), ("DELETE", False), ("POST", True)])
+def test_a_request_that_meets_a_closing_connection_is_repeated_on_a_new_one(connect, method, again):
+    server, request = connect([ANSWER, None], [ANSWER])
+    request("GET")
+    assert request(method, again=again).status == 200
+    assert server.requests == [(0, "GET"), (0, method), (1, method)]
+
+
+def test_a_request_that_may_have_had_its_effect_is_not_repeated(connect):
+    server, request = connect([ANSWER, None], [ANSWER])
+    request("GET")
+    with pytest.raises(ManagerUnreachable):
+        request("POST")
+    assert server.requests == [(0, "GET"), (0, "POST")]
+
+
+def test_an_answer_of_any_length_is_not_read(connect, monkeypatch):
+    monkeypatch.setattr("dispatcher.client.transport.MAX_ANSWER", 1000)
+    _, request = connect([b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * 1001])
+    with pytest.raises(ManagerUnreachable, match="too long"):
+        request("GET")
