@@ -123,12 +123,6 @@ class Manager:
             ]
         }  # fmt: skip
 
-    def verify(self, sha256, password, address):
-        self._called("verify", sha256, address)
-        if self.users[self._row(sha256)["user"]] != password:
-            raise Forbidden("Wrong password")
-        return {}
-
     def change_password(self, sha256, password, new_password, address):
         self._called("change_password", sha256, address)
         user = self._row(sha256)["user"]
