@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from dispatcher.cli.checks.machine import error, info, ok, warning
 from dispatcher.cli.serve import listen_endpoint
-from dispatcher.cli.ui.output import human_bytes
+from dispatcher.common import humanize
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
 from dispatcher.plugin.model import Finding
 
@@ -97,11 +97,11 @@ def disk(path: Path) -> Iterator[Finding]:
     parent = _existing(path)
     free = shutil.disk_usage(parent).free
     if free < VERY_LOW_DISK:
-        yield error(f"only {human_bytes(free)} free at {parent}", "make room: agents cannot write")
+        yield error(f"only {humanize.size(free)} free at {parent}", "make room: agents cannot write")
     elif free < LOW_DISK:
-        yield warning(f"only {human_bytes(free)} free at {parent}", "make room")
+        yield warning(f"only {humanize.size(free)} free at {parent}", "make room")
     else:
-        yield ok(f"{human_bytes(free)} free at {parent}")
+        yield ok(f"{humanize.size(free)} free at {parent}")
 
 
 def _existing(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
-from dispatcher.cli.ui.output import ago
+from dispatcher.common import humanize
 from dispatcher.plugin import names
 
 
@@ -31,8 +31,8 @@ def list_sessions(cli: Cli, user: str | None) -> None:
                 session["id"],
                 session["user"],
                 session.get("agent"),
-                ago(session.get("created")),
-                ago(session.get("last_used")),
+                humanize.ago(session.get("created")),
+                humanize.ago(session.get("last_used")),
                 session.get("address"),
                 (session.get("user_agent") or "")[:60],
             ]

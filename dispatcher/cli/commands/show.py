@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
-from dispatcher.cli.ui.output import ago, human_bytes
 from dispatcher.cli.ui.prompts import agent_argument
+from dispatcher.common import humanize
 
 
 @click.command("list", epilog="\b\nExamples:\n  dispatcher list\n  dispatcher list --json | jq '.agents[].name'")
@@ -29,8 +29,8 @@ def list_agents(cli: Cli, state: str | None) -> None:
                 agent["app"],
                 agent["provider"],
                 agent["state"],
-                ago(agent.get("since"), never=""),
-                ago(agent.get("last_used")),
+                humanize.ago(agent.get("since"), never=""),
+                humanize.ago(agent.get("last_used")),
                 remark(agent),
             ]
             for agent in found["agents"]
@@ -51,7 +51,15 @@ def running(cli: Cli) -> None:
         return
     cli.out.table(
         ["NAME", "APP", "PROVIDER", "SINCE"],
-        ([agent["name"], agent["app"], agent["provider"], ago(agent.get("since"))] for agent in found["agents"]),
+        (
+            [
+                agent["name"],
+                agent["app"],
+                agent["provider"],
+                humanize.ago(agent.get("since")),
+            ]
+            for agent in found["agents"]
+        ),
         empty="no agent runs",
         least=("PROVIDER", "APP"),
     )
@@ -87,9 +95,9 @@ def info(cli: Cli, name: str) -> None:
         "endpoint": runtime.get("endpoint"),
         "user id": runtime.get("uid"),
         "started": runtime.get("started_at"),
-        "memory": human_bytes(usage["memory"]) if usage.get("memory") is not None else "",
+        "memory": humanize.size(usage["memory"]) if usage.get("memory") is not None else "",
         "CPU": f"{usage['cpu_seconds']:.1f} s" if usage.get("cpu_seconds") is not None else "",
-        "disk": human_bytes(usage["disk"]) if usage.get("disk") is not None else "",
+        "disk": humanize.size(usage["disk"]) if usage.get("disk") is not None else "",
     }
     failure = agent.get("failure") or {}
     values |= {"failure": failure.get("what"), "why": failure.get("why"), "what to do": failure.get("fix")}

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from dispatcher.cli.context import Cli, json_option, pass_cli
-from dispatcher.cli.ui.output import Output, ago, human_bytes, human_seconds
+from dispatcher.cli.ui.output import Output
+from dispatcher.common import humanize
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json
@@ -52,10 +53,10 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
             [
                 agent["name"],
                 agent["state"],
-                human_bytes(agent.get("memory")),
+                humanize.size(agent.get("memory")),
                 "-" if agent.get("cpu_percent") is None else f"{agent['cpu_percent']:.1f}",
-                human_seconds(agent.get("cpu_seconds")),
-                ago(agent.get("last_used")),
+                humanize.short_duration(agent.get("cpu_seconds")),
+                humanize.ago(agent.get("last_used")),
             ]
             for agent in sorted(found["agents"], key=key)
         ),
@@ -74,7 +75,7 @@ def memory_usage(cli: Cli) -> None:
         cli.out.data(found)
         return
     agents = sorted(found["agents"], key=lambda agent: -(agent.get("memory") or 0))
-    rows = [[agent["name"], human_bytes(agent.get("memory"))] for agent in agents]
+    rows = [[agent["name"], humanize.size(agent.get("memory"))] for agent in agents]
     if rows:
-        rows += [["total", human_bytes(found["total"])], ["average", human_bytes(found["average"])]]
+        rows += [["total", humanize.size(found["total"])], ["average", humanize.size(found["average"])]]
     cli.out.table(["NAME", "MEMORY>"], rows, empty="no agent runs")

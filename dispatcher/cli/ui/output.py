@@ -8,14 +8,12 @@ Text that comes from agents, users or backends is never trusted to hold no contr
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import click
 
-_UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 GAP = 2  # characters between two columns
 _FOLDED = 20  # characters that a table's last column needs at most
 STATE_STYLES = {
@@ -156,43 +154,3 @@ def clean(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
-
-
-def human_bytes(count: float | None) -> str:
-    """Return ``512 B``, ``34.5 MiB``, ...; ``-`` for None."""
-    if count is None:
-        return "-"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def human_seconds(seconds: float | None) -> str:
-    """Return ``0.4s``, ``59s``, ``2m 5s``, ``3h 20m``, ``4d 1h``; ``-`` for None."""
-    if seconds is None:
-        return "-"
-    if seconds < 10:
-        return f"{max(seconds, 0):.1f}s"
-    parts: list[tuple[int, str]] = []
-    rest = int(seconds)
-    for unit, length in _UNITS:
-        count, rest = divmod(rest, length)
-        if count or parts:
-            parts.append((count, unit))
-    return " ".join(f"{count}{unit}" for count, unit in parts[:2] if count)
-
-
-def ago(stamp: str | None, *, never: str = "never", now: float | None = None) -> str:
-    """Return how long ago an ISO 8601 time was: ``3m 2s ago``; `never` for None."""
-    if not stamp:
-        return never
-    from datetime import datetime
-
-    try:
-        then = datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
-    except ValueError:
-        return stamp
-    seconds = (time.time() if now is None else now) - then
-    return "just now" if seconds < 1 else f"{human_seconds(round(seconds))} ago"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dispatcher.cli.context import Cli
-from dispatcher.cli.ui.output import clean, human_seconds
+from dispatcher.cli.ui.output import clean
+from dispatcher.common import humanize
 from dispatcher.plugin.errors import NotFound, StartFailed
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ class _Line:
         """Draw what the state says."""
         self._turn += 1
         text = f"{_SPINNER[self._turn % len(_SPINNER)]} {agent} {describe(state)}"
-        text += f"  {human_seconds(time.monotonic() - self._began)}"
+        text += f"  {humanize.short_duration(time.monotonic() - self._began)}"
         width = max(20, click.get_current_context().max_content_width or 79)
         text = clean(text).replace("\n", " ")[:width]
         click.echo(f"\r{text.ljust(self._shown)}", err=True, nl=False)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from dispatcher.common.humanize import duration
 from dispatcher.plugin.errors import TooManyRequests
 
 FORGET = 24 * 3600.0  # seconds without attempts after which an account is forgotten
@@ -106,7 +107,7 @@ class Throttle:
                 raise TooManyRequests(
                     "Too many attempts to sign in",
                     why="passwords were wrong several times for this name or from this address",
-                    fix=f"wait {wait_text(wait)}, then try again",
+                    fix=f"wait {duration(wait, up=True)}, then try again",
                     retry_after=wait,
                 )
             for key, account in known.items():
@@ -162,11 +163,3 @@ class Throttle:
 
 def _rule(key: str) -> Rule:
     return RULES[key.partition(":")[0]]
-
-
-def wait_text(seconds: float) -> str:
-    """Return a waiting time for people: ``3 seconds``, ``2 minutes``."""
-    if seconds < 90:
-        whole = max(1, round(seconds + 0.499))
-        return f"{whole} second{'s' if whole != 1 else ''}"
-    return f"{round(seconds / 60 + 0.499)} minutes"

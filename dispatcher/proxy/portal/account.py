@@ -7,6 +7,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from dispatcher.common import humanize
 from dispatcher.plugin.errors import BadRequest, Forbidden, NotFound, TooManyRequests, Unsupported
 from dispatcher.proxy.portal import content, context, sign_in, words
 
@@ -36,8 +37,8 @@ def _page(status: int = 200, **values: Any) -> Response:
             "id": session["id"],
             "browser": words.browser(session.get("user_agent")),
             "address": session.get("address") or "",
-            "created": words.ago(session["created"]),
-            "last_used": words.ago(session["last_used"]),
+            "created": humanize.ago(session["created"]),
+            "last_used": humanize.ago(session["last_used"]),
             "own": someone.sha256.startswith(session["id"]),
         }
         for session in sessions
@@ -61,7 +62,7 @@ def change_password() -> Response:
     except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:
         if not content.for_people():
             return content.problem(error)
-        wait = words.amount(error.retry_after) if error.retry_after else ""
+        wait = humanize.duration(error.retry_after, up=True) if error.retry_after else ""
         return content.retry(_page(error.status, error=error, wait=wait), error.retry_after)
     done = content.data({"user": someone.user}) if content.for_programs() else _back("password")
     context.set_session(done, answer["token"], answer["session"])

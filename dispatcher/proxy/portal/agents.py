@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
+from dispatcher.common import humanize
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest
 from dispatcher.proxy.portal import content, context, targets, words
@@ -75,5 +76,5 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
         "current": own and not portal.subdomains,
         "stopped": agent["state"] in {"stopped", "failed"},
         "since": words.since(agent.get("since"), event=agent["state"] == "failed"),
-        "last_used": words.ago(agent.get("last_used")),
+        "last_used": humanize.ago(agent.get("last_used")),
     }

@@ -13,9 +13,10 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, make_response, render_template, request
 from werkzeug.exceptions import HTTPException
 
+from dispatcher.common import humanize
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
 from dispatcher.plugin.names import printable
-from dispatcher.proxy.portal import context, words
+from dispatcher.proxy.portal import context
 
 _log = logging.getLogger("dispatcher.portal")
 _HEADINGS = {
@@ -110,7 +111,7 @@ def error_page(error: DispatcherError, status: int | None = None) -> Response:
         return problem(error, status)
     number = status or error.status
     heading = _HEADINGS.get(number, "Something went wrong")
-    wait = words.amount(error.retry_after) if error.retry_after else ""
+    wait = humanize.duration(error.retry_after, up=True) if error.retry_after else ""
     return retry(
         page("error.html", number, error=error, heading=heading, number=number, wait=wait), error.retry_after
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
+from dispatcher.common import humanize
 from dispatcher.plugin.errors import StartFailed, Unavailable
 from dispatcher.proxy.portal import content, context, targets, words
 
@@ -60,6 +61,6 @@ def _failed(agent: dict[str, Any], target: str) -> Response:
         return content.problem(error, 503, agent=words.public_agent(agent))
     response = content.page(
         "failed.html", 503, agent=agent, title=title, what=what, failure=failure, target=target,
-        since=words.ago(agent.get("since")),
+        since=humanize.ago(agent.get("since")),
     )  # fmt: skip
     return content.retry(response, RETRY_FAILED)

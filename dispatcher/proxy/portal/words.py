@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any
+
+from dispatcher.common.humanize import ago
 
 #: State -> word and tone; the tones are classes of the style sheet.
 STATES: Mapping[str, tuple[str, str]] = {
@@ -20,7 +21,6 @@ STATES: Mapping[str, tuple[str, str]] = {
     "failed": ("Failed", "bad"),
     "unknown": ("Not reachable", "bad"),
 }
-_UNITS = ((86400, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 _BROWSERS = (
     ("Edge", r"Edg(?:e|A|iOS)?/"),
     ("Opera", r"OPR/"),
@@ -45,36 +45,11 @@ def state(name: str) -> tuple[str, str]:
     return STATES.get(name, (name.capitalize(), "calm"))
 
 
-def amount(seconds: float) -> str:
-    """Return a span in one unit, rounded down: ``3 minutes``; ``a moment`` below a second."""
-    for size, unit in _UNITS:
-        if seconds >= size:
-            count = int(seconds // size)
-            return f"{count} {unit}{'' if count == 1 else 's'}"
-    return "a moment"
-
-
-def ago(when: str | None, now: datetime | None = None) -> str:
-    """Return an ISO 8601 time in words, as seen from now: ``3 minutes ago``, ``just now``, ``never`` for None."""
-    if when is None:
-        return "never"
-    try:
-        then = datetime.fromisoformat(when.replace("Z", "+00:00"))
-    except (ValueError, AttributeError):
-        return "some time ago"
-    if then.tzinfo is None:
-        then = then.replace(tzinfo=timezone.utc)
-    seconds = ((now or datetime.now(timezone.utc)) - then).total_seconds()
-    if seconds < -1:
-        return f"in {amount(-seconds)}"
-    return "just now" if seconds < 5 else f"{amount(seconds)} ago"
-
-
-def since(when: str | None, *, event: bool = False, now: datetime | None = None) -> str:
+def since(when: str | None, *, event: bool = False, now: float | None = None) -> str:
     """Return how long a state lasts, ``for 3 minutes``, or how long ago an event was; "" for None."""
     if when is None:
         return ""
-    text = ago(when, now)
+    text = ago(when, now=now)
     return (
         text
         if event or text == "some time ago"

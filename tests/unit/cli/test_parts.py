@@ -1,63 +1,12 @@
-"""The command line's small parts: how numbers, times and addresses are shown; passwords that can be read aloud."""
+"""The command line's small parts: how states and addresses are shown; passwords that can be read aloud."""
 
 import pytest
 
 from dispatcher.config.load import parse
 from dispatcher.cli.commands.demo import pronounceable
-from dispatcher.cli.ui.output import ago, clean, columns, human_bytes, human_seconds
+from dispatcher.cli.ui.output import clean, columns
 from dispatcher.cli.serve import browser_url, listen_endpoint
 from dispatcher.cli.ui.progress import describe
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (None, "-"),
-        (0, "0 B"),
-        (1023, "1023 B"),
-        (1024, "1.0 KiB"),
-        (36175872, "34.5 MiB"),
-        (2**40, "1.0 TiB"),
-        (2**53, "8192.0 TiB"),
-    ],
-)
-def test_bytes(count, text):
-    assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (None, "-"),
-        (-1, "0.0s"),
-        (0.44, "0.4s"),
-        (59, "59s"),
-        (60, "1m"),
-        (125, "2m 5s"),
-        (12000, "3h 20m"),
-        (349200, "4d 1h"),
-        (86401, "1d"),
-    ],
-)
-def test_durations(seconds, text):
-    assert human_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("stamp", "text"),
-    [
-        (None, "never"),
-        ("", "never"),
-        ("2026-01-01T00:00:00+00:00", "2m 5s ago"),
-        ("2026-01-01T00:00:00Z", "2m 5s ago"),
-        ("2026-01-01T01:00:00+01:00", "2m 5s ago"),
-        ("2026-01-01T00:02:05+00:00", "just now"),
-        ("2027-01-01T00:00:00+00:00", "just now"),
-        ("nonsense", "nonsense"),
-    ],
-)
-def test_how_long_ago(stamp, text):
-    assert ago(stamp, now=1767225725.0) == text
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dispatcher.plugin.errors import TooManyRequests
-from dispatcher.manager.auth.throttle import ADDRESS, FORGET, NAME, Throttle, address_key, wait_text
+from dispatcher.manager.auth.throttle import ADDRESS, FORGET, NAME, Throttle, address_key
 
 
 def attempt(throttle, keys, now, right=False):
@@ -138,10 +138,3 @@ def test_accounts_are_bounded_and_the_guilty_stay():
 )
 def test_addresses_are_counted_by_who_can_have_them(one, other, same):
     assert (address_key(one) == address_key(other)) is same
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.2, "1 second"), (1, "1 second"), (3.2, "4 seconds"), (600, "10 minutes")]
-)
-def test_waiting_times_are_said_in_words(seconds, text):
-    assert wait_text(seconds) == text

@@ -86,7 +86,7 @@ class TestSignIn:
         manager.slowed = 90
         page = Browser(app).sign_in()
         assert (page.status, page.headers["Retry-After"]) == (429, "90")
-        assert "Try again in 1 minute" in page.text
+        assert "Try again in 2 minutes" in page.text
         answer = Program(app).post("/auth/login", {"user": "alice", "password": "x"})
         assert (answer.status, answer.headers["Retry-After"]) == (429, "90")
         assert answer.json["code"] == "too-many-requests"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 
 import pytest
 
@@ -10,37 +10,6 @@ from dispatcher.proxy.portal import forms, targets, words
 from dispatcher.proxy.portal.assets import Assets
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (0.4, "a moment"),
-        (1, "1 second"),
-        (59.9, "59 seconds"),
-        (60, "1 minute"),
-        (7200, "2 hours"),
-        (90000, "1 day"),
-    ],
-)
-def test_amounts(seconds: float, expected: str) -> None:
-    assert words.amount(seconds) == expected
-
-
-@pytest.mark.parametrize(
-    ("when", "expected"),
-    [
-        (None, "never"),
-        (NOW.isoformat(), "just now"),
-        ((NOW - timedelta(minutes=3, seconds=20)).isoformat(), "3 minutes ago"),
-        ("2026-05-01T09:00:00Z", "3 hours ago"),
-        ("2026-05-01T11:59:00", "1 minute ago"),
-        ((NOW + timedelta(days=2)).isoformat(), "in 2 days"),
-        ("yesterday", "some time ago"),
-    ],
-)
-def test_times(when: str | None, expected: str) -> None:
-    assert words.ago(when, NOW) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,7 +23,7 @@ def test_times(when: str | None, expected: str) -> None:
     ],
 )
 def test_how_long_a_state_lasts(when: str | None, event: bool, expected: str) -> None:
-    assert words.since(when, event=event, now=NOW) == expected
+    assert words.since(when, event=event, now=NOW.timestamp()) == expected
 
 
 @pytest.mark.parametrize(
