@@ -39,7 +39,8 @@ SECTIONS = {
         "stop": Lazy("lifecycle", "stop", "Stop an agent."),
         "suspend": Lazy("lifecycle", "suspend", "Put an agent to sleep, its memory kept."),
         "restart": Lazy("lifecycle", "restart", "Stop and start an agent, renewed from its app."),
-        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data and begin afresh."),
+        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data and start with none."),
+        "purge": Lazy("purge", "purge", "Delete the data that is kept of an agent."),
     },
     "Look inside": {
         "logs": Lazy("logs", "logs", "Show what an agent printed."),

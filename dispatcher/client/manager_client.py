@@ -16,6 +16,7 @@ from dispatcher.client.transport import Reply, Transport, parse
 from dispatcher.plugin import errors
 
 Json = dict[str, Any]
+PURGE_TIMEOUT = 330.0  # seconds; the manager gives up after 300
 
 
 class ManagerClient:
@@ -128,8 +129,8 @@ class ManagerClient:
         return self._get(_agent(name, "copies"))
 
     def purge_copies(self, name: str) -> Json:
-        """``{"purged": N}``."""
-        return self._request("DELETE", _agent(name, "copies"))
+        """Delete them; ``{"purged": N}``.  Takes minutes where they are large."""
+        return self._request("DELETE", _agent(name, "copies"), timeout=PURGE_TIMEOUT)
 
     # Role admin: the rest.
 
@@ -228,12 +229,15 @@ class ManagerClient:
         *,
         wait: float | None = None,
         again: bool = False,
+        timeout: float | None = None,
         **query: object,
     ) -> Json:
         given = _given(wait=wait, **query)
         content = None if body is None else json.dumps(_given(**body)).encode()
         target = f"{path}?{urlencode(given)}" if given else path
-        reply = self._transport.request(method, target, content, self.timeout + (wait or 0.0), again=again)
+        reply = self._transport.request(
+            method, target, content, (timeout or self.timeout) + (wait or 0.0), again=again
+        )
         if reply.status >= 300:
             raise _error(reply, self.url)
         return parse(reply, self.url)

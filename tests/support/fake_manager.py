@@ -14,13 +14,14 @@ class FakeManager:
     """Serves a Unix socket.
 
     :ivar agents: name -> AGENT; :ivar users: who exists, with the password; :ivar requests: what was asked.
+    :ivar copies: name -> COPY..., of agents that may have been removed.
     :ivar script: what `GET /agents/NAME/state` says next, one after the other.
     """
 
     def __init__(self, path):
         self.path = str(path)
         self.agents, self.users, self.requests, self.script = {}, {}, [], []
-        self.answers = {}
+        self.answers, self.copies = {}, {}
         self.slow = 0.0
         outer = self
 
@@ -97,6 +98,10 @@ class FakeManager:
         } | more
         return self.agents[name]
 
+    def keep(self, name, size=3 * 1024**2, why="the agent was removed and its data kept"):
+        copy = {"id": None, "provider": "subprocess", "kind": "directory", "time": "2026-01-02T03:04:05+00:00"}
+        self.copies.setdefault(name, []).append(copy | {"size": size, "why": why})
+
     def fail(self, name, log=("Traceback", "boom")):
         failure = {
             "what": f"{name} did not become ready",
@@ -132,6 +137,10 @@ class FakeManager:
                 self.users[name] = password
             return 201, self.add(name, app=app or "demo")
         agent = self.agents.get(path[0])
+        if path[1:] == ["copies"] and (agent or path[0] in self.copies):
+            if method == "GET":
+                return 200, {"copies": self.copies.get(path[0], [])}
+            return 200, {"purged": len(self.copies.pop(path[0], []))}
         if agent is None:
             return problem(404, "not-found", f"There is no agent {path[0]}")
         what = path[1] if len(path) > 1 else ""

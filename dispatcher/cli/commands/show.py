@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from dispatcher.cli.commands.purge import describe
 from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.prompts import agent_argument
 from dispatcher.common import humanize
+from dispatcher.plugin.errors import NotFound
 
 
 @click.command("list", epilog="\b\nExamples:\n  dispatcher list\n  dispatcher list --json | jq '.agents[].name'")
@@ -70,25 +72,31 @@ def running(cli: Cli) -> None:
 @json_option
 @pass_cli
 def info(cli: Cli, name: str) -> None:
-    """Show all there is to know about the agent NAME."""
+    """Show everything about the agent NAME: state, use, failure, and the data that is kept of it."""
     client = cli.client()
-    agent = client.agent(name)
-    runtime = client.runtime(name)
+    copies = client.copies(name)["copies"]
+    try:
+        agent = client.agent(name)
+        runtime = client.runtime(name)
+    except NotFound:
+        if not copies:
+            raise
+        agent, runtime = {"name": name, "state": "absent"}, {}  # removed, its data kept
     if cli.out.json:
-        cli.out.data({**agent, "runtime": runtime})
+        cli.out.data({**agent, "runtime": runtime, "copies": copies})
         return
     usage = runtime.get("usage") or {}
     values: dict[str, object] = {
         "name": agent["name"],
-        "user": agent["user"],
-        "app": agent["app"],
-        "provider": agent["provider"],
+        "user": agent.get("user"),
+        "app": agent.get("app"),
+        "provider": agent.get("provider"),
         "state": agent["state"],
-        "desired": agent["desired"],
+        "desired": agent.get("desired"),
         "doing": " ".join(str(agent[key]) for key in ("stage", "detail") if agent.get(key)),
         "since": agent.get("since"),
         "created": agent.get("created"),
-        "last used": agent.get("last_used") or "never",
+        "last used": agent.get("last_used") or ("never" if runtime else ""),
         "outdated": "yes, `restart` renews it" if agent.get("outdated") else "",
         "backend": "" if agent.get("reachable", True) else f"not reachable, as of {agent.get('observed_at')}",
         "move": agent.get("move"),
@@ -104,6 +112,10 @@ def info(cli: Cli, name: str) -> None:
     cli.out.pairs(values)
     for line in failure.get("log") or ():
         cli.out.line(f"  | {line}")
+    if copies:
+        cli.out.line(f"kept data (`dispatcher purge {name}` deletes it):")
+    for copy in copies:
+        cli.out.line(f"  {describe(copy)}")
 
 
 def remark(agent: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The command line against a manager that answers by the book: what people see, exit codes, JSON, errors."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -226,6 +227,55 @@ def test_info_tells_all(run, manager):
     out = run("info", "alice")[1]
     for text in ("alice", "unix:/run/d/a/x/s", "200001", "3.0 MiB", "1.5 s"):
         assert text in out
+
+
+def test_info_lists_kept_data(run, manager):
+    manager.add("alice", "running")
+    assert "kept data" not in run("info", "alice")[1]
+    manager.keep("alice", why="an old copy")
+    assert "3.0 MiB in subprocess, kept since 2026-01-02 (" in run("info", "alice")[1]
+    assert json.loads(run("info", "alice", "--json")[1])["copies"][0]["why"] == "an old copy"
+
+
+def test_info_of_a_removed_agent_whose_data_is_kept(run, manager):
+    manager.keep("alice")
+    code, out, _ = run("info", "alice")
+    assert code == 0
+    assert re.search(r"^state +absent$", out, re.MULTILINE)
+    assert "the agent was removed and its data kept" in out
+    assert "dispatcher purge alice" in out
+    assert run("info", "bob")[0] == 3
+
+
+# Kept data.
+
+
+def test_purge_shows_and_deletes_what_is_kept(run, manager):
+    manager.add("alice", "running")
+    manager.keep("alice", size=None, why="an old copy")
+    manager.keep("alice")
+    code, out, _ = run("purge", "alice", "--yes")
+    assert code == 0
+    first, second, done = out.splitlines()
+    assert first.startswith("size unknown in subprocess, kept since 2026-01-02 (")
+    assert first.endswith(" ago): an old copy")
+    assert second.startswith("3.0 MiB in subprocess")
+    assert done == "2 copies deleted"
+    assert manager.copies == {}
+    assert "alice" in manager.agents
+
+
+def test_purge_where_nothing_is_kept(run, manager):
+    manager.add("alice")
+    assert run("purge", "alice")[:2] == (0, "no data is kept of alice\n")
+    assert run("purge", "nobody")[0] == 3
+    assert "DELETE" not in {request[0] for request in manager.requests}
+
+
+def test_purge_of_a_removed_agent_as_json(run, manager):
+    manager.keep("alice")
+    found = json.loads(run("purge", "alice", "--json")[1])
+    assert (found["purged"], len(found["copies"])) == (1, 1)
 
 
 def test_why_is_sentences(run, manager):

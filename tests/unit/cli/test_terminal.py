@@ -60,6 +60,18 @@ def test_reset_data_asks_on_a_terminal_of_who_exists(forked_manager):
     assert not [request for request in forked_manager.requests if request[0] == "PUT"]
 
 
+def test_purge_asks_on_a_terminal_and_shows_what_would_go(forked_manager):
+    where = {"DISPATCHER_MANAGER": forked_manager.url}
+    forked_manager.keep("alice")
+    code, out = on_a_terminal(["purge", "alice"], where, [b"n\n"])
+    assert code != 0
+    assert "3.0 MiB in subprocess" in out
+    assert "Delete this data of alice?" in out
+    assert "alice" in forked_manager.copies
+    assert on_a_terminal(["purge", "alice"], where, [b"y\n"])[0] == 0
+    assert forked_manager.copies == {}
+
+
 def test_start_shows_its_stages_on_a_terminal(forked_manager):
     forked_manager.add("alice")
     step = {"state": "starting", "stage": "pulling", "detail": "layer 3", "fraction": 0.42}
