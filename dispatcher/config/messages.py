@@ -123,7 +123,10 @@ def _problem(model: type[BaseModel], item: Any, path: str) -> str:
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
         expected = f"{words} {context.get(name)}"
-    return f"{full}: found {shown(item['input'], where[-1] if where else '')}, expected {expected}"
+    # What stands in the place of a secret's source may be the secret itself.
+    in_secrets = len(where) > 1 and where[-2] == "secrets" and item["loc"][-1] != "[key]"
+    key = "secret" if in_secrets else where[-1] if where else ""
+    return f"{full}: found {shown(item['input'], key)}, expected {expected}"
 
 
 def printable_key(part: str) -> str:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
 from dispatcher.config import defaults
 from dispatcher.plugin.model import Network
@@ -27,7 +27,30 @@ from dispatcher.plugin.options import (
     Table,
     UidRange,
     UrlPath,
+    Variable,
+    absolute_path,
+    variable,
 )
+
+ENVIRONMENT = "env:"  # begins the name of a variable, where a secret may come from a file or a variable
+
+
+def secret_source(value: str) -> str:
+    """Return where a secret comes from: the absolute path of a file, or ``env:VARIABLE``.
+
+    :raises ValueError: neither of these.
+    """
+    try:
+        if value.startswith(ENVIRONMENT):
+            variable(value.removeprefix(ENVIRONMENT))
+        else:
+            absolute_path(Path(value))
+    except ValueError as error:
+        raise ValueError('the absolute path of a file, or "env:VARIABLE"') from error
+    return value
+
+
+Secrets = dict[Variable, Annotated[str, AfterValidator(secret_source)]]
 
 
 class ManagerConfig(Table):
@@ -164,6 +187,11 @@ class AppConfig(AppDefaults):
     model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
 
     title: str = Field(default="", description="as people see it; the name when empty")
+    secrets: Secrets = Field(
+        default={},
+        description='`NAME = "/path/of/file"` or `NAME = "env:VARIABLE"`: read by the manager when an agent '
+        "starts, and given to the app as the file `$DISPATCHER_SECRETS/NAME`",
+    )
 
     def provider_table(self, provider: str) -> dict[str, Any]:
         """Return ``[apps.NAME.PROVIDER]`` as written."""

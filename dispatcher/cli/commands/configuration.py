@@ -30,12 +30,20 @@ def config() -> None:
 @pass_cli
 def check(cli: Cli) -> None:
     """Read the configuration, the plugins' tables included, and name every fault."""
+    from dispatcher.config.app_secrets import check_secrets
     from dispatcher.config.layout import Paths
+    from dispatcher.config.messages import wrong
     from dispatcher.config.plugins import Plugins
+    from dispatcher.plugin.model import Level
 
     found = cli.config()
     Paths.of(found)
     found.validate_providers(Plugins())
+    findings = [each for name, app in found.apps.items() for each in check_secrets(name, app.secrets)]
+    if faults := [each.what for each in findings if each.level is Level.ERROR]:
+        raise wrong(faults)
+    for finding in findings:
+        cli.out.note(f"warning: {finding.what} ({finding.fix})")
     apps = ", ".join(sorted(found.apps)) or "none"
     cli.out.line(f"the configuration is good (apps: {apps})")
 
@@ -47,7 +55,10 @@ def show(cli: Cli) -> None:
     """Print the configuration that is in force, defaults filled in and secrets masked, as TOML."""
     from dispatcher.config.plugins import Plugins
 
-    data = masked(effective(cli.config(), Plugins()))
+    found = cli.config()
+    data = masked(effective(found, Plugins()))
+    for name, app in found.apps.items():
+        data["apps"][name]["secrets"] = dict(app.secrets)  # paths and names of variables, not contents
     if cli.out.json:
         cli.out.data(data)
     else:

@@ -160,7 +160,8 @@ class Operations:
         """Bring an agent that does not sleep to run: prepared, its handle written, ensured."""
         engine, row, guard = self._engine, agent.row, backend.guard
         policy = engine.specs.policy(row.app)
-        spec = engine.specs.spec(row, agent.stdin if engine.specs.app(row.app).credentials == "stdin" else None)
+        stdin = agent.stdin if engine.specs.app(row.app).credentials == "stdin" else None
+        spec = engine.specs.spec_to_start(row, stdin)
         if spec.app.credentials == "stdin" and agent.stdin is None:
             raise Conflict(
                 "The app needs your sign-in to start",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+from dispatcher.config.app_secrets import read_secrets
 from dispatcher.config.load import AppDefaults, Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.files.agent_dirs import AgentData
@@ -82,6 +83,15 @@ class Specs:
         """
         spec = self._spec(row.name, row.user, row.app, *self._data.ids(row))
         return spec if stdin is None else dataclasses.replace(spec, stdin=stdin)
+
+    def spec_to_start(self, row: AgentRow, stdin: bytes | None) -> AgentSpec:
+        """Return what an agent should be, with its secrets as they are now.
+
+        :raises DispatcherError: as `app`; :raises ConfigError: a secret cannot be read.
+        """
+        spec = self.spec(row, stdin)
+        sources = self.config.app(row.app).secrets
+        return dataclasses.replace(spec, secrets=read_secrets(row.app, sources)) if sources else spec
 
     def _make_spec(self, agent: str, user: str, app: str, uid: int, gid: int) -> AgentSpec:
         return AgentSpec(

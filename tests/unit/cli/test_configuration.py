@@ -119,3 +119,33 @@ def test_schema_is_json_schema(capsys):
     code, _, err = run(capsys, "providers", "schema", "dokcer")
     assert code == 2
     assert "did you mean 'docker'" in err
+
+
+SECRETS = """
+[apps.a.subprocess]
+command = ["x", "{{socket}}"]
+[apps.a.secrets]
+API_TOKEN = "{file}"
+OTHER = "env:NO_SUCH_VARIABLE_HERE"
+"""
+
+
+def test_secrets_are_checked_and_their_contents_never_shown(tmp_path, capsys):
+    secret = tmp_path / "token"
+    path = tmp_path / "d.toml"
+    path.write_text(SECRETS.format(file=secret))
+    code, out, err = run(capsys, "--config", str(path), "config", "check")
+    assert (code, out) == (2, "")
+    assert f"apps.a.secrets.API_TOKEN: cannot read {secret}: there is no such file" in err
+    secret.write_text("hunter2")
+    secret.chmod(0o644)
+    code, out, err = run(capsys, "--config", str(path), "config", "check")
+    assert (code, out) == (0, "the configuration is good (apps: a)\n")
+    assert f"warning: apps.a.secrets.API_TOKEN: every user of this host can read {secret}" in err
+    assert "warning: apps.a.secrets.OTHER: the variable NO_SUCH_VARIABLE_HERE is missing" in err
+    code, shown, _ = run(capsys, "--config", str(path), "config", "show")
+    assert tomllib.loads(shown)["apps"]["a"]["secrets"] == {
+        "API_TOKEN": str(secret),
+        "OTHER": "env:NO_SUCH_VARIABLE_HERE",
+    }
+    assert "hunter2" not in out + err + shown
