@@ -80,76 +80,19 @@ if TYPE_CHECKING:
     from dispatcher.plugin.private_dir import make_owned, owned
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
 
-_MODULES = {
-    "authenticator": ("Authenticator", "Identity"),
-    "deadline": ("Deadline", "boot_id", "boottime"),
-    "endpoints": ("checked_unix_path", "connect"),
-    "errors": (
-        "BadRequest",
-        "Cancelled",
-        "ConfigError",
-        "Conflict",
-        "DeadlineExceeded",
-        "DispatcherError",
-        "Forbidden",
-        "InsecureEndpoint",
-        "ManagerUnreachable",
-        "NotFound",
-        "PluginError",
-        "ProviderError",
-        "SpecConflict",
-        "StartFailed",
-        "TooManyRequests",
-        "Unauthorized",
-        "Unavailable",
-        "Unsupported",
-    ),
-    "hooks": ("hookimpl",),
-    "model": (
-        "HANDLE_VERSION",
-        "AgentEvent",
-        "AgentSpec",
-        "App",
-        "BackendState",
-        "Capability",
-        "Depth",
-        "Endpoint",
-        "Finding",
-        "Handle",
-        "Isolation",
-        "Level",
-        "Limits",
-        "Network",
-        "Observation",
-        "Usage",
-    ),
-    "names": ("backend_name", "printable", "slug"),
-    "options": (
-        "AbsolutePath",
-        "Address",
-        "Addresses",
-        "Argument",
-        "Count",
-        "Duration",
-        "Environment",
-        "Flag",
-        "MaybeDuration",
-        "NetworkAddress",
-        "NetworkAddresses",
-        "Number",
-        "Origin",
-        "PortRange",
-        "Size",
-        "Table",
-        "UidRange",
-        "UrlPath",
-        "Variable",
-        "check_environment",
-    ),
-    "private_dir": ("make_owned", "owned"),
-    "provider": ("API_VERSION", "Closeable", "Progress", "Provider", "ProviderContext", "no_progress"),
-}
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+#: In the order in which a name is looked for: those that import little come first.
+_MODULES = (
+    "errors",
+    "names",
+    "deadline",
+    "hooks",
+    "private_dir",
+    "model",
+    "endpoints",
+    "options",
+    "authenticator",
+    "provider",
+)
 
 __all__ = [
     "API_VERSION",
@@ -230,11 +173,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(importlib.import_module(f"{__name__}.{module}"))
+            if name in found:
+                globals()[name] = found[name]
+                return found[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
