@@ -49,7 +49,7 @@ setup(
     },
     install_requires=[
         "pluggy>=1.5",
-        "flask>=3",
+        "flask>=3.1",
         "werkzeug>=3",
         "waitress>=3",
         "cheroot>=11,<12",  # wsgi_server knows its insides
@@ -63,10 +63,10 @@ setup(
         "prometheus-client>=0.20",
         "psutil>=5.9",
         "uvloop>=0.19",
-        "httptools>=0.6",  # the demo app reads requests with it; the edge does so itself (docs/adr/0005)
-        "urllib3>=2",
+        "simple-websocket>=1",
         "tomli>=2; python_version < '3.11'",
         "tomli_w>=1",
+        "urllib3>=2",
     ],
     extras_require={
         "docker": DOCKER,

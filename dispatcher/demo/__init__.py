@@ -1,5 +1,5 @@
-"""The demo app: a small notebook for one person, as a stranger's single-user web application would be.
+"""The demo app: a small notebook for one person, an example of a single-user web application.
 
-It knows nothing of the dispatcher but two conventions: it may listen on a Unix socket, and whoever stands before
-it says in `X-Dispatcher-User` whom it serves.  Standard library and httptools only, so that it starts at once.
+It depends on two conventions only: it can listen on a Unix socket, and the header `X-Dispatcher-User` names the
+person that it serves.
 """

@@ -1,4 +1,4 @@
-"""What the demo keeps: notes in one JSON file, uploads in one folder.  Touches the data directory only."""
+"""The demo's data: notes in one JSON file, uploads in one folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _UPLOAD = ".upload-"
 
 
 class StorageError(Exception):
-    """Something cannot be kept.
+    """A note or file cannot be stored or found.
 
-    :param status: the HTTP status that says so.
+    :param status: the HTTP status of the response.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -52,7 +52,7 @@ def file_name(raw: str) -> str:
 
 
 class Notes:
-    """The notes, newest first, kept in ``notes.json``; every change is on disk before it is confirmed."""
+    """The notes, newest first, in ``notes.json``; every change is on disk before it is confirmed."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "notes.json"
@@ -72,7 +72,7 @@ class Notes:
             raise StorageError(500, f"{self._path.name} is damaged: {error}") from error
 
     def add(self, text: str) -> Note:
-        """Keep a new note.
+        """Store a new note.
 
         :raises StorageError: empty, too long, one too many, or the disk refuses.
         """
@@ -106,11 +106,11 @@ class Notes:
                 os.fsync(file.fileno())
             temporary.replace(self._path)
         except OSError as error:
-            raise StorageError(507, f"The note cannot be kept: {error.strerror}") from error
+            raise StorageError(507, f"The note cannot be stored: {error.strerror}") from error
 
 
 class Files:
-    """Uploads, each a regular file in ``files/``; a half upload is never seen under its name."""
+    """Uploads, each a regular file in ``files/``; an incomplete upload never has its name."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory / "files"
@@ -127,19 +127,19 @@ class Files:
                 found.append({"name": entry.name, "size": status.st_size, "modified": status.st_mtime})
         return sorted(found, key=lambda item: str(item["name"]))
 
-    def open(self, name: str) -> BinaryIO:
-        """Open a file to read.
+    def path(self, name: str) -> Path:
+        """Return the path of a file.
 
-        :raises StorageError: bad name, or there is no such file.
+        :raises StorageError: bad name, or there is no such regular file; a link is none.
         """
-        try:
-            return os.fdopen(os.open(self._directory / file_name(name), os.O_RDONLY | os.O_NOFOLLOW), "rb")
-        except OSError as error:
-            raise StorageError(404, "There is no such file") from error
+        path = self._directory / file_name(name)
+        if path.is_symlink() or not path.is_file():
+            raise StorageError(404, "There is no such file")
+        return path
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """Yield a file to write; it gets its name when the block ends well and vanishes when not.
+        """Yield a file to write; it gets its name when the block succeeds and is removed when it fails.
 
         :raises StorageError: bad name, or the disk refuses.
         """
@@ -150,7 +150,7 @@ class Files:
                 yield file
             temporary.replace(target)
         except OSError as error:
-            raise StorageError(507, f"The file cannot be kept: {error.strerror}") from error
+            raise StorageError(507, f"The file cannot be stored: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

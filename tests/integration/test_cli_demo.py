@@ -176,6 +176,20 @@ def test_demo_runs_and_leaves_nothing(start, monkeypatch, tmp_path):
         ask(url)
 
 
+NEEDED_BY_THE_DEMO = (
+    "blinker",
+    "click",
+    "flask",
+    "h11",
+    "itsdangerous",
+    "jinja2",
+    "markupsafe",
+    "simple_websocket",
+    "werkzeug",
+    "wsproto",
+)
+
+
 @pytest.mark.root
 @pytest.mark.bubblewrap
 def test_demo_from_a_directory_that_only_root_may_enter(start, tmp_path):
@@ -189,7 +203,8 @@ def test_demo_from_a_directory_that_only_root_may_enter(start, tmp_path):
     here = next((private / "venv/lib").glob("python3*")) / "site-packages"
     libraries = sysconfig.get_path("purelib")
     # Agents see their program's own directories alone: what the demo app needs lies there.
-    shutil.copytree(Path(libraries, "httptools"), here / "httptools", ignore=skip)
+    for name in (*NEEDED_BY_THE_DEMO, *(path.name for path in Path(libraries).glob("[Ww]erkzeug-*"))):
+        shutil.copytree(Path(libraries, name), here / name, ignore=skip)
     (here / "clone.pth").write_text(f"{private}\n{private}/providers\n{libraries}\n")
     run = start(
         [private / "venv/bin/python", "-m", "dispatcher", "demo", "--directory", tmp_path / "demo"], cwd="/"
