@@ -95,7 +95,7 @@ class Place:
         return {name: self.ask(f"/read?path={quote(f'{directory}/{name}')}") for name in self.values}
 
     def restart(self) -> None:
-        answer = self.site.admin("POST", f"/agents/alice/restart?wait=60")
+        answer = self.site.admin("POST", "/agents/alice/restart?wait=60")
         assert answer.status in {200, 202}, answer.body
 
     def shown(self) -> dict[str, str]:
@@ -179,7 +179,7 @@ def test_a_start_without_its_secret_fails_and_says_which(place):
         assert "there is no such file" in text
     finally:
         place.key.with_suffix(".away").rename(place.key)
-    answer = place.site.admin("PUT", f"/agents/alice/state?wait=60", {"state": "running"})
+    answer = place.site.admin("PUT", "/agents/alice/state?wait=60", {"state": "running"})
     assert answer.status in {200, 202}, answer.body
     assert place.seen() == place.values
 
