@@ -1,8 +1,7 @@
-"""doctor: looks at this machine and installation and says what to do.  Changes nothing."""
+"""doctor: check the machine, the providers and the installation, and say what to do."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,7 +12,6 @@ from dispatcher.config import defaults
 from dispatcher.plugin.errors import ConfigError, DispatcherError
 
 if TYPE_CHECKING:
-    from dispatcher.config.load import Config
     from dispatcher.plugin.model import Finding
 
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
 @json_option
 @pass_cli
 def doctor(cli: Cli) -> int:
-    """Check this machine and this installation; the exit code is 1 when something must be mended."""
+    """Check this machine, the providers and the installation.  The exit code is 1 if there is an error."""
     from dispatcher.cli.commands.providers import show_findings
 
     findings = [
@@ -35,50 +33,38 @@ def doctor(cli: Cli) -> int:
 
 
 def examine(cli: Cli) -> Iterator[Finding]:
-    """Yield what was found, in the order of a person's questions."""
-    from dispatcher.cli.checks import machine
+    """Yield all findings: machine, configuration, manager, providers, then the rest of the installation."""
+    from dispatcher.cli.doctor import installation, machine
+    from dispatcher.cli.doctor.findings import error
+    from dispatcher.cli.doctor.providers import providers
+    from dispatcher.config.layout import Paths
+    from dispatcher.config.load import Config
+    from dispatcher.config.plugins import Plugins
 
-    config: Config | None = None
-    try:
-        config = cli.config()
-    except ConfigError as error:
-        yield machine.error(str(error), "mend it, then: dispatcher config check")
-    used = {app.provider for app in config.apps.values()} | set(config.providers) if config else set()
     yield from machine.python()
     yield from machine.clock()
     yield from machine.open_files()
-    yield from machine.bubblewrap()
-    yield from machine.user_namespaces()
-    yield from machine.private_network()
-    yield from machine.cgroups()
-    yield from machine.docker(wanted="docker" in used)
-    yield from machine.libvirt(wanted="libvirt" in used)
-    if config is not None:
-        yield from _installation(cli, config)
-
-
-def _installation(cli: Cli, config: Config) -> Iterator[Finding]:
-    from dispatcher.cli.checks import installation, machine, neighbours
-    from dispatcher.config.layout import Paths
-    from dispatcher.config.plugins import Plugins
-
-    yield from installation.config_file(cli.config_path or defaults.config_file())
+    plugins = Plugins()
+    config, paths = Config(), None
     try:
-        config.validate_providers(Plugins())
+        config = cli.config()
+        yield from installation.config_file(cli.config_path or defaults.config_file())
+        config.validate_providers(plugins)
         paths = Paths.of(config)
-    except ConfigError as error:
-        yield machine.error(str(error), "mend it, then: dispatcher config check")
-        return
-    serving = False
+    except ConfigError as problem:
+        yield error(str(problem), "correct it, then: dispatcher config check")
+    client = None
     try:
         serving, findings = installation.manager(cli.client(), cli.url)
+        client = cli.client() if serving else None
         yield from findings
-    except DispatcherError as error:
-        yield machine.error(str(error), "check the options")
+        yield from providers(config, plugins, client)
+    except DispatcherError as problem:
+        yield error(str(problem), "check the options, and the manager's log")
+    if paths is None:
+        return
     yield from installation.directories(paths)
     yield from installation.accounts(config)
-    if os.geteuid() == 0:
-        yield from neighbours.user_ids(config)
-    yield from installation.ports(config, serving=serving)
+    yield from installation.ports(config, serving=client is not None)
     yield from installation.encryption(config)
     yield from installation.certificates(config)

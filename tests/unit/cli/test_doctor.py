@@ -8,19 +8,22 @@ import pwd
 import resource
 import shutil
 import socket
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from dispatcher.config.load import load, parse
-from dispatcher.cli.checks import installation
-from dispatcher.cli.checks import machine
-from dispatcher.cli.checks import neighbours
+from dispatcher.config.load import parse
+from dispatcher.config.plugins import Plugins
+from dispatcher.cli.doctor import installation
+from dispatcher.cli.doctor import machine
+from dispatcher.cli.doctor.providers import providers
 from dispatcher.cli import main
 from dispatcher.plugin.errors import ManagerUnreachable, Unavailable
-from dispatcher.plugin.model import Level
+from dispatcher.plugin.model import Finding, Level
 from dispatcher.config.layout import Paths
+from tests.unit.config.test_plugins import FakeAuthenticator, FakeProvider, entry, plugin
 
 
 def only(findings):
@@ -51,63 +54,6 @@ def test_a_clock_before_this_release_is_wrong(monkeypatch):
 def test_open_files(monkeypatch, hard, level):
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, hard))
     assert only(machine.open_files()).level.value == level
-
-
-def test_bubblewrap_absent_broken_and_well(monkeypatch, tmp_path):
-    monkeypatch.setattr(shutil, "which", lambda _, **__: None)
-    found = only(machine.bubblewrap())
-    assert (found.level, found.fix) == (Level.WARNING, "apt-get install bubblewrap")
-    program = tmp_path / "bwrap"
-    monkeypatch.setattr(shutil, "which", lambda _, **__: str(program))
-    program.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
-    program.chmod(0o755)
-    found = only(machine.bubblewrap())
-    assert found.level is Level.ERROR
-    assert "No permissions to create new namespace" in found.what
-    program.write_text("#!/bin/sh\nexit 0\n")
-    assert only(machine.bubblewrap()).level is Level.OK
-
-
-@pytest.mark.parametrize(("euid", "level"), [(0, "info"), (1000, "warning")])
-def test_closed_user_namespaces_matter_to_an_ordinary_user(monkeypatch, euid, level):
-    monkeypatch.setattr(machine, "_userns_fix", lambda: "sysctl user.max_user_namespaces is 0")
-    monkeypatch.setattr(os, "geteuid", lambda: euid)
-    assert only(machine.user_namespaces()).level.value == level
-
-
-def test_network_helpers(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name, **_: None)
-    assert only(machine.private_network()).level is Level.INFO
-    monkeypatch.setattr(shutil, "which", lambda name, **_: name if name == "pasta" else None)
-    assert "pasta" in only(machine.private_network()).what
-
-
-@pytest.mark.parametrize(("wanted", "level"), [(True, "error"), (False, "info")])
-def test_an_engine_that_does_not_answer_is_loud_only_where_it_is_used(monkeypatch, short_tmp, wanted, level):
-    monkeypatch.setenv("DOCKER_HOST", f"unix://{short_tmp}/none.sock")
-    found = list(machine.docker(wanted=wanted))[-1]
-    assert found.level.value == level
-    assert "no Docker engine answers" in found.what
-
-
-def test_an_engine_that_answers(monkeypatch, short_tmp):
-    import threading
-
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(short_tmp / "d.sock"))
-        sock.listen()
-
-        def serve():
-            peer, _ = sock.accept()
-            with peer:
-                peer.recv(4096)
-                peer.sendall(b"HTTP/1.0 200 OK\r\n\r\nOK")
-
-        thread = threading.Thread(target=serve)
-        thread.start()
-        monkeypatch.setenv("DOCKER_HOST", f"unix://{short_tmp}/d.sock")
-        assert list(machine.docker(wanted=True))[-1].level is Level.OK
-        thread.join()
 
 
 def test_a_manager_that_does_not_answer_is_unwell_or_well():
@@ -157,7 +103,7 @@ def test_directories_that_others_may_write_are_errors(tmp_path, mode, level):
 
 def test_a_file_in_the_place_of_a_directory(tmp_path):
     (tmp_path / "state").touch()
-    assert "is no directory" in next(iter(installation.directories(paths(tmp_path)))).what
+    assert "is not a directory" in next(iter(installation.directories(paths(tmp_path)))).what
 
 
 @pytest.mark.parametrize(("free", "level"), [(10**7, "error"), (10**9, "warning"), (10**11, "ok")])
@@ -226,7 +172,7 @@ def test_certificates_end(tmp_path, days, level):
 
 def test_certificates_that_are_none(tmp_path):
     (tmp_path / "c.pem").write_text("nonsense")
-    assert "is no PEM certificate" in only(installation.certificate("proxy.tls_cert", tmp_path / "c.pem")).what
+    assert "is not a PEM certificate" in only(installation.certificate("proxy.tls_cert", tmp_path / "c.pem")).what
     assert "No such file" in only(installation.certificate("proxy.tls_cert", tmp_path / "none")).what
 
 
@@ -243,52 +189,13 @@ def test_accounts(monkeypatch, tmp_path):
     monkeypatch.setattr(grp, "getgrnam", missing)
     said = [finding.what for finding in installation.accounts(parse({"manager": {"uid_range": [5000, 5999]}}))]
     assert said == [
-        "there is no user dispatcher-proxy: the proxy gets the first id of manager.uid_range",
-        "there is no group dispatcher-admin: only root may administer",
-        "manager.uid_range holds user ids of dave",
+        "the user dispatcher-proxy does not exist: the proxy gets the first id of manager.uid_range",
+        "the group dispatcher-admin does not exist: only root may administer",
+        "manager.uid_range contains the user ids of dave",
         "manager.uid_range overlaps the subordinate ids of carol in /etc/subuid",
     ]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "not root" in only(installation.accounts(parse({}))).what
-
-
-def test_bubblewrap_of_a_user_s_own_directory_does_not_count(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    before = list(machine.bubblewrap())
-    (tmp_path / "bwrap").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "bwrap").chmod(0o755)
-    assert list(machine.bubblewrap()) == before
-
-
-def test_controllers_of_version_1_limit_as_well(tmp_path):
-    (tmp_path / "unified").mkdir()
-    (tmp_path / "unified/cgroup.controllers").write_text("\n")
-    assert "has no controller cpu, memory, pids" in only(machine.cgroups(tmp_path)).what
-    for name in ("memory", "cpu"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "cgroup.procs").touch()
-    assert "has no controller pids:" in only(machine.cgroups(tmp_path)).what
-    (tmp_path / "pids").mkdir()
-    (tmp_path / "pids/cgroup.procs").touch()
-    assert only(machine.cgroups(tmp_path)).level is Level.OK
-
-
-def test_control_groups_of_version_2(tmp_path):
-    assert only(machine.cgroups(tmp_path)).fix == "mount -t cgroup2"
-    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
-    assert only(machine.cgroups(tmp_path)).what == "cgroup v2 with memory, cpu and pids"
-
-
-def test_every_remedy_is_there():
-    """Whatever is not good says what to do."""
-    for finding in [
-        *machine.docker(wanted=True),
-        *machine.libvirt(wanted=True),
-        *machine.cgroups(),
-        *machine.private_network(),
-        *installation.accounts(parse({})),
-    ]:
-        assert finding.level is Level.OK or finding.fix
 
 
 def test_a_wrong_configuration_does_not_stop_the_doctor(tmp_path, capsys):
@@ -301,37 +208,89 @@ def test_a_wrong_configuration_does_not_stop_the_doctor(tmp_path, capsys):
     assert "Python 3" in out
 
 
-@pytest.fixture
-def processes(tmp_path):
-    """A made-up /proc in which managers run; returns what adds one, with a configuration of its own."""
-
-    def add(pid, name, uid_range, words=("/usr/bin/python3", "/usr/bin/dispatcher", "--config", "{}", "manager")):
-        directory = tmp_path / "proc" / str(pid)
-        directory.mkdir(parents=True)
-        (tmp_path / f"{name}.toml").write_text(
-            f'[manager]\nrun_dir = "/run/{name}"\nuid_range = [{uid_range[0]}, {uid_range[1]}]\n'
-        )
-        line = "\0".join(word.format(f"{name}.toml") for word in words) + "\0"
-        (directory / "cmdline").write_text(line)
-        (directory / "environ").write_text(f"HOME=/root\0DISPATCHER_CONFIG={tmp_path}/{name}.toml\0")
-        (directory / "cwd").symlink_to(tmp_path)
-        return load(tmp_path / f"{name}.toml")
-
-    return add
+# Providers.
 
 
-def test_another_installation_with_the_same_user_ids_is_told(processes, tmp_path):
-    own = processes(10, "own", (200000, 265535))
-    processes(11, "far", (300000, 365535))
-    assert not list(neighbours.user_ids(own, tmp_path / "proc"))
-    processes(12, "near", (260000, 270000))
-    processes(13, "near2", (200000, 265535), ("python", "-m", "dispatcher", "manager"))  # by its environment
-    processes(14, "ended", (200000, 265535))
-    (tmp_path / "ended.toml").write_text("[")
-    processes(15, "no-manager", (200000, 265535), ("vi", "dispatcher", "--config", "{}"))
-    near, again = neighbours.user_ids(own, tmp_path / "proc")
-    assert near.level is Level.WARNING
-    assert f"({tmp_path}/near.toml)" in near.what
-    assert near.what.endswith("260000 to 265535")
-    assert "near2.toml" in again.what
-    assert "uid_range" in near.fix
+class ThirdParty(FakeProvider):
+    """A provider of another distribution, whose backend works."""
+
+    def check(self, *, deadline):
+        assert deadline.remaining() > 0
+        assert self.context.state_dir.is_dir()
+        assert self.context.run_dir.is_dir()
+
+    def explain(self, app):
+        assert app is None
+        return [Finding(level=Level.WARNING, what="Agents share a kernel", fix="accept it")]
+
+
+def installed(monkeypatch, *classes):
+    """Return the plugins of a machine on which distributions provide these classes, each under its name."""
+    for cls in classes:
+        monkeypatch.setitem(sys.modules, f"{cls.name}_plugin", plugin([cls]))
+    return Plugins([entry(cls.name, f"{cls.name}_plugin") for cls in classes])
+
+
+def found_by(plugins, config=None, client=None):
+    return [
+        (item.level.value, item.what, item.fix)
+        for item in providers(parse(config or {"apps": {}}), plugins, client)
+    ]
+
+
+USED = {"providers": {"fake": {}}, "apps": {}}
+
+
+def test_a_third_party_s_provider_is_checked_and_explained_where_it_is_used(monkeypatch):
+    plugins = installed(monkeypatch, ThirdParty)
+    assert found_by(plugins, USED) == [
+        ("ok", "fake: can be used", ""),
+        ("warning", "fake: Agents share a kernel", "accept it"),
+    ]
+    assert found_by(plugins) == [("ok", "fake: can be used", "")]
+
+
+@pytest.mark.parametrize(("config", "level"), [(USED, "error"), (None, "info")])
+def test_a_backend_that_does_not_answer_is_an_error_only_where_it_is_used(monkeypatch, config, level):
+    def check(self, *, deadline):
+        raise Unavailable("The engine does not answer", why="no socket", fix="start it")
+
+    plugins = installed(monkeypatch, type("Broken", (ThirdParty,), {"check": check}))
+    [(found, what, fix)] = found_by(plugins, config)
+    assert found == level
+    assert what.startswith("fake: The engine does not answer: no socket")
+    assert fix == "start it"
+
+
+def test_a_plugin_that_fails_does_not_stop_the_doctor(monkeypatch):
+    def check(self, *, deadline):
+        raise ZeroDivisionError("oops")
+
+    plugins = installed(monkeypatch, type("Faulty", (ThirdParty,), {"check": check}))
+    [(level, what, _)] = found_by(plugins)
+    assert (level, what) == ("error", "fake: its check failed with ZeroDivisionError: oops")
+
+
+@pytest.mark.parametrize(("config", "level"), [(USED, "error"), (None, "info")])
+def test_a_plugin_that_cannot_be_imported_says_what_to_install(config, level):
+    [(found, what, fix)] = found_by(Plugins([entry("fake", "no_such_module_anywhere")]), config)
+    assert (found, "cannot be imported" in what, "pip install" in fix) == (level, True, True)
+
+
+def test_a_plugin_without_a_provider_is_not_mentioned(monkeypatch):
+    monkeypatch.setitem(sys.modules, "login_plugin", plugin(authenticators=[FakeAuthenticator]))
+    assert found_by(Plugins([entry("fake-auth", "login_plugin")])) == []
+
+
+def test_a_running_manager_checks_the_providers_that_it_uses(monkeypatch):
+    plugins = installed(monkeypatch, ThirdParty, type("Other", (ThirdParty,), {"name": "other"}))
+    client = SimpleNamespace(
+        providers=lambda: {"providers": [{"name": "fake"}]},
+        check_provider=lambda name: {
+            "findings": [{"level": "ok", "what": f"{name} as the manager sees it", "fix": ""}]
+        },
+    )
+    assert found_by(plugins, USED, client) == [
+        ("ok", "fake: fake as the manager sees it", ""),
+        ("ok", "other: can be used", ""),
+    ]

@@ -1,7 +1,4 @@
-"""What `doctor` looks at in an installation: directories, disk, ports, certificates, accounts.
-
-Reads files and tries addresses; changes nothing.
-"""
+"""What `doctor` checks of an installation: manager, directories, disk, ports, certificates, accounts."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.cli.checks.machine import error, info, ok, warning
+from dispatcher.cli.doctor.findings import error, info, ok, warning
 from dispatcher.cli.serve import listen_endpoint
 from dispatcher.common import humanize
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
@@ -29,32 +26,32 @@ if TYPE_CHECKING:
     from dispatcher.config.load import Config
 
 LOW_DISK, VERY_LOW_DISK = 2 * 1024**3, 200 * 1024**2  # bytes
-SOON = 30 * 86400  # seconds until a certificate ends
+SOON = 30 * 86400  # seconds until a certificate expires
 
 
 def manager(client: ManagerClient, url: str) -> tuple[bool, list[Finding]]:
-    """Return whether the manager answers, and how it is."""
+    """Return whether the manager answers, and the findings about it."""
     try:
         health = client.healthz()
     except ManagerUnreachable as problem:
         return False, [info(f"no manager answers at {url}: {problem.why}", problem.fix)]
     except DispatcherError as problem:
-        return True, [error(f"the manager is not well: {problem}", "see its log")]
+        return True, [error(f"the manager answers with an error: {problem}", "see its log")]
     status = str(health.get("status", "ok"))
     if status == "ok":
         return True, [ok(f"the manager answers at {url}")]
-    return True, [warning(f"the manager answers and says {status}", f"curl its /healthz at {url}")]
+    return True, [warning(f"the manager answers; its status is {status}", f"read /healthz at {url}, and its log")]
 
 
 def config_file(path: Path) -> Iterator[Finding]:
-    """Check who may write the configuration: who can, commands what agents run."""
+    """Check who may write the configuration: it determines what agents run."""
     try:
         status = path.stat()
     except OSError:
-        yield info(f"there is no {path}: the demo app and the defaults are in force", f"write {path}")
+        yield info(f"{path} does not exist: the demo app and the defaults are in force", f"write {path}")
         return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {0, os.geteuid()}:
-        yield error(f"{path} can be written by others", f"chown root {path}; chmod go-w {path}")
+        yield error(f"{path} is writable for other users", f"chown root {path}; chmod go-w {path}")
     else:
         yield ok(f"the configuration is {path}")
 
@@ -71,14 +68,14 @@ def directories(paths: Paths) -> Iterator[Finding]:
             yield error(f"the {name} directory {path}: {problem.strerror}", "see its parents' modes")
             continue
         if not stat.S_ISDIR(status.st_mode):
-            yield error(f"{path} is no directory", f"move it away, or change manager.{name}_dir")
+            yield error(f"{path} is not a directory", f"move it away, or change manager.{name}_dir")
         elif status.st_uid != os.geteuid():
             yield warning(
                 f"the {name} directory {path} belongs to user id {status.st_uid}, you are {os.geteuid()}",
-                "run the doctor as the manager's user",
+                "run `dispatcher doctor` as the manager's user",
             )
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            yield error(f"the {name} directory {path} can be written by others", f"chmod go-w {path}")
+            yield error(f"the {name} directory {path} is writable for other users", f"chmod go-w {path}")
         else:
             yield ok(f"the {name} directory is {path}")
     yield from disk(paths.state_dir)
@@ -87,9 +84,9 @@ def directories(paths: Paths) -> Iterator[Finding]:
 def _can_be_made(path: Path, name: str) -> Iterator[Finding]:
     parent = _existing(path)
     if os.access(parent, os.W_OK | os.X_OK):
-        yield ok(f"the {name} directory {path} will be made")
+        yield ok(f"the {name} directory {path} will be created")
     else:
-        yield error(f"the {name} directory {path} cannot be made", f"{parent} is not writable for you")
+        yield error(f"the {name} directory {path} cannot be created", f"make {parent} writable for the manager")
 
 
 def disk(path: Path) -> Iterator[Finding]:
@@ -97,9 +94,9 @@ def disk(path: Path) -> Iterator[Finding]:
     parent = _existing(path)
     free = shutil.disk_usage(parent).free
     if free < VERY_LOW_DISK:
-        yield error(f"only {humanize.size(free)} free at {parent}", "make room: agents cannot write")
+        yield error(f"only {humanize.size(free)} free at {parent}", "free some space: agents cannot write")
     elif free < LOW_DISK:
-        yield warning(f"only {humanize.size(free)} free at {parent}", "make room")
+        yield warning(f"only {humanize.size(free)} free at {parent}", "free some space")
     else:
         yield ok(f"{humanize.size(free)} free at {parent}")
 
@@ -128,9 +125,9 @@ def ports(config: Config, *, serving: bool) -> Iterator[Finding]:
 
 def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Finding]:
     if problem.errno == errno.EADDRINUSE and serving:
-        yield ok(f"{address} is taken, by the proxy most likely")
+        yield ok(f"{address} is in use, probably by the proxy")
     elif problem.errno == errno.EADDRINUSE:
-        yield error(f"{address} is taken", "end what listens there (ss -ltnp), or change proxy.listen")
+        yield error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
     elif problem.errno == errno.EACCES:
         yield error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
     else:
@@ -138,7 +135,7 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
 
 
 def encryption(config: Config) -> Iterator[Finding]:
-    """Check that passwords do not cross a network in the clear."""
+    """Check that passwords do not cross a network unencrypted."""
     if config.secure:
         return
     for address in config.proxy.listen:
@@ -150,13 +147,13 @@ def encryption(config: Config) -> Iterator[Finding]:
         )
         if wide and not config.proxy.trusted_proxies:
             yield warning(
-                f"{address} is reachable from elsewhere without HTTPS: passwords cross the network in the clear",
-                "set proxy.tls_cert and proxy.tls_key, or put a front proxy before it and set public_url",
+                f"{address} is reachable from other hosts without HTTPS: passwords cross the network unencrypted",
+                "set proxy.tls_cert and proxy.tls_key, or use a front proxy and set proxy.public_url",
             )
 
 
 def certificates(config: Config) -> Iterator[Finding]:
-    """Check that each configured certificate can be read and when it ends."""
+    """Check that each configured certificate can be read and when it expires."""
     named = {
         "proxy.tls_cert": config.proxy.tls_cert,
         "manager.tls_cert": config.manager.tls_cert,
@@ -177,24 +174,24 @@ def certificate(key: str, path: Path) -> Iterator[Finding]:
         yield error(f"{key}: {path}: {problem.strerror}", "check the path and its mode")
         return
     except ValueError:
-        yield error(f"{key}: {path} is no PEM certificate", "check the file")
+        yield error(f"{key}: {path} is not a PEM certificate", "check the file")
         return
     end = found.not_valid_after_utc.timestamp()
     left = end - time.time()
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
     if left < 0:
-        yield error(f"{key}: {path} ended on {day}", "renew it, then: dispatcher reload")
+        yield error(f"{key}: {path} expired on {day}", "renew it, then: dispatcher reload")
     elif left < SOON:
-        yield warning(f"{key}: {path} ends on {day}", "renew it, then: dispatcher reload")
+        yield warning(f"{key}: {path} expires on {day}", "renew it, then: dispatcher reload")
     else:
-        yield ok(f"{key}: {path} is good until {day}")
+        yield ok(f"{key}: {path} is valid until {day}")
 
 
 def accounts(config: Config) -> Iterator[Finding]:
     """Check the host's users and groups that the configuration names, and the range of agents' user ids."""
     if os.geteuid() != 0:
         yield info(
-            "not root: all agents run under your user id, so they are isolated by the sandbox alone",
+            "not root: all agents run with your user id; only the sandbox isolates them",
             "run the manager as root to give each agent a user id of its own",
         )
         return
@@ -202,23 +199,23 @@ def accounts(config: Config) -> Iterator[Finding]:
         pwd.getpwnam(config.proxy.user)
     except KeyError:
         yield warning(
-            f"there is no user {config.proxy.user}: the proxy gets the first id of manager.uid_range",
+            f"the user {config.proxy.user} does not exist: the proxy gets the first id of manager.uid_range",
             f"useradd --system --no-create-home {config.proxy.user}",
         )
     else:
-        yield ok(f"the proxy becomes {config.proxy.user}")
+        yield ok(f"the proxy runs as {config.proxy.user}")
     try:
         grp.getgrnam(config.manager.admin_group)
     except KeyError:
         yield info(
-            f"there is no group {config.manager.admin_group}: only root may administer",
+            f"the group {config.manager.admin_group} does not exist: only root may administer",
             f"groupadd --system {config.manager.admin_group}",
         )
     first, last = config.manager.uid_range
     taken = [user.pw_name for user in pwd.getpwall() if first <= user.pw_uid <= last]
     if taken:
         yield error(
-            f"manager.uid_range holds user ids of {', '.join(sorted(taken)[:5])}", "choose a range that is free"
+            f"manager.uid_range contains the user ids of {', '.join(sorted(taken)[:5])}", "choose a free range"
         )
     yield from _sub_ids(first, last)
 
@@ -235,5 +232,5 @@ def _sub_ids(first: int, last: int) -> Iterator[Finding]:
             if start <= last and first < start + count:
                 yield warning(
                     f"manager.uid_range overlaps the subordinate ids of {fields[0]} in /etc/subuid",
-                    "choose a range that nobody uses",
+                    "choose a free range",
                 )

@@ -1,0 +1,1 @@
+"""The checks of the command `doctor`: the machine, the providers, the installation.  They change nothing."""

@@ -1,0 +1,47 @@
+"""What `doctor` checks of the machine itself: Python, the clock, the limit of open files."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+from dispatcher.cli.doctor.findings import error, ok, warning
+from dispatcher.plugin.model import Finding
+
+MIN_PYTHON = (3, 10)
+RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
+WANTED_FILES = 4096
+
+
+def python() -> Iterator[Finding]:
+    """Check the interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.version_info < MIN_PYTHON:
+        yield error(f"Python {version} is too old", "use Python 3.10 or later")
+    else:
+        yield ok(f"Python {version}")
+
+
+def clock() -> Iterator[Finding]:
+    """Check that the clock is not obviously wrong: certificates and sessions depend on it."""
+    if time.time() < RELEASED:
+        yield error(
+            f"the clock shows {time.strftime('%Y-%m-%d')}, a day in the past", "set the clock (timedatectl)"
+        )
+    else:
+        yield ok(f"the clock shows {time.strftime('%Y-%m-%d %H:%M %Z')}")
+
+
+def open_files() -> Iterator[Finding]:
+    """Check the limit of open files: each connection takes two."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard != resource.RLIM_INFINITY and hard < WANTED_FILES:
+        yield warning(
+            f"at most {hard} open files",
+            f"raise it to {WANTED_FILES} or more (LimitNOFILE= of the unit, or limits.conf)",
+        )
+    else:
+        shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
+        yield ok(f"up to {shown} open files")

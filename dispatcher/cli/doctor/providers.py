@@ -1,0 +1,91 @@
+"""What `doctor` checks of providers: it asks each installed one, a third party's too.
+
+A provider that a running manager uses is checked by the manager, any other one in this process, in a directory of
+its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dispatcher.cli.doctor.findings import error, info, ok
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import DispatcherError, PluginError
+from dispatcher.plugin.model import Finding, Level
+from dispatcher.plugin.provider import Provider, ProviderContext
+
+if TYPE_CHECKING:
+    from dispatcher.client.manager_client import ManagerClient
+    from dispatcher.config.load import Config
+    from dispatcher.config.plugins import Plugins
+
+SECONDS = 30.0  # for one provider
+
+
+def providers(config: Config, plugins: Plugins, client: ManagerClient | None) -> Iterator[Finding]:
+    """Check every installed provider; faults are errors only where the configuration uses it.
+
+    :param client: of the running manager; None without one.
+    """
+    asked = {provider["name"] for provider in client.providers()["providers"]} if client else set()
+    for name in sorted(asked):
+        assert client is not None
+        for item in client.check_provider(name)["findings"]:
+            yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
+    used = set(config.providers) | {app.provider for app in config.apps.values()}
+    for name in sorted((used | set(plugins.available())) - asked):
+        try:
+            plugins.load(name)
+        except PluginError as problem:
+            yield _fault(problem, used=name in used)
+            continue
+        try:
+            provider = plugins.provider(name)
+        except PluginError as problem:
+            if name in used:
+                yield _fault(problem, used=True)
+            continue  # a plugin may register something other than a provider
+        yield from _check(name, provider, config, plugins, used=name in used)
+
+
+def _check(name: str, cls: type[Provider], config: Config, plugins: Plugins, *, used: bool) -> Iterator[Finding]:
+    with tempfile.TemporaryDirectory(prefix="dispatcher-doctor-") as directory:
+        home = Path(directory)
+        for place in ("state", "run"):
+            (home / place).mkdir()
+        context = ProviderContext(
+            installation=secrets.token_hex(4),
+            state_dir=home / "state",
+            run_dir=home / "run",
+            proxy_gid=os.getegid(),
+            privileged=os.geteuid() == 0,
+        )
+        try:
+            provider = cls(context=context, options=config.provider_options(name, plugins))
+            try:
+                provider.check(deadline=Deadline(SECONDS))
+                explained = list(provider.explain(None)) if used else []
+            finally:
+                provider.close()
+        except DispatcherError as problem:
+            yield _of(name, _fault(problem, used=used))
+        except Exception as problem:
+            what = f"its check failed with {type(problem).__name__}: {problem}"
+            yield _of(name, error(what, "this is a fault of the plugin, report it to its author"))
+        else:
+            yield _of(name, ok("can be used"))
+            yield from (_of(name, finding) for finding in explained)
+
+
+def _fault(problem: DispatcherError, *, used: bool) -> Finding:
+    what = f"{problem.what}: {problem.why}" if problem.why else problem.what
+    return error(what, problem.fix) if used else info(f"{what} (not used by the configuration)", problem.fix)
+
+
+def _of(name: str, finding: Finding) -> Finding:
+    return Finding(level=finding.level, what=f"{name}: {finding.what}", fix=finding.fix)
