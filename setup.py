@@ -56,6 +56,7 @@ setup(
         "click>=8.1",
         "rich>=13",
         "pydantic>=2.7",
+        "typing_extensions>=4.6",
         "sqlalchemy>=2",
         "argon2-cffi>=23",
         "cryptography>=42",

@@ -167,7 +167,7 @@ class Manager:
             metrics=metrics,
             reload=self.reload,
             health=self.health.report,
-            settle=self.feed.settle,
+            sync_edge=self.feed.settle,
             waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
         )
         metrics.watch(

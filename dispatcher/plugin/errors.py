@@ -49,18 +49,6 @@ class DispatcherError(Exception):
             text += f" ({self.fix})"
         return text
 
-    def problem(self) -> dict[str, Any]:
-        """Return the members of this error's problem document (RFC 9457), its details included."""
-        return {
-            **self.details,
-            "type": "about:blank",
-            "title": self.what,
-            "status": self.status,
-            "detail": self.why,
-            "fix": self.fix,
-            "code": self.code,
-        }
-
 
 class BadRequest(DispatcherError):
     """Input that can never work as given."""

@@ -71,7 +71,6 @@ def test_it_ends_nobody_elses_session(parts, child) -> None:
 
 def test_it_changes_no_password_and_grows_into_no_session_without_a_host(parts, child) -> None:
     body = {"sha256": child, "password": "correct horse", "address": "192.0.2.9"}
-    assert parts.post("/sessions/verify", **body).status_code == 403
     assert parts.post("/sessions/password", **body, new_password="battery staple").status_code == 403
     assert parts.login(password="correct horse").status_code == 201
 

@@ -187,7 +187,15 @@ class FakeSupervisor:
         self.subscribers.append(on_change)
 
     def runtime(self, agent):
-        return {"provider": self._find(agent).provider, "uid": 200001}
+        return {
+            "handle": None,
+            "endpoint": None,
+            "uid": 200001,
+            "provider": self._find(agent).provider,
+            "started_at": None,
+            "spec_hash": None,
+            "usage": None,
+        }
 
     def logs(self, agent, *, tail, after):
         self._find(agent)

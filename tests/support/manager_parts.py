@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 
+import flask
+from pydantic import TypeAdapter
+
 from dispatcher.config.load import parse
 from dispatcher.manager.storage import agents  # noqa: F401 - declares its tables
 from dispatcher.manager.rest import Services
 from dispatcher.manager.rest import application
+from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.auth.local import plugin
@@ -17,6 +21,25 @@ from dispatcher.manager.auth.session_table import Lifetimes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
 from tests.support.fake_supervisor import FakeSupervisor
+
+
+def described(role, services):
+    """Return a role's application; an answer that is not as `/openapi.json` says is an error."""
+    app = application(role, services)
+    routes = {(route.method, route.path): route for route in ROLES[role]}
+
+    @app.after_request
+    def check(response):
+        if response.status_code < 400 and flask.request.method != "HEAD":
+            answer = routes[flask.request.method, flask.request.url_rule.rule].answers[response.status_code]
+            if answer not in {None, str}:
+                form = TypeAdapter(answer)
+                assert form.dump_python(form.validate_json(response.data), mode="json") == response.json
+            else:
+                assert (response.data == b"") == (answer is None)
+        return response
+
+    return app
 
 
 class Clock:
@@ -65,8 +88,8 @@ class Parts:
             gauges={"sessions": ("Sessions", self.sessions.count)},
             workers=lambda: {"7": {"requests": 3.0}},
         )
-        self.admin = application("admin", self.services).test_client()
-        self.proxy = application("proxy", self.services).test_client()
+        self.admin = described("admin", self.services).test_client()
+        self.proxy = described("proxy", self.services).test_client()
 
     def new_signin(self):
         """A sign-in service as after a restart: it knows what was stored."""

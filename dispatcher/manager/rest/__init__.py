@@ -1,7 +1,7 @@
-"""The REST interface (docs/reference/rest.md): one WSGI application for each role.
+"""The REST interface (docs/reference/rest.md): one WSGI application for each role, and its listeners.
 
-`routing` turns a request into a call of a handler and an error into a problem document; `agents`, `admin` and
-`proxy` hold the handlers; `models` says what a request may hold, `openapi` describes it all.
+`agents`, `admin` and `proxy_role` hold the handlers, `schemas` and `answers` the forms of requests and answers;
+`routing` validates requests, `application` builds the Flask application, `openapi` describes it.
 """
 
 from __future__ import annotations

@@ -1,27 +1,45 @@
-"""How the manager is, for /healthz.  Asks what is known already; never waits for a backend."""
+"""The manager's health and metrics, on every listener.  Never waits for a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import sqlalchemy as sa
+from flask import Response
 
 from dispatcher import __version__
+from dispatcher.manager.agents.metrics import CONTENT_TYPE
 from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.rest import answers
+from dispatcher.manager.rest.routing import Json, Routes
+from dispatcher.manager.rest.services import Services
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.errors import Unavailable
 
+routes = Routes()
+
+
+@routes.add("GET", "/healthz", {200: answers.Health})
+def healthz(services: Services) -> Json:
+    """Report the manager's health; 200 also while a backend is down."""
+    return services.health()
+
+
+@routes.add("GET", "/metrics", {200: str})
+def metrics(services: Services) -> Response:
+    """Show metrics in Prometheus' text format."""
+    return Response(services.metrics.text(), content_type=CONTENT_TYPE)
+
 
 class Health:
-    """Says ``ok`` or ``degraded``, and in sentences what is wrong."""
+    """Reports ``ok`` or ``degraded``, and in sentences what is wrong."""
 
     def __init__(self, supervisor: Supervisor, database: Database, connections: Callable[[], int]) -> None:
         self._supervisor = supervisor
         self._database = database
         self._connections = connections
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Json:
         """Return the body of /healthz."""
         problems = [
             f"The provider {provider['name']} cannot be used: {provider['error']}"

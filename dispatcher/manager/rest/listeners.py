@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from dispatcher.common import problem
 from dispatcher.common.log import logger
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.manager.rest.server import WsgiApp
@@ -200,8 +201,8 @@ class CredentialGuard:
 
 
 def _refuse(error: DispatcherError, start_response: Callable[..., Any]) -> Iterable[bytes]:
-    data = json.dumps(error.problem()).encode()
-    headers = [("Content-Type", "application/problem+json"), ("Content-Length", str(len(data)))]
+    data = json.dumps(problem.of_error(error)).encode()
+    headers = [("Content-Type", problem.MEDIA_TYPE), ("Content-Length", str(len(data)))]
     if error.status == 401:
         headers.append(("WWW-Authenticate", "Bearer"))
     start_response(f"{error.status} {error.code.title()}", headers)

@@ -1,22 +1,25 @@
-"""Role *proxy*: what the portal may ask, always in the name of a session or of somebody who signs in.
+"""Role *proxy*: the portal's requests, always on behalf of a session or of a user who signs in.
 
-A child session (subdomain routing) is for one agent's host, and that agent may come to hold its token: it knows
-that agent alone, and changes nothing of its user's but that agent's state.
+A child session (subdomain routing) is for one agent's host, and that agent can obtain its token: it gives access
+to that agent alone, and cannot change anything of the user but that agent's state.
 """
 
 from __future__ import annotations
 
-from dispatcher.manager.rest import schemas
-from dispatcher.manager.rest.routing import Answer, Routes
-from dispatcher.manager.rest.services import Json, Services
+from dispatcher.manager.agents.views import AgentView
+from dispatcher.manager.rest import answers, schemas
+from dispatcher.manager.rest.routing import Answer, Json, Routes
+from dispatcher.manager.rest.services import Services
+from dispatcher.manager.rest.sessions import agents_of, listed, session_json
+from dispatcher.manager.rest.waiting import view_or_none
 from dispatcher.manager.storage.auth import SessionRow, Visitor
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import Forbidden
+from dispatcher.plugin.errors import Forbidden, NotFound
 
 routes = Routes()
 
 
-@routes.add("POST", "/sessions", body=schemas.Login, answers={201: "SignedIn"})
+@routes.add("POST", "/sessions", {201: answers.SignedIn})
 def sign_in(services: Services, body: schemas.Login) -> Answer:
     """Sign in: starts or wakes the user's agent, makes a session."""
     apps = services.config.apps
@@ -27,93 +30,85 @@ def sign_in(services: Services, body: schemas.Login) -> Answer:
         body.device,
         frozenset(name for name, app in apps.items() if app.credentials == "stdin"),
     )
-    session = services.session_json(signed_in.session)
-    return Answer(201, {"token": signed_in.token, "device": signed_in.device, "session": session})
+    session = session_json(services, signed_in.session)
+    return {"token": signed_in.token, "device": signed_in.device, "session": session}, 201
 
 
-@routes.add("POST", "/sessions/lookup", body=schemas.OfSession, answers={200: "Session"})
+@routes.add("POST", "/sessions/lookup", {200: answers.Session})
 def lookup(services: Services, body: schemas.OfSession) -> Json:
-    """Show a session; 404 when it is dead or unknown."""
-    return services.session_json(services.sessions.require(body.sha256))
+    """Show a session; 404 when it has ended or is unknown."""
+    return session_json(services, services.sessions.require(body.sha256))
 
 
-@routes.add("POST", "/sessions/revoke", body=schemas.Revoke, answers={204: ""})
-def revoke(services: Services, body: schemas.Revoke) -> Answer:
+@routes.add("POST", "/sessions/revoke", {204: None})
+def revoke(services: Services, body: schemas.Revoke) -> None:
     """End a session (logout), or another one of the same user."""
     if body.id is None:
         row = services.sessions.get(body.sha256)
         services.sessions.revoke(row.parent or row.sha256 if row else body.sha256)
     else:
-        user = _whole(services, body.sha256).user
+        user = _user_session(services, body.sha256).user
         services.sessions.revoke(services.sessions.by_id(body.id, user).sha256)
-    services.settle()
-    return Answer(204)
+    services.sync_edge()
 
 
-@routes.add("POST", "/sessions/agents", body=schemas.OfSession, answers={200: "AgentList"})
+@routes.add("POST", "/sessions/agents", {200: answers.AgentList})
 def my_agents(services: Services, body: schemas.OfSession) -> Json:
-    """List the agents of a session's user; a child session's own alone."""
+    """List the agents of a session's user; for a child session only its own agent."""
     row = services.sessions.require(body.sha256)
-    return {"agents": [view.to_json() for view in services.agents_of(row)]}
+    return {"agents": [view.to_json() for view in agents_of(services, row)]}
 
 
-@routes.add("POST", "/sessions/select", body=schemas.Select, answers={200: "Session"})
+@routes.add("POST", "/sessions/select", {200: answers.Session})
 def select(services: Services, body: schemas.Select) -> Json:
     """Send a session's requests to another agent of its user."""
-    row = _whole(services, body.sha256)
-    agent = services.own(row, names.agent_name(body.agent))
-    return services.session_json(services.sessions.select(row.sha256, agent.name))
+    row = _user_session(services, body.sha256)
+    agent = _own_agent(services, row, body.agent)
+    return session_json(services, services.sessions.select(row.sha256, agent.name))
 
 
-@routes.add("POST", "/sessions/state", body=schemas.MyState, answers={202: "Agent"})
+@routes.add("POST", "/sessions/state", {202: answers.Agent})
 def my_state(services: Services, body: schemas.MyState) -> Answer:
     """Start, stop or restart an agent of a session's user."""
     row = services.sessions.require(body.sha256)
-    agent = services.own(row, names.agent_name(body.agent)).name
+    agent = _own_agent(services, row, body.agent).name
     if body.state == "restart":
         services.supervisor.restart(agent)
     else:
         services.supervisor.set_desired(agent, body.state)
-    return Answer(202, services.supervisor.view(agent).to_json())
+    return services.supervisor.view(agent).to_json(), 202
 
 
-@routes.add("POST", "/sessions/list", body=schemas.OfSession, answers={200: "SessionList"})
+@routes.add("POST", "/sessions/list", {200: answers.SessionList})
 def my_sessions(services: Services, body: schemas.OfSession) -> Json:
     """List the sessions of a session's user."""
-    user = _whole(services, body.sha256).user
-    return {"sessions": services.listed(services.sessions.all(user))}
+    return listed(services, services.sessions.all(_user_session(services, body.sha256).user))
 
 
-@routes.add("POST", "/sessions/verify", body=schemas.Verify, answers={204: ""})
-def verify(services: Services, body: schemas.Verify) -> Answer:
-    """Check the password of a session's user again."""
-    _verified(services, body)
-    return Answer(204)
-
-
-@routes.add("POST", "/sessions/password", body=schemas.ChangePassword, answers={200: "Renewed"})
+@routes.add("POST", "/sessions/password", {200: answers.Renewed})
 def change_password(services: Services, body: schemas.ChangePassword) -> Json:
     """Change the password of a session's user: all other sessions end, this one is renewed."""
-    user = _verified(services, body)
+    user = _user_session(services, body.sha256).user
+    services.signin.check(user, body.password, body.address)
     services.signin.set_password(user, body.new_password)
     token, row = services.sessions.renew(body.sha256)
-    services.settle()
-    return {"token": token, "session": services.session_json(row)}
+    services.sync_edge()
+    return {"token": token, "session": session_json(services, row)}
 
 
-@routes.add("POST", "/sessions/handover", body=schemas.MakeHandover, answers={201: "Code"})
+@routes.add("POST", "/sessions/handover", {201: answers.Code})
 def handover(services: Services, body: schemas.MakeHandover) -> Answer:
     """Make a code that carries a sign-in to the host of one of the user's agents: once, within 30 seconds."""
     row = services.sessions.require(body.sha256)
     views = services.supervisor.views(user=row.user)
     agent = next((view.name for view in views if view.label == body.host.partition(".")[0]), None)
     if agent is None or row.parent:
-        raise Forbidden("That host is not of an agent of yours", fix="open the app from the dashboard")
+        raise Forbidden("That host does not belong to one of your agents", fix="open the app from the dashboard")
     now = services.clock.now()
-    return Answer(201, {"code": services.handovers.issue(row.sha256, agent, body.host, body.nonce_sha256, now)})
+    return {"code": services.handovers.issue(row.sha256, agent, body.host, body.nonce_sha256, now)}, 201
 
 
-@routes.add("POST", "/sessions/redeem", body=schemas.Redeem, answers={201: "Renewed"})
+@routes.add("POST", "/sessions/redeem", {201: answers.Renewed})
 def redeem(services: Services, body: schemas.Redeem) -> Answer:
     """Turn a code into a session for its host, which ends with its parent."""
     found = services.handovers.redeem(body.code, body.nonce, body.host, services.clock.now())
@@ -121,19 +116,13 @@ def redeem(services: Services, body: schemas.Redeem) -> Answer:
     if parent is None:
         raise Forbidden("The sign-in has ended", fix="sign in again")
     token, row = services.sessions.child(parent, found.host, found.agent)
-    return Answer(201, {"token": token, "session": services.session_json(row)})
+    return {"token": token, "session": session_json(services, row)}, 201
 
 
-def _verified(services: Services, body: schemas.Verify) -> str:
-    user = _whole(services, body.sha256).user
-    services.signin.check(user, body.password, body.address)
-    return user
+def _user_session(services: Services, sha256: str) -> SessionRow:
+    """Return a session that may act for its user, not just for one agent.
 
-
-def _whole(services: Services, sha256: str) -> SessionRow:
-    """Return a session that is for all of its user's affairs.
-
-    :raises NotFound: it is dead; :raises Forbidden: it is for one agent's host.
+    :raises NotFound: it has ended; :raises Forbidden: it is a child session.
     """
     row = services.sessions.require(sha256)
     if row.parent:
@@ -141,6 +130,18 @@ def _whole(services: Services, sha256: str) -> SessionRow:
     return row
 
 
+def _own_agent(services: Services, row: SessionRow, name: str) -> AgentView:
+    """Return an agent that a session is for.
+
+    :raises NotFound: any other agent, existing or not.
+    """
+    agent = names.agent_name(name)
+    view = view_or_none(services, agent)
+    if view is None or view.user != row.user or (row.parent and agent != row.agent):
+        raise NotFound(f"There is no agent {agent}", fix="see the dashboard for your agents")
+    return view
+
+
 def _line(text: str) -> str:
-    """Return what a browser says of itself as one bounded, printable line."""
+    """Return a User-Agent field as one bounded, printable line."""
     return "".join(char if char.isprintable() else " " for char in text)[:256]

@@ -1,5 +1,6 @@
-"""What a request may hold, body and query.  Pure.  Unknown members are refused: nothing is believed to be set
-that is not.
+"""What a request may hold, in its query and its body.
+
+Unknown members are refused: a setting that does not exist must not seem to be set.
 """
 
 from __future__ import annotations
@@ -16,30 +17,30 @@ Sha256 = Annotated[
 Name = Annotated[str, Field(min_length=1, max_length=300)]
 Password = Annotated[str, Field(min_length=1, max_length=1024)]
 Token = Annotated[str, Field(min_length=1, max_length=128)]
-Address = Annotated[str, Field(max_length=64, description="of the person's browser")]
+Address = Annotated[str, Field(max_length=64, description="of the user's browser")]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[a-z0-9.:\[\]-]+$")]
 
 
-class Body(BaseModel):
-    """A request's body or query: no unknown members, no guessing at types."""
+class Query(BaseModel):
+    """A request's query."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
 
 
-class Nothing(Body):
-    """Nothing may be given."""
-
-
-class StrictBody(Body):
-    """A JSON body: a number in quotes is no number."""
+class Body(Query):
+    """A request's JSON body: a number in quotes is not a number."""
 
     model_config = ConfigDict(strict=True)
 
 
-# Admin.
+class Nothing(Query):
+    """Nothing may be given."""
 
 
-class CreateAgent(StrictBody):
+# Requests of the role admin
+
+
+class CreateAgent(Body):
     """``POST /agents``"""
 
     name: Name
@@ -47,25 +48,25 @@ class CreateAgent(StrictBody):
     app: Annotated[str, Field(max_length=64)] | None = None
 
 
-class SetState(StrictBody):
+class SetState(Body):
     """``PUT /agents/NAME/state``"""
 
     state: Literal["running", "suspended", "hibernated", "stopped"]
 
 
-class GivePassword(StrictBody):
+class GivePassword(Body):
     """A password alone."""
 
     password: Password
 
 
-class Wait(Body):
-    """How long to wait for the end of what was asked."""
+class Wait(Query):
+    """How long to wait for the end of the operation."""
 
     wait: Annotated[float, Field(ge=0, le=MAX_WAIT, allow_inf_nan=False, description="seconds")] = 0.0
 
 
-class ListAgents(Body):
+class ListAgents(Query):
     """``GET /agents``"""
 
     state: Annotated[str, Field(max_length=32)] | None = None
@@ -77,41 +78,41 @@ class DeleteAgent(Wait):
     data: Literal["keep", "delete"] = "delete"
 
 
-class Logs(Body):
+class ReadLogs(Query):
     """``GET /agents/NAME/logs``"""
 
     tail: Annotated[int, Field(ge=0, le=10_000)] = 100
     after: Annotated[str, Field(max_length=200)] | None = None
 
 
-class Events(Body):
+class ListEvents(Query):
     """``GET /agents/NAME/events``"""
 
     limit: Annotated[int, Field(ge=1, le=10_000)] = 100
 
 
-class ListSessions(Body):
+class ListSessions(Query):
     """``GET /sessions``"""
 
     user: Name | None = None
 
 
-class RevokeSessions(Body):
-    """``DELETE /sessions``: whose must be said."""
+class RevokeSessions(Query):
+    """``DELETE /sessions``: of one user, never of all."""
 
     user: Name
 
 
-class CheckProvider(Body):
+class CheckProvider(Query):
     """``GET /providers/NAME/check``"""
 
     app: Annotated[str, Field(max_length=64)] | None = None
 
 
-# Proxy.
+# Requests of the role proxy
 
 
-class Login(StrictBody):
+class Login(Body):
     """``POST /sessions``"""
 
     user: Annotated[str, Field(min_length=1, max_length=255)]
@@ -121,7 +122,7 @@ class Login(StrictBody):
     device: Token | None = None
 
 
-class OfSession(StrictBody):
+class OfSession(Body):
     """A session alone."""
 
     sha256: Sha256
@@ -145,16 +146,11 @@ class MyState(Select):
     state: Literal["running", "stopped", "restart"]
 
 
-class Verify(OfSession):
-    """``POST /sessions/verify``"""
+class ChangePassword(OfSession):
+    """``POST /sessions/password``"""
 
     password: Password
     address: Address
-
-
-class ChangePassword(Verify):
-    """``POST /sessions/password``"""
-
     new_password: Password
 
 
@@ -165,7 +161,7 @@ class MakeHandover(OfSession):
     nonce_sha256: Sha256
 
 
-class Redeem(StrictBody):
+class Redeem(Body):
     """``POST /sessions/redeem``"""
 
     code: Token

@@ -20,6 +20,7 @@ from cheroot import connections, server, wsgi
 from cheroot.makefile import StreamReader, StreamWriter
 from cheroot.workers import threadpool
 
+from dispatcher.common import problem
 from dispatcher.common.ip_limits import Tally
 from dispatcher.common.log import logger
 
@@ -130,17 +131,9 @@ class Request(server.HTTPRequest):
 
     def simple_response(self, status: object, msg: str = "") -> None:
         number, _, title = str(status).partition(" ")
-        body = {
-            "type": "about:blank",
-            "title": title,
-            "status": int(number),
-            "detail": msg,
-            "fix": "",
-            "code": title.lower().replace(" ", "-"),
-        }
-        data = json.dumps(body).encode()
+        data = json.dumps(problem.document(int(number), title, msg)).encode()
         head = (
-            f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\nContent-Type: application/problem+json\r\n"
+            f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\nContent-Type: {problem.MEDIA_TYPE}\r\n"
             "Connection: close\r\n\r\n"
         )
         self.close_connection = True

@@ -14,6 +14,7 @@ from flask import Flask, Response, g, jsonify, make_response, render_template, r
 from werkzeug.exceptions import HTTPException
 
 from dispatcher.common import humanize
+from dispatcher.common import problem as problems
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
 from dispatcher.plugin.names import printable
 from dispatcher.proxy.portal import context
@@ -84,17 +85,10 @@ def data(value: object, status: int = 200) -> Response:
 
 def problem(error: DispatcherError, status: int | None = None, **more: object) -> Response:
     """Return an error as problem details (RFC 9457)."""
-    document = {
-        "type": "about:blank",
-        "title": error.what,
-        "status": status or error.status,
-        "detail": error.why,
-        "fix": error.fix,
-        "code": error.code,
-        **more,
-    }
-    response = data({name: value for name, value in document.items() if value != ""}, status or error.status)
-    response.mimetype = "application/problem+json"
+    found = status or error.status
+    document = problems.document(found, error.what, error.why, error.fix, error.code, **more)
+    response = data(document, found)
+    response.mimetype = problems.MEDIA_TYPE
     return retry(response, error.retry_after)
 
 

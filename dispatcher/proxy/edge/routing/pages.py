@@ -11,6 +11,8 @@ import json
 from http import HTTPStatus
 from typing import Any
 
+from dispatcher.common import problem
+
 _COMMON = b"Cache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
 _HTML = (
     b"Content-Type: text/html; charset=utf-8\r\n"
@@ -87,15 +89,9 @@ def failure(
         ).encode()
         lines = _HTML
     else:
-        document: dict[str, Any] = {
-            "type": "about:blank",
-            "title": what.title,
-            "status": what.status,
-            "detail": what.detail,
-            "fix": what.fix,
-            "code": what.code,
-            **(what.extra or {}),
-        }
+        document = problem.document(
+            what.status, what.title, what.detail, what.fix, what.code, **(what.extra or {})
+        )
         text = json.dumps(document, ensure_ascii=False).encode()
         lines = b"Content-Type: application/problem+json\r\n"
     if what.retry_after is not None:

@@ -58,8 +58,13 @@ def test_a_further_agent_of_a_user_needs_no_password(parts):
         ({"name": "bob", "password": "x" * 1025}, 400, "password"),
         ({"name": "../etc", "password": "x" * 8}, 400, "Bad name"),
         ({"name": "bob", "password": "x" * 8, "app": "nope"}, 400, "no app"),
-        ({"name": "bob", "password": "x" * 8, "admin": True}, 400, "unknown, valid are: app, name, password"),
-        ({"name": 7, "password": "x" * 8}, 400, "name"),
+        (
+            {"name": "bob", "password": "x" * 8, "admin": True},
+            400,
+            "admin: unknown, valid are: app, name, password",
+        ),
+        ({"nam": "bob", "password": "x" * 8}, 400, "nam: unknown, did you mean 'name'?"),
+        ({"name": 7, "password": "x" * 8}, 400, "name: "),
         ({"password": "x" * 8}, 400, "name: is missing"),
         ({"name": "bob", "password": "\ud800" * 8}, 400, ""),
         ([], 400, "object"),
@@ -244,7 +249,10 @@ def test_revoking_all_needs_a_name(parts):
 @pytest.mark.parametrize(
     ("path", "members"),
     [
-        ("/agents/alice/runtime", {"provider", "uid"}),
+        (
+            "/agents/alice/runtime",
+            {"handle", "endpoint", "uid", "provider", "started_at", "spec_hash", "usage"},
+        ),
         ("/agents/alice/logs", {"lines", "cursor"}),
         ("/agents/alice/events", {"events"}),
         ("/agents/alice/why", {"agent", "sentences"}),
@@ -327,7 +335,18 @@ def test_a_body_that_is_not_json_is_415(parts, type):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{", b'{"name": "bob"', b"\xff\xfe", b'{"name":"bob","name":"eve"}x', b"[" * 5000]
+    "data",
+    [
+        b"",
+        b"{",
+        b'{"name": "bob"',
+        b"\xff\xfe",
+        b'{"name":"bob","name":"eve"}x',
+        b"[" * 5000,
+        b"[" * 1500 + b"]" * 1500,
+        b'{"name": "bob", "password": ' + b"[" * 1500 + b"]" * 1500 + b"}",
+        b'{"name": "bob", "more": ' + b'{"a":' * 1500 + b"1" + b"}" * 1500 + b"}",
+    ],
 )
 def test_broken_json_is_400(parts, data):
     answer = parts.admin.post("/agents", data=data, content_type="application/json")

@@ -1,0 +1,157 @@
+"""The forms of answers, for `/openapi.json`.  The tests hold every answer against its form."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from dispatcher.manager.agents.lifecycle import Desired, State
+from dispatcher.plugin.model import Capability, Level
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+Problem = TypedDict("Problem", {"type": str, "title": str, "status": int, "detail": str, "fix": str, "code": str})
+
+# Agents
+
+Failure = TypedDict("Failure", {"what": str, "why": str, "fix": str, "log": list[str]})
+AgentState = TypedDict(
+    "AgentState",
+    {
+        "state": State,
+        "desired": Desired,
+        "stage": str,
+        "detail": str,
+        "fraction": float | None,
+        "since": Time,
+        "failure": Failure | None,
+        "outdated": bool,
+    },
+)
+Move = TypedDict("Move", {"from": str, "to": str, "step": str, "since": Time})
+
+
+class Agent(AgentState):
+    """AGENT of docs/reference/rest.md"""
+
+    name: str
+    user: str
+    app: str
+    provider: str
+    last_used: Time | None
+    created: Time
+    reachable: bool
+    observed_at: Time | None
+    move: Move | None
+
+
+AgentList = TypedDict("AgentList", {"agents": list[Agent]})
+Usage = TypedDict("Usage", {"memory": int | None, "cpu_seconds": float | None, "disk": int | None})
+Runtime = TypedDict(
+    "Runtime",
+    {
+        "handle": dict[str, Any] | None,
+        "endpoint": str | None,
+        "uid": int,
+        "provider": str,
+        "started_at": Time | None,
+        "spec_hash": str | None,
+        "usage": Usage | None,
+    },
+)
+Logs = TypedDict("Logs", {"lines": list[str], "cursor": str})
+Event = TypedDict("Event", {"time": Time, "kind": str, "detail": str})
+Events = TypedDict("Events", {"events": list[Event]})
+User = TypedDict("User", {"user": str})
+Why = TypedDict("Why", {"agent": str, "sentences": list[str]})
+Copy = TypedDict(
+    "Copy",
+    {
+        "id": int | None,
+        "provider": str,
+        "kind": Literal["directory", "provider"],
+        "time": Time,
+        "why": str,
+        "size": int | None,
+    },
+)
+Copies = TypedDict("Copies", {"copies": list[Copy]})
+Purged = TypedDict("Purged", {"purged": int})
+
+# Sessions
+
+Session = TypedDict(
+    "Session",
+    {
+        "sha256": str,
+        "user": str,
+        "agent": str,
+        "agents": list[str],
+        "ttl": float,
+        "lifetime": float,
+        "created": Time,
+        "parent": NotRequired[str],
+        "host": NotRequired[str],
+    },
+)
+SignedIn = TypedDict("SignedIn", {"token": str, "device": str, "session": Session})
+Renewed = TypedDict("Renewed", {"token": str, "session": Session})
+Code = TypedDict("Code", {"code": str})
+ListedSession = TypedDict(
+    "ListedSession",
+    {
+        "id": str,
+        "user": str,
+        "agent": str,
+        "created": Time,
+        "last_used": Time,
+        "expires": Time,
+        "address": str,
+        "user_agent": str,
+    },
+)
+SessionList = TypedDict("SessionList", {"sessions": list[ListedSession]})
+Revoked = TypedDict("Revoked", {"revoked": int})
+
+# The manager
+
+Provider = TypedDict(
+    "Provider",
+    {
+        "name": str,
+        "isolation": Literal["process", "container", "vm"] | None,
+        "capabilities": list[Capability],
+        "distribution": str,
+        "usable": bool,
+        "error": str | None,
+    },
+)
+ProviderList = TypedDict("ProviderList", {"providers": list[Provider]})
+Finding = TypedDict("Finding", {"level": Level, "what": str, "fix": str})
+Findings = TypedDict("Findings", {"findings": list[Finding]})
+AgentMemory = TypedDict("AgentMemory", {"name": str, "memory": int | None})
+MemoryUsage = TypedDict("MemoryUsage", {"total": int, "average": float, "agents": list[AgentMemory]})
+AgentUsage = TypedDict(
+    "AgentUsage",
+    {
+        "name": str,
+        "state": State,
+        "memory": int | None,
+        "cpu_percent": float | None,
+        "cpu_seconds": float | None,
+        "last_used": Time | None,
+    },
+)
+Top = TypedDict("Top", {"agents": list[AgentUsage]})
+Reloaded = TypedDict("Reloaded", {"changed": list[str]})
+Health = TypedDict(
+    "Health",
+    {
+        "status": Literal["ok", "degraded"],
+        "version": NotRequired[str],
+        "problems": NotRequired[list[str]],
+        "feed_connections": NotRequired[int],
+    },
+)
