@@ -1,8 +1,8 @@
-"""Connections to one libvirtd, and calls with deadlines.  Touches libvirt.
+"""Connections to one libvirtd, and calls with deadlines.
 
-Queries (observe, list, usage) and work (start, save, destroy) have connections of their own, as libvirtd answers
-only a few requests of one connection at a time: a save that takes a minute holds up no question.  A connection
-that was lost is made again by the next call.
+Queries (observe, list, usage) and work (start, save, destroy) use separate connections, because libvirtd serves
+only a few requests of one connection at a time: a save that takes a minute delays no query.  The next call
+reopens a lost connection.
 """
 
 from __future__ import annotations
@@ -12,50 +12,98 @@ import functools
 import itertools
 import logging
 import threading
+import traceback
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 import libvirt
 
 from dispatcher.plugin import Deadline, Unavailable
-from dispatcher_libvirt import errors_map, event_loop
-from dispatcher_libvirt.workers import Call, Workers
+from dispatcher_libvirt import errors
 
 _T = TypeVar("_T")
 Tick = Callable[[], None]
 
-MOST_CALLS = 64  # under way at once; more than that means that libvirtd has stopped answering
-LOST = 3  # unanswered keep-alive messages after which a connection is given up
+MAX_CALLS = 64  # in progress at the same time; more than that means that libvirtd has stopped answering
+_MAX_LOST_KEEPALIVES = 3  # unanswered messages after which a connection is closed
 _TICK = 0.4  # seconds between two calls of `tick`
 
 _log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Lane(enum.Enum):
-    """What a call is."""
+    """The kind of a call."""
 
     QUERY = "query"  # quick, and safe to repeat
     WORK = "work"  # may take long, is not repeated
 
 
-class Link:
-    """One connection, closed when it was given up *and* no call uses it any more.
+def _in_thread(function: Callable[[], _T], ended: Callable[[], None] = lambda: None) -> Future[_T]:
+    """Call a function in a daemon thread of its own: a call to libvirt cannot be cancelled, only abandoned."""
+    future: Future[_T] = Future()
 
-    libvirt frees a connection under the feet of a call that another thread makes on it, and closing one waits
-    for an answer.  So nobody but the threads of the pool ever holds the connection itself.
+    def run() -> None:
+        try:
+            result = function()
+        except BaseException as error:
+            # Release the call's locals (a connection, for example) here, not when the error is discarded.
+            traceback.clear_frames(error.__traceback__)
+            ended()
+            future.set_exception(error)
+        else:
+            ended()
+            future.set_result(result)
+
+    threading.Thread(target=run, name="libvirt-call", daemon=True).start()
+    return future
+
+
+_event_loop_lock = threading.Lock()
+_event_loop_runs = False
+
+
+def _start_event_loop() -> None:
+    """Run libvirt's default event loop in a thread, once per process and before its first connection.
+
+    Without it connections send no keep-alive messages and report no events.
+    """
+    global _event_loop_runs
+    with _event_loop_lock:
+        if _event_loop_runs:
+            return
+        # The binding prints every error to stderr unless a handler is registered.
+        libvirt.registerErrorHandler(lambda *_: None, None)
+        libvirt.virEventRegisterDefaultImpl()
+        threading.Thread(target=_run_event_loop, name="libvirt-events", daemon=True).start()
+        _event_loop_runs = True
+
+
+def _run_event_loop() -> None:
+    while True:
+        try:
+            libvirt.virEventRunDefaultImpl()
+        except libvirt.libvirtError as error:  # a failing callback must not stop the loop
+            _log.warning("libvirt's event loop: %s", error)
+
+
+class Link:
+    """One connection, closed when it is retired and no call uses it any more.
+
+    libvirt frees a connection while another thread still calls it, and closing one waits for an answer.  So only
+    the threads of calls ever hold the connection itself.
     """
 
-    def __init__(self, connection: libvirt.virConnect, workers: Workers) -> None:
+    def __init__(self, connection: libvirt.virConnect) -> None:
         self._connection: libvirt.virConnect | None = connection
-        self._workers = workers
         self._lock = threading.Lock()
         self._users = 0
-        self._given_up = False
+        self._retired = False
 
     def alive(self) -> bool:
         """Whether it is usable, as far as this side knows."""
         with self._lock:
-            if self._connection is None or self._given_up:
+            if self._connection is None or self._retired:
                 return False
             try:
                 return bool(self._connection.isAlive())
@@ -63,49 +111,39 @@ class Link:
                 return False
 
     def use(self, function: Callable[[libvirt.virConnect], _T]) -> _T:
-        """Return what `function` returns, called with the connection; in a thread of the pool.
+        """Return the result of `function`, called with the connection; only in a thread of a call.
 
-        :raises libvirtError: from `function`, or it was closed.
+        :raises libvirtError: from `function`, or the connection is closed.
         """
         with self._lock:
             connection = self._connection
-            if connection is None or self._given_up:
+            if connection is None or self._retired:
                 raise libvirt.libvirtError("the connection was closed")
             self._users += 1
         try:
             return function(connection)
         finally:
             del connection
-            self._leave()
+            with self._lock:
+                self._users -= 1
+            self._close_if_unused()
 
-    def give_up(self) -> None:
+    def retire(self) -> None:
         """Close it as soon as no call uses it; does not wait."""
         with self._lock:
-            if self._given_up:
+            self._retired = True
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        with self._lock:
+            if not self._retired or self._users or self._connection is None:
                 return
-            self._given_up = True
-            idle = self._users == 0
-        if idle:
-            self._close()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._users -= 1
-            idle = self._given_up and self._users == 0
-        if idle:
-            self._close()
-
-    def _close(self) -> None:
-        with self._lock:
-            connection, self._connection = self._connection, None
-        if connection is not None:
-            box = [connection]
-            del connection
-            self._workers.submit(functools.partial(_close, box), always=True)
+            box, self._connection = [self._connection], None
+        _in_thread(functools.partial(_close, box))
 
 
 class Slot:
-    """A place for one link, made when it is first needed."""
+    """The place of one link, opened on first use."""
 
     def __init__(self) -> None:
         self.link: Link | None = None
@@ -117,22 +155,22 @@ class Slot:
         return link if link is not None and link.alive() else None
 
     def drop(self, link: Link) -> None:
-        """Forget a link that failed."""
-        link.give_up()
+        """Retire a link that failed."""
+        link.retire()
         if self.link is link:
             self.link = None
 
 
 class Backend:
-    """The libvirtd behind one URI.
+    """The libvirtd at one URI.
 
-    :param keepalive: seconds between two keep-alive messages; three unanswered ones end a connection.
+    :param keepalive: seconds between two keep-alive messages; three unanswered ones close a connection.
     """
 
     def __init__(self, uri: str, *, connections: int, keepalive: float) -> None:
         self.uri = uri
         self._keepalive = max(1, round(keepalive))
-        self._workers = Workers(MOST_CALLS)
+        self._calls = threading.BoundedSemaphore(MAX_CALLS)
         self._query = Slot()
         self._work = [Slot() for _ in range(connections)]
         self._turn = itertools.count()
@@ -146,11 +184,11 @@ class Backend:
         lane: Lane = Lane.QUERY,
         tick: Tick | None = None,
     ) -> _T:
-        """Return what `function` returns, called in another thread with a usable connection.
+        """Return the result of `function`, called in another thread with a usable connection.
 
-        :param what: what is being done, for error messages ("starting alice's machine").
-        :param tick: called about twice a second meanwhile; what it raises ends the waiting, not the call.
-        :raises DispatcherError: libvirt's error, translated; libvirtError never comes out.
+        :param what: the action, for error messages ("starting alice's machine").
+        :param tick: called about twice a second meanwhile; an exception from it ends the waiting, not the call.
+        :raises DispatcherError: libvirt's error, translated; libvirtError never escapes.
         :raises DeadlineExceeded: no answer before the deadline.
         """
         slot = self._query if lane is Lane.QUERY else self._work[next(self._turn) % len(self._work)]
@@ -159,11 +197,11 @@ class Backend:
             try:
                 return self._wait(self._submit(functools.partial(link.use, function)), what, deadline, tick)
             except libvirt.libvirtError as error:
-                if errors_map.lost(error) or not link.alive():
+                if errors.connection_lost(error) or not link.alive():
                     slot.drop(link)
                     if lane is Lane.QUERY and attempt == 0:
                         continue
-                raise errors_map.translate(error, self.uri, what) from error
+                raise errors.translate(error, self.uri, what) from error
         raise AssertionError("unreachable")  # pragma: no cover
 
     def connect(self, deadline: Deadline) -> Link:
@@ -174,43 +212,41 @@ class Backend:
         return self._open(Slot(), "connecting", deadline, None)
 
     def run(self, link: Link, function: Callable[[libvirt.virConnect], _T], deadline: Deadline) -> _T:
-        """Return what `function` returns, called with a link of `connect`.
+        """Return the result of `function`, called with a link from `connect`.
 
         :raises DispatcherError: libvirt's error, translated, or no answer in time.
         """
         try:
             return self._wait(self._submit(functools.partial(link.use, function)), "watching", deadline, None)
         except libvirt.libvirtError as error:
-            raise errors_map.translate(error, self.uri, "watching") from error
+            raise errors.translate(error, self.uri, "watching") from error
 
     def close(self) -> None:
-        """Close all connections; calls under way end by themselves."""
+        """Close all connections; calls in progress end by themselves."""
         for slot in (self._query, *self._work):
-            link, slot.link = slot.link, None
-            if link is not None:
-                link.give_up()
-        self._workers.close()
+            if slot.link is not None:
+                slot.drop(slot.link)
 
     def _open(self, slot: Slot, what: str, deadline: Deadline, tick: Tick | None) -> Link:
-        """Make a slot's link.  One thread at a time tries, the others wait for it."""
-        event_loop.start()
+        """Open a slot's link; one thread at a time tries, the others wait for it."""
+        _start_event_loop()
         while not slot.opening.acquire(timeout=min(_TICK, deadline.remaining())):
             if deadline.expired:
-                raise errors_map.too_slow(self.uri, what)
+                raise errors.timed_out(self.uri, what)
             if tick:
                 tick()
-        if (known := slot.alive()) is not None:
+        if (link := slot.alive()) is not None:
             slot.opening.release()
-            return known
+            return link
 
         def opened() -> Link:
             try:
                 connection = libvirt.open(self.uri)
                 try:
-                    connection.setKeepAlive(self._keepalive, LOST)
+                    connection.setKeepAlive(self._keepalive, _MAX_LOST_KEEPALIVES)
                 except libvirt.libvirtError as error:
                     _log.debug("no keep-alive on %s: %s", self.uri, error)
-                slot.link = Link(connection, self._workers)
+                slot.link = Link(connection)
                 return slot.link
             finally:
                 slot.opening.release()
@@ -223,20 +259,19 @@ class Backend:
         try:
             return self._wait(call, what, deadline, tick)
         except libvirt.libvirtError as error:
-            if error.get_error_code() in {libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED}:
-                raise errors_map.translate(error, self.uri, what) from error
-            raise errors_map.unreachable(self.uri, errors_map.message(error)) from error
+            if errors.authentication_failed(error):
+                raise errors.translate(error, self.uri, what) from error
+            raise errors.unreachable(self.uri, errors.message(error)) from error
 
-    def _submit(self, function: Callable[[], _T]) -> Call[_T]:
-        call = self._workers.submit(function)
-        if call is None:
-            raise errors_map.unreachable(self.uri, f"{MOST_CALLS} calls wait for an answer already")
-        return call
+    def _submit(self, function: Callable[[], _T]) -> Future[_T]:
+        if not self._calls.acquire(blocking=False):
+            raise errors.unreachable(self.uri, f"{MAX_CALLS} calls are waiting for an answer")
+        return _in_thread(function, self._calls.release)
 
-    def _wait(self, call: Call[_T], what: str, deadline: Deadline, tick: Tick | None) -> _T:
-        while not call.wait(min(_TICK, deadline.remaining())):
+    def _wait(self, call: Future[_T], what: str, deadline: Deadline, tick: Tick | None) -> _T:
+        while not wait([call], min(_TICK, deadline.remaining())).done:
             if deadline.expired:
-                raise errors_map.too_slow(self.uri, what)
+                raise errors.timed_out(self.uri, what)
             if tick:
                 tick()
         return call.result()

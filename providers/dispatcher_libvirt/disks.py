@@ -1,11 +1,11 @@
-"""Making, growing, checking and copying machines' disks, as files of this host.  Touches files and processes.
+"""Disks of machines as files of this host: create, grow, check, copy.
 
-Every agent has a directory that belongs to the manager (so that no name in it can be swapped), with files that
-belong to the machine's host user:
+Every agent has a directory that belongs to the manager (so that nobody else can replace a name in it), with files
+that belong to the machine's host user:
 
     data.raw                 the data disk: ext4 without partitions
     root-FINGERPRINT.qcow2   the overlay of one base image
-    snapshots/               from before changes of the image: the data disk, and what the overlay was of
+    snapshots/               the data disk from before each change of the image
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dispatcher_libvirt.sandbox import Bind, Result, Tick
 
 DATA = "data.raw"
 SNAPSHOTS = "snapshots"
-BOOTED = "booted"  # file with the fingerprint of what the machine booted last
+BOOTED = "booted"  # file with the fingerprint of the last boot files
 IMAGE = "/image"  # where tools in the sandbox see the disk
 _ROOT = re.compile(r"root-([0-9a-f]{12})\.qcow2")
 _FICLONE = 0x40049409
@@ -42,8 +42,8 @@ User = tuple[int, int] | None
 class Disks:
     """The disks of all agents of one installation, below one directory.
 
-    :param own: the provider's own directory, when `top` lies in it; :param privileged: whether this is root,
-        whose tools become the agent's user.
+    :param own: the provider's own directory, when it contains `top`; :param privileged: this is root, and tools
+        run as the agent's user.
     """
 
     def __init__(self, top: Path, *, own: Path | None, privileged: bool) -> None:
@@ -52,8 +52,8 @@ class Disks:
         self._privileged = privileged
 
     def prepare(self) -> None:
-        """Make the top directory: QEMU passes through it without seeing what is there."""
-        with self.errors("making the directory of machines' disks"):
+        """Create the top directory: passable for QEMU, not readable."""
+        with self.errors("creating the directory of machines' disks"):
             self.top.mkdir(mode=0o711, parents=True, exist_ok=True)
             for directory in (self._own_directory, self.top):
                 if directory is not None and directory.stat().st_mode & 0o011 != 0o011:
@@ -70,9 +70,9 @@ class Disks:
         return self.directory(name) / DATA
 
     def make_directory(self, name: str) -> bool:
-        """Make an agent's directory; whether it was not there."""
+        """Create an agent's directory; False where it exists."""
         self.prepare()
-        with self.errors("making a machine's directory"):
+        with self.errors("creating a machine's directory"):
             try:
                 self.directory(name).mkdir(mode=0o711)
             except FileExistsError:
@@ -81,7 +81,7 @@ class Disks:
             return True
 
     def remove(self, name: str, *, data: bool) -> None:
-        """Remove an agent's disks, the data disk only when told so.  Absent is success."""
+        """Remove an agent's disks, with `data` the data disk too.  Absent is success."""
         directory = self.directory(name)
         with self.errors("removing a machine's disks"):
             if data:
@@ -102,60 +102,43 @@ class Disks:
                 found[match[1]] = path
         return found
 
-    def size(self, name: str) -> int:
-        """Return the bytes that an agent's files take on the host's disk."""
-        total = 0
-        for directory, _, files in os.walk(self.directory(name)):
-            for file in files:
-                try:
-                    total += os.lstat(os.path.join(directory, file)).st_blocks * 512
-                except FileNotFoundError:
-                    continue
-        return total
-
     # -- the data disk -----------------------------------------------------------------------------------
 
     def create_data(self, name: str, size: int, user: User, *, full: bool, deadline: Deadline, tick: Tick) -> None:
-        """Make an empty data disk.
+        """Create an empty data disk.
 
         :raises ProviderError: no space, or a tool is missing.
         """
-        with self._fresh(self.data(name), user) as path:
-            with self.errors("making a data disk"), path.open("r+b") as file:
-                if full:
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    os.truncate(file.fileno(), size)
+        with self._replacing(self.data(name), user) as path:
+            with self.errors("creating a data disk"):
+                _resize(path, size, full=full)
             self._format(path, user, None, deadline, tick, inodes=0)
 
-    def claim(self, name: str, user: User) -> None:
-        """Make the data disk its user's again, where libvirt was stopped before it could."""
+    def restore_owner(self, name: str, user: User) -> None:
+        """Give the data disk back to its user, where libvirt was stopped before it could."""
         with self.errors("looking at a data disk"):
             self._own(self.data(name), user)
 
     def grow_data(self, name: str, size: int, user: User, *, full: bool, deadline: Deadline, tick: Tick) -> None:
-        """Make an existing data disk larger, its content kept; one that is as large stays as it is."""
+        """Enlarge an existing data disk and keep its content; a larger one stays as it is."""
         path = self.data(name)
         before = path.stat().st_size
         if before >= size:
             return
         self.repair(name, user, deadline=deadline, tick=tick, thorough=True)
-        with self.errors("growing a data disk"), path.open("r+b") as file:
-            if full:
-                os.posix_fallocate(file.fileno(), 0, size)
-            else:
-                os.truncate(file.fileno(), size)
+        with self.errors("growing a data disk"):
+            _resize(path, size, full=full)
         result = self._tool(["resize2fs", IMAGE], path, user, deadline, tick)
         if result.code:
             os.truncate(path, before)
             raise ProviderError(
-                f"The data disk of {printable(name)} does not grow", why=result.last_line, fix=f"look at {path}"
+                f"The data disk of {printable(name)} cannot grow", why=result.last_line, fix=f"check {path}"
             )
 
     def repair(self, name: str, user: User, *, deadline: Deadline, tick: Tick, thorough: bool = False) -> None:
-        """Replay the data disk's journal and mend what a hard end left; quick when it was ended well.
+        """Replay the data disk's journal and repair it after a power cut; quick after a clean shutdown.
 
-        :raises ProviderError: it is damaged beyond that.
+        :raises ProviderError: it is beyond repair.
         """
         path = self.data(name)
         force = ["-f"] if thorough else []
@@ -166,70 +149,60 @@ class Disks:
             raise ProviderError(
                 f"The data disk of {printable(name)} is damaged",
                 why=result.last_line,
-                fix=f"look at it with e2fsck ({path}), restore a snapshot, or reset the agent's data",
+                fix=f"check it with e2fsck ({path}), restore a snapshot, or reset the agent's data",
             )
 
     def fill_data(
         self, name: str, source: Path, size: int, user: User, *, files: int, deadline: Deadline, tick: Tick
     ) -> None:
-        """Replace the data disk by a new one that holds a copy of `source`; the old one stays until that is whole.
+        """Replace the data disk by a new one with a copy of `source`; the old one stays until that is complete.
 
-        :param files: how many there are.
-        :raises ProviderError: it does not fit, or cannot be read.
+        :param files: number of files and directories.
+        :raises ProviderError: it does not fit, or is not readable.
         """
-        with self._fresh(self.data(name), user) as path:
-            with self.errors("making a data disk"):
+        with self._replacing(self.data(name), user) as path:
+            with self.errors("creating a data disk"):
                 os.truncate(path, size)
             self._format(path, user, source, deadline, tick, inodes=files + files // 4 + 1024)
 
     # -- overlays and snapshots --------------------------------------------------------------------------
 
     def create_root(self, name: str, fingerprint: str, base: Path, form: str, user: User) -> Path:
-        """Make the overlay of a base image; one that is there is used again."""
+        """Create the overlay of a base image, or reuse it."""
         path = self.directory(name) / f"root-{fingerprint}.qcow2"
         if path.exists():
             return path
         temporary = path.with_name(f".{secrets.token_hex(4)}.new")
-        command = [
-            sandbox.tool("qemu-img"),
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "-b",
-            str(base),
-            "-F",
-            form,
-            str(temporary),
-        ]
+        command = [sandbox.tool("qemu-img"), "create", "-q", "-f", "qcow2"]
+        command += ["-b", str(base), "-F", form, str(temporary)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
             if done.returncode and os.strerror(errno.ENOSPC).lower() in done.stderr.lower():
-                with self.errors("making an overlay"):
+                with self.errors("creating an overlay"):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(temporary.parent))
             if done.returncode:
                 raise ProviderError(
-                    f"Cannot make an overlay of {base}",
+                    f"Cannot create an overlay of {base}",
                     why=" ".join(done.stderr.split())[-400:],
-                    fix="see that the disk has space, and that the image and `format` are right",
+                    fix="check that the disk has space, and that the image and `format` are right",
                 )
-            with self.errors("making an overlay"):
+            with self.errors("creating an overlay"):
                 self._own(temporary, user)
                 temporary.rename(path)
         except subprocess.TimeoutExpired as error:
-            raise DeadlineExceeded(f"Making an overlay of {base} took too long") from error
+            raise DeadlineExceeded(f"Creating an overlay of {base} took too long") from error
         finally:
             temporary.unlink(missing_ok=True)
         return path
 
-    def forget_roots(self, name: str, current: str, keep: int) -> None:
+    def prune_roots(self, name: str, current: str, keep: int) -> None:
         """Remove all overlays but the current one and the newest `keep` others."""
         others = [path for fingerprint, path in self.roots(name).items() if fingerprint != current]
         for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
             path.unlink()
 
     def snapshot(self, name: str, fingerprint: str, keep: int, *, deadline: Deadline, tick: Tick) -> None:
-        """Copy the data disk as it was with an image, and forget all but the newest `keep` snapshots."""
+        """Copy the data disk under the fingerprint of its boot files; keep the newest `keep` snapshots."""
         folder = self.directory(name) / SNAPSHOTS
         with self.errors("taking a snapshot"):
             if keep:
@@ -249,7 +222,7 @@ class Disks:
 
     @contextmanager
     def errors(self, what: str) -> Iterator[None]:
-        """Turn an OSError into one that says what to do."""
+        """Translate an OSError into a ProviderError with a remedy."""
         try:
             yield
         except OSError as error:
@@ -257,19 +230,19 @@ class Disks:
             raise ProviderError(
                 f"{'The disk is full' if full else 'The host refused'} while {what}",
                 why=f"{error.strerror or error} ({error.filename or self.top})",
-                fix=f"free some space at {self.top}" if full else f"see who may write to {self.top}",
+                fix=f"free some space at {self.top}" if full else f"check the permissions of {self.top}",
             ) from error
 
     @contextmanager
-    def _fresh(self, target: Path, user: User) -> Iterator[Path]:
-        """Yield an empty file that takes the place of `target` when all went well, and is gone otherwise."""
+    def _replacing(self, target: Path, user: User) -> Iterator[Path]:
+        """Yield an empty file that replaces `target` on success, and is removed otherwise."""
         path = target.with_name(f".{secrets.token_hex(4)}.new")
         try:
-            with self.errors("making a disk"):
+            with self.errors("creating a disk"):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
                 self._own(path, user)
             yield path
-            with self.errors("making a disk"):
+            with self.errors("creating a disk"):
                 path.rename(target)
         finally:
             path.unlink(missing_ok=True)
@@ -283,7 +256,7 @@ class Disks:
         self, path: Path, user: User, source: Path | None, deadline: Deadline, tick: Tick, *, inodes: int
     ) -> None:
         owner = user or (os.geteuid(), os.getegid())
-        # Blocks that hold the longest symbolic link, inodes with whole times whatever the disk's size.
+        # Whatever the disk's size: blocks for the longest symbolic link, inodes with full times.
         argv = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-I", "256", "-m", "0", "-L", _LABEL]
         argv += ["-N", str(max(inodes, path.stat().st_size // _BYTES_PER_INODE))]
         argv += ["-E", f"root_owner={owner[0]}:{owner[1]},lazy_itable_init=1,lazy_journal_init=1"]
@@ -295,22 +268,22 @@ class Disks:
         if result.code:
             small = "could not allocate" in result.output.lower() or "no free space" in result.output.lower()
             raise ProviderError(
-                "The data does not fit on the data disk" if small else "The data disk cannot be made",
+                "The data does not fit on the data disk" if small else "The data disk cannot be created",
                 why=result.last_line,
-                fix="raise the app's disk limit" if small else "see that the host's disk has space",
+                fix="raise the app's disk limit" if small else "check that the host's disk has space",
             )
-        # An empty directory that only e2fsck needs, and makes again by itself, is no business of the app's.
+        # Only e2fsck needs this directory, and creates it again by itself.
         debugfs = sandbox.tool("debugfs")
         self._tool([debugfs, "-w", "-R", "rmdir lost+found", IMAGE], path, user, deadline, tick)
         if source is not None:
-            program, more = sandbox.python("stamp.py")
-            argv = [*program, debugfs, IMAGE, "/source"]
+            program, more = sandbox.python("ext4_tool.py")
+            argv = [*program, "times", IMAGE, "/source", debugfs]
             result = self._tool(argv, path, user, deadline, tick, binds=[*binds, *more], read_all=True)
             if result.code:
                 raise ProviderError(
-                    "The times of files cannot be put on the data disk",
+                    "The times of files cannot be written to the data disk",
                     why=result.last_line.removeprefix("error "),
-                    fix="see that the directory's files can be read, and that the host's disk has space",
+                    fix="check that the directory's files are readable, and that the host's disk has space",
                 )
 
     def _tool(
@@ -341,10 +314,18 @@ class Disks:
                 os.chown(path, *user)
 
 
-def copy_sparse(source: Path, target: Path, deadline: Deadline, tick: Callable[[], None]) -> None:
-    """Copy a file with its holes, owner and mode: shared blocks where the file system can, else data only.
+def _resize(path: Path, size: int, *, full: bool) -> None:
+    with path.open("r+b") as file:
+        if full:
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            os.truncate(file.fileno(), size)
 
-    :raises OSError: it cannot be read or written; :raises DeadlineExceeded: no time left.
+
+def copy_sparse(source: Path, target: Path, deadline: Deadline, tick: Callable[[], None]) -> None:
+    """Copy a file with its holes, owner and mode; share blocks where the file system supports it.
+
+    :raises OSError: reading or writing failed; :raises DeadlineExceeded: no time left.
     """
     with source.open("rb") as reading, target.open("xb") as writing:
         status = os.fstat(reading.fileno())
@@ -355,7 +336,7 @@ def copy_sparse(source: Path, target: Path, deadline: Deadline, tick: Callable[[
             fcntl.ioctl(writing.fileno(), _FICLONE, reading.fileno())
             return
         except OSError:
-            pass  # not on this file system
+            pass  # not supported by this file system
         os.truncate(writing.fileno(), status.st_size)
         at = 0
         while at < status.st_size:

@@ -1,6 +1,6 @@
-"""Looking at base images, kernels and initial RAM disks, and saying what is missing.  Touches files and qemu-img.
+"""Checks of base images, kernels and initial RAM disks.
 
-What was found good is remembered by path, size and time of change, so that a second look costs one `stat`.
+A positive result is cached by path, size and modification time, so that the next check costs one `stat`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _SEE = "check the app's libvirt table (docs/howto/vm-images.md)"
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The host user who will read images: a machine's QEMU."""
+    """The host user of a machine's QEMU, which reads the images."""
 
     uid: int
     gid: int
 
 
 class Images:
-    """Checks what machines boot from."""
+    """Checks the files that machines boot from."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,10 +54,10 @@ class Images:
     def check(
         self, options: AppOptions, reader: Reader | None, *, deadline: Deadline, tick: Callable[[], None]
     ) -> tuple[str, str]:
-        """Return fingerprints of the base image ("" without one) and of all that boots, when it is usable.
+        """Return fingerprints of the base image ("" without one) and of all boot files together.
 
-        :param reader: who must be able to read the files; None where libvirt takes care of it.
-        :raises ProviderError: something is missing, unreadable, damaged or of another format.
+        :param reader: the user that must be able to read them; None where libvirt makes them readable.
+        :raises ProviderError: one is missing, unreadable, damaged or of another format.
         """
         parts = []
         for what, path, look in (("kernel", options.kernel, _kernel), ("initrd", options.initrd, _initrd)):
@@ -84,7 +84,7 @@ class Images:
                 fix=f"put it there, or {_SEE}",
             ) from error
         if not stat.S_ISREG(found.st_mode):
-            raise ProviderError(f"{path} is no file", fix=_SEE)
+            raise ProviderError(f"{path} is not a regular file", fix=_SEE)
         if reader is not None:
             _readable(path, reader)
         key = f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
@@ -102,7 +102,7 @@ def _digest(text: str) -> str:
 
 
 def passable(path: Path, reader: Reader) -> str:
-    """Return the command that would let a user pass to `path`, "" where it can."""
+    """Return the command that makes the parents of `path` passable for a user, "" where they are."""
     for directory in reversed(path.parents):
         if directory.exists() and not _allowed(directory.stat(), reader, stat.S_IXOTH):
             return f"chmod o+x {directory}"
@@ -140,7 +140,7 @@ def _kernel(path: Path) -> None:
     head = _head(path, 4096)
     if not (head[0x202:0x206] == b"HdrS" or head[:4] == b"\x7fELF" or head[0x38:0x3C] == b"ARM\x64"):
         raise ProviderError(
-            f"{path} is no Linux kernel", why="its head is none of bzImage, ELF, arm64 Image", fix=_SEE
+            f"{path} is not a Linux kernel", why="it is neither bzImage nor ELF nor arm64 Image", fix=_SEE
         )
 
 
@@ -148,8 +148,8 @@ def _initrd(path: Path) -> None:
     head = _head(path, 8)
     if not any(head.startswith(magic) for magic in _INITRD):
         raise ProviderError(
-            f"{path} is no initial RAM disk",
-            why="it is neither cpio nor compressed in a way Linux knows",
+            f"{path} is not an initial RAM disk",
+            why="it is neither cpio nor in a compression format of Linux",
             fix=_SEE,
         )
 
@@ -158,7 +158,7 @@ def _image(path: Path, form: str, *, bootable: bool, deadline: Deadline) -> None
     head = _head(path, 512)
     if form == "qcow2" and not head.startswith(_QCOW2):
         raise ProviderError(
-            f"{path} is no qcow2 image", why="it does not begin like one", fix='set format = "raw"?'
+            f"{path} is not a qcow2 image", why="its first bytes differ", fix='set format = "raw"?'
         )
     if form == "raw" and head.startswith(_QCOW2):
         raise ProviderError(f"{path} is a qcow2 image", why='format says "raw"', fix='set format = "qcow2"')
@@ -167,14 +167,14 @@ def _image(path: Path, form: str, *, bootable: bool, deadline: Deadline) -> None
         raise ProviderError(
             f"{path} is an overlay itself",
             why=f"its base is {backing}",
-            fix=f"make it whole: qemu-img convert -O qcow2 {path} NEW",
+            fix=f"flatten it: qemu-img convert -O qcow2 {path} NEW",
         )
     if about.get("encrypted") or about.get("format-specific", {}).get("data", {}).get("data-file"):
         raise ProviderError(
-            f"{path} is encrypted or keeps its data elsewhere", fix="convert it to a plain qcow2 image"
+            f"{path} is encrypted or has an external data file", fix="convert it to a plain qcow2 image"
         )
     if form == "qcow2":
-        _qemu_img(path, form, "check", deadline, fine=(0, 3))  # 3: space is lost, nothing is damaged
+        _qemu_img(path, form, "check", deadline, allowed=(0, 3))  # 3: leaked clusters, no damage
     if bootable:
         _boots(path, form, deadline)
 
@@ -188,15 +188,15 @@ def _boots(path: Path, form: str, deadline: Deadline) -> None:
         raise ProviderError(
             f"{path} does not boot by itself",
             why="it has no boot sector",
-            fix="name its kernel and initrd beside it, or install a boot loader",
+            fix="configure its kernel and initrd, or install a boot loader",
         )
 
 
-def _qemu_img(path: Path, form: str, command: str, deadline: Deadline, fine: tuple[int, ...] = (0,)) -> str:
-    return _run([command, "--output=json", "-f", form, str(path)], path, deadline, fine)
+def _qemu_img(path: Path, form: str, command: str, deadline: Deadline, allowed: tuple[int, ...] = (0,)) -> str:
+    return _run([command, "--output=json", "-f", form, str(path)], path, deadline, allowed)
 
 
-def _run(arguments: list[str], path: Path, deadline: Deadline, fine: tuple[int, ...] = (0,)) -> str:
+def _run(arguments: list[str], path: Path, deadline: Deadline, allowed: tuple[int, ...] = (0,)) -> str:
     try:
         done = subprocess.run(
             [sandbox.tool("qemu-img"), *arguments],
@@ -206,11 +206,11 @@ def _run(arguments: list[str], path: Path, deadline: Deadline, fine: tuple[int, 
             timeout=max(1.0, deadline.remaining()),
         )
     except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(f"Looking at {path} took too long", fix="try again with more time") from error
-    if done.returncode not in fine:
+        raise DeadlineExceeded(f"Checking {path} took too long", fix="try again with more time") from error
+    if done.returncode not in allowed:
         raise ProviderError(
             f"The image {path} is damaged",
             why=" ".join((done.stderr or done.stdout).split())[-400:],
-            fix="copy it there again, and check it with qemu-img check",
+            fix="copy it again, and verify it with qemu-img check",
         )
     return done.stdout

@@ -1,26 +1,34 @@
-"""Ports on 127.0.0.1, MAC addresses, and what guests on a libvirt network may reach.
+"""Networks of machines: forwarded ports on 127.0.0.1, MAC addresses, libvirt networks and their filters.
 
-Touches sockets (to see what is free) and the host's table of addresses; the filter itself is built purely.
+One network filter per installation and libvirt network protects the host from the guests there.  The first
+machine that needs it defines it, the last one removes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import random
 import socket
 import threading
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import libvirt
 import psutil
 from lxml import etree
 
-from dispatcher.plugin import ProviderError, boottime
+from dispatcher.plugin import Deadline, ProviderError, boottime
+from dispatcher_libvirt import errors
+from dispatcher_libvirt.connection import Backend, Lane
+from dispatcher_libvirt.domain_xml import parse_xml
 
 Network4 = ipaddress.IPv4Network
-_RESERVED = 30.0  # seconds for which a port that was given out is not given out again
+_RESERVED = 30.0  # seconds before an allocated port is allocated again
+_FORWARD_MODES = frozenset({"nat", "route", "open", ""})
 _LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")
 
 
@@ -31,35 +39,32 @@ def mac_address(name: str) -> str:
 
 
 class Ports:
-    """Gives out ports that nobody has now, as far as can be seen from here.
+    """Allocates ports that look free.
 
-    QEMU binds the port itself and does not start where it cannot, so what is given out here is only a good
-    guess: while a machine runs, its port is its QEMU's and nobody else's.
+    QEMU binds the port itself and does not start where it cannot, so this is only a guess; while a machine runs,
+    its QEMU holds the port.
+
+    :param local: machines run on this host, so that its ports can be tested.
     """
 
-    def __init__(self, first: int, last: int, *, here: bool = True) -> None:
-        self._here = here
+    def __init__(self, first: int, last: int, *, local: bool = True) -> None:
+        self._local = local
         self._range = range(first, last + 1)
         self._lock = threading.Lock()
-        self._given: dict[int, float] = {}
+        self._allocated: dict[int, float] = {}
 
-    def take(self, *, wanted: int = 0, avoid: Iterable[int] = ()) -> int:
-        """Return a free port, `wanted` if that is free.
+    def allocate(self, *, avoid: Iterable[int] = ()) -> int:
+        """Return a free port.
 
-        :raises ProviderError: all are taken.
+        :raises ProviderError: all are in use.
         """
-        avoid = set(avoid)
         with self._lock:
             now = boottime()
-            self._given = {port: until for port, until in self._given.items() if until > now}
-            tries = random.sample(self._range, len(self._range))
-            for port in ([wanted] if wanted in self._range else []) + tries:
-                if (
-                    port not in avoid
-                    and (port == wanted or port not in self._given)
-                    and (not self._here or _free(port))
-                ):
-                    self._given[port] = now + _RESERVED
+            self._allocated = {port: until for port, until in self._allocated.items() if until > now}
+            excluded = {*avoid, *self._allocated}
+            for port in random.sample(self._range, len(self._range)):
+                if port not in excluded and (not self._local or _free(port)):
+                    self._allocated[port] = now + _RESERVED
                     return port
         raise ProviderError(
             f"No port from {self._range[0]} to {self._range[-1]} is free",
@@ -81,21 +86,19 @@ def _free(port: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkInfo:
-    """What a libvirt network is, from its XML.
+    """A libvirt network.
 
     :ivar forward: ``""`` for an isolated one, else nat, route, open, bridge, ...
     """
 
-    name: str
     forward: str
     gateway: ipaddress.IPv4Address | None
     subnet: Network4 | None
 
 
 def parse_network(text: str) -> NetworkInfo:
-    """Return what a network's XML says."""
-    parser = etree.XMLParser(resolve_entities=False, no_network=True, load_dtd=False)
-    root = etree.fromstring(text, parser)
+    """Return a network from its XML."""
+    root = parse_xml(text)
     forward = root.find("forward")
     gateway: ipaddress.IPv4Address | None = None
     subnet: Network4 | None = None
@@ -107,7 +110,6 @@ def parse_network(text: str) -> NetworkInfo:
             subnet = ipaddress.IPv4Network(f"{address}/{mask}", strict=False)
             break
     return NetworkInfo(
-        name=root.findtext("name") or "",
         forward="" if forward is None else forward.get("mode", "nat"),
         gateway=gateway,
         subnet=subnet,
@@ -115,9 +117,9 @@ def parse_network(text: str) -> NetworkInfo:
 
 
 def host_networks(route: str | None = None) -> set[Network4]:
-    """Return what of this host a guest must not reach: its addresses, and networks that only this host has.
+    """Return the addresses of this host, and the networks that exist only on it: guests must not reach them.
 
-    An interface with a default route leads outside: of its network only this host's own address counts.
+    An interface with a default route leads outside, so only this host's own address on it counts.
     """
     text = Path("/proc/net/route").read_text(encoding="ascii") if route is None else route
     outside = {line.split()[0] for line in text.splitlines()[1:] if line.split()[1] == "00000000"}
@@ -133,9 +135,9 @@ def host_networks(route: str | None = None) -> set[Network4]:
 
 
 def guest_filter(name: str, network: NetworkInfo, host: Iterable[Network4]) -> str:
-    """Return the network filter for guests: no forged addresses, nothing of the host but DHCP and its DNS.
+    """Return the network filter for guests: no forged addresses, and of the host only DHCP and DNS.
 
-    Connections into the guest come from the host alone: the bridge keeps its ports apart.
+    Connections into a guest come from the host alone: the bridge isolates its ports.
     """
     root = etree.Element("filter", name=name, chain="root")
     etree.SubElement(root, "filterref", filter="clean-traffic")
@@ -162,3 +164,80 @@ def _rule(
 ) -> None:
     rule = etree.SubElement(root, "rule", action=action, direction=direction, priority=str(priority))
     etree.SubElement(rule, protocol, attributes)
+
+
+class NetworkFilters:
+    """The filters of one installation."""
+
+    def __init__(self, backend: Backend, installation: str) -> None:
+        self._backend = backend
+        self._prefix = f"dispatcher-{installation}-"
+        self._lock = threading.Lock()
+        self._starting: Counter[str] = Counter()  # by network: machines that are starting on it
+        self._defined: dict[str, str] = {}  # by name: the last definition from this instance
+
+    @contextlib.contextmanager
+    def active(self, name: str, deadline: Deadline) -> Iterator[str]:
+        """Start a network, update its filter, and yield the filter's name; "" for no network.
+
+        :raises ProviderError: there is no such network, or it cannot isolate guests.
+        """
+        if not name:
+            yield ""
+            return
+        with self._lock:
+            self._starting[name] += 1
+        try:
+            yield self._prepare(name, deadline)
+        finally:
+            with self._lock:
+                self._starting[name] -= 1
+
+    def remove(self, name: str, deadline: Deadline) -> None:
+        """Remove a network's filter unless a machine uses it."""
+        filter_name = self._prefix + name
+
+        def remove(connection: libvirt.virConnect) -> None:
+            with self._lock:
+                if self._starting[name]:
+                    return
+                with contextlib.suppress(libvirt.libvirtError):  # in use, or absent
+                    connection.nwfilterLookupByName(filter_name).undefine()
+
+        self._backend.call(remove, what=f"removing the filter {filter_name}", deadline=deadline)
+
+    def _prepare(self, name: str, deadline: Deadline) -> str:
+        filter_name = self._prefix + name
+        host = set() if errors.is_remote(self._backend.uri) else host_networks()
+
+        def prepare(connection: libvirt.virConnect) -> NetworkInfo:
+            found = connection.networkLookupByName(name)
+            if not found.isActive():
+                found.create()
+            info = parse_network(found.XMLDesc())
+            wanted = guest_filter(filter_name, info, host)
+            with self._lock:
+                if self._defined.get(filter_name) != wanted or not _exists(connection, filter_name):
+                    connection.nwfilterDefineXML(wanted)
+                    self._defined[filter_name] = wanted
+            return info
+
+        what = f"preparing the network {name}"
+        info = self._backend.call(prepare, what=what, deadline=deadline, lane=Lane.WORK)
+        if info.forward not in _FORWARD_MODES or info.gateway is None:
+            raise ProviderError(
+                f"The libvirt network {name} cannot be used",
+                why=f"its mode is {info.forward or 'isolated'!r}, and libvirt assigns no addresses on it",
+                fix='use one with forward mode "nat" or "route" and DHCP',
+            )
+        return filter_name
+
+
+def _exists(connection: libvirt.virConnect, name: str) -> bool:
+    try:
+        connection.nwfilterLookupByName(name)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() == libvirt.VIR_ERR_NO_NWFILTER:
+            return False
+        raise
+    return True

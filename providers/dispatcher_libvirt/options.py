@@ -1,4 +1,4 @@
-"""What ``[providers.libvirt]`` and ``[apps.X.libvirt]`` may say, and what an app finds inside.  Pure."""
+"""Options in ``[providers.libvirt]`` and ``[apps.X.libvirt]``, and values derived from an app."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from dispatcher.plugin import (
     printable,
 )
 from dispatcher.plugin import Argument as Text
-from dispatcher_libvirt import extra_xml
+from dispatcher_libvirt.domain_xml import parse_extra
 
 MIB = 1024**2
 SMALLEST_MEMORY = 64 * MIB
 SMALLEST_DISK = 16 * MIB
-LARGEST_TEXT = 64 * 1024  # bytes of command and environment together: they go through one exec in the guest
+MAX_TEXT = 64 * 1024  # bytes of command and environment together: one exec in the guest takes them
 _PLACEHOLDER = re.compile(r"\{(port|data)\}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
@@ -42,7 +42,7 @@ def _word(value: str) -> str:
 
 
 Word = Annotated[str, AfterValidator(_word)]
-Argument = Annotated[Text, Field(max_length=LARGEST_TEXT)]
+Argument = Annotated[Text, Field(max_length=MAX_TEXT)]
 
 
 class Options(Table):
@@ -161,7 +161,7 @@ class AppOptions(Table):
     @classmethod
     def _xml(cls, value: list[str]) -> list[str]:
         for text in value:
-            extra_xml.parse(text)
+            parse_extra(text)
         return value
 
     @model_validator(mode="after")
@@ -175,55 +175,55 @@ class AppOptions(Table):
 
 def options_of(app: App) -> AppOptions:
     """Return an app's options with their type."""
-    if not isinstance(app.options, AppOptions):  # a programming error of the caller, still one clear sentence
+    if not isinstance(app.options, AppOptions):
         raise ConfigError(f"The app {app.name} has no options of the provider libvirt")
     return app.options
 
 
 def memory_of(app: App) -> int:
-    """Return the bytes of memory that an app's machines have.
+    """Return the memory of an app's machines in bytes.
 
-    :raises ConfigError: too little for any system.
+    :raises ConfigError: it is too small for any system.
     """
     memory = app.limits.memory or options_of(app).default_memory
     if memory < SMALLEST_MEMORY:
         raise ConfigError(
-            f"apps.{app.name}.memory: {memory} bytes are too few for a machine",
+            f"apps.{app.name}.memory: {memory} bytes are too little for a machine",
             fix=f"give it at least {SMALLEST_MEMORY // MIB}M",
         )
     return memory
 
 
 def disk_of(app: App) -> int:
-    """Return the bytes of an app's data disks, in whole MiB.
+    """Return the size of an app's data disks in bytes, in whole MiB.
 
-    :raises ConfigError: too little for a file system.
+    :raises ConfigError: it is too small for a file system.
     """
     size = app.limits.disk or options_of(app).data_size
     if size < SMALLEST_DISK:
         raise ConfigError(
-            f"apps.{app.name}.disk: {size} bytes are too few for a data disk",
+            f"apps.{app.name}.disk: {size} bytes are too little for a data disk",
             fix=f"give it at least {SMALLEST_DISK // MIB}M",
         )
     return -(-size // MIB) * MIB
 
 
 def vcpus_of(app: App) -> int:
-    """Return the number of processors that an app's machines see."""
+    """Return the number of virtual processors of an app's machines."""
     return options_of(app).vcpus or max(1, math.ceil(app.limits.cpus or 1))
 
 
 def fill(text: str, options: AppOptions) -> str:
-    """Return `text` with ``{port}`` and ``{data}`` replaced; any other use of braces stays as it is."""
+    """Return `text` with ``{port}`` and ``{data}`` replaced; other braces stay."""
     values = {"port": str(options.port), "data": options.data}
     return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
 
 
 def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
-    """Return the environment of an agent's app, but for the guest's own PATH.
+    """Return the environment of an agent's app, without the guest's PATH.
 
     :param secrets: the directory of the secrets in the guest.
-    :raises ConfigError: a name or value cannot be one.
+    :raises ConfigError: a name or value is invalid.
     """
     options = options_of(spec.app)
     variables = {"HOME": options.data}
@@ -237,29 +237,31 @@ def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
         variables["DISPATCHER_SECRETS"] = secrets
     check_environment(spec.app.name, variables)
     size = sum(len(name) + len(value.encode()) + 2 for name, value in variables.items())
-    if size + sum(len(word.encode()) + 1 for word in options.command) > LARGEST_TEXT:
+    if size + sum(len(word.encode()) + 1 for word in options.command) > MAX_TEXT:
         raise ConfigError(
-            f"apps.{spec.app.name}: command and environment are over {LARGEST_TEXT} bytes", fix="shorten them"
+            f"apps.{spec.app.name}: command and environment are over {MAX_TEXT} bytes", fix="shorten them"
         )
     return variables
 
 
 def secret_name(name: str) -> str:
-    """Return `name` if it can be a secret's file.
+    """Return `name` if it is a valid file name for a secret.
 
-    :raises BadRequest: it cannot.
+    :raises BadRequest: it is not.
     """
     if not _SECRET.fullmatch(name):
         raise BadRequest(
-            f"Bad name of a secret {printable(name)}", why="it becomes a file", fix="use letters, digits and . _ -"
+            f"Invalid name of a secret {printable(name)}",
+            why="it becomes a file name",
+            fix="use letters, digits and . _ -",
         )
     return name
 
 
 def unsupported_network(app: App, options: Options) -> str:
-    """Return why an app's network cannot be had, or ""."""
+    """Return why an app's network is not available, or ""."""
     if app.network is Network.HOST:
-        return "a machine never has the host's own network"
+        return "a machine cannot use the host's network"
     if app.network is Network.PRIVATE and not options.network:
-        return "providers.libvirt.network names no libvirt network that leads outside"
+        return "providers.libvirt.network is not set"
     return ""

@@ -1,8 +1,8 @@
-"""Running tools on what guests wrote.  Touches processes: bubblewrap around each tool.
+"""Sandbox for tools that work on disks written by guests.
 
-A disk image is hostile input, and e2fsprogs are large programs written in C.  They run as the agent's own user
-(or, as an ordinary user, in a user namespace), with no network, no capabilities, no other file in sight than
-the ones they need, and bounds on memory, processor time and file size.
+A disk image is hostile input, and e2fsprogs are large programs in C.  They run in bubblewrap as the agent's user
+(for an ordinary user in a user namespace), without network and capabilities, with access to the necessary files
+alone, and with limits on memory, processor time and file size.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pathlib import Path
 from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 
 SEARCH = os.pathsep.join(["/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"])
-CODE, PYTHON = "/code", "/python"
+CODE = "/code"
 _MEMORY = 2 << 30
-_LARGEST_OUTPUT = 1 << 20
+_MAX_OUTPUT = 1 << 20
 _TICK = 0.4
 
 Tick = Callable[[], None]
@@ -31,7 +31,7 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bind:
-    """A file or directory of the host and where the tool sees it."""
+    """A file or directory of the host and its path in the sandbox."""
 
     source: Path
     target: str
@@ -40,14 +40,14 @@ class Bind:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How a tool ended and what it printed, both streams together."""
+    """Exit code and output of a tool, both streams together."""
 
     code: int
     output: str
 
     @property
     def last_line(self) -> str:
-        """The last line that says something."""
+        """The last line that is not empty."""
         lines = [line.strip() for line in self.output.splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
@@ -67,8 +67,8 @@ def tool(name: str) -> str:
             "prlimit": "util-linux",
         }
         raise ProviderError(
-            f"There is no program {name} on this host",
-            why="the provider libvirt makes and reads machines' disks with it",
+            f"The program {name} is missing on this host",
+            why="the provider libvirt needs it for machines' disks",
             fix=f"install it (Debian: {packages.get(name, 'e2fsprogs')})",
         )
     return path
@@ -85,19 +85,19 @@ def run(
     file_size: int | None = None,
     read_all: bool = False,
 ) -> Result:
-    """Run a program in the sandbox and wait for its end.
+    """Run a program in the sandbox to its end.
 
     :param user: host user and group id to run as, None for this user (in a user namespace).
-    :param tick: called about twice a second; what it raises ends the program.
-    :param line: gets each line that is printed, as it comes.
+    :param tick: called about twice a second; an exception from it kills the program.
+    :param line: called with each line of output.
     :param read_all: as root, let it read files that their owner may not (it still writes only its own).
-    :raises DeadlineExceeded: it was ended for time; :raises ProviderError: a tool of the host is missing.
+    :raises DeadlineExceeded: it took too long; :raises ProviderError: a tool of the host is missing.
     """
     seconds = max(1, round(min(deadline.remaining(), 6 * 3600)))
     limits = ["--core=0", "--nofile=256", f"--as={_MEMORY}", f"--cpu={seconds + 1}"]
     if file_size is not None:
         limits.append(f"--fsize={file_size}")
-    command = [tool("prlimit"), *limits, "--", *_wall(binds, user, read_all=read_all), *argv]
+    command = [tool("prlimit"), *limits, "--", *_bwrap(binds, user, read_all=read_all), *argv]
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -117,41 +117,38 @@ def run(
 
 
 def python(program: str) -> tuple[list[str], list[Bind]]:
-    """Return argv and binds that run one of this package's programs with Python alone.
+    """Return argv and binds that run one of this package's programs with Python's standard library.
 
     :param program: file name of the program in this package.
     """
     base = Path(sys.base_prefix)
     binds = [Bind(source=Path(__file__).parent, target=CODE)]
     executable = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
-    if base.is_relative_to("/usr") or base == Path("/"):
-        interpreter = str(executable)
-    else:
+    if not base.is_relative_to("/usr") and base != Path("/"):
         binds.append(Bind(source=base, target=str(base)))
-        interpreter = str(executable)
-    return [interpreter, "-I", "-S", "-B", f"{CODE}/{program}"], binds
+    return [str(executable), "-I", "-S", "-B", f"{CODE}/{program}"], binds
 
 
-def _wall(binds: Sequence[Bind], user: tuple[int, int] | None, *, read_all: bool) -> list[str]:
-    wall = [tool("bwrap"), "--die-with-parent", "--new-session", "--clearenv", "--setenv", "LC_ALL", "C.UTF-8"]
+def _bwrap(binds: Sequence[Bind], user: tuple[int, int] | None, *, read_all: bool) -> list[str]:
+    command = [tool("bwrap"), "--die-with-parent", "--new-session", "--clearenv", "--setenv", "LC_ALL", "C.UTF-8"]
     if user is None:
-        wall.append("--unshare-all")
+        command.append("--unshare-all")
     else:
-        wall += ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
-    wall += [*_system(), "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/"]  # noqa: S108 - the sandbox's own
+        command += ["--unshare-ipc", "--unshare-net", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
+    command += [*_system(), "--dev", "/dev", "--tmpfs", "/tmp", "--chdir", "/"]  # noqa: S108 - the sandbox's own
     for bind in binds:
         for parent in reversed(Path(bind.target).parents[:-1]):
             if not str(parent).startswith("/usr"):
-                wall += ["--perms", "0755", "--dir", str(parent)]
-        wall += ["--bind" if bind.writable else "--ro-bind", str(bind.source), bind.target]
+                command += ["--perms", "0755", "--dir", str(parent)]
+        command += ["--bind" if bind.writable else "--ro-bind", str(bind.source), bind.target]
     if user is not None and read_all:
-        wall += ["--cap-drop", "ALL", "--cap-add", "CAP_DAC_READ_SEARCH"]
-    wall.append("--")
+        command += ["--cap-drop", "ALL", "--cap-add", "CAP_DAC_READ_SEARCH"]
+    command.append("--")
     if user is not None and not read_all:
         uid, gid = user
-        wall += [tool("setpriv"), f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
-        wall += ["--bounding-set=-all", "--inh-caps=-all", "--"]
-    return wall
+        command += [tool("setpriv"), f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--no-new-privs"]
+        command += ["--bounding-set=-all", "--inh-caps=-all", "--"]
+    return command
 
 
 def _system() -> Iterator[str]:
@@ -163,13 +160,13 @@ def _system() -> Iterator[str]:
         elif path.is_dir():
             yield from ("--ro-bind", str(path), str(path))
     yield from ("--perms", "0755", "--dir", "/etc", "--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache")
-    yield from ("--dev-bind", "/dev/null", "/etc/mtab")  # resize2fs wants to know that nothing is mounted
+    yield from ("--dev-bind", "/dev/null", "/etc/mtab")  # resize2fs reads it
 
 
 def _follow(
     process: subprocess.Popen[bytes], deadline: Deadline, tick: Tick | None, line: Callable[[str], None] | None
 ) -> str:
-    """Read what the program prints until it ends; keep the last part of it."""
+    """Read the program's output until it ends, and return the last part of it."""
     assert process.stdout is not None
     kept, rest = b"", b""
     with selectors.DefaultSelector() as selector:
@@ -177,7 +174,8 @@ def _follow(
         while True:
             if deadline.expired:
                 raise DeadlineExceeded(
-                    "Work on a machine's disk did not end in time", fix="try again, with more time for large disks"
+                    "A tool did not finish with a machine's disk in time",
+                    fix="try again, with more time for large disks",
                 )
             ready = selector.select(min(_TICK, deadline.remaining()))
             if tick:
@@ -187,8 +185,8 @@ def _follow(
             block = os.read(process.stdout.fileno(), 65536)
             if not block:
                 return kept.decode(errors="replace")
-            kept = (kept + block)[-_LARGEST_OUTPUT:]
+            kept = (kept + block)[-_MAX_OUTPUT:]
             if line:
-                *lines, rest = (rest + block)[-_LARGEST_OUTPUT:].split(b"\n")
+                *lines, rest = (rest + block)[-_MAX_OUTPUT:].split(b"\n")
                 for one in lines:
                     line(one.decode(errors="replace"))

@@ -246,7 +246,7 @@ def test_tools_see_nothing_of_the_host(world, agent):
     status = run('while read -r line; do echo "$line"; done < /dev/null; python3 -c 1 2>/dev/null; true')
     assert status.code == 0
     network = "import socket; socket.create_connection(('127.0.0.1', 22), 1)"
-    argv, binds = sandbox.python("unpack.py")
+    argv, binds = sandbox.python("ext4_tool.py")
     done = sandbox.run([argv[0], "-I", "-S", "-c", network], binds=binds, user=user, deadline=Deadline(20))
     assert "Error" in done.output
     capabilities = "print(open('/proc/self/status').read())"
@@ -265,7 +265,7 @@ def test_tools_see_nothing_of_the_host(world, agent):
 
 def test_tools_that_are_missing_are_named(monkeypatch):
     monkeypatch.setattr(sandbox, "SEARCH", "/nonexistent")
-    with pytest.raises(ProviderError, match="There is no program e2fsck") as caught:
+    with pytest.raises(ProviderError, match="The program e2fsck is missing") as caught:
         sandbox.tool("e2fsck")
     assert "e2fsprogs" in caught.value.fix
 
@@ -281,14 +281,14 @@ def test_an_ordinary_user_reads_disks_in_a_user_namespace():
         f"sys.path[:0] = {[str(vm.ROOT), str(vm.ROOT / 'providers')]!r}\n"
         "from pathlib import Path\n"
         "from dispatcher.plugin.deadline import Deadline\n"
-        "from dispatcher_libvirt import transfer\n"
+        "from dispatcher_libvirt import data\n"
         "from dispatcher_libvirt.disks import Disks\n"
         "quiet = lambda *a, **k: None\n"
         f"home = Path({str(home)!r})\n"
         "disks = Disks(home / 'machines', own=None, privileged=False)\n"
         "(home / 'in').mkdir(); (home / 'in' / 'file').write_bytes(b'x\\n'); (home / 'out').mkdir()\n"
-        "transfer.bring(disks, 'm', None, home / 'in', 32 << 20, deadline=Deadline(30), progress=quiet)\n"
-        "transfer.export(disks, 'm', None, home / 'out', privileged=False, deadline=Deadline(30), progress=quiet)\n"
+        "data.import_data(disks, 'm', None, home / 'in', 32 << 20, deadline=Deadline(30), progress=quiet)\n"
+        "data.export_data(disks, 'm', None, home / 'out', privileged=False, deadline=Deadline(30), progress=quiet)\n"
         "found = (home / 'out' / 'file').stat()\n"
         "assert found.st_uid == os.getuid(), found\n"
         "print((home / 'out' / 'file').read_text(), end='')\n"

@@ -162,7 +162,7 @@ def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
 
 def test_the_operator_is_told_what_an_app_boots_from(world):
     good = world.spec("x", **vm.app_options())
-    assert any("there and whole" in one.what for one in world.provider.explain(good.app))
+    assert any("are present and valid" in one.what for one in world.provider.explain(good.app))
     bad = world.spec("x", **vm.app_options(initrd="/nonexistent"))
     (error,) = [one for one in world.provider.explain(bad.app) if one.level is Level.ERROR]
     assert "/nonexistent" in error.what

@@ -63,10 +63,10 @@ def broken_images(top: Path) -> dict[str, tuple[dict[str, object], str, str]]:
         ),
         "cut": ({"image": str(cut)}, "cut is damaged", "again"),
         "corrupt": ({"image": str(corrupt)}, "corrupt is damaged", "again"),
-        "text": ({"image": str(text)}, "text is no qcow2 image", 'format = "raw"'),
+        "text": ({"image": str(text)}, "text is not a qcow2 image", 'format = "raw"'),
         "format": ({"image": str(base), "format": "raw"}, "root.qcow2 is a qcow2 image", 'format = "qcow2"'),
         "overlay": ({"image": str(overlay)}, "overlay is an overlay itself", "qemu-img convert"),
-        "kernel": ({"kernel": str(text)}, "text is no Linux kernel", "libvirt table"),
+        "kernel": ({"kernel": str(text)}, "text is not a Linux kernel", "libvirt table"),
         "closed": ({"image": str(closed)}, "Machines may not read", "chmod o+r"),
     }
 

@@ -7,8 +7,6 @@ import os
 import random
 import secrets
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -176,11 +174,3 @@ class World:
         directory = self.fresh_directory()
         self.provider.export_data(handle, directory, deadline=Deadline(60), progress=quiet)
         return directory
-
-    def rollback(self, handle) -> str:
-        """Put the newest snapshot in the data disk's place, as the operator's command does."""
-        command = [sys.executable, "-m", "dispatcher_libvirt", "rollback", self.machines / handle.name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        if done.returncode:
-            raise RuntimeError(f"{done.returncode}: {done.stderr}")
-        return done.stdout

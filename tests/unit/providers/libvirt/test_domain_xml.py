@@ -12,11 +12,12 @@ from lxml import etree
 
 from dispatcher.plugin.errors import ConfigError, Unsupported
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
-from dispatcher_libvirt import domain, domain_xml, extra_xml, plan
+from dispatcher_libvirt import domain_xml, handles, start
+from dispatcher_libvirt.host import Host
 from dispatcher_libvirt.options import AppOptions, Options
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
-HOST = plan.Host(
+HOST = Host(
     kind="qemu", arch="x86_64", qemu=(64055, 64055), own_users=True, why_not="", cpu_limits=True, vsock=False
 )
 EVIL = """a"b'c<d>&amp;&e;]]>--><x/>,hostfwd=tcp::22-:22 -drive file=/etc/shadow {port}"""
@@ -47,8 +48,8 @@ def spec(agent="alice", *, limits=Limits(), network=Network.NONE, environment=No
 
 
 def machine(one, *, host=HOST, port=18_123, network="", **changes):
-    paths = plan.Paths(root=Path("/m/root.qcow2"), data=Path("/m/data.raw"), seed=Path("/s/seed.iso"))
-    made = plan.machine_of(
+    paths = start.Paths(root=Path("/m/root.qcow2"), data=Path("/m/data.raw"), cloud_init=Path("/s/seed.iso"))
+    made = start.machine_of(
         one,
         host=host,
         paths=paths,
@@ -131,7 +132,7 @@ def test_every_value_stays_data(field):
 def test_characters_that_xml_cannot_hold_are_refused_early():
     for bad in (spec(agent="a\x01b"), spec(cmdline="x\x1b[31m"), spec(command=["/x", "a\x07"])):
         with pytest.raises(ConfigError, match="control characters"):
-            plan.check_spec(bad, Options(), HOST)
+            start.check_spec(bad, Options(), HOST)
 
 
 def test_qemu_gets_numbers_only_and_the_guest_no_way_out():
@@ -150,13 +151,16 @@ def test_identity_and_labels():
     )
     assert (label.installation, label.agent, label.spec, label.port) == ("0123abcd", "alice", one.hash, 18_123)
     assert label.started == 1234.5
-    handle = plan.handle_from(one.backend_name, label)
-    assert handle == plan.handle_of(one, remote=False)
+    handle = handles.handle_from(one.backend_name, label)
+    assert handle == handles.handle_of(one, remote=False)
     assert handle.data["disk"] == 100 << 20
     assert root.findtext("memory") == str(256 * 1024)
     assert root.findtext("seclabel/label") == "+200123:+64055"
     assert root.find("seclabel").get("relabel") == "no"
-    assert [one.text for one in root.iterfind("devices/disk/serial")] == [domain.DATA, domain.SEED]
+    assert [one.text for one in root.iterfind("devices/disk/serial")] == [
+        domain_xml.DATA_SERIAL,
+        domain_xml.CLOUD_INIT_SERIAL,
+    ]
 
 
 def test_two_starts_have_two_identities():
@@ -192,7 +196,7 @@ def test_a_saved_machine_moves_to_another_port():
     )
     assert root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent").get("port") == "18999"
     for bad in ("<domain/>", "no xml", domain_xml.build(machine(spec(endpoint="vsock"), port=0))):
-        with pytest.raises(ValueError, match="no domain|no XML"):
+        with pytest.raises(ValueError, match="not a domain|not well-formed"):
             domain_xml.with_port(bad, 1)
 
 
@@ -223,10 +227,10 @@ def test_damaged_labels_are_refused(text):
 )
 def test_extra_elements_are_judged_before_use(text, why):
     if not why:
-        assert extra_xml.parse(text).tag == "memory"
+        assert domain_xml.parse_extra(text).tag == "memory"
         return
     with pytest.raises(ValueError, match=why):
-        extra_xml.parse(text)
+        domain_xml.parse_extra(text)
 
 
 def test_extra_elements_find_their_place():
@@ -240,15 +244,15 @@ def test_extra_elements_find_their_place():
 @pytest.mark.parametrize(
     ("one", "options", "error", "why"),
     [
-        (spec(network=Network.HOST), Options(), Unsupported, "never has the host"),
+        (spec(network=Network.HOST), Options(), Unsupported, "cannot use the host"),
         (spec(network=Network.PRIVATE), Options(), Unsupported, "providers.libvirt.network"),
         (spec(endpoint="vsock"), Options(), Unsupported, "vhost-vsock"),
         (spec(network_bandwidth="1M"), Options(), ConfigError, "no effect"),
-        (spec(endpoint="vsock", network=Network.PRIVATE), Options(network="n"), ConfigError, "without a network"),
-        (spec(limits=Limits(memory=1 << 20)), Options(), ConfigError, "too few for a machine"),
-        (spec(limits=Limits(disk=1 << 20)), Options(), ConfigError, "too few for a data disk"),
+        (spec(endpoint="vsock", network=Network.PRIVATE), Options(network="n"), ConfigError, "excludes a network"),
+        (spec(limits=Limits(memory=1 << 20)), Options(), ConfigError, "too little for a machine"),
+        (spec(limits=Limits(disk=1 << 20)), Options(), ConfigError, "too little for a data disk"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_made(one, options, error, why):
     with pytest.raises(error, match=why):
-        plan.check_spec(one, options, HOST)
+        start.check_spec(one, options, HOST)

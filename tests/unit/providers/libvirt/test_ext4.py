@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("libvirt")
 
-from dispatcher_libvirt import unpack
+from dispatcher_libvirt import ext4_tool
 from dispatcher_libvirt.ext4 import Ext4Error, Image
 
 MKE2FS = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
@@ -33,7 +33,7 @@ def unpacked(image, target, owner=None):
     target.mkdir()
     uid, gid = owner or (os.getuid(), os.getgid())
     done = subprocess.run(
-        [os.sys.executable, "-I", "-S", unpack.__file__, image, target, str(uid), str(gid)],
+        [os.sys.executable, "-I", "-S", ext4_tool.__file__, "unpack", image, target, str(uid), str(gid)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -155,7 +155,7 @@ def poke(image, *commands):
     ("commands", "why"),
     [
         (["link a/x b/loop", "set_inode_field a/x links_count 2", "ln <2> a/root"], ""),
-        (["ln a a/again"], "two places"),
+        (["ln a a/again"], "appears twice"),
         (["set_inode_field file size 99999999999999"], "bytes"),
         (["set_inode_field file links_count 0"], "not in use"),
         (["set_inode_field lnk size 70000"], "bytes"),

@@ -1,4 +1,4 @@
-"""libvirt's events for the supervisor.  Touches a connection of its own, and one thread that keeps it up."""
+"""libvirt's lifecycle events for the manager: one connection of its own, and one thread that reopens it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import libvirt
 from dispatcher.plugin import Deadline, DispatcherError
 from dispatcher_libvirt.connection import Backend, Link
 
-_RETRY = 1.0  # seconds between two tries to connect
+_RETRY = 1.0  # seconds between two attempts to connect
 _CONNECT = 10.0
-_LOOK = 5.0  # seconds between two looks at the connection, besides its own word that it was closed
+_CHECK = 5.0  # seconds between two checks of the connection, in addition to its close callback
 
 _log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 
 
 class Watch:
-    """Reports the names of machines that changed; connects again by itself, and reports "" after each gap."""
+    """Reports the names of machines that changed; reconnects by itself, and reports "" after each gap."""
 
     def __init__(self, backend: Backend, prefix: str, on_change: Callable[[str], None]) -> None:
         self._backend, self._prefix, self._on_change = backend, prefix, on_change
@@ -29,7 +29,7 @@ class Watch:
         self._connected = threading.Event()
         self._thread = threading.Thread(target=self._run, name="libvirt-watch", daemon=True)
         self._thread.start()
-        self._connected.wait(2.0)  # what happens after `watch` returned is not missed
+        self._connected.wait(2.0)  # so that no change after the return of `watch` is missed
 
     def close(self) -> None:
         """See `Closeable`."""
@@ -41,24 +41,20 @@ class Watch:
     def _run(self) -> None:
         gap = False
         while not self._closed:
+            link: Link | None = None
             try:
                 link = self._backend.connect(Deadline(_CONNECT))
-            except DispatcherError as error:
-                _log.debug("watching machines: %s", error)
-                gap = True
-                self._wake.wait(_RETRY)
-                continue
-            try:
                 self._watch(link, gap=gap)
             except DispatcherError as error:
                 _log.debug("watching machines: %s", error)
                 self._wake.wait(_RETRY)
             finally:
-                link.give_up()
+                if link is not None:
+                    link.retire()
             gap = True
 
     def _watch(self, link: Link, *, gap: bool) -> None:
-        """Report until the connection is gone or this is closed."""
+        """Report until the connection is lost or this is closed."""
         self._wake.clear()
         if self._closed:
             return
@@ -66,29 +62,24 @@ class Watch:
         self._connected.set()
         try:
             if gap:
-                self._tell("")
-            while not self._closed and not self._wake.wait(_LOOK) and link.alive():
+                self._report("")
+            while not self._closed and not self._wake.wait(_CHECK) and link.alive():
                 pass
         finally:
             if link.alive():
                 self._backend.run(link, functools.partial(_deregister, number=number), Deadline(_CONNECT))
 
     def _register(self, connection: libvirt.virConnect) -> int:
-        connection.registerCloseCallback(self._lost, None)
+        connection.registerCloseCallback(lambda *_: self._wake.set(), None)
         kind = libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE
         return int(connection.domainEventRegisterAny(None, kind, self._event, None))
 
-    def _event(
-        self, connection: libvirt.virConnect, domain: libvirt.virDomain, event: int, detail: int, opaque: object
-    ) -> None:
+    def _event(self, _: libvirt.virConnect, domain: libvirt.virDomain, *__: object) -> None:
         name = domain.name()
         if name.startswith(self._prefix):
-            self._tell(name)
+            self._report(name)
 
-    def _lost(self, connection: libvirt.virConnect, reason: int, opaque: object) -> None:
-        self._wake.set()
-
-    def _tell(self, name: str) -> None:
+    def _report(self, name: str) -> None:
         if self._closed:
             return
         try:

@@ -1,7 +1,7 @@
-"""Data between a machine's disk and the canonical directory, without starting the machine.
+"""Export and import of an agent's data: between the data disk and a directory, without starting the machine.
 
-Touches files and sandboxed processes.  Out: the disk's journal is replayed, then `unpack` reads it, both as the
-agent's own user in the sandbox.  In: a new disk is filled by mke2fs and takes the old one's place when whole.
+Export replays the disk's journal and runs `ext4_tool`, both as the agent's user in the sandbox.  Import fills a
+new disk with mke2fs, which replaces the old one when it is complete.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from pathlib import Path
 from dispatcher.plugin import Deadline, NotFound, Progress, ProviderError, printable
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.disks import IMAGE, Disks, User
+from dispatcher_libvirt.ext4_tool import MAX_SPARSENESS
 from dispatcher_libvirt.options import MIB
 from dispatcher_libvirt.sandbox import Bind
-from dispatcher_libvirt.unpack import LARGEST_FACTOR
 
 _OUTPUT = "/out"
 
 
-def export(
+def no_data_disk(name: str) -> NotFound:
+    """Return the error for an agent without a data disk."""
+    return NotFound(f"{printable(name)} has no data disk", fix="start the agent once, or import data")
+
+
+def export_data(
     disks: Disks,
     name: str,
     user: User,
@@ -29,25 +34,19 @@ def export(
     deadline: Deadline,
     progress: Progress,
 ) -> None:
-    """Copy a data disk's content into an empty directory, which becomes the agent user's.
+    """Copy the content of a data disk into an empty directory, which then belongs to the agent's user.
 
-    :raises NotFound: there is no data disk; :raises ProviderError: it cannot be read whole.
+    :raises NotFound: there is no data disk; :raises ProviderError: it is not completely readable.
     """
     path = disks.data(name)
     if not path.exists():
-        raise NotFound(f"{printable(name)} has no data disk", fix="start the agent once, or import data")
+        raise no_data_disk(name)
     if any(directory.iterdir()):
         raise ProviderError(f"{directory} is not empty", fix="export into an empty directory")
-    fraction = 0.0
+    fraction, last = 0.0, ""
 
     def tick() -> None:
         progress("exporting", "", fraction)
-
-    disks.repair(name, user, deadline=deadline, tick=tick)
-    owner = user or (os.geteuid(), os.getegid())
-    if privileged:
-        os.chown(directory, *owner, follow_symlinks=False)
-    last = ""
 
     def line(text: str) -> None:
         nonlocal fraction, last
@@ -57,9 +56,13 @@ def export(
         else:
             last = text
 
-    argv, binds = sandbox.python("unpack.py")
+    disks.repair(name, user, deadline=deadline, tick=tick)
+    owner = user or (os.geteuid(), os.getegid())
+    if privileged:
+        os.chown(directory, *owner, follow_symlinks=False)
+    argv, binds = sandbox.python("ext4_tool.py")
     result = sandbox.run(
-        [*argv, IMAGE, _OUTPUT, str(owner[0]), str(owner[1])],
+        [*argv, "unpack", IMAGE, _OUTPUT, str(owner[0]), str(owner[1])],
         binds=[
             *binds,
             Bind(source=path, target=IMAGE),
@@ -69,22 +72,22 @@ def export(
         deadline=deadline,
         tick=tick,
         line=line,
-        file_size=path.stat().st_size * LARGEST_FACTOR,
+        file_size=path.stat().st_size * MAX_SPARSENESS,
     )
     if result.code or not last.startswith("done "):
         raise ProviderError(
-            f"The data disk of {printable(name)} could not be read whole",
+            f"The data disk of {printable(name)} is not completely readable",
             why=last.removeprefix("error ") or result.last_line,
-            fix="start the agent and look, restore a snapshot, or see that there is space for the copy",
+            fix="start the agent and check, restore a snapshot, or provide more space for the copy",
         )
 
 
-def bring(
+def import_data(
     disks: Disks, name: str, user: User, directory: Path, size: int, *, deadline: Deadline, progress: Progress
 ) -> None:
-    """Replace a data disk's content by a copy of a directory; the disk grows where it must.
+    """Replace the content of a data disk by a copy of a directory; the disk grows where necessary.
 
-    :param size: bytes that the disk shall have; :raises ProviderError: the data needs more.
+    :param size: of the disk in bytes; :raises ProviderError: the data needs more.
     """
     needed = count = 0
     for folder, folders, files in os.walk(directory):
@@ -102,12 +105,5 @@ def bring(
             fix="raise the app's disk limit",
         )
     disks.make_directory(name)
-    disks.fill_data(
-        name,
-        directory,
-        size,
-        user,
-        files=count,
-        deadline=deadline,
-        tick=lambda: progress("importing", "copying"),
-    )
+    tick = lambda: progress("importing", "copying")  # noqa: E731
+    disks.fill_data(name, directory, size, user, files=count, deadline=deadline, tick=tick)

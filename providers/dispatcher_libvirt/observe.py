@@ -1,4 +1,4 @@
-"""From what libvirt says of a domain to an `Observation`.  Reads the last lines of consoles; otherwise pure."""
+"""From a libvirt domain to an `Observation`.  Reads the last lines of the console log; otherwise pure."""
 
 from __future__ import annotations
 
@@ -7,59 +7,57 @@ import time
 import libvirt
 
 from dispatcher.plugin import BackendState, Endpoint, Observation
-from dispatcher_libvirt import console, plan
-from dispatcher_libvirt.machines import Found
+from dispatcher_libvirt import handles, logs
+from dispatcher_libvirt.domains import DomainInfo
 
-BOOTING = 120.0  # seconds after a start for which the console's last line is told
-# QEMU accepts a connection before the guest has a network, and tries it again after 3, 9 and 21 s only: so nobody
-# is told where to connect before the guest says that it is up, or so many seconds have passed.
+BOOTING = 120.0  # seconds after a start for which the console's last line is the detail
+# QEMU accepts a connection before the guest has a network, and retries it only after 3, 9 and 21 s.  So there is
+# no endpoint until the guest announces its network, or this many seconds after the start.
 ANNOUNCED = 30.0
 
 _RUNNING = {libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_BLOCKED, libvirt.VIR_DOMAIN_SHUTDOWN}
-_ENDED = {
-    libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: "ended while libvirtd was away",
+_EXIT_REASONS = {
+    libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: "ended while libvirtd was down",
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: "the guest shut down",
-    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "ended by force through libvirt, not by the dispatcher",
+    libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: "forced off through libvirt, not by the dispatcher",
     libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: "QEMU crashed or was killed",
     libvirt.VIR_DOMAIN_SHUTOFF_MIGRATED: "migrated to another host",
     libvirt.VIR_DOMAIN_SHUTOFF_SAVED: "saved to a file, not by the dispatcher",
     libvirt.VIR_DOMAIN_SHUTOFF_FAILED: "QEMU did not start",
     libvirt.VIR_DOMAIN_SHUTOFF_FROM_SNAPSHOT: "reverted to a snapshot, not by the dispatcher",
-    libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: "ended while libvirtd was away",
+    libvirt.VIR_DOMAIN_SHUTOFF_DAEMON: "ended while libvirtd was down",
 }
-#: Ends of which the guest itself may have told the reason on its console.
-_TOLD = {
+#: Codes for which the console may contain the guest's own reason.
+_GUEST_MAY_EXPLAIN = {
     libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN,
     libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN,
     libvirt.VIR_DOMAIN_SHUTOFF_CRASHED,
     libvirt.VIR_DOMAIN_SHUTOFF_DAEMON,
 }
-_PAUSED = {
-    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "stopped by an error of its disk: is the host's disk full?",
+_PAUSE_DETAILS = {
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "paused by a disk error: is the host's disk full?",
     libvirt.VIR_DOMAIN_PAUSED_CRASHED: "the guest crashed",
     libvirt.VIR_DOMAIN_PAUSED_SAVE: "its memory is being saved",
     libvirt.VIR_DOMAIN_PAUSED_SHUTTING_DOWN: "shutting down",
 }
 
-ABSENT = Observation(state=BackendState.ABSENT)
 
-
-def observation(found: Found | None) -> Observation:
-    """Return what a domain's state means for its agent."""
-    if found is None or found.label is None:
-        return ABSENT
+def observation(found: DomainInfo | None) -> Observation:
+    """Return the observation of an agent from its domain."""
+    if found is None:
+        return Observation(state=BackendState.ABSENT)
     label = found.label
-    logs = plan.log_dir_of(plan.handle_from(found.name, label))
+    log_dir = handles.log_dir_of(handles.handle_from(found.name, label))
     state, reason, detail = BackendState.RUNNING, "", ""
     if not found.active:
         if found.saved:
             state = BackendState.HIBERNATED
         else:
             state = BackendState.STOPPED
-            said = console.ending(logs) if logs and found.reason in _TOLD else ""
-            reason = said or _ENDED.get(found.reason, "ended")
+            explained = logs.exit_reason(log_dir) if log_dir and found.reason in _GUEST_MAY_EXPLAIN else ""
+            reason = explained or _EXIT_REASONS.get(found.reason, "ended")
     elif found.state == libvirt.VIR_DOMAIN_PAUSED:
-        detail = _PAUSED.get(found.reason, "")
+        detail = _PAUSE_DETAILS.get(found.reason, "")
         if found.reason == libvirt.VIR_DOMAIN_PAUSED_STARTING_UP:
             state = BackendState.STARTING
         elif found.reason == libvirt.VIR_DOMAIN_PAUSED_CRASHED:
@@ -72,14 +70,14 @@ def observation(found: Found | None) -> Observation:
         state, reason = BackendState.STOPPED, "the guest crashed"
     elif found.state not in _RUNNING:
         state = BackendState.STARTING
-    elif logs and 0 <= (age := time.time() - label.started) < BOOTING:
-        detail = console.last_line(logs)
-        if label.announce and age < ANNOUNCED and not console.announced(logs, label.announce):
+    elif log_dir and 0 <= (age := time.time() - label.started) < BOOTING:
+        detail = logs.last_line(log_dir)
+        if label.announce and age < ANNOUNCED and not logs.announced(log_dir, label.announce):
             state = BackendState.STARTING
-    known = found.active and state in {BackendState.RUNNING, BackendState.SUSPENDED}
+    reachable = found.active and state in {BackendState.RUNNING, BackendState.SUSPENDED}
     return Observation(
         state=state,
-        endpoint=endpoint(found) if known else None,
+        endpoint=endpoint(found) if reachable else None,
         started_at=label.started if found.active else None,
         spec_hash=label.spec,
         exit_reason=reason,
@@ -87,11 +85,9 @@ def observation(found: Found | None) -> Observation:
     )
 
 
-def endpoint(found: Found) -> Endpoint | None:
-    """Return where a running domain's app is reached, None while that is not known."""
+def endpoint(found: DomainInfo) -> Endpoint | None:
+    """Return the endpoint of a running domain's app, None while it is unknown."""
     label = found.label
-    if label is None:
-        return None
     if label.port:
         return Endpoint.tcp("127.0.0.1", label.port)
     if found.cid:

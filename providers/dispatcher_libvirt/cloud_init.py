@@ -1,13 +1,13 @@
-"""The seed disk: what a guest is told at its start, for cloud-init and as plain files.  Touches files in memory.
+"""The cloud-init disk: the configuration of a guest, for cloud-init (NoCloud) and as plain files.
 
-    meta-data user-data network-config     cloud-init, "NoCloud" (the volume is labelled cidata)
+    meta-data user-data network-config     cloud-init, "NoCloud" (the volume label is cidata)
     dispatcher/agent                       KEY=VALUE lines: agent user uid gid port data address gateway
     dispatcher/start.sh                    POSIX shell: changes to the data directory, sets the environment, runs
-                                           the command, or its own arguments where the app names no command
+                                           the command, or its own arguments where the app has no command
     dispatcher/secrets/NAME                one file per secret
-    dispatcher/stdin                       what the app gets on its standard input
+    dispatcher/stdin                       the app's standard input
 
-It holds secrets, so the file lies in memory, belongs to the machine's host user and has the mode 0400.
+It contains secrets, so the file is in memory, belongs to the machine's host user and has the mode 0400.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from dispatcher_libvirt.options import environment, fill, options_of, secret_nam
 
 SECRETS = "/run/dispatcher/secrets"
 LABEL = "cidata"
-_LARGEST_USER_DATA = 1 << 20
+_MAX_USER_DATA = 1 << 20
 
 
-def contents(spec: AgentSpec, *, instance: str, user_data: bytes, static: bool) -> dict[str, bytes]:
-    """Return the files of an agent's seed disk by path.
+def files(spec: AgentSpec, *, instance: str, user_data: bytes, static: bool) -> dict[str, bytes]:
+    """Return the files of an agent's cloud-init disk by path.
 
-    :param instance: cloud-init's instance id; another one makes it configure the guest again.
-    :param static: the guest's address is QEMU's own, so it need not ask for one.
-    :raises DispatcherError: command, environment or a secret's name cannot be used.
+    :param instance: cloud-init's instance id; a new one makes it configure the guest again.
+    :param static: the guest has QEMU's fixed address and needs no DHCP.
+    :raises DispatcherError: command, environment or a secret's name is invalid.
     """
     options = options_of(spec.app)
-    about: dict[str, object] = {
+    agent: dict[str, object] = {
         "agent": spec.agent,
         "user": spec.user,
         "uid": spec.uid,
@@ -48,22 +48,22 @@ def contents(spec: AgentSpec, *, instance: str, user_data: bytes, static: bool) 
         "data": options.data,
     }
     if static:
-        about |= {"address": f"{domain_xml.GUEST_ADDRESS}/24", "gateway": domain_xml.GUEST_GATEWAY}
+        agent |= {"address": f"{domain_xml.GUEST_ADDRESS}/24", "gateway": domain_xml.GUEST_GATEWAY}
     host = names.key(spec.agent)
     network = {"version": 2, "ethernets": {"all": {"match": {"name": "e*"}, "dhcp4": True}}}
-    files = {
-        # JSON is YAML, and quotes what is data.
+    found = {
+        # JSON is YAML, and quotes every value.
         "meta-data": json.dumps({"instance-id": instance, "local-hostname": host}).encode(),
         "user-data": user_data or b"#cloud-config\n{}\n",
         "network-config": json.dumps(network).encode(),
-        "dispatcher/agent": "".join(f"{key}={value}\n" for key, value in about.items()).encode(),
+        "dispatcher/agent": "".join(f"{key}={value}\n" for key, value in agent.items()).encode(),
         "dispatcher/start.sh": start_script(spec).encode(),
     }
     for name, value in spec.secrets.items():
-        files[f"dispatcher/secrets/{secret_name(name)}"] = value.encode()
+        found[f"dispatcher/secrets/{secret_name(name)}"] = value.encode()
     if spec.stdin is not None:
-        files["dispatcher/stdin"] = spec.stdin
-    return files
+        found["dispatcher/stdin"] = spec.stdin
+    return found
 
 
 def start_script(spec: AgentSpec) -> str:
@@ -80,34 +80,34 @@ def start_script(spec: AgentSpec) -> str:
 
 
 def read_user_data(path: Path | None) -> bytes:
-    """Return the operator's cloud-init file, b"" without one.
+    """Return the operator's cloud-init user data, b"" without a file.
 
-    :raises ConfigError: it cannot be read, or is no cloud-init user data.
+    :raises ConfigError: it is unreadable, or not cloud-init user data.
     """
     if path is None:
         return b""
     try:
         with path.open("rb") as file:
-            data = file.read(_LARGEST_USER_DATA + 1)
+            data = file.read(_MAX_USER_DATA + 1)
     except OSError as error:
         raise ConfigError(
             f"Cannot read {path}", why=error.strerror or str(error), fix="check user_data"
         ) from error
-    if len(data) > _LARGEST_USER_DATA or not data.startswith((b"#", b"Content-Type:")):
+    if len(data) > _MAX_USER_DATA or not data.startswith((b"#", b"Content-Type:")):
         raise ConfigError(
-            f"{path} is no cloud-init user data",
-            why="it is over 1 MiB" if len(data) > _LARGEST_USER_DATA else "its first line says no kind",
-            fix="begin it with #cloud-config (or another kind that cloud-init knows)",
+            f"{path} is not cloud-init user data",
+            why="it is over 1 MiB" if len(data) > _MAX_USER_DATA else "its first line does not name a format",
+            fix="begin it with #cloud-config (or another format of cloud-init)",
         )
     return data
 
 
-def image(files: Mapping[str, bytes]) -> bytes:
+def iso_image(contents: Mapping[str, bytes]) -> bytes:
     """Return an ISO 9660 image with Rock Ridge names, all files readable by their owner alone."""
     iso = pycdlib.PyCdlib()
     iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident=LABEL)
     made: dict[str, str] = {"": ""}
-    for number, (path, data) in enumerate(sorted(files.items())):
+    for number, (path, data) in enumerate(sorted(contents.items())):
         *parents, name = path.split("/")
         above, plain = "", ""
         for parent in parents:
@@ -130,8 +130,8 @@ def image(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def write(path: Path, data: bytes, owner: tuple[int, int] | None) -> None:
-    """Put a seed disk in place at once, mode 0400.
+def write_image(path: Path, data: bytes, owner: tuple[int, int] | None) -> None:
+    """Write a cloud-init disk atomically, mode 0400.
 
     :raises ProviderError: no space in memory.
     """
@@ -146,21 +146,21 @@ def write(path: Path, data: bytes, owner: tuple[int, int] | None) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise ProviderError(
-            f"Cannot write the seed disk {path}", why=error.strerror or str(error), fix="free some memory"
+            f"Cannot write the cloud-init disk {path}", why=error.strerror or str(error), fix="free some memory"
         ) from error
 
 
 def memory_directory(installation: str, preferred: Path) -> Path:
-    """Return a directory in memory for seed disks, made if need be: 0711, this user's.
+    """Return this user's directory in memory for cloud-init disks, mode 0711, created where it is absent.
 
-    :param preferred: used where it lies in memory itself.
+    :param preferred: parent directory, if it is in memory itself.
     :raises ProviderError: there is none.
     """
     candidates = [
         preferred,
         Path("/run"),
         Path(os.environ.get("XDG_RUNTIME_DIR") or "/run/user"),
-        Path("/dev/shm"),  # noqa: S108 - a directory of its own in it, checked below
+        Path("/dev/shm"),  # noqa: S108 - `make_owned` makes and checks a directory of its own there
     ]
     for base in candidates:
         if not (in_memory(base) and os.access(base, os.W_OK | os.X_OK)):
@@ -168,13 +168,13 @@ def memory_directory(installation: str, preferred: Path) -> Path:
         return make_owned(base, "seeds" if base == preferred else f"dispatcher-seeds-{installation}", 0o711)
     raise ProviderError(
         "There is no directory in memory for secrets",
-        why="none of the manager's run_dir, /run and /dev/shm is a tmpfs that it may write to",
+        why="none of the manager's run_dir, /run and /dev/shm is a writable tmpfs",
         fix="mount a tmpfs at manager.run_dir",
     )
 
 
 def in_memory(path: Path) -> bool:
-    """Whether a directory lies on a file system that is kept in memory."""
+    """Whether a directory is on a file system in memory."""
     try:
         device = path.stat().st_dev
     except OSError:
@@ -187,7 +187,7 @@ def in_memory(path: Path) -> bool:
     return False
 
 
-def placeholder(path: Path, owner: tuple[int, int] | None) -> None:
-    """Put an empty disk where a seed disk was, for a machine that wakes up: it read the seed when it booted."""
+def write_placeholder(path: Path, owner: tuple[int, int] | None) -> None:
+    """Write an empty disk for a machine that wakes up, unless there is one: the guest has read it at boot."""
     if not path.exists():
-        write(path, bytes(64 * 1024), owner)
+        write_image(path, bytes(64 * 1024), owner)

@@ -1,7 +1,7 @@
-"""A machine's serial console as logs.  Touches the files that virtlogd writes and rotates.
+"""Logs of a machine: its serial console, in files that virtlogd writes and rotates.
 
-The files lie in the agent's log directory, which is the manager's: `console.log` and, once it is full (virtlogd's
-max_size, 2 MiB), `console.log.0` and so on, oldest last.
+The files are in the agent's log directory, which belongs to the manager: `console.log` and, once it is full
+(virtlogd's max_size, 2 MiB), `console.log.0` and so on, oldest last.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dispatcher.plugin import Deadline, printable
 
 NAME = "console.log"
 START = b"dispatcher: the machine starts"
-LONGEST_LINE = 64 * 1024
+MAX_LINE = 64 * 1024
 _BLOCK = 64 * 1024
-_MOST_TAIL = 8 << 20  # bytes that are read backwards at most
+_MAX_TAIL = 8 << 20  # bytes to read backwards
 _PAUSE = 0.25
 _ENDED = re.compile(rb"dispatcher: the app ended: ([\x20-\x7e]{1,200})")
-_SPOKEN = "dispatcher: "
+_PREFIX = "dispatcher: "
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
 
 
 def lines(log_dir: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
-    """Yield the last `tail` lines, then with `follow` new ones until the deadline.  No file is no lines."""
+    """Yield the last `tail` lines, then with `follow` new ones until the deadline; none without a file."""
     path = log_dir / NAME
     file, position = _state(path)
     before, rest = _tail(log_dir, tail, follow=follow, size=position)
@@ -35,7 +35,7 @@ def lines(log_dir: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iter
         return
     while not deadline.expired:
         now, size = _state(path)
-        if now != file:  # rotated: what came before lies in the first old file
+        if now != file:  # rotated: the rest of it is in the first old file
             rest += _read(log_dir / f"{NAME}.0", position, file)
             file, position = now, 0
         block = _read(path, position, now) if size > position else b""
@@ -43,7 +43,7 @@ def lines(log_dir: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iter
         *whole, rest = (rest + block).split(b"\n")
         for line in whole:
             yield from _pieces(line)
-        if len(rest) > LONGEST_LINE:
+        if len(rest) > MAX_LINE:
             yield from _pieces(rest)
             rest = b""
         if not block:
@@ -51,9 +51,9 @@ def lines(log_dir: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iter
 
 
 def begin(log_dir: Path) -> None:
-    """Mark in the log that a machine starts: what comes before is of earlier ones.
+    """Mark the start of a machine in the log: earlier lines belong to earlier machines.
 
-    :raises OSError: the log cannot be written.
+    :raises OSError: the log is not writable.
     """
     fd = os.open(log_dir / NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
@@ -63,17 +63,14 @@ def begin(log_dir: Path) -> None:
 
 
 def last_line(log_dir: Path) -> str:
-    """Return the last line, fit for showing: what a guest that is booting is doing.
-
-    In front of what a machine says to the dispatcher nobody needs to read its name.
-    """
+    """Return the last line in printable form, without the prefix "dispatcher: ": the progress of a boot."""
     found, _ = _tail(log_dir, 1, follow=False, most=4096)
-    text = found[0].decode(errors="replace").strip().removeprefix(_SPOKEN) if found else ""
+    text = found[0].decode(errors="replace").strip().removeprefix(_PREFIX) if found else ""
     return printable(text, 120).strip("'\"") if text else ""
 
 
 def announced(log_dir: Path, words: str) -> bool:
-    """Whether the console has said `words` since the machine started, as far as its last lines tell."""
+    """Whether the console's last lines contain `words` since the start of the machine."""
     found, _ = _tail(log_dir, 1000, follow=False, most=256 * 1024)
     for line in reversed(found):
         if words.encode() in line:
@@ -83,8 +80,8 @@ def announced(log_dir: Path, words: str) -> bool:
     return True
 
 
-def ending(log_dir: Path) -> str:
-    """Return why the guest ended, in its own words: what its last lines say of the app or of a panic, or ""."""
+def exit_reason(log_dir: Path) -> str:
+    """Return the guest's own reason for its end, of its app or of a panic, from its last lines, or ""."""
     found, _ = _tail(log_dir, 40, follow=False, most=16384)
     for line in reversed(found):
         if line.endswith(START):
@@ -97,15 +94,15 @@ def ending(log_dir: Path) -> str:
 
 
 def _tail(
-    log_dir: Path, count: int, *, follow: bool, most: int = _MOST_TAIL, size: int | None = None
+    log_dir: Path, count: int, *, follow: bool, most: int = _MAX_TAIL, size: int | None = None
 ) -> tuple[list[bytes], bytes]:
-    """Return the last lines and, when new ones will follow, the part of a line that has no end yet.
+    """Return the last lines and, with `follow`, the start of a line that is still incomplete.
 
-    :param size: how much of the newest file there was when the caller looked; what came later follows.
+    :param size: size of the newest file when the caller looked; later bytes are followed.
     """
     data = b""
     for path in _files(log_dir):
-        block = _end_of(path, most - len(data), size if path.name == NAME else None)
+        block = _last_bytes(path, most - len(data), size if path.name == NAME else None)
         data = block + data
         if data.count(b"\n") > count or len(data) >= most:
             break
@@ -113,7 +110,7 @@ def _tail(
     if rest and not follow:
         whole.append(rest)
     if len(data) >= most and len(whole) > 1:
-        whole = whole[1:]  # its beginning is missing
+        whole = whole[1:]  # its start is missing
     found = [piece for line in whole[-count:] for piece in _pieces(line)] if count > 0 else []
     return found[-count:] if count > 0 else [], rest
 
@@ -129,8 +126,8 @@ def _files(log_dir: Path) -> Iterator[Path]:
 
 def _pieces(line: bytes) -> Iterator[bytes]:
     line = line.rstrip(b"\r")
-    for at in range(0, max(1, len(line)), LONGEST_LINE):
-        yield line[at : at + LONGEST_LINE]
+    for at in range(0, max(1, len(line)), MAX_LINE):
+        yield line[at : at + MAX_LINE]
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -152,7 +149,7 @@ def _read(path: Path, position: int, inode: int) -> bytes:
         return b""
 
 
-def _end_of(path: Path, most: int, size: int | None) -> bytes:
+def _last_bytes(path: Path, most: int, size: int | None) -> bytes:
     try:
         with path.open("rb") as file:
             now = os.fstat(file.fileno()).st_size

@@ -1,0 +1,130 @@
+"""Translation of libvirt's errors into the dispatcher's.
+
+Three cases are told apart: the daemon of this host is down, a remote host is unreachable, and a backend that
+answers refuses the request.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+import libvirt
+
+from dispatcher.plugin import Conflict, DeadlineExceeded, DispatcherError, NotFound, ProviderError, Unavailable
+
+#: Codes that, from the RPC layer, mean that the connection is unusable.
+_CONNECTION_CODES = frozenset(
+    {
+        libvirt.VIR_ERR_SYSTEM_ERROR,
+        libvirt.VIR_ERR_NO_CONNECT,
+        libvirt.VIR_ERR_RPC,
+        libvirt.VIR_ERR_INTERNAL_ERROR,
+        libvirt.VIR_ERR_INVALID_CONN,
+    }
+)
+_RPC_DOMAINS = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
+_AUTH_CODES = frozenset({libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED})
+_BUSY_CODES = frozenset({libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_AGENT_UNRESPONSIVE})
+_XML_CODES = frozenset({libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_XML_INVALID_SCHEMA, libvirt.VIR_ERR_XML_DETAIL})
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a connection URI names another host."""
+    return bool(urlsplit(uri).hostname)
+
+
+def connection_lost(error: libvirt.libvirtError) -> bool:
+    """Whether the connection failed, not the request."""
+    return error.get_error_code() in _CONNECTION_CODES and error.get_error_domain() in _RPC_DOMAINS
+
+
+def authentication_failed(error: libvirt.libvirtError) -> bool:
+    """Whether the daemon refused the manager's user."""
+    return error.get_error_code() in _AUTH_CODES
+
+
+def domain_missing(error: libvirt.libvirtError) -> bool:
+    """Whether the domain does not exist (any more)."""
+    return bool(error.get_error_code() == libvirt.VIR_ERR_NO_DOMAIN)
+
+
+def message(error: libvirt.libvirtError) -> str:
+    """Return libvirt's message in one line of at most 400 characters."""
+    text = " ".join(str(error.get_error_message() or error).split())
+    return text if len(text) <= 400 else f"{text[:399]}…"
+
+
+def port_taken(error: libvirt.libvirtError) -> bool:
+    """Whether QEMU failed to start because the forwarded port is in use."""
+    return "host forwarding rule" in message(error)
+
+
+def unreachable(uri: str, why: str) -> Unavailable:
+    """Return the error for a backend that does not answer."""
+    if is_remote(uri):
+        return Unavailable(
+            f"The host {urlsplit(uri).hostname} cannot be reached through libvirt",
+            why=why,
+            fix=f"check that `virsh --connect {uri} list` works for the manager's user",
+        )
+    return Unavailable(
+        "libvirt does not answer on this host",
+        why=why,
+        fix="start libvirtd: systemctl start libvirtd (or virtqemud), and check its log",
+    )
+
+
+def timed_out(uri: str, what: str) -> DeadlineExceeded:
+    """Return the error for a call that exceeded its deadline."""
+    where = f"The host {urlsplit(uri).hostname}" if is_remote(uri) else "libvirt"
+    return DeadlineExceeded(
+        f"{where} did not answer in time",
+        why=f"no answer while {what}",
+        fix="check the log and the load of libvirtd",
+    )
+
+
+def translate(error: libvirt.libvirtError, uri: str, what: str) -> DispatcherError:
+    """Return the dispatcher's error for libvirt's.
+
+    :param what: the attempted action, as a participle ("starting alice's machine").
+    """
+    code, why = error.get_error_code(), message(error)
+    text = why.lower()
+    if authentication_failed(error):
+        return ProviderError(
+            f"libvirt refused the manager while {what}",
+            why=why,
+            fix="allow the manager's user to manage machines (Debian: the group libvirt), or use qemu:///session",
+        )
+    if code == libvirt.VIR_ERR_NO_CONNECT or connection_lost(error):
+        return unreachable(uri, why)
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
+        return NotFound(f"The machine no longer exists while {what}", why=why, fix="start the agent again")
+    if code in _BUSY_CODES:
+        return Unavailable(f"libvirt is busy while {what}", why=why, fix="try again", retry_after=5.0)
+    if code == libvirt.VIR_ERR_OPERATION_INVALID:
+        return Conflict(f"libvirt refused while {what}", why=why, fix="check the agent's state, then try again")
+    problem, fix = f"libvirt failed while {what}", "check the logs of libvirtd and of the machine"
+    if code == libvirt.VIR_ERR_NO_NETWORK:
+        problem, fix = (
+            f"A libvirt network is missing while {what}",
+            "check `virsh net-list --all`; define or start it",
+        )
+    elif "no space left" in text or "enospc" in text:
+        problem, fix = f"The disk is full while {what}", "free some space on the host"
+    elif "tc qdisc" in text:
+        problem = f"The host's kernel cannot limit a network's bandwidth while {what}"
+        fix = "load the modules sch_htb, sch_sfq and sch_ingress, or remove the app's network_bandwidth"
+    elif "permission denied" in text:
+        problem = f"QEMU may not use a file while {what}"
+        fix = "make the file readable and its directories passable for the machine's host user"
+    elif code in _XML_CODES:
+        problem = f"libvirt does not accept the machine's description while {what}"
+        fix = "check `xml`, `cpu` and `machine` of the app's libvirt table"
+    elif "cannot allocate memory" in text or "cannot set up guest memory" in text:
+        problem, fix = (
+            f"The host has too little memory while {what}",
+            "lower the app's memory, or stop other agents",
+        )
+    return ProviderError(problem, why=why, fix=fix)

@@ -1,0 +1,360 @@
+"""Starting and waking machines: image, disks, description, start; and the cleanup after a failure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import libvirt
+
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    BackendState,
+    ConfigError,
+    Conflict,
+    Deadline,
+    DeadlineExceeded,
+    DispatcherError,
+    Handle,
+    NotFound,
+    Progress,
+    ProviderContext,
+    ProviderError,
+    SpecConflict,
+    Unsupported,
+)
+from dispatcher_libvirt import cloud_init, domain_xml, errors, handles, observe
+from dispatcher_libvirt.domain_xml import Boot, Disk, Label, LibvirtNetwork, Machine, Owner, UserNetwork, Vsock
+from dispatcher_libvirt.domains import DomainInfo, Domains
+from dispatcher_libvirt.host import Host
+from dispatcher_libvirt.images import Reader
+from dispatcher_libvirt.network import NetworkFilters, Ports, mac_address
+from dispatcher_libvirt.options import (
+    AppOptions,
+    Options,
+    disk_of,
+    memory_of,
+    options_of,
+    unsupported_network,
+    vcpus_of,
+)
+from dispatcher_libvirt.storage import Created, Storage
+
+# Without a limit an emulator caches up to a gibibyte of translated code: more than most guests have.  A smaller
+# cache costs repeated translation.
+TRANSLATION_CACHE = 64 << 20
+_PORT_ATTEMPTS = 8
+_CLEANUP = 20.0  # seconds for the cleanup after a failed start, independent of its deadline
+_SET_CLOCK = 5.0
+
+_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """Paths of a machine's disks on QEMU's host."""
+
+    root: Path | None
+    data: Path
+    cloud_init: Path
+
+
+class Starter:
+    """Starts and wakes machines."""
+
+    def __init__(
+        self,
+        context: ProviderContext,
+        options: Options,
+        domains: Domains,
+        storage: Storage,
+        filters: NetworkFilters,
+    ) -> None:
+        self._context, self._options = context, options
+        self._domains, self._storage, self._filters = domains, storage, filters
+        self._remote = errors.is_remote(domains.backend.uri)
+        self._ports = Ports(*options.ports, local=not self._remote)
+
+    def ensure(self, spec: AgentSpec, host: Host, deadline: Deadline, progress: Progress) -> Handle:
+        """See `Provider.ensure`."""
+        if deadline.expired:
+            raise DeadlineExceeded(f"No time was left to start {spec.backend_name}")
+        check_spec(spec, self._options, host)
+        handle = handles.handle_of(spec, remote=self._remote)
+        progress("looking for the machine")
+        found = self._domains.find(handle.name, deadline, refuse_foreign=True)
+        state = observe.observation(found).state
+        if found is not None and state is not BackendState.STOPPED:
+            if found.label.spec != spec.hash:
+                raise SpecConflict(
+                    f"The machine {handle.name} has another specification",
+                    why="its app has changed since it was started",
+                    fix="stop the agent, then start it again",
+                )
+            self.wake(handle, found, deadline, progress)
+            if state is BackendState.STARTING:
+                progress("booting")
+            return handle
+        progress("checking the image")
+        # libvirt makes files readable where machines do not run as their agents' users.
+        reader = Reader(spec.uid, host.qemu[1]) if host.own_users and host.qemu else None
+        self.check_image(spec.app, reader, deadline, progress)
+        created = Created()
+        defined, network = False, ""
+        try:
+            progress("creating the disks")
+            root, data = self._storage.prepare(spec, created, deadline, progress)
+            network = self._options.network if spec.app.network.value == "private" else ""
+            files = self._cloud_init_files(spec, static=not network)
+            paths = Paths(root=root, data=data, cloud_init=self._storage.write_cloud_init(spec, files, deadline))
+            progress("defining the machine")
+            defined = True
+            with self._filters.active(network, deadline) as network_filter:
+                self._start(spec, host, paths, network, network_filter, deadline, progress)
+        except BaseException:
+            self._undo(handle.name, created, network, defined=defined)
+            raise
+        return handle
+
+    def check_image(self, app: App, reader: Reader | None, deadline: Deadline, progress: Progress) -> None:
+        """Check the files that an app boots from.
+
+        :raises DispatcherError: one is missing, unreadable, damaged or of another format.
+        """
+        cloud_init.read_user_data(options_of(app).user_data)
+        self._storage.check(app, reader, deadline, progress)
+
+    def wake(self, handle: Handle, found: DomainInfo, deadline: Deadline, progress: Progress) -> None:
+        """Resume a sleeping machine; a running one is left as it is.
+
+        :raises NotFound: it ended; :raises ProviderError: its saved memory is not usable.
+        """
+        if found.saved and not found.active:
+            self._restore(handle, found, deadline, progress)
+        elif found.state == libvirt.VIR_DOMAIN_PAUSED:
+            progress("waking the machine")
+            self._domains.act(handle.name, lambda domain: domain.resume(), what="waking", deadline=deadline)
+        elif found.state == libvirt.VIR_DOMAIN_PMSUSPENDED:
+            progress("waking the machine")
+            self._domains.act(handle.name, lambda domain: domain.pMWakeup(), what="waking", deadline=deadline)
+        elif not found.active:
+            raise NotFound(f"The machine {handle.name} has ended", fix="start the agent again")
+        else:
+            return
+        if found.label.guest_agent:
+            self._set_clock(handle.name)
+
+    def _cloud_init_files(self, spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
+        options = options_of(spec.app)
+        return cloud_init.files(
+            spec,
+            instance=f"{spec.backend_name}-{spec.hash[:12]}",
+            user_data=cloud_init.read_user_data(options.user_data),
+            static=static and options.endpoint != "vsock",
+        )
+
+    def _start(
+        self,
+        spec: AgentSpec,
+        host: Host,
+        paths: Paths,
+        network: str,
+        network_filter: str,
+        deadline: Deadline,
+        progress: Progress,
+    ) -> None:
+        name = spec.backend_name
+        forwarded = not network and options_of(spec.app).endpoint != "vsock"
+        tried: set[int] = set()
+        for _ in range(_PORT_ATTEMPTS):
+            machine = machine_of(
+                spec,
+                host=host,
+                paths=paths,
+                console=self._storage.begin_log(spec),
+                port=self._ports.allocate(avoid=tried) if forwarded else 0,
+                started=time.time(),
+                network=network,
+                network_filter=network_filter,
+            )
+            self._domains.define(domain_xml.build(machine), name, deadline)
+            progress("starting the machine", "QEMU")
+            if self._domains.start(name, deadline, lambda: progress("starting the machine", "QEMU")):
+                progress("booting")
+                return
+            tried.add(machine.label.port)
+        raise _no_port()
+
+    def _undo(self, name: str, created: Created, network: str, *, defined: bool) -> None:
+        """Remove the remains of a failed start; `destroy` removes what cannot be removed now."""
+        deadline = Deadline(_CLEANUP)
+        try:
+            if defined:
+                self._domains.remove(name, deadline)
+            if network:
+                self._filters.remove(network, deadline)
+        except DispatcherError as error:  # the machine may be running: its disks must stay
+            _log.warning("%s: cleanup after a failed start: %s", name, error)
+            return
+        self._storage.undo(name, created, deadline)
+
+    def _restore(self, handle: Handle, found: DomainInfo, deadline: Deadline, progress: Progress) -> None:
+        name = handle.name
+        progress("loading its memory")
+        self._storage.keep_cloud_init(handle, deadline)
+        tried: set[int] = set()
+        for _ in range(_PORT_ATTEMPTS):
+            try:
+                if self._domains.start(name, deadline, lambda: progress("loading its memory")):
+                    return
+            except (ProviderError, Conflict) as error:
+                raise ProviderError(
+                    f"The saved memory of {name} is not usable",
+                    why=error.why or error.what,
+                    fix="stop the agent and start it again: it then boots, and its data is kept",
+                ) from error
+            if not found.label.port:
+                break
+            tried.add(found.label.port)
+            port = self._ports.allocate(avoid=tried)
+            tried.add(port)
+            self._domains.change_saved_port(name, port, deadline)
+        raise _no_port()
+
+    def _set_clock(self, name: str) -> None:
+        """Set the clock of a guest that slept, through its guest agent."""
+        try:
+            self._domains.act(
+                name,
+                lambda domain: domain.setTime(flags=libvirt.VIR_DOMAIN_TIME_SYNC),
+                what="setting the clock of",
+                deadline=Deadline(_SET_CLOCK),
+            )
+        except DispatcherError as error:
+            _log.info("%s: its guest agent did not set the clock: %s", name, error)
+
+
+def _no_port() -> ProviderError:
+    return ProviderError(
+        "No port on 127.0.0.1 was available for the machine",
+        why=f"{_PORT_ATTEMPTS} of them were in use at the moment QEMU started",
+        fix="widen providers.libvirt.ports, or check which processes use them",
+    )
+
+
+def check_spec(spec: AgentSpec, options: Options, host: Host) -> None:
+    """Refuse a specification that no machine can satisfy.
+
+    :raises Unsupported: the network is not available; :raises ConfigError: options contradict each other.
+    """
+    app, own = spec.app, options_of(spec.app)
+    if why := unsupported_network(app, options):
+        raise Unsupported(f'apps.{app.name}.network = "{app.network.value}" is not available', why=why)
+    on_network = app.network.value == "private"
+    if own.network_bandwidth and not on_network:
+        raise ConfigError(
+            f"apps.{app.name}.libvirt.network_bandwidth has no effect",
+            why="QEMU's user network cannot be limited",
+            fix='use network = "private" with providers.libvirt.network, or remove it',
+        )
+    if own.endpoint == "vsock":
+        if on_network:
+            raise ConfigError(f'apps.{app.name}.libvirt.endpoint = "vsock" excludes a network')
+        if not host.vsock:
+            raise Unsupported(
+                f'apps.{app.name}.libvirt.endpoint = "vsock" is not available',
+                why="the host has no /dev/vhost-vsock",
+                fix='load the kernel module vhost_vsock, or use endpoint = "tcp"',
+            )
+    for text in (spec.agent, spec.user, own.cmdline, own.announce, *own.command):
+        if any(not (char.isprintable() or char in "\t\n") for char in text):
+            raise ConfigError(f"apps.{app.name}.libvirt: control characters are not allowed")
+    memory_of(app)
+    disk_of(app)
+
+
+def machine_of(
+    spec: AgentSpec,
+    *,
+    host: Host,
+    paths: Paths,
+    console: Path | None,
+    port: int,
+    started: float,
+    network: str,
+    network_filter: str,
+) -> Machine:
+    """Return the machine of an agent, with a new UUID.
+
+    :param console: file for the console, None on another host.
+    :param port: forwarded port on 127.0.0.1 with QEMU's user network, else 0.
+    """
+    app, options = spec.app, options_of(spec.app)
+    handle = handles.handle_of(spec, remote=console is None)
+    label = Label(
+        installation=spec.installation,
+        agent=spec.agent,
+        spec=spec.hash,
+        started=started,
+        data=json.dumps(dict(handle.data), sort_keys=True),
+        port=port,
+        guest_port=options.port,
+        network=network,
+        announce=options.announce if port and console else "",
+        guest_agent="yes" if options.guest_agent else "",
+    )
+    interface: UserNetwork | LibvirtNetwork | Vsock
+    if options.endpoint == "vsock":
+        interface = Vsock()
+    elif network:
+        interface = LibvirtNetwork(name=network, filter=network_filter, bytes_per_second=options.network_bandwidth)
+    else:
+        interface = UserNetwork(host_port=port, guest_port=options.port)
+    return Machine(
+        name=spec.backend_name,
+        uuid=str(uuid.uuid4()),
+        label=label,
+        kind=host.kind,
+        arch=host.arch,
+        machine=options.machine,
+        cpu=options.cpu,
+        vcpus=vcpus_of(app),
+        memory=memory_of(app),
+        balloon=options.balloon,
+        translation_cache=TRANSLATION_CACHE if host.bounded_cache else None,
+        console=console,
+        boot=Boot(
+            kernel=options.kernel,
+            initrd=options.initrd,
+            cmdline=options.cmdline if options.kernel else "",
+            firmware=options.firmware,
+        ),
+        disks=_disks(options, paths),
+        network=interface,
+        mac=mac_address(spec.backend_name),
+        cpu_quota=app.limits.cpus if host.cpu_limits else None,
+        cpu_shares=options.cpu_shares if host.cpu_limits else None,
+        owner=Owner(uid=spec.uid, gid=host.qemu[1]) if host.own_users and host.qemu else None,
+        guest_agent=options.guest_agent,
+        extra=list(options.xml),
+    )
+
+
+def _disks(options: AppOptions, paths: Paths) -> tuple[Disk, ...]:
+    limits: Mapping[str, Any] = {"bytes_per_second": options.disk_bandwidth, "iops": options.disk_iops}
+    disks = [
+        Disk(path=paths.data, format="raw", serial=domain_xml.DATA_SERIAL, **limits),
+        Disk(path=paths.cloud_init, format="raw", serial=domain_xml.CLOUD_INIT_SERIAL, readonly=True),
+    ]
+    if paths.root is not None and options.image is not None:
+        backing = (options.image, options.format)
+        root = Disk(path=paths.root, format="qcow2", serial=domain_xml.ROOT_SERIAL, backing=backing, **limits)
+        disks.insert(0, root)
+    return tuple(disks)

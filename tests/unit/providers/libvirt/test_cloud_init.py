@@ -1,0 +1,144 @@
+"""libvirt: the cloud-init disk of a guest."""
+
+import io
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("libvirt")
+
+import pycdlib
+
+from dispatcher.plugin.errors import BadRequest, ConfigError, ProviderError
+from dispatcher_libvirt import cloud_init
+from tests.unit.providers.libvirt.test_domain_xml import spec
+
+ODD = "a b\t'c' \"d\" $HOME `e` \\n {x} <&> #; -rf é漢\nsecond line"
+
+
+def read(data):
+    """Return the files of an ISO image, by Rock Ridge path."""
+    iso = pycdlib.PyCdlib()
+    iso.open_fp(io.BytesIO(data))
+    found = {}
+    for directory, _, files in iso.walk(rr_path="/"):
+        for name in files:
+            path = f"{directory.rstrip('/')}/{name}"
+            buffer = io.BytesIO()
+            iso.get_file_from_iso_fp(buffer, rr_path=path)
+            found[path.lstrip("/")] = buffer.getvalue()
+    label = iso.pvd.volume_identifier.decode().strip()
+    iso.close()
+    return label, found
+
+
+def test_the_cloud_init_disk_holds_what_it_should_and_cloud_init_finds_it():
+    one = replace(spec(environment={"A": ODD}), secrets={"token": "s-1", "a.b_c-D": "l1\nl2\n"}, stdin=b"in\n")
+    files = cloud_init.files(one, instance="i-1", user_data=b"", static=True)
+    label, found = read(cloud_init.iso_image(files))
+    assert label == "cidata"
+    assert found == files
+    assert found["dispatcher/secrets/token"] == b"s-1"
+    assert found["dispatcher/secrets/a.b_c-D"] == b"l1\nl2\n"
+    assert found["dispatcher/stdin"] == b"in\n"
+    about = dict(line.split("=", 1) for line in found["dispatcher/agent"].decode().splitlines())
+    assert about == {
+        "agent": "alice", "user": "alice", "uid": "200123", "gid": "200124", "port": "8080", "data": "/data",
+        "address": "10.0.2.15/24", "gateway": "10.0.2.2",
+    }  # fmt: skip
+    assert found["user-data"].startswith(b"#cloud-config")
+    assert b'"instance-id": "i-1"' in found["meta-data"]
+
+
+def test_without_secrets_there_is_nothing_of_them():
+    files = cloud_init.files(spec(), instance="i", user_data=b"#cloud-config\nx: 1\n", static=False)
+    assert not [name for name in files if "secrets" in name or "stdin" in name]
+    assert b"address" not in files["dispatcher/agent"]
+    assert files["user-data"] == b"#cloud-config\nx: 1\n"
+
+
+def test_the_start_script_hands_on_every_value_as_it_is(tmp_path):
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\nfor one; do printf "%s\\0" "$one"; done\nprintf "%s\\0" "$ODD" "$HOME" "$PORT"\n')
+    show.chmod(0o755)
+    one = spec(
+        environment={"ODD": ODD, "PORT": "{port}", "EMPTY": ""},
+        command=[str(show), ODD, "", "{port}", "{data}", "{other}"],
+        port=9000,
+    )
+    script = tmp_path / "start.sh"
+    script.write_text(cloud_init.start_script(one).replace("/data", str(tmp_path)))
+    done = subprocess.run(["/bin/sh", script, "/unused"], capture_output=True, check=True, env={"PATH": "/bin"})
+    words = done.stdout.decode().split("\0")[:-1]
+    assert words == [ODD, "", "9000", str(tmp_path), "{other}", ODD, str(tmp_path), "9000"]
+
+
+def test_without_a_command_the_images_own_runs(tmp_path):
+    script = tmp_path / "start.sh"
+    script.write_text(cloud_init.start_script(spec()).replace("/data", str(tmp_path)))
+    done = subprocess.run(
+        ["/bin/sh", script, "/bin/echo", "a  b"], capture_output=True, check=True, env={"PATH": "/bin"}
+    )
+    assert done.stdout == b"a  b\n"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
+def test_names_of_secrets_that_cannot_be_files_are_refused(name):
+    with pytest.raises(BadRequest, match="name of a secret"):
+        cloud_init.files(replace(spec(), secrets={name: "v"}), instance="i", user_data=b"", static=True)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"1A": "x"}, {"A-B": "x"}, {"A": "x\0y"}, {"A": "x" * 70_000}],
+    ids=["digit", "dash", "nul", "big"],
+)
+def test_environments_that_no_guest_can_have_are_refused(environment):
+    with pytest.raises(ConfigError, match="apps.vm"):
+        cloud_init.start_script(spec(environment=environment))
+
+
+def test_user_data_is_read_and_judged(tmp_path):
+    path = tmp_path / "user-data"
+    with pytest.raises(ConfigError, match="Cannot read"):
+        cloud_init.read_user_data(path)
+    path.write_text("just: yaml\n")
+    with pytest.raises(ConfigError, match="begin it with #cloud-config"):
+        cloud_init.read_user_data(path)
+    path.write_text("#cloud-config\n" + "x" * (1 << 20))
+    with pytest.raises(ConfigError, match="over 1 MiB"):
+        cloud_init.read_user_data(path)
+    path.write_text("#cloud-config\n")
+    assert cloud_init.read_user_data(path) == b"#cloud-config\n"
+    assert cloud_init.read_user_data(None) == b""
+
+
+def test_cloud_init_disks_are_for_their_owner_alone_and_lie_in_memory(tmp_path):
+    target = tmp_path / "x.iso"
+    cloud_init.write_image(target, b"one", None)
+    cloud_init.write_image(target, b"two", None)
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"two", 0o400)
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(ProviderError, match="Cannot write the cloud-init disk"):
+        cloud_init.write_image(tmp_path / "none" / "x.iso", b"", None)
+    assert cloud_init.in_memory(Path("/dev/shm"))
+    assert not cloud_init.in_memory(Path("/proc"))
+    assert not cloud_init.in_memory(tmp_path / "none")
+
+
+def test_a_directory_that_somebody_else_made_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(cloud_init, "in_memory", lambda path: path == tmp_path)
+    made = cloud_init.memory_directory("0123abcd", tmp_path)
+    assert (made, made.stat().st_mode & 0o777) == (tmp_path / "seeds", 0o711)
+    assert cloud_init.memory_directory("0123abcd", tmp_path) == made
+    made.chmod(0o777)
+    other = cloud_init.memory_directory("0123abcd", tmp_path)
+    assert other != made and other.parent == tmp_path and other.stat().st_mode & 0o777 == 0o711
+    made.rmdir()
+    made.symlink_to("/tmp")
+    assert cloud_init.memory_directory("0123abcd", tmp_path) == other
+    monkeypatch.setattr(cloud_init, "in_memory", lambda path: False)
+    with pytest.raises(ProviderError, match="mount a tmpfs"):
+        cloud_init.memory_directory("0123abcd", tmp_path)
