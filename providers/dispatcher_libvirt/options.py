@@ -52,18 +52,19 @@ class Options(Table):
         default="", description="connection URI; qemu:///system for root, qemu:///session for others when empty"
     )
     accelerator: Literal["auto", "kvm", "emulation"] = Field(
-        default="auto", description="KVM where it works, always (an error where it does not), or never"
+        default="auto", description="KVM where it works, KVM or an error, or always emulation"
     )
     network: Word = Field(default="", description='libvirt network of apps with network = "private"')
     storage: AbsolutePath | None = Field(
-        default=None, description="directory for machines' disks; by default in manager.state_dir"
+        default=None, description="directory of machines' disks; by default in manager.state_dir"
     )
-    pool: Word = Field(default="", description="storage pool of a remote host, for its machines' disks")
+    pool: Word = Field(default="", description="storage pool for machines' disks on a remote host")
     own_users: Literal["auto", "always", "never"] = Field(
-        default="auto", description="run each machine's QEMU as its agent's own host user: where it works, ..."
+        default="auto",
+        description="run each machine's QEMU as its agent's own host user: where possible, or else an error, or never",
     )
     ports: PortRange = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
-    connections: int = Field(default=4, ge=1, le=32, description="starts, saves and ends at the same time")
+    connections: int = Field(default=4, ge=1, le=32, description="starts, saves and stops at the same time")
     keepalive: Duration = Field(default=5.0, ge=1, le=600, description="between two keep-alive messages")
 
     @field_validator("uri")
@@ -81,58 +82,67 @@ class Options(Table):
     def _remote(self) -> Options:
         parts = urlsplit(self.uri)
         if parts.hostname and not self.pool:
-            raise ValueError("a remote uri needs pool: machines' disks live there")
+            raise ValueError("a remote uri needs pool, for machines' disks")
         if parts.hostname and parts.scheme != "qemu+ssh":
-            raise ValueError("a remote uri begins with qemu+ssh://: agents are reached through the same way")
+            raise ValueError("a remote uri begins with qemu+ssh://: agents are reached through ssh too")
         return self
 
 
 class AppOptions(Table):
     """``[apps.X.libvirt]``"""
 
-    image: AbsolutePath | None = Field(default=None, description="base image; each agent gets an overlay of it")
+    image: AbsolutePath | None = Field(default=None, description="base image; each agent has an overlay of it")
     format: Literal["qcow2", "raw"] = Field(default="qcow2", description="of the base image")
     kernel: AbsolutePath | None = Field(default=None, description="kernel for direct boot")
     initrd: AbsolutePath | None = Field(default=None, description="initial RAM disk for direct boot")
     cmdline: Argument = Field(default="console=ttyS0 quiet panic=-1", description="the kernel's command line")
-    firmware: Literal["bios", "efi"] = Field(default="bios", description="what starts the image's boot loader")
+    firmware: Literal["bios", "efi"] = Field(
+        default="bios", description="firmware that starts the image's boot loader"
+    )
     command: list[Argument] = Field(
         default=[], description="program and arguments in the guest; {port} and {data} are replaced"
     )
-    port: int = Field(default=8080, ge=1, le=65535, description="where the app listens in the guest")
+    port: int = Field(default=8080, ge=1, le=65535, description="port of the app in the guest")
     announce: Argument = Field(
         default="dispatcher: starting the app",
-        description="what the console says once the guest's network is up; connections before that are lost",
+        description="console text that reports a working network in the guest; earlier connections are lost",
     )
-    endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="how the host reaches that port")
-    data: str = Field(default="/data", description="where the guest shows the data disk")
+    endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="transport to that port")
+    data: str = Field(default="/data", description="mount point of the data disk in the guest")
     data_size: Size = Field(default=1024 * MIB, description="of the data disk where the app has no `disk` limit")
     data_allocation: Literal["sparse", "full"] = Field(
-        default="sparse", description="take the data disk's space as it is used, or all at once"
+        default="sparse", description="allocate the data disk's space on use, or all at once"
     )
     root: Literal["keep", "fresh"] = Field(
-        default="keep", description="what becomes of the overlay when the agent stops"
+        default="keep", description="keep the overlay over a restart, or begin with a fresh one"
     )
-    snapshots: int = Field(default=1, ge=0, le=20, description="states kept from before changes of the image")
+    snapshots: int = Field(
+        default=1,
+        ge=0,
+        le=20,
+        description="snapshots of the data disk and overlays to keep from before changes of the image",
+    )
     default_memory: Size = Field(
         default=512 * MIB, ge=SMALLEST_MEMORY, description="of the guest where the app has no `memory` limit"
     )
     balloon: Size | None = Field(
-        default=None, ge=SMALLEST_MEMORY, description="memory that the guest starts with, below its limit"
+        default=None, ge=SMALLEST_MEMORY, description="initial memory of the guest, below its limit"
     )
     vcpus: int | None = Field(default=None, ge=1, le=512, description="by default `cpus`, rounded up")
     cpu: Word = Field(default="auto", description="auto, host-passthrough, host-model, maximum, or a model")
-    cpu_shares: int | None = Field(default=None, ge=2, le=262144, description="weight against other machines")
+    cpu_shares: int | None = Field(
+        default=None, ge=2, le=262144, description="CPU weight relative to other machines"
+    )
     disk_bandwidth: Size | None = Field(default=None, description="bytes per second and disk, reading and writing")
     disk_iops: int | None = Field(default=None, ge=1, description="operations per second and disk")
     network_bandwidth: Size | None = Field(
         default=None, ge=1024, description="bytes per second each way, on a libvirt network"
     )
     machine: Word = Field(default="q35", description="QEMU's machine type")
-    user_data: AbsolutePath | None = Field(default=None, description="cloud-init user data; a file that is read")
-    guest_agent: bool = Field(default=False, description="the image runs the QEMU guest agent")
+    user_data: AbsolutePath | None = Field(default=None, description="file with cloud-init user data")
+    guest_agent: bool = Field(default=False, description="whether the image runs the QEMU guest agent")
     flush: Duration = Field(
-        default=5.0, le=300, description="for the guest to write its disks, after the grace time and before force"
+        default=5.0, le=300, description="time for the guest to write its disks, between the grace time and force"
     )
     xml: list[Argument] = Field(default=[], description="further elements of libvirt's domain XML")
 
@@ -167,7 +177,7 @@ class AppOptions(Table):
     @model_validator(mode="after")
     def _boots(self) -> AppOptions:
         if not (self.image or self.kernel):
-            raise ValueError("image, or kernel and initrd, must say what boots")
+            raise ValueError("image, or kernel and initrd, is required")
         if self.initrd and not self.kernel:
             raise ValueError("initrd needs kernel")
         return self
