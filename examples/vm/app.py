@@ -1,7 +1,7 @@
 """The example guest's app: notes on the data disk, a counter in memory, a live clock over a WebSocket.
 
-Standard library only, one file.  HTTP/1.1 (RFC 9112) as far as a browser behind a proxy needs it, WebSocket by
-RFC 6455.  The counter shows that a guest which slept wakes up as it was; the notes, that data outlives it.
+Standard library only, one file.  The subset of HTTP/1.1 (RFC 9112) for a browser behind a proxy, WebSocket
+(RFC 6455).  The counter shows that memory survives a suspension; the notes show that data survives the guest.
 
     app.py --tcp HOST:PORT
 """
@@ -99,7 +99,7 @@ async def read_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
 
 
 async def websocket(path: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """`/clock` tells the time since the start every second; every path echoes what it is sent."""
+    """Send the time since the start every second on `/clock`; echo messages on every path."""
 
     async def clock() -> None:
         while True:
@@ -151,7 +151,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def main(address: str) -> None:
-    """Listen until the machine is told to stop."""
+    """Serve until SIGTERM."""
     host, _, port = address.rpartition(":")
     server = await asyncio.start_server(serve, host, int(port))
     print(f"listening on {address}", flush=True)

@@ -1,8 +1,8 @@
-"""Reading an ext4 image that somebody hostile wrote.  Pure: bytes in, values out; standard library only.
+"""Reader of ext4 images that a hostile guest wrote: bytes in, values out, with the standard library alone.
 
-Just enough of the format (Documentation/filesystems/ext4 of Linux) to list directories and read files.  Whatever
-an image says, reading it ends: every number is checked, every loop is bounded, and what is not understood is an
-`Ext4Error`.  `unpack` runs this in a sandbox all the same.
+It supports enough of the format (Documentation/filesystems/ext4 of Linux) to list directories and read files.
+It terminates on any input: numbers are checked, loops are bounded, and unsupported features raise `Ext4Error`.
+`ext4_tool` nevertheless runs it in a sandbox.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAGIC = 0xEF53
 _EXTENT_MAGIC = 0xF30A
 _EXTENTS, _INLINE, _ENCRYPTED = 0x80000, 0x10000000, 0x800
 _ROOT = 2
-# Incompatible features that reading can do with: filetype, extents, 64bit, mmp, flex_bg, csum_seed, largedir.
+# Incompatible features that the reader supports: filetype, extents, 64bit, mmp, flex_bg, csum_seed, largedir.
 _KNOWN = 0x2 | 0x40 | 0x80 | 0x100 | 0x200 | 0x2000 | 0x4000
 _RECOVER = 0x4
 _NAMES = {
@@ -33,7 +33,7 @@ _LARGEST_DIRECTORY = 1 << 28
 
 
 class Ext4Error(Exception):
-    """The image is damaged, or uses what is not understood."""
+    """The image is damaged, or uses an unsupported feature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Inode:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """Consecutive blocks of a file; `start` is None where they read as zeros."""
+    """Consecutive blocks of a file; `start` is None for a hole."""
 
     logical: int
     length: int
@@ -64,9 +64,9 @@ class Extent:
 class Image:
     """An ext4 file system.
 
-    :param read: returns exactly so many bytes at an offset, fewer only past the end.
+    :param read: returns bytes at an offset; fewer than requested only at the end.
     :param size: of the image in bytes.
-    :raises Ext4Error: it is none that can be read.
+    :raises Ext4Error: it is not a readable file system.
     """
 
     def __init__(self, read: Callable[[int, int], bytes], size: int) -> None:
@@ -85,7 +85,7 @@ class Image:
                 "it uses " + ", ".join(_NAMES.get(1 << n, f"feature {1 << n:#x}") for n in _bits(unknown))
             )
         if log_size > 6:
-            raise Ext4Error("its block size makes no sense")
+            raise Ext4Error("its block size is invalid")
         self.block_size: int = 1024 << log_size
         self._inode_size = struct.unpack_from("<H", raw, 0x58)[0]
         wide = bool(incompatible & 0x80)
@@ -100,19 +100,19 @@ class Image:
             and 0 < self.blocks * self.block_size <= size
         )
         if not sane:
-            raise Ext4Error("its superblock makes no sense")
+            raise Ext4Error("its superblock is invalid")
 
     def root(self) -> Inode:
         """Return the root directory."""
         inode = self.inode(_ROOT)
         if not stat.S_ISDIR(inode.mode):
-            raise Ext4Error("its root is no directory")
+            raise Ext4Error("its root is not a directory")
         return inode
 
     def inode(self, number: int) -> Inode:
         """Return an inode by its number.
 
-        :raises Ext4Error: there is none, or it is not in use.
+        :raises Ext4Error: it does not exist, or is not in use.
         """
         if not 0 < number <= self.inodes:
             raise Ext4Error(f"there is no inode {number}")
@@ -147,9 +147,9 @@ class Image:
         )
 
     def entries(self, directory: Inode) -> Iterator[tuple[bytes, int]]:
-        """Yield name and inode number of everything in a directory, ``.`` and ``..`` left out.
+        """Yield names and inode numbers of a directory, without ``.`` and ``..``.
 
-        :raises Ext4Error: an entry is damaged, or its name is none that a file can have.
+        :raises Ext4Error: an entry is damaged, or its name is invalid.
         """
         if directory.size > min(_LARGEST_DIRECTORY, self._size):
             raise Ext4Error(f"directory {directory.number} is too large")
@@ -160,7 +160,7 @@ class Image:
                 yield from self._block_entries(self._bytes(self._offset(block), self.block_size), directory.number)
 
     def link(self, inode: Inode) -> bytes:
-        """Return where a symbolic link points to."""
+        """Return the target of a symbolic link."""
         if not 0 < inode.size <= 4096:
             raise Ext4Error(f"link {inode.number} has {inode.size} bytes")
         if inode.size < 60 and not inode.flags & _EXTENTS:
@@ -172,7 +172,7 @@ class Image:
         return target
 
     def content(self, inode: Inode, chunk: int = 1 << 20) -> Iterator[tuple[int, bytes]]:
-        """Yield offset and bytes of a file's content; what is not yielded are zeros (holes)."""
+        """Yield offset and bytes of a file's content; the gaps are zeros (holes)."""
         step = max(1, chunk // self.block_size)
         for extent in self.extents(inode):
             if extent.start is None:
@@ -186,7 +186,7 @@ class Image:
                 yield at, data[: inode.size - at]
 
     def extents(self, inode: Inode) -> Iterator[Extent]:
-        """Yield where a file's blocks lie, in the file's order, each block once."""
+        """Yield the extents of a file in its order, each block once."""
         last = 0
         source = self._tree(inode.block, 6) if inode.flags & _EXTENTS else self._map(inode)
         for count, extent in enumerate(source):
@@ -213,7 +213,7 @@ class Image:
             yield Extent(logical, blocks, None if unwritten else low | high << 32)
 
     def _map(self, inode: Inode) -> Iterator[Extent]:
-        """Yield the blocks of a file of the old kind: twelve direct ones, then trees of one to three levels."""
+        """Yield the blocks of a file without extents: twelve direct ones, then trees of one to three levels."""
         needed = -(-inode.size // self.block_size)
         per_block = self.block_size // 4
         pointers = struct.unpack("<15I", inode.block)
@@ -246,7 +246,7 @@ class Image:
             at += length
             if number and name not in {b".", b".."}:
                 if not name or b"/" in name or b"\0" in name:
-                    raise Ext4Error(f"directory {directory} holds an impossible name")
+                    raise Ext4Error(f"directory {directory} holds an invalid name")
                 yield name, number
 
     def _block(self, number: int) -> bytes:

@@ -61,7 +61,7 @@ class Options(Table):
     pool: Word = Field(default="", description="storage pool for machines' disks on a remote host")
     own_users: Literal["auto", "always", "never"] = Field(
         default="auto",
-        description="run each machine's QEMU as its agent's own host user: where possible, or else an error, or never",
+        description="run QEMU as the agent's own host user: where possible, always (or an error), or never",
     )
     ports: PortRange = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
     connections: int = Field(default=4, ge=1, le=32, description="starts, saves and stops at the same time")
