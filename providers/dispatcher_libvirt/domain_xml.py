@@ -1,84 +1,36 @@
-"""A machine's description, and its libvirt domain XML.  Every value goes through lxml."""
+"""Domain XML of an agent's machine, and the label in its metadata.  Every value goes through lxml."""
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lxml import etree
 
+from dispatcher.plugin import AgentSpec, Handle
+from dispatcher_libvirt.handles import PROVIDER, handle_of
+from dispatcher_libvirt.host import Host
+from dispatcher_libvirt.network import mac_address
+from dispatcher_libvirt.options import memory_of, options_of, vcpus_of
+from dispatcher_libvirt.xml_input import DEVICE_ELEMENTS, parse_extra, parse_xml
+
 NAMESPACE = "urn:agent-dispatcher:libvirt:1"
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 PREFIX = "dispatcher"
-#: What a user network gives to the guest (QEMU's own defaults); its DHCP server says the same.
+#: The guest's addresses on QEMU's user network (QEMU's defaults); its DHCP server assigns the same.
 GUEST_ADDRESS, GUEST_GATEWAY = "10.0.2.15", "10.0.2.2"
-_REQUIRED = ("installation", "agent", "spec", "data")
-_PERIOD = 100_000  # microseconds, of the processor quota
-_SMALLEST_QUOTA = 1_000
 #: Serial numbers by which a guest finds its disks (/dev/disk/by-id/virtio-...; at most 20 characters).
 ROOT_SERIAL, DATA_SERIAL, CLOUD_INIT_SERIAL = "dispatcher-root", "dispatcher-data", "dispatcher-seed"
-#: Elements that an operator may add under <domain>; an existing one is replaced.
-DOMAIN_ELEMENTS = frozenset(
-    {"cpu", "clock", "features", "iothreads", "iothreadids", "memoryBacking", "numatune", "pm", "sysinfo"}
-    | {"keywrap", "launchSecurity", "perf", "blkiotune", "genid"}
-)
-#: Elements that an operator may add under <devices>.
-DEVICE_ELEMENTS = frozenset(
-    {"hostdev", "rng", "tpm", "watchdog", "video", "graphics", "input", "sound", "audio", "controller", "iommu"}
-    | {"shmem", "smartcard", "hub", "redirdev", "filesystem", "channel", "memory", "crypto"}
-)
-_MAX_EXTRA = 16 * 1024  # characters of one added element
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Disk:
-    """One virtio disk.
-
-    :ivar backing: path and format of an overlay's base image, explicit so that QEMU probes nothing.
-    """
-
-    path: Path
-    format: str
-    serial: str
-    readonly: bool = False
-    backing: tuple[Path, str] | None = None
-    bytes_per_second: int | None = None
-    iops: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserNetwork:
-    """QEMU's user network: one port of 127.0.0.1 is forwarded, and nothing leads out."""
-
-    host_port: int
-    guest_port: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LibvirtNetwork:
-    """An interface on a libvirt network, isolated from the other guests there.
-
-    :ivar filter: name of the network filter that protects the host and prevents forged addresses.
-    """
-
-    name: str
-    filter: str
-    bytes_per_second: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vsock:
-    """A vsock device, without a network interface; libvirt chooses the context id."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Owner:
-    """The host user that a machine's QEMU runs as; the provider sets the files' owner itself."""
-
-    uid: int
-    gid: int
+_REQUIRED = ("installation", "agent", "spec", "data")
+# Without a limit an emulator caches up to a gibibyte of translated code: more than most guests have.  A smaller
+# cache costs repeated translation.
+_TRANSLATION_CACHE = 64  # MiB
+_PERIOD = 100_000  # microseconds, of the processor quota
+_SMALLEST_QUOTA = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,84 +53,108 @@ class Label:
     announce: str = ""
     guest_agent: str = ""
 
+    def handle(self, name: str) -> Handle:
+        """Return the handle of the agent.
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Boot:
-    """Direct boot, or (without a kernel) the root disk's boot loader."""
-
-    kernel: Path | None = None
-    initrd: Path | None = None
-    cmdline: str = ""
-    firmware: str = "bios"
+        :param name: of the domain.
+        """
+        data: Any = json.loads(self.data or "{}")
+        return Handle(provider=PROVIDER, agent=self.agent, name=name, data=data if isinstance(data, dict) else {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """The description of a domain.
+class Start:
+    """The parameters of one start of a machine, besides the agent's specification.
 
-    :ivar kind: ``kvm`` or ``qemu``; :ivar memory, balloon: bytes.
-    :ivar translation_cache: bytes of translated code that an emulator caches, None for QEMU's default.
-    :ivar cpu_quota: processors that it may use on the host, None without a limit.
-    :ivar console: file for the serial console's output; :ivar owner: None leaves the user to libvirt.
+    :ivar root, data, cloud_init: paths of the disks on QEMU's host.
+    :ivar console: file for the serial console's output, None on another host.
+    :ivar port: forwarded port on 127.0.0.1 with QEMU's user network, else 0.
+    :ivar network: libvirt network, "" without one; :ivar filter: name of the network filter that protects the host
+        and prevents forged addresses.
     """
 
-    name: str
-    uuid: str
-    label: Label
-    kind: str
-    arch: str
-    machine: str
-    cpu: str
-    vcpus: int
-    memory: int
-    console: Path | None
-    boot: Boot
-    disks: tuple[Disk, ...]
-    network: UserNetwork | LibvirtNetwork | Vsock
-    mac: str
-    balloon: int | None = None
-    translation_cache: int | None = None
-    cpu_quota: float | None = None
-    cpu_shares: int | None = None
-    owner: Owner | None = None
-    guest_agent: bool = False
-    extra: list[str] = field(default_factory=list)
+    host: Host
+    root: Path | None
+    data: Path
+    cloud_init: Path
+    console: Path | None = None
+    started: float = 0.0
+    port: int = 0
+    network: str = ""
+    filter: str = ""
 
 
-def build(machine: Machine) -> str:
-    """Return the domain XML.
+def build(spec: AgentSpec, start: Start) -> str:
+    """Return the domain XML of an agent's machine, with a new UUID.
 
     :raises ValueError: an extra element is not allowed, or a text holds characters that XML cannot express.
     """
-    domain = etree.Element("domain", {"type": machine.kind}, nsmap={"qemu": QEMU})
-    _add(domain, "name", machine.name)
-    _add(domain, "uuid", machine.uuid)
-    _add(domain, "metadata").append(label_element(machine.label))
-    _add(domain, "memory", machine.memory // 1024, unit="KiB")
-    _add(domain, "currentMemory", min(machine.balloon or machine.memory, machine.memory) // 1024, unit="KiB")
-    _add(domain, "vcpu", machine.vcpus)
-    _cpu_limits(domain, machine)
-    _boot(domain, machine)
+    app, options, host = spec.app, options_of(spec.app), start.host
+    memory = memory_of(app)
+    domain = etree.Element("domain", {"type": host.kind}, nsmap={"qemu": QEMU})
+    _add(domain, "name", spec.backend_name)
+    _add(domain, "uuid", uuid.uuid4())
+    _add(domain, "metadata").append(label_element(_label(spec, start)))
+    _add(domain, "memory", memory // 1024, unit="KiB")
+    _add(domain, "currentMemory", min(options.balloon or memory, memory) // 1024, unit="KiB")
+    _add(domain, "vcpu", vcpus_of(app))
+    if host.cpu_limits and (app.limits.cpus is not None or options.cpu_shares is not None):
+        tune = _add(domain, "cputune")
+        if options.cpu_shares is not None:
+            _add(tune, "shares", options.cpu_shares)
+        if app.limits.cpus is not None:
+            # For the whole machine including emulation, not for each virtual processor.
+            _add(tune, "global_period", _PERIOD)
+            _add(tune, "global_quota", max(_SMALLEST_QUOTA, math.ceil(app.limits.cpus * _PERIOD)))
+    system = _add(domain, "os")
+    if options.firmware == "efi":
+        system.set("firmware", "efi")
+    _add(system, "type", "hvm", arch=host.arch, machine=options.machine)
+    if options.kernel:
+        _add(system, "kernel", options.kernel)
+        if options.initrd:
+            _add(system, "initrd", options.initrd)
+        if options.cmdline:
+            _add(system, "cmdline", options.cmdline)
+    else:
+        _add(system, "boot", dev="hd")
     features = _add(domain, "features")
     _add(features, "acpi")
-    if machine.arch == "x86_64":
+    if host.arch == "x86_64":
         _add(features, "apic")
-    if machine.translation_cache is not None:
-        _add(_add(features, "tcg"), "tb-cache", machine.translation_cache >> 20, unit="MiB")
-    _cpu(domain, machine)
+    if host.bounded_cache:
+        _add(_add(features, "tcg"), "tb-cache", _TRANSLATION_CACHE, unit="MiB")
+    _cpu(domain, options.cpu, host)
     clock = _add(domain, "clock", offset="utc")
     _add(clock, "timer", name="rtc", tickpolicy="catchup")
     _add(domain, "on_poweroff", "destroy")
     _add(domain, "on_reboot", "restart")
     _add(domain, "on_crash", "destroy")
-    _devices(domain, machine)
-    if machine.owner:
+    _devices(domain, spec, start)
+    if host.own_users and host.qemu:  # the provider sets the files' owner itself
         label = _add(domain, "seclabel", type="static", model="dac", relabel="no")
-        _add(label, "label", f"+{machine.owner.uid}:+{machine.owner.gid}")
-    _add_extra(domain, machine.extra)
-    if isinstance(machine.network, UserNetwork):
-        _user_network(domain, machine, machine.network)
+        _add(label, "label", f"+{spec.uid}:+{host.qemu[1]}")
+    _add_extra(domain, options.xml)
+    if options.endpoint == "tcp" and not start.network:
+        _user_network(domain, spec, start.port)
     return etree.tostring(domain, encoding="unicode", pretty_print=True)
+
+
+def _label(spec: AgentSpec, start: Start) -> Label:
+    options = options_of(spec.app)
+    handle = handle_of(spec, remote=start.console is None)
+    return Label(
+        installation=spec.installation,
+        agent=spec.agent,
+        spec=spec.hash,
+        started=start.started,
+        data=json.dumps(dict(handle.data), sort_keys=True),
+        port=start.port,
+        guest_port=options.port,
+        network=start.network,
+        announce=options.announce if start.port and start.console else "",
+        guest_agent="yes" if options.guest_agent else "",
+    )
 
 
 def label_element(label: Label) -> etree._Element:
@@ -219,8 +195,7 @@ def with_port(text: str, port: int) -> str:
         raise ValueError("not a domain with a forwarded port")
     for argument in domain.iter(f"{{{QEMU}}}arg"):
         if argument.get("value", "").startswith("user,"):
-            network = UserNetwork(host_port=port, guest_port=int(label.get("guest_port", "0")))
-            argument.set("value", _netdev(network))
+            argument.set("value", _netdev(port, int(label.get("guest_port", "0"))))
     label.set("port", str(port))
     return etree.tostring(domain, encoding="unicode")
 
@@ -231,23 +206,9 @@ def vsock_cid(text: str) -> int:
     return 0 if cid is None else int(cid.get("address", "0"))
 
 
-def parse_xml(text: str) -> etree._Element:
-    """Return the root element of a document, parsed without entities, DTD and network.
-
-    :raises ValueError: it is not well-formed.
-    """
-    parser = etree.XMLParser(
-        resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, remove_pis=True
-    )
-    try:
-        return etree.fromstring(text, parser)
-    except etree.XMLSyntaxError as error:
-        raise ValueError(f"not well-formed XML: {error}") from error
-
-
-def _netdev(network: UserNetwork) -> str:
-    """Return QEMU's description of a user network.  Only numbers go in."""
-    forward = f"tcp:127.0.0.1:{network.host_port:d}-{GUEST_ADDRESS}:{network.guest_port:d}"
+def _netdev(host_port: int, guest_port: int) -> str:
+    """Return QEMU's description of a user network: only numbers are inserted, and nothing leads out."""
+    forward = f"tcp:127.0.0.1:{host_port:d}-{GUEST_ADDRESS}:{guest_port:d}"
     return f"user,id=dispatcher0,restrict=on,ipv6=off,hostfwd={forward}"
 
 
@@ -258,38 +219,9 @@ def _add(parent: etree._Element, tag: str, text: object = None, **attributes: ob
     return element
 
 
-def _cpu_limits(domain: etree._Element, machine: Machine) -> None:
-    if machine.cpu_quota is None and machine.cpu_shares is None:
-        return
-    tune = _add(domain, "cputune")
-    if machine.cpu_shares is not None:
-        _add(tune, "shares", machine.cpu_shares)
-    if machine.cpu_quota is not None:
-        # For the whole machine including emulation, not for each virtual processor.
-        _add(tune, "global_period", _PERIOD)
-        _add(tune, "global_quota", max(_SMALLEST_QUOTA, math.ceil(machine.cpu_quota * _PERIOD)))
-
-
-def _boot(domain: etree._Element, machine: Machine) -> None:
-    boot = machine.boot
-    system = _add(domain, "os")
-    if boot.firmware == "efi":
-        system.set("firmware", "efi")
-    _add(system, "type", "hvm", arch=machine.arch, machine=machine.machine)
-    if boot.kernel:
-        _add(system, "kernel", boot.kernel)
-        if boot.initrd:
-            _add(system, "initrd", boot.initrd)
-        if boot.cmdline:
-            _add(system, "cmdline", boot.cmdline)
-    else:
-        _add(system, "boot", dev="hd")
-
-
-def _cpu(domain: etree._Element, machine: Machine) -> None:
-    model = machine.cpu
+def _cpu(domain: etree._Element, model: str, host: Host) -> None:
     if model == "auto":
-        model = "host-passthrough" if machine.kind == "kvm" else "maximum"
+        model = "host-passthrough" if host.kind == "kvm" else "maximum"
     if model in {"host-passthrough", "host-model", "maximum"}:
         _add(domain, "cpu", mode=model)
     else:
@@ -297,104 +229,85 @@ def _cpu(domain: etree._Element, machine: Machine) -> None:
         _add(cpu, "model", model, fallback="forbid")
 
 
-def _devices(domain: etree._Element, machine: Machine) -> None:
+def _devices(domain: etree._Element, spec: AgentSpec, start: Start) -> None:
+    options = options_of(spec.app)
     devices = _add(domain, "devices")
     _add(devices, "controller", type="usb", model="none")
-    for index, disk in enumerate(machine.disks):
-        _disk(devices, disk, f"vd{chr(ord('a') + index)}", unlabelled=machine.owner is None)
-    serial = _add(devices, "serial", type="file" if machine.console else "pty")
-    if machine.console:
-        _add(serial, "source", path=machine.console, append="on")
+    _disks(devices, spec, start)
+    serial = _add(devices, "serial", type="file" if start.console else "pty")
+    if start.console:
+        _add(serial, "source", path=start.console, append="on")
     _add(serial, "target", port=0)
-    if machine.guest_agent:
+    if options.guest_agent:
         channel = _add(devices, "channel", type="unix")
         _add(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
-    if isinstance(machine.network, LibvirtNetwork):
-        _interface(devices, machine, machine.network)
-    elif not isinstance(machine.network, UserNetwork):
+    if options.endpoint == "vsock":
         vsock = _add(devices, "vsock", model="virtio")
         _add(vsock, "cid", auto="yes")
+    elif start.network:
+        _interface(devices, spec, start)
     balloon = _add(devices, "memballoon", model="virtio", autodeflate="on", freePageReporting="on")
     _add(balloon, "stats", period=10)
     rng = _add(devices, "rng", model="virtio")
     _add(rng, "backend", "/dev/urandom", model="random")
-    if machine.arch == "x86_64":
+    if start.host.arch == "x86_64":
         _add(devices, "panic", model="isa")
 
 
-def _disk(devices: etree._Element, disk: Disk, target: str, *, unlabelled: bool) -> None:
-    element = _add(devices, "disk", type="file", device="disk")
-    driver = _add(element, "driver", name="qemu", type=disk.format)
-    if not disk.readonly:
-        driver.set("discard", "unmap")
-    _add(element, "source", file=disk.path)
-    if disk.backing:
-        path, kind = disk.backing
-        backing = _add(element, "backingStore", type="file")
-        _add(backing, "format", type=kind)
-        source = _add(backing, "source", file=path)
-        if unlabelled:  # shared by all machines: libvirt must not change its owner to one of them
-            _add(source, "seclabel", model="dac", relabel="no")
-        _add(backing, "backingStore")
-    elif disk.format != "raw":
-        _add(element, "backingStore")
-    _add(element, "target", dev=target, bus="virtio")
-    if disk.bytes_per_second or disk.iops:
-        tune = _add(element, "iotune")
-        if disk.bytes_per_second:
-            _add(tune, "total_bytes_sec", disk.bytes_per_second)
-        if disk.iops:
-            _add(tune, "total_iops_sec", disk.iops)
-    if disk.readonly:
-        _add(element, "readonly")
-    _add(element, "serial", disk.serial)
+def _disks(devices: etree._Element, spec: AgentSpec, start: Start) -> None:
+    options = options_of(spec.app)
+    disks = [(start.data, "raw", DATA_SERIAL), (start.cloud_init, "raw", CLOUD_INIT_SERIAL)]
+    if start.root is not None and options.image is not None:
+        disks.insert(0, (start.root, "qcow2", ROOT_SERIAL))
+    for letter, (path, form, serial) in zip("abc", disks, strict=False):
+        disk = _add(devices, "disk", type="file", device="disk")
+        driver = _add(disk, "driver", name="qemu", type=form)
+        _add(disk, "source", file=path)
+        if serial == ROOT_SERIAL:  # the base image is explicit, so that QEMU probes nothing
+            backing = _add(disk, "backingStore", type="file")
+            _add(backing, "format", type=options.format)
+            source = _add(backing, "source", file=options.image)
+            if (
+                not start.host.own_users
+            ):  # shared by all machines: libvirt must not change its owner to one of them
+                _add(source, "seclabel", model="dac", relabel="no")
+            _add(backing, "backingStore")
+        _add(disk, "target", dev=f"vd{letter}", bus="virtio")
+        if serial == CLOUD_INIT_SERIAL:
+            _add(disk, "readonly")
+        else:
+            driver.set("discard", "unmap")
+            if options.disk_bandwidth or options.disk_iops:
+                tune = _add(disk, "iotune")
+                if options.disk_bandwidth:
+                    _add(tune, "total_bytes_sec", options.disk_bandwidth)
+                if options.disk_iops:
+                    _add(tune, "total_iops_sec", options.disk_iops)
+        _add(disk, "serial", serial)
 
 
-def _interface(devices: etree._Element, machine: Machine, network: LibvirtNetwork) -> None:
+def _interface(devices: etree._Element, spec: AgentSpec, start: Start) -> None:
+    """Add an interface on a libvirt network, isolated from the other guests there."""
     interface = _add(devices, "interface", type="network")
-    _add(interface, "mac", address=machine.mac)
-    _add(interface, "source", network=network.name)
+    _add(interface, "mac", address=mac_address(spec.backend_name))
+    _add(interface, "source", network=start.network)
     _add(interface, "port", isolated="yes")
-    _add(interface, "filterref", filter=network.filter)
+    _add(interface, "filterref", filter=start.filter)
     _add(interface, "model", type="virtio")
-    if network.bytes_per_second:
-        bandwidth = _add(interface, "bandwidth")
+    if bandwidth := options_of(spec.app).network_bandwidth:
+        element = _add(interface, "bandwidth")
         for direction in ("inbound", "outbound"):
-            _add(bandwidth, direction, average=max(1, network.bytes_per_second // 1024))
+            _add(element, direction, average=max(1, bandwidth // 1024))
 
 
-def _user_network(domain: etree._Element, machine: Machine, network: UserNetwork) -> None:
-    bus = "pci.0" if machine.machine.startswith("pc") and "q35" not in machine.machine else "pcie.0"
+def _user_network(domain: etree._Element, spec: AgentSpec, port: int) -> None:
+    options = options_of(spec.app)
+    bus = "pci.0" if options.machine.startswith("pc") and "q35" not in options.machine else "pcie.0"
     command = etree.SubElement(domain, f"{{{QEMU}}}commandline")
     # An explicit slot: libvirt numbers its own devices from 1 upwards and does not see this one.
-    device = f"virtio-net-pci,netdev=dispatcher0,mac={machine.mac},bus={bus},addr=0x10"
-    for argument in ("-netdev", _netdev(network), "-device", device):
+    device = f"virtio-net-pci,netdev=dispatcher0,mac={mac_address(spec.backend_name)},bus={bus},addr=0x10"
+    for argument in ("-netdev", _netdev(port, options.port), "-device", device):
         etree.SubElement(command, f"{{{QEMU}}}arg", {"value": argument})
-
-
-def parse_extra(text: str) -> etree._Element:
-    """Return an element that an operator adds to the domain.
-
-    The provider's own subjects stay out: identity, memory, disks, network, labels.  libvirt checks the whole
-    against its schema.
-
-    :raises ValueError: it is not exactly one well-formed element of an allowed kind.
-    """
-    if len(text) > _MAX_EXTRA:
-        raise ValueError(f"at most {_MAX_EXTRA} characters of XML")
-    try:
-        element = parse_xml(text)
-    except ValueError as error:
-        raise ValueError(f"one well-formed XML element ({error})") from error
-    if "<!DOCTYPE" in text:
-        raise ValueError("an XML element without a document type")
-    for inner in element.iter():
-        if not isinstance(inner.tag, str) or inner.tag.startswith("{"):
-            raise ValueError("plain XML elements, without namespaces and entities")
-    if element.tag not in DOMAIN_ELEMENTS | DEVICE_ELEMENTS:
-        allowed = ", ".join(sorted(DOMAIN_ELEMENTS | DEVICE_ELEMENTS))
-        raise ValueError(f"an element of the domain that may be added, not <{element.tag}>: one of {allowed}")
-    return element
 
 
 def _add_extra(domain: etree._Element, texts: list[str]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import libvirt
 
-from dispatcher.plugin import Deadline, ProviderError
+from dispatcher.plugin import Deadline, Handle, ProviderError
 from dispatcher_libvirt import domain_xml, errors, network
 from dispatcher_libvirt.connection import Backend, Lane, Tick
 from dispatcher_libvirt.domain_xml import Label
@@ -41,6 +41,11 @@ class DomainInfo:
     label: Label
     host: str = ""
     cid: int = 0
+
+    @property
+    def handle(self) -> Handle:
+        """The handle of its agent."""
+        return self.label.handle(self.name)
 
     @property
     def active(self) -> bool:

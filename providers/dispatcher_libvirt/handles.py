@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import AgentSpec, Handle
-from dispatcher_libvirt.domain_xml import Label
 from dispatcher_libvirt.options import disk_of, options_of
 
 PROVIDER = "libvirt"
@@ -26,12 +24,6 @@ def handle_of(spec: AgentSpec, *, remote: bool) -> Handle:
     }
     data |= {"socket": str(spec.socket), "proxy": spec.proxy_gid} if remote else {"logs": str(spec.log_dir)}
     return Handle(provider=PROVIDER, agent=spec.agent, name=spec.backend_name, data=data)
-
-
-def handle_from(name: str, label: Label) -> Handle:
-    """Return the handle that a domain's label was made from."""
-    data: Any = json.loads(label.data or "{}")
-    return Handle(provider=PROVIDER, agent=label.agent, name=name, data=data if isinstance(data, dict) else {})
 
 
 def log_dir_of(handle: Handle) -> Path | None:

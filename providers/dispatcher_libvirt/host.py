@@ -14,8 +14,8 @@ import libvirt
 from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_libvirt import errors, sandbox
 from dispatcher_libvirt.connection import Backend
-from dispatcher_libvirt.domain_xml import parse_xml
 from dispatcher_libvirt.options import Options
+from dispatcher_libvirt.xml_input import parse_xml
 
 _QEMU_DIRECTORY = "/var/lib/libvirt/qemu"
 _OLDEST = 7_000_000  # libvirt 7.0

@@ -24,7 +24,7 @@ from lxml import etree
 from dispatcher.plugin import Deadline, ProviderError, boottime
 from dispatcher_libvirt import errors
 from dispatcher_libvirt.connection import Backend, Lane
-from dispatcher_libvirt.domain_xml import parse_xml
+from dispatcher_libvirt.xml_input import parse_xml
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again

@@ -47,7 +47,7 @@ def observation(found: DomainInfo | None) -> Observation:
     if found is None:
         return Observation(state=BackendState.ABSENT)
     label = found.label
-    log_dir = handles.log_dir_of(handles.handle_from(found.name, label))
+    log_dir = handles.log_dir_of(found.handle)
     state, reason, detail = BackendState.RUNNING, "", ""
     if not found.active:
         if found.saved:

@@ -24,7 +24,7 @@ from dispatcher.plugin import (
     printable,
 )
 from dispatcher.plugin import Argument as Text
-from dispatcher_libvirt.domain_xml import parse_extra
+from dispatcher_libvirt.xml_input import parse_extra
 
 MIB = 1024**2
 SMALLEST_MEMORY = 64 * MIB

@@ -156,10 +156,7 @@ class LibvirtProvider(Provider):
             self._filters.remove(found.label.network, deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
-        found = [
-            (handles.handle_from(one.name, one.label), observe.observation(one))
-            for one in self._domains.all(deadline)
-        ]
+        found = [(one.handle, observe.observation(one)) for one in self._domains.all(deadline)]
         return [(handle, self._tunneled(handle, seen, deadline)) for handle, seen in found]
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:

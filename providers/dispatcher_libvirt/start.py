@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
 import libvirt
 
@@ -31,39 +26,19 @@ from dispatcher.plugin import (
     Unsupported,
 )
 from dispatcher_libvirt import cloud_init, domain_xml, errors, handles, observe
-from dispatcher_libvirt.domain_xml import Boot, Disk, Label, LibvirtNetwork, Machine, Owner, UserNetwork, Vsock
+from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.host import Host
 from dispatcher_libvirt.images import Reader
-from dispatcher_libvirt.network import NetworkFilters, Ports, mac_address
-from dispatcher_libvirt.options import (
-    AppOptions,
-    Options,
-    disk_of,
-    memory_of,
-    options_of,
-    unsupported_network,
-    vcpus_of,
-)
+from dispatcher_libvirt.network import NetworkFilters, Ports
+from dispatcher_libvirt.options import Options, disk_of, memory_of, options_of, unsupported_network
 from dispatcher_libvirt.storage import Created, Storage
 
-# Without a limit an emulator caches up to a gibibyte of translated code: more than most guests have.  A smaller
-# cache costs repeated translation.
-TRANSLATION_CACHE = 64 << 20
 _PORT_ATTEMPTS = 8
 _CLEANUP = 20.0  # seconds for the cleanup after a failed start, independent of its deadline
 _SET_CLOCK = 5.0
 
 _log = logging.getLogger("dispatcher.plugin.provider.libvirt")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paths:
-    """Paths of a machine's disks on QEMU's host."""
-
-    root: Path | None
-    data: Path
-    cloud_init: Path
 
 
 class Starter:
@@ -113,11 +88,14 @@ class Starter:
             root, data = self._storage.prepare(spec, created, deadline, progress)
             network = self._options.network if spec.app.network.value == "private" else ""
             files = self._cloud_init_files(spec, static=not network)
-            paths = Paths(root=root, data=data, cloud_init=self._storage.write_cloud_init(spec, files, deadline))
+            iso = self._storage.write_cloud_init(spec, files, deadline)
             progress("defining the machine")
             defined = True
             with self._filters.active(network, deadline) as network_filter:
-                self._start(spec, host, paths, network, network_filter, deadline, progress)
+                start = Start(
+                    host=host, root=root, data=data, cloud_init=iso, network=network, filter=network_filter
+                )
+                self._start(spec, start, deadline, progress)
         except BaseException:
             self._undo(handle.name, created, network, defined=defined)
             raise
@@ -160,36 +138,20 @@ class Starter:
             static=static and options.endpoint != "vsock",
         )
 
-    def _start(
-        self,
-        spec: AgentSpec,
-        host: Host,
-        paths: Paths,
-        network: str,
-        network_filter: str,
-        deadline: Deadline,
-        progress: Progress,
-    ) -> None:
+    def _start(self, spec: AgentSpec, start: Start, deadline: Deadline, progress: Progress) -> None:
+        """Define and start a machine; another port where QEMU finds its own in use."""
         name = spec.backend_name
-        forwarded = not network and options_of(spec.app).endpoint != "vsock"
+        forwarded = not start.network and options_of(spec.app).endpoint != "vsock"
         tried: set[int] = set()
         for _ in range(_PORT_ATTEMPTS):
-            machine = machine_of(
-                spec,
-                host=host,
-                paths=paths,
-                console=self._storage.begin_log(spec),
-                port=self._ports.allocate(avoid=tried) if forwarded else 0,
-                started=time.time(),
-                network=network,
-                network_filter=network_filter,
-            )
-            self._domains.define(domain_xml.build(machine), name, deadline)
+            port = self._ports.allocate(avoid=tried) if forwarded else 0
+            start = replace(start, console=self._storage.begin_log(spec), started=time.time(), port=port)
+            self._domains.define(domain_xml.build(spec, start), name, deadline)
             progress("starting the machine", "QEMU")
             if self._domains.start(name, deadline, lambda: progress("starting the machine", "QEMU")):
                 progress("booting")
                 return
-            tried.add(machine.label.port)
+            tried.add(port)
         raise _no_port()
 
     def _undo(self, name: str, created: Created, network: str, *, defined: bool) -> None:
@@ -278,83 +240,3 @@ def check_spec(spec: AgentSpec, options: Options, host: Host) -> None:
             raise ConfigError(f"apps.{app.name}.libvirt: control characters are not allowed")
     memory_of(app)
     disk_of(app)
-
-
-def machine_of(
-    spec: AgentSpec,
-    *,
-    host: Host,
-    paths: Paths,
-    console: Path | None,
-    port: int,
-    started: float,
-    network: str,
-    network_filter: str,
-) -> Machine:
-    """Return the machine of an agent, with a new UUID.
-
-    :param console: file for the console, None on another host.
-    :param port: forwarded port on 127.0.0.1 with QEMU's user network, else 0.
-    """
-    app, options = spec.app, options_of(spec.app)
-    handle = handles.handle_of(spec, remote=console is None)
-    label = Label(
-        installation=spec.installation,
-        agent=spec.agent,
-        spec=spec.hash,
-        started=started,
-        data=json.dumps(dict(handle.data), sort_keys=True),
-        port=port,
-        guest_port=options.port,
-        network=network,
-        announce=options.announce if port and console else "",
-        guest_agent="yes" if options.guest_agent else "",
-    )
-    interface: UserNetwork | LibvirtNetwork | Vsock
-    if options.endpoint == "vsock":
-        interface = Vsock()
-    elif network:
-        interface = LibvirtNetwork(name=network, filter=network_filter, bytes_per_second=options.network_bandwidth)
-    else:
-        interface = UserNetwork(host_port=port, guest_port=options.port)
-    return Machine(
-        name=spec.backend_name,
-        uuid=str(uuid.uuid4()),
-        label=label,
-        kind=host.kind,
-        arch=host.arch,
-        machine=options.machine,
-        cpu=options.cpu,
-        vcpus=vcpus_of(app),
-        memory=memory_of(app),
-        balloon=options.balloon,
-        translation_cache=TRANSLATION_CACHE if host.bounded_cache else None,
-        console=console,
-        boot=Boot(
-            kernel=options.kernel,
-            initrd=options.initrd,
-            cmdline=options.cmdline if options.kernel else "",
-            firmware=options.firmware,
-        ),
-        disks=_disks(options, paths),
-        network=interface,
-        mac=mac_address(spec.backend_name),
-        cpu_quota=app.limits.cpus if host.cpu_limits else None,
-        cpu_shares=options.cpu_shares if host.cpu_limits else None,
-        owner=Owner(uid=spec.uid, gid=host.qemu[1]) if host.own_users and host.qemu else None,
-        guest_agent=options.guest_agent,
-        extra=list(options.xml),
-    )
-
-
-def _disks(options: AppOptions, paths: Paths) -> tuple[Disk, ...]:
-    limits: Mapping[str, Any] = {"bytes_per_second": options.disk_bandwidth, "iops": options.disk_iops}
-    disks = [
-        Disk(path=paths.data, format="raw", serial=domain_xml.DATA_SERIAL, **limits),
-        Disk(path=paths.cloud_init, format="raw", serial=domain_xml.CLOUD_INIT_SERIAL, readonly=True),
-    ]
-    if paths.root is not None and options.image is not None:
-        backing = (options.image, options.format)
-        root = Disk(path=paths.root, format="qcow2", serial=domain_xml.ROOT_SERIAL, backing=backing, **limits)
-        disks.insert(0, root)
-    return tuple(disks)

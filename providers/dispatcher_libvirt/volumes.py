@@ -15,7 +15,7 @@ from lxml import etree
 
 from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_libvirt.connection import Backend, Lane, Tick
-from dispatcher_libvirt.domain_xml import parse_xml
+from dispatcher_libvirt.xml_input import parse_xml
 
 _BLOCK = 256 * 1024
 _AT_HOLE = -3  # result of virStream.recvFlags

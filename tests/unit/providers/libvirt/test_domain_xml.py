@@ -1,7 +1,6 @@
 """libvirt: domain XML from a typed description.  Names and options stay data; libvirt's schema judges the whole."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,11 @@ pytest.importorskip("libvirt")
 
 from lxml import etree
 
-from dispatcher.plugin.errors import ConfigError, Unsupported
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
-from dispatcher_libvirt import domain_xml, handles, start
+from dispatcher_libvirt import domain_xml, handles, xml_input
+from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.host import Host
-from dispatcher_libvirt.options import AppOptions, Options
+from dispatcher_libvirt.options import AppOptions
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
 HOST = Host(
@@ -47,23 +46,22 @@ def spec(agent="alice", *, limits=Limits(), network=Network.NONE, environment=No
     )
 
 
-def machine(one, *, host=HOST, port=18_123, network="", **changes):
-    paths = start.Paths(root=Path("/m/root.qcow2"), data=Path("/m/data.raw"), cloud_init=Path("/s/seed.iso"))
-    made = start.machine_of(
-        one,
-        host=host,
-        paths=paths,
-        console=Path("/l/console.log"),
-        port=port,
-        started=1234.5,
-        network=network,
-        network_filter="dispatcher-f",
-    )
-    return dataclasses.replace(made, **changes)
+def xml(one, **changes):
+    values = {
+        "host": HOST,
+        "root": Path("/m/root.qcow2"),
+        "data": Path("/m/data.raw"),
+        "cloud_init": Path("/s/seed.iso"),
+        "console": Path("/l/console.log"),
+        "started": 1234.5,
+        "port": 18_123,
+        "filter": "dispatcher-f",
+    }
+    return domain_xml.build(one, Start(**values | changes))
 
 
 def tree(one, **changes):
-    return etree.fromstring(domain_xml.build(machine(one, **changes)))
+    return etree.fromstring(xml(one, **changes))
 
 
 SHAPES = {
@@ -105,34 +103,24 @@ def test_what_emulation_takes_beside_a_machine_s_memory_is_bounded():
     assert tree(spec()).find("features/tcg") is None, "libvirt is too old, or there is nothing to translate"
 
 
-@pytest.mark.parametrize("field", ["name", "cmdline", "agent", "console", "root", "data", "network"])
+@pytest.mark.parametrize("field", ["agent", "cmdline", "console", "root", "network"])
 def test_every_value_stays_data(field):
-    made = machine(spec(image="/base.qcow2"), network="n", port=0)
-    before = etree.fromstring(domain_xml.build(made))
-    changed = {
-        "name": dataclasses.replace(made, name=EVIL),
-        "cmdline": dataclasses.replace(made, boot=dataclasses.replace(made.boot, cmdline=EVIL)),
-        "agent": dataclasses.replace(made, label=dataclasses.replace(made.label, agent=EVIL)),
-        "console": dataclasses.replace(made, console=Path("/l") / EVIL.replace("/", "_")),
-        "root": dataclasses.replace(made, disks=(dataclasses.replace(made.disks[0], path=Path("/" + EVIL)),)),
-        "data": dataclasses.replace(made, label=dataclasses.replace(made.label, data=json.dumps({"x": EVIL}))),
-        "network": dataclasses.replace(made, network=dataclasses.replace(made.network, name=EVIL)),
-    }[field]
-    after = etree.fromstring(domain_xml.build(changed))
-    kinds = lambda root: [one.tag for one in root.iter() if one.tag not in {"disk"}]  # noqa: E731
-    if field != "root":
-        assert kinds(before) == kinds(after)
+    given = {"network": "n", "port": 0}
+    path = Path("/" + EVIL.replace("/", "_"))
+    before = tree(spec(image="/base.qcow2"), **given)
+    after = {
+        "agent": lambda: tree(spec(agent=EVIL, image="/base.qcow2"), **given),
+        "cmdline": lambda: tree(spec(cmdline=EVIL, image="/base.qcow2"), **given),
+        "console": lambda: tree(spec(image="/base.qcow2"), **given | {"console": path}),
+        "root": lambda: tree(spec(image="/base.qcow2"), **given | {"root": path}),
+        "network": lambda: tree(spec(image="/base.qcow2"), **given | {"network": EVIL}),
+    }[field]()
+    assert [one.tag for one in before.iter()] == [one.tag for one in after.iter()]
     assert any(
-        EVIL.replace("/", "_") in value.replace("/", "_").replace('\\"', '"')
+        EVIL.replace("/", "_") in value.replace("/", "_")
         for one in after.iter()
         for value in (one.text or "", *one.attrib.values())
     )
-
-
-def test_characters_that_xml_cannot_hold_are_refused_early():
-    for bad in (spec(agent="a\x01b"), spec(cmdline="x\x1b[31m"), spec(command=["/x", "a\x07"])):
-        with pytest.raises(ConfigError, match="control characters"):
-            start.check_spec(bad, Options(), HOST)
 
 
 def test_qemu_gets_numbers_only_and_the_guest_no_way_out():
@@ -151,7 +139,7 @@ def test_identity_and_labels():
     )
     assert (label.installation, label.agent, label.spec, label.port) == ("0123abcd", "alice", one.hash, 18_123)
     assert label.started == 1234.5
-    handle = handles.handle_from(one.backend_name, label)
+    handle = label.handle(one.backend_name)
     assert handle == handles.handle_of(one, remote=False)
     assert handle.data["disk"] == 100 << 20
     assert root.findtext("memory") == str(256 * 1024)
@@ -165,7 +153,7 @@ def test_identity_and_labels():
 
 def test_two_starts_have_two_identities():
     one = spec()
-    assert machine(one).uuid != machine(one).uuid
+    assert tree(one).findtext("uuid") != tree(one).findtext("uuid")
 
 
 def test_the_overlays_base_is_given_explicitly_and_never_relabelled():
@@ -189,13 +177,13 @@ def test_limits_reach_libvirt():
 
 
 def test_a_saved_machine_moves_to_another_port():
-    text = domain_xml.with_port(domain_xml.build(machine(spec(port=9000))), 18_999)
+    text = domain_xml.with_port(xml(spec(port=9000)), 18_999)
     root = etree.fromstring(text)
     assert [one.get("value") for one in root.iter(f"{{{domain_xml.QEMU}}}arg")][1].endswith(
         ":18999-10.0.2.15:9000"
     )
     assert root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent").get("port") == "18999"
-    for bad in ("<domain/>", "no xml", domain_xml.build(machine(spec(endpoint="vsock"), port=0))):
+    for bad in ("<domain/>", "no xml", xml(spec(endpoint="vsock"), port=0)):
         with pytest.raises(ValueError, match="not a domain|not well-formed"):
             domain_xml.with_port(bad, 1)
 
@@ -227,10 +215,10 @@ def test_damaged_labels_are_refused(text):
 )
 def test_extra_elements_are_judged_before_use(text, why):
     if not why:
-        assert domain_xml.parse_extra(text).tag == "memory"
+        assert xml_input.parse_extra(text).tag == "memory"
         return
     with pytest.raises(ValueError, match=why):
-        domain_xml.parse_extra(text)
+        xml_input.parse_extra(text)
 
 
 def test_extra_elements_find_their_place():
@@ -239,20 +227,3 @@ def test_extra_elements_find_their_place():
     assert [one.get("mode") for one in root.iterfind("cpu")] == ["host-model"], "it replaces the provider's"
     assert root.find("devices/watchdog") is not None
     assert root.findtext("iothreads") == "2"
-
-
-@pytest.mark.parametrize(
-    ("one", "options", "error", "why"),
-    [
-        (spec(network=Network.HOST), Options(), Unsupported, "cannot use the host"),
-        (spec(network=Network.PRIVATE), Options(), Unsupported, "providers.libvirt.network"),
-        (spec(endpoint="vsock"), Options(), Unsupported, "vhost-vsock"),
-        (spec(network_bandwidth="1M"), Options(), ConfigError, "no effect"),
-        (spec(endpoint="vsock", network=Network.PRIVATE), Options(network="n"), ConfigError, "excludes a network"),
-        (spec(limits=Limits(memory=1 << 20)), Options(), ConfigError, "too little for a machine"),
-        (spec(limits=Limits(disk=1 << 20)), Options(), ConfigError, "too little for a data disk"),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_is_made(one, options, error, why):
-    with pytest.raises(error, match=why):
-        start.check_spec(one, options, HOST)
