@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import signal
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.common import log
+from dispatcher.common import log, systemd
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.app import Manager
@@ -34,7 +34,8 @@ def run(config: Config, path: Path | None = None) -> int:
     :raises DispatcherError: it cannot start, and why.
     """
     log.configure(config.manager.log_level, config.manager.log_format)
-    notify = _notifier()
+    # Taken out of the environment: agents must not inherit it.
+    notify = functools.partial(systemd.notify, address=os.environ.pop(systemd.VARIABLE, ""))
     manager = build(config, path)
     with _signals() as arrived:
         try:
@@ -77,16 +78,3 @@ def _reload_loudly(manager: Manager) -> None:
         manager.reload()
     except DispatcherError as error:
         _log.error("the configuration is not used", what=error.what, why=error.why, fix=error.fix)
-
-
-def _notifier() -> Callable[[str], None]:
-    """Return how to tell systemd (sd_notify(3)); agents must not inherit the way."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")
-
-    def notify(message: str) -> None:
-        if address:
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.connect("\0" + address[1:] if address.startswith("@") else address)
-                sock.sendall(message.encode())
-
-    return notify

@@ -15,6 +15,7 @@ import socket
 import ssl
 from collections.abc import Callable
 
+from dispatcher.common import systemd
 from dispatcher.common.log import configure, logger
 from dispatcher.config.host_users import host_accounts
 from dispatcher.config.layout import Paths
@@ -179,7 +180,7 @@ class Daemon:
         while True:
             self._wait()
             if not notified and any(child.ready for child in self._of(WORKER)):
-                startup.notify("READY=1")
+                systemd.notify("READY=1")
                 notified = True
             if self._stopping and not self._of(WORKER) and not self._of(WORKER, leaving=True):
                 return 0
@@ -255,7 +256,7 @@ class Daemon:
             self._read_again()
 
     def _stop(self) -> None:
-        startup.notify("STOPPING=1")
+        systemd.notify("STOPPING=1")
         if self._stopping:
             _log.info("stopping at once")
             for child in self._children.values():
@@ -306,12 +307,12 @@ class Daemon:
     # Reading the configuration again.
 
     def _read_again(self) -> None:
-        startup.notify("RELOADING=1")
+        systemd.notify("RELOADING=1")
         try:
             self._take(self._reload())
         except DispatcherError as error:
             _log.error("the configuration was not taken, going on as before", error=str(error))
-        startup.notify("READY=1")
+        systemd.notify("READY=1")
 
     def _take(self, config: Config) -> None:
         from dispatcher.proxy.edge.routing.settings import Settings

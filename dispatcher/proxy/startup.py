@@ -1,11 +1,9 @@
-"""Small things that the proxy daemon does once.  Touches modules, one file, and the service manager's socket."""
+"""What the proxy daemon does once at its start: load modules for its children, open the access log."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
-import socket
 
 from dispatcher.plugin.errors import Unavailable
 
@@ -45,15 +43,3 @@ def open_access_log(target: str, owner: tuple[int, int] | None) -> int | None:
             f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
         ) from error
     return fd
-
-
-def notify(state: str) -> None:
-    """Tell systemd (sd_notify(3)), when it asks to be told."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address.startswith(("/", "@")):
-        return
-    with (
-        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
-        contextlib.suppress(OSError),
-    ):
-        sock.sendto(state.encode(), "\0" + address[1:] if address[0] == "@" else address)
