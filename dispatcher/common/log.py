@@ -1,8 +1,8 @@
-"""Logging for the daemons: one line an event, for people or for machines.  Touches the stream it is given.
+"""Logging for the daemons: one line for each event, for people or for programs.
 
-What others chose (names, addresses, an agent's output) ends up in logs: control characters are escaped, every
-value is cut to a bounded length, and what looks like a secret is not written.  Importing this module is cheap;
-structlog is loaded by `configure` and `logger`.
+Logged values come from others (names, addresses, an agent's output): control characters are escaped, the length of
+every value is limited, and secrets are masked.  Importing this module is cheap: `configure` and `logger` load
+structlog.
 """
 
 from __future__ import annotations
@@ -14,23 +14,16 @@ import traceback
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dispatcher.common import redact
+
 if TYPE_CHECKING:
     from structlog.stdlib import BoundLogger
 
 MAX_VALUE = 2000  # characters of one value
 MAX_TRACE = 16000  # characters of a stack trace
 MAX_DEPTH = 4
-SECRET = "[not logged]"  # noqa: S105 - what stands for one
+SECRET = "[not logged]"  # noqa: S105 - the mask
 
-_SECRET_KEY = re.compile(
-    r"passw|token|secret|authori[sz]ation|cookie|credential|stdin|nonce|\bdevice\b", re.IGNORECASE
-)
-_SECRET_TEXT = re.compile(
-    r"(?P<user>://[^\s/:@]*):[^\s/@]+@"
-    r"|(?P<key>\b(?:\w*passw\w*|\w*token|\w*secret|authorization|code|nonce)\b[\"']?\s*[=:]\s*)"
-    r"(?:bearer\s+|basic\s+)?(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"']+)",
-    re.IGNORECASE,
-)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 Event = MutableMapping[str, Any]
@@ -45,17 +38,16 @@ def logger(name: str) -> BoundLogger:
 
 def clean(text: str, limit: int = MAX_VALUE) -> str:
     """Return `text` without secrets, control characters escaped, cut to `limit` characters."""
-    shown = text[: limit * 2]
-    shown = _SECRET_TEXT.sub(_hide, shown)
+    shown = redact.text(text[: limit * 2], SECRET)
     shown = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), shown)
     return shown if len(shown) <= limit and len(text) <= limit * 2 else shown[: limit - 1] + "…"
 
 
 def configure(level: str = "info", format: str = "console", stream: TextIO | None = None) -> None:
-    """Send everything that is logged, through structlog or `logging`, to one stream.
+    """Send everything that structlog and `logging` log to one stream.
 
     :param level: debug, info, warning or error.
-    :param format: ``console`` for people, ``json`` for machines: one object a line.
+    :param format: ``console`` for people, ``json`` for programs: one object for each line.
     :param stream: by default standard error.
     """
     structlog = _structlog()
@@ -91,11 +83,11 @@ def configure(level: str = "info", format: str = "console", stream: TextIO | Non
         root.removeHandler(old)
     root.addHandler(handler)
     set_level(level)
-    logging.raiseExceptions = False  # a full disk must not become an exception in whatever was logged
+    logging.raiseExceptions = False  # a full disk must not raise an exception where something is logged
 
 
 def set_level(level: str) -> None:
-    """Change the level; other people's libraries are held to warnings unless it is debug."""
+    """Change the level; libraries log warnings only, unless it is debug."""
     number = getattr(logging, level.upper())
     logging.getLogger("dispatcher").setLevel(number)
     logging.getLogger().setLevel(number if number == logging.DEBUG else max(number, logging.WARNING))
@@ -134,7 +126,7 @@ def _plain(value: object) -> str:
 
 
 def _trace(_logger: object, _method: str, event: Event) -> Event:
-    """Turn `exc_info` into text whose lines cannot be mistaken for lines of the log."""
+    """Turn `exc_info` into text whose lines cannot be confused with lines of the log."""
     found = event.pop("exc_info", None)
     if found is True:
         found = sys.exc_info()
@@ -151,7 +143,7 @@ def _bounded(_logger: object, _method: str, event: Event) -> Event:
     for key, value in list(event.items()):
         if key in {"exception", "_record", "_from_structlog"}:
             continue
-        event[key] = SECRET if _SECRET_KEY.search(key) and value else _value(value, 0)
+        event[key] = SECRET if redact.is_private(key) and value else _value(value, 0)
     return event
 
 
@@ -160,13 +152,9 @@ def _value(value: object, depth: int) -> object:
         return value
     if depth < MAX_DEPTH and isinstance(value, dict):
         return {
-            clean(str(key), 100): SECRET if _SECRET_KEY.search(str(key)) else _value(item, depth + 1)
+            clean(str(key), 100): SECRET if redact.is_private(str(key)) else _value(item, depth + 1)
             for key, item in list(value.items())[:50]
         }
     if depth < MAX_DEPTH and isinstance(value, (list, tuple, set, frozenset)):
         return [_value(item, depth + 1) for item in list(value)[:50]]
     return clean(value if isinstance(value, str) else str(value))
-
-
-def _hide(match: re.Match[str]) -> str:
-    return f"{match['user']}:{SECRET}@" if match["user"] else f"{match['key']}{SECRET}"

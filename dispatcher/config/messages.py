@@ -15,10 +15,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dispatcher.common.redact import is_secret
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError
 
-_SECRET = re.compile(r"(?i)passw|secret|token|api_?key|private_?key")
 #: What pydantic's kinds of errors expect, in the words of a TOML file.
 _EXPECTED = {
     "int_type": "a whole number",
@@ -44,11 +44,6 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
-
-
-def looks_secret(key: str) -> bool:
-    """Whether a key's name says that its value is a secret (and not the path of a file that holds one)."""
-    return bool(_SECRET.search(key)) and not key.endswith(("_file", "_dir", "_path"))
 
 
 def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> BaseModel:
@@ -91,7 +86,7 @@ def nearest(key: str, model: type[BaseModel] | None) -> str:
 
 def shown(value: object, key: str = "") -> str:
     """Return a value as its file would say it, cut and escaped; what looks like a secret is not shown."""
-    if looks_secret(key) and value not in (None, ""):
+    if is_secret(key) and value not in (None, ""):
         return "a secret"
     if isinstance(value, Mapping):
         return "a table"

@@ -8,7 +8,8 @@ import tomli_w
 
 from dispatcher.config.load import parse
 from dispatcher.cli import main
-from dispatcher.cli.commands.configuration import MASK, effective, masked
+from dispatcher.cli.commands.configuration import effective
+from dispatcher.common.redact import MASK, configuration
 from dispatcher.config.plugins import Plugins
 from tests.unit.config.test_plugins import FakeProvider, plugin
 
@@ -48,7 +49,7 @@ def test_the_effective_configuration_is_a_fixed_point(plugins):
 
 
 def test_secrets_are_masked_and_the_rest_is_not():
-    shown = masked(
+    shown = configuration(
         {
             "manager": {"database": "postgresql://user:hunter2@host/db", "token_file": "/etc/tokens"},
             "auth": {"ldap": {"bind_password": "hunter2", "url": "ldaps://x"}},
@@ -87,7 +88,7 @@ def test_show_and_check_through_the_program(tmp_path, capsys):
     assert json.loads(out)["manager"]["database"].endswith("@h/d")
     assert run(capsys, "--config", str(path), "config", "check") == (
         0,
-        "the configuration is good (apps: a)\n",
+        "the configuration is valid (apps: a)\n",
         "",
     )
 
