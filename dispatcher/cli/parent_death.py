@@ -1,8 +1,8 @@
-"""A child that ends when its parent is gone, even by SIGKILL.  Touches one pipe and a signal's disposition.
+"""End a child process when its parent has ended, even by SIGKILL.
 
-The parent holds the writing end of a pipe, the child the reading end.  When the last writer is gone the kernel
-sends the child SIGTERM (fcntl(2), F_SETSIG): no thread, and it works after the child has changed its user, when
-PR_SET_PDEATHSIG would have been forgotten.
+The parent holds the writing end of a pipe, the child the reading end.  When the parent ends, the kernel closes the
+pipe and sends the child SIGTERM (fcntl(2), F_SETSIG).  This needs no thread and still works after the child has
+changed its user, which resets PR_SET_PDEATHSIG.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ import os
 import select
 import signal
 
-VARIABLE = "DISPATCHER_LIFELINE"
+VARIABLE = "DISPATCHER_PARENT_PIPE"
 
 
-class Lifeline:
-    """The parent's side, for one child: who is told belongs to the pipe, so that two children need two."""
+class ParentPipe:
+    """The parent's side, for one child: the receiver of the signal belongs to the pipe."""
 
     def __init__(self) -> None:
         self._reading, self._writing = os.pipe2(os.O_CLOEXEC)
 
     @property
     def descriptor(self) -> int:
-        """What a child must inherit."""
+        """The file descriptor that the child must inherit."""
         return self._reading
 
     def environment(self) -> dict[str, str]:
-        """Return the environment that tells a child."""
+        """Return the environment for the child."""
         return {**os.environ, VARIABLE: str(self._reading)}
 
     def close(self) -> None:
-        """Let go; the child is told if it still lives."""
+        """Close both ends; a child that still runs gets SIGTERM."""
         os.close(self._reading)
         os.close(self._writing)
 
 
-def hold() -> None:
-    """In a child: get SIGTERM once the parent is gone.  Without a parent that asked for it, do nothing."""
+def end_with_parent() -> None:
+    """In a child: arrange for SIGTERM when the parent ends.  Does nothing unless the parent made a pipe."""
     text = os.environ.pop(VARIABLE, "")
     if not text.isdigit():
         return
@@ -48,4 +48,4 @@ def hold() -> None:
     flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
     fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
     if select.select([descriptor], [], [], 0)[0]:
-        os.kill(os.getpid(), signal.SIGTERM)  # it was gone before
+        os.kill(os.getpid(), signal.SIGTERM)  # the parent has ended already

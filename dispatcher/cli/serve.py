@@ -1,7 +1,7 @@
-"""Manager and proxy as two child processes of one program, as `serve` and `demo` run them.
+"""Manager and proxy as two child processes of one program, for `serve` and `demo`.
 
-Touches processes and signals.  A child that dies is started again, loudly and with a bound; one that does not
-come up at all ends the program.  SIGTERM and SIGINT end both, the proxy first, so that it can drain.
+A child that dies is reported and started again, a limited number of times; a child that does not become ready ends
+the program.  SIGTERM and SIGINT end both, the proxy first, so that it can drain.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.cli import front_door
-from dispatcher.cli.parent_death import Lifeline
+from dispatcher.cli.parent_death import ParentPipe
+from dispatcher.cli.sign_in_probe import sign_in_page_answers
 from dispatcher.config.layout import Paths
 from dispatcher.plugin.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
 from dispatcher.plugin.model import Endpoint
@@ -36,20 +36,20 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended(Unavailable):
-    """A child ended while it should have come up; `child_code` is its exit code."""
+    """A child ended before it was ready; `child_code` is its exit code."""
 
     code = "child-ended"
 
     def __init__(self, what: str, child_code: int) -> None:
-        super().__init__(what, fix="its messages stand above")
+        super().__init__(what, fix="see its messages above")
         self.child_code = child_code
 
 
-class Pair:
-    """The two daemons.
+class Daemons:
+    """The two daemons as child processes.
 
     :param arguments: the program's global options for both.
-    :param say: told each thing that a person should know.
+    :param say: prints a message for people.
     """
 
     def __init__(self, config: Config, arguments: Sequence[str], say: Callable[[str], None]) -> None:
@@ -60,11 +60,11 @@ class Pair:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._deaths: list[float] = []
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._lifelines: dict[str, Lifeline] = {}
+        self._pipes: dict[str, ParentPipe] = {}
 
     @property
     def url(self) -> str:
-        """Where people open it."""
+        """The address that people open."""
         return browser_url(self.config)
 
     def client(self) -> ManagerClient:
@@ -82,7 +82,7 @@ class Pair:
         """
         if self._manager_answers():
             raise Conflict(
-                "A manager runs already",
+                "A manager is already running",
                 why=f"it answers at {self.paths.manager_socket}",
                 fix="stop it first, or choose another manager.run_dir and manager.state_dir",
             )
@@ -92,7 +92,7 @@ class Pair:
                     self._start(name)
                     if not self._until_ready(name, received):
                         return 0
-                self._while_they_live(ready)
+                self._call_ready(ready)
                 try:
                     return self._watch(received)
                 finally:
@@ -103,8 +103,8 @@ class Pair:
             finally:
                 self._stop()
 
-    def _while_they_live(self, ready: Callable[[], None]) -> None:
-        """Call `ready`; where it fails because a child ended meanwhile, say so."""
+    def _call_ready(self, ready: Callable[[], None]) -> None:
+        """Call `ready`; if it fails because a child has ended, report that instead."""
         try:
             ready()
         except ManagerUnreachable:
@@ -125,15 +125,15 @@ class Pair:
                 if number == signal.SIGHUP:
                     self._signal_all(signal.SIGHUP)
             for name, child in list(self._children.items()):
-                if child.poll() is not None and not self._again(name, child.returncode):
+                if child.poll() is not None and not self._restart(name, child.returncode):
                     return 1
 
-    def _again(self, name: str, code: int) -> bool:
-        """Start a child that died once more, unless it does so all the time."""
+    def _restart(self, name: str, code: int) -> bool:
+        """Start a child that died again; return False when it dies too often."""
         now = time.monotonic()
         self._deaths = [death for death in self._deaths if now - death < WINDOW] + [now]
         if len(self._deaths) > RESTARTS:
-            self._say(f"the {name} {_ending(code)}; that is too often, giving up")
+            self._say(f"the {name} {_ending(code)}; it ends too often, giving up")
             return False
         self._say(f"the {name} {_ending(code)}; starting it again (agents go on)")
         time.sleep(min(0.2 * 2 ** (len(self._deaths) - 1), 5.0))
@@ -144,19 +144,19 @@ class Pair:
         # Own process groups: Ctrl-C reaches this program alone, which then ends them in order.
         safe = ["-P"] if sys.version_info >= (3, 11) else []
         command = [sys.executable, *safe, "-m", "dispatcher", *self._arguments, name]
-        if name in self._lifelines:
-            self._lifelines[name].close()
-        lifeline = self._lifelines[name] = Lifeline()
+        if name in self._pipes:
+            self._pipes[name].close()
+        pipe = self._pipes[name] = ParentPipe()
         self._children[name] = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            pass_fds=(lifeline.descriptor,),
-            env=lifeline.environment(),
+            pass_fds=(pipe.descriptor,),
+            env=pipe.environment(),
         )
 
     def _until_ready(self, name: str, received: Callable[[float], list[int]]) -> bool:
-        """Wait until a child answers; False when a signal came meanwhile."""
+        """Wait until a child is ready; return False when a signal ends the program."""
         answers = self._manager_answers if name == "manager" else self._proxy_answers
         until = time.monotonic() + STARTUP
         while not answers():
@@ -174,17 +174,17 @@ class Pair:
         except ManagerUnreachable:
             return False
         except DispatcherError:
-            return True  # it answers; what is wrong shows elsewhere
+            return True  # it answers; the error shows elsewhere
         finally:
             client.close()
         return True
 
     def _proxy_answers(self) -> bool:
-        # Somebody else may listen there: the proxy writes its process id once it has its listeners.
+        # Another program may listen there: the proxy writes its process id once it has its listeners.
         if proxy_pid(self.paths.run_dir) != self._children["proxy"].pid:
             return False
         endpoint = listen_endpoint(self.config.proxy.listen[0]) if self.config.proxy.listen else None
-        return endpoint is None or front_door.answers(endpoint, self.config.proxy, browser_url(self.config))
+        return endpoint is None or sign_in_page_answers(endpoint, self.config.proxy, browser_url(self.config))
 
     def _signal_all(self, number: int) -> None:
         for child in self._children.values():
@@ -200,13 +200,13 @@ class Pair:
             try:
                 child.wait(GRACE + (self.config.proxy.drain_timeout if name == "proxy" else 0.0))
             except subprocess.TimeoutExpired:
-                self._say(f"the {name} does not end, killing it")
+                self._say(f"the {name} does not end in time; killing it")
                 child.kill()
                 child.wait()
 
     @contextmanager
     def _signals(self) -> Iterator[Callable[[float], list[int]]]:
-        """Yield a function that waits so many seconds for signals and returns their numbers."""
+        """Yield a function that waits for signals, the given seconds at most, and returns their numbers."""
 
         def received(seconds: float) -> list[int]:
             if not select.select([self._wake], [], [], seconds)[0]:
@@ -225,14 +225,14 @@ class Pair:
 
 
 def proxy_pid(run_dir: Path) -> int | None:
-    """Return the process id that the proxy of this run directory wrote, None when there is none."""
+    """Return the process id that the proxy of this run directory wrote; None without one."""
     return (pid_file(run_dir) or (None, 0))[0]
 
 
 def pid_file(run_dir: Path) -> tuple[int, int] | None:
-    """Return what the proxy's file says and whose it is, None when there is none.
+    """Return the process id in the proxy's pid file and the file's owner; None without one.
 
-    The proxy's user may put anything there, and root reads it.
+    Root reads it, and the proxy's user can write anything there.
     """
     try:
         fd = os.open(run_dir / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -247,9 +247,9 @@ def pid_file(run_dir: Path) -> tuple[int, int] | None:
 
 
 def listen_endpoint(address: str) -> Endpoint | None:
-    """Return where to connect to reach a listener; None for one that systemd holds.
+    """Return the endpoint to connect to for a listener; None for one that systemd opens.
 
-    Any-addresses are reached over the loopback.
+    A wildcard address is reached over the loopback.
     """
     if address.startswith("unix:"):
         return Endpoint.unix(address.removeprefix("unix:"))

@@ -1,4 +1,4 @@
-"""Whether people would get the sign-in page.  Touches one connection to the proxy's listener."""
+"""Whether the proxy serves the sign-in page."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ if TYPE_CHECKING:
     from dispatcher.config.load import ProxyConfig
     from dispatcher.plugin.model import Endpoint
 
-PATIENCE = 1.0  # seconds
+TIMEOUT = 1.0  # seconds
+_PROXY_LOCAL = b"\x20\0\0\0"  # PROXY protocol, version 2: LOCAL, a connection without an address
 
 
-def answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
-    """Ask for the sign-in page: an answer says that a worker serves, one below 500 that the portal does.
+def sign_in_page_answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
+    """Request the sign-in page from one of the proxy's listeners.
 
-    :param url: what people open.
+    An answer shows that a worker serves, a status below 500 that the portal does.
+
+    :param url: the address that people open.
     """
     host = urlsplit(url).netloc or "localhost"
     request = f"GET {proxy.prefix}/login HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
     try:
-        sock = connect(endpoint, None, PATIENCE)
+        sock = connect(endpoint, None, TIMEOUT)
     except (OSError, InsecureEndpoint):
         return False
     try:
         if proxy.proxy_protocol:
             from dispatcher.proxy.edge.http.proxy_protocol import SIGNATURE
 
-            sock.sendall(
-                SIGNATURE + b"\x20\0\0\0"
-            )  # a connection of the sender's own: version 2, LOCAL, no address
+            sock.sendall(SIGNATURE + _PROXY_LOCAL)
         if proxy.tls_cert is not None:
             from dispatcher.client.trust import context
 
-            # Not verified: this process made the listener, it knows who it is.
+            # Not verified: this process has started the listener.
             sock = context(verify=False, ca_file=None, cert_file=None, key_file=None).wrap_socket(sock)
         sock.sendall(request.encode())
         line = sock.recv(32)

@@ -418,7 +418,7 @@ def test_both_end_with_serve_however_it_ends_and_agents_go_on(start, config):
     assert cli(config, "start", "alice").returncode == 0
     twice = cli(config, "serve")
     assert twice.returncode == 4
-    assert "A manager runs already" in twice.stderr
+    assert "A manager is already running" in twice.stderr
     run.process.kill()
     run.process.wait()
     until("both have ended", lambda: not processes_with(str(config)))

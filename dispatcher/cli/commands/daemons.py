@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from dispatcher.cli import parent_death
 from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.parent_death import end_with_parent
 from dispatcher.plugin.errors import Unavailable
 
 
@@ -21,11 +21,11 @@ def serve(cli: Cli) -> int:
 
     SIGHUP makes both read the configuration again.
     """
-    from dispatcher.cli.serve import Pair, global_options
+    from dispatcher.cli.serve import Daemons, global_options
 
     _same_configuration(cli)
-    pair = Pair(cli.config(), global_options(cli.config_path), cli.out.note)
-    return pair.run(lambda: click.echo(f"Open {pair.url}"))
+    daemons = Daemons(cli.config(), global_options(cli.config_path), cli.out.note)
+    return daemons.run(lambda: click.echo(f"Open {daemons.url}"))
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml manager")
@@ -36,7 +36,7 @@ def manager(cli: Cli) -> int:
     As root agents get user ids of their own; as an ordinary user they are less isolated.
     """
     gc.disable()  # what is loaded stays; the manager turns it on once it is up
-    parent_death.hold()
+    end_with_parent()
     _same_configuration(cli)
     config = cli.config()
     from dispatcher.manager import daemon
@@ -48,7 +48,7 @@ def manager(cli: Cli) -> int:
 @pass_cli
 def proxy(cli: Cli) -> int:
     """Run the proxy in the foreground: it faces the web, and becomes proxy.user when started as root."""
-    parent_death.hold()
+    end_with_parent()
     _same_configuration(cli)
     config = cli.config()
     from dispatcher.proxy import daemon

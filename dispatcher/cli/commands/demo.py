@@ -21,7 +21,7 @@ from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError
 
 if TYPE_CHECKING:
-    from dispatcher.cli.serve import Pair
+    from dispatcher.cli.serve import Daemons
 
 PEOPLE = ("alice", "bob")
 PORT = 8080
@@ -44,25 +44,25 @@ def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
 
     Nothing of this machine's own configuration is read or changed.
     """
-    from dispatcher.cli.serve import Pair, global_options
+    from dispatcher.cli.serve import Daemons, global_options
     from dispatcher.config.load import load
 
     with _home(directory, keep=keep) as (home, run_dir):
         path = _write_config(home, run_dir, port or _free_port())
         os.environ["DISPATCHER_CONFIG"] = str(path)
-        pair = Pair(load(path), global_options(path), cli.out.note)
+        daemons = Daemons(load(path), global_options(path), cli.out.note)
 
         def ready() -> None:
-            _add_people(pair)
+            _add_people(daemons)
             if keep:
                 click.echo(f"Everything is kept in {home}")
             click.echo("Ctrl-C ends it")
 
-        return pair.run(ready, before_stop=lambda: _stop_agents(pair, cli))
+        return daemons.run(ready, before_stop=lambda: _stop_agents(daemons, cli))
 
 
-def _add_people(pair: Pair) -> None:
-    client = pair.client()
+def _add_people(daemons: Daemons) -> None:
+    client = daemons.client()
     passwords = {name: pronounceable() for name in PEOPLE}
     for name, password in passwords.items():
         try:
@@ -70,14 +70,14 @@ def _add_people(pair: Pair) -> None:
         except Conflict:  # kept from an earlier demo
             client.set_password(name, password)
     client.close()
-    click.echo(f"Open {pair.url}")
+    click.echo(f"Open {daemons.url}")
     for name, password in passwords.items():
         click.echo(f"Sign in {name} / {password}")
 
 
-def _stop_agents(pair: Pair, cli: Cli) -> None:
+def _stop_agents(daemons: Daemons, cli: Cli) -> None:
     """End what the demo started: agents would outlive the manager."""
-    client = pair.client()
+    client = daemons.client()
     try:
         agents = [agent["name"] for agent in client.agents()["agents"]]
         for name in agents:

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.cli import front_door
+from dispatcher.cli.sign_in_probe import sign_in_page_answers
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.plugin.model import Endpoint
 from dispatcher.proxy.workers import FIRST_TRIES, PORTAL, BackOff, Child
@@ -58,17 +58,17 @@ def door():
 def test_an_answer_of_the_portal_means_that_people_can_sign_in(door, answer, open_):
     endpoint, asked = door(answer)
     proxy = parse({"proxy": {"prefix": "/in"}}).proxy
-    assert front_door.answers(endpoint, proxy, "http://apps.example.org/") is open_
+    assert sign_in_page_answers(endpoint, proxy, "http://apps.example.org/") is open_
     assert asked[0].startswith(b"GET /in/login HTTP/1.1\r\nHost: apps.example.org\r\n")
 
 
 def test_where_nobody_listens_nobody_signs_in(free_port):
-    assert not front_door.answers(Endpoint.tcp("127.0.0.1", free_port), parse({}).proxy, "")
+    assert not sign_in_page_answers(Endpoint.tcp("127.0.0.1", free_port), parse({}).proxy, "")
 
 
 def test_a_front_proxy_s_protocol_is_spoken(door):
     endpoint, asked = door(b"HTTP/1.1 200 OK\r\n\r\n")
-    assert front_door.answers(endpoint, parse({"proxy": {"proxy_protocol": True}}).proxy, "")
+    assert sign_in_page_answers(endpoint, parse({"proxy": {"proxy_protocol": True}}).proxy, "")
     assert asked[0].startswith(b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0GET /auth/login ")
 
 
@@ -78,7 +78,7 @@ def test_its_own_certificate_need_not_be_trusted_here(door, tmp_path):
     context.load_cert_chain(cert, key)
     endpoint, _ = door(b"HTTP/1.1 200 OK\r\n\r\n", context)
     proxy = parse({"proxy": {"tls_cert": str(cert), "tls_key": str(key)}}).proxy
-    assert front_door.answers(endpoint, proxy, "https://apps.example.org/")
+    assert sign_in_page_answers(endpoint, proxy, "https://apps.example.org/")
 
 
 EXIT_1, KILLED = 1 << 8, 9  # wait statuses
