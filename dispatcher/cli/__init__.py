@@ -1,4 +1,4 @@
-"""The command line: one program, `dispatcher`.  Parses options, runs one command, turns errors into exit codes.
+"""The program `dispatcher`: parses options, runs one command, turns errors into exit codes.
 
 Commands are imported when they run.  Nothing here may import pydantic, sqlalchemy, flask, rich or
 importlib.metadata: `dispatcher --help` and the commands that only ask the manager must start fast.
@@ -25,44 +25,44 @@ SECTIONS = {
         "serve": Lazy("daemons", "serve", "Run manager and proxy together."),
         "manager": Lazy("daemons", "manager", "Run the manager."),
         "proxy": Lazy("daemons", "proxy", "Run the proxy."),
-        "demo": Lazy("demo", "demo", "Try it: an app of her own for alice, one for bob."),
-        "reload": Lazy("daemons", "reload", "Read the configuration again, without a dropped request."),
+        "demo": Lazy("demo", "demo", "Try it in a browser, with two users and the built-in app."),
+        "reload": Lazy("daemons", "reload", "Reload the configuration without dropping a request."),
     },
-    "People and their agents": {
-        "add": Lazy("people", "add", "Add a person (or a further app for one)."),
+    "Users and agents": {
+        "add": Lazy("people", "add", "Add a user with an agent, or another agent for a user."),
         "remove": Lazy("people", "remove", "Remove an agent and its data."),
-        "passwd": Lazy("people", "passwd", "Set a person's password."),
+        "passwd": Lazy("people", "passwd", "Set a user's password."),
         "list": Lazy("show", "list_agents", "List all agents."),
-        "running": Lazy("show", "running", "List the agents that run."),
-        "info": Lazy("show", "info", "Show all there is to know about an agent."),
+        "running": Lazy("show", "running", "List running agents."),
+        "info": Lazy("show", "info", "Show everything about an agent."),
         "start": Lazy("lifecycle", "start", "Start or wake an agent."),
         "stop": Lazy("lifecycle", "stop", "Stop an agent."),
-        "suspend": Lazy("lifecycle", "suspend", "Put an agent to sleep, its memory kept."),
-        "restart": Lazy("lifecycle", "restart", "Stop and start an agent, renewed from its app."),
-        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data and start with none."),
-        "purge": Lazy("purge", "purge", "Delete the data that is kept of an agent."),
+        "suspend": Lazy("lifecycle", "suspend", "Suspend an agent and keep its memory."),
+        "restart": Lazy("lifecycle", "restart", "Restart an agent with its app's current configuration."),
+        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data."),
+        "purge": Lazy("purge", "purge", "Delete an agent's kept data."),
     },
-    "Look inside": {
-        "logs": Lazy("logs", "logs", "Show what an agent printed."),
-        "why": Lazy("logs", "why", "Say why an agent is in its state."),
-        "top": Lazy("usage", "top", "Show what agents use, continuously."),
-        "memory-usage": Lazy("usage", "memory_usage", "Show the agents' memory."),
+    "Inspect": {
+        "logs": Lazy("logs", "logs", "Show an agent's output."),
+        "why": Lazy("logs", "why", "Explain an agent's state."),
+        "top": Lazy("usage", "top", "Show agents' memory and CPU use, continuously."),
+        "memory-usage": Lazy("usage", "memory_usage", "Show agents' memory."),
         "sessions": Lazy("sessions", "sessions", "List and end sign-ins."),
     },
-    "The installation": {
+    "Installation": {
         "providers": Lazy("providers", "providers", "List, check and describe providers."),
         "config": Lazy("configuration", "config", "Check and show the configuration."),
-        "doctor": Lazy("doctor", "doctor", "Check this machine and say what to do."),
+        "doctor": Lazy("doctor", "doctor", "Check machine, providers and installation."),
     },
 }
-#: What a full disk, a quota or a broken device says to who writes.
+#: Errors of writing to a full disk, over a quota, or to a broken device.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
 
 EPILOG = """\b
 Examples:
   dispatcher demo                    try it
-  dispatcher add alice               asks for her password
+  dispatcher add alice               asks for a password
   dispatcher start alice
   dispatcher --json list             for programs
 
@@ -79,7 +79,10 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 manager unreac
     epilog=EPILOG,
 )
 @click.option(
-    "--config", type=click.Path(path_type=Path), metavar="FILE", help="The configuration [$DISPATCHER_CONFIG]."
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Configuration file [$DISPATCHER_CONFIG].",
 )
 @click.option(
     "--manager",
@@ -90,20 +93,20 @@ Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 manager unreac
     "-k",
     "--no-check-certificate",
     is_flag=True,
-    help="Do not check the manager's certificate (it matters for https only).",
+    help="Do not check the manager's certificate (https only).",
 )
-@click.option("--no-ssl", is_flag=True, help="Plain HTTP instead of HTTPS.")
+@click.option("--no-ssl", is_flag=True, help="HTTP without TLS (loopback addresses only).")
 @click.option(
     "--sslcert",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Trust this certificate or authority.",
+    help="Trust this certificate or certificate authority.",
 )
 @click.option(
     "--client-cert",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="This administrator's certificate and key, instead of a token.",
+    help="The administrator's certificate and key, instead of a token.",
 )
 @click.option("--fingerprint", metavar="SHA256", help="Trust the certificate with this fingerprint.")
 @click.option(
@@ -127,7 +130,7 @@ def program(
     token_file: Path | None,
     json: bool,
 ) -> None:
-    """Run many instances of a web application, one isolated agent per person, behind one login."""
+    """Run many instances of a web application, one isolated agent per user, behind one login."""
     ctx.obj = Cli(
         config_path=config,
         manager=manager,
@@ -171,24 +174,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         click.echo("", err=True)
         return 130
     except BrokenPipeError:
-        # Who reads has gone (`| head`); Python must not complain about it once more while it ends.
+        # The reader has ended (`| head`); Python must not report this again when it exits.
         _discard_output()
         return 0
     except OSError as error:
         if error.errno not in _FULL:
             raise
         _discard_output()
-        return _fail(f"Cannot write: {error.strerror} (make room, or send the output elsewhere)", 1)
+        return _fail(f"Cannot write the output: {error.strerror} (free some space, or redirect the output)", 1)
     return result if isinstance(result, int) else 0
 
 
 def _discard_output() -> None:
-    """Send to nowhere what is buffered still, which Python would try to write, and complain, while it ends."""
+    """Discard buffered output, which Python would try to write when it exits."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _open_standard_streams() -> None:
-    """Give a program that was started with closed descriptors something to read from and write to."""
+    """Open the null device for standard streams that were closed at the start."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process

@@ -1,4 +1,4 @@
-"""What every command gets: the global options, the manager's client, the output.  Touches nothing by itself."""
+"""The context of every command: global options, the manager's client, the output."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
     from dispatcher.config.load import Config
 
-PATIENCE = 3.0  # seconds for a manager that is just starting
+PATIENCE = 3.0  # seconds to wait for a manager that is starting
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -47,9 +47,9 @@ class Cli:
         return manager_url(given=given, config=self.config_path, tls=self.tls)
 
     def client(self) -> ManagerClient:
-        """Return the client of the manager, for any thread; nothing is sent yet.
+        """Return the client of the manager.  Sends nothing yet.
 
-        :raises BadRequest: the options contradict each other or a file cannot be read.
+        :raises BadRequest: an option cannot be used or a file cannot be read.
         """
         if self._client is not None:
             return self._client
@@ -59,7 +59,7 @@ class Cli:
         remote = not url.startswith("unix:")
         if url.startswith("https:") and not self.check_certificate and not self.fingerprint:
             self.out.note(
-                "-k: the manager's certificate is not checked; who sits in between can read token and passwords"
+                "-k: the manager's certificate is not checked; an attacker in between can read token and passwords"
             )
         self._client = ManagerClient(
             url,
@@ -88,13 +88,13 @@ class Cli:
             why = getattr(error, "strerror", None) or str(error)
             raise BadRequest(f"Cannot read {self.token_file}", why=why) from error
         if not lines:
-            raise BadRequest(f"{self.token_file} holds no token", fix="write the token into it, alone on a line")
+            raise BadRequest(f"{self.token_file} contains no token", fix="write the token into it")
         return lines[0]
 
     def config(self) -> Config:
         """Read and validate the configuration.
 
-        :raises ConfigError: it is wrong.
+        :raises ConfigError: it is invalid.
         """
         from dispatcher.config.load import load
 

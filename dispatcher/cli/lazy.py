@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they run.  Touches nothing else.
+"""A click group whose commands are imported when they run.
 
 The table of commands holds each one's one-line help, so that ``--help`` imports none of them.
 """
@@ -15,7 +15,7 @@ import click
 
 @dataclass(frozen=True)
 class Lazy:
-    """Where a command is and what it does: ``dispatcher.cli.commands.MODULE:ATTRIBUTE``."""
+    """A command ``dispatcher.cli.commands.MODULE:ATTRIBUTE`` and its one-line help."""
 
     module: str
     attribute: str

@@ -444,7 +444,7 @@ def test_reload_reaches_both(start, config):
     config.write_text(config.read_text().replace("[proxy]", '[proxy]\naccess_log = "-"'))
     done = cli(config, "reload")
     assert done.returncode == 0, done.stderr
-    assert "the proxy reads the configuration again" in done.stdout
+    assert "the proxy reloads the configuration" in done.stdout
 
     def logged():
         ask(url, path="/seen-after-reload", Cookie=cookie)

@@ -1,4 +1,4 @@
-"""serve, manager, proxy, reload.  Touches processes; what a daemon does is its own module's business."""
+"""serve, manager, proxy, reload."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from dispatcher.plugin.errors import Unavailable
 @click.command(epilog="\b\nExamples:\n  dispatcher serve\n  dispatcher --config dispatcher.toml serve")
 @pass_cli
 def serve(cli: Cli) -> int:
-    """Run manager and proxy together, until Ctrl-C or SIGTERM.  Agents go on.
+    """Run manager and proxy together until Ctrl-C or SIGTERM.  Agents continue to run.
 
-    SIGHUP makes both read the configuration again.
+    SIGHUP makes both reload the configuration.
     """
     from dispatcher.cli.serve import Daemons, global_options
 
@@ -31,11 +31,11 @@ def serve(cli: Cli) -> int:
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml manager")
 @pass_cli
 def manager(cli: Cli) -> int:
-    """Run the manager in the foreground: it owns people, agents, providers and state.
+    """Run the manager in the foreground.  It owns users, agents, providers and the database.
 
-    As root agents get user ids of their own; as an ordinary user they are less isolated.
+    As root it gives each agent a user id of its own; as an ordinary user it isolates agents less.
     """
-    gc.disable()  # what is loaded stays; the manager turns it on once it is up
+    gc.disable()  # imported modules stay; the manager enables it once it is ready
     end_with_parent()
     _same_configuration(cli)
     config = cli.config()
@@ -47,7 +47,7 @@ def manager(cli: Cli) -> int:
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml proxy")
 @pass_cli
 def proxy(cli: Cli) -> int:
-    """Run the proxy in the foreground: it faces the web, and becomes proxy.user when started as root."""
+    """Run the proxy in the foreground.  It serves the web; started as root, it changes to proxy.user."""
     end_with_parent()
     _same_configuration(cli)
     config = cli.config()
@@ -60,19 +60,16 @@ def proxy(cli: Cli) -> int:
 @json_option
 @pass_cli
 def reload(cli: Cli) -> None:
-    """Make manager and proxy read the configuration again, without a dropped request.
+    """Make manager and proxy reload the configuration without dropping a request.
 
-    A configuration that is wrong changes nothing.
+    An invalid configuration changes nothing.
     """
     url = cli.url
     changed = cli.client().reload().get("changed", [])
     told = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
-    if cli.out.json:
-        cli.out.data({"changed": changed, "proxy": told})
-        return
-    for sentence in changed or ["nothing changed for the manager"]:
-        cli.out.line(sentence)
-    cli.out.line("the proxy reads the configuration again" if told else "no proxy runs here; it was told nothing")
+    lines = changed or ["the manager: no changes"]
+    lines += ["the proxy reloads the configuration" if told else "no proxy is running on this machine"]
+    cli.out.result({"changed": changed, "proxy": told}, "\n".join(lines))
 
 
 def _reload_proxy(run_dir: Path) -> bool:
@@ -91,7 +88,7 @@ def _reload_proxy(run_dir: Path) -> bool:
         status = Path(f"/proc/{pid}/status").read_bytes()
     except OSError:
         return False
-    # A stale file, whose number belongs to another program now, or one with which the proxy's user aims at others.
+    # The file may be stale, or written by the proxy's user to signal another process.
     if b"proxy" not in arguments or b"\nUid:\t%d\t" % owner not in status:
         return False
     try:
@@ -100,7 +97,7 @@ def _reload_proxy(run_dir: Path) -> bool:
         return False
     except PermissionError as error:
         raise Unavailable(
-            "The manager has read the configuration again, the proxy has not",
+            "The manager has reloaded the configuration, the proxy has not",
             why=f"you may not send a signal to process {pid}",
             fix="become root, or: systemctl reload dispatcher-proxy",
         ) from error
@@ -108,6 +105,6 @@ def _reload_proxy(run_dir: Path) -> bool:
 
 
 def _same_configuration(cli: Cli) -> None:
-    """Let whoever reads the configuration again in this process find the file that ``--config`` named."""
+    """Make a reload in this process find the file that ``--config`` named."""
     if cli.config_path is not None:
         os.environ["DISPATCHER_CONFIG"] = str(cli.config_path.absolute())

@@ -1,7 +1,4 @@
-"""demo: a private installation with the built-in app and two people, gone afterwards.
-
-Touches a directory of its own and the processes that it starts.
-"""
+"""demo: a private installation with the built-in app and two users, removed at the end."""
 
 from __future__ import annotations
 
@@ -34,15 +31,15 @@ _CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"
     "--directory",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Where to keep everything; a temporary one otherwise.",
+    help="Directory for all files; default: a temporary one.",
 )
-@click.option("--port", type=click.IntRange(1, 65535), help="8080, or the next free one, otherwise.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port; default: 8080, or the next free one.")
 @click.option("--keep", is_flag=True, help="Keep the directory at the end.")
 @pass_cli
 def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
-    """Try it: the built-in app for alice and for bob, in your browser, until Ctrl-C.
+    """Try it in a browser: the built-in app, with one agent each for the users alice and bob, until Ctrl-C.
 
-    Nothing of this machine's own configuration is read or changed.
+    The configuration of this machine is neither read nor changed.
     """
     from dispatcher.cli.serve import Daemons, global_options
     from dispatcher.config.load import load
@@ -76,7 +73,7 @@ def _add_people(daemons: Daemons) -> None:
 
 
 def _stop_agents(daemons: Daemons, cli: Cli) -> None:
-    """End what the demo started: agents would outlive the manager."""
+    """Stop the agents, which would outlive the manager."""
     client = daemons.client()
     try:
         agents = [agent["name"] for agent in client.agents()["agents"]]
@@ -92,9 +89,9 @@ def _stop_agents(daemons: Daemons, cli: Cli) -> None:
 
 @contextmanager
 def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
-    """Yield the demo's directory and one for sockets; removed afterwards, the first one unless it is kept.
+    """Yield the demo's directory and one for sockets, and remove both afterwards; with `keep` only the second.
 
-    :raises BadRequest: `directory` holds something else.
+    :raises BadRequest: `directory` contains other files.
     """
     if directory is None:
         home = Path(tempfile.mkdtemp(prefix="dispatcher-demo-"))
@@ -103,12 +100,12 @@ def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
         home.mkdir(parents=True, exist_ok=True)
         if any(home.iterdir()) and not (home / MARKER).exists():
             raise BadRequest(
-                f"{directory} is not empty", why="no demo made what is in there", fix="name another directory"
+                f"{directory} is not empty", why="its files were not made by a demo", fix="name another directory"
             )
     (home / MARKER).touch()
     run_dir = Path(tempfile.mkdtemp(prefix="dispatcher-", dir="/tmp"))  # the path of a socket must be short
     for path in (home, run_dir):
-        path.chmod(0o711)  # agents and the proxy pass through under their own user ids
+        path.chmod(0o711)  # agents and the proxy access them with their own user ids
     try:
         yield home, run_dir
     finally:
@@ -150,7 +147,7 @@ def _free_port() -> int:
 
 
 def pronounceable(syllables: int = 8) -> str:
-    """Return a random password that one can read aloud: more than six bits a syllable."""
+    """Return a random password of pronounceable syllables: more than six bits each."""
     made = [secrets.choice(_CONSONANTS) + secrets.choice(_VOWELS) for _ in range(syllables)]
     half = syllables // 2
     return "".join(made[:half]) + "-" + "".join(made[half:])

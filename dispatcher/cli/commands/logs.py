@@ -1,4 +1,4 @@
-"""logs, why.  Touches the manager."""
+"""logs, why."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from dispatcher.cli.context import Cli, json_option, pass_cli
 from dispatcher.cli.ui.output import clean
 from dispatcher.cli.ui.prompts import agent_argument
 
-INTERVAL = 0.5  # seconds between questions of `logs -f`
+INTERVAL = 0.5  # seconds between two requests of `logs -f`
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher logs alice\n  dispatcher logs -f -n 20 alice")
 @agent_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Print new lines as they come, until Ctrl-C.")
 @click.option("-n", "--tail", metavar="N", type=click.IntRange(0, 100_000), default=100, show_default=True)
 @json_option
 @pass_cli
 def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:
-    """Show the last lines that the agent NAME printed."""
+    """Show the last lines of output of the agent NAME."""
     client = cli.client()
     answer = client.logs(name, tail=tail)
     if cli.out.json and not follow:
         cli.out.data(answer)
         return
-    # A terminal must not be driven by what an agent prints; a file or a program gets it as it was.
+    # An agent's output must not control a terminal; a file or a program gets it unchanged.
     show = clean if sys.stdout.isatty() else str
     while True:
         for line in answer["lines"]:
@@ -45,10 +45,6 @@ def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:
 @json_option
 @pass_cli
 def why(cli: Cli, name: str) -> None:
-    """Say in sentences why the agent NAME is in its state."""
+    """Explain the state of the agent NAME: cause, history, what comes next."""
     answer = cli.client().why(name)
-    if cli.out.json:
-        cli.out.data(answer)
-        return
-    for sentence in answer["sentences"]:
-        cli.out.line(sentence)
+    cli.out.result(answer, "\n".join(answer["sentences"]))

@@ -1,4 +1,4 @@
-"""add, remove, passwd.  Touches the manager."""
+"""add, remove, passwd."""
 
 from __future__ import annotations
 
@@ -21,30 +21,27 @@ if TYPE_CHECKING:
     "\n  pwgen 20 1 | tee /dev/tty | dispatcher add --password-stdin bob@example.org"
 )
 @agent_argument
-@click.option("--app", metavar="APP", help="What the agent runs; the configuration's default_app otherwise.")
+@click.option("--app", metavar="APP", help="The agent's app; default: default_app of the configuration.")
 @password_option
-@click.option("--no-password", is_flag=True, help="None is needed: another directory checks passwords.")
+@click.option("--no-password", is_flag=True, help="Add no password, for users of an external directory.")
 @json_option
 @pass_cli
 def add(cli: Cli, name: str, app: str | None, password_stdin: bool, no_password: bool) -> None:
-    """Add the person NAME and an agent for them; asks for a password.
+    """Add the user NAME and an agent; asks for a password.
 
-    For a person who is known already, --app adds a further agent, called NAME:APP, and no password is asked for.
+    For an existing user, --app adds another agent, named NAME:APP, without asking for a password.
     """
     if password_stdin and no_password:
-        raise click.UsageError("--password-stdin and --no-password contradict each other")
+        raise click.UsageError("--password-stdin and --no-password exclude each other")
     client = cli.client()
     known = not password_stdin and _known(client, name, app)
     password = None if known or no_password else new_password(from_stdin=password_stdin)
     agent = client.create_agent(name, password, app)
-    if cli.out.json:
-        cli.out.data(agent)
-    else:
-        cli.out.line(f"{agent.get('name', name)} was added")
+    cli.out.result(agent, f"{agent.get('name', name)} was added")
 
 
 def _known(client: ManagerClient, name: str, app: str | None) -> bool:
-    """Whether the person exists, so that nobody is asked for a password in vain.
+    """Whether the user exists and no password is needed.
 
     :raises Conflict: the agent exists.
     """
@@ -56,31 +53,30 @@ def _known(client: ManagerClient, name: str, app: str | None) -> bool:
             return any(agent.get("user") == user for agent in client.agents()["agents"])
         return False
     if app is None:
-        raise Conflict(f"{name} exists", fix="give them a further agent with --app, or choose another name")
+        raise Conflict(f"{name} exists", fix="add another agent with --app, or choose another name")
     return True
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher remove alice\n  dispatcher remove --keep-data --yes alice")
 @agent_argument
-@click.option("--keep-data", is_flag=True, help="Keep the data for somebody who is added under the same name.")
+@click.option("--keep-data", is_flag=True, help="Keep the data for an agent that is added with the same name.")
 @yes_option
 @wait_option
 @json_option
 @pass_cli
 def remove(cli: Cli, name: str, keep_data: bool, yes: bool, wait: bool) -> None:
-    """Remove the agent NAME: stopped, its data deleted.  The person goes with the last agent."""
+    """Stop and remove the agent NAME and delete its data.  The user is removed with the last agent."""
     cli.client().agent(name)
     confirm(f"Remove {name}{'' if keep_data else ' and all its data'}?", yes=yes)
 
-    def ask(client: ManagerClient, seconds: float | None) -> Json:
+    def send(client: ManagerClient, seconds: float | None) -> Json:
         return client.delete_agent(name, keep_data=keep_data, wait=seconds)
 
-    answer = follow(cli, name, ask, lambda state: not state, wait=wait)
-    if cli.out.json:
-        cli.out.data(answer or {"name": name, "state": "absent"})
-    else:
-        kept = ", its data kept" if keep_data else ""
-        cli.out.line(f"{name} {'was removed' if wait else 'is being removed'}{kept}")
+    answer = follow(cli, name, send, lambda state: not state, wait=wait)
+    text = f"{name} {'was removed' if wait else 'is being removed'}"
+    if keep_data:
+        text += f"; its data is kept (`dispatcher purge {name}` deletes it)"
+    cli.out.result(answer or {"name": name, "state": "absent"}, text)
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher passwd alice")
@@ -88,11 +84,11 @@ def remove(cli: Cli, name: str, keep_data: bool, yes: bool, wait: bool) -> None:
 @password_option
 @pass_cli
 def passwd(cli: Cli, name: str, password_stdin: bool) -> None:
-    """Set the password of the person NAME.  Their sign-ins end."""
+    """Set the password of the user NAME and end the user's sign-ins."""
     client = cli.client()
-    # Before anybody types it twice.  A person may have only agents of other apps (NAME:APP): any of them will do.
+    # Checked before the password is typed.  A user may have only agents of other apps (NAME:APP).
     agents = [agent["name"] for agent in client.agents()["agents"] if name in (agent["name"], agent["user"])]
     if not agents:
-        raise NotFound(f"There is no person {name}", fix="`dispatcher list` shows those there are")
+        raise NotFound(f"There is no user {name}", fix="see `dispatcher list`")
     client.set_password(agents[0], new_password(from_stdin=password_stdin))
     cli.out.line(f"{name} has a new password")

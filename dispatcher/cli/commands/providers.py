@@ -1,4 +1,4 @@
-"""providers list, providers check, providers schema.  Touches the manager; `schema` imports the plugin here."""
+"""providers list, providers check, providers schema."""
 
 from __future__ import annotations
 
@@ -24,12 +24,10 @@ def providers() -> None:
 @json_option
 @pass_cli
 def list_providers(cli: Cli) -> None:
-    """List the providers that the manager knows: isolation, what each can do, whether it is usable."""
+    """List the providers that the manager uses: isolation, usability and capabilities."""
     found = cli.client().providers()
-    if cli.out.json:
-        cli.out.data(found)
-        return
     cli.out.table(
+        found,
         ["NAME", "ISOLATION", "USABLE", "FROM", "CAN"],
         (
             [
@@ -55,11 +53,11 @@ def _error(provider: Json) -> str:
     epilog="\b\nExamples:\n  dispatcher providers check\n  dispatcher providers check docker --app notebook"
 )
 @click.argument("name", required=False)
-@click.option("--app", metavar="APP", help="What this app loosens or demands.")
+@click.option("--app", metavar="APP", help="For this app rather than for the backend as a whole.")
 @json_option
 @pass_cli
 def check(cli: Cli, name: str | None, app: str | None) -> int:
-    """Say in words what the provider NAME (or each) isolates from what, and what it does not."""
+    """Check the provider NAME (or all), and explain what it isolates and what it does not."""
     client = cli.client()
     if name is not None:
         asked = [name]
@@ -80,7 +78,7 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
 
 
 def show_findings(out: Output, findings: list[Json]) -> None:
-    """Print findings, each with its weight and what to do."""
+    """Print findings, each with its level and what to do."""
     width = max(map(len, MARKS.values()))
     for finding in findings:
         mark = MARKS.get(finding["level"], str(finding["level"]))

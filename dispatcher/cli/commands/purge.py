@@ -27,20 +27,14 @@ def purge(cli: Cli, name: str, yes: bool) -> None:
     client = cli.client()
     copies = client.copies(name)["copies"]
     if not copies:
-        if cli.out.json:
-            cli.out.data({"purged": 0, "copies": []})
-        else:
-            cli.out.line(f"no data is kept of {name}")
+        cli.out.result({"purged": 0, "copies": []}, f"no data is kept of {name}")
         return
-    if not cli.out.json:
-        for copy in copies:
-            cli.out.line(describe(copy))
+    for copy in copies:
+        cli.out.line(describe(copy))
     confirm(f"Delete this data of {name}?", yes=yes)
     purged = client.purge_copies(name)["purged"]
-    if cli.out.json:
-        cli.out.data({"purged": purged, "copies": copies})
-    else:
-        cli.out.line(f"{purged} {'copy' if purged == 1 else 'copies'} deleted")
+    text = f"{purged} {'copy' if purged == 1 else 'copies'} deleted"
+    cli.out.result({"purged": purged, "copies": copies}, text)
 
 
 def describe(copy: Json) -> str:

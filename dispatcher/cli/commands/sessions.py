@@ -19,12 +19,10 @@ def sessions() -> None:
 @json_option
 @pass_cli
 def list_sessions(cli: Cli, user: str | None) -> None:
-    """List the sign-ins: who, from where, since when."""
+    """List the sign-ins with user, address and time."""
     found = cli.client().sessions(names.user_name(user) if user else None)
-    if cli.out.json:
-        cli.out.data(found)
-        return
     cli.out.table(
+        found,
         ["ID", "USER", "AGENT", "SIGNED IN", "LAST USED", "ADDRESS", "BROWSER"],
         (
             [

@@ -18,12 +18,10 @@ from dispatcher.plugin.errors import NotFound
 @json_option
 @pass_cli
 def list_agents(cli: Cli, state: str | None) -> None:
-    """List all agents: app, provider, state, last use."""
+    """List all agents with app, provider, state and last use."""
     found = cli.client().agents(state)
-    if cli.out.json:
-        cli.out.data(found)
-        return
     cli.out.table(
+        found,
         ["NAME", "APP", "PROVIDER", "STATE", "SINCE", "LAST USED", ""],
         (
             [
@@ -48,10 +46,8 @@ def list_agents(cli: Cli, state: str | None) -> None:
 def running(cli: Cli) -> None:
     """List the agents that run."""
     found = cli.client().agents("running")
-    if cli.out.json:
-        cli.out.data(found)
-        return
     cli.out.table(
+        found,
         ["NAME", "APP", "PROVIDER", "SINCE"],
         (
             [
@@ -119,7 +115,7 @@ def info(cli: Cli, name: str) -> None:
 
 
 def remark(agent: dict[str, Any]) -> str:
-    """Return what is worth a remark in a list: what is done now, what failed, what is out of date."""
+    """Return the last column of a list: the failure, the step in progress, or what else is unusual."""
     if agent.get("failure"):
         return str(agent["failure"].get("what") or "")
     if agent.get("stage"):

@@ -1,4 +1,4 @@
-"""top, memory-usage.  Touches the manager."""
+"""top, memory-usage."""
 
 from __future__ import annotations
 
@@ -23,14 +23,11 @@ if TYPE_CHECKING:
 @json_option
 @pass_cli
 def top(cli: Cli, once: bool, interval: float, sort: str) -> None:
-    """Show what agents use, refreshed until Ctrl-C."""
+    """Show the memory and CPU use of agents, refreshed until Ctrl-C."""
     client = cli.client()
     live = sys.stdout.isatty() and not once and not cli.out.json
     while True:
         found = client.top()
-        if cli.out.json:
-            cli.out.data(found)
-            return
         if live:
             click.clear()
         _usage_table(cli.out, found, sort)
@@ -48,6 +45,7 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
         return -float(used), agent["name"]
 
     out.table(
+        found,
         ["NAME", "STATE", "MEMORY>", "CPU %>", "CPU TIME>", "LAST USED"],
         (
             [
@@ -60,7 +58,7 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
             ]
             for agent in sorted(found["agents"], key=key)
         ),
-        empty="no agent uses anything",
+        empty="no agent is running",
         least=("LAST USED", "CPU TIME", "STATE"),
     )
 
@@ -69,13 +67,10 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
 @json_option
 @pass_cli
 def memory_usage(cli: Cli) -> None:
-    """Show the memory of the agents that run: each, in all, on average."""
+    """Show the memory of running agents: of each, the total and the average."""
     found = cli.client().memory_usage()
-    if cli.out.json:
-        cli.out.data(found)
-        return
     agents = sorted(found["agents"], key=lambda agent: -(agent.get("memory") or 0))
     rows = [[agent["name"], humanize.size(agent.get("memory"))] for agent in agents]
     if rows:
         rows += [["total", humanize.size(found["total"])], ["average", humanize.size(found["average"])]]
-    cli.out.table(["NAME", "MEMORY>"], rows, empty="no agent runs")
+    cli.out.table(found, ["NAME", "MEMORY>"], rows, empty="no agent is running")

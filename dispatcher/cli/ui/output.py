@@ -1,8 +1,7 @@
-"""What the command line prints: tables, JSON, notes.  Touches standard output and standard error.
+"""Output of the command line: tables, JSON, notes.
 
-On a terminal tables are drawn by rich, imported then, and made to fit.  Elsewhere they are plain columns for
-programs, never cut.
-Text that comes from agents, users or backends is never trusted to hold no control characters.
+On a terminal rich draws the tables, to fit its width.  Elsewhere they are plain columns for programs, never cut.
+Control characters in text of agents, users or backends are escaped.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import click
 
 GAP = 2  # characters between two columns
-_FOLDED = 20  # characters that a table's last column needs at most
+_FOLDED = 20  # minimum width of a table's last column, which is wrapped
 STATE_STYLES = {
     "running": "green",
     "starting": "yellow",
@@ -31,9 +30,9 @@ STATE_STYLES = {
 
 @dataclass
 class Output:
-    """Where and how to print.
+    """How to print.
 
-    :ivar json: data goes out as JSON.
+    :ivar json: print data as JSON.
     """
 
     json: bool = False
@@ -44,34 +43,45 @@ class Output:
 
         click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
+    def result(self, value: Any, text: str) -> None:
+        """Print `value` when JSON is asked for, else `text`."""
+        if self.json:
+            self.data(value)
+        else:
+            self.line(text)
+
     def line(self, text: str = "") -> None:
-        """Print one line for people; nothing when JSON was asked for."""
+        """Print one line for people; nothing when JSON is asked for."""
         if not self.json:
             click.echo(clean(text))
 
     def note(self, text: str) -> None:
-        """Say something on standard error."""
+        """Print a note on standard error."""
         click.echo(f"dispatcher: {clean(text)}", err=True)
 
     def table(
         self,
+        value: Any,
         headings: Sequence[str],
         rows: Iterable[Sequence[object]],
         *,
-        empty: str = "",
+        empty: str,
         least: Sequence[str] = (),
     ) -> None:
-        """Print a table; headings that end with ``>`` stand above numbers.
+        """Print `value` when JSON is asked for, else a table.
 
-        :param empty: what to say instead of an empty one.
-        :param least: headings of what a narrow terminal goes without, the least important first.
+        :param headings: those that end with ``>`` stand above numbers.
+        :param empty: a note in place of a table without rows.
+        :param least: headings of the columns that a narrow terminal leaves out, the least important first.
         """
+        if self.json:
+            self.data(value)
+            return
         cells = [[clean("" if cell is None else str(cell)).replace("\n", " ") for cell in row] for row in rows]
         names = [heading.rstrip(">") for heading in headings]
         right = [heading.endswith(">") for heading in headings]
         if not cells:
-            if empty:
-                self.note(empty)
+            self.note(empty)
         elif sys.stdout.isatty():
             _terminal_table(names, right, cells, least)
         else:
@@ -79,7 +89,7 @@ class Output:
             click.echo("\n".join(columns(names, right, filled)))
 
     def pairs(self, values: Mapping[str, object]) -> None:
-        """Print a record, a line for each value that there is."""
+        """Print a record, one line for each value that is not empty."""
         shown = {key: clean(str(value)) for key, value in values.items() if value not in (None, "", [], {})}
         width = max(map(len, shown), default=0)
         for key, value in shown.items():
@@ -100,9 +110,9 @@ def columns(headings: Sequence[str], right: Sequence[bool], rows: Sequence[Seque
 
 
 def fitting(headings: Sequence[str], widths: Sequence[int], least: Sequence[str], width: int) -> list[int] | None:
-    """Return which columns of a table fit into `width` characters; None when even those that must stay do not.
+    """Return the columns of a table that fit into `width` characters; None when the necessary ones do not.
 
-    :param widths: of the columns; one of no width is left out.  :param least: which go, in this order.
+    :param widths: of the columns; one of width 0 is left out.  :param least: those to leave out, in this order.
     """
 
     def total(columns: Sequence[int]) -> int:
@@ -126,7 +136,7 @@ def _terminal_table(
 
     console = Console(highlight=False, markup=False)
     widths = [max(cell_len(row[at]) for row in (headings, *rows)) for at in range(len(headings))]
-    widths[-1] = min(widths[-1], _FOLDED)  # its text goes on in a further line
+    widths[-1] = min(widths[-1], _FOLDED)  # its text is wrapped
     shown = fitting(headings, widths, least, console.width)
     if shown is None:
         click.echo("\n\n".join(_block(headings, row) for row in rows))
@@ -141,7 +151,7 @@ def _terminal_table(
 
 
 def _block(headings: Sequence[str], row: Sequence[str]) -> str:
-    """Return a row as lines: what it is about, then the rest below it."""
+    """Return a row as lines: its first cell, then the others below it."""
     wide = max(map(len, headings[1:]))
     rest = [
         f"  {heading.ljust(wide)}  {cell}" for heading, cell in zip(headings[1:], row[1:], strict=True) if cell
@@ -150,7 +160,7 @@ def _block(headings: Sequence[str], row: Sequence[str]) -> str:
 
 
 def clean(text: str) -> str:
-    """Return `text` with control characters escaped, so that no log line or name can drive the terminal."""
+    """Return `text` with control characters escaped, so that no log line or name can control the terminal."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)

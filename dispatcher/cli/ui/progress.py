@@ -1,7 +1,7 @@
-"""Waiting for an agent, with one live line of what happens meanwhile.  Touches the manager and standard error.
+"""Wait for an agent, with one live line about its state on a terminal.
 
-The manager decides when the state is reached: one request waits for that in a thread, while the state is asked
-for four times a second to keep the line alive.  Where standard error is no terminal there is no line.
+The manager decides when the state is reached: the request waits there.  Meanwhile a thread asks for the state four
+times a second and draws the line.  Where standard error is not a terminal there is no line.
 """
 
 from __future__ import annotations
@@ -17,77 +17,50 @@ import click
 from dispatcher.cli.context import Cli
 from dispatcher.cli.ui.output import clean
 from dispatcher.common import humanize
-from dispatcher.plugin.errors import NotFound, StartFailed
+from dispatcher.plugin.errors import DispatcherError, NotFound, StartFailed
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json, ManagerClient
 
 INTERVAL = 0.25  # seconds
 WAIT = 60.0  # seconds that one request waits at the manager
+_WIDTH = 100
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 
 
 def follow(
     cli: Cli,
     agent: str,
-    ask: Callable[[ManagerClient, float | None], Json],
+    send: Callable[[ManagerClient, float | None], Json],
     done: Callable[[Json], bool],
     *,
     wait: bool,
 ) -> Json:
-    """Ask the manager for something and return its answer, once `done` is true of it unless `wait` is false.
+    """Send a request and return its answer; with `wait`, only once `done` is true of the answer or a later state.
 
-    :param ask: sends the request, which may wait at the manager for so many seconds.
-    :param done: whether a state (`{}`: the agent is gone) is the one asked for.
-    :raises DispatcherError: what the manager answered, or how the agent failed.
+    :param send: sends the request, which may wait at the manager for the given seconds.
+    :param done: whether a state (`{}` for an agent that is gone) is the desired one.
+    :raises DispatcherError: the manager's error, or the failure of the agent.
     """
+    client = cli.client()
     if not wait:
-        return ask(cli.client(), None)
-    work = _Work(cli.client(), agent, ask, done)
-    work.start()
-    line = _Line(sys.stderr.isatty() and not cli.out.json)
+        return send(client, None)
+    line = _Line(client, agent)
+    if sys.stderr.isatty() and not cli.out.json:
+        line.start()
     try:
-        client = cli.client()
-        while not work.finished.wait(INTERVAL):
-            if line.visible:
-                line.show(agent, _state(client, agent))
+        answer = send(client, WAIT)
+        while not done(answer):
+            _raise_failure(answer)
+            time.sleep(INTERVAL)
+            answer = _state(client, agent)
     except KeyboardInterrupt:
         line.clear()
-        cli.out.note(f"no longer waiting; the manager goes on (see `dispatcher why {agent}`)")
+        cli.out.note(f"no longer waiting; the manager continues (see `dispatcher why {agent}`)")
         raise
     finally:
         line.clear()
-    if work.error is not None:
-        raise work.error
-    return work.answer
-
-
-class _Work(threading.Thread):
-    def __init__(
-        self,
-        client: ManagerClient,
-        agent: str,
-        ask: Callable[[ManagerClient, float | None], Json],
-        done: Callable[[Json], bool],
-    ) -> None:
-        super().__init__(name="wait", daemon=True)
-        self.answer: Json = {}
-        self.error: Exception | None = None
-        self.finished = threading.Event()
-        self._client, self._agent, self._ask, self._done = client, agent, ask, done
-
-    def run(self) -> None:
-        try:
-            answer = self._ask(self._client, WAIT)
-            while not self._done(answer):
-                _raise_failure(answer)
-                time.sleep(INTERVAL)
-                answer = _state(self._client, self._agent)
-            self.answer = answer
-        except Exception as error:
-            self.error = error
-        finally:
-            self.finished.set()
+    return answer
 
 
 def _state(client: ManagerClient, agent: str) -> Json:
@@ -108,33 +81,35 @@ def _raise_failure(state: Json) -> None:
         )
 
 
-class _Line:
-    """One line of standard error that is written over and over.
+class _Line(threading.Thread):
+    """One line of standard error that is drawn again and again until it is cleared."""
 
-    :ivar visible: whether there is a terminal to show it on.
-    """
+    def __init__(self, client: ManagerClient, agent: str) -> None:
+        super().__init__(name="progress", daemon=True)
+        self._client, self._agent = client, agent
+        self._cleared = threading.Event()
 
-    def __init__(self, visible: bool) -> None:
-        self.visible = visible
-        self._shown = 0
-        self._began = time.monotonic()
-        self._turn = 0
-
-    def show(self, agent: str, state: Json) -> None:
-        """Draw what the state says."""
-        self._turn += 1
-        text = f"{_SPINNER[self._turn % len(_SPINNER)]} {agent} {describe(state)}"
-        text += f"  {humanize.short_duration(time.monotonic() - self._began)}"
-        width = max(20, click.get_current_context().max_content_width or 79)
-        text = clean(text).replace("\n", " ")[:width]
-        click.echo(f"\r{text.ljust(self._shown)}", err=True, nl=False)
-        self._shown = len(text)
+    def run(self) -> None:
+        began, turn, shown = time.monotonic(), 0, 0
+        while not self._cleared.wait(INTERVAL):
+            try:
+                state = describe(_state(self._client, self._agent))
+            except DispatcherError:
+                continue  # the request itself reports it
+            turn += 1
+            passed = humanize.short_duration(time.monotonic() - began)
+            text = clean(f"{_SPINNER[turn % len(_SPINNER)]} {self._agent} {state}  {passed}")
+            text = text.replace("\n", " ")[:_WIDTH]
+            click.echo(f"\r{text.ljust(shown)}", err=True, nl=False)
+            shown = len(text)
+        if shown:
+            click.echo(f"\r{' ' * shown}\r", err=True, nl=False)
 
     def clear(self) -> None:
-        """Leave no trace of the line."""
-        if self._shown:
-            click.echo(f"\r{' ' * self._shown}\r", err=True, nl=False)
-            self._shown = 0
+        """Stop and leave nothing of the line."""
+        self._cleared.set()
+        if self.is_alive():
+            self.join(1.0)
 
 
 def describe(state: Json) -> str:

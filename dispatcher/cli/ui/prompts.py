@@ -1,4 +1,4 @@
-"""What the command line asks people: agents' names, passwords, confirmations.  Touches the terminal."""
+"""Arguments and questions that several commands share: agents' names, passwords, confirmations."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def agent_argument(function: _F) -> _F:
 def yes_option(function: _F) -> _F:
     """Add ``--yes``."""
     return click.option(
-        "-y", "--yes", is_flag=True, help="Do not ask; elsewhere than on a terminal nothing is asked."
+        "-y", "--yes", is_flag=True, help="Do not ask.  Without a terminal, no question is asked in any case."
     )(function)
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask on a terminal whether to go on; elsewhere, or with ``--yes``, go on.
+    """Ask for confirmation on a terminal; without one, or with ``--yes``, return at once.
 
-    :raises click.Abort: no.
+    :raises click.Abort: the answer is no.
     """
     if not yes and sys.stdin.isatty():
         click.confirm(question, abort=True, err=True)
@@ -48,17 +48,17 @@ def password_option(function: _F) -> _F:
 
 
 def new_password(*, from_stdin: bool) -> str:
-    """Return a password: one line of standard input, or asked for twice on a terminal.
+    """Return a password: one line of standard input, or typed twice on a terminal.
 
     :raises BadRequest: there is no terminal, or the password is too short or too long.
     """
     if from_stdin:
         password = _read_line()
     elif sys.stdin.isatty():
-        password = click.prompt("Password", hide_input=True, confirmation_prompt="Once more", err=True)
+        password = click.prompt("Password", hide_input=True, confirmation_prompt="Repeat password", err=True)
     else:
         raise BadRequest(
-            "No password", why="standard input is no terminal to ask on", fix="give it with --password-stdin"
+            "No password", why="standard input is not a terminal", fix="give it with --password-stdin"
         )
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise BadRequest(

@@ -50,7 +50,7 @@ def test_add_of_somebody_who_exists_is_a_conflict_and_asks_nothing(run, manager)
     manager.add("alice")
     code, _, err = run("add", "Alice")
     assert code == 4
-    assert err == "dispatcher: alice exists (give them a further agent with --app, or choose another name)\n"
+    assert err == "dispatcher: alice exists (add another agent with --app, or choose another name)\n"
 
 
 def test_a_further_agent_needs_no_password(run, manager):
@@ -74,7 +74,10 @@ def test_remove_waits_and_tells(run, manager):
 
 def test_remove_can_keep_the_data(run, manager):
     manager.add("alice")
-    assert run("remove", "alice", "--keep-data", "-y")[1] == "alice was removed, its data kept\n"
+    assert (
+        run("remove", "alice", "--keep-data", "-y")[1]
+        == "alice was removed; its data is kept (`dispatcher purge alice` deletes it)\n"
+    )
     assert manager.requests[-1][2]["data"] == "keep"
 
 
@@ -103,7 +106,7 @@ def test_passwd_of_who_has_only_an_agent_of_another_app(run, manager):
 def test_passwd_of_nobody_names_the_person(run, manager):
     assert run("passwd", "nobody", "--password-stdin", stdin=b"new-password\n")[::2] == (
         3,
-        "dispatcher: There is no person nobody (`dispatcher list` shows those there are)\n",
+        "dispatcher: There is no user nobody (see `dispatcher list`)\n",
     )
 
 
@@ -119,7 +122,7 @@ def test_output_that_cannot_be_written_is_one_line(manager):
         )
     assert (done.returncode, done.stderr) == (
         1,
-        "dispatcher: Cannot write: No space left on device (make room, or send the output elsewhere)\n",
+        "dispatcher: Cannot write the output: No space left on device (free some space, or redirect the output)\n",
     )
 
 
@@ -187,7 +190,7 @@ def test_what_the_provider_cannot_do_is_an_error(run, manager):
 def test_restart_and_reset_data(run, manager):
     manager.add("alice")
     assert run("restart", "alice")[:2] == (0, "alice is running\n")
-    assert run("reset_data", "alice", "--yes")[:2] == (0, "alice has begun afresh\n")
+    assert run("reset_data", "alice", "--yes")[:2] == (0, "the data of alice was deleted\n")
     assert ("PUT", "/agents/alice/reset_data") in [request[:2] for request in manager.requests]
 
 
@@ -356,7 +359,7 @@ def test_providers(run, manager):
 def test_reload_says_what_changed(run, manager):
     manager.answers["POST /reload"] = 200, {"changed": ["apps.demo: memory is 1G now"]}
     code, out, _ = run("reload")
-    assert (code, out) == (0, "apps.demo: memory is 1G now\nno proxy runs here; it was told nothing\n")
+    assert (code, out) == (0, "apps.demo: memory is 1G now\nno proxy is running on this machine\n")
 
 
 # JSON.

@@ -141,7 +141,7 @@ def test_secrets_are_checked_and_their_contents_never_shown(tmp_path, capsys):
     secret.write_text("hunter2")
     secret.chmod(0o644)
     code, out, err = run(capsys, "--config", str(path), "config", "check")
-    assert (code, out) == (0, "the configuration is good (apps: a)\n")
+    assert (code, out) == (0, "the configuration is valid (apps: a)\n")
     assert f"warning: apps.a.secrets.API_TOKEN: every user of this host can read {secret}" in err
     assert "warning: apps.a.secrets.OTHER: the variable NO_SUCH_VARIABLE_HERE is missing" in err
     code, shown, _ = run(capsys, "--config", str(path), "config", "show")

@@ -22,7 +22,7 @@ def test_add_asks_twice_on_a_terminal(forked_manager):
     assert code == 0, out
     assert "secret-horse" not in out
     assert out.count("Password") == 1
-    assert out.count("Once more") == 1
+    assert out.count("Repeat password") == 1
     assert out.endswith("alice was added\n")
     assert forked_manager.users == {"alice": "secret-horse"}
 
