@@ -1,7 +1,7 @@
 """The program `dispatcher`: parses options, runs one command, turns errors into exit codes.
 
 Commands are imported when they run.  Nothing here may import pydantic, sqlalchemy, flask, rich or
-importlib.metadata: `dispatcher --help` and the commands that only ask the manager must start fast.
+importlib.metadata: `dispatcher --help` and commands that only send requests to the manager must start fast.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SECTIONS = {
         "reload": Lazy("daemons", "reload", "Reload the configuration without dropping a request."),
     },
     "Users and agents": {
-        "add": Lazy("people", "add", "Add a user with an agent, or another agent for a user."),
-        "remove": Lazy("people", "remove", "Remove an agent and its data."),
-        "passwd": Lazy("people", "passwd", "Set a user's password."),
+        "add": Lazy("users", "add", "Add a user with an agent, or another agent for a user."),
+        "remove": Lazy("users", "remove", "Remove an agent and its data."),
+        "passwd": Lazy("users", "passwd", "Set a user's password."),
         "list": Lazy("show", "list_agents", "List all agents."),
         "running": Lazy("show", "running", "List running agents."),
         "info": Lazy("show", "info", "Show everything about an agent."),

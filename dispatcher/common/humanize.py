@@ -23,7 +23,7 @@ def size(count: float | None) -> str:
 def duration(seconds: float, *, up: bool = False) -> str:
     """Return a duration in one unit: ``3 minutes``; ``a moment`` below a second.
 
-    :param up: round up, at least to a second, for a time that somebody has to wait; otherwise round down.
+    :param up: round up, at least to a second, for a time to wait; otherwise round down.
     """
     for unit, length in _UNITS:
         if seconds >= length:

@@ -1,4 +1,4 @@
-"""Whom an address stands for when connections are counted, and the counting.  Pure."""
+"""Counts per client network, for limits on connections.  Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import ipaddress
 
 @functools.lru_cache(maxsize=4096)
 def network(address: str) -> str:
-    """Return what one customer of a provider usually has: an IPv4 address, or the /64 of an IPv6 address.
+    """Return the network that one client usually has: an IPv4 address, or the /64 of an IPv6 address.
 
-    Whoever has one address of a /64 has 2^64 of them (RFC 6177), each as good as the other.  What is no address is
-    returned as it is.
+    A client with one address of a /64 can use all 2^64 of them (RFC 6177).  Other text is returned unchanged.
     """
     if ":" not in address:
         return address
@@ -25,7 +24,7 @@ def network(address: str) -> str:
 
 
 class Tally:
-    """How many of something each network has.  Not for several threads at a time."""
+    """A count for each network.  Not thread-safe."""
 
     __slots__ = ("_counts",)
 
@@ -33,21 +32,21 @@ class Tally:
         self._counts: dict[str, int] = {}
 
     def __len__(self) -> int:
-        """How many networks have any."""
+        """The number of networks with a count above zero."""
         return len(self._counts)
 
     def of(self, address: str) -> int:
-        """Return how many there are."""
+        """Return the count of the address's network."""
         return self._counts.get(network(address), 0)
 
     def add(self, address: str) -> int:
-        """Count one more; return how many there are now."""
+        """Add one to the count and return it."""
         key = network(address)
         self._counts[key] = count = self._counts.get(key, 0) + 1
         return count
 
     def drop(self, address: str) -> None:
-        """Count one less."""
+        """Subtract one from the count."""
         key = network(address)
         left = self._counts[key] - 1
         if left:

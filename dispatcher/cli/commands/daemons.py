@@ -66,10 +66,10 @@ def reload(cli: Cli) -> None:
     """
     url = cli.url
     changed = cli.client().reload().get("changed", [])
-    told = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
+    reloaded = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
     lines = changed or ["the manager: no changes"]
-    lines += ["the proxy reloads the configuration" if told else "no proxy is running on this machine"]
-    cli.out.result({"changed": changed, "proxy": told}, "\n".join(lines))
+    lines += ["the proxy reloads the configuration" if reloaded else "no proxy is running on this machine"]
+    cli.out.result({"changed": changed, "proxy": reloaded}, "\n".join(lines))
 
 
 def _reload_proxy(run_dir: Path) -> bool:

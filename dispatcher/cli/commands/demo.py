@@ -20,7 +20,7 @@ from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError
 if TYPE_CHECKING:
     from dispatcher.cli.serve import Daemons
 
-PEOPLE = ("alice", "bob")
+USERS = ("alice", "bob")
 PORT = 8080
 MARKER = "made-by-dispatcher-demo"
 _CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"
@@ -50,7 +50,7 @@ def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
         daemons = Daemons(load(path), global_options(path), cli.out.note)
 
         def ready() -> None:
-            _add_people(daemons)
+            _add_users(daemons)
             if keep:
                 click.echo(f"Everything is kept in {home}")
             click.echo("Ctrl-C ends it")
@@ -58,9 +58,9 @@ def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
         return daemons.run(ready, before_stop=lambda: _stop_agents(daemons, cli))
 
 
-def _add_people(daemons: Daemons) -> None:
+def _add_users(daemons: Daemons) -> None:
     client = daemons.client()
-    passwords = {name: pronounceable() for name in PEOPLE}
+    passwords = {name: pronounceable() for name in USERS}
     for name, password in passwords.items():
         try:
             client.create_agent(name, password)
@@ -115,22 +115,14 @@ def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
 
 
 def _write_config(home: Path, run_dir: Path, port: int) -> Path:
-    import json
+    import tomli_w
 
-    lines = [
-        "# Made by `dispatcher demo`.",
-        "[manager]",
-        f"state_dir = {json.dumps(str(home / 'state'), ensure_ascii=False)}",
-        f"run_dir = {json.dumps(str(run_dir), ensure_ascii=False)}",
-        'log_level = "warning"',
-        "",
-        "[proxy]",
-        f'listen = ["127.0.0.1:{port}"]',
-        'log_level = "warning"',
-        "",
-    ]
+    tables = {
+        "manager": {"state_dir": str(home / "state"), "run_dir": str(run_dir), "log_level": "warning"},
+        "proxy": {"listen": [f"127.0.0.1:{port}"], "log_level": "warning"},
+    }
     path = home / "dispatcher.toml"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    path.write_text(f"# Made by `dispatcher demo`.\n{tomli_w.dumps(tables)}", encoding="utf-8")
     return path
 
 

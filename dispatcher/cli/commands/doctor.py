@@ -44,6 +44,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     yield from machine.python()
     yield from machine.clock()
     yield from machine.open_files()
+    yield from machine.user_namespaces()
     plugins = Plugins()
     config, paths = Config(), None
     try:

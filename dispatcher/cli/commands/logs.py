@@ -17,7 +17,15 @@ INTERVAL = 0.5  # seconds between two requests of `logs -f`
 @click.command(epilog="\b\nExamples:\n  dispatcher logs alice\n  dispatcher logs -f -n 20 alice")
 @agent_argument
 @click.option("-f", "--follow", is_flag=True, help="Print new lines as they come, until Ctrl-C.")
-@click.option("-n", "--tail", metavar="N", type=click.IntRange(0, 100_000), default=100, show_default=True)
+@click.option(
+    "-n",
+    "--tail",
+    metavar="N",
+    type=click.IntRange(0, 100_000),
+    default=100,
+    show_default=True,
+    help="Number of lines.",
+)
 @json_option
 @pass_cli
 def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:

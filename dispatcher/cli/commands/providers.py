@@ -60,12 +60,12 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
     """Check the provider NAME (or all), and explain what it isolates and what it does not."""
     client = cli.client()
     if name is not None:
-        asked = [name]
+        chosen = [name]
     elif app is not None:
         raise click.UsageError("--app needs the NAME of its provider")
     else:
-        asked = [provider["name"] for provider in client.providers()["providers"]]
-    answers = {provider: client.check_provider(provider, app)["findings"] for provider in asked}
+        chosen = [provider["name"] for provider in client.providers()["providers"]]
+    answers = {provider: client.check_provider(provider, app)["findings"] for provider in chosen}
     bad = any(finding["level"] == "error" for findings in answers.values() for finding in findings)
     if cli.out.json:
         cli.out.data(answers)

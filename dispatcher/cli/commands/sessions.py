@@ -1,4 +1,4 @@
-"""sessions list, sessions revoke.  Touches the manager."""
+"""sessions list, sessions revoke."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def sessions() -> None:
 
 
 @sessions.command("list", epilog="\b\nExample:\n  dispatcher sessions list --user alice")
-@click.option("--user", metavar="NAME", help="Only this person's.")
+@click.option("--user", metavar="NAME", help="Only those of this user.")
 @json_option
 @pass_cli
 def list_sessions(cli: Cli, user: str | None) -> None:
@@ -46,11 +46,11 @@ def list_sessions(cli: Cli, user: str | None) -> None:
     "\n  dispatcher sessions revoke --user alice"
 )
 @click.argument("session", metavar="[ID]", required=False)
-@click.option("--user", metavar="NAME", help="All of this person's.")
+@click.option("--user", metavar="NAME", help="All those of this user.")
 @json_option
 @pass_cli
 def revoke(cli: Cli, session: str | None, user: str | None) -> None:
-    """End the sign-in ID, or all of a person's; open connections are closed."""
+    """End the sign-in ID, or all those of a user, and close their connections."""
     if (session is None) == (user is None):
         raise click.UsageError("Give the ID of one sign-in, or --user NAME")
     client = cli.client()

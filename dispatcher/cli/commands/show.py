@@ -1,4 +1,4 @@
-"""list, running, info.  Touches the manager."""
+"""list, running, info."""
 
 from __future__ import annotations
 

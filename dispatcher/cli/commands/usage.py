@@ -17,9 +17,22 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher top\n  dispatcher top --once --sort cpu")
-@click.option("--once", is_flag=True, help="Print one table and end; as when standard output is no terminal.")
-@click.option("--interval", metavar="SECONDS", type=click.FloatRange(0.5, 3600), default=2.0, show_default=True)
-@click.option("--sort", type=click.Choice(["memory", "cpu", "name"]), default="memory", show_default=True)
+@click.option("--once", is_flag=True, help="Print one table and exit; the default without a terminal.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    type=click.FloatRange(0.5, 3600),
+    default=2.0,
+    show_default=True,
+    help="Time between two tables.",
+)
+@click.option(
+    "--sort",
+    type=click.Choice(["memory", "cpu", "name"]),
+    default="memory",
+    show_default=True,
+    help="Column to sort by.",
+)
 @json_option
 @pass_cli
 def top(cli: Cli, once: bool, interval: float, sort: str) -> None:

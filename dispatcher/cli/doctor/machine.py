@@ -1,11 +1,13 @@
-"""What `doctor` checks of the machine itself: Python, the clock, the limit of open files."""
+"""What `doctor` checks of the machine itself: Python, the clock, limits of the kernel."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from dispatcher.cli.doctor.findings import error, ok, warning
 from dispatcher.plugin.model import Finding
@@ -13,6 +15,12 @@ from dispatcher.plugin.model import Finding
 MIN_PYTHON = (3, 10)
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
 WANTED_FILES = 4096
+#: Settings below /proc/sys with which an ordinary user may not make user namespaces.
+_FORBIDDING = {
+    "user/max_user_namespaces": "0",
+    "kernel/unprivileged_userns_clone": "0",
+    "kernel/apparmor_restrict_unprivileged_userns": "1",
+}
 
 
 def python() -> Iterator[Finding]:
@@ -45,3 +53,17 @@ def open_files() -> Iterator[Finding]:
     else:
         shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
         yield ok(f"up to {shown} open files")
+
+
+def user_namespaces(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
+    """Check whether an ordinary user may make user namespaces: without root, a sandbox needs them."""
+    if os.geteuid() == 0:
+        return
+    for name, value in _FORBIDDING.items():
+        path = settings / name
+        if path.exists() and path.read_text(encoding="ascii").strip() == value:
+            setting = name.replace("/", ".")
+            yield warning(
+                "unprivileged user namespaces are not allowed: an ordinary user's agents get no sandbox",
+                f"change the setting {setting}, which is {value} (sysctl), or run the manager as root",
+            )

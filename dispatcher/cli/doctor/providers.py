@@ -1,7 +1,7 @@
-"""What `doctor` checks of providers: it asks each installed one, a third party's too.
+"""What `doctor` checks of providers: `check` and `explain` of each installed one, also of a third party.
 
-A provider that a running manager uses is checked by the manager, any other one in this process, in a directory of
-its own.
+A running manager checks the providers that it uses.  The others are checked in this process, with temporary
+directories.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def providers(config: Config, plugins: Plugins, client: ManagerClient | None) ->
 
     :param client: of the running manager; None without one.
     """
-    asked = {provider["name"] for provider in client.providers()["providers"]} if client else set()
-    for name in sorted(asked):
+    managed = {provider["name"] for provider in client.providers()["providers"]} if client else set()
+    for name in sorted(managed):
         assert client is not None
         for item in client.check_provider(name)["findings"]:
             yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
     used = set(config.providers) | {app.provider for app in config.apps.values()}
-    for name in sorted((used | set(plugins.available())) - asked):
+    for name in sorted((used | set(plugins.available())) - managed):
         try:
             plugins.load(name)
         except PluginError as problem:
