@@ -54,6 +54,7 @@ class Cli:
         if self._client is not None:
             return self._client
         from dispatcher.client.manager_client import ManagerClient
+        from dispatcher.client.transport import Transport
 
         url = self.url
         remote = not url.startswith("unix:")
@@ -61,7 +62,7 @@ class Cli:
             self.out.note(
                 "-k: the manager's certificate is not checked; an attacker in between can read token and passwords"
             )
-        self._client = ManagerClient(
+        transport = Transport(
             url,
             token=self._token() if remote else None,
             verify=self.check_certificate,
@@ -71,6 +72,7 @@ class Cli:
             ssl=self.tls,
             patience=PATIENCE,
         )
+        self._client = ManagerClient(transport)
         return self._client
 
     def close(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -22,47 +21,15 @@ PURGE_TIMEOUT = 330.0  # seconds; the manager gives up after 300
 class ManagerClient:
     """A client of one manager.
 
-    :param url: ``unix:///PATH`` of a socket, or ``https://HOST[:4443]``; ``http://`` only with ``ssl=False``
-        and a loopback address.
-    :param token: authenticates the caller over TCP.
-    :param verify: False accepts any certificate (``-k``): the connection is encrypted and not authenticated.
-    :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, whoever signed it.
-    :param ca_file: PEM file of the certificates to trust instead of the system's.
-    :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
+    :param manager: the URL of its socket, ``unix:///PATH``, or a transport.
     :param timeout: seconds to wait for an answer, in addition to a `wait`.
-    :param patience: seconds to wait for a manager that is starting on this machine.
-    :raises BadRequest: a parameter cannot be used.
 
     Every method raises `ManagerUnreachable`, and the error that the manager answered with.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        token: str | None = None,
-        verify: bool = True,
-        fingerprint: str | None = None,
-        ca_file: str | Path | None = None,
-        cert_file: str | Path | None = None,
-        key_file: str | Path | None = None,
-        ssl: bool = True,
-        timeout: float = 30.0,
-        patience: float = 0.0,
-    ) -> None:
-        self.url = url
+    def __init__(self, manager: str | Transport, *, timeout: float = 30.0) -> None:
         self.timeout = timeout
-        self._transport = Transport(
-            url,
-            token=token,
-            verify=verify,
-            fingerprint=fingerprint,
-            ca_file=ca_file,
-            cert_file=cert_file,
-            key_file=key_file,
-            ssl=ssl,
-            patience=patience,
-        )
+        self._transport = Transport(manager) if isinstance(manager, str) else manager
 
     def close(self) -> None:
         """Close all connections.  The client cannot be used any more."""
@@ -239,8 +206,8 @@ class ManagerClient:
             method, target, content, (timeout or self.timeout) + (wait or 0.0), again=again
         )
         if reply.status >= 300:
-            raise _error(reply, self.url)
-        return parse(reply, self.url)
+            raise _error(reply, self._transport.url)
+        return parse(reply, self._transport.url)
 
 
 def _agent(name: str, *rest: str) -> str:

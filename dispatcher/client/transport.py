@@ -81,9 +81,17 @@ class _UnixConnection(_Connection):
 
 
 class Transport:
-    """Sends requests to one manager.  `ManagerClient` describes the parameters.
+    """Sends requests to one manager.
 
-    :raises BadRequest: a URL, fingerprint, certificate or token that cannot be used.
+    :param url: ``unix:///PATH`` of a socket, or ``https://HOST[:4443]``; ``http://`` only with ``ssl=False``
+        and a loopback address.
+    :param token: authenticates the caller over TCP.
+    :param verify: False accepts any certificate (``-k``): the connection is encrypted and not authenticated.
+    :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, whoever signed it.
+    :param ca_file: PEM file of the certificates to trust instead of the system's.
+    :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
+    :param patience: seconds to wait for a manager that is starting on this machine.
+    :raises BadRequest: a parameter cannot be used.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from dispatcher.client.manager_client import ManagerClient
+from dispatcher.client.transport import Transport
 from dispatcher.plugin.errors import Conflict, Forbidden, ManagerUnreachable
 from tests.support.installation import PASSWORD, Installation, until
 from tests.support.manager_process import Worker
@@ -288,7 +289,8 @@ def test_an_ordinary_user_can_run_it(short_tmp):
 
     try:
         until("it listens", alive)
-        admin = ManagerClient(f"unix://{base}/run/manager.sock", patience=20)  # bound is not yet listening
+        # A bound socket is not listening yet.
+        admin = ManagerClient(Transport(f"unix://{base}/run/manager.sock", patience=20))
         until("it answers", lambda: admin.healthz()["status"])
         admin.create_agent("alice", PASSWORD)
         assert (base / "state/dispatcher.db").stat().st_uid == 65534

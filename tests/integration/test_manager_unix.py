@@ -14,6 +14,7 @@ import pytest
 
 from dispatcher.plugin import errors
 from dispatcher.client.manager_client import ManagerClient
+from dispatcher.client.transport import Transport
 from dispatcher.plugin.errors import BadRequest, Conflict, Forbidden, ManagerUnreachable, NotFound
 from dispatcher.manager.rest import server as wsgi_server
 from tests.support.installation import UnixConnection, until
@@ -225,7 +226,7 @@ def test_a_manager_that_hangs_is_given_up(short_tmp):
 )
 def test_addresses_and_credentials_that_cannot_be_are_said(url, options, words):
     with pytest.raises(BadRequest) as caught:
-        ManagerClient(url, **options)
+        Transport(url, **options)
     assert words in str(caught.value)
     assert caught.value.fix
 
