@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     )
     from dispatcher.plugin.private_dir import make_owned, owned
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
+    from dispatcher.plugin.ssh import SshMultiplexer
 
 #: In the order in which a name is looked for: those that import little come first.
 _MODULES = (
@@ -92,6 +93,7 @@ _MODULES = (
     "options",
     "authenticator",
     "provider",
+    "ssh",
 )
 
 __all__ = [
@@ -146,6 +148,7 @@ __all__ = [
     "ProviderError",
     "Size",
     "SpecConflict",
+    "SshMultiplexer",
     "StartFailed",
     "Table",
     "TooManyRequests",

@@ -138,7 +138,7 @@ class Engine:
         if deadline.expired:
             raise DeadlineExceeded(f"There was no time left to {doing}", fix="try again with more time")
         if self.tunnel:
-            self.tunnel.ensure(deadline)
+            self.tunnel.connect(deadline)
         if self._client:
             return self._client
         if not self._lock.acquire(timeout=deadline.remaining()):

@@ -195,7 +195,7 @@ class DockerProvider(Provider):
         labels = found["Config"].get("Labels")
         current = self._images.meaning(observing.label(labels, "image"))
         seen = observing.from_inspection(found, reach=self._reach, current_image=current)
-        seen = self._here.tunnelled(handle, seen, deadline)
+        seen = self._endpoint_here(handle, seen, deadline)
         if seen.state is BackendState.STOPPED:
             return self._endings.complete(handle, found["Id"], seen, deadline)
         return seen
@@ -241,9 +241,13 @@ class DockerProvider(Provider):
             if seen.state is BackendState.STOPPED:
                 ended.append((handle, str(one["Id"]), seen))
             else:
-                alive.append((handle, self._here.tunnelled(handle, seen, deadline)))
+                alive.append((handle, self._endpoint_here(handle, seen, deadline)))
         whys = self._endings.complete_many(ended, deadline)
         return alive + [(handle, seen) for (handle, _, _), seen in zip(ended, whys, strict=True)]
+
+    def _endpoint_here(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
+        tunnel = self._engine.tunnel
+        return tunnel.forward(handle, seen, deadline) if tunnel else seen
 
     # -- capabilities ------------------------------------------------------------------------------------
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import replace
 
-from dispatcher.plugin import Deadline, Endpoint, Handle, Observation, ProviderContext
+from dispatcher.plugin import Deadline, Handle, ProviderContext
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.secretfiles import SecretFiles
 
@@ -21,15 +20,6 @@ class ThisSide:
         self._engine = engine
         self.secrets = SecretFiles(context)
 
-    def tunnelled(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
-        """Return the observation with the endpoint on this side of an ssh tunnel."""
-        run_dir, tunnel = handle.data.get("run_dir"), self._engine.tunnel
-        if tunnel is None or seen.endpoint is None or seen.endpoint.kind != "tcp" or not isinstance(run_dir, str):
-            return seen
-        path = f"{run_dir}/s"
-        tunnel.forward(path, f"{seen.endpoint.host}:{seen.endpoint.port}", deadline)
-        return replace(seen, endpoint=Endpoint.unix(path), owner_uid=os.geteuid())
-
     def clear(self, handle: Handle, deadline: Deadline) -> None:
         """Remove the secrets and the socket of a container that does not run."""
         self.secrets.remove(handle.name)
@@ -37,7 +27,7 @@ class ThisSide:
         if not isinstance(run_dir, str):
             return
         if self._engine.tunnel:
-            self._engine.tunnel.cancel(f"{run_dir}/s", deadline)
+            self._engine.tunnel.ssh.cancel(f"{run_dir}/s", deadline)
         try:
             directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError:

@@ -1,80 +1,18 @@
 """An engine behind ssh://: a real sshd, the engine's socket and the agents' ports through one connection."""
 
 import os
-import shutil
-import signal
-import socket
-import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 
+from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.plugin.model import BackendState, Network
 from dispatcher.testing.kit import eventually
 from tests.support.docker_tools import PORTED, DockerWorld, docker, images
+from tests.support.sshd import Sshd
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.slow]
-
-
-class Sshd:
-    """A real sshd on a loopback port, with keys of its own."""
-
-    def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="sshd-", dir="/tmp"))
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        for name in ("host", "user"):
-            subprocess.run(
-                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.directory / name], check=True
-            )
-        shutil.copy(self.directory / "user.pub", self.directory / "authorized")
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            self.port = sock.getsockname()[1]
-        (self.directory / "config").write_text(
-            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.directory}/host\nPidFile none\n"
-            f"AuthorizedKeysFile {self.directory}/authorized\nStrictModes no\nPasswordAuthentication no\n"
-            "UsePAM no\nPermitRootLogin prohibit-password\nAllowStreamLocalForwarding yes\n"
-        )
-        key = (self.directory / "host.pub").read_text().split()[:2]
-        (self.directory / "known").write_text(f"[127.0.0.1]:{self.port} {' '.join(key)}\n")
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        with open(self.directory / "log", "ab") as log:
-            self.process = subprocess.Popen(
-                ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.directory / "config")],
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def stop(self) -> None:
-        """End the listener and every connection."""
-        assert self.process
-        for pid in self._family(self.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-
-    def _family(self, root: int) -> list[int]:
-        children: dict[int, list[int]] = {}
-        for entry in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = entry.read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            children.setdefault(int(fields[1]), []).append(int(entry.parent.name))
-        found, new = [], [root]
-        while new:
-            found += new
-            new = [child for pid in new for child in children.get(pid, ())]
-        return found
-
-    def close(self) -> None:
-        self.stop()
-        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +29,7 @@ def ssh_settings(sshd, monkeypatch):
     directory = sshd.directory / "bin"
     directory.mkdir(exist_ok=True)
     program = directory / "ssh"
-    program.write_text(
-        f'#!/bin/sh\nexec /usr/bin/ssh -F none -i {sshd.directory}/user -o UserKnownHostsFile={sshd.directory}/known "$@"\n'
-    )
+    program.write_text(f'#!/bin/sh\nexec /usr/bin/ssh {" ".join(sshd.options)} "$@"\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
@@ -103,10 +39,9 @@ def world(sshd):
     world = DockerWorld(f"ssh://root@127.0.0.1:{sshd.port}")
     world.host = ""  # the tests themselves ask the engine directly
     yield world
-    tunnel = world.driver.provider._engine.tunnel
+    ssh = world.driver.provider._engine.tunnel.ssh
     world.close()
-    if tunnel._pid:
-        os.kill(tunnel._pid, signal.SIGTERM)
+    ssh.close(Deadline(10))
 
 
 def run(world, name, **changes):
@@ -138,14 +73,14 @@ def test_agents_by_ssh(world):
 def test_a_fresh_instance_uses_the_same_ssh(world):
     agent = run(world, "bob")
     start = agent.inside.id()["start"]
-    pid = world.driver.provider._engine.tunnel._pid
+    pid = world.driver.provider._engine.tunnel.ssh.pid
     world.driver.provider.close()
     assert agent.inside.answers(), "agents are served while the manager is away"
     other = world.another()
     try:
         _, seen = other.list()["bob"]
         assert seen.endpoint == agent.inside.endpoint
-        assert other.provider._engine.tunnel._pid == pid
+        assert other.provider._engine.tunnel.ssh.pid == pid
         assert agent.inside.id()["start"] == start
     finally:
         other.provider.close()
