@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     )
     from dispatcher.plugin.private_dir import make_owned, owned
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
+    from dispatcher.plugin.secret_files import SecretFiles, in_memory
     from dispatcher.plugin.ssh import SshMultiplexer
 
 #: In the order in which a name is looked for: those that import little come first.
@@ -93,6 +94,7 @@ _MODULES = (
     "options",
     "authenticator",
     "provider",
+    "secret_files",
     "ssh",
 )
 
@@ -146,6 +148,7 @@ __all__ = [
     "Provider",
     "ProviderContext",
     "ProviderError",
+    "SecretFiles",
     "Size",
     "SpecConflict",
     "SshMultiplexer",
@@ -166,6 +169,7 @@ __all__ = [
     "checked_unix_path",
     "connect",
     "hookimpl",
+    "in_memory",
     "make_owned",
     "no_progress",
     "owned",

@@ -1,7 +1,4 @@
-"""From an agent's spec to the engine's description of a container.  Pure.
-
-What comes out is the body of the Engine API's `POST /containers/create`; nothing secret is in it.
-"""
+"""From an agent's spec to the body of the Engine API's `POST /containers/create`, which holds no secret."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, Docke
 
 PROVIDER = "docker"
 LABEL = "dispatcher."
-#: Where the agent's run_dir, and in it the socket, is inside.
+#: Paths inside the container: the agent's run_dir, its socket, its secrets.
 INSIDE_RUN = "/run/dispatcher"
 INSIDE_SOCKET = f"{INSIDE_RUN}/s"
 INSIDE_SECRETS = "/run/secrets"
@@ -27,7 +24,7 @@ def options_of(app: App) -> DockerAppOptions:
 
 
 def handle_of(spec: AgentSpec) -> Handle:
-    """Return the handle of an agent: what stop, destroy and data need is in it."""
+    """Return an agent's handle, with the values that stop, destroy and data need."""
     options = options_of(spec.app)
     return Handle(
         provider=PROVIDER,
@@ -76,7 +73,7 @@ def container(
 ) -> dict[str, Any]:
     """Return the body that creates an agent's container.
 
-    :param image_id: what the image's name meant when it was looked up; :param own_volume: data is a volume;
+    :param image_id: id of the image at its lookup; :param own_volume: data is a volume;
     :param secrets_dir: directory in memory with the secrets; :param seccomp: "", "unconfined" or a profile.
     """
     options = options_of(spec.app)
@@ -93,7 +90,7 @@ def container(
         "Healthcheck": {"Test": ["NONE"]},
         "HostConfig": {
             **_limits(spec, options),
-            **_walls(options, seccomp),
+            **_isolation(options, seccomp),
             **_network(spec, options, backend),
             "Mounts": mounts(spec, own_volume=own_volume, secrets_dir=secrets_dir),
             "Tmpfs": {path: f"rw,exec,nosuid,nodev,mode=1777,size={size}" for path, size in options.tmpfs.items()},
@@ -132,7 +129,7 @@ def fill(text: str, options: DockerAppOptions) -> str:
 
 
 def environment(spec: AgentSpec) -> dict[str, str]:
-    """Return what the app finds in its environment besides the image's own."""
+    """Return the app's environment, besides the image's own."""
     options = options_of(spec.app)
     own = {
         "HOME": options.data_path,
@@ -150,7 +147,7 @@ def environment(spec: AgentSpec) -> dict[str, str]:
 
 
 def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
-    """Return what a fresh instance of the provider knows an agent by."""
+    """Return the labels from which another instance of the provider recognises an agent."""
     options = options_of(spec.app)
     known = {
         "installation": spec.installation,
@@ -168,7 +165,7 @@ def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
 
 
 def mounts(spec: AgentSpec, *, own_volume: bool, secrets_dir: Path | None) -> list[dict[str, Any]]:
-    """Return what of the host the container sees."""
+    """Return the mounts: data, run_dir, secrets and those in the app's options."""
     options = options_of(spec.app)
     if own_volume:
         data = {
@@ -213,7 +210,7 @@ def _limits(spec: AgentSpec, options: DockerAppOptions) -> dict[str, Any]:
     return found
 
 
-def _walls(options: DockerAppOptions, seccomp: str) -> dict[str, Any]:
+def _isolation(options: DockerAppOptions, seccomp: str) -> dict[str, Any]:
     security = []
     if options.no_new_privileges:
         security.append("no-new-privileges:true")

@@ -1,4 +1,4 @@
-"""The engine's events, as changes of agents.  Touches the engine, in a thread of its own."""
+"""The engine's events, reported as changes of agents by a thread of its own."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 from dispatcher.plugin import Deadline, DispatcherError
 from dispatcher_docker.containers import LABEL
-from dispatcher_docker.engine import Engine
-from dispatcher_docker.observing import unix_time
+from dispatcher_docker.host import Engine
+from dispatcher_docker.observe import unix_time
 
-#: What an agent's container may go through by itself or by somebody else's hand.
+#: Events that can change an agent's state.
 CHANGES = ("die", "oom", "pause", "unpause", "start", "stop", "kill", "destroy", "rename", "update")
-#: A quiet stream is opened anew after so many seconds, so that a dead one is noticed.
+#: Seconds without an event after which the stream is opened again, as the connection may be dead.
 _QUIET = 60.0
 
 
 class Watch:
-    """Reports changes until `close`; connects again by itself, and tells of the gap."""
+    """Reports changes until `close`.  It reconnects by itself, and reports "" (any agent) after a gap."""
 
     def __init__(
         self, engine: Engine, installation: str, on_change: Callable[[str], None], log: logging.Logger
@@ -52,11 +52,11 @@ class Watch:
         gap = False
         while not self._closed.is_set():
             try:
-                with self._engine.call("listen to events", Deadline(_QUIET)) as client:
+                with self._engine.call("read events", Deadline(_QUIET)) as client:
                     if self._since is None:
                         self._since = f"{unix_time(str(client.info()['SystemTime'])) or 0:.9f}"
                     self._stream = client.events(
-                        since=self._since,  # type: ignore[call-overload]  # the engine takes text too, with nanoseconds
+                        since=self._since,  # type: ignore[call-overload]  # the engine takes text with nanoseconds too
                         decode=True,
                         filters={
                             "type": "container",
@@ -65,15 +65,15 @@ class Watch:
                         },
                     )
                     if gap:
-                        self._tell("")
+                        self._report("")
                     gap, pause = True, 0.1
                     for event in self._stream:
                         if self._closed.is_set():
                             return
-                        self._hear(event)
+                        self._on_event(event)
             except DispatcherError as error:
                 if error.code == "deadline-exceeded":
-                    # Nothing came for a while: asked again from the last event on, nothing is lost.
+                    # No event for a while: the next request asks for all since the last one, so none is lost.
                     gap = gap and self._since is None
                     continue
                 self._log.debug("the events of the engine stopped: %s", error)
@@ -83,17 +83,18 @@ class Watch:
             self._closed.wait(pause)
             pause = min(2.0, pause * 2)
 
-    def _hear(self, event: Mapping[str, Any]) -> None:
-        stamp = event.get("timeNano")
-        if isinstance(stamp, int):
-            self._since = f"{(stamp + 1) // 1_000_000_000}.{(stamp + 1) % 1_000_000_000:09d}"
+    def _on_event(self, event: Mapping[str, Any]) -> None:
+        nanoseconds = event.get("timeNano")
+        if isinstance(nanoseconds, int):
+            seconds, rest = divmod(nanoseconds + 1, 1_000_000_000)
+            self._since = f"{seconds}.{rest:09d}"
         name = ((event.get("Actor") or {}).get("Attributes") or {}).get("name")
         if name:
-            self._tell(str(name))
+            self._report(str(name))
 
-    def _tell(self, name: str) -> None:
+    def _report(self, name: str) -> None:
         if not self._closed.is_set():
             try:
                 self._on_change(name)
             except Exception:
-                self._log.exception("somebody who watches the engine failed")
+                self._log.exception("a callback for changes of containers failed")

@@ -1,6 +1,6 @@
-"""Images: pulled, built or verified.  Touches the engine, registries through it, and build directories.
+"""Images: pulled, built or verified.
 
-A pull holds one connection and a lock for its image alone: no other app waits for it.
+A pull holds a lock for its image only: other apps do not wait for it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from docker.types import CancellableStream
 
 from dispatcher.plugin import App, Deadline, DeadlineExceeded, Progress, ProviderError
 from dispatcher_docker.containers import LABEL, image_reference, options_of
-from dispatcher_docker.engine import Engine
+from dispatcher_docker.errors import NoSuchObject, translate
+from dispatcher_docker.host import Engine
 from dispatcher_docker.options import DockerOptions
-from dispatcher_docker.translate import NoSuchObject, translate
 
 _BUILD_LABEL = f"{LABEL}build"
 
@@ -34,13 +35,13 @@ class Images:
         self._installation = installation
         self._locks: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
-        #: What each image's name meant when it was last looked up.
+        #: Image name -> id at the last lookup, "" if not known.
         self.current: dict[str, str] = {}
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> str:
-        """Make an app's image be there, by its policy; return its id.
+        """Pull, build or find an app's image, as its options say; return its id.
 
-        :raises ProviderError: it cannot be had.
+        :raises ProviderError: the image is not available.
         """
         options = options_of(app)
         reference = image_reference(app, self._installation)
@@ -51,7 +52,7 @@ class Images:
             return known
         if options.pull == "never":
             raise missing(app, reference, 'pull = "never", and the engine does not have it')
-        with self._one_at_a_time(reference, deadline, progress):
+        with self._locked(reference, deadline, progress):
             if options.pull == "missing" and (known := self.look_up(reference, deadline)):
                 return known
             credentials = self._credentials(reference)
@@ -65,12 +66,12 @@ class Images:
         return known
 
     def resolve(self, app: App, *, deadline: Deadline, progress: Progress) -> str:
-        """Return the id of an app's image for a start: no pull of one that is there, whatever the policy."""
+        """Return the id of an app's image for a start; an image that exists is not pulled, whatever the policy."""
         reference = image_reference(app, self._installation)
         return self.look_up(reference, deadline) or self.prepare(app, deadline=deadline, progress=progress)
 
     def look_up(self, reference: str, deadline: Deadline) -> str:
-        """Return the id of an image that the engine has, "" if it has none."""
+        """Return an image's id, "" if the engine does not have it."""
         try:
             with self._engine.call(f"look for the image {reference}", deadline) as client:
                 found = str(client.image(reference)["Id"])
@@ -81,7 +82,7 @@ class Images:
         return found
 
     def look_up_all(self, deadline: Deadline) -> None:
-        """Learn what all names mean now, in one call."""
+        """Look up all known names, in one request."""
         with self._engine.call("list the images", deadline) as client:
             found = client.images()
         names: dict[str, str] = {}
@@ -91,8 +92,8 @@ class Images:
         for reference in list(self.current):
             self.current[reference] = names.get(_tagged(reference), "")
 
-    def meaning(self, reference: str) -> str:
-        """Return what a name meant when it was last looked up, "" if that is not known; remember to look it up."""
+    def last_id(self, reference: str) -> str:
+        """Return the id that a name had at the last lookup, "" if not known; from now on it is looked up."""
         return self.current.setdefault(reference, "")
 
     # -- pulling -----------------------------------------------------------------------------------------
@@ -114,9 +115,9 @@ class Images:
                 stream, f"pull the image {reference}", deadline, progress, "pulling the image"
             ):
                 if "error" in message:
-                    raise ProviderError("The engine gave up", why=str(message["error"]))
-                if said := layers.hear(message):
-                    progress("pulling the image", *said)
+                    raise ProviderError("The pull failed", why=str(message["error"]))
+                if report := layers.update(message):
+                    progress("pulling the image", *report)
 
     def _credentials(self, reference: str) -> dict[str, str] | None:
         registry = self._options.registries.get(_host(reference))
@@ -143,7 +144,7 @@ class Images:
                 why=f"there is no {options.build / options.dockerfile}",
                 fix=f"correct apps.{app.name}.docker.build or .dockerfile",
             )
-        with self._one_at_a_time(reference, deadline, progress):
+        with self._locked(reference, deadline, progress):
             wanted = directory_digest(options.build, options.dockerfile, options.build_args)
             if (known := self._built(reference, wanted, deadline)) is not None:
                 return known
@@ -160,7 +161,7 @@ class Images:
                     platform=options.platform or None,
                     pull=options.pull == "always",
                 )
-                said: deque[str] = deque(maxlen=20)
+                lines: deque[str] = deque(maxlen=20)
                 for message in self._follow(
                     stream, f"build the image of {app.name}", deadline, progress, "building the image"
                 ):
@@ -169,10 +170,10 @@ class Images:
                             f"The image of {app.name} could not be built",
                             why=" ".join(str(message["error"]).split())[:600],
                             fix=f"correct {options.build / options.dockerfile}",
-                            details={"log": list(said)},
+                            details={"log": list(lines)},
                         )
                     if line := str(message.get("stream", "")).strip():
-                        said.append(line[:500])
+                        lines.append(line[:500])
                         progress("building the image", line[:120])
         known = self.look_up(reference, deadline)
         if not known:
@@ -190,25 +191,30 @@ class Images:
         self.current[reference] = found["Id"]
         return str(found["Id"])
 
-    # -- long answers ------------------------------------------------------------------------------------
+    # -- streamed answers ------------------------------------------------------------------------------------
 
-    def _one_at_a_time(self, reference: str, deadline: Deadline, progress: Progress) -> Held:
+    @contextmanager
+    def _locked(self, reference: str, deadline: Deadline, progress: Progress) -> Iterator[None]:
+        """Hold the lock of one image."""
         with self._lock:
             lock = self._locks.setdefault(reference, threading.Lock())
         while not lock.acquire(timeout=min(0.5, max(0.01, deadline.remaining()))):
-            progress("waiting for the image", f"{reference} is being prepared already")
+            progress("waiting for the image", f"another start prepares {reference}")
             if deadline.expired:
                 raise DeadlineExceeded(
                     f"The image {reference} was not ready in time",
-                    why="another start is preparing it",
+                    why="another start prepares it",
                     fix="wait, then start the agent again",
                 )
-        return Held(lock.release)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _follow(
         self, stream: Any, doing: str, deadline: Deadline, progress: Progress, step: str
     ) -> Iterator[Mapping[str, Any]]:
-        """Yield the messages of a long answer, telling progress in between, until the deadline."""
+        """Yield the messages of a streamed answer until the deadline, and report progress in between."""
         assert isinstance(stream, CancellableStream)
         messages: queue.Queue[Mapping[str, Any] | BaseException | None] = queue.Queue()
 
@@ -217,7 +223,7 @@ class Images:
                 for message in stream:
                     messages.put(message)
                 messages.put(None)
-            except Exception as error:  # handed to the thread that waits
+            except Exception as error:  # for the thread that waits
                 messages.put(error)
 
         reader = threading.Thread(target=read, name="docker-stream", daemon=True)
@@ -244,27 +250,14 @@ class Images:
             reader.join(2)
 
 
-class Held:
-    """A lock that is held for the length of a block."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release = release
-
-    def __enter__(self) -> None:
-        """It is held already."""
-
-    def __exit__(self, *error: object) -> None:
-        self._release()
-
-
 class Layers:
-    """Adds up what the engine says of each layer of a pull."""
+    """Sums up the progress of a pull over its layers."""
 
     def __init__(self) -> None:
         self._layers: dict[str, tuple[float, float]] = {}
 
-    def hear(self, message: Mapping[str, Any]) -> tuple[str, float | None] | None:
-        """Return detail and fraction for a message, None if it says nothing new."""
+    def update(self, message: Mapping[str, Any]) -> tuple[str, float | None] | None:
+        """Take a message; return detail and fraction, None if it has no news."""
         layer, status = str(message.get("id", "")), str(message.get("status", ""))
         detail = message.get("progressDetail") or {}
         if not layer or status.startswith(("Pulling from", "Status")):
@@ -286,7 +279,7 @@ class Layers:
 
 
 def missing(app: App, reference: str, why: str) -> ProviderError:
-    """Return the error for an image that cannot be had."""
+    """Return the error for an image that is not available."""
     return ProviderError(
         f"There is no image {reference}",
         why=why,
@@ -296,18 +289,18 @@ def missing(app: App, reference: str, why: str) -> ProviderError:
 
 def _pull_failed(app: App, reference: str, why: str) -> ProviderError:
     text = why.lower()
-    if any(words in text for words in ("denied", "unauthorized", "authentication", "no basic auth")):
+    if any(phrase in text for phrase in ("denied", "unauthorized", "authentication", "no basic auth")):
         return ProviderError(
             f"The image {reference} could not be pulled",
             why=why,
             fix=f'set providers.docker.registries."{_host(reference)}", or docker login as the manager\'s user',
         )
-    if any(words in text for words in ("manifest unknown", "not found", "no such image", "does not exist")):
+    if any(phrase in text for phrase in ("manifest unknown", "not found", "no such image", "does not exist")):
         return missing(app, reference, why)
     return ProviderError(
         f"The image {reference} could not be pulled",
         why=why,
-        fix=f"look whether {_host(reference)} can be reached",
+        fix=f"check whether {_host(reference)} can be reached",
     )
 
 

@@ -1,4 +1,4 @@
-"""A container's output as lines.  Touches the engine."""
+"""A container's output, as lines."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dispatcher.plugin import Deadline, DispatcherError, ProviderError, Unavailable
-from dispatcher_docker.engine import Engine
-from dispatcher_docker.translate import NoSuchObject, translated
+from dispatcher_docker.errors import NoSuchObject, translated
+from dispatcher_docker.host import Engine
 
 MAX_LINE = 65_536
 
 
 def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[bytes]:
-    """Return the last `tail` lines; none of a container that does not exist."""
+    """Return the last `tail` lines; none if the container does not exist."""
     try:
         with engine.call("read the log", deadline) as client:
             found: Any = client.logs(name, stdout=True, stderr=True, tail=max(0, tail))
@@ -29,9 +29,9 @@ def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[by
 
 def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Iterator[bytes]:
     """Yield the last `tail` lines, then new ones until the deadline or the container's end."""
-    patient = Deadline(deadline.remaining() + 30)  # the stream is closed at the deadline, not timed out
+    later = Deadline(deadline.remaining() + 30)  # the stream is closed at the deadline, before this timeout
     try:
-        with engine.call("read the log", patient) as client:
+        with engine.call("read the log", later) as client:
             stream: Any = client.logs(name, stdout=True, stderr=True, tail=max(0, tail), stream=True, follow=True)
     except NoSuchObject:
         return
@@ -39,7 +39,7 @@ def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Itera
     timer.daemon = True
     timer.start()
     try:
-        with translated("read the log", engine.url, patient):
+        with translated("read the log", engine.url, later):
             yield from lines(stream)
     except Unavailable:
         if not deadline.expired:
@@ -57,7 +57,7 @@ def _close(stream: Any) -> None:
 
 
 def lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield lines without their end, cut to `MAX_LINE`, from chunks that end anywhere."""
+    """Split chunks of any size into lines of at most `MAX_LINE`; the rest of a longer line is dropped."""
     rest, cut = b"", False
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")

@@ -1,8 +1,8 @@
-"""The bridge that an installation's agents share, and its walls.  Touches the engine and this host's firewall.
+"""The bridge network that an installation's agents share.
 
-On it no agent reaches another (`enable_icc=false`).  What Docker leaves open is the way from a container to the
-host's own services; where the manager is root on the engine's host, one rule per bridge closes it: packets that
-come from the bridge to the host and begin something new are refused.
+Agents on it cannot reach each other (`enable_icc=false`).  Docker does let containers connect to the host's own
+services.  Where the manager is root on the engine's host, one firewall rule per bridge prevents that: new
+connections from the bridge to the host are rejected.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from contextlib import contextmanager
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderContext, ProviderError
 from dispatcher_docker.containers import LABEL, network_name
-from dispatcher_docker.engine import Engine
-from dispatcher_docker.translate import NoSuchObject
+from dispatcher_docker.errors import NoSuchObject
+from dispatcher_docker.host import Engine
 
 
 class Networks:
@@ -33,8 +33,8 @@ class Networks:
 
     @contextmanager
     def in_use(self, deadline: Deadline) -> Iterator[None]:
-        """Have the bridge there for the length of a start."""
-        with self._alone(deadline):
+        """Make the bridge, and keep it for the length of a start."""
+        with self._locked(deadline):
             self._ensure(deadline)
             self._starting += 1
         try:
@@ -44,12 +44,12 @@ class Networks:
                 self._starting -= 1
 
     @contextmanager
-    def _alone(self, deadline: Deadline) -> Iterator[None]:
+    def _locked(self, deadline: Deadline) -> Iterator[None]:
         if not self._lock.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded(
                 "The network of this installation was not ready in time",
-                why="another start or removal is busy with it",
-                fix="look whether the engine hangs (docker info)",
+                why="another start or removal holds it",
+                fix="check whether the engine hangs (docker info)",
             )
         try:
             yield
@@ -61,7 +61,7 @@ class Networks:
             with self._engine.call("look for the network of this installation", deadline) as client:
                 client.inspect_network(self.name)
         except NoSuchObject:
-            with self._engine.call("make the network of this installation", deadline) as client:
+            with self._engine.call("create the network of this installation", deadline) as client:
                 client.create_network(
                     self.name,
                     driver="bridge",
@@ -93,14 +93,14 @@ class Networks:
         except (OSError, subprocess.SubprocessError) as error:
             why = getattr(error, "stderr", b"") or str(error).encode()
             raise ProviderError(
-                "Agents cannot be kept from this host's services",
+                "This host's services cannot be protected from agents",
                 why=why.decode(errors="replace").strip(),
                 fix='let the manager run iptables, or use network = "none"',
             ) from error
 
     def remove_unused(self, deadline: Deadline) -> None:
-        """Remove the bridge and its rule when the installation has no container any more."""
-        with self._alone(deadline):
+        """Remove the bridge and its rule if the installation has no containers left."""
+        with self._locked(deadline):
             if self._starting:
                 return
             with self._engine.call("look for containers of this installation", deadline) as client:

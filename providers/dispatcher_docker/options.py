@@ -1,6 +1,6 @@
-"""What the configuration may say: ``[providers.docker]`` and ``[apps.X.docker]``.  Pure.
+"""The options in ``[providers.docker]`` and ``[apps.X.docker]``.
 
-Every loosening of an agent's isolation is a key of its own; `explain` names those that an app uses.
+Each key that weakens an agent's isolation does one thing; `explain` names those that an app uses.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from dispatcher.plugin import Duration, Size
 
 Path_ = Annotated[Path, Field(strict=False)]
-#: Without these root could not even use the agent's data, nor give up its rights.
+#: What root needs to use the agent's data, and to give up its privileges.
 ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID")
 _CAPABILITY = re.compile(r"[A-Z][A-Z_]+")
 _SIGNAL = re.compile(r"(SIG)?[A-Z0-9+]+")
@@ -29,7 +29,7 @@ class Strict(BaseModel):
 
 
 class Registry(Strict):
-    """``[providers.docker.registries."HOST"]``: who pulls from a private registry."""
+    """``[providers.docker.registries."HOST"]``: credentials for a private registry."""
 
     username: str
     password_file: Path_ = Field(description="a file that only the manager reads")
@@ -60,7 +60,7 @@ class DockerOptions(Strict):
         default="", description="address that the proxy uses for published ports; by default `publish`"
     )
     registries: dict[str, Registry] = Field(default={}, description="by host name, besides ~/.docker/config.json")
-    pull_timeout: Duration = Field(default=1800.0, description="for an image, whatever the operation's deadline")
+    pull_timeout: Duration = Field(default=1800.0, description="for an image, instead of the operation's deadline")
     log_driver: Literal["local", "json-file"] = "local"
     log_max_size: Size = Field(default=10 * 1024**2, description="of one log file of an agent")
     log_max_files: int = Field(default=2, ge=1, le=100)
@@ -96,7 +96,7 @@ class Mount(Strict):
 
 
 class DockerAppOptions(Strict):
-    """``[apps.X.docker]``: what runs, and what is loosened."""
+    """``[apps.X.docker]``: the program and its isolation."""
 
     image: str = Field(default="", description="NAME[:TAG][@DIGEST]")
     build: Path_ | None = Field(default=None, description="directory with a Dockerfile, instead of an image")
@@ -122,9 +122,9 @@ class DockerAppOptions(Strict):
     shm: Size | None = Field(default=None, description="size of /dev/shm; the engine's default is 64M")
     tmpfs: dict[str, Size] = Field(default={"/tmp": 64 * 1024**2}, description="writable, in memory: path to size")  # noqa: S108
     ulimits: dict[str, int] = Field(default={}, description="such as nofile = 4096; soft and hard")
-    # What loosens the isolation, each by its own name:
+    # Keys that weaken isolation:
     user: Literal["agent", "root"] = Field(
-        default="agent", description="root also gets what a root that starts services needs: see ROOT_CAPABILITIES"
+        default="agent", description="root also has the capabilities of a root that starts services"
     )
     read_only: bool = Field(default=True, description="the image's files cannot be changed")
     cap_add: list[str] = Field(default=[], description="capabilities, such as NET_BIND_SERVICE; all are dropped")
@@ -154,7 +154,7 @@ class DockerAppOptions(Strict):
     def _capabilities(cls, value: list[str]) -> list[str]:
         for one in value:
             if not _CAPABILITY.fullmatch(one) or one == "ALL":
-                raise ValueError("names of capabilities such as NET_BIND_SERVICE, each by itself")
+                raise ValueError("names of single capabilities such as NET_BIND_SERVICE")
         return value
 
     @field_validator("devices")
@@ -185,5 +185,5 @@ class DockerAppOptions(Strict):
     @model_validator(mode="after")
     def _source(self) -> DockerAppOptions:
         if bool(self.image) == (self.build is not None):
-            raise ValueError("either image or build is needed: what the containers are made from")
+            raise ValueError("either image or build is required")
         return self

@@ -1,8 +1,9 @@
-"""The provider itself: what each method of the contract means for containers.  Touches the engine and run_dir."""
+"""The provider `docker`: the contract's methods, each in terms of containers."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,21 +28,22 @@ from dispatcher.plugin import (
     Provider,
     ProviderContext,
     ProviderError,
+    SecretFiles,
     SpecConflict,
     Unsupported,
     Usage,
 )
-from dispatcher_docker import containers, logs, observing, runs, walls
-from dispatcher_docker.endings import Endings
-from dispatcher_docker.engine import Engine, as_numbers
+from dispatcher_docker import containers, explain, logs, observe
+from dispatcher_docker.data import Volumes
 from dispatcher_docker.events import Watch
+from dispatcher_docker.host import Engine, as_numbers
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
+from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
-from dispatcher_docker.starting import Starts
-from dispatcher_docker.thisside import ThisSide
+from dispatcher_docker.start import Starter
+from dispatcher_docker.stop import remove, stop
 from dispatcher_docker.usage import CgroupUsage, EngineUsage
-from dispatcher_docker.volumes import Volumes
 
 _OLDEST_API = (1, 41)
 
@@ -61,17 +63,20 @@ class DockerProvider(Provider):
         self._engine = Engine(options, context.run_dir)
         self._images = Images(self._engine, options, context.installation)
         self._networks = Networks(self._engine, context)
-        self._here = ThisSide(self._engine, context)
+        self._secrets = SecretFiles(
+            f"dispatcher-{context.installation}-secrets-docker",
+            [context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")],  # noqa: S108
+        )
         self._volumes = Volumes(self._engine, context.installation, privileged=context.privileged)
         self._own_volume = options.data == "volume" or (options.data == "auto" and not self._engine.is_local)
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
-        self._endings = Endings(self._engine, context.state_dir)
-        self._starts = Starts(
+        self._exit_reasons = ExitReasons(self._engine, context.state_dir)
+        self._starter = Starter(
             self._engine,
             options,
             context.installation,
-            here=self._here,
-            endings=self._endings,
+            secrets=self._secrets,
+            exit_reasons=self._exit_reasons,
             volumes=self._volumes if self._own_volume else None,
         )
         self._cgroups = CgroupUsage()
@@ -110,12 +115,12 @@ class DockerProvider(Provider):
         return "name=userns" in ((self._info or {}).get("SecurityOptions") or [])
 
     def check(self, *, deadline: Deadline) -> None:
-        with self._engine.call("tell about itself", deadline) as client:
+        with self._engine.call("describe itself", deadline) as client:
             info: dict[str, Any] = client.info()
             version = str(client.api_version)
         if as_numbers(version) < _OLDEST_API:
             raise ProviderError(
-                f"The Docker engine speaks version {version} of its interface",
+                f"The Docker engine has version {version} of its interface",
                 why="at least 1.41 is needed",
                 fix="install Docker 20.10 or later",
             )
@@ -124,22 +129,22 @@ class DockerProvider(Provider):
         if "name=rootless" in (info.get("SecurityOptions") or []):
             raise ProviderError(
                 "The Docker engine is rootless",
-                why="agents could not have user ids of their own in it",
+                why="its agents cannot have user ids of their own",
                 fix="set url in [providers.docker] to the system's engine, or use the provider subprocess",
             )
         self._info = info
         if self._options.data == "bind" and not self._engine.is_local:
             raise ConfigError(
                 "providers.docker.data cannot be bind here",
-                why=f"{self._engine.url} is an engine on another host, which does not see this host's files",
-                fix='set data = "volume", or local = true if the engine does run here',
+                why=f"the engine {self._engine.url} is on another host and does not see this host's files",
+                fix='set data = "volume", or local = true if the engine runs on this host',
             )
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         if app is not None:
-            return list(walls.explain_app(app, self._engine, self.context))
+            return list(explain.explain_app(app, self._engine, self.context))
         return list(
-            walls.explain_backend(
+            explain.explain_backend(
                 self._engine,
                 self._options,
                 self._info,
@@ -149,7 +154,7 @@ class DockerProvider(Provider):
         )
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
-        walls.refuse(app, self._engine, self.context, self.capabilities)
+        explain.refuse(app, self._engine, self.context, self.capabilities)
         self._images.prepare(app, deadline=deadline, progress=progress)
 
     # -- agents ------------------------------------------------------------------------------------------
@@ -161,62 +166,62 @@ class DockerProvider(Provider):
         handle = self.handle(spec)
         if self._info is None:
             self.check(deadline=deadline)
-        walls.refuse(spec.app, self._engine, self.context, self.capabilities)
+        explain.refuse(spec.app, self._engine, self.context, self.capabilities)
         if spec.secrets and not self._engine.is_local:
             raise Unsupported(
                 f"{spec.agent} cannot be given its secrets",
-                why="the engine is on another host, where nothing can be put into memory for it",
+                why="the engine is on another host, whose memory the manager cannot write to",
                 fix='use credentials = "stdin", or an engine on this host',
             )
         progress("looking for the container")
-        found = self._starts.find(handle, deadline)
-        if found and runs.status(found) in runs.ALIVE:
-            if observing.label(found["Config"].get("Labels"), "hash") != spec.hash:
+        found = self._starter.find(handle, deadline)
+        if found and observe.status(found) in observe.ALIVE:
+            if observe.label(found["Config"].get("Labels"), "hash") != spec.hash:
                 raise SpecConflict(
                     f"{spec.agent} runs with another specification",
                     why="its app's configuration has changed since it was started",
                     fix=f"dispatcher restart {spec.agent}",
                 )
-            if runs.status(found) == "paused":
+            if observe.status(found) == "paused":
                 self.resume(handle, deadline=deadline, progress=progress)
             return handle
         image = self._images.resolve(spec.app, deadline=deadline, progress=progress)
         private = spec.app.network.value == "private" and not containers.options_of(spec.app).network
         with self._networks.in_use(deadline) if private else contextlib.nullcontext():
-            self._starts.run(
+            self._starter.run(
                 spec, handle, found, image=image, remapped=self._remapped, deadline=deadline, progress=progress
             )
         return handle
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
-        found = runs.inspect(self._engine, handle.name, deadline)
-        if found is None or not self._starts.is_ours(found):
+        found = observe.inspect(self._engine, handle.name, deadline)
+        if found is None or not self._starter.is_ours(found):
             return Observation(state=BackendState.ABSENT)
         labels = found["Config"].get("Labels")
-        current = self._images.meaning(observing.label(labels, "image"))
-        seen = observing.from_inspection(found, reach=self._reach, current_image=current)
-        seen = self._endpoint_here(handle, seen, deadline)
-        if seen.state is BackendState.STOPPED:
-            return self._endings.complete(handle, found["Id"], seen, deadline)
-        return seen
+        current = self._images.last_id(observe.label(labels, "image"))
+        observation = observe.from_inspection(found, reach=self._reach, current_image=current)
+        observation = self._endpoint_here(handle, observation, deadline)
+        if observation.state is BackendState.STOPPED:
+            return self._exit_reasons.complete(handle, found["Id"], observation, deadline)
+        return observation
 
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
-        found = runs.inspect(self._engine, handle.name, deadline)
-        if found and self._starts.is_ours(found) and runs.status(found) in runs.ALIVE:
-            self._endings.note_stop(handle, found["Id"])
-            runs.end(self._engine, found, grace=grace, deadline=deadline, progress=progress)
-        self._here.clear(handle, deadline)
+        found = observe.inspect(self._engine, handle.name, deadline)
+        if found and self._starter.is_ours(found) and observe.status(found) in observe.ALIVE:
+            self._exit_reasons.note_stop(handle, found["Id"])
+            stop(self._engine, found, grace=grace, deadline=deadline, progress=progress)
+        self._clear(handle, deadline)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
-        found = runs.inspect(self._engine, handle.name, deadline)
-        if found and self._starts.is_ours(found):
+        found = observe.inspect(self._engine, handle.name, deadline)
+        if found and self._starter.is_ours(found):
             progress("removing the container")
-            runs.remove(self._engine, handle.name, deadline)
+            remove(self._engine, handle.name, deadline)
             self._networks.remove_unused(deadline)
-        self._here.clear(handle, deadline)
-        self._endings.forget(handle)
+        self._clear(handle, deadline)
+        self._exit_reasons.forget(handle)
         if self._own_volume:
             self._volumes.remove_helper(handle, deadline)
         if data and self._own_volume:
@@ -228,26 +233,40 @@ class DockerProvider(Provider):
             label = f"{containers.LABEL}installation={self.context.installation}"
             found = client.containers(all=True, filters={"label": [label]})
         for one in found:
-            self._images.meaning(observing.label(one.get("Labels"), "image"))
+            self._images.last_id(observe.label(one.get("Labels"), "image"))
         if found:
             self._images.look_up_all(deadline)
         alive, ended = [], []
         for one in found:
-            handle = observing.handle_from(one.get("Labels"))
+            handle = observe.handle_from(one.get("Labels"))
             if handle is None or f"/{handle.name}" not in (one.get("Names") or ()):
                 continue
-            current = self._images.meaning(observing.label(one.get("Labels"), "image"))
-            seen = observing.from_summary(one, reach=self._reach, current_image=current)
-            if seen.state is BackendState.STOPPED:
-                ended.append((handle, str(one["Id"]), seen))
+            current = self._images.last_id(observe.label(one.get("Labels"), "image"))
+            observation = observe.from_summary(one, reach=self._reach, current_image=current)
+            if observation.state is BackendState.STOPPED:
+                ended.append((handle, str(one["Id"]), observation))
             else:
-                alive.append((handle, self._endpoint_here(handle, seen, deadline)))
-        whys = self._endings.complete_many(ended, deadline)
-        return alive + [(handle, seen) for (handle, _, _), seen in zip(ended, whys, strict=True)]
+                alive.append((handle, self._endpoint_here(handle, observation, deadline)))
+        return [*alive, *self._exit_reasons.complete_many(ended, deadline)]
 
-    def _endpoint_here(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
+    def _endpoint_here(self, handle: Handle, observation: Observation, deadline: Deadline) -> Observation:
         tunnel = self._engine.tunnel
-        return tunnel.forward(handle, seen, deadline) if tunnel else seen
+        return tunnel.forward(handle, observation, deadline) if tunnel else observation
+
+    def _clear(self, handle: Handle, deadline: Deadline) -> None:
+        """Remove the secrets and the socket of a container that does not run."""
+        self._secrets.remove(handle.name)
+        run_dir = handle.data.get("run_dir")
+        if not isinstance(run_dir, str):
+            return
+        if self._engine.tunnel:
+            self._engine.tunnel.ssh.cancel(f"{run_dir}/s", deadline)
+        with contextlib.suppress(OSError):
+            directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                os.unlink("s", dir_fd=directory)
+            finally:
+                os.close(directory)
 
     # -- capabilities ------------------------------------------------------------------------------------
 
@@ -255,24 +274,21 @@ class DockerProvider(Provider):
         if depth is Depth.DISK:
             raise self.unsupported(Capability.HIBERNATE)
         progress("pausing the container")
-        try:
-            runs.pause(self._engine, handle.name, deadline)
-        except ProviderError as error:
-            found = runs.inspect(self._engine, handle.name, deadline)
-            if found is None or runs.status(found) not in runs.ALIVE:
-                raise NotFound(f"{handle.agent} does not run", fix="start it") from error
-            if runs.status(found) != "paused":
-                raise
+        self._pause(handle, deadline, pause=True)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         progress("unpausing the container")
+        self._pause(handle, deadline, pause=False)
+
+    def _pause(self, handle: Handle, deadline: Deadline, *, pause: bool) -> None:
         try:
-            runs.unpause(self._engine, handle.name, deadline)
+            with self._engine.call(f"{'pause' if pause else 'unpause'} the container", deadline) as client:
+                (client.pause if pause else client.unpause)(handle.name)
         except ProviderError as error:
-            found = runs.inspect(self._engine, handle.name, deadline)
-            if found is None or runs.status(found) not in runs.ALIVE:
-                raise NotFound(f"{handle.agent} does not run any more", fix="start it") from error
-            if runs.status(found) == "paused":
+            found = observe.inspect(self._engine, handle.name, deadline)
+            if found is None or observe.status(found) not in observe.ALIVE:
+                raise NotFound(f"{handle.agent} does not run", fix="start it") from error
+            if (observe.status(found) == "paused") is not pause:
                 raise
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
@@ -294,7 +310,7 @@ class DockerProvider(Provider):
         usages = {}
         for container, name in ids.items():
             if not self._cgroups.knows(container) and not self._cgroups.guess(container):
-                inspected = runs.inspect(self._engine, container, deadline)
+                inspected = observe.inspect(self._engine, container, deadline)
                 if inspected:
                     self._cgroups.learn(container, int(inspected["State"].get("Pid") or 0))
             if usage := self._cgroups.read(container):

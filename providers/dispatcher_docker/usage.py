@@ -1,7 +1,7 @@
-"""What containers use: from their cgroup files on this host, by the engine's statistics elsewhere.
+"""Memory and processor time of containers: from cgroup files on this host, else from the engine's statistics.
 
-Touches /proc and /sys/fs/cgroup, or the engine.  A cgroup's files answer in a tenth of a millisecond, the
-engine's statistics in a second each: those are asked for side by side, and kept for a while.
+A cgroup's files take a tenth of a millisecond to read, the engine's statistics a second per container: those are
+requested in parallel, and cached.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, DispatcherError, Usage, boottime
-from dispatcher_docker.engine import Engine
+from dispatcher_docker.host import Engine
 
-_SIDE_BY_SIDE = 16
+_PARALLEL = 16
 
 
 class CgroupUsage:
@@ -30,7 +30,7 @@ class CgroupUsage:
         return container in self._known
 
     def guess(self, container: str) -> bool:
-        """Look where engines put cgroups by default, which saves asking; return whether it is there."""
+        """Look where engines put cgroups by default, which saves a request; return whether it is there."""
         for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
             if (self._root / path / "memory.current").exists():
                 self._known[container] = {"unified": self._root / path}
@@ -62,13 +62,13 @@ class CgroupUsage:
             self._known[container] = found
 
     def forget(self, alive: Iterable[str]) -> None:
-        """Keep only what is known of containers that live."""
+        """Drop all but the containers that run."""
         keep = set(alive)
         for container in [one for one in self._known if one not in keep]:
             self._known.pop(container, None)
 
     def read(self, container: str) -> Usage | None:
-        """Return what a container uses; None if it is gone or was not learnt."""
+        """Return what a container uses; None if it is gone or its cgroup is not known."""
         groups = self._known.get(container, {})
         try:
             if unified := groups.get("unified"):
@@ -96,9 +96,9 @@ def _field(path: Path, name: str) -> int:
 
 
 class EngineUsage:
-    """Asks the engine, side by side, and keeps the answers.
+    """The engine's statistics, requested in parallel and cached.
 
-    :param keep: seconds for which an answer is good.
+    :param keep: seconds for which a cached answer is used.
     """
 
     def __init__(self, engine: Engine, keep: float) -> None:
@@ -107,25 +107,25 @@ class EngineUsage:
         self._known: dict[str, tuple[float, Usage]] = {}
 
     def read(self, containers: Iterable[str], deadline: Deadline) -> dict[str, Usage]:
-        """Return what is known of each container; old answers are renewed while there is time."""
+        """Return the usage of containers; cached answers that are too old are renewed before the deadline."""
         wanted = list(containers)
         now = boottime()
         with self._lock:
             self._known = {one: known for one, known in self._known.items() if one in set(wanted)}
             old = [one for one in wanted if one not in self._known or now - self._known[one][0] > self._keep]
         if old:
-            pool = ThreadPoolExecutor(max_workers=min(_SIDE_BY_SIDE, len(old)), thread_name_prefix="docker-stats")
-            wait([pool.submit(self._ask, one, deadline) for one in old], timeout=deadline.remaining())
+            pool = ThreadPoolExecutor(max_workers=min(_PARALLEL, len(old)), thread_name_prefix="docker-stats")
+            wait([pool.submit(self._request, one, deadline) for one in old], timeout=deadline.remaining())
             pool.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             return {one: self._known[one][1] for one in wanted if one in self._known}
 
-    def _ask(self, container: str, deadline: Deadline) -> None:
+    def _request(self, container: str, deadline: Deadline) -> None:
         try:
             with self._engine.call("read the statistics", deadline) as client:
                 found = client.stats(container, stream=False, one_shot=True)
         except DispatcherError:
-            return  # gone meanwhile, or too late: the old answer stays
+            return  # removed meanwhile, or too late: the cached answer stays
         usage = from_statistics(found)
         if usage:
             with self._lock:

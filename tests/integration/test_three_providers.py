@@ -266,7 +266,7 @@ def test_one_person_uses_three_providers_and_a_move_keeps_everything(site):
             "docker",
             "container",
             [
-                "share the host's kernel: a fault in it is a way out",
+                "share the host's kernel: an exploit of the kernel escapes",
                 "its own pid, mount, ipc and network namespaces",
             ],
             [

@@ -28,7 +28,7 @@ def test_the_defaults_are_safe():
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({}, "apps.x.docker: either image or build is needed"),
+        ({}, "apps.x.docker: either image or build is required"),
         ({"image": "x", "build": "/y"}, "either image or build"),
         ({"image": "--privileged"}, "apps.x.docker.image: found '--privileged'"),
         ({"image": "a b"}, "apps.x.docker.image"),

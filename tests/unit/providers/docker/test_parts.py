@@ -1,4 +1,4 @@
-"""The Docker provider's small parts: log lines, layers, image names, cgroup files, secrets, walls."""
+"""The Docker provider's small parts: log lines, layers, image names, cgroup files, secrets, explain."""
 
 import logging
 import os
@@ -9,12 +9,11 @@ import pytest
 from dispatcher.plugin.errors import BadRequest, ConfigError, Unsupported
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
 from dispatcher.plugin.provider import ProviderContext
-from dispatcher_docker import walls
-from dispatcher_docker.engine import Engine
+from dispatcher_docker import explain
+from dispatcher_docker.host import Engine
 from dispatcher_docker.images import Layers, _host, _repository_and_tag, directory_digest
 from dispatcher_docker.logs import MAX_LINE, lines
 from dispatcher_docker.options import DockerAppOptions, DockerOptions, Mount
-from dispatcher_docker.secretfiles import SecretFiles
 from dispatcher_docker.usage import CgroupUsage, from_statistics
 
 
@@ -58,7 +57,7 @@ def test_lines_from_chunks(chunks, expected):
 def test_layers_add_up():
     layers = Layers()
     said = [
-        layers.hear(message)
+        layers.update(message)
         for message in (
             {"status": "Pulling from library/x", "id": "latest"},
             {"status": "Pulling fs layer", "id": "a"},
@@ -81,7 +80,7 @@ def test_layers_bear_nonsense():
         {"id": "a"},
         {"id": "a", "status": "?", "progressDetail": {}},
     ):
-        layers.hear(message)
+        layers.update(message)
 
 
 @pytest.mark.parametrize(
@@ -166,33 +165,7 @@ def test_the_engine_s_statistics():
     assert from_statistics({"memory_stats": {}}) is None
 
 
-# -- secrets
-
-
-def test_secrets_are_the_agent_s_alone_and_in_memory(context):
-    files = SecretFiles(context)
-    directory = files.write("agent-1", {"token": "t", "multi": "a\nb\n"}, os.geteuid())
-    try:
-        assert (directory / "token").read_text() == "t"
-        assert (directory / "multi").read_text() == "a\nb\n"
-        assert stat.S_IMODE((directory / "token").stat().st_mode) == 0o400
-        assert stat.S_IMODE(directory.stat().st_mode) == 0o500
-        assert stat.S_IMODE(directory.parent.stat().st_mode) == 0o700
-        files.write("agent-1", {"other": "u"}, os.geteuid())
-        assert os.listdir(directory) == ["other"]
-    finally:
-        files.remove("agent-1")
-    assert not directory.exists()
-    files.remove("agent-1")
-
-
-@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "a b", "x" * 200])
-def test_bad_names_of_secrets_are_refused(context, name):
-    with pytest.raises(BadRequest):
-        SecretFiles(context).write("agent-1", {name: "x"}, os.geteuid())
-
-
-# -- walls
+# -- isolation
 
 EVERYTHING = frozenset(Capability)
 
@@ -203,7 +176,7 @@ def app(on=Network.NONE, limits=None, **options):
 
 
 def refuse(made, context, capabilities=EVERYTHING, url="unix:///var/run/docker.sock"):
-    walls.refuse(made, Engine(DockerOptions(url=url), context.run_dir), context, capabilities)
+    explain.refuse(made, Engine(DockerOptions(url=url), context.run_dir), context, capabilities)
 
 
 @pytest.mark.parametrize(
@@ -284,11 +257,11 @@ def test_limits_that_cannot_be_kept_are_refused(context, limits, key):
 )
 def test_each_loosening_is_explained(context, options, words):
     made = app(on=Network.PRIVATE, **options)
-    found = list(walls.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
+    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
     assert [one for one in found if words in one.what and one.level is Level.WARNING and one.fix]
 
 
 def test_a_safe_app_has_no_warning(context):
     made = app(limits=Limits(memory=1 << 28, pids=100))
-    found = list(walls.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
+    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
     assert {one.level for one in found} == {Level.INFO}

@@ -9,7 +9,7 @@ import urllib3.exceptions
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, NotFound, ProviderError, Unavailable
-from dispatcher_docker.translate import NameTaken, NoSuchObject, translated
+from dispatcher_docker.errors import NameTaken, NoSuchObject, translated
 
 
 def refusal(status, words, kind=docker.errors.APIError):

@@ -1,4 +1,4 @@
-"""What an app may not have, and what it loosens, in words.  Reads paths of this host; asks no engine."""
+"""Which options of an app are refused, and findings about isolation: of the engine and of each app."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from dispatcher.plugin import App, Capability, ConfigError, Finding, Level, Network, ProviderContext, Unsupported
 from dispatcher_docker.containers import options_of
-from dispatcher_docker.engine import Engine
+from dispatcher_docker.host import Engine
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 _SOCKETS = (
@@ -22,10 +22,10 @@ _SOCKETS = (
 
 
 def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: frozenset[Capability]) -> None:
-    """Refuse what this provider does not give.
+    """Refuse an app that this provider cannot run.
 
-    :raises ConfigError: a mount that reaches the engine or the manager, or options that do not go together.
-    :raises Unsupported: a limit or network that is not declared.
+    :raises ConfigError: a mount that reaches the engine or the manager, or conflicting options.
+    :raises Unsupported: a limit or network without its capability.
     """
     problems = list(_problems(app, engine, context))
     if problems:
@@ -56,16 +56,16 @@ def _problems(app: App, engine: Engine, context: ProviderContext) -> Iterator[st
     options, path = options_of(app), f"apps.{app.name}.docker"
     for number, mount in enumerate(options.mounts):
         if reached := _reaches(mount.source, engine, context):
-            yield f"{path}.mounts.{number}.source: {mount.source} reaches {reached}, which no agent may"
+            yield f"{path}.mounts.{number}.source: {mount.source} reaches {reached}, which is forbidden"
     if options.port and app.network is not Network.PRIVATE:
         yield (
             f'{path}.port: a port can only be published with network = "private"; '
             "let the app listen on {socket}, or set the network"
         )
     if not options.port and not engine.is_local:
-        yield f"{path}.port: is missing; a Unix socket cannot be shared with an engine on another host"
+        yield f"{path}.port: missing; a Unix socket cannot be shared with an engine on another host"
     if options.network and app.network is not Network.PRIVATE:
-        yield f'{path}.network: a named network goes with network = "private"'
+        yield f'{path}.network: a named network requires network = "private"'
     if options.seccomp not in {"default", "unconfined"} and not Path(options.seccomp).is_file():
         yield f"{path}.seccomp: found {options.seccomp!r}, expected default, unconfined or the path of a profile"
 
@@ -90,19 +90,19 @@ def _inside(path: str, directory: str) -> bool:
 def explain_backend(
     engine: Engine, options: DockerOptions, info: dict[str, Any] | None, *, own_volume: bool, protects_host: bool
 ) -> Iterator[Finding]:
-    """Say what holds for every agent of this engine."""
+    """Return findings for all agents of this engine."""
     where = "this host" if engine.is_local else "another host"
     version = f" {info['ServerVersion']}" if info else ""
     yield _info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
-    yield _info("They share the host's kernel: a fault in it is a way out; use virtual machines for hostile code")
+    yield _info("They share the host's kernel: an exploit of the kernel escapes; use a VM for hostile code")
     yield _info(
         "Each has its own user id, no capabilities, no new privileges, the default seccomp profile, a read-only "
         "image and its own pid, mount, ipc and network namespaces, unless its app loosens one by name"
     )
-    kept = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
-    yield _info(f"Data is kept in {kept}; it is the one thing of the host that an agent can change")
+    where_data = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
+    yield _info(f"Data is kept in {where_data}, the only files of the host that an agent can change")
     if engine.tunnel:
-        yield _info("Traffic between the proxy and agents goes through the ssh that also reaches the engine")
+        yield _info("Traffic between the proxy and agents goes through the ssh connection to the engine's host")
     elif not engine.is_local:
         yield _warning(
             "Traffic between the proxy and agents on another host is not encrypted by Docker",
@@ -128,7 +128,7 @@ def explain_backend(
 
 
 def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[Finding]:
-    """Say what one app has, and what it loosens."""
+    """Return findings for one app."""
     options = options_of(app)
     for problem in _problems(app, engine, context):
         yield Finding(level=Level.ERROR, what=f"The app {app.name} is refused: {problem}", fix="correct the key")
@@ -149,7 +149,7 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
     level = Level.WARNING if app.network is Network.HOST else Level.INFO
     yield Finding(level=level, what=f"{app.name} {network}", fix="" if level is Level.INFO else 'use "private"')
     if app.limits.disk is not None:
-        yield _warning(f"{app.name} has a disk limit, which Docker cannot enforce on its data", "remove `disk`")
+        yield _warning(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
     if app.limits.memory is None:
         yield _warning(f"{app.name} has no memory limit: one agent can use up the host", "set `memory`")
     if app.limits.pids is None:
@@ -165,7 +165,7 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
     if not options.read_only:
         yield "it can change the image's files (its own copy of them)", "set read_only = true"
     for one in options.cap_add:
-        yield f"it may have the capability {one}", f"remove {one} from cap_add"
+        yield f"it has the capability {one}", f"remove {one} from cap_add"
     if not options.no_new_privileges:
         yield "it may gain privileges through setuid programs", "set no_new_privileges = true"
     if options.seccomp == "unconfined":
@@ -182,7 +182,7 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
         how = "reads" if mount.read_only else "changes"
         yield f"it {how} {mount.source} of the host", "remove it from mounts"
     if options.network:
-        yield f"it shares the network {options.network} with whatever else is on it", "remove network"
+        yield f"it shares the network {options.network} with everything else on it", "remove network"
 
 
 def _info(what: str) -> Finding:

@@ -1,8 +1,8 @@
-"""Data in volumes of the engine: made, given to the agent's user, copied in and out.  Touches engine and files.
+"""Data in volumes of the engine: created, owned by the agent's user, copied in and out.
 
-A volume is only seen through a container.  A helper that is made from the agent's own image and never runs
-carries it; tar streams go through the engine's archive calls.  On this side `tar` runs as the agent's user in
-the canonical directory: what a hostile agent put into its volume can hurt nobody else's files.
+A volume is reached only through a container: a helper made from the agent's own image, which is never started.
+The engine's archive calls carry tar streams.  On this side `tar` runs as the agent's user in the canonical
+directory, so hostile content of a volume cannot change other users' files.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Handle, Progress, ProviderError
 from dispatcher_docker.containers import LABEL, volume_name
-from dispatcher_docker.engine import Client, Engine
-from dispatcher_docker.translate import NoSuchObject
+from dispatcher_docker.errors import NoSuchObject
+from dispatcher_docker.host import Client, Engine
 
 _MOUNT = "/dispatcher-data"
 _BLOCK = 1024 * 1024
@@ -36,7 +36,7 @@ class Volumes:
         self._privileged = privileged
 
     def ensure(self, handle: Handle, deadline: Deadline) -> bool:
-        """Make an agent's volume, owned by its user; return whether it is new."""
+        """Create an agent's volume, owned by its user, if it does not exist; return whether it is new."""
         name = volume_name(handle.name)
         try:
             with self._engine.call("look for the data volume", deadline) as client:
@@ -45,7 +45,7 @@ class Volumes:
             pass
         else:
             return False
-        with self._engine.call("make the data volume", deadline) as client:
+        with self._engine.call("create the data volume", deadline) as client:
             client.create_volume(
                 name, labels={f"{LABEL}installation": self._installation, f"{LABEL}agent": handle.agent}
             )
@@ -58,7 +58,7 @@ class Volumes:
         return True
 
     def remove(self, handle: Handle, deadline: Deadline) -> None:
-        """Remove an agent's volume; none is success."""
+        """Remove an agent's volume; absent is success."""
         try:
             with self._engine.call("remove the data volume", deadline) as client:
                 client.remove_volume(volume_name(handle.name), force=True)
@@ -67,7 +67,7 @@ class Volumes:
 
     @contextmanager
     def helper(self, handle: Handle, deadline: Deadline) -> Iterator[tuple[Client, str]]:
-        """Yield client and id of a container that has the volume at a known place and never runs."""
+        """Yield client and id of a container with the volume at `_MOUNT`, which is never started."""
         body = {
             "Image": handle.data.get("image", ""),
             "Cmd": ["never-run"],
@@ -84,7 +84,7 @@ class Volumes:
                 ],
             },
         }
-        with self._engine.call("make a helper for the data volume", deadline) as client:
+        with self._engine.call("create a helper for the data volume", deadline) as client:
             container = client.make(body, f"{handle.name}-helper")
         try:
             with self._engine.call("copy the data", deadline) as client:
@@ -113,7 +113,7 @@ class Volumes:
             for block in stream:
                 tar.stdin.write(block)
                 total += len(block)
-                _tell(progress, "copying the data out", total, deadline)
+                _report(progress, "copying the data out", total, deadline)
             tar.stdin.close()
             _finish(tar, "read", deadline)
 
@@ -168,11 +168,11 @@ class _Reader:
         total = 0
         while block := self._tar.stdout.read(_BLOCK):
             total += len(block)
-            _tell(self._progress, "copying the data in", total, self._deadline)
+            _report(self._progress, "copying the data in", total, self._deadline)
             yield block
 
 
-def _tell(progress: Progress, step: str, total: int, deadline: Deadline) -> None:
+def _report(progress: Progress, step: str, total: int, deadline: Deadline) -> None:
     progress(step, f"{total // 1024} KiB")
     if deadline.expired:
         raise DeadlineExceeded("The data was not copied in time", fix="try again with more time")
@@ -188,16 +188,16 @@ def _finish(tar: subprocess.Popen[bytes], what: str, deadline: Deadline) -> None
 
 
 def _tar_failed(tar: subprocess.Popen[bytes]) -> ProviderError:
-    said = b""
+    output = b""
     if tar.stderr:
         killer = threading.Timer(2, tar.kill)
         killer.start()
-        said = tar.stderr.read(2000)
+        output = tar.stderr.read(2000)
         killer.cancel()
     return ProviderError(
         "The data could not be copied",
-        why=" ".join(said.decode(errors="replace").split())[:400] or "tar failed",
-        fix="free space, and look at owners and modes in the data directory",
+        why=" ".join(output.decode(errors="replace").split())[:400] or "tar failed",
+        fix="free space, and check owners and modes in the data directory",
     )
 
 

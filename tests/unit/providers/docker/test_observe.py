@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.plugin.model import BackendState, Endpoint
-from dispatcher_docker import observing
+from dispatcher_docker import observe
 
 LABELS = {
     "dispatcher.hash": "h1",
@@ -41,12 +41,12 @@ def summary(state="running", status="Up 3 minutes", labels=LABELS, ports=()):
     ],
 )
 def test_states(word, state):
-    assert observing.from_inspection(inspection(word), reach="").state is state
-    assert observing.from_summary(summary(word), reach="").state is state
+    assert observe.from_inspection(inspection(word), reach="").state is state
+    assert observe.from_summary(summary(word), reach="").state is state
 
 
 def test_both_ways_of_asking_agree():
-    one, two = observing.from_inspection(inspection(), reach=""), observing.from_summary(summary(), reach="")
+    one, two = observe.from_inspection(inspection(), reach=""), observe.from_summary(summary(), reach="")
     for field in ("state", "endpoint", "owner_uid", "spec_hash", "exit_reason"):
         assert getattr(one, field) == getattr(two, field)
     assert one.endpoint == Endpoint.unix("/run/a/s")
@@ -56,21 +56,21 @@ def test_both_ways_of_asking_agree():
 
 def test_when_a_container_was_made_is_not_when_it_was_started():
     """A list of containers tells the former alone: a stopped one that was started again would look older than it is."""
-    assert observing.from_summary(summary(), reach="").started_at is None
+    assert observe.from_summary(summary(), reach="").started_at is None
 
 
 PORTED = {**LABELS, "dispatcher.endpoint": "port:8080/tcp", "dispatcher.owner": ""}
 
 
 def test_a_port_is_learned_from_the_engine():
-    seen = observing.from_inspection(
+    seen = observe.from_inspection(
         inspection(
             labels=PORTED, ports={"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": "49153"}], "9/tcp": None}
         ),
         reach="",
     )
     assert seen.endpoint == Endpoint.tcp("127.0.0.1", 49153)
-    seen = observing.from_summary(
+    seen = observe.from_summary(
         summary(
             labels=PORTED, ports=[{"IP": "127.0.0.1", "PrivatePort": 8080, "PublicPort": 49153, "Type": "tcp"}]
         ),
@@ -81,7 +81,7 @@ def test_a_port_is_learned_from_the_engine():
 
 
 def test_a_port_that_is_not_published_yet_is_no_endpoint():
-    assert observing.from_inspection(inspection(labels=PORTED), reach="").endpoint is None
+    assert observe.from_inspection(inspection(labels=PORTED), reach="").endpoint is None
 
 
 @pytest.mark.parametrize(
@@ -96,30 +96,28 @@ def test_a_port_that_is_not_published_yet_is_no_endpoint():
     ],
 )
 def test_reasons(state, reason):
-    assert observing.from_inspection(inspection("exited", **state), reach="").exit_reason == reason
+    assert observe.from_inspection(inspection("exited", **state), reach="").exit_reason == reason
 
 
 def test_what_never_ran_has_no_reason():
-    assert observing.from_inspection(inspection("created"), reach="").exit_reason == ""
+    assert observe.from_inspection(inspection("created"), reach="").exit_reason == ""
 
 
 def test_the_summary_s_words_hold_the_code():
-    assert (
-        observing.from_summary(summary("exited", "Exited (3) 2 hours ago"), reach="").exit_reason == "exit code 3"
-    )
+    assert observe.from_summary(summary("exited", "Exited (3) 2 hours ago"), reach="").exit_reason == "exit code 3"
 
 
 def test_an_image_that_changed_makes_outdated():
-    seen = observing.from_inspection(inspection(), reach="", current_image="sha256:2")
+    seen = observe.from_inspection(inspection(), reach="", current_image="sha256:2")
     assert seen.spec_hash != "h1"
     assert "web:1 has changed" in seen.detail
-    assert observing.from_inspection(inspection(), reach="", current_image="sha256:1").spec_hash == "h1"
-    assert observing.from_inspection(inspection(), reach="", current_image="").spec_hash == "h1"
+    assert observe.from_inspection(inspection(), reach="", current_image="sha256:1").spec_hash == "h1"
+    assert observe.from_inspection(inspection(), reach="", current_image="").spec_hash == "h1"
 
 
 @pytest.mark.parametrize("labels", [None, {}, {"dispatcher.handle": "{"}, {"dispatcher.handle": '{"version": 9}'}])
 def test_a_container_without_a_handle_is_nobody_s(labels):
-    assert observing.handle_from(labels) is None
+    assert observe.handle_from(labels) is None
 
 
 @pytest.mark.parametrize(
@@ -132,4 +130,4 @@ def test_a_container_without_a_handle_is_nobody_s(labels):
     ],
 )
 def test_times(text, time):
-    assert observing.unix_time(text) == (pytest.approx(time) if time else None)
+    assert observe.unix_time(text) == (pytest.approx(time) if time else None)

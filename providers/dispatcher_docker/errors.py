@@ -1,4 +1,4 @@
-"""The one place where errors of docker-py, requests and urllib3 become errors of the project.  Pure."""
+"""Errors of docker-py, requests and urllib3, translated to the project's errors in one place."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _MAX_WHY = 600
 
 
 class NoSuchObject(NotFound):
-    """The engine knows no container, image, network or volume of that name."""
+    """The engine has no container, image, network or volume of that name."""
 
 
 class NameTaken(ProviderError):
-    """The engine has a container of that name already, or is busy with one."""
+    """The engine has a container of that name already."""
 
 
 @contextmanager
 def translated(doing: str, url: str, deadline: Deadline) -> Iterator[None]:
-    """Raise the project's errors for those of the SDK.
+    """Translate the errors that the block raises; a DispatcherError passes through.
 
-    :param doing: what is being done, for the sentence "Docker could not DOING".
-    :raises DispatcherError: always one of the tree; it passes through if it is one already.
+    :param doing: a verb phrase that completes "Docker could not ...".
+    :raises DispatcherError: in place of any other.
     """
     try:
         yield
@@ -60,15 +60,15 @@ def translate(error: BaseException, doing: str, url: str, deadline: Deadline) ->
     if isinstance(error, docker.errors.TLSParameterError):
         return ProviderError(
             "The TLS settings of the Docker engine cannot be used",
-            why=_words(error),
+            why=_text(error),
             fix="check tls_ca, tls_cert and tls_key in [providers.docker]",
         )
     chain = list(_chain(error))
     if deadline.expired or any(_is_timeout(one) for one in chain):
         return DeadlineExceeded(
             f"The Docker engine did not {doing} in time",
-            why=f"{url} takes connections and does not answer soon enough",
-            fix="look whether the engine is overloaded or hangs (docker info)",
+            why=f"{url} accepts connections and does not answer soon enough",
+            fix="check whether the engine is overloaded or hangs (docker info)",
             retry_after=5,
         )
     if any(_is_permission(one) for one in chain):
@@ -79,7 +79,7 @@ def translate(error: BaseException, doing: str, url: str, deadline: Deadline) ->
         )
     return Unavailable(
         "The Docker engine cannot be reached",
-        why=f"{url}: {_words(chain[-1])}",
+        why=f"{url}: {_text(chain[-1])}",
         fix="start it (systemctl start docker), or set url in [providers.docker]",
         retry_after=5,
     )
@@ -113,7 +113,7 @@ def _advice(why: str) -> str:
         ("address already in use", "another program has the port; let the engine choose it"),
         ("could not select device driver", "install the GPU runtime of the engine, or remove `gpus`"),
         ("no such file or directory", "create the path on the engine's host, or correct the configuration"),
-        ("minimum memory limit", "raise `memory`: the engine wants at least 6M"),
+        ("minimum memory limit", "raise `memory`: the engine requires at least 6M"),
         ("unauthorized", "check the credentials of the registry"),
         ("seccomp", "correct `seccomp`"),
     ):
@@ -142,7 +142,7 @@ def _is_permission(error: BaseException) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EACCES
 
 
-def _words(error: BaseException) -> str:
+def _text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return _clip(str(error)) or type(error).__name__

@@ -1,13 +1,13 @@
 """The connection to one Docker engine: made when needed, bounded by deadlines, its errors translated.
 
-Touches the network.  `Engine.call` is the only door to docker-py: nothing else makes a client or catches its
-errors.
+All use of docker-py goes through `Engine.call`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,36 +17,80 @@ import requests
 from docker.api.client import APIClient
 from docker.constants import DEFAULT_DOCKER_API_VERSION
 from docker.tls import TLSConfig
+from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 from docker.types import CancellableStream
 
 from dispatcher.plugin import Deadline, DeadlineExceeded
+from dispatcher_docker.errors import translated
 from dispatcher_docker.options import DockerOptions
-from dispatcher_docker.translate import translated
 from dispatcher_docker.tunnel import Tunnel
-from dispatcher_docker.unixsocket import Adapter
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
 _CONNECT_SECONDS = 10.0
 #: Connections that are kept for the next request.
 _KEEP = 32
-#: The deadline of the call that this thread makes: docker-py has no way to hand one down.
-_now = threading.local()
+#: The deadline of this thread's call, which docker-py has no parameter for.
+_current = threading.local()
+
+
+class _Connection(UnixHTTPConnection):
+    """One connection, closed if it cannot be made."""
+
+    def connect(self) -> None:
+        """Connect."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(self.timeout)
+            sock.connect(self.unix_socket)
+        except BaseException:
+            sock.close()
+            raise
+        self.sock = sock
+
+
+class _Pool(UnixHTTPConnectionPool):
+    """Connections that are kept for later requests."""
+
+    def _new_conn(self) -> Any:
+        return _Connection(self.base_url, self.socket_path, self.timeout)  # type: ignore[arg-type]  # stubs say int
+
+
+class _Adapter(UnixHTTPAdapter):
+    """Carries requests over a Unix socket, with one pool for all URLs.
+
+    docker-py has a pool for every URL, so few connections are used twice and dozens stay open.
+
+    :param path: of the socket; :param keep: connections that are kept for later requests.
+    """
+
+    def __init__(self, path: str, keep: int) -> None:
+        super().__init__(f"http+unix://{path}")
+        self._pool = _Pool("http+docker://localhost", path, maxsize=keep)
+
+    def get_connection(self, url: str | bytes, proxies: object = None) -> _Pool:
+        """Return the one pool."""
+        return self._pool
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._pool.close()
+        super().close()
 
 
 class Client(APIClient):
     """docker-py's client with a deadline for every request, and streams that can be closed.
 
-    Making one asks the engine for its version.
+    The constructor requests the engine's version.
     """
 
     def __init__(self, url: str, tls: TLSConfig | None) -> None:
-        # A version that is given is not asked for: that has to wait until the adapter is in place.
+        # With a version given, the constructor sends no request: that must wait for the adapter below.
         super().__init__(
             base_url=url, version=DEFAULT_DOCKER_API_VERSION, tls=tls or False, user_agent="dispatcher"
         )
-        self.trust_env = False  # REQUESTS_CA_BUNDLE, proxies and .netrc are not about this engine
+        self.trust_env = False  # REQUESTS_CA_BUNDLE, proxies and .netrc are not for this engine
         if url.startswith("unix://"):
-            self.mount("http+docker://", Adapter(url.removeprefix("unix://"), _KEEP))
+            self.mount("http+docker://", _Adapter(url.removeprefix("unix://"), _KEEP))
         try:
             found = self.version(api_version=False)
         except BaseException:
@@ -57,13 +101,13 @@ class Client(APIClient):
             self._version = str(found["MinAPIVersion"])
 
     def _set_request_timeout(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        deadline: Deadline | None = getattr(_now, "deadline", None)
+        deadline: Deadline | None = getattr(_current, "deadline", None)
         seconds = max(0.01, deadline.remaining()) if deadline else 60.0
         kwargs["timeout"] = (min(_CONNECT_SECONDS, seconds), seconds)
         return kwargs
 
     def request(self, method: str | bytes, url: str | bytes, *args: Any, **kwargs: Any) -> requests.Response:
-        """Ask; once more when a kept connection turned out to be dead and asking twice does no harm."""
+        """Send a request; a GET is sent again if the connection was dead, as kept ones may be."""
         try:
             return super().request(method, url, *args, **kwargs)
         except requests.exceptions.ConnectionError as error:
@@ -82,7 +126,7 @@ class Client(APIClient):
         return found
 
     def _stream_helper(self, response: requests.Response, decode: bool = False) -> Any:
-        self._raise_for_status(response)  # type: ignore[attr-defined]  # CancellableStream would take a refusal for the end
+        self._raise_for_status(response)  # type: ignore[attr-defined]  # CancellableStream would take an error for the end
         stream = super()._stream_helper(response, decode)  # type: ignore[misc]
         return CancellableStream(stream, response)
 
@@ -93,7 +137,7 @@ def as_numbers(version: str) -> tuple[int, ...]:
 
 
 class Engine:
-    """One engine.  Thread-safe; asks nobody until `call`.
+    """One engine.  Thread-safe; connects at the first `call`.
 
     :param options: ``[providers.docker]``; without a `url` the environment (DOCKER_HOST, DOCKER_TLS_VERIFY,
         DOCKER_CERT_PATH) decides, as it does for the `docker` program.
@@ -115,24 +159,24 @@ class Engine:
 
     @property
     def socket_path(self) -> str:
-        """Path of the engine's own socket, "" where it has none here."""
+        """Path of the engine's own socket on this host, or ""."""
         return self.url.removeprefix("unix://") if self.url.startswith("unix://") else ""
 
     @contextlib.contextmanager
     def call(self, doing: str, deadline: Deadline) -> Iterator[Client]:
         """Yield the client for a few requests that end by `deadline`.
 
-        :param doing: completes "Docker could not ...".
-        :raises Unavailable: nobody answers; :raises DeadlineExceeded: not in time;
-        :raises NoSuchObject: there is no such thing; :raises ProviderError: the engine refused.
+        :param doing: a verb phrase that completes "Docker could not ...".
+        :raises Unavailable: the engine does not answer; :raises DeadlineExceeded: not in time;
+        :raises NoSuchObject: the object does not exist; :raises ProviderError: the engine refuses.
         """
-        outer = getattr(_now, "deadline", None)
-        _now.deadline = deadline
+        outer = getattr(_current, "deadline", None)
+        _current.deadline = deadline
         try:
             with translated(doing, self.url, deadline):
                 yield self._connected(doing, deadline)
         finally:
-            _now.deadline = outer
+            _current.deadline = outer
 
     def _connected(self, doing: str, deadline: Deadline) -> Client:
         if deadline.expired:
@@ -144,8 +188,8 @@ class Engine:
         if not self._lock.acquire(timeout=deadline.remaining()):
             raise DeadlineExceeded(
                 f"There was no time left to {doing}",
-                why=f"{self.url} takes connections and does not answer",
-                fix="look whether the engine hangs (docker info)",
+                why=f"{self.url} accepts connections and does not answer",
+                fix="check whether the engine hangs (docker info)",
             )
         try:
             if self._client is None:
@@ -155,7 +199,7 @@ class Engine:
             self._lock.release()
 
     def new_client(self) -> Client:
-        """Return a client of its own; asks the engine for its version within the deadline of `call`."""
+        """Return a new client; requests the engine's version, within the deadline of `call`."""
         if self.tunnel:
             return Client(f"unix://{self.tunnel.socket}", None)
         return Client(self.url, self._tls())

@@ -1,0 +1,238 @@
+"""The state of containers: from the engine's answers to observations, and why a container ended.
+
+A container that was stopped on purpose has an exit code like one that ended by itself: a note in the provider's
+state directory tells the two apart.  The list of containers does not say which ran out of memory: each ended
+container is inspected for that, once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from dispatcher.plugin import BackendState, BadRequest, Deadline, Endpoint, Handle, Observation, ProviderError
+from dispatcher_docker import logs
+from dispatcher_docker.containers import LABEL
+from dispatcher_docker.errors import NoSuchObject
+from dispatcher_docker.host import Engine
+
+#: The engine's names of the states in which a container has processes.
+ALIVE = {"running", "paused", "restarting"}
+STATES = {
+    "created": BackendState.STOPPED,
+    "running": BackendState.RUNNING,
+    "paused": BackendState.SUSPENDED,
+    "restarting": BackendState.STARTING,
+    "removing": BackendState.STOPPED,
+    "exited": BackendState.STOPPED,
+    "dead": BackendState.STOPPED,
+}
+#: Ended containers that one `list` inspects at most.
+_INSPECT_AT_ONCE = 32
+_EXITED = re.compile(r"Exited \((\d+)\)")
+
+
+def label(labels: Mapping[str, str] | None, name: str) -> str:
+    """Return one of this provider's labels, or ""."""
+    return (labels or {}).get(f"{LABEL}{name}", "")
+
+
+def handle_from(labels: Mapping[str, str] | None) -> Handle | None:
+    """Return the handle in a container's labels, None if there is none."""
+    try:
+        return Handle.from_json(label(labels, "handle"))
+    except BadRequest:
+        return None
+
+
+def inspect(engine: Engine, name: str, deadline: Deadline) -> Mapping[str, Any] | None:
+    """Return the engine's inspection of a container, None if there is none."""
+    try:
+        with engine.call("look for the container", deadline) as client:
+            found: Mapping[str, Any] = client.inspect_container(name)
+            return found
+    except NoSuchObject:
+        return None
+
+
+def status(found: Mapping[str, Any]) -> str:
+    """Return the engine's name of a container's state."""
+    return str(found["State"].get("Status", ""))
+
+
+def from_inspection(found: Mapping[str, Any], *, reach: str, current_image: str = "") -> Observation:
+    """Return the observation for the answer of `GET /containers/ID/json`.
+
+    :param reach: address for published ports; :param current_image: id of the image that has the name now, ""
+        if not known.
+    """
+    state = found["State"]
+    labels = found["Config"].get("Labels")
+    ports = {
+        key: [(one.get("HostIp", ""), int(one["HostPort"])) for one in bindings or [] if one.get("HostPort")]
+        for key, bindings in (found.get("NetworkSettings", {}).get("Ports") or {}).items()
+    }
+    backend_state = STATES.get(state.get("Status", ""), BackendState.STOPPED)
+    return _observation(
+        backend_state,
+        labels,
+        ports,
+        reach=reach,
+        current_image=current_image,
+        started_at=unix_time(state.get("StartedAt", "")),
+        exit_reason=reason(state) if backend_state is BackendState.STOPPED else "",
+        detail=state.get("Error", ""),
+    )
+
+
+def from_summary(found: Mapping[str, Any], *, reach: str, current_image: str = "") -> Observation:
+    """Return the observation for one entry of `GET /containers/json`.
+
+    It has the time of creation, not of the start, which may be days later.
+    """
+    ports: dict[str, list[tuple[str, int]]] = {}
+    for one in found.get("Ports") or []:
+        if one.get("PublicPort"):
+            ports.setdefault(f"{one['PrivatePort']}/{one['Type']}", []).append(
+                (one.get("IP", ""), one["PublicPort"])
+            )
+    exited = _EXITED.match(found.get("Status", ""))
+    backend_state = STATES.get(found.get("State", ""), BackendState.STOPPED)
+    return _observation(
+        backend_state,
+        found.get("Labels"),
+        ports,
+        reach=reach,
+        current_image=current_image,
+        started_at=None,
+        exit_reason=code_reason(int(exited[1])) if exited and backend_state is BackendState.STOPPED else "",
+        detail="",
+    )
+
+
+def _observation(
+    state: BackendState,
+    labels: Mapping[str, str] | None,
+    ports: Mapping[str, list[tuple[str, int]]],
+    *,
+    reach: str,
+    current_image: str,
+    started_at: float | None,
+    exit_reason: str,
+    detail: str,
+) -> Observation:
+    awake = state in {BackendState.RUNNING, BackendState.SUSPENDED}
+    spec_hash = label(labels, "hash")
+    if spec_hash and current_image and current_image != label(labels, "image-id"):
+        # Another image has the name now: no spec has this hash, so the core sees that the agent is outdated.
+        spec_hash += "+image"
+        detail = detail or f"the image {label(labels, 'image')} has changed since it was started"
+    owner = label(labels, "owner")
+    return Observation(
+        state=state,
+        endpoint=_endpoint(label(labels, "endpoint"), ports, reach) if awake else None,
+        owner_uid=int(owner) if owner and awake else None,
+        started_at=started_at,
+        spec_hash=spec_hash,
+        exit_reason=exit_reason,
+        detail=detail,
+    )
+
+
+def _endpoint(text: str, ports: Mapping[str, list[tuple[str, int]]], reach: str) -> Endpoint | None:
+    if text.startswith("unix:"):
+        return Endpoint.unix(text.removeprefix("unix:"))
+    published = ports.get(text.removeprefix("port:")) or []
+    for host, port in published:
+        return Endpoint.tcp(reach or host, port)
+    return None
+
+
+def reason(state: Mapping[str, Any]) -> str:
+    """Return why a container ended by itself, from the `State` of its inspection; "" if it never ran."""
+    if state.get("Status") == "created":
+        return ""
+    if state.get("OOMKilled"):
+        return "out of memory"
+    return code_reason(int(state.get("ExitCode") or 0))
+
+
+def code_reason(code: int) -> str:
+    """Describe an exit code; as in a shell, 128 + N is signal N."""
+    return f"killed by signal {code - 128}" if 128 < code <= 192 else f"exit code {code}"
+
+
+def unix_time(text: str) -> float | None:
+    """Return Unix time for the engine's ISO 8601 with nanoseconds; None for its zero."""
+    match = re.fullmatch(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)", text)
+    if not match or text.startswith("0001-"):
+        return None
+    zone = "+00:00" if match[3] == "Z" else match[3]
+    return datetime.fromisoformat(f"{match[1]}{zone}").timestamp() + float(match[2] or 0)
+
+
+class ExitReasons:
+    """Why the containers that do not run ended.
+
+    :param state_dir: the provider's own.
+    """
+
+    def __init__(self, engine: Engine, state_dir: Path) -> None:
+        self._engine = engine
+        self._stopped = state_dir / "stopped"
+        self._reasons: dict[str, str] = {}
+
+    def note_stop(self, handle: Handle, container: str) -> None:
+        """Note that this container is being stopped on purpose."""
+        self._stopped.mkdir(mode=0o700, exist_ok=True)
+        (self._stopped / handle.name).write_text(container, encoding="ascii")
+
+    def forget(self, handle: Handle) -> None:
+        """Remove the note: the container starts, or is removed."""
+        (self._stopped / handle.name).unlink(missing_ok=True)
+
+    def _was_stopped(self, handle: Handle, container: str) -> bool:
+        try:
+            return (self._stopped / handle.name).read_text(encoding="ascii") == container
+        except OSError:
+            return False
+
+    def complete(
+        self, handle: Handle, container: str, observation: Observation, deadline: Deadline
+    ) -> Observation:
+        """Add the last lines of its output to an ended container's observation."""
+        if self._was_stopped(handle, container):
+            return replace(observation, exit_reason="")
+        return replace(observation, detail=observation.detail or " | ".join(self.last_lines(handle, deadline)))
+
+    def complete_many(
+        self, ended: Iterable[tuple[Handle, str, Observation]], deadline: Deadline
+    ) -> Iterable[tuple[Handle, Observation]]:
+        """Yield the observations of ended containers with their exit reasons, in few requests."""
+        inspected = 0
+        known: dict[str, str] = {}
+        for handle, container, observation in ended:
+            exit_reason = self._reasons.get(container, observation.exit_reason)
+            if self._was_stopped(handle, container):
+                exit_reason = ""
+            elif container in self._reasons:
+                known[container] = exit_reason
+            elif exit_reason and inspected < _INSPECT_AT_ONCE:
+                inspected += 1
+                found = inspect(self._engine, container, deadline)
+                if found and status(found) not in ALIVE:
+                    exit_reason = known[container] = reason(found["State"])
+            yield handle, replace(observation, exit_reason=exit_reason)
+        self._reasons = known
+
+    def last_lines(self, handle: Handle, deadline: Deadline) -> list[str]:
+        """Return the last lines of a container's output."""
+        try:
+            found = logs.read(self._engine, handle.name, tail=3, deadline=deadline)
+        except ProviderError:
+            return []
+        return [line.decode(errors="replace")[:200] for line in found]

@@ -1,0 +1,206 @@
+"""Starting an agent: from an image's id to a container that runs.
+
+What a start that fails or is cancelled has made is removed.  When the engine does not answer it is left as it is:
+the next start, stop or removal finds it by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dispatcher.plugin import (
+    AgentSpec,
+    Deadline,
+    DispatcherError,
+    Handle,
+    NotFound,
+    Progress,
+    ProviderError,
+    SecretFiles,
+    Unavailable,
+)
+from dispatcher_docker import containers, observe
+from dispatcher_docker.data import Volumes
+from dispatcher_docker.errors import NameTaken, start_failed
+from dispatcher_docker.host import Client, Engine
+from dispatcher_docker.observe import ExitReasons
+from dispatcher_docker.options import DockerOptions
+from dispatcher_docker.stop import remove
+
+
+class Starter:
+    """Starts the agents of one installation.
+
+    :param volumes: where data is in volumes, else None.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        options: DockerOptions,
+        installation: str,
+        *,
+        secrets: SecretFiles,
+        exit_reasons: ExitReasons,
+        volumes: Volumes | None,
+    ) -> None:
+        self._engine, self._options, self._installation = engine, options, installation
+        self._secrets, self._exit_reasons, self._volumes = secrets, exit_reasons, volumes
+
+    def find(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
+        """Return an agent's container, None if there is none.
+
+        :raises ProviderError: the name belongs to another's container.
+        """
+        found = observe.inspect(self._engine, handle.name, deadline)
+        if found is not None and not self.is_ours(found):
+            raise ProviderError(
+                f"The name {handle.name} belongs to a container of another owner",
+                why="it does not carry this installation's label",
+                fix=f"inspect that container, then remove it: docker rm -f {handle.name}",
+            )
+        return found
+
+    def is_ours(self, found: Mapping[str, Any]) -> bool:
+        """Whether a container belongs to this installation."""
+        return observe.label(found["Config"].get("Labels"), "installation") == self._installation
+
+    def run(
+        self,
+        spec: AgentSpec,
+        handle: Handle,
+        found: Mapping[str, Any] | None,
+        *,
+        image: str,
+        remapped: bool,
+        deadline: Deadline,
+        progress: Progress,
+    ) -> None:
+        """Make the agent's container run.
+
+        :param found: the one that exists and does not run; :param image: id of the image;
+        :param remapped: the engine maps user ids, which this container must not have.
+        """
+        new_volume = self._volumes is not None and self._volumes.ensure(handle, deadline)
+        try:
+            secrets = None
+            if spec.secrets:
+                owner = containers.owner_uid(spec)
+                secrets = self._secrets.write(handle.name, spec.secrets, owner, -1)
+            if found and not self._fits(found, spec, image, secrets):
+                progress("removing the old container")
+                remove(self._engine, handle.name, deadline)
+                found = None
+            if found is None:
+                progress("creating the container")
+                self._create(spec, handle, image, secrets, remapped=remapped, deadline=deadline)
+            progress("starting the container")
+            self._exit_reasons.forget(handle)
+            self._start(spec, handle, deadline)
+            progress("started")
+        except Unavailable:
+            raise
+        except BaseException:
+            _clean_up(self._engine, handle.name)
+            self._secrets.remove(handle.name)
+            if new_volume and self._volumes:
+                self._volumes.remove(handle, Deadline(10))
+            raise
+
+    def _start(self, spec: AgentSpec, handle: Handle, deadline: Deadline) -> None:
+        """Start the container; write its standard input, then close that."""
+        try:
+            with self._engine.call("start the container", deadline) as client:
+                if spec.stdin is None:
+                    client.start(handle.name)
+                else:
+                    with _attached(client, handle.name) as sock:
+                        client.start(handle.name)
+                        _send_all(sock, spec.stdin, deadline)
+        except (Unavailable, NotFound):
+            raise
+        except ProviderError as error:
+            raise start_failed(error, self._exit_reasons.last_lines(handle, deadline)) from error
+
+    def _create(
+        self,
+        spec: AgentSpec,
+        handle: Handle,
+        image: str,
+        secrets: Path | None,
+        *,
+        remapped: bool,
+        deadline: Deadline,
+    ) -> None:
+        options = containers.options_of(spec.app)
+        seccomp = options.seccomp
+        if seccomp not in {"default", "unconfined"}:
+            seccomp = Path(seccomp).read_text(encoding="utf-8")
+        body = containers.container(
+            spec,
+            backend=self._options,
+            image_id=image,
+            own_volume=self._volumes is not None,
+            secrets_dir=secrets,
+            seccomp="" if seccomp == "default" else seccomp,
+            host_user_namespace=remapped,
+        )
+        try:
+            self._make(body, handle, options.platform, deadline)
+        except NameTaken:
+            # An earlier start may have been carried out after its deadline: that container is ours to remove.
+            if self.find(handle, deadline) is None:
+                raise
+            remove(self._engine, handle.name, deadline)
+            self._make(body, handle, options.platform, deadline)
+
+    def _make(self, body: dict[str, Any], handle: Handle, platform: str, deadline: Deadline) -> None:
+        with self._engine.call("create the container", deadline) as client:
+            client.make(body, handle.name, platform)
+
+    @staticmethod
+    def _fits(found: Mapping[str, Any], spec: AgentSpec, image: str, secrets: Path | None) -> bool:
+        """Whether a container that does not run can be started for this spec."""
+        config = found["Config"]
+        mounts = found.get("Mounts") or ()
+        shown = [one.get("Source") for one in mounts if one.get("Destination") == containers.INSIDE_SECRETS]
+        return (
+            observe.status(found) == "exited"
+            and observe.label(config.get("Labels"), "hash") == spec.hash
+            and observe.label(config.get("Labels"), "image-id") == image
+            and bool(config.get("OpenStdin")) == (spec.stdin is not None)
+            and shown == ([str(secrets)] if secrets else [])
+        )
+
+
+@contextlib.contextmanager
+def _attached(client: Client, container: str) -> Iterator[socket.socket]:
+    stream = client.attach_socket(container, params={"stdin": 1, "stream": 1})
+    try:
+        yield getattr(stream, "_sock", stream)
+    finally:
+        response = getattr(stream, "_response", None)
+        with contextlib.suppress(ValueError, OSError):  # the engine has closed the connection already
+            if response is not None:
+                response.close()
+            stream.close()
+
+
+def _send_all(sock: socket.socket, content: bytes, deadline: Deadline) -> None:
+    sock.settimeout(max(0.1, deadline.remaining()))
+    sock.sendall(content)
+    sock.shutdown(socket.SHUT_WR)
+    with contextlib.suppress(OSError):
+        sock.settimeout(min(2.0, max(0.1, deadline.remaining())))
+        while sock.recv(4096):
+            pass  # the engine closes the connection once it has forwarded everything
+
+
+def _clean_up(engine: Engine, name: str) -> None:
+    """Remove what a failed start has made; if the engine does not answer, the next start does it."""
+    with contextlib.suppress(DispatcherError):
+        remove(engine, name, Deadline(10))
