@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dispatcher.plugin import App, Capability, Finding, Level, Network
-from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import endpoint_kind
 
 #: Controller -> key of the configuration, capability, and what an agent may do where nothing limits it.
@@ -16,7 +16,7 @@ _LIMITS = {
 }
 
 
-def capabilities(machine: Machine) -> frozenset[Capability]:
+def capabilities(host: Host) -> frozenset[Capability]:
     """Return what works on this host."""
     found = {
         Capability.SUSPEND,
@@ -26,21 +26,21 @@ def capabilities(machine: Machine) -> frozenset[Capability]:
         Capability.CREDENTIALS,
         Capability.NETWORK_HOST,
     }
-    if machine.sandboxed:
+    if host.sandboxed:
         found.add(Capability.NETWORK_NONE)
-        if machine.private_fault is None:
+        if host.private_fault is None:
             found.add(Capability.NETWORK_PRIVATE)
-    found |= {capability for what, (_, capability, _) in _LIMITS.items() if machine.limits(what)}
+    found |= {capability for what, (_, capability, _) in _LIMITS.items() if host.limits(what)}
     return frozenset(found)
 
 
-def findings(machine: Machine, app: App | None) -> list[Finding]:
+def findings(host: Host, app: App | None) -> list[Finding]:
     """Return what an operator should know, of the host or of one app on it."""
-    return list(_host(machine) if app is None else _app(machine, app))
+    return list(_host(host) if app is None else _app(host, app))
 
 
-def _host(machine: Machine) -> Iterator[Finding]:
-    if machine.sandboxed:
+def _host(host: Host) -> Iterator[Finding]:
+    if host.sandboxed:
         yield _ok("Agents run in bubblewrap sandboxes: own mount, pid, ipc and uts namespaces, no new privileges")
         yield _ok(
             "Of the host's files an agent sees /usr, /etc and its program's own, read-only; its data it may write"
@@ -48,36 +48,36 @@ def _host(machine: Machine) -> Iterator[Finding]:
     else:
         yield Finding(
             level=Level.WARNING,
-            what=f"Agents run without a sandbox: {machine.reason}. They see the host's files, processes, network",
+            what=f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network",
             fix="install bubblewrap, or allow it to make namespaces",
         )
-    if machine.own_uid:
+    if host.own_uid:
         yield _ok("Each agent has a host user id of its own")
     else:
         yield Finding(
             level=Level.WARNING,
             what="All agents run as the user that runs the manager"
-            + ("; only the sandbox is between them" if machine.sandboxed else ", and can read each other's data"),
+            + ("; only the sandbox is between them" if host.sandboxed else ", and can read each other's data"),
             fix="run the manager as root for a user id per agent",
         )
-    yield from _limits(machine)
-    fault = machine.private_fault
-    if machine.sandboxed and fault:
+    yield from _limits(host)
+    fault = host.private_fault
+    if host.sandboxed and fault:
         yield Finding(level=Level.INFO, what=f'network = "private" does not work: {fault[0]}', fix=fault[1])
 
 
-def _limits(machine: Machine) -> Iterator[Finding]:
+def _limits(host: Host) -> Iterator[Finding]:
     for what, (key, _, instead) in _LIMITS.items():
-        if machine.cgroups.limits(what):
+        if host.cgroups.limits(what):
             yield _ok(f"The limit {key} is kept by the kernel's {what} controller")
-        elif machine.limits(what):
+        elif host.limits(what):
             yield _ok(f"The limit {key} is kept by counting the processes of each agent's own user id")
         else:
             yield _unlimited(key, instead)
     yield Finding(
         level=Level.INFO, what="The limit disk is not kept: data is a plain directory", fix="use a quota"
     )
-    if not machine.cgroups.can_freeze:
+    if not host.cgroups.can_freeze:
         yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as no control group can be frozen")
 
 
@@ -89,7 +89,7 @@ def _unlimited(key: str, instead: str) -> Finding:
     )
 
 
-def _app(machine: Machine, app: App) -> Iterator[Finding]:
+def _app(host: Host, app: App) -> Iterator[Finding]:
     if endpoint_kind(app) == "tcp":
         yield Finding(
             level=Level.WARNING,
@@ -100,7 +100,7 @@ def _app(machine: Machine, app: App) -> Iterator[Finding]:
         yield _ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
     wanted = {"memory": app.limits.memory, "cpu": app.limits.cpus, "pids": app.limits.pids}
     for what, (key, _, instead) in _LIMITS.items():
-        if wanted[what] is not None and not machine.limits(what):
+        if wanted[what] is not None and not host.limits(what):
             yield _unlimited(key, instead)
     if app.limits.disk is not None:
         yield Finding(
@@ -114,7 +114,7 @@ def _app(machine: Machine, app: App) -> Iterator[Finding]:
             what="It shares the host's network: services on the loopback interface and abstract sockets too",
             fix='use network = "none" or "private"',
         )
-    elif not machine.sandboxed:
+    elif not host.sandboxed:
         yield Finding(
             level=Level.WARNING,
             what=f'network = "{app.network.value}" is not kept without a sandbox: it shares the host\'s network',

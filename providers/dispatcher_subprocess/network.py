@@ -19,9 +19,9 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_interface, ip_ne
 from pathlib import Path
 
 from dispatcher.plugin import App, ConfigError, Deadline, DeadlineExceeded, Network, ProviderError, Unsupported
-from dispatcher_subprocess import launch, procfs
-from dispatcher_subprocess.machine import Machine, which
-from dispatcher_subprocess.record import Process
+from dispatcher_subprocess import processes, procfs
+from dispatcher_subprocess.host import Host, which
+from dispatcher_subprocess.journal import Process
 
 Networks = Sequence[IPv4Network | IPv6Network]
 #: Addresses for the agent's name server, none of the Internet's (RFC 5737); the first that the host does not use.
@@ -29,13 +29,13 @@ _NAME_SERVERS = (IPv4Address("198.51.100.53"), IPv4Address("203.0.113.53"), IPv4
 _SLIRP_NAME_SERVER = "10.0.2.3"
 
 
-def verify(app: App, kind: str, machine: Machine) -> None:
+def verify(app: App, kind: str, host: Host) -> None:
     """Check that an app's network is possible here.
 
     :param kind: of its endpoint, ``unix`` or ``tcp``.
     :raises ConfigError: never with this app; :raises Unsupported: not on this host.
     """
-    if kind == "tcp" and app.network is Network.NONE and machine.sandboxed:
+    if kind == "tcp" and app.network is Network.NONE and host.sandboxed:
         raise ConfigError(
             f'apps.{app.name}: {{port}} cannot be reached with network = "none"',
             why="nothing leads into a sandbox without a network",
@@ -43,10 +43,10 @@ def verify(app: App, kind: str, machine: Machine) -> None:
         )
     if app.network is not Network.PRIVATE:
         return
-    if machine.private_fault:
-        why, fix = machine.private_fault
+    if host.private_fault:
+        why, fix = host.private_fault
         raise Unsupported(f'network = "private" of the app {app.name} does not work here', why=why, fix=fix)
-    if kind == "tcp" and not machine.pasta:
+    if kind == "tcp" and not host.pasta:
         raise Unsupported(
             f'apps.{app.name}: {{port}} with network = "private" does not work here',
             why="slirp4netns cannot forward to the loopback interface",
@@ -54,9 +54,9 @@ def verify(app: App, kind: str, machine: Machine) -> None:
         )
 
 
-def resolver(machine: Machine) -> bytes:
+def resolver(host: Host) -> bytes:
     """Return a private network's /etc/resolv.conf: the name server of its carrier, the search list of the host."""
-    server = str(_name_server()) if machine.pasta else _SLIRP_NAME_SERVER
+    server = str(_name_server()) if host.pasta else _SLIRP_NAME_SERVER
     kept = [
         line
         for line in (procfs.read("/etc/resolv.conf") or b"").decode("utf-8", "replace").splitlines()
@@ -65,21 +65,21 @@ def resolver(machine: Machine) -> bytes:
     return "\n".join([f"nameserver {server}", *kept, ""]).encode()
 
 
-def connect(machine: Machine, inner: Process, port: int, denied: Networks, deadline: Deadline) -> Process:
+def connect(host: Host, inner: Process, port: int, denied: Networks, deadline: Deadline) -> Process:
     """Connect a waiting agent's network namespace with the outside; return the process that carries its traffic.
 
     :param port: TCP port of the host's loopback interface that leads to the agent, 0 for none.
     :raises ProviderError: it does not work; :raises DeadlineExceeded: it takes too long.
     """
     with contextlib.ExitStack() as stack:
-        inside = _enter(stack, inner, own_user=not machine.privileged)
-        carry = _pasta if machine.pasta else _slirp
-        helper = carry(machine, inside, port, deadline)
+        inside = _enter(stack, inner, own_user=not host.privileged)
+        carry = _pasta if host.pasta else _slirp
+        helper = carry(host, inside, port, deadline)
         try:
             _wall_off(inside, [*host_networks(), *denied], deadline)
         except BaseException:
             procfs.send(helper.pid, helper.start, 9)
-            launch.reap(helper)
+            processes.reap(helper)
             raise
     return helper
 
@@ -112,10 +112,10 @@ def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _I
     return _Inside(fds[0], fds[1] if own_user else None)
 
 
-def _pasta(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> Process:
+def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
     with tempfile.TemporaryDirectory(prefix="dispatcher-pasta-") as directory:
         pid_file = Path(directory) / "pid"
-        command = [machine.pasta, "--quiet", "--config-net", "--no-map-gw", "--pid", str(pid_file)]
+        command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--pid", str(pid_file)]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--dns-forward", str(_name_server()), "--netns", f"/proc/self/fd/{inside.network}"]
         if inside.user is None:
@@ -137,17 +137,17 @@ def _pasta(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> 
     return Process(pid=pid, start=found.start)
 
 
-def _slirp(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> Process:
+def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
     assert not port  # refused by `verify`
     ready, told = os.pipe()
     try:
-        command = [machine.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
+        command = [host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
         command += ["--enable-seccomp", f"--ready-fd={told}", "--netns-type=path"]
         if inside.user is not None:
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            helper = launch.spawn(
+            helper = processes.spawn(
                 [*command, f"/proc/self/fd/{inside.network}", "tap0"],
                 environment={},
                 stdin=null,
@@ -159,10 +159,10 @@ def _slirp(machine: Machine, inside: _Inside, port: int, deadline: Deadline) -> 
         finally:
             os.close(null)
             os.close(told)
-        if launch.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
+        if processes.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
             return helper
         procfs.send(helper.pid, helper.start, 9)
-        launch.reap(helper)
+        processes.reap(helper)
         raise ProviderError("slirp4netns does not connect the agent", fix="install passt, which is used instead")
     finally:
         os.close(ready)

@@ -14,19 +14,82 @@ import select
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from dispatcher.plugin import Usage
+from dispatcher.plugin import Deadline
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Group
-from dispatcher_subprocess.machine import which
-from dispatcher_subprocess.record import Process, Record, told
+from dispatcher_subprocess.errors import failed
+from dispatcher_subprocess.host import which
+from dispatcher_subprocess.journal import Process, Record, sandbox_status
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
 _OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
 _AT_ONCE = 10.0  # seconds for a signal that is sent in one stroke
-_AFTER_MAIN = 1.0  # seconds that the rest gets once the app's first process has ended
+_AFTER_MAIN = 1.0  # seconds for the other processes after the app's first one has ended
+_DYING = 1.0  # seconds until a killed process is gone
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    environment: Mapping[str, str],
+    stdin: int,
+    output: int,
+    inherited: Sequence[int],
+    umask: int,
+    cwd: str,
+) -> Process:
+    """Start a program in a session of its own and return at once.
+
+    :raises ProviderError: the kernel refuses.
+    """
+    try:
+        process = subprocess.Popen(  # without preexec_fn, so that vfork is used
+            command,
+            stdin=stdin,
+            stdout=output,
+            stderr=output,
+            pass_fds=inherited,
+            env=dict(environment),
+            umask=umask,
+            cwd=cwd,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        raise failed("Cannot start the agent", error) from error
+    process.returncode = 0  # it is reaped by `reap`: this object must not wait for it, nor warn when it goes
+    found = procfs.stat(process.pid)
+    return Process(pid=process.pid, start=found.start if found else 0)
+
+
+def reap(process: Process) -> int | None:
+    """Reap a dying child; return its exit code (-N: killed by signal N), None when it is no child of ours.
+
+    Its first thread may look dead while others are still at it: so wait a little.
+    """
+    found = procfs.stat(process.pid)
+    if found is None or found.start != process.start:
+        return None  # gone; whoever has its pid now, perhaps another child of ours, is none of this
+    end = time.monotonic() + _DYING
+    while True:
+        try:
+            done, status = os.waitpid(process.pid, os.WNOHANG)
+        except ChildProcessError:
+            return None
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.001)
+
+
+def wait_readable(fd: int, deadline: Deadline) -> bool:
+    """Wait until a descriptor can be read (or is at its end); False when the deadline comes first."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(deadline.remaining() * 1000))
 
 
 def main_lives(record: Record) -> bool:
@@ -38,7 +101,7 @@ def main_lives(record: Record) -> bool:
 
 def app_without_main(record: Record) -> Process | None:
     """Return the app's first process when only the outer bwrap was killed: the sandbox goes on without it."""
-    if record.init is None or told(record).exit_code is not None:
+    if record.init is None or sandbox_status(record).exit_code is not None:
         return None
     if not procfs.lives(record.init.pid, record.init.start):
         return None
@@ -156,9 +219,9 @@ def _kill_interrupted(record: Record) -> None:
             for found in map(procfs.stat, [*procfs.children(pid), pid]):
                 if found:
                     procfs.send(found.pid, found.start, 9)
-    said = told(record)
-    if said.child and said.pidns and procfs.namespace(said.child, "pid") == said.pidns:
-        found = procfs.stat(said.child)
+    status = sandbox_status(record)
+    if status.child and status.pidns and procfs.namespace(status.child, "pid") == status.pidns:
+        found = procfs.stat(status.child)
         if found:
             procfs.send(found.pid, found.start, 9)
 
@@ -205,57 +268,6 @@ def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], 
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def stop_rounds(record: Record, group: Group | None, expired: Callable[[], bool]) -> list[Process] | None:
-    """Stop every process by SIGSTOP, in rounds until no fork escapes any more.
-
-    :return: those that were stopped already, which must stay so on resume; None when it did not succeed in time.
-    """
-    before: list[Process] = []
-    seen: set[tuple[int, int]] = set()
-    quiet = 0
-    for number in range(_ROUNDS):
-        fresh = [process for process in members(record, group) if (process.pid, process.start) not in seen]
-        for process in fresh:
-            seen.add((process.pid, process.start))
-            if process.state in "Tt":
-                if number == 0:
-                    before.append(Process(pid=process.pid, start=process.start))
-            else:
-                procfs.send(process.pid, process.start, 19)
-        if number == 0:
-            signal_at_once(record, 19)  # where that works, the next rounds find nothing to do
-        quiet = 0 if fresh else quiet + 1
-        if quiet == 2:
-            return before
-        if expired():
-            break
-        time.sleep(0.005)
-    continue_all(record, group, before)
-    return None
-
-
-def continue_all(record: Record, group: Group | None, stay: Iterable[Process]) -> None:
-    """Let every process run again but those that were stopped before."""
-    resting = {(process.pid, process.start) for process in stay}
-    for process in members(record, group):
-        if (process.pid, process.start) not in resting:
-            procfs.send(process.pid, process.start, 18)
-
-
-def usage(record: Record, group: Group | None) -> Usage:
-    """Return what an agent uses: counted by its group where there is one, else summed over its processes."""
-    counted = group.usage() if group else Usage()
-    if counted.memory is not None and counted.cpu_seconds is not None:
-        return counted
-    found = members(record, group)
-    memory, seconds = counted.memory, counted.cpu_seconds
-    if memory is None:
-        memory = sum(procfs.resident(process.pid) for process in found)
-    if seconds is None:
-        seconds = sum(process.cpu for process in found) / os.sysconf("SC_CLK_TCK")
-    return Usage(memory=memory, cpu_seconds=seconds)
 
 
 def output_of(record: Record) -> int | None:

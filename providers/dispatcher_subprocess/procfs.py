@@ -203,12 +203,3 @@ def open_paths(pid: int) -> frozenset[str]:
             with contextlib.suppress(OSError):
                 found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
     return frozenset(found)
-
-
-def resident(pid: int) -> int:
-    """Return a process's bytes of memory: its proportional share where that may be read, else what is resident."""
-    for line in (read(f"/proc/{pid}/smaps_rollup") or b"").splitlines():
-        if line.startswith(b"Pss:"):
-            return int(line.split()[1]) * 1024
-    fields = (read(f"/proc/{pid}/statm") or b"0 0").split()
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

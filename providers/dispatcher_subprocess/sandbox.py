@@ -1,4 +1,4 @@
-"""The walls around an agent, as arguments for bubblewrap and setpriv.  Pure, but for a look at the host's root.
+"""An agent's sandbox, as arguments for bubblewrap and setpriv.
 
 As root, bubblewrap runs without a user namespace and setpriv inside becomes the agent's own host user: with a user
 namespace the agent would still be root on the host.  As an ordinary user there is a user namespace, and the agent
@@ -15,8 +15,8 @@ from pathlib import Path
 from dispatcher.plugin import AgentSpec, Network, slug
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.options import AppOptions
-from dispatcher_subprocess.visible import SYSTEM, below
 
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 DATA = "/data"
 RUN = "/run/agent"
 SECRETS = "/run/secrets"
@@ -29,6 +29,11 @@ for _name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_READ_SEARCH"):
     _CAPABILITIES += ["--cap-add", _name]
 _SET_LOADER = '. "$0" && exec "$@"'
 _GATE = 'read -r _ && exec "$@"'
+
+
+def below(path: Path, roots: Iterable[Path]) -> bool:
+    """Whether `path` is one of `roots` or lies below one."""
+    return any(path == root or root in path.parents for root in roots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -173,7 +173,7 @@ def report(world, victim, monkeypatch):
                 str(bob.data_dir / "diary"),
                 str(bob.log_dir / "output.log"),
                 "/run/secrets/token",
-                f"/dev/shm/dispatcher-{world.installation}-0/{handle.name}/token",
+                f"/dev/shm/dispatcher-{world.installation}-secrets-subprocess/{handle.name}/token",
                 "/tmp/notes",
                 "/dev/kmsg",
                 "/dev/mem",
@@ -199,7 +199,7 @@ def report(world, victim, monkeypatch):
                 "/var/run/docker.sock",
                 "/var/run/libvirt/libvirt-sock",
                 "/run/dbus/system_bus_socket",
-                str(world.base / "run/p/subprocess/pump.sock"),
+                str(world.base / "run/p/subprocess/collector.sock"),
             ],
             "tcp": [["127.0.0.1", loopback.getsockname()[1]], ["192.0.2.1", 80]],
             "abstract": "dispatcher-test-7e57",
@@ -246,7 +246,7 @@ def test_it_sees_itself_alone(report):
 def test_what_the_host_sees(world, victim):
     provider, spec, handle, _ = victim
     record = provider._journals.read(handle.name)
-    group = provider._parts.ending.group(record)
+    group = provider._parts.stopper.group(record)
     own, others = {record.main.pid, record.init.pid}, group.procs() - {record.main.pid, record.init.pid}
     assert others
     for pid in others:

@@ -60,20 +60,20 @@ MANAGER = textwrap.dedent(
     """
     import json, os, signal, sys
     from tests.support.subprocess_world import World, PROBE_COMMAND
-    from dispatcher_subprocess.attempt import Attempt
+    from dispatcher_subprocess.start import Start
 
     base, options, dies_at = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]
     world = World(sys.argv[4], base=base, **options)
     provider = world.provider()
 
     def dying(name):
-        step = getattr(Attempt, name)
+        step = getattr(Start, name)
         def wrapper(self, *arguments):
             result = step(self, *arguments)
             if dies_at == f"after {name}":
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
-        setattr(Attempt, name, wrapper)
+        setattr(Start, name, wrapper)
 
     for name in ("prepare", "spawn", "confine", "release"):
         dying(name)
@@ -83,8 +83,8 @@ MANAGER = textwrap.dedent(
             append(*arguments)
             os.kill(os.getpid(), signal.SIGKILL)
         provider._journals.append = appended
-    if dies_at == "at the pump":
-        provider._pump.attach = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    if dies_at == "at the collector":
+        provider._collector.attach = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     handle, inside = world.start(provider, world.spec("alice"))
     print(inside.id()["start"], flush=True)
     sys.stdin.read()
@@ -130,13 +130,13 @@ def test_a_fresh_manager_adopts_what_the_killed_one_started(world):
     seen = observe(fresh, handle)
     assert seen.state is BackendState.STOPPED
     # Without bubblewrap nobody but its parent can know the exit code.
-    assert seen.exit_reason == ("exit code 5" if "bubblewrap" not in world.options else "ended, nobody saw how")
+    assert seen.exit_reason == ("exit code 5" if "bubblewrap" not in world.options else "ended, reason unknown")
 
 
 @pytest.mark.parametrize("world", EXTREMES, indirect=True)
 @pytest.mark.parametrize(
     "dies_at",
-    ["after prepare", "after spawn", "after confine", "at the journal", "at the pump", "after release"],
+    ["after prepare", "after spawn", "after confine", "at the journal", "at the collector", "after release"],
 )
 def test_a_manager_killed_in_the_middle_of_a_start_leaves_no_orphan_and_no_double(world, dies_at):
     old = manager(world, dies_at)
@@ -351,7 +351,7 @@ def test_what_an_app_leaves_behind_goes_with_it(escapist):
     record = provider._journals.read(handle.name)
     mains = [
         process
-        for process in processes.members(record, provider._parts.ending.group(record))
+        for process in processes.members(record, provider._parts.stopper.group(record))
         if process.parent == (record.init.pid if record.init else os.getpid())
         and (record.init or process.pid == record.main.pid)
     ]
@@ -408,7 +408,7 @@ def test_the_sandbox_outlives_bubblewraps_outer_process(sandboxes):
     assert inside.answers()
     inside.post("/exit", code=3)
     assert eventually(lambda: observe(provider, handle).state is BackendState.STOPPED)
-    assert "nobody saw" in observe(provider, handle).exit_reason
+    assert "reason unknown" in observe(provider, handle).exit_reason
 
 
 def test_a_program_that_cannot_begin_says_why(world):
@@ -421,7 +421,7 @@ def test_a_program_that_cannot_begin_says_why(world):
     seen = eventually(lambda: (one := observe(provider, handle)).state is BackendState.STOPPED and one)
     assert seen.exit_reason.startswith("exit code 1")
     eventually(lambda: any(b"broken" in line for line in lines(provider, handle)))
-    with pytest.raises(ProviderError, match="is not there"):
+    with pytest.raises(ProviderError, match="there is no program"):
         world.start(provider, world.spec("alice", ["/nonexistent", "{socket}"]), ready=False)
 
 

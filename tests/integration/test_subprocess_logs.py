@@ -59,12 +59,12 @@ def say(spec, text):
         assert sock.recv(10) == b"yes"
 
 
-def pump_of(world):
-    """The log pump's pid: it has log files of this world open."""
+def collector_of(world):
+    """The log collector's pid: it has log files of this world open."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             command = (process / "cmdline").read_bytes()
-            if b"dispatcher_subprocess/pump.py" not in command:
+            if b"dispatcher_subprocess/log_collector.py" not in command:
                 continue
             logs = [os.readlink(fd) for fd in (process / "fd").iterdir()]
         except OSError:
@@ -110,7 +110,7 @@ def test_output_stays_bounded_while_the_manager_is_down(world):
     assert len(lines(provider, handle, 100_000)) > 1000, "rotated files count too"
 
 
-def test_a_killed_pump_is_replaced_and_gets_every_agent_again(world):
+def test_a_killed_collector_is_replaced_and_gets_every_agent_again(world):
     provider = world.provider()
     provider.watch(lambda name: None)
     specs = [writer(world, name) for name in ("alice", "bob")]
@@ -120,25 +120,25 @@ def test_a_killed_pump_is_replaced_and_gets_every_agent_again(world):
         say(spec, "say one")
     for handle in handles:
         eventually(lambda: b"one" in lines(provider, handle))
-    old = pump_of(world)
+    old = collector_of(world)
     os.kill(old, 9)
     for spec in specs:
         say(spec, "say two")
     for handle in handles:
         eventually(lambda: lines(provider, handle)[-1:] == [b"two"])
-    assert pump_of(world) not in {0, old}
+    assert collector_of(world) not in {0, old}
 
 
-def test_an_agent_survives_without_manager_and_pump_and_loses_nothing(world):
+def test_an_agent_survives_without_manager_and_collector_and_loses_nothing(world):
     provider = world.provider()
     spec = writer(world)
     handle, _ = world.start(provider, spec, ready=False)
     eventually(spec.socket.exists)
     say(spec, "say first")
     eventually(lambda: b"first" in lines(provider, handle))
-    pump = pump_of(world)
+    collector = collector_of(world)
     provider.close()
-    os.kill(pump, 9)
+    os.kill(collector, 9)
     for number in range(20):
         say(spec, f"say line{number}")
     time.sleep(0.2)
@@ -149,17 +149,20 @@ def test_an_agent_survives_without_manager_and_pump_and_loses_nothing(world):
     assert lines(fresh, handle) == [b"first", *(f"line{number}".encode() for number in range(20))]
 
 
-def test_the_pump_ends_when_nobody_needs_it(world):
+def test_the_collector_ends_when_nobody_needs_it(world):
     provider = world.provider()
     spec = writer(world)
     handle, _ = world.start(provider, spec, ready=False)
     eventually(spec.socket.exists)
     say(spec, "say something")
-    pump = eventually(lambda: pump_of(world))
+    collector = eventually(lambda: collector_of(world))
     destroy(provider, handle)
     provider.close()
     eventually(
-        lambda: not Path(f"/proc/{pump}/cmdline").exists() or not Path(f"/proc/{pump}/cmdline").read_bytes(), 10
+        lambda: (
+            not Path(f"/proc/{collector}/cmdline").exists() or not Path(f"/proc/{collector}/cmdline").read_bytes()
+        ),
+        10,
     )
 
 

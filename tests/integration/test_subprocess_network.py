@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from dispatcher_subprocess import explain
-from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess.host import Host
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ConfigError
@@ -68,7 +68,7 @@ def test_a_stolen_port_is_nobodys(world):
         with socket.create_server(address):
             seen = observe(provider, handle)
             assert seen.endpoint is None
-            assert "not the agent's" in seen.detail
+            assert "another process" in seen.detail
             (listed,) = [found for _, found in provider.list(deadline=Deadline(5))]
             assert listed.endpoint is None
 
@@ -220,6 +220,6 @@ def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier,
 
 @pytest.mark.bubblewrap
 def test_a_private_network_needs_a_carrier(world):
-    found = Machine(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
+    found = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
     assert Capability.NETWORK_PRIVATE not in explain.capabilities(found)
     assert any("neither pasta nor slirp4netns" in finding.what for finding in explain.findings(found, None))

@@ -15,6 +15,7 @@ import pytest
 
 from dispatcher.cli.commands.daemons import _reload_proxy
 from dispatcher.cli.serve import proxy_pid
+from dispatcher.plugin import SecretFiles
 from tests.support import ordinary
 
 VICTIM, THIEF = 61001, 61002
@@ -129,43 +130,25 @@ def test_the_proxys_user_names_no_process_of_another_user_to_be_signalled(tmp_pa
             process.kill()
 
 
-def secret_files(kind: str, memory: Path, monkeypatch):
-    """Return a provider's files of secrets below `memory`, and the name that they would take there."""
-    if kind == "subprocess":
-        from dispatcher_subprocess import secretfiles
-
-        monkeypatch.setattr(secretfiles, "_MEMORY", memory)
-        files = secretfiles.SecretFiles("0a1b2c3d", memory)
-        return (
-            files,
-            lambda name: files.write(name, {"token": "t"}, VICTIM, VICTIM),
-            f"dispatcher-0a1b2c3d-{os.geteuid()}",
-        )
-    import dispatcher_docker.secretfiles as docker_files
-    from dispatcher.plugin.provider import ProviderContext
-
-    context = ProviderContext(
-        installation="0a1b2c3d", state_dir=memory, run_dir=memory, proxy_gid=VICTIM, privileged=True
-    )
-    monkeypatch.setattr(docker_files, "_TMPFS_MAGIC", {docker_files._kind(memory, docker_files._mounts())})
-    files = docker_files.SecretFiles(context)
-    return files, lambda name: files.write(name, {"token": "t"}, VICTIM), "dispatcher-0a1b2c3d-secrets"
+@pytest.fixture
+def memory():
+    """A directory in memory where everybody may write."""
+    path = Path(tempfile.mkdtemp(prefix="memory-", dir="/dev/shm"))
+    path.chmod(0o1777)
+    yield path
+    shutil.rmtree(path)
 
 
 @pytest.mark.root
-@pytest.mark.parametrize("kind", ["subprocess", "docker"])
 @pytest.mark.parametrize("trap", ["directory", "link", "link into nothing", "file", "writable"])
-def test_who_takes_the_name_of_the_secrets_directory_gains_and_stops_nothing(
-    tmp_path, monkeypatch, kind, trap
-) -> None:
+def test_who_takes_the_name_of_the_secrets_directory_gains_and_stops_nothing(tmp_path, memory, trap) -> None:
     """/dev/shm is everybody's: a link there could lead root to what has an agent's name elsewhere, and delete it."""
-    memory, elsewhere = tmp_path / "memory", tmp_path / "volumes"
-    memory.mkdir(mode=0o777)
-    memory.chmod(0o1777)
+    elsewhere = tmp_path / "volumes"
     for parent in (elsewhere, elsewhere / "secrets"):
         (parent / "agent-1").mkdir(parents=True)
         (parent / "agent-1/precious").write_text("alice's")
-    files, write, name = secret_files(kind, memory, monkeypatch)
+    name = "dispatcher-0a1b2c3d-secrets"
+    files = SecretFiles(name, [memory])
     place = memory / name
     if trap.startswith("link"):
         place.symlink_to(elsewhere if trap == "link" else tmp_path / "nowhere")
@@ -177,12 +160,12 @@ def test_who_takes_the_name_of_the_secrets_directory_gains_and_stops_nothing(
     os.chown(place, THIEF if trap != "writable" else os.geteuid(), -1, follow_symlinks=False)
 
     files.remove("agent-1")
-    write("agent-1")
+    files.write("agent-1", {"token": "t"}, VICTIM, VICTIM)
     (path,) = memory.glob(f"{name}*/agent-1/token")
     assert path.read_text() == "t" and path.stat().st_uid == VICTIM
     assert path.parent.parent.lstat().st_uid == os.geteuid() and not path.is_relative_to(place)
-    again, write_again, _ = secret_files(kind, memory, monkeypatch)  # another manager, later
-    write_again("agent-1")
+    again = SecretFiles(name, [memory])  # another manager, later
+    again.write("agent-1", {"token": "t"}, VICTIM, VICTIM)
     assert len(list(memory.glob(f"{name}*/agent-1/token"))) == 1
     again.remove("agent-1")
     assert not list(memory.glob(f"{name}*/agent-1/token"))

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import time
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -263,12 +263,10 @@ def _succeeds(method: str, call: Any) -> None:
 
 def _load(cls: type[Provider]) -> Plugins:
     plugins = Plugins(())
-    hook = hooks.hookimpl(lambda: [cls])
-    plugins.register(
-        cls.name if isinstance(getattr(cls, "name", None), str) else "nameless",
-        SimpleNamespace(dispatcher_register_providers=hook),
-        cls.__module__,
-    )
+    plugin = ModuleType("plugin")
+    vars(plugin)["dispatcher_register_providers"] = hooks.hookimpl(lambda: [cls])
+    name = cls.name if isinstance(getattr(cls, "name", None), str) else "nameless"
+    plugins.register(name, plugin, cls.__module__)
     return plugins
 
 

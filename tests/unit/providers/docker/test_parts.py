@@ -2,11 +2,10 @@
 
 import logging
 import os
-import stat
 
 import pytest
 
-from dispatcher.plugin.errors import BadRequest, ConfigError, Unsupported
+from dispatcher.plugin.errors import ConfigError, Unsupported
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
 from dispatcher.plugin.provider import ProviderContext
 from dispatcher_docker import explain

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from dispatcher_subprocess import launch
+from dispatcher_subprocess import start
 
 from dispatcher.plugin.errors import ProviderError
 
@@ -18,11 +18,11 @@ CAP_SYS_RESOURCE = 24  # linux/capability.h
 # Limits a child of its own that may not raise a hard limit: as an ordinary user, or as a root that is not privileged.
 CHILD = """
 import json, resource, subprocess, sys
-from dispatcher_subprocess import launch
+from dispatcher_subprocess import start
 hard, wanted = int(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 child = subprocess.Popen(["cat"], stdin=subprocess.PIPE)
-launch.limit(child.pid, {resource.RLIMIT_NOFILE: wanted, resource.RLIMIT_CORE: None}, 0)
+start.limit(child.pid, {resource.RLIMIT_NOFILE: wanted, resource.RLIMIT_CORE: None}, 0)
 print(json.dumps(resource.prlimit(child.pid, resource.RLIMIT_NOFILE)))
 child.communicate()
 """
@@ -63,7 +63,7 @@ def test_a_limit_the_kernel_refuses_is_told_with_a_remedy(monkeypatch):
 
     monkeypatch.setattr(resource, "prlimit", lambda *args: refuse() if len(args) > 2 else (9000, 9000))
     with pytest.raises(ProviderError) as caught:
-        launch.limit(os.getpid(), {resource.RLIMIT_NOFILE: 8192}, 0)
+        start.limit(os.getpid(), {resource.RLIMIT_NOFILE: 8192}, 0)
     assert str(caught.value) == (
         "Cannot limit the agent: Operation not permitted"
         " (give the manager CAP_SYS_RESOURCE and CAP_SYS_NICE (a container: --cap-add))"

@@ -1,8 +1,8 @@
-"""Log files of the provider `subprocess`: rotation by the pump, reading from the end."""
+"""Log files of the provider `subprocess`: rotation by the log collector, reading from the end."""
 
 import pytest
-from dispatcher_subprocess.output import log_file, read_lines, remove
-from dispatcher_subprocess.pump import Log
+from dispatcher_subprocess.logs import log_file, read_lines, remove
+from dispatcher_subprocess.log_collector import Log
 
 from dispatcher.plugin.deadline import Deadline
 
@@ -43,7 +43,7 @@ def test_a_single_file_is_emptied(path):
     assert read(path, 1) == [b"099"]
 
 
-def test_a_restarted_pump_goes_on_where_the_file_ends(path):
+def test_a_restarted_collector_goes_on_where_the_file_ends(path):
     Log(str(path), 1000, 3).write(b"one\n")
     Log(str(path), 1000, 3).write(b"two\n")
     assert read(path, 10) == [b"one", b"two"]

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from dispatcher_subprocess import cgroups, listeners, network, procfs, sandbox, seccomp, visible
-from dispatcher_subprocess.ending import exit_reason
+from dispatcher_subprocess import cgroups, network, observe, plan, procfs, sandbox, seccomp
 from dispatcher_subprocess.explain import capabilities, findings
-from dispatcher_subprocess.machine import Machine
+from dispatcher_subprocess.host import Host
+from dispatcher_subprocess.journal import Journals, Process, parse, sandbox_status
 from dispatcher_subprocess.options import AppOptions
-from dispatcher_subprocess.record import Journals, Process, parse, told
+from dispatcher_subprocess.stop import exit_reason
 
 from dispatcher.plugin.errors import ProviderError
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
@@ -44,19 +44,19 @@ def test_a_journal_grows_and_is_read_at_any_length(tmp_path):
     os.close(journals.begin(FIRST))
     name = FIRST["name"]
     record = journals.read(name)
-    assert record.main is None and record.ended is None and not record.asked
+    assert record.main is None and record.ended is None and not record.stop_requested
     journals.append(name, {"main": {"pid": 2, "start": 3}, "started_at": 1.5})
-    journals.append(name, {"asked": True})
+    journals.append(name, {"stop_requested": True})
     whole = journals.path(name).read_bytes()
     assert journals.read(name).main == Process(pid=2, start=3)
     first = whole.index(b"\n") + 1
     for length in range(len(whole)):
         found = parse(whole[:length])
         assert (found is None) == (length < first - 1)
-    assert parse(whole[:-2]).asked is False
+    assert parse(whole[:-2]).stop_requested is False
     journals.remove(name)
     assert journals.read(name) is None and list(tmp_path.iterdir()) == []
-    journals.append(name, {"asked": True})  # of one that is gone: nothing
+    journals.append(name, {"stop_requested": True})  # of one that is gone: nothing
     assert journals.names() == []
 
 
@@ -64,10 +64,10 @@ def test_a_new_run_forgets_the_old_one(tmp_path):
     journals = Journals(tmp_path)
     for _ in range(2):
         status = journals.begin(FIRST)
-        assert told(journals.read(FIRST["name"])).exit_code is None
+        assert sandbox_status(journals.read(FIRST["name"])).exit_code is None
         os.write(status, b'{ "child-pid": 5, "pid-namespace": 6 }\n{ "exit-code": 3 }\n')
         os.close(status)
-        said = told(journals.read(FIRST["name"]))
+        said = sandbox_status(journals.read(FIRST["name"]))
         assert (said.child, said.pidns, said.exit_code) == (5, 6, 3)
         journals.append(FIRST["name"], {"ended": "exit code 3"})
     os.close(journals.begin(FIRST))
@@ -241,9 +241,9 @@ TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retr
 
 def test_listeners_that_a_connection_to_loopback_could_reach(monkeypatch):
     monkeypatch.setattr(procfs, "read", lambda path: TCP.encode() if path.endswith("/tcp") else b"header\n")
-    assert listeners.listening(20000) == {111, 222}
-    assert listeners.listening(20001) == {555}
-    assert listeners.listening(1) == frozenset()
+    assert observe.listening(20000) == {111, 222}
+    assert observe.listening(20001) == {555}
+    assert observe.listening(1) == frozenset()
 
 
 def test_a_listener_is_judged_once_and_anew_when_it_changes(monkeypatch):
@@ -255,19 +255,19 @@ def test_a_listener_is_judged_once_and_anew_when_it_changes(monkeypatch):
         return iter(sockets.get(pid, ()))
 
     monkeypatch.setattr(procfs, "open_inodes", open_inodes)
-    known = listeners.Verified()
+    known = observe.PortOwners()
     assert known.fault("run", frozenset(), lambda: [10]) == "it does not listen yet"
-    assert "not the agent's" in known.fault("run", frozenset({111, 333}), lambda: [10, 11])
+    assert "another process" in known.fault("run", frozenset({111, 333}), lambda: [10, 11])
     assert known.fault("run", frozenset({111}), lambda: [10]) == ""
     asked.clear()
     assert known.fault("run", frozenset({111}), lambda: [10]) == "" and not asked
     assert known.fault("run", frozenset({444}), lambda: [10]) and asked
     known.forget("run")
-    assert "not the agent's" in known.fault("other", frozenset({222}), lambda: [10])
+    assert "another process" in known.fault("other", frozenset({222}), lambda: [10])
 
 
 def test_ports_go_round_and_avoid_what_is_taken(free_port):
-    ports = listeners.Ports(free_port, free_port)
+    ports = plan.Ports(free_port, free_port)
     assert ports.choose(list) == free_port
     with pytest.raises(ProviderError, match="No TCP port is free") as caught:
         ports.choose(lambda: [free_port])
@@ -289,7 +289,7 @@ def test_ports_go_round_and_avoid_what_is_taken(free_port):
         (1, True, "exit code 1"),
         (139, False, "killed by signal 11 (SIGSEGV)"),
         (255, False, "exit code 255"),
-        (None, True, "ended, nobody saw how"),
+        (None, True, "ended, reason unknown"),
     ],
 )
 def test_exit_reasons(code, oom, reason):
@@ -311,8 +311,8 @@ def warnings(machine, chosen=None):
 
 
 def test_what_is_not_isolated_is_said_in_words(tmp_path):
-    walls = Machine(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
-    open_ = Machine(privileged=False, reason="bubblewrap is not installed")
+    walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
+    open_ = Host(privileged=False, reason="bubblewrap is not installed")
     assert not [one for one in warnings(walls) if "sandbox" in one or "same user" in one]
     said = " ".join(warnings(open_))
     for words in ("without a sandbox", "not installed", "can read each other's data", "not enforced"):
@@ -326,12 +326,12 @@ def test_what_is_not_isolated_is_said_in_words(tmp_path):
     assert all(one.what and not one.what.endswith(".") for one in findings(open_, None))
 
 
-def test_capabilities_follow_the_machine(tmp_path):
-    open_ = capabilities(Machine(privileged=False, reason="no"))
+def test_capabilities_follow_the_host(tmp_path):
+    open_ = capabilities(Host(privileged=False, reason="no"))
     assert Capability.NETWORK_NONE not in open_ and Capability.PIDS_LIMIT not in open_
     assert {Capability.SUSPEND, Capability.LOGS, Capability.EVENTS, Capability.CREDENTIALS} <= open_
     groups = cgroups.Cgroups(unified=tmp_path, controllers=frozenset({"memory", "cpu"}))
-    full = capabilities(Machine(privileged=True, bwrap="/b", setpriv="/s", cgroups=groups))
+    full = capabilities(Host(privileged=True, bwrap="/b", setpriv="/s", cgroups=groups))
     assert {
         Capability.NETWORK_NONE,
         Capability.MEMORY_LIMIT,
@@ -354,16 +354,16 @@ def test_a_virtual_environment_brings_the_python_it_was_made_from(tmp_path):
     (venv / "bin/python").symlink_to(base / "bin/python3.12")
     (venv / "bin/app").write_text(f"#!{venv}/bin/python\n")
     for program in ("python", "app"):
-        assert set(visible.needed(venv / "bin" / program)) == {venv, base}
+        assert set(plan.needed(venv / "bin" / program)) == {venv, base}
 
 
 def test_a_single_program_and_its_interpreter(tmp_path):
     (tmp_path / "run").write_text("#!/bin/sh\n")
-    assert visible.needed(tmp_path / "run") == (tmp_path / "run",)
-    assert visible.needed(Path("/usr/bin/env")) == ()
+    assert plan.needed(tmp_path / "run") == (tmp_path / "run",)
+    assert plan.needed(Path("/usr/bin/env")) == ()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert visible.needed(tmp_path / "loop") == ()
-    assert Path(sys.base_prefix) in {Path("/usr"), *visible.needed(Path(sys.executable))}
+    assert plan.needed(tmp_path / "loop") == ()
+    assert Path(sys.base_prefix) in {Path("/usr"), *plan.needed(Path(sys.executable))}
 
 
 @pytest.mark.parametrize("name", ["nothing-of-that-name", "/nonexistent/app", "relative/app", "./app"])
@@ -372,7 +372,7 @@ def test_a_program_that_is_not_there(name, tmp_path, monkeypatch):
     (tmp_path / "app").write_text("#!/bin/sh\n")
     (tmp_path / "app").chmod(0o755)
     with pytest.raises(ProviderError) as caught:
-        visible.find_program(name, "/usr/bin:/bin", "notes")
+        plan.find_program(name, "/usr/bin:/bin", "notes")
     assert caught.value.fix and "apps.notes" in str(caught.value)
 
 

@@ -1,9 +1,9 @@
-"""The journal of an agent: what is needed to adopt it.  Touches the provider's state directory.
+"""The journal of an agent: what another manager needs to adopt it.
 
 The journal is append-only.  Its first line is written before anything starts; the manager adds a line when the
-agent is up and when it asked it to end.  bubblewrap writes a second file, the status: the pid of the namespace's
-init and, at the end, the exit code, without the manager's help.  So whenever the manager is killed, the next one
-reads what happened.  An agent never holds either file.
+agent runs and when it begins to stop it.  bubblewrap itself writes a second file, the status: the pid of the
+namespace's init and, at the end, the exit code.  So after the manager was killed, the next one reads what
+happened.  An agent has neither file open.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError, Unavailable
+from dispatcher.plugin import Deadline, DeadlineExceeded
+from dispatcher_subprocess.errors import failed, unreadable
 
 VERSION = 1
 SUFFIX = ".agent"
+_FIX = "free some space, or repair the state directory"
 _LOCKS: dict[str, threading.RLock] = {}
 _LOCKS_LOCK = threading.Lock()
 
@@ -36,7 +38,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is known of one agent's latest run.
+    """One agent's latest run.
 
     :ivar main: what the manager started (the outer bwrap, or the app itself); None: the start was interrupted.
     :ivar init: first process of the agent's pid namespace, None without one; :ivar pidns: its inode.
@@ -44,7 +46,8 @@ class Record:
     :ivar helper: the process that carries the network, None without one.
     :ivar pipe: inode of the pipe that its output goes to.
     :ivar status: path of the file that bubblewrap writes.
-    :ivar asked: the manager was asked to end it; :ivar ended: why it ended by itself, None while not settled.
+    :ivar stop_requested: the manager is stopping it.
+    :ivar ended: why it ended by itself, "" if it was stopped, None if that is not recorded yet.
     """
 
     name: str
@@ -66,13 +69,13 @@ class Record:
     init: Process | None = None
     pidns: int = 0
     helper: Process | None = None
-    asked: bool = False
+    stop_requested: bool = False
     ended: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What bubblewrap wrote: pid of the init, inode of its pid namespace, exit code; 0 or None while unknown."""
+class SandboxStatus:
+    """The status file: pid of the init, inode of its pid namespace, exit code; 0 or None while unknown."""
 
     child: int = 0
     pidns: int = 0
@@ -80,7 +83,7 @@ class Told:
 
 
 def parse(text: bytes) -> Record | None:
-    """Return what a journal says; None when not even its first line is whole (a start that never began)."""
+    """Parse a journal; None if its first line is incomplete (the start never began)."""
     documents = _documents(text)
     if not documents or documents[0].get("version") != VERSION:
         return None
@@ -94,22 +97,22 @@ def parse(text: bytes) -> Record | None:
     return Record(**known)
 
 
-def told(record: Record) -> Told:
-    """Return what bubblewrap wrote of a run."""
+def sandbox_status(record: Record) -> SandboxStatus:
+    """Return what bubblewrap wrote about a run."""
     try:
         documents = _documents(Path(record.status).read_bytes())
     except OSError:
-        return Told()
+        return SandboxStatus()
     known: dict[str, Any] = {}
     for document in documents:
         known |= document
-    return Told(
+    return SandboxStatus(
         child=known.get("child-pid", 0), pidns=known.get("pid-namespace", 0), exit_code=known.get("exit-code")
     )
 
 
 def _documents(text: bytes) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, up to one that was being written when somebody was killed."""
+    """Return the JSON objects of a file, up to one that is incomplete because its writer was killed."""
     found: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
@@ -139,7 +142,7 @@ class Journals:
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(self.directory, error) from error
+            raise failed(f"Cannot write {self.directory}", error, fix=_FIX) from error
 
     def names(self) -> list[str]:
         """Return the backend names that have a journal.
@@ -153,7 +156,7 @@ class Journals:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _unavailable(self.directory, error) from error
+            raise unreadable(self.directory, error) from error
 
     def read(self, name: str) -> Record | None:
         """Return an agent's record, None when there is none.
@@ -165,15 +168,15 @@ class Journals:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise _unavailable(self.path(name), error) from error
+            raise unreadable(self.path(name), error) from error
 
     def status_path(self, name: str) -> Path:
         """Return the file that bubblewrap writes."""
         return self.directory / f"{name}.status"
 
-    def asleep_path(self, name: str) -> Path:
-        """Return the file that says which processes were stopped already when the agent was put to sleep."""
-        return self.directory / f"{name}.asleep"
+    def suspended_path(self, name: str) -> Path:
+        """Return the file that lists the processes which were stopped before the agent was suspended."""
+        return self.directory / f"{name}.suspended"
 
     def begin(self, record: dict[str, Any]) -> int:
         """Begin a new journal in the place of an old one; return the descriptor of the new status file.
@@ -199,7 +202,7 @@ class Journals:
                 os.close(fd)
                 raise
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
         return fd
 
     def append(self, name: str, document: dict[str, Any]) -> None:
@@ -213,36 +216,36 @@ class Journals:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
         try:
             _append(fd, document)
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
         finally:
             os.close(fd)
 
     def remove(self, name: str) -> None:
         """Remove a journal; absent is success."""
-        for path in (self.path(name), self.status_path(name), self.asleep_path(name)):
+        for path in (self.path(name), self.status_path(name), self.suspended_path(name)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
     def lock(self, name: str) -> threading.RLock:
-        """Return the lock of an agent, shared by all instances of this process (one manager owns it all)."""
+        """Return the lock of an agent, shared by all instances in this process."""
         with _LOCKS_LOCK:
             return _LOCKS.setdefault(str(self.path(name)), threading.RLock())
 
     @contextlib.contextmanager
     def locked(self, name: str, deadline: Deadline) -> Iterator[None]:
-        """Hold an agent alone.
+        """Hold an agent's lock.
 
-        :raises DeadlineExceeded: somebody else holds it for too long, or no time is left.
+        :raises DeadlineExceeded: another operation holds it, or no time is left.
         """
         lock = self.lock(name)
         if deadline.expired:
             raise DeadlineExceeded(f"No time is left for {name}", fix="try again")
         if not lock.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded(f"Somebody else is at work on {name}", fix="try again")
+            raise DeadlineExceeded(f"Another operation on {name} is under way", fix="try again")
         try:
             yield
         finally:
@@ -250,7 +253,7 @@ class Journals:
 
     @contextlib.contextmanager
     def try_locked(self, name: str, seconds: float = 0.0) -> Iterator[bool]:
-        """Hold an agent alone if it is free or becomes so within some time; yields whether."""
+        """Take an agent's lock if that is possible within some seconds; yield whether it is held."""
         lock = self.lock(name)
         held = lock.acquire(timeout=seconds)
         try:
@@ -264,13 +267,3 @@ def _append(fd: int, document: dict[str, Any]) -> None:
     line = json.dumps(document).encode() + b"\n"
     if os.write(fd, line) != len(line):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _unwritable(path: Path, error: OSError) -> ProviderError:
-    return ProviderError(
-        f"Cannot write {path}", why=error.strerror or str(error), fix="make room, or mend the state directory"
-    )
-
-
-def _unavailable(path: Path, error: OSError) -> Unavailable:
-    return Unavailable(f"Cannot read {path}", why=error.strerror or str(error), fix="mend the state directory")

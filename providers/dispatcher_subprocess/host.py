@@ -1,4 +1,4 @@
-"""What this host offers for isolation: bubblewrap, control groups, networks.  Runs bubblewrap once to see."""
+"""What this host offers for isolation: bubblewrap (tried once), control groups, private networks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _PROBE = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """What was found.
+class Host:
+    """The programs and control groups found.
 
-    :ivar bwrap: path of bubblewrap where it is to be used, "" where not; :ivar reason: then why not.
-    :ivar setpriv: path, "" without; needed as root; :ivar pasta, slirp: paths of the carriers of private networks.
+    :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason: why not.
+    :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
     """
 
     privileged: bool
@@ -56,12 +56,12 @@ class Machine:
         return self.privileged and bool(self.setpriv)
 
     def limits(self, what: str) -> bool:
-        """Whether the limit memory, cpu or pids is kept for an agent as a whole."""
+        """Whether memory, cpu or pids is limited for an agent as a whole."""
         return self.cgroups.limits(what) or (what == "pids" and self.own_uid)
 
     @property
     def private_fault(self) -> tuple[str, str] | None:
-        """Why private networks do not work and what to do; None when they do."""
+        """Why private networks do not work, and the fix; None if they work."""
         if not self.sandboxed:
             return self.reason, "install bubblewrap, or allow it to make namespaces"
         if not (self.pasta or self.slirp):
@@ -74,12 +74,12 @@ class Machine:
 
 
 def which(name: str) -> str:
-    """Return the path of a system program, "" when it is absent; never one of a user's own directories."""
+    """Return the path of a system program, "" if it is absent; users' own directories are not searched."""
     return shutil.which(name, path=_SEARCH) or ""
 
 
-def examine(options: Options, installation: str, deadline: Deadline) -> Machine:
-    """Look at the host."""
+def examine(options: Options, installation: str, deadline: Deadline) -> Host:
+    """Examine the host."""
     privileged = os.geteuid() == 0
     bwrap, reason = "", ""
     if options.bubblewrap == "never":
@@ -91,7 +91,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Machine:
     for name in carriers:
         if options.private_network in {"auto", name}:
             carriers[name] = which(name)
-    return Machine(
+    return Host(
         privileged=privileged,
         bwrap="" if reason else bwrap,
         reason=reason,
@@ -102,18 +102,18 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Machine:
     )
 
 
-def verify(machine: Machine, options: Options) -> None:
-    """Check that the host has what the options and the privileges ask for.
+def verify(host: Host, options: Options) -> None:
+    """Check that the host has what the options and the privileges require.
 
-    :raises Unavailable, ProviderError: it has not; says what to do.
+    :raises Unavailable, ProviderError: it has not.
     """
-    if options.bubblewrap == "always" and not machine.bwrap:
+    if options.bubblewrap == "always" and not host.bwrap:
         raise Unavailable(
             'bubblewrap cannot be used, and providers.subprocess.bubblewrap is "always"',
-            why=machine.reason,
-            fix='install bubblewrap, allow it to make namespaces, or say bubblewrap = "auto"',
+            why=host.reason,
+            fix='install bubblewrap, allow it to make namespaces, or set bubblewrap = "auto"',
         )
-    if machine.privileged and not machine.setpriv:
+    if host.privileged and not host.setpriv:
         raise ProviderError(
             "Agents cannot get a user of their own",
             why="setpriv is not installed",
@@ -122,7 +122,7 @@ def verify(machine: Machine, options: Options) -> None:
 
 
 def _fault(bwrap: str, deadline: Deadline) -> str:
-    """Return why bubblewrap does not work here, "" when it does."""
+    """Return why bubblewrap does not work here, "" if it works."""
     seconds = deadline.bounded(20).remaining()
     try:
         done = subprocess.run(
@@ -136,8 +136,8 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{bwrap} does not run: {error}"
-    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return (said[-1] if said else f"bwrap ended with {done.returncode}") if done.returncode else ""
+    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    return (lines[-1] if lines else f"bwrap ended with {done.returncode}") if done.returncode else ""
 
 
 def _cgroups(installation: str) -> Cgroups:

@@ -1,10 +1,10 @@
-r"""The log pump: one small process per installation that writes agents' output to bounded, rotated files.
+r"""The log collector: one small process per installation that writes agents' output to bounded, rotated files.
 
-Run as ``python -I -S -E pump.py`` with its listening socket as standard input.  It outlives the manager, so that
-agents may write while there is none.  It imports next to nothing, as its memory counts.  A manager connects
+Run as ``python -I -S -E log_collector.py`` with its listening socket as standard input.  It outlives the
+manager, so that agents can write while there is none.  It imports few modules, to save memory.  A manager connects
 (SOCK_SEQPACKET) and sends, with one pipe's read end each: ``PATH\0SIZE\0FILES``; there is no answer.  When a
-file cannot be written (disk full) output is dropped rather than held up: an agent never hangs because of its log.
-It ends by itself when no manager is connected and no agent writes any more.
+file cannot be written (disk full) output is dropped: an agent is never blocked by its log.
+It ends by itself when no manager is connected and no agent has its pipe open.
 """
 
 import _socket
@@ -13,7 +13,7 @@ import select
 import sys
 
 CHUNK = 65536
-IDLE = 5.0  # seconds without manager and agents before it ends
+IDLE = 5.0  # seconds without managers and agents until it ends
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -72,8 +72,8 @@ class Log:
             self.fd = -1
 
 
-class Pump:
-    """Everything the process holds."""
+class Collector:
+    """The connections of managers, the pipes of agents and their log files."""
 
     def __init__(self, listener: _socket.socket) -> None:
         self.listener = listener
@@ -84,7 +84,7 @@ class Pump:
         self.logs: dict[str, list[int]] = {}  # path -> descriptors that write there
 
     def run(self) -> None:
-        """Serve until nobody needs it."""
+        """Serve until there are no managers and no agents."""
         while True:
             events = self.poll.poll(IDLE if not self.managers and not self.pipes else -1)
             if not events:
@@ -169,7 +169,7 @@ def main() -> None:
 
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    Pump(_socket.socket(fileno=0)).run()
+    Collector(_socket.socket(fileno=0)).run()
 
 
 if __name__ == "__main__":

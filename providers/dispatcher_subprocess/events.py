@@ -1,4 +1,4 @@
-"""One thread that notices the end of agents, and of the log pump, within milliseconds.  Touches pidfds, epoll."""
+"""A thread that detects the end of agents, and of the log collector, within milliseconds (pidfds, epoll)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import threading
 from collections.abc import Callable
 
 from dispatcher_subprocess import procfs
-from dispatcher_subprocess.record import Process
+from dispatcher_subprocess.journal import Process
 
 
 class Watcher:
     """Watches processes, children of this one or not, and calls back from its own thread.
 
-    :param ended: called with the agent's backend name; :param pump_died: called when the log pump hung up.
+    :param ended: called with the agent's backend name.
+    :param collector_ended: called when the log collector ended.
     """
 
-    def __init__(self, ended: Callable[[str], None], pump_died: Callable[[], None], log: logging.Logger) -> None:
+    def __init__(
+        self, ended: Callable[[str], None], collector_ended: Callable[[], None], log: logging.Logger
+    ) -> None:
         self._ended = ended
-        self._pump_died = pump_died
+        self._collector_ended = collector_ended
         self._log = log
         self._poll = select.epoll()
         self._lock = threading.Lock()
         self._names: dict[int, tuple[str, Process]] = {}  # pidfd -> backend name, process
         self._watched: set[tuple[str, Process]] = set()
-        self._pump = -1
+        self._collector = -1
         self._wake_read, self._wake_write = os.pipe()
         self._poll.register(self._wake_read, select.EPOLLIN)
         self._closed = False
@@ -43,7 +46,7 @@ class Watcher:
             try:
                 fd = procfs.open_pidfd(process.pid, process.start)
             except OSError as error:
-                self._log.warning("the end of %s will be noticed late: %s", name, error)
+                self._log.warning("the end of %s will be detected late: %s", name, error)
                 return True
             if fd is None:
                 return False
@@ -52,16 +55,16 @@ class Watcher:
             self._poll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
         return True
 
-    def watch_pump(self, fd: int | None) -> None:
-        """Watch the log pump's connection (a copy of its descriptor)."""
+    def watch_collector(self, fd: int | None) -> None:
+        """Watch the log collector's connection (a copy of its descriptor)."""
         with self._lock:
-            if self._pump >= 0:
-                self._poll.unregister(self._pump)  # closing a copy alone would leave it in the epoll set
-                os.close(self._pump)
-                self._pump = -1
+            if self._collector >= 0:
+                self._poll.unregister(self._collector)  # closing a copy alone would leave it in the epoll set
+                os.close(self._collector)
+                self._collector = -1
             if fd is not None and not self._closed:
-                self._pump = os.dup(fd)
-                self._poll.register(self._pump, select.EPOLLRDHUP | select.EPOLLONESHOT)
+                self._collector = os.dup(fd)
+                self._poll.register(self._collector, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def close(self) -> None:
         """End the thread; idempotent."""
@@ -83,9 +86,9 @@ class Watcher:
                 self._closed = True
                 for fd in [*self._names, self._wake_read, self._wake_write]:
                     os.close(fd)
-                if self._pump >= 0:
-                    os.close(self._pump)
-                    self._pump = -1
+                if self._collector >= 0:
+                    os.close(self._collector)
+                    self._collector = -1
                 self._names.clear()
                 self._watched.clear()
                 self._poll.close()
@@ -93,21 +96,21 @@ class Watcher:
     def _handle(self, fd: int) -> None:
         with self._lock:
             key = self._names.pop(fd, None)
-            pump = fd == self._pump
+            is_collector = fd == self._collector
             if key is not None:
                 self._watched.discard(key)
                 os.close(fd)
         try:
             if key is not None:
                 self._ended(key[0])
-            elif pump:
-                self._pump_died()
+            elif is_collector:
+                self._collector_ended()
         except Exception:
-            self._log.exception("Watching agents: %s", key[0] if key else "the log pump")
+            self._log.exception("cannot handle the end of %s", key[0] if key else "the log collector")
 
 
 class Subscription:
-    """What `watch` returns: takes its callback out of the list."""
+    """Returned by `watch`: removes its callback from the list when closed."""
 
     def __init__(self, callbacks: list[Callable[[str], None]], callback: Callable[[str], None]) -> None:
         self._callbacks = callbacks

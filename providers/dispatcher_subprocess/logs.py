@@ -1,0 +1,286 @@
+"""An agent's output: the pipe that it writes to, the connection to the log collector, reading its log files.
+
+The collector (`log_collector`) is a process of its own, because agents go on writing while there is no manager.
+An agent's standard output is a pipe that the agent has open for reading too, so that it never gets SIGPIPE; a new
+collector gets every pipe again from ``/proc/PID/fd/1``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from dispatcher.plugin import Deadline, ProviderError
+from dispatcher_subprocess import log_collector
+from dispatcher_subprocess.errors import failed
+
+_TIMEOUT = 10.0  # seconds; the collector answers within a millisecond unless the host is overloaded
+FILE = "output.log"
+MAX_LINE = 65536
+_INTERVAL = 0.2  # seconds between checks for new output
+
+
+def log_file(log_dir: str | Path) -> Path:
+    """Return the current log file in an agent's log directory."""
+    return Path(log_dir) / FILE
+
+
+def output_pipe(uid: int, gid: int) -> tuple[int, int]:
+    """Return a pipe's read end, and an end for the agent's standard output that is open both ways.
+
+    It belongs to the agent, so that an app may open ``/dev/stdout`` by name.
+    """
+    read_end, write_end = os.pipe()
+    try:
+        both = os.open(f"/proc/self/fd/{write_end}", os.O_RDWR | os.O_CLOEXEC)
+    except BaseException:
+        os.close(read_end)
+        raise
+    finally:
+        os.close(write_end)
+    if os.geteuid() == 0:
+        os.fchown(both, uid, gid)
+    return read_end, both
+
+
+class LogCollector:
+    """A connection to the installation's log collector, which is started if it does not run."""
+
+    def __init__(self, run_dir: Path, size: int, files: int) -> None:
+        self._run_dir = run_dir
+        self._size = size
+        self._files = files
+        self._lock = threading.Lock()
+        self._connection: socket.socket | None = None
+
+    def attach(self, read_end: int, path: Path) -> bool:
+        """Pass a copy of a pipe's read end; return whether the collector is new and needs all other pipes.
+
+        :raises ProviderError: no collector can be started.
+        """
+        message = b"\0".join([os.fsencode(path), str(self._size).encode(), str(self._files).encode()])
+        with self._lock:
+            new = self._connect()
+            try:
+                self._send(message, read_end)
+            except OSError:
+                new = self._connect(again=True)
+                try:
+                    self._send(message, read_end)
+                except OSError as error:
+                    raise failed("The log collector does not answer", error, fix="try again") from error
+        return new
+
+    def ensure(self) -> bool:
+        """Start the collector if it does not run; return whether it is new and needs all pipes.
+
+        :raises ProviderError: it cannot be started.
+        """
+        with self._lock:
+            return self._connect(again=self._gone())
+
+    def fileno(self) -> int | None:
+        """Descriptor that hangs up when the collector ends; None while not connected."""
+        return self._connection.fileno() if self._connection else None
+
+    def close(self) -> None:
+        """Disconnect; the collector goes on."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._connection:
+            self._connection.close()
+            self._connection = None
+
+    def _gone(self) -> bool:
+        if not self._connection:
+            return False
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)  # it sends nothing: any event is its end
+        return bool(poll.poll(0))
+
+    def _send(self, message: bytes, read_end: int) -> None:
+        assert self._connection is not None
+        socket.send_fds(self._connection, [message], [read_end])
+
+    def _connect(self, *, again: bool = False) -> bool:
+        if again:
+            self._drop()
+        if self._connection:
+            return False
+        try:
+            self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory = os.open(self._run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise failed(
+                "Cannot start the log collector", error, fix="repair the provider's run directory"
+            ) from error
+        try:
+            # Through the descriptor, as the whole path may exceed the 107 bytes of a socket's address.
+            address = f"/proc/self/fd/{directory}/collector.sock"
+            lock = os.open("collector.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                new = not self._try(address)
+                if new:
+                    self._start(address)
+                    if not self._try(address):
+                        raise ProviderError("The log collector ended at once", fix="try again")
+            finally:
+                os.close(lock)
+        except OSError as error:
+            raise failed(
+                "Cannot start the log collector", error, fix="repair the provider's run directory"
+            ) from error
+        finally:
+            os.close(directory)
+        return new
+
+    def _try(self, address: str) -> bool:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection.settimeout(_TIMEOUT)
+        try:
+            connection.connect(address)
+        except OSError:
+            connection.close()
+            return False
+        self._connection = connection
+        return True
+
+    @staticmethod
+    def _start(address: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(address)
+            listener.listen(64)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-E", log_collector.__file__],
+                stdin=listener.fileno(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                env={},
+                start_new_session=True,
+            )
+        threading.Thread(target=process.wait, name="log-collector", daemon=True).start()
+
+
+def read_lines(path: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
+    """Yield the last `tail` lines, rotated files included, then with `follow` new ones until the deadline."""
+    fd, lines, rest = _tail(path, tail)
+    try:
+        for line in lines:
+            yield from split(line)
+        if follow:
+            yield from _follow(path, fd, rest, deadline)
+        elif rest and tail > 0:
+            yield from split(rest)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def split(line: bytes) -> Iterator[bytes]:
+    """Yield a line in pieces of at most 64 KiB."""
+    line = line.removesuffix(b"\r")
+    for at in range(0, max(1, len(line)), MAX_LINE):
+        yield line[at : at + MAX_LINE]
+
+
+def remove(path: Path) -> None:
+    """Remove an agent's log files; absent is success."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    for number in range(1, 101):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(f"{path.name}.{number}").unlink()
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _tail(path: Path, tail: int) -> tuple[int, list[bytes], bytes]:
+    """Return the open current file (at its end) or -1, the last whole lines, and what follows the last newline."""
+    fd = _open(path)
+    text = _all(fd)
+    number = 1
+    while text.count(b"\n") <= tail:
+        older = _open(path.with_name(f"{path.name}.{number}"))
+        if older < 0:
+            break
+        try:
+            text = _all(older) + text
+        finally:
+            os.close(older)
+        number += 1
+    *lines, rest = text.split(b"\n")
+    if tail <= 0:
+        return fd, [], rest
+    return fd, lines[-(tail - (1 if rest else 0)) :] if tail > 1 or not rest else [], rest
+
+
+def _all(fd: int) -> bytes:
+    chunks = []
+    while fd >= 0 and (chunk := os.read(fd, 1 << 20)):
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _follow(path: Path, fd: int, rest: bytes, deadline: Deadline) -> Iterator[bytes]:
+    current = fd
+    try:
+        while True:
+            chunk = os.read(current, MAX_LINE) if current >= 0 else b""
+            if chunk:
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield from split(line)
+                while len(rest) >= MAX_LINE:
+                    yield rest[:MAX_LINE]
+                    rest = rest[MAX_LINE:]
+                continue
+            new = _renewed(path, current)
+            if new >= 0:
+                rest += _all(current)  # what was written between the last read and the rotation
+                if current >= 0 and current != fd:
+                    os.close(current)
+                current = new
+                continue
+            if deadline.expired:
+                break
+            time.sleep(min(_INTERVAL, deadline.remaining()))
+        if rest:
+            yield from split(rest)
+    finally:
+        if current >= 0 and current != fd:
+            os.close(current)
+
+
+def _renewed(path: Path, current: int) -> int:
+    """Return the new current file when it was rotated (or has just appeared), else -1; read the old one first."""
+    new = _open(path)
+    if new < 0:
+        return -1
+    if current >= 0:
+        newest, old = os.fstat(new), os.fstat(current)
+        if newest.st_ino == old.st_ino:
+            if newest.st_size < os.lseek(current, 0, os.SEEK_CUR):
+                os.lseek(current, 0, os.SEEK_SET)
+            os.close(new)
+            return -1
+    return new

@@ -1,0 +1,299 @@
+"""From an agent's spec to a plan: its program, the files that it sees, its environment, its endpoint.
+
+Every sandbox shows `/usr` and its like and `/etc`.  The command adds what it needs: a Python virtual environment
+with the installation that it was made from, or a single program elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import dispatcher
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    ConfigError,
+    Endpoint,
+    ProviderContext,
+    ProviderError,
+    SecretFiles,
+    boottime,
+)
+from dispatcher_subprocess import network, sandbox
+from dispatcher_subprocess.host import Host
+from dispatcher_subprocess.options import SEARCH_PATH, Inside, Options, endpoint_kind, environment, options_of
+from dispatcher_subprocess.sandbox import SYSTEM, below
+
+_HIDDEN = Path("/etc/dispatcher")
+_NEVER_SHOWN = frozenset(["/", "/proc", "/dev", "/run", "/var/run", "/sys", "/tmp"])  # noqa: S108
+_CACHED = 10.0  # seconds for which what was found on the disk is reused
+_SHEBANG = 256  # bytes, as much as the kernel reads
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What is decided before anything is started.
+
+    :ivar endpoint: where the host reaches it; :ivar inside: the paths and the port that the agent uses.
+    :ivar command: the app's, placeholders filled; :ivar workdir: as seen from inside.
+    :ivar view: the host's files that it sees, None without a sandbox.
+    """
+
+    endpoint: Endpoint
+    inside: Inside
+    command: list[str]
+    variables: Mapping[str, str]
+    workdir: str
+    view: sandbox.View | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Files:
+    """The files of an app, the same for all its agents.
+
+    :ivar shown: every visible path, as named and with links resolved.
+    """
+
+    program: Path
+    view: sandbox.View | None
+    shown: frozenset[str]
+    until: float
+
+
+class Planner:
+    """Makes the plans for agents on this host."""
+
+    def __init__(self, context: ProviderContext, options: Options, host: Host, secret_files: SecretFiles) -> None:
+        self.context = context
+        self.host = host
+        self.secret_files = secret_files
+        self.ports = Ports(*options.ports)
+        self._cache: dict[Hashable, _Files] = {}
+        self._roots: dict[Path, str] = {}
+
+    def verify(self, app: App) -> None:
+        """Check an app, as far as that is possible without an agent.
+
+        :raises ConfigError: its options cannot work on this host; :raises ProviderError: its program is absent.
+        """
+        options = options_of(app)
+        network.verify(app, endpoint_kind(app), self.host)
+        self._cache.clear()
+        self._files(app)
+        for path in (*options.read_only, *options.writable, *options.devices):
+            if not path.exists():
+                raise ConfigError(
+                    f"apps.{app.name}.subprocess: there is no {path}", why="its options name that path"
+                )
+
+    def plan(self, spec: AgentSpec, taken: Callable[[], Iterable[int]]) -> Plan:
+        """Return the plan for an agent.
+
+        :param taken: returns the ports of other agents.
+        :raises ConfigError: the app's options cannot work here; :raises ProviderError: no port is free.
+        """
+        app, options = spec.app, options_of(spec.app)
+        kind = endpoint_kind(app)
+        network.verify(app, kind, self.host)
+        sandboxed = self.host.sandboxed
+        files = self._files(app)
+        if sandboxed:
+            for own in (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir):
+                self._refuse_exposing(app, files.shown, f"{self._root(own.parent)}/{own.name}")
+        port = self.ports.choose(taken) if kind == "tcp" else 0
+        inside = Inside(
+            socket=f"{sandbox.RUN}/{spec.socket.name}" if sandboxed else str(spec.socket),
+            data=sandbox.DATA if sandboxed else str(spec.data_dir),
+            port=port,
+        )
+        return Plan(
+            endpoint=Endpoint.tcp("127.0.0.1", port) if kind == "tcp" else Endpoint.unix(spec.socket),
+            inside=inside,
+            command=[str(files.program), *map(inside.fill, options.command[1:])],
+            variables=environment(spec, inside, os.environ, self._secrets(spec)),
+            workdir=inside.fill(options.workdir),
+            view=files.view,
+        )
+
+    def _files(self, app: App) -> _Files:
+        """Find the files of an app, or return those found a moment ago."""
+        options = options_of(app)
+        search = app.environment.get("PATH", SEARCH_PATH)
+        key = (
+            options.command[0],
+            search,
+            *map(tuple, (options.read_only, options.writable, options.hide, options.devices)),
+            options.tmp_size,
+        )
+        known = self._cache.get(key)
+        if known and known.until > boottime():
+            return known
+        program = find_program(options.command[0], search, app.name)
+        view, shown = None, frozenset[str]()
+        if self.host.sandboxed:
+            extra = tuple(dict.fromkeys([*needed(program), *options.read_only]))
+            named = [str(path) for path in (*extra, *options.writable)]
+            shown = frozenset([*named, *map(os.path.realpath, named), *SYSTEM])
+            if shown.intersection(_NEVER_SHOWN):
+                raise _exposing(app, *shown.intersection(_NEVER_SHOWN))
+            for private in (self.context.state_dir, self.context.run_dir):
+                self._refuse_exposing(app, shown, os.path.realpath(private))
+            view = sandbox.view(options, extra, [path for path in (*options.hide, _HIDDEN) if path.exists()])
+        found = _Files(program=program, view=view, shown=shown, until=boottime() + _CACHED)
+        self._cache[key] = found
+        return found
+
+    def _root(self, directory: Path) -> str:
+        """Resolve the links of a directory that holds agents' directories; cached, as there are few of them."""
+        known = self._roots.get(directory)
+        if known is None:
+            known = self._roots[directory] = os.path.realpath(directory)
+        return known
+
+    def _secrets(self, spec: AgentSpec) -> str:
+        """Return the directory of the secrets as seen from inside, "" without any."""
+        if not spec.secrets:
+            return ""
+        return sandbox.SECRETS if self.host.sandboxed else str(self.secret_files.path(spec.backend_name))
+
+    @staticmethod
+    def _refuse_exposing(app: App, shown: Iterable[str], private: str) -> None:
+        for path in shown:
+            if private == path or private.startswith(f"{path}/"):
+                raise _exposing(app, path)
+
+
+def _exposing(app: App, path: str, *_: str) -> ConfigError:
+    return ConfigError(
+        f"apps.{app.name}.subprocess: {path} cannot be shown to an agent",
+        why="the dispatcher's own files, or other agents', lie below it",
+        fix="name just the directories that the app needs",
+    )
+
+
+def find_program(name: str, search: str, app: str) -> Path:
+    """Return the absolute path of an app's program, symbolic links kept.
+
+    :raises ProviderError: there is no such program.
+    """
+    found = shutil.which(name, path=search)
+    if not found or not os.path.isabs(found):
+        raise ProviderError(
+            f"apps.{app}.subprocess.command: there is no program {name!r}",
+            why=f"no program at that path or in {search}"
+            if os.path.isabs(name) or "/" not in name
+            else "the path is relative",
+            fix="install it, or give its absolute path",
+        )
+    return Path(os.path.normpath(found))
+
+
+def needed(program: Path) -> tuple[Path, ...]:
+    """Return the paths beyond SYSTEM that a program needs, none of them below another."""
+    found: list[Path] = []
+    for path in dict.fromkeys(_closure(program)):
+        roots = [Path(name) for name in SYSTEM]
+        inside = below(path, roots) or below(Path(os.path.realpath(path)), roots) or path == Path("/")
+        if not inside and path.exists():  # a missing interpreter is reported by the app's start
+            found.append(path)
+    return tuple(path for path in found if not below(path, [other for other in found if other != path]))
+
+
+def _closure(program: Path, depth: int = 0) -> Iterator[Path]:
+    if depth > 8:  # deeper than that is a loop
+        return
+    prefix = program.parent.parent
+    configuration = prefix / "pyvenv.cfg"
+    if configuration.is_file():
+        yield prefix
+        if prefix == Path(sys.prefix):
+            yield Path(dispatcher.__file__).parent  # elsewhere in a development installation
+        home = _home(configuration)
+        if home:
+            yield from _installation(home)
+    elif program == Path(sys.executable):
+        yield from _installation(program.parent)
+        yield Path(dispatcher.__file__).parent
+    elif program.name.startswith("python") and program.parent.name == "bin":
+        yield from _installation(program.parent)
+    else:
+        yield program
+    if program.is_symlink():
+        target = Path(os.path.normpath(program.parent / os.readlink(program)))
+        yield from _closure(target, depth + 1)
+    interpreter = _interpreter(program)
+    if interpreter:
+        yield from _closure(interpreter, depth + 1)
+
+
+def _installation(directory: Path) -> Iterator[Path]:
+    """Yield the prefix of a Python whose programs are in `directory`, as named and with links resolved."""
+    yield directory.parent
+    yield Path(os.path.realpath(directory)).parent
+
+
+def _home(configuration: Path) -> Path | None:
+    for line in configuration.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition("=")
+        if key.strip().lower() == "home" and os.path.isabs(value.strip()):
+            return Path(value.strip())
+    return None
+
+
+def _interpreter(program: Path) -> Path | None:
+    try:
+        with program.open("rb") as file:
+            first = file.read(_SHEBANG).split(b"\n", 1)[0]
+    except OSError:
+        return None
+    words = first[2:].split() if first.startswith(b"#!") else []
+    if not words or not words[0].startswith(b"/"):
+        return None
+    return Path(os.path.normpath(os.fsdecode(words[0])))
+
+
+class Ports:
+    """Chooses TCP ports in turn, so that a new agent's port is not chosen again while it starts."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._first = first
+        self._last = last
+        self._next = first
+        self._lock = threading.Lock()
+
+    def choose(self, taken: Callable[[], Iterable[int]]) -> int:
+        """Return a port that is free now and belongs to no known agent.
+
+        :raises ProviderError: none is free.
+        """
+        avoid = frozenset(taken())
+        with self._lock:
+            for _ in range(self._last - self._first + 1):
+                port = self._next
+                self._next = port + 1 if port < self._last else self._first
+                if port not in avoid and _free(port):
+                    return port
+        raise ProviderError(
+            "No TCP port is free",
+            why=f"all of {self._first} to {self._last} are taken",
+            fix="widen providers.subprocess.ports, or use {socket}",
+        )
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
+                return False
+            raise
+    return True
