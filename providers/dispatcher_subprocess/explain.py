@@ -77,8 +77,8 @@ def _limits(host: Host) -> Iterator[Finding]:
     yield Finding(
         level=Level.INFO, what="The limit disk is not kept: data is a plain directory", fix="use a quota"
     )
-    if not host.cgroups.can_freeze:
-        yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as no control group can be frozen")
+    if host.cgroups.directory is None:
+        yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as there are no control groups")
 
 
 def _unlimited(key: str, instead: str) -> Finding:

@@ -1,8 +1,9 @@
-"""A filter of system calls for agents: what attacks kernels and no ordinary app needs is refused.  Pure.
+"""A filter of system calls for agents: calls that help to attack the kernel and that ordinary apps do not need.
 
-bubblewrap loads the filter (a classic BPF program, see seccomp(2)).  It is a short list of refusals, not of what
-is allowed, so that apps work: kernel keys (they are no part of any namespace), BPF, performance counters, user
-namespaces, mounts, modules, io_uring.  On processors it does not know there is no filter.
+bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
+so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
+modules, io_uring.  Other processors than those below get no filter.  It is assembled here because the bindings of
+libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
 
 from __future__ import annotations
@@ -18,89 +19,56 @@ _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NEW_USER = 0x10000000  # CLONE_NEWUSER
 _X32 = 0x40000000
 
-#: Machine -> audit architecture, system calls refused with EPERM, with ENOSYS (so that programs fall back).
-_CALLS: dict[str, tuple[int, dict[str, int], dict[str, int]]] = {
-    "x86_64": (
-        0xC000003E,
-        {
-            "add_key": 248,
-            "request_key": 249,
-            "keyctl": 250,
-            "bpf": 321,
-            "perf_event_open": 298,
-            "userfaultfd": 323,
-            "kexec_load": 246,
-            "kexec_file_load": 320,
-            "init_module": 175,
-            "finit_module": 313,
-            "delete_module": 176,
-            "mount": 165,
-            "umount2": 166,
-            "pivot_root": 155,
-            "open_tree": 428,
-            "move_mount": 429,
-            "fsopen": 430,
-            "fsconfig": 431,
-            "fsmount": 432,
-            "fspick": 433,
-            "mount_setattr": 442,
-            "setns": 308,
-            "swapon": 167,
-            "swapoff": 168,
-            "reboot": 169,
-            "acct": 163,
-            "quotactl": 179,
-            "quotactl_fd": 443,
-            "open_by_handle_at": 304,
-            "syslog": 103,
-            "vhangup": 153,
-            "lookup_dcookie": 212,
-            "iopl": 172,
-            "ioperm": 173,
-        },
-        {"clone3": 435, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {
-            "add_key": 217,
-            "request_key": 218,
-            "keyctl": 219,
-            "bpf": 280,
-            "perf_event_open": 241,
-            "userfaultfd": 282,
-            "kexec_load": 104,
-            "kexec_file_load": 294,
-            "init_module": 105,
-            "finit_module": 273,
-            "delete_module": 106,
-            "mount": 40,
-            "umount2": 39,
-            "pivot_root": 41,
-            "open_tree": 428,
-            "move_mount": 429,
-            "fsopen": 430,
-            "fsconfig": 431,
-            "fsmount": 432,
-            "fspick": 433,
-            "mount_setattr": 442,
-            "setns": 268,
-            "swapon": 224,
-            "swapoff": 225,
-            "reboot": 142,
-            "acct": 89,
-            "quotactl": 60,
-            "quotactl_fd": 443,
-            "open_by_handle_at": 265,
-            "syslog": 116,
-            "vhangup": 58,
-            "lookup_dcookie": 18,
-        },
-        {"clone3": 435, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-    ),
+#: Machine, as ``uname -m`` calls it -> audit architecture, column of its numbers below.
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
+#: Refused with EPERM.
+_REFUSED: dict[str, tuple[int, int | None]] = {
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "kexec_load": (246, 104),
+    "kexec_file_load": (320, 294),
+    "init_module": (175, 105),
+    "finit_module": (313, 273),
+    "delete_module": (176, 106),
+    "mount": (165, 40),
+    "umount2": (166, 39),
+    "pivot_root": (155, 41),
+    "open_tree": (428, 428),
+    "move_mount": (429, 429),
+    "fsopen": (430, 430),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fspick": (433, 433),
+    "mount_setattr": (442, 442),
+    "setns": (308, 268),
+    "swapon": (167, 224),
+    "swapoff": (168, 225),
+    "reboot": (169, 142),
+    "acct": (163, 89),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "open_by_handle_at": (304, 265),
+    "syslog": (103, 116),
+    "vhangup": (153, 58),
+    "lookup_dcookie": (212, 18),
+    "iopl": (172, None),
+    "ioperm": (173, None),
 }
-#: Calls whose first argument says whether they make a user namespace.
-_MAKERS = {"x86_64": (56, 272), "aarch64": (220, 97)}
+#: Refused with ENOSYS, so that programs fall back to older calls; the numbers are the same on all machines.
+ABSENT = {"clone3": 435, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427}
+#: Refused if their first argument asks for a user namespace.
+NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}
+
+
+def refused(machine: str) -> dict[str, int]:
+    """Return the system calls that are refused with EPERM, and their numbers."""
+    column = MACHINES[machine][1]
+    found = {name: numbers[column] for name, numbers in _REFUSED.items()}
+    return {name: number for name, number in found.items() if number is not None}
 
 
 @functools.cache
@@ -110,28 +78,26 @@ def program(machine: str = "") -> bytes:
     :param machine: as ``uname -m`` calls it.
     """
     machine = machine or platform.machine()
-    if machine not in _CALLS:
+    if machine not in MACHINES:
         return b""
-    architecture, refused, absent = _CALLS[machine]
+    architecture, column = MACHINES[machine]
     refuse, pretend = _REFUSE | errno.EPERM, _REFUSE | errno.ENOSYS
-    # Calls of another architecture (32-bit programs) have other numbers and would slip through: refused.
-    head = [_load(_ARCHITECTURE), _jump(_JUMP_EQUAL, architecture, 1, 0), _return(pretend), _load(_NUMBER)]
-    body: list[bytes] = []
+    # Calls of another architecture (32-bit programs) have other numbers and would not be matched: refused.
+    body = [_load(_ARCHITECTURE), _jump(_JUMP_EQUAL, architecture, 1, 0), _return(pretend), _load(_NUMBER)]
     if machine == "x86_64":
         body += [_jump(_JUMP_GREATER_EQUAL, _X32, 0, 1), _return(pretend)]
-    for number in absent.values():
-        body += [_jump(_JUMP_EQUAL, number, 0, 1), _return(pretend)]
-    for number in refused.values():
-        body += [_jump(_JUMP_EQUAL, number, 0, 1), _return(refuse)]
-    for number in _MAKERS[machine]:
+    for answer, numbers in ((pretend, ABSENT), (refuse, refused(machine))):
+        for number in numbers.values():
+            body += [_jump(_JUMP_EQUAL, number, 0, 1), _return(answer)]
+    for maker in NAMESPACE_MAKERS.values():
         body += [
-            _jump(_JUMP_EQUAL, number, 0, 4),
+            _jump(_JUMP_EQUAL, maker[column], 0, 4),
             _load(_FIRST_ARGUMENT),
             _jump(_JUMP_SET, _NEW_USER, 0, 1),
             _return(refuse),
             _return(_ALLOW),
         ]
-    return b"".join([*head, *body, _return(_ALLOW)])
+    return b"".join([*body, _return(_ALLOW)])
 
 
 def _load(offset: int) -> bytes:

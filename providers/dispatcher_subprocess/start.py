@@ -29,7 +29,7 @@ from dispatcher.plugin import (
     SecretFiles,
 )
 from dispatcher_subprocess import logs, network, processes, procfs, sandbox, seccomp
-from dispatcher_subprocess.cgroups import Group, join
+from dispatcher_subprocess.cgroups import join
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.journal import Journals, Process
@@ -64,9 +64,7 @@ class Start:
         self.secret_files = secret_files
         self.attach = attach
         self.deadline = deadline
-        self.group: Group | None = None
-        if host.cgroups.usable:
-            self.group = host.cgroups.group(spec.backend_name)
+        self.group = host.cgroups.group(spec.backend_name)
         self.token = secrets.token_hex(16)
         self._kept = contextlib.ExitStack()  # descriptors of ours until the end
         self._passed = contextlib.ExitStack()  # those that the agent inherits; our copies would hide its end

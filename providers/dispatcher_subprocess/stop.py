@@ -34,8 +34,8 @@ class Stopper:
         self._cgroups = cgroups
 
     def group(self, record: Record) -> Group | None:
-        """Return an agent's control group, None where there are none."""
-        return self._cgroups.group(record.name) if self._cgroups.usable else None
+        """Return an agent's control group, None without control groups."""
+        return self._cgroups.group(record.name)
 
     def clean_up(self, record: Record) -> Record:
         """If an agent ended by itself, kill the rest of it and record why; otherwise do nothing.
@@ -87,8 +87,8 @@ class Stopper:
 
     def forget(self, name: str) -> None:
         """Remove everything but the logs; the agent has ended."""
-        if self._cgroups.usable:
-            self._cgroups.group(name).remove()
+        if group := self._cgroups.group(name):
+            group.remove()
         self._secret_files.remove(name)
         self._journals.remove(name)
 
@@ -101,8 +101,8 @@ class Stopper:
 
     def _record_end(self, record: Record, reason: str) -> Record:
         self._journals.append(record.name, {"ended": reason})
-        if self._cgroups.usable:
-            self._cgroups.group(record.name).remove()
+        if group := self.group(record):
+            group.remove()
         self._secret_files.remove(record.name)
         self._journals.suspended_path(record.name).unlink(missing_ok=True)
         with contextlib.suppress(ProviderError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dispatcher.plugin import Deadline, DeadlineExceeded
 from dispatcher_subprocess import processes, procfs
-from dispatcher_subprocess.cgroups import Cgroups, Group
+from dispatcher_subprocess.cgroups import Cgroups
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.journal import Journals, Process, Record
 
@@ -25,8 +25,8 @@ class Suspender:
         self._cgroups = cgroups
 
     def is_suspended(self, record: Record) -> bool:
-        """Whether an agent that lives is frozen."""
-        group = self._group(record)
+        """Whether an agent that runs is suspended."""
+        group = self._cgroups.group(record.name)
         return (group is not None and group.frozen) or self._marked(record) is not None
 
     def suspend(self, record: Record, deadline: Deadline) -> None:
@@ -36,14 +36,12 @@ class Suspender:
         """
         if self.is_suspended(record):
             return
-        group = self._group(record)
-        if group:
+        if group := self._cgroups.group(record.name):
             if group.freeze(lambda: deadline.expired):
                 return
             raise DeadlineExceeded(f"{record.agent} could not be suspended in time", fix="try again")
         self._mark(record, [])
-        members = self._cgroups.group(record.name) if self._cgroups.usable else None
-        stopped = _stop_all(record, members, lambda: deadline.expired)
+        stopped = _stop_all(record, lambda: deadline.expired)
         if stopped is None:
             self._unmark(record)
             raise DeadlineExceeded(f"{record.agent} could not be suspended in time", fix="try again")
@@ -51,18 +49,12 @@ class Suspender:
 
     def resume(self, record: Record) -> None:
         """Let every process of an agent run on; running already is success."""
-        group = self._group(record)
-        if group:
+        if group := self._cgroups.group(record.name):
             group.thaw()
         stopped = self._marked(record)
         if stopped is not None:
-            members = self._cgroups.group(record.name) if self._cgroups.usable else None
-            _continue_all(record, members, stopped)
+            _continue_all(record, stopped)
             self._unmark(record)
-
-    def _group(self, record: Record) -> Group | None:
-        """Return the agent's group where it can be frozen and the agent cannot leave it."""
-        return self._cgroups.group(record.name) if self._cgroups.can_freeze else None
 
     def _file(self, record: Record) -> Path:
         return self._journals.suspended_path(record.name)
@@ -90,7 +82,7 @@ class Suspender:
         self._file(record).unlink(missing_ok=True)
 
 
-def _stop_all(record: Record, group: Group | None, expired: Callable[[], bool]) -> list[Process] | None:
+def _stop_all(record: Record, expired: Callable[[], bool]) -> list[Process] | None:
     """Stop every process by SIGSTOP, in rounds until no fork escapes any more.
 
     :return: those that were stopped already, which `resume` must not continue; None if it failed in time.
@@ -99,7 +91,7 @@ def _stop_all(record: Record, group: Group | None, expired: Callable[[], bool]) 
     seen: set[tuple[int, int]] = set()
     quiet = 0
     for number in range(_ROUNDS):
-        new = [process for process in processes.members(record, group) if (process.pid, process.start) not in seen]
+        new = [process for process in processes.members(record, None) if (process.pid, process.start) not in seen]
         for process in new:
             seen.add((process.pid, process.start))
             if process.state in "Tt":
@@ -115,13 +107,13 @@ def _stop_all(record: Record, group: Group | None, expired: Callable[[], bool]) 
         if expired():
             break
         time.sleep(0.005)
-    _continue_all(record, group, before)
+    _continue_all(record, before)
     return None
 
 
-def _continue_all(record: Record, group: Group | None, stopped: Iterable[Process]) -> None:
+def _continue_all(record: Record, stopped: Iterable[Process]) -> None:
     """Let every process run again but those that were stopped before."""
     stay_stopped = {(process.pid, process.start) for process in stopped}
-    for process in processes.members(record, group):
+    for process in processes.members(record, None):
         if (process.pid, process.start) not in stay_stopped:
             procfs.send(process.pid, process.start, signal.SIGCONT)
