@@ -125,7 +125,7 @@ def _observation(
     exit_reason: str,
     detail: str,
 ) -> Observation:
-    awake = state in {BackendState.RUNNING, BackendState.SUSPENDED}
+    reachable = state in {BackendState.RUNNING, BackendState.SUSPENDED}
     spec_hash = label(labels, "hash")
     if spec_hash and current_image and current_image != label(labels, "image-id"):
         # Another image has the name now: no spec has this hash, so the core sees that the agent is outdated.
@@ -134,8 +134,8 @@ def _observation(
     owner = label(labels, "owner")
     return Observation(
         state=state,
-        endpoint=_endpoint(label(labels, "endpoint"), ports, reach) if awake else None,
-        owner_uid=int(owner) if owner and awake else None,
+        endpoint=_endpoint(label(labels, "endpoint"), ports, reach) if reachable else None,
+        owner_uid=int(owner) if owner and reachable else None,
         started_at=started_at,
         spec_hash=spec_hash,
         exit_reason=exit_reason,

@@ -1,4 +1,4 @@
-"""In plain words: what is isolated from what on this host, and what is not.  Pure."""
+"""Findings about the isolation of agents on this host, and its capabilities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dispatcher.plugin import App, Capability, Finding, Level, Network
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import endpoint_kind
 
-#: Controller -> key of the configuration, capability, and what an agent may do where nothing limits it.
+#: Controller -> key of the configuration, capability, and the effect of a limit that is not enforced.
 _LIMITS = {
     "memory": ("memory", Capability.MEMORY_LIMIT, "each process of an agent is limited, not their sum"),
     "cpu": ("cpus", Capability.CPU_LIMIT, "an agent may use all cores"),
@@ -17,7 +17,7 @@ _LIMITS = {
 
 
 def capabilities(host: Host) -> frozenset[Capability]:
-    """Return what works on this host."""
+    """Return the capabilities on this host."""
     found = {
         Capability.SUSPEND,
         Capability.LOGS,
@@ -35,7 +35,7 @@ def capabilities(host: Host) -> frozenset[Capability]:
 
 
 def findings(host: Host, app: App | None) -> list[Finding]:
-    """Return what an operator should know, of the host or of one app on it."""
+    """Return the findings for the host, or for one app on it."""
     return list(_host(host) if app is None else _app(host, app))
 
 
@@ -43,7 +43,7 @@ def _host(host: Host) -> Iterator[Finding]:
     if host.sandboxed:
         yield _ok("Agents run in bubblewrap sandboxes: own mount, pid, ipc and uts namespaces, no new privileges")
         yield _ok(
-            "Of the host's files an agent sees /usr, /etc and its program's own, read-only; its data it may write"
+            "Of the host's files an agent sees /usr, /etc and its program's own, read-only; data is writable"
         )
     else:
         yield Finding(
@@ -57,7 +57,7 @@ def _host(host: Host) -> Iterator[Finding]:
         yield Finding(
             level=Level.WARNING,
             what="All agents run as the user that runs the manager"
-            + ("; only the sandbox is between them" if host.sandboxed else ", and can read each other's data"),
+            + ("; only the sandbox separates them" if host.sandboxed else ", and can read each other's data"),
             fix="run the manager as root for a user id per agent",
         )
     yield from _limits(host)
@@ -69,13 +69,13 @@ def _host(host: Host) -> Iterator[Finding]:
 def _limits(host: Host) -> Iterator[Finding]:
     for what, (key, _, instead) in _LIMITS.items():
         if host.cgroups.limits(what):
-            yield _ok(f"The limit {key} is kept by the kernel's {what} controller")
+            yield _ok(f"The limit {key} is enforced by the kernel's {what} controller")
         elif host.limits(what):
-            yield _ok(f"The limit {key} is kept by counting the processes of each agent's own user id")
+            yield _ok(f"The limit {key} is enforced by counting the processes of each agent's own user id")
         else:
             yield _unlimited(key, instead)
     yield Finding(
-        level=Level.INFO, what="The limit disk is not kept: data is a plain directory", fix="use a quota"
+        level=Level.INFO, what="The limit disk is not enforced: data is a plain directory", fix="use a quota"
     )
     if host.cgroups.directory is None:
         yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as there are no control groups")
@@ -117,7 +117,7 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
     elif not host.sandboxed:
         yield Finding(
             level=Level.WARNING,
-            what=f'network = "{app.network.value}" is not kept without a sandbox: it shares the host\'s network',
+            what=f'network = "{app.network.value}" is not enforced without a sandbox: it has the host\'s network',
             fix="install bubblewrap, or allow it to make namespaces",
         )
     else:

@@ -184,20 +184,20 @@ class Journals:
         :raises ProviderError: they cannot be written.
         """
         path, status = self.path(record["name"]), self.status_path(record["name"])
-        fresh = path.with_suffix(".new")
+        new = path.with_suffix(".new")
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            for old in (fresh, status):
+            for old in (new, status):
                 with contextlib.suppress(FileNotFoundError):
                     old.unlink()
-            fd = os.open(fresh, flags, 0o600)
+            fd = os.open(new, flags, 0o600)
             try:
                 _append(fd, {"version": VERSION, "status": str(status)} | record)
             finally:
                 os.close(fd)
             fd = os.open(status, flags, 0o600)
             try:
-                fresh.rename(path)
+                new.rename(path)
             except BaseException:
                 os.close(fd)
                 raise

@@ -1,9 +1,9 @@
 """Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
 
-A private network's traffic leaves through a process of the host, which could reach whatever the host reaches.  So
-the agent's network namespace gets *unreachable* routes for every address of this host, for the networks that
-only this host is in (containers, virtual machines) and for those the options deny; the agent, without privileges
-there, cannot remove them.  pasta is bound to the outgoing interface besides.
+A private network's traffic leaves through a process of the host, which can reach everything that the host reaches.
+So the agent's network namespace gets *unreachable* routes for every address of this host, for the networks that
+only this host is in (containers, virtual machines) and for those that the options deny.  The agent has no
+privileges there and cannot remove them.  pasta is also bound to the outgoing interface.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def verify(app: App, kind: str, host: Host) -> None:
     """Check that an app's network is possible here.
 
     :param kind: of its endpoint, ``unix`` or ``tcp``.
-    :raises ConfigError: never with this app; :raises Unsupported: not on this host.
+    :raises ConfigError: not with these options; :raises Unsupported: not on this host.
     """
     if kind == "tcp" and app.network is Network.NONE and host.sandboxed:
         raise ConfigError(
             f'apps.{app.name}: {{port}} cannot be reached with network = "none"',
-            why="nothing leads into a sandbox without a network",
+            why="a sandbox without a network has no ports",
             fix='use {socket} in the command, or network = "private"',
         )
     if app.network is not Network.PRIVATE:
@@ -55,7 +55,7 @@ def verify(app: App, kind: str, host: Host) -> None:
 
 
 def resolver(host: Host) -> bytes:
-    """Return a private network's /etc/resolv.conf: the name server of its carrier, the search list of the host."""
+    """Return a private network's /etc/resolv.conf: the carrier's name server and the host's search list."""
     server = str(_name_server()) if host.pasta else _SLIRP_NAME_SERVER
     kept = [
         line
@@ -69,14 +69,14 @@ def connect(host: Host, inner: Process, port: int, denied: Networks, deadline: D
     """Connect a waiting agent's network namespace with the outside; return the process that carries its traffic.
 
     :param port: TCP port of the host's loopback interface that leads to the agent, 0 for none.
-    :raises ProviderError: it does not work; :raises DeadlineExceeded: it takes too long.
+    :raises ProviderError: that fails; :raises DeadlineExceeded: not in time.
     """
     with contextlib.ExitStack() as stack:
         inside = _enter(stack, inner, own_user=not host.privileged)
         carry = _pasta if host.pasta else _slirp
         helper = carry(host, inside, port, deadline)
         try:
-            _wall_off(inside, [*host_networks(), *denied], deadline)
+            _block(inside, [*host_networks(), *denied], deadline)
         except BaseException:
             procfs.send(helper.pid, helper.start, 9)
             processes.reap(helper)
@@ -97,7 +97,7 @@ class _Inside:
 
 
 def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _Inside:
-    """Open the namespaces of a waiting agent, which is checked to be the one that was started."""
+    """Open the namespaces of a waiting agent, and check that it is the process that was started."""
     try:
         fds = [
             os.open(f"/proc/{inner.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
@@ -119,18 +119,18 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--dns-forward", str(_name_server()), "--netns", f"/proc/self/fd/{inside.network}"]
         if inside.user is None:
-            # It cannot join the namespace as another user; it gives up its privileges itself, afterwards.
+            # It cannot join the namespace as another user; it drops its privileges itself afterwards.
             command += ["--netns-only", "--runas", "0"]
         else:
             command += ["--userns", f"/proc/self/fd/{inside.user}"]
         interface = outgoing_interface()
         if interface:
             command += ["--outbound-if4", interface]
-        _run(command, inside, b"", deadline)  # it goes to the background when the network stands
+        _run(command, inside, b"", deadline)  # it goes to the background when the network is ready
         try:
             pid = int(pid_file.read_text(encoding="ascii"))
         except (OSError, ValueError) as error:
-            raise ProviderError("pasta does not say who it is", why=str(error)) from error
+            raise ProviderError("pasta did not write its process id", why=str(error)) from error
     found = procfs.stat(pid)
     if not found:
         raise ProviderError("pasta ended at once", fix="try again")
@@ -139,10 +139,10 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
 
 def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
     assert not port  # refused by `verify`
-    ready, told = os.pipe()
+    ready, notify = os.pipe()
     try:
         command = [host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
-        command += ["--enable-seccomp", f"--ready-fd={told}", "--netns-type=path"]
+        command += ["--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
         if inside.user is not None:
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -152,13 +152,13 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
                 environment={},
                 stdin=null,
                 output=null,
-                inherited=[told, *inside.fds],
+                inherited=[notify, *inside.fds],
                 umask=0o077,
                 cwd="/",
             )
         finally:
             os.close(null)
-            os.close(told)
+            os.close(notify)
         if processes.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
             return helper
         procfs.send(helper.pid, helper.start, 9)
@@ -168,7 +168,7 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         os.close(ready)
 
 
-def _wall_off(inside: _Inside, networks: Iterable[IPv4Network | IPv6Network], deadline: Deadline) -> None:
+def _block(inside: _Inside, networks: Iterable[IPv4Network | IPv6Network], deadline: Deadline) -> None:
     """Make networks unreachable from inside."""
     v6 = (procfs.read("/proc/net/if_inet6") or b"") != b""
     chosen = [network for network in dict.fromkeys(networks) if network.version == 4 or v6]
@@ -197,16 +197,16 @@ def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) 
     except OSError as error:
         raise ProviderError("Cannot make a private network", why=str(error)) from error
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise ProviderError(
             "Cannot make a private network",
-            why=f"{Path(command[0]).name}: {said[-1] if said else done.returncode}",
+            why=f"{Path(command[0]).name}: {lines[-1] if lines else done.returncode}",
         )
 
 
 def host_networks() -> Iterator[IPv4Network | IPv6Network]:
     """Yield what an agent with a private network must not reach: this host, and what only this host reaches."""
-    import psutil  # few need it, and every start of the manager would wait for it
+    import psutil  # imported here, as it would slow down every start of the manager
 
     outgoing = outgoing_interface()
     for name, addresses in psutil.net_if_addrs().items():

@@ -1,4 +1,4 @@
-"""What ``[providers.subprocess]`` and ``[apps.X.subprocess]`` may say, and a command's placeholders.  Pure."""
+"""The options in ``[providers.subprocess]`` and ``[apps.X.subprocess]``, and a command's placeholders."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class AppOptions(Table):
     writable: list[AbsolutePath] = Field(
         default=[], description="more of the host's paths to show, writable as far as their modes allow"
     )
-    hide: list[AbsolutePath] = Field(default=[], description="paths below visible ones to cover up")
-    pass_environment: list[Variable] = Field(default=[], description="variables of the manager to hand on")
+    hide: list[AbsolutePath] = Field(default=[], description="paths below visible ones to hide")
+    pass_environment: list[Variable] = Field(default=[], description="variables of the manager to pass on")
     devices: list[AbsolutePath] = Field(default=[], description="devices to show, such as /dev/dri")
     seccomp: bool = Field(
         default=True,
@@ -120,14 +120,14 @@ class AppOptions(Table):
 
 def options_of(app: App) -> AppOptions:
     """Return an app's options with their type."""
-    if not isinstance(app.options, AppOptions):  # a programming error of the caller, still one clear sentence
+    if not isinstance(app.options, AppOptions):  # a programming error of the caller
         raise ConfigError(f"The app {app.name} has no options of the provider subprocess")
     return app.options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """Where an agent finds its things, as seen from inside."""
+    """Paths and port, as an agent sees them."""
 
     socket: str
     data: str
@@ -140,7 +140,7 @@ class Inside:
 
 
 def endpoint_kind(app: App) -> str:
-    """Return ``unix`` or ``tcp``: what the app's command asks for; a Unix socket is preferred.
+    """Return ``unix`` or ``tcp``, as the app uses {socket} or {port}; a socket is preferred.
 
     :raises ConfigError: neither ``{socket}`` nor ``{port}`` is in the command or the environment.
     """
@@ -151,14 +151,14 @@ def endpoint_kind(app: App) -> str:
     if "port" in found:
         return "tcp"
     raise ConfigError(
-        f"apps.{app.name}.subprocess.command: the app is told nowhere where to listen",
+        f"apps.{app.name}.subprocess.command: the app does not get an address to listen on",
         why="neither {socket} nor {port} is in the command or the environment",
-        fix="put {socket} (better: nobody else can connect) or {port} where the app takes its address",
+        fix="put {socket} (better, as other users cannot connect) or {port} where the app takes its address",
     )
 
 
 def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], secrets: str) -> dict[str, str]:
-    """Return the whole environment of an agent: what the contract promises and nothing else of the manager's.
+    """Return the whole environment of an agent; of the manager's it has the variables in `pass_environment` only.
 
     :param secrets: the directory of the secrets as seen from inside, "" when there are none.
     """

@@ -1,8 +1,8 @@
-"""Finding, signalling, freezing and ending all processes of an agent.  Touches /proc, signals and control groups.
+"""Starting the processes of an agent, and finding, signalling and killing all of them.
 
-An agent may fork twice, make sessions and namespaces of its own, and close everything: it is found all the same by
-its control group, its pid namespace or its own host user id.  An ordinary user's agent without any of these is
-found by parenthood, its output and a random token in the environment; `explain` says what that leaves open.
+A process that forked twice, made its own session and namespaces and closed its descriptors is still found by the
+agent's control group, pid namespace or host user id.  Without any of these, an ordinary user's agent is found by
+parenthood, its output and a random token in the environment, which a process can evade; `explain` reports that.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from dispatcher_subprocess.host import which
 from dispatcher_subprocess.journal import Process, Record, sandbox_status
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
-_ROUNDS = 64  # of killing or stopping against forks; each finds what the last left
+_ROUNDS = 64  # of killing against forks; each finds what the last one missed
 _OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
-_AT_ONCE = 10.0  # seconds for a signal that is sent in one stroke
+_AT_ONCE = 10.0  # seconds for a signal to all processes at once
 _AFTER_MAIN = 1.0  # seconds for the other processes after the app's first one has ended
 _DYING = 1.0  # seconds until a killed process is gone
 
@@ -59,19 +59,19 @@ def spawn(
         )
     except (OSError, ValueError) as error:
         raise failed("Cannot start the agent", error) from error
-    process.returncode = 0  # it is reaped by `reap`: this object must not wait for it, nor warn when it goes
+    process.returncode = 0  # `reap` reaps it: this object must neither wait for it nor warn at its end
     found = procfs.stat(process.pid)
     return Process(pid=process.pid, start=found.start if found else 0)
 
 
 def reap(process: Process) -> int | None:
-    """Reap a dying child; return its exit code (-N: killed by signal N), None when it is no child of ours.
+    """Reap a child that ends; return its exit code (-N: killed by signal N), None if it is not our child.
 
-    Its first thread may look dead while others are still at it: so wait a little.
+    Its first thread may be dead while others still run: so wait a moment.
     """
     found = procfs.stat(process.pid)
     if found is None or found.start != process.start:
-        return None  # gone; whoever has its pid now, perhaps another child of ours, is none of this
+        return None  # another process, perhaps another child, has its pid now
     end = time.monotonic() + _DYING
     while True:
         try:
@@ -86,7 +86,7 @@ def reap(process: Process) -> int | None:
 
 
 def wait_readable(fd: int, deadline: Deadline) -> bool:
-    """Wait until a descriptor can be read (or is at its end); False when the deadline comes first."""
+    """Wait until a descriptor can be read or is at its end; False if the deadline comes first."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     return bool(poll.poll(deadline.remaining() * 1000))
@@ -100,7 +100,7 @@ def main_lives(record: Record) -> bool:
 
 
 def app_without_main(record: Record) -> Process | None:
-    """Return the app's first process when only the outer bwrap was killed: the sandbox goes on without it."""
+    """Return the app's first process if only the outer bwrap was killed, as the sandbox runs on."""
     if record.init is None or sandbox_status(record).exit_code is not None:
         return None
     if not procfs.lives(record.init.pid, record.init.start):
@@ -116,7 +116,7 @@ def members(record: Record, group: Group | None) -> list[procfs.Stat]:
     """Return the living processes of an agent, without bubblewrap's own two and the network's helper."""
     found = group.procs() if group else set()
     if record.init:
-        # Whoever loses its parent gets the init of its namespace, so all of them stay below this one.
+        # Orphans become children of their namespace's init, so all processes stay below it.
         if not group and procfs.lives(record.init.pid, record.init.start):
             found |= procfs.descendants([record.init.pid])
     elif not record.sandboxed:
@@ -145,10 +145,10 @@ def signal_all(record: Record, group: Group | None, number: int) -> int:
 
 
 def signal_at_once(record: Record, number: int) -> bool:
-    """Send a signal to every process of an agent in one stroke that no fork escapes; False where there is no way.
+    """Send a signal to every process of an agent at once, which no fork evades; False if that is impossible.
 
-    The kernel's ``kill(-1)`` reaches all that a process may signal: so one is made that may signal just these,
-    inside the agent's pid namespace, or as its own user.
+    The kernel's ``kill(-1)`` reaches all processes that the caller may signal: a helper inside the agent's pid
+    namespace, or with its user id, may signal just those.
     """
     shell = ["/bin/sh", "-c", f"kill -{int(number)} -1"]
     fds: list[int] = []
@@ -157,12 +157,12 @@ def signal_at_once(record: Record, number: int) -> bool:
             try:
                 pidfd = procfs.open_pidfd(record.init.pid, record.init.start)
                 if pidfd is None:
-                    return True  # all is over
+                    return True  # it has ended
                 stack.callback(os.close, pidfd)
                 space = os.open(f"/proc/{record.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
                 stack.callback(os.close, space)
                 fds = [space]
-                if os.geteuid() != 0:  # with the rights of who made it, which the agent's own namespace lacks
+                if os.geteuid() != 0:  # the owner's user namespace, as the agent's own has no rights over it
                     fds.append(fcntl.ioctl(space, _OWNER))
                     stack.callback(os.close, fds[1])
                 if not procfs.lives(record.init.pid, record.init.start):
@@ -185,7 +185,7 @@ def signal_at_once(record: Record, number: int) -> bool:
 
 
 def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bool:
-    """Kill everything of an agent; False when something was still alive at `expired`."""
+    """Kill every process of an agent; False if one was still alive at `expired`."""
     if record.init:
         procfs.send(record.init.pid, record.init.start, 9)  # the kernel kills its whole pid namespace with it
     elif record.main is None and record.sandboxed:
@@ -193,7 +193,7 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
     if group:
         group.kill()
     elif not record.init:
-        signal_at_once(record, 9)  # a list of processes is never right while they fork
+        signal_at_once(record, 9)  # a list of processes is outdated while they fork
     if record.helper:
         procfs.send(record.helper.pid, record.helper.start, 9)
     pause = 0.001
@@ -213,7 +213,7 @@ def kill(record: Record, group: Group | None, expired: Callable[[], bool]) -> bo
 
 
 def _kill_interrupted(record: Record) -> None:
-    """Kill the sandbox of a start that the manager did not survive: bubblewrap holds its status file open."""
+    """Kill the sandbox of a start that the manager's end interrupted: bubblewrap has its status file open."""
     for pid in procfs.pids():
         if pid != os.getpid() and record.status in procfs.open_paths(pid):
             for found in map(procfs.stat, [*procfs.children(pid), pid]):
@@ -230,15 +230,15 @@ def _any_lives(processes: Iterable[Process | None]) -> bool:
     return any(process and procfs.lives(process.pid, process.start) for process in processes)
 
 
-def wait_end(record: Record, group: Group | None, seconds: float, tick: Callable[[], None]) -> None:
-    """Wait until an agent has ended, at most `seconds`, and not much longer than its first process lasts.
+def wait_end(record: Record, group: Group | None, seconds: float, on_wait: Callable[[], None]) -> None:
+    """Wait until an agent has ended, at most `seconds`, and only briefly once its first process has ended.
 
-    :param tick: called several times a second; may raise.
+    :param on_wait: called several times a second; may raise.
     """
     end = time.monotonic() + seconds
     with _watched([record.init, record.main]) as wait:
         while (left := end - time.monotonic()) > 0:
-            tick()
+            on_wait()
             if not main_lives(record):
                 end = min(end, time.monotonic() + _AFTER_MAIN)
                 if not members(record, group):
@@ -250,12 +250,12 @@ def wait_end(record: Record, group: Group | None, seconds: float, tick: Callable
 
 @contextlib.contextmanager
 def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], None]]:
-    """Yield a function that waits until one of some processes ends."""
+    """Yield a function that waits until one of the processes ends."""
     poll = select.poll()
     fds: list[int] = []
     try:
         for process in processes:
-            with contextlib.suppress(OSError):  # without descriptors it is looked at now and then
+            with contextlib.suppress(OSError):  # without a descriptor the caller polls
                 fd = procfs.open_pidfd(process.pid, process.start) if process else None
                 if fd is not None:
                     fds.append(fd)
@@ -271,9 +271,9 @@ def _watched(processes: Iterable[Process | None]) -> Iterator[Callable[[float], 
 
 
 def output_of(record: Record) -> int | None:
-    """Return a new read end of an agent's output pipe, None when it cannot be had.
+    """Return a new read end of an agent's output pipe, None if it cannot be opened.
 
-    It is read from where the agent's first process has it; an agent may have closed or replaced its own.
+    It comes from bubblewrap's processes or the app's first one, as the app may have closed or replaced its own.
     """
     for process in (record.main, record.init):
         if process and procfs.lives(process.pid, process.start):

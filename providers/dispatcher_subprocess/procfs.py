@@ -1,6 +1,6 @@
-"""What /proc says of processes.  Reads /proc and sends signals through pidfds, so that a reused pid is never hit.
+"""Processes in /proc, and signals through pidfds, which do not reach another process that reuses a pid.
 
-A process is named by its pid and its start time together; the pid alone means nothing after a while.
+A pid and a start time together identify a process; a pid alone may be reused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DEAD = frozenset("ZXx")
 class Stat:
     """A few fields of ``/proc/PID/stat``.
 
-    :ivar start: clock ticks after boot; with the pid it names a process.
+    :ivar start: clock ticks after boot; with the pid it identifies a process.
     """
 
     pid: int
@@ -34,7 +34,7 @@ class Stat:
 
     @property
     def dead(self) -> bool:
-        """Whether it is a zombie or worse: it executes nothing any more."""
+        """Whether it has ended: a zombie executes nothing."""
         return self.state in _DEAD
 
 
@@ -45,7 +45,7 @@ def boot_id() -> str:
 
 
 def read(path: str) -> bytes | None:
-    """Return a small file's content; None when it is gone, unreadable or its process is."""
+    """Return a small file's content; None if the file or its process is gone, or it cannot be read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -62,7 +62,7 @@ def read(path: str) -> bytes | None:
 
 
 def stat(pid: int) -> Stat | None:
-    """Return what a process is now, None when there is none of that pid."""
+    """Return the state of a process, None if the pid does not exist."""
     text = read(f"/proc/{pid}/stat")
     if not text:
         return None
@@ -90,9 +90,9 @@ def pids() -> list[int]:
 
 
 def open_pidfd(pid: int, start: int) -> int | None:
-    """Return a pidfd of exactly that process, None when it is gone (or another one has its pid).
+    """Return a pidfd of exactly that process, None if it is gone (or another one has its pid).
 
-    :raises OSError: no descriptor is to be had.
+    :raises OSError: no descriptor is available.
     """
     try:
         fd = os.pidfd_open(pid)
@@ -109,7 +109,7 @@ def send(pid: int, start: int, number: int) -> bool:
     """Send a signal to exactly that process; False when it is gone."""
     try:
         fd = open_pidfd(pid, start)
-    except OSError:  # no descriptor left: the last look is all there is between this pid and another process
+    except OSError:  # no descriptor left: signal the pid, checked a moment before
         return lives(pid, start) and _kill(pid, number)
     if fd is None:
         return False

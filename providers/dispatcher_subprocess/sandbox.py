@@ -23,7 +23,7 @@ SECRETS = "/run/secrets"
 ENVIRONMENT = "/run/environment"
 #: Variables that the dynamic loader or libc obeys.  A program of root's must never see those of an app.
 _LOADER = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "GETCONF_DIR", "RES_OPTIONS", "HOSTALIASES")
-# What setpriv needs to become the agent, and bwrap to enter the agent's private working directory.
+# setpriv needs these to become the agent, bwrap to enter the agent's private working directory.
 _CAPABILITIES = ["--cap-drop", "ALL"]
 for _name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP", "CAP_DAC_READ_SEARCH"):
     _CAPABILITIES += ["--cap-add", _name]
@@ -50,13 +50,13 @@ class Descriptors:
 
 
 def split_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the variables that root's programs may see on the way, and those that only the app may."""
+    """Split variables into those that bwrap and setpriv, which run as root, may have, and the app's alone."""
     harmless = {name: value for name, value in variables.items() if not name.startswith(_LOADER)}
     return harmless, {name: value for name, value in variables.items() if name not in harmless}
 
 
 def loader_script(variables: Mapping[str, str]) -> bytes:
-    """Return a shell script that sets variables, whatever they hold."""
+    """Return a shell script that sets variables with any content."""
     lines = ("export {}='{}'\n".format(name, value.replace("'", "'\\''")) for name, value in variables.items())
     return "".join(lines).encode("utf-8", "surrogateescape")
 
@@ -73,7 +73,7 @@ def accounts(spec: AgentSpec) -> tuple[bytes, bytes]:
 
 
 def become(uid: int, gid: int, setpriv: str) -> list[str]:
-    """Return the command that becomes an agent's user, without any privilege and any way to a new one."""
+    """Return the command that becomes an agent's user, without privileges and without new ones later."""
     return [
         setpriv,
         f"--reuid={uid}",
@@ -87,7 +87,7 @@ def become(uid: int, gid: int, setpriv: str) -> list[str]:
 
 
 def gated(command: Sequence[str]) -> list[str]:
-    """Return a command that begins once a line arrived on its standard input, and does not when that just ends."""
+    """Return a command that begins after a line on its standard input, and not if that ends before."""
     return ["/bin/sh", "-c", _GATE, "gate", *command]
 
 
@@ -98,9 +98,9 @@ def with_loader(command: Sequence[str], script: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """The part of the host's files that every agent of an app sees: arguments for bubblewrap.
+    """The host's files that every agent of an app sees, as arguments for bubblewrap.
 
-    :ivar made: directories that exist inside then.
+    :ivar made: directories that exist inside.
     """
 
     words: tuple[str, ...]
@@ -108,9 +108,9 @@ class View:
 
 
 def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> View:
-    """Return what the agents of an app see.
+    """Return the view of an app's agents.
 
-    :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to cover up.
+    :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to hide.
     """
     tree = _Tree(set())
     for name in SYSTEM:
@@ -147,7 +147,7 @@ def bubblewrap_arguments(
     workdir: str,
     secrets: Path | None,
 ) -> list[str]:
-    """Return what goes to ``bwrap --args``.
+    """Return the arguments for ``bwrap --args``.
 
     :param secrets: directory of the agent's secrets, None without any.
     :param own_user: a user namespace (not as root).

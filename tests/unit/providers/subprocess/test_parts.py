@@ -317,7 +317,7 @@ def test_what_is_not_isolated_is_said_in_words(tmp_path):
         assert words in said
     assert any("open to every local user" in one for one in warnings(walls, app(command=("x", "{port}"))))
     assert any("host's network" in one for one in warnings(walls, app(Network.HOST)))
-    assert any("not kept without a sandbox" in one for one in warnings(open_, app()))
+    assert any("not enforced without a sandbox" in one for one in warnings(open_, app()))
     assert any("limit memory is not enforced" in one for one in warnings(walls, app(memory=1)))
     assert any("limit disk is not enforced" in one for one in warnings(walls, app(disk=1)))
     assert warnings(walls, app(pids=5)) == [], "counted per user id"
