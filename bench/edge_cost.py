@@ -75,7 +75,7 @@ CLOSE = (SMALL[0][:-2] + b"Connection: close\r\n\r\n", SMALL[1])
 def setup():
     from dispatcher.config.load import parse
     from dispatcher.proxy.edge.net.access_log import AccessLog
-    from dispatcher.proxy.edge.net.client import Client
+    from dispatcher.proxy.edge.net.connection import Connection
     from dispatcher.proxy.edge.routing.settings import Settings
     from dispatcher.proxy.edge.net.upstream import Upstream
     from dispatcher.proxy.edge.worker import Worker
@@ -92,7 +92,7 @@ def setup():
     upstream = Upstream(worker, agent)
     upstream.connection_made(Transport())
     agent.idle.append(upstream)
-    client = Client(worker)
+    client = Connection(worker)
     client.connection_made(Transport())
     return client, upstream
 

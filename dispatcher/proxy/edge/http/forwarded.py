@@ -1,7 +1,7 @@
-"""Who the client is, behind proxies that are believed.  Pure.
+"""The client's address behind trusted proxies.
 
-Nobody is believed by default.  From a trusted peer the edge takes `X-Forwarded-For` (the last address that is no
-trusted proxy itself), `-Proto`, `-Host` and `X-Request-ID`; from everybody else it drops them.
+No peer is trusted by default.  From a trusted one the edge takes `X-Forwarded-For` (the last address that is not a
+trusted proxy itself), `-Proto`, `-Host` and `X-Request-ID`; from others it drops them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import ipaddress
 import re
 
 from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.routing.settings import Settings
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_.:@/+=-]{1,128}")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
@@ -18,16 +19,22 @@ _MAX_CACHED = 4096
 
 
 class Forwarded:
-    """Answers by address, remembered."""
+    """The trusted networks, and a cache of the addresses checked against them."""
 
-    __slots__ = ("_peers", "_settings")
+    __slots__ = ("_networks", "_peers", "_scheme", "_unix")
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, networks: tuple[Network, ...], *, unix: bool, scheme: bytes) -> None:
+        """Take the trusted networks.
+
+        :param unix: trust peers on Unix sockets; :param scheme: where a proxy does not state one.
+        """
+        self._networks = networks
+        self._unix = unix
+        self._scheme = scheme
         self._peers: dict[str, tuple[bytes, bool, bool]] = {}
 
     def peer(self, address: str) -> tuple[bytes, bool, bool]:
-        """Return a peer's address for a header, whether it is believed, and whether it is exempt from a limit.
+        """Return a peer's address for a header, whether it is trusted, and whether it is exempt from limits.
 
         A peer on a Unix socket has no address; it is on this machine.
         """
@@ -41,7 +48,7 @@ class Forwarded:
 
     def _peer(self, address: str) -> tuple[bytes, bool, bool]:
         if not address:
-            return b"127.0.0.1", self._settings.trusted_unix, True
+            return b"127.0.0.1", self._unix, True
         parsed = _address(address.encode("ascii", "replace"))
         if parsed is None:
             return b"unknown", False, False
@@ -49,10 +56,10 @@ class Forwarded:
         return str(parsed).encode("ascii"), trusted, trusted or parsed.is_loopback
 
     def _trusted(self, address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-        return any(address.version == network.version and address in network for network in self._settings.trusted)
+        return any(address.version == network.version and address in network for network in self._networks)
 
-    def believed(self, peer: str, fields: dict[int, bytes]) -> tuple[bytes, bytes, bytes]:
-        """Return the client's address, the scheme and the host (or nothing) as trusted proxies say."""
+    def client_of(self, peer: str, fields: dict[int, bytes]) -> tuple[bytes, bytes, bytes]:
+        """Return the client's address, the scheme and the host (or nothing) that trusted proxies state."""
         remote = self.peer(peer)[0]
         for text in reversed(fields.get(headers.X_FORWARDED_FOR, b"").split(b",")):
             address = _address(text)
@@ -63,13 +70,13 @@ class Forwarded:
                 break
         proto = fields.get(headers.X_FORWARDED_PROTO, b"").rpartition(b",")[2].strip().lower()
         if proto not in {b"http", b"https"}:
-            proto = self._settings.scheme
+            proto = self._scheme
         host = fields.get(headers.X_FORWARDED_HOST, b"").rpartition(b",")[2].strip()
         return remote, proto, host if _HOST.fullmatch(host) else b""
 
 
 def usable_request_id(fields: dict[int, bytes]) -> bytes:
-    """Return a request id that may be passed on and logged, or nothing."""
+    """Return the request id of a trusted proxy, or nothing where it must not be logged."""
     number = fields.get(headers.X_REQUEST_ID, b"")
     return number if _REQUEST_ID.fullmatch(number) else b""
 

@@ -1,8 +1,7 @@
-"""The access log: one JSON object a line.  Touches one file descriptor.
+"""The access log: one JSON object a line.
 
-No secret is ever in it: no header, no cookie, no body, and of the target the path alone, as queries carry
-passwords and tokens (that there was one shows as ``"query": true``).  Lines are written together, once a second
-or per 64 KiB.
+It holds no secret: no header, no cookie, no body, and of the target the path alone, as queries carry passwords and
+tokens (``"query": true`` tells that there was one).  Lines are written together, once a second or per 64 KiB.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.net.connection import Connection
-    from dispatcher.proxy.edge.routing.table import Agent
+from dispatcher.proxy.edge.net.exchange import Exchange
+from dispatcher.proxy.edge.routing.table import Agent, Session
 
 _TOGETHER = 65536
 _MOST = 4 * 1024 * 1024  # bytes kept while the file takes nothing
@@ -29,7 +26,7 @@ class AccessLog:
     :ivar on: whether anything is logged; :ivar lost: lines that could not be written.
     """
 
-    __slots__ = ("_fd", "_lines", "_size", "_stamp", "_stamp_second", "lost", "on")
+    __slots__ = ("_fd", "_lines", "_size", "_time", "_time_of", "lost", "on")
 
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
@@ -37,27 +34,34 @@ class AccessLog:
         self.lost = 0
         self._lines: list[bytes] = []
         self._size = 0
-        self._stamp = ""
-        self._stamp_second = 0.0
+        self._time = ""
+        self._time_of = 0.0
 
-    def write(self, client: Connection, agent: Agent | None, status: int) -> None:
-        """Log one exchange."""
-        worker = client.worker
-        now = worker.now
-        if now != self._stamp_second:
-            self._stamp_second = now
-            self._stamp = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        request = client.request
+    def write(
+        self,
+        exchange: Exchange,
+        agent: Agent | None,
+        status: int,
+        *,
+        remote: bytes,
+        session: Session | None,
+        now: float,
+        seconds: float,
+    ) -> None:
+        """Log one exchange; `remote` is the client's address, `seconds` its duration."""
+        if now != self._time_of:
+            self._time_of = now
+            self._time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        request = exchange.request
         method, target = (request.method, request.target) if request is not None else (b"", b"")
         path, query, _ = target.partition(b"?")
-        session = client.session
         named = agent is not None and agent.name
         line = (
-            f'{{"time":"{self._stamp}","id":"{client.request_id.decode("ascii")}",'
-            f'"client":"{client.remote.decode("ascii")}","method":"{method.decode("ascii")}",'
+            f'{{"time":"{self._time}","id":"{exchange.request_id.decode("ascii")}",'
+            f'"client":"{remote.decode("ascii")}","method":"{method.decode("ascii")}",'
             f'"path":{_quote(path[:_LONGEST_PATH].decode("ascii"))},"query":{"true" if query else "false"},'
-            f'"status":{status},"in":{client.bytes_in},"out":{client.bytes_out},'
-            f'"ms":{(worker.clock() - client.started) * 1000:.1f},'
+            f'"status":{status},"in":{exchange.bytes_in},"out":{exchange.bytes_out},'
+            f'"ms":{seconds * 1000:.1f},'
             f'"user":{_quote(session.user) if session is not None else "null"},'
             f'"agent":{_quote(agent.name) if agent is not None and named else "null"},'
             f'"app":{_quote(agent.app) if agent is not None and named else "null"}}}\n'
@@ -71,7 +75,7 @@ class AccessLog:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has gathered; a full disk or a stuck pipe loses lines, never a request."""
+        """Write the lines so far; a full disk or a stuck pipe loses lines, never a request."""
         if not self._lines or self._fd is None:
             return
         data = b"".join(self._lines)

@@ -1,72 +1,52 @@
-"""The whole of a body before the portal sees any of it.  Decides and says so to the connection; does no I/O.
+"""The whole body of a request for the portal, before the portal sees any of it.
 
-Anybody may send to the portal, as slowly as they like, and its places are few: a body takes one once it is
-complete.  Until then it costs memory alone, which is bounded for each connection (`PORTAL_BODY`) and in all: above
-`COLLECTED` a worker takes no more than what a sign-in needs (`SMALL_BODY`), so that who fills it keeps nobody out.
+Anybody may send to the portal, as slowly as they like, and its places are few: a request takes one once its body
+is complete.  Until then a body costs memory alone, which is bounded per connection (`PORTAL_BODY`) and in all:
+above `COLLECTED` a worker takes no more than a sign-in needs (`SMALL_BODY`), so that filling it keeps nobody out.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from dispatcher.proxy.edge.http.chunked import Chunked
-from dispatcher.proxy.edge.http.headers import BadHead
-from dispatcher.proxy.edge.http.request import CHUNKED, Request
-from dispatcher.proxy.edge.net.connection import COLLECT
+from dispatcher.proxy.edge.http.request import CHUNKED
+from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.settings import COLLECTED, PORTAL_BODY, SMALL_BODY
 
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.net.exchange import Exchange
 
+class BodyBuffer:
+    """Collects one body; `data` is the body as it came, `complete` tells its end."""
 
-def begin(client: Exchange, request: Request) -> None:
-    """Pass a request with a body on to the portal: now when it is all here, else once it is."""
-    client.state = COLLECT
-    client.deadline = client.worker.now + client.worker.settings.body_timeout  # for all of it
-    client.decoder = Chunked() if request.length == CHUNKED else None
-    expects, request.expects = request.expects, False  # the portal has no say in it
-    early, client.body = client.body, b""
-    if early:
-        more(client, early)
-    if client.state == COLLECT and expects:
-        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110, 10.1.1
+    __slots__ = ("_decoder", "_length", "_registry", "complete", "data")
 
+    def __init__(self, registry: Registry, length: int) -> None:
+        self._registry = registry
+        self._length = length
+        self._decoder = Chunked() if length == CHUNKED else None
+        self.data = b""
+        self.complete = False
 
-def more(client: Exchange, data: bytes) -> None:
-    """More of the body has come."""
-    worker = client.worker
-    decoder = client.decoder
-    client.body += data
-    client.bytes_in += len(data)
-    worker.collected += len(data)
-    try:
+    def add(self, data: bytes) -> pages.Failure | None:
+        """Take more of the body; return why it is refused, if it is.
+
+        :raises BadHead: invalid chunks.
+        """
+        self.data += data
+        self._registry.collected += len(data)
+        decoder = self._decoder
+        size = len(self.data)
         if decoder is not None:
             decoder.feed(data)
-    except BadHead as error:
-        leave(client)
-        client.refuse(error)
-        return
-    size = len(client.body)
-    if decoder.done if decoder is not None else size >= client.request.length:
-        leave(client)
-        client.dispatch(worker.portal)
-    elif size > PORTAL_BODY:
-        leave(client)
-        client.say(pages.TOO_LARGE)
-    elif worker.collected > COLLECTED and size > SMALL_BODY:
-        leave(client)
-        client.say(pages.TOO_BUSY)
+            self.complete = decoder.done
+        else:
+            self.complete = size >= self._length
+        if self.complete:
+            return None
+        if size > PORTAL_BODY:
+            return pages.TOO_LARGE
+        return pages.TOO_BUSY if self._registry.collected > COLLECTED and size > SMALL_BODY else None
 
-
-def expired(client: Exchange) -> None:
-    """The rest did not come in time."""
-    leave(client)
-    client.closing = True
-    client.say(pages.SLOW_REQUEST)
-
-
-def leave(client: Exchange) -> None:
-    """Collect no more; what has come stays with the connection, and is the request's affair from now on."""
-    client.worker.collected -= len(client.body)
-    client.decoder = None
+    def release(self) -> bytes:
+        """End collecting; return the bytes, which count no more."""
+        self._registry.collected -= len(self.data)
+        return self.data

@@ -1,7 +1,7 @@
-"""Opening connections to upstreams.  Touches sockets; never blocks the loop.
+"""Opening connections to upstreams, without blocking the loop.
 
-A Unix endpoint is opened through `checked_unix_path`, so that what was checked is what is connected; connecting
-to one does not wait in the kernel, it works at once or the listener's queue is full.
+A Unix endpoint is opened through `checked_unix_path`, so that the socket that was checked is the one that is
+connected.  Connecting to it does not wait in the kernel: it works at once, or the listener's queue is full.
 """
 
 from __future__ import annotations
@@ -9,29 +9,25 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import TYPE_CHECKING
 
 from dispatcher.plugin.endpoints import checked_unix_path
-from dispatcher.plugin.errors import BadRequest, InsecureEndpoint
 from dispatcher.plugin.model import Endpoint
+from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.net.upstream import Upstream
 from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.routing.table import Agent
-    from dispatcher.proxy.edge.worker import Worker
+from dispatcher.proxy.edge.routing.table import Agent
 
 _FULL_PAUSE = 0.01  # seconds between two tries while a listener's queue is full
 _FULL_TRIES = 200
 
 
-async def open_upstream(worker: Worker, agent: Agent) -> Upstream:
+async def open_upstream(registry: Registry, agent: Agent) -> Upstream:
     """Return a connection to an agent, or to the portal.
 
-    :raises OSError: nobody listens there, or it took too long (TimeoutError).
-    :raises InsecureEndpoint: the endpoint is not the agent's; :raises BadRequest: it is none.
+    :raises OSError: nothing listens there, or it took too long (TimeoutError).
+    :raises InsecureEndpoint: the endpoint is not the agent's; :raises BadRequest: it is not an endpoint.
     """
-    upstream = Upstream(worker, agent)
+    upstream = Upstream(registry, agent)
     try:
         await asyncio.wait_for(_open(upstream, Endpoint.parse(agent.endpoint), agent.uid), CONNECT_TIMEOUT)
     except asyncio.TimeoutError as error:
@@ -88,7 +84,7 @@ async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: 
     if code != errno.EINPROGRESS:
         raise OSError(code, "vsock connect")
     done: asyncio.Future[None] = loop.create_future()
-    loop.add_writer(sock, _settle, done)
+    loop.add_writer(sock, _finish, done)
     try:
         await done
     finally:
@@ -98,7 +94,7 @@ async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: 
         raise OSError(code, "vsock connect")
 
 
-def _settle(done: asyncio.Future[None]) -> None:
+def _finish(done: asyncio.Future[None]) -> None:
     if not done.done():
         done.set_result(None)
 
@@ -106,6 +102,3 @@ def _settle(done: asyncio.Future[None]) -> None:
 def _as_unix(sock: socket.socket) -> socket.socket:
     """Return the same connection as an object that the loop takes for a stream: it looks at the family only."""
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, sock.detach())
-
-
-__all__ = ["BadRequest", "InsecureEndpoint", "open_upstream"]

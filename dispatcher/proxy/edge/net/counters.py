@@ -1,30 +1,26 @@
-"""What a worker counts for the metrics: totals since its start.  Pure."""
+"""The totals of a worker since its start, for the metrics."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.routing.settings import Settings
-    from dispatcher.proxy.edge.routing.table import Agent
-    from dispatcher.proxy.edge.worker import Worker
+from dispatcher.proxy.edge.routing.table import Agent
 
 _CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
 _MAX_NAMES = 150
 
 
 class Counters:
-    """Requests by app (or agent) and class of status, and what else happened."""
+    """Requests by app (or agent) and class of status, and other events.
 
-    __slots__ = ("_by_agent", "_edge", "_rows", "connections", "invalid", "wakes")
+    :ivar refused: requests that were not valid HTTP; :ivar invalid: answers that were not.
+    """
 
-    def __init__(self, settings: Settings) -> None:
-        self._by_agent = settings.metrics_by_agent
+    __slots__ = ("_by_agent", "_edge", "_rows", "connections", "invalid", "refused", "wakes")
+
+    def __init__(self, *, by_agent: bool) -> None:
+        self._by_agent = by_agent
         self._rows: dict[str, list[int]] = {}
         self._edge = self._row("edge")
-        self.connections = 0
-        self.invalid = 0
-        self.wakes = 0
+        self.connections = self.refused = self.invalid = self.wakes = 0
 
     def count(self, agent: Agent | None, status: int) -> None:
         """Count one exchange; without an agent the edge itself answered."""
@@ -42,17 +38,14 @@ class Counters:
             name = "other"
         return self._rows.setdefault(name, [0] * len(_CLASSES))
 
-    def values(self, worker: Worker) -> dict[str, float]:
-        """Return the totals by name: ``requests{app="notebook",class="2xx"}`` and plain ones."""
+    def values(self) -> dict[str, float]:
+        """Return the totals by name: ``requests_total{app="notebook",class="2xx"}`` and plain ones."""
         label = "agent" if self._by_agent else "app"
         totals: dict[str, float] = {
             "connections_total": self.connections,
-            "connections_open": worker.open_connections,
-            "websockets_open": worker.open_tunnels,
-            "requests_refused_total": worker.refused,
+            "requests_refused_total": self.refused,
             "answers_invalid_total": self.invalid,
             "wakes_total": self.wakes,
-            "log_lines_lost_total": worker.log.lost,
         }
         for name, row in self._rows.items():
             for kind, number in zip(_CLASSES, row, strict=True):

@@ -10,15 +10,11 @@ import asyncio
 import os
 import socket
 import ssl
-from typing import TYPE_CHECKING
 
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
 from dispatcher.proxy.edge.net.listener import Listener
-from dispatcher.proxy.edge.net.registry import plain_address
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.worker import Worker
+from dispatcher.proxy.edge.net.registry import Registry, plain_address
 
 
 class Handshakes(Listener):
@@ -27,30 +23,37 @@ class Handshakes(Listener):
     :param tls: None without TLS; :param header: each connection begins with a PROXY header, before TLS.
     """
 
-    def __init__(self, worker: Worker, sock: socket.socket, tls: ssl.SSLContext | None, *, header: bool) -> None:
-        super().__init__(worker, sock)
+    def __init__(
+        self, registry: Registry, sock: socket.socket, tls: ssl.SSLContext | None, *, header: bool
+    ) -> None:
+        super().__init__(registry, sock)
         self._tls = tls
         self._header = header
 
     def _begin(self, fd: int, address: str) -> None:
         address = plain_address(address)
-        if not self.worker.begin(address):
+        if not self.registry.begin(address):
             os.close(fd)
             return
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
         self._do(self._shake(sock, address))
 
     async def _shake(self, sock: socket.socket, address: str) -> None:
-        worker = self.worker
-        patience = worker.settings.head_timeout
+        registry = self.registry
+        patience = registry.settings.head_timeout
         try:
             client = await asyncio.wait_for(self._said(sock), patience) if self._header else address
             extra = {} if self._tls is None else {"ssl_handshake_timeout": patience}
-            await worker.loop.connect_accepted_socket(lambda: worker.client(client), sock, ssl=self._tls, **extra)
+            await registry.loop.connect_accepted_socket(
+                lambda: registry.client(client),  # type: ignore[type-var]  # it has a protocol's methods
+                sock,
+                ssl=self._tls,
+                **extra,
+            )
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
         finally:
-            worker.begun(address)
+            registry.begun(address)
 
     async def _said(self, sock: socket.socket) -> str | None:
         """Return the client's address as the header says it; None when it says none."""
@@ -60,7 +63,7 @@ class Handshakes(Listener):
     async def _exactly(self, sock: socket.socket, size: int) -> bytes:
         data = b""
         while len(data) < size:
-            piece = await self.worker.loop.sock_recv(sock, size - len(data))
+            piece = await self.registry.loop.sock_recv(sock, size - len(data))
             if not piece:
                 raise BadHead("no PROXY header")
             data += piece

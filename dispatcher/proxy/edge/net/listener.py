@@ -17,13 +17,10 @@ import os
 import socket
 import termios
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dispatcher.common.log import logger
-from dispatcher.proxy.edge.net.connection import ANSWER, WAIT, Connection
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.worker import Worker
+from dispatcher.proxy.edge.net.registry import Client, Registry
 
 _BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
 _FIRST = 16384  # bytes of the first read; a longer head or a body is the loop's matter
@@ -37,8 +34,8 @@ _NOTHING = b"\0\0\0\0"
 class Listener:
     """Takes the connections of one listening socket."""
 
-    def __init__(self, worker: Worker, sock: socket.socket) -> None:
-        self.worker = worker
+    def __init__(self, registry: Registry, sock: socket.socket) -> None:
+        self.registry = registry
         self.ended: list[Fresh] = []
         self.young: dict[Fresh, None] = {}
         self._old: dict[Fresh, None] = {}
@@ -52,13 +49,13 @@ class Listener:
         self._sock.setblocking(False)
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
-        self.worker.loop.add_reader(self._sock, self._accept)
+        self.registry.loop.add_reader(self._sock, self._accept)
 
     def close(self) -> None:
         """Stop accepting; what was accepted goes on."""
         if not self._closed:
             self._closed = True
-            self.worker.loop.remove_reader(self._sock)
+            self.registry.loop.remove_reader(self._sock)
             self._sock.close()
 
     def _accept(self) -> None:
@@ -79,7 +76,7 @@ class Listener:
             self._bury()
 
     def _begin(self, fd: int, address: str) -> None:
-        client = self.worker.client(address)
+        client = self.registry.client(address)
         fresh = Fresh(self, fd, client)
         try:
             client.connection_made(fresh)
@@ -91,16 +88,16 @@ class Listener:
                 data = b""
             if data:
                 client.data_received(data)
-                if fresh.fd >= 0 and client.state in {ANSWER, WAIT}:
+                if fresh.fd >= 0 and client.answering:
                     fresh.shelf = shelf = self.young
                     shelf[fresh] = None
                     if self._timer is None:
-                        self._timer = self.worker.loop.call_later(_PATIENCE, self._turn)
+                        self._timer = self.registry.loop.call_later(_PATIENCE, self._turn)
                     return
         except OSError:
             fresh.abort()
         except Exception as error:  # as a transport of the loop's does it
-            self.worker.loop.call_exception_handler({"message": "a new connection failed", "exception": error})
+            self.registry.loop.call_exception_handler({"message": "a new connection failed", "exception": error})
             fresh.abort()
         fresh.hand_over()
 
@@ -109,22 +106,22 @@ class Listener:
         for fresh in list(self._old):
             fresh.hand_over()
         self._old, self.young = self.young, {}
-        self._timer = self.worker.loop.call_later(_PATIENCE, self._turn) if self._old else None
+        self._timer = self.registry.loop.call_later(_PATIENCE, self._turn) if self._old else None
 
     def _pause(self, error: OSError) -> None:
-        loop = self.worker.loop
+        loop = self.registry.loop
         logger("edge").warning("no more connections can be taken for now", why=error.strerror)
         loop.remove_reader(self._sock)
         loop.call_later(_SCARCE_PAUSE, self._resume)
 
     def _resume(self) -> None:
         if not self._closed:
-            self.worker.loop.add_reader(self._sock, self._accept)
+            self.registry.loop.add_reader(self._sock, self._accept)
 
     def gone(self, fresh: Fresh) -> None:
         """A connection has been closed: its protocol hears of it when nobody is in the middle of using it."""
         if not self.ended:
-            self.worker.loop.call_soon(self._bury)
+            self.registry.loop.call_soon(self._bury)
         self.ended.append(fresh)
 
     def _bury(self) -> None:
@@ -139,13 +136,13 @@ class Listener:
 
     async def _adopt(self, fresh: Fresh, sock: socket.socket) -> None:
         try:
-            await self.worker.loop.connect_accepted_socket(lambda: _Adopted(fresh), sock)
+            await self.registry.loop.connect_accepted_socket(lambda: _Adopted(fresh), sock)
         except OSError as error:  # the kernel has nothing left for it: its protocol must not wait for ever
             sock.close()
             fresh.protocol.connection_lost(error)
 
     def _do(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.worker.loop.create_task(work)
+        task = self.registry.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -169,7 +166,7 @@ class Fresh(asyncio.Transport):
         "shelf",
     )
 
-    def __init__(self, listener: Listener, fd: int, protocol: Connection) -> None:
+    def __init__(self, listener: Listener, fd: int, protocol: Client) -> None:
         self.fd = fd
         self.protocol: Any = protocol
         self.shelf: dict[Fresh, None] | None = None

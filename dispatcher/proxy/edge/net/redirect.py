@@ -7,14 +7,11 @@ customary 301.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
 
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import parse_request
+from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.routing import pages
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.worker import Worker
 
 _LONGEST = 16384
 _PATIENCE = 10.0
@@ -23,17 +20,17 @@ _PATIENCE = 10.0
 class Redirect(asyncio.Protocol):
     """One connection; it gets one answer."""
 
-    __slots__ = ("_address", "_data", "_timer", "_transport", "_worker")
+    __slots__ = ("_address", "_data", "_registry", "_timer", "_transport")
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
         self._data = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self._timer = self._worker.loop.call_later(_PATIENCE, self._transport.abort)
-        self._address = self._worker.address_of(self._transport)
-        if not self._worker.enter(self._address, exempt=self._worker.exempt(self._address)):
+        self._timer = self._registry.loop.call_later(_PATIENCE, self._transport.abort)
+        self._address = self._registry.address_of(self._transport)
+        if not self._registry.enter(self._address, exempt=self._registry.exempt(self._address)):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -44,15 +41,15 @@ class Redirect(asyncio.Protocol):
         try:
             if end < 0:
                 raise BadHead("a head that is too large", 431)
-            request = parse_request(self._data[: end + 4], self._worker.settings.head_fields)
+            request = parse_request(self._data[: end + 4], self._registry.settings.head_fields)
             answer = self._answer(request.target, request.host, request.method)
         except BadHead as error:
-            answer = pages.head(error.status, self._worker.date_line, 0, close=True)
+            answer = pages.head(error.status, self._registry.date_line, 0, close=True)
         self._transport.write(answer)
         self._transport.close()
 
     def _answer(self, target: bytes, asked: bytes, method: bytes) -> bytes:
-        settings = self._worker.settings
+        settings = self._registry.settings
         name = asked.lower().rpartition(b":")[0] if b":" in asked.rpartition(b"]")[2] else asked.lower()
         host = settings.public_host or name
         if settings.subdomain and name.endswith(b"." + settings.domain):
@@ -60,9 +57,9 @@ class Redirect(asyncio.Protocol):
         if not host or target == b"*":
             raise BadHead("no Host header")
         status = 301 if method in {b"GET", b"HEAD"} else 308
-        return pages.redirect(b"https://" + host + target, self._worker.date_line, close=True, status=status)
+        return pages.redirect(b"https://" + host + target, self._registry.date_line, close=True, status=status)
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self._timer.cancel()
-        self._worker.leave(self._address)
+        self._registry.leave(self._address)

@@ -1,7 +1,7 @@
-"""A worker's connections: who may connect, what belongs to which session, and when something is overdue.
+"""A worker's connections: admission, the connections of each session, and time-outs.
 
-There is one wheel instead of a timer per request: four times a second it looks at a half of the connections, so
-a time-out comes up to half a second late and costs nothing until then.  Touches the loop.
+A timer wheel serves in place of a timer per request: four times a second it checks a half of the connections, so a
+time-out comes up to half a second late and costs nothing until then.
 """
 
 from __future__ import annotations
@@ -9,46 +9,108 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import ipaddress
-import select
 import struct
 import termios
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from email.utils import formatdate
+from typing import Protocol
 
 from dispatcher.common.ip_limits import Tally
 from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy.edge.http.forwarded import Forwarded
 from dispatcher.proxy.edge.net.counters import Counters
-from dispatcher.proxy.edge.routing.settings import FAREWELL, LEAST_READ, Settings
-from dispatcher.proxy.edge.routing.table import Session
-
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.net.connection import Connection
-    from dispatcher.proxy.edge.net.tunnel import ClientEnd
+from dispatcher.proxy.edge.routing.settings import CLOSE_TIMEOUT, LEAST_READ, Settings
+from dispatcher.proxy.edge.routing.table import Agent, Session
 
 _TICK = 0.25
 _SPOKES = 2
 _MAX_SPARE = 256  # connection objects kept for the next connections
 
 
+class Revocable(Protocol):
+    """What ends with a session."""
+
+    def revoke(self) -> None:
+        """End the work for the session, which has ended."""
+
+
+class Client(Revocable, Protocol):
+    """A client's connection, as far as the registry and the listeners need it.
+
+    :ivar address: of the peer, None where its transport knows it; :ivar deadline: when `expired` is called.
+    :ivar unsent: bytes that a slow client had not taken at the last check; :ivar closing: no request follows.
+    """
+
+    address: str | None
+    closing: bool
+    deadline: float
+    session: Session | None
+    transport: asyncio.Transport
+    unsent: int
+
+    @property
+    def answering(self) -> bool:
+        """Whether the next step is not the client's."""
+
+    def reset(self) -> None:
+        """Forget the client, to serve the next one."""
+
+    def identify(self, remote: bytes, *, trusted: bool) -> None:
+        """Take the peer's address, and whether its forwarding headers are trusted."""
+
+    def expired(self) -> None:
+        """Act on the deadline, which has passed."""
+
+    def close_if_idle(self) -> None:
+        """Close the connection unless a request is under way."""
+
+    # As an asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def eof_received(self) -> bool: ...
+
+    def connection_lost(self, exc: Exception | None) -> None: ...
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+
+class Tunnel(Revocable, Protocol):
+    """The client's end of a tunnel, as far as the registry needs it."""
+
+    address: str
+    agent: Agent
+    session: Session | None
+    transport: asyncio.Transport
+
+    def shut(self) -> None:
+        """Close the tunnel: the server goes away."""
+
+
 class Registry:
     """All connections of a worker.
 
     :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is taken.
-    :ivar beginning: connections that are no clients yet, as their handshake is under way.
+    :ivar date_line: the Date field of this second; :ivar beginning: connections whose handshake is under way.
     :ivar collected: bytes of bodies for the portal that are not complete yet.
     """
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, make_client: Callable[[], Client]) -> None:
         self.settings = settings
+        self.date_line = b""
+        self._make_client = make_client
         self.now = boottime()
-        self.counters = Counters(settings)
+        self.counters = Counters(by_agent=settings.metrics_by_agent)
         self.draining = False
-        self._forwarded = Forwarded(settings)
-        self._spokes: tuple[dict[Connection, None], ...] = tuple({} for _ in range(_SPOKES))
+        self._forwarded = Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
+        self._spokes: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SPOKES))
         self._next_spoke = 0
         self._ticks = 0
         self._addresses = Tally()
@@ -57,22 +119,30 @@ class Registry:
         self._at_portal = Tally()
         self.collected = 0
         self._open = 0
-        self.spare: list[Connection] = []  # for the next connections
-        self._tunnels: dict[ClientEnd, None] = {}
-        # The last moments of tunnels, the next to come first.
-        self._leaving: deque[tuple[float, ClientEnd]] = deque()
+        self.spare: list[Client] = []  # for the next connections
+        self._tunnels: dict[Tunnel, None] = {}
+        # Tunnels that were told to close, and when they are aborted; the first in time comes first.
+        self._closing: deque[tuple[float, Tunnel]] = deque()
         self._active: dict[Session, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._second = 0
 
-    def admit(self, client: Connection) -> bool:
+    def client(self, address: str | None = None) -> Client:
+        """Return a protocol for a new connection.
+
+        :param address: of the client, where the transport does not know it.
+        """
+        client = self.spare.pop() if self.spare else self._make_client()
+        client.address = address
+        return client
+
+    def admit(self, client: Client) -> bool:
         """Take a new connection; False when there are too many."""
         if client.address is None:
             client.address = self.address_of(client.transport)
         address = client.address
-        remote, client.trusted, exempt = self._forwarded.peer(address)
-        if remote != client.remote:
-            client.moved(remote)
+        remote, trusted, exempt = self._forwarded.peer(address)
+        client.identify(remote, trusted=trusted)
         within = self.enter(address, exempt=exempt)
         self._next_spoke = (self._next_spoke + 1) % _SPOKES
         self._spokes[self._next_spoke][client] = None
@@ -86,18 +156,18 @@ class Registry:
         return plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
 
     def exempt(self, address: str) -> bool:
-        """Whether any number of connections may come from an address: this machine's, and trusted proxies'."""
+        """Whether an address is free of the limits: this machine's, and those of trusted proxies."""
         return self._forwarded.peer(address)[2]
 
     def enter(self, address: str, *, exempt: bool) -> bool:
-        """Count a connection; return whether it is within the bounds.  Either way `leave` it when it is gone."""
+        """Count a connection; return whether it is within the limits.  Either way call `leave` at its end."""
         self._open += 1
         count = self._addresses.add(address)
         return self._open <= self.settings.connections and (
             exempt or count <= self.settings.connections_per_address
         )
 
-    def forget(self, client: Connection) -> None:
+    def forget(self, client: Client) -> None:
         """A connection is gone."""
         self.hand_over(client)
         self.leave(client.address or "")
@@ -105,8 +175,8 @@ class Registry:
             client.reset()
             self.spare.append(client)
 
-    def hand_over(self, client: Connection) -> None:
-        """A connection is no client of HTTP any more; its address still counts."""
+    def hand_over(self, client: Client) -> None:
+        """A connection does not serve HTTP any more; its address still counts."""
         for spoke in self._spokes:
             spoke.pop(client, None)
         session = client.session
@@ -115,7 +185,7 @@ class Registry:
             self._unbind(client, session)
 
     def begin(self, address: str) -> bool:
-        """Let a connection begin its handshake; False when too many are at it.  `begun` it when that is over."""
+        """Let a connection begin its handshake; False when too many do.  Call `begun` when it is over."""
         settings = self.settings
         if self.beginning >= settings.beginning or (
             self._beginning.of(address) >= settings.beginning_per_address and not self.exempt(address)
@@ -150,7 +220,7 @@ class Registry:
         """Give the place back."""
         self._at_portal.drop(remote.decode("ascii"))
 
-    def remember_tunnel(self, end: ClientEnd) -> None:
+    def remember_tunnel(self, end: Tunnel) -> None:
         """A connection has become a tunnel."""
         self._tunnels[end] = None
         end.agent.tunnels[end] = None
@@ -160,7 +230,7 @@ class Registry:
             if session.gone:
                 self.soon(end.revoke)
 
-    def forget_tunnel(self, end: ClientEnd) -> None:
+    def forget_tunnel(self, end: Tunnel) -> None:
         """A tunnel is gone."""
         self._tunnels.pop(end, None)
         end.agent.tunnels.pop(end, None)
@@ -168,24 +238,24 @@ class Registry:
             self._unbind(end, end.session)
         self.leave(end.address)
 
-    def await_farewell(self, end: ClientEnd) -> None:
-        """Give a tunnel's client, which was told that this is the end, a moment to take it."""
-        self._leaving.append((self.now + FAREWELL, end))
+    def abort_soon(self, end: Tunnel) -> None:
+        """Abort a tunnel's client once it has had the time to take its Close frame."""
+        self._closing.append((self.now + CLOSE_TIMEOUT, end))
 
-    def bind(self, client: Connection, session: Session) -> None:
+    def bind(self, client: Client, session: Session) -> None:
         """Remember which session a connection works for, to end it with the session."""
         if client.session is not None:
             self._unbind(client, client.session)
         client.session = session
         self._bind(client, session)
 
-    def _bind(self, connection: Connection | ClientEnd, session: Session) -> None:
+    def _bind(self, connection: Revocable, session: Session) -> None:
         if session.connections is None:
             session.connections = {}
             self._active[session] = None
         session.connections[connection] = None
 
-    def _unbind(self, connection: Connection | ClientEnd, session: Session) -> None:
+    def _unbind(self, connection: Revocable, session: Session) -> None:
         if session.connections is not None:
             session.connections.pop(connection, None)
 
@@ -202,18 +272,19 @@ class Registry:
     # Time.
 
     def turn(self) -> None:
-        """Turn the wheel, now and then again and again."""
+        """Turn the wheel, from now on."""
         self._timer = self.loop.call_later(_TICK, self.turn)
         now = self.now = boottime()
         self._ticks += 1
         for client in list(self._spokes[self._ticks % _SPOKES]):
             if client.deadline <= now:
                 client.expired()
-        leaving = self._leaving
-        while leaving and leaving[0][0] <= now:
-            leaving.popleft()[1].transport.abort()
+        closing = self._closing
+        while closing and closing[0][0] <= now:
+            closing.popleft()[1].transport.abort()
         if int(now) != self._second:
             self._second = int(now)
+            self.date_line = b"Date: " + formatdate(usegmt=True).encode("ascii") + b"\r\n"
             self.each_second(now)
 
     def soon(self, callback: Callable[[], object]) -> None:
@@ -221,29 +292,29 @@ class Registry:
         self.loop.call_soon(callback)
 
     def later(self, seconds: float, callback: Callable[[], object]) -> None:
-        """Call back once, for what happens rarely."""
+        """Call back once; for rare events."""
         self.loop.call_later(seconds, callback)
 
-    def watch_writer(self, client: Connection) -> None:
-        """A client reads too slowly: it must take something before the time-out, or is cut off."""
-        client.spoke = _unsent(client)
+    def watch_writer(self, client: Client) -> None:
+        """Cut a client off that reads too slowly, unless it takes something before the time-out."""
+        client.unsent = _unsent(client)
         client.deadline = self.now + self.settings.body_timeout
 
-    def still_writing(self, client: Connection) -> bool:
-        """Whether a slow client has taken something since it was last asked; it is asked again later."""
+    def still_writing(self, client: Client) -> bool:
+        """Whether a slow client has taken something since the last check; if so, there will be another check."""
         unsent = _unsent(client)
-        if unsent > client.spoke - LEAST_READ:
+        if unsent > client.unsent - LEAST_READ:
             return False
-        client.spoke = unsent
+        client.unsent = unsent
         client.deadline = self.now + self.settings.body_timeout
         return True
 
     def each_second(self, now: float) -> None:
-        """Do what needs no more haste."""
+        """Do the work of each second."""
         raise NotImplementedError
 
     def end_expired(self, now: float) -> None:
-        """End what is open for sessions whose time has come; the manager need not be there for that."""
+        """End everything that is open for expired sessions; this does not need the manager."""
         for session in list(self._active):
             if session.expires <= now:
                 self.end(session)
@@ -283,26 +354,15 @@ class Registry:
 
 
 def plain_address(text: str) -> str:
-    """Return an IPv4 address that was mapped into IPv6 as what it is."""
+    """Return an address without its zone, and as IPv4 where it is mapped into IPv6."""
     if text.startswith("::ffff:"):
         mapped = ipaddress.IPv6Address(text).ipv4_mapped
         return str(mapped) if mapped else text
     return text.partition("%")[0]
 
 
-def was_reset(transport: asyncio.Transport) -> bool:
-    """Whether the peer of a connection that is not read any more has refused what was written to it."""
-    sock = transport.get_extra_info("socket")
-    try:
-        poll = select.poll()
-        poll.register(sock.fileno(), 0)
-        return bool(poll.poll(0))  # an error or a hang-up, which are always told (poll(2))
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _unsent(client: Connection) -> int:
-    """Return how many bytes the client has not taken: in memory, and in the kernel's buffer."""
+def _unsent(client: Client) -> int:
+    """Return the number of bytes that the client has not taken: in memory, and in the kernel's buffer."""
     waiting = client.transport.get_write_buffer_size()
     sock = client.transport.get_extra_info("socket")
     try:

@@ -1,4 +1,4 @@
-"""An upgraded connection: two ends that pass bytes to each other.  Touches both transports.
+"""An upgraded connection: two ends that pass bytes to each other.
 
 Each end takes over its transport from the request's protocol, which is then free: an idle WebSocket costs two
 small objects beside the two transports.
@@ -7,44 +7,59 @@ small objects beside the two transports.
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
 from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
+from dispatcher.proxy.edge.routing.table import Agent, Session
 
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.net.connection import Connection
-    from dispatcher.proxy.edge.net.upstream import Upstream
-    from dispatcher.proxy.edge.routing.table import Agent, Session
-    from dispatcher.proxy.edge.worker import Worker
+
+class Owner(Protocol):
+    """The worker, as a tunnel sees it."""
+
+    def later(self, seconds: float, callback: Callable[[], object]) -> None:
+        """Call back once."""
+
+    def wake(self, agent: Agent) -> None:
+        """Ask the manager to wake an agent."""
+
+    def remember_tunnel(self, end: ClientEnd) -> None:
+        """A connection has become a tunnel."""
+
+    def forget_tunnel(self, end: ClientEnd) -> None:
+        """The tunnel is gone."""
+
+    def abort_soon(self, end: ClientEnd) -> None:
+        """Abort the client's connection in a moment."""
 
 
 class End(asyncio.Protocol):
-    """One end; it passes on what its peer sends.
+    """One end; it passes on the bytes of its peer.
 
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
 
-    __slots__ = ("agent", "closing", "eof", "lost", "other", "scanner", "transport", "worker")
+    __slots__ = ("agent", "closing", "eof", "lost", "other", "owner", "scanner", "transport")
 
     other: End
 
-    def __init__(self, worker: Worker, transport: asyncio.Transport, agent: Agent) -> None:
-        self.worker = worker
+    def __init__(self, owner: Owner, transport: asyncio.Transport, agent: Agent) -> None:
+        self.owner = owner
         self.transport = transport
         self.agent = agent
         self.scanner = Scanner()
         self.eof = self.closing = self.lost = False
 
     def eof_received(self) -> bool:
-        """Pass a half-close on; when both sides have said all, the tunnel ends."""
+        """Pass a half-close on; after the second one the tunnel ends."""
         self.eof = True
         other = self.other
         if self.closing or other.eof or other.lost or not other.transport.can_write_eof():
             self.end()
             return False
         other.transport.write_eof()
-        self.worker.later(LINGER, self.end)
+        self.owner.later(LINGER, self.end)
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,7 +73,7 @@ class End(asyncio.Protocol):
                 other.transport.abort()
 
     def end(self) -> None:
-        """Close both sides, after what is on its way."""
+        """Close both sides, after the bytes that are on their way."""
         for each in (self, self.other):
             if not each.lost:
                 each.transport.close()
@@ -78,21 +93,21 @@ class ClientEnd(End):
     __slots__ = ("address", "session")
 
     def __init__(
-        self, worker: Worker, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
+        self, owner: Owner, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
     ) -> None:
-        super().__init__(worker, transport, agent)
+        super().__init__(owner, transport, agent)
         self.session = session
         self.address = address
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what the client sends; its data frames are use, its pings and pongs are not."""
+        """Pass on the client's bytes; its data frames are use, its pings and pongs are not."""
         if self.closing:
             return
         agent = self.agent
         traffic = agent.traffic
         size = len(data)
         traffic.bytes_in += size
-        # Most messages are one short masked frame; what is not is looked at more closely.
+        # Most messages are one short masked frame; others go through the scanner.
         scanner = self.scanner
         if 6 < size < 132 and data[1] == size + 122 and scanner.between:
             typed = 0 if data[0] & 0x08 else size
@@ -101,12 +116,12 @@ class ClientEnd(End):
         if typed:
             traffic.stream += typed
             if agent.state != "running":
-                self.worker.wake(agent)
+                self.owner.wake(agent)
         self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.worker.forget_tunnel(self)
+        self.owner.forget_tunnel(self)
 
     def revoke(self) -> None:
         """The session has ended."""
@@ -128,7 +143,7 @@ class ClientEnd(End):
         self.transport.resume_reading()
         self.transport.write(close_frame(code, masked=False))
         self.transport.write_eof()
-        self.worker.await_farewell(self)
+        self.owner.abort_soon(self)
 
 
 class UpstreamEnd(End):
@@ -137,7 +152,7 @@ class UpstreamEnd(End):
     __slots__ = ()
 
     def data_received(self, data: bytes) -> None:
-        """Pass on what the agent sends; more than a trickle of it is use."""
+        """Pass on the agent's bytes; more than a trickle of them is use."""
         if self.closing:
             return
         traffic = self.agent.traffic
@@ -150,35 +165,21 @@ class UpstreamEnd(End):
         self.other.transport.write(data)
 
 
-def tunnel(
-    worker: Worker,
-    client: Connection,
-    upstream: Upstream,
-    agent: Agent,
-    session: Session | None,
-    answer: bytes,
-    early: bytes,
-) -> None:
-    """Turn an exchange into a tunnel.
+def tunnel(client: ClientEnd, upstream: UpstreamEnd, head: bytes, first: bytes, early: bytes) -> None:
+    """Join two ends; who reads them stays as it was: a side that does not take bytes holds the other back.
 
-    :param answer: the 101 for the client, and what the agent sent right after it.
-    :param early: what the client sent before it had the answer.
+    :param head: the 101 for the client; :param first: bytes of the agent after it.
+    :param early: bytes of the client before it had the answer.
     """
-    near = ClientEnd(worker, client.transport, agent, session, client.address or "")
-    far = UpstreamEnd(worker, upstream.transport, agent)
-    near.other, far.other = far, near
-    upstream.client = None
-    worker.remember_tunnel(near)
-    head, _, first = answer.partition(b"\r\n\r\n")
-    client.transport.set_protocol(near)
-    upstream.transport.set_protocol(far)
+    client.other, upstream.other = upstream, client
+    client.owner.remember_tunnel(client)
+    client.transport.set_protocol(client)
+    upstream.transport.set_protocol(upstream)
     upstream.transport.set_write_buffer_limits(WRITE_HIGH)
-    if not upstream.write_paused:
-        client.transport.resume_reading()
-    client.transport.write(head + b"\r\n\r\n")
+    client.transport.write(head)
     if first:
-        far.data_received(first)
+        upstream.data_received(first)
     if early:
-        near.data_received(early)
+        client.data_received(early)
     if client.eof:
-        near.eof_received()
+        client.eof_received()

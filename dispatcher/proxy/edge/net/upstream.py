@@ -1,17 +1,19 @@
-"""One connection to an upstream: an agent or the portal.  Touches its transport, and the client that it serves.
+"""One connection to an upstream: an agent or the portal.
 
-The connection serves one request at a time and goes back to its agent's pool in between.  What an upstream sends
-is checked by `response` and `chunked`; after anything doubtful the connection is closed rather than used again.
+It serves one request at a time and goes back to its agent's pool in between.  Answers are checked by `response`
+and `chunked`; a connection whose answer was doubtful is closed and not used again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from enum import Enum
+from typing import Protocol
 
 from dispatcher.proxy.edge.http import response as answers
 from dispatcher.proxy.edge.http.chunked import Chunked
 from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.response import (
     CHUNKED,
     NO_BODY,
@@ -20,29 +22,79 @@ from dispatcher.proxy.edge.http.response import (
     client_head,
     parse_response,
 )
-from dispatcher.proxy.edge.net.connection import ANSWER
+from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
+from dispatcher.proxy.edge.routing.table import Agent
 
-if TYPE_CHECKING:
-    from dispatcher.proxy.edge.net.exchange import Exchange
-    from dispatcher.proxy.edge.routing.table import Agent
-    from dispatcher.proxy.edge.worker import Worker
-
-IDLE, AWAIT, _LENGTH, _CHUNKED, _REST = range(5)
 _JOIN = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
+
+
+class Mode(Enum):
+    """The part of an answer that comes next."""
+
+    IDLE = "none: in the pool"
+    HEAD = "its head"
+    LENGTH = "a body of known length"
+    CHUNKED = "a body in chunks"
+    REST = "a body that ends with the connection"
+
+
+_HEAD, _LENGTH = Mode.HEAD, Mode.LENGTH
+
+
+class Receiver(Protocol):
+    """The client's side of an exchange."""
+
+    write_paused: bool
+
+    @property
+    def rechunk(self) -> bool:
+        """Whether the answer's body goes out in chunks."""
+
+    def answer_head(self, response: Response) -> bytes:
+        """Return the head of an answer as this client gets it."""
+
+    def deliver(self, data: bytes, size: int) -> None:
+        """Write an answer's head, joined with `size` bytes of its body."""
+
+    def pass_on(self, data: bytes) -> None:
+        """Write a later piece of an answer's body."""
+
+    def write(self, data: bytes) -> None:
+        """Write an informational answer."""
+
+    def exchanged(self) -> None:
+        """The answer is complete."""
+
+    def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
+        """The upstream accepted the upgrade."""
+
+    def upstream_lost(self, *, untouched: bool) -> None:
+        """The upstream's connection ended before the answer did; `untouched`: before its first byte."""
+
+    def upstream_invalid(self, why: str) -> None:
+        """The answer is not valid HTTP."""
+
+    def regulate_reading(self) -> None:
+        """The upstream takes no more of the body."""
+
+    def resume_body(self) -> None:
+        """The upstream takes more of the body again."""
 
 
 class Upstream(asyncio.Protocol):
     """A connection, and the answer that comes over it.
 
     :ivar generation: of the agent's endpoint when it was opened; :ivar since: when it became idle.
-    :ivar used: it has served a request before, so that its end may only mean that the upstream was tired of it.
+    :ivar request: the request that is served; :ivar request_sent: all of it was passed on.
+    :ivar used: it has served a request before, so that its end may be the upstream's time-out of idle connections.
     """
 
     __slots__ = (
         "_block",
         "_method",
         "_model",
+        "_registry",
         "agent",
         "client",
         "decoder",
@@ -51,22 +103,24 @@ class Upstream(asyncio.Protocol):
         "left",
         "mode",
         "partial",
+        "request",
+        "request_sent",
         "response",
         "since",
         "transport",
         "used",
-        "worker",
         "write_paused",
     )
 
     transport: asyncio.Transport
+    request: Request
 
-    def __init__(self, worker: Worker, agent: Agent) -> None:
-        self.worker = worker
+    def __init__(self, registry: Registry, agent: Agent) -> None:
+        self._registry = registry
         self.agent = agent
         self.generation = agent.generation
-        self.client: Exchange | None = None
-        self.mode = IDLE
+        self.client: Receiver | None = None
+        self.mode = Mode.IDLE
         self.left = 0
         self.decoder: Chunked | None = None
         self.partial: bytearray | None = None
@@ -77,9 +131,19 @@ class Upstream(asyncio.Protocol):
         self._method = b""
         self._model: Response | None = None
         self.since = 0.0
-        self.used = self.write_paused = False
+        self.used = self.write_paused = self.request_sent = False
 
-    def leave(self) -> None:
+    def start(self, client: Receiver, request: Request, head: bytes, *, complete: bool) -> None:
+        """Send a request, or its beginning; the answer is read only while the client takes it."""
+        self.client = client
+        self.request = request
+        self.request_sent = complete
+        self.mode = Mode.HEAD
+        if client.write_paused:
+            self.transport.pause_reading()
+        self.transport.write(head)
+
+    def abandon(self) -> None:
         """Stop serving: the client is gone, or the exchange cannot go on."""
         self.client = None
         self.transport.abort()
@@ -90,13 +154,13 @@ class Upstream(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         client = self.client
         if client is None:
-            # Nobody asked.  Whatever this is, it must not become the answer to the next request.
+            # No request was sent.  This must not become the answer to the next one.
             self.transport.abort()
             return
         mode = self.mode
-        if mode == AWAIT:
+        if mode is _HEAD:
             self._head(client, data)
-        elif mode == _LENGTH:
+        elif mode is _LENGTH:
             size = len(data)
             if size < self.left:
                 self.left -= size
@@ -105,15 +169,15 @@ class Upstream(asyncio.Protocol):
             extra = size > self.left
             client.pass_on(data[: self.left] if extra else data)
             self.complete(reusable=not extra)
-        elif mode == _CHUNKED:
+        elif mode is Mode.CHUNKED:
             self._chunks(client, data)
-        elif mode == _REST:
+        elif mode is Mode.REST:
             client.pass_on(b"%x\r\n%b\r\n" % (len(data), data) if client.rechunk else data)
 
-    def _head(self, client: Exchange, data: bytes) -> None:
-        settings = self.worker.settings
+    def _head(self, client: Receiver, data: bytes) -> None:
+        settings = self._registry.settings
         block = self._block
-        if block and self.partial is None and data.startswith(block) and client.request.method == self._method:
+        if block and self.partial is None and data.startswith(block) and self.request.method == self._method:
             response = self._model
             assert response is not None
             try:
@@ -139,7 +203,7 @@ class Upstream(asyncio.Protocol):
             if end < 0:
                 return
             head, rest = (data, b"") if size == len(data) else (data[:size], data[size:])
-            method = client.request.method
+            method = self.request.method
             policy = settings.policy if self.agent.name else answers.TRUSTED
             response = parse_response(head, settings.head_fields, method, policy)
             if response.status < 200:
@@ -151,27 +215,27 @@ class Upstream(asyncio.Protocol):
             self.partial = None
             client.upstream_invalid(error.why)
 
-    def _informational(self, client: Exchange, response: Response, rest: bytes) -> None:
+    def _informational(self, client: Receiver, response: Response, rest: bytes) -> None:
         """Pass on 1xx (RFC 9110, 15.2): any number may come, but not endlessly."""
         if response.status == 101:
-            if not client.request.upgrade or not response.upgraded:
+            if not self.request.upgrade or not response.upgraded:
                 raise BadHead("101 without a request for it")
             client.upgraded(self, response, rest)
             return
         self.informational += 1
         if self.informational > MAX_INFORMATIONAL:
             raise BadHead("too many informational answers")
-        if client.request.version and (response.status != 100 or client.request.expects):
+        if self.request.version and (response.status != 100 or self.request.expects):
             client.write(client_head(response, b""))
         if rest:
             self._head(client, rest)
 
-    def _final(self, client: Exchange, response: Response, rest: bytes) -> None:
+    def _final(self, client: Receiver, response: Response, rest: bytes) -> None:
         self.response = response
         length = response.length
         if length == CHUNKED:
-            # Before anything is said to the client: chunks that are bad from the start are a bad answer.
-            self.decoder = Chunked(plain=not client.request.version)
+            # Before the client gets anything: chunks that are bad from the start are a bad answer.
+            self.decoder = Chunked(plain=not self.request.version)
             first = self.decoder.feed(rest) if rest else b""
         head = client.answer_head(response)
         if length >= 0:
@@ -192,16 +256,16 @@ class Upstream(asyncio.Protocol):
                 client.deliver(head, 0)
                 client.pass_on(rest)
         elif length == CHUNKED:
-            self.mode = _CHUNKED
+            self.mode = Mode.CHUNKED
             client.deliver(head + first, len(first))
             self._end_of_chunks()
         elif length == UNTIL_CLOSE:
-            self.mode = _REST
+            self.mode = Mode.REST
             if rest and client.rechunk:
                 rest = b"%x\r\n%b\r\n" % (len(rest), rest)
             client.deliver(head + rest, len(rest))
 
-    def _chunks(self, client: Exchange, data: bytes) -> None:
+    def _chunks(self, client: Receiver, data: bytes) -> None:
         decoder = self.decoder
         assert decoder is not None
         try:
@@ -225,7 +289,7 @@ class Upstream(asyncio.Protocol):
         if client is None or response is None:
             return
         self.client = self.response = self.decoder = None
-        self.mode = IDLE
+        self.mode = Mode.IDLE
         agent = self.agent
         idle = agent.idle
         if self.transport.get_write_buffer_size():
@@ -233,14 +297,14 @@ class Upstream(asyncio.Protocol):
         elif (
             not reusable
             or response.close
-            or client.state != ANSWER  # the request is not all there yet
+            or not self.request_sent
             or self.generation != agent.generation
             or len(idle) >= MAX_IDLE
         ):
             self.transport.close()
         else:
             self.used = True
-            self.since = self.worker.now
+            self.since = self._registry.now
             idle.append(self)
             if client.write_paused:
                 self.transport.resume_reading()
@@ -249,17 +313,17 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         client = self.client
         if client is None:
-            if self.mode == IDLE and self in self.agent.idle:
+            if self.mode is Mode.IDLE and self in self.agent.idle:
                 self.agent.idle.remove(self)
             return
-        if self.mode == _REST and exc is None:
+        if self.mode is Mode.REST and exc is None:
             # An answer without a length ends with the connection (RFC 9112, 6.3).
             if client.rechunk:
                 client.pass_on(b"0\r\n\r\n")
             self.complete(reusable=False)
             return
         self.client = None
-        untouched = self.mode == AWAIT and self.partial is None and not self.informational
+        untouched = self.mode is Mode.HEAD and self.partial is None and not self.informational
         client.upstream_lost(untouched=untouched)
 
     def pause_writing(self) -> None:

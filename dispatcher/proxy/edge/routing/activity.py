@@ -49,7 +49,7 @@ class Traffic:
         return {name: value for name, value in values.items() if value} or None
 
 
-class Rhythm:
+class PollDetector:
     """Recognises requests that nobody makes by hand, per agent."""
 
     __slots__ = ("_changes", "_seen")

@@ -9,23 +9,21 @@ from dispatcher.config.load import Config
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.names import printable
 from dispatcher.proxy.cookies import session_cookie_name
+from dispatcher.proxy.edge.http.forwarded import Network
 from dispatcher.proxy.edge.http.response import Policy
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 #: Fixed bounds that nobody has needed to change; each is tested like those of the configuration.
 CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
 LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the manager to say whether its session exists
 LINGER = 2.0  # seconds of listening after the last word (RFC 9112, 9.6)
 LINGER_BYTES = 1 << 20  # that are heard and dropped meanwhile
-FAREWELL = 1.0  # seconds that a WebSocket's client has to take its Close frame
+CLOSE_TIMEOUT = 1.0  # seconds that a WebSocket's client has to take its Close frame
 LEAST_READ = 1024  # bytes that a slow reader must take within `body_timeout`
 MAX_HELD = 64  # requests held for one agent
 MAX_IDLE = 64  # pooled connections to one agent
 IDLE_UPSTREAM = 55.0  # seconds that a pooled connection is kept
 FRESH_UPSTREAM = 2.0  # seconds after which a pooled connection is too old for a request that cannot be repeated
 MAX_INFORMATIONAL = 16  # 1xx answers before the final one
-PROBE_PAUSE = 1.0  # seconds between a client's last byte, the question whether it still listens, and the answer
 PORTAL_BODY = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
 COLLECTED = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
 SMALL_BODY = 4096  # bytes of one that are taken all the same

@@ -37,8 +37,8 @@ class Agent:
         "idle",
         "in_flight",
         "label",
+        "memory",
         "name",
-        "seen",
         "stage",
         "state",
         "traffic",
@@ -72,7 +72,7 @@ class Agent:
         self.tunnels: dict[Any, None] = {}
         self.woken = 0.0
         self.traffic: Any = None
-        self.seen: Any = None
+        self.memory: Any = None  # the router's
         self.counters: Any = None
 
     def update(self, row: dict[str, Any]) -> bool:

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from dispatcher.config.load import parse
 from dispatcher.proxy.edge.net.access_log import AccessLog
-from dispatcher.proxy.edge.net.client import Client
-from dispatcher.proxy.edge.net.connection import WAIT
+from dispatcher.proxy.edge.net.connection import Connection
 from dispatcher.proxy.edge.net.upstream import Upstream
 from dispatcher.proxy.edge.routing.settings import WRITE_HIGH, Settings
 from dispatcher.proxy.edge.worker import Worker
@@ -196,14 +195,14 @@ class World(Worker):
         self.peers: list[Peer] = []
         rows = {"agents": [agent_row("alice", "tcp:127.0.0.1:9")], "sessions": [session_row(TOKEN, "alice")]}
         self._on_message({"type": "change", **rows})
-        self.near = Transport(self.loop, Client(self))
+        self.near = Transport(self.loop, Connection(self))
         self.got = bytearray()
 
     def connect(self, agent: Any, client: Any) -> None:
         def opened() -> None:
             upstream = Upstream(self, agent)
             transport = Transport(self.loop, upstream)
-            if client.state == WAIT and client.agent is agent and client.upstream is None:
+            if client.wants(agent):
                 self.peers.append(Peer(transport))
                 client.connected(upstream)
 
@@ -224,7 +223,9 @@ class World(Worker):
     def waiting(self) -> list[int]:
         """The most that has ever waited in each buffer of the edge."""
         client = self.near.protocol
-        kept = len(client.body) + len(client.partial or b"") if isinstance(client, Client) else 0
+        kept = 0
+        if isinstance(client, Connection):
+            kept = len(client.exchange.body) + len(client.reader.kept or b"")
         return [kept, self.near.most, *(peer.transport.most for peer in self.peers)]
 
     def finish(self) -> None:

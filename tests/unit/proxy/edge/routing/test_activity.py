@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.proxy.edge.routing.activity import Rhythm
+from dispatcher.proxy.edge.routing.activity import PollDetector
 from dispatcher.proxy.edge.http.request import SAFE, Request, parse_request
 
 
@@ -16,10 +16,10 @@ def change(
 
 
 def verdicts(requests, pauses) -> list[bool]:
-    rhythm, now, found = Rhythm(), 100.0, []
+    detector, now, found = PollDetector(), 100.0, []
     for request, pause in zip(requests, pauses, strict=True):
         now += pause
-        found.append(rhythm.is_poll(request, now))
+        found.append(detector.is_poll(request, now))
     return found
 
 
@@ -49,10 +49,10 @@ def test_programs_and_forms_are_always_use(mode: bytes | None) -> None:
 
 
 def test_many_targets_are_bounded() -> None:
-    rhythm = Rhythm()
+    detector = PollDetector()
     for at in range(1000):
-        rhythm.is_poll(change(b"/%d" % at), float(at))
-    assert len(rhythm._changes) <= 128  # noqa: SLF001
+        detector.is_poll(change(b"/%d" % at), float(at))
+    assert len(detector._changes) <= 128  # noqa: SLF001
 
 
 def test_a_script_that_backs_off_while_its_app_sleeps_does_not_wake_it() -> None:

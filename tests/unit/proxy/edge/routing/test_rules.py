@@ -12,7 +12,7 @@ from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.proxy.cookies import split_cookie
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.activity import Rhythm, Traffic
+from dispatcher.proxy.edge.routing.activity import PollDetector, Traffic
 from dispatcher.proxy.edge.http.forwarded import Forwarded, usable_request_id
 from dispatcher.proxy.edge.http.headers import (
     X_FORWARDED_FOR,
@@ -133,57 +133,59 @@ FETCH = b"Sec-Fetch-Mode: cors"
 
 
 def test_people_navigate_and_change_things():
-    rhythm = Rhythm()
+    detector = PollDetector()
     for second in (0, 1, 2, 5, 6, 20, 21, 40, 300, 301):
-        assert not rhythm.is_poll(ask(b"GET /", b"Sec-Fetch-Mode: navigate"), second)
-        assert not rhythm.is_poll(ask(b"POST /save", FETCH), second)
-        assert not rhythm.is_poll(ask(b"GET /item/%d" % second, FETCH), second)
+        assert not detector.is_poll(ask(b"GET /", b"Sec-Fetch-Mode: navigate"), second)
+        assert not detector.is_poll(ask(b"POST /save", FETCH), second)
+        assert not detector.is_poll(ask(b"GET /item/%d" % second, FETCH), second)
 
 
 @pytest.mark.parametrize(
     "pauses", [[1.0], [0.05], [600.0], [3, 7], [2, 2, 6], [5, 9, 6, 8, 7], [1, 1, 60, 60, 60]]
 )
 def test_a_rhythm_is_recognised(pauses):
-    rhythm = Rhythm()
+    detector = PollDetector()
     now = 0.0
     polls = []
     for number in range(60):
-        polls.append(rhythm.is_poll(ask(b"GET /api/status", FETCH), now))
+        polls.append(detector.is_poll(ask(b"GET /api/status", FETCH), now))
         now += pauses[number % len(pauses)]
     assert polls[:2] == [False, False] and all(polls[-40:]) and polls.count(False) <= 4
 
 
 def test_numbers_against_caches_make_no_new_target():
-    rhythm = Rhythm()
-    polls = [rhythm.is_poll(ask(b"GET /api/kernels?%d" % (1700000000000 + n), FETCH), n * 10.0) for n in range(10)]
+    detector = PollDetector()
+    polls = [
+        detector.is_poll(ask(b"GET /api/kernels?%d" % (1700000000000 + n), FETCH), n * 10.0) for n in range(10)
+    ]
     assert polls == [False, False] + [True] * 8
 
 
 def test_a_long_pause_breaks_a_rhythm_once():
-    rhythm = Rhythm()
+    detector = PollDetector()
     for second in range(0, 100, 10):
-        rhythm.is_poll(ask(b"GET /s", FETCH), float(second))
-    assert not rhythm.is_poll(ask(b"GET /s", FETCH), 5000.0)
+        detector.is_poll(ask(b"GET /s", FETCH), float(second))
+    assert not detector.is_poll(ask(b"GET /s", FETCH), 5000.0)
 
 
 def test_prefetches_heads_and_options_are_the_browsers():
-    rhythm = Rhythm()
-    assert rhythm.is_poll(ask(b"GET /a", b"Sec-Purpose: prefetch", b"Sec-Fetch-Mode: navigate"), 0.0)
-    assert rhythm.is_poll(ask(b"HEAD /a"), 0.0) and rhythm.is_poll(ask(b"OPTIONS /a"), 0.0)
+    detector = PollDetector()
+    assert detector.is_poll(ask(b"GET /a", b"Sec-Purpose: prefetch", b"Sec-Fetch-Mode: navigate"), 0.0)
+    assert detector.is_poll(ask(b"HEAD /a"), 0.0) and detector.is_poll(ask(b"OPTIONS /a"), 0.0)
 
 
 def test_a_websocket_that_is_opened_again_and_again_is_no_use():
-    rhythm = Rhythm()
+    detector = PollDetector()
     upgrade = (b"Connection: Upgrade", b"Upgrade: websocket")
-    polls = [rhythm.is_poll(ask(b"GET /ws?sid=%d" % n, *upgrade), n * 5.0) for n in range(5)]
+    polls = [detector.is_poll(ask(b"GET /ws?sid=%d" % n, *upgrade), n * 5.0) for n in range(5)]
     assert polls == [False, False, True, True, True]
 
 
 def test_what_is_remembered_is_bounded():
-    rhythm = Rhythm()
+    detector = PollDetector()
     for number in range(5000):
-        rhythm.is_poll(ask(b"GET /%d" % number, FETCH), 0.0)
-    assert len(rhythm._seen) <= 128
+        detector.is_poll(ask(b"GET /%d" % number, FETCH), 0.0)
+    assert len(detector._seen) <= 128
 
 
 def test_a_trickle_is_no_stream():
@@ -298,7 +300,8 @@ def test_a_row_that_is_none_is_an_error_of_the_feed(row):
 
 
 def forwarded(*trusted):
-    return Forwarded(Settings(parse({"proxy": {"trusted_proxies": list(trusted)}})))
+    settings = Settings(parse({"proxy": {"trusted_proxies": list(trusted)}}))
+    return Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
 
 
 @pytest.mark.parametrize("peer,value,expected", [
@@ -308,7 +311,7 @@ def forwarded(*trusted):
     ("10.0.0.1", b"::ffff:1.2.3.4", b"1.2.3.4"), ("10.0.0.1", b"1.2.3.4\t, unknown", b"10.0.0.1"),
 ])  # fmt: skip
 def test_the_client_behind_trusted_proxies(peer, value, expected):
-    assert forwarded("10.0.0.0/8").believed(peer, {X_FORWARDED_FOR: value})[0] == expected
+    assert forwarded("10.0.0.0/8").client_of(peer, {X_FORWARDED_FOR: value})[0] == expected
 
 
 def test_nobody_is_trusted_by_default():
@@ -322,8 +325,8 @@ def test_nobody_is_trusted_by_default():
 def test_scheme_host_and_id_of_trusted_proxies():
     some = forwarded("10.0.0.0/8")
     fields = {X_FORWARDED_PROTO: b"http, HTTPS", X_FORWARDED_HOST: b"evil, apps.test:8443", X_REQUEST_ID: b"abc-1"}
-    assert some.believed("10.0.0.1", fields)[1:] == (b"https", b"apps.test:8443")
-    assert some.believed("10.0.0.1", {X_FORWARDED_PROTO: b"gopher", X_FORWARDED_HOST: b"a b"})[1:] == (
+    assert some.client_of("10.0.0.1", fields)[1:] == (b"https", b"apps.test:8443")
+    assert some.client_of("10.0.0.1", {X_FORWARDED_PROTO: b"gopher", X_FORWARDED_HOST: b"a b"})[1:] == (
         b"http",
         b"",
     )

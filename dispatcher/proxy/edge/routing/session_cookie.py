@@ -1,0 +1,30 @@
+"""The session's token in a request's Cookie field."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from dispatcher.proxy import cookies
+
+_TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
+
+
+class SessionCookie:
+    """The last Cookie field of a connection and its meaning: browsers send the same one again and again.
+
+    :ivar field: the field's value; :ivar digest: SHA-256 of the token, empty without one.
+    :ivar others: the field without the dispatcher's own cookies, for agents.
+    """
+
+    __slots__ = ("_name", "digest", "field", "others")
+
+    def __init__(self, name: bytes) -> None:
+        self._name = name
+        self.field = self.digest = self.others = b""
+
+    def read(self, field: bytes) -> None:
+        """Take a Cookie field."""
+        token, self.others = cookies.split_cookie(field, self._name)
+        self.field = field
+        self.digest = hashlib.sha256(token).digest() if token and _TOKEN.fullmatch(token) else b""
