@@ -318,7 +318,8 @@ class Connection(asyncio.Protocol):
         exchange.held_until = 0.0
         exchange.replay = None
         exchange.poll = False
-        exchange.request_id = worker.request_id()
+        worker.serial = serial = worker.serial + 1
+        exchange.request_id = b"%b%08x" % (worker.request_prefix, serial)
         exchange.started = worker.clock() if worker.log.on else worker.now
         self.closing = request.close or self.eof or worker.draining
         if self.trusted:
@@ -342,12 +343,14 @@ class Connection(asyncio.Protocol):
             session = worker.tables.sessions.get(digest)
             if session is not None and session.expires <= worker.now:
                 session = None
-        decision = worker.router.route(
-            request, session, worker.now, scheme=self.scheme, digest=digest if may_look_up else b""
-        )
+        decision = worker.router.route(request, session, worker.now, self.scheme, digest if may_look_up else b"")
         if session is not self.session and session is not None and decision is not PORTAL:
             worker.bind(self, session)
-        self._carry_out(decision)
+        if decision.__class__ is Pass:  # nearly always
+            self.exchange.poll = decision.poll
+            self._dispatch(decision.agent)
+        else:
+            self._carry_out(decision)
 
     def _carry_out(self, decision: Decision) -> None:
         if isinstance(decision, Pass):
@@ -709,7 +712,14 @@ class Connection(asyncio.Protocol):
 
     def deliver(self, data: bytes, size: int) -> None:
         """Write an answer's head, joined with `size` bytes of its body."""
-        self.exchange.count_answer(len(data), size, self.exchange.started)
+        exchange = self.exchange
+        exchange.bytes_out += len(data)
+        agent = exchange.agent
+        if agent is not None:
+            traffic = agent.traffic
+            traffic.bytes_out += len(data)
+            if not exchange.poll:
+                traffic.bulk += size
         self.transport.write(data)
 
     def pass_on(self, data: bytes) -> None:

@@ -39,7 +39,7 @@ class Mode(Enum):
     REST = "a body that ends with the connection"
 
 
-_HEAD, _LENGTH = Mode.HEAD, Mode.LENGTH
+_IDLE, _HEAD, _LENGTH, _CHUNKED, _REST = Mode  # on the hot path
 
 
 class Receiver(Protocol):
@@ -120,7 +120,7 @@ class Upstream(asyncio.Protocol):
         self.agent = agent
         self.generation = agent.generation
         self.client: Receiver | None = None
-        self.mode = Mode.IDLE
+        self.mode = _IDLE
         self.left = 0
         self.decoder: Chunked | None = None
         self.partial: bytearray | None = None
@@ -138,7 +138,7 @@ class Upstream(asyncio.Protocol):
         self.client = client
         self.request = request
         self.request_sent = complete
-        self.mode = Mode.HEAD
+        self.mode = _HEAD
         if client.write_paused:
             self.transport.pause_reading()
         self.transport.write(head)
@@ -169,9 +169,9 @@ class Upstream(asyncio.Protocol):
             extra = size > self.left
             client.pass_on(data[: self.left] if extra else data)
             self.complete(reusable=not extra)
-        elif mode is Mode.CHUNKED:
+        elif mode is _CHUNKED:
             self._chunks(client, data)
-        elif mode is Mode.REST:
+        elif mode is _REST:
             client.pass_on(b"%x\r\n%b\r\n" % (len(data), data) if client.rechunk else data)
 
     def _head(self, client: Receiver, data: bytes) -> None:
@@ -256,11 +256,11 @@ class Upstream(asyncio.Protocol):
                 client.deliver(head, 0)
                 client.pass_on(rest)
         elif length == CHUNKED:
-            self.mode = Mode.CHUNKED
+            self.mode = _CHUNKED
             client.deliver(head + first, len(first))
             self._end_of_chunks()
         elif length == UNTIL_CLOSE:
-            self.mode = Mode.REST
+            self.mode = _REST
             if rest and client.rechunk:
                 rest = b"%x\r\n%b\r\n" % (len(rest), rest)
             client.deliver(head + rest, len(rest))
@@ -289,7 +289,7 @@ class Upstream(asyncio.Protocol):
         if client is None or response is None:
             return
         self.client = self.response = self.decoder = None
-        self.mode = Mode.IDLE
+        self.mode = _IDLE
         agent = self.agent
         idle = agent.idle
         if self.transport.get_write_buffer_size():
@@ -313,17 +313,17 @@ class Upstream(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         client = self.client
         if client is None:
-            if self.mode is Mode.IDLE and self in self.agent.idle:
+            if self.mode is _IDLE and self in self.agent.idle:
                 self.agent.idle.remove(self)
             return
-        if self.mode is Mode.REST and exc is None:
+        if self.mode is _REST and exc is None:
             # An answer without a length ends with the connection (RFC 9112, 6.3).
             if client.rechunk:
                 client.pass_on(b"0\r\n\r\n")
             self.complete(reusable=False)
             return
         self.client = None
-        untouched = self.mode is Mode.HEAD and self.partial is None and not self.informational
+        untouched = self.mode is _HEAD and self.partial is None and not self.informational
         client.upstream_lost(untouched=untouched)
 
     def pause_writing(self) -> None:

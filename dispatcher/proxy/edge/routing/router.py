@@ -33,6 +33,7 @@ from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
 
 DYING_PAUSE = 0.3  # seconds in which the end of an agent that drops requests is noticed
 RUNNING = protocol.RUNNING
+_AFTER_PREFIX = frozenset({b"", b"/", b"?"})
 _SLEEPY = frozenset({protocol.ASLEEP, protocol.STOPPING})
 
 
@@ -67,7 +68,7 @@ class Router:
         self.used: list[Session] = []
 
     def route(
-        self, request: Request, session: Session | None, now: float, *, scheme: bytes, digest: bytes
+        self, request: Request, session: Session | None, now: float, scheme: bytes, digest: bytes
     ) -> Decision:
         """Decide on a request that has arrived.
 
@@ -77,7 +78,7 @@ class Router:
         """
         prefix = self._prefix
         target = request.target
-        if target.startswith(prefix) and target[len(prefix) : len(prefix) + 1] in {b"", b"/", b"?"}:
+        if target.startswith(prefix) and target[len(prefix) : len(prefix) + 1] in _AFTER_PREFIX:
             return self._to_portal(request, session, digest)
         if session is None:
             refusal = self._no_session(request)
