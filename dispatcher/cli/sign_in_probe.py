@@ -35,10 +35,10 @@ def sign_in_page_answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bo
 
             sock.sendall(SIGNATURE + _PROXY_LOCAL)
         if proxy.tls_cert is not None:
-            from dispatcher.client.trust import context
+            from dispatcher.common.tls import client_context
 
             # Not verified: this process has started the listener.
-            sock = context(verify=False, ca_file=None, cert_file=None, key_file=None).wrap_socket(sock)
+            sock = client_context(verify=False).wrap_socket(sock)
         sock.sendall(request.encode())
         line = sock.recv(32)
     except OSError:

@@ -21,6 +21,7 @@ from urllib3.exceptions import HTTPError, InsecureRequestWarning, NewConnectionE
 from urllib3.response import BaseHTTPResponse
 
 from dispatcher.client import trust
+from dispatcher.common.tls import client_context
 from dispatcher.plugin.errors import ManagerUnreachable
 
 MAX_ANSWER = 64 * 1024 * 1024  # bytes
@@ -118,7 +119,9 @@ class Transport:
         if encrypted:
             if not (verify or pinned):
                 warnings.simplefilter("ignore", InsecureRequestWarning)  # asked for; the caller says what it means
-            context = trust.context(verify and not pinned, ca_file, cert_file, key_file)
+            context = client_context(
+                verify=verify and not pinned, ca_file=ca_file, cert_file=cert_file, key_file=key_file
+            )
             self._pool: HTTPConnectionPool = HTTPSConnectionPool(
                 host, port, maxsize=_POOL, ssl_context=context, assert_fingerprint=pinned
             )

@@ -6,9 +6,7 @@ import ipaddress
 import os
 import re
 import socket
-import ssl as tls
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -120,33 +118,3 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def context(
-    verify: bool, ca_file: str | Path | None, cert_file: str | Path | None, key_file: str | Path | None
-) -> tls.SSLContext:
-    """Return the TLS context of a client.
-
-    :raises BadRequest: a certificate cannot be used.
-    """
-    made = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
-    made.minimum_version = tls.TLSVersion.TLSv1_2
-    if not verify:
-        made.check_hostname = False
-        made.verify_mode = tls.CERT_NONE
-    elif ca_file:
-        _load(ca_file, lambda: made.load_verify_locations(os.fspath(ca_file)))
-    else:
-        made.load_default_certs()
-    if cert_file:
-        key = os.fspath(key_file) if key_file else None
-        _load(cert_file, lambda: made.load_cert_chain(os.fspath(cert_file), key))
-    return made
-
-
-def _load(name: str | Path, load: Callable[[], None]) -> None:
-    try:
-        load()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-        raise BadRequest(f"Cannot use the certificate {name}", why=str(why), fix="give a PEM file") from error

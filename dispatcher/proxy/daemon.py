@@ -17,12 +17,13 @@ from collections.abc import Callable
 
 from dispatcher.common import systemd
 from dispatcher.common.log import configure, logger
+from dispatcher.common.tls import server_context
 from dispatcher.config.host_users import host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ConfigError, DispatcherError, Unavailable
-from dispatcher.proxy import listeners, privileges, startup, tls, workers
+from dispatcher.proxy import listeners, privileges, startup, workers
 from dispatcher.proxy.workers import PORTAL, WORKER, BackOff, Child
 
 PID_FILE = "proxy.pid"
@@ -74,7 +75,7 @@ class Daemon:
         """Do all that needs privileges, and then have none."""
         proxy = self._config.proxy
         accounts = host_accounts(self._config)
-        self._tls = tls.context(proxy.tls_cert, proxy.tls_key)
+        self._tls = _tls_context(self._config)
         self._listeners = listeners.open_all(proxy.listen, "proxy.listen")
         self._redirects = listeners.open_all(proxy.redirect_listen, "proxy.redirect_listen")
         self._access_log = startup.open_access_log(proxy.access_log, (accounts.proxy_uid, accounts.proxy_gid))
@@ -323,7 +324,7 @@ class Daemon:
                 "manager.run_dir, manager.state_dir and proxy.user cannot change while the proxy runs",
                 fix="restart the proxy",
             )
-        context = tls.context(config.proxy.tls_cert, config.proxy.tls_key)
+        context = _tls_context(config)
         added = self._added(self._listeners, config.proxy.listen, "proxy.listen")
         try:
             redirects = self._added(self._redirects, config.proxy.redirect_listen, "proxy.redirect_listen")
@@ -386,3 +387,13 @@ def _close(group: dict[str, list[socket.socket]]) -> None:
     for sockets in group.values():
         for sock in sockets:
             sock.close()
+
+
+def _tls_context(config: Config) -> ssl.SSLContext | None:
+    """Return the context of the proxy's listeners; None without a certificate.
+
+    The key is read before privileges are dropped, and on a reload as the proxy's user: for a reload to work the
+    proxy's group must be able to read it.
+    """
+    proxy = config.proxy
+    return server_context(proxy.tls_cert, proxy.tls_key, "proxy") if proxy.tls_cert and proxy.tls_key else None

@@ -1,7 +1,7 @@
-"""The manager's listeners, and who may use each.  Touches sockets and the modes of their files.
+"""The manager's listeners and their access control.
 
-The role belongs to the listener.  On a Unix socket the file's mode decides, and `SO_PEERCRED` is a second check;
-over TCP a token or a client's certificate is demanded for everything but a bare /healthz.
+The role belongs to the listener.  A Unix socket is protected by its file mode and by a check of `SO_PEERCRED`;
+over TCP everything but the bare status of /healthz needs a token or a client certificate.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _log = logger("manager.listeners")
 
 
 def unix_socket(path: Path, gid: int | None) -> socket.socket:
-    """Return a bound socket of mode 0660 and the given group; never open to more for a moment.
+    """Return a bound socket of mode 0660 and the given group; at no moment has it more permissions.
 
-    A socket that lies there is a leftover: the caller holds the lock of the run directory.
+    An existing socket is a leftover and is removed: the caller holds the lock of the run directory.
 
-    :raises ConfigError: there is something else than a socket, or the directory cannot be written.
+    :raises ConfigError: the path is not a socket, or the directory cannot be written.
     """
     if path.is_socket():
         _log.warning("removed a leftover socket", path=str(path))
@@ -62,7 +62,7 @@ def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
     """Return a socket bound to ``HOST:PORT`` or ``[IPv6]:PORT``.
 
     :param beside: the other addresses.
-    :raises ConfigError: it is no address, or cannot be had.
+    :raises ConfigError: it is not an address, or cannot be bound.
     """
     match = _ADDRESS.fullmatch(address)
     if not match or int(match["port"]) > 65535:
@@ -99,7 +99,7 @@ def peer(sock: socket.socket) -> tuple[int, int]:
 
 
 def may_administer(accounts: HostAccounts, uid: int, gid: int) -> bool:
-    """Whether a process may use manager.sock: root, this daemon's user, a member of the administrators' group."""
+    """Whether a process may use manager.sock: root, the manager's user, a member of the administrators' group."""
     if uid in {0, os.geteuid()}:
         return True
     if accounts.admin_gid is None:
@@ -111,12 +111,12 @@ def may_administer(accounts: HostAccounts, uid: int, gid: int) -> bool:
 
 
 def may_proxy(accounts: HostAccounts, uid: int, _gid: int) -> bool:
-    """Whether a process may use proxy.sock and feed.sock: root, this daemon's user, the proxy."""
+    """Whether a process may use proxy.sock and feed.sock: root, the manager's user, the proxy's user."""
     return uid in {0, os.geteuid(), accounts.proxy_uid}
 
 
 class PeerGuard:
-    """WSGI: lets only certain processes through."""
+    """WSGI middleware that admits only certain processes."""
 
     def __init__(self, app: WsgiApp, allowed: Callable[[int, int], bool]) -> None:
         self._app = app
@@ -128,7 +128,7 @@ class PeerGuard:
         if uid >= 0 and self._allowed(uid, gid):
             return self._app(environ, start_response)
         _log.warning("refused a process of another user", uid=uid, path=environ.get("PATH_INFO"))
-        error = Forbidden("You may not use this socket", why=f"the user id {uid} is not among those who may")
+        error = Forbidden("You may not use this socket", why=f"the user id {uid} has no access to it")
         return _refuse(error, start_response)
 
 
@@ -154,7 +154,7 @@ class Tokens:
                 if token and len(token) < 20:
                     raise ConfigError(
                         f"manager.token_file: a token of {path} is too short",
-                        why="whoever guesses it administers everything",
+                        why="it could be guessed, and gives full control",
                         fix="make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
                     )
                 if token:
@@ -162,11 +162,11 @@ class Tokens:
         self._digests = digests
 
     def adopt(self, other: Tokens) -> None:
-        """Know what `other` knows, and nothing else."""
+        """Replace the tokens with those of `other`."""
         self._digests = other._digests
 
     def known(self, header: str) -> bool:
-        """Whether an Authorization field holds one of the tokens; takes alike long for all."""
+        """Whether an Authorization field holds one of the tokens; takes the same time for every value."""
         scheme, _, token = header.partition(" ")
         found = hashlib.sha256(token.strip().encode("utf-8", "replace")).digest()
         matches = [hmac.compare_digest(found, known) for known in self._digests]
@@ -174,7 +174,7 @@ class Tokens:
 
 
 class CredentialGuard:
-    """WSGI: lets only requests with a token or a client's certificate through, and a bare /healthz."""
+    """WSGI middleware that admits requests with a token or client certificate, and the bare status of /healthz."""
 
     def __init__(self, app: WsgiApp, tokens: Tokens, status: Callable[[], str]) -> None:
         self._app = app
@@ -194,7 +194,7 @@ class CredentialGuard:
         _log.warning("refused without a credential", address=environ.get("REMOTE_ADDR"))
         error = Unauthorized(
             "A token or a client certificate is needed",
-            why="none was given, or it is not known",
+            why="none was given, or it is unknown",
             fix="give --token-file with one of the manager's tokens",
         )
         return _refuse(error, start_response)

@@ -1,6 +1,7 @@
-"""Cheroot, fitted to the manager: sockets made by us, threads on demand, TLS handshakes off the accepting thread.
+"""Cheroot, adapted to the manager: listening sockets are passed in, threads are started on demand, and TLS
+handshakes run outside of the accepting thread.
 
-Knows cheroot's insides; nothing else of the project does.
+This is the only module that uses cheroot's internals.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ BACKLOG = 256
 MAX_CONNECTIONS = 1000  # of one listener, idle ones included
 MAX_OF_ADDRESS = 250  # of them from one address
 MAX_HEAD = 32768  # bytes
-MAX_BODY = 1024 * 1024  # bytes; what the application takes is less, and refused with more words
-TIMEOUT = 10  # seconds for the next piece of a handshake or a request, or the next request
-PATIENCE = 20.0  # seconds for all of a handshake and a request, until a credential has come with it
+MAX_BODY = 1024 * 1024  # bytes; the application's own limit is lower, and its error says more
+TIMEOUT = 10  # seconds for the next piece of a handshake or a request, or for the next request
+PATIENCE = 20.0  # seconds for a whole handshake and request of a client that has not shown a credential
 THREAD_IDLE = 20.0  # seconds after which a spare thread ends
 LEAST_THREADS = 2
 STOP_TIMEOUT = 3  # seconds for requests in flight when the manager ends
@@ -42,7 +43,11 @@ _log = logger("manager.http")
 
 
 class ThreadPool:
-    """Worker threads as they are needed, up to `most`.  Has the form that cheroot expects of its own."""
+    """Worker threads, started on demand up to `most`, ended when idle.
+
+    In place of cheroot's own pool, whose count of idle threads is a guess: a request could be queued behind one
+    that waits for an agent.
+    """
 
     def __init__(self, http_server: Server, least: int, most: int) -> None:
         self._server = http_server
@@ -65,13 +70,13 @@ class ThreadPool:
         return len(self._work)
 
     def start(self) -> None:
-        """Begin with the least."""
+        """Start the smallest number of threads."""
         with self._changed:
             for _ in range(self._least):
                 self._spawn()
 
     def put(self, connection: Any) -> None:
-        """Have a connection's next request handled."""
+        """Queue a connection whose next request has arrived."""
         with self._changed:
             self._work.append(connection)
             if len(self._work) > self._idle and len(self._threads) < self._most:
@@ -79,7 +84,7 @@ class ThreadPool:
             self._changed.notify()
 
     def get(self) -> Any:
-        """Return the next connection, or the sign to end; called by the threads."""
+        """Return the next connection, or cheroot's shutdown request; called by the threads."""
         with self._changed:
             self._idle += 1
             try:
@@ -93,7 +98,7 @@ class ThreadPool:
                 self._idle -= 1
 
     def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Let threads finish what they do, for `timeout` seconds at most."""
+        """Wait until threads have finished their requests, for `timeout` seconds at most."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -115,14 +120,14 @@ class ThreadPool:
         thread = threading.current_thread()
         self._threads.discard(thread)
         self._server.stats["Worker Threads"].pop(thread.name, None)
-        return _threads._SHUTDOWNREQUEST  # noqa: SLF001 - the sign that cheroot's threads look for
+        return _threads._SHUTDOWNREQUEST  # noqa: SLF001 - what ends cheroot's threads
 
 
 class Request(server.HTTPRequest):
-    """A request; what cheroot itself refuses is a problem document too."""
+    """A request; errors from cheroot itself are problem documents, too."""
 
     def respond(self) -> None:
-        """Answer.  A length that is no plain number is refused: cheroot would read without end for -1."""
+        """Answer.  A length that is not a plain number is refused: for -1 cheroot would read until the end."""
         length = self.inheaders.get(b"Content-Length")
         if length is not None and not length.isdigit():
             self.simple_response("400 Bad Request", "Malformed Content-Length header.")
@@ -148,10 +153,10 @@ class Connection(server.HTTPConnection):
 
 
 class TlsConnection(Connection):
-    """A connection whose handshake is made by the thread that handles its first request.
+    """A connection whose handshake runs in the thread that handles its first request.
 
-    Anybody may connect: until a credential was shown the time for all of a request is bounded, or a few who send
-    byte by byte would hold every thread.
+    Any host can connect.  Until a credential is shown the time for a whole request is bounded: otherwise a few
+    clients that send byte by byte could occupy every thread.
     """
 
     requests_handled = 0
@@ -164,7 +169,7 @@ class TlsConnection(Connection):
             self.server.trust(self)
 
     def close(self) -> None:
-        """Close; another one of its address may come."""
+        """Close, and release the connection's place in the limit of its address."""
         self.server.forget(self)
         super().close()
 
@@ -174,7 +179,7 @@ class TlsConnection(Connection):
                 self.socket.do_handshake()
                 self.ssl_env = {
                     "wsgi.url_scheme": "https",
-                    # A certificate that is not signed by `client_ca` has failed the handshake.
+                    # With a certificate that is not signed by `client_ca` the handshake has failed.
                     "dispatcher.certified": bool(self.socket.getpeercert()),
                     "dispatcher.trust": lambda: self.server.trust(self),
                 }
@@ -186,7 +191,7 @@ class TlsConnection(Connection):
 
 
 class Connections(connections.ConnectionManager):
-    """The waiting connections; looks after those that are being read, too."""
+    """The idle connections; its timer also closes connections that exceed `PATIENCE`."""
 
     def _expire(self, threshold: float) -> None:
         super()._expire(threshold)  # type: ignore[misc]  # not among what cheroot types
@@ -194,7 +199,7 @@ class Connections(connections.ConnectionManager):
 
 
 class TlsAdapter:
-    """Wraps accepted sockets.  Has the form that cheroot expects.
+    """Wraps accepted sockets, with the interface that cheroot expects.
 
     :ivar context: may be replaced while serving: new connections use the new one.
     """
@@ -203,7 +208,7 @@ class TlsAdapter:
         self.context = context
 
     def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, Any]]:
-        """Return the socket, its handshake still to be made."""
+        """Return the wrapped socket, before its handshake."""
         return self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), {}
 
     @staticmethod
@@ -239,7 +244,7 @@ class Server(wsgi.Server):
         self._lock = threading.Lock()
 
     def prepare(self) -> None:
-        """Listen.  Replaces cheroot's own, which would make the socket, or take descriptor 3 under systemd."""
+        """Listen.  Replaces cheroot's own method, which makes a socket, or takes descriptor 3 under systemd."""
         self._interrupt = None
         self.software = self.server_name
         self.socket = self._bound
@@ -251,7 +256,7 @@ class Server(wsgi.Server):
         self._start_time = time.time()
 
     def process_conn(self, conn: Any) -> None:
-        """Hand a connection with something to read to a thread; a new one may take its time until then."""
+        """Queue a connection that has data for a thread; keep a new one until it has."""
         if not self.ready:
             conn.close()
         elif conn.last_used is not None:
@@ -262,10 +267,10 @@ class Server(wsgi.Server):
             _log.warning("too many connections", most=MAX_CONNECTIONS, address=conn.remote_addr)
             conn.close()
 
-    # What strangers may take.
+    # Limits for clients that have not shown a credential
 
     def _count(self, conn: Any) -> bool:
-        """Count a new connection for its address; False when it has too many."""
+        """Count a new connection of an address; False when the address has too many."""
         if not isinstance(conn, TlsConnection):
             return True
         with self._lock:
@@ -273,54 +278,54 @@ class Server(wsgi.Server):
             return self._addresses.add(address) <= MAX_OF_ADDRESS
 
     def forget(self, conn: TlsConnection) -> None:
-        """A connection is closed."""
+        """Note that a connection is closed."""
         with self._lock:
             address = self._counted.pop(conn, None)
             if address is not None:
                 self._addresses.drop(address)
 
     def watch(self, conn: TlsConnection) -> None:
-        """A stranger's request begins: it is cut off unless it is trusted in time."""
+        """Begin the time limit of a request; `trust` ends it."""
         self._watched[conn] = time.monotonic() + PATIENCE
 
     def trust(self, conn: TlsConnection) -> None:
-        """A credential was shown, or the request is over: a connection may take its time."""
+        """End the time limit: a credential was shown, or the request is over."""
         self._watched.pop(conn, None)
 
     def cut_off(self) -> None:
-        """End what strangers have begun and do not bring to an end."""
+        """Close the connections whose time limit is over."""
         now = time.monotonic()
         for conn, until in list(self._watched.items()):
             if until < now:
-                _log.info("cut off, as no request came in time", address=conn.remote_addr, seconds=PATIENCE)
-                with contextlib.suppress(OSError):  # not SSLSocket's own: another thread is in the middle of it
+                _log.info("a connection sent no request in time", address=conn.remote_addr, seconds=PATIENCE)
+                with contextlib.suppress(OSError):  # not SSLSocket's method: another thread is using it
                     socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)
 
     def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        """Log what cheroot has to say; a client that goes away is nothing to tell."""
+        """Log messages of cheroot; closed connections only at the level debug."""
         if level <= logging.INFO:
             _log.debug(msg)
         else:
             _log.log(level, msg, exc_info=traceback)
 
     def serve_in_thread(self) -> threading.Thread:
-        """Listen, and serve in a thread of its own."""
+        """Listen, and serve in a new thread."""
         self.prepare()
         thread = threading.Thread(target=self.serve, name="dispatcher-accept", daemon=True)
         thread.start()
         return thread
 
     def close(self) -> None:
-        """Stop serving; answers in flight get `STOP_TIMEOUT`."""
+        """Stop serving; requests in flight have `STOP_TIMEOUT` to finish."""
         stopper = threading.Thread(target=self.stop, daemon=True)
         stopper.start()
         while stopper.is_alive() and self.socket is not None:
-            self._poke()
+            self._wake_accept_thread()
             stopper.join(0.02)
         stopper.join()
 
-    def _poke(self) -> None:
-        """Connect to ourselves, so that the accepting thread looks up."""
+    def _wake_accept_thread(self) -> None:
+        """Connect to the own socket, so that the accepting thread returns from its poll."""
         with contextlib.suppress(OSError), socket.socket(self._bound.family) as sock:
             sock.settimeout(0.2)
             sock.connect(self._bound.getsockname())

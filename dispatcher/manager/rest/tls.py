@@ -1,4 +1,4 @@
-"""TLS of the manager's TCP listener.  Touches key and certificate files; loads `cryptography` only to make one."""
+"""TLS of the manager's TCP listener: its certificate, self-signed if the configuration names none."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import ssl
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
+from dispatcher.common import tls
 from dispatcher.common.log import logger
 from dispatcher.config.load import ManagerConfig
-from dispatcher.plugin.errors import ConfigError
 
 CERTIFICATE = "manager.crt"
 KEY = "manager.key"
@@ -31,24 +31,8 @@ def server_context(config: ManagerConfig, secrets_dir: Path) -> tuple[ssl.SSLCon
     key = config.tls_key or secrets_dir / KEY
     if config.tls_cert is None and not (certificate.exists() and key.exists()):
         make_certificate(certificate, key, [socket.gethostname(), "localhost"])
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(certificate, key)
-        shown = fingerprint(certificate)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"manager.tls_cert: cannot use {certificate} with {key}",
-            why=_why(error),
-            fix="give PEM files that match",
-        ) from error
-    if config.client_ca is not None:
-        try:
-            context.load_verify_locations(config.client_ca)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"manager.client_ca: cannot use {config.client_ca}", why=_why(error)) from error
-        context.verify_mode = ssl.CERT_OPTIONAL
-    return context, shown
+    context = tls.server_context(certificate, key, "manager", client_ca=config.client_ca)
+    return context, fingerprint(certificate)
 
 
 def fingerprint(certificate: Path) -> str:
@@ -60,7 +44,8 @@ def fingerprint(certificate: Path) -> str:
 
 
 def make_certificate(certificate: Path, key: Path, hosts: list[str]) -> None:
-    """Make a self-signed certificate and its key, the key readable by nobody else."""
+    """Make a self-signed certificate and its key; only the own user can read the key."""
+    # Imported here: it is slow, and needed once.
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -92,7 +77,7 @@ def make_certificate(certificate: Path, key: Path, hosts: list[str]) -> None:
 
 
 def _write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file so that it is whole or absent, and never more open than `mode`."""
+    """Write a file atomically; at no moment has it more permissions than `mode`."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
@@ -101,7 +86,3 @@ def _write(path: Path, data: bytes, mode: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-def _why(error: Exception) -> str:
-    return str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
