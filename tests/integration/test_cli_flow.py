@@ -148,6 +148,20 @@ def test_logs_can_be_followed(site, run):
     assert run("remove", "--yes", "heidi").returncode == 0
 
 
+def test_kept_data_is_listed_and_purged(site, run):
+    assert run("add", "ivan", "--password-stdin", stdin=f"{PASSWORD}\n").returncode == 0
+    assert run("start", "ivan").returncode == 0
+    assert run("purge", "ivan").stdout == "no data is kept of ivan\n"
+    assert "dispatcher purge ivan" in run("remove", "--keep-data", "--yes", "ivan").stdout
+    shown = run("info", "ivan").stdout
+    assert "absent" in shown
+    assert "in subprocess, kept since" in shown
+    done = run("purge", "--yes", "ivan")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "1 copy deleted"), done.stderr
+    assert run("info", "ivan").returncode == 3
+    assert run("purge", "ivan").returncode == 3
+
+
 def test_doctor_and_checks_with_a_manager(site, run):
     findings = json.loads(run("doctor", "--json").stdout)["findings"]
     assert any(finding["what"].startswith("the manager answers at unix://") for finding in findings)
