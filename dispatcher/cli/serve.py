@@ -74,11 +74,11 @@ class Daemons:
         return ManagerClient(f"unix://{self.paths.manager_socket}")
 
     def run(self, ready: Callable[[], None], *, before_stop: Callable[[], None] = lambda: None) -> int:
-        """Start both, call `ready` when people can sign in, and go on until a signal ends it.
+        """Start both, call `ready` when users can sign in, and run until a signal.
 
         :param before_stop: called before both are ended, if they were ready.
         :returns: exit code: 0 after a signal.
-        :raises Conflict: a manager of this installation runs already.
+        :raises Conflict: a manager of this installation is already running.
         """
         if self._manager_answers():
             raise Conflict(
@@ -135,7 +135,7 @@ class Daemons:
         if len(self._deaths) > RESTARTS:
             self._say(f"the {name} {_ending(code)}; it ends too often, giving up")
             return False
-        self._say(f"the {name} {_ending(code)}; starting it again (agents go on)")
+        self._say(f"the {name} {_ending(code)}; starting it again (agents keep running)")
         time.sleep(min(0.2 * 2 ** (len(self._deaths) - 1), 5.0))
         self._start(name)
         return True

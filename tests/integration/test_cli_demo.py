@@ -392,7 +392,9 @@ def test_serve_says_so_when_a_half_dies_and_starts_it_again(start, config):
     old = daemon(run, "manager")
     os.kill(old, signal.SIGKILL)
     assert ask(url, Cookie=cookie)[0] == 200
-    run.line(r"dispatcher: the manager was killed by signal 9 \(Killed\); starting it again \(agents go on\)")
+    run.line(
+        r"dispatcher: the manager was killed by signal 9 \(Killed\); starting it again \(agents keep running\)"
+    )
     until("the manager is back", lambda: cli(config, "list").returncode == 0)
     assert daemon(run, "manager") != old
     os.kill(daemon(run, "proxy"), signal.SIGKILL)
