@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import grp
 import os
 import pwd
 import shutil
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 from dispatcher.cli.doctor.findings import error, info, ok, warning
 from dispatcher.cli.serve import listen_endpoint
 from dispatcher.common import humanize
+from dispatcher.config.host_users import host_accounts
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
 from dispatcher.plugin.model import Finding
 
@@ -195,18 +195,15 @@ def accounts(config: Config) -> Iterator[Finding]:
             "run the manager as root to give each agent a user id of its own",
         )
         return
-    try:
-        pwd.getpwnam(config.proxy.user)
-    except KeyError:
+    found = host_accounts(config)
+    if found.made_up:
         yield warning(
             f"the user {config.proxy.user} does not exist: the proxy gets the first id of manager.uid_range",
             f"useradd --system --no-create-home {config.proxy.user}",
         )
     else:
         yield ok(f"the proxy runs as {config.proxy.user}")
-    try:
-        grp.getgrnam(config.manager.admin_group)
-    except KeyError:
+    if found.admin_gid is None:
         yield info(
             f"the group {config.manager.admin_group} does not exist: only root may administer",
             f"groupadd --system {config.manager.admin_group}",
