@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dispatcher.plugin import Deadline, DispatcherError
+from dispatcher.plugin import Deadline, DispatcherError, boottime
 from dispatcher_docker.containers import LABEL
 from dispatcher_docker.host import Engine
 from dispatcher_docker.observe import unix_time
@@ -28,6 +28,7 @@ class Watch:
         self._on_change, self._log = on_change, log
         self._closed = threading.Event()
         self._stream: Any = None
+        self._created = boottime()
         self._since: str | None = None
         self._thread = threading.Thread(target=self._run, name="docker-events", daemon=True)
         self._thread.start()
@@ -54,7 +55,10 @@ class Watch:
             try:
                 with self._engine.call("read events", Deadline(_QUIET)) as client:
                     if self._since is None:
-                        self._since = f"{unix_time(str(client.info()['SystemTime'])) or 0:.9f}"
+                        # By the engine's clock, from this object's creation on.
+                        elapsed = boottime() - self._created
+                        now = unix_time(str(client.info()["SystemTime"])) or 0.0
+                        self._since = f"{now - elapsed:.9f}"
                     self._stream = client.events(
                         since=self._since,  # type: ignore[call-overload]  # the engine takes text with nanoseconds too
                         decode=True,

@@ -55,11 +55,10 @@ def test_agents_by_ssh(world):
     assert os.stat(agent.spec.socket).st_mode & 0o777 == 0o660
     assert os.stat(agent.spec.socket).st_gid == agent.spec.proxy_gid, "the proxy may connect, others may not"
     assert agent.inside.environment()["DISPATCHER_AGENT"] == "alice"
-    heard = []
-    watch = world.driver.watch(heard.append)
-    time.sleep(0.3)
+    changed = []
+    watch = world.driver.watch(changed.append)
     docker("kill", agent.handle.name)
-    assert eventually(lambda: agent.handle.name in heard, 3)
+    assert eventually(lambda: agent.handle.name in changed, 3)
     watch.close()
     agent = run(world, "alice")
     world.driver.stop(agent.handle, grace=5)

@@ -1,0 +1,52 @@
+"""Findings and capabilities."""
+
+from dispatcher_subprocess import cgroups
+from dispatcher_subprocess.explain import capabilities, findings
+from dispatcher_subprocess.host import Host
+from dispatcher_subprocess.options import AppOptions
+from dispatcher.plugin.model import App, Capability, Level, Limits, Network
+
+
+def app(network=Network.NONE, command=("x", "{socket}"), **limits):
+    return App(
+        name="notes",
+        provider="subprocess",
+        options=AppOptions(command=list(command)),
+        network=network,
+        limits=Limits(**limits),
+    )
+
+
+def warnings(machine, chosen=None):
+    return [one.what for one in findings(machine, chosen) if one.level in {Level.WARNING, Level.ERROR}]
+
+
+def test_what_is_not_isolated_is_said_in_words(tmp_path):
+    walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
+    open_ = Host(privileged=False, reason="bubblewrap is not installed")
+    assert not [one for one in warnings(walls) if "sandbox" in one or "same user" in one]
+    said = " ".join(warnings(open_))
+    for words in ("without a sandbox", "not installed", "can read each other's data", "not enforced"):
+        assert words in said
+    assert any("open to every local user" in one for one in warnings(walls, app(command=("x", "{port}"))))
+    assert any("host's network" in one for one in warnings(walls, app(Network.HOST)))
+    assert any("not enforced without a sandbox" in one for one in warnings(open_, app()))
+    assert any("limit memory is not enforced" in one for one in warnings(walls, app(memory=1)))
+    assert any("limit disk is not enforced" in one for one in warnings(walls, app(disk=1)))
+    assert warnings(walls, app(pids=5)) == [], "counted per user id"
+    assert all(one.what and not one.what.endswith(".") for one in findings(open_, None))
+
+
+def test_capabilities_follow_the_host(tmp_path):
+    open_ = capabilities(Host(privileged=False, reason="no"))
+    assert Capability.NETWORK_NONE not in open_ and Capability.PIDS_LIMIT not in open_
+    assert {Capability.SUSPEND, Capability.LOGS, Capability.EVENTS, Capability.CREDENTIALS} <= open_
+    groups = cgroups.Cgroups(directory=tmp_path, controllers=frozenset({"memory", "cpu"}))
+    full = capabilities(Host(privileged=True, bwrap="/b", setpriv="/s", cgroups=groups))
+    assert {
+        Capability.NETWORK_NONE,
+        Capability.MEMORY_LIMIT,
+        Capability.CPU_LIMIT,
+        Capability.PIDS_LIMIT,
+    } <= full
+    assert Capability.DISK_LIMIT not in full and Capability.HIBERNATE not in full

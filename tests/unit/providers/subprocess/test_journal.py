@@ -1,0 +1,76 @@
+"""The journal of an agent."""
+
+import json
+import os
+import pytest
+from dispatcher_subprocess.journal import Journals, Process, parse, sandbox_status
+
+
+FIRST = {
+    "name": "dispatcher-00000000-a-b",
+    "agent": "a",
+    "boot": "b",
+    "spec_hash": "h",
+    "uid": 200001,
+    "endpoint": "unix:/r/s",
+    "owner_uid": 200001,
+    "log_dir": "/l",
+    "run_dir": "/r",
+    "token": "t",
+    "network": "none",
+    "sandboxed": True,
+    "pipe": 7,
+}
+
+
+def test_a_journal_grows_and_is_read_at_any_length(tmp_path):
+    journals = Journals(tmp_path)
+    os.close(journals.begin(FIRST))
+    name = FIRST["name"]
+    record = journals.read(name)
+    assert record.main is None and record.ended is None and not record.stop_requested
+    journals.append(name, {"main": {"pid": 2, "start": 3}, "started_at": 1.5})
+    journals.append(name, {"stop_requested": True})
+    whole = journals.path(name).read_bytes()
+    assert journals.read(name).main == Process(pid=2, start=3)
+    first = whole.index(b"\n") + 1
+    for length in range(len(whole)):
+        found = parse(whole[:length])
+        assert (found is None) == (length < first - 1)
+    assert parse(whole[:-2]).stop_requested is False
+    journals.remove(name)
+    assert journals.read(name) is None and list(tmp_path.iterdir()) == []
+    journals.append(name, {"stop_requested": True})  # of one that is gone: nothing
+    assert journals.names() == []
+
+
+def test_a_new_run_forgets_the_old_one(tmp_path):
+    journals = Journals(tmp_path)
+    for _ in range(2):
+        status = journals.begin(FIRST)
+        assert sandbox_status(journals.read(FIRST["name"])).exit_code is None
+        os.write(status, b'{ "child-pid": 5, "pid-namespace": 6 }\n{ "exit-code": 3 }\n')
+        os.close(status)
+        said = sandbox_status(journals.read(FIRST["name"]))
+        assert (said.child, said.pidns, said.exit_code) == (5, 6, 3)
+        journals.append(FIRST["name"], {"ended": "exit code 3"})
+    os.close(journals.begin(FIRST))
+    assert journals.read(FIRST["name"]).ended is None
+
+
+@pytest.mark.parametrize("text", [b"", b"\0\xff", b"[]\n", b'{"version": 99}\n', b'{"no": "version"}\n'])
+def test_a_journal_that_is_none(text):
+    assert parse(text) is None
+
+
+def test_an_unreadable_journal_directory_is_unavailable_not_empty(tmp_path):
+    from dispatcher.plugin.errors import Unavailable
+
+    (tmp_path / "file").touch()
+    with pytest.raises(Unavailable):
+        Journals(tmp_path / "file").names()
+    assert Journals(tmp_path / "absent").names() == []
+
+
+def test_the_record_is_plain_json():
+    json.dumps(FIRST)

@@ -1,0 +1,45 @@
+"""The filter of system calls, interpreted as the kernel would."""
+
+import errno
+import struct
+import pytest
+from dispatcher_subprocess import seccomp
+
+
+def run(program, machine, number, argument=0, architecture=None):
+    """Interpret a classic BPF program as the kernel would; return the errno, 0 when the call is allowed."""
+    word = architecture if architecture is not None else seccomp.MACHINES[machine][0]
+    data = struct.pack("<IIQQ", number, word, 0, argument)
+    at = accumulator = 0
+    while True:
+        code, if_true, if_false, value = struct.unpack_from("<HBBI", program, at * 8)
+        at += 1
+        if code == 0x20:
+            accumulator = struct.unpack_from("<I", data, value)[0]
+        elif code == 0x06:
+            return 0 if value == 0x7FFF0000 else value & 0xFFFF
+        else:
+            test = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            at += if_true if test else if_false
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_refuses_its_list_and_allows_the_rest(machine):
+    program = seccomp.program(machine)
+    refused, absent = seccomp.refused(machine), seccomp.ABSENT
+    assert len(refused) > 30
+    makers = [numbers[seccomp.MACHINES[machine][1]] for numbers in seccomp.NAMESPACE_MAKERS.values()]
+    for number in range(600):
+        expected = errno.EPERM if number in refused.values() else errno.ENOSYS if number in absent.values() else 0
+        assert run(program, machine, number) == expected, number
+    for number in makers:
+        assert run(program, machine, number, 0x10000000 | 17) == errno.EPERM
+        assert run(program, machine, number, 0x20000000) == 0, "other namespaces are the capabilities' business"
+    assert run(program, machine, 0, architecture=0x40000003) == errno.ENOSYS, "32-bit calls have other numbers"
+    if machine == "x86_64":
+        assert run(program, machine, 0x40000000 | 56) == errno.ENOSYS
+    assert len(program) // 8 < 4096
+
+
+def test_no_filter_for_unknown_processors():
+    assert seccomp.program("vax") == b""
