@@ -170,6 +170,13 @@ class Journals:
         except OSError as error:
             raise unreadable(self.path(name), error) from error
 
+    def records(self) -> Iterator[Record]:
+        """Return the records of all agents.
+
+        :raises Unavailable: they cannot be read.
+        """
+        return filter(None, map(self.read, self.names()))
+
     def status_path(self, name: str) -> Path:
         """Return the file that bubblewrap writes."""
         return self.directory / f"{name}.status"

@@ -71,7 +71,7 @@ class SubprocessProvider(Provider):
         assert isinstance(options, BackendOptions)
         self._options = options
         self._lock = threading.Lock()
-        self._parts_or_none: _Parts | None = None
+        self._examined: _Parts | None = None
         self._journals = Journals(context.state_dir)
         self._secret_files = SecretFiles(
             f"dispatcher-{context.installation}-secrets-subprocess",
@@ -91,8 +91,8 @@ class SubprocessProvider(Provider):
 
     def check(self, *, deadline: Deadline) -> None:
         with self._lock:
-            self._parts_or_none = self._examine(deadline)
-            found = self._parts_or_none.host
+            self._examined = self._examine(deadline)
+            found = self._examined.host
         verify(found, self._options)
         self._journals.prepare()
 
@@ -106,7 +106,7 @@ class SubprocessProvider(Provider):
     def close(self) -> None:
         with self._lock:
             watcher, self._watcher = self._watcher, None
-            known = self._parts_or_none
+            known = self._examined
         if watcher:
             watcher.close()
         if known:
@@ -117,13 +117,13 @@ class SubprocessProvider(Provider):
     def _parts(self) -> _Parts:
         """The parts that depend on the host, which is examined once, and again by `check`."""
         with self._lock:
-            if self._parts_or_none is None:
-                self._parts_or_none = self._examine(Deadline(_EXAMINE))
-            return self._parts_or_none
+            if self._examined is None:
+                self._examined = self._examine(Deadline(_EXAMINE))
+            return self._examined
 
     def _examine(self, deadline: Deadline) -> _Parts:
         found = examine(self._options, self.context.installation, deadline)
-        if found.reason and (self._parts_or_none is None or self._parts_or_none.host.reason != found.reason):
+        if found.reason and (self._examined is None or self._examined.host.reason != found.reason):
             self.context.log.warning("agents run without a sandbox: %s", found.reason)
         stopper = Stopper(self._journals, found.cgroups, self._secret_files)
         suspender = Suspender(self._journals, found.cgroups)
@@ -214,14 +214,14 @@ class SubprocessProvider(Provider):
             raise self.unsupported(Capability.HIBERNATE)
         with self._journals.locked(handle.name, deadline):
             progress("suspend", "freezing it")
-            self._parts.suspender.suspend(self._alive(handle), deadline)
+            self._parts.suspender.suspend(self._checked_running(handle), deadline)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         with self._journals.locked(handle.name, deadline):
             progress("resume", "thawing it")
-            self._parts.suspender.resume(self._alive(handle))
+            self._parts.suspender.resume(self._checked_running(handle))
 
-    def _alive(self, handle: Handle) -> Record:
+    def _checked_running(self, handle: Handle) -> Record:
         record = self._journals.read(handle.name)
         if record is None or self._parts.stopper.clean_up(record).ended is not None:
             raise NotFound(f"{handle.agent} does not run", fix="start it")
@@ -231,22 +231,25 @@ class SubprocessProvider(Provider):
         path = logs.log_file(handle.data["log_dir"])
         return logs.read_lines(path, tail=tail, follow=follow, deadline=deadline)
 
+    def _taken_ports(self) -> Iterable[int]:
+        for record in self._journals.records():
+            if record.ended is None:
+                yield Endpoint.parse(record.endpoint).port
+
     # --- all agents
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = []
-        living = []
-        for name in self._journals.names():
-            record = self._journals.read(name)
-            if record:
-                data = {"log_dir": record.log_dir}
-                handle = Handle(provider=self.name, agent=record.agent, name=record.name, data=data)
-                seen = self._parts.observer.observe(record)
-                found.append((handle, seen))
-                if seen.state in {BackendState.RUNNING, BackendState.SUSPENDED}:
-                    living.append(record)
-        if living:
-            self._keep_collecting(living)
+        running = []
+        for record in self._journals.records():
+            data = {"log_dir": record.log_dir}
+            handle = Handle(provider=self.name, agent=record.agent, name=record.name, data=data)
+            observation = self._parts.observer.observe(record)
+            found.append((handle, observation))
+            if observation.state in {BackendState.RUNNING, BackendState.SUSPENDED}:
+                running.append(record)
+        if running:
+            self._keep_collecting(running)
         return found
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
@@ -259,19 +262,12 @@ class SubprocessProvider(Provider):
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         subscription = Subscription(self._callbacks, on_change)
-        for name in self._journals.names():
-            record = self._journals.read(name)
-            if record and record.ended is None:
+        for record in self._journals.records():
+            if record.ended is None:
                 self._watch(record)
         return subscription
 
     # --- the log collector and the end of agents
-
-    def _taken_ports(self) -> Iterable[int]:
-        for name in self._journals.names():
-            record = self._journals.read(name)
-            if record and record.ended is None:
-                yield Endpoint.parse(record.endpoint).port
 
     def _watch(self, record: Record) -> None:
         with self._lock:
@@ -298,30 +294,27 @@ class SubprocessProvider(Provider):
 
     def _attach(self, read_end: int, path: Path) -> None:
         if self._collector.attach(read_end, path):
-            self._attach_all(self._living())
+            self._attach_all(self._running())
 
-    def _keep_collecting(self, living: Iterable[Record] | None = None) -> None:
+    def _keep_collecting(self, running: Iterable[Record] | None = None) -> None:
         """Ensure that the log collector runs and has all pipes; an earlier manager may have failed to pass some.
 
-        :param living: the records of all agents that run, if they are known already.
+        :param running: the records of all agents that run, if they are known already.
         """
         try:
             if self._collector.ensure() or not self._pipes_passed:
-                self._attach_all(self._living() if living is None else living)
+                self._attach_all(self._running() if running is None else running)
         except ProviderError as error:
             self.context.log.warning("agents' output is not written to their logs: %s", error)
 
-    def _living(self) -> Iterator[Record]:
-        for name in self._journals.names():
-            record = self._journals.read(name)
-            if record and not gone(record):
-                yield record
+    def _running(self) -> Iterator[Record]:
+        return (record for record in self._journals.records() if not gone(record))
 
-    def _attach_all(self, living: Iterable[Record]) -> None:
+    def _attach_all(self, running: Iterable[Record]) -> None:
         self._pipes_passed = True
         if self._watcher:
             self._watcher.watch_collector(self._collector.fileno())
-        for record in living:
+        for record in running:
             fd = processes.output_of(record)
             if fd is not None:
                 try:
