@@ -93,7 +93,7 @@ def test_a_foreign_container_under_the_name_is_never_touched(world):
     name = spec.backend_name
     docker("run", "-d", "--name", name, "dispatcher-test/busybox", "sleep", "600")
     try:
-        with pytest.raises(ProviderError, match="not the dispatcher's") as caught:
+        with pytest.raises(ProviderError, match="of another owner") as caught:
             world.driver.ensure(spec)
         assert f"docker rm -f {name}" in caught.value.fix
         handle = world.driver.handle(spec)
