@@ -58,7 +58,7 @@ class Clocks:
         try:
             while True:
                 now = time.time()
-                opened.send(json.dumps({"now": now, "up": round(time.monotonic() - self._began, 1)}))
+                opened.send(json.dumps({"now": now, "up": round(time.monotonic() - self._began, 3)}))
                 end = time.monotonic() + 1 - now % 1
                 while (left := end - time.monotonic()) > 0:
                     opened.receive(timeout=left)

@@ -9,9 +9,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dispatcher.plugin import Duration, Size
+from dispatcher.plugin import Duration, Size, Table
 
 Path_ = Annotated[Path, Field(strict=False)]
 #: What root needs to use the agent's data, and to give up its privileges.
@@ -22,10 +22,10 @@ _NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _DEVICE = re.compile(r"/dev/[^:]+(:[^:]+(:[rwm]+)?)?")
 
 
-class Strict(BaseModel):
-    """A table: frozen, no unknown keys, no conversions."""
+class Strict(Table):
+    """A table whose values are not converted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(strict=True)
 
 
 class Registry(Strict):

@@ -91,7 +91,7 @@ def site(short_tmp, apps):
             with contextlib.suppress(OSError, AssertionError):
                 site.close()
     finally:
-        on_machine("umount", "--lazy", "--recursive", str(run))  # the log pump lives on for a moment
+        on_machine("umount", "--lazy", "--recursive", str(run))  # the log collector ends a moment later
 
 
 def endpoints(site: Installation) -> Path:
