@@ -38,7 +38,7 @@ die() { echo "provision.sh: $*" >&2; exit 1; }
 
 if [ $packages = yes ]; then
     step "Debian packages"
-    command -v apt-get >/dev/null || die "this is no Debian or Ubuntu (see --no-packages)"
+    command -v apt-get >/dev/null || die "this is not Debian or Ubuntu (see --no-packages)"
     export DEBIAN_FRONTEND=noninteractive
     apt-get update -qq
     apt-get install -y -qq --no-install-recommends \

@@ -46,7 +46,7 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
     """Return the session's token and the Cookie value as an agent may see it, other cookies byte for byte.
 
     The token is None when there is no session cookie, or more than one: a sibling origin or an agent's page may
-    have added the second, and there is no telling which is right.
+    have added the second, and it cannot be known which one is right.
     """
     if b"dispatcher" not in value:
         return None, value

@@ -1,4 +1,4 @@
-"""Opening the proxy's listeners, before privileges are dropped.  Touches sockets and the environment.
+"""Opening the proxy's listeners, before privileges are dropped.
 
 An address is HOST:PORT, [IPv6]:PORT, unix:/PATH, or ``systemd`` for the sockets that the service manager hands
 over (sd_listen_fds(3)).
@@ -78,7 +78,7 @@ def _tcp(host: str, port: int, address: str, key: str, *, ipv4_too: bool) -> soc
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError(f"{key}: {printable(address)} is no address of this host", why=str(error)) from error
+        raise ConfigError(f"{key}: {printable(address)} is not an address of this host", why=str(error)) from error
     family, kind, protocol, _, where = found[0]
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -131,7 +131,7 @@ def _unix(path: str, key: str) -> socket.socket:
 def bind_unix(path: str, mode: int) -> socket.socket:
     """Return a listening Unix socket; one that a crash left behind is replaced, a live one is not.
 
-    :raises Unavailable: somebody listens there, or there is something else.
+    :raises Unavailable: another process listens there, or the path is not a socket.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -144,7 +144,9 @@ def bind_unix(path: str, mode: int) -> socket.socket:
                 logger("proxy").info("a socket was left behind, replacing it", path=path)
                 os.unlink(path)
             else:
-                raise Unavailable(f"Cannot listen on {path}", why="somebody listens there", fix="stop it first")
+                raise Unavailable(
+                    f"Cannot listen on {path}", why="another process listens there", fix="stop it first"
+                )
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.bind(path)
@@ -168,6 +170,6 @@ def _from_systemd(key: str) -> list[socket.socket]:
         os.set_inheritable(fd, False)
         sock = socket.socket(fileno=os.dup(fd))
         if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError(f"{key}: descriptor {fd} of systemd is no listening stream socket")
+            raise ConfigError(f"{key}: descriptor {fd} of systemd is not a listening stream socket")
         sockets.append(sock)
     return sockets

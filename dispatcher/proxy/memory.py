@@ -1,4 +1,4 @@
-"""How the C library's allocator behaves in this process.  Touches glibc; elsewhere it does nothing."""
+"""Settings of glibc's allocator for this process; a no-op with other C libraries."""
 
 from __future__ import annotations
 

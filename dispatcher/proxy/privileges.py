@@ -1,4 +1,4 @@
-"""Becoming the proxy's user for good.  Touches this process's ids, capabilities and limits."""
+"""Drops privileges for good: user and group ids, capabilities, limits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 
-SPARE_DESCRIPTORS = 512  # for all that is no connection
+SPARE_DESCRIPTORS = 512  # for files that are not connections
 
 
 def most_connections(wanted: int) -> int:

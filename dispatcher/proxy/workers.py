@@ -1,4 +1,4 @@
-"""The proxy's child processes: forked, watched, replaced.  Touches processes and socket pairs.
+"""The proxy's child processes: forked, watched, replaced.
 
 A child is a worker of the edge or the portal.  It inherits what the parent has open and loaded, so that memory
 is shared; it never executes another program.
@@ -21,8 +21,8 @@ from dispatcher.proxy import privileges
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
 FIRST_TRIES = 5  # then the proxy does not start: about three seconds
-_STEADY = 20.0  # seconds after which a child's end is no longer a failed start
-_BORN = 5.0  # seconds after which its end is no longer a matter of its beginning
+_STEADY = 20.0  # seconds after which a child that ends has not failed to start
+_BORN = 5.0  # seconds after which a child that ends did start
 
 WORKER = "worker"
 PORTAL = "portal"

@@ -158,7 +158,7 @@ def test_account_changes_the_password_and_ends_other_sessions(demo, person) -> N
     here, there = open_demo(demo, person, name), open_demo(demo, person, name)
     here.goto(f"{demo.url}/auth/account")
     expect(here.locator(".sessions li")).to_have_count(2)
-    here.get_by_label("Your password now").fill(PASSWORD)
+    here.get_by_label("Current password").fill(PASSWORD)
     here.get_by_label("New password", exact=True).fill("another long one")
     here.get_by_label("New password, again").fill("another long one")
     here.get_by_role("button", name="Change the password").click()

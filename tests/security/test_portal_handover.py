@@ -102,7 +102,7 @@ def test_a_code_is_for_one_host_and_once(portal) -> None:
     assert person.open(f"{other}/auth/handover/redeem?code={code}&next=/").status == 403
     page = person.open(page.location)
     assert page.status == 403
-    assert "One more click" in page.text
+    assert "Sign-in not completed" in page.text
     assert 'href="/"' in page.source
 
 

@@ -55,8 +55,8 @@ def change_password() -> Response:
     new = context.sent("new_password")
     try:
         if not request.is_json and new != context.sent("again"):
-            raise BadRequest("The two new passwords differ", fix="type the new password twice, alike")
-        answer = context.portal().patient.change_password(
+            raise BadRequest("The two new passwords differ", fix="type the same new password twice")
+        answer = context.portal().login_client.change_password(
             someone.sha256, context.sent("password"), new, context.address()
         )
     except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:
@@ -84,7 +84,7 @@ def revoke() -> Response:
             with suppress(NotFound):  # ended by itself meanwhile
                 client.logout(someone.sha256, session["id"])
     client.logout(someone.sha256)
-    return sign_in.farewell("everywhere")
+    return sign_in.signed_out("everywhere")
 
 
 def _back(notice: str) -> Response:

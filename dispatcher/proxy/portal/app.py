@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 MAX_BODY = 64 * 1024  # bytes; the longest form holds two passwords and a target
 
 
-def create_app(config: Config, client: ManagerClient, patient: ManagerClient | None = None) -> Flask:
+def create_app(config: Config, client: ManagerClient, login_client: ManagerClient | None = None) -> Flask:
     """Return the portal.
 
     :param config: `proxy` and `apps` are read.
     :param client: speaks to the manager in the role *proxy*; used by many threads.
-    :param patient: the same, for requests that check a password; by default `client`.
+    :param login_client: the same, for requests that check a password; by default `client`.
     """
     app = Flask(__name__, static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY, MAX_FORM_PARTS=20)
@@ -32,7 +32,7 @@ def create_app(config: Config, client: ManagerClient, patient: ManagerClient | N
     app.jinja_env.undefined = StrictUndefined
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters["sentence"] = words.sentence
-    portal = context.Portal(config, client, patient or client, SHIPPED)
+    portal = context.Portal(config, client, login_client or client, SHIPPED)
     app.extensions[context.EXTENSION] = portal
     for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
         app.register_blueprint(blueprint, url_prefix=portal.prefix)

@@ -1,7 +1,7 @@
 """The portal's static files and templates, read when this module is imported.  Reads static/ and templates/ only.
 
 Static files are served from memory under names that hold their hash: a name that changes with its content may be
-cached for ever (RFC 8246), so a page known before costs one request.  Templates are read as early because the
+cached without expiry (RFC 8246), so a known page costs one request.  Templates are read as early because the
 proxy's user may have no access to where this program lies, once privileges are dropped.
 """
 

@@ -1,6 +1,6 @@
 """What a response looks like: pages for people, JSON for programs, problem details, security headers.
 
-Touches the request and the templates only.  Who asks is told from `Accept`: a person's browser names text/html.
+`Accept` tells people from programs: a browser that opens a page names text/html.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from dispatcher.proxy.portal import context
 
 _log = logging.getLogger("dispatcher.portal")
 _HEADINGS = {
-    400: "This cannot work",
+    400: "Bad request",
     403: "Not allowed",
-    404: "Nothing here",
-    405: "Not that way",
-    413: "Too much at once",
-    429: "One moment, please",
+    404: "Page not found",
+    405: "Method not allowed",
+    413: "Request too large",
+    429: "Too many requests",
     500: "Something went wrong",
     502: "The app did not answer",
-    503: "Not available right now",
-    504: "This took too long",
+    503: "Temporarily unavailable",
+    504: "Timed out",
 }
 
 
@@ -100,7 +100,7 @@ def retry(response: Response, seconds: float | None) -> Response:
 
 
 def error_page(error: DispatcherError, status: int | None = None) -> Response:
-    """Return an error for whoever asks."""
+    """Return an error as a page or as problem details."""
     if not for_people():
         return problem(error, status)
     number = status or error.status
@@ -118,7 +118,7 @@ def _from_http(error: HTTPException) -> DispatcherError:
     number = error.code or 500
     cls = classes.get(number, BadRequest if number < 500 else DispatcherError)
     texts = {
-        404: ("There is no such page", "check the address"),
+        404: ("Page not found", "check the address"),
         405: (f"{request.method} is not possible here", "open the page in a browser"),
         413: ("The request is too big", "send less"),
     }
@@ -152,7 +152,7 @@ def install(app: Flask) -> None:
         number = request.headers.get("X-Request-ID", "")
         _log.exception("%s %s failed, request %s", request.method, printable(request.path), printable(number))
         return error_page(
-            DispatcherError("The portal made a mistake", fix="try again; if it stays so, tell the operator")
+            DispatcherError("The portal failed", fix="try again; if it happens again, tell the operator")
         )
 
     app.after_request(context.keep_seed)

@@ -1,4 +1,4 @@
-"""What every page needs: the portal's settings, who is signed in, cookies and forms.  Touches the request only.
+"""What every page needs: the portal's settings, who is signed in, cookies and forms.
 
 `portal()` is the application's, `person()` the request's.  The manager is asked at most once a request who the
 session belongs to.
@@ -54,12 +54,12 @@ class StaleForm(Forbidden):
 class Portal:
     """Settings of the application.
 
-    :ivar client: speaks to the manager; :ivar patient: the same where a password is checked, which takes longer.
+    :ivar client: for most requests; :ivar login_client: with a longer timeout, for requests that check a password.
     """
 
     config: Config
     client: ManagerClient
-    patient: ManagerClient
+    login_client: ManagerClient
     assets: Assets
     logins: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(LOGIN_SLOTS))
 
@@ -131,7 +131,7 @@ def session_digest() -> str:
 def person() -> Person | None:
     """Return who is signed in.
 
-    :raises ManagerUnreachable: nobody can tell.
+    :raises ManagerUnreachable: the manager does not answer.
     """
     if "person" not in g:
         g.person = _look_up()
@@ -165,12 +165,12 @@ def _look_up() -> Person | None:
 def agent_of(someone: Person, name: str) -> dict[str, Any]:
     """Return one of a person's agents.
 
-    :raises NotFound: alike for another's and for none at all.
+    :raises NotFound: the same for another user's agent and for none.
     """
     for agent in portal().client.my_agents(someone.sha256)["agents"]:
         if agent["name"] == name:
             return cast("dict[str, Any]", agent)
-    raise NotFound("There is no such app of yours", fix="choose one of your apps")
+    raise NotFound("You have no such app", fix="choose one of your apps")
 
 
 # Cookies.
@@ -220,7 +220,7 @@ def forget_session(response: Response) -> None:
     """Leave nothing of a session in the browser: the next person's app must not find what the last one's left.
 
     The cache and everything that scripts store go by Clear-Site-Data.  Its "cookies" would take too much: those
-    of all sibling hosts, and the device cookie, which lets the owner in while somebody guesses passwords.  So
+    of all sibling hosts, and the device cookie, which lets the owner in while others guess passwords.  So
     the cookies that the browser showed (an app's, when it shares the portal's origin) are expired one by one.
     """
     _set(response, cookies.session_cookie_name(portal().config.secure), "", 0)
@@ -228,7 +228,7 @@ def forget_session(response: Response) -> None:
 
 
 def forget_others(response: Response, device: str | None) -> None:
-    """Leave nothing of whoever had this browser before, unless it was the same person.
+    """Clear what the previous user of this browser left, unless it was the same person.
 
     A session may end without a sign-out.  In subdomain routing nothing is shared.
 

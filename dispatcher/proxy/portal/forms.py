@@ -1,7 +1,7 @@
-"""Which state-changing requests are believed.  Pure: headers and values in, a verdict out.
+"""Protection of state-changing requests against forgery.  Pure: headers and values in, a verdict out.
 
 The portal shares its origin with apps (session routing) or its site (subdomain routing), keeps no key and may be
-restarted at any time, so a form is believed by three independent things:
+restarted at any time, so a form has to pass three independent checks:
 
 - the browser's own word (`Sec-Fetch-*`, W3C Fetch Metadata; `Origin`, RFC 6454): a form arrives as a top-level
   navigation from the own origin.  A script's `fetch`, a frame, another site or a sibling host is none of that;

@@ -2,8 +2,8 @@
 
 AGENT host: `begin` puts a random nonce into a cookie of that host and asks the portal's host for a code.
 PORTAL host: the signed-in person gets a code for that host, bound to the nonce's hash, single use, 30 seconds.
-AGENT host: `redeem` trades code and nonce for a session of that host alone.  A link that somebody else was sent
-is worth nothing without the nonce, which neither pages nor other hosts can read.
+AGENT host: `redeem` trades code and nonce for a session of that host alone.  A link sent to another
+person is worth nothing without the nonce, which neither pages nor other hosts can read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def issue() -> Response:
     """Give the signed-in person a code for one of their agents' hosts."""
     portal = context.portal()
     if not portal.subdomains or context.on_agent_host():
-        raise NotFound("There is no such page")
+        raise NotFound("Page not found")
     host = targets.agent_host(request.args.get("host", ""), portal.public_host)
     nonce = request.args.get("nonce", "")
     if not host or not _SHA256.fullmatch(nonce):
@@ -55,7 +55,7 @@ def issue() -> Response:
 def redeem() -> Response:
     """Trade the code for a session of this host."""
     if not context.on_agent_host():
-        raise NotFound("There is no such page")
+        raise NotFound("Page not found")
     target = targets.own_path(request.args.get("next"), context.portal().prefix)
     nonce = context.nonce()
     try:
@@ -75,5 +75,5 @@ def _not_redeemed(error: DispatcherError, target: str) -> Response:
         return context.go(target)
     if not content.for_people():
         return content.problem(error, 403)
-    # Never by itself: what went wrong once would go wrong for ever.
+    # Never automatically: the same failure would repeat without end.
     return content.page("again.html", 403, error=error, target=target)

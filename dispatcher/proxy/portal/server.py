@@ -1,4 +1,4 @@
-"""Runs the portal on waitress, on a socket that somebody else opened.  Touches that socket and the manager's."""
+"""Runs the portal on waitress, on an inherited socket."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dispatcher.proxy.portal.app import MAX_BODY, create_app
 #: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
 SPARE_THREADS = 8
 TIMEOUT = 10.0  # seconds to wait for the manager
-#: The same where it checks a password, which may queue there for half a minute and then is refused honestly.
+#: The same where it checks a password, which may be queued for half a minute before it is refused.
 PASSWORD_TIMEOUT = 35.0
 
 
@@ -30,9 +30,9 @@ def serve(config: Config, sock: socket.socket) -> None:
     # Waitress warns of each request that finds no idle thread, as the first ones do: no news for an operator.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     url = f"unix://{Paths.of(config).proxy_socket}"
-    client, patient = (ManagerClient(url, timeout=seconds) for seconds in (TIMEOUT, PASSWORD_TIMEOUT))
+    client, login_client = (ManagerClient(url, timeout=seconds) for seconds in (TIMEOUT, PASSWORD_TIMEOUT))
     waitress.serve(
-        create_app(config, client, patient),
+        create_app(config, client, login_client),
         sockets=[sock],
         threads=context.LOGIN_SLOTS + SPARE_THREADS,
         asyncore_use_poll=True,  # descriptors past 1,024

@@ -37,7 +37,7 @@ def form() -> Response:
 def sign_in() -> Response:
     """Check a name and a password, and begin a session: always a new one, whatever cookie came along."""
     if context.on_agent_host():
-        raise Forbidden("Nobody signs in on an app's own host", fix=f"sign in at {context.portal().public_origin}")
+        raise Forbidden("The host of an app has no sign-in", fix=f"sign in at {context.portal().public_origin}")
     target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
     user = context.sent("user")
     try:
@@ -47,7 +47,7 @@ def sign_in() -> Response:
     try:
         answer = _login(user, context.sent("password"))
     except (BadRequest, Forbidden):
-        # Unknown names, impossible names and wrong passwords look alike.
+        # Unknown names, invalid names and wrong passwords get the same answer.
         return _again(Forbidden("Name and password do not match", fix="check both and try again"), user, target)
     except TooManyRequests as error:
         return _again(error, user, target)
@@ -67,7 +67,7 @@ def _login(user: str, password: str) -> dict[str, Any]:
     portal = context.portal()
     agent = request.headers.get("User-Agent", "")[:512]
     with _slot():
-        answer = portal.patient.login(user, password, context.address(), agent, context.device_token())
+        answer = portal.login_client.login(user, password, context.address(), agent, context.device_token())
     if before := context.session_digest():
         with suppress(DispatcherError):
             portal.client.logout(before)
@@ -76,12 +76,12 @@ def _login(user: str, password: str) -> dict[str, Any]:
 
 @contextmanager
 def _slot() -> Iterator[None]:
-    """Leave threads for everybody else while many passwords are checked.
+    """Reserve threads for other requests while many passwords are checked.
 
     :raises TooManyRequests: all slots are taken, or the manager did not get to it in time.
     """
     slots = context.portal().logins
-    busy = TooManyRequests("Many people are signing in", fix="try again in a moment", retry_after=2)
+    busy = TooManyRequests("Too many sign-ins at once", fix="try again in a moment", retry_after=2)
     if not slots.acquire(blocking=False):
         raise busy
     try:
@@ -128,10 +128,10 @@ def sign_out() -> Response:
     context.check_form("logout")
     if digest := context.session_digest():
         context.portal().client.logout(digest)
-    return farewell("signed-out")
+    return signed_out("signed-out")
 
 
-def farewell(notice: str) -> Response:
+def signed_out(notice: str) -> Response:
     """Return the way out, after the session has ended."""
     response = content.data({"signed_out": True}) if not content.for_people() else None
     response = response or context.go(context.local("/login", notice=notice))

@@ -1,4 +1,4 @@
-"""What people read: states, times and browsers in words.  Pure."""
+"""Texts of the pages: states, times and browsers in words.  Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dispatcher.common.humanize import ago
 STATES: Mapping[str, tuple[str, str]] = {
     "running": ("Running", "good"),
     "starting": ("Starting", "busy"),
-    "suspending": ("Going to sleep", "busy"),
+    "suspending": ("Suspending", "busy"),
     "suspended": ("Asleep", "calm"),
     "hibernated": ("Asleep", "calm"),
     "stopping": ("Stopping", "busy"),
     "stopped": ("Stopped", "calm"),
     "removing": ("Being removed", "busy"),
     "failed": ("Failed", "bad"),
-    "unknown": ("Not reachable", "bad"),
+    "unknown": ("Unreachable", "bad"),
 }
 _BROWSERS = (
     ("Edge", r"Edg(?:e|A|iOS)?/"),

@@ -31,7 +31,7 @@ class TestWaiting:
         assert (page.status, page.headers["Retry-After"]) == (503, "2")
         assert page.headers["Cache-Control"] == "no-store"
         assert page.headers["Content-Type"] == "text/html; charset=utf-8"
-        assert "Notebook booting" in page.text.replace("You will be there as soon as it is ready. ", "")
+        assert "Notebook booting" in page.text.replace("This page opens the app as soon as it is ready. ", "")
         assert "waiting for the network" in page.text
         assert '<noscript><meta http-equiv="refresh" content="2; url=/lab?x=1"></noscript>' in page.source
         assert 'data-events="/auth/events"' in page.source
@@ -180,7 +180,7 @@ class TestDashboard:
         browser = Browser(app)
         browser.sign_in()
         del manager.agents["alice"]
-        assert "There is no app for you yet" in browser.get("/auth/").text
+        assert "You have no apps yet" in browser.get("/auth/").text
 
     def test_status_tells_programs_nothing_of_the_host(self, portal) -> None:
         app, _ = portal
@@ -238,7 +238,7 @@ class TestAccount:
         there.sign_in()
         page = here.get("/auth/account")
         assert page.text.count("Firefox on Linux") == 3
-        assert "Firefox on Linux this one 192.0.2.7" in page.text
+        assert "Firefox on Linux this session 192.0.2.7" in page.text
         other = digest(there.cookie())[:16]
         answer = here.post("/auth/account/sessions", page.form("/account/sessions")["fields"] | {"id": other})
         assert answer.location == "/auth/account?notice=revoked"
@@ -326,7 +326,7 @@ class TestTheRest:
         monkeypatch.setattr(manager, "my_agents", lambda _: {"secret": 1}["agents"])
         page = browser.get("/auth/?password=hunter2", X_Request_ID="r-17")
         assert page.status == 500
-        assert "The portal made a mistake" in page.text
+        assert "The portal failed" in page.text
         assert "KeyError" not in page.source
         assert "r-17" in page.text
         assert "r-17" in caplog.text
