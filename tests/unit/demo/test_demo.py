@@ -234,9 +234,9 @@ def test_pages_of_other_origins_change_nothing(tmp_path: Path, site: str, status
 
 def test_the_clock_ticks_and_answers_pings(tmp_path: Path) -> None:
     with running(tmp_path) as path, unix_connect(str(path), "ws://demo/clock") as client:
-        first, second = json.loads(client.recv(5)), json.loads(client.recv(5))
+        first, second, third = (json.loads(client.recv(5)) for _ in range(3))
         assert 0 < second["now"] - first["now"] < 1.5
-        assert second["up"] > first["up"]
+        assert third["up"] > first["up"]  # the second may follow at once, at the next full second
         assert client.ping().wait(2)
         client.send("hello")
         client.close()
