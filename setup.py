@@ -63,6 +63,7 @@ setup(
         "structlog>=24",
         "prometheus-client>=0.20",
         "psutil>=5.9",
+        "inotify_simple>=2",
         "uvloop>=0.19",
         "simple-websocket>=1",
         "tomli>=2; python_version < '3.11'",

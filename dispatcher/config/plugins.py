@@ -32,24 +32,6 @@ def distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
-def _manager() -> pluggy.PluginManager:
-    manager = pluggy.PluginManager(hooks.NAMESPACE)
-    manager.add_hookspecs(hooks)
-    return manager
-
-
-def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origin: str) -> None:
-    """Refuse a plugin that implements a hook which does not exist."""
-    for caller in manager.get_hookcallers(plugin) or ():
-        if not caller.has_spec():
-            known = [hook for hook, other in vars(manager.hook).items() if other.has_spec()]
-            near = difflib.get_close_matches(caller.name, known, 1)
-            raise PluginError(
-                f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
-                fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
-            )
-
-
 class Plugins:
     """The plugins of one process.
 
@@ -62,7 +44,8 @@ class Plugins:
             known = self._entries.setdefault(entry.name, [])
             if all((entry.value, distribution(entry)) != (other.value, distribution(other)) for other in known):
                 known.append(entry)
-        self._manager = _manager()
+        self._manager = pluggy.PluginManager(hooks.NAMESPACE)
+        self._manager.add_hookspecs(hooks)
         self._loaded: dict[str, str] = {}
         self._providers: dict[str, type[Provider]] = {}
         self._authenticators: dict[str, type[Authenticator]] = {}
@@ -93,30 +76,11 @@ class Plugins:
                 why=f"{type(error).__name__}: {error}",
                 fix=f"install what it needs, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
             ) from error
-        self.register(name, plugin, origin)
+        self._register(name, plugin, origin)
 
     def register(self, name: str, plugin: object, origin: str = "this program") -> None:
-        """Register a plugin: called by `load`, and for what has no entry point (built in, or in tests).
-
-        :param origin: the distribution that errors name.
-        :raises PluginError: an unknown hook, a wrong class, a name that is taken.
-        """
-        alone = _manager()  # so that a hook is called for this plugin only, and a refused plugin gets no events
-        try:
-            alone.register(plugin, name)
-            if name in self._loaded or self._manager.is_registered(plugin):
-                raise ValueError("it is registered already")
-        except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(
-                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
-            ) from error
-        _check_hooks(alone, name, plugin, origin)
-        hook = hooks.dispatcher_register_providers.__name__
-        self._collect(alone, hook, Provider, provider.API_VERSION, self._providers, origin)
-        hook = hooks.dispatcher_register_authenticators.__name__
-        self._collect(alone, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
-        self._manager.register(plugin, name)
-        self._loaded[name] = origin
+        """Register a plugin object without an entry point (built in, or in tests)."""
+        self._register(name, plugin, origin)
 
     def provider(self, name: str) -> type[Provider]:
         """Return the provider class called `name`, its plugin loaded.
@@ -153,18 +117,42 @@ class Plugins:
             )
         return found[0]
 
-    def _collect(
-        self,
-        manager: pluggy.PluginManager,
-        hook: str,
-        base: Any,
-        version: int,
-        into: dict[str, Any],
-        origin: str,
-    ) -> None:
-        """Call a hook and add the classes that it returns to `into`."""
+    def _register(self, name: str, plugin: object, origin: str) -> None:
         try:
-            classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
+            self._manager.register(plugin, name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(
+                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
+            ) from error
+        try:
+            self._check_hooks(name, plugin, origin)
+            hook = hooks.dispatcher_register_providers.__name__
+            self._collect(plugin, hook, Provider, provider.API_VERSION, self._providers, origin)
+            hook = hooks.dispatcher_register_authenticators.__name__
+            self._collect(plugin, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
+        except PluginError:
+            self._manager.unregister(plugin)
+            raise
+        self._loaded[name] = origin
+
+    def _check_hooks(self, name: str, plugin: object, origin: str) -> None:
+        for caller in self._manager.get_hookcallers(plugin) or ():
+            if not caller.has_spec():
+                known = [hook for hook, other in vars(self._manager.hook).items() if other.has_spec()]
+                near = difflib.get_close_matches(caller.name, known, 1)
+                raise PluginError(
+                    f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
+                    fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
+                )
+
+    def _collect(
+        self, plugin: object, hook: str, base: Any, version: int, into: dict[str, Any], origin: str
+    ) -> None:
+        """Call a hook of this plugin alone and add the classes that it returns to `into`."""
+        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        try:
+            found = self._manager.subset_hook_caller(hook, remove_plugins=others)()
+            classes = [cls for returned in found for cls in returned]
         except Exception as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:

@@ -1,4 +1,4 @@
-"""The manager as a whole: puts the parts together, starts and ends them in order, reloads."""
+"""The manager as a whole: puts the parts together, starts and stops them in order, reloads the configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.agents.metrics import EventLog, Metrics
+from dispatcher.manager.agents.event_log import EventLog
+from dispatcher.manager.agents.metrics import Metrics
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.passwords import Hasher, HashPool
+from dispatcher.manager.auth.removals import Removals
 from dispatcher.manager.auth.session_table import Lifetimes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
@@ -41,7 +43,6 @@ from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.deadline import boottime
-from dispatcher.plugin.errors import NotFound
 
 #: Settings that are read at the start only.
 FIXED = (
@@ -61,15 +62,15 @@ FIXED = (
     "proxy.user",
 )
 
-SETTLED = 2.0  # seconds after which nobody waits for the start any more
+FREEZE = 2.0  # seconds after the start: what is in memory then mostly stays
 
 _log = log.logger("manager")
 
 
 class Manager:
-    """Everything of one manager.
+    """One manager.
 
-    :param config: as it is to begin with; :param path: its file, read again by `reload`.
+    :param config: the initial one; :param path: its file, read again by `reload`.
     :param plugins: by default those installed.
     """
 
@@ -84,9 +85,9 @@ class Manager:
         self._reloading = threading.Lock()
 
     def start(self) -> None:
-        """Take control, then listen.  Returns when the manager answers.
+        """Start the supervisor, then listen.  Returns when the manager answers.
 
-        :raises DispatcherError: why it cannot; nothing of it is left running then.
+        :raises DispatcherError: it cannot start; everything is stopped again.
         """
         began = boottime()
         try:
@@ -97,13 +98,13 @@ class Manager:
         _log.info("the manager is ready", seconds=round(boottime() - began, 3), version=__version__)
 
     def close(self) -> None:
-        """Stop listening, stop everything; agents go on."""
+        """Stop listening, then stop all threads, in reverse order of the start; agents continue to run."""
         closers, self._closers = self._closers, []
         for close in reversed(closers):
             try:
                 close()
             except Exception:
-                _log.exception("something could not be closed")
+                _log.exception("a part could not be closed")
 
     def _start(self) -> None:
         config = self.config
@@ -149,13 +150,12 @@ class Manager:
         self.sessions.load({user.name: user.created for user in self.supervisor.store.users()})
         self._closers.append(self.sessions.close)
         self.sessions.start()
-        # The sockets are made before anything listens: what cannot be had stops the start.
+        # All sockets are made before any is served: one that cannot be made fails the start.
         self.feed = Feed(
             self._unix(self.paths.feed_socket, self.accounts.proxy_gid),
             supervisor=self.supervisor,
             sessions=self.sessions,
             allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
-            on_agent_gone=self._agent_gone,
         )
         self.health = Health(self.supervisor, database, self.feed.connections)
         self.services = Services(
@@ -167,11 +167,11 @@ class Manager:
             metrics=metrics,
             reload=self.reload,
             health=self.health.report,
-            sync_edge=self.feed.settle,
+            sync_edge=self.feed.synchronize,
             waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
         )
         metrics.watch(
-            agents=self.supervisor.views,
+            agents=self.supervisor.queries.views,
             gauges={
                 "sessions": ("Sessions that are alive", self.sessions.count),
                 "feed_connections": ("Connected edge workers", self.feed.connections),
@@ -179,13 +179,13 @@ class Manager:
             },
             workers=self.feed.counters,
         )
-        self._adopt_sessions()
+        Removals(self.supervisor, self.sessions, self.feed.synchronize).start()
         self._listen()
         pool.background(hasher.warm)
-        settling = threading.Timer(SETTLED, _settle)
-        settling.daemon = True
-        self._closers.append(settling.cancel)
-        settling.start()
+        freezing = threading.Timer(FREEZE, _freeze_heap)
+        freezing.daemon = True
+        self._closers.append(freezing.cancel)
+        freezing.start()
 
     def _authenticator(self, hasher: Hasher) -> Authenticator:
         name = self.config.auth.authenticator
@@ -208,7 +208,7 @@ class Manager:
             (
                 self._unix(self.paths.proxy_socket, self.accounts.proxy_gid),
                 PeerGuard(proxy, lambda uid, gid: may_proxy(self.accounts, uid, gid)),
-                threads + logins,  # who waits for a password check keeps nobody else from a thread
+                threads + logins,  # a request that waits for a password check must not take the last thread
                 None,
             ),
         ]
@@ -222,7 +222,7 @@ class Manager:
                 wanted.append((sock, guarded, threads, context))
                 _log.info("listening with TLS", address=_shown(sock), fingerprint=fingerprint)
             if not self.config.manager.client_ca and not self.config.manager.token_file:
-                _log.warning("nobody can use manager.listen", fix="set manager.token_file or manager.client_ca")
+                _log.warning("no client can use manager.listen", fix="set manager.token_file or manager.client_ca")
         self._closers.append(self.feed.close)
         self.feed.start()
         self._closers.append(self._close_servers)
@@ -233,7 +233,7 @@ class Manager:
         _log.info("listening", manager=str(self.paths.manager_socket), proxy=str(self.paths.proxy_socket))
 
     def _close_servers(self) -> None:
-        """End all listeners at the same time."""
+        """Close all listeners at the same time."""
         self.services.closing.set()
         closing = [threading.Thread(target=server.close) for server in self._servers]
         for thread in closing:
@@ -254,15 +254,15 @@ class Manager:
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens with TLS, as ``HOST:PORT``."""
+        """The addresses served with TLS, as ``HOST:PORT``."""
         return [_shown(server.socket) for server in self._servers if server.ssl_adapter]
 
     # --- reload
 
     def reload(self) -> list[str]:
-        """Read the configuration again and use what can change; return in sentences what did.
+        """Read the configuration again and apply what can change; return in sentences what did.
 
-        :raises DispatcherError: it is wrong; nothing has changed.
+        :raises DispatcherError: it is invalid; nothing has changed.
         """
         with self._reloading:
             return self._reload(load(self._config_path))
@@ -279,7 +279,7 @@ class Manager:
         self._tokens.adopt(tokens)
         if _lifetimes(old) != _lifetimes(new):
             self.sessions.set_lifetimes(_lifetimes(new))
-            changed.append("Sessions last as auth.session_lifetime and auth.session_idle say now.")
+            changed.append("Sessions have new lifetimes (auth.session_lifetime, auth.session_idle).")
         if old.manager.log_level != new.manager.log_level:
             log.set_level(new.manager.log_level)
             changed.append(f"The log level is {new.manager.log_level}.")
@@ -287,41 +287,20 @@ class Manager:
             if server.ssl_adapter is not None and context is not None:
                 server.ssl_adapter.context = context
         if context is not None:
-            changed.append(f"TLS connections get the certificate {fingerprint}.")
+            changed.append(f"TLS connections use the certificate {fingerprint}.")
         changed += [
-            f"{setting} has changed and is used after a restart."
+            f"{setting} has changed and takes effect after a restart."
             for setting in FIXED
             if _setting(old, setting) != _setting(new, setting)
         ]
         if old.plugins != new.plugins or old.auth.model_extra != new.auth.model_extra:
-            changed.append("plugins and the tables below auth are used after a restart.")
+            changed.append("plugins and the tables below auth take effect after a restart.")
         _log.info("read the configuration again", changed=changed)
         return changed
 
-    # --- agents that go
 
-    def _agent_gone(self, name: str) -> None:
-        """An agent is gone: its sessions go to another one of its user, or end with the user."""
-        user = name.partition(":")[0]
-        views = self.supervisor.views(user=user)
-        if any(view.name == name for view in views):
-            return
-        if views:
-            self.sessions.replace_agent(user, name, views[0].name)
-        elif self.supervisor.store.get_user(user) is None:
-            self.sessions.user_gone(user)
-
-    def _adopt_sessions(self) -> None:
-        """Agents that went while no manager lived."""
-        for name in {row.agent for row in self.sessions.all()}:
-            try:
-                self.supervisor.view(name)
-            except NotFound:
-                self._agent_gone(name)
-
-
-def _settle() -> None:
-    """What is there by now stays: the collector need not look at it again."""
+def _freeze_heap() -> None:
+    """Exclude present objects from garbage collection: most of them stay, and traversing them takes time."""
     gc.collect()
     gc.freeze()
     gc.enable()

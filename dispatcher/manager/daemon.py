@@ -1,4 +1,8 @@
-"""The manager's process: signals, systemd, the exit.  `build` makes a manager that a test can start by itself."""
+"""The manager's process: signals, systemd, exit.
+
+SIGTERM and SIGINT stop it: `run` leaves its loop and calls `Manager.close`, which closes the listeners, then the
+supervisor's threads, then the database; agents continue to run.  SIGHUP reads the configuration again.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ from pathlib import Path
 
 from dispatcher.common import log, systemd
 from dispatcher.config.load import Config
-from dispatcher.config.plugins import Plugins
 from dispatcher.manager.app import Manager
 from dispatcher.plugin.errors import DispatcherError
 
@@ -21,22 +24,17 @@ WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = log.logger("manager")
 
 
-def build(config: Config, path: Path | None = None, plugins: Plugins | None = None) -> Manager:
-    """Return a manager that is not started yet."""
-    return Manager(config, path, plugins)
-
-
 def run(config: Config, path: Path | None = None) -> int:
-    """Run the manager in the foreground until SIGTERM or SIGINT; SIGHUP reads the configuration again.
+    """Run the manager in the foreground.
 
-    :param path: of the configuration file; None looks for it as at the start.
+    :param path: of the configuration file; None: the default ones.
     :return: the exit code.
-    :raises DispatcherError: it cannot start, and why.
+    :raises DispatcherError: it cannot start.
     """
     log.configure(config.manager.log_level, config.manager.log_format)
     # Taken out of the environment: agents must not inherit it.
     notify = functools.partial(systemd.notify, address=os.environ.pop(systemd.VARIABLE, ""))
-    manager = build(config, path)
+    manager = Manager(config, path)
     with _signals() as arrived:
         try:
             manager.start()
@@ -44,8 +42,8 @@ def run(config: Config, path: Path | None = None) -> int:
             for number in arrived:
                 if number != signal.SIGHUP:
                     break
-                _reload_loudly(manager)
-            _log.info("ending; agents go on")
+                _reload(manager)
+            _log.info("stopping; agents continue to run")
             notify("STOPPING=1")
         finally:
             manager.close()
@@ -54,10 +52,10 @@ def run(config: Config, path: Path | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[Iterator[int]]:
-    """Yield the signals that arrive, as they do.
+    """Yield signals as they arrive.
 
-    Through a pipe: the kernel may hand a signal to any thread, and a main thread that waits for a lock would not
-    be woken by it.
+    Through a pipe: the kernel may deliver a signal to any thread, which does not interrupt a main thread that
+    waits for a lock.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -73,8 +71,8 @@ def _signals() -> Iterator[Iterator[int]]:
         os.close(writer)
 
 
-def _reload_loudly(manager: Manager) -> None:
+def _reload(manager: Manager) -> None:
     try:
         manager.reload()
     except DispatcherError as error:
-        _log.error("the configuration is not used", what=error.what, why=error.why, fix=error.fix)
+        _log.error("the new configuration is not applied", what=error.what, why=error.why, fix=error.fix)

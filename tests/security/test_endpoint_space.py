@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.manager.files.socket_tmpfs import FILES, SIZE, EndpointSpace
+from dispatcher.manager.files.socket_tmpfs import FILES, SIZE, SocketTmpfs
 from dispatcher.plugin.model import Level
 from tests.support.installation import Installation, UnixConnection, request, until
 
@@ -175,7 +175,7 @@ def test_a_manager_in_a_mount_namespace_of_its_own_mounts_where_the_proxy_sees_i
 def test_a_directory_with_endpoints_in_use_is_not_covered_up(site) -> None:
     endpoint = endpoints(site) / "0123456789abcdef"
     endpoint.mkdir(parents=True)
-    space = EndpointSpace(endpoints(site), privileged=True)
+    space = SocketTmpfs(endpoints(site), privileged=True)
     space.open()
     assert endpoint.exists() and not endpoints(site).is_mount()
     assert space.finding().level is Level.WARNING and "the next boot" in space.finding().what
@@ -183,7 +183,7 @@ def test_a_directory_with_endpoints_in_use_is_not_covered_up(site) -> None:
 
 def test_an_ordinary_user_is_told_what_is_not_bounded(site) -> None:
     endpoints(site).mkdir()
-    space = EndpointSpace(endpoints(site), privileged=False)
+    space = SocketTmpfs(endpoints(site), privileged=False)
     space.open()
     assert not endpoints(site).is_mount()
     assert "can fill" in space.finding().what and "root" in space.finding().fix
@@ -193,7 +193,7 @@ def test_an_ordinary_user_is_told_what_is_not_bounded(site) -> None:
 @pytest.mark.docker
 @pytest.mark.parametrize("apps", [PROBED], ids=["probe"])
 def test_a_container_fills_no_more(site) -> None:
-    """The engine shows it a directory of the same small file system."""
+    """The registry shows it a directory of the same small file system."""
     from tests.support.docker_tools import images
 
     images()

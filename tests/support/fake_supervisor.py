@@ -8,16 +8,17 @@ from dataclasses import replace
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock, boottime
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unsupported
-from dispatcher.manager.agents.lifecycle import Desired, State
+from dispatcher.manager.agents.lifecycle import FeedState, State
+from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.storage.agents import Failure, UserRow
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.plugin.model import AgentEvent, Endpoint, Finding, Level
 
 SETTLED = {
-    "running": (State.RUNNING, "running"),
-    "suspended": (State.SUSPENDED, "asleep"),
-    "hibernated": (State.HIBERNATED, "asleep"),
-    "stopped": (State.STOPPED, "asleep"),
+    "running": (State.RUNNING, FeedState.RUNNING),
+    "suspended": (State.SUSPENDED, FeedState.ASLEEP),
+    "hibernated": (State.HIBERNATED, FeedState.ASLEEP),
+    "stopped": (State.STOPPED, FeedState.ASLEEP),
 }
 
 
@@ -43,6 +44,19 @@ class FakeStore:
         )
 
 
+class FakeCopies:
+    def __init__(self, supervisor):
+        self._find = supervisor._find
+
+    def list(self, agent):
+        self._find(agent)
+        return []
+
+    def purge(self, agent):
+        self._find(agent)
+        return 0
+
+
 class FakeSupervisor:
     """:ivar settle: agents reach what is desired at once; :ivar calls: what was asked, in order."""
 
@@ -56,6 +70,9 @@ class FakeSupervisor:
         self.rows: dict[str, AgentView] = {}
         self.changed = threading.Condition(threading.RLock())
         self.subscribers = []
+        self.removal_subscribers = []
+        self.commands = self.queries = self.registry = self.reconciler = self
+        self.copies = FakeCopies(self)
         self.down = ""
 
     def start(self):
@@ -71,20 +88,27 @@ class FakeSupervisor:
         return view
 
     def put(self, name, **members):
-        """Set what an agent is, and tell."""
+        """Set fields of an agent, and notify."""
+        if "feed_state" in members:
+            members["feed_state"] = FeedState(members["feed_state"])
         with self.changed:
             self.rows[name] = replace(self.rows[name], **members)
             self.changed.notify_all()
         self._tell(name)
 
     def vanish(self, name):
-        """The agent is gone at last, its user with the last one."""
+        """The agent is gone, its user with the last one."""
         with self.changed:
             user = self.rows.pop(name).user
             if not any(view.user == user for view in self.rows.values()):
                 self.store.rows.pop(user, None)
             self.changed.notify_all()
         self._tell(name)
+        self._tell_removal(name, user)
+
+    def _tell_removal(self, name, user):
+        for subscriber in self.removal_subscribers:
+            subscriber(name, user)
 
     def _tell(self, name):
         for subscriber in self.subscribers:
@@ -108,7 +132,7 @@ class FakeSupervisor:
             provider="fake",
             state=State.STOPPED,
             desired=Desired.STOPPED,
-            feed_state="asleep",
+            feed_state=FeedState.ASLEEP,
             label=names.key(name),
             since=now,
             created=now,
@@ -117,35 +141,37 @@ class FakeSupervisor:
         return self.rows[name]
 
     def remove(self, agent, *, keep_data):
-        self._find(agent)
+        user = self._find(agent).user
         self.calls.append(("remove", agent, keep_data))
-        self.put(agent, desired=Desired.ABSENT, state=State.REMOVING, feed_state="stopping")
+        self.put(agent, desired=Desired.ABSENT, state=State.REMOVING, feed_state=FeedState.STOPPING)
+        self._tell_removal(agent, user)
         if self.settle:
             self.vanish(agent)
 
     def set_desired(self, agent, state, *, stdin=None):
         self._find(agent)
-        self.calls.append(("set_desired", agent, state, stdin))
-        if state == "hibernated":
+        desired = Desired(state)
+        self.calls.append(("set_desired", agent, desired.value, stdin))
+        if desired is Desired.HIBERNATED:
             raise Unsupported("The provider fake cannot hibernate", fix="suspend it")
-        self.put(agent, desired=Desired(state))
+        self.put(agent, desired=desired)
         if self.settle:
             self.reach(agent)
 
     def reach(self, agent):
         """Have an agent be what is desired."""
         state, feed_state = SETTLED[self.rows[agent].desired.value]
-        endpoint = Endpoint.unix(f"/run/x/{names.digest(agent)}/s") if feed_state == "running" else None
+        endpoint = Endpoint.unix(f"/run/x/{names.digest(agent)}/s") if feed_state is FeedState.RUNNING else None
         self.put(agent, state=state, feed_state=feed_state, endpoint=endpoint, owner_uid=None, failure=None)
 
     def fail(self, agent, what="The agent did not start"):
         failure = Failure(what=what, why="exit code 1", fix="see its log", log=("boom <b>",))
-        self.put(agent, state=State.FAILED, feed_state="failed", failure=failure, endpoint=None)
+        self.put(agent, state=State.FAILED, feed_state=FeedState.FAILED, failure=failure, endpoint=None)
 
     def restart(self, agent):
         self._find(agent)
         self.calls.append(("restart", agent))
-        self.put(agent, desired=Desired.RUNNING, state=State.STOPPING, feed_state="stopping")
+        self.put(agent, desired=Desired.RUNNING, state=State.STOPPING, feed_state=FeedState.STOPPING)
         if self.settle:
             self.reach(agent)
 
@@ -158,11 +184,11 @@ class FakeSupervisor:
         if agent in self.rows:
             self.set_desired(agent, "running")
 
-    def touch(self, agent, activity):
-        self.calls.append(("touch", agent, dict(activity)))
+    def record_activity(self, agent, activity):
+        self.calls.append(("record_activity", agent, dict(activity)))
 
-    def suspect(self, agent):
-        self.calls.append(("suspect", agent))
+    def check_endpoint(self, agent):
+        self.calls.append(("check_endpoint", agent))
 
     def view(self, agent):
         with self.changed:
@@ -185,6 +211,9 @@ class FakeSupervisor:
 
     def subscribe(self, on_change):
         self.subscribers.append(on_change)
+
+    def on_removal(self, call):
+        self.removal_subscribers.append(call)
 
     def runtime(self, agent):
         return {
@@ -215,14 +244,6 @@ class FakeSupervisor:
 
     def top(self):
         return []
-
-    def copies(self, agent):
-        self._find(agent)
-        return []
-
-    def purge_copies(self, agent):
-        self._find(agent)
-        return 0
 
     def providers(self):
         return [

@@ -16,6 +16,7 @@ from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.agents.metrics import Metrics
+from dispatcher.manager.auth.removals import Removals
 from dispatcher.manager.auth.passwords import Hasher, HashPool
 from dispatcher.manager.auth.session_table import Lifetimes
 from dispatcher.manager.auth.sessions import Sessions
@@ -71,6 +72,8 @@ class Parts:
             cls = plugin(self.supervisor.store, self.hasher).dispatcher_register_authenticators()[0]
             authenticator = cls(options=cls.Options())
         self.authenticator = authenticator
+        self.edge_waits = []
+        Removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1)).start()
         self.reloads = []
         self.services = Services(
             config=parse(config or {}),

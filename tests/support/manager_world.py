@@ -27,6 +27,7 @@ from dispatcher.plugin.names import backend_name
 from dispatcher.config.layout import Paths
 from dispatcher.config.plugins import GROUP, Plugins
 from dispatcher.testing.fake import FakeBackend, FakeProvider
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL, EngineDown
 
 _worlds = itertools.count()
@@ -167,7 +168,7 @@ def end(supervisor):
 def reach(supervisor, agent, *states, seconds=10):
     """Wait until an agent is in one of some states and nothing is being done to it; return its view."""
     wanted = {State(state) for state in states}
-    view = supervisor.wait(agent, lambda view: view is not None and view.state in wanted, seconds)
+    view = supervisor.queries.wait(agent, lambda view: view is not None and view.state in wanted, seconds)
     assert view is not None, "the agent is gone"
     assert view.state in wanted, (view.state, view.stage, view.detail, view.failure)
     return view
@@ -175,19 +176,19 @@ def reach(supervisor, agent, *states, seconds=10):
 
 def running(supervisor, name="alice"):
     """Make an agent and wait until it runs."""
-    supervisor.create(name, app=None, password_hash="hash")
-    supervisor.set_desired(name, "running")
+    supervisor.commands.create(name, app=None, password_hash="hash")
+    supervisor.commands.set_desired(name, Desired.RUNNING)
     return reach(supervisor, name, "running")
 
 
 def kinds(supervisor, name="alice"):
     """Return what happened to an agent, in order."""
-    return [event.kind for event in supervisor.events(name, 100)]
+    return [event.kind for event in supervisor.queries.events(name, 100)]
 
 
 def gone(supervisor, agent, seconds=10):
     """Wait until an agent is gone."""
-    view = supervisor.wait(agent, lambda view: view is None, seconds)
+    view = supervisor.queries.wait(agent, lambda view: view is None, seconds)
     assert view is None, (view.state, view.stage, view.failure)
 
 
@@ -211,7 +212,7 @@ class Crash:
         self.reached = threading.Event()
         self._go_on = threading.Event()
         self._world, self._supervisor, self._step, self._kind = world, supervisor, step, kind
-        supervisor.engine.on_step = self._on_step
+        supervisor.registry.on_step = self._on_step
 
     def _on_step(self, _agent, kind, step):
         if step == self._step and (self._kind is None or kind.value == self._kind) and not self.reached.is_set():
@@ -244,16 +245,16 @@ def cut_off(supervisor):
     from dispatcher.plugin.errors import Unavailable
 
     supervisor._timers.close()
-    supervisor._keeper.close()
+    supervisor._slow_timers.close()
 
     def dead(*_args, **_more):
         raise Unavailable("this manager was killed")
 
-    for backend in supervisor._backends:
-        provider = backend.guard.provider
+    for backend in supervisor.backends:
+        provider = backend.provider.wrapped
         provider.close()
         provider.backend = _Cut(provider.backend)
     for name in ("save", "add_copy", "remove", "create", "save_backend", "set_copy_directory", "remove_copy"):
         setattr(supervisor.store, name, dead)
-    for name in ("reset", "remove", "install", "store_copy", "fresh", "prepare"):
-        setattr(supervisor._data, name, dead)
+    for name in ("reset", "remove", "install", "store_copy", "empty_dir", "prepare"):
+        setattr(supervisor.data, name, dead)

@@ -23,6 +23,7 @@ from dispatcher.manager.storage import agents
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.config.layout import Paths
+from dispatcher.manager.storage.states import Desired
 from dispatcher.config.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -110,11 +111,11 @@ class Place:
         for supervisor in list(self.supervisors):
             self.end(supervisor)
         last = self.supervisor()
-        for view in last.views():
-            last.remove(view.name, keep_data=False)
-        for view in last.views():
+        for view in last.queries.views():
+            last.commands.remove(view.name, keep_data=False)
+        for view in last.queries.views():
             try:
-                last.wait(view.name, lambda view: view is None, 30)
+                last.queries.wait(view.name, lambda view: view is None, 30)
             except Exception:
                 continue
         self.end(last)
@@ -182,23 +183,23 @@ def main() -> None:
         if reached == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    supervisor.engine.on_step = die
+    supervisor.registry.on_step = die
     supervisor.start()
     print("started", flush=True)
     for line in sys.stdin:
         command, name, *rest = line.split()
         if command == "create":
-            supervisor.create(name, app=None, password_hash="hash")
+            supervisor.commands.create(name, app=None, password_hash="hash")
         elif command == "remove":
-            supervisor.remove(name, keep_data=False)
+            supervisor.commands.remove(name, keep_data=False)
         elif command == "restart":
-            supervisor.restart(name)
+            supervisor.commands.restart(name)
         elif command == "reset":
-            supervisor.reset_data(name)
+            supervisor.commands.reset_data(name)
         elif command == "wait":
-            supervisor.wait(name, lambda view: view is None or view.state.value == rest[0], 30)
+            supervisor.queries.wait(name, lambda view: view is None or view.state.value == rest[0], 30)
         else:
-            supervisor.set_desired(name, command)
+            supervisor.commands.set_desired(name, Desired(command))
         print("done", flush=True)
 
 

@@ -1,52 +1,17 @@
 """The state machine of an agent.  Pure: no I/O, no clock, no thread.
 
-From what is wanted (`Desired`), what the backend said last, and what is being done, three functions say what
-to do next (`next_operation`), what people see (`public_state`) and what the edge is told (`feed_state`); a
-fourth, `superseded`, says whether what is being done is still wanted.
+From the desired state (`Desired`), the last observation and the operation in flight, three functions derive the
+next operation (`next_operation`), the public state (`public_state`) and the state in the feed (`feed_state`); a
+fourth, `superseded`, decides whether the operation in flight is still wanted.
 """
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Literal
 
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState
-
-RESTART_WINDOW = 600.0  # seconds in which automatic starts are counted
-LONGEST_BACKOFF = 60.0  # seconds
-
-FeedState = Literal["running", "asleep", "starting", "stopping", "failed"]
-
-
-class Desired(str, enum.Enum):
-    """What is wanted of an agent; written before anything is done about it."""
-
-    RUNNING = "running"
-    SUSPENDED = "suspended"
-    HIBERNATED = "hibernated"
-    STOPPED = "stopped"
-    ABSENT = "absent"
-
-
-class Pending(str, enum.Enum):
-    """Something to be done once, on the way to what is desired."""
-
-    NONE = ""
-    RESTART = "restart"
-    RESET = "reset"
-
-
-class Kind(str, enum.Enum):
-    """An operation on an agent; one at a time."""
-
-    START = "start"  # also resumes
-    SUSPEND = "suspend"
-    HIBERNATE = "hibernate"
-    STOP = "stop"
-    RESET = "reset"
-    MOVE = "move"
-    REMOVE = "remove"
 
 
 class State(str, enum.Enum):
@@ -64,10 +29,20 @@ class State(str, enum.Enum):
     REMOVING = "removing"
 
 
+class FeedState(str, enum.Enum):
+    """The state by which the edge routes (docs/reference/feed.md)."""
+
+    RUNNING = "running"
+    ASLEEP = "asleep"
+    STARTING = "starting"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
 ASLEEP = frozenset({BackendState.SUSPENDED, BackendState.HIBERNATED})
 DEAD = frozenset({BackendState.STOPPED, BackendState.ABSENT})
 ALIVE = frozenset(BackendState) - DEAD
-_DOING = {
+_DURING = {
     Kind.START: State.STARTING,
     Kind.MOVE: State.STARTING,
     Kind.SUSPEND: State.SUSPENDING,
@@ -76,18 +51,18 @@ _DOING = {
     Kind.RESET: State.STOPPING,
     Kind.REMOVE: State.REMOVING,
 }
-_SETTLED = {BackendState.SUSPENDED: State.SUSPENDED, BackendState.HIBERNATED: State.HIBERNATED}
+_ASLEEP_STATES = {BackendState.SUSPENDED: State.SUSPENDED, BackendState.HIBERNATED: State.HIBERNATED}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """All that decides about an agent.
+    """The facts from which everything about an agent is decided.
 
-    :ivar observed: what the backend said last; :ivar ready: the health check answered since it runs.
-    :ivar reachable: the backend answers; :ivar operation: what is being done now.
-    :ivar moving: its app's provider is not the one that has the agent and its data.
-    :ivar failed: the last try to reach what is desired failed; :ivar held: nothing is to be begun now (back-off,
-        given up, or a provider's call hangs).
+    :ivar observed: by the backend, last; :ivar ready: the health check has answered since the agent runs.
+    :ivar reachable: the backend answers; :ivar operation: in flight.
+    :ivar moving: the app's provider is not the one that has the agent and its data.
+    :ivar failed: the last attempt to reach the desired state failed; :ivar held: no operation may begin now
+        (back-off, given up, or a provider's call hangs).
     """
 
     desired: Desired
@@ -102,14 +77,14 @@ class Situation:
 
     @property
     def first(self) -> Pending:
-        """What is to be done before anything else; a restart only matters while the agent shall run."""
+        """The step to do before anything else; a restart matters only while the desired state is running."""
         if self.pending is Pending.RESTART and self.desired is not Desired.RUNNING:
             return Pending.NONE
         return self.pending
 
 
 def reached(now: Situation) -> bool:
-    """Whether the agent is as desired.  One that shall sleep and has ended has nothing left to put to sleep."""
+    """Whether the agent is in its desired state.  An agent that has ended has nothing left to suspend."""
     if now.first is not Pending.NONE or now.desired is Desired.ABSENT:
         return False
     if now.desired is Desired.RUNNING:
@@ -122,7 +97,7 @@ def reached(now: Situation) -> bool:
 
 
 def next_operation(now: Situation) -> Kind | None:
-    """Return what to do next, None for nothing (or nothing yet)."""
+    """Return the next operation, None for none (or none yet)."""
     if now.operation is not None or now.held or reached(now):
         return None
     if now.desired is Desired.ABSENT:
@@ -141,9 +116,9 @@ def next_operation(now: Situation) -> Kind | None:
 
 
 def superseded(operation: Kind, desired: Desired, pending: Pending) -> bool:
-    """Whether an operation in flight contradicts a newer intent and should be cancelled.
+    """Whether an operation in flight contradicts a newer command and should be cancelled.
 
-    Stops, resets and removals are never cancelled: what follows begins when they are done.
+    Stops, resets and removals are never cancelled: the next operation begins when they are done.
     """
     if operation in {Kind.START, Kind.MOVE}:
         return desired in {Desired.STOPPED, Desired.ABSENT} or pending is not Pending.NONE
@@ -153,12 +128,12 @@ def superseded(operation: Kind, desired: Desired, pending: Pending) -> bool:
 
 
 def public_state(now: Situation) -> State:
-    """Return what people see.
+    """Return the public state.
 
-    While a backend cannot be asked, an agent that did not rest is *unknown*, never *stopped*.
+    While a backend does not answer, an agent that was not at rest is *unknown*, never *stopped*.
     """
     if now.operation is not None:
-        return _DOING[now.operation]
+        return _DURING[now.operation]
     if now.desired is Desired.ABSENT:
         return State.REMOVING
     if not now.reachable and now.observed in ALIVE:
@@ -175,49 +150,22 @@ def public_state(now: Situation) -> State:
         return State.STARTING
     if now.observed in DEAD:
         return State.STOPPED
-    return _SETTLED.get(now.observed, State.STARTING)
+    return _ASLEEP_STATES.get(now.observed, State.STARTING)
 
 
 def feed_state(now: Situation) -> FeedState:
-    """Return what the edge is told: where a request may go.
+    """Return the state by which the edge routes.
 
-    An agent whose backend cannot be asked, or that could not be put to sleep, goes on being served.
+    An agent whose backend does not answer, or that could not be suspended, is still served.
     """
     if now.operation is not None:
-        return "starting" if now.operation in {Kind.START, Kind.MOVE} else "stopping"
+        return FeedState.STARTING if now.operation in {Kind.START, Kind.MOVE} else FeedState.STOPPING
     if now.desired is Desired.ABSENT or now.first is not Pending.NONE:
-        return "stopping"
+        return FeedState.STOPPING
     if now.observed is BackendState.RUNNING and now.ready and now.desired is not Desired.STOPPED:
-        return "running"
+        return FeedState.RUNNING
     if now.failed:
-        return "failed"
+        return FeedState.FAILED
     if now.desired is Desired.RUNNING:
-        return "starting"
-    return "asleep" if now.observed in ASLEEP | DEAD else "stopping"
-
-
-def recent(attempts: tuple[float, ...], now: float) -> tuple[float, ...]:
-    """Return the attempts that still count."""
-    return tuple(time for time in attempts if now - time < RESTART_WINDOW)
-
-
-def after_death(attempts: tuple[float, ...], now: float, most: int) -> tuple[tuple[float, ...], float | None]:
-    """Return the attempts and when to start an agent again that was ready and ended by itself.
-
-    The first time at once, then after 1, 2, 4, ... seconds; None when it has used up `most` within the window.
-    """
-    counted = recent(attempts, now)
-    if len(counted) >= most:
-        return counted, None
-    return (*counted, now), now + (backoff(len(counted)) if counted else 0.0)
-
-
-def after_failure(attempts: tuple[float, ...], now: float, most: int) -> tuple[tuple[float, ...], float | None]:
-    """Return the attempts, this one counted, and when to try again what failed; None: give up."""
-    counted = (*recent(attempts, now), now)
-    return counted, None if len(counted) > most else now + backoff(len(counted))
-
-
-def backoff(failures: int) -> float:
-    """Return seconds to wait after so many failures: 1, 2, 4, ... up to a minute."""
-    return min(LONGEST_BACKOFF, 2.0 ** max(0, min(failures, 30) - 1))
+        return FeedState.STARTING
+    return FeedState.ASLEEP if now.observed in ASLEEP | DEAD else FeedState.STOPPING

@@ -1,10 +1,11 @@
-"""What the manager tells of itself: metrics in Prometheus' text format, and agents' events in the log.
+"""Metrics of the manager in Prometheus' text format.
 
-The registry is the manager's own; agents are counted by state and app, never one by one.
+They have a registry of their own; agents are counted by state and app, never one by one.
 """
 
 from __future__ import annotations
 
+import enum
 import re
 import threading
 from collections import Counter as Tally
@@ -20,7 +21,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dispatcher.common.log import logger
+from dispatcher.manager.agents.change import EventKind
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent
@@ -31,23 +32,28 @@ _LABEL = re.compile(r'([a-z_]{1,32})="([^"\\\x00-\x1f]{0,300})"')
 _LABELS = re.compile(rf"{_LABEL.pattern}(?:,{_LABEL.pattern})*\}}")
 _STARTS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 MAX_STARTING = 20_000
-_WRONG = frozenset({"failed", "died", "unreachable"})
 
-_log = logger("manager.agents")
+
+class LoginOutcome(str, enum.Enum):
+    """How a sign-in ended."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    THROTTLED = "throttled"
+    BUSY = "busy"
+    UNAVAILABLE = "unavailable"
 
 
 class Metrics:
-    """Counts what happens; asks the rest when it is read."""
+    """Counts events; collects gauges when it is read."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series each: when it began
         self.registry = CollectorRegistry()
         self._logins = Counter("dispatcher_logins", "Sign-ins by outcome", ["outcome"], registry=self.registry)
-        for outcome in ("success", "failure", "throttled", "busy", "unavailable"):
-            self._logins.labels(outcome)
-        self._events = Counter(
-            "dispatcher_agent_events", "What happened to agents", ["kind"], registry=self.registry
-        )
+        for outcome in LoginOutcome:
+            self._logins.labels(outcome.value)
+        self._events = Counter("dispatcher_agent_events", "Events of agents", ["kind"], registry=self.registry)
         self._starts = Histogram(
             "dispatcher_agent_start_seconds",
             "From the beginning of a start to ready",
@@ -58,19 +64,19 @@ class Metrics:
         self._starting: dict[str, float] = {}
         self._lock = threading.Lock()
 
-    def login(self, outcome: str) -> None:
-        """Count a sign-in: success, failure, throttled, busy or unavailable."""
-        self._logins.labels(outcome).inc()
+    def login(self, outcome: LoginOutcome) -> None:
+        """Count a sign-in."""
+        self._logins.labels(outcome.value).inc()
 
     @hookimpl
     def dispatcher_agent_event(self, event: AgentEvent) -> None:
-        """Count what happened to an agent, and how long its start took."""
+        """Count an event, and measure the duration of a start."""
         self._events.labels(event.kind).inc()
         with self._lock:
             began = self._starting.pop(event.agent, None)
-            if event.kind == "starting" and len(self._starting) < MAX_STARTING:
+            if event.kind == EventKind.STARTING and len(self._starting) < MAX_STARTING:
                 self._starting[event.agent] = event.time
-        if event.kind == "ready" and began is not None:
+        if event.kind == EventKind.READY and began is not None:
             self._starts.labels(event.app).observe(max(0.0, event.time - began))
 
     def watch(
@@ -80,29 +86,19 @@ class Metrics:
         gauges: Mapping[str, tuple[str, Callable[[], float]]],
         workers: Callable[[], Mapping[str, Mapping[str, float]]],
     ) -> None:
-        """Ask these when the metrics are read.
+        """Collect these when the metrics are read.
 
         :param gauges: name -> (help, value); :param workers: counters of each connected edge worker.
         """
-        self.registry.register(_Asked(agents, gauges, workers))
+        self.registry.register(_OnRead(agents, gauges, workers))
 
     def text(self) -> bytes:
         """Return all metrics."""
         return generate_latest(self.registry)
 
 
-class EventLog:
-    """Writes into the log what happens to agents."""
-
-    @hookimpl
-    def dispatcher_agent_event(self, event: AgentEvent) -> None:
-        """Log one event; what went wrong as a warning."""
-        tell = _log.warning if event.kind in _WRONG else _log.info
-        tell(event.kind, agent=event.agent, app=event.app, **({"detail": event.detail} if event.detail else {}))
-
-
-class _Asked:
-    """Collects what others know."""
+class _OnRead:
+    """Collects gauges and the workers' counters."""
 
     def __init__(
         self,
@@ -115,11 +111,11 @@ class _Asked:
         self._workers = workers
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing in advance: what there is shows when it is asked."""
+        """Nothing in advance: the metrics are known when they are collected."""
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        """Return everything."""
+        """Return all metrics."""
         agents = GaugeMetricFamily("dispatcher_agents", "Agents by state and app", labels=["state", "app"])
         tally = Tally((view.state.value, view.app) for view in self._agents())
         for (state, app), number in sorted(tally.items()):
@@ -147,7 +143,7 @@ def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metr
 
 
 def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
-    """Return what of a worker's counters can be shown: plain names, perhaps with labels, numbers, not too many."""
+    """Return the valid counters of a worker: plain names, possibly with labels, and numbers; not too many."""
     if not isinstance(values, dict):
         return {}
     good: dict[str, float] = {}

@@ -1,7 +1,6 @@
-"""What happened, told to observers.  Touches plugins in a thread of its own.
+"""Hands events of agents to the plugins that observe them (`dispatcher_agent_event`), in a thread of its own.
 
-Observers (`dispatcher_agent_event`) are called in order, one after the other, each contained; a slow one
-delays nobody but the observers after it.
+Observers are called one after the other; an exception is logged, and a slow observer delays only the later ones.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from collections.abc import Iterable
 from dispatcher.config.plugins import Plugins
 from dispatcher.plugin.model import AgentEvent
 
-MOST_WAITING = 10_000
+MAX_WAITING = 10_000
 
 _log = logging.getLogger("dispatcher.manager")
 
 
-class History:
-    """A queue of events and the thread that hands them to the plugins."""
+class ObserverQueue:
+    """A queue of events and its thread."""
 
     def __init__(self, plugins: Plugins) -> None:
         self._plugins = plugins
@@ -34,18 +33,18 @@ class History:
         """Begin to call observers."""
         self._thread.start()
 
-    def tell(self, events: Iterable[AgentEvent]) -> None:
-        """Queue events; the oldest are lost when observers are hopelessly behind."""
+    def publish(self, events: Iterable[AgentEvent]) -> None:
+        """Queue events; the oldest are dropped when observers are too far behind."""
         with self._changed:
             for event in events:
-                if len(self._waiting) >= MOST_WAITING:
+                if len(self._waiting) >= MAX_WAITING:
                     self._waiting.popleft()
                     self._lost += 1
                 self._waiting.append(event)
             self._changed.notify()
 
     def close(self) -> None:
-        """Hand over what waits, as far as the observers take it within two seconds, and stop."""
+        """Hand over waiting events for up to two seconds, and stop."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -62,7 +61,7 @@ class History:
                 event = self._waiting.popleft()
                 lost, self._lost = self._lost, 0
             if lost:
-                _log.warning("Observers are too slow: %d events were not handed to them", lost)
+                _log.warning("Observers are too slow: %d events were dropped", lost)
             self._hand_over(event)
 
     def _hand_over(self, event: AgentEvent) -> None:

@@ -1,36 +1,74 @@
-"""What people can look at: an agent's runtime, why it is so, the providers.  Changes nothing."""
+"""Everything that can be read about agents and providers.  Changes nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from dispatcher.manager.agents import explain
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.registry import Engine
-from dispatcher.manager.agents.views import iso
-from dispatcher.manager.backends.usage import Usages
-from dispatcher.manager.files.socket_tmpfs import EndpointSpace
-from dispatcher.plugin.deadline import Deadline
+from dispatcher.manager.agents.explain import explain
+from dispatcher.manager.agents.lifecycle import ALIVE
+from dispatcher.manager.agents.registry import Registry
+from dispatcher.manager.agents.views import AgentView, iso
+from dispatcher.manager.backends.backend import Backend
+from dispatcher.manager.backends.logs import NO_LINES, LogCollector
+from dispatcher.manager.backends.usage import collect_usage
+from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
+from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DispatcherError, NotFound
-from dispatcher.plugin.model import Finding, Isolation, Level
+from dispatcher.plugin.model import AgentEvent, Finding, Handle, Isolation, Level, Usage
 from dispatcher.plugin.names import printable
 
 CHECK = 10.0  # seconds
-RECENT = 20  # events that an explanation looks at
+RECENT = 20  # events that an explanation takes into account
 
 
-class Inspection:
-    """Answers for `Supervisor`, in the forms of the REST interface."""
+class Queries:
+    """Answers queries, in the forms of the REST interface.  Agents are given by their names.
 
-    def __init__(self, engine: Engine, usages: Usages, endpoints: EndpointSpace) -> None:
-        self._engine = engine
-        self._usages = usages
-        self._endpoints = endpoints
+    :raises NotFound: (any query for one agent) there is no such agent.
+    """
 
-    def runtime(self, agent: Agent) -> dict[str, Any]:
-        """Return where an agent runs, and what it uses."""
+    def __init__(self, registry: Registry, logs: LogCollector, sockets: SocketTmpfs) -> None:
+        self._registry = registry
+        self._logs = logs
+        self._sockets = sockets
+
+    # --- views
+
+    def view(self, name: str) -> AgentView:
+        """Return a snapshot of an agent; never blocks."""
+        return self._registry.view(self._registry.find(name))
+
+    def views(self, *, user: str | None = None) -> list[AgentView]:
+        """Return all agents, or a user's (the oldest first); never blocks."""
+        registry = self._registry
+        agents = [agent for _, agent in sorted(registry.agents.copy().items()) if user in {None, agent.row.user}]
+        if user is not None:
+            agents.sort(key=lambda agent: agent.row.id)
+        return [registry.view(agent) for agent in agents]
+
+    def wait(self, name: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:
+        """Wait until `done(view)` is true (None: the agent is gone) or `seconds` are over; return the last view.
+
+        `done` must be quick and lock-free; it is not called for mere progress (stage, detail).
+        """
+        agent = self._registry.find(name)
+        deadline = Deadline(seconds)
+        with agent.lock:
+            while True:
+                view = None if agent.gone else self._registry.view(agent)
+                if done(view) or deadline.expired:
+                    return view
+                agent.changed.wait(deadline.remaining())
+
+    # --- one agent
+
+    def runtime(self, name: str) -> dict[str, Any]:
+        """Return handle, endpoint, host user id, start, spec hash and resource usage."""
+        agent = self._registry.find(name)
         row, handle = agent.row, agent.handle
-        usage = self._usages.collect([agent]).get(row.name)
+        usage = self._usage([agent]).get(row.name)
         return {
             "handle": handle and {"name": handle.name, "provider": handle.provider, "data": dict(handle.data)},
             "endpoint": row.endpoint or None,
@@ -41,32 +79,96 @@ class Inspection:
             "usage": usage and {"memory": usage.memory, "cpu_seconds": usage.cpu_seconds, "disk": usage.disk},
         }
 
-    def why(self, agent: Agent) -> list[str]:
-        """Return why an agent is in its state."""
-        engine, row = self._engine, agent.row
-        backend = engine.backends.get(row.provider)
-        return explain.sentences(
+    def logs(self, name: str, *, tail: int, after: str | None) -> tuple[list[str], str]:
+        """Return the last lines, or those after a cursor, and the cursor for the next call.
+
+        :raises Unsupported: the provider keeps no logs.
+        """
+        agent = self._registry.find(name)
+        handle = agent.handle
+        if handle is None:
+            return [], NO_LINES
+        backend = self._registry.backends.get(agent.row.provider)
+        return self._logs.lines(backend, handle, tail=tail, after=after, exists=lambda: not agent.gone)
+
+    def events(self, name: str, limit: int) -> list[AgentEvent]:
+        """Return the last events, newest last."""
+        return self._registry.store.events(self._registry.find(name).row.id, limit)
+
+    def why(self, name: str) -> list[str]:
+        """Explain in sentences why an agent is in its state and what happens next."""
+        registry, agent = self._registry, self._registry.find(name)
+        row = agent.row
+        backend = registry.backends.get(row.provider)
+        return explain(
             row,
-            engine.view(agent),
-            now=engine.clock.now(),
-            policy=engine.specs.policy(row.app),
-            configured=row.app in engine.specs.config.apps,
+            registry.view(agent),
+            now=registry.clock.now(),
+            policy=registry.specs.policy(row.app),
+            configured=row.app in registry.specs.config.apps,
             capabilities=backend.capabilities,
             backend_since=backend.since,
             backend_problem=str(backend.problem),
             stuck=agent.stuck,
-            events=engine.store.events(row.id, RECENT),
+            events=registry.store.events(row.id, RECENT),
         )
 
+    # --- usage
+
+    def memory_usage(self) -> dict[str, Any]:
+        """Return ``{"total", "average", "agents": [{"name", "memory"}]}`` in bytes."""
+        usage = self._usage(list(self._registry.agents.values()))
+        memory = {name: each.memory for name, each in sorted(usage.items()) if each.memory is not None}
+        total = sum(memory.values())
+        return {
+            "total": total,
+            "average": total // len(memory) if memory else 0,
+            "agents": [{"name": name, "memory": value} for name, value in memory.items()],
+        }
+
+    def top(self) -> list[dict[str, Any]]:
+        """Return every agent with its usage, the busiest first."""
+        agents = [agent for _, agent in sorted(self._registry.agents.copy().items())]
+        usage = self._usage(agents)
+        rows = [self._top_row(agent, usage.get(agent.row.name, Usage())) for agent in agents]
+        return sorted(rows, key=lambda row: (-(row["cpu_percent"] or 0.0), -(row["memory"] or 0)))
+
+    def _top_row(self, agent: Agent, usage: Usage) -> dict[str, Any]:
+        row = agent.row
+        share: float | None = None
+        if usage.cpu_seconds is not None:
+            share = agent.cpu.sample(boottime(), usage.cpu_seconds)
+            if share is None and row.started_at is not None:
+                share = usage.cpu_seconds / max(1.0, self._registry.clock.now() - row.started_at)
+        return {
+            "name": row.name,
+            "state": self._registry.view(agent).state.value,
+            "memory": usage.memory,
+            "cpu_percent": None if share is None else round(100 * share, 1),
+            "cpu_seconds": usage.cpu_seconds,
+            "last_used": iso(agent.last_used),
+        }
+
+    def _usage(self, agents: list[Agent]) -> dict[str, Usage]:
+        """Return the usage of those agents that run or are asleep, as far as their backends answer."""
+        wanted: dict[Backend, list[Handle]] = {}
+        for agent in agents:
+            handle = agent.handle
+            if agent.row.observed in ALIVE and handle is not None:
+                wanted.setdefault(self._registry.backends.get(agent.row.provider), []).append(handle)
+        return collect_usage(wanted)
+
+    # --- providers
+
     def providers(self) -> list[dict[str, Any]]:
-        """Return all providers, as they were when last asked; never blocks."""
+        """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``; never blocks."""
         found = []
-        for backend in sorted(self._engine.backends, key=lambda backend: backend.name):
+        for backend in sorted(self._registry.backends, key=lambda backend: backend.name):
             usable = backend.usable and backend.reachable
             found.append(
                 {
                     "name": backend.name,
-                    "isolation": backend.guard.provider.isolation.name.lower() if backend.usable else None,
+                    "isolation": backend.provider.isolation.name.lower() if backend.usable else None,
                     "capabilities": sorted(item.value for item in backend.capabilities),
                     "distribution": backend.origin,
                     "usable": usable,
@@ -76,24 +178,27 @@ class Inspection:
         return found
 
     def check_provider(self, name: str, app: str | None) -> list[Finding]:
-        """Ask a provider what it isolates, and whether its backend can be used."""
-        engine = self._engine
-        if name not in {backend.name for backend in engine.backends}:
+        """Return what a provider isolates and what not, for one app or as a whole, and whether its backend works.
+
+        :raises NotFound: there is no such provider or app.
+        """
+        registry = self._registry
+        if name not in {backend.name for backend in registry.backends}:
             raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
-        if app is not None and app not in engine.specs.config.apps:
+        if app is not None and app not in registry.specs.config.apps:
             raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
-        backend = engine.backends.get(name)
+        backend = registry.backends.get(name)
         found: list[Finding] = []
 
         def check() -> None:
-            guard = backend.guard
-            found.extend(guard.explain(engine.specs.app(app) if app else None))
-            if guard.provider.isolation < Isolation.VM:  # a machine has no directory of the host
-                found.append(self._endpoints.finding())
-            guard.check(deadline=Deadline(CHECK))
+            provider = backend.provider
+            found.extend(provider.explain(registry.specs.app(app) if app else None))
+            if provider.isolation < Isolation.VM:  # a virtual machine has no directory of the host
+                found.append(self._sockets.finding())
+            provider.check(deadline=Deadline(CHECK))
 
         try:
-            backend.ask(check, 2 * CHECK)
+            backend.call(check, 2 * CHECK)
         except DispatcherError as error:
             what = f"{error.what}: {error.why}" if error.why else error.what
             found.insert(0, Finding(level=Level.ERROR, what=what, fix=error.fix))

@@ -1,7 +1,7 @@
-"""Whether an agent is ready: its health check, through its endpoint.  Touches the endpoint and its socket's mode.
+"""Whether an agent is ready: its health check, through its endpoint.
 
-Ready means that an HTTP answer below 500 came back, not that a process exists.  A Unix socket that the app made
-for itself alone (0600) is opened to the proxy's group first, by the descriptor that was checked.
+Ready means an HTTP response with a status below 500, not that a process exists.  A Unix socket that the app made
+with mode 0600 gets the proxy's group and mode 0660 first, through the descriptor that was checked.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import socket
 import stat
 from collections.abc import Callable
 
-from dispatcher.manager.agents.agent import Operation
-from dispatcher.manager.agents.socket_watch import arrivals
-from dispatcher.manager.backends.contained import Guard
+from dispatcher.manager.agents.operation import Operation
+from dispatcher.manager.agents.socket_watch import watch_directory
+from dispatcher.manager.backends.contained import ContainedProvider
 from dispatcher.plugin import endpoints
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DispatcherError, StartFailed, Unavailable
 from dispatcher.plugin.model import BackendState, Endpoint, Handle, Observation
 from dispatcher.plugin.names import printable
 
-ANSWER = 10.0  # seconds that one answer may take
-SLICE = 0.25  # seconds between looks at whether the start was cancelled
-LOOK = 1.0  # seconds between questions to the backend while the app does not answer
-OBSERVE = 10.0  # seconds for the backend's answer
-SOONEST, LATEST = 0.001, 0.1  # seconds between tries
-FUTILE = 8  # things that may appear beside an app's socket before they are looked at no more
-SHARE = 0.2  # of the time that has passed: what waiting may add to a start
+RESPONSE_TIME = 10.0  # seconds for one response
+SLICE = 0.25  # seconds between checks whether the start was cancelled
+OBSERVE_INTERVAL = 1.0  # seconds between observations while the app does not respond
+OBSERVE = 10.0  # seconds for an observation
+MIN_PAUSE, MAX_PAUSE = 0.001, 0.1  # seconds between tries
+MAX_OTHER_FILES = 8  # files that may appear beside an app's socket before the directory is no longer watched
+SHARE = 0.2  # of the time that has passed: the most that polling may add to a start
 
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)[ \r]")
 
@@ -53,14 +53,14 @@ class Probe:
         """Return "" when the app is ready, else why it is not yet.
 
         :param check: called several times a second; what it raises ends the wait.
-        :raises InsecureEndpoint: the endpoint is not what the agent may offer.
+        :raises InsecureEndpoint: the endpoint is not the agent's own.
         """
-        if endpoint.kind == "unix" and not os.path.lexists(endpoint.path):  # asked again and again: be cheap
+        if endpoint.kind == "unix" and not os.path.lexists(endpoint.path):  # called very often: be cheap
             return "it does not listen yet"
         try:
             with self._connect(endpoint, owner_uid) as sock:
                 sock.sendall(self._request)
-                return self._answer(sock, deadline.bounded(ANSWER), check)
+                return self._answer(sock, deadline.bounded(RESPONSE_TIME), check)
         except FileNotFoundError:
             return "it does not listen yet"
         except ConnectionRefusedError:
@@ -94,116 +94,123 @@ class Probe:
             except TimeoutError:
                 check()
                 if deadline.expired:
-                    return "it does not answer"
+                    return "it does not respond"
                 continue
             if not block:
-                return "it closes the connection without an answer"
+                return "it closes the connection without a response"
             head += block
         status = _STATUS.match(head)
         if status is None:
-            return f"it does not speak HTTP: {printable(head[:40])}"
-        return "" if int(status[1]) < 500 else f"it answers with status {int(status[1])}"
+            return f"invalid HTTP response: {printable(head[:40])}"
+        return "" if int(status[1]) < 500 else f"it responds with status {int(status[1])}"
 
 
 def await_ready(
-    guard: Guard,
+    provider: ContainedProvider,
     handle: Handle,
     probe: Probe,
     *,
     operation: Operation,
     deadline: Deadline,
     seen: Observation | None = None,
-    tell: Callable[[Observation], None] | None = None,
+    report: Callable[[Observation], None] | None = None,
 ) -> Observation:
-    """Wait until an agent that runs is ready; return how it was observed.
+    """Wait until a running agent is ready; return the last observation.
 
-    The backend is asked now and then: an app that ends is not waited for.  One that does not answer is.
+    The agent is observed regularly: the wait ends when the app has ended, not when the backend does not answer.
 
-    :param seen: a fresh observation, if there is one.
-    :param tell: gets what the backend says of an agent before it is asked whether it is ready, each time.
+    :param seen: a recent observation, if there is one; :param report: is called with each observation.
     :raises StartFailed: the app ended, or was not ready before the deadline.
     :raises Cancelled: the start is no longer wanted.
     :raises DispatcherError: as the provider's `observe`, or `InsecureEndpoint`.
     """
-    looked, reason = boottime(), "it does not listen yet"
-    with contextlib.closing(Pauses(operation)) as pauses:
+    observed_at, reason = boottime(), "it does not listen yet"
+    with contextlib.closing(PollPacer(operation)) as pauses:
         while True:
             operation.check()
-            if seen is None or operation.nudged or boottime() - looked > (LOOK if seen.endpoint else LATEST):
-                operation.nudged = False
-                seen, looked = _look(guard, handle, deadline, seen), boottime()
-            if tell and seen:
-                tell(seen)
+            interval = OBSERVE_INTERVAL if seen and seen.endpoint else MAX_PAUSE
+            if seen is None or operation.observe_again or boottime() - observed_at > interval:
+                operation.observe_again = False
+                seen, observed_at = _observe(provider, handle, deadline, seen), boottime()
+            if report and seen:
+                report(seen)
             if seen and seen.endpoint:
                 reason = probe(seen.endpoint, seen.owner_uid, deadline, operation.check)
                 if not reason:
                     return seen
             elif seen:
-                reason = seen.detail or "its address is not known yet"
+                reason = seen.detail or "its address is unknown"
             if deadline.expired:
-                if seen:  # an app that ended just now has a better reason
-                    _look(guard, handle, Deadline(OBSERVE), seen)
+                if seen:  # raises with a better reason if the app ended just now
+                    _observe(provider, handle, Deadline(OBSERVE), seen)
                 raise StartFailed(
                     "The app did not become ready in time",
                     why=reason,
-                    fix="see its last lines; `health` and `start_timeout` say what is waited for and how long",
+                    fix="read its last lines; `health` and `start_timeout` configure the health check",
                 )
             pauses.pause(seen.endpoint if seen else None)
 
 
-class Pauses:
-    """How long to wait between two tries: until the app's socket appears; then, or without one, ever longer."""
+class PollPacer:
+    """The pauses between two tries: until the app's socket appears; then, or without one, growing ones."""
 
     def __init__(self, operation: Operation) -> None:
         self._operation = operation
         self._since = boottime()
-        self._kept = contextlib.ExitStack()
-        self._arrived: Callable[[float], bool] | None = None
-        self._futile = 0
+        self._resources = contextlib.ExitStack()
+        self._wait: Callable[[float], bool] | None = None
+        self._other_files = 0
 
     def close(self) -> None:
-        """Release what is held."""
-        self._kept.close()
+        """Release the watch."""
+        self._resources.close()
 
     def pause(self, endpoint: Endpoint | None) -> None:
-        """Wait a little, or until there is a reason to try again; no longer than `LATEST`."""
-        if endpoint and endpoint.kind == "unix" and self._futile < FUTILE and not os.path.lexists(endpoint.path):
+        """Wait a little, or until a file appears in the socket's directory; no longer than `MAX_PAUSE`."""
+        if (
+            endpoint
+            and endpoint.kind == "unix"
+            and self._other_files < MAX_OTHER_FILES
+            and not os.path.lexists(endpoint.path)
+        ):
             self._await_socket(endpoint.path)
         else:
             waited = (boottime() - self._since) * SHARE
-            self._operation.cancel.wait(min(LATEST, max(SOONEST, waited)))
+            self._operation.wait_for_cancel(min(MAX_PAUSE, max(MIN_PAUSE, waited)))
 
     def _await_socket(self, path: str) -> None:
-        if self._arrived is None:
+        if self._wait is None:
             try:
-                self._arrived = self._kept.enter_context(arrivals(os.path.dirname(path)))
+                self._wait = self._resources.enter_context(watch_directory(os.path.dirname(path)))
             except OSError:
-                self._futile = FUTILE
+                self._other_files = MAX_OTHER_FILES
                 return
-            if os.path.lexists(path):  # it came just before the watch
+            if os.path.lexists(path):  # it appeared just before the watch
                 return
-        if self._arrived(LATEST):
-            # An agent may fill its directory with anything: it must not keep the manager busy by that.
-            self._futile += 1
+        if self._wait(MAX_PAUSE):
+            # An agent that fills its directory with files must not keep the manager busy.
+            self._other_files += 1
             self._since = boottime()
 
 
-def _look(guard: Guard, handle: Handle, deadline: Deadline, before: Observation | None) -> Observation | None:
+def _observe(
+    provider: ContainedProvider, handle: Handle, deadline: Deadline, before: Observation | None
+) -> Observation | None:
     try:
-        seen = guard.observe(handle, deadline=deadline.bounded(OBSERVE))
+        seen = provider.observe(handle, deadline=deadline.bounded(OBSERVE))
     except Unavailable:
-        return before  # a backend that is away for a moment says nothing about the agent
+        return before  # a backend that does not answer for a moment says nothing about the agent
     if seen.state in {BackendState.STOPPED, BackendState.ABSENT}:
         raise StartFailed(
             "The app ended before it was ready",
-            why=seen.exit_reason or seen.detail or "nobody knows why",
-            fix="see its last lines",
+            why=seen.exit_reason or seen.detail or "reason unknown",
+            fix="read its last lines",
         )
     return seen
 
 
 def refuses(endpoint: Endpoint, owner_uid: int | None) -> bool:
-    """Whether nobody listens at an endpoint; a slow or busy app does not refuse."""
+    """Whether an endpoint refuses connections; that of a slow or busy app does not."""
     try:
         endpoints.connect(endpoint, owner_uid, 1.0).close()
     except (FileNotFoundError, ConnectionRefusedError, DispatcherError):

@@ -1,9 +1,9 @@
-"""Keeping what is stored and what is so together.  Asks providers, in their pools' threads.
+"""Reconciles the stored agents with those on the backends.  Calls providers, in their pools' threads.
 
-At boot and then regularly each backend lists its agents in one call (`sweep`): what runs is adopted, what was
-interrupted is finished, what died and should run is started again, and what carries this installation's label
-and is unknown is removed.  In between a provider's events and the edge's suspicions are looked at one agent at
-a time (`observe`).  A backend that cannot be asked changes nothing but that it is *unreachable*.
+At boot and then regularly each backend lists its agents in one call (`sweep`): running agents are adopted,
+interrupted operations are finished, agents that died are started again, and agents with this installation's label
+that are unknown are removed.  In between, single agents are observed after a provider's event or a failed
+connection of the edge (`observe`).  A backend that does not answer is *unreachable*; nothing else changes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from collections.abc import Callable
 
 from dispatcher.manager.agents import transitions
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.lifecycle import ALIVE, backoff, reached, recent
+from dispatcher.manager.agents.change import Change, EventKind, Write
+from dispatcher.manager.agents.lifecycle import ALIVE, reached
 from dispatcher.manager.agents.operations import Operations
 from dispatcher.manager.agents.readiness import OBSERVE, refuses
-from dispatcher.manager.agents.registry import Change, Engine
-from dispatcher.manager.backends.backend import Backend, hanging
-from dispatcher.manager.storage.agents import AgentRow, BackendRow
+from dispatcher.manager.agents.registry import Registry
+from dispatcher.manager.agents.restarts import backoff, recent
+from dispatcher.manager.backends.backend import Backend, Contact
+from dispatcher.manager.backends.logs import last_lines
+from dispatcher.manager.backends.pool import hung_call
+from dispatcher.manager.storage.rows import AgentRow, BackendRow
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, Unavailable
@@ -28,200 +32,189 @@ from dispatcher.plugin.model import BackendState, Handle, Observation
 from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import no_progress
 
-DESTROY = 300.0  # seconds to remove something unknown
+DESTROY = 300.0  # seconds to remove an unknown agent
 LIST_TIME = 30.0  # seconds for the list of all agents
-ENDING = (0.02, 0.1, 0.3)  # seconds between looks at an agent that refuses connections
-SUSPECT = 0.25  # seconds between looks at one agent that the edge could not reach
+ENDING = (0.02, 0.1, 0.3)  # seconds between observations of an agent that refuses connections
+CHECK_INTERVAL = 0.25  # seconds between checks of one agent's endpoint
 
+_ABSENT = Observation(state=BackendState.ABSENT)
 _log = logging.getLogger("dispatcher.manager")
 
 
 class Reconciler:
-    """Observes, and lets `Engine` decide.
+    """Observes; `transitions` decides.
 
     :ivar host_restarted: this manager is the first one after a boot of the host.
     """
 
-    def __init__(self, engine: Engine, operations: Operations) -> None:
-        self._engine = engine
-        self._operations = operations
-        self._lock = threading.Lock()
+    def __init__(self, registry: Registry, operations: Operations) -> None:
+        self._registry = registry
         self.host_restarted = False
-        operations.asked = self.kick
-        operations.nudged = self.observe
+        operations.on_unavailable = self.sweep_soon
+        operations.on_changed = self.observe
 
     # --- whole backends
 
-    def kick(self, backend: Backend, *, done: Callable[[], None] | None = None) -> None:
-        """List a backend's agents soon; once more when that is being done already.
+    def sweep_soon(self, backend: Backend, *, done: Callable[[], None] = lambda: None) -> None:
+        """List a backend's agents soon; once more if that is in progress.
 
-        :param done: called when it was done.
+        :param done: called afterwards.
         """
-        with self._lock:
-            if backend.listing:
-                backend.listing = 2
-                return
-            backend.listing = 1
+        if not backend.usable:
+            self._lost(backend, backend.problem)
+            done()
+            return
+        if not backend.listing.begin():
+            return
         hung = threading.Event()
 
         def run() -> None:
             try:
                 self._sweep(backend)
             finally:
-                with self._lock:
-                    again = backend.listing == 2 or hung.is_set()
-                    backend.listing = 0
-                if done:
-                    done()
-                if again:
-                    self.kick(backend)
+                again = backend.listing.end()
+                done()
+                if again or hung.is_set():
+                    self.sweep_soon(backend)
 
         def overdue(_: object) -> None:
             hung.set()
-            self._lost(backend, hanging(backend.name, "list"))
+            self._lost(backend, hung_call(backend.name, "list"))
 
-        if backend.usable:
-            backend.pool.submit(run, overdue=overdue)
-        else:
-            self._lost(backend, backend.problem)
-            backend.listing = 0
-            if done:
-                done()
+        backend.pool.submit(run, overdue=overdue)
 
-    def _ask_again(self, backend: Backend) -> None:
-        """Ask a backend that is away sooner than the next regular time: after 1, 2, 4, ... seconds."""
-        if backend.asking:
+    def _retry(self, backend: Backend) -> None:
+        """Call a backend again before the next regular sweep: after 1, 2, 4, ... seconds."""
+        if not backend.retry.begin():
             return
-        backend.asking, backend.losses = True, backend.losses + 1
+        backend.losses += 1
 
-        def ask() -> None:
-            backend.asking = False
-            self.kick(backend)
+        def run() -> None:
+            backend.retry.end()
+            self.sweep_soon(backend)
 
-        interval = self._engine.specs.config.manager.reconcile_interval
-        self._engine.timers.after(min(interval, backoff(backend.losses)), ask)
+        interval = self._registry.specs.config.manager.reconcile_interval
+        self._registry.timers.after(min(interval, backoff(backend.losses)), run)
 
     def _sweep(self, backend: Backend) -> None:
-        engine = self._engine
-        known = [(agent, agent.epoch) for agent in engine.of_provider(backend.name)]
+        registry = self._registry
+        known = [(agent, agent.epoch) for agent in registry.of_provider(backend.name)]
         try:
-            listed = backend.guard.list(deadline=Deadline(LIST_TIME))
+            listed = backend.provider.list(deadline=Deadline(LIST_TIME))
         except DispatcherError as error:
             self._lost(backend, error)
-            self._ask_again(backend)
+            self._retry(backend)
             return
         backend.losses = 0
-        first = not backend.answered
-        backend.answered = True
+        first = backend.contact in {Contact.NOT_CALLED, Contact.NEVER_ANSWERED}
         self._answered(backend)
         found = {handle.agent: (handle, seen) for handle, seen in listed}
         for agent, epoch in known:
             handle, seen = found.get(agent.row.name, (None, _ABSENT))
             row = agent.row
-            settled = not first and row.failure is None and transitions.same(row, seen)
-            if settled and reached(engine.situation(row)):
+            quiet = not first and row.failure is None and transitions.unchanged(row, seen)
+            if quiet and reached(registry.situation(row)):
                 continue
             if agent.operation is None and agent.epoch == epoch:
                 self._apply(agent, epoch, seen, handle=handle, first=first, bulk=True)
         for handle, _ in found.values():
             self._check_unknown(backend, handle)
-        engine.flush()
+        registry.flush()
 
     def _answered(self, backend: Backend) -> None:
-        engine = self._engine
-        backend.contact = engine.clock.now()
+        registry = self._registry
+        backend.last_contact = registry.clock.now()
         if backend.reachable:
             return
-        first = backend.since is None
-        backend.reachable, backend.since = True, backend.contact
-        self._remember(backend)
-        if not first:
+        again = backend.contact is not Contact.NOT_CALLED
+        backend.contact, backend.since = Contact.ANSWERS, backend.last_contact
+        self._save(backend)
+        if again:
             _log.warning("The backend of %s answers again", backend.name)
-        for agent in engine.of_provider(backend.name):
+        for agent in registry.of_provider(backend.name):
 
-            def back(row: AgentRow) -> Change:
-                fields = {"retry_at": engine.clock.now()} if row.failure and row.retry_at is not None else {}
-                events = [("reachable", "")] if not first and row.observed in ALIVE else []
-                return Change(fields, events, defer=True)
+            def decide(row: AgentRow) -> Change:
+                if not again:
+                    return Change(write=Write.LATER)
+                fields = {"retry_at": registry.clock.now()} if row.failure and row.retry_at is not None else {}
+                events = [(EventKind.REACHABLE, "")] if row.observed in ALIVE else []
+                return Change(fields, events, write=Write.LATER)
 
-            engine.change(agent, back if not first else lambda _: Change(defer=True))
+            registry.change(agent, decide)
 
     def _lost(self, backend: Backend, error: DispatcherError) -> None:
-        engine = self._engine
+        registry = self._registry
         backend.problem = error
-        if not backend.reachable and backend.since is not None:
+        if backend.contact in {Contact.LOST, Contact.NEVER_ANSWERED}:
             return
-        _log.error("The backend of %s cannot be asked: %s", backend.name, error)
-        backend.reachable, backend.since = False, engine.clock.now()
-        self._remember(backend)
-        for agent in engine.of_provider(backend.name):
+        _log.error("The backend of %s does not answer: %s", backend.name, error)
+        answered = backend.contact is Contact.ANSWERS
+        backend.contact = Contact.LOST if answered else Contact.NEVER_ANSWERED
+        backend.since = registry.clock.now()
+        self._save(backend)
+        for agent in registry.of_provider(backend.name):
 
-            def away(row: AgentRow) -> Change:
-                return Change({}, [("unreachable", str(error))] if row.observed in ALIVE else [], defer=True)
+            def decide(row: AgentRow) -> Change:
+                events = [(EventKind.UNREACHABLE, str(error))] if row.observed in ALIVE else []
+                return Change({}, events, write=Write.LATER)
 
-            engine.change(agent, away)
-        engine.flush()
+            registry.change(agent, decide)
+        registry.flush()
 
-    def remember(self) -> None:
-        """Write down when each backend last answered."""
-        for backend in self._engine.backends:
+    def save(self) -> None:
+        """Write when each backend last answered."""
+        for backend in self._registry.backends:
             if backend.since is not None:
-                self._remember(backend)
+                self._save(backend)
 
-    def _remember(self, backend: Backend) -> None:
+    def _save(self, backend: Backend) -> None:
+        row = BackendRow(
+            name=backend.name,
+            reachable=backend.reachable,
+            since=backend.since or 0.0,
+            contact=backend.last_contact,
+        )
         try:
-            self._engine.store.save_backend(
-                BackendRow(
-                    name=backend.name,
-                    reachable=backend.reachable,
-                    since=backend.since or 0.0,
-                    contact=backend.contact,
-                )
-            )
+            self._registry.store.save_backend(row)
         except DispatcherError as error:
             _log.error("%s: %s", backend.name, error)
 
     # --- one agent
 
     def observe(self, agent: Agent, *, connect: bool = False) -> None:
-        """Ask the backend about one agent soon; at once again when asked for meanwhile.
+        """Observe one agent soon; once more if that is in progress.
 
-        :param connect: also see whether somebody listens at its endpoint.
+        :param connect: also check whether its endpoint accepts connections.
         """
         operation = agent.operation
         if operation is not None:
-            operation.nudged = True
+            operation.observe_again = True
             return
-        with self._lock:
-            if agent.observing:
-                agent.observing = 2
-                return
-            agent.observing = 1
-        backend = self._engine.backends.get(agent.row.provider)
+        if not agent.observing.begin():
+            return
+        backend = self._registry.backends.get(agent.row.provider)
 
         def run() -> None:
-            again = True
-            while again:
-                try:
-                    self._observe(agent, backend, connect=connect)
-                finally:
-                    with self._lock:
-                        again = agent.observing == 2
-                        agent.observing = 1 if again else 0
+            try:
+                self._observe(agent, backend, connect=connect)
+            finally:
+                if agent.observing.end():
+                    self.observe(agent, connect=connect)
 
         backend.pool.submit(run)
 
-    def changed(self, backend: Backend, backend_name: str) -> None:
-        """Take a provider's event: the agent of that handle name changed, or everything may have."""
-        agent = self._engine.by_backend_name.get(backend_name)
+    def on_event(self, backend: Backend, backend_name: str) -> None:
+        """Handle a provider's event: the agent of that handle name changed; "": any agent may have."""
+        agent = self._registry.by_backend_name.get(backend_name)
         if agent is not None:
             self.observe(agent)
         elif not backend_name:
-            self.kick(backend)
+            self.sweep_soon(backend)
 
-    def suspect(self, agent: Agent) -> None:
-        """Take the edge's word that nobody listens at the agent's endpoint."""
-        if agent.operation is None and agent.quiet(SUSPECT):
+    def check_endpoint(self, name: str) -> None:
+        """The edge could not connect to an agent: observe it.  Unknown agents are ignored."""
+        agent = self._registry.agents.get(name)
+        if agent is not None and agent.operation is None and agent.may_check(CHECK_INTERVAL):
             self.observe(agent, connect=True)
 
     def _observe(self, agent: Agent, backend: Backend, *, connect: bool) -> None:
@@ -229,9 +222,9 @@ class Reconciler:
         if handle is None or agent.operation is not None:
             return
         try:
-            seen = backend.guard.observe(handle, deadline=Deadline(OBSERVE))
+            seen = backend.provider.observe(handle, deadline=Deadline(OBSERVE))
         except Unavailable:
-            self.kick(backend)
+            self.sweep_soon(backend)
             return
         except DispatcherError as error:
             _log.warning("%s: %s", printable(agent.row.name), error)
@@ -241,9 +234,10 @@ class Reconciler:
             self._check_listener(agent, epoch, backend, seen)
 
     def _check_listener(self, agent: Agent, epoch: int, backend: Backend, seen: Observation) -> None:
-        """An agent that runs and at whose endpoint nobody listens is not ready any more.
+        """A running agent whose endpoint refuses connections is no longer ready.
 
-        One that is just ending refuses connections, too: its end is awaited for a moment, as it has a reason.
+        An agent that is just ending refuses connections, too: its end, which has a reason, is awaited for a
+        moment.
         """
         handle = agent.handle
         for pause in ENDING:
@@ -253,21 +247,20 @@ class Reconciler:
                 return
             time.sleep(pause)
             try:
-                seen = backend.guard.observe(handle, deadline=Deadline(OBSERVE))
+                seen = backend.provider.observe(handle, deadline=Deadline(OBSERVE))
             except DispatcherError:
                 return
             self._apply(agent, epoch, seen)
         if seen.state is not BackendState.RUNNING:
             return
 
-        def deaf(row: AgentRow) -> Change | None:
-            if agent.epoch != epoch or not self._engine.served(row):
+        def decide(row: AgentRow) -> Change | None:
+            if agent.epoch != epoch or not self._registry.is_served(row):
                 return None
-            return Change(
-                {"ready": False}, [("unreachable", "it runs, and does not listen any more")], urgent=True
-            )
+            events = [(EventKind.UNREACHABLE, "it runs, but its endpoint refuses connections")]
+            return Change({"ready": False}, events, urgent=True)
 
-        self._engine.change(agent, deaf)
+        self._registry.change(agent, decide)
 
     def _apply(
         self,
@@ -279,13 +272,13 @@ class Reconciler:
         first: bool = False,
         bulk: bool = False,
     ) -> None:
-        engine, row = self._engine, agent.row
-        policy = engine.specs.policy(row.app)
+        registry, row = self._registry, agent.row
+        policy = registry.specs.policy(row.app)
         log: list[str] = []
         if transitions.died(row, seen):
-            tries = len(recent(row.attempts, engine.clock.now()))
+            tries = len(recent(row.attempts, registry.clock.now()))
             if tries >= policy.max_restarts or (tries and not bulk):  # else it is started again at once
-                log = self._operations.last_lines(agent)
+                log = last_lines(registry.backends.get(row.provider), agent.handle, transitions.LOG_LINES)
 
         def decide(row: AgentRow) -> Change | None:
             if agent.epoch != epoch or agent.operation is not None or agent.stuck:
@@ -293,7 +286,7 @@ class Reconciler:
             change = transitions.noticed(
                 row,
                 seen,
-                now=engine.clock.now(),
+                now=registry.clock.now(),
                 policy=policy,
                 log=log,
                 host_restarted=first and self.host_restarted,
@@ -302,35 +295,32 @@ class Reconciler:
             events = list(change.events)
             fields = dict(change.fields)
             if first and seen.state in ALIVE:
-                events.append(("adopted", f"it is {seen.state.value}"))
+                events.append((EventKind.ADOPTED, f"it is {seen.state.value}"))
             if handle is not None and not row.handle:
                 fields["handle"] = handle.to_json()
-            return Change(fields, events, defer=bulk, urgent=not bulk)
+            return Change(fields, events, write=Write.LATER if bulk else Write.NOW, urgent=not bulk)
 
-        engine.change(agent, decide)
+        registry.change(agent, decide)
 
-    # --- what is unknown
+    # --- unknown agents
 
     def _check_unknown(self, backend: Backend, handle: Handle) -> None:
-        """Remove what carries our label and belongs to nobody we know; its data stays with the provider."""
-        if names.backend_name(self._engine.installation, handle.agent) != handle.name:
-            _log.warning("%s lists %s, which is not ours", backend.name, printable(handle.name))
+        """Remove an agent that has our label and is not in the store; its data stays with the provider."""
+        if names.backend_name(self._registry.installation, handle.agent) != handle.name:
+            _log.warning("%s lists %s, which is not of this installation", backend.name, printable(handle.name))
         elif self._is_unknown(backend, handle):
             backend.pool.submit(lambda: self._destroy_unknown(backend, handle), urgent=False)
 
     def _is_unknown(self, backend: Backend, handle: Handle) -> bool:
-        agent = self._engine.agents.get(handle.agent)
+        agent = self._registry.agents.get(handle.agent)
         return agent is None or (agent.row.provider != backend.name and agent.row.move is None)
 
     def _destroy_unknown(self, backend: Backend, handle: Handle) -> None:
-        with self._engine.claimed(handle.agent) as free:
+        with self._registry.name_reserved(handle.agent) as free:
             if not free or not self._is_unknown(backend, handle):
                 return
-            _log.warning("%s has %s, which nobody knows: it is removed", backend.name, printable(handle.name))
+            _log.warning("%s has the unknown agent %s: removing it", backend.name, printable(handle.name))
             try:
-                backend.guard.destroy(handle, data=False, deadline=Deadline(DESTROY), progress=no_progress)
+                backend.provider.destroy(handle, data=False, deadline=Deadline(DESTROY), progress=no_progress)
             except DispatcherError as error:
                 _log.warning("%s cannot be removed from %s: %s", printable(handle.name), backend.name, error)
-
-
-_ABSENT = Observation(state=BackendState.ABSENT)

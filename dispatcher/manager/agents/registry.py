@@ -1,8 +1,8 @@
-"""The heart: changes an agent's row, decides what follows, writes it down, and only then lets it be done.
+"""All agents in memory.  Applies changes: computes the next operation, writes both, then lets it run.
 
-Every change goes through `Engine.change` or `Engine.finish`: under the agent's lock the new row and the next
-operation are computed (`lifecycle`), written in one transaction, and made visible; afterwards those who wait
-and those who subscribed are told.  Touches the store; asks no provider anything but `handle`, which is pure.
+Every change goes through `Registry.change` or `Registry.finish`: under the agent's lock the new row and the next
+operation are computed (`lifecycle`), written in one transaction, and made visible; afterwards waiting threads and
+subscribers are notified.  The only call to a provider is `handle`, which does no I/O.
 """
 
 from __future__ import annotations
@@ -11,18 +11,16 @@ import dataclasses
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from dispatcher.common.log import clean
-from dispatcher.manager.agents.agent import Agent, Operation
+from dispatcher.manager.agents.agent import Agent, Availability
+from dispatcher.manager.agents.change import Change, EventKind, Write
 from dispatcher.manager.agents.lifecycle import (
     ASLEEP,
-    Desired,
-    Kind,
-    Pending,
+    FeedState,
     Situation,
     feed_state,
     next_operation,
@@ -30,53 +28,39 @@ from dispatcher.manager.agents.lifecycle import (
     reached,
     superseded,
 )
-from dispatcher.manager.agents.observers import History
+from dispatcher.manager.agents.observers import ObserverQueue
+from dispatcher.manager.agents.operation import Operation, Status
 from dispatcher.manager.agents.specs import Specs
 from dispatcher.manager.agents.timers import Timers
+from dispatcher.manager.agents.transitions import CLEARED, NO_OPERATION
 from dispatcher.manager.agents.views import AgentView, view_of
-from dispatcher.manager.backends.backend import Backends
-from dispatcher.manager.storage.agents import AgentRow, Store
-from dispatcher.manager.storage.write_buffer import Backlog
+from dispatcher.manager.backends.backends import Backends
+from dispatcher.manager.storage.agents import Store
+from dispatcher.manager.storage.rows import AgentRow
+from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.storage.write_buffer import WriteBuffer
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock, boottime
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentEvent
 from dispatcher.plugin.provider import Progress
 
-TELL = 0.25  # seconds between announcements of mere progress
-WRITE_STEP = 2.0  # seconds after which the step of a long operation is written down
-RETRY_WRITE = 1.0  # seconds after which a failed write is tried again
+PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
+WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
 
 _log = logging.getLogger("dispatcher.manager")
 
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What shall become of an agent.
-
-    :ivar fields: of its row; :ivar events: kinds with details.
-    :ivar strict: nothing happens, and the error is raised, when it cannot be written: for intents.
-    :ivar insist: try even though the backend was unreachable when last asked.
-    :ivar defer: write later, with others, unless an operation begins.
-    :ivar urgent: a person waits for what follows.
-    """
-
-    fields: dict[str, Any] = field(default_factory=dict)
-    events: Sequence[tuple[str, str]] = ()
-    strict: bool = False
-    insist: bool = False
-    defer: bool = False
-    urgent: bool = False
-
-
 Decide = Callable[[AgentRow], "Change | None"]
+OnChange = Callable[[str], None]
+OnRemoval = Callable[[str, str], None]
 
 
-class Engine:
+class Registry:
     """All agents of the installation.
 
-    :ivar submit: runs an operation (set by `operations`); :ivar on_step: told of every step of every operation
-        before it is done: ``(agent, kind, step)``.
+    :ivar submit: runs an operation (set by `operations`); :ivar on_step: called before each step of each
+        operation:
+        ``(agent, kind, step)``.
     """
 
     def __init__(
@@ -86,7 +70,7 @@ class Engine:
         clock: SteadyWallClock,
         specs: Specs,
         backends: Backends,
-        history: History,
+        observers: ObserverQueue,
         timers: Timers,
         installation: str,
     ) -> None:
@@ -94,19 +78,20 @@ class Engine:
         self.clock = clock
         self.specs = specs
         self.backends = backends
-        self.history = history
+        self.observers = observers
         self.timers = timers
         self.installation = installation
+        self.buffer = WriteBuffer(store)
         self.agents: dict[str, Agent] = {}
         self.by_backend_name: dict[str, Agent] = {}
-        self._registry = threading.Lock()
-        self._claims: set[str] = set()
+        self._names_lock = threading.Lock()
+        self._reserved_names: set[str] = set()
         self.submit: Callable[[Agent, Operation, bool], None] = lambda _agent, _operation, _urgent: None
         self.on_step: Callable[[str, Kind, str], None] = lambda _agent, _kind, _step: None
-        self._subscribers: list[Callable[[str], None]] = []
-        self.backlog = Backlog(store)
+        self._on_change: list[OnChange] = []
+        self._on_removal: list[OnRemoval] = []
 
-    # --- who there is
+    # --- agents
 
     def find(self, name: str) -> Agent:
         """Return an agent.
@@ -115,61 +100,60 @@ class Engine:
         """
         agent = self.agents.get(name)
         if agent is None:
-            raise NotFound(
-                f"There is no agent {names.printable(name)}", fix="`dispatcher list` shows those there are"
-            )
+            raise NotFound(f"There is no agent {names.printable(name)}", fix="`dispatcher list` shows all agents")
         return agent
+
+    def of_provider(self, provider: str) -> list[Agent]:
+        """Return the agents that a provider has now."""
+        return [agent for agent in list(self.agents.values()) if agent.row.provider == provider]
 
     def add(self, row: AgentRow) -> Agent:
         """Take an agent that is in the store into memory."""
         agent = Agent(row)
         agent.state = public_state(self.situation(row, insist=True))
-        with self._registry:
+        with self._names_lock:
             self.agents[row.name] = agent
             self.by_backend_name[names.backend_name(self.installation, row.name)] = agent
         return agent
 
+    def drop(self, agent: Agent) -> None:
+        """Drop an agent that was removed from the store."""
+        with self._names_lock:
+            if self.agents.get(agent.row.name) is agent:
+                del self.agents[agent.row.name]
+                del self.by_backend_name[names.backend_name(self.installation, agent.row.name)]
+        with agent.lock:
+            agent.availability = Availability.GONE
+            agent.operation = None
+            agent.changed.notify_all()
+        self.notify(agent)
+        self._notify_removal(agent)
+
     @contextmanager
-    def claimed(self, name: str) -> Iterator[bool]:
-        """Keep a name, inside the block, for a new agent or for removing what nobody knows; False: it is taken."""
-        with self._registry:
-            free = name not in self._claims
-            self._claims.add(name)
+    def name_reserved(self, name: str) -> Iterator[bool]:
+        """Reserve a name inside the block, for a new agent or for removing an unknown one; False: it is taken."""
+        with self._names_lock:
+            free = name not in self._reserved_names
+            self._reserved_names.add(name)
         try:
             yield free
         finally:
             if free:
-                with self._registry:
-                    self._claims.discard(name)
+                with self._names_lock:
+                    self._reserved_names.discard(name)
 
     def recovered(self, row: AgentRow, *, host_restarted: bool) -> AgentRow:
-        """Return a row as a new manager begins with it: nothing is in flight, and a new boot is a new chance."""
+        """Return a row as a new manager begins with it: no operation in flight; a boot forgets past attempts."""
         if row.operation is not None:
-            row = dataclasses.replace(row, operation=None, step="", operation_since=None, version=row.version + 1)
+            row = dataclasses.replace(row, version=row.version + 1, **NO_OPERATION)
         if host_restarted:
             row = dataclasses.replace(row, attempts=(), version=row.version + 1)
             if row.failure is not None and row.desired is Desired.RUNNING:
                 row = dataclasses.replace(row, retry_at=self.clock.now())
         return row
 
-    def forget(self, agent: Agent) -> None:
-        """Drop an agent that is no longer in the store."""
-        with self._registry:
-            if self.agents.get(agent.row.name) is agent:
-                del self.agents[agent.row.name]
-                del self.by_backend_name[names.backend_name(self.installation, agent.row.name)]
-        with agent.lock:
-            agent.gone = True
-            agent.operation = None
-            agent.changed.notify_all()
-        self.announce(agent)
-
-    def of_provider(self, provider: str) -> list[Agent]:
-        """Return the agents that a provider has now."""
-        return [agent for agent in list(self.agents.values()) if agent.row.provider == provider]
-
     def view(self, agent: Agent) -> AgentView:
-        """Return an agent as it is; takes no lock."""
+        """Return a snapshot of an agent; takes no lock."""
         row, operation = agent.row, agent.operation
         backend = self.backends.get(row.provider)
         return view_of(
@@ -178,27 +162,43 @@ class Engine:
             stage=(operation.stage, operation.detail, operation.fraction) if operation else ("", "", None),
             outdated=self.specs.outdated(row),
             last_used=agent.last_used,
-            contact=backend.contact,
+            contact=backend.last_contact,
             problem=str(backend.problem),
             now=self.clock.now(),
         )
 
-    def subscribe(self, on_change: Callable[[str], None]) -> None:
-        """Call `on_change(name)` after every change."""
-        self._subscribers.append(on_change)
+    # --- subscriptions
 
-    def announce(self, agent: Agent) -> None:
-        """Tell subscribers that an agent changed.  Never called while its lock is held."""
-        for subscriber in self._subscribers:
+    def subscribe(self, on_change: OnChange) -> None:
+        """Call `on_change(name)` after every change and removal, from any thread; it must be quick."""
+        self._on_change.append(on_change)
+
+    def on_removal(self, call: OnRemoval) -> None:
+        """Call `call(name, user)` when a removal is written, before the agent is stopped, and when it is gone."""
+        self._on_removal.append(call)
+
+    def notify(self, agent: Agent) -> None:
+        """Notify subscribers of a change.  The agent's lock is not held."""
+        for subscriber in self._on_change:
             try:
                 subscriber(agent.row.name)
             except Exception:
                 _log.exception("A subscriber failed")
 
+    def _notify_removal(self, agent: Agent) -> None:
+        for subscriber in self._on_removal:
+            try:
+                subscriber(agent.row.name, agent.row.user)
+            except Exception:
+                _log.exception("A subscriber to removals failed")
+
     # --- changes
 
     def situation(self, row: AgentRow, *, insist: bool = False) -> Situation:
-        """Return all that decides about an agent."""
+        """Return the facts about an agent.
+
+        :param insist: assume that the backend answers.
+        """
         held = row.failure is not None and (row.retry_at is None or self.clock.now() < row.retry_at)
         return Situation(
             desired=row.desired,
@@ -212,14 +212,14 @@ class Engine:
             held=held,
         )
 
-    def served(self, row: AgentRow) -> bool:
+    def is_served(self, row: AgentRow) -> bool:
         """Whether requests go to the agent now."""
-        return feed_state(self.situation(row)) == "running"
+        return feed_state(self.situation(row)) is FeedState.RUNNING
 
     def change(self, agent: Agent, decide: Decide) -> bool:
-        """Change an agent as `decide(row)` says; return whether it wanted a change.
+        """Apply the change that `decide(row)` returns; return whether there was one.
 
-        :raises Unavailable: the change is strict and cannot be written; nothing happened then.
+        :raises Unavailable: the change must be written (`Write.REQUIRED`) and cannot be; it did not happen.
         """
         with agent.lock:
             if agent.gone:
@@ -228,98 +228,99 @@ class Engine:
             if change is None:
                 return False
             before = agent.row
-            operation = self._settle(agent, change)
-            changed = agent.row is not before
-            if changed:
+            operation = self._apply(agent, change)
+            after = agent.row
+            if after is not before:
                 agent.changed.notify_all()
-        if changed:
-            self.announce(agent)
+        if after.desired is Desired.ABSENT and before.desired is not Desired.ABSENT:
+            self._notify_removal(agent)
+        if after is not before:
+            self.notify(agent)
         if operation:
             self.submit(agent, operation, change.urgent)
         return True
 
-    def poke(self, agent: Agent) -> None:
-        """See whether something is to be done now."""
+    def reevaluate(self, agent: Agent) -> None:
+        """Begin the next operation, if there is one."""
         self.change(agent, lambda _: Change())
 
     def finish(self, agent: Agent, operation: Operation, change: Change) -> Operation | None:
         """End an operation with its result; return the next one, for the same thread to run.
 
-        An abandoned operation has no result any more: the caller observes the agent instead.
+        The result of an abandoned operation is ignored: the caller observes the agent instead.
         """
         with agent.lock:
-            if operation.abandoned or agent.operation is not operation:
+            if operation.status is Status.ABANDONED or agent.operation is not operation:
                 return None
             agent.operation = None
             agent.epoch += 1
-            fields = {**change.fields, "operation": None, "step": "", "operation_since": None}
-            if operation.cancel.is_set():  # how it failed is of no interest to the newer intent
+            fields = {**change.fields, **NO_OPERATION}
+            if operation.status is Status.CANCELLED:  # its failure says nothing about the newer command
                 for name in ("failure", "retry_at", "attempts"):
                     fields.pop(name, None)
-            following = self._settle(agent, dataclasses.replace(change, fields=fields))
+            following = self._apply(agent, dataclasses.replace(change, fields=fields))
             agent.changed.notify_all()
-        self.announce(agent)
+        self.notify(agent)
         return following
 
     def update(self, agent: Agent, operation: Operation, **fields: Any) -> None:
         """Write fields in the middle of an operation, before it goes on.
 
         :raises Unavailable: they cannot be written.
-        :raises Cancelled: the operation is no longer the agent's.
+        :raises Cancelled: the operation is no longer wanted.
         """
         with agent.lock:
             operation.check()
-            self._settle(agent, Change(fields, strict=True))
+            self._apply(agent, Change(fields, write=Write.REQUIRED))
 
-    def _settle(self, agent: Agent, change: Change) -> Operation | None:
+    def _apply(self, agent: Agent, change: Change) -> Operation | None:
         before = agent.row
         row = dataclasses.replace(before, **change.fields) if change.fields else before
-        happened = list(change.events)
+        reported = list(change.events)
         operation: Operation | None = None
         if row.failure is not None and reached(self.situation(row)):
-            row = dataclasses.replace(row, failure=None, retry_at=None)
-        if agent.operation is None and not (agent.stuck or agent.busy):
+            row = dataclasses.replace(row, **CLEARED)
+        if agent.operation is None and agent.availability is Availability.FREE:
             kind = next_operation(self.situation(row, insist=change.insist))
             if kind is not None:
                 operation = Operation(kind, self.clock.now())
-                idle, plain_events = row, list(happened)
-                row = self._begin(agent, row, operation, happened)
-        state = public_state(self.situation(row))
-        if state is not agent.state:
+                idle, idle_reported = row, list(reported)
+                row = self._begin(agent, row, operation, reported)
+        if public_state(self.situation(row)) is not agent.state:
             row = dataclasses.replace(row, since=self.clock.now())
-        if row == before and not happened:
+        if row == before and not reported:
             return None
         row = dataclasses.replace(row, version=before.version + 1, last_used=agent.last_used)
-        events = [(row.id, self.event(row, kind, detail)) for kind, detail in happened]
-        if change.defer and operation is None:
-            self.backlog.add(agent, events)
-        elif events or agent.dirty or _stored(row) != _stored(before):
+        events = [(row.id, self.event(row, kind, detail)) for kind, detail in reported]
+        if change.write is Write.LATER and operation is None:
+            self.buffer.add(row, events)
+        elif events or self.buffer.holds(row) or _stored(row) != _stored(before):
             try:
                 self.store.save([row], events)
             except DispatcherError as error:
-                if change.strict:
+                if change.write is Write.REQUIRED:
                     raise
                 _log.error("%s: %s", names.printable(row.name), error)
-                if operation is not None:  # what cannot be written is not begun
+                if operation is not None:  # an operation that cannot be written does not begin
                     operation = None
                     row = dataclasses.replace(idle, version=row.version)
-                    events = [(row.id, self.event(row, kind, detail)) for kind, detail in plain_events]
-                self.backlog.add(agent, events)
+                    events = [(row.id, self.event(row, kind, detail)) for kind, detail in idle_reported]
+                self.buffer.add(row, events)
         agent.row = row
         agent.state = public_state(self.situation(row))
         if operation is not None:
             agent.operation = operation
             agent.epoch += 1
         elif agent.operation is not None and superseded(agent.operation.kind, row.desired, row.pending):
-            agent.operation.cancel.set()
+            agent.operation.cancel()
         if row.retry_at is not None and row.retry_at != before.retry_at:
-            self.timers.after(row.retry_at - self.clock.now() + 0.001, lambda: self.poke(agent))
+            self.timers.after(row.retry_at - self.clock.now() + 0.001, lambda: self.reevaluate(agent))
         if events:
-            self.history.tell(event for _, event in events)
+            self.observers.publish(event for _, event in events)
         return operation
 
     def _begin(
-        self, agent: Agent, row: AgentRow, operation: Operation, happened: list[tuple[str, str]]
+        self, agent: Agent, row: AgentRow, operation: Operation, reported: list[tuple[EventKind, str]]
     ) -> AgentRow:
         fields: dict[str, Any] = {"operation": operation.kind, "step": "", "operation_since": operation.since}
         if operation.kind in {Kind.START, Kind.MOVE}:
@@ -327,83 +328,84 @@ class Engine:
             if row.pending is Pending.RESTART:
                 fields["pending"] = Pending.NONE
             if row.observed not in ASLEEP:
-                happened.append(("starting", ""))
+                reported.append((EventKind.STARTING, ""))
             if not row.handle and operation.kind is Kind.START:
                 fields["handle"] = self._planned_handle(row)
         elif operation.kind is Kind.STOP:
-            happened.append(("stopping", ""))
+            reported.append((EventKind.STOPPING, ""))
         return dataclasses.replace(row, **fields)
 
     def _planned_handle(self, row: AgentRow) -> str:
-        """Return the handle that the agent will have, "" when that cannot be said: the start will say why."""
+        """Return the handle that the agent will have; "" after an error, which the start will raise again."""
         try:
-            guard = self.backends.get(row.provider).guard
-            return guard.handle(self.specs.spec(row)).to_json()
+            return self.backends.get(row.provider).provider.handle(self.specs.spec(row)).to_json()
         except DispatcherError:
             return ""
 
     def flush(self) -> None:
-        """Write what was put off, and go on where a write had failed."""
-        for agent in self.backlog.flush(list(self.agents.values())):
-            if agent.operation is None and next_operation(self.situation(agent.row)) is not None:
-                self.poke(agent)
+        """Write buffered rows and events, and continue where a write had failed."""
+        for row in self.buffer.flush():
+            agent = self.agents.get(row.name)
+            if agent and agent.operation is None and next_operation(self.situation(agent.row)) is not None:
+                self.reevaluate(agent)
 
     def write_last_used(self) -> None:
         """Write when agents were last used, where that changed."""
         for agent in list(self.agents.values()):
             if agent.last_used != agent.row.last_used:
                 with agent.lock:
-                    row, agent.dirty = agent.row, True
+                    row = agent.row
                     agent.row = dataclasses.replace(row, version=row.version + 1, last_used=agent.last_used)
+                    self.buffer.add(agent.row)
         self.flush()
 
-    # --- words
+    # --- events and progress
 
-    def event(self, row: AgentRow, kind: str, detail: str = "") -> AgentEvent:
-        """Return something that happened now."""
+    def event(self, row: AgentRow, kind: EventKind, detail: str = "") -> AgentEvent:
+        """Return an event of this moment."""
         return AgentEvent(
             time=self.clock.now(),
             agent=row.name,
             user=row.user,
             app=row.app,
-            kind=kind,
+            kind=kind.value,
             detail=clean(detail, 1000) if detail else "",
         )
 
     def progress(self, agent: Agent, operation: Operation) -> Progress:
-        """Return the function by which an operation tells how far it is, and learns that it was cancelled."""
+        """Return the function by which an operation reports its progress; it raises when cancelled."""
 
-        def tell(step: str, detail: str = "", fraction: float | None = None) -> None:
+        def report(step: str, detail: str = "", fraction: float | None = None) -> None:
             operation.check()
             now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
-            if now == operation.shown:
+            if now == operation.published:
                 return
             new_stage = now[0] != operation.stage
             operation.stage, operation.detail, operation.fraction = now
-            if new_stage or boottime() - operation.told > TELL:
-                operation.told, operation.shown = boottime(), now
-                self._tell_progress(agent, operation)
+            if new_stage or boottime() - operation.published_at > PROGRESS_INTERVAL:
+                operation.published_at, operation.published = boottime(), now
+                self._publish_progress(agent, operation)
 
-        return tell
+        return report
 
     def step(self, agent: Agent, operation: Operation, step: str) -> None:
         """Go to the next step of an operation.
 
-        :raises Cancelled: a newer intent contradicts the operation.
+        :raises Cancelled: the operation is no longer wanted.
         """
         self.on_step(agent.row.name, operation.kind, step)
         self.progress(agent, operation)(step)
 
-    def _tell_progress(self, agent: Agent, operation: Operation) -> None:
+    def _publish_progress(self, agent: Agent, operation: Operation) -> None:
         with agent.lock:
             if agent.operation is not operation:
                 return
             if self.clock.now() - operation.since > WRITE_STEP and agent.row.step != operation.stage:
-                self._settle(agent, Change({"step": operation.stage}, defer=True))
-        self.announce(agent)
+                self._apply(agent, Change({"step": operation.stage}, write=Write.LATER))
+        self.notify(agent)
 
 
-#: What of a row is worth a write when it changes.
+#: The fields of a row whose change is worth a write.
 _stored = operator.attrgetter(
     *(
         name

@@ -1,4 +1,4 @@
-"""Using a new configuration while agents run.  Compares; replaces specs and providers."""
+"""Applying a new configuration while agents run."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ import logging
 from collections.abc import Iterator
 
 from dispatcher.config.load import Config
-from dispatcher.manager.agents.registry import Change, Engine
+from dispatcher.manager.agents.change import Change, EventKind, Write
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.specs import Specs
-from dispatcher.manager.storage.agents import AgentRow
+from dispatcher.manager.storage.rows import AgentRow
 
 _log = logging.getLogger("dispatcher.manager")
 
 
 def app_changes(old: Config, new: Config) -> Iterator[str]:
-    """Yield in sentences how the apps differ."""
+    """Describe the differences between the apps in sentences."""
     for name in sorted(old.apps.keys() | new.apps.keys()):
         before, after = old.apps.get(name), new.apps.get(name)
         if before is None:
             yield f"The app {name} is new."
         elif after is None:
-            yield f"The app {name} is gone: its agents can be stopped, not started again."
+            yield f"The app {name} was removed: its agents can be stopped, not started."
         elif before.provider != after.provider:
             yield (
-                f"The app {name} is on {after.provider} instead of {before.provider}: "
+                f"The app {name} has the provider {after.provider} instead of {before.provider}: "
                 "its agents move at their next start."
             )
         elif before != after:
@@ -38,11 +39,11 @@ def provider_changes(old: Config, new: Config) -> list[str]:
     return sorted(name for name in names if old.providers.get(name, {}) != new.providers.get(name, {}))
 
 
-def renew(engine: Engine, specs: Specs) -> int:
-    """Use new specs; let what had failed for good be tried again; return how many agents are newly outdated."""
-    old, engine.specs = engine.specs, specs
+def renew(registry: Registry, specs: Specs) -> int:
+    """Use new specs, and retry final failures; return how many agents are newly outdated."""
+    old, registry.specs = registry.specs, specs
     newly = 0
-    for agent in list(engine.agents.values()):
+    for agent in list(registry.agents.values()):
         row = agent.row
         became = specs.outdated(row) and not old.outdated(row)
         newly += became
@@ -50,9 +51,10 @@ def renew(engine: Engine, specs: Specs) -> int:
         def decide(row: AgentRow, became: bool = became) -> Change:
             fields = {}
             if row.failure is not None and row.failure.final:
-                fields["retry_at"] = engine.clock.now()
-            return Change(fields, [("outdated", "the configuration has changed")] if became else [], defer=True)
+                fields["retry_at"] = registry.clock.now()
+            events = [(EventKind.OUTDATED, "the configuration has changed")] if became else []
+            return Change(fields, events, write=Write.LATER)
 
-        engine.change(agent, decide)
-    engine.flush()
+        registry.change(agent, decide)
+    registry.flush()
     return newly

@@ -1,85 +1,50 @@
-"""Waiting until something appears in a directory: the socket of an app that starts.  Touches inotify(7).
+"""Waiting until a file appears in a directory: the socket of an app that starts.
 
-To look every few milliseconds, for many that start at the same time, was a fifth of what their starts cost.
-Each thread keeps its descriptor for the next start: to close one makes the kernel wait for tens of milliseconds.
+Polling every few milliseconds, for many agents that start at the same time, was a fifth of the CPU time of their
+starts.  Each thread keeps its inotify descriptor for the next start: closing one takes tens of milliseconds.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
-import select
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
-_CREATE, _MOVED_TO = 0x100, 0x80
-_ONLYDIR, _DONT_FOLLOW = 0x01000000, 0x02000000
+if TYPE_CHECKING:
+    from inotify_simple import INotify
 
-_mine = threading.local()
+_thread = threading.local()
 
 
 @contextlib.contextmanager
-def arrivals(directory: str) -> Iterator[Callable[[float], bool]]:
+def watch_directory(directory: str) -> Iterator[Callable[[float], bool]]:
     """Watch a directory inside the block; one at a time in each thread.
 
-    Yields a function that waits at most so many seconds and returns whether something has come since it was
-    last called.
+    Yields a function that waits at most so many seconds and returns whether a file has appeared since its last
+    call.
 
     :raises OSError: there is no such directory, or the kernel has no watch left for this user.
     """
-    known: _Inotify | None = getattr(_mine, "inotify", None)
-    if known is None:
-        known = _mine.inotify = _Inotify()
-    number = known.add(directory)
+    from inotify_simple import INotify, flags  # loaded at the first start of an agent, not at the manager's
+
+    kept: _Kept | None = getattr(_thread, "kept", None)
+    if kept is None:
+        kept = _thread.kept = _Kept(INotify())
+    inotify = kept.inotify
+    number = inotify.add_watch(directory, flags.CREATE | flags.MOVED_TO | flags.ONLYDIR | flags.DONT_FOLLOW)
     try:
-        yield known.wait
+        yield lambda seconds: bool(inotify.read(timeout=int(seconds * 1000)))
     finally:
-        known.remove(number)
+        inotify.rm_watch(number)
+        inotify.read(timeout=0)
 
 
-class _Inotify:
-    """One inotify descriptor; goes with its thread."""
+class _Kept:
+    """The descriptor of a thread, closed when the thread ends."""
 
-    def __init__(self) -> None:
-        self._fd = -1
-        self._libc = _libc()
-        self._fd = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)  # IN_CLOEXEC and IN_NONBLOCK are these
-        if self._fd < 0:
-            raise OSError("the kernel has no inotify descriptor left for this user")
-        self._poll = select.poll()
-        self._poll.register(self._fd, select.POLLIN)
+    def __init__(self, inotify: INotify) -> None:
+        self.inotify = inotify
 
     def __del__(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-
-    def add(self, directory: str) -> int:
-        """Watch a directory and return the watch's number."""
-        wanted = _CREATE | _MOVED_TO | _ONLYDIR | _DONT_FOLLOW
-        number = int(self._libc.inotify_add_watch(self._fd, os.fsencode(directory), wanted))
-        if number < 0:
-            raise OSError(f"{directory} cannot be watched")
-        return number
-
-    def remove(self, number: int) -> None:
-        """Watch it no more, and forget what it told."""
-        self._libc.inotify_rm_watch(self._fd, number)
-        self.wait(0)
-
-    def wait(self, seconds: float) -> bool:
-        """Return whether something came."""
-        if not self._poll.poll(seconds * 1000):
-            return False
-        with contextlib.suppress(BlockingIOError):
-            while len(os.read(self._fd, 65536)) > 65000:
-                pass
-        return True
-
-
-@functools.cache
-def _libc() -> Any:
-    import ctypes  # loaded at the first start of an agent, not at the manager's
-
-    return ctypes.PyDLL(None)
+        self.inotify.close()

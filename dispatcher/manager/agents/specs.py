@@ -1,7 +1,4 @@
-"""What each agent should be, by the configuration of now.  Pure, apart from loading the apps' plugins.
-
-An instance belongs to one configuration and is replaced with it.
-"""
+"""The apps and the agents' specs of one configuration; replaced when the configuration is reloaded."""
 
 from __future__ import annotations
 
@@ -9,15 +6,16 @@ import dataclasses
 import functools
 
 from dispatcher.config.app_secrets import read_secrets
-from dispatcher.config.load import AppDefaults, Config
+from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
+from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.files.agent_dirs import AgentData
-from dispatcher.manager.storage.agents import AgentRow
+from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.plugin.errors import BadRequest, DispatcherError
 from dispatcher.plugin.model import AgentSpec, App
 from dispatcher.plugin.names import printable
 
-AT_ONCE = 256  # specs that are remembered: a start asks for one several times
+CACHED = 256  # specs: a start needs one several times
 
 
 class Specs:
@@ -33,7 +31,7 @@ class Specs:
         self._proxy_gid = proxy_gid
         self._apps: dict[str, App] = {}
         self._hashes: dict[int, str | None] = {}
-        self._spec = functools.lru_cache(AT_ONCE)(self._make_spec)
+        self._spec = functools.lru_cache(CACHED)(self._make_spec)
 
     def default_app(self) -> str:
         """Return the app of new users.
@@ -52,24 +50,24 @@ class Specs:
                 "No app is configured", fix="write an [apps.NAME] section into the configuration, then reload"
             )
         raise BadRequest(
-            "There are several apps, and none is the default",
+            "There are several apps and no default",
             why=", ".join(sorted(apps)),
             fix="name one (`--app NAME` on the command line), or set `default_app` in the configuration",
         )
 
     def policy(self, app: str) -> AppDefaults:
-        """Return an app's time-outs and limits; the defaults for an app that is configured no more."""
+        """Return an app's time-outs and limits; the defaults for an app that is no longer configured."""
         return self.config.apps.get(app, self.config.defaults)
 
     def provider(self, row: AgentRow) -> str:
-        """Return the provider that should have an agent: its app's; where it is now when the app is gone."""
+        """Return the provider of an agent's app; the present one when the app is no longer configured."""
         app = self.config.apps.get(row.app)
         return app.provider if app else row.provider
 
     def app(self, name: str) -> App:
         """Return an app as its provider gets it.
 
-        :raises DispatcherError: it is configured no more, or wrongly.
+        :raises DispatcherError: it is not configured, or wrongly.
         """
         app = self._apps.get(name)
         if app is None:
@@ -77,15 +75,15 @@ class Specs:
         return app
 
     def spec(self, row: AgentRow, stdin: bytes | None = None) -> AgentSpec:
-        """Return what an agent should be.
+        """Return the spec of an agent.
 
         :raises DispatcherError: as `app`.
         """
-        spec = self._spec(row.name, row.user, row.app, *self._data.ids(row))
+        spec = self._spec(row.name, row.user, row.app, *self._data.ids(row.uid))
         return spec if stdin is None else dataclasses.replace(spec, stdin=stdin)
 
     def spec_to_start(self, row: AgentRow, stdin: bytes | None) -> AgentSpec:
-        """Return what an agent should be, with its secrets as they are now.
+        """Return the spec of an agent, with the present values of its secrets.
 
         :raises DispatcherError: as `app`; :raises ConfigError: a secret cannot be read.
         """
@@ -108,7 +106,7 @@ class Specs:
         )
 
     def outdated(self, row: AgentRow) -> bool:
-        """Whether what runs or sleeps differs from what would be started now."""
+        """Whether an agent runs or is asleep with another spec than the present one."""
         if not row.spec_hash:
             return False
         if row.id not in self._hashes:
@@ -119,7 +117,7 @@ class Specs:
         return self._hashes[row.id] != row.spec_hash
 
     def check(self, app: str) -> None:
-        """See that an app can be used for a new agent.
+        """Check that an app can be used for a new agent.
 
         :raises BadRequest: there is no such app; :raises DispatcherError: its tables are wrong.
         """

@@ -1,4 +1,4 @@
-"""Calls at a later time, on the boot clock.  Touches one thread."""
+"""Calls at a later time, on the boot clock."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _log = logging.getLogger("dispatcher.manager")
 
 
 class Timers:
-    """One thread that calls quick functions when their time has come.  Their exceptions are logged.
+    """One thread that calls quick functions at their times.  Their exceptions are logged.
 
     :param name: of the thread.
     """
@@ -27,7 +27,7 @@ class Timers:
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def after(self, seconds: float, call: Callable[[], object]) -> None:
@@ -35,11 +35,11 @@ class Timers:
         self._add(boottime() + max(0.0, seconds), call, None)
 
     def every(self, seconds: float, call: Callable[[], object]) -> None:
-        """Call again and again, so many seconds after the last call ended."""
+        """Call repeatedly, each time so many seconds after the last call ended."""
         self._add(boottime() + seconds, call, seconds)
 
     def close(self) -> None:
-        """Call nothing more; waits a little for the call that is being made."""
+        """Make no more calls; wait a little for the call in progress."""
         with self._changed:
             self._closed = True
             self._heap.clear()

@@ -1,4 +1,4 @@
-"""What an observation, a failure or a death means for an agent's row.  Pure."""
+"""How an observation, a failure or a death changes an agent's row.  Pure."""
 
 from __future__ import annotations
 
@@ -6,20 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dispatcher.config.load import AppDefaults
-from dispatcher.manager.agents.lifecycle import (
-    ALIVE,
-    DEAD,
-    Desired,
-    Kind,
-    Pending,
-    after_death,
-    after_failure,
-    backoff,
-    recent,
-)
-from dispatcher.manager.agents.registry import Change
-from dispatcher.manager.storage.agents import AgentRow, Failure
+from dispatcher.config.schema import AppDefaults
+from dispatcher.manager.agents.change import Change, EventKind
+from dispatcher.manager.agents.lifecycle import ALIVE, DEAD
+from dispatcher.manager.agents.restarts import after_death, after_failure, backoff, recent
+from dispatcher.manager.storage.rows import AgentRow, Failure
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.errors import (
     BadRequest,
     Conflict,
@@ -31,11 +23,11 @@ from dispatcher.plugin.errors import (
 from dispatcher.plugin.model import BackendState, Observation
 
 SAME_START = 2.0  # seconds by which two reports of one start may differ
-ASK_AGAIN = 5.0  # seconds after which an operation is tried again whose backend could not be asked
-LONGEST_RETRY = 300.0  # seconds between tries to stop or remove
+UNAVAILABLE_RETRY = 5.0  # seconds before an operation is retried whose backend did not answer
+MAX_RETRY = 300.0  # seconds between attempts to stop or remove
 LOG_LINES = 20
 
-_DOING = {
+_FAILED = {
     Kind.START: "could not be started",
     Kind.MOVE: "could not be moved",
     Kind.SUSPEND: "could not be suspended",
@@ -45,11 +37,26 @@ _DOING = {
     Kind.REMOVE: "could not be removed",
 }
 
+#: No failure any more, and no retry.
+CLEARED: dict[str, Any] = {"failure": None, "retry_at": None}
+#: The operation in flight has ended.
+NO_OPERATION: dict[str, Any] = {"operation": None, "step": "", "operation_since": None}
+#: The agent does not run.
+ENDED: dict[str, Any] = {
+    "ready": False,
+    "endpoint": "",
+    "owner_uid": None,
+    "started_at": None,
+    "spec_hash": "",
+    "exit_reason": "",
+}
+
 
 def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
     """Return the fields of a row that an observation changes.
 
-    Ready stays an agent that was ready and has run on since; whoever started anew has to prove it again.
+    An agent that was ready and still runs since the same start stays ready; after another start the health check
+    decides again.
     """
     ran_on = (
         row.observed is BackendState.RUNNING
@@ -72,15 +79,15 @@ def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
             "exit_reason": "",
         }
         if not ran_on or row.started_at is None:
-            # A list need not know: what slept, or was away, began when it did.
+            # A list may leave the start out: then the known one holds, as for an agent that was asleep.
             fields["started_at"] = row.started_at if seen.started_at is None else seen.started_at
     if any(getattr(row, name) != value for name, value in fields.items()):
         fields["observed_at"] = now
     return fields
 
 
-def same(row: AgentRow, seen: Observation) -> bool:
-    """Whether an observation plainly says nothing new: the cheap answer for most agents of a sweep."""
+def unchanged(row: AgentRow, seen: Observation) -> bool:
+    """Whether an observation clearly contains no news: the cheap answer for most agents of a sweep."""
     if seen.state is not row.observed:
         return False
     return seen.state in DEAD or (
@@ -91,7 +98,7 @@ def same(row: AgentRow, seen: Observation) -> bool:
 
 
 def died(row: AgentRow, seen: Observation) -> bool:
-    """Whether an observation says that an agent that should run has ended."""
+    """Whether an observation shows that an agent has ended whose desired state is running."""
     return (
         row.observed in ALIVE
         and seen.state in DEAD
@@ -103,16 +110,16 @@ def died(row: AgentRow, seen: Observation) -> bool:
 def noticed(
     row: AgentRow, seen: Observation, *, now: float, policy: AppDefaults, log: Sequence[str], host_restarted: bool
 ) -> Change | None:
-    """Return what an observation outside of operations changes, None when it says nothing new."""
+    """Return the change that follows from an observation outside of operations, None for no news."""
     fields = observed(row, seen, now)
-    events: list[tuple[str, str]] = []
+    events: list[tuple[EventKind, str]] = []
     if died(row, seen):
-        reason = "the host was restarted" if host_restarted else seen.exit_reason or "nobody knows why"
-        events.append(("died", reason))
+        reason = "the host was restarted" if host_restarted else seen.exit_reason or "reason unknown"
+        events.append((EventKind.DIED, reason))
         if not host_restarted:
             fields |= _after_death(row, reason, now, policy, log, events)
     elif row.observed in ALIVE and seen.state in DEAD:
-        events.append(("stopped", seen.exit_reason or "it is no longer there"))
+        events.append((EventKind.STOPPED, seen.exit_reason or "it no longer exists on the backend"))
     if not events and all(getattr(row, name) == value for name, value in fields.items()):
         return None
     return Change(fields, events)
@@ -124,31 +131,31 @@ def _after_death(
     now: float,
     policy: AppDefaults,
     log: Sequence[str],
-    events: list[tuple[str, str]],
+    events: list[tuple[EventKind, str]],
 ) -> dict[str, Any]:
     attempts, retry_at = after_death(row.attempts, now, policy.max_restarts)
     if retry_at == now:
-        return {"attempts": attempts, "failure": None, "retry_at": None}
-    failure = Failure(what="The app ended by itself", why=reason, log=tuple(log), time=now)
+        return {"attempts": attempts, **CLEARED}
+    failure = Failure(what="The app exited unexpectedly", why=reason, log=tuple(log), time=now)
     if retry_at is None:
         failure = dataclasses.replace(
             failure,
-            what=f"The app ended by itself {len(attempts) + 1} times within ten minutes"
+            what=f"The app exited unexpectedly {len(attempts) + 1} times within ten minutes"
             if attempts
             else failure.what,
-            fix="see its last lines, then start it again",
+            fix="read its last lines, then start it again",
         )
-        events.append(("failed", f"{failure.what}: {reason}"))
+        events.append((EventKind.FAILED, f"{failure.what}: {reason}"))
     return {"attempts": attempts, "failure": failure, "retry_at": retry_at}
 
 
 def is_final(error: DispatcherError) -> bool:
-    """Whether trying again cannot help until somebody changes something."""
+    """Whether a retry cannot help until somebody changes something."""
     return isinstance(error, (BadRequest, Unsupported, Conflict))
 
 
 def is_backend_away(error: DispatcherError) -> bool:
-    """Whether an error says that the backend (or the database) cannot be asked, and nothing of the agent."""
+    """Whether an error means that the backend (or the database) does not answer, and says nothing of the agent."""
     return isinstance(error, Unavailable) and not isinstance(error, DeadlineExceeded)
 
 
@@ -162,9 +169,9 @@ def failed(
     policy: AppDefaults,
     log: Sequence[str],
 ) -> Change:
-    """Return what a failed operation changes: the reason, and when it is tried again.
+    """Return the change after a failed operation: the reason, and when it is retried.
 
-    :param seen: how the agent was found afterwards; None when that could not be asked.
+    :param seen: the agent observed afterwards; None when the backend did not answer.
     """
     fields = observed(row, seen, now) if seen else {}
     lines = error.details.get("log") or log
@@ -179,13 +186,13 @@ def failed(
     attempts = row.attempts
     retry_at: float | None
     if is_backend_away(error):
-        retry_at = now + ASK_AGAIN
+        retry_at = now + UNAVAILABLE_RETRY
     elif kind in {Kind.STOP, Kind.RESET, Kind.REMOVE}:
         attempts = (*recent(attempts, now), now)
-        retry_at = now + min(LONGEST_RETRY, 5 * backoff(len(attempts)))
+        retry_at = now + min(MAX_RETRY, 5 * backoff(len(attempts)))
     else:
         attempts, retry_at = after_failure(attempts, now, policy.max_restarts)
         if failure.final:
             retry_at = None
     fields |= {"failure": failure, "attempts": attempts, "retry_at": retry_at}
-    return Change(fields, [("failed", f"It {_DOING[kind]}: {error}")])
+    return Change(fields, [(EventKind.FAILED, f"It {_FAILED[kind]}: {error}")])

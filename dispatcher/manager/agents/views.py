@@ -1,4 +1,4 @@
-"""An agent as others see it.  Pure: built from the stored row and what is going on.
+"""Public snapshots of an agent, built from the stored row and the operation in flight.  Pure.
 
 `AgentView.to_json` is AGENT of the REST interface, `to_feed` AGENT of the feed.
 """
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from dispatcher.manager.agents.lifecycle import Desired, FeedState, Situation, State, feed_state, public_state
-from dispatcher.manager.storage.agents import AgentRow, Failure, Move
+from dispatcher.manager.agents.lifecycle import FeedState, Situation, State, feed_state, public_state
+from dispatcher.manager.storage.rows import AgentRow, Failure, Move
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.model import Endpoint
 
@@ -24,12 +25,12 @@ def iso(time: float | None) -> str | None:
 class AgentView:
     """A snapshot; never changes.
 
-    :ivar state: the public state; :ivar feed_state: what the edge is told.
-    :ivar stage: short words for what is being done now, "" when nothing is; :ivar fraction: 0 to 1 if known.
-    :ivar since: when `state` began; :ivar reachable: whether the backend answers; :ivar observed_at: when
-        it last told about the agent.  Times are Unix seconds.
-    :ivar endpoint: where it listens, while it runs and is ready.
-    :ivar owner_uid: host user id that must own a Unix endpoint's socket; None: not to be checked.
+    :ivar state: the public state; :ivar feed_state: the state in the feed.
+    :ivar stage: of the operation in flight, "" without one; :ivar fraction: 0 to 1 if known.
+    :ivar since: when `state` began; :ivar reachable: whether the backend answers; :ivar observed_at: when the
+        agent was last observed.  Times are Unix seconds.
+    :ivar endpoint: while the agent runs and is ready.
+    :ivar owner_uid: host user id that must own a Unix endpoint's socket; None: not checked.
     :ivar label: the agent's DNS label.
     """
 
@@ -84,13 +85,13 @@ class AgentView:
         }
 
     def to_feed(self) -> dict[str, Any]:
-        """Return AGENT of the feed.  `failed` is what went wrong, in a sentence, or null."""
+        """Return AGENT of the feed.  `failed` is the failure in a sentence, or null."""
         return {
             "name": self.name,
             "user": self.user,
             "app": self.app,
             "label": self.label,
-            "state": self.feed_state,
+            "state": self.feed_state.value,
             "endpoint": str(self.endpoint) if self.endpoint else None,
             "uid": self.owner_uid,
             "stage": self.stage,
@@ -114,17 +115,17 @@ def view_of(
     """Return an agent's view.
 
     :param stage: of the operation in flight; :param contact: when the backend last answered; :param problem: why
-        it does not.
+        it does not answer.
     """
     state = public_state(situation)
-    doing = row.operation is not None
-    told, detail, fraction = stage
+    in_operation = row.operation is not None
+    text, detail, fraction = stage
     if state is State.FAILED and row.retry_at is not None:
         detail = f"the next try is in {max(0, round(row.retry_at - now))} s"
     elif state is State.UNKNOWN:
         detail = problem
     observed_at = row.observed_at
-    if contact is not None and situation.reachable and not doing:
+    if contact is not None and situation.reachable and not in_operation:
         observed_at = max(contact, observed_at or 0.0)
     fed = feed_state(situation)
     return AgentView(
@@ -136,17 +137,17 @@ def view_of(
         desired=row.desired,
         feed_state=fed,
         label=names.key(row.name),
-        stage=told,
+        stage=text,
         detail=detail,
         fraction=fraction,
         since=row.since,
-        failure=None if doing else row.failure,
+        failure=None if in_operation else row.failure,
         outdated=outdated,
         last_used=last_used,
         created=row.created,
         reachable=situation.reachable,
         observed_at=observed_at,
         move=row.move,
-        endpoint=Endpoint.parse(row.endpoint) if fed == "running" and row.endpoint else None,
+        endpoint=Endpoint.parse(row.endpoint) if fed is FeedState.RUNNING and row.endpoint else None,
         owner_uid=row.owner_uid,
     )

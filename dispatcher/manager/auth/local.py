@@ -12,7 +12,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict
 
 from dispatcher.manager.auth.passwords import Hasher, check_length
-from dispatcher.manager.storage.agents import UserRow
+from dispatcher.manager.storage.rows import UserRow
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.hooks import hookimpl

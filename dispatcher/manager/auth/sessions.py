@@ -1,9 +1,9 @@
-"""Sessions: making, using and ending them.  Touches `auth_store` only; one thread ends what is over.
+"""Sessions: creation, use, expiry and revocation, in memory and in the database.
 
-A token has 256 random bits; only its SHA-256 is known here.  A session ends at the end of its lifetime, after a
-time without a request, when it is revoked, or with its parent.  The steady clock decides, so a jump of the wall
-clock ends nobody's session.  When a session was last used is written down in batches: after a crash of the manager
-the last half minute of use is not remembered, which is little against the time that it takes to expire.
+A token has 256 random bits; only its SHA-256 is kept.  A session ends at the end of its lifetime, after a time
+without a request, when it is revoked, or with its parent; a thread ends expired sessions.  Times are of the steady
+clock: a jump of the wall clock ends no session.  The last use is written in batches: after a crash of the manager
+the last half minute of use is lost, which is little against the time of expiry.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def new_token() -> str:
 
 
 def digest(token: str) -> str:
-    """Return what is stored of a token: its SHA-256 in hexadecimal."""
+    """Return the SHA-256 of a token in hexadecimal."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -47,14 +47,14 @@ class Sessions:
         self._clock = clock
         self._table = SessionTable(lifetimes)
         self._subscribers: list[OnChange] = []
-        self._unremoved: set[str] = set()  # ended, not yet written down
+        self._undeleted: set[str] = set()  # ended, not yet deleted from the database
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def load(self, users: dict[str, float]) -> None:
-        """Read what is stored; sessions of users who are gone, or were made anew since, are dropped.
+        """Read the stored sessions; drop those of users who were removed, or created again since.
 
         :param users: when each user was created, by name.
         """
@@ -64,15 +64,15 @@ class Sessions:
         self._store.remove_sessions(rows.keys() - known)
         for key in sorted(known, key=lambda key: rows[key].parent is not None):
             self._table.insert(rows[key])
-        self.sweep()
+        self.end_expired()
 
     def start(self) -> None:
-        """Begin to end sessions when their time is over."""
+        """Begin to end expired sessions."""
         self._thread = threading.Thread(target=self._run, name="dispatcher-sessions", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; write down what is not yet."""
+        """Stop; write pending changes."""
         self._closing.set()
         self._wake.set()
         if self._thread:
@@ -84,15 +84,15 @@ class Sessions:
         self._subscribers.append(on_change)
 
     def set_lifetimes(self, lifetimes: Lifetimes) -> None:
-        """Use other lifetimes from now on, for sessions that exist too."""
+        """Use other lifetimes from now on, for existing sessions too."""
         self._table.lifetimes = lifetimes
         self._wake.set()
         self._changed([row.sha256 for row in self.all()], ())
 
-    # --- making
+    # --- creation
 
     def epoch(self, user: str) -> int:
-        """Return what to give `create`: all of a user's sessions were ended so many times."""
+        """Return how often all sessions of a user were ended, for `create`."""
         return self._table.epoch(user)
 
     def create(
@@ -102,7 +102,7 @@ class Sessions:
 
         :param epoch: from before the password was checked, so that a sign-in that overlaps a change of the
             password does not outlive it.
-        :param device: SHA-256 of the token that shall prove this browser from now on.
+        :param device: SHA-256 of the token that identifies this browser from now on.
         :raises Forbidden: all sessions of the user were ended meanwhile.
         """
         now = self._clock.now()
@@ -122,7 +122,7 @@ class Sessions:
     def renew(self, sha256: str) -> tuple[str, SessionRow]:
         """Replace a session by a new one of the same user, and end all others: the password was changed.
 
-        :raises NotFound: the session is dead.
+        :raises NotFound: the session has ended.
         """
         old = self.require(sha256)
         visitor = self._store.visitors([sha256]).get(sha256, Visitor())
@@ -144,16 +144,16 @@ class Sessions:
             self._end({other.sha256 for other in oldest} - {row.sha256, row.parent or ""})
         return token, row
 
-    # --- asking
+    # --- queries
 
     def get(self, sha256: str) -> SessionRow | None:
-        """Return a session that is alive, else None."""
+        """Return a session, None if it has ended."""
         return self._table.get(sha256, self._clock.now())
 
     def require(self, sha256: str) -> SessionRow:
-        """Return a session that is alive.
+        """Return a session.
 
-        :raises NotFound: it is dead or unknown.
+        :raises NotFound: it has ended or is unknown.
         """
         row = self.get(sha256)
         if row is None:
@@ -171,15 +171,15 @@ class Sessions:
         return found[0]
 
     def all(self, user: str | None = None) -> list[SessionRow]:
-        """Return the sessions that are alive, of all or of one user."""
-        return self._table.alive(self._clock.now(), user)
+        """Return the sessions, of all users or of one."""
+        return self._table.valid(self._clock.now(), user)
 
     def count(self) -> int:
-        """How many sessions there are."""
+        """Return the number of sessions."""
         return len(self._table)
 
     def visitors(self, rows: Iterable[SessionRow]) -> dict[str, Visitor]:
-        """Return where sessions were made, by SHA-256."""
+        """Return where sessions were created, by SHA-256."""
         return self._store.visitors([row.sha256 for row in rows])
 
     def expires(self, row: SessionRow) -> float:
@@ -194,12 +194,12 @@ class Sessions:
         """Seconds until a session ends even if it is used."""
         return max(0.0, row.created + self._table.lifetimes.lifetime - self._clock.now())
 
-    # --- using
+    # --- use
 
     def select(self, sha256: str, agent: str) -> SessionRow:
-        """Send a session's requests to another agent.  The caller has checked whose it is.
+        """Send a session's requests to another agent, which the caller has checked to be the user's.
 
-        :raises NotFound: the session is dead.
+        :raises NotFound: the session has ended.
         """
         row = self.require(sha256)
         self._store.set_agent([sha256], agent)
@@ -208,7 +208,7 @@ class Sessions:
         return row
 
     def replace_agent(self, user: str, gone: str, agent: str) -> None:
-        """An agent is gone: send the sessions that were with it to another one of the same user."""
+        """Send the sessions of a removed agent to another one of the same user; those for its host end."""
         rows = [row for row in self.all(user) if row.agent == gone]
         moved = [row.sha256 for row in rows if not row.host]
         self._store.set_agent(moved, agent)
@@ -217,57 +217,57 @@ class Sessions:
         self._end({row.sha256 for row in rows if row.host})
 
     def touch(self, sha256s: Iterable[str]) -> None:
-        """These sessions made a request just now; a child's request is its parent's too."""
+        """Record a request of these sessions, and of their parents."""
         self._changed(self._table.touch(sha256s, self._clock.now()), ())
 
-    # --- ending
+    # --- end
 
     def revoke(self, sha256: str) -> None:
-        """End a session and its children; one that is dead already is no error."""
+        """End a session and its children; idempotent."""
         self._end({sha256})
 
     def revoke_user(self, user: str, *, spare: str | None = None) -> int:
         """End all sessions of a user but one; return how many."""
         return self._ended(self._table.end_user(user, spare))
 
-    def user_gone(self, user: str) -> None:
-        """A user was removed: end the sessions, forget the browsers."""
+    def user_removed(self, user: str) -> None:
+        """End the sessions of a removed user and forget the known browsers."""
         self.revoke_user(user)
         self._store.forget_user(user)
 
-    def sweep(self) -> float:
-        """End what is over; return the seconds until it is worth looking again."""
-        over, pause = self._table.overdue(self._clock.now())
-        self._end(over)
+    def end_expired(self) -> float:
+        """End expired sessions; return the seconds until the next check."""
+        expired, pause = self._table.expired(self._clock.now())
+        self._end(expired)
         return pause
 
     def flush(self) -> None:
-        """Write down when sessions were last used, and what has ended."""
+        """Write the last use of sessions, and delete ended ones."""
         self._store.set_last_used(self._table.take_used())
-        self._write_removals()
+        self._delete_ended()
 
     def _end(self, sha256s: set[str]) -> int:
         return self._ended(self._table.end(sha256s)) if sha256s else 0
 
     def _ended(self, gone: list[str]) -> int:
-        """Tell at once, whether or not the database can be written just now."""
+        """Notify at once, whether or not the database can be written now."""
         if gone:
             with self._lock:
-                self._unremoved.update(gone)
+                self._undeleted.update(gone)
             self._changed((), gone)
-            self._write_removals()
+            self._delete_ended()
         return len(gone)
 
-    def _write_removals(self) -> None:
+    def _delete_ended(self) -> None:
         with self._lock:
-            keys = set(self._unremoved)
+            keys = set(self._undeleted)
         try:
             self._store.remove_sessions(keys)
         except Unavailable as error:
-            _log.error("ended sessions cannot be written down, trying again soon", why=str(error))
+            _log.error("ended sessions cannot be deleted, retrying soon", why=str(error))
             return
         with self._lock:
-            self._unremoved -= keys
+            self._undeleted -= keys
 
     def _changed(self, changed: Collection[str], gone: Collection[str]) -> None:
         if changed or gone:
@@ -282,9 +282,9 @@ class Sessions:
             self._wake.clear()
             pause = FLUSH_INTERVAL
             try:
-                pause = self.sweep()
+                pause = self.end_expired()
                 if self._clock.now() - flushed >= FLUSH_INTERVAL:
                     flushed = self._clock.now()
                     self.flush()
             except Exception:
-                _log.exception("sessions cannot be written down, trying again soon")
+                _log.exception("sessions cannot be written, retrying soon")

@@ -1,6 +1,7 @@
-"""Signing in: throttle, authenticator, session, and the agent that starts meanwhile.  No HTTP, no SQL of its own.
+"""Signing in: throttle, authenticator, session, and the start of the user's agent.
 
-Whether a name exists must not be learned here: unknown and known names are counted, delayed and refused alike.
+An attacker must not learn whether a name exists: unknown and known names are counted, delayed and refused in the
+same way.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import json
 from dataclasses import dataclass
 
 from dispatcher.common.log import logger
-from dispatcher.manager.agents.lifecycle import Desired
-from dispatcher.manager.agents.metrics import Metrics
+from dispatcher.manager.agents.metrics import LoginOutcome, Metrics
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.passwords import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
-from dispatcher.manager.auth.throttle import Changes, Throttle, address_key
-from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
+from dispatcher.manager.auth.throttle import Throttle, address_key
+from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock
@@ -31,7 +32,7 @@ _log = logger("manager.signin")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SignedIn:
-    """What a sign-in gives: tokens for two cookies, and the session."""
+    """The result of a sign-in: tokens for two cookies, and the session."""
 
     token: str
     device: str
@@ -39,7 +40,7 @@ class SignedIn:
 
 
 class SignIn:
-    """Everything that looks at passwords."""
+    """All operations with passwords."""
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class SignIn:
 
     @property
     def local(self) -> bool:
-        """Whether the manager keeps the passwords itself."""
+        """Whether the manager stores the passwords."""
         return self.authenticator.name == local.NAME
 
     def sign_in(
@@ -73,11 +74,11 @@ class SignIn:
     ) -> SignedIn:
         """Check a password, start the user's agent and make a session.
 
-        :param device: token of an earlier sign-in from this browser.
+        :param device: token of an earlier sign-in with this browser.
         :param stdin_apps: apps that take the credentials on standard input.
-        :raises Forbidden: wrong password or unknown name, alike; or the user has no agent.
+        :raises Forbidden: wrong password, unknown name, or a user without an agent: the same error.
         :raises TooManyRequests: too many attempts, or too many at once.
-        :raises Unavailable: the directory of passwords cannot be asked.
+        :raises Unavailable: the authenticator's backend does not answer.
         """
         name = self._name(raw_name)
         epoch = self._sessions.epoch(name)
@@ -89,15 +90,15 @@ class SignIn:
         known = device is not None and self._store.knows_device(digest(device), user, self._clock.now())
         kept = device if known and device else new_token()
         token, row = self._sessions.create(user, agent.name, visitor, epoch=epoch, device=digest(kept))
-        self._metrics.login("success")
+        self._metrics.login(LoginOutcome.SUCCESS)
         _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8])
         return SignedIn(token=token, device=kept, session=row)
 
     def check(self, name: str, password: str, address: str | None, device: str | None = None) -> str:
-        """Return the canonical name of whom a password belongs to, counting the attempt.
+        """Check a password, count the attempt, and return the user's canonical name.
 
-        :param name: canonical; :param address: of the browser, None for an administrator's own check.
-        :raises Forbidden: it does not; :raises TooManyRequests: as `sign_in`.
+        :param name: canonical; :param address: of the browser, None for a check by an administrator.
+        :raises Forbidden: it is wrong; :raises TooManyRequests: as `sign_in`.
         """
         now = self._clock.now()
         keys = [f"name:{name}", *([address_key(address)] if address is not None else [])]
@@ -106,8 +107,8 @@ class SignIn:
         try:
             self._keep(self._throttle.admit(keys, now))
         except TooManyRequests:
-            self._metrics.login("throttled")
-            _log.debug("slowed down", user=name, address=address)
+            self._metrics.login(LoginOutcome.THROTTLED)
+            _log.debug("throttled", user=name, address=address)
             raise
         try:
             deadline = Deadline(TIMEOUT)
@@ -116,13 +117,15 @@ class SignIn:
             )
         except DispatcherError as error:
             self._keep(self._throttle.succeeded(keys, now))
-            self._metrics.login("busy" if isinstance(error, TooManyRequests) else "unavailable")
+            self._metrics.login(
+                LoginOutcome.BUSY if isinstance(error, TooManyRequests) else LoginOutcome.UNAVAILABLE
+            )
             raise
         if identity is None:
             self._keep(self._throttle.failed(keys, now))
-            self._metrics.login("failure")
+            self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=name, address=address)
-            raise wrong()
+            raise wrong_credentials()
         own = [key for key in keys if not key.startswith("address:")]
         self._keep(self._throttle.succeeded(keys, now, forget=own))
         return names.user_name(identity.user)
@@ -130,12 +133,12 @@ class SignIn:
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.
 
-        :raises BadRequest: too short, too long; or passwords are kept elsewhere.
+        :raises BadRequest: too short, too long; or the manager does not store passwords.
         """
         if not self.local:
             raise BadRequest(
                 "A password was given",
-                why=f"passwords are kept by the authenticator {self.authenticator.name}",
+                why=f"passwords are stored by the authenticator {self.authenticator.name}",
                 fix="leave it out",
             )
         check_length(password)
@@ -145,7 +148,7 @@ class SignIn:
     def set_password(self, user: str, password: str) -> None:
         """Change a password.  The caller ends the sessions.
 
-        :raises BadRequest: too short or too long; :raises Unsupported: passwords are kept elsewhere.
+        :raises BadRequest: too short or too long; :raises Unsupported: the manager does not store passwords.
         """
         check_length(password)
         deadline = Deadline(TIMEOUT)
@@ -154,49 +157,49 @@ class SignIn:
         _log.info("password changed", user=user)
 
     def _name(self, raw: str) -> str:
-        """Return the canonical name; one that nobody can have is refused like a wrong password."""
+        """Return the canonical name; an invalid one is refused like a wrong password."""
         try:
             return names.user_name(raw)
         except BadRequest:
-            self._metrics.login("failure")
+            self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=raw)
-            raise wrong() from None
+            raise wrong_credentials() from None
 
     def _default_agent(self, user: str) -> AgentView:
-        """Return the agent that a sign-in leads to; with an external authenticator it is made at the first one."""
+        """Return the agent of a sign-in; with an external authenticator the first sign-in creates it."""
         agents = self._agents(user)
         if not agents and not self.local:
             with contextlib.suppress(Conflict):
-                self._supervisor.create(user, app=None, password_hash=None)
+                self._supervisor.commands.create(user, app=None, password_hash=None)
             agents = self._agents(user)
         if not agents:
-            self._metrics.login("failure")
-            raise wrong()
+            self._metrics.login(LoginOutcome.FAILURE)
+            raise wrong_credentials()
         return next((agent for agent in agents if agent.name == user), agents[0])
 
     def _agents(self, user: str) -> list[AgentView]:
-        return [view for view in self._supervisor.views(user=user) if view.desired is not Desired.ABSENT]
+        return [view for view in self._supervisor.queries.views(user=user) if view.desired is not Desired.ABSENT]
 
     def _start(self, agent: AgentView, user: str, password: str, stdin_apps: frozenset[str]) -> None:
-        """Have the agent run; a sign-in succeeds even if it cannot: the waiting page says why."""
+        """Start the agent; a failure does not fail the sign-in: the waiting page shows it."""
         stdin = None
         if agent.app in stdin_apps:
             stdin = json.dumps({"user": user, "password": password}).encode() + b"\n"
         try:
-            self._supervisor.set_desired(agent.name, Desired.RUNNING.value, stdin=stdin)
+            self._supervisor.commands.set_desired(agent.name, Desired.RUNNING, stdin=stdin)
         except NotFound:
-            raise wrong() from None
+            raise wrong_credentials() from None
         except DispatcherError as error:
             _log.warning("the agent cannot be started", agent=agent.name, why=str(error))
 
     def _keep(self, changes: Changes) -> None:
-        """Write down who is slowed; if that fails, this process still knows."""
+        """Store changed accounts; after an error they are still in memory."""
         try:
             self._store.keep(changes)
         except DispatcherError as error:
-            _log.error("attempts to sign in cannot be written down", why=str(error))
+            _log.error("sign-in attempts cannot be stored", why=str(error))
 
 
-def wrong() -> Forbidden:
-    """Return the one answer to a wrong password and to an unknown name."""
+def wrong_credentials() -> Forbidden:
+    """Return the error for a wrong password and for an unknown name."""
     return Forbidden("Wrong name or password", fix="check both and try again")

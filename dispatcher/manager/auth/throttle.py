@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dispatcher.common.humanize import duration
+from dispatcher.manager.storage.auth import Account, Changes
 from dispatcher.plugin.errors import TooManyRequests
 
 FORGET = 24 * 3600.0  # seconds without attempts after which an account is forgotten
@@ -47,23 +48,6 @@ NAME = Rule(free=5, first=1.0, most=900.0, forgive=1800.0)
 #: Per address: more and shorter, as many people may share one.
 ADDRESS = Rule(free=20, first=1.0, most=60.0, forgive=120.0)
 RULES = {"name": NAME, "address": ADDRESS, "device": NAME}
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """What is held against one name, address or device.
-
-    :ivar failures: wrong passwords not yet forgiven; :ivar last: when the last one was; :ivar until: when
-        the next is let through (Unix time, seconds).
-    """
-
-    failures: float
-    last: float
-    until: float
-
-
-#: What is to be kept: the account of a key, or None where nothing is left.
-Changes = dict[str, Account | None]
 
 
 def address_key(address: str) -> str:

@@ -1,7 +1,7 @@
-"""A provider behind glass: what it raises is translated, what it returns is checked.  Calls the provider only.
+"""A provider, contained: its exceptions are translated, its results are checked.
 
-A plugin may be wrong in any way.  Whatever happens in it ends here as an error of dispatcher's tree that names
-the provider and the call, and reaches only the agent that was asked about.
+A plugin may have any fault.  Each ends here as an error of dispatcher's tree that names the provider and the call,
+and affects only the agent that the call was for.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dispatcher.plugin.model import (
     Endpoint,
     Finding,
     Handle,
+    Isolation,
     Observation,
     Usage,
 )
@@ -37,92 +38,97 @@ _T = TypeVar("_T")
 _log = logging.getLogger("dispatcher.manager")
 
 
-class Guard:
-    """The methods of `Provider` that the manager calls, contained.  Raises nothing but `DispatcherError`."""
+class ContainedProvider:
+    """The methods of `Provider` that the manager calls.  Raises nothing but `DispatcherError`."""
 
-    def __init__(self, provider: Provider) -> None:
-        self.provider = provider
-        self.name = provider.name
+    def __init__(self, wrapped: Provider) -> None:
+        self.wrapped = wrapped
+        self.name = wrapped.name
+
+    @property
+    def isolation(self) -> Isolation:
+        """`Provider.isolation`"""
+        return self.wrapped.isolation
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """What the provider declares; nothing when it cannot even say that."""
+        """The declared capabilities; none after an exception."""
         try:
-            return frozenset(Capability(item) for item in self.provider.capabilities)
+            return frozenset(Capability(item) for item in self.wrapped.capabilities)
         except Exception:
-            _log.exception("The provider %s cannot say what it is capable of", self.name)
+            _log.exception("The provider %s failed in capabilities", self.name)
             return frozenset()
 
     def check(self, *, deadline: Deadline) -> None:
         """`Provider.check`"""
         with self._call("check", deadline):
-            self.provider.check(deadline=deadline)
+            self.wrapped.check(deadline=deadline)
 
     def explain(self, app: App | None) -> list[Finding]:
         """`Provider.explain`"""
         with self._call("explain", Deadline(30)):
-            return [self._checked("explain", item, Finding) for item in self.provider.explain(app)]
+            return [self._checked("explain", item, Finding) for item in self.wrapped.explain(app)]
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
         """`Provider.prepare`"""
         with self._call("prepare", deadline):
-            self.provider.prepare(app, deadline=deadline, progress=progress)
+            self.wrapped.prepare(app, deadline=deadline, progress=progress)
 
     def handle(self, spec: AgentSpec) -> Handle:
         """`Provider.handle`"""
         with self._call("handle", Deadline(5)):
-            return self._own(spec, self.provider.handle(spec), "handle")
+            return self._own(spec, self.wrapped.handle(spec), "handle")
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         """`Provider.ensure`"""
         with self._call("ensure", deadline):
-            return self._own(spec, self.provider.ensure(spec, deadline=deadline, progress=progress), "ensure")
+            return self._own(spec, self.wrapped.ensure(spec, deadline=deadline, progress=progress), "ensure")
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
         """`Provider.observe`"""
         with self._call("observe", deadline):
-            return self._observation("observe", self.provider.observe(handle, deadline=deadline))
+            return self._observation("observe", self.wrapped.observe(handle, deadline=deadline))
 
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         """`Provider.stop`"""
         with self._call("stop", deadline):
-            self.provider.stop(handle, grace=grace, deadline=deadline, progress=progress)
+            self.wrapped.stop(handle, grace=grace, deadline=deadline, progress=progress)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         """`Provider.destroy`"""
         with self._call("destroy", deadline):
-            self.provider.destroy(handle, data=data, deadline=deadline, progress=progress)
+            self.wrapped.destroy(handle, data=data, deadline=deadline, progress=progress)
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         """`Provider.suspend`"""
         with self._call("suspend", deadline):
-            self.provider.suspend(handle, depth=depth, deadline=deadline, progress=progress)
+            self.wrapped.suspend(handle, depth=depth, deadline=deadline, progress=progress)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         """`Provider.resume`"""
         with self._call("resume", deadline):
-            self.provider.resume(handle, deadline=deadline, progress=progress)
+            self.wrapped.resume(handle, deadline=deadline, progress=progress)
 
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
         """`Provider.export_data`"""
         with self._call("export_data", deadline):
-            self.provider.export_data(handle, directory, deadline=deadline, progress=progress)
+            self.wrapped.export_data(handle, directory, deadline=deadline, progress=progress)
 
     def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
         """`Provider.import_data`"""
         with self._call("import_data", deadline):
-            self.provider.import_data(handle, directory, deadline=deadline, progress=progress)
+            self.wrapped.import_data(handle, directory, deadline=deadline, progress=progress)
 
     def list(self, *, deadline: Deadline) -> list[tuple[Handle, Observation]]:
-        """`Provider.list`, as a whole."""
+        """`Provider.list`, collected."""
         found: list[tuple[Handle, Observation]] = []
         with self._call("list", deadline):
-            for item in self.provider.list(deadline=deadline):
+            for item in self.wrapped.list(deadline=deadline):
                 if not (isinstance(item, tuple) and len(item) == 2):
-                    raise self._nonsense("list", item)
+                    raise self._invalid("list", item)
                 handle = self._checked("list", item[0], Handle)
                 if handle.provider != self.name:
-                    raise self._nonsense("list", handle)
+                    raise self._invalid("list", handle)
                 found.append((handle, self._observation("list", item[1])))
                 if len(found) > MAX_LISTED or deadline.expired:
                     raise DeadlineExceeded(f"The provider {self.name} did not finish its list in time")
@@ -131,26 +137,26 @@ class Guard:
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         """`Provider.logs`, a line at a time."""
         with self._call("logs", deadline):
-            for line in self.provider.logs(handle, tail=tail, follow=follow, deadline=deadline):
+            for line in self.wrapped.logs(handle, tail=tail, follow=follow, deadline=deadline):
                 yield self._checked("logs", line, bytes)[:MAX_LINE]
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> dict[str, Usage]:
         """`Provider.usage`"""
         with self._call("usage", deadline):
-            found = self.provider.usage(handles, deadline=deadline)
+            found = self.wrapped.usage(handles, deadline=deadline)
             if not isinstance(found, Mapping):
-                raise self._nonsense("usage", found)
+                raise self._invalid("usage", found)
             return {str(name): self._checked("usage", usage, Usage) for name, usage in found.items()}
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         """`Provider.watch`"""
         with self._call("watch", Deadline(30)):
-            return self.provider.watch(on_change)
+            return self.wrapped.watch(on_change)
 
     def close(self) -> None:
-        """`Provider.close`; its faults are logged."""
+        """`Provider.close`; exceptions are logged."""
         try:
-            self.provider.close()
+            self.wrapped.close()
         except Exception:
             _log.exception("The provider %s cannot be closed", self.name)
 
@@ -170,14 +176,14 @@ class Guard:
             raise ProviderError(
                 f"The provider {self.name} failed in {method}",
                 why=f"{type(error).__name__}: {printable(str(error), 300)}",
-                fix="this is a fault of the plugin, tell its author; the manager's log has the details",
+                fix="report this fault to the author of the plugin; the manager's log has the details",
             ) from error
 
     def _own(self, spec: AgentSpec, value: object, method: str) -> Handle:
         handle = self._checked(method, value, Handle)
         if handle.provider != self.name or handle.agent != spec.agent:
-            raise self._nonsense(method, handle)
-        handle.to_json()  # a handle that is no JSON is a fault, too
+            raise self._invalid(method, handle)
+        handle.to_json()  # raises unless it is JSON
         return handle
 
     def _observation(self, method: str, value: object) -> Observation:
@@ -190,17 +196,17 @@ class Guard:
             and isinstance(seen.spec_hash, str)
             and isinstance(seen.exit_reason, str)
         ):
-            raise self._nonsense(method, seen)
+            raise self._invalid(method, seen)
         return seen
 
     def _checked(self, method: str, value: Any, kind: type[_T]) -> _T:
         if not isinstance(value, kind):
-            raise self._nonsense(method, value)
+            raise self._invalid(method, value)
         return value
 
-    def _nonsense(self, method: str, value: object) -> ProviderError:
+    def _invalid(self, method: str, value: object) -> ProviderError:
         return ProviderError(
-            f"The provider {self.name} returned nonsense from {method}",
+            f"The provider {self.name} returned an invalid value from {method}",
             why=f"it returned {printable(value, 200)}",
-            fix="this is a fault of the plugin, tell its author",
+            fix="report this fault to the author of the plugin",
         )

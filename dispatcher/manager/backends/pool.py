@@ -1,12 +1,13 @@
-"""Threads for one provider's calls.  Touches threads only.
+"""A thread pool for the calls of one provider.
 
-A pool of daemon threads that grows on demand.  A job may give its place away while it merely waits
-(`released`), and a job whose call hangs past its limit is *abandoned*: it keeps its thread, but no longer
-counts, so that one hung call costs the others nothing.
+It grows on demand.  A job may release its place while it merely waits (`released`), and a job whose call hangs
+past its deadline is *abandoned*: it keeps its thread, but no longer counts, so that one hung call does not block
+others.
 """
 
 from __future__ import annotations
 
+import enum
 import logging
 import threading
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from dispatcher.plugin.deadline import Deadline, boottime
+from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError
 
 SLACK = 5.0  # seconds that a call may take beyond its deadline before it counts as hanging
 IDLE_SECONDS = 10.0  # an idle thread ends after that long
@@ -24,26 +26,33 @@ _log = logging.getLogger("dispatcher.manager")
 _current = threading.local()
 
 
+class JobState(enum.Enum):
+    """What became of a job's call."""
+
+    NORMAL = enum.auto()
+    ABANDONED = enum.auto()  # it hangs, and its caller was told
+    ABANDONED_UNCOUNTED = enum.auto()  # the same, and another job has its place
+
+
 class Job:
     """A function to run once.
 
-    :ivar deadline: by when the call that it is in should return; None: it is in none.
-    :ivar call: the name of that call; :ivar abandoned: it hung, and whoever waited was told.
+    :ivar deadline: by which the present call should return; None: it makes none; :ivar call: the name of that
+        call.
     """
 
-    __slots__ = ("abandoned", "call", "counted", "deadline", "overdue", "run")
+    __slots__ = ("call", "deadline", "overdue", "run", "state")
 
     def __init__(self, run: Callable[[], None], overdue: Callable[[Job], None] | None) -> None:
         self.run = run
         self.overdue = overdue
         self.deadline: Deadline | None = None
         self.call = ""
-        self.abandoned = False
-        self.counted = True
+        self.state = JobState.NORMAL
 
     @contextmanager
     def calling(self, call: str, deadline: Deadline) -> Iterator[None]:
-        """Name the call that is being made and by when it should return."""
+        """Name the call that the block makes, and its deadline."""
         before = self.call, self.deadline
         self.call, self.deadline = call, deadline
         try:
@@ -57,8 +66,17 @@ class Job:
         return deadline is not None and deadline.at + SLACK < now
 
 
+def hung_call(provider: str, call: str) -> DispatcherError:
+    """Return the error for a call that did not return in time."""
+    return DeadlineExceeded(
+        f"The provider {provider} does not return",
+        why=f"its call {call} hangs past its deadline",
+        fix="check the backend; the manager continues without it and calls it again when the call returns",
+    )
+
+
 def current_job() -> Job | None:
-    """Return the job that this thread runs, None outside of pools."""
+    """Return the job of this thread, None outside of pools."""
     return getattr(_current, "job", None)
 
 
@@ -75,7 +93,7 @@ class Pool:
         self._changed = threading.Condition(lock)  # there is work
         self._ended = threading.Condition(lock)  # a job is done
         self._urgent: deque[Job] = deque()
-        self._patient: deque[Job] = deque()
+        self._background: deque[Job] = deque()
         self._running: set[Job] = set()
         self._threads = 0  # that count against the size
         self._idle = 0
@@ -86,27 +104,27 @@ class Pool:
     def submit(
         self, run: Callable[[], None], *, overdue: Callable[[Job], None] | None = None, urgent: bool = True
     ) -> Job:
-        """Run a function soon.  Its exceptions are logged and end nothing but itself.
+        """Run a function soon.  Its exceptions are logged.
 
-        :param overdue: called once, from `watch`, when a call of the job hangs past its limit.
+        :param overdue: called once, from `check_overdue`, when a call of the job hangs past its deadline.
         """
         job = Job(run, overdue)
         with self._changed:
             if self._closed:
                 return job
-            (self._urgent if urgent else self._patient).append(job)
-            self._staff()
+            (self._urgent if urgent else self._background).append(job)
+            self._start_threads()
         return job
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Give this thread's place to other jobs inside the block, which only waits."""
+        """Release this thread's place to other jobs inside the block, which only waits."""
         with self._changed:
             giving = self._released < MAX_RELEASED and current_job() is not None
             if giving:
                 self._released += 1
                 self._threads -= 1
-                self._staff()
+                self._start_threads()
         try:
             yield
         finally:
@@ -115,40 +133,40 @@ class Pool:
                     self._released -= 1
                     self._threads += 1
 
-    def watch(self) -> None:
+    def check_overdue(self) -> None:
         """Abandon the jobs whose call hangs; called regularly by one thread."""
         now = boottime()
         overdue = []
         with self._changed:
             for job in self._running:
-                if not job.abandoned and job.hangs(now):
-                    job.abandoned = True
+                if job.state is JobState.NORMAL and job.hangs(now):
+                    job.state = JobState.ABANDONED
                     overdue.append(job)
                     if self._abandoned < MAX_ABANDONED:
-                        job.counted = False
+                        job.state = JobState.ABANDONED_UNCOUNTED
                         self._abandoned += 1
                         self._threads -= 1
-            self._staff()
+            self._start_threads()
         for job in overdue:
-            _log.error("%s: the call of %s hangs, going on without it", self._name, job.call)
+            _log.error("%s: the call %s hangs; continuing without it", self._name, job.call)
             if job.overdue:
                 job.overdue(job)
 
     def close(self) -> None:
-        """Begin nothing more.  What runs is left to end by itself."""
+        """Begin no more jobs.  Those in progress are left to end."""
         with self._changed:
             self._closed = True
             self._urgent.clear()
-            self._patient.clear()
+            self._background.clear()
             self._changed.notify_all()
 
     def join(self, seconds: float) -> None:
-        """Wait until nothing runs any more, at most so long."""
+        """Wait until no job is in progress, except abandoned ones; at most so long."""
         with self._changed:
-            self._ended.wait_for(lambda: all(job.abandoned for job in self._running), seconds)
+            self._ended.wait_for(lambda: all(job.state is not JobState.NORMAL for job in self._running), seconds)
 
-    def _staff(self) -> None:
-        waiting = len(self._urgent) + len(self._patient)
+    def _start_threads(self) -> None:
+        waiting = len(self._urgent) + len(self._background)
         if self._idle:
             self._changed.notify(min(waiting, self._idle))
         for _ in range(min(waiting - self._idle, self._size - self._threads)):
@@ -156,7 +174,7 @@ class Pool:
             self._threads += 1
             try:
                 thread.start()
-            except RuntimeError as error:  # no memory or too many threads: the job waits for the next chance
+            except RuntimeError as error:  # no memory or too many threads: the job waits
                 self._threads -= 1
                 _log.error("%s: no thread can be started: %s", self._name, error)
                 return
@@ -173,7 +191,7 @@ class Pool:
                 _current.job = None
                 with self._changed:
                     self._running.discard(job)
-                    if not job.counted:  # its place was given away: this thread is one too many
+                    if job.state is JobState.ABANDONED_UNCOUNTED:  # this thread is one too many
                         self._abandoned -= 1
                         counted = False
                     self._ended.notify_all()
@@ -185,14 +203,14 @@ class Pool:
             while not self._closed:
                 if self._threads > self._size:
                     break
-                if self._urgent or self._patient:
-                    job = (self._urgent or self._patient).popleft()
+                if self._urgent or self._background:
+                    job = (self._urgent or self._background).popleft()
                     self._running.add(job)
                     return job
                 self._idle += 1
                 woken = self._changed.wait(IDLE_SECONDS)
                 self._idle -= 1
-                if not woken and not (self._urgent or self._patient):
+                if not woken and not (self._urgent or self._background):
                     break
             self._threads -= 1
             return None

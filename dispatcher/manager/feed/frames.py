@@ -1,4 +1,4 @@
-"""The frames that the manager sends, cut to size (docs/reference/feed.md).  Pure: rows in, bytes out."""
+"""The frames that the manager sends, within the size limit (docs/reference/feed.md).  Pure: rows in, bytes out."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def hello(installation: str, now: float) -> bytes:
 
 
 def error(what: str) -> bytes:
-    """Return the last frame of a connection that cannot be."""
+    """Return the last frame of a refused connection."""
     return protocol.encode({"type": protocol.ERROR, "what": what})
 
 
 def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
     """Return SESSION.
 
-    :param agents: names of all agents of its user, of which a session for one host is to know its own alone.
+    :param agents: names of all agents of its user; a session for one host gets only its own.
     :param ttl: seconds until it ends if it is not used.
     """
     found: Row = {
@@ -46,7 +46,7 @@ def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
 
 
 def snapshot(agents: Iterable[Row], sessions: Iterable[Row]) -> Iterator[bytes]:
-    """Yield a snapshot's parts, at least one, made as they are asked for."""
+    """Yield the parts of a snapshot lazily, at least one."""
     some_agents, some_sessions = iter(agents), iter(sessions)
     part = list(islice(some_agents, protocol.MAX_ROWS))
     first = True
@@ -75,7 +75,7 @@ def snapshot(agents: Iterable[Row], sessions: Iterable[Row]) -> Iterator[bytes]:
 def changes(
     agents: Sequence[Row], sessions: Sequence[Row], agents_gone: Sequence[str], sessions_gone: Sequence[str]
 ) -> Iterator[bytes]:
-    """Yield what has changed; what ends sessions goes first."""
+    """Yield changes; ended sessions come first."""
     size = protocol.MAX_ROWS
     everything: dict[str, Sequence[Any]] = {
         "sessions_gone": sessions_gone,

@@ -1,8 +1,8 @@
-"""The feed's server: tells the edge what it routes by.  Touches feed.sock.
+"""The feed's server: sends agents and sessions to the edge (docs/reference/feed.md).
 
-One thread with one event loop holds all workers' connections.  Changes are gathered for a few milliseconds and
-encoded once for all workers.  Whatever may touch the database or take a lock for long runs in a small pool.
-What workers report is `feed_reports`' business.
+One thread with one event loop serves all workers.  Changes are collected for a few milliseconds and encoded once
+for all workers.  Calls that may use the database or take a lock for long run in a small pool.  `reports` handles
+the workers' messages.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from dispatcher.common.log import logger
+from dispatcher.common.sockets import peer_credentials
 from dispatcher.feed import protocol
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
-from dispatcher.manager.feed.reports import Reports, contained
-from dispatcher.manager.feed.sync import Syncs
-from dispatcher.manager.feed.worker import Worker
-from dispatcher.manager.rest.listeners import peer
+from dispatcher.manager.feed.reports import ReportHandler
+from dispatcher.manager.feed.sync import SyncTracker
+from dispatcher.manager.feed.worker import SyncState, Worker
 from dispatcher.manager.storage.auth import SessionRow
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import NotFound
 
-GATHER = 0.004  # seconds between two frames of changes
-HELLO_TIMEOUT = 10.0  # seconds that a worker may take to say hello
+DEBOUNCE = 0.004  # seconds between two frames of changes
+HELLO_TIMEOUT = 10.0  # seconds for a worker's hello
 MAX_UP_FRAME = 4 * 1024 * 1024  # bytes
 MAX_WORKERS = 300
-SETTLE = 1.0  # seconds that an answer waits until all workers know what it says
+SYNC_TIMEOUT = 1.0  # seconds to wait until all workers have applied a change
 
 _log = logger("manager.feed")
 
@@ -39,8 +39,7 @@ _log = logger("manager.feed")
 class Feed:
     """Serves the feed on one listening socket.
 
-    :param sock: bound; :param allowed: who may connect, by user id and group id.
-    :param on_agent_gone: called in the pool with the name of each agent that is gone.
+    :param sock: bound; :param allowed: whether a process may connect, by user id and group id.
     """
 
     def __init__(
@@ -50,16 +49,14 @@ class Feed:
         supervisor: Supervisor,
         sessions: Sessions,
         allowed: Callable[[int, int], bool],
-        on_agent_gone: Callable[[str], None],
     ) -> None:
         self._sock = sock
         self._supervisor = supervisor
         self._sessions = sessions
         self._allowed = allowed
-        self._on_agent_gone = on_agent_gone
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
         self._workers: set[Worker] = set()
-        self._syncs = Syncs()
+        self._syncs = SyncTracker()
         self._agents_of: dict[str, dict[str, None]] = {}
         self._lock = threading.Lock()
         self._changed_agents: dict[str, None] = {}
@@ -71,24 +68,24 @@ class Feed:
         self._serving = threading.Event()
 
     def start(self) -> None:
-        """Listen; returns once it does."""
+        """Subscribe and listen; returns once the socket is served."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
-        self._supervisor.subscribe(self.agent_changed)
+        self._supervisor.registry.subscribe(self.agent_changed)
         self._sessions.subscribe(self.sessions_changed)
-        for view in self._supervisor.views():
+        for view in self._supervisor.queries.views():
             self._agents_of.setdefault(view.user, {})[view.name] = None
         self._thread.start()
         self._serving.wait(10)
 
     def close(self) -> None:
-        """Say farewell by closing; the edge serves on with what it knows."""
+        """Close all connections; the edge continues with its last tables."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._ask_to_stop)
+            self._loop.call_soon_threadsafe(self._request_stop)
             self._thread.join(10)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _ask_to_stop(self) -> None:
+    def _request_stop(self) -> None:
         if self._stop is not None:
             self._stop.set()
 
@@ -115,20 +112,20 @@ class Feed:
             self._gone_sessions.update(dict.fromkeys(gone))
         self._schedule()
 
-    def settle(self) -> bool:
-        """Wait, but not for long, until every connected worker has applied what has changed up to now.
+    def synchronize(self) -> bool:
+        """Wait for a moment until every connected worker has applied all changes so far.
 
-        :return: whether all have said so.  A worker that is not connected begins anew with a snapshot.
+        :return: whether all have.  A worker that is not connected begins again with a snapshot.
         """
         done = threading.Event()
         try:
-            self._loop.call_soon_threadsafe(self._ask, done)
-            if done.wait(SETTLE):
+            self._loop.call_soon_threadsafe(self._request_sync, done)
+            if done.wait(SYNC_TIMEOUT):
                 return True
-            self._loop.call_soon_threadsafe(self._syncs.forget, done)
+            self._loop.call_soon_threadsafe(self._syncs.give_up, done)
         except RuntimeError:  # the loop is closed: the manager ends
             return False
-        _log.warning("not every worker has said in time that it knows", workers=len(self._workers))
+        _log.warning("not every worker has confirmed the changes in time", workers=len(self._workers))
         return False
 
     def _schedule(self) -> None:
@@ -137,21 +134,21 @@ class Feed:
                 return
             self._scheduled = True
         with suppress(RuntimeError):  # the loop is closed: the manager ends
-            self._loop.call_soon_threadsafe(self._gather)
+            self._loop.call_soon_threadsafe(self._flush_soon)
 
     # --- in the loop
 
-    def _gather(self) -> None:
-        """The first change goes out at once, those right after it together."""
-        wait = self._flushed_at + GATHER - self._loop.time()
+    def _flush_soon(self) -> None:
+        """Send the first change at once, those right after it together."""
+        wait = self._flushed_at + DEBOUNCE - self._loop.time()
         if wait > 0:
             self._loop.call_later(wait, self._flush)
         else:
             self._flush()
 
-    def _ask(self, done: threading.Event) -> None:
+    def _request_sync(self, done: threading.Event) -> None:
         self._flush()
-        self._syncs.ask(self._workers, done)
+        self._syncs.request(self._workers, done)
 
     def _flush(self) -> None:
         self._flushed_at = self._loop.time()
@@ -177,17 +174,16 @@ class Feed:
                 worker.send(frame)
 
     def _agent_rows(self, names: Iterable[str]) -> tuple[list[frames.Row], list[str], set[str]]:
-        """Return rows, agents that are gone, and users who have other agents than before."""
+        """Return rows, removed agents, and users whose set of agents changed."""
         rows, gone, touched = [], [], set()
         for name in names:
             try:
-                view = self._supervisor.view(name)
+                view = self._supervisor.queries.view(name)
             except NotFound:
                 gone.append(name)
                 user = name.partition(":")[0]
                 if self._agents_of.get(user, {}).pop(name, name) is None:
                     touched.add(user)
-                self._pool.submit(contained, self._on_agent_gone, name)
                 continue
             rows.append(view.to_feed())
             mine = self._agents_of.setdefault(view.user, {})
@@ -203,8 +199,8 @@ class Feed:
         return frames.session_row(row, list(self._agents_of.get(row.user, ())), self._sessions.ttl(row))
 
     def _snapshot(self) -> Iterator[bytes]:
-        """Yield the parts; runs in the pool, as it takes a while with many rows."""
-        views = self._supervisor.views()
+        """Yield the parts.  Runs in the pool, as it takes a while with many rows."""
+        views = self._supervisor.queries.views()
         agents_of: dict[str, list[str]] = {}
         for view in views:
             agents_of.setdefault(view.user, []).append(view.name)
@@ -238,7 +234,7 @@ class Feed:
         for task in tasks:
             task.cancel()
         await asyncio.gather(pings, *tasks, return_exceptions=True)
-        await asyncio.sleep(0.001)  # connections close in the loop's next round
+        await asyncio.sleep(0.001)  # connections close in the loop's next iteration
 
     async def _ping(self) -> None:
         while True:
@@ -247,10 +243,10 @@ class Feed:
                 worker.send(frames.PING)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        uid, gid = peer(writer.get_extra_info("socket"))
+        _, uid, gid = peer_credentials(writer.get_extra_info("socket"))
         if not self._allowed(uid, gid) or len(self._workers) >= MAX_WORKERS:
             _log.warning("refused a connection", uid=uid, workers=len(self._workers))
-            writer.write(frames.error("you may not use this socket"))
+            writer.write(frames.error("permission denied"))
             writer.close()
             return
         worker = Worker(writer, asyncio.current_task())
@@ -258,14 +254,14 @@ class Feed:
         try:
             await self._serve(worker, reader)
         except (protocol.FrameError, asyncio.TimeoutError) as error:
-            _log.warning("dropped a worker", pid=worker.pid, why=str(error) or "it said no hello in time")
+            _log.warning("disconnected a worker", pid=worker.pid, why=str(error) or "it sent no hello in time")
         except (OSError, asyncio.CancelledError):
             pass
         except Exception:
             _log.exception("a worker's connection failed", pid=worker.pid)
         finally:
             self._workers.discard(worker)
-            self._syncs.gone(worker)
+            self._syncs.disconnected(worker)
             worker.close()
             _log.info("worker disconnected", pid=worker.pid)
 
@@ -276,20 +272,22 @@ class Feed:
         if not first or first[0]["type"] != protocol.HELLO:
             raise protocol.FrameError("the first frame is not a hello")
         if first[0].get("version") != protocol.VERSION:
-            worker.send(frames.error(f"this manager speaks version {protocol.VERSION} of the feed"), at_once=True)
+            worker.send(
+                frames.error(f"this manager supports version {protocol.VERSION} of the feed"), at_once=True
+            )
             raise protocol.FrameError(f"version {first[0].get('version')!r} of the feed")
         pid = first[0].get("pid")
         worker.pid = pid if isinstance(pid, int) else 0
-        worker.answers = first[0].get("sync") is True
+        worker.sync = SyncState.IN_TIME if first[0].get("sync") is True else SyncState.UNSUPPORTED
         _log.info("worker connected", pid=worker.pid)
         feeding = asyncio.ensure_future(self._send_snapshot(worker))
-        reports = Reports(worker, self._supervisor, self._sessions, self._syncs, self._pool)
+        reports = ReportHandler(worker, self._supervisor, self._sessions, self._syncs, self._pool)
         try:
             for message in first[1:]:
-                await reports.hear(message)
+                await reports.on_message(message)
             while data := await reader.read(65536):
                 for message in decoder.feed(data):
-                    await reports.hear(message)
+                    await reports.on_message(message)
         finally:
             feeding.cancel()
             with suppress(asyncio.CancelledError, OSError):
@@ -307,11 +305,11 @@ class Feed:
             _log.exception("the snapshot failed", pid=worker.pid)
             worker.abort()
             return
-        worker.live()
+        worker.snapshot_sent()
 
 
 async def _first(reader: asyncio.StreamReader, decoder: protocol.Decoder) -> list[protocol.Message]:
-    """Return the first messages; none when the connection ends before."""
+    """Return the first messages."""
     while data := await reader.read(65536):
         if messages := decoder.feed(data):
             return messages

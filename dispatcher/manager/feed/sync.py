@@ -1,7 +1,7 @@
-"""Waiting until the edge knows: a sign-out is answered when its cookie is dead on every worker.
+"""Waiting until the edge has applied a change: a sign-out is answered when its cookie is invalid on every worker.
 
-Frames go out in order, so a worker that answers a `sync` has applied all that was sent before it.  Touches the
-workers' transports; lives in the feed's loop.
+Frames are sent in order, so a worker that answers a `sync` has applied everything sent before it.  Runs in the
+feed's event loop.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import threading
 from collections.abc import Collection
 
 from dispatcher.feed import protocol
-from dispatcher.manager.feed.worker import Worker
+from dispatcher.manager.feed.worker import SyncState, Worker
 
 
-class Syncs:
-    """Who still has to answer what."""
+class SyncTracker:
+    """The workers that have yet to answer a `sync`."""
 
     def __init__(self) -> None:
         self._number = 0
         self._open: dict[int, tuple[set[Worker], threading.Event]] = {}
 
-    def ask(self, workers: Collection[Worker], done: threading.Event) -> None:
-        """Ask all workers that answer such a question; set `done` when they have, or are gone."""
-        asked = {worker for worker in workers if worker.answers and not worker.late}
+    def request(self, workers: Collection[Worker], done: threading.Event) -> None:
+        """Send a `sync` to all workers that answer it; set `done` when they have, or are disconnected."""
+        asked = {worker for worker in workers if worker.sync is SyncState.IN_TIME}
         if not asked:
             done.set()
             return
@@ -32,26 +32,27 @@ class Syncs:
         for worker in asked:
             worker.send(frame)
 
-    def heard(self, worker: Worker, number: object) -> None:
-        """A worker has applied everything up to a question."""
-        worker.late = False
+    def answered(self, worker: Worker, number: object) -> None:
+        """A worker has applied everything up to a `sync`."""
+        if worker.sync is SyncState.LATE:
+            worker.sync = SyncState.IN_TIME
         if isinstance(number, int) and number in self._open:
-            self._leave(worker, number)
+            self._remove(worker, number)
 
-    def gone(self, worker: Worker) -> None:
-        """A worker is no longer connected: it begins anew with a snapshot."""
+    def disconnected(self, worker: Worker) -> None:
+        """A worker is disconnected: it begins again with a snapshot."""
         for number in list(self._open):
-            self._leave(worker, number)
+            self._remove(worker, number)
 
-    def forget(self, done: threading.Event) -> None:
-        """Nobody waits any more.  Who has not answered is not waited for again until it does: it hangs."""
+    def give_up(self, done: threading.Event) -> None:
+        """Stop waiting.  A worker that has not answered hangs: the next `sync` does not wait for it."""
         for number, (asked, event) in list(self._open.items()):
             if event is done:
                 for worker in asked:
-                    worker.late = True
+                    worker.sync = SyncState.LATE
                 del self._open[number]
 
-    def _leave(self, worker: Worker, number: int) -> None:
+    def _remove(self, worker: Worker, number: int) -> None:
         asked, done = self._open[number]
         asked.discard(worker)
         if not asked:

@@ -1,7 +1,8 @@
-"""The directories of agents: data, endpoint, logs, old copies.  Touches STATE_DIR/agents and RUN_DIR/a.
+"""The directories of agents below STATE_DIR/agents and RUN_DIR/a: data, logs, old copies, sockets, with their
+modes.
 
-Parents belong to the manager and can only be passed through; what is inside an agent's data and endpoint
-directories belongs to the agent and is never trusted (`trees`).
+Parents belong to the manager and can only be traversed; the contents of an agent's data and socket directories
+belong to the agent and are not trusted (`safe_tree`).
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
-from dispatcher.manager.files.safe_tree import Tick, exists, make_directory, remove_tree, take_over
-from dispatcher.manager.files.socket_tmpfs import EndpointSpace
-from dispatcher.manager.storage.agents import AgentRow
+from dispatcher.manager.files.safe_tree import Tick, change_owner, exists, make_directory, remove_tree
+from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError
 
-PASS = 0o711  # others may pass through, not look
+TRAVERSE = 0o711  # others may traverse, not list
 PRIVATE = 0o700
+SOCKET_DIR = 0o2710  # of the agent, and of the group of the proxy: sockets inherit the group
 TRASH = ".trash"
 DELETING = 3600.0  # seconds that the deletion of one tree may take
 
@@ -30,7 +31,7 @@ def provider_dirs(paths: Paths, provider: str) -> tuple[Path, Path]:
     """Make and return a provider's private directories: kept over restarts, and emptied at boot."""
     state, run = paths.provider_state(provider), paths.provider_run(provider)
     for directory in (state, run):
-        os.makedirs(directory.parent, PASS, exist_ok=True)
+        os.makedirs(directory.parent, TRAVERSE, exist_ok=True)
         make_directory(directory, PRIVATE)
     return state, run
 
@@ -46,26 +47,29 @@ class AgentData:
         self._privileged = accounts.agent_uids is not None
         self._proxy_gid = accounts.proxy_gid
         self._agents = paths.state_dir / "agents"
-        self._endpoints = paths.run_dir / "a"
-        self.endpoints = EndpointSpace(self._endpoints, privileged=self._privileged)
-        self._left: list[str] = []  # what interrupted deletions of an earlier manager left
+        self._socket_dirs = paths.run_dir / "a"
+        self.sockets = SocketTmpfs(self._socket_dirs, privileged=self._privileged)
+        self._leftovers: list[str] = []  # of interrupted deletions of an earlier manager
 
     def begin(self, *, new_boot: bool) -> None:
-        """Make the parents; after a boot of the host, empty what lives for one boot only."""
-        for directory in (self._agents, self._endpoints):
-            os.makedirs(directory.parent, PASS, exist_ok=True)
-            make_directory(directory, PASS)
+        """Make the parent directories; after a boot of the host, empty those that are valid for one boot only."""
+        for directory in (self._agents, self._socket_dirs):
+            os.makedirs(directory.parent, TRAVERSE, exist_ok=True)
+            make_directory(directory, TRAVERSE)
         make_directory(self._agents / TRASH, PRIVATE)
-        self._left = [entry.path for entry in os.scandir(self._agents / TRASH)]
+        self._leftovers = [entry.path for entry in os.scandir(self._agents / TRASH)]
         if new_boot:
-            for directory in (self._endpoints, self.paths.run_dir / "p"):
+            for directory in (self._socket_dirs, self.paths.run_dir / "p"):
                 for entry in list(os.scandir(directory)) if directory.exists() else ():
                     remove_tree(entry.path, deadline=Deadline(DELETING))
-        self.endpoints.open()
+        self.sockets.open()
 
-    def ids(self, row: AgentRow) -> tuple[int, int]:
-        """Return the user and group id of an agent."""
-        return (row.uid, row.uid) if self._privileged else (os.geteuid(), os.getegid())
+    def ids(self, uid: int) -> tuple[int, int]:
+        """Return the user and group id of an agent whose host user id is `uid`."""
+        return (uid, uid) if self._privileged else (os.geteuid(), os.getegid())
+
+    def _owner(self, uid: int) -> tuple[int, int] | None:
+        return self.ids(uid) if self._privileged else None
 
     def data_dir(self, agent: str) -> Path:
         """Return the canonical data directory."""
@@ -75,58 +79,60 @@ class AgentData:
         """Return the directory of a provider's log files."""
         return self.paths.agent_dir(agent) / "log"
 
-    def prepare(self, row: AgentRow) -> None:
-        """Make every directory that a start needs, with the right owner; cheap when they are there."""
-        owner = self.ids(row)
-        home = self.paths.agent_dir(row.name)
-        make_directory(home, PASS)
+    def prepare(self, agent: str, uid: int) -> None:
+        """Make every directory that a start needs, with its owner and mode; cheap when they exist."""
+        owner = self.ids(uid)
+        home = self.paths.agent_dir(agent)
+        make_directory(home, TRAVERSE)
         make_directory(home / "log", PRIVATE)
         data = home / "data"
         if self._privileged and exists(data) and os.lstat(data).st_uid != owner[0]:
-            take_over(data, owner)  # what an ordinary user's manager left, or a restored backup
+            change_owner(data, owner)  # from an unprivileged manager, or a restored backup
         make_directory(data, PRIVATE, owner)
-        self._prepare_endpoint(row, owner)
+        self._prepare_socket_dir(agent, owner)
 
-    def _prepare_endpoint(self, row: AgentRow, owner: tuple[int, int]) -> None:
-        endpoint = self.paths.endpoint_dir(row.name)
+    def _prepare_socket_dir(self, agent: str, owner: tuple[int, int]) -> None:
+        directory = self.paths.endpoint_dir(agent)
         if not self._privileged:
-            make_directory(endpoint, PRIVATE)
+            make_directory(directory, PRIVATE)
             return
         try:
-            stale = os.lstat(endpoint).st_uid not in {owner[0], 0}
+            stale = os.lstat(directory).st_uid not in {owner[0], 0}
         except FileNotFoundError:
             stale = False
         if stale:
-            remove_tree(endpoint, deadline=Deadline(30))
+            remove_tree(directory, deadline=Deadline(30))
         try:
-            make_directory(endpoint, 0o2710, (owner[0], self._proxy_gid))
+            make_directory(directory, SOCKET_DIR, (owner[0], self._proxy_gid))
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise self.endpoints.full() from error
+            raise self.sockets.full() from error
 
-    def reset(self, row: AgentRow, tick: Tick | None = None) -> None:
-        """Delete an agent's data; its directory is there again, empty, before the old one is deleted."""
-        data = self.data_dir(row.name)
+    def reset(self, agent: str, uid: int, tick: Tick | None = None) -> None:
+        """Delete an agent's data; an empty directory is in place before the old one is deleted."""
+        data = self.data_dir(agent)
         if exists(data):
-            old = self._agents / TRASH / secrets.token_hex(8)
-            os.rename(data, old)
-            make_directory(data, PRIVATE, self.ids(row) if self._privileged else None)
+            old = self._move_to_trash(data)
+            make_directory(data, PRIVATE, self._owner(uid))
             remove_tree(old, deadline=Deadline(DELETING), tick=tick)
 
     def remove(self, agent: str, *, keep_data: bool, tick: Tick | None = None) -> None:
-        """Delete what an agent has; with `keep_data` its data and old copies stay."""
+        """Delete all directories of an agent; with `keep_data` its data and old copies stay."""
         remove_tree(self.paths.endpoint_dir(agent), deadline=Deadline(DELETING), tick=tick)
         home = self.paths.agent_dir(agent)
         if keep_data:
             remove_tree(home / "log", deadline=Deadline(DELETING), tick=tick)
         elif exists(home):
-            old = self._agents / TRASH / secrets.token_hex(8)
-            os.rename(home, old)
-            remove_tree(old, deadline=Deadline(DELETING), tick=tick)
+            remove_tree(self._move_to_trash(home), deadline=Deadline(DELETING), tick=tick)
 
-    def set_aside(self, agent: str) -> Path | None:
-        """Move what nobody accounts for away from a new agent's place; return where to, None for nothing."""
+    def _move_to_trash(self, directory: Path) -> Path:
+        trash = self._agents / TRASH / secrets.token_hex(8)
+        os.rename(directory, trash)
+        return trash
+
+    def move_aside(self, agent: str) -> Path | None:
+        """Move a directory of unknown origin out of a new agent's way; return where to, None if there was none."""
         home = self.paths.agent_dir(agent)
         if not exists(home):
             return None
@@ -135,11 +141,11 @@ class AgentData:
         os.chmod(aside, PRIVATE)
         return aside
 
-    def fresh(self, agent: str, name: str) -> Path:
-        """Return an empty directory of the manager's own beside the data; whatever had its name is deleted."""
+    def empty_dir(self, agent: str, name: str) -> Path:
+        """Make an empty directory of the manager beside the data, in place of an earlier one; return it."""
         home = self.paths.agent_dir(agent)
         directory = home / name
-        make_directory(home, PASS)
+        make_directory(home, TRAVERSE)
         if directory.parent != home:
             make_directory(directory.parent, PRIVATE)
         remove_tree(directory, deadline=Deadline(DELETING))
@@ -147,43 +153,41 @@ class AgentData:
         return directory
 
     def copy_dir(self, agent: str, name: str) -> Path:
-        """Return where an old copy lies."""
+        """Return the directory of an old copy."""
         return self.paths.agent_dir(agent) / "copies" / name
 
-    def store_copy(self, row: AgentRow, name: str) -> None:
-        """Move an agent's data to its old copies, and make an empty directory; done already is success."""
-        copy = self.copy_dir(row.name, name)
+    def store_copy(self, agent: str, uid: int, name: str) -> None:
+        """Move an agent's data to its old copies, and make an empty directory.  Idempotent."""
+        copy = self.copy_dir(agent, name)
         make_directory(copy.parent, PRIVATE)
         if not exists(copy):
-            os.rename(self.data_dir(row.name), copy)
-        make_directory(self.data_dir(row.name), PRIVATE, self.ids(row) if self._privileged else None)
+            os.rename(self.data_dir(agent), copy)
+        make_directory(self.data_dir(agent), PRIVATE, self._owner(uid))
 
-    def install(self, row: AgentRow, directory: Path, tick: Tick | None = None) -> None:
-        """Make `directory`, which came from a provider, an agent's data; done already is success.
+    def install(self, agent: str, uid: int, directory: Path, tick: Tick | None = None) -> None:
+        """Make `directory`, exported by a provider, the data of an agent.  Idempotent.
 
-        :raises DispatcherError: it holds something that must not become the agent's.
+        :raises DispatcherError: it contains a file that must not become the agent's.
         """
         if not exists(directory):
             return
         if self._privileged:
-            take_over(directory, self.ids(row), tick)
-        data = self.data_dir(row.name)
+            change_owner(directory, self.ids(uid), tick)
+        data = self.data_dir(agent)
         if exists(data):
-            old = self._agents / TRASH / secrets.token_hex(8)
-            os.rename(data, old)
-            remove_tree(old, deadline=Deadline(DELETING), tick=tick)
+            remove_tree(self._move_to_trash(data), deadline=Deadline(DELETING), tick=tick)
         os.rename(directory, data)
-        make_directory(data, PRIVATE, self.ids(row) if self._privileged else None)
+        make_directory(data, PRIVATE, self._owner(uid))
 
     def remove_copy(self, agent: str, name: str) -> None:
         """Delete an old copy."""
         remove_tree(self.copy_dir(agent, name), deadline=Deadline(DELETING))
 
     def empty_trash(self) -> Iterator[str]:
-        """Delete what deletions of an earlier manager left; yield what could not be deleted, and why."""
-        for path in self._left:
+        """Delete the leftovers of interrupted deletions; yield those that cannot be deleted, and why."""
+        for path in self._leftovers:
             try:
                 remove_tree(path, deadline=Deadline(DELETING))
             except (OSError, DispatcherError) as error:
                 yield f"{path}: {error}"
-        self._left = []
+        self._leftovers = []

@@ -1,32 +1,28 @@
-"""Directory trees that somebody hostile may write to.  Touches the file system below what it is given.
+"""Directory trees that an attacker may write to: make, delete, walk and change owners safely.
 
-An agent owns what is in its data directory and may change it while the manager, often as root, works there.
-So nothing here opens a path inside a tree: every step goes from an open directory to one name in it, with
-``O_NOFOLLOW``, and no step has an effect outside the tree whatever that name was swapped for.  Trees may be of
-any depth: at most three descriptors are open at a time.
+An agent owns its data directory and may change it while the manager, often as root, works there.  So no function
+here opens a path inside a tree: each step goes from an open directory to one name in it, with ``O_NOFOLLOW``, and
+has no effect outside of the tree whatever that name was replaced with.  Trees may be of any depth: at most three
+descriptors are open at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import secrets
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
-_CHUNK = 1 << 20
-_MOST_DIFFERENCES = 5
-_MOST_NAMES = 1 << 29  # characters of paths that are kept at a time: some millions of files, or a very deep tree
+_MAX_CHARACTERS = 1 << 29  # of paths in memory at a time: some millions of files, or a very deep tree
 
 Tick = Callable[[], None]
 
@@ -42,7 +38,7 @@ def opened(name: str | bytes, flags: int, dir_fd: int | None = None) -> Iterator
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether there is anything at `path`, a dangling link included."""
+    """Whether `path` exists, a dangling link included."""
     return os.path.lexists(path)
 
 
@@ -51,7 +47,7 @@ def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, in
 
     Its parent must be trusted.
 
-    :raises ProviderError: there is something else, such as a symbolic link.
+    :raises ProviderError: it is not a directory, but a symbolic link, say.
     """
     made = False
     try:
@@ -64,7 +60,7 @@ def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, in
             pass
         found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
-        raise ProviderError(f"{path} is no directory", why="something else is in its place", fix="move it away")
+        raise ProviderError(f"{path} is not a directory", why="it is another kind of file", fix="move it away")
     wrong_owner = owner is not None and (found.st_uid, found.st_gid) != owner
     if wrong_owner or stat.S_IMODE(found.st_mode) != mode:
         with opened(os.fspath(path), _PATH | os.O_DIRECTORY) as fd:
@@ -76,12 +72,12 @@ def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, in
 
 
 def remove_tree(path: str | os.PathLike[str], *, deadline: Deadline, tick: Tick | None = None) -> None:
-    """Delete whatever is at `path`; nothing there is success.  Links are deleted, never followed.
+    """Delete the file or tree at `path`, if there is one.  Links are deleted, never followed.
 
     Deep trees are flattened while they are deleted: each directory's subdirectories are moved up to the top.
 
-    :raises DeadlineExceeded: something keeps filling the tree.
-    :raises OSError: something cannot be deleted.
+    :raises DeadlineExceeded: a process keeps filling the tree.
+    :raises OSError: a file cannot be deleted.
     """
     parent, name = os.path.split(os.fspath(path))
     try:
@@ -101,14 +97,14 @@ def remove_tree(path: str | os.PathLike[str], *, deadline: Deadline, tick: Tick 
             _flatten(top, deadline, tick)
         finally:
             os.close(top)
-        with contextlib.suppress(FileNotFoundError):  # somebody else deleted it, too
+        with contextlib.suppress(FileNotFoundError):  # deleted by another process
             os.rmdir(name, dir_fd=folder)
     finally:
         os.close(folder)
 
 
 def _enter(name: str, folder: int) -> int | None:
-    """Open a directory, readable for its owner; None when it is something else."""
+    """Open a directory, readable for its owner; None if it is not a directory."""
     for _ in range(3):
         try:
             return os.open(name, DIRECTORY, dir_fd=folder)
@@ -130,7 +126,7 @@ def _flatten(top: int, deadline: Deadline, tick: Tick | None) -> None:
         for name in names:
             if deadline.expired:
                 raise DeadlineExceeded(
-                    "A directory cannot be deleted in time", why="something keeps writing to it"
+                    "A directory cannot be deleted in time", why="a process keeps writing to it"
                 )
             if tick:
                 tick()
@@ -145,7 +141,7 @@ def _flatten(top: int, deadline: Deadline, tick: Tick | None) -> None:
                     for item in inner:
                         if not _unlink(item, below):
                             count += 1
-                            _lift(item, below, f"{prefix}-{count}", top)
+                            _move_up(item, below, f"{prefix}-{count}", top)
                     inner = _names(below)
             finally:
                 os.close(below)
@@ -159,7 +155,7 @@ def _flatten(top: int, deadline: Deadline, tick: Tick | None) -> None:
 
 
 def _names(folder: int, most: int = 10000) -> list[str]:
-    """Return some names in a directory, bounded, so that a huge one does not fill the memory."""
+    """Return names in a directory, a bounded number, so that a huge one does not fill the memory."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -177,7 +173,7 @@ def _enter_or_none(name: str, folder: int) -> int | None:
 
 
 def _unlink(name: str, folder: int) -> bool:
-    """Delete what is no directory; return whether it is gone."""
+    """Delete a file that is not a directory; return whether it is gone."""
     try:
         os.unlink(name, dir_fd=folder)
     except FileNotFoundError:
@@ -190,7 +186,7 @@ def _unlink(name: str, folder: int) -> bool:
     return True
 
 
-def _lift(name: str, folder: int, target: str, top: int) -> None:
+def _move_up(name: str, folder: int, target: str, top: int) -> None:
     try:
         os.rename(name, target, src_dir_fd=folder, dst_dir_fd=top)
     except PermissionError:  # not root: a directory that is moved must be writable
@@ -204,9 +200,9 @@ def _lift(name: str, folder: int, target: str, top: int) -> None:
 def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:
     """Yield ``(path below the top, name, open directory that holds it, its status)`` for everything in a tree.
 
-    The directory is open only until the next item.  A directory that is swapped away meanwhile is left out.
+    The directory is open only until the next item.  A directory that is replaced meanwhile is left out.
 
-    :raises ProviderError: the directories still to be seen have longer paths, all together, than fit into memory.
+    :raises ProviderError: the paths of the directories still to be walked do not fit into memory.
     """
     waiting = [""]
     kept = 0
@@ -230,22 +226,22 @@ def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:
                 below = f"{path}/{name}" if path else name
                 if stat.S_ISDIR(found.st_mode):
                     waiting.append(below)
-                    kept = _bounded(kept + len(below))
+                    kept = bounded(kept + len(below))
                 yield below, name, folder, found
         finally:
             os.close(folder)
 
 
-def _bounded(characters: int) -> int:
-    """Return the number.
+def bounded(characters: int) -> int:
+    """Return the number of characters of paths in memory.
 
-    :raises ProviderError: so much is not kept in memory.  Whoever owns a tree decides how large it seems.
+    :raises ProviderError: it is too large.  The owner of a tree decides how large it is.
     """
-    if characters > _MOST_NAMES:
+    if characters > _MAX_CHARACTERS:
         raise ProviderError(
             "The directory is too large to be compared",
-            why=f"the paths in it have more than {_MOST_NAMES} characters: it has too many files, or is too deep",
-            fix="look what its owner keeps there, and pack or delete it",
+            why=f"its paths have more than {_MAX_CHARACTERS} characters: it has too many files, or is too deep",
+            fix="pack or delete files there",
         )
     return characters
 
@@ -261,13 +257,13 @@ def _descend(top: int, path: str) -> int:
     return folder
 
 
-def take_over(path: str | os.PathLike[str], owner: tuple[int, int], tick: Tick | None = None) -> None:
-    """Make a tree that came from outside harmless, and its owner's.
+def change_owner(path: str | os.PathLike[str], owner: tuple[int, int], tick: Tick | None = None) -> None:
+    """Give a tree that came from outside to its owner, and make it harmless.
 
-    What belongs to others becomes the owner's without set-user-id bits; device nodes are deleted, and so are
-    file capabilities: a guest's root may have made any of them.
+    Files of others become the owner's without set-user-id bits; device nodes and file capabilities are deleted:
+    the root of a guest may have made any of them.
 
-    :raises ProviderError: a file has a further name outside the tree.
+    :raises ProviderError: a file has a further hard link outside of the tree.
     """
     with opened(os.fspath(path), DIRECTORY) as top:
         links: dict[tuple[int, int], int] = defaultdict(int)
@@ -284,7 +280,8 @@ def take_over(path: str | os.PathLike[str], owner: tuple[int, int], tick: Tick |
             if kind == stat.S_IFREG:
                 if found.st_nlink > max(1, links[found.st_dev, found.st_ino]):
                     raise ProviderError(
-                        f"{below} has a further name outside of its directory", fix="look where it came from"
+                        f"{below} has a further hard link outside of its directory",
+                        fix="find out where it came from",
                     )
                 _drop_capability(name, folder)
             if (found.st_uid, found.st_gid) != owner:
@@ -299,7 +296,7 @@ def _drop_capability(name: str, folder: int) -> None:
         try:
             os.removexattr(f"/proc/self/fd/{fd}", "security.capability")
         except OSError:
-            pass  # it has none, or the file system knows none
+            pass  # it has none, or the file system supports none
 
 
 def disk_usage(path: str | os.PathLike[str], deadline: Deadline) -> int | None:
@@ -319,96 +316,3 @@ def disk_usage(path: str | os.PathLike[str], deadline: Deadline) -> int | None:
     except (OSError, ProviderError):
         return None
     return total
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One entry of a manifest.
-
-    :ivar content: SHA-256 of a file, target of a link, "" for others; :ivar same_as: the first path of the same
-        file when it has several names, "" otherwise; :ivar modified: whole seconds, 0 for links.
-    """
-
-    kind: str
-    mode: int
-    uid: int
-    gid: int
-    modified: int
-    content: str
-    same_as: str = ""
-
-
-def manifest(path: str | os.PathLike[str], tick: Tick | None = None) -> dict[str, Item]:
-    """Return what is in a tree, by path: owners, modes, links, times, contents.  Sockets and devices are left out.
-
-    :raises OSError: something cannot be read; :raises ProviderError: it does not fit into memory.
-    """
-    items: dict[str, Item] = {}
-    kept = 0
-    names: dict[tuple[int, int], list[str]] = defaultdict(list)
-    with opened(os.fspath(path), DIRECTORY) as top:
-        for below, name, folder, found in walk(top):
-            if tick:
-                tick()
-            kind = stat.filemode(found.st_mode)[0]
-            if kind in "sbc":
-                continue
-            content = ""
-            if kind == "l":
-                content = os.readlink(name, dir_fd=folder)
-            elif kind == "-":
-                content = _digest(name, folder, tick)
-                if found.st_nlink > 1:
-                    names[found.st_dev, found.st_ino].append(below)
-            modified = 0 if kind == "l" else int(found.st_mtime)
-            kept = _bounded(kept + len(below))
-            items[below] = Item(kind, stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid, modified, content)
-    for paths in names.values():
-        for below in paths if len(paths) > 1 else ():
-            items[below] = replace(items[below], same_as=min(paths))
-    return items
-
-
-def _digest(name: str, folder: int, tick: Tick | None) -> str:
-    digest = hashlib.sha256()
-    with opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, folder) as fd:
-        while block := os.read(fd, _CHUNK):
-            digest.update(block)
-            if tick:
-                tick()
-    return digest.hexdigest()
-
-
-def differences(before: Mapping[str, Item], after: Mapping[str, Item]) -> list[str]:
-    """Return in words how two manifests differ, a few at most; an empty list: they are alike.
-
-    Times may differ by a second (file systems round), and an empty ``lost+found`` does not count.
-    """
-    found = []
-    for path in sorted(before.keys() | after.keys()):
-        one, two = before.get(path), after.get(path)
-        if one is None or two is None:
-            if path != "lost+found":
-                found.append(f"{path} is {'new' if one is None else 'missing'}")
-        else:
-            found += _changes(path, one, two)
-        if len(found) >= _MOST_DIFFERENCES:
-            break
-    return found[:_MOST_DIFFERENCES]
-
-
-def _changes(path: str, one: Item, two: Item) -> list[str]:
-    if one.kind != two.kind:
-        return [f"{path} is of another kind"]
-    changes = []
-    if one.content != two.content:
-        changes.append("content" if one.kind == "-" else "target")
-    if (one.uid, one.gid) != (two.uid, two.gid):
-        changes.append(f"owner ({one.uid}:{one.gid}, then {two.uid}:{two.gid})")
-    if one.mode != two.mode and one.kind != "l":
-        changes.append(f"mode ({one.mode:o}, then {two.mode:o})")
-    if abs(one.modified - two.modified) > 1:
-        changes.append("time of change")
-    if one.same_as != two.same_as:
-        changes.append("hard links")
-    return [f"{path} has another {change}" for change in changes]

@@ -6,7 +6,7 @@ kernel keeps quotas on tmpfs (Linux 6.6, CONFIG_TMPFS_QUOTA), each agent, having
 share of it; elsewhere one agent could still fill it and keep others from starting, which `finding` says.
 
 The mount outlives the manager as the agents do, and a manager that finds it uses it again.  It is made where the
-proxy and the container engine see it: in the mount namespace of the machine, whatever unit the manager is in.
+proxy and the container registry see it: in the mount namespace of the machine, whatever unit the manager is in.
 Touches the mount table, through util-linux.  docs/adr/0009-one-file-system-for-endpoints.md says why.
 """
 
@@ -35,7 +35,7 @@ _PATIENCE = 10.0  # seconds for a mount
 _log = logger("manager.endpoints")
 
 
-class EndpointSpace:
+class SocketTmpfs:
     """The directory that holds all endpoint directories, bounded where that is possible."""
 
     def __init__(self, directory: Path, *, privileged: bool) -> None:

@@ -36,26 +36,26 @@ def revoke_session(services: Services, id: str) -> None:
 @routes.add("GET", "/providers", {200: answers.ProviderList})
 def providers(services: Services) -> Json:
     """List the providers and whether they can be used."""
-    return {"providers": services.supervisor.providers()}
+    return {"providers": services.supervisor.queries.providers()}
 
 
 @routes.add("GET", "/providers/<provider>/check", {200: answers.Findings})
 def check_provider(services: Services, provider: str, query: schemas.CheckProvider) -> Json:
     """Describe what a provider isolates and what it does not, for one app or in general."""
-    found = services.supervisor.check_provider(provider, query.app)
+    found = services.supervisor.queries.check_provider(provider, query.app)
     return {"findings": [{"level": item.level.value, "what": item.what, "fix": item.fix} for item in found]}
 
 
 @routes.add("GET", "/stats/memory_usage", {200: answers.MemoryUsage})
 def memory_usage(services: Services) -> Json:
     """Show how much memory the agents use."""
-    return services.supervisor.memory_usage()
+    return services.supervisor.queries.memory_usage()
 
 
 @routes.add("GET", "/stats/top", {200: answers.Top})
 def top(services: Services) -> Json:
     """Show what each agent uses."""
-    return {"agents": services.supervisor.top()}
+    return {"agents": services.supervisor.queries.top()}
 
 
 @routes.add("POST", "/reload", {200: answers.Reloaded})

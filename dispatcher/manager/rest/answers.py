@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from dispatcher.manager.agents.lifecycle import Desired, State
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import Capability, Level
 
 Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]

@@ -43,7 +43,7 @@ class Health:
         """Return the body of /healthz."""
         problems = [
             f"The provider {provider['name']} cannot be used: {provider['error']}"
-            for provider in self._supervisor.providers()
+            for provider in self._supervisor.queries.providers()
             if not provider["usable"]
         ]
         try:

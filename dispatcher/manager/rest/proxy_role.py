@@ -6,6 +6,7 @@ to that agent alone, and cannot change anything of the user but that agent's sta
 
 from __future__ import annotations
 
+from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.rest import answers, schemas
 from dispatcher.manager.rest.routing import Answer, Json, Routes
@@ -73,10 +74,10 @@ def my_state(services: Services, body: schemas.MyState) -> Answer:
     row = services.sessions.require(body.sha256)
     agent = _own_agent(services, row, body.agent).name
     if body.state == "restart":
-        services.supervisor.restart(agent)
+        services.supervisor.commands.restart(agent)
     else:
-        services.supervisor.set_desired(agent, body.state)
-    return services.supervisor.view(agent).to_json(), 202
+        services.supervisor.commands.set_desired(agent, desired_state(body.state))
+    return services.supervisor.queries.view(agent).to_json(), 202
 
 
 @routes.add("POST", "/sessions/list", {200: answers.SessionList})
@@ -100,7 +101,7 @@ def change_password(services: Services, body: schemas.ChangePassword) -> Json:
 def handover(services: Services, body: schemas.MakeHandover) -> Answer:
     """Make a code that carries a sign-in to the host of one of the user's agents: once, within 30 seconds."""
     row = services.sessions.require(body.sha256)
-    views = services.supervisor.views(user=row.user)
+    views = services.supervisor.queries.views(user=row.user)
     agent = next((view.name for view in views if view.label == body.host.partition(".")[0]), None)
     if agent is None or row.parent:
         raise Forbidden("That host does not belong to one of your agents", fix="open the app from the dashboard")

@@ -13,7 +13,7 @@ from dispatcher.manager.storage.auth import SessionRow, Visitor
 
 def agents_of(services: Services, row: SessionRow) -> list[AgentView]:
     """Return the agents that a session is for: those of its user, or the one of its host."""
-    views = services.supervisor.views(user=row.user)
+    views = services.supervisor.queries.views(user=row.user)
     return [view for view in views if not row.parent or view.name == row.agent]
 
 

@@ -35,7 +35,7 @@ def wait(
     try:
         while True:
             try:
-                view = services.supervisor.wait(agent, done, min(_SLICE, deadline.remaining()))
+                view = services.supervisor.queries.wait(agent, done, min(_SLICE, deadline.remaining()))
             except NotFound:
                 view = None
             if done(view) or deadline.expired or services.closing.is_set():
@@ -70,7 +70,7 @@ def wait_for_state(services: Services, agent: str, desired: str, seconds: float)
 def view_or_none(services: Services, agent: str) -> AgentView | None:
     """Return an agent's view; None when there is no such agent."""
     try:
-        return services.supervisor.view(agent)
+        return services.supervisor.queries.view(agent)
     except NotFound:
         return None
 

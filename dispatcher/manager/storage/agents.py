@@ -11,10 +11,10 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dispatcher.manager.agents.lifecycle import Desired, Kind, Pending
 from dispatcher.manager.storage import tables
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move, UserRow
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.deadline import SteadyWallClock, boot_id
 from dispatcher.plugin.errors import Conflict, NotFound
 from dispatcher.plugin.model import AgentEvent, BackendState

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from dispatcher.manager.auth.throttle import Account, Changes
 from dispatcher.manager.storage.database import Database, metadata
 
 MAX_DEVICES = 20  # known browsers of one user
@@ -73,6 +72,23 @@ class Visitor:
 
     address: str = ""
     user_agent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Failed sign-in attempts counted against one name, address or device.
+
+    :ivar failures: wrong passwords that still count; :ivar last: when the last one was entered; :ivar until: when
+        the next attempt is admitted (Unix time, seconds).
+    """
+
+    failures: float
+    last: float
+    until: float
+
+
+#: Accounts to be stored, by key; None: the account is deleted.
+Changes = dict[str, Account | None]
 
 
 class AuthStore:

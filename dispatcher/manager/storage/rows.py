@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from dispatcher.manager.agents.lifecycle import Desired, Kind, Pending
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState
 
 

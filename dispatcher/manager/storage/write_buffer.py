@@ -1,7 +1,7 @@
-"""What could not, or need not, be written at once.  Touches the store.
+"""A write-behind buffer for agents' rows and events.
 
 Memory is ahead of the database for a moment: after a sweep over many agents, and while the disk is full or the
-database is locked.  Everything put off is written in one transaction, as soon as that works.
+database is locked.  `flush` writes everything that waits in one transaction.
 """
 
 from __future__ import annotations
@@ -10,50 +10,52 @@ import logging
 import threading
 from collections.abc import Iterable
 
-from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.storage.agents import Store
+from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import AgentEvent
 
-MOST_EVENTS = 100_000  # more are forgotten, the oldest first: a disk may stay full for days
+MAX_EVENTS = 100_000  # beyond it the oldest are dropped: a disk may stay full for days
 
 _log = logging.getLogger("dispatcher.manager")
 
 
-class Backlog:
-    """Rows that are dirty, and events that wait."""
+class WriteBuffer:
+    """The newest unwritten row of each agent, and unwritten events."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._rows: dict[int, AgentRow] = {}
         self._events: list[tuple[int, AgentEvent]] = []
         self._lock = threading.Lock()
 
-    def add(self, agent: Agent, events: Iterable[tuple[int, AgentEvent]]) -> None:
-        """Write an agent's row and events later.  Its lock is held."""
-        agent.dirty = True
+    def add(self, row: AgentRow, events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
+        """Write a row and events at the next `flush`."""
         with self._lock:
+            self._rows[row.id] = row
             self._events += events
-            del self._events[:-MOST_EVENTS]
+            del self._events[:-MAX_EVENTS]
 
-    def flush(self, agents: Iterable[Agent]) -> list[Agent]:
-        """Write all that waits in one transaction; return whose rows were written.  No agent's lock is held."""
-        late = []
-        for agent in agents:
-            if agent.dirty:
-                with agent.lock:
-                    agent.dirty = False
-                    late.append((agent, agent.row))
+    def holds(self, row: AgentRow) -> bool:
+        """Whether a row of the same agent waits to be written."""
+        return row.id in self._rows
+
+    def flush(self) -> list[AgentRow]:
+        """Write everything that waits in one transaction; return the rows written.
+
+        A row older than the stored one has no effect (`Store.save`).
+        """
         with self._lock:
+            rows, self._rows = self._rows, {}
             events, self._events = self._events, []
-        if not late and not events:
+        if not rows and not events:
             return []
         try:
-            self._store.save([row for _, row in late], events)
+            self._store.save(rows.values(), events)
         except DispatcherError as error:
-            _log.error("What happened cannot be written down yet: %s", error)
+            _log.error("Changes cannot be written yet: %s", error)
             with self._lock:
+                self._rows = rows | self._rows
                 self._events = events + self._events
-            for agent, _ in late:
-                agent.dirty = True
             return []
-        return [agent for agent, _ in late]
+        return list(rows.values())

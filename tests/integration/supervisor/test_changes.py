@@ -5,6 +5,7 @@ import pytest
 from dispatcher.plugin.errors import BadRequest
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import gone, kinds, reach, running, until
 
@@ -21,11 +22,12 @@ def test_a_killed_agent_comes_back_and_it_is_told(world, supervisor):
     assert world.container(supervisor).app is not first
     assert view.failure is None
     assert (
-        next(event for event in supervisor.events("alice", 10) if event.kind == "died").detail
+        next(event for event in supervisor.queries.events("alice", 10) if event.kind == "died").detail
         == "killed by signal 9"
     )
     assert any(
-        "It last died" in sentence and "killed by signal 9" in sentence for sentence in supervisor.why("alice")
+        "It last exited" in sentence and "killed by signal 9" in sentence
+        for sentence in supervisor.queries.why("alice")
     )
 
 
@@ -34,7 +36,7 @@ def test_without_events_the_edge_s_suspicion_finds_a_dead_agent(world):
     supervisor = world.supervisor()
     running(supervisor)
     world.kill(supervisor)
-    supervisor.suspect("alice")
+    supervisor.reconciler.check_endpoint("alice")
     until(lambda: "died" in kinds(supervisor))
     reach(supervisor, "alice", "running")
 
@@ -42,21 +44,26 @@ def test_without_events_the_edge_s_suspicion_finds_a_dead_agent(world):
 def test_an_app_that_ends_again_and_again_is_given_up_with_its_last_lines(world):
     world.app(environment={"PROBE_EXIT": "3"}, max_restarts=2)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="hash")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed", seconds=5)
     assert view.failure.what == "The app ended before it was ready"
     assert view.failure.why == "exit code 3"
     assert view.failure.log == ("last words",)
     assert "next try" in view.detail
-    until(lambda: supervisor.engine.find("alice").row.retry_at is None and supervisor.view("alice").failure, 10)
+    until(
+        lambda: (
+            supervisor.registry.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure
+        ),
+        10,
+    )
     assert world.backend.calls.count(("ensure", "alice")) == 3
-    supervisor.wake("alice")  # a page that reloads itself
-    assert supervisor.view("alice").state is State.FAILED
-    told = "\n".join(supervisor.why("alice"))
-    assert "given up after 3 tries" in told
+    supervisor.commands.wake("alice")  # a page that reloads itself
+    assert supervisor.queries.view("alice").state is State.FAILED
+    told = "\n".join(supervisor.queries.why("alice"))
+    assert "gave up after 3 tries" in told
     assert "last words" in told
-    supervisor.set_desired("alice", "running")  # somebody means it
+    supervisor.commands.set_desired("alice", Desired.RUNNING)  # somebody means it
     until(lambda: world.backend.calls.count(("ensure", "alice")) == 4)
 
 
@@ -74,7 +81,7 @@ def test_an_agent_that_dies_in_a_loop_is_given_up(world):
     view = reach(supervisor, "alice", "failed")
     assert "3 times" in view.failure.what
     assert view.failure.log
-    assert supervisor.engine.find("alice").row.retry_at is None
+    assert supervisor.registry.find("alice").row.retry_at is None
 
 
 def test_an_app_that_stops_listening_is_started_again(world):
@@ -84,20 +91,20 @@ def test_an_app_that_stops_listening_is_started_again(world):
     app = world.container(supervisor).app
     app._listener.shutdown(2)
     app._listener.close()
-    supervisor.suspect("alice")
-    until(lambda: supervisor.view("alice").feed_state == "starting", 2)
+    supervisor.reconciler.check_endpoint("alice")
+    until(lambda: supervisor.queries.view("alice").feed_state == "starting", 2)
     until(lambda: world.container(supervisor).app is not app, 8)
     reach(supervisor, "alice", "running", seconds=5)
 
 
 def test_something_that_ends_while_it_sleeps_stays_away_until_somebody_comes(world, supervisor):
     running(supervisor)
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
     world.kill(supervisor)
     view = reach(supervisor, "alice", "stopped")
     assert view.feed_state == "asleep"
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     reach(supervisor, "alice", "running")
 
 
@@ -110,17 +117,17 @@ def test_another_configuration_makes_agents_outdated_and_a_restart_renews_them(w
     changed = supervisor.apply_config(world.config())
     assert any("demo has changed: environment" in sentence for sentence in changed)
     assert any("outdated" in sentence for sentence in changed)
-    view = supervisor.view("alice")
+    view = supervisor.queries.view("alice")
     assert view.outdated
     assert view.state is State.RUNNING
     assert kinds(supervisor)[-1] == "outdated"
-    assert any("dispatcher restart alice" in sentence for sentence in supervisor.why("alice"))
-    supervisor.set_desired("alice", "suspended")
+    assert any("dispatcher restart alice" in sentence for sentence in supervisor.queries.why("alice"))
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
-    supervisor.wake("alice")  # waking keeps the memory, so it stays as it was
+    supervisor.commands.wake("alice")  # waking keeps the memory, so it stays as it was
     assert reach(supervisor, "alice", "running").outdated
-    supervisor.restart("alice")
-    until(lambda: not supervisor.view("alice").outdated)
+    supervisor.commands.restart("alice")
+    until(lambda: not supervisor.queries.view("alice").outdated)
     reach(supervisor, "alice", "running")
     assert world.container(supervisor).app.environment["COLOUR"] == "blue"
 
@@ -130,29 +137,29 @@ def test_an_app_that_goes_can_be_stopped_and_removed_but_not_started(world, supe
     running(supervisor, "bob")
     world.data["apps"] = {"other": {"provider": "fake", "fake": {}}}
     changed = supervisor.apply_config(world.config())
-    assert any("demo is gone" in sentence for sentence in changed)
-    assert supervisor.view("alice").state is State.RUNNING
-    assert any("no longer in the configuration" in sentence for sentence in supervisor.why("alice"))
-    supervisor.set_desired("alice", "stopped")
+    assert any("demo was removed" in sentence for sentence in changed)
+    assert supervisor.queries.view("alice").state is State.RUNNING
+    assert any("no longer configured" in sentence for sentence in supervisor.queries.why("alice"))
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
     assert "no app" in view.failure.what
-    supervisor.remove("alice", keep_data=False)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
-    supervisor.remove("bob", keep_data=False)
+    supervisor.commands.remove("bob", keep_data=False)
     gone(supervisor, "bob")
 
 
 def test_a_fault_of_the_configuration_is_final_until_it_changes(world):
     world.app(fake={"image": "missing"}, max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="hash")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     assert "no image" in reach(supervisor, "alice", "failed").failure.what
     world.app(fake={})
     supervisor.apply_config(world.config())
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
@@ -161,7 +168,7 @@ def test_a_wrong_configuration_changes_nothing(world, supervisor):
     world.app(fake={"imagge": "x"})
     with pytest.raises(BadRequest):
         supervisor.apply_config(world.config())
-    assert not supervisor.view("alice").outdated
+    assert not supervisor.queries.view("alice").outdated
 
 
 # --- credentials
@@ -170,16 +177,16 @@ def test_a_wrong_configuration_changes_nothing(world, supervisor):
 def test_an_app_that_takes_the_login_starts_only_at_a_sign_in(world):
     world.app(credentials="stdin", max_restarts=5)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="hash")
-    supervisor.wake("alice")
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.wake("alice")
     view = reach(supervisor, "alice", "failed")
     assert "sign-in" in view.failure.what
-    supervisor.set_desired("alice", "running", stdin=b'{"password": "s3cret"}\n')
+    supervisor.commands.set_desired("alice", Desired.RUNNING, stdin=b'{"password": "s3cret"}\n')
     reach(supervisor, "alice", "running")
     assert world.container(supervisor).app.stdin == b'{"password": "s3cret"}\n'
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     reach(supervisor, "alice", "running")
     world.kill(supervisor)
     view = reach(supervisor, "alice", "failed")
@@ -192,14 +199,14 @@ def test_a_sign_in_to_a_running_app_leaves_no_password_for_later(world):
     """Its next start would take it, long after whoever signed in has signed out."""
     world.app(credentials="stdin", max_restarts=5)
     supervisor = world.supervisor()
-    running = {"state": "running", "stdin": b'{"password": "s3cret"}\n'}
-    supervisor.create("alice", app=None, password_hash="hash")
-    supervisor.set_desired("alice", **running)
+    running = {"desired": Desired.RUNNING, "stdin": b'{"password": "s3cret"}\n'}
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.set_desired("alice", **running)
     reach(supervisor, "alice", "running")
-    supervisor.set_desired("alice", **running)
-    assert supervisor.engine.find("alice").stdin is None
+    supervisor.commands.set_desired("alice", **running)
+    assert supervisor.registry.find("alice").stdin is None
     world.kill(supervisor)
     view = reach(supervisor, "alice", "failed")
     assert "sign-in" in view.failure.what
-    supervisor.set_desired("alice", **running)
+    supervisor.commands.set_desired("alice", **running)
     reach(supervisor, "alice", "running")

@@ -6,6 +6,7 @@ import pytest
 
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import Crash, World, cut_off, end, gone, reach, running, until
 
@@ -26,16 +27,16 @@ def alive(world):
 @pytest.mark.parametrize("step", ["preparing", "starting", "started", "waiting for the app"])
 def test_killed_in_a_start(world, step):
     old = world.supervisor()
-    old.create("alice", app=None, password_hash="hash")
+    old.commands.create("alice", app=None, password_hash="hash")
     crash = world.crash(old, step)
-    old.set_desired("alice", "running")
+    old.commands.set_desired("alice", Desired.RUNNING)
     crash.happen()
     new = world.supervisor()
     reach(new, "alice", "running")
     assert len(alive(world)) == 1
     ensured = world.backend.calls.count(("ensure", "alice"))
     assert ensured == (2 if step in {"started", "waiting for the app"} else 1)
-    new.remove("alice", keep_data=False)
+    new.commands.remove("alice", keep_data=False)
     gone(new, "alice")
     assert world.backend.containers == {}
 
@@ -44,11 +45,11 @@ def test_killed_in_a_start(world, step):
 def test_killed_in_a_start_and_then_it_shall_stop(world, step):
     """The last intent was written before the manager was killed."""
     old = world.supervisor()
-    old.create("alice", app=None, password_hash="hash")
+    old.commands.create("alice", app=None, password_hash="hash")
     crash = world.crash(old, step)
-    old.set_desired("alice", "running")
+    old.commands.set_desired("alice", Desired.RUNNING)
     assert crash.reached.wait(10)
-    old.set_desired("alice", "stopped")
+    old.commands.set_desired("alice", Desired.STOPPED)
     crash.happen()
     new = world.supervisor()
     reach(new, "alice", "stopped")
@@ -73,9 +74,9 @@ def test_killed_in_the_middle(world, kind, step, wish, outcome):
     first = world.container(old).app
     crash = world.crash(old, step, kind)
     if wish == "restart":
-        old.restart("alice")
+        old.commands.restart("alice")
     else:
-        old.set_desired("alice", wish)
+        old.commands.set_desired("alice", Desired(wish))
     crash.happen()
     new = world.supervisor()
     reach(new, "alice", outcome)
@@ -89,14 +90,14 @@ def test_killed_in_the_middle(world, kind, step, wish, outcome):
 def test_killed_in_a_reset(world, step):
     old = world.supervisor()
     running(old)
-    (old._data.data_dir("alice") / "note").write_text("old")
+    (old.data.data_dir("alice") / "note").write_text("old")
     crash = world.crash(old, step, "reset")
-    old.reset_data("alice")
+    old.commands.reset_data("alice")
     crash.happen()
     new = world.supervisor()
-    until(lambda: "reset" in [event.kind for event in new.events("alice", 20)])
+    until(lambda: "reset" in [event.kind for event in new.queries.events("alice", 20)])
     reach(new, "alice", "running")
-    assert list(new._data.data_dir("alice").iterdir()) == []
+    assert list(new.data.data_dir("alice").iterdir()) == []
 
 
 @pytest.mark.parametrize("step", ["stopping", "stopped", "removing", "deleting the data", "forgetting"])
@@ -104,13 +105,13 @@ def test_killed_in_a_reset(world, step):
 def test_killed_in_a_removal(world, step, keep):
     old = world.supervisor()
     running(old)
-    data = old._data.data_dir("alice")
+    data = old.data.data_dir("alice")
     (data / "note").write_text("old")
     crash = world.crash(old, step, "remove")
-    old.remove("alice", keep_data=keep)
+    old.commands.remove("alice", keep_data=keep)
     crash.happen()
     new = world.supervisor()
-    until(lambda: "alice" not in new.engine.agents)
+    until(lambda: "alice" not in new.registry.agents)
     assert world.backend.containers == {}
     assert data.exists() == keep
     assert new.store.users() == []
@@ -145,28 +146,28 @@ def test_killed_in_a_move_to_a_provider_with_data_of_its_own(to_own_data, step):
     world = to_own_data
     old = world.supervisor()
     running(old)
-    data = old._data.data_dir("alice")
+    data = old.data.data_dir("alice")
     (data / "note").write_text("mine")
     world.app(provider="away")
     old.apply_config(world.config())
     crash = world.crash(old, step, "start" if step == "starting" else "move")
-    old.restart("alice")
+    old.commands.restart("alice")
     crash.happen()
     new = world.supervisor()
     view = reach(new, "alice", "running")
-    until(lambda: new.view("alice").move is None)
+    until(lambda: new.queries.view("alice").move is None)
     assert view.provider == "away"
     assert alive(world) == []
     (volume,) = world.away.volumes.values()
     assert (volume / "note").read_text() == "mine"
-    (copy,) = new.copies("alice")
+    (copy,) = new.copies.list("alice")
     assert copy["kind"] == "directory"
     home = data.parent
     assert sorted(path.name for path in home.iterdir()) == ["copies", "data", "log"]
     (kept,) = (home / "copies").iterdir()
     assert (kept / "note").read_text() == "mine"
     assert list(data.iterdir()) == []
-    assert new.purge_copies("alice") == 1
+    assert new.copies.purge("alice") == 1
     assert not kept.exists()
 
 
@@ -181,17 +182,17 @@ def test_killed_in_a_move_from_a_provider_with_data_of_its_own(to_own_data, step
     world.app(provider="fake")
     old.apply_config(world.config())
     crash = world.crash(old, step, "start" if step == "starting" else "move")
-    old.restart("alice")
+    old.commands.restart("alice")
     crash.happen()
     new = world.supervisor()
     assert reach(new, "alice", "running").provider == "fake"
-    until(lambda: new.view("alice").move is None)
-    data = new._data.data_dir("alice")
+    until(lambda: new.queries.view("alice").move is None)
+    data = new.data.data_dir("alice")
     assert (data / "note").read_text() == "mine"
     assert (volume / "note").read_text() == "mine"  # the old copy, until purged
-    assert new.copies("alice")[0]["kind"] == "provider"
+    assert new.copies.list("alice")[0]["kind"] == "provider"
     assert sorted(path.name for path in data.parent.iterdir()) == ["data", "log"]
-    assert new.purge_copies("alice") == 1
+    assert new.copies.purge("alice") == 1
     assert not volume.exists()
 
 
@@ -209,9 +210,9 @@ def test_a_restarted_manager_adopts_what_runs(world):
     new = world.supervisor()
     assert time.monotonic() - before < 2  # the figure that counts is measured on a quiet machine: bench/
     for number in range(20):
-        view = new.view(f"user{number}")
+        view = new.queries.view(f"user{number}")
         assert (view.state, view.feed_state) == (State.RUNNING, "running")
-        assert [event.kind for event in new.events(f"user{number}", 1)] == ["adopted"]
+        assert [event.kind for event in new.queries.events(f"user{number}", 1)] == ["adopted"]
     assert {name: one.app for name, one in world.backend.containers.items()} == apps
     assert [call for call in world.backend.calls[calls:] if call[0] != "list"] == []
 
@@ -223,7 +224,7 @@ def test_a_busy_agent_that_does_not_answer_during_a_restart_is_kept(world):
     app.awake.clear()  # it accepts connections and does not answer
     end(old)
     new = world.supervisor()
-    assert new.view("alice").feed_state == "running"
+    assert new.queries.view("alice").feed_state == "running"
     assert world.container(new).app is app
     app.awake.set()
 
@@ -232,7 +233,7 @@ def test_since_survives_a_restart(world):
     old = world.supervisor()
     since = running(old).since
     end(old)
-    assert world.supervisor().view("alice").since == pytest.approx(since, abs=0.001)
+    assert world.supervisor().queries.view("alice").since == pytest.approx(since, abs=0.001)
 
 
 def test_what_died_while_no_manager_lived_is_started_again(world):
@@ -242,7 +243,7 @@ def test_what_died_while_no_manager_lived_is_started_again(world):
     world.kill(old)
     new = world.supervisor()
     reach(new, "alice", "running")
-    assert "died" in [event.kind for event in new.events("alice", 20)]
+    assert "died" in [event.kind for event in new.queries.events("alice", 20)]
 
 
 def test_after_a_boot_of_the_host_everything_starts_again_without_counting(world):
@@ -250,7 +251,7 @@ def test_after_a_boot_of_the_host_everything_starts_again_without_counting(world
     old = world.supervisor()
     running(old)
     running(old, "bob")
-    old.set_desired("bob", "stopped")
+    old.commands.set_desired("bob", Desired.STOPPED)
     reach(old, "bob", "stopped")
     old.database.set_meta("boot", "another boot")
     end(old)
@@ -259,8 +260,8 @@ def test_after_a_boot_of_the_host_everything_starts_again_without_counting(world
             world.backend.kill(one)
     new = world.supervisor()
     reach(new, "alice", "running")
-    assert new.view("bob").state is State.STOPPED
-    died = [event for event in new.events("alice", 20) if event.kind == "died"]
+    assert new.queries.view("bob").state is State.STOPPED
+    died = [event for event in new.queries.events("alice", 20) if event.kind == "died"]
     assert died[0].detail == "the host was restarted"
 
 
@@ -285,16 +286,16 @@ def test_an_agent_whose_wish_was_not_carried_out_gets_it_from_the_next_manager(w
 def test_a_back_off_survives_a_restart(world):
     world.app(environment={"PROBE_EXIT": "3"}, max_restarts=3)
     old = world.supervisor()
-    old.create("alice", app=None, password_hash="hash")
-    old.set_desired("alice", "running")
+    old.commands.create("alice", app=None, password_hash="hash")
+    old.commands.set_desired("alice", Desired.RUNNING)
     reach(old, "alice", "failed")
     end(old)
     ensured = world.backend.calls.count(("ensure", "alice"))
     new = world.supervisor()
-    assert new.view("alice").state is State.FAILED
+    assert new.queries.view("alice").state is State.FAILED
     assert world.backend.calls.count(("ensure", "alice")) == ensured
     until(lambda: world.backend.calls.count(("ensure", "alice")) == ensured + 1, 3)
-    assert new.view("alice").failure is None or new.view("alice").failure.why == "exit code 3"
+    assert new.queries.view("alice").failure is None or new.queries.view("alice").failure.why == "exit code 3"
 
 
 # --- strangers
@@ -315,7 +316,7 @@ def test_what_carries_our_label_and_is_unknown_is_removed_and_its_data_kept(to_o
     database.close()
     new = world.supervisor()
     until(lambda: len(world.away.containers) == 1)
-    assert new.view("bob").state is State.RUNNING
+    assert new.queries.view("bob").state is State.RUNNING
     assert len(world.away.volumes) == 2
 
 
@@ -328,8 +329,8 @@ def test_two_installations_on_one_backend_leave_each_other_alone(world, tmp_path
         running(one)
         running(two)
         for supervisor in (one, two):
-            for backend in supervisor._backends:
-                supervisor._reconciler.kick(backend)
+            for backend in supervisor.backends:
+                supervisor.reconciler.sweep_soon(backend)
         time.sleep(0.2)
         assert len(alive(world)) == 2
         one.remove("alice", keep_data=False)

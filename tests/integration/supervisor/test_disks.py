@@ -6,6 +6,7 @@ import pytest
 
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState
 from tests.support.manager_world import end, reach, running, until
 
@@ -28,32 +29,32 @@ def test_a_wish_that_cannot_be_written_is_refused_and_nothing_happens(world):
     heal = fail_writes(supervisor)
     calls = len(world.backend.calls)
     for wish in (
-        lambda: supervisor.set_desired("alice", "stopped"),
-        lambda: supervisor.restart("alice"),
-        lambda: supervisor.remove("alice", keep_data=False),
-        lambda: supervisor.reset_data("alice"),
+        lambda: supervisor.commands.set_desired("alice", Desired.STOPPED),
+        lambda: supervisor.commands.restart("alice"),
+        lambda: supervisor.commands.remove("alice", keep_data=False),
+        lambda: supervisor.commands.reset_data("alice"),
     ):
         with pytest.raises(Unavailable, match="disk is full"):
             wish()
-    assert supervisor.view("alice").state is State.RUNNING
+    assert supervisor.queries.view("alice").state is State.RUNNING
     assert len(world.backend.calls) == calls
     heal()
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
 
 
 def test_what_happens_while_nothing_can_be_written_is_written_later(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject("ensure", delay=0.3)
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     heal = fail_writes(supervisor)
     view = reach(supervisor, "alice", "running")
     assert view.feed_state == "running"
     assert supervisor.store.agents()[0].observed is BackendState.ABSENT
     heal()
     until(lambda: supervisor.store.agents()[0].observed is BackendState.RUNNING, 3)
-    until(lambda: "ready" in [event.kind for event in supervisor.events("alice", 5)])
+    until(lambda: "ready" in [event.kind for event in supervisor.queries.events("alice", 5)])
 
 
 def test_nothing_is_begun_that_cannot_be_written(world):
@@ -62,7 +63,7 @@ def test_nothing_is_begun_that_cannot_be_written(world):
     heal = fail_writes(supervisor)
     ensured = world.backend.calls.count(("ensure", "alice"))
     world.kill(supervisor)
-    until(lambda: supervisor.view("alice").feed_state == "starting")
+    until(lambda: supervisor.queries.view("alice").feed_state == "starting")
     time.sleep(0.1)
     assert world.backend.calls.count(("ensure", "alice")) == ensured
     heal()
@@ -85,29 +86,29 @@ def test_a_locked_database_is_an_error_and_recovers(world):
     with other.connect() as connection:
         connection.exec_driver_sql("BEGIN EXCLUSIVE")
         with pytest.raises(Unavailable, match="locked"):
-            supervisor.set_desired("alice", "stopped")
-        assert supervisor.view("alice").state is State.RUNNING
+            supervisor.commands.set_desired("alice", Desired.STOPPED)
+        assert supervisor.queries.view("alice").state is State.RUNNING
         connection.exec_driver_sql("ROLLBACK")
     other.dispose()
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
 
 
 def test_a_disk_that_is_full_fails_the_start_with_the_reason(world, monkeypatch):
     world.app(max_restarts=5)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    prepare = supervisor._data.prepare
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    prepare = supervisor.data.prepare
 
-    def full(_row):
+    def full(*_agent):
         raise OSError(28, "No space left on device", "/data")
 
-    supervisor._data.prepare = full
-    supervisor.set_desired("alice", "running")
+    supervisor.data.prepare = full
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
     assert "No space left" in view.failure.why
     assert "disk" in view.failure.fix
-    supervisor._data.prepare = prepare
+    supervisor.data.prepare = prepare
     reach(supervisor, "alice", "running", seconds=3)
 
 
@@ -117,12 +118,12 @@ def test_a_jump_of_the_wall_clock_moves_nothing(world, monkeypatch):
     view = running(supervisor)
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + 7200)
-    supervisor._idleness.check()
-    supervisor._reconcile()
+    supervisor.idle_monitor.check()
+    supervisor.reconcile()
     time.sleep(0.1)
-    assert supervisor.view("alice").state is State.RUNNING
+    assert supervisor.queries.view("alice").state is State.RUNNING
     end(supervisor)
     new = world.supervisor()
-    new._idleness.check()
-    assert new.view("alice").state is State.RUNNING
-    assert new.view("alice").since == pytest.approx(view.since, abs=0.01)
+    new.idle_monitor.check()
+    assert new.queries.view("alice").state is State.RUNNING
+    assert new.queries.view("alice").since == pytest.approx(view.since, abs=0.01)

@@ -13,6 +13,7 @@ from dispatcher.manager.backends import pool
 from dispatcher.manager.agents import readiness
 from dispatcher.manager.agents import reconciler
 from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState, Handle, Observation
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -31,7 +32,7 @@ def hasty(monkeypatch):
 
 def others_go_on(supervisor):
     running(supervisor, "bob")
-    supervisor.set_desired("bob", "stopped")
+    supervisor.commands.set_desired("bob", Desired.STOPPED)
     reach(supervisor, "bob", "stopped")
 
 
@@ -45,9 +46,9 @@ STARTING = ["prepare", "ensure", "observe"]
 def test_a_provider_that_raises_in_a_start(world, method, error):
     world.app(max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject(method, error=error, agent=None if method == "prepare" else "alice")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
     if isinstance(error, ProviderError):
         assert view.failure.what == "No space"
@@ -55,9 +56,9 @@ def test_a_provider_that_raises_in_a_start(world, method, error):
     else:
         assert method in view.failure.what
         assert str(error) in view.failure.why
-        assert "fault of the plugin" in view.failure.fix
+        assert "author of the plugin" in view.failure.fix
     others_go_on(supervisor)
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
@@ -78,15 +79,15 @@ def test_a_provider_that_raises_in_a_start(world, method, error):
 def test_a_provider_that_returns_nonsense_in_a_start(world, method, nonsense):
     world.app(max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject(method, result=nonsense, agent="alice", after=True)
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
-    assert f"nonsense from {method}" in view.failure.what
-    assert "fault of the plugin" in view.failure.fix
+    assert f"invalid value from {method}" in view.failure.what
+    assert "author of the plugin" in view.failure.fix
     others_go_on(supervisor)
     assert "alice" not in {c.labels["agent"] for c in world.backend.containers.values() if c.state == "running"}
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
@@ -97,14 +98,14 @@ def test_a_list_of_nonsense_changes_nothing(world, nonsense):
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("list", result=nonsense, after=True)
-    backend = supervisor._backends.get("fake")
-    supervisor._reconciler.kick(backend)
+    backend = supervisor.backends.get("fake")
+    supervisor.reconciler.sweep_soon(backend)
     until(lambda: not backend.reachable)
-    view = supervisor.view("alice")
+    view = supervisor.queries.view("alice")
     assert (view.state, view.feed_state, view.reachable) == (State.UNKNOWN, "running", False)
-    supervisor._reconciler.kick(backend)
+    supervisor.reconciler.sweep_soon(backend)
     until(lambda: backend.reachable)
-    assert supervisor.view("alice").state is State.RUNNING
+    assert supervisor.queries.view("alice").state is State.RUNNING
 
 
 @pytest.mark.parametrize("method", ["ensure", "observe", "prepare"])
@@ -112,19 +113,19 @@ def test_a_start_that_hangs_holds_up_nobody_else(world, hasty, method):
     world.data["manager"]["provider_threads"] = 1
     world.app(start_timeout=0.3, prepare_timeout=0.3)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject(method, hang=True, agent=None if method == "prepare" else "alice")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed", seconds=4)
-    assert "does not come back" in view.failure.what
+    assert "does not return" in view.failure.what
     assert method in view.failure.why
     if method != "prepare":
         others_go_on(supervisor)
-        assert any("until the provider's call returns" in sentence for sentence in supervisor.why("alice"))
-        supervisor.set_desired("alice", "running")  # nothing is called twice at once for one agent
+        assert any("until the provider's call returns" in sentence for sentence in supervisor.queries.why("alice"))
+        supervisor.commands.set_desired("alice", Desired.RUNNING)  # nothing is called twice at once for one agent
         time.sleep(0.2)
         assert world.backend.calls.count((method, "alice")) == 1
-        assert supervisor.view("alice").state is State.FAILED
+        assert supervisor.queries.view("alice").state is State.FAILED
     world.backend.release()
     reach(supervisor, "alice", "running")
     others_go_on(supervisor) if method == "prepare" else None
@@ -137,11 +138,11 @@ def test_an_end_that_hangs_holds_up_nobody_else(world, hasty, method, wish):
     running(supervisor)
     world.backend.inject(method, hang=True)
     if wish == "absent":
-        supervisor.remove("alice", keep_data=False)
+        supervisor.commands.remove("alice", keep_data=False)
     else:
-        supervisor.set_desired("alice", wish)
-    until(lambda: supervisor.view("alice").failure, 5)
-    assert "hangs" in supervisor.view("alice").failure.why
+        supervisor.commands.set_desired("alice", Desired(wish))
+    until(lambda: supervisor.queries.view("alice").failure, 5)
+    assert "hangs" in supervisor.queries.view("alice").failure.why
     others_go_on(supervisor)
     world.backend.release()
     if wish == "absent":
@@ -153,16 +154,16 @@ def test_an_end_that_hangs_holds_up_nobody_else(world, hasty, method, wish):
 def test_a_list_that_hangs_makes_the_backend_unreachable_and_is_not_asked_twice(world, hasty):
     supervisor = world.supervisor()
     running(supervisor)
-    backend = supervisor._backends.get("fake")
+    backend = supervisor.backends.get("fake")
     asked = world.backend.calls.count(("list", ""))
     world.backend.inject("list", hang=True)
-    supervisor._reconciler.kick(backend)
+    supervisor.reconciler.sweep_soon(backend)
     until(lambda: not backend.reachable, 5)
-    supervisor._reconciler.kick(backend)
+    supervisor.reconciler.sweep_soon(backend)
     assert world.backend.calls.count(("list", "")) == asked + 1
-    assert supervisor.view("alice").feed_state == "running"
+    assert supervisor.queries.view("alice").feed_state == "running"
     world.backend.release()
-    until(lambda: not backend.listing)
+    until(lambda: not backend.listing.running)
     until(lambda: backend.reachable)
 
 
@@ -177,7 +178,7 @@ def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
     before = time.monotonic()
     new = world.supervisor()
     assert time.monotonic() - before < 1
-    view = new.view("alice")
+    view = new.queries.view("alice")
     assert (view.state, view.feed_state) == (State.UNKNOWN, "running")
     world.backend.release()
     reach(new, "alice", "running")
@@ -186,26 +187,26 @@ def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
 def test_a_stop_that_fails_is_tried_again_until_it_works(world, monkeypatch):
     from dispatcher.manager.agents import transitions
 
-    monkeypatch.setattr(transitions, "LONGEST_RETRY", 0.1)
+    monkeypatch.setattr(transitions, "MAX_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("stop", error=ProviderError("Device busy"), times=3)
-    supervisor.set_desired("alice", "stopped")
-    until(lambda: supervisor.view("alice").failure)
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
+    until(lambda: supervisor.queries.view("alice").failure)
     view = reach(supervisor, "alice", "stopped")
     assert view.failure is None
-    assert [event.kind for event in supervisor.events("alice", 20)].count("failed") == 3
+    assert [event.kind for event in supervisor.queries.events("alice", 20)].count("failed") == 3
 
 
 def test_a_failed_suspension_leaves_the_agent_served(world):
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("suspend", error=ProviderError("No"))
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     view = reach(supervisor, "alice", "failed")
     assert (view.feed_state, view.failure.what) == ("running", "No")
     assert view.endpoint
-    supervisor.touch("alice", {"use": 1})
+    supervisor.commands.record_activity("alice", {"use": 1})
     view = reach(supervisor, "alice", "running")
     assert view.failure is None
 
@@ -213,26 +214,26 @@ def test_a_failed_suspension_leaves_the_agent_served(world):
 def test_a_removal_that_fails_is_tried_again(world, monkeypatch):
     from dispatcher.manager.agents import transitions
 
-    monkeypatch.setattr(transitions, "LONGEST_RETRY", 0.1)
+    monkeypatch.setattr(transitions, "MAX_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("destroy", error=ValueError("broken"), times=2)
-    supervisor.remove("alice", keep_data=False)
-    until(lambda: supervisor.view("alice").failure)
-    assert supervisor.view("alice").state is State.REMOVING
+    supervisor.commands.remove("alice", keep_data=False)
+    until(lambda: supervisor.queries.view("alice").failure)
+    assert supervisor.queries.view("alice").state is State.REMOVING
     gone(supervisor, "alice")
 
 
 def test_a_failed_start_leaves_nothing_running(world):
     world.app(fake={"endpoint": "none"}, start_timeout=0.2, max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "failed")
     assert world.container(supervisor).state == "exited"
     world.app(fake={})
     supervisor.apply_config(world.config())
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
@@ -241,25 +242,25 @@ def test_a_provider_that_cancels_by_itself_is_told_to_be_wrong(world):
 
     world.app(max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject("ensure", error=Cancelled("I do not want to"))
-    supervisor.set_desired("alice", "running")
-    assert "nobody cancelled it" in reach(supervisor, "alice", "failed").failure.what
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    assert "without a cancellation" in reach(supervisor, "alice", "failed").failure.what
 
 
 def test_progress_with_nonsense_harms_nothing(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    agent = supervisor.engine.find("alice")
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    agent = supervisor.registry.find("alice")
     world.backend.inject("ensure", delay=0.5)
-    supervisor.set_desired("alice", "running")
-    tell = supervisor.engine.progress(agent, until(lambda: agent.operation))
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    tell = supervisor.registry.progress(agent, until(lambda: agent.operation))
     tell(None, {"a": 1}, "half")
     tell("step\x1b[31m" * 100, "token=abc", float("nan"))
-    assert "\x1b" not in supervisor.view("alice").stage
-    assert supervisor.view("alice").fraction is None
+    assert "\x1b" not in supervisor.queries.view("alice").stage
+    assert supervisor.queries.view("alice").fraction is None
     tell("step", "", 7.0)
-    assert supervisor.view("alice").fraction == 1.0
+    assert supervisor.queries.view("alice").fraction == 1.0
     reach(supervisor, "alice", "running")
 
 
@@ -269,15 +270,15 @@ def test_progress_with_nonsense_harms_nothing(world):
 def test_hostile_names_in_logs_are_harmless(world, caplog):
     supervisor = world.supervisor()
     for name in ("a\nb", "a" * 10_000_000, "\x1b[31m"):
-        supervisor.wake(name)
-        supervisor.suspect(name)
+        supervisor.commands.wake(name)
+        supervisor.reconciler.check_endpoint(name)
     assert all("\x1b" not in record.getMessage() for record in caplog.records)
 
 
 def test_the_guard_checks_capabilities_that_are_nonsense(world):
     supervisor = world.supervisor()
     world.backend.capabilities = frozenset({"fly"})
-    assert supervisor._backends.get("fake").guard.capabilities == frozenset()
+    assert supervisor.backends.get("fake").provider.capabilities == frozenset()
 
 
 @pytest.mark.parametrize("method", ["logs", "check"])
@@ -286,7 +287,7 @@ def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, mon
     from dispatcher.manager.agents import queries
     from dispatcher.manager.backends import logs
 
-    monkeypatch.setattr(logs, "ANSWER", 0.1)
+    monkeypatch.setattr(logs, "TIMEOUT", 0.1)
     monkeypatch.setattr(queries, "CHECK", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
@@ -294,11 +295,11 @@ def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, mon
     before = time.monotonic()
     if method == "logs":
         with pytest.raises(DeadlineExceeded):
-            supervisor.logs("alice", tail=5, after=None)
+            supervisor.queries.logs("alice", tail=5, after=None)
     else:
-        assert "does not come back" in supervisor.check_provider("fake", None)[0].what
+        assert "does not return" in supervisor.queries.check_provider("fake", None)[0].what
     assert time.monotonic() - before < 5
-    assert supervisor.view("alice").state is State.RUNNING
+    assert supervisor.queries.view("alice").state is State.RUNNING
 
 
 def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkeypatch):
@@ -307,7 +308,7 @@ def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkey
     monkeypatch.setattr(module, "CLOSE", 0.2)
     supervisor = world.supervisor()
     running(supervisor)
-    provider = supervisor._backends.get("fake").guard.provider
+    provider = supervisor.backends.get("fake").provider.wrapped
     gate = threading.Event()
     provider.close = lambda: gate.wait(20)
     before = time.monotonic()
@@ -321,14 +322,14 @@ def test_how_a_start_failed_is_of_no_interest_to_a_newer_wish(world, wish):
     """The provider is deaf to the cancellation and fails for good; what is wanted by now happens at once."""
     world.app(max_restarts=0)
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject("ensure", hang=True, error=ProviderError("No"))
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     until(lambda: ("ensure", "alice") in world.backend.calls)
     if wish == "absent":
-        supervisor.remove("alice", keep_data=False)
+        supervisor.commands.remove("alice", keep_data=False)
     else:
-        supervisor.set_desired("alice", wish)
+        supervisor.commands.set_desired("alice", Desired(wish))
     world.backend.release()
     if wish == "absent":
         gone(supervisor, "alice", seconds=3)
@@ -339,10 +340,10 @@ def test_how_a_start_failed_is_of_no_interest_to_a_newer_wish(world, wish):
 def test_a_sleeper_that_vanished_is_started_afresh(world):
     supervisor = world.supervisor()
     running(supervisor)
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
     world.backend.containers.clear()
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     reach(supervisor, "alice", "running")
     assert world.backend.calls.count(("ensure", "alice")) == 2
 
@@ -350,11 +351,11 @@ def test_a_sleeper_that_vanished_is_started_afresh(world):
 def test_what_runs_behind_our_back_as_it_was_meant_earlier_is_replaced(world):
     supervisor = world.supervisor()
     running(supervisor)
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
     container = world.container(supervisor)
     container.state, container.labels["hash"] = "running", "another"
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "running")
     assert not view.outdated
     assert world.container(supervisor).labels["hash"] != "another"
@@ -364,13 +365,13 @@ def test_what_is_not_ours_in_a_list_is_left_alone(world, caplog):
     supervisor = world.supervisor()
     running(supervisor)
     stranger = Handle(provider="fake", agent="bob", name="dispatcher-ffffffff-bob-000000000000")
-    good = list(supervisor._backends.get("fake").guard.provider.list(deadline=Deadline(5)))
+    good = list(supervisor.backends.get("fake").provider.wrapped.list(deadline=Deadline(5)))
     world.backend.inject("list", result=[*good, (stranger, Observation(state=BackendState.RUNNING))], after=True)
-    supervisor._reconciler.kick(supervisor._backends.get("fake"))
-    until(lambda: "is not ours" in caplog.text)
+    supervisor.reconciler.sweep_soon(supervisor.backends.get("fake"))
+    until(lambda: "not of this installation" in caplog.text)
     time.sleep(0.05)
     assert ("destroy", "bob") not in world.backend.calls
-    assert supervisor.view("alice").state is State.RUNNING
+    assert supervisor.queries.view("alice").state is State.RUNNING
 
 
 @pytest.mark.root
@@ -378,15 +379,15 @@ def test_directories_of_another_owner_are_mended(world):
     """A restored backup has lost its owners; a stale endpoint directory belonged to somebody else."""
     supervisor = world.supervisor()
     running(supervisor)
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
-    data, endpoint = supervisor._data.data_dir("alice"), supervisor._data.paths.endpoint_dir("alice")
+    data, endpoint = supervisor.data.data_dir("alice"), supervisor.data.paths.endpoint_dir("alice")
     (data / "note").write_text("mine")
     os.chown(data, 0, 0)
     os.chown(endpoint, 12345, 12345)
     (endpoint / "trap").write_text("x")
-    running_uid = supervisor.runtime("alice")["uid"]
-    supervisor.set_desired("alice", "running")
+    running_uid = supervisor.queries.runtime("alice")["uid"]
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
     assert (data / "note").stat().st_uid == running_uid
     assert endpoint.stat().st_uid == running_uid

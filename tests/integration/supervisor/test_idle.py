@@ -6,16 +6,17 @@ import time
 import pytest
 
 from dispatcher.plugin.errors import Conflict
-from dispatcher.manager.agents import idle
+from dispatcher.manager.agents import cpu_activity
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
 
 def last(supervisor, kind, name="alice"):
-    return [event for event in supervisor.events(name, 50) if event.kind == kind][-1]
+    return [event for event in supervisor.queries.events(name, 50) if event.kind == kind][-1]
 
 
 def test_an_idle_agent_is_suspended_with_the_reason_and_woken_by_a_request(world):
@@ -24,9 +25,9 @@ def test_an_idle_agent_is_suspended_with_the_reason_and_woken_by_a_request(world
     running(supervisor)
     view = reach(supervisor, "alice", "suspended", seconds=3)
     assert view.desired.value == "suspended"
-    assert "nobody used it for" in last(supervisor, "suspended").detail
-    assert any("because nobody used it" in sentence for sentence in supervisor.why("alice"))
-    supervisor.wake("alice")
+    assert "it was not used for" in last(supervisor, "suspended").detail
+    assert any("because it was not used" in sentence for sentence in supervisor.queries.why("alice"))
+    supervisor.commands.wake("alice")
     reach(supervisor, "alice", "running")
     reach(supervisor, "alice", "suspended", seconds=3)
 
@@ -38,20 +39,20 @@ def test_a_stream_is_use_and_a_silent_tab_is_not(world):
         running(supervisor, name)
     end_at = time.monotonic() + 1.5
     while time.monotonic() < end_at:
-        supervisor.touch("streams", {"stream": 70_000, "out": 70_000})
-        supervisor.touch("clicks", {"use": 1})
-        supervisor.touch("polls", {"poll": 100, "in": 5000, "out": 5000})
-        supervisor.touch("opens", {"idle_sockets": 3})
+        supervisor.commands.record_activity("streams", {"stream": 70_000, "out": 70_000})
+        supervisor.commands.record_activity("clicks", {"use": 1})
+        supervisor.commands.record_activity("polls", {"poll": 100, "in": 5000, "out": 5000})
+        supervisor.commands.record_activity("opens", {"idle_sockets": 3})
         time.sleep(0.05)
-    states = {view.name: view.state for view in supervisor.views()}
+    states = {view.name: view.state for view in supervisor.queries.views()}
     assert states == {
         "streams": State.RUNNING,
         "clicks": State.RUNNING,
         "polls": State.SUSPENDED,
         "opens": State.SUSPENDED,
     }
-    assert supervisor.view("clicks").last_used is not None
-    assert supervisor.view("polls").last_used is None
+    assert supervisor.queries.view("clicks").last_used is not None
+    assert supervisor.queries.view("polls").last_used is None
 
 
 def test_where_the_provider_cannot_suspend_it_stops(world):
@@ -68,12 +69,12 @@ def test_a_sleeper_is_stopped_in_the_end(world):
     running(supervisor)
     reach(supervisor, "alice", "suspended", seconds=3)
     reach(supervisor, "alice", "stopped", seconds=3)
-    assert "it slept for" in last(supervisor, "stopped").detail
+    assert "it was asleep for" in last(supervisor, "stopped").detail
 
 
 def test_work_protects_an_idle_agent_for_its_time_of_grace(world, monkeypatch):
-    monkeypatch.setattr(idle, "SAMPLE", 0.05)
-    monkeypatch.setattr(idle, "FRESH", 0.3)
+    monkeypatch.setattr(cpu_activity, "MIN_INTERVAL", 0.05)
+    monkeypatch.setattr(cpu_activity, "MEMORY", 0.3)
     world.app(idle_timeout=0.4, busy_grace=1.2)
     supervisor = world.supervisor()
     since = running(supervisor, "works").since
@@ -89,7 +90,7 @@ def test_work_protects_an_idle_agent_for_its_time_of_grace(world, monkeypatch):
     worker.start()
     try:
         reach(supervisor, "rests", "suspended", seconds=1.2)
-        assert supervisor.view("works").state is State.RUNNING
+        assert supervisor.queries.view("works").state is State.RUNNING
         view = reach(supervisor, "works", "suspended", seconds=4)
         assert view.since - since >= 1.4
     finally:
@@ -105,17 +106,17 @@ def test_nobody_rests_because_a_manager_was_away(world):
     time.sleep(0.8)  # people went on using it, and nobody counted
     new = world.supervisor()
     time.sleep(0.3)
-    assert new.view("alice").state is State.RUNNING
+    assert new.queries.view("alice").state is State.RUNNING
     reach(new, "alice", "suspended", seconds=3)
 
 
 def test_when_it_was_last_used_survives_a_restart(world):
     old = world.supervisor()
     running(old)
-    old.touch("alice", {"use": 1})
-    used = old.view("alice").last_used
+    old.commands.record_activity("alice", {"use": 1})
+    used = old.queries.view("alice").last_used
     end(old)
-    assert world.supervisor().view("alice").last_used == pytest.approx(used, abs=0.01)
+    assert world.supervisor().queries.view("alice").last_used == pytest.approx(used, abs=0.01)
 
 
 def test_nothing_rests_while_its_backend_is_away(world):
@@ -123,10 +124,10 @@ def test_nothing_rests_while_its_backend_is_away(world):
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.down = True
-    supervisor._reconciler.kick(supervisor._backends.get("fake"))
-    until(lambda: supervisor.view("alice").state is State.UNKNOWN)
+    supervisor.reconciler.sweep_soon(supervisor.backends.get("fake"))
+    until(lambda: supervisor.queries.view("alice").state is State.UNKNOWN)
     time.sleep(0.6)
-    assert supervisor.view("alice").desired.value == "running"
+    assert supervisor.queries.view("alice").desired.value == "running"
 
 
 # --- cost
@@ -134,7 +135,7 @@ def test_nothing_rests_while_its_backend_is_away(world):
 
 def test_a_start_costs_two_transactions(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     writes = []
     save = supervisor.store.save
 
@@ -143,7 +144,7 @@ def test_a_start_costs_two_transactions(world):
         save(rows, events)
 
     supervisor.store.save = counted
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
     assert writes == [["starting"], ["ready"]]
     handle = supervisor.store.agents()[0].handle
@@ -152,9 +153,9 @@ def test_a_start_costs_two_transactions(world):
 
 def test_the_handle_is_written_before_anything_is_made(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject("ensure", delay=0.3)
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     until(lambda: ("ensure", "alice") in world.backend.calls)
     assert supervisor.store.agents()[0].handle
     assert not world.backend.containers
@@ -167,8 +168,8 @@ def test_the_handle_is_written_before_anything_is_made(world):
 def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
     """The agent dies after it was found ready and before that was written."""
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    finish = supervisor.engine.finish
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    finish = supervisor.registry.finish
     once = []
 
     def late(agent, operation, change):
@@ -177,9 +178,9 @@ def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
             world.kill(supervisor)
         return finish(agent, operation, change)
 
-    supervisor.engine.finish = late
-    supervisor.set_desired("alice", "running")
-    until(lambda: "died" in [event.kind for event in supervisor.events("alice", 20)], 2)
+    supervisor.registry.finish = late
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    until(lambda: "died" in [event.kind for event in supervisor.queries.events("alice", 20)], 2)
     reach(supervisor, "alice", "running")
     assert world.container(supervisor).state == "running"
 
@@ -200,7 +201,7 @@ def test_a_new_agent_waits_until_what_an_unknown_one_left_is_removed(world):
     new = world.supervisor()
     until(lambda: ("destroy", "alice") in world.backend.calls)
     with pytest.raises(Conflict, match="being removed"):
-        new.create("alice", app=None, password_hash="h")
+        new.commands.create("alice", app=None, password_hash="h")
     until(lambda: not world.backend.containers)
     time.sleep(0.05)
     running(new)
@@ -219,7 +220,7 @@ def test_a_provider_s_new_options_are_used_at_once(world):
     try:
         running(supervisor, "bob")
         assert len(FakeBackend.named(other).containers) == 1
-        supervisor.remove("bob", keep_data=False)
+        supervisor.commands.remove("bob", keep_data=False)
         gone(supervisor, "bob")
     finally:
         FakeBackend.named(other).close()

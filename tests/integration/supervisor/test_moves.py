@@ -7,11 +7,12 @@ import pytest
 from dispatcher.plugin.errors import Conflict, ProviderError
 from dispatcher.manager.agents import migration
 from dispatcher.manager.agents import transitions
-from dispatcher.manager.files import safe_tree
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.files.safe_tree import differences
+from dispatcher.manager.files.manifest import differences
+from dispatcher.manager.files.manifest import manifest as whole_manifest
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -27,14 +28,14 @@ def world(world):
 def move(world, supervisor, provider, name="alice"):
     world.app(provider=provider)
     supervisor.apply_config(world.config())
-    supervisor.restart(name)
-    until(lambda: supervisor.view(name).provider == provider and not supervisor.view(name).move)
+    supervisor.commands.restart(name)
+    until(lambda: supervisor.queries.view(name).provider == provider and not supervisor.queries.view(name).move)
     return reach(supervisor, name, "running")
 
 
 def manifest(directory):
     """What is there, without the file in which the pretended app notes that it was ended politely."""
-    return {name: item for name, item in safe_tree.manifest(directory).items() if name != "saved"}
+    return {name: item for name, item in whole_manifest(directory).items() if name != "saved"}
 
 
 def fill(directory, uid):
@@ -61,25 +62,25 @@ def volume(world, supervisor, name="alice"):
 def test_there_and_back_again_with_owners_modes_links_and_times(world):
     supervisor = world.supervisor()
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
-    before = fill(data, supervisor.runtime("alice")["uid"])
+    data = supervisor.data.data_dir("alice")
+    before = fill(data, supervisor.queries.runtime("alice")["uid"])
     move(world, supervisor, "away")
     assert differences(before, manifest(volume(world, supervisor))) == []
     assert world.container(supervisor) is None
-    assert [copy["provider"] for copy in supervisor.copies("alice")] == ["fake"]
+    assert [copy["provider"] for copy in supervisor.copies.list("alice")] == ["fake"]
     (volume(world, supervisor) / "later").write_text("written there")
     move(world, supervisor, "fake")
     after = manifest(data)
     later = after.pop("later")
     assert later.content
     assert differences(before, after) == []
-    assert [(copy["provider"], copy["kind"]) for copy in supervisor.copies("alice")] == [
+    assert [(copy["provider"], copy["kind"]) for copy in supervisor.copies.list("alice")] == [
         ("fake", "directory"),
         ("away", "provider"),
     ]
-    assert "moved" in [event.kind for event in supervisor.events("alice", 20)]
-    assert supervisor.purge_copies("alice") == 2
-    assert supervisor.copies("alice") == []
+    assert "moved" in [event.kind for event in supervisor.queries.events("alice", 20)]
+    assert supervisor.copies.purge("alice") == 2
+    assert supervisor.copies.list("alice") == []
     assert world.away.volumes == {}
     assert sorted(path.name for path in (data.parent / "copies").iterdir()) == []
     assert differences(before, {name: item for name, item in manifest(data).items() if name != "later"}) == []
@@ -91,29 +92,29 @@ def test_an_older_copy_is_saved_before_it_would_be_replaced(world):
     running(supervisor)
     (volume(world, supervisor) / "note").write_text("first")
     move(world, supervisor, "fake")
-    (supervisor._data.data_dir("alice") / "note").write_text("second")
+    (supervisor.data.data_dir("alice") / "note").write_text("second")
     move(world, supervisor, "away")
     assert (volume(world, supervisor) / "note").read_text() == "second"
     old = [copy for copy in supervisor.store.copies("alice") if copy.provider == "away"]
     assert [copy.directory != "" for copy in old] == [True]
-    kept = supervisor._data.copy_dir("alice", old[0].directory)
+    kept = supervisor.data.copy_dir("alice", old[0].directory)
     assert (kept / "note").read_text() == "first"
     move(world, supervisor, "fake")
-    assert (supervisor._data.data_dir("alice") / "note").read_text() == "second"
-    assert len(supervisor.copies("alice")) == 3
+    assert (supervisor.data.data_dir("alice") / "note").read_text() == "second"
+    assert len(supervisor.copies.list("alice")) == 3
 
 
 def test_between_two_providers_that_use_the_directory_nothing_is_copied(world):
     world.away.capabilities = ALL
     supervisor = world.supervisor()
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
-    before = fill(data, supervisor.runtime("alice")["uid"])
+    data = supervisor.data.data_dir("alice")
+    before = fill(data, supervisor.queries.runtime("alice")["uid"])
     inode = data.stat().st_ino
     move(world, supervisor, "away")
     assert data.stat().st_ino == inode
     assert differences(before, manifest(data)) == []
-    assert supervisor.copies("alice") == []
+    assert supervisor.copies.list("alice") == []
     assert world.container(supervisor) is None
     assert world.container(supervisor, backend=world.away).state == "running"
 
@@ -123,11 +124,11 @@ def test_between_two_providers_with_data_of_their_own(world):
     supervisor = world.supervisor()
     running(supervisor)
     name = backend_name(supervisor.installation, "alice")
-    before = fill(world.backend.volumes[name], supervisor.runtime("alice")["uid"])
+    before = fill(world.backend.volumes[name], supervisor.queries.runtime("alice")["uid"])
     move(world, supervisor, "away")
     assert differences(before, manifest(world.away.volumes[name])) == []
     assert differences(before, manifest(world.backend.volumes[name])) == []
-    assert sorted(path.name for path in supervisor._data.data_dir("alice").parent.iterdir()) == ["data", "log"]
+    assert sorted(path.name for path in supervisor.data.data_dir("alice").parent.iterdir()) == ["data", "log"]
 
 
 def test_until_its_next_start_an_agent_stays_where_it_is(world):
@@ -136,26 +137,26 @@ def test_until_its_next_start_an_agent_stays_where_it_is(world):
     world.app(provider="away")
     changed = supervisor.apply_config(world.config())
     assert any("move at their next start" in sentence for sentence in changed)
-    view = supervisor.view("alice")
+    view = supervisor.queries.view("alice")
     assert (view.state, view.provider, view.outdated) == (State.RUNNING, "fake", True)
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     assert reach(supervisor, "alice", "running").provider == "fake"
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     assert reach(supervisor, "alice", "stopped").provider == "fake"
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     assert reach(supervisor, "alice", "running").provider == "away"
 
 
 def test_an_agent_that_never_ran_just_starts_there(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="hash")
+    supervisor.commands.create("alice", app=None, password_hash="hash")
     world.app(provider="away")
     supervisor.apply_config(world.config())
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     assert reach(supervisor, "alice", "running").provider == "away"
-    assert supervisor.copies("alice") == []
+    assert supervisor.copies.list("alice") == []
 
 
 @pytest.mark.parametrize(
@@ -171,22 +172,22 @@ def test_a_move_that_fails_leaves_the_old_place_intact_and_usable(world, method,
     world.app(max_restarts=0)
     supervisor = world.supervisor()
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
-    before = fill(data, supervisor.runtime("alice")["uid"])
+    data = supervisor.data.data_dir("alice")
+    before = fill(data, supervisor.queries.runtime("alice")["uid"])
     world.away.inject(method, **fault)
     world.app(provider="away")
     supervisor.apply_config(world.config())
-    supervisor.restart("alice")
+    supervisor.commands.restart("alice")
     view = reach(supervisor, "alice", "failed")
     assert view.provider == "fake"
     assert differences(before, manifest(data)) == []
     assert sorted(path.name for path in data.parent.iterdir()) == ["data", "log"]
     assert world.away.volumes == {}
     assert world.away.containers == {}
-    assert any("could not be moved" in event.detail for event in supervisor.events("alice", 20))
+    assert any("could not be moved" in event.detail for event in supervisor.queries.events("alice", 20))
     world.app(provider="fake")
     supervisor.apply_config(world.config())
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "running")
     assert (view.provider, view.move) == ("fake", None)
     assert differences(before, manifest(data)) == []
@@ -196,8 +197,8 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
     world.app(max_restarts=0)
     supervisor = world.supervisor()
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
-    before = fill(data, supervisor.runtime("alice")["uid"])
+    data = supervisor.data.data_dir("alice")
+    before = fill(data, supervisor.queries.runtime("alice")["uid"])
     from dispatcher.testing.fake import FakeProvider
 
     def lossy(self, handle, directory, *, deadline, progress):
@@ -209,9 +210,9 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
     monkeypatch.setattr(FakeProvider, "import_data", lossy)
     world.app(provider="away")
     supervisor.apply_config(world.config())
-    supervisor.restart("alice")
+    supervisor.commands.restart("alice")
     view = reach(supervisor, "alice", "failed")
-    assert "did not arrive whole" in view.failure.what
+    assert "did not arrive intact" in view.failure.what
     assert "script is missing" in view.failure.why
     assert "another content" in view.failure.why
     assert differences(before, manifest(data)) == []
@@ -219,14 +220,14 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
 
 
 def test_a_move_whose_target_is_away_is_tried_again(world, monkeypatch):
-    monkeypatch.setattr(transitions, "ASK_AGAIN", 0.3)
+    monkeypatch.setattr(transitions, "UNAVAILABLE_RETRY", 0.3)
     supervisor = world.supervisor()
     running(supervisor)
-    (supervisor._data.data_dir("alice") / "note").write_text("mine")
+    (supervisor.data.data_dir("alice") / "note").write_text("mine")
     world.away.down = True
     world.app(provider="away")
     supervisor.apply_config(world.config())
-    supervisor.restart("alice")
+    supervisor.commands.restart("alice")
     view = reach(supervisor, "alice", "failed")
     assert "does not answer" in view.failure.what
     world.away.down = False
@@ -238,19 +239,19 @@ def test_a_move_whose_target_is_away_is_tried_again(world, monkeypatch):
 def test_a_move_is_cancelled(world):
     supervisor = world.supervisor()
     running(supervisor)
-    (supervisor._data.data_dir("alice") / "note").write_text("mine")
+    (supervisor.data.data_dir("alice") / "note").write_text("mine")
     world.away.inject("import_data", delay=20)
     world.app(provider="away")
     supervisor.apply_config(world.config())
-    supervisor.restart("alice")
-    until(lambda: supervisor.view("alice").stage == "waiting")
-    assert supervisor.view("alice").move.target == "away"
-    assert any("moves from fake to away" in sentence for sentence in supervisor.why("alice"))
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.restart("alice")
+    until(lambda: supervisor.queries.view("alice").stage == "waiting")
+    assert supervisor.queries.view("alice").move.target == "away"
+    assert any("moves from fake to away" in sentence for sentence in supervisor.queries.why("alice"))
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped", seconds=3)
-    assert supervisor.view("alice").provider == "fake"
-    assert (supervisor._data.data_dir("alice") / "note").read_text() == "mine"
-    supervisor.set_desired("alice", "running")
+    assert supervisor.queries.view("alice").provider == "fake"
+    assert (supervisor.data.data_dir("alice") / "note").read_text() == "mine"
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     assert reach(supervisor, "alice", "running").provider == "away"
 
 
@@ -259,11 +260,11 @@ def test_copies_are_not_purged_while_something_is_done(world):
     running(supervisor)
     move(world, supervisor, "away")
     world.away.inject("stop", delay=0.5)
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     with pytest.raises(Conflict, match="busy"):
-        supervisor.purge_copies("alice")
+        supervisor.copies.purge("alice")
     reach(supervisor, "alice", "stopped")
-    assert supervisor.purge_copies("alice") == 1
+    assert supervisor.copies.purge("alice") == 1
 
 
 def test_old_copies_go_with_their_agent(world):
@@ -272,11 +273,11 @@ def test_old_copies_go_with_their_agent(world):
     running(supervisor)
     move(world, supervisor, "fake")
     assert len(world.away.volumes) == 1
-    supervisor.remove("alice", keep_data=False)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     assert world.away.volumes == {}
     assert supervisor.store.copies("alice") == []
-    assert not supervisor._data.paths.agent_dir("alice").exists()
+    assert not supervisor.data.paths.agent_dir("alice").exists()
 
 
 def test_data_kept_on_another_provider_moves_to_the_new_agent(world):
@@ -284,14 +285,14 @@ def test_data_kept_on_another_provider_moves_to_the_new_agent(world):
     supervisor = world.supervisor()
     running(supervisor)
     (volume(world, supervisor) / "note").write_text("kept")
-    supervisor.remove("alice", keep_data=True)
+    supervisor.commands.remove("alice", keep_data=True)
     gone(supervisor, "alice")
     world.app(provider="fake")
     supervisor.apply_config(world.config())
     running(supervisor)
-    assert (supervisor._data.data_dir("alice") / "note").read_text() == "kept"
+    assert (supervisor.data.data_dir("alice") / "note").read_text() == "kept"
     end(supervisor)
-    assert world.supervisor().view("alice").state is State.RUNNING
+    assert world.supervisor().queries.view("alice").state is State.RUNNING
 
 
 @pytest.mark.root
@@ -303,8 +304,8 @@ def test_what_a_guest_made_dangerous_is_harmless_in_the_directory(world):
     evil.write_text("#!/bin/sh\n")
     evil.chmod(0o6755)
     move(world, supervisor, "fake")
-    found = (supervisor._data.data_dir("alice") / "evil").stat()
-    assert found.st_uid == supervisor.runtime("alice")["uid"]
+    found = (supervisor.data.data_dir("alice") / "evil").stat()
+    assert found.st_uid == supervisor.queries.runtime("alice")["uid"]
     assert found.st_mode & 0o6000 == 0
 
 
@@ -313,26 +314,26 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
 
     old = world.supervisor()
     running(old)
-    (old._data.data_dir("alice") / "note").write_text("mine")
+    (old.data.data_dir("alice") / "note").write_text("mine")
     world.app(provider="away")
     old.apply_config(world.config())
     crash = Crash(world, old, "tidying up", "move")
-    old.restart("alice")
+    old.commands.restart("alice")
     crash.happen()
     world.app(provider="away")
     new = world.supervisor(start=False)
-    new.engine.on_step = lambda *_: None
+    new.registry.on_step = lambda *_: None
     import dataclasses
 
-    from dispatcher.manager.agents.lifecycle import Pending
+    from dispatcher.manager.storage.states import Pending
 
     row = new.store.agents()[0]
     new.store.save([dataclasses.replace(row, pending=Pending.RESET, version=row.version + 1)])
     new.start()
-    until(lambda: "reset" in [event.kind for event in new.events("alice", 20)])
+    until(lambda: "reset" in [event.kind for event in new.queries.events("alice", 20)])
     reach(new, "alice", "running")
     (copy,) = new.store.copies("alice")
-    assert (new._data.copy_dir("alice", copy.directory) / "note").read_text() == "mine"
+    assert (new.data.copy_dir("alice", copy.directory) / "note").read_text() == "mine"
     assert manifest(volume(world, new)) == {}
     crash.release()
 

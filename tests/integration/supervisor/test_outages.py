@@ -7,6 +7,7 @@ import pytest
 from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
+from dispatcher.manager.storage.states import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, reach, running, until
 
@@ -19,54 +20,54 @@ def test_an_outage_makes_states_unknown_and_then_what_they_are(world):
     running(supervisor)
     running(supervisor, "bob")
     running(supervisor, "carol")
-    supervisor.set_desired("carol", "stopped")
+    supervisor.commands.set_desired("carol", Desired.STOPPED)
     reach(supervisor, "carol", "stopped")
-    backend = supervisor._backends.get("fake")
+    backend = supervisor.backends.get("fake")
     world.backend.down = True
-    supervisor._reconciler.kick(backend)
-    until(lambda: supervisor.view("alice").state is State.UNKNOWN)
-    view = supervisor.view("alice")
+    supervisor.reconciler.sweep_soon(backend)
+    until(lambda: supervisor.queries.view("alice").state is State.UNKNOWN)
+    view = supervisor.queries.view("alice")
     assert (view.feed_state, view.reachable) == ("running", False)
     assert view.observed_at < time.time() + 1
     assert "does not answer" in view.detail
-    assert supervisor.view("carol").state is State.STOPPED
-    assert any("cannot be asked since" in sentence for sentence in supervisor.why("alice"))
-    assert not next(found for found in supervisor.providers() if found["name"] == "fake")["usable"]
+    assert supervisor.queries.view("carol").state is State.STOPPED
+    assert any("does not answer since" in sentence for sentence in supervisor.queries.why("alice"))
+    assert not next(found for found in supervisor.queries.providers() if found["name"] == "fake")["usable"]
     world.kill(supervisor, "bob")
     world.backend.down = False
-    supervisor._reconciler.kick(backend)
+    supervisor.reconciler.sweep_soon(backend)
     reach(supervisor, "alice", "running")
-    until(lambda: "died" in [event.kind for event in supervisor.events("bob", 20)])
+    until(lambda: "died" in [event.kind for event in supervisor.queries.events("bob", 20)])
     reach(supervisor, "bob", "running")
-    kinds = [event.kind for event in supervisor.events("alice", 20)]
+    kinds = [event.kind for event in supervisor.queries.events("alice", 20)]
     assert kinds[-2:] == ["unreachable", "reachable"]
 
 
 def test_one_backend_s_outage_does_not_concern_another(world):
     world.data["apps"]["far"] = {"provider": "away", "away": {}}
     supervisor = world.supervisor()
-    supervisor.create("bob", app="far", password_hash="h")
-    supervisor.set_desired("bob", "running")
+    supervisor.commands.create("bob", app="far", password_hash="h")
+    supervisor.commands.set_desired("bob", Desired.RUNNING)
     reach(supervisor, "bob", "running")
     world.away.down = True
-    supervisor._reconciler.kick(supervisor._backends.get("away"))
-    until(lambda: supervisor.view("bob").state is State.UNKNOWN)
-    supervisor.create("alice", app="demo", password_hash="h")
-    supervisor.set_desired("alice", "running")
+    supervisor.reconciler.sweep_soon(supervisor.backends.get("away"))
+    until(lambda: supervisor.queries.view("bob").state is State.UNKNOWN)
+    supervisor.commands.create("alice", app="demo", password_hash="h")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
 def test_a_start_during_an_outage_is_tried_again_when_it_is_over(world):
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.down = True
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
     assert "does not answer" in view.failure.what
     world.backend.down = False
-    supervisor._reconciler.kick(supervisor._backends.get("fake"))
+    supervisor.reconciler.sweep_soon(supervisor.backends.get("fake"))
     reach(supervisor, "alice", "running", seconds=2)
-    assert supervisor.engine.find("alice").row.attempts == ()
+    assert supervisor.registry.find("alice").row.attempts == ()
 
 
 def test_a_manager_that_boots_during_an_outage_changes_nothing_and_goes_on_serving(world):
@@ -75,12 +76,12 @@ def test_a_manager_that_boots_during_an_outage_changes_nothing_and_goes_on_servi
     end(old)
     world.backend.down = True
     new = world.supervisor()
-    view = new.view("alice")
+    view = new.queries.view("alice")
     assert (view.state, view.feed_state, view.reachable) == (State.UNKNOWN, "running", False)
     assert view.observed_at is not None
     world.backend.down = False
     app = world.container(new).app
-    new._reconciler.kick(new._backends.get("fake"))
+    new.reconciler.sweep_soon(new.backends.get("fake"))
     reach(new, "alice", "running")
     assert world.container(new).app is app
 
@@ -88,9 +89,9 @@ def test_a_manager_that_boots_during_an_outage_changes_nothing_and_goes_on_servi
 def test_one_failed_poll_in_a_start_is_no_failure(world):
     world.app(fake={"endpoint": "unix"})
     supervisor = world.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
+    supervisor.commands.create("alice", app=None, password_hash="h")
     world.backend.inject("observe", error=Unavailable("once"), times=1)
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
 
 
@@ -109,15 +110,15 @@ def test_a_plugin_that_is_gone_leaves_its_agents_known(world):
     world.data["apps"] = {"demo": {"provider": "away", "away": {}}}
     del world.data["providers"]["fake"]
     new = world.supervisor()
-    view = new.view("alice")
+    view = new.queries.view("alice")
     assert (view.state, view.feed_state) == (State.UNKNOWN, "running")
-    assert any("no plugin" in sentence for sentence in new.why("alice"))
-    assert next(found for found in new.providers() if found["name"] == "fake")["usable"] is False
-    new.create("bob", app=None, password_hash="h")
-    new.set_desired("bob", "running")
+    assert any("no plugin" in sentence for sentence in new.queries.why("alice"))
+    assert next(found for found in new.queries.providers() if found["name"] == "fake")["usable"] is False
+    new.commands.create("bob", app=None, password_hash="h")
+    new.commands.set_desired("bob", Desired.RUNNING)
     reach(new, "bob", "running")
     with pytest.raises(ConfigError, match="no plugin"):
-        new.check_provider("fake", None) and new._backends.get("fake").guard
+        new.queries.check_provider("fake", None) and new.backends.get("fake").provider
 
 
 def test_a_watch_that_cannot_be_had_is_tried_again(world):
@@ -127,7 +128,7 @@ def test_a_watch_that_cannot_be_had_is_tried_again(world):
     running(supervisor)
     until(lambda: world.backend._watchers)
     world.kill(supervisor)
-    until(lambda: "died" in [event.kind for event in supervisor.events("alice", 20)])
+    until(lambda: "died" in [event.kind for event in supervisor.queries.events("alice", 20)])
 
 
 def test_without_events_the_reconciler_finds_the_dead(world):
@@ -136,7 +137,7 @@ def test_without_events_the_reconciler_finds_the_dead(world):
     supervisor = world.supervisor()
     running(supervisor)
     world.kill(supervisor)
-    until(lambda: "died" in [event.kind for event in supervisor.events("alice", 20)], 2)
+    until(lambda: "died" in [event.kind for event in supervisor.queries.events("alice", 20)], 2)
     reach(supervisor, "alice", "running")
 
 
@@ -144,7 +145,7 @@ def test_what_somebody_started_behind_our_back_is_stopped(world):
     world.data["manager"]["reconcile_interval"] = 0.2
     supervisor = world.supervisor()
     running(supervisor)
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
     container = world.container(supervisor)
     container.app.awake.set()
@@ -157,13 +158,13 @@ def test_many_agents_cost_few_calls(world):
     for number in range(30):
         running(supervisor, f"user{number}")
     calls = len(world.backend.calls)
-    backend = supervisor._backends.get("fake")
-    versions = {name: agent.row.version for name, agent in supervisor.engine.agents.items()}
+    backend = supervisor.backends.get("fake")
+    versions = {name: agent.row.version for name, agent in supervisor.registry.agents.items()}
     for _ in range(3):
-        supervisor._reconciler.kick(backend)
-        until(lambda: not backend.listing)
+        supervisor.reconciler.sweep_soon(backend)
+        until(lambda: not backend.listing.running)
     assert world.backend.calls[calls:] == [("list", "")] * 3
-    assert {name: agent.row.version for name, agent in supervisor.engine.agents.items()} == versions
+    assert {name: agent.row.version for name, agent in supervisor.registry.agents.items()} == versions
     calls = len(world.backend.calls)
-    supervisor.top()
+    supervisor.queries.top()
     assert world.backend.calls[calls:] == [("usage", "")]

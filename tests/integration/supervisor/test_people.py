@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from dispatcher.plugin.errors import BadRequest, Conflict, NotFound
+from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unavailable
+from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import gone, kinds, reach, running, until
 
@@ -13,33 +14,33 @@ from tests.support.manager_world import gone, kinds, reach, running, until
 
 
 def test_a_new_agent_is_stopped_and_its_user_exists(supervisor):
-    row = supervisor.create("Alice", app=None, password_hash="hash")
+    row = supervisor.commands.create("Alice", app=None, password_hash="hash")
     assert (row.name, row.user, row.app) == ("alice", "alice", "demo")
-    view = supervisor.view("alice")
+    view = supervisor.queries.view("alice")
     assert (view.state, view.feed_state, view.last_used) == (State.STOPPED, "asleep", None)
     assert supervisor.store.get_user("alice").password_hash == "hash"
-    assert [view.name for view in supervisor.views()] == ["alice"]
+    assert [view.name for view in supervisor.queries.views()] == ["alice"]
     assert kinds(supervisor) == ["created"]
 
 
 def test_the_same_name_twice_is_a_conflict_and_changes_nothing(supervisor):
-    supervisor.create("alice", app=None, password_hash="hash")
+    supervisor.commands.create("alice", app=None, password_hash="hash")
     with pytest.raises(Conflict, match="exists"):
-        supervisor.create("ALICE", app=None, password_hash=None)
+        supervisor.commands.create("ALICE", app=None, password_hash=None)
     with pytest.raises(Conflict):
-        supervisor.create("alice:demo", app=None, password_hash="other")
+        supervisor.commands.create("alice:demo", app=None, password_hash="other")
     assert supervisor.store.get_user("alice").password_hash == "hash"
 
 
 def test_a_second_agent_is_called_after_its_app(world):
     world.data["apps"]["lab"] = {"provider": "fake", "fake": {}}
     supervisor = world.supervisor()
-    supervisor.create("alice", app="demo", password_hash="hash")
-    assert supervisor.create("alice", app="lab", password_hash=None).name == "alice:lab"
-    assert [view.name for view in supervisor.views(user="alice")] == ["alice", "alice:lab"]
-    assert supervisor.views(user="bob") == []
+    supervisor.commands.create("alice", app="demo", password_hash="hash")
+    assert supervisor.commands.create("alice", app="lab", password_hash=None).name == "alice:lab"
+    assert [view.name for view in supervisor.queries.views(user="alice")] == ["alice", "alice:lab"]
+    assert supervisor.queries.views(user="bob") == []
     with pytest.raises(Conflict):
-        supervisor.create("alice", app="lab", password_hash=None)
+        supervisor.commands.create("alice", app="lab", password_hash=None)
 
 
 @pytest.mark.parametrize(
@@ -48,8 +49,8 @@ def test_a_second_agent_is_called_after_its_app(world):
 )
 def test_bad_names_and_apps_are_refused_and_nothing_is_made(supervisor, name, app):
     with pytest.raises(BadRequest):
-        supervisor.create(name, app=app, password_hash="hash")
-    assert supervisor.views() == []
+        supervisor.commands.create(name, app=app, password_hash="hash")
+    assert supervisor.queries.views() == []
     assert supervisor.store.users() == []
 
 
@@ -57,61 +58,61 @@ def test_with_several_apps_and_no_default_one_must_be_named(world):
     world.data["apps"] = {"one": {"provider": "fake", "fake": {}}, "two": {"provider": "fake", "fake": {}}}
     supervisor = world.supervisor()
     with pytest.raises(BadRequest) as caught:
-        supervisor.create("alice", app=None, password_hash="hash")
-    assert str(caught.value).startswith("There are several apps, and none is the default: one, two (name one ")
-    assert supervisor.create("alice", app="two", password_hash="hash").app == "two"
+        supervisor.commands.create("alice", app=None, password_hash="hash")
+    assert str(caught.value).startswith("There are several apps and no default: one, two (name one ")
+    assert supervisor.commands.create("alice", app="two", password_hash="hash").app == "two"
 
 
 def test_without_any_app_it_says_what_to_write(world):
     world.data["apps"] = {}
     with pytest.raises(BadRequest, match=r"No app is configured \(write an \[apps.NAME\] section"):
-        world.supervisor().create("alice", app=None, password_hash="hash")
+        world.supervisor().commands.create("alice", app=None, password_hash="hash")
 
 
 def test_what_is_not_there_is_not_found(supervisor):
     for call in (
-        lambda: supervisor.view("nobody"),
-        lambda: supervisor.set_desired("nobody", "running"),
-        lambda: supervisor.remove("nobody", keep_data=False),
-        lambda: supervisor.restart("nobody"),
-        lambda: supervisor.reset_data("nobody"),
-        lambda: supervisor.why("nobody"),
-        lambda: supervisor.logs("nobody", tail=1, after=None),
-        lambda: supervisor.wait("nobody", lambda view: True, 1),
+        lambda: supervisor.queries.view("nobody"),
+        lambda: supervisor.commands.set_desired("nobody", Desired.RUNNING),
+        lambda: supervisor.commands.remove("nobody", keep_data=False),
+        lambda: supervisor.commands.restart("nobody"),
+        lambda: supervisor.commands.reset_data("nobody"),
+        lambda: supervisor.queries.why("nobody"),
+        lambda: supervisor.queries.logs("nobody", tail=1, after=None),
+        lambda: supervisor.queries.wait("nobody", lambda view: True, 1),
     ):
         with pytest.raises(NotFound):
             call()
-    supervisor.wake("nobody")
-    supervisor.touch("nobody", {"use": 1})
-    supervisor.suspect("nobody")
+    supervisor.commands.wake("nobody")
+    supervisor.commands.record_activity("nobody", {"use": 1})
+    supervisor.reconciler.check_endpoint("nobody")
 
 
 def test_a_removed_agent_is_gone_with_its_user_and_its_data(world, supervisor):
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
+    data = supervisor.data.data_dir("alice")
     (data / "note").write_text("secret")
     told = []
-    supervisor.subscribe(told.append)
-    supervisor.remove("alice", keep_data=False)
+    supervisor.registry.subscribe(told.append)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     assert supervisor.store.get_user("alice") is None
     assert not world.backend.containers
     assert not data.parent.exists()
-    assert not supervisor._data.paths.endpoint_dir("alice").exists()
+    assert not supervisor.data.paths.endpoint_dir("alice").exists()
     assert told
     with pytest.raises(NotFound):
-        supervisor.view("alice")
+        supervisor.queries.view("alice")
 
 
 def test_a_user_stays_while_another_agent_is_left(world):
     world.data["apps"]["lab"] = {"provider": "fake", "fake": {}}
     supervisor = world.supervisor()
-    supervisor.create("alice", app="demo", password_hash="hash")
-    supervisor.create("alice", app="lab", password_hash=None)
-    supervisor.remove("alice", keep_data=False)
+    supervisor.commands.create("alice", app="demo", password_hash="hash")
+    supervisor.commands.create("alice", app="lab", password_hash=None)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     assert supervisor.store.get_user("alice") is not None
-    supervisor.remove("alice:lab", keep_data=False)
+    supervisor.commands.remove("alice:lab", keep_data=False)
     gone(supervisor, "alice:lab")
     assert supervisor.store.get_user("alice") is None
 
@@ -119,17 +120,17 @@ def test_a_user_stays_while_another_agent_is_left(world):
 def test_an_agent_that_is_being_removed_takes_no_other_wishes(world, supervisor):
     running(supervisor)
     world.backend.inject("stop", delay=1)
-    supervisor.remove("alice", keep_data=False)
-    assert supervisor.view("alice").state is State.REMOVING
+    supervisor.commands.remove("alice", keep_data=False)
+    assert supervisor.queries.view("alice").state is State.REMOVING
     for call in (
-        lambda: supervisor.set_desired("alice", "running"),
-        lambda: supervisor.restart("alice"),
-        lambda: supervisor.reset_data("alice"),
-        lambda: supervisor.create("alice", app=None, password_hash=None),
+        lambda: supervisor.commands.set_desired("alice", Desired.RUNNING),
+        lambda: supervisor.commands.restart("alice"),
+        lambda: supervisor.commands.reset_data("alice"),
+        lambda: supervisor.commands.create("alice", app=None, password_hash=None),
     ):
         with pytest.raises(Conflict, match="being removed"):
             call()
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     gone(supervisor, "alice")
 
 
@@ -138,43 +139,43 @@ def test_an_agent_that_is_being_removed_takes_no_other_wishes(world, supervisor)
 
 def test_add_after_remove_has_none_of_the_old_data(supervisor):
     running(supervisor)
-    (supervisor._data.data_dir("alice") / "note").write_text("old")
-    first = supervisor.runtime("alice")["uid"]
-    supervisor.remove("alice", keep_data=False)
+    (supervisor.data.data_dir("alice") / "note").write_text("old")
+    first = supervisor.queries.runtime("alice")["uid"]
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     running(supervisor)
-    assert list(supervisor._data.data_dir("alice").iterdir()) == []
+    assert list(supervisor.data.data_dir("alice").iterdir()) == []
     if os.geteuid() == 0:
-        assert supervisor.runtime("alice")["uid"] != first
+        assert supervisor.queries.runtime("alice")["uid"] != first
 
 
 def test_kept_data_comes_back_to_the_same_name_only_and_it_is_said(supervisor):
     running(supervisor)
-    (supervisor._data.data_dir("alice") / "note").write_text("kept")
-    uid = supervisor.runtime("alice")["uid"]
-    supervisor.remove("alice", keep_data=True)
+    (supervisor.data.data_dir("alice") / "note").write_text("kept")
+    uid = supervisor.queries.runtime("alice")["uid"]
+    supervisor.commands.remove("alice", keep_data=True)
     gone(supervisor, "alice")
     running(supervisor, "bob")
     if os.geteuid() == 0:
-        assert supervisor.runtime("bob")["uid"] != uid
-    assert not (supervisor._data.data_dir("bob") / "note").exists()
+        assert supervisor.queries.runtime("bob")["uid"] != uid
+    assert not (supervisor.data.data_dir("bob") / "note").exists()
     running(supervisor)
-    assert (supervisor._data.data_dir("alice") / "note").read_text() == "kept"
-    assert supervisor.runtime("alice")["uid"] == uid
-    assert "was kept" in supervisor.events("alice", 10)[0].detail
-    supervisor.remove("alice", keep_data=False)
+    assert (supervisor.data.data_dir("alice") / "note").read_text() == "kept"
+    assert supervisor.queries.runtime("alice")["uid"] == uid
+    assert "was kept" in supervisor.queries.events("alice", 10)[0].detail
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     running(supervisor)
-    assert not (supervisor._data.data_dir("alice") / "note").exists()
+    assert not (supervisor.data.data_dir("alice") / "note").exists()
 
 
 def test_data_that_nobody_accounts_for_is_set_aside_and_it_is_said(supervisor):
-    leftover = supervisor._data.data_dir("alice")
+    leftover = supervisor.data.data_dir("alice")
     leftover.mkdir(parents=True)
     (leftover / "note").write_text("whose?")
     running(supervisor)
-    assert list(supervisor._data.data_dir("alice").iterdir()) == []
-    detail = supervisor.events("alice", 10)[0].detail
+    assert list(supervisor.data.data_dir("alice").iterdir()) == []
+    detail = supervisor.queries.events("alice", 10)[0].detail
     aside = detail.rpartition(" ")[2]
     assert "unknown origin" in detail
     with open(f"{aside}/data/note") as file:
@@ -183,16 +184,16 @@ def test_data_that_nobody_accounts_for_is_set_aside_and_it_is_said(supervisor):
 
 def test_reset_deletes_the_data_and_starts_again_what_ran(supervisor):
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
+    data = supervisor.data.data_dir("alice")
     (data / "note").write_text("old")
-    supervisor.reset_data("alice")
+    supervisor.commands.reset_data("alice")
     until(lambda: "reset" in kinds(supervisor))
     reach(supervisor, "alice", "running")
     assert list(data.iterdir()) == []
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
     (data / "note").write_text("old")
-    supervisor.reset_data("alice")
+    supervisor.commands.reset_data("alice")
     until(lambda: kinds(supervisor).count("reset") == 2)
     assert reach(supervisor, "alice", "stopped").desired.value == "stopped"
     assert list(data.iterdir()) == []
@@ -201,8 +202,8 @@ def test_reset_deletes_the_data_and_starts_again_what_ran(supervisor):
 @pytest.mark.root
 def test_directories_belong_to_whom_they_should(supervisor):
     running(supervisor)
-    runtime = supervisor.runtime("alice")
-    data, endpoint = supervisor._data.data_dir("alice"), supervisor._data.paths.endpoint_dir("alice")
+    runtime = supervisor.queries.runtime("alice")
+    data, endpoint = supervisor.data.data_dir("alice"), supervisor.data.paths.endpoint_dir("alice")
 
     def facts(path):
         found = path.stat()
@@ -217,18 +218,48 @@ def test_directories_belong_to_whom_they_should(supervisor):
 
 @pytest.mark.root
 def test_every_agent_has_a_user_id_of_its_own(supervisor):
-    uids = {supervisor.create(f"user{number}", app=None, password_hash="h").uid for number in range(30)}
+    uids = {supervisor.commands.create(f"user{number}", app=None, password_hash="h").uid for number in range(30)}
     assert len(uids) == 30
     assert all(300_001 <= uid <= 300_999 for uid in uids)
 
 
 @pytest.mark.root
 def test_when_no_user_id_is_left_that_is_said(world, supervisor):
-    supervisor._intents._uids = (300_001, 300_002)
-    supervisor.create("a", app=None, password_hash="h")
-    supervisor.create("b", app=None, password_hash="h")
+    supervisor.commands._creation._uids._range = (300_001, 300_002)
+    supervisor.commands.create("a", app=None, password_hash="h")
+    supervisor.commands.create("b", app=None, password_hash="h")
     with pytest.raises(Conflict, match="No host user id"):
-        supervisor.create("c", app=None, password_hash="h")
-    supervisor.remove("a", keep_data=False)
+        supervisor.commands.create("c", app=None, password_hash="h")
+    supervisor.commands.remove("a", keep_data=False)
     gone(supervisor, "a")
-    supervisor.create("c", app=None, password_hash="h")
+    supervisor.commands.create("c", app=None, password_hash="h")
+
+
+def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(supervisor, world):
+    running(supervisor)
+    reported = []
+
+    def on_removal(name, user):
+        stored = {row.name: row.desired for row in supervisor.store.agents()}
+        reported.append((name, user, stored.get(name), world.container(supervisor) is not None))
+
+    supervisor.registry.on_removal(on_removal)
+    supervisor.commands.remove("alice", keep_data=False)
+    gone(supervisor, "alice")
+    until(lambda: len(reported) == 2)
+    assert reported == [("alice", "alice", Desired.ABSENT, True), ("alice", "alice", None, False)]
+
+
+def test_a_removal_that_cannot_be_written_is_not_reported(supervisor, monkeypatch):
+    running(supervisor)
+    reported = []
+    supervisor.registry.on_removal(lambda *agent: reported.append(agent))
+
+    def full(*_args):
+        raise Unavailable("The database cannot be used now", why="disk full")
+
+    monkeypatch.setattr(supervisor.store, "save", full)
+    with pytest.raises(Unavailable):
+        supervisor.commands.remove("alice", keep_data=False)
+    assert reported == []
+    assert supervisor.queries.view("alice").desired is Desired.RUNNING

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from dispatcher.plugin.endpoints import connect
+from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import gone, reach, until
 from tests.support.supervised import Place
@@ -27,9 +28,9 @@ def place():
 
 
 def running(supervisor, name="alice", seconds=30):
-    if name not in supervisor.engine.agents:
-        supervisor.create(name, app=None, password_hash="hash")
-    supervisor.set_desired(name, "running")
+    if name not in supervisor.registry.agents:
+        supervisor.commands.create(name, app=None, password_hash="hash")
+    supervisor.commands.set_desired(name, Desired.RUNNING)
     return reach(supervisor, name, "running", seconds=seconds)
 
 
@@ -67,7 +68,7 @@ def apps(place):
 
 
 def kinds(supervisor, name="alice"):
-    return [event.kind for event in supervisor.events(name, 100)]
+    return [event.kind for event in supervisor.queries.events(name, 100)]
 
 
 # --- killed managers
@@ -83,7 +84,7 @@ def test_kill_9_at_every_step_of_a_start(place, step):
     view = reach(supervisor, "alice", "running", seconds=30)
     assert ask(view)
     assert len(apps(place)) == 1
-    supervisor.remove("alice", keep_data=False)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice", seconds=20)
     assert processes(place) == []
 
@@ -106,7 +107,7 @@ def test_kill_9_in_other_operations(place, command, step):
     assert process.wait() == -signal.SIGKILL
     supervisor = place.supervisor()
     if command == "remove":
-        until(lambda: supervisor.views() == [], 20)
+        until(lambda: supervisor.queries.views() == [], 20)
         assert processes(place) == []
     elif command == "stopped":
         reach(supervisor, "alice", "stopped", seconds=20)
@@ -130,7 +131,7 @@ def test_a_manager_that_was_killed_finds_its_agents_again(place):
     began = time.monotonic()
     supervisor = place.supervisor()
     assert time.monotonic() - began < 2  # the figure that counts is measured on a quiet machine: bench/
-    views = supervisor.views()
+    views = supervisor.queries.views()
     assert {view.state for view in views} == {State.RUNNING}
     assert {ask(view) for view in views}
     assert sorted(apps(place)) == before
@@ -143,8 +144,10 @@ def test_fifty_starts_at_once(place):
     supervisor = place.supervisor()
     names = [f"user{number}" for number in range(50)]
     for name in names:
-        supervisor.create(name, app=None, password_hash="h")
-    threads = [threading.Thread(target=supervisor.set_desired, args=(name, "running")) for name in names]
+        supervisor.commands.create(name, app=None, password_hash="h")
+    threads = [
+        threading.Thread(target=supervisor.commands.set_desired, args=(name, Desired.RUNNING)) for name in names
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -154,7 +157,7 @@ def test_fifty_starts_at_once(place):
     assert all(ask(view) for view in views)
     assert len(apps(place)) == 50
     for name in names:
-        supervisor.set_desired(name, "stopped")
+        supervisor.commands.set_desired(name, Desired.STOPPED)
     for name in names:
         reach(supervisor, name, "stopped", seconds=60)
     assert processes(place) == []
@@ -164,22 +167,22 @@ def test_stop_and_start_race(place):
     supervisor = place.supervisor()
     running(supervisor)
     for _ in range(5):
-        supervisor.set_desired("alice", "stopped")
-        supervisor.set_desired("alice", "running")
-        supervisor.restart("alice")
+        supervisor.commands.set_desired("alice", Desired.STOPPED)
+        supervisor.commands.set_desired("alice", Desired.RUNNING)
+        supervisor.commands.restart("alice")
     view = reach(supervisor, "alice", "running", seconds=30)
-    until(lambda: supervisor.view("alice").state is State.RUNNING and len(apps(place)) == 1)
-    assert ask(supervisor.view("alice"))
+    until(lambda: supervisor.queries.view("alice").state is State.RUNNING and len(apps(place)) == 1)
+    assert ask(supervisor.queries.view("alice"))
     assert view.failure is None
 
 
 def test_a_slow_start_is_cancelled(place):
     place.app["environment"] = {"DELAY": "60"}
     supervisor = place.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    supervisor.set_desired("alice", "running")
-    until(lambda: supervisor.view("alice").stage == "waiting for the app")
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    until(lambda: supervisor.queries.view("alice").stage == "waiting for the app")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     assert reach(supervisor, "alice", "stopped", seconds=10).failure is None
     assert processes(place) == []
 
@@ -208,13 +211,13 @@ def test_a_killed_agent_shows_within_a_second_and_comes_back(place):
     (pid,) = apps(place)
     os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
-    supervisor.suspect("alice")
+    supervisor.reconciler.check_endpoint("alice")
     until(lambda: "died" in kinds(supervisor), 5)
     assert time.monotonic() - began < 2
     view = reach(supervisor, "alice", "running")
     assert ask(view)
     assert apps(place) != [pid]
-    died = next(event for event in supervisor.events("alice", 20) if event.kind == "died")
+    died = next(event for event in supervisor.queries.events("alice", 20) if event.kind == "died")
     assert "9" in died.detail
 
 
@@ -222,9 +225,9 @@ def test_an_app_that_ends_by_itself_has_its_exit_code_told(place):
     supervisor = place.supervisor()
     view = running(supervisor)
     ask(view, "/exit")
-    supervisor.suspect("alice")
+    supervisor.reconciler.check_endpoint("alice")
     until(lambda: "died" in kinds(supervisor), 5)
-    died = next(event for event in supervisor.events("alice", 20) if event.kind == "died")
+    died = next(event for event in supervisor.queries.events("alice", 20) if event.kind == "died")
     assert "7" in died.detail
     reach(supervisor, "alice", "running")
 
@@ -232,26 +235,31 @@ def test_an_app_that_ends_by_itself_has_its_exit_code_told(place):
 def test_an_app_that_ends_in_a_loop_is_failed_with_its_last_lines(place):
     place.app |= {"environment": {"EXIT": "3"}, "max_restarts": 1}
     supervisor = place.supervisor()
-    supervisor.create("alice", app=None, password_hash="h")
-    supervisor.set_desired("alice", "running")
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed", seconds=20)
     assert "exit code 3" in view.failure.why
     assert "cannot go on" in view.failure.log[-1]
-    until(lambda: supervisor.engine.find("alice").row.retry_at is None and supervisor.view("alice").failure, 20)
+    until(
+        lambda: (
+            supervisor.registry.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure
+        ),
+        20,
+    )
     assert kinds(supervisor).count("starting") == 2
-    assert any("given up" in sentence for sentence in supervisor.why("alice"))
+    assert any("gave up" in sentence for sentence in supervisor.queries.why("alice"))
     assert processes(place) == []
 
 
 def test_the_process_sleeps_and_wakes_with_its_memory(place):
     supervisor = place.supervisor()
-    if "suspend" not in supervisor.providers()[0]["capabilities"]:
+    if "suspend" not in supervisor.queries.providers()[0]["capabilities"]:
         pytest.skip("the provider cannot suspend here")
     running(supervisor)
     before = apps(place)
-    supervisor.set_desired("alice", "suspended")
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     assert reach(supervisor, "alice", "suspended").feed_state == "asleep"
-    supervisor.wake("alice")
+    supervisor.commands.wake("alice")
     assert ask(reach(supervisor, "alice", "running"))
     assert apps(place) == before
 
@@ -259,7 +267,7 @@ def test_the_process_sleeps_and_wakes_with_its_memory(place):
 def test_output_is_followed(place):
     supervisor = place.supervisor()
     view = running(supervisor)
-    lines, cursor = supervisor.logs("alice", tail=10, after=None)
+    lines, cursor = supervisor.queries.logs("alice", tail=10, after=None)
     assert lines == ["begins"]
     seen = []
     for number in range(5):
@@ -267,7 +275,7 @@ def test_output_is_followed(place):
 
     def more():
         nonlocal cursor
-        found, cursor = supervisor.logs("alice", tail=10, after=cursor)
+        found, cursor = supervisor.queries.logs("alice", tail=10, after=cursor)
         seen.extend(found)
         return len(seen) >= 5
 
@@ -284,18 +292,18 @@ def test_reset_and_remove_follow_no_link(place, tmp_path):
     (victim / "file").write_text("precious")
     supervisor = place.supervisor()
     running(supervisor)
-    data = supervisor._data.data_dir("alice")
-    endpoint = supervisor._data.paths.endpoint_dir("alice")
+    data = supervisor.data.data_dir("alice")
+    endpoint = supervisor.data.paths.endpoint_dir("alice")
     for directory in (data, endpoint):
         (directory / "link").symlink_to(victim)
         (directory / "deep").mkdir()
         (directory / "deep/file").symlink_to(victim / "file")
-    supervisor.reset_data("alice")
+    supervisor.commands.reset_data("alice")
     until(lambda: "reset" in kinds(supervisor), 20)
     reach(supervisor, "alice", "running", seconds=20)
     assert not list(data.iterdir())
     (data / "link").symlink_to(victim)
-    supervisor.remove("alice", keep_data=False)
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice", seconds=20)
     assert (victim / "file").read_text() == "precious"
     assert not endpoint.exists()
@@ -315,8 +323,8 @@ def test_an_agent_s_socket_that_is_a_link_is_refused(place):
         place.app["subprocess"]["command"][4:] = [code, "{socket}", str(target)]
         place.app |= {"start_timeout": 3, "max_restarts": 0}
         supervisor.apply_config(place.config())
-        supervisor.create("mallory", app=None, password_hash="h")
-        supervisor.set_desired("mallory", "running")
+        supervisor.commands.create("mallory", app=None, password_hash="h")
+        supervisor.commands.set_desired("mallory", Desired.RUNNING)
         reach(supervisor, "mallory", "failed", seconds=20)
         with pytest.raises(TimeoutError):
             manager.accept()
@@ -335,9 +343,9 @@ def small_disk(place):
     yield state
     (state / "ballast").unlink(missing_ok=True)
     for supervisor in list(place.supervisors):
-        for view in supervisor.views():
-            supervisor.remove(view.name, keep_data=False)
-            supervisor.wait(view.name, lambda view: view is None, 30)
+        for view in supervisor.queries.views():
+            supervisor.commands.remove(view.name, keep_data=False)
+            supervisor.queries.wait(view.name, lambda view: view is None, 30)
         place.end(supervisor)
     subprocess.run(["umount", "-l", str(state)], check=True)
 
@@ -355,16 +363,16 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(place, small_disk):
     errors = []
     for number in range(200):  # whatever room was left is used up by the journal
         try:
-            supervisor.create(f"user{number}", app=None, password_hash="h" * 100)
+            supervisor.commands.create(f"user{number}", app=None, password_hash="h" * 100)
         except DispatcherError as error:
             errors.append(error)
             break
     assert "disk is full" in str(errors[0])
     assert "disk has space" in errors[0].fix
-    assert ask(supervisor.view("alice"))
-    assert supervisor.view("alice").state is State.RUNNING
+    assert ask(supervisor.queries.view("alice"))
+    assert supervisor.queries.view("alice").state is State.RUNNING
     os.unlink(ballast)
-    supervisor.set_desired("alice", "stopped")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped", seconds=20)
     running(supervisor, "bob")
     assert supervisor.store.get_user("alice") is not None

@@ -5,6 +5,7 @@ import threading
 import pytest
 
 from dispatcher.plugin.errors import NotFound
+from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import end, reach, running, until
 
@@ -14,13 +15,13 @@ from tests.support.manager_world import end, reach, running, until
 
 def test_those_who_subscribe_and_wait_are_told(supervisor):
     told = []
-    supervisor.subscribe(lambda name: told.append((name, supervisor.view(name).feed_state)))
+    supervisor.registry.subscribe(lambda name: told.append((name, supervisor.queries.view(name).feed_state)))
     running(supervisor)
     states = [state for _, state in told]
     assert states[0] == "asleep"
     assert "starting" in states
     assert states[-1] == "running"
-    assert supervisor.wait("alice", lambda view: False, 0.05).state is State.RUNNING
+    assert supervisor.queries.wait("alice", lambda view: False, 0.05).state is State.RUNNING
 
 
 def test_a_subscriber_that_fails_harms_nobody(supervisor):
@@ -28,8 +29,8 @@ def test_a_subscriber_that_fails_harms_nobody(supervisor):
         raise RuntimeError("broken")
 
     told = []
-    supervisor.subscribe(broken)
-    supervisor.subscribe(told.append)
+    supervisor.registry.subscribe(broken)
+    supervisor.registry.subscribe(told.append)
     running(supervisor)
     assert told
 
@@ -88,49 +89,50 @@ def test_a_view_has_the_form_of_the_documents(supervisor):
 
 def test_usage_and_runtime(world, supervisor):
     running(supervisor)
-    supervisor.create("bob", app=None, password_hash="h")
-    assert supervisor.memory_usage() == {
+    supervisor.commands.create("bob", app=None, password_hash="h")
+    assert supervisor.queries.memory_usage() == {
         "total": 8 << 20,
         "average": 8 << 20,
         "agents": [{"name": "alice", "memory": 8 << 20}],
     }
-    alice, bob = supervisor.top()
+    alice, bob = supervisor.queries.top()
     assert (alice["name"], alice["memory"]) == ("alice", 8 << 20)
     assert (bob["state"], bob["memory"]) == ("stopped", None)
-    runtime = supervisor.runtime("alice")
+    runtime = supervisor.queries.runtime("alice")
     assert runtime["handle"]["name"] == world.container(supervisor).name
     assert runtime["usage"]["memory"] == 8 << 20
 
 
 def test_providers_are_listed_and_checked(world, supervisor):
-    fake = next(found for found in supervisor.providers() if found["name"] == "fake")
+    fake = next(found for found in supervisor.queries.providers() if found["name"] == "fake")
     assert fake["usable"]
     assert fake["isolation"] == "container"
     assert "suspend" in fake["capabilities"]
-    assert supervisor.check_provider("fake", "demo")[0].what.startswith("Everything about the app demo")
+    assert supervisor.queries.check_provider("fake", "demo")[0].what.startswith("Everything about the app demo")
     with world.backend.outage("down"):
-        assert supervisor.check_provider("fake", None)[0].level.value == "error"
+        assert supervisor.queries.check_provider("fake", None)[0].level.value == "error"
     with pytest.raises(NotFound):
-        supervisor.check_provider("nothing", None)
+        supervisor.queries.check_provider("nothing", None)
     with pytest.raises(NotFound):
-        supervisor.check_provider("fake", "nothing")
+        supervisor.queries.check_provider("fake", "nothing")
 
 
 def test_every_state_can_be_explained(world, supervisor):
-    supervisor.create("alice", app=None, password_hash="h")
-    assert any("starts it" in sentence for sentence in supervisor.why("alice"))
+    supervisor.commands.create("alice", app=None, password_hash="h")
+    assert any("starts it" in sentence for sentence in supervisor.queries.why("alice"))
     world.backend.inject("ensure", delay=0.5)
-    supervisor.set_desired("alice", "running")
-    until(lambda: supervisor.view("alice").stage == "waiting")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    until(lambda: supervisor.queries.view("alice").stage == "waiting")
     assert any(
-        "In progress" in sentence and "an injected delay" in sentence for sentence in supervisor.why("alice")
+        "In progress" in sentence and "an injected delay" in sentence
+        for sentence in supervisor.queries.why("alice")
     )
     reach(supervisor, "alice", "running")
-    assert any("If nobody uses it" in sentence for sentence in supervisor.why("alice"))
-    supervisor.set_desired("alice", "suspended")
+    assert any("If it is not used" in sentence for sentence in supervisor.queries.why("alice"))
+    supervisor.commands.set_desired("alice", Desired.SUSPENDED)
     reach(supervisor, "alice", "suspended")
-    assert any("next request wakes it" in sentence for sentence in supervisor.why("alice"))
-    for sentence in supervisor.why("alice"):
+    assert any("next request wakes it" in sentence for sentence in supervisor.queries.why("alice"))
+    for sentence in supervisor.queries.why("alice"):
         assert "None" not in sentence
         assert "Desired." not in sentence
 
@@ -139,4 +141,9 @@ def test_closing_leaves_agents_alone_and_ends_all_threads(world, supervisor):
     running(supervisor)
     end(supervisor)
     assert world.container(supervisor).state == "running"
-    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("dispatcher-")], 12)
+    try:
+        until(
+            lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("dispatcher-")], 12
+        )
+    except AssertionError:
+        raise AssertionError([thread.name for thread in threading.enumerate()])

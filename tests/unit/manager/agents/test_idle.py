@@ -1,12 +1,11 @@
 """Who is idle, and what becomes of them."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from dispatcher.config.load import AppDefaults
-from dispatcher.manager.agents.idle import Rest, check_interval, idle_action, note_cpu, rest, words
-from dispatcher.manager.agents.lifecycle import Desired
+from dispatcher.manager.agents.cpu_activity import MEMORY, CpuActivity
+from dispatcher.manager.agents.idle import IdleDecision, check_interval, idle_action, idle_decision
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState as B
 from dispatcher.plugin.model import Capability
 
@@ -14,7 +13,9 @@ ALL = frozenset(Capability)
 
 
 def decide(observed=B.RUNNING, unused=0.0, asleep=0.0, working=False, capabilities=ALL, **policy):
-    found = rest(AppDefaults(**policy), capabilities, observed, unused=unused, asleep=asleep, working=working)
+    found = idle_decision(
+        AppDefaults(**policy), capabilities, observed, unused=unused, asleep=asleep, working=working
+    )
     return found and found.desired
 
 
@@ -59,8 +60,8 @@ def test_agents_rest_as_near_to_the_configuration_as_the_provider_can(action, mi
 
 
 def test_the_reason_says_how_long():
-    found = rest(AppDefaults(), ALL, B.RUNNING, unused=7300, asleep=0, working=False)
-    assert found == Rest(Desired.SUSPENDED, "nobody used it for 2 hours")
+    found = idle_decision(AppDefaults(), ALL, B.RUNNING, unused=7300, asleep=0, working=False)
+    assert found == IdleDecision(Desired.SUSPENDED, "it was not used for 2 hours")
 
 
 def test_checks_are_often_enough_for_the_shortest_timeout():
@@ -71,26 +72,14 @@ def test_checks_are_often_enough_for_the_shortest_timeout():
 
 
 def test_work_is_seen_from_two_samples():
-    agent = SimpleNamespace(cpu=None, worked=0.0, judged=0.0)
-    assert note_cpu(agent, 10.0, 100.0) is None
-    assert note_cpu(agent, 20.0, 100.2) == pytest.approx(0.02)
-    assert agent.worked == 0.0
-    assert note_cpu(agent, 30.0, 105.2) == pytest.approx(0.5)
-    assert agent.worked == 30.0
-    assert note_cpu(agent, 40.0, 1.0) is None  # started anew
-
-
-@pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [
-        (-1, "0 s"),
-        (0, "0 s"),
-        (59, "59 s"),
-        (60, "1 minute"),
-        (7199, "1 hour"),
-        (7200, "2 hours"),
-        (1e6, "11 days"),
-    ],
-)
-def test_lengths_of_time_in_words(seconds, expected):
-    assert words(seconds) == expected
+    cpu = CpuActivity()
+    assert cpu.may_work(1000.0), "not sampled yet"
+    assert cpu.sample(10.0, 100.0) is None
+    assert cpu.may_work(10.0), "one sample tells nothing"
+    assert cpu.sample(20.0, 100.2) == pytest.approx(0.02)
+    assert not cpu.may_work(20.0)
+    assert cpu.sample(30.0, 105.2) == pytest.approx(0.5)
+    assert cpu.may_work(31.0)
+    assert cpu.sample(40.0, 1.0) is None  # started again: its CPU time began at 0
+    assert cpu.sample(50.0 + MEMORY, 1.0) == 0.0
+    assert not cpu.may_work(50.0 + MEMORY)

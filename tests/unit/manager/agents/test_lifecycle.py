@@ -11,23 +11,23 @@ from dispatcher.manager.agents.lifecycle import (
     ALIVE,
     ASLEEP,
     DEAD,
-    LONGEST_BACKOFF,
-    RESTART_WINDOW,
-    Desired,
-    Kind,
-    Pending,
     Situation,
     State,
-    after_death,
-    after_failure,
-    backoff,
     feed_state,
     next_operation,
     public_state,
     reached,
-    recent,
     superseded,
 )
+from dispatcher.manager.agents.restarts import (
+    MAX_BACKOFF,
+    RESTART_WINDOW,
+    after_death,
+    after_failure,
+    backoff,
+    recent,
+)
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState as B
 
 D, K, P = Desired, Kind, Pending
@@ -336,7 +336,7 @@ def test_without_restarts_everything_is_given_up_at_once():
 
 def test_the_back_off_has_an_end():
     assert backoff(1) == 1
-    assert backoff(1000) == LONGEST_BACKOFF
+    assert backoff(1000) == MAX_BACKOFF
 
 
 def test_asleep_and_dead_are_told_apart():

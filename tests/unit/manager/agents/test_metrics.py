@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.manager.agents.metrics import EventLog, Metrics, clean_counters
+from dispatcher.manager.agents.event_log import EventLog
+from dispatcher.manager.agents.metrics import Metrics, clean_counters
 from dispatcher.plugin.model import AgentEvent
 
 
@@ -63,9 +64,7 @@ def test_the_edges_counters_keep_their_labels():
     assert 'dispatcher_edge_wakes_total{worker="7"} 1.0' in text
 
 
-def test_events_are_logged_and_what_went_wrong_is_a_warning(monkeypatch):
-    from dispatcher.manager.agents import metrics
-
+def test_events_are_logged_and_failures_are_warnings():
     told = []
 
     class Log:
@@ -75,9 +74,8 @@ def test_events_are_logged_and_what_went_wrong_is_a_warning(monkeypatch):
         def warning(self, what, **more):
             told.append(("warning", what, more))
 
-    monkeypatch.setattr(metrics, "_log", Log())
-    EventLog().dispatcher_agent_event(event("ready", 1.0))
-    EventLog().dispatcher_agent_event(event("died", 1.0))
+    EventLog(Log()).dispatcher_agent_event(event("ready", 1.0))
+    EventLog(Log()).dispatcher_agent_event(event("died", 1.0))
     assert told == [
         ("info", "ready", {"agent": "alice", "app": "demo", "detail": "why"}),
         ("warning", "died", {"agent": "alice", "app": "demo", "detail": "why"}),

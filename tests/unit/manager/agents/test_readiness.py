@@ -11,9 +11,9 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, InsecureEndpoint, StartFailed, Unavailable
-from dispatcher.manager.agents.lifecycle import Kind
+from dispatcher.manager.storage.states import Kind
 from dispatcher.manager.agents.readiness import Probe, await_ready, refuses
-from dispatcher.manager.agents.agent import Operation
+from dispatcher.manager.agents.operation import Operation
 from dispatcher.plugin.model import BackendState, Endpoint, Handle, Observation
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
@@ -73,12 +73,12 @@ def probe(endpoint, path="/", gid=None, seconds=2, owner=None):
         (b"HTTP/1.0 302 Found\r\n\r\n", ""),
         (b"HTTP/1.1 404 Not Found\r\n\r\n", ""),
         (b"HTTP/1.1 499\r\n\r\n", ""),
-        (b"HTTP/1.1 500 Oops\r\n\r\n", "it answers with status 500"),
-        (b"HTTP/1.1 503 Later\r\n\r\n", "it answers with status 503"),
-        (b"SSH-2.0-OpenSSH_9.2\r\n", "it does not speak HTTP"),
-        (b"HTTP/2.0 200 OK\r\n", "it does not speak HTTP"),
-        (b"", "it closes the connection without an answer"),
-        (b"HTTP/1", "it closes the connection without an answer"),
+        (b"HTTP/1.1 500 Oops\r\n\r\n", "it responds with status 500"),
+        (b"HTTP/1.1 503 Later\r\n\r\n", "it responds with status 503"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "invalid HTTP response"),
+        (b"HTTP/2.0 200 OK\r\n", "invalid HTTP response"),
+        (b"", "it closes the connection without a response"),
+        (b"HTTP/1", "it closes the connection without a response"),
     ],
 )
 def test_what_counts_as_ready(serve, answer, reason):
@@ -112,7 +112,7 @@ def test_nobody_there(tmp_path):
 def test_one_that_accepts_and_is_silent_is_not_ready_but_does_not_refuse(serve):
     endpoint = serve(lambda connection: time.sleep(2))
     before = time.monotonic()
-    assert probe(endpoint, seconds=0.3) == "it does not answer"
+    assert probe(endpoint, seconds=0.3) == "it does not respond"
     assert time.monotonic() - before < 1
     assert not refuses(endpoint, None)
 
@@ -170,7 +170,7 @@ def test_a_link_another_s_socket_and_a_file_are_refused(serve, tmp_path, gid):
 # --- waiting
 
 
-class Guard:
+class ContainedProvider:
     """Observations in turn; the last one stays."""
 
     def __init__(self, *seen):
@@ -185,10 +185,16 @@ class Guard:
         return found
 
 
-def wait(guard, seconds=2, operation=None, seen=None, tell=None):
+def wait(provider, seconds=2, operation=None, seen=None, report=None):
     operation = operation or Operation(Kind.START, 0.0)
     return await_ready(
-        guard, HANDLE, Probe("/", None), operation=operation, deadline=Deadline(seconds), seen=seen, tell=tell
+        provider,
+        HANDLE,
+        Probe("/", None),
+        operation=operation,
+        deadline=Deadline(seconds),
+        seen=seen,
+        report=report,
     )
 
 
@@ -197,21 +203,23 @@ def running(endpoint=None, **more):
 
 
 def test_ready_at_once_costs_one_question(serve):
-    guard = Guard(running(serve(OK)))
-    assert wait(guard).state is BackendState.RUNNING
-    assert guard.asked == 1
+    provider = ContainedProvider(running(serve(OK)))
+    assert wait(provider).state is BackendState.RUNNING
+    assert provider.asked == 1
 
 
 def test_an_address_that_is_not_known_yet_is_waited_for(serve):
-    guard = Guard(running(), running(), running(serve(OK)))
-    assert wait(guard).endpoint
-    assert guard.asked == 3
+    provider = ContainedProvider(running(), running(), running(serve(OK)))
+    assert wait(provider).endpoint
+    assert provider.asked == 3
 
 
 def test_what_the_backend_says_meanwhile_is_told(serve):
     booting = [Observation(state=BackendState.STARTING, detail=detail) for detail in ("disks", "network")]
     told = []
-    wait(Guard(*booting, running(serve(OK))), tell=lambda seen: told.append((seen.state, seen.detail)))
+    wait(
+        ContainedProvider(*booting, running(serve(OK))), report=lambda seen: told.append((seen.state, seen.detail))
+    )
     assert list(dict.fromkeys(told)) == [
         (BackendState.STARTING, "disks"),
         (BackendState.STARTING, "network"),
@@ -220,50 +228,50 @@ def test_what_the_backend_says_meanwhile_is_told(serve):
 
 
 def test_a_backend_that_is_away_for_a_moment_is_waited_for(serve):
-    assert wait(Guard(Unavailable("away"), running(serve(OK)))).endpoint
+    assert wait(ContainedProvider(Unavailable("away"), running(serve(OK)))).endpoint
 
 
 def test_an_app_that_ended_is_not_waited_for(tmp_path):
-    guard = Guard(
+    provider = ContainedProvider(
         running(Endpoint.unix(tmp_path / "no")), Observation(state=BackendState.STOPPED, exit_reason="exit code 3")
     )
     operation = Operation(Kind.START, 0.0)
-    operation.nudged = True
+    operation.observe_again = True
     before = time.monotonic()
     with pytest.raises(StartFailed, match="ended before") as caught:
-        wait(guard, 30, operation)
+        wait(provider, 30, operation)
     assert caught.value.why == "exit code 3"
     assert time.monotonic() - before < 3
 
 
 def test_the_backend_s_report_makes_it_look_at_once(tmp_path):
-    guard = Guard(running(Endpoint.unix(tmp_path / "no")), Observation(state=BackendState.ABSENT))
+    provider = ContainedProvider(running(Endpoint.unix(tmp_path / "no")), Observation(state=BackendState.ABSENT))
     operation = Operation(Kind.START, 0.0)
-    threading.Timer(0.1, lambda: setattr(operation, "nudged", True)).start()
+    threading.Timer(0.1, lambda: setattr(operation, "observe_again", True)).start()
     before = time.monotonic()
     with pytest.raises(StartFailed):
-        wait(guard, 30, operation)
+        wait(provider, 30, operation)
     assert time.monotonic() - before < 0.9
 
 
 def test_too_late_has_the_last_reason(serve, tmp_path):
     with pytest.raises(StartFailed, match="in time") as caught:
-        wait(Guard(running(serve(b"HTTP/1.1 503 Later\r\n\r\n"))), 0.2)
-    assert caught.value.why == "it answers with status 503"
+        wait(ContainedProvider(running(serve(b"HTTP/1.1 503 Later\r\n\r\n"))), 0.2)
+    assert caught.value.why == "it responds with status 503"
     with pytest.raises(StartFailed) as caught:
-        wait(Guard(running(Endpoint.unix(tmp_path / "no"))), 0.1)
+        wait(ContainedProvider(running(Endpoint.unix(tmp_path / "no"))), 0.1)
     assert caught.value.why == "it does not listen yet"
     with pytest.raises(StartFailed) as caught:
-        wait(Guard(running(detail="the guest has no lease")), 0.2)
+        wait(ContainedProvider(running(detail="the guest has no lease")), 0.2)
     assert caught.value.why == "the guest has no lease"
 
 
 def test_a_wait_is_cancelled_at_once(tmp_path):
     operation = Operation(Kind.START, 0.0)
-    threading.Timer(0.05, operation.cancel.set).start()
+    threading.Timer(0.05, operation.cancel).start()
     before = time.monotonic()
     with pytest.raises(Cancelled):
-        wait(Guard(running(Endpoint.unix(tmp_path / "no"))), 30, operation)
+        wait(ContainedProvider(running(Endpoint.unix(tmp_path / "no"))), 30, operation)
     assert time.monotonic() - before < 0.5
 
 
@@ -286,7 +294,7 @@ def test_waiting_adds_little_to_a_start(tmp_path):
 
     app = threading.Thread(target=open_up)
     app.start()
-    wait(Guard(running(Endpoint.unix(path))), 5)
+    wait(ContainedProvider(running(Endpoint.unix(path))), 5)
     late = time.monotonic() - opened[0]
     app.join()
     assert late < 0.1

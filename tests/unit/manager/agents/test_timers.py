@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from dispatcher.manager.agents.observers import History
+from dispatcher.manager.agents.observers import ObserverQueue
 from dispatcher.manager.agents.timers import Timers
 from dispatcher.plugin.model import AgentEvent
 
@@ -87,10 +87,10 @@ def test_observers_see_everything_in_order_and_a_broken_one_harms_nobody(caplog)
     def broken(_event):
         raise RuntimeError("broken")
 
-    history = History(Plugins(broken, lambda event: seen.append(event.time)))
-    history.start()
-    history.tell(events(50))
-    history.close()
+    observers = ObserverQueue(Plugins(broken, lambda event: seen.append(event.time)))
+    observers.start()
+    observers.publish(events(50))
+    observers.close()
     assert seen == list(range(50))
     assert "The observer of the plugin test failed" in caplog.text
 
@@ -98,16 +98,16 @@ def test_observers_see_everything_in_order_and_a_broken_one_harms_nobody(caplog)
 def test_a_slow_observer_delays_nobody_and_loses_the_oldest(monkeypatch, caplog):
     from dispatcher.manager.agents import observers as module
 
-    monkeypatch.setattr(module, "MOST_WAITING", 5)
+    monkeypatch.setattr(module, "MAX_WAITING", 5)
     gate, seen = threading.Event(), []
-    history = History(Plugins(lambda event: (gate.wait(5), seen.append(event.time))))
-    history.start()
+    observers = ObserverQueue(Plugins(lambda event: (gate.wait(5), seen.append(event.time))))
+    observers.start()
     before = time.monotonic()
-    history.tell(events(1))
+    observers.publish(events(1))
     time.sleep(0.05)
-    history.tell(events(100))
+    observers.publish(events(100))
     assert time.monotonic() - before < 1
     gate.set()
-    history.close()
+    observers.close()
     assert seen == [0, 95, 96, 97, 98, 99]
     assert "too slow: 95 events" in caplog.text

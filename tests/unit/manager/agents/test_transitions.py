@@ -14,7 +14,7 @@ from dispatcher.plugin.errors import (
     Unsupported,
 )
 from dispatcher.manager.agents import transitions
-from dispatcher.manager.agents.lifecycle import Desired, Kind, Pending
+from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.manager.storage.agents import AgentRow
 from dispatcher.plugin.model import BackendState as B
 from dispatcher.plugin.model import Endpoint, Observation
@@ -117,7 +117,7 @@ def test_the_end_of_the_host_is_nobody_s_fault():
 @pytest.mark.parametrize("desired", [Desired.STOPPED, Desired.SUSPENDED, Desired.ABSENT])
 def test_an_end_that_nobody_minds_is_no_death(desired):
     change = notice(dataclasses.replace(RUNNING, desired=desired), seen(B.ABSENT))
-    assert change.events == [("stopped", "it is no longer there")]
+    assert change.events == [("stopped", "it no longer exists on the backend")]
     assert "attempts" not in change.fields
 
 
@@ -155,14 +155,14 @@ def test_what_can_never_work_is_not_tried_again(error):
 def test_a_backend_that_is_away_costs_no_try():
     fields = failed(Kind.START, Unavailable("Away"))
     assert fields["attempts"] == ()
-    assert fields["retry_at"] == NOW + transitions.ASK_AGAIN
+    assert fields["retry_at"] == NOW + transitions.UNAVAILABLE_RETRY
     assert failed(Kind.START, DeadlineExceeded("Slow"))["attempts"] == (NOW,)
 
 
 @pytest.mark.parametrize("kind", [Kind.STOP, Kind.RESET, Kind.REMOVE])
 def test_ends_are_tried_for_ever(kind):
     row = dataclasses.replace(RUNNING, attempts=(NOW,) * 50)
-    assert failed(kind, ProviderError("No"), row=row)["retry_at"] == NOW + transitions.LONGEST_RETRY
+    assert failed(kind, ProviderError("No"), row=row)["retry_at"] == NOW + transitions.MAX_RETRY
 
 
 def test_every_operation_has_a_sentence_for_its_failure():

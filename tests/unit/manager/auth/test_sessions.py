@@ -82,7 +82,7 @@ def test_it_ends_without_use(world):
     assert world.sessions.get(row.sha256)
     world.clock.time += 0.2
     assert world.sessions.get(row.sha256) is None
-    world.sessions.sweep()
+    world.sessions.end_expired()
     assert world.gone == [row.sha256]
     assert world.store.sessions() == []
 
@@ -203,7 +203,7 @@ def test_shorter_lifetimes_count_for_sessions_that_exist(world):
     world.clock.time += 50
     world.sessions.set_lifetimes(Lifetimes(lifetime=1000.0, idle=10.0))
     assert world.sessions.get(row.sha256) is None
-    world.sessions.sweep()
+    world.sessions.end_expired()
     assert row.sha256 in world.gone
 
 
@@ -245,7 +245,7 @@ def test_known_browsers_are_of_one_user_bounded_and_forgotten(world):
     assert world.store.knows_device(f"{24:064}", "alice", now)
     assert not world.store.knows_device(f"{24:064}", "bob", now)
     assert not world.store.knows_device(f"{24:064}", "alice", now + 200 * 86400)
-    world.sessions.user_gone("alice")
+    world.sessions.user_removed("alice")
     assert not world.store.knows_device(f"{24:064}", "alice", now)
 
 
@@ -261,7 +261,7 @@ def test_a_jump_of_the_wall_clock_ends_nothing(tmp_path, monkeypatch):
     _, row = sessions.create("alice", "alice", HERE, epoch=0)
     for jump in (36_000.0, -36_000.0):
         monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
-        sessions.sweep()
+        sessions.end_expired()
         assert sessions.ttl(row) == pytest.approx(100, abs=5)
         again = Sessions(store, steady_clock(database), LIFETIMES)  # a restarted manager, the clock still wrong
         again.load({"alice": 0.0})

@@ -1,20 +1,21 @@
 """Output is followed without losing or doubling a line."""
 
-from types import SimpleNamespace
+import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.plugin.errors import BadRequest
-from dispatcher.manager.backends import logs as module
-from dispatcher.manager.backends.logs import Follower, Seam, Tails, _cursor, _parse, _place
+from dispatcher.manager.backends.log_joiner import LogJoiner
+from dispatcher.manager.backends.log_stream import LogStream
+from dispatcher.manager.backends.logs import LogCollector, _cursor, _parse, _place
 from dispatcher.plugin.model import Handle
 
 
 def joined(known, stream):
-    seam = Seam(known)
-    return [line for part in stream for line in seam.new(part)]
+    joiner = LogJoiner(known)
+    return [line for part in stream for line in joiner.new(part)]
 
 
 @pytest.mark.parametrize(
@@ -42,19 +43,18 @@ def test_lines_that_differ_are_never_lost_or_doubled(before, after, overlap):
     assert known + joined(known, stream) == everything
 
 
-def test_a_follower_numbers_lines_and_forgets_old_ones(monkeypatch):
-    monkeypatch.setattr(module, "HELD", 10 * 66)
-    follower = Follower(["a", "b"])
-    assert follower.since(0) == (["a", "b"], 2)
-    assert follower.since(1) == (["b"], 2)
-    assert follower.since(2) == ([], 2)
+def test_a_stream_numbers_lines_and_drops_old_ones():
+    stream = LogStream(["a", "b"], max_bytes=10 * 66)
+    assert stream.since(0) == (["a", "b"], 2)
+    assert stream.since(1) == (["b"], 2)
+    assert stream.since(2) == ([], 2)
     for number in range(30):
-        follower.add(f"{number:02}")
-    lines, end = follower.since(0)
+        stream.add(f"{number:02}")
+    lines, end = stream.since(0)
     assert end == 32
     assert lines[-1] == "29"
     assert len(lines) <= 10
-    assert follower.last(2) == ["28", "29"]
+    assert stream.last(2) == ["28", "29"]
 
 
 def test_cursors():
@@ -69,7 +69,7 @@ def test_cursors():
             _parse(bad)
 
 
-class Guard:
+class ContainedProvider:
     def __init__(self, lines):
         self.lines = lines
 
@@ -79,8 +79,6 @@ class Guard:
         while follow and not deadline.expired:
             yield from self.lines[seen:]
             seen = len(self.lines)
-            import time
-
             time.sleep(0.005)
 
 
@@ -88,60 +86,65 @@ class Backend:
     def __init__(self, lines):
         from dispatcher.manager.backends.pool import Pool
 
-        self.guard = Guard(lines)
+        self.provider = ContainedProvider(lines)
         self.pool = Pool("test-tail", 2)
 
-    def ask(self, call, _seconds):
-        return call()
+    def call(self, work, _seconds):
+        return work()
+
+
+class Following:
+    """One agent's log, requested as `logs -f` does."""
+
+    def __init__(self, collector=None, backend=None):
+        self.log = [b"one", b"two", b"\xff three"] if backend is None else backend.provider.lines
+        self.backend = backend or Backend(self.log)
+        self.collector = collector or LogCollector()
+        self.exists = True
+
+    def lines(self, tail, after):
+        handle = Handle(provider="fake", agent="alice", name="x")
+        return self.collector.lines(self.backend, handle, tail=tail, after=after, exists=lambda: self.exists)
+
+    def end(self):
+        self.collector.close()
 
 
 @pytest.fixture
 def following():
-    lines = [b"one", b"two", b"\xff three"]
-    backend = Backend(lines)
-    handle = Handle(provider="fake", agent="alice", name="x")
-    agent = SimpleNamespace(handle=handle, row=SimpleNamespace(name="alice", provider="fake"), gone=False)
-    engine = SimpleNamespace(backends={"fake": backend})
-    yield lines, agent, Tails(engine)
-    agent.gone = True
-    backend.pool.close()
+    made = Following()
+    yield made
+    made.exists = False
+    made.backend.pool.close()
 
 
 def test_the_last_lines(following):
-    lines, agent, tails = following
-    assert tails.lines(agent, tail=2, after=None)[0] == ["two", "\ufffd three"]
-    assert tails.lines(agent, tail=0, after=None)[0] == []
-    agent.handle = None
-    assert tails.lines(agent, tail=5, after=None)[0] == []
+    assert following.lines(2, None)[0] == ["two", "\ufffd three"]
+    assert following.lines(0, None)[0] == []
 
 
-def test_following_gives_every_new_line_once(following):
-    lines, agent, tails = following
-    got, cursor = tails.lines(agent, tail=10, after=None)
-    lines.append(b"before the follower")
+def test_following_returns_every_new_line_once(following):
+    _, cursor = following.lines(10, None)
+    following.log.append(b"before the stream")
     seen = []
     for number in range(40):
-        lines.append(f"line {number % 3}".encode())  # lines that repeat, too
-        new, cursor = tails.lines(agent, tail=10, after=cursor)
+        following.log.append(f"line {number % 3}".encode())  # lines that repeat, too
+        new, cursor = following.lines(10, cursor)
         seen += new
-    import time
-
     end = time.monotonic() + 5
     while len(seen) < 41 and time.monotonic() < end:
-        new, cursor = tails.lines(agent, tail=10, after=cursor)
+        new, cursor = following.lines(10, cursor)
         seen += new
         time.sleep(0.01)
-    assert seen == ["before the follower"] + [f"line {number % 3}" for number in range(40)]
-    assert tails.lines(agent, tail=10, after=cursor)[0] == []
-    tails._followers["alice"].deadline.at = 0
+    assert seen == ["before the stream"] + [f"line {number % 3}" for number in range(40)]
+    assert following.lines(10, cursor)[0] == []
 
 
-def test_a_cursor_of_a_manager_before_still_finds_its_place(following):
-    lines, agent, tails = following
-    _, cursor = tails.lines(agent, tail=10, after=None)
-    _, cursor = tails.lines(agent, tail=10, after=cursor)
-    tails._followers["alice"].deadline.at = 0
-    fresh = Tails(tails._engine)
-    lines.append(b"four")
-    assert fresh.lines(agent, tail=10, after=cursor)[0] == ["four"]
-    fresh._followers["alice"].deadline.at = 0
+def test_a_cursor_of_an_earlier_manager_is_still_found(following):
+    _, cursor = following.lines(10, None)
+    _, cursor = following.lines(10, cursor)
+    following.end()
+    later = Following(LogCollector(), following.backend)
+    following.log.append(b"four")
+    assert later.lines(10, cursor)[0] == ["four"]
+    later.end()

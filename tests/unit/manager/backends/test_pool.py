@@ -7,7 +7,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.manager.backends import pool as module
-from dispatcher.manager.backends.pool import Pool, current_job
+from dispatcher.manager.backends.pool import JobState, Pool, current_job
 
 
 @pytest.fixture
@@ -96,11 +96,11 @@ def test_a_call_that_hangs_is_left_behind_and_told_once(monkeypatch):
     pool.submit(done.set)
     time.sleep(0.1)
     assert not done.is_set()
-    pool.watch()
-    pool.watch()
+    pool.check_overdue()
+    pool.check_overdue()
     assert done.wait(5)
     assert told == ["fake.stop"]
-    assert job.abandoned
+    assert job.state is not JobState.NORMAL
     gate.set()
     after = threading.Event()
     pool.submit(after.set)
@@ -121,7 +121,7 @@ def test_a_deadline_that_moves_on_keeps_a_call(monkeypatch):
     pool.submit(follow, overdue=lambda job: told.append(job))
     deadline.at += 60
     time.sleep(0.1)
-    pool.watch()
+    pool.check_overdue()
     assert told == []
     gate.set()
     pool.close()

@@ -10,14 +10,8 @@ import pytest
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
 from dispatcher.manager.files import safe_tree
-from dispatcher.manager.files.safe_tree import (
-    differences,
-    disk_usage,
-    make_directory,
-    manifest,
-    remove_tree,
-    take_over,
-)
+from dispatcher.manager.files.manifest import differences, manifest
+from dispatcher.manager.files.safe_tree import change_owner, disk_usage, make_directory, remove_tree
 
 ROOT = os.geteuid() == 0
 
@@ -182,10 +176,10 @@ def test_making_a_directory_again_mends_its_mode(tmp_path):
 
 def test_a_link_in_place_of_a_directory_is_refused(tmp_path, victim):
     (tmp_path / "d").symlink_to(victim)
-    with pytest.raises(ProviderError, match="is no directory"):
+    with pytest.raises(ProviderError, match="is not a directory"):
         make_directory(tmp_path / "d", 0o777)
     (tmp_path / "f").write_text("x")
-    with pytest.raises(ProviderError, match="is no directory"):
+    with pytest.raises(ProviderError, match="is not a directory"):
         make_directory(tmp_path / "f", 0o777)
 
 
@@ -218,7 +212,7 @@ def test_taking_over_makes_a_tree_harmless(tmp_path, victim):
     os.link(one, top / "sub/two")
     (top / "sub").chmod(0o2777)
     os.setxattr(own, "security.capability", bytes.fromhex("0100000200040000000000000000000000000000"))
-    take_over(top, (300_001, 300_001))
+    change_owner(top, (300_001, 300_001))
     for path in (top / "sub", setuid, own, top / "link", top / "fifo", one, top / "sub/two"):
         found = path.lstat()
         assert (found.st_uid, found.st_gid) == (300_001, 300_001), path
@@ -235,8 +229,8 @@ def test_a_file_with_a_name_outside_is_not_given_away(tmp_path, victim):
     top = tmp_path / "tree"
     top.mkdir()
     os.link(victim / "file", top / "shadow")
-    with pytest.raises(ProviderError, match="further name outside"):
-        take_over(top, (300_001, 300_001))
+    with pytest.raises(ProviderError, match="further hard link outside"):
+        change_owner(top, (300_001, 300_001))
     assert (victim / "file").stat().st_uid == 0
 
 
@@ -319,7 +313,7 @@ def test_long_work_ticks(tmp_path):
 
 def test_a_tree_whose_names_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     """Paths of a chain of directories grow with the square of its length: 16,000 are gigabytes."""
-    monkeypatch.setattr(safe_tree, "_MOST_NAMES", 100_000)
+    monkeypatch.setattr(safe_tree, "_MAX_CHARACTERS", 100_000)
     folder = os.open(tmp_path, os.O_RDONLY)
     for _ in range(60):
         os.mkdir("d" * 100, dir_fd=folder)
@@ -337,7 +331,7 @@ def test_a_tree_whose_names_would_fill_the_memory_is_refused(tmp_path, monkeypat
     for number in range(300, 600):
         (tmp_path / f"{number:0200}").mkdir()
     with pytest.raises(ProviderError):
-        take_over(tmp_path, (os.geteuid(), os.getegid()))
+        change_owner(tmp_path, (os.geteuid(), os.getegid()))
 
 
 def test_disk_usage_counts_a_file_once_and_follows_no_link(tmp_path, victim):

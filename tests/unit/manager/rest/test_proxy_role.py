@@ -397,17 +397,3 @@ def test_nothing_of_the_role_admin_is_here(parts, route):
         route.path.replace("<agent>", "alice").replace("<id>", "0" * 16), method=route.method
     )
     assert answer.status_code in {404, 405}
-
-
-def test_sessions_follow_an_agent_that_goes(parts):
-    from dispatcher.manager.app import Manager
-
-    parts.add("alice", None, app="lab")
-    session = signed_in(parts)
-    parts.post("/sessions/select", sha256=session, agent="alice:lab")
-    parts.supervisor.vanish("alice:lab")
-    Manager._agent_gone(parts, "alice:lab")
-    assert parts.sessions.get(session).agent == "alice"
-    parts.supervisor.vanish("alice")
-    Manager._agent_gone(parts, "alice")
-    assert parts.sessions.get(session) is None

@@ -1,0 +1,56 @@
+"""Host user ids for new agents, from `manager.uid_range`."""
+
+from __future__ import annotations
+
+import os
+import pwd
+
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.manager.storage.agents import Store
+from dispatcher.plugin.errors import Conflict
+
+
+class HostUids:
+    """Allocates ids that no agent, no kept data and no account of the host has.  One thread at a time."""
+
+    def __init__(self, accounts: HostAccounts, store: Store, installation: str) -> None:
+        self._range = accounts.agent_uids
+        self._store = store
+        self._installation = installation
+        self._last = -1
+
+    @property
+    def separate(self) -> bool:
+        """Whether each agent has an id of its own; else all have the manager's."""
+        return self._range is not None
+
+    def allocate(self) -> int:
+        """Return an id.
+
+        :raises Conflict: the range is used up.
+        """
+        if self._range is None:
+            return os.geteuid()
+        first, last = self._range
+        span = last - first + 1
+        if self._last < first:  # two installations on one host should not begin at the same one
+            begin = first + int(self._installation, 16) % span
+            self._last = self._store.last_uid() or begin
+        for step in range(1, span + 1):
+            uid = first + (self._last - first + step) % span
+            if not self._store.is_taken(uid) and not _is_account(uid):
+                self._last = uid
+                return uid
+        raise Conflict(
+            "No host user id is left for a new agent",
+            why=f"all of {first} to {last} are taken",
+            fix="widen manager.uid_range",
+        )
+
+
+def _is_account(uid: int) -> bool:
+    try:
+        pwd.getpwuid(uid)
+    except KeyError:
+        return False
+    return True
