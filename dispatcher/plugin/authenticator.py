@@ -7,8 +7,7 @@ the core's.  The built-in `local` keeps argon2id hashes in the store.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -23,11 +22,9 @@ class Identity:
     """Who signed in.
 
     :ivar user: the name as the directory spells it; the core brings it into canonical form.
-    :ivar claims: groups, full name, ...; JSON-serialisable, no secrets.
     """
 
     user: str
-    claims: Mapping[str, object] = field(default_factory=dict)
 
 
 class Authenticator(ABC):

@@ -137,7 +137,7 @@ def test_a_second_manager_is_refused_and_the_first_goes_on(place):
         timeout=30,
     )
     assert second.returncode == Conflict.exit_code
-    assert "A manager runs already" in second.stderr
+    assert "Another manager is running" in second.stderr
     assert str(place.processes["manager"].pid) in second.stderr
     assert "Traceback" not in second.stderr
     with_first = client(place)

@@ -7,6 +7,7 @@ import struct
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
@@ -18,7 +19,7 @@ from dispatcher.manager.storage.auth import SessionRow
 from dispatcher.manager.agents.lifecycle import FeedState, State
 from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.views import AgentView
-from tests.support.installation import until
+from tests.support.installation import UnixConnection, until
 from tests.support.manager_process import Worker, client_of, manager_in
 
 ADDRESS = "192.0.2.1"
@@ -197,7 +198,9 @@ def test_wakes_suspicions_activity_and_counters_arrive(manager, worker, proxy):
     assert manager.feed.counters() == {"4242": {"requests": 12.0}}
     assert manager.sessions.require(sha256).last_used > used
     worker.until(lambda m: any(row["name"] == "bob" and row["state"] == "running" for row in m.get("agents", [])))
-    assert 'dispatcher_edge_requests_total{worker="4242"} 12.0' in proxy.metrics()
+    with closing(UnixConnection(manager.paths.proxy_socket)) as connection:
+        connection.request("GET", "/metrics")
+        assert b'dispatcher_edge_requests_total{worker="4242"} 12.0' in connection.getresponse().read()
 
 
 def test_unknown_and_malformed_messages_are_ignored(manager, worker):

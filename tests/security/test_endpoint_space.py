@@ -137,7 +137,7 @@ def test_what_an_agent_writes_beside_its_socket_fills_nothing_of_the_host(site) 
     else:
         told = json.dumps(reach(site, "bob", "running"))
         greedy = next(path for path in endpoints(site).iterdir() if (path / "big").exists())
-        assert "no room" in told and str(greedy) in told and str(greedy.stat().st_uid) in told
+        assert "no space" in told and str(greedy) in told and str(greedy.stat().st_uid) in told
 
     site.kill("manager")
     site.start("manager")
@@ -193,7 +193,7 @@ def test_an_ordinary_user_is_told_what_is_not_bounded(site) -> None:
 @pytest.mark.docker
 @pytest.mark.parametrize("apps", [PROBED], ids=["probe"])
 def test_a_container_fills_no_more(site) -> None:
-    """The registry shows it a directory of the same small file system."""
+    """The engine shows it a directory of the same small file system."""
     from tests.support.docker_tools import images
 
     images()

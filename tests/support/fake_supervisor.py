@@ -40,7 +40,7 @@ class FakeStore:
 
     def add(self, name, password_hash=None):
         self.rows[name] = UserRow(
-            id=len(self.rows) + 1, name=name, password_hash=password_hash, created=self.clock.now(), disabled=False
+            id=len(self.rows) + 1, name=name, password_hash=password_hash, created=self.clock.now()
         )
 
 

@@ -1,8 +1,8 @@
-"""Codes that carry a sign-in from the portal to an agent's own host (subdomain routing).  Pure, in memory.
+"""Codes that transfer a sign-in from the portal to an agent's own host (subdomain routing).  In memory only.
 
-A code is single use, lives 30 seconds, and works only on the host it was made for, for the browser that holds
-the nonce: a link sent to somebody else does not sign them in as the sender.  After a restart of the manager a code
-of before does not work, and the portal makes another.
+A code is valid once, for 30 seconds, on one host, and for the browser that has the nonce: a link sent to
+another person does not sign them in as the sender.  A restart of the manager invalidates all codes; the portal
+makes new ones.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_CODES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What a code stands for."""
+    """The sign-in that a code transfers."""
 
     parent: str  # SHA-256 of the session
     agent: str
@@ -30,7 +30,7 @@ class Handover:
 
 
 class HandoverCodes:
-    """The codes that may still be redeemed; only their SHA-256 is kept."""
+    """Valid codes; only their SHA-256 is kept."""
 
     def __init__(self) -> None:
         self._codes: dict[str, Handover] = {}
@@ -40,7 +40,7 @@ class HandoverCodes:
         """Return a new code."""
         code = new_token()
         with self._lock:
-            while self._codes:  # in the order of their ends
+            while self._codes:  # in the order of their expiry
                 oldest = next(iter(self._codes))
                 if self._codes[oldest].until > now and len(self._codes) < MAX_CODES:
                     break
@@ -49,13 +49,13 @@ class HandoverCodes:
         return code
 
     def redeem(self, code: str, nonce: str, host: str, now: float) -> Handover:
-        """Return what a code stands for; whatever comes of it, the code is used up.
+        """Return the sign-in of a code, and invalidate the code.
 
-        :raises Forbidden: unknown, used, too old, of another host or another browser: all alike.
+        :raises Forbidden: unknown, used, expired, for another host or another browser: the same error.
         """
         with self._lock:
             found = self._codes.pop(digest(code), None)
         good = found is not None and found.until > now and hmac.compare_digest(found.host, host)
         if found is None or not good or not hmac.compare_digest(found.nonce_sha256, digest(nonce)):
-            raise Forbidden("The sign-in could not be carried over", fix="open the app again from the dashboard")
+            raise Forbidden("The sign-in could not be transferred", fix="open the app again from the dashboard")
         return found

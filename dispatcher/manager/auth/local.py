@@ -1,6 +1,6 @@
-"""The built-in authenticator `local`: argon2id hashes in the manager's store.  Touches the users' table.
+"""The built-in authenticator `local`: argon2id hashes in the manager's database.
 
-It is registered like any plugin's (`Plugins.register`), but needs what only the manager has; so the class is made
+It is registered like a plugin's (`Plugins.register`), but needs the manager's database; so the class is made
 for one manager.
 """
 
@@ -21,7 +21,7 @@ NAME = "local"
 
 
 class Users(Protocol):
-    """What is needed of the store."""
+    """The methods of the store that are needed."""
 
     def get_user(self, name: str) -> UserRow | None:
         """Return a user by canonical name."""
@@ -31,7 +31,7 @@ class Users(Protocol):
 
 
 class LocalOptions(BaseModel):
-    """``[auth.local]``: there is nothing to set."""
+    """``[auth.local]`` has no keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +46,7 @@ class LocalAuthenticator(Authenticator):
 
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
         user = self.users.get_user(name)
-        stored = user.password_hash if user and not user.disabled else None
+        stored = user.password_hash if user else None
         if not self.hasher.verify(stored, password) or stored is None:
             return None
         if self.hasher.outdated(stored):

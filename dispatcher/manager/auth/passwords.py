@@ -1,8 +1,8 @@
-"""Passwords: argon2id, and the bounded pool in which they are checked.  Touches CPU and memory only.
+"""Passwords: argon2id, and the bounded pool in which they are checked.
 
-Parameters are RFC 9106's second choice cut down as OWASP advises for servers: 46 MiB, one pass, one lane, about
-35 ms here.  More than 32 MiB on purpose: above that, the C library maps each check's memory for itself and gives
-it back at once, so that a manager that has checked passwords is no bigger than one that has not.
+Parameters are RFC 9106's second choice reduced as OWASP advises for servers: 46 MiB, one pass, one lane, about
+35 ms.  More than 32 MiB on purpose: above that the C library maps the memory of each check separately and
+returns it at once, so that password checks do not enlarge the manager permanently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 def check_length(password: str) -> None:
     """Refuse a new password that is too short or too long.
 
-    :raises BadRequest: saying how long it must be, never what it was.
+    :raises BadRequest: with the allowed lengths, never the password.
     """
     if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
         raise BadRequest(
@@ -53,22 +53,22 @@ class Hasher:
         self._lock = threading.Lock()
 
     def hash(self, password: str) -> str:
-        """Return the hash, with a salt of its own and the parameters in it."""
+        """Return the hash, which contains its salt and the parameters."""
         return str(self._hasher.hash(password))
 
     def verify(self, stored: str | None, password: str) -> bool:
-        """Whether the password belongs to a hash; without a hash it takes as long, and is False."""
+        """Whether the password belongs to a hash.  Without a hash: False, after the same time."""
         if stored is None:
             self._compare(self._unknown(), password)
             return False
         return self._compare(stored, password)
 
     def outdated(self, stored: str) -> bool:
-        """Whether a hash was made with other parameters than these."""
+        """Whether a hash has other parameters than the present ones."""
         return bool(self._hasher.check_needs_rehash(stored))
 
     def warm(self) -> None:
-        """Prepare for unknown names, so that the first one takes no longer than the next."""
+        """Prepare the hash for unknown names, so that the first one takes no longer than the next."""
         self._unknown()
 
     def _compare(self, stored: str, password: str) -> bool:
@@ -78,7 +78,7 @@ class Hasher:
             return False
 
     def _unknown(self) -> str:
-        """A hash that no password fits."""
+        """Return a hash that no password matches."""
         with self._lock:
             if not self._dummy:
                 self._dummy = self.hash(secrets.token_hex())
@@ -86,7 +86,7 @@ class Hasher:
 
 
 class HashPool:
-    """Runs password checks: so many at a time, so many waiting, no more.
+    """Runs password checks, with a bounded queue.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
     """
@@ -100,19 +100,19 @@ class HashPool:
 
     @property
     def present(self) -> int:
-        """How many checks run or wait."""
+        """The number of checks that run or wait."""
         return self._present
 
     def run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, run in the pool.
 
-        :raises TooManyRequests: as many as may wait do so already.
+        :raises TooManyRequests: the queue is full.
         :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
         """
         if not self._places.acquire(blocking=False):
             raise TooManyRequests(
                 "Too many sign-ins at once",
-                why=f"{self.size} are being checked or wait already",
+                why=f"{self.size} passwords are being checked or wait",
                 fix="try again in a moment",
                 retry_after=2,
             )
@@ -133,11 +133,11 @@ class HashPool:
             raise DeadlineExceeded("The password was not checked in time", fix="try again in a moment") from error
 
     def background(self, work: Callable[[], object]) -> None:
-        """Run `work` in the pool some time; nobody waits for it."""
+        """Run `work` in the pool, without waiting for it."""
         self._executor.submit(work)
 
     def close(self) -> None:
-        """Let what runs finish, drop what waits."""
+        """Finish running checks, drop waiting ones."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _left(self, _future: Future[_T] | None) -> None:

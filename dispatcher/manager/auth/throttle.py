@@ -1,12 +1,12 @@
-"""Slowing down whoever guesses passwords.  Pure: a clock goes in, delays come out; `auth_store` keeps it.
+"""Throttling of password guessing.  No I/O and no clock: times are passed in; `storage.auth` stores the accounts.
 
-Counted are the wrong passwords for a name (whether it exists or not) and from an address (IPv6 by its /64).  Past
-a few free ones the delay doubles with each further one.  Who is past them gets one attempt at a time, charged
-before the password is looked at; so a burst gains nothing, and a class of thirty who sign in at once, all with
-the right password, is never slowed.
+Wrong passwords are counted for a name (whether it exists or not) and for an address (an IPv6 address by its
+/64).  After a few free ones the delay doubles with each further one.  Then one attempt is admitted at a time,
+charged before the password is checked: a burst gains nothing, and a class of thirty that signs in at once with
+the right passwords is never delayed.
 
-A browser that has signed in before proves it with its device token: then only that device's own account for that
-name counts, so that strangers who guess cannot lock the owner out.
+A browser that has signed in before proves it with its device token: then only the account of that device and name
+counts, so that strangers who guess cannot lock the user out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_ACCOUNTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When an account is slowed, and how much.
+    """When an account is delayed, and how much.
 
     :ivar free: wrong passwords without a delay; :ivar first: delay after the next one, doubled by each further
         one; :ivar most: longest delay; :ivar forgive: one wrong password is forgiven each so many seconds.
@@ -38,7 +38,7 @@ class Rule:
     forgive: float
 
     def delay(self, failures: float) -> float:
-        """Seconds to wait after so many wrong passwords."""
+        """Return the delay in seconds after so many wrong passwords."""
         over = failures - self.free
         return 0.0 if over < 0 else min(self.most, self.first * 2.0 ** min(over, 60.0))
 
@@ -51,7 +51,7 @@ RULES = {"name": NAME, "address": ADDRESS, "device": NAME}
 
 
 def address_key(address: str) -> str:
-    """Return what an address is counted by; one key for all that are no IP address."""
+    """Return the key of an address; all invalid addresses have the same one."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -66,7 +66,7 @@ def address_key(address: str) -> str:
 class Throttle:
     """The accounts of all names, addresses and devices; bounded.
 
-    :param accounts: as kept earlier.
+    :param accounts: as stored.
     """
 
     def __init__(self, accounts: Mapping[str, Account] | None = None, *, limit: int = MAX_ACCOUNTS) -> None:
@@ -78,7 +78,7 @@ class Throttle:
         return len(self._accounts)
 
     def admit(self, keys: Iterable[str], now: float) -> Changes:
-        """Let one attempt through, for all `keys` or none; return what changed, to be kept.
+        """Admit one attempt, for all `keys` or none; return the changed accounts, to be stored.
 
         :param keys: ``name:...``, ``address:...``, ``device:...``.
         :raises TooManyRequests: one of them must wait; `retry_after` says how long.
@@ -101,7 +101,7 @@ class Throttle:
         return changed
 
     def failed(self, keys: Iterable[str], now: float) -> Changes:
-        """Count a wrong password against all `keys`; return what changed, to be kept."""
+        """Count a wrong password for all `keys`; return the changed accounts, to be stored."""
         changed: Changes = {}
         with self._lock:
             for key in keys:
@@ -112,7 +112,7 @@ class Throttle:
         return changed
 
     def succeeded(self, keys: Iterable[str], now: float, *, forget: Iterable[str] = ()) -> Changes:
-        """The password was right, or was not looked at: `keys` wait no longer, `forget` start afresh."""
+        """End the delay of `keys`: the password was right, or not checked.  Delete the accounts `forget`."""
         changed: Changes = {}
         with self._lock:
             for key in forget:
@@ -125,14 +125,14 @@ class Throttle:
         return changed
 
     def _forgiven(self, key: str, now: float) -> float:
-        """How many wrong passwords still count."""
+        """Return the number of wrong passwords that still count."""
         account = self._accounts.get(key)
         if account is None or now - account.last > FORGET:
             return 0.0
         return max(0.0, account.failures - max(0.0, now - account.last) / _rule(key).forgive)
 
     def _evict(self, spare: set[str], now: float) -> Changes:
-        """Drop a tenth: the forgotten, then those with the fewest failures, the oldest first."""
+        """Drop a tenth: expired accounts, then those with the fewest failures, the oldest first."""
 
         def worth(key: str) -> tuple[bool, float, float]:
             account = self._accounts[key]

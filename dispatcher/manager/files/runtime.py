@@ -1,4 +1,4 @@
-"""The manager's directories and the lock that keeps a second manager out.  Touches the file system only."""
+"""The manager's own directories, their modes, and the lock against a second manager."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _log = logger("manager.directories")
 
 
 def make_directories(paths: Paths, accounts: HostAccounts) -> None:
-    """Make what the manager needs, with the modes that keep others out; repair modes that are too wide.
+    """Make the manager's directories with their modes; correct modes that are too permissive.
 
-    :raises ConfigError: a directory belongs to somebody else, others may write to it, or it is a link.
+    :raises ConfigError: a directory belongs to another user, is writable for others, or is a link.
     :raises Unavailable: the disk is full or read-only.
     """
     try:
@@ -33,7 +33,7 @@ def make_directories(paths: Paths, accounts: HostAccounts) -> None:
         raise Unavailable(
             f"Cannot make {error.filename or paths.state_dir}",
             why=error.strerror or str(error),
-            fix="see that the disk has space and is writable, or choose manager.state_dir and manager.run_dir",
+            fix="check that the disk has space and is writable, or choose manager.state_dir and manager.run_dir",
         ) from error
 
 
@@ -50,38 +50,38 @@ def _own_directory(path: Path, mode: int) -> None:
 def _check_own(path: Path) -> None:
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"{path} is no directory", fix="remove it, or choose another one")
+        raise ConfigError(f"{path} is not a directory", fix="remove it, or choose another one")
     if found.st_uid != os.geteuid():
         raise ConfigError(
-            f"{path} belongs to somebody else",
+            f"{path} belongs to another user",
             why=f"its owner has the user id {found.st_uid}, this is {os.geteuid()}",
             fix="remove it, or choose another one",
         )
 
 
 def _check_parent(path: Path) -> None:
-    """Refuse a place that anybody could have made or can write to; warn where one other user could."""
+    """Refuse a directory that any user could have made or can write to; warn where one other user can."""
     found = path.stat()
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise ConfigError(
-            f"Everybody may write to {path}", why="they could replace what lies in it", fix=f"chmod o-w {path}"
+            f"Everybody may write to {path}", why="they could replace its contents", fix=f"chmod o-w {path}"
         )
     if found.st_uid in {0, os.geteuid()}:
         return
     if path.parent.stat().st_mode & stat.S_IWOTH:
         raise ConfigError(
-            f"{path} belongs to somebody else",
+            f"{path} belongs to another user",
             why=f"its owner has the user id {found.st_uid}; everybody may write to {path.parent}",
             fix="set manager.run_dir and manager.state_dir, or $XDG_RUNTIME_DIR",
         )
-    _log.warning("another user could replace what lies there", directory=str(path), owner=found.st_uid)
+    _log.warning("another user could replace the contents", directory=str(path), owner=found.st_uid)
 
 
 class Lock:
-    """Held while a manager lives; the kernel lets go of it however the manager ends.
+    """A lock held while a manager runs; the kernel releases it however the manager ends.
 
-    :param directory: what it guards.
-    :raises Conflict: a live manager holds it; :raises Unavailable: it cannot be opened.
+    :param directory: the protected one.
+    :raises Conflict: a running manager holds it; :raises Unavailable: it cannot be opened.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -97,16 +97,16 @@ class Lock:
             holder = self._read()
             os.close(self._descriptor)
             raise Conflict(
-                "A manager runs already",
+                "Another manager is running",
                 why=f"the process {holder or 'of an unknown id'} holds {self.path}",
                 fix="stop it first, or choose another manager.run_dir and manager.state_dir",
             ) from None
         if left := self._read():
-            _log.warning("the last manager did not end by itself", pid=left, lock=str(self.path))
+            _log.warning("the last manager did not stop cleanly", pid=left, lock=str(self.path))
         self._write(str(os.getpid()))
 
     def close(self) -> None:
-        """Let go; the next manager finds that this one ended by itself."""
+        """Release the lock and note that this manager stopped cleanly."""
         self._write("")
         os.close(self._descriptor)
 

@@ -1,13 +1,13 @@
-"""The file system of the agents' endpoints: what an agent writes beside its socket must not fill the host's /run.
+"""The file system of the agents' sockets: files beside a socket must not fill the host's /run.
 
 Where RUN_DIR lies in memory (a tmpfs, as /run is), a manager that runs as root mounts one small tmpfs for all
-endpoint directories, `RUN_DIR/a`.  No agent can then take more of the host than that file system holds.  Where the
+endpoint directories, `RUN_DIR/a`.  Agents cannot use more memory there than that file system holds.  Where the
 kernel keeps quotas on tmpfs (Linux 6.6, CONFIG_TMPFS_QUOTA), each agent, having a user id of its own, gets a small
-share of it; elsewhere one agent could still fill it and keep others from starting, which `finding` says.
+share of it; elsewhere one agent can still fill it and keep others from starting, which `finding` reports.
 
-The mount outlives the manager as the agents do, and a manager that finds it uses it again.  It is made where the
-proxy and the container registry see it: in the mount namespace of the machine, whatever unit the manager is in.
-Touches the mount table, through util-linux.  docs/adr/0009-one-file-system-for-endpoints.md says why.
+The mount outlives the manager as the agents do, and the next manager uses it again.  It is made, through
+util-linux, in the mount namespace of the machine, where the proxy and the container engine see it
+(docs/adr/0009).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SocketTmpfs:
     def __init__(self, directory: Path, *, privileged: bool) -> None:
         self._directory = directory
         self._privileged = privileged
-        self._why = ""  # it is not bounded, although it should be
+        self._why = ""  # why it is not bounded, although it should be
 
     def open(self) -> None:
         """Mount, unless it is mounted already or need not be.  The directory exists."""
@@ -49,22 +49,24 @@ class SocketTmpfs:
         if not self._privileged or directory.is_mount() or _kind(directory)[0] not in _IN_MEMORY:
             return
         if next(directory.iterdir(), None) is not None:
-            self._why = "it holds endpoints of agents that an earlier version started; the next boot bounds it"
+            self._why = (
+                "it contains sockets of agents that an earlier version started; it is bounded from the next boot"
+            )
             return
         if self._mount(f"{_PLAIN},{_QUOTA}"):  # a kernel without quotas refuses
             self._mount(_PLAIN)
         if not directory.is_mount():
-            _log.warning("the agents' endpoints are not bounded", directory=str(directory), why=self._why)
+            _log.warning("the agents' socket directories are not bounded", directory=str(directory), why=self._why)
 
     def close(self) -> None:
-        """Unmount: no agent runs, so that the directories hold nothing of use.  They are made anew when needed."""
+        """Unmount, when no agent runs.  The directories are made again when needed."""
         if self._privileged and self._directory.is_mount():
             why = _run("umount", str(self._directory))
             if why:
-                _log.info("the agents' endpoints stay mounted", directory=str(self._directory), why=why)
+                _log.info("the agents' socket directories stay mounted", directory=str(self._directory), why=why)
 
     def finding(self) -> Finding:
-        """Say how much an agent can take through its endpoint's directory."""
+        """Return how much an agent can write to its socket directory."""
         kind, options = _kind(self._directory)
         if self._directory.is_mount() and "usrquota" in options:
             what = (
@@ -86,23 +88,23 @@ class SocketTmpfs:
         return Finding(level=Level.WARNING, what=f"{what}: {self._why or 'it could not be mounted'}")
 
     def full(self) -> ProviderError:
-        """Return the error of a start for which there was no room, with who took it."""
+        """Return the error of a start without space left, naming the largest user of it."""
         counts = {entry.path: sum(1 for _ in os.scandir(entry.path)) for entry in os.scandir(self._directory)}
         greedy = max(counts, key=lambda path: counts[path], default="")
         owner = f", most by the user id {os.lstat(greedy).st_uid} in {greedy}" if greedy else ""
         return ProviderError(
-            "There is no room for the agent's socket",
+            "There is no space for the agent's socket",
             why=f"{self._directory} is full of {sum(counts.values())} files{owner}",
-            fix="stop that user's agent and delete what lies there",
+            fix="stop that user's agent and delete its files there",
         )
 
     def _mount(self, options: str) -> str:
-        """Mount and see that it can be seen here; return why not."""
+        """Mount and check that the mount is visible here; return why not."""
         path = str(self._directory)
         self._why = _run("mount", "-t", "tmpfs", "-o", options, "dispatcher-endpoints", path)
         if not self._why and not self._directory.is_mount():
             _run("umount", path)
-            self._why = "what is mounted on the machine is not seen where the manager runs"
+            self._why = "mounts of the machine are not visible to the manager"
         return self._why
 
 
@@ -110,7 +112,7 @@ def _run(*command: str) -> str:
     """Run a command in the machine's mount namespace; return why it failed, or nothing."""
     theirs = _machine()
     if not theirs:
-        return "it cannot be told whether the proxy would see it"
+        return "it is unknown whether the proxy would see it"
     if os.stat("/proc/self/ns/mnt").st_ino != os.stat(theirs).st_ino:
         command = ("nsenter", f"--mount={theirs}", "--", *command)
     program = shutil.which(command[0], path=_PATH)

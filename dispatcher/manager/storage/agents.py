@@ -107,7 +107,6 @@ class Store:
                         "name": row.user,
                         "password_hash": password_hash,
                         "created": row.created,
-                        "disabled": False,
                     }
                     user_id = _key(connection.execute(_ADD_USER, user))
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))

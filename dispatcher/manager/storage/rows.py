@@ -23,7 +23,6 @@ class UserRow:
     name: str
     password_hash: str | None = field(repr=False)
     created: float
-    disabled: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

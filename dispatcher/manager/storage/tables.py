@@ -13,7 +13,6 @@ users = sa.Table(
     sa.Column("name", sa.String(255), nullable=False, unique=True),
     sa.Column("password_hash", sa.Text),  # null: an external authenticator knows it
     sa.Column("created", sa.Float, nullable=False),
-    sa.Column("disabled", sa.Boolean, nullable=False, default=False),
     sqlite_autoincrement=True,
 )
 

@@ -78,7 +78,7 @@ def test_a_parent_that_somebody_made_in_tmp_is_refused(tmp_path):
     os.chown(tmp_path / "dispatcher-0", 54321, 54321)
     with pytest.raises(ConfigError) as caught:
         make_directories(Paths(tmp_path / "dispatcher-0/dispatcher", tmp_path / "state"), ME)
-    assert "belongs to somebody else" in caught.value.what
+    assert "belongs to another user" in caught.value.what
 
 
 def test_a_file_in_the_way_is_said(paths):
