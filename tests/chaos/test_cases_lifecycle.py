@@ -197,8 +197,8 @@ def test_late_apps_looping_apps_and_apps_that_never_get_ready():
         assert site.put("slowperson", "stopped", 20).status == 200
         assert site.state("slowperson")["state"] == "stopped"
 
-        # It ends right after each start: given up with its last words, and no redirect.
-        until("it is given up", lambda: b"given up" in site.admin("GET", "/agents/loopperson/why").body, 60)
+        # It ends right after each start: gave up with its last words, and no redirect.
+        until("it is given up", lambda: b"gave up" in site.admin("GET", "/agents/loopperson/why").body, 60)
         page = site.web("GET", "/", Cookie=cookies["loop"], **HTML)
         assert page.status == 503
         assert page.headers["Location"] is None
