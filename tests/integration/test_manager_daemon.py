@@ -81,7 +81,7 @@ def test_kill_minus_nine_then_the_same_agents_and_sessions(place):
         assert proxy.lookup(session)["user"] == "alice"
     text = log(place)
     assert "removed a leftover socket" in text
-    assert "the last manager did not end by itself" in text
+    assert "the last manager did not stop cleanly" in text
     assert PASSWORD not in text
     admin.close()
     proxy.close()
