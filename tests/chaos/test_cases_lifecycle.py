@@ -120,12 +120,12 @@ def test_leftovers_of_a_crash_are_told_of_and_in_nobodys_way(site, user):
     site.start("proxy")
     assert handles(site)[name] == before
     assert site.web("GET", "/", Cookie=cookie).status == 200
-    assert "did not end by itself" in site.log("manager")[log:]
+    assert "did not stop cleanly" in site.log("manager")[log:]
     log = len(site.log("manager"))
     site.processes["manager"].terminate()
     site.processes["manager"].wait(20)
     site.start("manager")
-    assert "did not end by itself" not in site.log("manager")[log:]
+    assert "did not stop cleanly" not in site.log("manager")[log:]
 
 
 def test_stops_and_starts_at_once_end_as_the_last_one_wants_and_show_no_error(site, user):

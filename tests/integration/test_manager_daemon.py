@@ -111,7 +111,7 @@ def test_a_clean_end_leaves_no_socket_and_no_warning(place):
     place.start("manager")
     assert pid_of(place, "alice") == pid
     assert "leftover" not in log(place)
-    assert "did not end by itself" not in log(place)
+    assert "did not stop cleanly" not in log(place)
     admin.close()
 
 
