@@ -1,4 +1,4 @@
-"""libvirt: data in and out of disks without a guest, and what a hostile disk can do: nothing."""
+"""libvirt: export and import of data without a guest, and hostile disks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def agent(world):
 
 
 def fill(top, uid):
-    """Make a tree with everything that data may be, owned by one user."""
+    """Make a tree with every kind of file, owned by one user."""
     (top / "deep" / "er").mkdir(parents=True)
     (top / "deep" / "er" / "file").write_bytes(os.urandom(300_000))
     (top / "empty").write_bytes(b"")
@@ -73,7 +73,7 @@ def fill(top, uid):
 
 
 def times(top):
-    """When everything in a tree was changed, in nanoseconds."""
+    """Return the modification times of a tree, in nanoseconds."""
     return {path.relative_to(top): path.lstat().st_mtime_ns for path in top.rglob("*")}
 
 
@@ -112,7 +112,7 @@ def test_many_small_files_fit(world, agent):
     assert sum(len(files) for _, _, files in os.walk(world.export(handle))) == 9_000
 
 
-def test_what_does_not_fit_is_an_error_and_the_old_data_stays(world, agent):
+def test_data_that_does_not_fit_is_an_error_and_the_old_data_stays(world, agent):
     spec, handle = agent
     good = world.fresh_directory()
     (good / "kept").write_bytes(b"kept\n")
@@ -170,7 +170,7 @@ def test_a_cancelled_transfer_leaves_the_old_disk_and_nothing_else(world, agent,
     assert (world.export(handle) / "kept").read_bytes() == b"kept\n"
 
 
-def test_an_image_that_was_not_ended_well_is_mended_first(world, agent):
+def test_a_journal_is_replayed_before_the_export(world, agent):
     """A journal that was not replayed, as after a power cut."""
     spec, handle = agent
     source = fill(world.fresh_directory(), spec.uid)
@@ -183,7 +183,7 @@ def test_an_image_that_was_not_ended_well_is_mended_first(world, agent):
 
 
 def test_hostile_disks_are_refused_or_read_and_reach_nothing(world, agent):
-    """Random damage, everywhere: an error of the tree or files; no time-out, nothing outside of the directory."""
+    """Random damage ends as an error or as files: without a time-out, and inside the directory."""
     spec, handle = agent
     source = fill(world.fresh_directory(), spec.uid)
     world.provider.import_data(handle, source, deadline=Deadline(60), progress=quiet)
@@ -221,7 +221,7 @@ def test_hostile_disks_are_refused_or_read_and_reach_nothing(world, agent):
 
 
 def test_tools_see_nothing_of_the_host(world, agent):
-    """What a broken e2fsck could do: no file, no network, no other process, no privilege, no endless work."""
+    """A subverted e2fsck has no file, network, other process or privilege, and limited time."""
     spec, _ = agent
     user = (spec.uid, spec.gid)
     mine = world.fresh_directory() / "image"
@@ -271,7 +271,7 @@ def test_tools_that_are_missing_are_named(monkeypatch):
 
 
 def test_an_ordinary_user_reads_disks_in_a_user_namespace():
-    """Without root the sandbox is a user namespace; what comes out is that user's."""
+    """Without root the sandbox is a user namespace; the exported files belong to that user."""
     home = Path("/tmp") / f"vm-user-{os.getpid()}"
     home.mkdir()
     uid = 65_534

@@ -1,4 +1,4 @@
-"""libvirt: what is wrong with an app or its host is said, with what to do, and leaves no domain, disk or port."""
+"""libvirt: faults of an app or its host are reported with a remedy, and leave no domain, disk or port."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def world():
 
 
 def ignore_errors(function, *arguments):
-    """Run what may well fail: the answer is not what is of interest."""
+    """Call a function that may fail."""
     with contextlib.suppress(Exception):
         function(*arguments)
 
@@ -43,8 +43,8 @@ def small_disk(path, megabytes):
         subprocess.run(["umount", path], check=True)
 
 
-def test_failed_starts_say_what_to_do_and_leave_nothing(world):
-    """Disk full, no permission, name clash, a machine that QEMU refuses: one clear error each."""
+def test_failed_starts_name_the_remedy_and_leave_nothing(world):
+    """Disk full, no permission, name clash, a machine that QEMU refuses: one error each."""
     options = vm.app_options()
     images = vm.images()
 
@@ -95,7 +95,7 @@ def test_failed_starts_say_what_to_do_and_leave_nothing(world):
 
 @contextlib.contextmanager
 def file_system(path, megabytes):
-    """A file system of its own that libvirtd sees too: the tests' may live with mounts of its own."""
+    """A separate file system, mounted for libvirtd too, which may have its own mount namespace."""
     image = path.with_suffix(".img")
     path.mkdir()
     with image.open("wb") as file:
@@ -145,8 +145,8 @@ def test_a_full_host_stops_a_machine_with_the_reason_and_loses_nothing(world):
             world.provider.destroy(world.handles["alice"], data=True, deadline=Deadline(60), progress=quiet)
 
 
-def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
-    """Readiness is the core's; the provider shows how far the guest is, and ends it however it behaves."""
+def test_a_guest_that_never_listens_is_stopped_and_leaves_nothing(world):
+    """The core waits for readiness; the provider shows the progress, and stops any guest."""
     options = vm.app_options() | {"command": ["/bin/busybox", "sleep", "1000"], "flush": "1s"}
     handle = world.ensure(world.spec("never", **options))
     assert eventually(lambda: "starting the app" in world.observe(handle).detail, 110, 0.1)
@@ -160,7 +160,7 @@ def test_a_guest_that_never_listens_is_ended_and_leaves_nothing(world):
     assert vm.leftovers(world.installation, world.root) == set()
 
 
-def test_the_operator_is_told_what_an_app_boots_from(world):
+def test_the_check_reports_on_the_boot_files(world):
     good = world.spec("x", **vm.app_options())
     assert any("are present and valid" in one.what for one in world.provider.explain(good.app))
     bad = world.spec("x", **vm.app_options(initrd="/nonexistent"))

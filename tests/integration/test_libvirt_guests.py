@@ -1,4 +1,4 @@
-"""libvirt: what real guests do beyond the conformance kit.  Few guests, each used for many things."""
+"""libvirt: real guests, beyond the conformance kit.  Few guests, each with many checks."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def private_network():
 
 
 def test_an_app_on_an_overlay_is_used_renewed_and_rolled_back(world):
-    """HTTP, WebSocket, data on its disk; a new base image keeps the data, and the old one can be had again."""
+    """HTTP, WebSocket, data on its disk; a new base image keeps the data, and the old state can be restored."""
     images = vm.images()
     base = world.root / "base.qcow2"
     base.write_bytes((images / "root.qcow2").read_bytes())
@@ -119,7 +119,7 @@ def test_a_disk_image_with_its_own_boot_loader_boots(world):
 
 
 def test_isolation_holds_from_inside(world):
-    """A guest reaches neither the host's loopback, through whatever address, nor another guest's port."""
+    """A guest reaches neither the host's loopback interface, by any address, nor another guest's port."""
     alice, bob = world.probe("alice"), world.probe("bob")
     with socket.create_server(("0.0.0.0", 0)) as listener:
         port = listener.getsockname()[1]
@@ -164,8 +164,8 @@ def test_sleep_wakes_with_its_memory_on_another_port_if_it_must(world):
     assert (out / "saved").read_bytes() == b"signal 15\n"
 
 
-def test_a_killed_qemu_and_a_stopped_libvirtd_are_told_apart(world):
-    """kill -9 of QEMU is the agent's end, reported within a second; kill -9 of libvirtd is nobody's."""
+def test_a_killed_qemu_and_a_stopped_libvirtd_are_distinguished(world):
+    """kill -9 of QEMU ends the agent and is reported within a second; kill -9 of libvirtd ends none."""
     inside = world.probe("alice")
     handle, heard = world.handles["alice"], []
     watch = world.provider.watch(heard.append)
@@ -195,7 +195,7 @@ def test_a_killed_qemu_and_a_stopped_libvirtd_are_told_apart(world):
     watch.close()
 
 
-def test_a_libvirt_network_leads_outside_and_not_to_the_host(world, private_network):
+def test_a_libvirt_network_reaches_the_outside_and_not_the_host(world, private_network):
     world.restart_provider(network=private_network)
     spec = world.spec("alice", network=Network.PRIVATE, **vm.app_options())
     handle = world.ensure(spec)

@@ -1,4 +1,4 @@
-"""Virtual machines in the whole product: what is wrong with an app is said and leaves nothing; libvirtd may die."""
+"""Virtual machines in the whole product: faults of an app are reported and leave nothing; libvirtd is killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def table(name: str, options: dict[str, object], **more: object) -> str:
 
 
 def broken_images(top: Path) -> dict[str, tuple[dict[str, object], str, str]]:
-    """Return apps that cannot start: changed options, what is said, what is to be done."""
+    """Return apps that cannot start: changed options, error, remedy."""
     top.chmod(0o755)
     base = vm.images() / "root.qcow2"
     cut, corrupt, text, overlay, closed = (top / name for name in ("cut", "corrupt", "text", "overlay", "closed"))
@@ -123,7 +123,7 @@ class Place(Installation):
         return until(f"{agent} fails", failed, seconds)
 
     def left(self) -> set[str]:
-        """Return what there is of machines, but for alice's own."""
+        """Return the remains of machines other than alice's."""
         found = vm.leftovers(self.id, self.base / "state/providers/libvirt")
         own = {f"process {pid}" for pid in vm.qemus(self.machine)}
         return {one for one in found if self.machine not in one} - own
@@ -138,7 +138,7 @@ def site():
         yield site
 
 
-def test_what_is_wrong_with_an_app_is_said_and_leaves_nothing(site):
+def test_faults_of_an_app_are_reported_and_leave_nothing(site):
     for name, (_, what, fix) in site.faults.items():
         found = site.fails(name)
         assert what in f"{found['what']}: {found['why']}", found
@@ -146,7 +146,7 @@ def test_what_is_wrong_with_an_app_is_said_and_leaves_nothing(site):
         assert site.left() == set()
 
 
-def test_a_machine_of_somebody_else_is_not_touched(site, tmp_path):
+def test_a_foreign_machine_is_not_touched(site, tmp_path):
     name = names.backend_name(site.id, "clash")
     xml = f"<domain type='qemu'><name>{name}</name><memory>1024</memory><os><type>hvm</type></os></domain>"
     (tmp_path / "clash.xml").write_text(xml)
@@ -160,7 +160,7 @@ def test_a_machine_of_somebody_else_is_not_touched(site, tmp_path):
         vm.virsh("undefine", name)
 
 
-def test_a_machine_whose_app_never_listens_is_given_up_and_ended(site):
+def test_a_machine_whose_app_never_listens_fails_and_is_removed(site):
     found = site.fails("never", 120)
     assert found["what"] == "The app did not become ready in time"
     assert "start_timeout" in found["fix"]

@@ -74,7 +74,7 @@ class Host:
         raise RuntimeError((self.directory / "log").read_text())
 
     def down(self) -> None:
-        """The host is gone: nobody listens, and every connection ends."""
+        """Stop listening, and end every connection."""
         children = subprocess.run(
             ["ps", "-o", "pid=", "--ppid", str(self.sshd.pid)], capture_output=True, text=True
         ).stdout.split()
@@ -162,7 +162,7 @@ def test_a_machine_on_another_host_is_used_as_one_of_this(world, host):
     assert not processes(str(world.root / "run" / "ssh")), "the last agent takes the connection with it"
 
 
-def test_a_host_out_of_reach_is_unavailable_and_comes_back(world, host):
+def test_an_unreachable_host_is_unavailable_and_comes_back(world, host):
     inside = world.probe("bob")
     handle, start = world.handles["bob"], inside.id()["start"]
     # The way alone breaks, just after it was looked at: the next observation makes it anew.
@@ -189,7 +189,7 @@ def test_a_host_out_of_reach_is_unavailable_and_comes_back(world, host):
     assert Inside(seen.endpoint, seen.owner_uid, timeout=20).id()["start"] == start
 
 
-def test_what_is_missing_there_is_said(world, host):
+def test_missing_files_on_the_other_host_are_reported(world, host):
     for key in ("image", "kernel", "initrd"):
         spec = world.spec("carol", **vm.app_options(**{key: f"/nonexistent/{key}"}))
         with pytest.raises(ProviderError, match="no storage pool of the other host has it") as caught:
@@ -201,7 +201,7 @@ def test_what_is_missing_there_is_said(world, host):
     world.restart_provider(pool=host.pool)
 
 
-def test_uris_become_what_ssh_understands():
+def test_uris_become_arguments_of_ssh():
     uri = "qemu+ssh://admin@vm.example.org:2222/system?keyfile=/k&known_hosts=/h&no_verify=1"
     assert tunnel.arguments(uri) == (
         "",

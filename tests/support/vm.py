@@ -1,6 +1,6 @@
 """Guests for tests: the example images, built once into .cache/vm, and the same with the kit's probe as their app.
 
-Also a relay in front of libvirtd's socket that a test can break, so that the daemon itself is left in peace.
+Also a relay in front of libvirtd's socket that a test can break, so that the daemon itself is not disturbed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIBVIRT = "/var/run/libvirt/libvirt-sock"
 
 
 def images() -> Path:
-    """Return the directory with the example images, built if they are absent or older than what makes them."""
+    """Return the directory with the example images, built where they are absent or older than their sources."""
     sources = [path for path in (ROOT / "examples" / "vm").iterdir() if path.is_file()]
     made = IMAGES / "disk.qcow2"
     if not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in sources):
@@ -45,7 +45,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")' "$@"
 
 
 def with_app(target: Path, initrd: Path, app: Path) -> None:
-    """Make an initial RAM disk that brings another app: it replaces the one of the root disk."""
+    """Make an initial RAM disk with another app, which replaces that of the root disk."""
     newest = max(path.stat().st_mtime for path in (initrd, app, Path(__file__)))
     if target.exists() and target.stat().st_mtime > newest:
         return
@@ -97,7 +97,7 @@ class Relay:
         return f"qemu+unix:///system?socket={self.path}"
 
     def up(self) -> None:
-        """Relay, from now on."""
+        """Start to relay."""
         self._process = subprocess.Popen([sys.executable, __file__, str(self.path)])
         end = time.monotonic() + 20
         while time.monotonic() < end:
@@ -108,7 +108,7 @@ class Relay:
         raise RuntimeError("the relay does not start")
 
     def down(self) -> None:
-        """End, and with it every connection."""
+        """Stop, and end every connection."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self._process.kill()
@@ -116,7 +116,7 @@ class Relay:
         self.path.unlink(missing_ok=True)
 
     def silent(self, on: bool) -> None:
-        """Take connections and requests, answer none (`on`); or go on."""
+        """Accept connections and requests without an answer (`on`), or go on."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP if on else signal.SIGCONT)
 
@@ -136,13 +136,13 @@ class Relay:
                 self.silent(False)
 
     def close(self) -> None:
-        """End for good."""
+        """Stop and clean up."""
         self.down()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def virsh(*arguments: str) -> str:
-    """Return what virsh says, asked directly."""
+    """Return the output of virsh, without the relay."""
     done = subprocess.run(
         ["virsh", "--quiet", "--connect", "qemu:///system", *arguments], capture_output=True, text=True, timeout=60
     )
@@ -150,7 +150,7 @@ def virsh(*arguments: str) -> str:
 
 
 def leftovers(installation: str, *roots: Path) -> set[str]:
-    """Return what there is of an installation's machines, asked of the host and of libvirt itself."""
+    """Return the remains of an installation's machines on the host and in libvirt."""
     prefix = f"dispatcher-{installation}"
     found = {f"domain {name}" for name in virsh("list", "--all", "--name").split() if name.startswith(prefix)}
     found |= {f"filter {name}" for name in virsh("nwfilter-list").split() if name.startswith(prefix)}
@@ -188,7 +188,7 @@ def libvirtd() -> int:
 
 
 def kill_libvirtd() -> None:
-    """End libvirtd without a chance to tidy up, and wait until it is gone."""
+    """Kill libvirtd, and wait until it has ended."""
     os.kill(libvirtd(), signal.SIGKILL)
     end = time.monotonic() + 10
     while time.monotonic() < end:
@@ -202,7 +202,7 @@ def kill_libvirtd() -> None:
 
 
 def start_libvirtd() -> None:
-    """Start it again, as the tests do at their beginning."""
+    """Start libvirtd, as the tests do at their beginning."""
     subprocess.run([ROOT / "tests/machine/start-libvirt"], check=True, timeout=90)
 
 
@@ -210,7 +210,7 @@ def relay(path: str) -> None:
     """Run the relay process: each connection is one to libvirtd."""
     import asyncio
 
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
                 writer.write(data)
@@ -223,7 +223,7 @@ def relay(path: str) -> None:
         except OSError:
             writer.close()
             return
-        await asyncio.gather(pump(reader, to), pump(there, writer))
+        await asyncio.gather(copy(reader, to), copy(there, writer))
 
     async def main() -> None:
         server = await asyncio.start_unix_server(serve, path)

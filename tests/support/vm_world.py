@@ -1,4 +1,4 @@
-"""What the core would give to the libvirt provider, for tests that drive it directly."""
+"""The environment that the core provides for the libvirt provider, for tests that call it directly."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support import vm
 
 
 def quiet(step, detail="", fraction=None):
-    """Progress that nobody watches."""
+    """Discard progress."""
 
 
 def get(endpoint, path, method="GET", body=None, timeout=20):
@@ -36,7 +36,7 @@ def get(endpoint, path, method="GET", body=None, timeout=20):
 
 
 class World:
-    """One installation with a provider; everything is gone at the end."""
+    """One installation with a provider; removed at the end."""
 
     def __init__(self, **options) -> None:
         self.installation = secrets.token_hex(4)

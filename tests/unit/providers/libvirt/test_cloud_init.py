@@ -34,7 +34,7 @@ def read(data):
     return label, found
 
 
-def test_the_cloud_init_disk_holds_what_it_should_and_cloud_init_finds_it():
+def test_the_files_of_the_cloud_init_disk():
     one = replace(spec(environment={"A": ODD}), secrets={"token": "s-1", "a.b_c-D": "l1\nl2\n"}, stdin=b"in\n")
     files = cloud_init.files(one, instance="i-1", user_data=b"", static=True)
     label, found = read(cloud_init.iso_image(files))
@@ -52,7 +52,7 @@ def test_the_cloud_init_disk_holds_what_it_should_and_cloud_init_finds_it():
     assert b'"instance-id": "i-1"' in found["meta-data"]
 
 
-def test_without_secrets_there_is_nothing_of_them():
+def test_without_secrets_there_are_no_files_for_them():
     files = cloud_init.files(spec(), instance="i", user_data=b"#cloud-config\nx: 1\n", static=False)
     assert not [name for name in files if "secrets" in name or "stdin" in name]
     assert b"address" not in files["dispatcher/agent"]
@@ -95,12 +95,12 @@ def test_names_of_secrets_that_cannot_be_files_are_refused(name):
     [{"1A": "x"}, {"A-B": "x"}, {"A": "x\0y"}, {"A": "x" * 70_000}],
     ids=["digit", "dash", "nul", "big"],
 )
-def test_environments_that_no_guest_can_have_are_refused(environment):
+def test_invalid_environments_are_refused(environment):
     with pytest.raises(ConfigError, match="apps.vm"):
         cloud_init.start_script(spec(environment=environment))
 
 
-def test_user_data_is_read_and_judged(tmp_path):
+def test_user_data_is_read_and_validated(tmp_path):
     path = tmp_path / "user-data"
     with pytest.raises(ConfigError, match="Cannot read"):
         cloud_init.read_user_data(path)
@@ -115,7 +115,7 @@ def test_user_data_is_read_and_judged(tmp_path):
     assert cloud_init.read_user_data(None) == b""
 
 
-def test_cloud_init_disks_are_for_their_owner_alone_and_lie_in_memory(tmp_path):
+def test_cloud_init_disks_are_private_and_in_memory(tmp_path):
     target = tmp_path / "x.iso"
     cloud_init.write_image(target, b"one", None)
     cloud_init.write_image(target, b"two", None)
@@ -128,7 +128,7 @@ def test_cloud_init_disks_are_for_their_owner_alone_and_lie_in_memory(tmp_path):
     assert not cloud_init.in_memory(tmp_path / "none")
 
 
-def test_a_directory_that_somebody_else_made_is_not_used(tmp_path, monkeypatch):
+def test_a_foreign_directory_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(cloud_init, "in_memory", lambda path: path == tmp_path)
     made = cloud_init.memory_directory("0123abcd", tmp_path)
     assert (made, made.stat().st_mode & 0o777) == (tmp_path / "seeds", 0o711)

@@ -28,12 +28,12 @@ def backend():
     backend.close()
 
 
-def test_calls_return_what_libvirt_says(backend):
+def test_calls_return_the_answer_of_libvirt(backend):
     assert backend.call(lambda c: c.getHostname(), what="asking", deadline=Deadline(5))
     assert backend.call(lambda c: c.getType(), what="asking", deadline=Deadline(5), lane=Lane.WORK) == "TEST"
 
 
-def test_a_call_that_hangs_ends_at_its_deadline_and_holds_up_nobody(backend):
+def test_a_call_that_hangs_ends_at_its_deadline_and_delays_no_other(backend):
     release = threading.Event()
     began = time.monotonic()
     with pytest.raises(DeadlineExceeded, match="did not answer in time"):
@@ -75,7 +75,7 @@ def test_too_many_hanging_calls_are_refused_at_once(backend):
             time.sleep(0.01)
 
 
-def test_a_connection_that_was_lost_is_made_again(backend):
+def test_a_lost_connection_is_reopened(backend):
     calls = []
 
     def ask(connection):
@@ -105,7 +105,7 @@ def test_a_connection_that_was_lost_is_made_again(backend):
 
 
 def test_a_connection_is_never_closed_under_a_call(backend):
-    """libvirt would free it under the feet of the other thread."""
+    """libvirt frees a closed connection while another thread still calls it."""
     entered, release, seen = threading.Event(), threading.Event(), []
 
     def slow(connection):
@@ -132,7 +132,7 @@ def test_a_connection_is_never_closed_under_a_call(backend):
         ("qemu+tcp://127.0.0.1:9/system", "The host 127.0.0.1 cannot be reached through libvirt"),
     ],
 )
-def test_a_daemon_that_does_not_run_and_a_host_out_of_reach_are_told_apart(uri, what):
+def test_a_stopped_daemon_and_an_unreachable_host_are_distinguished(uri, what):
     backend = Backend(uri, connections=1, keepalive=5)
     with pytest.raises(Unavailable, match=what) as caught:
         backend.call(lambda c: c.getType(), what="asking", deadline=Deadline(5))

@@ -31,7 +31,7 @@ def test_copies_keep_holes_owner_and_mode(tmp_path):
         copy_sparse(source, tmp_path / "other", Deadline(10), cancel)
 
 
-def test_directories_of_disks_are_passed_through_and_not_listed(tmp_path):
+def test_directories_of_disks_are_passable_and_not_readable(tmp_path):
     own = tmp_path / "state"
     own.mkdir(mode=0o700)
     disks = Disks(own / "machines", own=own, privileged=False)
@@ -45,7 +45,7 @@ def test_directories_of_disks_are_passed_through_and_not_listed(tmp_path):
     disks.remove("dispatcher-x", data=True)
 
 
-def test_old_overlays_are_forgotten_but_the_newest(tmp_path):
+def test_old_overlays_are_removed_but_the_newest(tmp_path):
     disks = Disks(tmp_path, own=None, privileged=False)
     disks.make_directory("d")
     for number, fingerprint in enumerate(["a" * 12, "b" * 12, "c" * 12, "d" * 12]):

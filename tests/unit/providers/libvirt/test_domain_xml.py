@@ -1,4 +1,4 @@
-"""libvirt: domain XML from a typed description.  Names and options stay data; libvirt's schema judges the whole."""
+"""libvirt: domain XML of a specification.  Names and options stay data; libvirt's schema validates the whole."""
 
 import dataclasses
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_libvirt_accepts_the_description(schema, shape):
     assert schema.validate(tree(one, **changes)), schema.error_log
 
 
-def test_what_emulation_takes_beside_a_machine_s_memory_is_bounded():
+def test_the_translation_cache_of_emulation_is_bounded():
     emulated = tree(spec(), host=dataclasses.replace(HOST, bounded_cache=True)).find("features/tcg/tb-cache")
     assert (emulated.text, emulated.get("unit")) == ("64", "MiB")
     assert tree(spec()).find("features/tcg") is None, "libvirt is too old, or there is nothing to translate"
@@ -213,7 +213,7 @@ def test_damaged_labels_are_refused(text):
         ("<rng>" + "x" * 20_000 + "</rng>", "characters"),
     ],
 )
-def test_extra_elements_are_judged_before_use(text, why):
+def test_extra_elements_are_validated(text, why):
     if not why:
         assert xml_input.parse_extra(text).tag == "memory"
         return

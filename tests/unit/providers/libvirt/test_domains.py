@@ -75,7 +75,7 @@ def test_machines_are_found_by_name_and_label(backend, monkeypatch):
 
 
 @pytest.mark.parametrize("other", [None, label(installation="ffffffff")])
-def test_somebody_elses_machine_is_never_touched(backend, other):
+def test_foreign_machines_are_never_touched(backend, other):
     domains = Domains(backend, "0123abcd")
 
     def define(connection):

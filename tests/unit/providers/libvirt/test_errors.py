@@ -40,7 +40,7 @@ def error_of(code, domain=libvirt.VIR_FROM_QEMU, text="words of libvirt"):
         (error_of(libvirt.VIR_ERR_INTERNAL_ERROR), ProviderError, "libvirt failed"),
     ],
 )
-def test_every_error_is_translated_with_what_to_do(error, wanted, words):
+def test_every_error_is_translated_with_a_remedy(error, wanted, words):
     made = errors.translate(error, "qemu:///system", "starting x")
     assert type(made) is wanted
     assert words in str(made)
@@ -48,5 +48,5 @@ def test_every_error_is_translated_with_what_to_do(error, wanted, words):
     assert "words" in made.why or made.why
 
 
-def test_long_words_of_libvirt_are_cut():
+def test_long_messages_are_cut():
     assert len(errors.message(error_of(libvirt.VIR_ERR_INTERNAL_ERROR, text="x\n" * 5000))) <= 400

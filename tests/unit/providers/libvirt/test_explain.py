@@ -10,7 +10,7 @@ from dispatcher_libvirt.options import AppOptions, Options
 from tests.unit.providers.libvirt.test_domain_xml import HOST
 
 
-def test_explanations_say_what_is_not_promised():
+def test_findings_name_the_limits_of_the_isolation():
     def say(**changes):
         options = AppOptions.model_validate({"kernel": "/k", **changes.pop("own", {})})
         app = App(name="vm", provider="libvirt", options=options, **changes)

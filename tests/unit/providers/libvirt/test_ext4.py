@@ -1,4 +1,4 @@
-"""libvirt: reading ext4 images without trusting them."""
+"""libvirt: reading hostile ext4 images."""
 
 import os
 import random
@@ -43,7 +43,7 @@ def unpacked(image, target, owner=None):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """A directory with everything that data may be."""
+    """A directory with every kind of file."""
     top = tmp_path_factory.mktemp("tree")
     (top / "deep").mkdir()
     folder = top
@@ -93,7 +93,7 @@ def manifest(top):
 
 
 def same(one, two):
-    """Whether two manifests tell the same, hard links by their groups."""
+    """Whether two manifests are equal, hard links by their groups."""
 
     def groups(items):
         names = {}
@@ -128,7 +128,7 @@ def test_everything_comes_out_as_it_went_in(tmp_path, tree, options):
     assert int(said.split()[1]) == len(before)
 
 
-def test_what_belongs_to_others_loses_its_setuid_bit(tmp_path, tree):
+def test_files_of_other_users_lose_the_setuid_bit(tmp_path, tree):
     image = make_image(tmp_path / "image", tree, "-b", "4096")
     assert unpacked(image, tmp_path / "out", owner=(54_321, 54_321))[0] == 0
     assert stat.S_IMODE((tmp_path / "out" / "setuid").stat().st_mode) == 0o755
@@ -167,7 +167,7 @@ def poke(image, *commands):
         (["set_super_value blocks_count 99999999"], "superblock"),
     ],
 )
-def test_lies_are_errors(tmp_path, commands, why):
+def test_inconsistent_images_are_errors(tmp_path, commands, why):
     top = tmp_path / "tree"
     (top / "a").mkdir(parents=True)
     (top / "b").mkdir()
@@ -199,7 +199,7 @@ def test_names_never_leave_the_directory(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("out")) == ["image", "tree"]
 
 
-def test_a_file_system_that_repeats_its_blocks_is_no_bomb(tmp_path):
+def test_shared_blocks_cannot_fill_the_disk(tmp_path):
     top = tmp_path / "tree"
     top.mkdir()
     for number in range(40):
@@ -260,6 +260,6 @@ def test_random_damage_never_hangs_or_crashes(tmp_path, tree):
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 4096, bytes(1 << 20)])
-def test_what_is_no_file_system_is_said_to_be_none(data):
+def test_other_data_is_not_a_file_system(data):
     with pytest.raises(Ext4Error, match="no ext4 file system"):
         Image(lambda offset, length: data[offset : offset + length], len(data))

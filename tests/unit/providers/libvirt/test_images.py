@@ -31,7 +31,7 @@ def boots(tmp_path):
     return {"kernel": str(kernel), "initrd": str(initrd)}
 
 
-def test_what_boots_is_looked_at(boots, tmp_path):
+def test_boot_files_have_a_fingerprint(boots, tmp_path):
     base, whole = check(boots)
     assert base == ""
     assert len(whole) == 12
@@ -50,7 +50,7 @@ def test_what_boots_is_looked_at(boots, tmp_path):
         ({"image": "{kernel}"}, "is not a qcow2 image"),
     ],
 )
-def test_what_is_missing_or_wrong_is_said(boots, change, why):
+def test_missing_and_invalid_files_are_reported(boots, change, why):
     options = boots | {key: value.format(**boots) for key, value in change.items()}
     with pytest.raises(ProviderError, match=why) as caught:
         check(options)
@@ -58,7 +58,7 @@ def test_what_is_missing_or_wrong_is_said(boots, change, why):
 
 
 @needs_qemu_img
-def test_images_are_looked_into(tmp_path, boots):
+def test_the_content_of_images_is_checked(tmp_path, boots):
     def create(name, *arguments):
         path = tmp_path / name
         subprocess.run(["qemu-img", "create", "-q", "-f", *arguments[:1], *arguments[1:], path, "8M"], check=True)
@@ -83,14 +83,14 @@ def test_images_are_looked_into(tmp_path, boots):
     assert check({"image": str(disk), "format": "raw"})[0]
 
 
-def test_what_was_found_good_is_not_looked_at_again(boots, monkeypatch):
+def test_valid_files_are_checked_once(boots, monkeypatch):
     known = Images()
     first = check(boots, known=known)
     monkeypatch.setattr(images, "_head", lambda path, length: pytest.fail("looked again"))
     assert check(boots, known=known) == first
 
 
-def test_files_that_machines_may_not_read_are_said_with_the_command(boots, tmp_path):
+def test_unreadable_files_are_reported_with_the_command(boots, tmp_path):
     stranger = Reader(54_321, 54_321)
     tmp_path.chmod(0o700)
     with pytest.raises(ProviderError, match="Machines may not read") as caught:

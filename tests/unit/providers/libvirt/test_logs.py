@@ -60,12 +60,12 @@ def test_following_sees_new_lines_over_a_rotation_and_none_twice(tmp_path):
         (b"", ""),
     ],
 )
-def test_a_guest_tells_why_it_ended(tmp_path, text, reason):
+def test_the_guest_reports_its_exit_reason(tmp_path, text, reason):
     (tmp_path / "console.log").write_bytes(text)
     assert logs.exit_reason(tmp_path) == reason
 
 
-def test_what_is_shown_of_a_console_is_harmless(tmp_path):
+def test_console_lines_are_shown_in_printable_form(tmp_path):
     logs.begin(tmp_path)
     assert logs.last_line(tmp_path) == "the machine starts"
     (tmp_path / "console.log").write_bytes(b"\x1b[31mred\x07" + b"x" * 1000 + b"\n")

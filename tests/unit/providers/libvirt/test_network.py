@@ -36,7 +36,7 @@ def test_mac_addresses_are_an_agents_own():
     assert network.mac_address("x").startswith("52:54:00:")
 
 
-def test_networks_are_understood():
+def test_networks_are_parsed():
     info = network.parse_network(
         "<network><name>n</name><forward mode='nat'/><ip address='192.0.2.1' netmask='255.255.255.0'/></network>"
     )
@@ -46,7 +46,7 @@ def test_networks_are_understood():
     assert (bare.forward, bare.gateway) == ("", None)
 
 
-def test_the_guests_filter_keeps_them_from_the_host():
+def test_the_filter_protects_the_host():
     info = network.parse_network(
         "<network><name>n</name><forward mode='nat'/><ip address='192.0.2.1' netmask='255.255.255.0'/></network>"
     )
@@ -70,7 +70,7 @@ def test_the_guests_filter_keeps_them_from_the_host():
     )
 
 
-def test_networks_of_this_host_alone_are_out_of_reach(monkeypatch):
+def test_networks_of_this_host_alone_are_unreachable(monkeypatch):
     import psutil
 
     def address(ip, mask):

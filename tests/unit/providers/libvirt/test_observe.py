@@ -58,7 +58,7 @@ def test_states_of_libvirt_mean_states_of_agents(changes, state, reason):
         assert seen.endpoint is None
 
 
-def test_places_of_other_networks():
+def test_endpoints_of_other_networks():
     found = DomainInfo(name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0), cid=7)
     assert str(observe.endpoint(found)) == "vsock:7:8080"
     found = DomainInfo(

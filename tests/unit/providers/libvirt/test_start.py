@@ -11,7 +11,7 @@ from dispatcher_libvirt.options import Options
 from tests.unit.providers.libvirt.test_domain_xml import HOST, spec
 
 
-def test_characters_that_xml_cannot_hold_are_refused_early():
+def test_control_characters_are_refused():
     for bad in (spec(agent="a\x01b"), spec(cmdline="x\x1b[31m"), spec(command=["/x", "a\x07"])):
         with pytest.raises(ConfigError, match="control characters"):
             start.check_spec(bad, Options(), HOST)
@@ -29,6 +29,6 @@ def test_characters_that_xml_cannot_hold_are_refused_early():
         (spec(limits=Limits(disk=1 << 20)), Options(), ConfigError, "too little for a data disk"),
     ],
 )
-def test_what_cannot_be_is_refused_before_anything_is_made(one, options, error, why):
+def test_impossible_specifications_are_refused(one, options, error, why):
     with pytest.raises(error, match=why):
         start.check_spec(one, options, HOST)
