@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pycdlib
 
-from dispatcher.plugin import AgentSpec, ConfigError, ProviderError, make_owned, names
+from dispatcher.plugin import AgentSpec, ConfigError, ProviderError, in_memory, make_owned, names
 from dispatcher_libvirt import domain_xml
 from dispatcher_libvirt.options import environment, fill, options_of, secret_name
 
@@ -171,20 +171,6 @@ def memory_directory(installation: str, preferred: Path) -> Path:
         why="none of the manager's run_dir, /run and /dev/shm is a writable tmpfs",
         fix="mount a tmpfs at manager.run_dir",
     )
-
-
-def in_memory(path: Path) -> bool:
-    """Whether a directory is on a file system in memory."""
-    try:
-        device = path.stat().st_dev
-    except OSError:
-        return False
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-        left, _, right = line.partition(" - ")
-        if left.split(" ")[2] == wanted:
-            return right.split(" ")[0] in {"tmpfs", "ramfs"}
-    return False
 
 
 def write_placeholder(path: Path, owner: tuple[int, int] | None) -> None:

@@ -62,7 +62,6 @@ def tool(name: str) -> str:
         packages = {
             "bwrap": "bubblewrap",
             "qemu-img": "qemu-utils",
-            "ssh": "openssh-client",
             "setpriv": "util-linux",
             "prlimit": "util-linux",
         }

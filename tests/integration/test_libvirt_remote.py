@@ -192,7 +192,7 @@ def test_an_unreachable_host_is_unavailable_and_comes_back(world, host):
 def test_missing_files_on_the_other_host_are_reported(world, host):
     for key in ("image", "kernel", "initrd"):
         spec = world.spec("carol", **vm.app_options(**{key: f"/nonexistent/{key}"}))
-        with pytest.raises(ProviderError, match="no storage pool of the other host has it") as caught:
+        with pytest.raises(ProviderError, match="no storage pool of the other host contains it") as caught:
             world.ensure(spec)
         assert "pool-refresh" in caught.value.fix
     world.restart_provider(pool="no-such-pool")
@@ -203,9 +203,9 @@ def test_missing_files_on_the_other_host_are_reported(world, host):
 
 def test_uris_become_arguments_of_ssh():
     uri = "qemu+ssh://admin@vm.example.org:2222/system?keyfile=/k&known_hosts=/h&no_verify=1"
-    assert tunnel.arguments(uri) == (
-        "",
+    assert tunnel.ssh_arguments(uri) == (
+        "ssh",
         ["-p", "2222", "-l", "admin", "-i", "/k", "-o", "UserKnownHostsFile=/h", "-o", "StrictHostKeyChecking=no"],
         "vm.example.org",
     )
-    assert tunnel.arguments("qemu+ssh://h/system?command=/opt/ssh") == ("/opt/ssh", [], "h")
+    assert tunnel.ssh_arguments("qemu+ssh://h/system?command=/opt/ssh") == ("/opt/ssh", [], "h")
