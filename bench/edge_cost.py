@@ -146,7 +146,7 @@ def connections(worker, upstream, count):
         start = time.process_time()
         listener._begin(fd, "127.0.0.1")
         upstream.data_received(answer)
-        listener._bury()
+        listener._report_closed()
         spent += time.process_time() - start
         got = near.recv(4096)
         near.close()

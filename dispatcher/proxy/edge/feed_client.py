@@ -1,7 +1,7 @@
-"""The worker's connection to the manager's feed.  Touches one Unix socket; tells the worker what came.
+"""The worker's connection to the manager's feed.
 
-It reconnects by itself, for ever, with a back-off.  While it is down the worker goes on with what it knows;
-nothing is queued for the manager but what the next report says anyway.
+It reconnects by itself, with a back-off.  While it is down the worker goes on with its tables; nothing is queued
+for the manager, as the next report holds the totals.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ManagerUnreachable
 
 _FIRST_PAUSE = 0.05
-_RESTARTING = 10.0  # seconds that a manager may be away before it is asked for less often
+_RESTARTING = 10.0  # seconds that a manager may be away before connects become rarer
 _SHORT_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
@@ -43,7 +43,7 @@ class Feed:
         self._transport: asyncio.WriteTransport | None = None
         self._pause = _FIRST_PAUSE
         self._task: asyncio.Task[None] | None = None
-        self._heard = boottime()
+        self._last_message = boottime()
         self._closed = False
         self._log = logger("edge")
         self._complained = False
@@ -59,10 +59,10 @@ class Feed:
         """Connect, and stay connected."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def first(self, patience: float) -> None:
-        """Wait for the first complete tables, but not for ever."""
+    async def first(self, timeout: float) -> None:
+        """Wait for the first complete tables, for a limited time."""
         with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._first.wait(), patience)
+            await asyncio.wait_for(self._first.wait(), timeout)
 
     def close(self) -> None:
         """Stop."""
@@ -81,7 +81,7 @@ class Feed:
 
     def check(self) -> None:
         """Notice silence; called about once a second."""
-        if self._transport is not None and boottime() - self._heard > protocol.SILENCE:
+        if self._transport is not None and boottime() - self._last_message > protocol.SILENCE:
             self._log.warning("the feed is silent, connecting again", seconds=protocol.SILENCE)
             self._transport.abort()
 
@@ -111,13 +111,13 @@ class Feed:
             transport.abort()
             return
         self._transport = transport
-        self._heard = boottime()
+        self._last_message = boottime()
         hello = {"type": protocol.HELLO, "version": protocol.VERSION, "pid": os.getpid(), "sync": True}
         self.send(hello)
 
     def message(self, message: dict[str, Any]) -> None:
         """Take one message."""
-        self._heard = boottime()
+        self._last_message = boottime()
         kind = message["type"]
         if kind == protocol.ERROR or (kind == protocol.HELLO and message.get("version") != protocol.VERSION):
             why = message.get("what") or f"the manager speaks version {message.get('version')} of the feed"

@@ -1,7 +1,7 @@
-"""A worker process: loop, listeners, signals, drain.  Touches everything that a process has.
+"""A worker process: loop, listeners, signals, drain.
 
-The parent talks to it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
-to let it finish (another worker takes the new connections) or `STOP` (nobody will); the end of the file means
+The parent controls it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
+to drain it while another worker takes the new connections, or `STOP` without one; the end of the file means
 that the parent is gone, and then the worker goes too.
 """
 
@@ -37,8 +37,8 @@ STOP = b"S"
 _BACKLOG = 4096
 _ROLLING_GRACE = 5.0  # seconds for a kept-alive connection to send its next request and learn that it was the last
 _STOP_GRACE = 0.5
-_LAST_WORDS = 1.5  # seconds for WebSockets to take their Close frame
-_FEED_PATIENCE = 3.0  # seconds to wait for the first tables; without the manager the proxy serves what it can
+_CLOSE_GRACE = 1.5  # seconds for WebSockets to take their Close frame
+_FEED_TIMEOUT = 3.0  # seconds to wait for the first tables; then the worker serves without them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Process:
         self._log = logger("edge")
 
     async def main(self) -> None:
-        """Serve until told to stop."""
+        """Serve until the order to stop."""
         loop = self._loop = asyncio.get_running_loop()
         self._finished = asyncio.Event()
         loop.set_exception_handler(self._unexpected)
@@ -90,10 +90,10 @@ class Process:
         worker = self._worker
         worker.start(loop)
         # The first request after a restart finds its session: connections wait in the queue meanwhile.
-        await worker.feed.first(_FEED_PATIENCE)
+        await worker.feed.first(_FEED_TIMEOUT)
         await self._listen()
         self._control.setblocking(False)
-        loop.add_reader(self._control, self._told)
+        loop.add_reader(self._control, self._on_order)
         gc.collect()
         gc.freeze()
         self._control.send(READY)
@@ -123,7 +123,7 @@ class Process:
             return await self._loop.create_unix_server(factory, sock=sock, backlog=_BACKLOG)
         return await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
 
-    def _told(self) -> None:
+    def _on_order(self) -> None:
         try:
             order = self._control.recv(1)
         except BlockingIOError:
@@ -135,7 +135,7 @@ class Process:
         elif order == STOP:
             self._drain(_STOP_GRACE)
         else:
-            # The parent is gone.  Whoever starts the proxy again needs the addresses: let go of them at once.
+            # The parent is gone.  The next proxy needs the addresses: close the listeners at once.
             self._loop.remove_reader(self._control)
             self._drain(0.0)
             self._drain_until = boottime() + min(2.0, self._settings.drain_timeout)
@@ -144,7 +144,7 @@ class Process:
         """Finish.
 
         :param grace: seconds for kept-alive connections to send one more request.
-        :param keep_tunnels: WebSockets stay for as long as draining may take; else they are told to go at once.
+        :param keep_tunnels: WebSockets stay for as long as draining may take; else they are closed at once.
         """
         if self._drain_until:
             return
@@ -169,7 +169,7 @@ class Process:
             worker.close_idle()
         if now >= self._drain_until and self._tunnels_kept:
             self._tunnels_kept = False
-            self._drain_until = now + _LAST_WORDS
+            self._drain_until = now + _CLOSE_GRACE
             worker.shut_tunnels()
         elif not (worker.open_connections or worker.beginning) or now >= self._drain_until:
             if worker.open_connections:
@@ -179,7 +179,7 @@ class Process:
         self._loop.call_later(0.05, self._still_draining)
 
     def _unexpected(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
-        """Log what no protocol handled; a connection's fault must not end the worker."""
+        """Log an exception that no protocol handled; a fault of one connection must not end the worker."""
         del loop
         error = context.get("exception")
         if isinstance(error, (ConnectionError, ssl.SSLError, TimeoutError)):
@@ -191,7 +191,7 @@ class Process:
 
 
 def run(config: Config, paths: Paths, inherited: Inherited, control: socket.socket) -> None:
-    """Be a worker process, until told to stop."""
+    """Run a worker process until the order to stop."""
     import uvloop
 
     memory.keep_buffers()

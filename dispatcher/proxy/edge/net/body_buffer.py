@@ -2,7 +2,7 @@
 
 Anybody may send to the portal, as slowly as they like, and its places are few: a request takes one once its body
 is complete.  Until then a body costs memory alone, which is bounded per connection (`PORTAL_BODY`) and in all:
-above `COLLECTED` a worker takes no more than a sign-in needs (`SMALL_BODY`), so that filling it keeps nobody out.
+above `COLLECTED` a worker takes no more than a sign-in needs (`SMALL_BODY`), so that filling it locks no user out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dispatcher.proxy.edge.routing.settings import COLLECTED, PORTAL_BODY, SMALL
 
 
 class BodyBuffer:
-    """Collects one body; `data` is the body as it came, `complete` tells its end."""
+    """Collects one body; `data` is the body as it came; `complete`: all of it is here."""
 
     __slots__ = ("_decoder", "_length", "_registry", "complete", "data")
 

@@ -9,16 +9,16 @@ from dispatcher.proxy.edge.http.request import CHUNKED
 from dispatcher.proxy.edge.net.upstream import Upstream
 from dispatcher.proxy.edge.routing.table import Agent
 
-POLL_SECONDS = 5  # an answer that lasts longer is a stream, whatever asked for it
+POLL_SECONDS = 5  # an answer that lasts longer is a stream, even that of a poll
 
 
 class Exchange:
     """A request and its answer; a connection has one object and uses it for one request after the other.
 
     :ivar agent: the agent whose requests in flight include this one; :ivar holding: the agent it is held for.
-    :ivar lookup: digest of the session that the manager is asked for; :ivar held_until: 0 before the first hold.
+    :ivar lookup: digest of the session that is being looked up; :ivar held_until: 0 before the first hold.
     :ivar body: bytes that came behind the head before they could be passed on.
-    :ivar left: bytes of the body still to come, `CHUNKED`, or 0; :ivar rest: what came after the body.
+    :ivar left: bytes of the body still to come, `CHUNKED`, or 0; :ivar rest: the bytes after the body.
     :ivar status: of the answer, 0 before its head was passed on; :ivar replay: bytes that may be sent once more.
     :ivar rechunk: the answer's body goes out in chunks; :ivar poll: the request does not count as use.
     """

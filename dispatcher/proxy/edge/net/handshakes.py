@@ -1,7 +1,7 @@
-"""Accepting connections that have to say something first: a PROXY header, a TLS handshake, or both.
+"""Accepting connections that begin with a PROXY header, a TLS handshake, or both.
 
-Until then nobody knows who they are or whether they ever will be clients, while each holds a descriptor: so they
-are counted and bounded apart from clients, by address too.  Touches descriptors.
+Before that they are not clients, while each holds a descriptor: they are counted and bounded apart from clients,
+by address too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dispatcher.proxy.edge.net.registry import Registry, plain_address
 
 
 class Handshakes(Listener):
-    """Takes the connections of one listening socket, and hands those that get so far to client connections.
+    """Takes the connections of one listening socket, and makes clients of those whose handshake succeeds.
 
     :param tls: None without TLS; :param header: each connection begins with a PROXY header, before TLS.
     """
@@ -36,14 +36,14 @@ class Handshakes(Listener):
             os.close(fd)
             return
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
-        self._do(self._shake(sock, address))
+        self._run(self._handshake(sock, address))
 
-    async def _shake(self, sock: socket.socket, address: str) -> None:
+    async def _handshake(self, sock: socket.socket, address: str) -> None:
         registry = self.registry
-        patience = registry.settings.head_timeout
+        timeout = registry.settings.head_timeout
         try:
-            client = await asyncio.wait_for(self._said(sock), patience) if self._header else address
-            extra = {} if self._tls is None else {"ssl_handshake_timeout": patience}
+            client = await asyncio.wait_for(self._read_header(sock), timeout) if self._header else address
+            extra = {} if self._tls is None else {"ssl_handshake_timeout": timeout}
             await registry.loop.connect_accepted_socket(
                 lambda: registry.client(client),  # type: ignore[type-var]  # it has a protocol's methods
                 sock,
@@ -55,8 +55,8 @@ class Handshakes(Listener):
         finally:
             registry.begun(address)
 
-    async def _said(self, sock: socket.socket) -> str | None:
-        """Return the client's address as the header says it; None when it says none."""
+    async def _read_header(self, sock: socket.socket) -> str | None:
+        """Return the client's address of the PROXY header; None where it states none."""
         command, family, length = parse_head(await self._exactly(sock, HEAD_SIZE))
         return parse_address(command, family, await self._exactly(sock, length))
 

@@ -1,11 +1,11 @@
-"""Accepting plain connections, and serving the first request of each without the loop.  Touches descriptors.
+"""Accepting plain connections, and serving the first request of each without the event loop.
 
-Making a transport of the loop's, with its registrations and its callbacks, costs as much as a whole small request
-does otherwise, and many programs (and proxies in front) open a connection for each request.  So a new connection
-begins as a `Fresh`: a descriptor that is read once and written to.  One that is closed after its answer never was
-more than that; any other, whatever it does, becomes a transport of the loop's as soon as it needs one.
+A transport of the loop, with its registrations and callbacks, costs as much as a small request, and many programs
+(and proxies in front) open a connection for each request.  So a new connection begins as a `PendingConnection`: a
+descriptor that is read once and written to.  Many are closed after their answer; any other gets a transport of the
+loop as soon as it needs one.
 
-TLS and the PROXY protocol have to be read first and take the loop's way from the start.
+Connections with TLS or the PROXY protocol have to be read first and use the loop from the start (`handshakes`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dispatcher.common.log import logger
 from dispatcher.proxy.edge.net.registry import Client, Registry
 
 _BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
-_FIRST = 16384  # bytes of the first read; a longer head or a body is the loop's matter
-_KEPT = 65536  # bytes that wait for the loop's transport before whoever writes them is held back
-_PATIENCE = 0.25  # seconds, twice at most, until the loop watches whether a client that waits is still there
+_FIRST = 16384  # bytes of the first read; the loop reads a longer head or a body
+_MAX_UNSENT = 65536  # bytes that wait for the loop's transport before their writer is paused
+_ADOPT_AFTER = 0.25  # seconds, twice at most, until the loop watches whether a waiting client is still there
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 _SCARCE_PAUSE = 0.1  # seconds without accepting while descriptors or memory are short
 _NOTHING = b"\0\0\0\0"
@@ -36,9 +36,9 @@ class Listener:
 
     def __init__(self, registry: Registry, sock: socket.socket) -> None:
         self.registry = registry
-        self.ended: list[Fresh] = []
-        self.young: dict[Fresh, None] = {}
-        self._old: dict[Fresh, None] = {}
+        self._closed_ones: list[PendingConnection] = []
+        self._new: dict[PendingConnection, None] = {}
+        self._older: dict[PendingConnection, None] = {}
         self._sock = sock
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -72,15 +72,15 @@ class Listener:
                 continue  # this one is gone already (accept(2))
             os.set_blocking(fd, False)
             self._begin(fd, peer[0] if isinstance(peer, tuple) else "")
-        if self.ended:
-            self._bury()
+        if self._closed_ones:
+            self._report_closed()
 
     def _begin(self, fd: int, address: str) -> None:
         client = self.registry.client(address)
-        fresh = Fresh(self, fd, client)
+        pending = PendingConnection(self, fd, client)
         try:
-            client.connection_made(fresh)
-            if fresh.fd < 0:
+            client.connection_made(pending)
+            if pending.fd < 0:
                 return
             try:
                 data = os.read(fd, _FIRST)
@@ -88,25 +88,25 @@ class Listener:
                 data = b""
             if data:
                 client.data_received(data)
-                if fresh.fd >= 0 and client.answering:
-                    fresh.shelf = shelf = self.young
-                    shelf[fresh] = None
+                if pending.fd >= 0 and client.answering:
+                    pending.shelf = shelf = self._new
+                    shelf[pending] = None
                     if self._timer is None:
-                        self._timer = self.registry.loop.call_later(_PATIENCE, self._turn)
+                        self._timer = self.registry.loop.call_later(_ADOPT_AFTER, self._adopt_older)
                     return
         except OSError:
-            fresh.abort()
+            pending.abort()
         except Exception as error:  # as a transport of the loop's does it
             self.registry.loop.call_exception_handler({"message": "a new connection failed", "exception": error})
-            fresh.abort()
-        fresh.hand_over()
+            pending.abort()
+        pending.hand_over()
 
-    def _turn(self) -> None:
-        """Give the loop the connections that have been waiting for a while."""
-        for fresh in list(self._old):
-            fresh.hand_over()
-        self._old, self.young = self.young, {}
-        self._timer = self.registry.loop.call_later(_PATIENCE, self._turn) if self._old else None
+    def _adopt_older(self) -> None:
+        """Hand the connections over that have been waiting for a while."""
+        for pending in list(self._older):
+            pending.hand_over()
+        self._older, self._new = self._new, {}
+        self._timer = self.registry.loop.call_later(_ADOPT_AFTER, self._adopt_older) if self._older else None
 
     def _pause(self, error: OSError) -> None:
         loop = self.registry.loop
@@ -118,39 +118,39 @@ class Listener:
         if not self._closed:
             self.registry.loop.add_reader(self._sock, self._accept)
 
-    def gone(self, fresh: Fresh) -> None:
-        """A connection has been closed: its protocol hears of it when nobody is in the middle of using it."""
-        if not self.ended:
-            self.registry.loop.call_soon(self._bury)
-        self.ended.append(fresh)
+    def closed(self, pending: PendingConnection) -> None:
+        """A connection has been closed; its protocol is told once it is not in use."""
+        if not self._closed_ones:
+            self.registry.loop.call_soon(self._report_closed)
+        self._closed_ones.append(pending)
 
-    def _bury(self) -> None:
-        ended, self.ended = self.ended, []
-        for fresh in ended:
-            fresh.protocol.connection_lost(None)
+    def _report_closed(self) -> None:
+        ended, self._closed_ones = self._closed_ones, []
+        for pending in ended:
+            pending.protocol.connection_lost(None)
 
-    def adopt(self, fresh: Fresh, fd: int) -> None:
+    def adopt(self, pending: PendingConnection, fd: int) -> None:
         """Make a transport of the loop's."""
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
-        self._do(self._adopt(fresh, sock))
+        self._run(self._adopt(pending, sock))
 
-    async def _adopt(self, fresh: Fresh, sock: socket.socket) -> None:
+    async def _adopt(self, pending: PendingConnection, sock: socket.socket) -> None:
         try:
-            await self.registry.loop.connect_accepted_socket(lambda: _Adopted(fresh), sock)
-        except OSError as error:  # the kernel has nothing left for it: its protocol must not wait for ever
+            await self.registry.loop.connect_accepted_socket(lambda: _Adopted(pending), sock)
+        except OSError as error:  # the kernel is out of memory or descriptors: end the protocol too
             sock.close()
-            fresh.protocol.connection_lost(error)
+            pending.protocol.connection_lost(error)
 
-    def _do(self, work: Coroutine[Any, Any, None]) -> None:
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
         task = self.registry.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
-class Fresh(asyncio.Transport):
+class PendingConnection(asyncio.Transport):
     """A connection before the loop has it, and the transport of its protocol until then.
 
-    :ivar fd: -1 once it was closed or given away; :ivar shelf: where it waits.
+    :ivar fd: -1 once it was closed or handed over; :ivar shelf: where it waits.
     """
 
     __slots__ = (
@@ -169,16 +169,16 @@ class Fresh(asyncio.Transport):
     def __init__(self, listener: Listener, fd: int, protocol: Client) -> None:
         self.fd = fd
         self.protocol: Any = protocol
-        self.shelf: dict[Fresh, None] | None = None
+        self.shelf: dict[PendingConnection, None] | None = None
         self._listener = listener
         self._unsent = b""
         self._closing = self._aborted = self._eof = self._paused = False
         self._reading = True
 
-    # Before.
+    # Before the loop has a transport.
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Write at once; what the kernel does not take, and whatever follows, goes through the loop."""
+        """Write at once; the bytes that the kernel does not take, and all later ones, go through the loop."""
         fd = self.fd
         if fd < 0:
             if not self._closing:
@@ -198,14 +198,14 @@ class Fresh(asyncio.Transport):
             self.hand_over()  # there will be another request
 
     def _keep(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep what the loop's transport will write; a fast upstream must wait for it."""
+        """Keep bytes for the loop's transport; a fast upstream must wait for it."""
         self._unsent += data
-        if len(self._unsent) > _KEPT and not self._paused:
+        if len(self._unsent) > _MAX_UNSENT and not self._paused:
             self._paused = True
             self.protocol.pause_writing()
 
     def close(self) -> None:
-        """Close; the answer must not be lost because the client had sent something more (RFC 9112, 9.6)."""
+        """Close; unread bytes of the client must not cost the answer (RFC 9112, 9.6)."""
         if self.fd < 0:
             self._closing = True
             return
@@ -226,10 +226,10 @@ class Fresh(asyncio.Transport):
         self._closing = True
         if self.shelf is not None:
             self.shelf.pop(self, None)
-        self._listener.gone(self)
+        self._listener.closed(self)
 
     def write_eof(self) -> None:
-        """Say that nothing more will be written."""
+        """Nothing more will be written."""
         self._eof = True
         self.hand_over()
 
@@ -239,7 +239,7 @@ class Fresh(asyncio.Transport):
         self.hand_over()
 
     def hand_over(self) -> None:
-        """Let the loop go on; it has a transport within two turns."""
+        """Leave the connection to the loop, which has a transport within two turns."""
         fd = self.fd
         if fd >= 0:
             self.fd = -1
@@ -248,7 +248,7 @@ class Fresh(asyncio.Transport):
             self._listener.adopt(self, fd)
 
     def adopted(self, transport: asyncio.Transport) -> None:
-        """Take leave: the loop's transport is there."""
+        """Give way to the loop's transport."""
         protocol = self.protocol
         protocol.transport = transport
         transport.set_protocol(protocol)
@@ -266,7 +266,7 @@ class Fresh(asyncio.Transport):
         if self._closing:
             transport.close()
 
-    # What is asked of any transport.
+    # The rest of a transport.
 
     def can_write_eof(self) -> bool:
         return True
@@ -282,20 +282,20 @@ class Fresh(asyncio.Transport):
         return default
 
     def pause_reading(self) -> None:
-        """Let the loop's transport not read; nothing is read here but the first bytes."""
+        """Keep the loop's transport from reading; here only the first bytes are read."""
         self._reading = False
 
     def resume_reading(self) -> None:
-        """Somebody waits for more: that is the loop's matter."""
+        """Leave reading to the loop."""
         self._reading = True
         self.hand_over()
 
 
 class _Adopted(asyncio.Protocol):
-    """Stands between the loop's new transport and the protocol that has been served by a `Fresh`."""
+    """Stands between the loop's new transport and the protocol of a `PendingConnection`."""
 
-    def __init__(self, fresh: Fresh) -> None:
-        self._fresh = fresh
+    def __init__(self, pending: PendingConnection) -> None:
+        self._pending = pending
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._fresh.adopted(transport)  # type: ignore[arg-type]  # of a stream socket
+        self._pending.adopted(transport)  # type: ignore[arg-type]  # of a stream socket

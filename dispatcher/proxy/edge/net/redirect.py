@@ -1,4 +1,4 @@
-"""The plain HTTP listener that sends everybody to HTTPS.  Touches its connection only.
+"""The plain HTTP listener that redirects to HTTPS.
 
 It knows no session and no agent.  308 keeps the method and the body (RFC 9110, 15.4.9), GET and HEAD get the
 customary 301.
@@ -13,8 +13,8 @@ from dispatcher.proxy.edge.http.request import parse_request
 from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.routing import pages
 
-_LONGEST = 16384
-_PATIENCE = 10.0
+_MAX_HEAD = 16384
+_TIMEOUT = 10.0
 
 
 class Redirect(asyncio.Protocol):
@@ -28,7 +28,7 @@ class Redirect(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self._timer = self._registry.loop.call_later(_PATIENCE, self._transport.abort)
+        self._timer = self._registry.loop.call_later(_TIMEOUT, self._transport.abort)
         self._address = self._registry.address_of(self._transport)
         if not self._registry.enter(self._address, exempt=self._registry.exempt(self._address)):
             self._transport.abort()
@@ -36,7 +36,7 @@ class Redirect(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._data += data
         end = self._data.find(b"\r\n\r\n")
-        if end < 0 and len(self._data) <= _LONGEST:
+        if end < 0 and len(self._data) <= _MAX_HEAD:
             return
         try:
             if end < 0:
@@ -48,9 +48,11 @@ class Redirect(asyncio.Protocol):
         self._transport.write(answer)
         self._transport.close()
 
-    def _answer(self, target: bytes, asked: bytes, method: bytes) -> bytes:
+    def _answer(self, target: bytes, authority: bytes, method: bytes) -> bytes:
         settings = self._registry.settings
-        name = asked.lower().rpartition(b":")[0] if b":" in asked.rpartition(b"]")[2] else asked.lower()
+        name = (
+            authority.lower().rpartition(b":")[0] if b":" in authority.rpartition(b"]")[2] else authority.lower()
+        )
         host = settings.public_host or name
         if settings.subdomain and name.endswith(b"." + settings.domain):
             host = name + settings.public_host[len(settings.domain) :]

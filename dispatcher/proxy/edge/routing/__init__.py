@@ -1,1 +1,1 @@
-"""Where a request goes, and what counts as use.  Pure."""
+"""Deciding on requests, without I/O: the rules, the tables they read, and the detection of use."""

@@ -1,4 +1,4 @@
-"""What counts as use.  Pure: requests and bytes in, counters of docs/reference/feed.md out.
+"""Telling use from polling: requests and bytes in, counters of docs/reference/feed.md out.
 
 Idleness must mean what a person would mean: a person reads, clicks and types; a tab that was left open polls,
 pings and reconnects.  The hot path pays one dictionary lookup and a few comparisons.
@@ -13,9 +13,9 @@ from dispatcher.proxy.edge.http.request import SAFE, SILENT, Request
 
 TRICKLE = 1024.0  # bytes per second of a flow that is no use
 _MAX_TARGETS = 128  # remembered for each agent
-_SLACK = 4.0  # a repetition up to that factor beyond the longest pause is the same rhythm: scripts back off
-_STEADY = 0.2  # pauses that differ by less than this share of them are alike
-_ALIKE = 3  # so many pauses alike are a clock's
+_SLACK = 4.0  # a repetition up to that factor beyond the longest pause is still a poll: scripts back off
+_STEADY = 0.2  # pauses that differ by less than this share of them count as equal
+_EQUAL_PAUSES = 3  # so many equal pauses are a timer's
 _NUMBERS = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
 
 
@@ -50,7 +50,7 @@ class Traffic:
 
 
 class PollDetector:
-    """Recognises requests that nobody makes by hand, per agent."""
+    """Recognises requests to one agent that are made by a script, not by hand."""
 
     __slots__ = ("_changes", "_seen")
 
@@ -61,16 +61,16 @@ class PollDetector:
         self._changes: dict[bytes, list[float]] = {}
 
     def is_poll(self, request: Request, now: float) -> bool:
-        """Whether a request is the machine's and not the person's; it is remembered.
+        """Whether a request is a script's and not the person's; it is remembered.
 
-        A navigation is the person's, and so is an unsafe method, unless a page's script sends it by the clock: an
+        A navigation is the person's, and so is an unsafe method, unless a page's script sends it by a timer: an
         open JupyterLab writes down its layout every ten seconds.  A GET of the same target for the third time,
-        after a pause that is not much longer than those before, is a rhythm; the same holds for a WebSocket that
+        after a pause that is not much longer than those before, is a poll; the same holds for a WebSocket that
         is opened again and again.  Numbers in a query that only defeat caches make no new target.
         """
         traits = request.traits
         if not traits & SAFE:
-            return self._by_the_clock(request, now)
+            return self._by_timer(request, now)
         if request.by_hand:
             return False
         if request.machine or traits & SILENT:
@@ -96,7 +96,7 @@ class PollDetector:
             entry[1] = pause
         return longest >= 0.0 and pause <= max(longest, 1.0) * _SLACK
 
-    def _by_the_clock(self, request: Request, now: float) -> bool:
+    def _by_timer(self, request: Request, now: float) -> bool:
         """Whether a page's script sends this change at even pauses.  A program's changes are always use."""
         mode = request.fields.get(headers.SEC_FETCH_MODE)
         if mode is None or mode == b"navigate":
@@ -109,6 +109,6 @@ class PollDetector:
             self._changes[path] = [now, 0.0, 0.0]
             return False
         pause = now - entry[0]
-        alike = pause >= 1.0 and abs(pause - entry[1]) <= _STEADY * pause
-        entry[:] = [now, pause, entry[2] + 1.0 if alike else 0.0]
-        return entry[2] >= _ALIKE - 1
+        equal = pause >= 1.0 and abs(pause - entry[1]) <= _STEADY * pause
+        entry[:] = [now, pause, entry[2] + 1.0 if equal else 0.0]
+        return entry[2] >= _EQUAL_PAUSES - 1

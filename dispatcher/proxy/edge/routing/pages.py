@@ -1,4 +1,4 @@
-"""The edge's own answers: redirects, refusals and honest error pages.  Pure.
+"""The edge's own answers: redirects, refusals and error pages.
 
 A person gets a small page, a program a problem document (RFC 9457); both say what happened and what to do next.
 None of them is ever stored by a cache.
@@ -44,7 +44,7 @@ def redirect(location: bytes, date: bytes, *, close: bool, status: int = 303) ->
 
 
 class Failure:
-    """Something that the edge must say instead of an agent's answer.
+    """An error that the edge answers with, in place of an agent.
 
     :ivar status: HTTP status; :ivar title: what; :ivar detail: why; :ivar fix: what the reader can do.
     :ivar retry_after: seconds, None when trying again makes no sense; :ivar extra: members of the document.
@@ -110,7 +110,7 @@ TOO_BUSY = Failure(
     503,
     "too-many-requests",
     "Too many requests at once",
-    "This application is already working on as many requests as it may.",
+    "This application already has the maximum number of requests in progress.",
     "Try again in a moment.",
     retry_after=2,
 )
@@ -118,7 +118,7 @@ FULL = Failure(
     503,
     "too-many-connections",
     "Too many connections",
-    "The server has as many connections as it takes, in all or from this address.",
+    "The limit is reached, in all or for this address.",
     "Try again in a moment.",
     retry_after=5,
 )
@@ -126,7 +126,7 @@ NO_FEED = Failure(
     503,
     "manager-away",
     "The service is being restarted",
-    "The part that knows the sessions has not answered for a while.",
+    "The manager, which knows the sessions, has not answered for a while.",
     "Try again in a moment; if this lasts, tell the administrator.",
     retry_after=5,
 )
@@ -140,15 +140,15 @@ NO_AGENT = Failure(
 GONE_AWAY = Failure(
     502,
     "upstream-failed",
-    "The application broke off",
-    "It closed the connection before it had answered.",
+    "The application closed the connection",
+    "It did so before it had answered.",
     "Try again. If this repeats, look at the application's log.",
 )
 BAD_ANSWER = Failure(
     502,
     "upstream-invalid",
     "The application's answer cannot be passed on",
-    "It is no valid HTTP answer.",
+    "It is not a valid HTTP response.",
     "Look at the application's log.",
 )
 UNREACHABLE = Failure(
@@ -176,7 +176,7 @@ CROSS_ORIGIN = Failure(
     403,
     "cross-origin",
     "Refused: the request comes from another site",
-    "Changes and WebSockets are only taken from pages of this very address.",
+    "Changes and WebSockets are accepted only from pages of this address.",
     "Open the application by its own address. Programs send an Origin header equal to it.",
 )
 SERVICE_WORKER = Failure(

@@ -74,7 +74,7 @@ class Router:
 
         :param session: a session that has not expired; :param now: on the clock of the tables.
         :param scheme: as the browser knows it.
-        :param digest: of a token that the manager may know, empty when there is none or it was asked already.
+        :param digest: of a token that the manager may know, empty when there is none or it was looked up already.
         """
         prefix = self._prefix
         target = request.target

@@ -1,4 +1,4 @@
-"""What the configuration means to the edge, worked out once.  Pure."""
+"""The edge's settings, derived from the configuration once, and its fixed limits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dispatcher.proxy.cookies import session_cookie_name
 from dispatcher.proxy.edge.http.forwarded import Network
 from dispatcher.proxy.edge.http.response import Policy
 
-#: Fixed bounds that nobody has needed to change; each is tested like those of the configuration.
+#: Fixed limits; each is tested like those of the configuration.
 CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
-LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the manager to say whether its session exists
-LINGER = 2.0  # seconds of listening after the last word (RFC 9112, 9.6)
-LINGER_BYTES = 1 << 20  # that are heard and dropped meanwhile
+LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the lookup of its session
+LINGER = 2.0  # seconds of reading after the last answer (RFC 9112, 9.6)
+LINGER_BYTES = 1 << 20  # that are read and dropped meanwhile
 CLOSE_TIMEOUT = 1.0  # seconds that a WebSocket's client has to take its Close frame
 LEAST_READ = 1024  # bytes that a slow reader must take within `body_timeout`
 MAX_HELD = 64  # requests held for one agent
@@ -26,7 +26,7 @@ FRESH_UPSTREAM = 2.0  # seconds after which a pooled connection is too old for a
 MAX_INFORMATIONAL = 16  # 1xx answers before the final one
 PORTAL_BODY = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
 COLLECTED = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
-SMALL_BODY = 4096  # bytes of one that are taken all the same
+SMALL_BODY = 4096  # bytes of one that are accepted even above that
 WRITE_HIGH = 256 * 1024  # bytes that may wait in memory for a slow reader
 EVENTS_PING = 15.0  # seconds between comments on a silent event stream
 MAX_EVENTS = 16  # event streams of one session
@@ -73,7 +73,7 @@ class Settings:
         return max(16, self.connections // 4)
 
     def __init__(self, config: Config) -> None:
-        """Work them out.
+        """Derive them.
 
         :raises ConfigError: `proxy.trusted_proxies` or `proxy.public_url` cannot be understood.
         """

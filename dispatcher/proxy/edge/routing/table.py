@@ -1,7 +1,7 @@
-"""What the edge knows of agents and sessions, as the manager's feed tells it.  Pure: messages in, changes out.
+"""The edge's tables of agents and sessions: messages of the manager's feed in, changes out.
 
-Rows are updated in place, so that a reference to an agent or a session stays good while it exists; one that is
-gone says so itself (`gone`).  Times are seconds of one steady clock that the caller passes in.
+Rows are updated in place, so that a reference to an agent or a session stays good while it exists; a removed
+one has `gone` set.  Times are seconds of one steady clock that the caller passes in.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _NO_AGENTS: tuple[str, ...] = ()
 
 
 class Agent:
-    """One agent's row, and what this worker counts for it.
+    """One agent's row, and this worker's counters for it.
 
     :ivar generation: rises whenever connections to the agent's endpoint must not be used any more.
     :ivar idle: pooled upstream connections, the most recently used last; :ivar in_flight: requests under way.
-    :ivar waiting: what is held until the agent runs; :ivar watchers: called with the agent when its row changes.
+    :ivar waiting: requests held until the agent runs; :ivar watchers: event streams of its state.
     """
 
     __slots__ = (
@@ -90,7 +90,7 @@ class Agent:
             self.counters = None
         self.label = row.get("label", "")
         if state == "running" and self.state != "running":
-            self.woken = 0.0  # what was asked for is done: if it falls asleep, it is asked for again at once
+            self.woken = 0.0  # if it falls asleep again, the next request wakes it at once
         self.state = sys.intern(state)
         self.endpoint = endpoint
         self.uid = uid
@@ -103,7 +103,7 @@ class Agent:
         return moved
 
     def public(self) -> dict[str, Any]:
-        """Return what the owner's browser may know."""
+        """Return the part that the owner's browser may see."""
         return {
             "agent": self.name,
             "state": self.state if not self.gone else "gone",
@@ -138,7 +138,7 @@ class Session:
 
 
 class Changes:
-    """What a message changed, for those who hold connections."""
+    """The changes of one message."""
 
     __slots__ = ("agents", "moved", "sessions_gone")
 
@@ -151,35 +151,35 @@ class Changes:
 class Tables:
     """Agents by name and label, sessions by digest."""
 
-    __slots__ = ("_fresh_agents", "_fresh_sessions", "_tuples", "agents", "labels", "sessions")
+    __slots__ = ("_snapshot_agents", "_snapshot_sessions", "_tuples", "agents", "labels", "sessions")
 
     def __init__(self) -> None:
         self.agents: dict[str, Agent] = {}
         self.labels: dict[str, Agent] = {}
         self.sessions: dict[bytes, Session] = {}
-        self._fresh_agents: set[str] | None = None
-        self._fresh_sessions: set[bytes] | None = None
+        self._snapshot_agents: set[str] | None = None
+        self._snapshot_sessions: set[bytes] | None = None
         self._tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def apply(self, message: dict[str, Any], now: float) -> Changes:
         """Take a snapshot's part, a change or the answer to a lookup.
 
-        :raises KeyError, TypeError, ValueError: a row that is none; the feed is then of no use.
+        :raises KeyError, TypeError, ValueError: an invalid row; the feed is then unusable.
         """
         changes = Changes()
         kind = message["type"]
         if kind == protocol.SNAPSHOT:
             if message.get("first"):
-                self._fresh_agents, self._fresh_sessions = set(), set()
+                self._snapshot_agents, self._snapshot_sessions = set(), set()
                 self._tuples.clear()
             self._rows(message, now, changes)
-            if self._fresh_agents is not None and self._fresh_sessions is not None:
-                self._fresh_agents.update(row["name"] for row in message.get("agents", ()))
-                self._fresh_sessions.update(bytes.fromhex(row["sha256"]) for row in message.get("sessions", ()))
+            if self._snapshot_agents is not None and self._snapshot_sessions is not None:
+                self._snapshot_agents.update(row["name"] for row in message.get("agents", ()))
+                self._snapshot_sessions.update(bytes.fromhex(row["sha256"]) for row in message.get("sessions", ()))
                 if message.get("last"):
-                    self._drop_sessions([d for d in self.sessions if d not in self._fresh_sessions], changes)
-                    self._drop_agents([n for n in self.agents if n not in self._fresh_agents], changes)
-                    self._fresh_agents = self._fresh_sessions = None
+                    self._drop_sessions([d for d in self.sessions if d not in self._snapshot_sessions], changes)
+                    self._drop_agents([n for n in self.agents if n not in self._snapshot_agents], changes)
+                    self._snapshot_agents = self._snapshot_sessions = None
         elif kind == protocol.CHANGE:
             self._rows(message, now, changes)
             self._drop_sessions(map(bytes.fromhex, message.get("sessions_gone", ())), changes)
@@ -199,7 +199,7 @@ class Tables:
         return agent
 
     def clear(self, changes: Changes) -> None:
-        """Forget everything: nothing is known any more."""
+        """Forget everything."""
         self._drop_sessions(list(self.sessions), changes)
         self._drop_agents(list(self.agents), changes)
 

@@ -1,0 +1,115 @@
+"""The router's decisions, from values alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from dispatcher.config.load import parse
+from dispatcher.proxy.edge.http.request import Request, parse_request
+from dispatcher.proxy.edge.routing import pages
+from dispatcher.proxy.edge.routing.activity import Traffic
+from dispatcher.proxy.edge.routing.decision import (
+    PORTAL,
+    Decision,
+    Events,
+    Hold,
+    Lookup,
+    Page,
+    Pass,
+    Redirect,
+    Refuse,
+    Wake,
+)
+from dispatcher.proxy.edge.routing.router import Router
+from dispatcher.proxy.edge.routing.settings import MAX_HELD, Settings
+from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
+from tests.support.edge_feed import agent_row, session_row
+
+TOKEN = "token-of-alice-0123456789abcdefghijklmnopqr"
+NAVIGATION = b"Accept: text/html\r\nSec-Fetch-Mode: navigate\r\n"
+
+
+class Rules:
+    """A router over one agent of alice's."""
+
+    def __init__(self, state: str = "running", **proxy: object) -> None:
+        settings = Settings(parse({"proxy": proxy}))
+        self.tables = Tables()
+        rows = {
+            "agents": [agent_row("alice", "tcp:127.0.0.1:9", state)],
+            "sessions": [session_row(TOKEN, "alice")],
+        }
+        self.tables.apply({"type": "change", **rows}, 0.0)
+        self.agent: Agent = self.tables.agents["alice"]
+        self.agent.traffic = Traffic()
+        (self.session,) = self.tables.sessions.values()
+        self.router = Router(settings, self.tables)
+
+    def route(
+        self, target: str = "/", lines: bytes = b"", *, session: Session | None = None, digest: bytes = b""
+    ) -> Decision:
+        return self.router.route(request(target, lines), session, 1.0, b"http", digest)
+
+
+def request(target: str = "/", lines: bytes = b"") -> Request:
+    return parse_request(f"GET {target} HTTP/1.1\r\nHost: a\r\n".encode() + lines + b"\r\n", 100)
+
+
+def test_a_session_leads_to_its_agent_and_counts_as_use():
+    rules = Rules()
+    assert rules.route(session=rules.session) == Pass(rules.agent, poll=False)
+    assert rules.agent.traffic.use == 1 and rules.router.used == [rules.session]
+
+
+@pytest.mark.parametrize("target", ["/auth", "/auth/login", "/auth?x"])
+def test_the_portals_paths_need_no_session(target):
+    assert Rules().route(target) is PORTAL
+
+
+def test_without_a_session_people_sign_in_and_programs_get_401():
+    rules = Rules()
+    assert rules.route("/a?b", NAVIGATION) == Redirect(b"/auth/login?next=/a%3Fb")
+    assert rules.route() == Refuse(pages.BAD_SESSION)
+    assert rules.route(digest=b"d") == Lookup(b"d", Refuse(pages.BAD_SESSION))
+
+
+def test_a_sleeping_agent_is_woken_and_the_request_held():
+    rules = Rules("asleep", hold=7)
+    assert rules.route(session=rules.session) == Wake(rules.agent, Hold(rules.agent, 7))
+    for number in range(MAX_HELD):
+        rules.agent.waiting[number] = None
+    decision = rules.route("/other", NAVIGATION, session=rules.session)
+    assert isinstance(decision, Wake) and isinstance(decision.then, Page)
+    assert decision.then.request.target == b"/auth/waiting"
+
+
+def test_a_failed_agent_is_neither_woken_nor_waited_for():
+    rules = Rules("failed")
+    decision = rules.route(session=rules.session)
+    assert isinstance(decision, Refuse) and decision.failure.code == "agent-failed"
+
+
+def test_events_are_the_owners_alone():
+    rules = Rules()
+    assert rules.route("/auth/events", session=rules.session) == Events(rules.agent)
+    assert rules.route("/auth/events?agent=bob", session=rules.session) == Refuse(pages.NO_AGENT)
+    assert rules.route("/auth/events") == Refuse(pages.BAD_SESSION)
+
+
+def test_what_becomes_of_a_held_request():
+    rules = Rules("starting")
+    router, agent, held = rules.router, rules.agent, request()
+    assert router.changed(held, rules.session, agent, poll=False) == Hold(agent, 0)
+    agent.update(agent_row("alice", "tcp:127.0.0.1:9"))
+    assert router.changed(held, rules.session, agent, poll=False) == Pass(agent, poll=False)
+    assert router.waited(held, agent, paused=False) == Refuse(pages.UNREACHABLE)
+    assert router.waited(held, agent, paused=True) == Refuse(pages.GONE_AWAY)
+    rules.session.gone = True
+    assert router.changed(held, rules.session, agent, poll=False) == Refuse(pages.BAD_SESSION)
+
+
+def test_a_request_is_held_once_for_an_agent_that_cannot_be_reached():
+    rules = Rules(hold=7)
+    assert rules.router.unreachable(rules.agent, held=False) == Hold(rules.agent, 7)
+    assert rules.router.unreachable(rules.agent, held=True) == Refuse(pages.UNREACHABLE)
+    assert rules.router.dropped(rules.agent, held=True) == Refuse(pages.GONE_AWAY)
