@@ -6,16 +6,15 @@ import ipaddress
 import os
 import re
 import socket
-import struct
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from dispatcher.common.sockets import peer_credentials
 from dispatcher.config.defaults import MANAGER_LOCK
 from dispatcher.plugin.errors import BadRequest, ManagerUnreachable
 from dispatcher.plugin.names import printable
 
 DEFAULT_PORT = 4443
-_UCRED = struct.Struct("3i")
 _UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
 
 
@@ -33,7 +32,7 @@ def check_peer(sock: socket.socket, path: str) -> None:
 
     :raises ManagerUnreachable: it belongs to another user, who would get passwords.
     """
-    uid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1]
+    _, uid, _ = peer_credentials(sock)
     if uid not in {0, os.geteuid()} and os.geteuid() != 0:
         raise ManagerUnreachable(
             f"The manager at {path} is not trusted",

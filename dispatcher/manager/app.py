@@ -62,7 +62,7 @@ FIXED = (
     "proxy.user",
 )
 
-FREEZE = 2.0  # seconds after the start: what is in memory then mostly stays
+FREEZE = 2.0  # seconds after the start; most objects stay in memory from then on
 
 _log = log.logger("manager")
 

@@ -42,7 +42,7 @@ def desired_state(text: str) -> Desired:
 
 
 class Commands:
-    """Changes what is desired."""
+    """Writes desired states."""
 
     def __init__(self, registry: Registry, creation: Creation) -> None:
         self._registry = registry

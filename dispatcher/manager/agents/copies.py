@@ -78,7 +78,7 @@ class Copies:
     def delete(self, name: str, provider: str, progress: Progress) -> int:
         """Delete an agent's old copies; return how many there were.  An operation on the agent is in progress.
 
-        :param provider: the agent's own: what it holds under the agent's name is the live data.
+        :param provider: the agent's own: its data under the agent's name is the live data.
         :raises DispatcherError: one cannot be deleted; those before it are gone.
         """
         copies = self._registry.store.copies(name)
@@ -109,7 +109,7 @@ class Copies:
         raise _busy(agent.row.name)
 
     def _purge_removed(self, name: str) -> int:
-        """Delete what was kept of a removed agent.  Meanwhile no new agent can take the name."""
+        """Delete the kept data of a removed agent.  Meanwhile no new agent can take the name."""
         with self._registry.name_reserved(name) as free:
             if not free or name in self._registry.agents:
                 raise _busy(name)

@@ -52,7 +52,7 @@ class Probe:
     ) -> str:
         """Return "" when the app is ready, else why it is not yet.
 
-        :param check: called several times a second; what it raises ends the wait.
+        :param check: called several times a second; an exception ends the wait.
         :raises InsecureEndpoint: the endpoint is not the agent's own.
         """
         if endpoint.kind == "unix" and not os.path.lexists(endpoint.path):  # called very often: be cheap

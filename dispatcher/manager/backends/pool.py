@@ -30,7 +30,7 @@ class JobState(enum.Enum):
     """What became of a job's call."""
 
     NORMAL = enum.auto()
-    ABANDONED = enum.auto()  # it hangs, and its caller was told
+    ABANDONED = enum.auto()  # it hangs, and its caller got an error
     ABANDONED_UNCOUNTED = enum.auto()  # the same, and another job has its place
 
 

@@ -1,1 +1,1 @@
-"""The feed's server: what the edge's workers are told and report."""
+"""The feed's server: agents and sessions for the edge's workers, and the workers' reports."""

@@ -13,7 +13,6 @@ import os
 import pwd
 import re
 import socket
-import struct
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,6 @@ from dispatcher.plugin.options import takes_ipv4
 
 SOCKET_MODE = 0o660
 _ADDRESS = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.%]+)\]|(?P<host>[^:\[\]]+)):(?P<port>\d{1,5})")
-_UCRED = struct.Struct("3i")
 
 _log = logger("manager.listeners")
 
@@ -90,12 +88,6 @@ def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
         ) from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-def peer(sock: socket.socket) -> tuple[int, int]:
-    """Return user id and group id of the process at the other end of a Unix socket."""
-    _, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return uid, gid
 
 
 def may_administer(accounts: HostAccounts, uid: int, gid: int) -> bool:
