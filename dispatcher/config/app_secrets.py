@@ -77,13 +77,13 @@ def _read(key: str, source: str, environment: Mapping[str, str]) -> str:
         )
     if b"\0" in data:
         raise ConfigError(
-            f"{key}: {source} holds a NUL byte", why="a secret is text", fix="encode it, with base64 say"
+            f"{key}: {source} holds a NUL byte", why="a secret is text", fix="encode it, for example with base64"
         )
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{key}: {source} is not UTF-8", why="a secret is text", fix="encode it, with base64 say"
+            f"{key}: {source} is not UTF-8", why="a secret is text", fix="encode it, for example with base64"
         ) from error
 
 

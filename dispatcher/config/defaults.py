@@ -1,7 +1,7 @@
-"""Where things are when nothing says otherwise.  Reads the environment; imports nothing heavy.
+"""Default paths, from the environment.
 
-The command line's client commands find the manager with this module alone, as the configuration's models cost
-more time than all the rest of such a command.
+Imports little: the client commands of the command line find the manager with this module, without loading the
+configuration's models.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 
 SYSTEM_CONFIG = Path("/etc/dispatcher/dispatcher.toml")
 MANAGER_SOCKET = "manager.sock"
-MANAGER_LOCK = "manager.lock"  # beside it, held by a manager from its first to its last moment
+MANAGER_LOCK = "manager.lock"  # beside it, locked while a manager runs
 
 
 def config_file() -> Path:
-    """Return where the configuration is looked for: $DISPATCHER_CONFIG, else the usual place for this user."""
+    """Return the path of the configuration: $DISPATCHER_CONFIG, else the default of this user."""
     if path := os.environ.get("DISPATCHER_CONFIG"):
         return Path(path)
     if os.geteuid() == 0:

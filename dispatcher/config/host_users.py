@@ -1,4 +1,4 @@
-"""Users and groups of the host that the configuration names.  Reads the host's databases only."""
+"""Looks up the users and groups of this host that the configuration names."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dispatcher.config.load import Config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostAccounts:
-    """Who is who on this host.
+    """User and group ids on this host.
 
-    :ivar proxy_uid: what the proxy becomes; :ivar proxy_gid: its group, which may connect to agents.
-    :ivar admin_gid: group that may use manager.sock, None when there is none (then only root may).
-    :ivar agent_uids: first and last host user id for agents; None as an ordinary user (all are that user).
-    :ivar made_up: the configured proxy user does not exist, the first id of `uid_range` stands for it.
+    :ivar proxy_uid: user id of the proxy; :ivar proxy_gid: its group, which can connect to agents.
+    :ivar admin_gid: group with access to manager.sock; None where it does not exist (then root only).
+    :ivar agent_uids: first and last host user id for agents; None for an ordinary user (all are that user).
+    :ivar made_up: the configured proxy user does not exist; the first id of `uid_range` replaces it.
     """
 
     proxy_uid: int
@@ -28,10 +28,10 @@ class HostAccounts:
 
 
 def host_accounts(config: Config) -> HostAccounts:
-    """Return the accounts that a configuration means on this host.
+    """Return the accounts of a configuration on this host.
 
-    As an ordinary user everything is that user.  As root the proxy becomes `proxy.user`; where that user does
-    not exist, the first id of `manager.uid_range` is the proxy's and agents begin after it.
+    For an ordinary user, all are that user.  For root, the proxy runs as `proxy.user`; if that user does not
+    exist, as the first id of `manager.uid_range`.
     """
     if os.geteuid() != 0:
         return HostAccounts(

@@ -1,13 +1,13 @@
-"""Where everything lives, derived from the configuration.  Pure, apart from `Paths.make`.
+"""Paths of an installation's files, derived from the configuration.
 
 RUN_DIR/   manager.sock proxy.sock feed.sock   the manager's listeners
            proxy/portal.sock                   the portal, private to the proxy
            a/HASH/s                            endpoint of an agent, directory 2710 AGENT:PROXY
            p/PROVIDER/                         private to a provider, emptied at boot
-STATE_DIR/ dispatcher.db secrets/              the store, keys made on demand
+STATE_DIR/ dispatcher.db secrets/              database, generated keys
            agents/KEY/data                     canonical data, owned by the agent's user id
            agents/KEY/log                      log files of providers, owned by the manager
-           agents/KEY/copies/                  old copies kept by moves
+           agents/KEY/copies/                  old copies of data after moves
            providers/PROVIDER/                 private to a provider
 """
 
@@ -32,7 +32,7 @@ class Paths:
 
     @classmethod
     def of(cls, config: Config) -> Paths:
-        """Return the paths that a configuration means.
+        """Return the paths of a configuration.
 
         :raises ConfigError: `manager.run_dir` is too long for the path of a Unix socket.
         """
@@ -41,34 +41,34 @@ class Paths:
         if longest > MAX_SOCKET_PATH:
             raise ConfigError(
                 "manager.run_dir is too long",
-                why=f"a socket below it would have a path of {longest} bytes, the kernel takes {MAX_SOCKET_PATH}",
+                why=f"a socket's path would have {longest} bytes; the kernel's limit is {MAX_SOCKET_PATH}",
                 fix="choose a shorter directory",
             )
         return paths
 
     @property
     def manager_socket(self) -> Path:
-        """Administration."""
+        """Socket of the administration interface."""
         return self.run_dir / "manager.sock"
 
     @property
     def proxy_socket(self) -> Path:
-        """The role *proxy*."""
+        """Socket of the proxy's interface."""
         return self.run_dir / "proxy.sock"
 
     @property
     def feed_socket(self) -> Path:
-        """The feed for edge workers."""
+        """Socket of the feed for edge workers."""
         return self.run_dir / "feed.sock"
 
     @property
     def proxy_dir(self) -> Path:
-        """Private to the proxy."""
+        """Private directory of the proxy."""
         return self.run_dir / "proxy"
 
     @property
     def portal_socket(self) -> Path:
-        """The portal, an upstream of the edge."""
+        """Socket of the portal."""
         return self.proxy_dir / "portal.sock"
 
     @property
@@ -78,7 +78,7 @@ class Paths:
 
     @property
     def secrets_dir(self) -> Path:
-        """Keys and certificates made on demand; 0700."""
+        """Generated keys and certificates; mode 0700."""
         return self.state_dir / "secrets"
 
     def endpoint_dir(self, agent: str) -> Path:
@@ -86,13 +86,13 @@ class Paths:
         return self.run_dir / "a" / names.digest(agent)
 
     def agent_dir(self, agent: str) -> Path:
-        """Return the directory of everything an agent keeps."""
+        """Return the directory of an agent's data, logs and copies."""
         return self.state_dir / "agents" / names.key(agent)
 
     def provider_state(self, provider: str) -> Path:
-        """Return the directory that a provider keeps over restarts."""
+        """Return a provider's directory that survives reboots."""
         return self.state_dir / "providers" / provider
 
     def provider_run(self, provider: str) -> Path:
-        """Return the directory that a provider may lose at boot."""
+        """Return a provider's directory that is emptied at boot."""
         return self.run_dir / "p" / provider

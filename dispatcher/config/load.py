@@ -1,8 +1,8 @@
-"""One TOML file -> validated models.  Reads files; touches nothing else.
+"""Reads the configuration: one TOML file becomes validated models.
 
-Every error names the key's full path, what was found, what was expected and the nearest valid key; all
-errors of a file are collected before any is shown.  Provider tables (``[providers.X]``, ``[apps.Y.X]``) are
-validated by the plugin's own models, once `Plugins` has loaded it: `validate_providers`.
+Every error names the key's full path, the value found, the value expected and the nearest valid key; all errors
+of a file are reported at once.  `Config.validate_providers` validates the tables of plugins (``[providers.X]``,
+``[apps.Y.X]``) with the plugins' own models.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Config(Table):
     proxy: ProxyConfig = ProxyConfig()
     auth: AuthConfig = AuthConfig()
     defaults: AppDefaults = AppDefaults()
-    default_app: str = Field(default="", description="app of new users; the only one, or 'demo', when empty")
-    plugins: list[str] = Field(default=[], description="plugins that observe, loaded besides the configured ones")
+    default_app: str = Field(default="", description="app of new users; by default the only app, or 'demo'")
+    plugins: list[str] = Field(default=[], description="additional plugins to load: observers of events")
     providers: dict[str, dict[str, Any]] = {}
     apps: dict[str, AppConfig] = {}
-    _file: Path | None = PrivateAttr(default=None)  # where it was read, so that plugins' faults name it as well
+    _file: Path | None = PrivateAttr(default=None)  # for errors in the tables of plugins
 
     def app(self, name: str) -> AppConfig:
         """Return an app's table.
 
-        :raises ConfigError: there is none of that name.
+        :raises ConfigError: there is no app of that name.
         """
         if name not in self.apps:
             near = difflib.get_close_matches(name, self.apps, 1)
@@ -65,13 +65,13 @@ class Config(Table):
 
     @property
     def secure(self) -> bool:
-        """Whether browsers reach the proxy over HTTPS, by its own TLS or a front proxy's."""
+        """Whether browsers reach the proxy over HTTPS, its own or a front proxy's."""
         return self.proxy.tls_cert is not None or self.proxy.public_url.startswith("https://")
 
     def template(self, name: str, plugins: Plugins) -> App:
-        """Return an app as its provider gets it, the provider's own options validated.
+        """Return an app for its provider, with the provider's options validated.
 
-        :raises ConfigError: as `app`, or the provider's options are wrong; :raises PluginError: as `Plugins.load`.
+        :raises ConfigError: as `app`, or invalid provider options; :raises PluginError: as `Plugins.load`.
         """
         app = self.app(name)
         model, path = plugins.provider(app.provider).AppOptions, f"apps.{name}.{app.provider}"
@@ -79,7 +79,7 @@ class Config(Table):
             options = self._validate(model, app.provider_table(app.provider), path)
         except ConfigError as error:
             others = [key for key in app.model_extra or {} if key in plugins.available()]
-            if others and app.provider not in others:  # a table is there, and nobody said that it is the one
+            if others and app.provider not in others:  # there is a table, but of another provider
                 hint = f'{error.why} (there is [apps.{name}.{others[0]}]: add provider = "{others[0]}"?)'
                 raise ConfigError(error.what, why=hint) from error
             raise
@@ -96,7 +96,7 @@ class Config(Table):
     def provider_options(self, name: str, plugins: Plugins) -> BaseModel:
         """Return ``[providers.NAME]``, validated by the provider's `Options`.
 
-        :raises ConfigError: it is wrong; :raises PluginError: as `Plugins.load`.
+        :raises ConfigError: invalid; :raises PluginError: as `Plugins.load`.
         """
         model = plugins.provider(name).Options
         return self._validate(model, self.providers.get(name, {}), f"providers.{name}")
@@ -104,7 +104,7 @@ class Config(Table):
     def authenticator_options(self, name: str, model: type[BaseModel]) -> BaseModel:
         """Return ``[auth.NAME]``, validated by the authenticator's `Options`.
 
-        :raises ConfigError: it is wrong.
+        :raises ConfigError: invalid.
         """
         return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
 
@@ -118,13 +118,13 @@ class Config(Table):
             raise self._in_file(error) from error
 
     def _in_file(self, error: ConfigError) -> ConfigError:
-        """Return an error that names the file in which the fault stands, where there is one."""
+        """Return the error with the name of the file, if the configuration was read from a file."""
         return error if self._file is None else _in_file(self._file, error)
 
     def validate_providers(self, plugins: Plugins) -> None:
-        """Load every configured provider and validate all tables that belong to plugins.
+        """Load every configured provider and validate all tables of plugins.
 
-        :raises ConfigError: naming every fault found.
+        :raises ConfigError: names every error.
         """
         found: list[str] = []
         checks: list[tuple[Callable[[str, Plugins], object], str]] = [
@@ -158,9 +158,9 @@ DEMO = {
 
 
 def load(path: Path | None = None) -> Config:
-    """Read and validate the configuration; a default one with the demo app when the default file is absent.
+    """Read and validate the configuration; without a default file, the configuration of the demo app.
 
-    :raises ConfigError: the file cannot be read, is no TOML, or says something wrong.
+    :raises ConfigError: the file cannot be read, is not TOML, or is invalid.
     """
     chosen = path or defaults.config_file()
     try:
@@ -172,13 +172,13 @@ def load(path: Path | None = None) -> Config:
             ) from error
         return parse({})
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{chosen} is no TOML", why="it is not UTF-8", fix="save it as UTF-8") from error
+        raise ConfigError(f"{chosen} is not TOML", why="it is not UTF-8", fix="save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
     try:
         config = parse(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{chosen} is no TOML", why=str(error)) from error
+        raise ConfigError(f"{chosen} is not TOML", why=str(error)) from error
     except ConfigError as error:
         raise _in_file(chosen, error) from error
     config._file = chosen  # noqa: SLF001 - private to this module
@@ -190,9 +190,9 @@ def _in_file(path: Path, error: ConfigError) -> ConfigError:
 
 
 def parse(data: Mapping[str, Any]) -> Config:
-    """Validate a parsed file: defaults are merged into apps, names checked.
+    """Validate a parsed file, with `[defaults]` merged into apps.
 
-    :raises ConfigError: naming every fault found, of every kind.
+    :raises ConfigError: names every error.
     """
     data = dict(data)
     written = data.get("apps", {"demo": DEMO})
@@ -206,7 +206,7 @@ def parse(data: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        # What an app inherits is wrong in [defaults], not in each app.
+        # An invalid default is reported in [defaults], not in each app.
         found += problems(Config, error, skip=lambda where: _inherited(where, written))
     found += _contradictions(data)
     if found or config is None:
@@ -222,7 +222,7 @@ def _merge(defaults: Mapping[str, Any], app: Mapping[str, Any]) -> dict[str, Any
 
 
 def _inherited(where: tuple[str | int, ...], written: Any) -> bool:
-    """Whether a fault at `where` stands in an app that did not write it."""
+    """Return whether the error at `where` is in a value that the app inherited."""
     if len(where) < 3 or where[0] != "apps":
         return False
     table = written[where[1]]
@@ -236,14 +236,14 @@ def _inherited(where: tuple[str | int, ...], written: Any) -> bool:
 
 
 def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what no single field's type can say.  Works on the file's own values, whatever else is wrong in it."""
+    """Yield errors between several keys, from the file's own values."""
     manager, proxy, auth, apps = (_table(data, name) for name in ("manager", "proxy", "auth", "apps"))
     for path, table in (("manager", manager), ("proxy", proxy)):
         for one, other in (("tls_cert", "tls_key"), ("tls_key", "tls_cert")):
             if table.get(one) and not table.get(other):
-                yield f"{path}.{other}: is missing, {one} needs it"
+                yield f"{path}.{other}: is missing, {one} requires it"
     if proxy.get("routing") == "subdomain" and not proxy.get("public_url"):
-        yield 'proxy.public_url: is missing, routing = "subdomain" needs it: agents live below its host'
+        yield 'proxy.public_url: is missing, routing = "subdomain" requires it: agents get subdomains of its host'
     for name, app in apps.items():
         try:
             names.app_name(name)
@@ -259,7 +259,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _stray(path: str, table: Any, model: type[BaseModel]) -> Iterator[str]:
-    """Yield the unknown keys of a table in which plugins may have tables of their own."""
+    """Yield the unknown keys of a table that may contain tables of plugins."""
     if isinstance(table, Mapping):
         for key, value in table.items():
             if key not in model.model_fields and not isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""From pydantic's errors to sentences for an operator.  Pure.
+"""Turns pydantic's errors into messages for an operator.
 
-Each names the key's full path, what was found, what was expected and the nearest valid key.
+Each names the key's full path, the value found, the value expected and the nearest valid key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dispatcher.common.redact import is_secret
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError
 
-#: What pydantic's kinds of errors expect, in the words of a TOML file.
+#: The expected value for each kind of pydantic error.
 _EXPECTED = {
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -49,8 +49,8 @@ _BOUNDS = {
 def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> BaseModel:
     """Return `data` as `model`.
 
-    :param path: where in the file `data` stands.
-    :raises ConfigError: naming every fault.
+    :param path: the key of `data` in the file.
+    :raises ConfigError: names every error.
     """
     try:
         return model.model_validate(data)
@@ -59,7 +59,7 @@ def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") ->
 
 
 def wrong(found: Iterable[str]) -> ConfigError:
-    """Return the error that names these problems, each once."""
+    """Return an error with these problems, each once."""
     return ConfigError("The configuration is wrong", why="; ".join(dict.fromkeys(found)))
 
 
@@ -70,12 +70,12 @@ def problems(
     *,
     skip: Callable[[tuple[str | int, ...]], bool] = lambda _: False,
 ) -> list[str]:
-    """Return a sentence for each fault that pydantic found, except where `skip` is true of its location."""
+    """Return a message for each pydantic error, except where `skip` is true of its location."""
     return [_problem(model, item, path) for item in error.errors(include_url=False) if not skip(item["loc"])]
 
 
 def nearest(key: str, model: type[BaseModel] | None) -> str:
-    """Return a hint at the nearest valid key of a table, else all of them."""
+    """Return the nearest valid key of a table as a hint, else all valid keys."""
     if model is None:
         return ""
     near = difflib.get_close_matches(key, model.model_fields, 1, 0.6)
@@ -85,7 +85,7 @@ def nearest(key: str, model: type[BaseModel] | None) -> str:
 
 
 def shown(value: object, key: str = "") -> str:
-    """Return a value as its file would say it, cut and escaped; what looks like a secret is not shown."""
+    """Return a value in TOML notation, cut and escaped; a secret is replaced."""
     if is_secret(key) and value not in (None, ""):
         return "a secret"
     if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def _problem(model: type[BaseModel], item: Any, path: str) -> str:
 
 
 def printable_key(part: str) -> str:
-    """Return a key as a file would say it: quoted when it must be."""
+    """Return a key in TOML notation, quoted if necessary."""
     return part if re.fullmatch(r"[A-Za-z0-9_-]+", part) else names.printable(part)
 
 

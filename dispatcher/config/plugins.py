@@ -1,8 +1,8 @@
-"""Discovery and loading of plugins.  Touches installed distributions' metadata; imports what is asked for.
+"""Finds and loads plugins.
 
-A plugin is a module (or object) under the entry-point group `dispatcher.plugins`; the entry point's name is
-the provider's or authenticator's.  Built-ins take the same way as a third party's.  Only plugins that are
-named are imported: a broken or heavy one that nobody configured does no harm.
+A plugin is a module (or object) under the entry-point group `dispatcher.plugins`; the entry point has the name of
+the provider or authenticator.  Built-in plugins are loaded the same way.  Only configured plugins are imported, so
+another one that is broken or slow has no effect.
 """
 
 from __future__ import annotations
@@ -32,6 +32,24 @@ def distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
+def _manager() -> pluggy.PluginManager:
+    manager = pluggy.PluginManager(hooks.NAMESPACE)
+    manager.add_hookspecs(hooks)
+    return manager
+
+
+def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origin: str) -> None:
+    """Refuse a plugin that implements a hook which does not exist."""
+    for caller in manager.get_hookcallers(plugin) or ():
+        if not caller.has_spec():
+            known = [hook for hook, other in vars(manager.hook).items() if other.has_spec()]
+            near = difflib.get_close_matches(caller.name, known, 1)
+            raise PluginError(
+                f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
+                fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
+            )
+
+
 class Plugins:
     """The plugins of one process.
 
@@ -44,8 +62,7 @@ class Plugins:
             known = self._entries.setdefault(entry.name, [])
             if all((entry.value, distribution(entry)) != (other.value, distribution(other)) for other in known):
                 known.append(entry)
-        self._manager = pluggy.PluginManager(hooks.NAMESPACE)
-        self._manager.add_hookspecs(hooks)
+        self._manager = _manager()
         self._loaded: dict[str, str] = {}
         self._providers: dict[str, type[Provider]] = {}
         self._authenticators: dict[str, type[Authenticator]] = {}
@@ -60,9 +77,9 @@ class Plugins:
         return {name: distribution(found[0]) for name, found in sorted(self._entries.items())}
 
     def load(self, name: str) -> None:
-        """Import and register one plugin; twice is once.
+        """Import and register a plugin; loading it again does nothing.
 
-        :raises PluginError: not installed, declared twice, not importable, an unknown hook, a wrong class.
+        :raises PluginError: not installed, declared twice, not importable, or as `register`.
         """
         if name in self._loaded:
             return
@@ -76,11 +93,30 @@ class Plugins:
                 why=f"{type(error).__name__}: {error}",
                 fix=f"install what it needs, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
             ) from error
-        self._register(name, plugin, origin)
+        self.register(name, plugin, origin)
 
     def register(self, name: str, plugin: object, origin: str = "this program") -> None:
-        """Register a plugin object without an entry point (built in, or in tests)."""
-        self._register(name, plugin, origin)
+        """Register a plugin: called by `load`, and for what has no entry point (built in, or in tests).
+
+        :param origin: the distribution that errors name.
+        :raises PluginError: an unknown hook, a wrong class, a name that is taken.
+        """
+        alone = _manager()  # calls the hooks of this plugin only; a refused plugin gets no events
+        try:
+            alone.register(plugin, name)
+            if name in self._loaded or self._manager.is_registered(plugin):
+                raise ValueError("it is registered already")
+        except (pluggy.PluginValidationError, ValueError) as error:
+            raise PluginError(
+                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
+            ) from error
+        _check_hooks(alone, name, plugin, origin)
+        hook = hooks.dispatcher_register_providers.__name__
+        self._collect(alone, hook, Provider, provider.API_VERSION, self._providers, origin)
+        hook = hooks.dispatcher_register_authenticators.__name__
+        self._collect(alone, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
+        self._manager.register(plugin, name)
+        self._loaded[name] = origin
 
     def provider(self, name: str) -> type[Provider]:
         """Return the provider class called `name`, its plugin loaded.
@@ -117,42 +153,18 @@ class Plugins:
             )
         return found[0]
 
-    def _register(self, name: str, plugin: object, origin: str) -> None:
-        try:
-            self._manager.register(plugin, name)
-        except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(
-                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
-            ) from error
-        try:
-            self._check_hooks(name, plugin, origin)
-            hook = hooks.dispatcher_register_providers.__name__
-            self._collect(plugin, hook, Provider, provider.API_VERSION, self._providers, origin)
-            hook = hooks.dispatcher_register_authenticators.__name__
-            self._collect(plugin, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
-        except PluginError:
-            self._manager.unregister(plugin)
-            raise
-        self._loaded[name] = origin
-
-    def _check_hooks(self, name: str, plugin: object, origin: str) -> None:
-        for caller in self._manager.get_hookcallers(plugin) or ():
-            if not caller.has_spec():
-                known = [hook for hook, other in vars(self._manager.hook).items() if other.has_spec()]
-                near = difflib.get_close_matches(caller.name, known, 1)
-                raise PluginError(
-                    f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
-                    fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
-                )
-
     def _collect(
-        self, plugin: object, hook: str, base: Any, version: int, into: dict[str, Any], origin: str
+        self,
+        manager: pluggy.PluginManager,
+        hook: str,
+        base: Any,
+        version: int,
+        into: dict[str, Any],
+        origin: str,
     ) -> None:
-        """Call a hook of this plugin alone and add the classes that it returns to `into`."""
-        others = [other for other in self._manager.get_plugins() if other is not plugin]
+        """Call a hook and add the classes that it returns to `into`."""
         try:
-            found = self._manager.subset_hook_caller(hook, remove_plugins=others)()
-            classes = [cls for returned in found for cls in returned]
+            classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
         except Exception as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:

@@ -1,6 +1,6 @@
-"""The tables of the configuration file: what may be set, its type, default and meaning.  Pure.
+"""The tables of the configuration file: keys, types, defaults and descriptions.
 
-The reference (docs/reference/configuration.md) is made from these descriptions.
+docs/reference/configuration.md is generated from them.
 """
 
 from __future__ import annotations
@@ -57,31 +57,44 @@ class ManagerConfig(Table):
     """``[manager]``"""
 
     listen: Addresses = Field(
-        default=[], description="TCP addresses with TLS, such as 0.0.0.0:4443; none by default"
+        default=[], description="TCP addresses for administration over TLS, such as 0.0.0.0:4443"
     )
-    state_dir: Path = Field(default_factory=defaults.state_dir, description="database, agents' data, logs")
+    state_dir: Path = Field(
+        default_factory=defaults.state_dir, description="directory of the database, agents' data and logs"
+    )
     run_dir: Path = Field(
-        default_factory=defaults.run_dir, description="sockets; short, as a path has under 108 bytes"
+        default_factory=defaults.run_dir,
+        description="directory of sockets; keep it short: the path of a socket has at most 107 bytes",
     )
-    database: str = Field(default="", description="SQLAlchemy URL; by default SQLite in state_dir")
-    tls_cert: Path | None = Field(default=None, description="for listen; self-signed on demand when absent")
-    tls_key: Path | None = Field(default=None, description="the key of tls_cert")
-    client_ca: Path | None = Field(default=None, description="certificates signed by it may administer over TLS")
-    token_file: Path | None = Field(default=None, description="tokens that may administer over TLS, one a line")
-    admin_group: str = Field(default="dispatcher-admin", description="group that may use manager.sock")
+    database: str = Field(default="", description="SQLAlchemy URL; by default an SQLite file in state_dir")
+    tls_cert: Path | None = Field(default=None, description="certificate for listen; by default self-signed")
+    tls_key: Path | None = Field(default=None, description="private key of tls_cert")
+    client_ca: Path | None = Field(
+        default=None, description="CA whose client certificates give administrative access over TLS"
+    )
+    token_file: Path | None = Field(
+        default=None, description="file of tokens for administrative access over TLS, one a line"
+    )
+    admin_group: str = Field(
+        default="dispatcher-admin", description="group with administrative access through manager.sock"
+    )
     proxy_group: str = Field(
-        default="dispatcher-proxy", description="group that may use proxy.sock and reach agents"
+        default="dispatcher-proxy", description="group with access to proxy.sock and to agents' sockets"
     )
-    uid_range: UidRange = Field(default=(200000, 265535), description="host user ids for agents, as root")
-    threads: Count = Field(default=48, ge=2, le=256, description="threads of the REST API")
-    provider_threads: Count = Field(default=32, ge=1, le=512, description="threads per provider")
+    uid_range: UidRange = Field(
+        default=(200000, 265535), description="first and last host user id for agents, when started as root"
+    )
+    threads: Count = Field(default=48, ge=2, le=256, description="maximum threads of the REST API")
+    provider_threads: Count = Field(default=32, ge=1, le=512, description="maximum threads of each provider")
     reconcile_interval: Duration = Field(
-        default=30.0, description="how often everything is compared with what should be"
+        default=30.0, description="interval at which actual and desired states are compared"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="the least that is logged, to standard error"
+        default="info", description="minimum level of log messages (written to standard error)"
     )
-    log_format: Literal["console", "json"] = Field(default="console", description="for people or for programs")
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="text, or one JSON object a line"
+    )
 
 
 class ProxyConfig(Table):
@@ -91,102 +104,133 @@ class ProxyConfig(Table):
         default=["127.0.0.1:8080"],
         description="HOST:PORT, [IPv6]:PORT, unix:/PATH, or systemd (socket activation)",
     )
-    tls_cert: Path | None = Field(default=None, description="PEM file, the chain included; HTTPS when set")
-    tls_key: Path | None = Field(default=None, description="the key of tls_cert")
-    redirect_listen: Addresses = Field(default=[], description="plain HTTP addresses that redirect to HTTPS")
-    hsts: MaybeDuration = Field(default=False, description="max-age of Strict-Transport-Security, with TLS")
-    workers: Count = Field(default=1, ge=1, le=256, description="processes, at most one a core")
-    user: str = Field(default="dispatcher-proxy", description="user to become when started as root")
+    tls_cert: Path | None = Field(default=None, description="PEM file with the certificate chain; enables HTTPS")
+    tls_key: Path | None = Field(default=None, description="private key of tls_cert")
+    redirect_listen: Addresses = Field(default=[], description="HTTP addresses that redirect to HTTPS")
+    hsts: MaybeDuration = Field(
+        default=False, description="max-age of Strict-Transport-Security; false: no such header"
+    )
+    workers: Count = Field(
+        default=1, ge=1, le=256, description="worker processes; one for each CPU core at most makes sense"
+    )
+    user: str = Field(default="dispatcher-proxy", description="user of the proxy when started as root")
     routing: Literal["session", "subdomain"] = Field(
-        default="session", description="one host for all, or AGENT.DOMAIN: an origin of its own for each agent"
+        default="session",
+        description="one host for all agents, or a subdomain (a separate origin) for each: AGENT.DOMAIN",
     )
-    prefix: str = Field(default="/auth", description="path of the portal")
-    public_url: Origin = Field(default="", description="as people see it, such as https://apps.example.org")
-    trusted_proxies: NetworkAddresses = Field(default=[], description="networks whose X-Forwarded-* are believed")
-    proxy_protocol: Flag = Field(default=False, description="expect PROXY protocol v2 on every connection")
-    feed_grace: Duration = Field(default=600.0, description="how long to serve what is known without the manager")
-    hold: Duration = Field(default=5.0, description="how long a request waits for an agent that wakes up")
-    access_log: str = Field(default="", description="file, or - for standard output; off when empty")
-    metrics_by_agent: Flag = Field(default=False, description="label metrics with the agent, not just the app")
-    head_bytes: Size = Field(default=65536, description="largest head of a request")
-    head_fields: Count = Field(default=100, ge=10, description="most header fields of a request")
-    head_timeout: Duration = Field(default=15.0, description="longest time for the head of a request to arrive")
-    idle_timeout: Duration = Field(default=75.0, description="of a kept-alive connection without a request")
-    body_timeout: Duration = Field(default=60.0, description="longest silence in the middle of a body")
-    upstream_timeout: Duration = Field(default=600.0, description="longest wait for an agent's answer to begin")
-    connections: Count = Field(default=20000, ge=16, description="per worker")
+    prefix: str = Field(default="/auth", description="URL path of the portal")
+    public_url: Origin = Field(default="", description="URL in the browser, such as https://apps.example.org")
+    trusted_proxies: NetworkAddresses = Field(
+        default=[], description="networks of front proxies whose X-Forwarded-* header fields are trusted"
+    )
+    proxy_protocol: Flag = Field(default=False, description="require PROXY protocol v2 on every connection")
+    feed_grace: Duration = Field(
+        default=600.0, description="how long running agents are served while the manager is unreachable"
+    )
+    hold: Duration = Field(default=5.0, description="how long a request waits for an agent that resumes")
+    access_log: str = Field(default="", description="path of a file, or - for standard output; empty: none")
+    metrics_by_agent: Flag = Field(default=False, description="label metrics with the agent as well as the app")
+    head_bytes: Size = Field(default=65536, description="maximum size of the request line and header fields")
+    head_fields: Count = Field(default=100, ge=10, description="maximum number of header fields of a request")
+    head_timeout: Duration = Field(
+        default=15.0, description="maximum time to receive the request line and header fields"
+    )
+    idle_timeout: Duration = Field(default=75.0, description="maximum idle time of a kept-alive connection")
+    body_timeout: Duration = Field(default=60.0, description="maximum pause within a request body")
+    upstream_timeout: Duration = Field(default=600.0, description="maximum time until an agent's response begins")
+    connections: Count = Field(default=20000, ge=16, description="maximum connections of a worker")
     connections_per_address: Count = Field(
-        default=2000, ge=1, description="per worker, IPv6 by the /64; loopback and trusted proxies are exempt"
+        default=2000,
+        ge=1,
+        description="maximum connections of a worker from one IPv4 address or IPv6 /64; not for loopback and "
+        "trusted proxies",
     )
-    in_flight_per_agent: Count = Field(default=1000, ge=1, description="per worker")
-    drain_timeout: Duration = Field(default=30.0, description="how long a stop waits for what is in flight")
+    in_flight_per_agent: Count = Field(
+        default=1000, ge=1, description="maximum concurrent requests of a worker to one agent"
+    )
+    drain_timeout: Duration = Field(
+        default=30.0, description="how long requests in progress may take when the proxy stops"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="the least that is logged, to standard error"
+        default="info", description="minimum level of log messages (written to standard error)"
     )
-    log_format: Literal["console", "json"] = Field(default="console", description="for people or for programs")
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="text, or one JSON object a line"
+    )
 
     @field_validator("prefix")
     @classmethod
     def _prefix(cls, value: str) -> str:
         if not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", value) or "/." in value:
-            raise ValueError("a path such as /auth: it begins with / and does not end with it")
+            raise ValueError("a path such as /auth, without a slash at the end")
         return value
 
 
 class AuthConfig(Table):
-    """``[auth]``; tables below it belong to the authenticator of that name."""
+    """``[auth]``; its tables belong to the authenticators of that name."""
 
     model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
 
-    authenticator: str = Field(default="local", description="who checks passwords: local, or a plugin's name")
-    session_lifetime: Duration = Field(default=7 * 86400.0, description="a session ends then, used or not")
-    session_idle: Duration = Field(default=86400.0, description="a session ends after that long without a request")
-    hash_workers: Count = Field(default=2, ge=1, le=64, description="password checks at the same time")
-    hash_queue: Count = Field(default=64, ge=1, description="password checks that may wait; more get 429")
+    authenticator: str = Field(
+        default="local", description="what verifies passwords: local, or the name of a plugin"
+    )
+    session_lifetime: Duration = Field(default=7 * 86400.0, description="maximum lifetime of a session")
+    session_idle: Duration = Field(default=86400.0, description="maximum time of a session without a request")
+    hash_workers: Count = Field(default=2, ge=1, le=64, description="maximum concurrent password checks")
+    hash_queue: Count = Field(
+        default=64, ge=1, description="maximum queued password checks; further sign-ins get 429"
+    )
 
 
 class AppDefaults(Table):
-    """What ``[defaults]`` may set for every app and an app may override."""
+    """``[defaults]``: values for every app, which an app can override."""
 
-    provider: str = Field(default="subprocess", description="the plugin that isolates the agents")
-    memory: Size | None = Field(default=None, description="most memory of one agent")
-    swap: Size | None = Field(default=None, description="most swap, beyond memory")
-    cpus: Number | None = Field(default=None, gt=0, description="cores, 0.5 for half of one")
-    pids: Count | None = Field(default=None, ge=1, description="most processes and threads")
-    disk: Size | None = Field(default=None, description="most data")
+    provider: str = Field(default="subprocess", description="name of the provider that isolates the agents")
+    memory: Size | None = Field(default=None, description="maximum memory of an agent")
+    swap: Size | None = Field(default=None, description="maximum swap space, in addition to memory")
+    cpus: Number | None = Field(default=None, gt=0, description="maximum CPU cores; 0.5 is half a core")
+    pids: Count | None = Field(default=None, ge=1, description="maximum number of processes and threads")
+    disk: Size | None = Field(default=None, description="maximum size of the data")
     network: Network = Field(
         default=Network.NONE,
-        description="nothing, the outside but nothing of this host, or all that the host reaches",
+        description="access to no network, to other hosts only, or to everything that this host reaches",
     )
     environment: Environment = Field(
-        default={}, description="variables of the app; an app's are added to the defaults'"
+        default={}, description="environment variables; those of an app are added to the defaults"
     )
-    health: UrlPath = Field(default="/", description="path that answers below 500 when the app is ready")
-    prepare_timeout: Duration = Field(
-        default=3600.0, description="for pulling or building what the app starts from"
+    health: UrlPath = Field(
+        default="/", description="URL path that returns a status below 500 when the app is ready"
     )
-    start_timeout: Duration = Field(default=60.0, description="from start to ready")
-    stop_grace: Duration = Field(default=10.0, description="from the polite to the forced end")
-    idle_timeout: MaybeDuration = Field(default=1800.0, description="without use; false for never")
+    prepare_timeout: Duration = Field(default=3600.0, description="maximum time to pull or build an image")
+    start_timeout: Duration = Field(default=60.0, description="maximum time from start to ready")
+    stop_grace: Duration = Field(default=10.0, description="time between the request to stop and the forced stop")
+    idle_timeout: MaybeDuration = Field(
+        default=1800.0, description="time without use until `idle_action`; false: never"
+    )
     idle_action: Literal["suspend", "hibernate", "stop"] = Field(
-        default="suspend", description="what happens to an idle agent; stop, where the provider cannot do better"
+        default="suspend", description="action on an idle agent; `stop` where the provider does not support it"
     )
-    idle_stop: MaybeDuration = Field(default=False, description="a sleeping agent is stopped after that long")
+    idle_stop: MaybeDuration = Field(
+        default=False, description="time until a suspended agent is stopped; false: never"
+    )
     busy_grace: MaybeDuration = Field(
-        default=False, description="CPU use keeps an idle agent up for that long at most"
+        default=False, description="maximum time that CPU use keeps an idle agent running"
     )
-    max_restarts: Count = Field(default=5, ge=0, description="within ten minutes, then the agent is failed")
+    max_restarts: Count = Field(
+        default=5, ge=0, description="maximum restarts within ten minutes; after more the agent has failed"
+    )
     credentials: Literal["none", "stdin"] = Field(
-        default="none", description="stdin: the app gets the login's name and password on its standard input"
+        default="none",
+        description="stdin: the app receives the name and password of the sign-in on its standard input",
     )
 
 
 class AppConfig(AppDefaults):
-    """``[apps.NAME]``; the tables below it belong to the providers of that name."""
+    """``[apps.NAME]``; its other tables belong to the providers of that name."""
 
     model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
 
-    title: str = Field(default="", description="as people see it; the name when empty")
+    title: str = Field(default="", description="title in the portal; by default the name")
     secrets: Secrets = Field(
         default={},
         description='`NAME = "/path/of/file"` or `NAME = "env:VARIABLE"`: read by the manager when an agent '
@@ -194,5 +238,5 @@ class AppConfig(AppDefaults):
     )
 
     def provider_table(self, provider: str) -> dict[str, Any]:
-        """Return ``[apps.NAME.PROVIDER]`` as written."""
+        """Return ``[apps.NAME.PROVIDER]``, not validated."""
         return dict((self.model_extra or {}).get(provider, {}))

@@ -1,7 +1,7 @@
-"""The authenticator contract, version 1.  Pure declaration: plugins subclass `Authenticator`.
+"""The authenticator contract, version 1: plugins subclass `Authenticator`.
 
-An authenticator says whether a password belongs to a name.  Sessions, throttling and the users' list are
-the core's.  The built-in `local` keeps argon2id hashes in the store.
+An authenticator verifies names and passwords.  The core has the sessions, rate limits and the list of users.  The
+built-in `local` keeps argon2id hashes in the database.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ API_VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """Who signed in.
+    """The user who signed in.
 
-    :ivar user: the name as the directory spells it; the core brings it into canonical form.
+    :ivar user: the name in the directory's spelling; the core converts it to canonical form.
     """
 
     user: str
@@ -36,20 +36,20 @@ class Authenticator(ABC):
     Options: ClassVar[type[BaseModel]]
 
     def __init__(self, *, options: BaseModel) -> None:
-        """Keep the options.  Must not connect anywhere."""
+        """Keep the options.  Must not open connections."""
         self.options = options
 
     @abstractmethod
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
-        """Return who `name` is when the password is right, else None; takes alike long for unknown names.
+        """Return the identity of `name`, or None for a wrong password; takes the same time for an unknown name.
 
-        :raises Unavailable: the directory cannot be asked.
+        :raises Unavailable: the directory does not answer.
         """
 
     def set_password(self, name: str, password: str, *, deadline: Deadline) -> None:
-        """Change the password, where the authenticator keeps it.
+        """Change the password, if the authenticator stores it.
 
-        :raises Unsupported: passwords are kept elsewhere; the error says where.
+        :raises Unsupported: passwords are kept elsewhere; the error names the place.
         """
         from dispatcher.plugin.errors import Unsupported
 

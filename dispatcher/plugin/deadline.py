@@ -1,4 +1,4 @@
-"""Time that does not jump.  Touches the kernel's clocks only.
+"""Deadlines and clocks that do not jump.
 
 Timers use `CLOCK_BOOTTIME` (it counts suspended time and ignores changes of the wall clock).  Where a
 point in time must survive a restart, `SteadyWallClock` gives Unix time that advances with the boot clock.

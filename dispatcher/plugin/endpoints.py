@@ -1,8 +1,8 @@
-"""Opening an agent's endpoint without trusting the agent.  Touches sockets and /proc/self/fd.
+"""Connects to an agent's endpoint without trusting the agent.
 
-A Unix endpoint lies in a directory that its agent may write to.  It is opened with ``O_PATH | O_NOFOLLOW``,
-checked to be a socket of the agent's user, and connected through ``/proc/self/fd/N``: an agent that swaps its
-socket for a link to somebody else's gains nothing, as what was checked is what is connected.
+An agent can write to the directory of its Unix endpoint.  The endpoint is opened with ``O_PATH | O_NOFOLLOW``,
+verified to be a socket of the agent's user, and connected through ``/proc/self/fd/N``.  The verified file is
+the one that is connected, so replacing the socket by a link to another one has no effect.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def checked_unix_path(path: str, owner_uid: int | None) -> Iterator[str]:
     """Yield a path under ``/proc/self/fd`` that names the checked socket, valid inside the block.
 
     :raises FileNotFoundError: there is nothing at `path`.
-    :raises InsecureEndpoint: a symbolic link, no socket, or of another owner than `owner_uid` (None: any).
+    :raises InsecureEndpoint: a symbolic link, not a socket, or not owned by `owner_uid` (None: any owner).
     """
     parent = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -38,7 +38,7 @@ def checked_unix_path(path: str, owner_uid: int | None) -> Iterator[str]:
             )
         if owner_uid is not None and status.st_uid != owner_uid:
             raise InsecureEndpoint(
-                "The agent's endpoint belongs to somebody else",
+                "The agent's endpoint belongs to another user",
                 why=f"{path} has owner {status.st_uid}, not {owner_uid}",
             )
         yield f"/proc/self/fd/{fd}"
@@ -49,7 +49,7 @@ def checked_unix_path(path: str, owner_uid: int | None) -> Iterator[str]:
 def connect(endpoint: Endpoint, owner_uid: int | None, timeout: float) -> socket.socket:
     """Return a connected socket with `timeout` seconds set.
 
-    :raises OSError: nobody listens there (FileNotFoundError, ConnectionRefusedError, TimeoutError, ...).
+    :raises OSError: no process listens there (FileNotFoundError, ConnectionRefusedError, TimeoutError, ...).
     :raises InsecureEndpoint: as `checked_unix_path`.
     """
     if endpoint.kind == "unix":

@@ -1,8 +1,8 @@
-"""The one error tree of the project.  Touches nothing; everything may import it.
+"""The errors of the project, in one tree.
 
-Every error carries three sentences for the person who reads it: *what* happened, *why*, and what to
-do next (*fix*).  `status` is the HTTP status of the REST API (RFC 9110), `code` the machine-readable
-slug of its problem details (RFC 9457), `exit_code` what the command line ends with.
+Every error has three texts: *what* happened, *why*, and what to do next (*fix*).  `status` is the HTTP status
+of the REST API (RFC 9110), `code` the machine-readable slug of its problem details (RFC 9457), `exit_code` the
+exit code of the command line.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 
 class DispatcherError(Exception):
-    """Root of all errors raised on purpose.
+    """Base class of all errors that the project raises.
 
     :param what: what happened, one sentence without a full stop.
     :param why: the cause, if known.
     :param fix: what the reader can do next.
-    :param retry_after: seconds after which trying again makes sense.
+    :param retry_after: seconds until a retry makes sense.
     :param details: JSON-serialisable extra members for the problem document.
     """
 
@@ -57,7 +57,7 @@ class BadRequest(DispatcherError):
 
 
 class ConfigError(BadRequest):
-    """The configuration is wrong.  Names the key's full path, what was found and what was expected."""
+    """The configuration is invalid.  Names the key's full path, the value found and the value expected."""
 
     code = "bad-configuration"
 
@@ -69,13 +69,13 @@ class PluginError(ConfigError):
 
 
 class Unauthorized(DispatcherError):
-    """Over TCP, without a token or certificate that is known."""
+    """A request over TCP has no valid token or certificate."""
 
     code, status = "unauthorized", 401
 
 
 class Forbidden(DispatcherError):
-    """Wrong password, dead session, or a role that may not do this."""
+    """Wrong password, ended session, or a role without this right."""
 
     code, status = "forbidden", 403
 
@@ -87,7 +87,7 @@ class NotFound(DispatcherError):
 
 
 class Conflict(DispatcherError):
-    """The request contradicts what exists or what is being done now."""
+    """The request contradicts what exists or is in progress."""
 
     code, status, exit_code = "conflict", 409, 4
 
@@ -99,7 +99,7 @@ class SpecConflict(Conflict):
 
 
 class TooManyRequests(DispatcherError):
-    """Slowed down on purpose; `retry_after` says until when."""
+    """Rate limit; `retry_after` is the time until the next attempt."""
 
     code, status = "too-many-requests", 429
 
@@ -111,13 +111,13 @@ class Unsupported(DispatcherError):
 
 
 class Cancelled(DispatcherError):
-    """The operation was cancelled by a newer intent."""
+    """A newer command cancelled the operation."""
 
     code, status, exit_code = "cancelled", 409, 4
 
 
 class Unavailable(DispatcherError):
-    """A backend (or the manager) cannot be asked now.  Says nothing about the agents' state."""
+    """A backend (or the manager) does not answer now.  The state of its agents is unknown."""
 
     code, status = "unavailable", 503
 
@@ -135,7 +135,7 @@ class ManagerUnreachable(Unavailable):
 
 
 class ProviderError(DispatcherError):
-    """The backend answered, and refused or failed: image missing, no space, no permission, ..."""
+    """The backend refused or failed: image missing, no space, no permission, ..."""
 
     code, status = "provider-error", 502
 
@@ -147,6 +147,6 @@ class StartFailed(ProviderError):
 
 
 class InsecureEndpoint(ProviderError):
-    """An endpoint is not what the agent may offer: a link, another owner's socket, another's port."""
+    """An endpoint is not the agent's own: a link, a socket of another owner, another agent's port."""
 
     code = "insecure-endpoint"

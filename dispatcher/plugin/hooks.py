@@ -1,4 +1,4 @@
-"""Every pluggy hook there is.  Plugins implement them; behaviour lives in the classes they return."""
+"""All pluggy hooks.  Plugins implement them; behaviour lives in the classes that they return."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def dispatcher_register_authenticators() -> Iterable[type[Authenticator]]:
 
 @hookspec
 def dispatcher_agent_event(event: AgentEvent) -> None:
-    """Observe something that happened to an agent.  Exceptions are logged and contained.
+    """Observe something that happened to an agent.  Exceptions are logged.
 
-    Called in a thread of its own, in order; a slow observer never delays the manager.
+    Called in order, in a separate thread: a slow observer does not delay the manager.
 
     :param event: what happened.
 

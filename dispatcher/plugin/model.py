@@ -1,7 +1,7 @@
-"""The values that the core and the providers exchange.  Pure: frozen dataclasses, no I/O.
+"""Values that the core and the providers exchange: frozen dataclasses.
 
-A spec says what an agent must be, a handle where it is, an observation how it is.  Everything that is
-stored or sent has a JSON form with a version.
+A spec describes an agent as it must be, a handle identifies it on its backend, an observation reports its state.
+Stored values have a JSON form with a version.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HANDLE_VERSION = 1
 
 
 class Isolation(enum.IntEnum):
-    """How strong the wall around an agent is; ordered."""
+    """Strength of the isolation of agents; ordered."""
 
     PROCESS = 1
     CONTAINER = 2
@@ -31,7 +31,7 @@ class Isolation(enum.IntEnum):
 
 
 class Capability(str, enum.Enum):
-    """What a provider can do beyond the core of the contract.  An undeclared one raises `Unsupported`."""
+    """Optional features of a provider.  A method of an undeclared one raises `Unsupported`."""
 
     SUSPEND = "suspend"  # keep the agent in RAM, frozen
     HIBERNATE = "hibernate"  # keep the agent's memory on disk
@@ -43,7 +43,7 @@ class Capability(str, enum.Enum):
     DISK_LIMIT = "disk-limit"
     EVENTS = "events"  # `watch` reports changes
     OWN_DATA = "own-data"  # data is not the canonical directory: `export_data` and `import_data` work
-    CREDENTIALS = "credentials"  # hands the login's credentials to the app on its standard input
+    CREDENTIALS = "credentials"  # passes the credentials of the sign-in to the app on its standard input
     NETWORK_NONE = "network-none"
     NETWORK_PRIVATE = "network-private"
     NETWORK_HOST = "network-host"
@@ -57,7 +57,7 @@ class Depth(str, enum.Enum):
 
 
 class Network(str, enum.Enum):
-    """What an agent can reach: nothing, the outside but nothing of this host, or all that the host reaches."""
+    """Network access of an agent: none, other hosts only, or everything that this host reaches."""
 
     NONE = "none"
     PRIVATE = "private"
@@ -65,14 +65,14 @@ class Network(str, enum.Enum):
 
 
 class BackendState(str, enum.Enum):
-    """What a backend says of an agent."""
+    """State of an agent on its backend."""
 
     ABSENT = "absent"  # does not exist
     STARTING = "starting"  # exists, not yet able to listen
-    RUNNING = "running"  # executes; readiness is the core's health check, not this
+    RUNNING = "running"  # executes; the core's health check decides whether it is ready
     SUSPENDED = "suspended"
     HIBERNATED = "hibernated"
-    STOPPED = "stopped"  # exists, does not execute; `exit_reason` says why when it ended by itself
+    STOPPED = "stopped"  # exists, does not execute; `exit_reason` is set when it ended by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class App:
-    """A template for agents, as a provider gets it: validated, the provider's own options included.
+    """A template for agents: validated, with the provider's own options.
 
     `options` is an instance of the provider's `AppOptions`.
     """
@@ -160,7 +160,7 @@ class App:
     _known: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return what, when changed, makes a running agent *outdated*; JSON-serialisable, without secrets."""
+        """Return the values whose change makes a running agent *outdated*; JSON-serialisable, without secrets."""
         return {
             "app": self.name,
             "provider": self.provider,
@@ -173,7 +173,7 @@ class App:
 
     @property
     def fingerprint_text(self) -> str:
-        """The fingerprint as JSON, made once: many agents of an app start at the same time."""
+        """The fingerprint as JSON, cached: many agents of an app can start at the same time."""
         if not self._known:
             self._known.append(json.dumps(self.fingerprint(), sort_keys=True, default=str))
         return self._known[0]
@@ -181,16 +181,16 @@ class App:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSpec:
-    """What an agent must be.  Directories exist before a provider sees them.
+    """Specification of an agent.  Its directories exist before a provider gets it.
 
     :ivar installation: 8 hexadecimal digits; two installations never share one.
     :ivar agent: canonical agent name; :ivar user: canonical name of its user.
     :ivar uid: host user id of the agent alone; :ivar gid: its group; :ivar proxy_gid: the proxy's group.
     :ivar data_dir: canonical data, owned by `uid`; :ivar run_dir: ``2710 uid:proxy_gid``, short path, for
         sockets (use `socket`); :ivar log_dir: owned by the manager, for the provider's log files.
-    :ivar secrets: values that the app gets as files in memory or on standard input, never in argv, labels
-        or environment of the backend; not part of the hash.
-    :ivar stdin: the login's credentials for apps with ``credentials = "stdin"``; not part of the hash.
+    :ivar secrets: values that the app gets as files in memory, never in arguments, labels or environment
+        of the backend; not part of the hash.
+    :ivar stdin: credentials of the sign-in for apps with ``credentials = "stdin"``; not part of the hash.
     """
 
     installation: str
@@ -218,7 +218,7 @@ class AgentSpec:
 
     @property
     def hash(self) -> str:
-        """SHA-256 over everything that defines the agent, secrets left out."""
+        """SHA-256 over everything that defines the agent, without secrets."""
         body = [
             self.installation,
             self.agent,
@@ -234,7 +234,7 @@ class AgentSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handle:
-    """Where an agent is on its backend.  JSON with a version: enough to adopt it after a restart.
+    """Identifies an agent on its backend.  JSON with a version: enough to adopt it after a restart.
 
     :ivar name: the agent's backend name, unique on the backend; :ivar data: the provider's own, JSON.
     """
@@ -274,11 +274,11 @@ class Handle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """How an agent was when its backend was asked.
+    """State of an agent at the time of a call.
 
     :ivar endpoint: where it listens or will listen, when known; :ivar owner_uid: host user id that must own
-        a Unix endpoint's socket, None where the provider vouches otherwise.
-    :ivar started_at: Unix time in seconds of the last start, None where `list` cannot tell.
+        a Unix endpoint's socket, None where the provider guarantees it otherwise.
+    :ivar started_at: Unix time in seconds of the last start, None where `list` does not know it.
     :ivar spec_hash: hash of the spec it was made from.
     :ivar exit_reason: why it ended by itself ("exit code 1", "killed by signal 9", "out of memory"), or "".
     :ivar detail: one more sentence for an operator.
@@ -295,7 +295,7 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an agent uses now."""
+    """Resources that an agent uses now."""
 
     memory: int | None = None  # bytes
     cpu_seconds: float | None = None  # since its start
@@ -303,7 +303,7 @@ class Usage:
 
 
 class Level(str, enum.Enum):
-    """Weight of a finding."""
+    """Severity of a finding."""
 
     OK = "ok"
     INFO = "info"
@@ -313,7 +313,7 @@ class Level(str, enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One sentence of `providers check` or `doctor`: what is so, and what to do about it."""
+    """One result of `providers check` or `doctor`: a fact, and what to do about it."""
 
     level: Level
     what: str

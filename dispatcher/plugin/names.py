@@ -1,8 +1,8 @@
-"""Names: what is legal, how they compare, and the collision-free forms that backends get.  Pure.
+"""Names: rules, canonical form, and collision-free identifiers for backends.
 
-A user's name may be an e-mail address.  Names compare case-insensitively: they are stored as NFKC and
-case-folded, so that `Alice` and `alice` are one person and no two names look alike to the store.
-Backends never see a raw name as an identifier, only `SLUG-HASH`, which is legal everywhere.
+A user's name may be an e-mail address.  Names are case-insensitive: they are stored case-folded, in Unicode
+normal form NFKC, so `Alice` and `alice` are one person.  Identifiers on backends are `SLUG-HASH`, which is
+legal everywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dispatcher.plugin.errors import BadRequest
 MAX_NAME = 255
 SLUG_LENGTH = 20
 HASH_LENGTH = 12
-_REMEMBERED = 16384  # agents whose keys are not computed again for every look at them
+_REMEMBERED = 16384  # agents whose keys are cached
 _PUNCTUATION = frozenset("._-@+")
 _APP = re.compile(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?")
 
@@ -45,7 +45,7 @@ def user_name(raw: str) -> str:
                 fix="use letters, digits and . _ - @ + (an e-mail address is fine)",
             )
     if ".." in name:
-        raise BadRequest(f"Bad name {printable(raw)}", why="it holds two dots in a row", fix="choose another name")
+        raise BadRequest(f"Bad name {printable(raw)}", why="it has two dots in a row", fix="choose another name")
     return name
 
 
@@ -95,7 +95,7 @@ def backend_name(installation: str, name: str) -> str:
 
 
 def printable(text: object, limit: int = 80) -> str:
-    """Return `text` quoted, with every control character escaped, cut to `limit` characters: safe in a log."""
+    """Return `text` quoted, with every control character escaped, cut to `limit` characters: safe for logs."""
     shown = repr(text if isinstance(text, str) else str(text)[: limit * 2])
     return shown if len(shown) <= limit else shown[: limit - 2] + "…'"
 

@@ -1,7 +1,4 @@
-"""The types of settings: tables, durations, sizes, addresses.  Pure.
-
-The configuration is made of them, and a plugin's `Options` and `AppOptions` may be: public, as the contracts are.
-"""
+"""Types for the configuration and for the options of plugins: tables, durations, sizes, addresses."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ class Table(BaseModel):
 def duration(value: object) -> float:
     """Return seconds for ``"30m"``, ``"1h30m"``, ``"500ms"`` or a number of seconds.
 
-    :raises ValueError: it is none, or negative.
+    :raises ValueError: not a duration, or negative.
     """
     expected = 'a duration such as "90s", "30m" or "1h30m"'
     if isinstance(value, str):
@@ -51,7 +48,7 @@ def duration(value: object) -> float:
 def size(value: object) -> int:
     """Return bytes for ``"512M"``, ``"1.5G"`` or a number of bytes.  Powers of 1024.
 
-    :raises ValueError: it is none, or not above zero.
+    :raises ValueError: not a size, or not above zero.
     """
     expected = 'a size such as "512M" or "2G"'
     if isinstance(value, str):
@@ -67,7 +64,7 @@ def size(value: object) -> int:
 def address(value: str) -> str:
     """Return where to listen: ``HOST:PORT``, ``[IPv6]:PORT``, ``unix:/PATH`` or ``systemd``.
 
-    :raises ValueError: it is none of these.
+    :raises ValueError: another form.
     """
     host, colon, port = value.rpartition(":")
     if value == "systemd" or (value.startswith("unix:/") and "\0" not in value):
@@ -100,7 +97,7 @@ def takes_ipv4(address: str, beside: Iterable[str]) -> bool:
 def network(value: str) -> str:
     """Return a network such as ``10.0.0.0/8``, an address, or ``unix`` for peers on Unix sockets.
 
-    :raises ValueError: it is none of these.
+    :raises ValueError: another form.
     """
     if value == "unix":
         return value
@@ -114,7 +111,7 @@ def network(value: str) -> str:
 def origin(value: str) -> str:
     """Return ``http://HOST[:PORT]`` or ``https://HOST[:PORT]`` (or nothing), without a slash at the end.
 
-    :raises ValueError: it is no origin.
+    :raises ValueError: not an origin.
     """
     expected = "an address such as https://apps.example.org, without a path"
     if not value:
@@ -170,7 +167,7 @@ def _can_be_variable(name: str, content: str) -> bool:
 def variable(value: str) -> str:
     """Return the name of an environment variable.
 
-    :raises ValueError: it is none.
+    :raises ValueError: not a legal name.
     """
     if not _VARIABLE.fullmatch(value):
         raise ValueError("the name of a variable")
@@ -218,7 +215,7 @@ def uid_range(value: tuple[int, int]) -> tuple[int, int]:
 
 
 def _one_or_more(value: Any) -> Any:
-    """Take a single text for a list of one, as everybody writes it who has one."""
+    """Return a list; a single text becomes a list with one item."""
     return [value] if isinstance(value, str) else value
 
 

@@ -1,8 +1,7 @@
-"""Directories of one's own where everybody may write, such as /dev/shm: nobody's trap is used or even touched.
+"""Private directories in a place where every user can write, such as /dev/shm.
 
-Somebody else may take a name before it is needed: with a directory, or with a link to a place where the names that
-are looked for exist and belong to others.  So a directory counts only if it is none of that, and where the plain
-name is taken, one with a random ending is made beside it.  Touches the file system.
+Another user can take a name first, with a directory or a link.  So a directory is used only if it belongs to this
+user and is not a link; where the plain name is taken, a directory with a random suffix is made.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ _log = logging.getLogger("dispatcher.plugin.private_dir")
 
 
 def owned(parent: Path, stem: str) -> list[Path]:
-    """Return this user's directories called `stem`, or `stem-` and a random ending; the plain one first.
+    """Return this user's directories called `stem`, or `stem-` and a random suffix; the plain one first.
 
-    :param parent: where others can neither rename nor remove what is not theirs (it is sticky, or this user's).
+    :param parent: a directory that is sticky or belongs to this user, so that others cannot rename its entries.
     """
     candidates = [parent / stem, *sorted(parent.glob(f"{stem}-*"))]
     return [path for path in candidates if _is_own(path)]
@@ -40,7 +39,7 @@ def make_owned(parent: Path, stem: str, mode: int) -> Path:
                 path.mkdir(mode=0o700)
             except FileExistsError:
                 path = Path(tempfile.mkdtemp(prefix=f"{stem}-", dir=parent))
-                _log.warning("somebody else made %s, using %s", parent / stem, path)
+                _log.warning("another user made %s, using %s", parent / stem, path)
         if stat.S_IMODE(path.lstat().st_mode) != mode:
             path.chmod(mode)
     except OSError as error:

@@ -1,15 +1,12 @@
-"""Calling a provider with suspicion.  Touches nothing but the provider that it is given.
-
-`Driver` has the provider's methods with deadlines filled in.  Each call is judged: only errors of the
-project's tree may come out, in time, and what is returned has the promised type.
-"""
+"""Calls a provider and checks each call: errors of the public tree only, in time, values of the promised types."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -17,7 +14,6 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError
 from dispatcher.plugin.model import (
     AgentSpec,
-    App,
     BackendState,
     Capability,
     Depth,
@@ -26,9 +22,20 @@ from dispatcher.plugin.model import (
     Observation,
     Usage,
 )
-from dispatcher.plugin.provider import Closeable, Progress, Provider, no_progress
+from dispatcher.plugin.provider import Provider, no_progress
 
-_T = TypeVar("_T")
+METHODS = {
+    name: inspect.signature(method).parameters for name, method in vars(Provider).items() if callable(method)
+}
+#: Arguments of the contract that a check can leave out.
+DEFAULTS: dict[str, Any] = {
+    "grace": 0.2,
+    "data": True,
+    "depth": Depth.RAM,
+    "tail": 100,
+    "follow": False,
+    "progress": no_progress,
+}
 
 
 def expect(condition: object, advice: str) -> None:
@@ -39,7 +46,10 @@ def expect(condition: object, advice: str) -> None:
 
 
 class Driver:
-    """A provider under test.
+    """A provider under test: has the methods of `Provider`, each call checked.
+
+    Instead of `deadline` the methods take `seconds`, by default `patience`; the arguments in `DEFAULTS` are
+    optional.  `list` returns a dictionary by agent, `logs` a list.
 
     :param provider: the real one; :param patience: seconds that a long call may take; :param slack: seconds
         that a call may take past its deadline.
@@ -64,29 +74,14 @@ class Driver:
         """Whether the provider declares `capability`."""
         return capability in self.provider.capabilities
 
-    def check(self, *, seconds: float | None = None) -> None:
-        """`Provider.check`."""
-        self._call("check", lambda by: self.provider.check(deadline=by), seconds)
-
-    def prepare(self, app: App, *, seconds: float | None = None, progress: Progress = no_progress) -> None:
-        """`Provider.prepare`."""
-        self._call("prepare", lambda by: self.provider.prepare(app, deadline=by, progress=progress), seconds)
-
-    def handle(self, spec: AgentSpec) -> Handle:
-        """`Provider.handle`."""
-        handle = self._call("handle", lambda _: self.provider.handle(spec), 1.0)
-        return self._handle("handle", handle)
-
-    def ensure(self, spec: AgentSpec, *, seconds: float | None = None, progress: Progress = no_progress) -> Handle:
-        """`Provider.ensure`."""
-        handle = self._call(
-            "ensure", lambda by: self.provider.ensure(spec, deadline=by, progress=progress), seconds
-        )
-        return self._handle("ensure", handle)
+    def state(self, handle: Handle) -> BackendState:
+        """Return the state that `observe` reports."""
+        seen: Observation = self.observe(handle)
+        return seen.state
 
     def ensure_doomed(self, spec: AgentSpec) -> Handle:
         """Start an app that ends at once: `ensure` returns, or raises `ProviderError`."""
-        handle = self.handle(spec)
+        handle: Handle = self.handle(spec)
         try:
             self.ensure(spec)
         except DispatcherError as error:
@@ -96,131 +91,24 @@ class Driver:
             )
         return handle
 
-    def observe(self, handle: Handle, *, seconds: float | None = None) -> Observation:
-        """`Provider.observe`."""
-        seen = self._call("observe", lambda by: self.provider.observe(handle, deadline=by), seconds)
-        return self._observation("observe", seen)
+    def __getattr__(self, method: str) -> Callable[..., Any]:
+        """Return a method of the provider, its calls checked."""
+        if method.startswith("_") or method not in METHODS:
+            raise AttributeError(method)
+        return functools.partial(self._call, method)
 
-    def state(self, handle: Handle) -> BackendState:
-        """The state that `observe` tells."""
-        return self.observe(handle).state
-
-    def stop(
-        self,
-        handle: Handle,
-        *,
-        grace: float = 0.2,
-        seconds: float | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        """`Provider.stop`."""
-        self._call(
-            "stop",
-            lambda by: self.provider.stop(handle, grace=grace, deadline=by, progress=progress),
-            seconds,
-        )
-
-    def destroy(
-        self,
-        handle: Handle,
-        *,
-        data: bool = True,
-        seconds: float | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        """`Provider.destroy`."""
-        self._call(
-            "destroy",
-            lambda by: self.provider.destroy(handle, data=data, deadline=by, progress=progress),
-            seconds,
-        )
-
-    def list(self, *, seconds: float | None = None) -> dict[str, tuple[Handle, Observation]]:
-        """`Provider.list`, by agent."""
-        found = self._call("list", lambda by: list(self.provider.list(deadline=by)), seconds)
-        agents: dict[str, tuple[Handle, Observation]] = {}
-        for item in found:
-            expect(
-                isinstance(item, tuple) and len(item) == 2,
-                f"list() must yield pairs of Handle and Observation, not {item!r}",
-            )
-            handle, seen = item
-            self._handle("list", handle)
-            self._observation("list", seen)
-            expect(handle.agent not in agents, f"list() yields the agent {handle.agent!r} twice; yield it once")
-            agents[handle.agent] = (handle, seen)
-        return agents
-
-    def suspend(
-        self,
-        handle: Handle,
-        *,
-        depth: Depth = Depth.RAM,
-        seconds: float | None = None,
-        progress: Progress = no_progress,
-    ) -> None:
-        """`Provider.suspend`."""
-        self._call(
-            "suspend",
-            lambda by: self.provider.suspend(handle, depth=depth, deadline=by, progress=progress),
-            seconds,
-        )
-
-    def resume(self, handle: Handle, *, seconds: float | None = None, progress: Progress = no_progress) -> None:
-        """`Provider.resume`."""
-        self._call("resume", lambda by: self.provider.resume(handle, deadline=by, progress=progress), seconds)
-
-    def logs(
-        self, handle: Handle, *, tail: int = 100, follow: bool = False, seconds: float | None = None
-    ) -> Sequence[bytes]:
-        """`Provider.logs`, read to its end."""
-
-        def read(by: Deadline) -> Sequence[bytes]:
-            return [*self.provider.logs(handle, tail=tail, follow=follow, deadline=by)]
-
-        lines = self._call("logs", read, seconds)
-        for line in lines:
-            expect(isinstance(line, bytes), f"logs() must yield bytes, not {type(line).__name__}")
-            expect(not line.endswith(b"\n"), "logs() must yield lines without their end: strip the newline")
-        return lines
-
-    def usage(self, handles: Sequence[Handle], *, seconds: float | None = None) -> Mapping[str, Usage]:
-        """`Provider.usage`."""
-        found = self._call("usage", lambda by: self.provider.usage(handles, deadline=by), seconds)
-        known = {handle.name for handle in handles}
-        for name, usage in found.items():
-            expect(
-                name in known and isinstance(usage, Usage),
-                f"usage() must map Handle.name to Usage, not {name!r} to {usage!r}",
-            )
-        return found
-
-    def watch(self, on_change: Callable[[str], None]) -> Closeable:
-        """`Provider.watch`."""
-        return self._call("watch", lambda _: self.provider.watch(on_change), None)
-
-    def export_data(self, handle: Handle, directory: Path, *, seconds: float | None = None) -> None:
-        """`Provider.export_data`."""
-        self._call(
-            "export_data",
-            lambda by: self.provider.export_data(handle, directory, deadline=by, progress=no_progress),
-            seconds,
-        )
-
-    def import_data(self, handle: Handle, directory: Path, *, seconds: float | None = None) -> None:
-        """`Provider.import_data`."""
-        self._call(
-            "import_data",
-            lambda by: self.provider.import_data(handle, directory, deadline=by, progress=no_progress),
-            seconds,
-        )
-
-    def _call(self, method: str, call: Callable[[Deadline], _T], seconds: float | None) -> _T:
+    def _call(self, method: str, *arguments: Any, seconds: float | None = None, **chosen: Any) -> Any:
         __tracebackhide__ = True
-        allowed = self.patience if seconds is None else seconds
+        wanted = METHODS[method]
+        allowed = seconds if seconds is not None else 1.0 if method == "handle" else self.patience
+        named = {name: value for name, value in DEFAULTS.items() if name in wanted} | chosen
         began = time.monotonic()
+        if "deadline" in wanted:
+            named["deadline"] = Deadline(allowed)
         try:
-            return call(Deadline(allowed))
+            result = getattr(self.provider, method)(*arguments, **named)
+            if method in {"list", "logs"}:
+                result = list(result)
         except DispatcherError as error:
             expect(
                 error.what.strip(),
@@ -234,7 +122,7 @@ class Driver:
         except Exception as error:
             raise AssertionError(
                 f"{method}() let {type(error).__module__}.{type(error).__qualname__} escape ({error}): "
-                "translate it into dispatcher.plugin.errors with `raise ... from error`"
+                "translate it into an error of dispatcher.plugin with `raise ... from error`"
             ) from error
         finally:
             took = time.monotonic() - began
@@ -243,42 +131,77 @@ class Driver:
                     f"{method}() took {took:.1f} s with a deadline of {allowed:.1f} s: "
                     "bound every wait by deadline.remaining()"
                 )
+        return self._checked(method, arguments, result)
 
-    def _handle(self, method: str, handle: Handle) -> Handle:
-        expect(isinstance(handle, Handle), f"{method}() must give a Handle, not {type(handle).__name__}")
+    def _checked(self, method: str, arguments: tuple[Any, ...], result: Any) -> Any:
+        """Return the result of a method once its type is checked."""
+        __tracebackhide__ = True
+        if method in {"handle", "ensure"}:
+            self._check_handle(method, result)
+        elif method == "observe":
+            _check_observation(method, result)
+        elif method == "list":
+            return self._by_agent(result)
+        elif method == "logs":
+            for line in result:
+                expect(isinstance(line, bytes), f"logs() must yield bytes, not {type(line).__name__}")
+                expect(not line.endswith(b"\n"), "logs() must yield lines without their end: strip the newline")
+        elif method == "usage":
+            known = {handle.name for handle in arguments[0]}
+            for name, usage in result.items():
+                expect(
+                    name in known and isinstance(usage, Usage),
+                    f"usage() must map Handle.name to Usage, not {name!r} to {usage!r}",
+                )
+        return result
+
+    def _by_agent(self, found: list[Any]) -> dict[str, tuple[Handle, Observation]]:
+        agents: dict[str, tuple[Handle, Observation]] = {}
+        for item in found:
+            expect(
+                isinstance(item, tuple) and len(item) == 2,
+                f"list() must yield pairs of Handle and Observation, not {item!r}",
+            )
+            handle, seen = item
+            self._check_handle("list", handle)
+            _check_observation("list", seen)
+            expect(handle.agent not in agents, f"list() yields the agent {handle.agent!r} twice; yield it once")
+            agents[handle.agent] = (handle, seen)
+        return agents
+
+    def _check_handle(self, method: str, handle: Any) -> None:
+        expect(isinstance(handle, Handle), f"{method}() must return a Handle, not {type(handle).__name__}")
         expect(
             handle.provider == self.name,
-            f"{method}() gave a handle of provider {handle.provider!r}: it must be {self.name!r}, the class' name",
+            f"{method}() returned a handle of provider {handle.provider!r}: use {self.name!r}, the class's name",
         )
         try:
             back = Handle.from_json(handle.to_json())
         except (TypeError, ValueError) as error:
             pytest.fail(
-                f"{method}() gave a handle that is not JSON ({error}): keep only JSON values in Handle.data"
+                f"{method}() returned a handle that is not JSON ({error}): keep only JSON values in Handle.data"
             )
         expect(
             back == handle,
-            f"{method}() gave a handle that JSON changes ({handle.data!r} becomes {back.data!r}): "
+            f"{method}() returned a handle that JSON changes ({handle.data!r} becomes {back.data!r}): "
             "use lists rather than tuples, and string keys",
         )
-        return handle
 
-    @staticmethod
-    def _observation(method: str, seen: Observation) -> Observation:
-        expect(isinstance(seen, Observation), f"{method}() must give an Observation, not {type(seen).__name__}")
-        expect(
-            isinstance(seen.state, BackendState),
-            f"{method}() gave the state {seen.state!r}: use a member of BackendState",
-        )
-        expect(
-            seen.endpoint is None or isinstance(seen.endpoint, Endpoint),
-            f"{method}() gave the endpoint {seen.endpoint!r}: use Endpoint.unix, .tcp or .vsock",
-        )
-        return seen
+
+def _check_observation(method: str, seen: Any) -> None:
+    expect(isinstance(seen, Observation), f"{method}() must return an Observation, not {type(seen).__name__}")
+    expect(
+        isinstance(seen.state, BackendState),
+        f"{method}() returned the state {seen.state!r}: use a member of BackendState",
+    )
+    expect(
+        seen.endpoint is None or isinstance(seen.endpoint, Endpoint),
+        f"{method}() returned the endpoint {seen.endpoint!r}: use Endpoint.unix, .tcp or .vsock",
+    )
 
 
 class Steps:
-    """Progress that takes notes, and does something at the call number `at` (1 is the first).
+    """A `Progress` that records its steps, and calls `then` at the call number `at` (1 is the first).
 
     :ivar told: the steps so far.
     """
@@ -288,14 +211,14 @@ class Steps:
         self.told: list[str] = []
 
     def __call__(self, step: str, detail: str = "", fraction: float | None = None) -> None:
-        """Take a step."""
+        """Record a step."""
         expect(isinstance(step, str) and step, f"progress was called with the step {step!r}: a word or two")
-        expect(fraction is None or 0 <= fraction <= 1, f"progress told the fraction {fraction!r}: 0 to 1 or None")
+        expect(fraction is None or 0 <= fraction <= 1, f"progress got the fraction {fraction!r}: 0 to 1 or None")
         self.told.append(step)
         if self.then and len(self.told) == self.at:
             self.then()
 
 
 def cancel() -> None:
-    """Stand for a newer intent."""
-    raise Cancelled("A newer intent")
+    """Raise what a newer command for the agent raises."""
+    raise Cancelled("A newer command")

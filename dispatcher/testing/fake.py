@@ -13,13 +13,14 @@ Agents answer HTTP on a loopback port (or, by `endpoint = "unix"`, on `spec.sock
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -55,12 +56,35 @@ from dispatcher.testing.fake_backend import (
 __all__ = ["FakeAppOptions", "FakeBackend", "FakeOptions", "FakeProvider", "dispatcher_register_providers"]
 
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
 _STATES = {
     "running": BackendState.RUNNING,
     "paused": BackendState.SUSPENDED,
     "saved": BackendState.HIBERNATED,
     "exited": BackendState.STOPPED,
 }
+
+
+def contained(needed: Capability | None = None, *, asks: bool = True) -> Callable[[_F], _F]:
+    """Wrap a contract method: check the capability, inject faults, ask the backend, translate its errors.
+
+    :param needed: the capability that it needs; :param asks: whether it makes a round trip to the backend.
+    """
+
+    def wrap(method: _F) -> _F:
+        @functools.wraps(method)
+        def wrapped(self: FakeProvider, *arguments: Any, deadline: Deadline, **named: Any) -> Any:
+            if needed is not None:
+                self.need(needed)
+            agent = getattr(arguments[0], "agent", "") if arguments else ""
+            with self.call(method.__name__, agent, deadline, named.get("progress", no_progress)) as done:
+                if asks:
+                    self.backend.ask(deadline)
+                return done(method(self, *arguments, deadline=deadline, **named))
+
+        return cast("_F", wrapped)
+
+    return wrap
 
 
 class _Strict(BaseModel):
@@ -98,38 +122,36 @@ class FakeProvider(Provider):
     def capabilities(self) -> frozenset[Capability]:
         return self.backend.capabilities
 
+    @contained()
     def check(self, *, deadline: Deadline) -> None:
-        with self.call("check", "", deadline):
-            self.backend.ask(deadline)
+        """One round trip is all there is to check."""
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         what = f"the app {app.name}" if app else "the backend"
         return [Finding(level=Level.INFO, what=f"Everything about {what} is pretended, in this process")]
 
+    @contained()
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
-        with self.call("prepare", "", deadline, progress):
-            progress("looking for the image")
-            self.backend.ask(deadline)
-            self.image(app)
+        progress("looking for the image")
+        self.image(app)
 
     def handle(self, spec: AgentSpec) -> Handle:
         return Handle(provider=self.name, agent=spec.agent, name=spec.backend_name)
 
+    @contained()
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         handle = self.handle(spec)
-        with self.call("ensure", spec.agent, deadline, progress) as done:
-            progress("looking")
-            self.backend.ask(deadline)
-            self.image(spec.app)
-            self.refuse_undeclared(spec)
-            known = self.backend.containers.get(handle.name)
-            if known and known.state != "exited":
-                if known.labels["hash"] != spec.hash:
-                    raise SpecConflict(f"{spec.agent} exists with another specification", fix="stop it first")
-                self.wake(known)
-                return done(handle)
+        progress("looking")
+        self.image(spec.app)
+        self.refuse_undeclared(spec)
+        known = self.backend.containers.get(handle.name)
+        if known and known.state != "exited":
+            if known.labels["hash"] != spec.hash:
+                raise SpecConflict(f"{spec.agent} exists with another specification", fix="stop it first")
+            self.wake(known)
+        else:
             self.create(spec, handle, known, deadline, progress)
-            return done(handle)
+        return handle
 
     def create(
         self, spec: AgentSpec, handle: Handle, known: Container | None, deadline: Deadline, progress: Progress
@@ -189,11 +211,10 @@ class FakeProvider(Provider):
             own["DISPATCHER_SECRETS"] = "/run/secrets"
         return {**spec.app.environment, **own}
 
+    @contained()
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
-        with self.call("observe", handle.agent, deadline) as done:
-            self.backend.ask(deadline)
-            known = self.backend.containers.get(handle.name)
-            return done(self.observation(known) if known else Observation(state=BackendState.ABSENT))
+        known = self.backend.containers.get(handle.name)
+        return self.observation(known) if known else Observation(state=BackendState.ABSENT)
 
     def observation(self, known: Container) -> Observation:
         """Return how a container is."""
@@ -207,32 +228,29 @@ class FakeProvider(Provider):
             exit_reason=known.exit_reason,
         )
 
+    @contained()
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
-        with self.call("stop", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            progress("stopping")
-            known = self.backend.containers.get(handle.name)
-            if known:
-                known.app.terminate(grace if known.state == "running" else 0)
-                known.state = "exited"
+        progress("stopping")
+        known = self.backend.containers.get(handle.name)
+        if known:
+            known.app.terminate(grace if known.state == "running" else 0)
+            known.state = "exited"
 
+    @contained()
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
-        with self.call("destroy", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            progress("removing")
-            with self.backend.lock:
-                known = self.backend.containers.pop(handle.name, None)
-            if known:
-                known.app.end()
-            if data and (volume := self.backend.volumes.pop(handle.name, None)):
-                shutil.rmtree(volume, ignore_errors=True)
+        progress("removing")
+        with self.backend.lock:
+            known = self.backend.containers.pop(handle.name, None)
+        if known:
+            known.app.end()
+        if data and (volume := self.backend.volumes.pop(handle.name, None)):
+            shutil.rmtree(volume, ignore_errors=True)
 
+    @contained()
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
-        with self.call("list", "", deadline) as done:
-            self.backend.ask(deadline)
-            with self.backend.lock:
-                known = list(self.backend.containers.values())
-            return done([(self.found(one), self.observation(one)) for one in known if self.is_ours(one)])
+        with self.backend.lock:
+            known = list(self.backend.containers.values())
+        return [(self.found(one), self.observation(one)) for one in known if self.is_ours(one)]
 
     def is_ours(self, known: Container) -> bool:
         """Whether a container belongs to this installation."""
@@ -242,36 +260,33 @@ class FakeProvider(Provider):
         """Return the handle of a container that `list` found."""
         return Handle(provider=self.name, agent=known.labels["agent"], name=known.name)
 
+    @contained()
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         self.need(Capability.SUSPEND if depth is Depth.RAM else Capability.HIBERNATE)
-        with self.call("suspend", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            known = self.backend.get(handle.name)
-            if known.state != "exited":
-                known.app.awake.clear()
-                known.state = "paused" if depth is Depth.RAM else "saved"
+        known = self.backend.get(handle.name)
+        if known.state != "exited":
+            known.app.awake.clear()
+            known.state = "paused" if depth is Depth.RAM else "saved"
 
+    @contained()
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         if not self.capabilities & {Capability.SUSPEND, Capability.HIBERNATE}:
             raise self.unsupported(Capability.SUSPEND)
-        with self.call("resume", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            known = self.backend.get(handle.name)
-            if known.state == "exited":
-                raise NotFound(f"{handle.agent} does not run any more", fix="start it")
-            self.wake(known)
+        known = self.backend.get(handle.name)
+        if known.state == "exited":
+            raise NotFound(f"{handle.agent} does not run any more", fix="start it")
+        self.wake(known)
 
     def wake(self, known: Container) -> None:
-        """Let a container that sleeps go on."""
+        """Resume a suspended container."""
         known.app.awake.set()
         known.state = "running"
 
+    @contained(Capability.LOGS, asks=False)
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
-        self.need(Capability.LOGS)
-        with self.call("logs", handle.agent, deadline) as done:
-            known = self.backend.containers.get(handle.name)
-            lines = list(known.log) if known else []
-        return done(self.lines(known, lines, tail, deadline if follow else None))
+        known = self.backend.containers.get(handle.name)
+        lines = list(known.log) if known else []
+        return self.lines(known, lines, tail, deadline if follow else None)
 
     @staticmethod
     def lines(
@@ -286,18 +301,14 @@ class FakeProvider(Provider):
             seen = len(now)
             time.sleep(0.02)
 
+    @contained(Capability.USAGE)
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
-        self.need(Capability.USAGE)
-        with self.call("usage", "", deadline) as done:
-            self.backend.ask(deadline)
-            known = {handle.name: self.backend.containers.get(handle.name) for handle in handles}
-            return done(
-                {
-                    name: Usage(memory=one.app.memory, cpu_seconds=one.app.cpu_seconds)
-                    for name, one in known.items()
-                    if one and one.state != "exited"
-                }
-            )
+        known = {handle.name: self.backend.containers.get(handle.name) for handle in handles}
+        return {
+            name: Usage(memory=one.app.memory, cpu_seconds=one.app.cpu_seconds)
+            for name, one in known.items()
+            if one and one.state != "exited"
+        }
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         self.need(Capability.EVENTS)
@@ -305,20 +316,16 @@ class FakeProvider(Provider):
         self._watches.append(end)
         return _Watch(end)
 
+    @contained(Capability.OWN_DATA)
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        self.need(Capability.OWN_DATA)
-        with self.call("export_data", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            copy(self.own_data(handle), directory)
+        copy(self.own_data(handle), directory)
 
+    @contained(Capability.OWN_DATA)
     def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        self.need(Capability.OWN_DATA)
-        with self.call("import_data", handle.agent, deadline, progress):
-            self.backend.ask(deadline)
-            own = self.own_data(handle)
-            shutil.rmtree(own)
-            own.mkdir()
-            copy(directory, own)
+        own = self.own_data(handle)
+        shutil.rmtree(own)
+        own.mkdir()
+        copy(directory, own)
 
     def close(self) -> None:
         while self._watches:

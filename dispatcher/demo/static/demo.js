@@ -58,7 +58,7 @@ let started = 0, pause = 1000;
 
 function hands(now) {
   const seconds = now.getSeconds(), minutes = now.getMinutes() + seconds / 60, hours = now.getHours() % 12 + minutes / 60;
-  // Turns grow for ever, so that the second hand never sweeps back.
+  // Angles only increase, so that the second hand does not turn back.
   const whole = Math.round(now.getTime() / 1000) - now.getTimezoneOffset() * 60;
   $("second").style.transform = `rotate(${(whole % 86400) * 6}deg)`;
   $("minute").style.transform = `rotate(${minutes * 6}deg)`;
@@ -131,7 +131,7 @@ function send(file) {
     request.onload = () => {
       if (request.status < 300) return resolve();
       let text = `The app answered ${request.status}`;
-      try { text = JSON.parse(request.responseText).error || text; } catch { /* no JSON: the status says enough */ }
+      try { text = JSON.parse(request.responseText).error || text; } catch { /* not JSON: the status is enough */ }
       return reject(new Error(text));
     };
     request.onerror = () => reject(new Error(`${file.name} could not be sent`));
@@ -158,7 +158,7 @@ const about = guarded(async () => {
   $("dashboard").href = `${facts.portal}/`;
   $("signout").href = `${facts.portal}/logout`;
   $("free").textContent = `${size(facts.data.free)} free`;
-  const rows = { "Signed in": facts.user || "nobody said", Process: facts.process.pid, "User id": facts.process.uid,
+  const rows = { "Signed in": facts.user || "unknown", Process: facts.process.pid, "User id": facts.process.uid,
     Host: facts.process.host, Data: facts.data.directory };
   $("facts").replaceChildren(...Object.entries(rows).flatMap(([key, value]) => [make("dt", key), make("dd", value)]));
   $("headers").replaceChildren(...facts.headers.map(([name, value]) => {

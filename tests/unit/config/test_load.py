@@ -55,11 +55,11 @@ def test_no_apps_are_no_apps():
             {"manager": {"log_level": "loud"}},
             "manager.log_level: found 'loud', expected 'debug', 'info', 'warning' or 'error'",
         ),
-        ({"manager": {"tls_cert": "/c.pem"}}, "manager.tls_key: is missing, tls_cert needs it"),
-        ({"proxy": {"tls_key": "/k.pem"}}, "proxy.tls_cert: is missing, tls_key needs it"),
+        ({"manager": {"tls_cert": "/c.pem"}}, "manager.tls_key: is missing, tls_cert requires it"),
+        ({"proxy": {"tls_key": "/k.pem"}}, "proxy.tls_cert: is missing, tls_key requires it"),
         (
             {"proxy": {"routing": "subdomain"}},
-            'proxy.public_url: is missing, routing = "subdomain" needs it: agents live below its host',
+            'proxy.public_url: is missing, routing = "subdomain" requires it: agents get subdomains of its host',
         ),
         ({"proxy": {"listen": 8080}}, "proxy.listen: found 8080, expected a list in square brackets"),
         (
@@ -68,7 +68,7 @@ def test_no_apps_are_no_apps():
         ),
         (
             {"proxy": {"prefix": "auth/"}},
-            "proxy.prefix: found 'auth/', expected a path such as /auth: it begins with / and does not end with it",
+            "proxy.prefix: found 'auth/', expected a path such as /auth, without a slash at the end",
         ),
         (
             {"proxy": {"public_url": "apps.example.org"}},
@@ -307,8 +307,8 @@ def test_a_file_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("content", "what", "why"),
     [
-        (b"[manager\n", "is no TOML", "line 1"),
-        (b"\xff\xfe", "is no TOML", "it is not UTF-8"),
+        (b"[manager\n", "is not TOML", "line 1"),
+        (b"\xff\xfe", "is not TOML", "it is not UTF-8"),
         (b"[manager]\nthreads = 0\n", "is wrong", "manager.threads"),
     ],
 )

@@ -234,3 +234,19 @@ def test_a_plugin_that_was_refused_gets_no_events():
         plugins.register("bad", plugin([int], dispatcher_agent_event=hookimpl(lambda event: seen.append(event))))
     plugins.hook.dispatcher_agent_event(event="something")
     assert seen == []
+
+
+def test_a_plugin_may_be_an_object_without_a_hash():
+    plugins = Plugins([])
+    made = types.SimpleNamespace(dispatcher_register_providers=hookimpl(lambda: [FakeProvider]))
+    plugins.register("fake", made)
+    assert plugins.provider("fake") is FakeProvider
+
+
+def test_a_plugin_that_is_registered_twice_is_an_error():
+    made = plugin(dispatcher_agent_event=hookimpl(lambda event: None))
+    plugins = Plugins([])
+    plugins.register("one", made, "acme 1")
+    for name in ("one", "two"):
+        with pytest.raises(PluginError, match=f"The plugin '{name}' of acme 1 .* it is registered already"):
+            plugins.register(name, made, "acme 1")
