@@ -36,7 +36,8 @@ def test_two_agents_never_share_a_directory():
 def test_a_run_directory_that_is_too_long_is_refused_with_the_numbers():
     longest = "/" + "x" * 88
     with pytest.raises(
-        ConfigError, match=r"manager\.run_dir is too long: a socket's path would have \d+ bytes; the kernel's limit is 107"
+        ConfigError,
+        match=r"manager\.run_dir is too long: a socket's path would have \d+ bytes; the kernel's limit is 107",
     ):
         paths(run_dir=longest + "y" * 20)
 
