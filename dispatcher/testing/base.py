@@ -1,4 +1,4 @@
-"""What a provider's author fills in, and the fixtures that every check uses.  Touches pytest only."""
+"""Settings and hooks for the author of a provider, and the fixtures of the checks."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ class Contract:
     unless `no_backend` says why there is none, `broken_backend`.  All else may be.
     """
 
-    #: Seconds that one operation (a start up to the probe's first answer, say) may take.
+    #: Maximum seconds of one operation, such as a start until the probe answers.
     patience: ClassVar[float] = 15.0
     #: Seconds that a call may take past its deadline.
     slack: ClassVar[float] = 2.0
     #: Agents that are started at the same time.
     many: ClassVar[int] = 6
-    #: Why there is no backend that could be down ("processes of this machine"); empty where there is one.
+    #: Why no backend can be down ("processes of this machine"); empty if one can.
     no_backend: ClassVar[str] = ""
-    #: What the exit reason of an app that ended with code 7 holds; "" where only the end itself can be seen.
+    #: Text in the exit reason of an app that ended with code 7; "" where only the end is visible.
     exit_reason_says: ClassVar[str] = "7"
-    #: Whether `stop` tells the app first, so that it can save what it has.
+    #: Whether `stop` signals the app before it uses force, so that the app can save its data.
     polite: ClassVar[bool] = True
-    #: What the agents' apps say about the network, where a check is not about networks.
+    #: `network` of the apps in checks that do not test networks.
     network: ClassVar[Network] = Network.NONE
     #: Seconds within which `watch` reports a change.
     event_seconds: ClassVar[float] = 2.0
@@ -48,7 +48,7 @@ class Contract:
     unpromised: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Leave out the checks of the backend where a class says that there is none."""
+        """Leave out the checks of the backend where `no_backend` is set."""
         super().__init_subclass__(**kwargs)
         if cls.no_backend:
             for name in dir(cls):
@@ -61,7 +61,7 @@ class Contract:
     def provider(self, context: ProviderContext) -> Provider:
         """Return the provider under test, made with `context`.  Must be overridden.
 
-        All instances of one class speak to one backend.  Close it in the fixture if it needs closing.
+        All instances of one class use one backend.  Close it in the fixture if it needs closing.
         """
         self._must("the fixture provider(self, context)")
 
@@ -84,7 +84,7 @@ class Contract:
         self._must("leftovers(installation)")
 
     def inspect(self, handle: Handle) -> str:
-        """Return all that the backend shows of an agent to somebody who may ask it.  Must be overridden.
+        """Return everything that the backend shows about an agent.  Must be overridden.
 
         The output of its own inspection tool; command lines and environments count.
         """
@@ -93,12 +93,12 @@ class Contract:
     def broken_backend(self, how: str) -> AbstractContextManager[None]:
         """Return a context in which the backend is broken.  Must be overridden unless `no_backend` is set.
 
-        :param how: "down" (nobody answers; connections fail) or "silent" (it takes requests, answers none).
+        :param how: "down" (connections fail) or "silent" (it accepts requests and does not answer).
         """
         self._must(f"broken_backend({how!r}), or set no_backend to the reason why there is none")
 
     def another(self, provider: Provider, context: ProviderContext | None = None) -> Provider:
-        """Return a fresh instance that speaks to the same backend, perhaps for another installation."""
+        """Return a fresh instance for the same backend, perhaps for another installation."""
         return type(provider)(context=context or provider.context, options=provider.options)
 
     def backend_sockets(self) -> list[str]:
@@ -114,7 +114,7 @@ class Contract:
 
     @pytest.fixture
     def driver(self, provider: Provider) -> Driver:
-        """The provider under test, each call judged."""
+        """The provider under test, each call checked."""
         return Driver(provider, patience=self.patience, slack=self.slack)
 
     @pytest.fixture
@@ -134,7 +134,7 @@ class Contract:
 
     @pytest.fixture
     def bob(self, kit: Kit) -> Agent:
-        """Another one, of somebody else."""
+        """Another running agent, of another user."""
         assert kit.sibling
         return kit.shared(kit.sibling, "bob")
 

@@ -1,13 +1,13 @@
 """The reference provider of the kit: agents in memory, with every capability, and faults on demand.
 
-For the kit's own tests and for tests of whatever calls providers::
+For the kit's own tests and for tests of code that calls providers::
 
     plugins.register("fake", dispatcher.testing.fake)
     backend = FakeBackend.named("default")
     backend.inject("ensure", agent="alice", delay=2)      # or hang=True, error=..., result=...
 
 Agents answer HTTP on a loopback port (or, by `endpoint = "unix"`, on `spec.socket`): 200 on every health path
-`/`.  Touches what `FakeApp` touches.
+`/`.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class _Strict(BaseModel):
 
 
 class FakeOptions(_Strict):
-    """``[providers.fake]``: which make-believe backend."""
+    """``[providers.fake]``: name of the simulated backend."""
 
     backend: str = "default"
 
@@ -128,7 +128,7 @@ class FakeProvider(Provider):
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         what = f"the app {app.name}" if app else "the backend"
-        return [Finding(level=Level.INFO, what=f"Everything about {what} is pretended, in this process")]
+        return [Finding(level=Level.INFO, what=f"Everything about {what} is simulated, in this process")]
 
     @contained()
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
@@ -351,7 +351,7 @@ class FakeProvider(Provider):
             yield done
         except EngineTimeout as error:
             raise DeadlineExceeded(
-                "The backend did not answer in time", why=str(error), fix="look whether it is overloaded"
+                "The backend did not answer in time", why=str(error), fix="check whether it is overloaded"
             ) from error
         except EngineDown as error:
             raise Unavailable("The backend does not answer", why=str(error), fix="start it") from error

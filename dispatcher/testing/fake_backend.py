@@ -1,7 +1,6 @@
-"""A make-believe container engine: agents in memory, errors of its own kind, and faults on demand.
+"""A simulated container engine: agents in memory, errors of its own, and faults on demand.
 
-Touches listening sockets and data directories through `FakeApp`.  It stands for what a provider's backend is:
-something outside that outlives provider instances, has labels, events and outages.
+Like a real backend, it outlives provider instances and has labels, events and outages.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ _UNSET: Any = object()
 
 
 class EngineError(Exception):
-    """What the make-believe SDK raises; must never escape from a provider."""
+    """An error of the simulated SDK; must not escape from a provider."""
 
 
 class EngineDown(EngineError):
-    """Nobody answers."""
+    """The connection fails."""
 
 
 class EngineTimeout(EngineError):
@@ -111,14 +110,14 @@ class FakeBackend:
         """Make the next `times` calls (None: all) of a contract method go wrong.
 
         :param agent: only for this agent; :param delay: seconds to wait first, telling progress;
-        :param hang: wait, deaf to deadlines, until `release`; :param error: raise it as it is;
+        :param hang: wait until `release`, whatever the deadline; :param error: raise it as it is;
         :param result: return this nonsense; :param after: only once the method has done its work.
         """
         with self.lock:
             self._faults.append(Fault(method, agent, delay, hang, error, result, times, after))
 
     def release(self) -> None:
-        """Let go of every call that hangs, and forget all faults."""
+        """End every call that hangs, and remove all faults."""
         with self.lock:
             self._faults.clear()
         self._released.set()
@@ -126,7 +125,7 @@ class FakeBackend:
 
     @contextlib.contextmanager
     def outage(self, how: str) -> Iterator[None]:
-        """Be down or silent for a while."""
+        """Return a context in which the backend is down or silent."""
         setattr(self, how, True)
         try:
             yield
@@ -183,7 +182,7 @@ class FakeBackend:
         return result is not _UNSET
 
     def ask(self, deadline: Deadline) -> None:
-        """Stand for one round trip."""
+        """Simulate one round trip."""
         if self.down:
             raise EngineDown("connection refused")
         if self.silent:
@@ -220,7 +219,7 @@ class FakeBackend:
         return end
 
     def notify(self, name: str) -> None:
-        """Tell all watchers."""
+        """Call all watchers."""
         with self.lock:
             watchers = list(self._watchers)
         for watcher in watchers:

@@ -1,4 +1,4 @@
-"""Asking a running probe.  Touches the agent's endpoint only."""
+"""A client of the running probe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dispatcher.plugin.model import Endpoint
 
 
 class Refused(Exception):
-    """The probe was not allowed to do what it was asked; `str` is the error's symbolic name."""
+    """The probe could not carry out a request; `str` is the error's symbolic name."""
 
 
 class _Connection(http.client.HTTPConnection):
@@ -41,7 +41,7 @@ class Inside:
     ) -> bytes:
         """Return the answer's body.
 
-        :raises Refused: the probe said that it may not; :raises OSError: nobody answers.
+        :raises Refused: the probe could not do it; :raises OSError: no answer.
         """
         connection = _Connection(self.endpoint, self.owner_uid, timeout or self.timeout)
         try:
@@ -50,7 +50,7 @@ class Inside:
             response = connection.getresponse()
             answer = response.read()
         except http.client.HTTPException as error:
-            raise ConnectionResetError(f"the agent hung up: {error!r}") from error
+            raise ConnectionResetError(f"the agent closed the connection: {error!r}") from error
         finally:
             connection.close()
         if response.status >= 400:
@@ -107,7 +107,7 @@ class Inside:
         return ""
 
     def peer_uid(self) -> int | None:
-        """The host user id that listens, as the kernel tells; None where the endpoint is no Unix socket."""
+        """Return the user id of the listener on the host; None where the endpoint is not a Unix socket."""
         if self.endpoint.kind != "unix":
             return None
         with endpoints.connect(self.endpoint, self.owner_uid, self.timeout) as sock:

@@ -1,7 +1,4 @@
-"""The world of one conformance run: directories, user ids, agents, and cleaning up.
-
-Touches a temporary directory of its own and, through the provider under test, the backend.
-"""
+"""The world of one conformance run: directories, user ids, agents, and cleaning up."""
 
 from __future__ import annotations
 
@@ -51,7 +48,7 @@ class Agent:
 
 @dataclass
 class Settings:
-    """What the author's class says; see `ProviderContract` for the meaning of each."""
+    """Settings of the author's class; see `Contract`."""
 
     patience: float
     slack: float
@@ -216,7 +213,7 @@ class Kit:
         seen = driver.observe(handle)
         expect(
             seen.state is BackendState.ABSENT,
-            f"observe() tells {seen.state.value} of an agent that is gone: it must tell ABSENT",
+            f"observe() returns {seen.state.value} for an agent that does not exist: it must return ABSENT",
         )
         expect(
             handle.agent not in driver.list(),

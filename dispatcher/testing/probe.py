@@ -1,4 +1,4 @@
-"""The probe: the small app that the conformance kit runs in every agent.  Touches what it is asked to.
+"""The probe: the small app that the conformance kit runs in every agent.
 
 It answers over HTTP what an agent can see and do, so that a provider is judged from the inside, through its
 own endpoint.  One file, standard library only, no import of the project: copy it into an image, or let the
@@ -20,7 +20,7 @@ Answers are `text/plain`; what is refused is a 4xx whose body is the error's sym
     POST /memory?bytes=N     takes and touches so much memory and keeps it
     POST /fork?count=N       how many processes could be had, at most N
     POST /burn?seconds=N     uses one processor for so long
-    POST /heartbeat?path=    a detached process that rewrites the file ten times a second, deaf to SIGTERM
+    POST /heartbeat?path=    a detached process that rewrites the file ten times a second and ignores SIGTERM
     POST /exit?code=N        ends with that code
 
 Environment: `PROBE_EXIT=N` prints "last words" and ends with N at once; `PROBE_DEAF=1` ignores SIGTERM;
@@ -151,7 +151,7 @@ def fork(count: int) -> int:
 
 
 def heartbeat(path: str) -> None:
-    """Leave a process behind that is nobody's child and rewrites `path` until it is killed."""
+    """Start a detached process that rewrites `path` until it is killed."""
     child = os.fork()
     if child:
         os.waitpid(child, 0)
@@ -224,7 +224,7 @@ class Server(ThreadingHTTPServer):
 
 
 def serve(arguments: list[str]) -> None:
-    """Run the probe until it is told to end."""
+    """Run the probe until SIGTERM."""
     if "PROBE_EXIT" in os.environ:
         os.write(1, b"last words\n")
         sys.exit(int(os.environ["PROBE_EXIT"]))

@@ -19,7 +19,7 @@ class AdoptionChecks(Contract):
         return Driver(self.another(driver.provider), patience=self.patience, slack=self.slack)
 
     def test_close_leaves_agents_running(self, driver: Driver, alice: Agent) -> None:
-        """`close` releases what the instance holds, twice is once; agents go on."""
+        """`close` releases the instance's resources, a second `close` succeeds; agents keep running."""
         start = alice.inside.id()["start"]
         other = self.fresh_driver(driver)
         other.ensure(alice.spec)
@@ -86,7 +86,7 @@ class AdoptionChecks(Contract):
         last.provider.close()
 
     def test_fresh_instance_wakes(self, driver: Driver, kit: Kit) -> None:
-        """SUSPEND: an agent that slept over the manager's restart is woken by a fresh instance."""
+        """SUSPEND: a fresh instance resumes an agent that was suspended before the restart."""
         agent = kit.shared(driver, "sleeper")
         other = self.fresh_driver(driver)
         if driver.can(Capability.SUSPEND):
@@ -103,7 +103,7 @@ class AdoptionChecks(Contract):
         other.provider.close()
 
     def test_unknown_agents_are_found(self, driver: Driver, kit: Kit) -> None:
-        """An agent that the store forgot is listed, and its listed handle is enough to destroy it."""
+        """An agent that is missing in the database is listed, and its listed handle is enough to destroy it."""
         agent = kit.start(driver, kit.spec(driver.provider, "forgotten"))
         other = self.fresh_driver(driver)
         found = other.list()

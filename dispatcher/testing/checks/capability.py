@@ -37,7 +37,7 @@ class CapabilityChecks(Contract):
 
     @pytest.mark.parametrize("depth", list(Depth))
     def test_sleep_keeps_memory(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
-        """SUSPEND, HIBERNATE: asleep it does not answer, awake it is the same process with the same memory."""
+        """SUSPEND, HIBERNATE: a suspended agent does not answer; resumed, it has the same process and memory."""
         if not driver.can(_CAPABILITY[depth]):
             unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
             return
@@ -62,7 +62,7 @@ class CapabilityChecks(Contract):
 
     @pytest.mark.parametrize("depth", list(Depth))
     def test_sleeping_agent_is_found_and_woken(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
-        """SUSPEND, HIBERNATE: it is listed asleep with its spec's hash, and `ensure` wakes it."""
+        """SUSPEND, HIBERNATE: a suspended agent is listed with its spec's hash, and `ensure` resumes it."""
         if not driver.can(_CAPABILITY[depth]):
             unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
             return
@@ -80,7 +80,7 @@ class CapabilityChecks(Contract):
 
     @pytest.mark.parametrize("depth", list(Depth))
     def test_sleeping_agent_can_be_ended(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
-        """SUSPEND, HIBERNATE: `stop` and `destroy` work on an agent that sleeps."""
+        """SUSPEND, HIBERNATE: `stop` and `destroy` work on a suspended agent."""
         if not driver.can(_CAPABILITY[depth]):
             unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
             return
@@ -97,7 +97,7 @@ class CapabilityChecks(Contract):
         kit.gone(driver, again.handle)
 
     def test_sleep_of_the_absent_is_not_found(self, driver: Driver, kit: Kit) -> None:
-        """SUSPEND: an agent that does not exist cannot sleep: `NotFound` (or `Unsupported`)."""
+        """SUSPEND: `suspend` of an absent agent raises `NotFound` (or `Unsupported`)."""
         handle = driver.handle(kit.spec(driver.provider, "never"))
         if not driver.can(Capability.SUSPEND):
             unsupported("suspend", lambda: driver.suspend(handle))
@@ -111,7 +111,7 @@ class CapabilityChecks(Contract):
         pytest.fail("suspend() of an absent agent succeeded: raise NotFound")
 
     def test_logs_tail(self, driver: Driver, alice: Agent) -> None:
-        """LOGS: the last lines, oldest first, as many as asked for."""
+        """LOGS: the last lines, oldest first, in the requested number."""
         if not driver.can(Capability.LOGS):
             unsupported("logs", lambda: driver.logs(alice.handle))
             return
@@ -141,7 +141,7 @@ class CapabilityChecks(Contract):
         expect(took > 2, "logs(follow=True) ended before its deadline though the agent runs")
 
     def test_logs_stay_sane(self, driver: Driver, kit: Kit) -> None:
-        """LOGS: much output, odd bytes and long lines (cut at 64 KiB) do not hurt; files stay bounded."""
+        """LOGS: much output, arbitrary bytes and long lines (cut at 64 KiB) work; the size of files is bounded."""
         if not driver.can(Capability.LOGS):
             unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
             return
@@ -160,7 +160,7 @@ class CapabilityChecks(Contract):
         expect(size < 64 * 1024 * 1024, f"log_dir holds {size} bytes: rotate the log files")
 
     def test_logs_of_the_ended(self, driver: Driver, kit: Kit) -> None:
-        """LOGS: the last words of an app that ended at once are there; an absent agent raises nothing odd."""
+        """LOGS: the last lines of an app that ended at once are kept; an absent agent raises no other error."""
         if not driver.can(Capability.LOGS):
             unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
             return
@@ -175,7 +175,7 @@ class CapabilityChecks(Contract):
         driver.logs(handle)
 
     def test_usage_tells_memory_and_processor(self, driver: Driver, alice: Agent, bob: Agent, kit: Kit) -> None:
-        """USAGE: memory and processor time of many agents in one call, the absent left out."""
+        """USAGE: memory and CPU time of many agents in one call, without absent ones."""
         if not driver.can(Capability.USAGE):
             unsupported("usage", lambda: driver.usage([alice.handle]))
             return
@@ -202,7 +202,7 @@ class CapabilityChecks(Contract):
         expect(driver.usage([]) == {}, "usage([]) must give an empty mapping")
 
     def test_memory_usage_grows(self, driver: Driver, kit: Kit) -> None:
-        """USAGE: memory that an app takes shows."""
+        """USAGE: memory that an app allocates is reported."""
         agent = kit.shared(driver, "sleeper")
         if not driver.can(Capability.USAGE):
             unsupported("usage", lambda: driver.usage([agent.handle]))
@@ -217,7 +217,7 @@ class CapabilityChecks(Contract):
         )
 
     def test_events_tell_an_end(self, driver: Driver, kit: Kit) -> None:
-        """EVENTS: `watch` reports an agent that ended by itself, in time, and is quiet after `close`."""
+        """EVENTS: `watch` reports an agent that ended by itself, in time, and nothing after `close`."""
         heard: list[str] = []
         if not driver.can(Capability.EVENTS):
             unsupported("watch", lambda: driver.watch(heard.append))

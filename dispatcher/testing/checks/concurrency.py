@@ -35,7 +35,7 @@ class ConcurrencyChecks(Contract):
         expect(not left, f"destroying many at the same time left {sorted(left)}")
 
     def test_readers_beside_writers(self, driver: Driver, kit: Kit, alice: Agent) -> None:
-        """`observe`, `list`, `usage` and `logs` beside starts and stops never fail and never lie."""
+        """`observe`, `list`, `usage` and `logs` return correct results during starts and stops."""
         spec = kit.spec(driver.provider, "busy")
         handle = driver.handle(spec)
         faults: list[BaseException] = []
@@ -118,7 +118,7 @@ class ConcurrencyChecks(Contract):
             raise failure[0]
 
     def test_start_against_stop(self, driver: Driver, kit: Kit) -> None:
-        """A start that is cancelled, a stop and a start in quick turns end as the last one says."""
+        """After a cancelled start, a stop and a start in quick succession, the state is that of the last call."""
         spec = kit.spec(driver.provider, "turns")
         handle = driver.handle(spec)
         kit.fresh(handle)

@@ -74,12 +74,12 @@ class CoreChecks(Contract):
         )
 
     def test_check_accepts_the_backend(self, driver: Driver) -> None:
-        """`check` returns when the backend is usable, however often."""
+        """`check` returns when the backend is usable; repeated calls work."""
         driver.check()
         driver.check()
 
     def test_capabilities_are_constant_and_quick(self, driver: Driver) -> None:
-        """`capabilities` is a frozen set of members, the same each time, without asking anybody."""
+        """`capabilities` is a frozen set of members, the same each time, without a call to the backend."""
         driver.check()
         began = time.monotonic()
         first = driver.capabilities
@@ -92,7 +92,7 @@ class CoreChecks(Contract):
         )
 
     def test_explain_speaks(self, driver: Driver, kit: Kit) -> None:
-        """`explain` says in whole sentences what is isolated, for the backend and for an app."""
+        """`explain` describes the isolation in whole sentences, for the backend and for an app."""
         for app in (None, kit.app(driver.provider)):
             findings = list(driver.provider.explain(app))
             expect(findings, f"explain({'app' if app else 'None'}) says nothing: name what is isolated from what")
@@ -165,7 +165,7 @@ class CoreChecks(Contract):
         )
 
     def test_absent_is_absent(self, driver: Driver, kit: Kit) -> None:
-        """`observe` of an agent that never was tells ABSENT, and it is not listed."""
+        """`observe` of an agent that never existed returns ABSENT, and it is not listed."""
         kit.gone(driver, driver.handle(kit.spec(driver.provider, "never")))
 
     def test_absent_stop_is_success(self, driver: Driver, kit: Kit) -> None:
@@ -189,7 +189,7 @@ class CoreChecks(Contract):
             expect(state is BackendState.ABSENT, f"a handle with the data {data!r} is {state.value}, not absent")
 
     def test_prepare_is_idempotent(self, driver: Driver, kit: Kit) -> None:
-        """`prepare` twice is once, and the second time is cheap."""
+        """A second `prepare` has no effect and is fast."""
         app = kit.app(driver.provider)
         driver.prepare(app)
         began = time.monotonic()
@@ -201,7 +201,7 @@ class CoreChecks(Contract):
         )
 
     def test_missing_image_is_a_provider_error(self, driver: Driver, kit: Kit) -> None:
-        """What does not exist on the backend is a `ProviderError` that says what to do; nothing stays behind."""
+        """An image that does not exist is a `ProviderError` with a fix; nothing is left behind."""
         before = self.leftovers(kit.installation)
         spec = kit.spec(driver.provider, "missing", options=self.missing_options())
         kit.fresh(driver.handle(spec))
@@ -222,7 +222,7 @@ class CoreChecks(Contract):
         expect(not left, f"a start that failed left {sorted(left)} behind: remove what it made")
 
     def test_absent_resume_is_not_found(self, driver: Driver, kit: Kit) -> None:
-        """`resume` of an absent agent is `NotFound`, so that the core makes it anew (or `Unsupported`)."""
+        """`resume` of an absent agent raises `NotFound`, so that the core creates it again (or `Unsupported`)."""
         handle = driver.handle(kit.spec(driver.provider, "never"))
         try:
             driver.resume(handle)

@@ -40,7 +40,7 @@ class FaultChecks(Contract):
 
     @needs_backend
     def test_backend_down_is_unavailable(self, driver: Driver, kit: Kit, alice: Agent) -> None:
-        """Every method raises `Unavailable` with what to do, quickly; afterwards the same instance works."""
+        """Every method raises `Unavailable` with a fix, quickly; afterwards the same instance works."""
         driver.check()
         calls = self.calls(driver, kit, alice, self.patience)
         with self.broken_backend("down"):
@@ -61,7 +61,7 @@ class FaultChecks(Contract):
 
     @needs_backend
     def test_silent_backend_meets_the_deadline(self, driver: Driver, kit: Kit, alice: Agent) -> None:
-        """A backend that takes requests and answers none: every method keeps its deadline."""
+        """If the backend accepts requests and does not answer, every method keeps its deadline."""
         driver.check()
         calls = self.calls(driver, kit, alice, self.silent_seconds)
         with self.broken_backend("silent"):
@@ -94,7 +94,7 @@ class FaultChecks(Contract):
 
     @needs_backend
     def test_backend_that_goes_away_in_the_middle(self, driver: Driver, kit: Kit) -> None:
-        """The backend goes down within `ensure`: `Unavailable`; later one `ensure` makes one agent, whole."""
+        """If the backend fails during `ensure`: `Unavailable`; a later `ensure` creates one complete agent."""
         kit.share(driver, ["alice", "bob"])
         before = self.leftovers(kit.installation)
         spec = kit.spec(driver.provider, "middle")
@@ -127,7 +127,7 @@ class FaultChecks(Contract):
 
     @needs_backend
     def test_watch_survives_the_backend(self, driver: Driver, kit: Kit) -> None:
-        """EVENTS: after the backend was away `watch` reports a gap ("") and goes on."""
+        """EVENTS: after an outage of the backend `watch` reports a gap ("") and continues."""
         if not driver.can(Capability.EVENTS):
             return
         heard: list[str] = []

@@ -18,14 +18,14 @@ from dispatcher.testing.kit import Agent, Kit
 
 
 class IsolationChecks(Contract):
-    """The walls hold."""
+    """Agents are isolated."""
 
     def promised(self, what: str) -> bool:
         """Whether the class leaves `what` promised."""
         return what not in self.unpromised
 
     def test_unpromised_is_said(self, provider: Provider, kit: Kit) -> None:
-        """Each promise that the class takes back is a warning of `explain`, in the words the class names."""
+        """Each promise in `unpromised` is a warning of `explain`, in the words that the class names."""
         said = [
             finding.what
             for app in (None, kit.app(provider))
@@ -97,7 +97,7 @@ class IsolationChecks(Contract):
             )
 
     def test_cannot_reach_the_managers_socket(self, alice: Agent, kit: Kit) -> None:
-        """The manager's socket is out of reach, even where its own mode would let everybody in."""
+        """The manager's socket is out of reach, even if its mode allows access for all."""
         if not self.promised("files") and not self.promised("uid"):
             return
         path = kit.context.run_dir.parent / "manager.sock"
@@ -120,7 +120,7 @@ class IsolationChecks(Contract):
             )
 
     def test_runs_as_its_own_user(self, alice: Agent, bob: Agent, kit: Kit, provider: Provider) -> None:
-        """As the host sees it, an agent's processes and socket belong to its own user id, never to root."""
+        """On the host, an agent's processes and socket belong to its own user id, never to root."""
         if not kit.privileged or not self.promised("uid"):
             return
         expect(alice.spec.uid != bob.spec.uid, "the kit gave two agents one uid")
@@ -171,7 +171,7 @@ class IsolationChecks(Contract):
             )
 
     def test_data_of_the_removed_is_not_inherited(self, driver: Driver, kit: Kit) -> None:
-        """An agent that was destroyed with its data and made again finds none of what the provider kept."""
+        """An agent that was destroyed with its data and created again finds none of the provider's old data."""
         spec = kit.spec(driver.provider, "victim")
         agent = kit.start(driver, spec)
         agent.inside.write(agent.within("old"), b"old\n")

@@ -15,7 +15,7 @@ class LeakChecks(Contract):
     """What was made is gone when it should be."""
 
     def test_destroy_leaves_the_backend_clean(self, driver: Driver, kit: Kit) -> None:
-        """After `destroy` the backend holds what it held before: asked of the backend itself."""
+        """After `destroy` the backend holds the same as before, by its own tools."""
         kit.share(driver, ["alice", "bob"])  # what all agents share may be made here
         before = self.leftovers(kit.installation)
         agent = kit.start(driver, kit.spec(driver.provider, "leak"))
@@ -54,7 +54,7 @@ class LeakChecks(Contract):
         expect(not own, f"after destroy() the provider still keeps {own}")
 
     def test_failed_starts_leave_nothing(self, driver: Driver, kit: Kit) -> None:
-        """Cancelled and failed starts, again and again, leave no descriptor, thread or thing on the backend."""
+        """Repeated cancelled and failed starts leave no descriptor, no thread and nothing on the backend."""
         kit.share(driver, ["alice", "bob"])
         before = self.leftovers(kit.installation)
         good = kit.spec(driver.provider, "leak-failed")
@@ -72,7 +72,7 @@ class LeakChecks(Contract):
         expect(not left, f"starts that failed left {sorted(left)} on the backend")
 
     def test_instances_release_everything(self, driver: Driver, kit: Kit) -> None:
-        """Instances that worked and were closed leave no descriptor and no thread in this process."""
+        """Closed instances leave no descriptor and no thread in this process."""
         spec = kit.spec(driver.provider, "leak-instance")
 
         def cycle() -> None:
@@ -97,7 +97,7 @@ class LeakChecks(Contract):
         )
 
     def test_cycles_leave_nothing_here(self, driver: Driver, kit: Kit) -> None:
-        """Starting and destroying again and again leaves no descriptor and no thread in this process."""
+        """Repeated starts and destroys leave no descriptor and no thread in this process."""
         spec = kit.spec(driver.provider, "leak-cycle")
 
         def cycle() -> None:

@@ -70,7 +70,7 @@ class LifecycleChecks(Contract):
             pytest.fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
 
     def test_listed_as_observed(self, alice: Agent, driver: Driver) -> None:
-        """`list` yields every agent with the same that `observe` tells."""
+        """`list` yields every agent with the same observation as `observe`."""
         listed = driver.list()
         expect(alice.spec.agent in listed, "list() leaves out a running agent")
         handle, seen = listed[alice.spec.agent]
@@ -108,7 +108,7 @@ class LifecycleChecks(Contract):
 
     @pytest.mark.parametrize("name", ["ø" * 120 + "-" + "漢" * 100, "0.-_+x@example.org:kit"])
     def test_odd_names_run(self, driver: Driver, kit: Kit, name: str) -> None:
-        """The longest and the oddest name are started, listed, found and destroyed."""
+        """Agents with very long and unusual names are started, listed, found and destroyed."""
         agent = kit.start(driver, kit.spec(driver.provider, name))
         handle, _ = driver.list().get(name, (None, None))
         expect(
@@ -118,7 +118,7 @@ class LifecycleChecks(Contract):
         kit.gone(driver, agent.handle)
 
     def test_stop_and_start_again(self, driver: Driver, kit: Kit) -> None:
-        """`stop` ends it and keeps its data, twice is once; `ensure` starts it anew with the data."""
+        """`stop` ends the agent and keeps its data, a second `stop` succeeds; `ensure` starts it with the data."""
         agent = kit.start(driver, kit.spec(driver.provider, "carol"))
         start = agent.inside.id()["start"]
         agent.inside.write(agent.within("kept"), b"kept\n")
@@ -154,7 +154,7 @@ class LifecycleChecks(Contract):
         expect(renewed.inside.read(renewed.within("kept")) == b"kept\n", "replacing a stopped agent lost its data")
 
     def test_stop_is_polite(self, driver: Driver, kit: Kit) -> None:
-        """`stop` tells the app first and gives it the grace time (where the class says `polite`)."""
+        """`stop` signals the app first and gives it the grace time (unless the class sets `polite` to false)."""
         agent = kit.start(driver, kit.spec(driver.provider, "frank"))
         began = time.monotonic()
         driver.stop(agent.handle, grace=self.patience / 2)
@@ -181,7 +181,7 @@ class LifecycleChecks(Contract):
         expect(not agent.inside.answers(), "an app that ignores SIGTERM still answers after stop()")
 
     def test_stop_reaches_every_process(self, driver: Driver, kit: Kit) -> None:
-        """A detached, deaf descendant ends with the agent."""
+        """A detached descendant that ignores SIGTERM ends with the agent."""
         agent = kit.start(driver, kit.spec(driver.provider, "heidi"))
         path = agent.within("beat")
         agent.inside.post("/heartbeat", path=path)
@@ -220,7 +220,7 @@ class LifecycleChecks(Contract):
         kit.start(driver, agent.spec)
 
     def test_exit_at_once_is_told(self, driver: Driver, kit: Kit) -> None:
-        """An app that ends before it listens: `ensure` returns or raises `ProviderError`; the end is told."""
+        """An app that ends before it listens: `ensure` returns or raises `ProviderError`; the end is reported."""
         spec = kit.spec(driver.provider, "judy", environment={"PROBE_EXIT": "7"})
         kit.fresh(driver.handle(spec))
         handle = driver.ensure_doomed(spec)
@@ -232,7 +232,7 @@ class LifecycleChecks(Contract):
         expect(again.inside.answers(), "after a start that failed the next one does not work")
 
     def test_destroy_leaves_nothing(self, driver: Driver, kit: Kit) -> None:
-        """`destroy` removes a running agent; it is absent, not listed, and its endpoint is dead; twice is once."""
+        """`destroy` removes a running agent: absent, not listed, endpoint closed; a second `destroy` succeeds."""
         agent = kit.start(driver, kit.spec(driver.provider, "ken"))
         driver.destroy(agent.handle)
         kit.gone(driver, agent.handle)
@@ -240,7 +240,7 @@ class LifecycleChecks(Contract):
         driver.destroy(agent.handle)
 
     def test_destroy_spares_the_canonical_data(self, driver: Driver, kit: Kit) -> None:
-        """`destroy(data=True)` deletes what the provider keeps, never the core's directory."""
+        """`destroy(data=True)` deletes the provider's own data, never the core's directory."""
         spec = kit.spec(driver.provider, "leo")
         (spec.data_dir / "mine").write_bytes(b"mine\n")
         agent = kit.start(driver, spec)
@@ -260,7 +260,7 @@ class LifecycleChecks(Contract):
         expect(agent.inside.answers(), "after a deadline the next ensure() does not finish the work")
 
     def test_progress_is_told(self, driver: Driver, kit: Kit) -> None:
-        """`ensure` tells its steps, so that people see what they wait for."""
+        """`ensure` reports its steps, which are shown to the waiting user."""
         steps = Steps()
         spec = kit.spec(driver.provider, "nina")
         kit.fresh(driver.handle(spec))
@@ -269,7 +269,7 @@ class LifecycleChecks(Contract):
 
     @pytest.mark.parametrize("call", [1, 2, 3])
     def test_cancel_leaves_nothing(self, driver: Driver, kit: Kit, call: int) -> None:
-        """When `progress` raises `Cancelled`, it comes out and nothing is left that was not there before."""
+        """`Cancelled` from `progress` leaves the method, and nothing that it created is left."""
         before = self.leftovers(kit.installation)
         spec = kit.spec(driver.provider, f"olga{call}")
         handle = driver.handle(spec)

@@ -23,7 +23,7 @@ class PromiseChecks(Contract):
     """Limits hold, networks are what they are called, credentials arrive, data moves."""
 
     def test_memory_limit(self, driver: Driver, kit: Kit) -> None:
-        """MEMORY_LIMIT: an app cannot take more than it may; what happened is told."""
+        """MEMORY_LIMIT: an app cannot exceed its limit; the cause is reported."""
         limits = Limits(memory=self.memory_limit, swap=0)
         if not driver.can(Capability.MEMORY_LIMIT):
             self._undeclared(driver, kit, Capability.MEMORY_LIMIT, limits)
@@ -44,7 +44,7 @@ class PromiseChecks(Contract):
         pytest.fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
 
     def test_cpu_limit(self, driver: Driver, kit: Kit) -> None:
-        """CPU_LIMIT: an app with a fifth of a processor gets no more."""
+        """CPU_LIMIT: an app with a limit of a fifth of a CPU gets no more."""
         limits = Limits(cpus=0.2)
         if not driver.can(Capability.CPU_LIMIT):
             self._undeclared(driver, kit, Capability.CPU_LIMIT, limits)
@@ -60,7 +60,7 @@ class PromiseChecks(Contract):
         expect(rate < 0.4, f"an app limited to 0.2 processors used {rate:.2f}: enforce Limits.cpus")
 
     def test_pids_limit(self, driver: Driver, kit: Kit) -> None:
-        """PIDS_LIMIT: an app cannot have more processes than it may."""
+        """PIDS_LIMIT: an app cannot exceed its limit of processes."""
         limits = Limits(pids=40)
         if not driver.can(Capability.PIDS_LIMIT):
             self._undeclared(driver, kit, Capability.PIDS_LIMIT, limits)
@@ -71,7 +71,7 @@ class PromiseChecks(Contract):
         expect(got >= 10, f"an app limited to 40 processes could have only {got}")
 
     def test_disk_limit(self, driver: Driver, kit: Kit) -> None:
-        """DISK_LIMIT: an app cannot write more than it may."""
+        """DISK_LIMIT: an app cannot exceed its limit of data."""
         limits = Limits(disk=32 << 20)
         if not driver.can(Capability.DISK_LIMIT):
             self._undeclared(driver, kit, Capability.DISK_LIMIT, limits)
@@ -90,7 +90,7 @@ class PromiseChecks(Contract):
 
     @pytest.mark.parametrize("network", list(Network))
     def test_network(self, driver: Driver, kit: Kit, network: Network) -> None:
-        """NETWORK_*: only `host` reaches the host's loopback; what is not declared is refused."""
+        """NETWORK_*: only `host` reaches the host's loopback; undeclared networks are refused."""
         capability = Capability(f"network-{network.value}")
         spec = kit.spec(driver.provider, f"net-{network.value}", network=network)
         if not driver.can(capability):

@@ -118,7 +118,7 @@ class SecrecyChecks(Contract):
         expect(secret not in caplog.text, "a secret shows in the provider's log")
 
     def test_specs_hide_their_secrets(self, driver: Driver, kit: Kit, secret: str) -> None:
-        """What is printed of a spec or its handle by chance holds no secret."""
+        """The printed form of a spec or a handle holds no secret."""
         spec = kit.spec(driver.provider, "hidden", values={"token": secret}, stdin=secret.encode())
         expect(secret not in repr(spec), "a secret shows in the spec's repr")
         expect(

@@ -4,7 +4,7 @@ from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_cancel_leaves_nothing[3]"
-ADVICE = "still yields an agent|it must tell ABSENT|left"
+ADVICE = "still yields an agent|it must return ABSENT|left"
 
 
 class Broken(FakeProvider):
