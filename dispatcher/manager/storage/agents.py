@@ -1,12 +1,12 @@
-"""Users, agents and what belongs to them, as typed rows.  Touches the database only.
+"""Reads and writes users, agents and what belongs to them, as typed rows.
 
-An agent's row is written whole, guarded by its version: the newest row wins, whoever writes late.
+An agent's row is written whole, and only over an older version of it: the newest row wins.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,10 +14,9 @@ import sqlalchemy as sa
 from dispatcher.manager.storage import tables
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move, UserRow
-from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.deadline import SteadyWallClock, boot_id
 from dispatcher.plugin.errors import Conflict, NotFound
-from dispatcher.plugin.model import AgentEvent, BackendState
+from dispatcher.plugin.model import AgentEvent
 
 __all__ = [
     "AgentRow",
@@ -87,7 +86,7 @@ class Store:
             .order_by(tables.agents.c.name)
         )
         with self.database.read() as connection:
-            return [_agent(row) for row in connection.execute(query).mappings()]
+            return [AgentRow(**row) for row in connection.execute(query).mappings()]
 
     def create(
         self, row: AgentRow, *, password_hash: str | None, allocated: bool, events: Sequence[AgentEvent]
@@ -103,11 +102,7 @@ class Store:
                     sa.select(tables.users.c.id).where(tables.users.c.name == row.user)
                 ).scalar()
                 if user_id is None:
-                    user = {
-                        "name": row.user,
-                        "password_hash": password_hash,
-                        "created": row.created,
-                    }
+                    user = {"name": row.user, "password_hash": password_hash, "created": row.created}
                     user_id = _key(connection.execute(_ADD_USER, user))
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
                 if allocated:
@@ -282,32 +277,7 @@ def _add_events(connection: sa.Connection, events: Iterable[tuple[int, AgentEven
 
 
 def _values(row: AgentRow) -> dict[str, Any]:
-    values = {name: getattr(row, name) for name in _AGENT_COLUMNS}
-    values["desired"] = row.desired.value
-    values["pending"] = row.pending.value
-    values["observed"] = row.observed.value
-    values["operation"] = row.operation.value if row.operation else ""
-    values["failure"] = dataclasses.asdict(row.failure) if row.failure else None
-    values["move"] = dataclasses.asdict(row.move) if row.move else None
-    values["attempts"] = list(row.attempts)
-    return values
+    return {name: getattr(row, name) for name in _AGENT_COLUMNS}
 
 
 _AGENT_COLUMNS = tuple(column.name for column in tables.agents.columns)
-
-
-def _agent(stored: Mapping[Any, Any]) -> AgentRow:
-    values = dict(stored)
-    failure, move = values.pop("failure"), values.pop("move")
-    return AgentRow(
-        **{
-            **values,
-            "desired": Desired(values["desired"]),
-            "pending": Pending(values["pending"]),
-            "observed": BackendState(values["observed"]),
-            "operation": Kind(values["operation"]) if values["operation"] else None,
-            "failure": Failure(**{**failure, "log": tuple(failure["log"])}) if failure else None,
-            "move": Move(**move) if move else None,
-            "attempts": tuple(values["attempts"] or ()),
-        }
-    )

@@ -1,6 +1,6 @@
-"""What signing in leaves behind: sessions, known browsers, slowed names.  Touches its own tables only.
+"""Sessions, known browsers, and failed sign-in attempts.
 
-No token is stored, only the SHA-256 of each: whoever reads the database cannot become anybody with it.
+Of tokens only the SHA-256 is stored: a copy of the database does not let anybody sign in.
 Times are Unix seconds of the steady clock.
 """
 
@@ -68,7 +68,7 @@ class SessionRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visitor:
-    """Where a session was made: shown to its user, so that a stranger's is recognised."""
+    """Where a session was made: shown to its user, who can recognise a foreign one."""
 
     address: str = ""
     user_agent: str = ""
@@ -160,7 +160,7 @@ class AuthStore:
                 connection.execute(_sessions.update().where(_sessions.c.sha256.in_(batch)).values(agent=agent))
 
     def set_last_used(self, times: Mapping[str, float]) -> None:
-        """Write down when sessions were last used."""
+        """Store when sessions were last used."""
         if not times:
             return
         update = (
@@ -192,16 +192,16 @@ class AuthStore:
         if extra := connection.execute(mine.offset(MAX_DEVICES)).scalars().all():
             connection.execute(_devices.delete().where(_devices.c.sha256.in_(extra)))
 
-    # Slowed names and addresses.
+    # Failed sign-in attempts.
 
     def accounts(self) -> dict[str, Account]:
-        """Return what is held against names, addresses and devices."""
+        """Return the failed attempts counted for names, addresses and devices."""
         with self._database.read() as connection:
             rows = connection.execute(sa.select(_throttle))
             return {row.key: Account(row.failures, row.last, row.until) for row in rows}
 
     def keep(self, changes: Changes) -> None:
-        """Write down what a `Throttle` says has changed."""
+        """Store the changes that a `Throttle` returned."""
         if not changes:
             return
         with self._database.write() as connection:

@@ -1,6 +1,6 @@
-"""The database: engine, schema version, transactions.  Touches the database only.
+"""The database: engine, schema version, transactions.
 
-Tables are declared on `metadata` by the modules that own them (`store`, `auth_store`).  SQLite runs in WAL
+Tables are declared on `metadata` by the modules that own them (`tables`, `auth`).  SQLite runs in WAL
 mode; writers take turns through one lock, so that "database is locked" is not an everyday event.
 """
 
@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 metadata = sa.MetaData()
 
 meta = sa.Table(
@@ -88,6 +88,16 @@ class Database:
                     why=f"this program knows schema {SCHEMA_VERSION}",
                     fix="run the newer release that wrote it",
                 )
+            else:
+                self._migrate(connection, int(found))
+
+    @staticmethod
+    def _migrate(connection: sa.Connection, found: int) -> None:
+        """Bring a database of an earlier schema to `SCHEMA_VERSION`."""
+        if found < 2 and "disabled" in {column["name"] for column in sa.inspect(connection).get_columns("users")}:
+            connection.execute(sa.text("ALTER TABLE users DROP COLUMN disabled"))
+        if found < SCHEMA_VERSION:
+            connection.execute(meta.update().where(meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
 
     @contextmanager
     def write(self) -> Iterator[sa.Connection]:

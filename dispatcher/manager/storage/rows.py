@@ -1,4 +1,4 @@
-"""What is stored of users and agents, as typed rows.  Pure.
+"""The rows of users, agents and what belongs to them: immutable, so that threads can share them.
 
 Times are Unix seconds of the steady clock.
 """
@@ -14,7 +14,7 @@ from dispatcher.plugin.model import BackendState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserRow:
-    """A person who signs in.
+    """A user.
 
     :ivar password_hash: argon2id, None where an external authenticator knows the password.
     """
@@ -27,14 +27,14 @@ class UserRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why the last try did not work, in three sentences and the agent's last lines."""
+    """Why the last attempt failed, in three sentences and the agent's last lines."""
 
     what: str
     why: str = ""
     fix: str = ""
     log: tuple[str, ...] = ()
     time: float = 0.0
-    final: bool = False  # trying again cannot help until somebody changes something
+    final: bool = False  # another attempt cannot succeed before something is changed
 
     def to_json(self) -> dict[str, Any]:
         """Return the `failure` of the REST interface."""
@@ -45,9 +45,9 @@ class Failure:
 class Move:
     """A move of an agent and its data between providers that has begun.
 
-    :ivar settling: the data is with the target, and the agent is the target's; what is left is tidying up.
-    :ivar handle: the agent's on the target, once data was brought there; :ivar copy: name of the old copy that
-        the data directory becomes, or ""; :ivar install: what was exported becomes the data directory.
+    :ivar settling: the agent and its data are on the target; only clean-up is left.
+    :ivar handle: of the agent on the target, once data was imported there; :ivar copy: name of the old copy that
+        the data directory becomes, or ""; :ivar install: the exported data becomes the data directory.
     """
 
     source: str
@@ -64,11 +64,11 @@ class Move:
 class AgentRow:
     """Everything that is stored of an agent.  Times are Unix seconds of the steady clock.
 
-    :ivar provider: where the agent and its data are now; the app's may differ until the next start.
+    :ivar provider: of the agent and its data now; the app's provider may differ until the next start.
     :ivar handle: `Handle.to_json`, "" before the first start; :ivar ready: the health check has answered
         since it runs; :ivar spec_hash: of what runs or sleeps, "" when nothing does.
-    :ivar attempts: when it was started by itself or failed to start, within the last ten minutes.
-    :ivar retry_at: when the next try is due; None with a failure: given up.
+    :ivar attempts: times of automatic starts and of failed starts, within the last ten minutes.
+    :ivar retry_at: when the next attempt is due; None with a failure: no further attempt.
     """
 
     id: int

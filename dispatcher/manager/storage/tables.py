@@ -1,10 +1,19 @@
-"""The supervisor's tables.  Declarations only; `store` reads and writes them."""
+"""The tables of `rows`; `agents` reads and writes them.
+
+Rows are frozen dataclasses beside their tables, not mapped classes of SQLAlchemy's ORM.  Measured, a mapped
+AgentRow takes 113 us to replace (25), 0.57 us to read a member (0.11) and 3 kB (0.3), importing the ORM takes
+57 ms at every start, and mapped instances are mutable, while threads share these.
+"""
 
 from __future__ import annotations
 
 import sqlalchemy as sa
 
 from dispatcher.manager.storage.database import metadata
+from dispatcher.manager.storage.rows import Failure, Move
+from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.storage.types import EnumText, JsonDataclass, JsonTuple
+from dispatcher.plugin.model import BackendState
 
 users = sa.Table(
     "users",
@@ -27,11 +36,11 @@ agents = sa.Table(
     sa.Column("uid", sa.Integer, nullable=False),
     sa.Column("created", sa.Float, nullable=False),
     sa.Column("version", sa.Integer, nullable=False),  # of the row: an older one never replaces a newer one
-    sa.Column("desired", sa.String(16), nullable=False),
+    sa.Column("desired", EnumText(Desired), nullable=False),
     sa.Column("keep_data", sa.Boolean, nullable=False),
-    sa.Column("pending", sa.String(16), nullable=False),
+    sa.Column("pending", EnumText(Pending), nullable=False),
     sa.Column("handle", sa.Text, nullable=False),
-    sa.Column("observed", sa.String(16), nullable=False),
+    sa.Column("observed", EnumText(BackendState), nullable=False),
     sa.Column("observed_at", sa.Float),
     sa.Column("ready", sa.Boolean, nullable=False),
     sa.Column("endpoint", sa.Text, nullable=False),
@@ -39,14 +48,14 @@ agents = sa.Table(
     sa.Column("started_at", sa.Float),
     sa.Column("spec_hash", sa.String(64), nullable=False),
     sa.Column("exit_reason", sa.Text, nullable=False),
-    sa.Column("operation", sa.String(16), nullable=False),
+    sa.Column("operation", EnumText(Kind), nullable=False),
     sa.Column("step", sa.String(64), nullable=False),
     sa.Column("operation_since", sa.Float),
     sa.Column("since", sa.Float, nullable=False),  # of the public state
-    sa.Column("failure", sa.JSON),
-    sa.Column("attempts", sa.JSON),  # times of automatic starts and failed starts
+    sa.Column("failure", JsonDataclass(Failure)),
+    sa.Column("attempts", JsonTuple),  # times of automatic starts and failed starts
     sa.Column("retry_at", sa.Float),
-    sa.Column("move", sa.JSON),
+    sa.Column("move", JsonDataclass(Move)),
     sa.Column("last_used", sa.Float),
     sqlite_autoincrement=True,  # another agent of the same name never gets the old one's id, nor its events
 )

@@ -81,6 +81,65 @@ def test_a_newer_schema_is_refused(tmp_path):
     assert "newer release" in caught.value.fix
 
 
+OLD = """
+CREATE TABLE meta (key VARCHAR(64) NOT NULL, value TEXT NOT NULL, PRIMARY KEY (key));
+INSERT INTO meta VALUES ('schema', '1'), ('installation', 'abcd');
+CREATE TABLE users (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, name VARCHAR(255) NOT NULL, password_hash TEXT,
+  created FLOAT NOT NULL, disabled BOOLEAN NOT NULL, UNIQUE (name));
+INSERT INTO users VALUES (7, 'alice', 'hash', 1.5, 0);
+CREATE TABLE agents (id INTEGER NOT NULL PRIMARY KEY AUTOINCREMENT, name VARCHAR(300) NOT NULL,
+  user_id INTEGER NOT NULL, app VARCHAR(32) NOT NULL, provider VARCHAR(32) NOT NULL, uid INTEGER NOT NULL,
+  created FLOAT NOT NULL, version INTEGER NOT NULL, desired VARCHAR(16) NOT NULL, keep_data BOOLEAN NOT NULL,
+  pending VARCHAR(16) NOT NULL, handle TEXT NOT NULL, observed VARCHAR(16) NOT NULL, observed_at FLOAT,
+  ready BOOLEAN NOT NULL, endpoint TEXT NOT NULL, owner_uid INTEGER, started_at FLOAT,
+  spec_hash VARCHAR(64) NOT NULL, exit_reason TEXT NOT NULL, operation VARCHAR(16) NOT NULL,
+  step VARCHAR(64) NOT NULL, operation_since FLOAT, since FLOAT NOT NULL, failure JSON, attempts JSON,
+  retry_at FLOAT, move JSON, last_used FLOAT, UNIQUE (name), FOREIGN KEY(user_id) REFERENCES users (id));
+INSERT INTO agents (id, name, user_id, app, provider, uid, created, version, desired, keep_data, pending, handle,
+  observed, ready, endpoint, spec_hash, exit_reason, operation, step, since, failure, attempts, move) VALUES
+  (3, 'alice', 7, 'demo', 'fake', 1000, 1.5, 9, 'running', 0, 'restart', '', 'stopped', 0, '', '', '', 'start',
+  '', 2.0, '{"what": "w", "why": "y", "fix": "f", "log": ["a"], "time": 1.0, "final": true}', '[1.0, 2.0]', 'null');
+"""
+
+
+def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
+    from dispatcher.manager.storage.agents import AgentRow, Failure, Store
+    from dispatcher.plugin.model import BackendState
+
+    with sqlite3.connect(tmp_path / "x.db") as connection:
+        connection.executescript(OLD)
+    connection.close()
+    for _ in range(2):  # the second time there is nothing to do
+        database = Database(f"sqlite:///{tmp_path}/x.db")
+        database.open()
+        store = Store(database)
+        user, (agent,) = store.get_user("alice"), store.agents()
+        assert (user.id, user.password_hash, user.created) == (7, "hash", 1.5)
+        assert agent.failure == Failure(what="w", why="y", fix="f", log=("a",), time=1.0, final=True)
+        assert (agent.desired.name, agent.pending.name, agent.operation.name) == ("RUNNING", "RESTART", "START")
+        assert (agent.observed, agent.attempts, agent.move) == (BackendState.STOPPED, (1.0, 2.0), None)
+        assert database.meta("schema", "") == str(SCHEMA_VERSION)
+        store.save([agent])  # the same version: nothing is written
+        assert store.agents() == [agent]
+        database.close()
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    new = AgentRow(
+        id=0,
+        version=0,
+        name="bob",
+        user="bob",
+        user_id=0,
+        app="demo",
+        provider="fake",
+        uid=1,
+        created=1.0,
+        since=1.0,
+    )
+    assert Store(database).create(new, password_hash="h", allocated=False, events=[]).user_id == 8
+    database.close()
+
+
 def test_a_lock_of_another_program_is_waited_for_then_said(tmp_path, monkeypatch):
     from dispatcher.manager.storage import database as module
 
