@@ -333,9 +333,9 @@ def test_two_installations_on_one_backend_leave_each_other_alone(world, tmp_path
                 supervisor.reconciler.sweep_soon(backend)
         time.sleep(0.2)
         assert len(alive(world)) == 2
-        one.remove("alice", keep_data=False)
+        one.commands.remove("alice", keep_data=False)
         gone(one, "alice")
-        assert two.view("alice").state is State.RUNNING
+        assert two.queries.view("alice").state is State.RUNNING
         assert len(alive(world)) == 1
     finally:
         for supervisor in other.supervisors:

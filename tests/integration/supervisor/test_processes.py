@@ -193,9 +193,9 @@ def test_two_installations_leave_each_other_alone(place):
         one, two = place.supervisor(), other.supervisor()
         running(one)
         running(two)
-        one.remove("alice", keep_data=False)
+        one.commands.remove("alice", keep_data=False)
         gone(one, "alice", seconds=20)
-        assert ask(two.view("alice"))
+        assert ask(two.queries.view("alice"))
         assert processes(place) == []
         assert len(apps(other)) == 1
     finally:
