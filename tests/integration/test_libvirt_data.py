@@ -15,7 +15,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, ProviderError
-from dispatcher.manager.files.safe_tree import differences, manifest
+from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import Limits
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.sandbox import Bind

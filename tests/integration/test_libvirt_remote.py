@@ -15,7 +15,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError, Unavailable
-from dispatcher.manager.files.safe_tree import differences, manifest
+from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import BackendState, Capability, Depth, Limits
 from dispatcher.testing.inside import Inside
 from dispatcher_libvirt import tunnel
