@@ -1,5 +1,5 @@
-# The four things one does with a clone.  Everything lives in $(VENV); nothing outside the clone is touched,
-# except that `make test` as root installs Debian packages and starts the backends' daemons (tests/machine).
+# Everything is installed in $(VENV).  Only `make test` as root changes the system: it installs Debian packages and starts
+# the backends' daemons (tests/machine).
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,11 +10,11 @@ ARGS ?=
 .PHONY: help demo test check bench clean machine
 
 help:
-	@echo 'make demo    try it: an app of her own for alice, one for bob, in your browser'
-	@echo 'make test    all tests; as root it first installs and starts what they need'
+	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
+	@echo 'make test    all tests; as root it first installs and starts their requirements'
 	@echo 'make check   style, types and unit tests, in under a minute'
-	@echo 'make bench   measure; see bench/RESULTS.md'
-	@echo 'make clean   remove what make made'
+	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
+	@echo 'make clean   remove generated files'
 
 demo: $(VENV)/.demo
 	@$(BIN)/dispatcher demo $(ARGS)

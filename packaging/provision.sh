@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Installs dispatcher on a plain Debian (12 or later) or Ubuntu (22.04 or later) and starts it: HTTPS on port 8080 with
-# a self-signed certificate, manager and proxy as two systemd units.  Run it again to upgrade; what is there is kept:
-# configuration, certificate, people, data.
+# a self-signed certificate, manager and proxy as two systemd units.  Run it again to upgrade; it keeps configuration,
+# certificate, users and data.
 #
 # Usage: provision.sh [--root DIR] [--no-packages] [--no-systemd] [--extras LIST] [--python PROGRAM]
-#   --root DIR       install everything below DIR, paths in the files included; makes users in DIR/etc alone
+#   --root DIR       install below DIR, with changed paths in the files; create users in DIR/etc only
 #   --no-packages    do not install Debian packages
-#   --no-systemd     do not touch systemd: install the units, start nothing
+#   --no-systemd     install the units, but do not start them
 #   --extras LIST    also install these extras: docker, libvirt, all
-#   --python PROGRAM make the virtual environment with this Python
+#   --python PROGRAM create the virtual environment with this Python
 set -euo pipefail
 
 root="" packages=yes systemd=yes extras="" python=python3
@@ -33,8 +33,8 @@ die() { echo "provision.sh: $*" >&2; exit 1; }
 
 [ "$(id -u)" -eq 0 ] || die "become root first (sudo $0)"
 [ -z "$root" ] || case $root in /*) ;; *) die "--root needs an absolute path" ;; esac
-[ -z "$root" ] || [ $systemd = no ] || die "--root goes with --no-systemd: systemd runs what is installed at /"
-[ $systemd = no ] || [ -d /run/systemd/system ] || die "systemd does not run here (see --no-systemd)"
+[ -z "$root" ] || [ $systemd = no ] || die "--root needs --no-systemd: systemd runs only what is installed at /"
+[ $systemd = no ] || [ -d /run/systemd/system ] || die "systemd is not running (see --no-systemd)"
 
 if [ $packages = yes ]; then
     step "Debian packages"
@@ -56,7 +56,7 @@ install -D -m 644 -t "$venv/share/doc" "$source/README.md" "$source/LICENSE" "$s
 mkdir -p "$root/usr/local/bin"
 ln -sfn "$venv/bin/dispatcher" "$root/usr/local/bin/dispatcher"
 
-# Files name paths at /; below --root they get the prefix.
+# The files contain absolute paths; with --root they get the prefix.
 place() { # place SOURCE TARGET MODE
     mkdir -p "$(dirname "$2")"
     sed -E "s#(^|[\" =-])/(opt|etc|run|var/lib)/dispatcher#\1$root/\2/dispatcher#g" "$1" >"$2.new"
@@ -74,11 +74,11 @@ if [ -n "$root" ]; then
 fi
 systemd-sysusers ${root:+--root="$root"} dispatcher.conf
 proxy_ids=$(awk -F: '$1 == "dispatcher-proxy" { print $3 ":" $4 }' "$root/etc/passwd")
-[ -n "$proxy_ids" ] || die "the user dispatcher-proxy was not made"
+[ -n "$proxy_ids" ] || die "the user dispatcher-proxy was not created"
 if [ -z "$root" ]; then
     systemd-tmpfiles --create dispatcher.conf
 else
-    # systemd-tmpfiles --root would look the owners up elsewhere: do what the file says.
+    # systemd-tmpfiles --root looks the owners up elsewhere, so the directories are created here.
     while read -r kind path mode user _; do
         [ "$kind" = d ] || continue
         mkdir -p "$path"
@@ -121,4 +121,4 @@ fi
 
 fingerprint=$(openssl x509 -in "$etc/tls/cert.pem" -noout -fingerprint -sha256 | cut -d= -f2)
 echo "Open https://$(hostname):8080/ (its certificate's SHA-256: $fingerprint)"
-echo "Add people with: dispatcher add NAME"
+echo "Add users with: dispatcher add NAME"

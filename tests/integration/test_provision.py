@@ -319,10 +319,10 @@ def test_again_is_an_upgrade_that_keeps_what_is_there(installed, units):
     [
         (["--nonsense"], "unknown option --nonsense"),
         (["--root", "relative", "--no-systemd"], "--root needs an absolute path"),
-        (["--root", "/tmp/x"], "--root goes with --no-systemd"),
+        (["--root", "/tmp/x"], "--root needs --no-systemd"),
         (
             ["--no-systemd", "--no-packages", "--root", "/tmp/x-nowhere", "--python", "/no/python"],
-            "There is no /no/python",
+            "/no/python not found",
         ),
     ],
 )

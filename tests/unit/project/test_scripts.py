@@ -45,11 +45,11 @@ def test_make_venv_says_what_is_missing(tmp_path):
 
     done = make("no-such-python")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "There is no no-such-python" in done.stderr
+    assert "no-such-python not found" in done.stderr
     old = tmp_path / "old-python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.0 && exit\nexit 1\n')
     old.chmod(0o755)
-    assert "Python 3.10 or later is needed" in make(old).stderr
+    assert "Python 3.10 or later is required" in make(old).stderr
     bare = tmp_path / "bare-python"
     bare.write_text("#!/bin/sh\ncase $2 in *ensurepip*) exit 1;; esac\nexit 0\n")
     bare.chmod(0o755)
