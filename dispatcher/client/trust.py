@@ -62,7 +62,9 @@ def token(token: str) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9._~+/=-]{1,4096}", token):
         raise BadRequest(
-            "The token cannot be used", why="it is empty or holds other characters", fix="check the token file"
+            "The token cannot be used",
+            why="it is empty or contains invalid characters",
+            fix="check the token file",
         )
     return token
 

@@ -146,7 +146,7 @@ class Config(Table):
                 if key not in known and key != "local":
                     near = difflib.get_close_matches(key, [*known, *type(table).model_fields], 1)
                     hint = f", did you mean {near[0]!r}?" if near else f", installed are: {', '.join(known)}"
-                    found.append(f"{path}.{key}: there is no plugin of that name{hint}")
+                    found.append(f"{path}.{key}: there is no plugin of this name{hint}")
         if found:
             raise self._in_file(wrong(found))
 

@@ -60,7 +60,7 @@ def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") ->
 
 def wrong(found: Iterable[str]) -> ConfigError:
     """Return an error with these problems, each once."""
-    return ConfigError("The configuration is wrong", why="; ".join(dict.fromkeys(found)))
+    return ConfigError("The configuration is not valid", why="; ".join(dict.fromkeys(found)))
 
 
 def problems(
@@ -106,7 +106,7 @@ def _problem(model: type[BaseModel], item: Any, path: str) -> str:
     if kind == "missing" and not (where and where[-1].isdigit()):
         return f"{full}: is missing"
     if kind == "missing":
-        return f"{full}: is missing, expected one more in the list"
+        return f"{full}: is missing, expected one more element of the list"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if (
         kind == "value_error"

@@ -91,7 +91,7 @@ class Plugins:
             raise PluginError(
                 f"The plugin {name!r} of {origin} cannot be imported",
                 why=f"{type(error).__name__}: {error}",
-                fix=f"install what it needs, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
+                fix=f"install its requirements, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
             ) from error
         self.register(name, plugin, origin)
 

@@ -25,13 +25,13 @@ STOP_TIMEOUT = 0.5  # seconds for requests in flight at the end
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m dispatcher.demo", description="A small notebook for one person."
+        prog="python -m dispatcher.demo", description="A small notebook for one user."
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--unix", type=Path, metavar="PATH", help="listen on a Unix socket (mode 0660)")
     where.add_argument("--port", type=int, help="listen on this port of the loopback interface")
     data = Path(os.environ.get("DISPATCHER_DATA") or ".")
-    parser.add_argument("--data", type=Path, default=data, metavar="DIR", help="keep everything there")
+    parser.add_argument("--data", type=Path, default=data, metavar="DIR", help="directory for all data")
     parser.add_argument("--portal", default="/auth", metavar="PATH", help="path of the portal's pages")
     return parser.parse_args(argv)
 

@@ -108,7 +108,7 @@ def _parse(body: bytearray) -> Message:
     try:
         message = _decode_json(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise FrameError(f"a frame that is no JSON: {error}") from error
+        raise FrameError(f"a frame that is not JSON: {error}") from error
     if not isinstance(message, dict) or not isinstance(message.get("type"), str):
-        raise FrameError("a frame that is no object with a type")
+        raise FrameError("a frame that is not an object with a type")
     return message

@@ -104,7 +104,7 @@ class Manager:
             try:
                 close()
             except Exception:
-                _log.exception("a part could not be closed")
+                _log.exception("a component could not be closed")
 
     def _start(self) -> None:
         config = self.config
@@ -173,9 +173,9 @@ class Manager:
         metrics.watch(
             agents=self.supervisor.queries.views,
             gauges={
-                "sessions": ("Sessions that are alive", self.sessions.count),
+                "sessions": ("Active sessions", self.sessions.count),
                 "feed_connections": ("Connected edge workers", self.feed.connections),
-                "hash_queue": ("Password checks that run or wait", lambda: pool.present),
+                "hash_queue": ("Running and waiting password checks", lambda: pool.present),
             },
             workers=self.feed.counters,
         )

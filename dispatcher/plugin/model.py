@@ -269,7 +269,7 @@ class Handle:
                 return cls(provider=body["provider"], agent=body["agent"], name=body["name"], data=body["data"])
         except (ValueError, KeyError, TypeError) as error:
             raise BadRequest("Damaged handle", why=str(error)) from error
-        raise BadRequest(f"Handle of version {version}", why=f"this program knows version {HANDLE_VERSION}")
+        raise BadRequest(f"Handle of version {version}", why=f"this program supports version {HANDLE_VERSION}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -56,7 +56,7 @@ def app_name(raw: str) -> str:
     """
     if not isinstance(raw, str) or not _APP.fullmatch(raw):
         raise BadRequest(
-            f"Bad app name {printable(raw)}", why="it has 1 to 32 of a-z, 0-9, _ and -", fix="rename the app"
+            f"Bad app name {printable(raw)}", why="use 1 to 32 of a-z, 0-9, _ and -", fix="rename the app"
         )
     return raw
 

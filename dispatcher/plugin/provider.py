@@ -182,7 +182,7 @@ class Provider(ABC):
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         """Resume the agent.  Success if it is running.
 
-        :raises NotFound: it does not exist any more; the core then calls `ensure`.
+        :raises NotFound: it no longer exists; the core then calls `ensure`.
         """
         raise self.unsupported(Capability.SUSPEND)
 

@@ -92,7 +92,9 @@ class Daemon:
         limit = privileges.raise_descriptor_limit(wanted)
         if limit < wanted:
             most = privileges.most_connections(proxy.connections)
-            _log.info("few files may be open", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE")
+            _log.info(
+                "the limit of open files is low", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE"
+            )
         if accounts.made_up:
             _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
         startup.preload()
@@ -263,7 +265,7 @@ class Daemon:
             for child in self._children.values():
                 child.signal(signal.SIGKILL)
             return
-        _log.info("stopping: what is under way is finished", at_most=self._config.proxy.drain_timeout)
+        _log.info("stopping after the requests in progress", at_most=self._config.proxy.drain_timeout)
         self._stopping = True
         for group in (self._listeners, self._redirects):
             for sockets in group.values():
@@ -312,7 +314,7 @@ class Daemon:
         try:
             self._take(self._reload())
         except DispatcherError as error:
-            _log.error("the configuration was not taken, going on as before", error=str(error))
+            _log.error("the new configuration is not applied", error=str(error))
         systemd.notify("READY=1")
 
     def _take(self, config: Config) -> None:
@@ -335,7 +337,7 @@ class Daemon:
         try:
             log = startup.open_access_log(config.proxy.access_log, None)
         except DispatcherError as error:
-            _log.error("the access log cannot be opened again, going on with the old file", error=str(error))
+            _log.error("the access log cannot be reopened, the old file stays in use", error=str(error))
         old_log, self._access_log = self._access_log, log
         self._listeners = _merged(self._listeners, added, config.proxy.listen)
         self._redirects = _merged(self._redirects, redirects, config.proxy.redirect_listen)

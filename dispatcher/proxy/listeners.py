@@ -115,7 +115,7 @@ def _bind(sock: socket.socket, where: tuple[object, ...], address: str) -> None:
             if error.errno != errno.EADDRINUSE or time.monotonic() > end:
                 raise
             if not said:
-                logger("proxy").warning("the address is still in use, waiting for it", address=address)
+                logger("proxy").warning("the address is still in use, waiting", address=address)
                 said = True
             time.sleep(0.1)
         else:
@@ -135,13 +135,15 @@ def bind_unix(path: str, mode: int) -> socket.socket:
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Unavailable(f"Cannot listen on {path}", why="there is a file of another kind", fix="remove it")
+            raise Unavailable(
+                f"Cannot listen on {path}", why="a file of another kind exists there", fix="remove it"
+            )
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
             try:
                 probe.connect(path)
             except (ConnectionRefusedError, FileNotFoundError):
-                logger("proxy").info("a socket was left behind, replacing it", path=path)
+                logger("proxy").info("replacing a leftover socket", path=path)
                 os.unlink(path)
             else:
                 raise Unavailable(
@@ -161,7 +163,7 @@ def bind_unix(path: str, mode: int) -> socket.socket:
 def _from_systemd(key: str) -> list[socket.socket]:
     if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdecimal():
         raise ConfigError(
-            f"{key}: systemd hands over no socket",
+            f"{key}: systemd passes no socket",
             why="LISTEN_FDS is not set for this process",
             fix="start the proxy through its .socket unit",
         )

@@ -36,7 +36,7 @@ def drop(accounts: HostAccounts) -> None:
     except OSError as error:
         raise Unavailable("Cannot become the proxy's user", why=error.strerror or str(error)) from error
     if accounts.proxy_uid != 0 and 0 in os.getresuid():
-        raise Unavailable("Cannot become the proxy's user", why="root is still within reach")
+        raise Unavailable("Cannot become the proxy's user", why="the process could still become root")
 
 
 def die_with_parent(number: int) -> None:

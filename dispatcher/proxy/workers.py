@@ -121,7 +121,7 @@ class BackOff:
                 raise Unavailable(
                     "The proxy cannot start",
                     why=f"its {child.kind} ended at once, {FIRST_TRIES} times in a row",
-                    fix="see what it said",
+                    fix="read its messages above",
                 )
         pause = self._pause
         self._pause = min(self._pause * 2, LONGEST_PAUSE)

@@ -142,7 +142,7 @@ def test_a_reload_takes_a_new_configuration_and_refuses_a_wrong_one():
         daemon.write(workers=0)
         before = daemon.workers()
         daemon.signal(signal.SIGHUP)
-        eventually(lambda: daemon.said("the configuration was not taken"))
+        eventually(lambda: daemon.said("the new configuration is not applied"))
         daemon.write(workers=1, listen=[f"127.0.0.1:{second}"])
         daemon.signal(signal.SIGHUP)
         eventually(lambda: daemon.workers() and not set(daemon.workers()) & set(before), 15)
@@ -232,7 +232,7 @@ def test_two_proxies_on_one_address():
 
 
 @pytest.mark.parametrize("proxy,words", [
-    ({"listen": ["nonsense"]}, "proxy.listen"), ({"listen": ["::1:80"]}, "proxy.listen"), ({"listen": ["systemd"]}, "systemd hands over no socket"),
+    ({"listen": ["nonsense"]}, "proxy.listen"), ({"listen": ["::1:80"]}, "proxy.listen"), ({"listen": ["systemd"]}, "systemd passes no socket"),
     ({"lisen": ["127.0.0.1:1"]}, "did you mean 'listen'?"), ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "proxy.tls_cert"),
     ({"trusted_proxies": ["x"]}, "trusted_proxies"), ({"access_log": "/nowhere/log"}, "access log"), ({"listen": ["unix:relative"]}, "unix:/PATH"),
 ])  # fmt: skip
@@ -421,7 +421,7 @@ def test_tls():
             assert Reader(sock).answer().body.endswith(body)
         (daemon.dir / "key.pem").write_text("nonsense")
         daemon.signal(signal.SIGHUP)
-        eventually(lambda: daemon.said("the configuration was not taken"))
+        eventually(lambda: daemon.said("the new configuration is not applied"))
         with tls(daemon) as sock, contextlib.suppress(OSError):
             sock.sendall(request)
             assert Reader(sock).answer().status == 200

@@ -36,7 +36,7 @@ def list_sessions(cli: Cli, user: str | None) -> None:
             ]
             for session in found["sessions"]
         ),
-        empty="nobody is signed in",
+        empty="no sign-ins",
         least=("BROWSER", "AGENT", "ADDRESS", "SIGNED IN"),
     )
 

@@ -58,7 +58,7 @@ def running(cli: Cli) -> None:
             ]
             for agent in found["agents"]
         ),
-        empty="no agent runs",
+        empty="no agent is running",
         least=("PROVIDER", "APP"),
     )
 
@@ -93,7 +93,7 @@ def info(cli: Cli, name: str) -> None:
         "since": agent.get("since"),
         "created": agent.get("created"),
         "last used": agent.get("last_used") or ("never" if runtime else ""),
-        "outdated": "yes, `restart` renews it" if agent.get("outdated") else "",
+        "outdated": "yes, `restart` applies the new configuration" if agent.get("outdated") else "",
         "backend": "" if agent.get("reachable", True) else f"not reachable, as of {agent.get('observed_at')}",
         "move": agent.get("move"),
         "endpoint": runtime.get("endpoint"),

@@ -83,7 +83,9 @@ class Commands:
         def decide(row: AgentRow) -> Change | None:
             _check_not_removed(row)
             if desired in _NEEDS and row.observed in DEAD and row.operation not in {Kind.START, Kind.MOVE}:
-                raise Conflict(f"{printable(row.name)} does not run", why="only a running agent can be suspended")
+                raise Conflict(
+                    f"{printable(row.name)} is not running", why="only a running agent can be suspended"
+                )
             if row.desired is desired and row.pending is Pending.NONE:
                 if row.operation is None and row.failure is None and reached(self._registry.situation(row)):
                     return None  # no start follows: the credentials are not kept for a later one

@@ -33,8 +33,8 @@ class Creation:
         user, _, suffix = name.partition(":")
         if suffix and app and suffix != app:
             raise BadRequest(
-                f"The agent {names.printable(name)} would be of the app {suffix}",
-                why=f"the app {names.printable(app)} was named, too",
+                f"The name {names.printable(name)} stands for the app {suffix}",
+                why=f"the request names the app {names.printable(app)}",
                 fix="leave one of them out",
             )
         chosen = suffix or (names.app_name(app) if app else registry.specs.default_app())

@@ -136,7 +136,7 @@ def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metr
             if family is None:
                 kind = GaugeMetricFamily if name.endswith("_open") else CounterMetricFamily
                 family = families[name] = kind(
-                    f"dispatcher_edge_{name}", "As the edge counts it", labels=["worker", *labels]
+                    f"dispatcher_edge_{name}", "Counter of the edge workers", labels=["worker", *labels]
                 )
             family.add_metric([worker, *labels.values()], value)
     yield from families.values()

@@ -54,7 +54,7 @@ def _check_own(path: Path) -> None:
     if found.st_uid != os.geteuid():
         raise ConfigError(
             f"{path} belongs to another user",
-            why=f"its owner has the user id {found.st_uid}, this is {os.geteuid()}",
+            why=f"its owner has the user id {found.st_uid}, the manager {os.geteuid()}",
             fix="remove it, or choose another one",
         )
 
@@ -64,14 +64,14 @@ def _check_parent(path: Path) -> None:
     found = path.stat()
     if found.st_mode & stat.S_IWOTH and not found.st_mode & stat.S_ISVTX:
         raise ConfigError(
-            f"Everybody may write to {path}", why="they could replace its contents", fix=f"chmod o-w {path}"
+            f"{path} is writable for all users", why="they could replace its contents", fix=f"chmod o-w {path}"
         )
     if found.st_uid in {0, os.geteuid()}:
         return
     if path.parent.stat().st_mode & stat.S_IWOTH:
         raise ConfigError(
             f"{path} belongs to another user",
-            why=f"its owner has the user id {found.st_uid}; everybody may write to {path.parent}",
+            why=f"its owner has the user id {found.st_uid}; {path.parent} is writable for all users",
             fix="set manager.run_dir and manager.state_dir, or $XDG_RUNTIME_DIR",
         )
     _log.warning("another user could replace the contents", directory=str(path), owner=found.st_uid)

@@ -49,17 +49,19 @@ class SocketTmpfs:
         if not self._privileged or directory.is_mount() or _kind(directory)[0] not in _IN_MEMORY:
             return
         if next(directory.iterdir(), None) is not None:
-            self._why = (
-                "it contains sockets of agents that an earlier version started; it is bounded from the next boot"
-            )
+            self._why = "it contains sockets of agents of an earlier version; it is limited from the next boot on"
             return
         if self._mount(f"{_PLAIN},{_QUOTA}"):  # a kernel without quotas refuses
             self._mount(_PLAIN)
         if not directory.is_mount():
-            _log.warning("the agents' socket directories are not bounded", directory=str(directory), why=self._why)
+            _log.warning(
+                "the size of the agents' socket directories is not limited",
+                directory=str(directory),
+                why=self._why,
+            )
 
     def close(self) -> None:
-        """Unmount, when no agent runs.  The directories are made again when needed."""
+        """Unmount, when no agent is running.  The directories are made again when needed."""
         if self._privileged and self._directory.is_mount():
             why = _run("umount", str(self._directory))
             if why:
@@ -76,15 +78,15 @@ class SocketTmpfs:
         if self._directory.is_mount():
             return Finding(
                 level=Level.INFO,
-                what=f"all agents share {SIZE >> 20} MiB for their sockets: one that fills them with files "
-                "harms nothing of the host, and keeps others from starting",
-                fix="a kernel with quotas on tmpfs (Linux 6.6, CONFIG_TMPFS_QUOTA) bounds each agent",
+                what=f"all agents share {SIZE >> 20} MiB for their sockets: an agent that fills them "
+                "does not affect the host, but prevents starts of other agents",
+                fix="a kernel with quotas on tmpfs (Linux 6.6, CONFIG_TMPFS_QUOTA) limits each agent",
             )
         what = f"an agent can fill the file system of {self._directory} through the directory of its socket"
         if kind not in _IN_MEMORY:
             return Finding(level=Level.INFO, what=f"{what}, as it can through its data", fix="set manager.run_dir")
         if not self._privileged:
-            return Finding(level=Level.INFO, what=what, fix="run the manager as root: it bounds that directory")
+            return Finding(level=Level.INFO, what=what, fix="run the manager as root: it limits that directory")
         return Finding(level=Level.WARNING, what=f"{what}: {self._why or 'it could not be mounted'}")
 
     def full(self) -> ProviderError:

@@ -46,7 +46,7 @@ def create_agent(services: Services, body: schemas.CreateAgent) -> Answer:
     if not new and body.password is not None:
         raise Conflict(
             f"{user} exists",
-            why="the password was not changed, and no agent was made",
+            why="the password was not changed, and no agent was created",
             fix="leave the password out to add an agent, or change it with `dispatcher passwd`",
         )
     password_hash = services.signin.hash_new(body.password) if body.password is not None else None

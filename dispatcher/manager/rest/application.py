@@ -95,12 +95,12 @@ def _http_error(error: HTTPException) -> tuple[Json, int, dict[str, str]]:
     """Return the problem document of what Flask refuses: 404, 405, 413, ..."""
     status = error.code or 500
     headers = {"Content-Type": problem.MEDIA_TYPE}
-    detail, fix = "the request is not understood", "see /openapi.json"
+    detail, fix = "the request is not valid", "see /openapi.json"
     if status == 404:
         detail = "there is no such path on this listener"
     elif status == 405:
         headers["Allow"] = ", ".join(sorted(getattr(error, "valid_methods", None) or []))
-        detail = f"this path takes {headers['Allow']}"
+        detail = f"this path accepts {headers['Allow']}"
     elif status == 413:
         detail, fix = f"a body has at most {MAX_BODY} bytes", "send less"
     return problem.document(status, error.name, detail, fix), status, headers
@@ -110,7 +110,5 @@ def _crashed(error: Exception) -> tuple[Json, int, dict[str, str]]:
     """Log an unexpected error; the answer shows nothing of it."""
     _log.error("a request failed", method=request.method, path=request.path, exc_info=error)
     return _refused(
-        DispatcherError(
-            "The manager failed to do that", why="an unexpected error occurred", fix="see the manager's log"
-        )
+        DispatcherError("The request failed", why="an unexpected error occurred", fix="see the manager's log")
     )

@@ -47,7 +47,9 @@ def unix_socket(path: Path, gid: int | None) -> socket.socket:
         sock.bind(str(path))
     except OSError as error:
         sock.close()
-        raise ConfigError(f"Cannot make the socket {path}", why=str(error.strerror), fix="see run_dir") from error
+        raise ConfigError(
+            f"Cannot create the socket {path}", why=str(error.strerror), fix="see run_dir"
+        ) from error
     finally:
         os.umask(before)
     if gid is not None and gid != os.getegid():
@@ -147,7 +149,7 @@ class Tokens:
                     raise ConfigError(
                         f"manager.token_file: a token of {path} is too short",
                         why="it could be guessed, and gives full control",
-                        fix="make one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                        fix="create one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
                     )
                 if token:
                     digests.append(hashlib.sha256(token.encode()).digest())
@@ -185,8 +187,8 @@ class CredentialGuard:
             return [data if environ["REQUEST_METHOD"] == "GET" else b""]
         _log.warning("refused without a credential", address=environ.get("REMOTE_ADDR"))
         error = Unauthorized(
-            "A token or a client certificate is needed",
-            why="none was given, or it is unknown",
+            "A token or a client certificate is required",
+            why="none was given, or it is not valid",
             fix="give --token-file with one of the manager's tokens",
         )
         return _refuse(error, start_response)

@@ -127,7 +127,7 @@ def _user_session(services: Services, sha256: str) -> SessionRow:
     """
     row = services.sessions.require(sha256)
     if row.parent:
-        raise Forbidden("This sign-in is for one app alone", fix="go to your list of apps")
+        raise Forbidden("This sign-in is valid for one app only", fix="go to your list of apps")
     return row
 
 

@@ -69,7 +69,7 @@ class Route:
         if model := self.model("body"):
             arguments["body"] = _body(model, request)
         elif request.get_data(cache=False):
-            raise BadRequest("The request has a body", why="this one takes none", fix="leave it out")
+            raise BadRequest("The request has a body", why="this request takes none", fix="leave it out")
         return self.handler(services, **arguments)
 
 
@@ -115,7 +115,7 @@ def _body(model: type[BaseModel], request: Request) -> BaseModel:
 def _query(model: type[BaseModel], request: Request) -> BaseModel:
     for name, values in request.args.lists():
         if len(values) > 1:
-            raise BadRequest(f"The query gives {names.printable(name)} twice", fix="give it once")
+            raise BadRequest(f"The query contains {names.printable(name)} twice", fix="give it once")
     try:
         return _built(model).model_validate(request.args.to_dict())
     except ValidationError as error:
@@ -133,4 +133,4 @@ def _invalid(where: str, model: type[BaseModel], error: ValidationError) -> BadR
             faults.append(f"{path}: is missing")
         else:
             faults.append(f"{path}: {item['msg']}" if path else item["msg"])
-    return BadRequest(f"The {where} is wrong", why="; ".join(faults), fix="see /openapi.json")
+    return BadRequest(f"The {where} is not valid", why="; ".join(faults), fix="see /openapi.json")

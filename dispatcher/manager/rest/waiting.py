@@ -57,7 +57,7 @@ def wait_for_state(services: Services, agent: str, desired: str, seconds: float)
 
     view = wait(services, agent, ended, seconds)
     if view is None:
-        raise NotFound(f"The agent {agent} does not exist any more", why="it was removed meanwhile")
+        raise NotFound(f"The agent {agent} no longer exists", why="it was removed meanwhile")
     if view.desired.value != desired:
         raise Conflict(
             f"The desired state of {agent} is {view.desired.value} now", why="another request set it meanwhile"

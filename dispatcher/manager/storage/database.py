@@ -38,7 +38,7 @@ class Database:
         try:
             self.engine = sa.create_engine(url, pool_size=20, max_overflow=20)
         except sa.exc.ArgumentError as error:
-            raise ConfigError("manager.database is no SQLAlchemy URL", why=str(error)) from error
+            raise ConfigError("manager.database is not a SQLAlchemy URL", why=str(error)) from error
         except ImportError as error:
             raise ConfigError(
                 "manager.database needs a driver that is not installed", why=str(error), fix="install it"
@@ -55,7 +55,7 @@ class Database:
                     raise Unavailable(
                         f"Cannot open the database {path}",
                         why=error.strerror or str(error),
-                        fix="see that its directory exists, has space and is writable",
+                        fix="check that its directory exists, has space and is writable",
                     ) from error
 
     def open(self) -> None:
@@ -73,7 +73,7 @@ class Database:
             raise ConfigError(
                 f"{self.engine.url.database} cannot be used as a database",
                 why=str(error.orig),
-                fix="put back a copy of it, or choose another manager.database",
+                fix="restore a copy of it, or choose another manager.database",
             ) from error
 
     def _open(self) -> None:
@@ -85,7 +85,7 @@ class Database:
             elif int(found) > SCHEMA_VERSION:
                 raise ConfigError(
                     f"The database has schema {found}",
-                    why=f"this program knows schema {SCHEMA_VERSION}",
+                    why=f"this version supports schema {SCHEMA_VERSION}",
                     fix="run the newer release that wrote it",
                 )
             else:
@@ -155,6 +155,6 @@ def _unavailable(error: sa.exc.OperationalError) -> Unavailable:
     return Unavailable(
         "The database cannot be used now",
         why=str(error.orig),
-        fix="see that its disk has space and that it is writable",
+        fix="check that its disk has space and is writable",
         retry_after=5,
     )

@@ -82,7 +82,7 @@ class Feed:
     def check(self) -> None:
         """Notice silence; called about once a second."""
         if self._transport is not None and boottime() - self._last_message > protocol.SILENCE:
-            self._log.warning("the feed is silent, connecting again", seconds=protocol.SILENCE)
+            self._log.warning("the feed is silent, reconnecting", seconds=protocol.SILENCE)
             self._transport.abort()
 
     async def _run(self) -> None:
@@ -107,7 +107,7 @@ class Feed:
         try:
             trust.check_peer(transport.get_extra_info("socket"), self._path)
         except ManagerUnreachable as error:
-            self._log.error("the feed is not the manager's", path=self._path, why=error.why)
+            self._log.error("the feed's socket does not belong to the manager", path=self._path, why=error.why)
             transport.abort()
             return
         self._transport = transport
@@ -120,7 +120,7 @@ class Feed:
         self._last_message = boottime()
         kind = message["type"]
         if kind == protocol.ERROR or (kind == protocol.HELLO and message.get("version") != protocol.VERSION):
-            why = message.get("what") or f"the manager speaks version {message.get('version')} of the feed"
+            why = message.get("what") or f"the manager supports version {message.get('version')} of the feed"
             self._log.error("the manager refuses the feed", why=str(why))
             if self._transport is not None:
                 self._transport.abort()
@@ -142,7 +142,7 @@ class Feed:
             self.lost_at = boottime()
         if not self._closed:
             if not self._complained:
-                self._log.warning("the manager's feed is lost, going on with what is known")
+                self._log.warning("the manager's feed is lost, serving the known sessions")
                 self._complained = True
             self._on_down()
 
@@ -163,7 +163,7 @@ class _Protocol(asyncio.Protocol):
             for message in self._decoder.feed(data):
                 self._feed.message(message)
         except (protocol.FrameError, KeyError, TypeError, ValueError) as error:
-            logger("edge").error("the feed cannot be understood", error=repr(error))
+            logger("edge").error("invalid frame in the feed", error=repr(error))
             if self._transport is not None:
                 self._transport.abort()
 

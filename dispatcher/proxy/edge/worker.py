@@ -49,7 +49,9 @@ class Worker(Services):
         if int(now) % 5 == 0:
             self._close_idle_upstreams(now)
             if self.feed_lost_for_good() and self.tables.agents:
-                self._logger.error("the manager has been away for too long, serving nothing from now on")
+                self._logger.error(
+                    "the manager is unreachable for longer than proxy.feed_grace, every request gets 503"
+                )
                 changes = Changes()
                 self.tables.clear(changes)
                 self._apply(changes)

@@ -48,7 +48,7 @@ def act() -> Response:
         client.select(someone.sha256, name)
         return context.go(target) if not content.for_programs() else content.data({"agent": name})
     if action not in ACTIONS:
-        raise BadRequest("Nothing to do", why="the action is none of open, start, stop, restart")
+        raise BadRequest("Nothing to do", why="valid actions are open, start, stop, restart")
     agent = client.my_state(someone.sha256, name, ACTIONS[action])
     if content.for_programs():
         return content.data(words.public_agent(agent), 202)

@@ -68,7 +68,9 @@ def page(template: str, status: int = 200, **values: Any) -> Response:
     """
     if inside_another_page():
         raise Forbidden(
-            "Pages of the portal are for people", why="a script or a frame asked for it", fix="open it as a page"
+            "This page is not available to scripts and frames",
+            why="a script or a frame requested it",
+            fix="open it in a browser window",
         )
     g.nonce = secrets.token_urlsafe(16)
     response = make_response(render_template(template, **values), status)
@@ -120,7 +122,7 @@ def _from_http(error: HTTPException) -> DispatcherError:
     texts = {
         404: ("Page not found", "check the address"),
         405: (f"{request.method} is not possible here", "open the page in a browser"),
-        413: ("The request is too big", "send less"),
+        413: ("The request is too large", "send less"),
     }
     what, fix = texts.get(number, (error.name, ""))
     return cls(what, fix=fix)

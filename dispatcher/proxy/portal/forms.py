@@ -55,7 +55,7 @@ def foreign(headers: Mapping[str, str], origins: Collection[str], *, program: bo
     """
     site, mode, destination = (headers.get(f"Sec-Fetch-{name}", "") for name in ("Site", "Mode", "Dest"))
     if (sender := headers.get("Origin")) is not None and sender not in origins:
-        return "it comes from another site" if sender != "null" else "the browser does not say where it comes from"
+        return "it comes from another site" if sender != "null" else "the browser does not send its origin"
     if site not in {"", "same-origin", "none"}:
         return "it comes from another site"
     if program:
@@ -63,7 +63,7 @@ def foreign(headers: Mapping[str, str], origins: Collection[str], *, program: bo
     if mode not in {"", "navigate"}:
         return "a page's script sent it"
     if destination not in {"", "document"}:
-        return "it comes from inside another page"
+        return "it comes from a frame in another page"
     return ""
 
 

@@ -60,7 +60,9 @@ def redeem() -> Response:
     nonce = context.nonce()
     try:
         if not nonce:
-            raise Forbidden("This sign-in was not begun here", why="the browser has no nonce of this host")
+            raise Forbidden(
+                "This sign-in did not begin in this browser", why="the browser has no nonce of this host"
+            )
         answer = context.portal().client.redeem(request.args.get("code", "")[:256], nonce, request.host.lower())
     except (Forbidden, NotFound, BadRequest) as error:
         return _not_redeemed(error, target)

@@ -37,7 +37,9 @@ def form() -> Response:
 def sign_in() -> Response:
     """Check a name and a password, and begin a session: always a new one, whatever cookie came along."""
     if context.on_agent_host():
-        raise Forbidden("The host of an app has no sign-in", fix=f"sign in at {context.portal().public_origin}")
+        raise Forbidden(
+            "There is no sign-in on the host of an app", fix=f"sign in at {context.portal().public_origin}"
+        )
     target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
     user = context.sent("user")
     try:

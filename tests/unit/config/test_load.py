@@ -45,7 +45,10 @@ def test_no_apps_are_no_apps():
         ({"manager": {"threads": True}}, "manager.threads: found true, expected a whole number"),
         ({"manager": {"threads": 0}}, "manager.threads: found 0, expected at least 2"),
         ({"manager": {"threads": 1000}}, "manager.threads: found 1000, expected at most 256"),
-        ({"manager": {"uid_range": [7000]}}, "manager.uid_range.1: is missing, expected one more in the list"),
+        (
+            {"manager": {"uid_range": [7000]}},
+            "manager.uid_range.1: is missing, expected one more element of the list",
+        ),
         ({"manager": {"uid_range": 7000}}, "manager.uid_range: found 7000, expected a list in square brackets"),
         (
             {"manager": {"uid_range": [9000, 8000]}},
@@ -83,7 +86,7 @@ def test_no_apps_are_no_apps():
         ({"proxy": {"hsts": True}}, 'proxy.hsts: found true, expected a duration such as "90s", "30m" or "1h30m"'),
         ({"apps": 3}, "apps: found 3, expected a table"),
         ({"apps": {"a": 3}}, "apps.a: found 3, expected a table"),
-        ({"apps": {"A B": {}}}, "apps.'A B': it has 1 to 32 of a-z, 0-9, _ and -"),
+        ({"apps": {"A B": {}}}, "apps.'A B': use 1 to 32 of a-z, 0-9, _ and -"),
         ({"apps": {"a": {"memori": "1G"}}}, "apps.a.memori: unknown key, did you mean 'memory'?"),
         ({"apps": {"a": {"cpus": 0}}}, "apps.a.cpus: found 0, expected more than 0.0"),
         ({"apps": {"a": {"cpus": float("nan")}}}, "apps.a.cpus: found NaN, expected a number"),
@@ -400,7 +403,7 @@ def test_the_table_of_a_provider_that_is_not_chosen_is_pointed_at(plugins, monke
 
 def test_a_table_of_no_plugin_is_a_fault(plugins):
     found = parse({"apps": {"a": {"provider": "fake", "fake": {"image": "x"}, "fakr": {}}}})
-    with pytest.raises(ConfigError, match=r"apps\.a\.fakr: there is no plugin of that name"):
+    with pytest.raises(ConfigError, match=r"apps\.a\.fakr: there is no plugin of this name"):
         found.validate_providers(plugins)
 
 

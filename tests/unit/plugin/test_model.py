@@ -74,7 +74,7 @@ def test_a_damaged_handle_is_told(text):
 
 
 def test_a_handle_of_a_newer_version_is_told():
-    with pytest.raises(BadRequest, match="Handle of version 9: this program knows version 1"):
+    with pytest.raises(BadRequest, match="Handle of version 9: this program supports version 1"):
         Handle.from_json('{"version": 9}')
 
 

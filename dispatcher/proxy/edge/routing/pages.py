@@ -103,9 +103,7 @@ def failure(
     return answer + text if body else answer
 
 
-BAD_SESSION = Failure(
-    401, "unauthenticated", "Sign in first", "This address needs a session, and there is none or it has ended."
-)
+BAD_SESSION = Failure(401, "unauthenticated", "Sign in first", "There is no session, or it has ended.")
 TOO_BUSY = Failure(
     503,
     "too-many-requests",
@@ -118,7 +116,7 @@ FULL = Failure(
     503,
     "too-many-connections",
     "Too many connections",
-    "The limit is reached, in all or for this address.",
+    "The limit of connections is reached, in total or for your address.",
     "Try again in a moment.",
     retry_after=5,
 )
@@ -126,7 +124,7 @@ NO_FEED = Failure(
     503,
     "manager-away",
     "The service is being restarted",
-    "The manager, which knows the sessions, has not answered for a while.",
+    "The manager has not responded for a while.",
     "Try again in a moment; if this lasts, tell the administrator.",
     retry_after=5,
 )
@@ -135,26 +133,26 @@ NO_AGENT = Failure(
     "not-found",
     "There is no such application",
     "This session has no application here.",
-    "Look at the address.",
+    "Check the address.",
 )
 GONE_AWAY = Failure(
     502,
     "upstream-failed",
     "The application closed the connection",
-    "It did so before it had answered.",
-    "Try again. If this repeats, look at the application's log.",
+    "The connection ended before the response.",
+    "Try again. If this repeats, read the application's log.",
 )
 BAD_ANSWER = Failure(
     502,
     "upstream-invalid",
-    "The application's answer cannot be passed on",
+    "The application's response is not valid",
     "It is not a valid HTTP response.",
-    "Look at the application's log.",
+    "Read the application's log.",
 )
 UNREACHABLE = Failure(
     502,
     "upstream-unreachable",
-    "The application does not take connections",
+    "The application does not accept connections",
     "It runs, but nothing listens at its address.",
     "Try again in a moment. If this repeats, restart the application.",
     retry_after=2,
@@ -163,15 +161,13 @@ TOO_SLOW = Failure(
     504,
     "upstream-timeout",
     "The application did not answer in time",
-    "The request was passed on, and no answer came.",
-    "Try again, or look at the application's log.",
+    "The request was forwarded, but no response arrived.",
+    "Try again, or read the application's log.",
 )
 SLOW_REQUEST = Failure(
-    408, "request-timeout", "The request did not arrive in time", "Its rest did not come.", "Send it again."
+    408, "request-timeout", "The request did not arrive in time", "Only part of it arrived.", "Send it again."
 )
-TOO_LARGE = Failure(
-    413, "too-large", "The request is too large", "This address takes at most 64 KiB.", "Send less."
-)
+TOO_LARGE = Failure(413, "too-large", "The request is too large", "The limit here is 64 KiB.", "Send less.")
 CROSS_ORIGIN = Failure(
     403,
     "cross-origin",
@@ -203,8 +199,8 @@ def bad_request(status: int, why: str) -> Failure:
         status,
         "bad-request",
         phrase,
-        f"The request holds {why}.",
-        "The client, or a proxy before it, is at fault.",
+        f"The request contains {why}.",
+        "The fault is in the client, or in a proxy before it.",
     )
 
 

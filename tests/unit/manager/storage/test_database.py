@@ -31,8 +31,8 @@ def test_a_new_one_is_private_and_opens_again(tmp_path):
 @pytest.mark.parametrize(
     ("url", "error", "words"),
     [
-        ("nonsense", ConfigError, "no SQLAlchemy URL"),
-        ("nodialect://x", ConfigError, "no SQLAlchemy URL"),
+        ("nonsense", ConfigError, "not a SQLAlchemy URL"),
+        ("nodialect://x", ConfigError, "not a SQLAlchemy URL"),
         ("sqlite:////nonexistent/x.db", Unavailable, "Cannot open the database"),
     ],
 )

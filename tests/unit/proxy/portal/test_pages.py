@@ -317,7 +317,7 @@ class TestTheRest:
         app, _ = portal
         page = Browser(app).post("/auth/login", {"user": "x" * 100_000})
         assert page.status == 413
-        assert "The request is too big." in page.text
+        assert "The request is too large." in page.text
 
     def test_a_mistake_of_the_portal_shows_no_inside(self, portal, monkeypatch, caplog) -> None:
         app, manager = portal
