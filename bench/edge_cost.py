@@ -10,6 +10,7 @@ The client's and the upstream's transports are stand-ins; everything between the
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, os.environ.get("EDGE_COST_OF", str(ROOT)))
 
 TOKEN = "abcdefghijklmnopqrstuvwxyz0123456789abcdefg"
 SMALL = (
@@ -45,6 +46,32 @@ BROWSER = (
     + b"x"
     * 200,
 )
+
+
+
+
+def mixed(number):
+    """Return a request and an answer as `bench/edge_compare` has them in its workload `mixed`."""
+    noise = hashlib.md5(b"%d" % number).hexdigest()
+    request = (
+        f"GET /m/app/{number * 7 % 400}/items HTTP/1.1\r\nHost: apps.example.org\r\n"
+        "User-Agent: Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/130.0.0.0 Safari/537.36\r\n"
+        f"Accept: application/json;v={number}\r\nAccept-Encoding: gzip, deflate, br, zstd\r\n"
+        "Accept-Language: en-US,en;q=0.9\r\nSec-Fetch-Site: same-origin\r\nSec-Fetch-Mode: cors\r\n"
+        f"X-Client-Data: {noise[:24]}\r\nReferer: http://apps.example.org/m/app/{number * 11 % 400}/view?step={number}\r\n"
+        f'If-None-Match: "{noise}"\r\n'
+        f"If-Modified-Since: Sat, 28 Nov 2026 {number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02} GMT\r\n"
+        f"X-XSRF-Token: 2|{noise[:8]}|{noise}\r\ntraceparent: 00-{noise}-{noise[:16]}-01\r\n"
+        f"Cookie: dispatcher={TOKEN}; theme=dark; app={noise}\r\n\r\n"
+    )
+    body = '{"answer": "of the upstream", "id": "%s", "filler": "%s"}' % (noise, "x" * 71)
+    answer = (
+        "HTTP/1.1 200 OK\r\nServer: nginx/1.22.1\r\nDate: Wed, 25 Nov 2026 21:13:48 GMT\r\nContent-Type: application/json\r\n"
+        f'Content-Length: {len(body)}\r\nConnection: keep-alive\r\nETag: "{noise}"\r\nX-Trace-Id: {noise}\r\n'
+        f"Set-Cookie: app={noise}; Path=/; HttpOnly\r\nCache-Control: private, max-age=0\r\n"
+        f"X-Content-Type-Options: nosniff\r\nVary: Accept-Encoding, Cookie\r\n\r\n{body}"
+    )
+    return request.encode(), answer.encode()
 
 
 class Transport:
@@ -104,19 +131,19 @@ def loop(kind, count):
     client, upstream = setup()
     if kind == "connect":
         return connections(client.worker, upstream, count)
-    request, answer = SMALL if kind == "small" else BROWSER
-    requests = (
-        [request] * count
-        if isinstance(request, bytes)
-        else [(request % (i % 50, i % 7)).encode() for i in range(count)]
-    )
-    ask, tell = client.data_received, upstream.data_received
+    if kind == "mixed":
+        pairs = [mixed(number) for number in range(count)]
+    elif kind == "small":
+        pairs = [SMALL] * count
+    else:
+        pairs = [((BROWSER[0] % (i % 50, i % 7)).encode(), BROWSER[1]) for i in range(count)]
+    take_request, take_answer = client.data_received, upstream.data_received
     start = time.process_time()
-    for data in requests:
-        ask(data)
-        tell(answer)
+    for request, answer in pairs:
+        take_request(request)
+        take_answer(answer)
     spent = time.process_time() - start
-    if kind == "small":
+    if kind in {"small", "mixed"}:
         assert client.transport.written > count * 150, "the answers did not get through"
     return spent / count * 1e6
 
@@ -192,6 +219,7 @@ def main():
     parser.add_argument("--instructions", action="store_true")
     parser.add_argument("--loop", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--profile", help="profile one kind by function")
+    parser.add_argument("--kinds", default="small,connect,browser,mixed")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     if args.loop:
@@ -203,7 +231,7 @@ def main():
         cProfile.runctx("loop(kind, 20000)", globals(), {"kind": args.profile}, sort="tottime")
         return
     result = {}
-    for kind in ("small", "connect", "browser"):
+    for kind in args.kinds.split(","):
         if args.instructions:
             result[kind] = round(instructions(kind))
         else:
