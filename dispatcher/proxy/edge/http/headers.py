@@ -1,63 +1,59 @@
-"""Field lines of HTTP/1.1 heads and trailers, strictly by RFC 9110 section 5 and RFC 9112 section 5.  Pure.
+"""Field lines of HTTP/1.1 heads and trailers, strictly by RFC 9110 section 5 and RFC 9112 section 5.
 
-What two parsers could read differently is refused here once, for requests and answers alike: bare CR or LF, NUL
-and other controls, folded lines, space before the colon, names that are no tokens, and names whose underscore
-spelling some applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
+Whatever two parsers could read differently is refused here once, for requests and answers: bare CR or LF, NUL and
+other controls, folded lines, space before the colon, invalid names, and names whose underscore spelling some
+applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
 
-Each name has a *kind*, a small number that says what the edge does with the line.  Clients and applications send
-the same lines again and again: what such a line means is remembered by its exact bytes, and costs one
-dictionary lookup.
+Each name has a *kind*, a small number that decides the treatment of the line.  A head is checked in one pass over
+its bytes (`field_lines`) and then costs one dictionary lookup for each line, whether its value repeats or not.
 """
 
 from __future__ import annotations
 
 import re
-
-Entry = tuple[int, bytes]
+from typing import Final
 
 #: Bytes that a field value or a start line may hold: HTAB, SP, VCHAR and obs-text (RFC 9110, 5.5).
-FIELD_BYTES = frozenset([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-#: Maps what a line must not hold to NUL.
-CHECK = bytes(byte if byte in FIELD_BYTES else 0 for byte in range(256))
-_MAX_CACHED = 2048
-_MAX_CACHED_NAME = 64
+FIELD_BYTES: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_MAX_LEARNED: Final = 1024
+_MAX_LEARNED_NAME: Final = 64
 
-# What becomes of a line.  Kinds from SPECIAL on are looked at one by one; their values are collected.
-KEEP = 0  # passed on byte for byte
-DROP = 1
-REFUSE = 2  # no honest sender writes it
-SPECIAL = 3
+# The treatment of a line.  The values of kinds from SPECIAL on are collected.
+KEEP: Final = 0  # passed on byte for byte
+DROP: Final = 1
+REFUSE: Final = 2  # no honest sender writes it
+SPECIAL: Final = 3
 
 # Requests.
-HOST = 3
-COOKIE = 4
-CONNECTION = 5
-CONTENT_LENGTH = 6
-TRANSFER_ENCODING = 7
-EXPECT = 8
-UPGRADE = 9
-TE = 10
-X_FORWARDED_FOR = 11
-X_FORWARDED_HOST = 12
-X_FORWARDED_PROTO = 13
-X_REQUEST_ID = 14
-# From here on a request's line is looked at and passed on as well.
-LOOKED_AT = 20
-ACCEPT = 20
-SEC_FETCH_MODE = 21
-SEC_FETCH_SITE = 22
-ORIGIN = 23
-SERVICE_WORKER = 24
-SEC_PURPOSE = 25
-SEC_FETCH_DEST = 26
+HOST: Final = 3
+COOKIE: Final = 4
+CONNECTION: Final = 5
+CONTENT_LENGTH: Final = 6
+TRANSFER_ENCODING: Final = 7
+EXPECT: Final = 8
+UPGRADE: Final = 9
+TE: Final = 10
+X_FORWARDED_FOR: Final = 11
+X_FORWARDED_HOST: Final = 12
+X_FORWARDED_PROTO: Final = 13
+X_REQUEST_ID: Final = 14
+# From here on a request's line is passed on as well.
+LOOKED_AT: Final = 20
+ACCEPT: Final = 20
+SEC_FETCH_MODE: Final = 21
+SEC_FETCH_SITE: Final = 22
+ORIGIN: Final = 23
+SERVICE_WORKER: Final = 24
+SEC_PURPOSE: Final = 25
+SEC_FETCH_DEST: Final = 26
 
 # Answers.
-SET_COOKIE = 30
-SERVICE_WORKER_ALLOWED = 31
-DATE = 32
-CLEAR_SITE_DATA = 33
-CONTENT_TYPE = 34
+SET_COOKIE: Final = 30
+SERVICE_WORKER_ALLOWED: Final = 31
+DATE: Final = 32
+CLEAR_SITE_DATA: Final = 33
+CONTENT_TYPE: Final = 34
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP = dict.fromkeys(
@@ -65,7 +61,7 @@ _HOP_BY_HOP = dict.fromkeys(
     DROP,
 )
 
-#: What a client must not say of itself: who it is and where it comes from.  The edge says it, or nobody.
+#: Identity and origin of a client: only the edge or a trusted proxy states them.
 _IDENTITY = dict.fromkeys(
     (
         "forwarded",
@@ -135,15 +131,15 @@ _RESPONSE = {
     "set-cookie2": DROP,
     "service-worker-allowed": SERVICE_WORKER_ALLOWED,
     "date": DATE,
-    # About the whole host, which is the dispatcher's and not the agent's:
+    # These concern the whole host, which belongs to the dispatcher and not to the agent:
     "strict-transport-security": DROP,
     "public-key-pins": DROP,
     "alt-svc": DROP,
     "clear-site-data": CLEAR_SITE_DATA,
-    "nel": DROP,  # reports each request to the host, the portal's too, long after the session
+    "nel": DROP,  # reports every request to the host, the portal's included, long after the session
     "report-to": DROP,
     "content-type": CONTENT_TYPE,
-    # Orders to a front proxy, which would read its own files for the agent:
+    # Commands to a front proxy, which would send its own files:
     "x-accel-redirect": DROP,
     "x-sendfile": DROP,
     "x-lighttpd-send-file": DROP,
@@ -172,9 +168,9 @@ _TRAILER_FORBIDDEN = frozenset(
 
 
 class BadHead(Exception):
-    """A head, a chunk or a trailer section that must not be passed on.
+    """An invalid head, chunk or trailer section: it must not be passed on.
 
-    :ivar status: what to answer a client with; :ivar why: one sentence.
+    :ivar status: of the answer to a client; :ivar why: a noun phrase for "found ...".
     """
 
     def __init__(self, why: str, status: int = 400) -> None:
@@ -183,99 +179,52 @@ class BadHead(Exception):
         self.status = status
 
 
-#: A line that is passed on as it is, and one that is not: most lines are one of these.
-KEPT: Entry = (KEEP, b"")
-DROPPED: Entry = (DROP, b"")
+class Names:
+    """Kinds of field names by exact bytes.
 
-#: Fields whose lines come again and again and hold nothing that is anybody's secret.
-_REPEATED = frozenset(
-    {
-        *("accept", "accept-charset", "accept-encoding", "accept-language", "cache-control", "connection"),
-        *("content-encoding", "content-length", "content-type", "dnt", "host", "keep-alive", "origin", "pragma"),
-        *(
-            "priority",
-            "te",
-            "transfer-encoding",
-            "upgrade",
-            "upgrade-insecure-requests",
-            "user-agent",
-            "x-requested-with",
-        ),
-        *(
-            "sec-ch-ua",
-            "sec-ch-ua-mobile",
-            "sec-ch-ua-platform",
-            "sec-fetch-dest",
-            "sec-fetch-mode",
-            "sec-fetch-site",
-        ),
-        *("sec-fetch-user", "sec-gpc", "sec-websocket-extensions", "sec-websocket-version"),
-        *("accept-ranges", "access-control-allow-credentials", "access-control-allow-headers"),
-        *("access-control-allow-methods", "access-control-allow-origin", "access-control-expose-headers"),
-        *("content-disposition", "content-security-policy", "cross-origin-embedder-policy", "permissions-policy"),
-        *("cross-origin-opener-policy", "cross-origin-resource-policy", "expires", "referrer-policy", "server"),
-        *("strict-transport-security", "trailer", "vary", "x-content-type-options", "x-frame-options"),
-        *("x-powered-by", "x-xss-protection"),
-    }
-)
-_MAX_LINES = 4096
-_MAX_LINE = 400
-
-
-class Lines:
-    """What field lines mean, by exact bytes.
-
-    `known` is read directly by the parsers: a line that was seen before was checked then, and is one dictionary
-    lookup.  On a miss they call `learn`.
+    :ivar known: read directly by the parsers.  On a miss they call `learn`, which checks the name.
+    :ivar perhaps: whether a name of some length and first letter may have another kind than `KEEP`; see `scan`.
     """
-
-    __slots__ = ("_kinds", "_names", "_prefixes", "_repeated", "known")
 
     def __init__(self, kinds: dict[str, int], prefixes: tuple[str, ...] = ()) -> None:
         self._kinds = kinds
         self._prefixes = prefixes
-        self._names: dict[bytes, int] = {}
-        self._repeated: set[bytes] = set()
-        self.known: dict[bytes, Entry] = {}
+        # The two usual spellings stay; other names are forgotten when there are too many of them.
+        self._common = {
+            spelling.encode("ascii"): kind for name, kind in kinds.items() for spelling in (name, name.title())
+        }
+        self.known: dict[bytes, int] = dict(self._common)
+        perhaps = bytearray(64 * 32)
+        for name in kinds:
+            perhaps[perhaps_index(len(name), ord(name[0]))] = 1
+        for prefix in prefixes:
+            for length in range(64):
+                perhaps[perhaps_index(length, ord(prefix[0]))] = 1
+        self.perhaps: bytes = bytes(perhaps)
 
-    def learn(self, line: bytes) -> Entry:
-        """Return the kind and, where it is looked at, the value of a line that is not in `known`.
+    def learn(self, name: bytes) -> int:
+        """Return the kind of a name that is not in `known`.
 
-        :raises BadHead: no field line (RFC 9112, 5); a folded line shows here, as it begins with a space.
+        :raises BadHead: an invalid name, or one that hides a framing field.
         """
-        name, colon, value = line.partition(b":")
-        kind = self._names.get(name)
-        if kind is None:
-            kind = self._name(name)
-        if not colon:
-            raise BadHead("a header line without a colon")
-        if 0 in value.translate(CHECK):
-            raise BadHead("a control character in a header")
-        if kind == REFUSE:
-            raise BadHead("a framing header spelled with an underscore")
-        entry = KEPT if kind == KEEP else DROPPED if kind == DROP else (kind, value.strip(b" \t"))
-        if name in self._repeated and len(line) <= _MAX_LINE:
-            if len(self.known) >= _MAX_LINES:
-                self.known.clear()
-            self.known[line] = entry
-        return entry
-
-    def _name(self, name: bytes) -> int:
         if not _TOKEN.fullmatch(name):
             if name[:1] in {b" ", b"\t"}:
                 raise BadHead("a folded header line")
-            raise BadHead("a header name that is no token")
+            raise BadHead("an invalid header name")
         text = name.decode("ascii").lower()
         kind = self._kinds.get(text)
         if kind is None:
-            kind = self._odd(text)
-        if len(self._names) < _MAX_CACHED and len(name) <= _MAX_CACHED_NAME:
-            self._names[name] = kind
-            if text in _REPEATED:
-                self._repeated.add(name)
+            kind = self._other(text)
+        if kind == REFUSE:
+            raise BadHead("a framing header spelled with an underscore")
+        if len(name) <= _MAX_LEARNED_NAME:
+            if len(self.known) >= len(self._common) + _MAX_LEARNED:
+                self.known.clear()
+                self.known.update(self._common)
+            self.known[name] = kind
         return kind
 
-    def _odd(self, text: str) -> int:
+    def _other(self, text: str) -> int:
         plain = text.replace("_", "-")
         if plain.startswith(self._prefixes):
             return DROP
@@ -283,25 +232,82 @@ class Lines:
             return KEEP
         if plain in _FRAMING:
             return REFUSE
-        # An application that reads X_Forwarded_For as X-Forwarded-For would believe the client.
+        # An application that reads X_Forwarded_For as X-Forwarded-For would trust the client.
         kind = self._kinds.get(plain, KEEP)
         return DROP if kind != KEEP and kind < LOOKED_AT else KEEP
 
 
-REQUEST_LINES = Lines(_REQUEST, _IDENTITY_PREFIXES)
-RESPONSE_LINES = Lines(_RESPONSE)
+def perhaps_index(length: int, first: int) -> int:
+    """Return where `Names.perhaps` tells about names of a length and a first letter in either case."""
+    return (length & 63) << 5 | (first & 31)
 
-_options: dict[bytes, frozenset[bytes]] = {}
+
+REQUEST_NAMES: Final = Names(_REQUEST, _IDENTITY_PREFIXES)
+RESPONSE_NAMES: Final = Names(_RESPONSE)
+
+
+Special = tuple[int, bytes, bytes]
+
+
+class Fields:
+    """The field lines of a head.
+
+    :ivar kept: lines of the kind `KEEP`, and of those that are looked at but passed on.
+    :ivar special: kind, line and value of the lines of all other kinds, without `DROP`.
+    """
+
+    __slots__ = ("kept", "special")
+
+    def __init__(self) -> None:
+        self.kept: list[bytes] = []
+        self.special: list[Special] = []
+
+
+def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Fields:
+    """Return the field lines of a head.
+
+    :param head: up to and including the empty line; :param start: where the first field line begins.
+    :raises BadHead: an invalid line, or more than `max_fields` (431).
+    """
+    fields = Fields()
+    lines = head[start:].split(b"\r\n")
+    del lines[-2:]
+    if len(lines) > max_fields:
+        raise BadHead(f"more than {max_fields} header lines", 431)
+    known = names.known
+    for line in lines:
+        name, colon, value = line.partition(b":")
+        if not colon:
+            raise BadHead("a header line without a colon")
+        kind = known.get(name)
+        if kind is None:
+            kind = names.learn(name)
+        if kind != DROP:
+            if kind == KEEP:
+                fields.kept.append(line)
+            else:
+                if is_passed_on(kind):
+                    fields.kept.append(line)
+                fields.special.append((kind, line, value.strip(b" \t")))
+    # In one go: without the allowed bytes only the line ends are left.
+    if head[start:].translate(None, FIELD_BYTES) != b"\r\n" * (len(lines) + 1):
+        raise BadHead("a control character in a header")
+    return fields
+
+
+def is_passed_on(kind: int) -> bool:
+    """Whether a request's line is looked at and passed on."""
+    return LOOKED_AT <= kind < SET_COOKIE
 
 
 def connection_options(value: bytes) -> frozenset[bytes]:
     """Return the options of a `Connection` field, lower case (RFC 9110, 7.6.1)."""
-    options = _options.get(value)
-    if options is None:
-        options = frozenset(option.strip(b" \t").lower() for option in value.split(b","))
-        if len(_options) < _MAX_CACHED and len(value) <= _MAX_CACHED_NAME:
-            _options[value] = options
-    return options
+    if value == b"keep-alive":
+        return KEEP_ALIVE
+    return frozenset([option.strip(b" \t").lower() for option in value.split(b",")])
+
+
+KEEP_ALIVE: Final = frozenset({b"keep-alive"})
 
 
 def without_named(lines: list[bytes], options: frozenset[bytes]) -> list[bytes]:
@@ -312,13 +318,13 @@ def without_named(lines: list[bytes], options: frozenset[bytes]) -> list[bytes]:
 def trailer_lines(lines: list[bytes]) -> list[bytes]:
     """Return the lines of a trailer section that may be passed on.
 
-    :raises BadHead: a line that is no field line.
+    :raises BadHead: an invalid line.
     """
     kept = []
     for line in lines:
         name, colon, value = line.partition(b":")
-        if not colon or not _TOKEN.fullmatch(name) or 0 in value.translate(CHECK):
-            raise BadHead("a bad trailer line")
+        if not colon or not _TOKEN.fullmatch(name) or value.translate(None, FIELD_BYTES):
+            raise BadHead("an invalid trailer line")
         text = name.decode("ascii").lower().replace("_", "-")
         if text not in _TRAILER_FORBIDDEN and not text.startswith(_IDENTITY_PREFIXES):
             kept.append(line)

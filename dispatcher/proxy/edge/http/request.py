@@ -1,7 +1,7 @@
-"""Request heads: strict parsing and the head that goes to an upstream.  Pure: bytes in, bytes out.
+"""Request heads: strict parsing, and the head for an upstream.
 
-The grammar is RFC 9112 sections 2, 3, 5 and 6, with the choices that leave nothing to read in two ways:
-a request that two parsers could take differently is refused with 400 and its connection closed.
+The grammar is RFC 9112 sections 2, 3, 5 and 6 without its ambiguous options: a request that two parsers could
+read differently is refused with 400 and its connection closed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 
 from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.headers import DROPPED, KEPT, REQUEST_LINES, BadHead
+from dispatcher.proxy.edge.http.headers import REQUEST_NAMES, BadHead, read_fields
+from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
 SAFE = 1  # RFC 9110, 9.2.1
 IDEMPOTENT = 2  # RFC 9110, 9.2.2
-SILENT = 4  # nothing that a person sees comes of it
+SILENT = 4  # without a visible result
 
 #: Methods that are passed on, of the IANA registry.  CONNECT would make a tunnel, TRACE an echo of credentials.
 METHODS = {
@@ -40,17 +41,12 @@ METHODS = {
     b"LOCK": 0,
 }
 _VERSIONS = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
-#: Origin-form as it is on the wire: visible ASCII without ``#``; percent-encoding is the application's business.
-_TARGET_CHECK = bytes(byte if 0x21 <= byte < 0x7F and byte != ord("#") else 0 for byte in range(256))
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
-_MAX_CACHED_HOSTS = 1024
-_good_hosts: set[bytes] = set()
-_MAX_TARGETS = 4096
-_MAX_TARGET = 200
-_good_targets: set[bytes] = set()
+#: Visible ASCII without ``#``; percent-encoding is the application's business.
+_TARGET = re.compile(rb"[!\"$-~]+")
 
 NO_BODY = 0
 CHUNKED = -1
@@ -104,7 +100,7 @@ class Request:
     def start(self, line: bytes) -> None:
         """Take a request line; `fields` are there already.
 
-        :raises BadHead: it is none, or one that is refused.
+        :raises BadHead: it is invalid or refused.
         """
         try:
             method, target, version = line.split(b" ")
@@ -114,8 +110,8 @@ class Request:
             raise _bad_start(line) from None
         self.method = method
         self.target = target
-        if target not in _good_targets:
-            self.target = _check_target(self, target)
+        if target[:1] != b"/" or not _TARGET.fullmatch(target):
+            self.target = _other_target(self, target)
 
     def repeats(self) -> bool:
         """Whether the next request with the same field lines means the same by them."""
@@ -140,89 +136,67 @@ class Request:
 
 
 def parse_request(head: bytes, max_fields: int) -> Request:
-    """Understand a head: everything up to and including the empty line.
+    """Parse a head: everything up to and including the empty line.
 
-    :raises BadHead: it breaks the grammar, or is one of the forms that are refused.
+    :raises BadHead: it breaks the grammar, or has one of the refused forms.
     """
-    lines = head.split(b"\r\n")
-    if len(lines) > max_fields + 3:
-        raise BadHead(f"more than {max_fields} header lines", 431)
+    begin = head.find(b"\r\n") + 2
+    if COMPILED:
+        read = scan_fields(head, begin, max_fields, REQUEST_NAMES)
+    else:
+        read = read_fields(head, begin, max_fields, REQUEST_NAMES)
     request = Request()
     request.size = len(head)
-    known = REQUEST_LINES.known
-    kept: list[bytes] = []
     fields: dict[int, bytes] = {}
-    for line in lines[1:-2]:
-        entry = known.get(line)
-        if entry is None:
-            entry = REQUEST_LINES.learn(line)
-        if entry is KEPT:
-            kept.append(line)
-        elif entry is not DROPPED:
-            kind, value = entry
-            if kind in fields:
-                value = fields[kind] + (b"; " if kind == headers.COOKIE else b", ") + value
+    for kind, _, value in read.special:
+        if kind in fields:
+            fields[kind] += (b"; " if kind == headers.COOKIE else b", ") + value
+        else:
             fields[kind] = value
-            if kind >= headers.LOOKED_AT:
-                kept.append(line)
-    request.lines = kept
+    request.lines = read.kept
     request.fields = fields
-    request.start(lines[0])
+    request.start(head[: begin - 2])
     host = fields.get(headers.HOST)
-    if host is None or host not in _good_hosts:
-        host = _check_host(request, host)
+    if host is None:
+        if request.version:
+            raise BadHead("no Host header")
+        host = b""
+    elif not _HOST.fullmatch(host):
+        raise BadHead("an invalid Host header, or more than one")
     request.host = host
     _frame(request)
     return request
 
 
 def _bad_start(line: bytes) -> BadHead:
-    """Say what is wrong with a request line."""
+    """Return the reason why a request line is refused."""
     parts = line.split(b" ")
     if len(parts) != 3:
-        return BadHead("a bad request line")
+        return BadHead("an invalid request line")
     method, _, version = parts
     if version not in _VERSIONS:
         if re.fullmatch(rb"HTTP/[0-9]\.[0-9]", version):
             return BadHead("an HTTP version other than 1.0 and 1.1", 505)
-        return BadHead("a bad HTTP version")
+        return BadHead("an invalid HTTP version")
     if _TOKEN.fullmatch(method) and method == method.upper():
         return BadHead("a method that is not served here", 405 if method in {b"CONNECT", b"TRACE"} else 501)
-    return BadHead("a bad method")
+    return BadHead("an invalid method")
 
 
-def _check_target(request: Request, target: bytes) -> bytes:
-    """Return the origin-form that a target means."""
-    if 0 in target.translate(_TARGET_CHECK):
-        raise BadHead("a bad character in the request target")
-    if target[:1] == b"/":
-        if len(target) <= _MAX_TARGET and b"?" not in target:  # a query may hold a secret
-            if len(_good_targets) >= _MAX_TARGETS:
-                _good_targets.clear()
-            _good_targets.add(target)
-        return target
+def _other_target(request: Request, target: bytes) -> bytes:
+    """Return the origin-form of a target in another form (RFC 9112, 3.2)."""
+    if not _TARGET.fullmatch(target):
+        raise BadHead("an invalid character in the request target")
     if target == b"*" and request.method == b"OPTIONS":
         return target
     match = _ABSOLUTE.fullmatch(target)
     if not match:
-        raise BadHead("a request target that is no path")
-    # RFC 9112, 3.2.2: absolute-form must be taken.  It must also say what Host says, or two readers differ.
+        raise BadHead("a request target that is not a path")
+    # RFC 9112, 3.2.2: absolute-form must be accepted.  It must name the same host as Host, or two readers differ.
     if match[1].lower() != request.fields.get(headers.HOST, b"").lower():
         raise BadHead("a request target of another host")
     rest = match[2] or b"/"
     return rest if rest[:1] == b"/" else b"/" + rest
-
-
-def _check_host(request: Request, host: bytes | None) -> bytes:
-    if host is None:
-        if request.version:
-            raise BadHead("no Host header")
-        return b""
-    if not _HOST.fullmatch(host):
-        raise BadHead("a bad Host header, or more than one")
-    if len(_good_hosts) < _MAX_CACHED_HOSTS:
-        _good_hosts.add(host)
-    return host
 
 
 def _frame(request: Request) -> None:
@@ -243,7 +217,7 @@ def _frame(request: Request) -> None:
     elif headers.CONTENT_LENGTH in fields:
         text = fields[headers.CONTENT_LENGTH]
         if not _LENGTH.fullmatch(text):
-            raise BadHead("a bad Content-Length, or more than one")
+            raise BadHead("an invalid Content-Length, or more than one")
         request.length = int(text)
     if headers.CONNECTION in fields:
         options = headers.connection_options(fields[headers.CONNECTION])

@@ -10,7 +10,8 @@ import re
 
 from dispatcher.proxy.cookies import OWN_NAMES
 from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.headers import DROPPED, KEPT, RESPONSE_LINES, BadHead
+from dispatcher.proxy.edge.http.headers import RESPONSE_NAMES, BadHead, read_fields
+from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
 _LENGTH = re.compile(rb"[0-9]{1,18}")
@@ -72,63 +73,59 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     :param method: of the request, as the answer to HEAD has no body whatever its head says.
     :raises BadHead: it must not be passed on.
     """
-    lines = head.split(b"\r\n")
-    if len(lines) > max_fields + 3:
-        raise BadHead(f"more than {max_fields} header lines")
-    start = _statuses.get(lines[0])
+    begin = head.find(b"\r\n") + 2
+    first = head[: begin - 2]
+    start = _statuses.get(first)
     if start is None:
-        start = _learn_status(lines[0])
+        start = _learn_status(first)
     version, status, first = start
+    if COMPILED:
+        read = scan_fields(head, begin, max_fields, RESPONSE_NAMES)
+    else:
+        read = read_fields(head, begin, max_fields, RESPONSE_NAMES)
     response = Response()
     response.status = status
     response.dated = False
-    known = RESPONSE_LINES.known
-    kept = [first]
+    kept = read.kept
     length = UNTIL_CLOSE
     options = _NO_OPTIONS
     chunked = False
     response.upgraded = False
-    for line in lines[1:-2]:
-        entry = known.get(line)
-        if entry is None:
-            entry = RESPONSE_LINES.learn(line)
-        if entry is KEPT:
-            kept.append(line)
-        elif entry is not DROPPED:
-            kind, value = entry
-            if kind == headers.DATE:
-                if not response.dated:
-                    response.dated = True
-                    kept.append(line)
-            elif kind == headers.CONTENT_TYPE:
+    for kind, line, value in read.special:
+        if kind == headers.DATE:
+            if not response.dated:
+                response.dated = True
                 kept.append(line)
-                if policy is not None and policy.guarded and b"script" in value.lower():
-                    # A copy in the browser's cache must not serve for a service worker that is refused here:
-                    # browsers may take the script from there (Service Workers, "Update", updateViaCache).
-                    kept.append(b"Vary: Service-Worker")
-            elif kind == headers.CONTENT_LENGTH:
-                if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
-                    raise BadHead("a bad Content-Length, or more than one")
-                length = int(value)
-            elif kind == headers.CONNECTION:
-                options = options | headers.connection_options(value)
-            elif kind == headers.TRANSFER_ENCODING:
-                if chunked or value.lower() != b"chunked":
-                    raise BadHead("a Transfer-Encoding other than chunked")
-                chunked = True
-            elif kind == headers.UPGRADE:
-                response.upgraded = status == 101 and value.lower() == b"websocket"
-            elif _may_say(kind, line, value, policy):
-                kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
+        elif kind == headers.CONTENT_TYPE:
+            kept.append(line)
+            if policy is not None and policy.guarded and b"script" in value.lower():
+                # A copy in the browser's cache must not serve for a service worker that is refused here:
+                # browsers may take the script from there (Service Workers, "Update", updateViaCache).
+                kept.append(b"Vary: Service-Worker")
+        elif kind == headers.CONTENT_LENGTH:
+            if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
+                raise BadHead("a bad Content-Length, or more than one")
+            length = int(value)
+        elif kind == headers.CONNECTION:
+            options = options | headers.connection_options(value)
+        elif kind == headers.TRANSFER_ENCODING:
+            if chunked or value.lower() != b"chunked":
+                raise BadHead("a Transfer-Encoding other than chunked")
+            chunked = True
+        elif kind == headers.UPGRADE:
+            response.upgraded = status == 101 and value.lower() == b"websocket"
+        elif _may_say(kind, line, value, policy):
+            kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
     response.close = b"close" in options or (not version and b"keep-alive" not in options)
     if not options <= _ORDINARY_OPTIONS:
-        kept[1:] = headers.without_named(kept[1:], options - _ORDINARY_OPTIONS)
+        kept = headers.without_named(kept, options - _ORDINARY_OPTIONS)
     if chunked:
         if length != UNTIL_CLOSE:
             raise BadHead("both Transfer-Encoding and Content-Length")
         if not version:
             raise BadHead("Transfer-Encoding in HTTP/1.0")
         length = CHUNKED
+    kept.insert(0, first)
     response.lines = kept
     response.sized = length >= 0
     if status < 200 or status == 204:
@@ -166,7 +163,7 @@ def _may_say(kind: int, line: bytes, value: bytes, policy: Policy | None) -> boo
 
 def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     match = _STATUS.fullmatch(line)
-    if not match or 0 in line.translate(headers.CHECK):
+    if not match or line.translate(None, headers.FIELD_BYTES):
         raise BadHead("a bad status line")
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).
