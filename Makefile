@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 ARGS ?=
+# Compiled at the installation where a C compiler is found (docs/adr/0010).
+COMPILED = $(wildcard dispatcher/proxy/edge/http/*.py)
 
 .PHONY: help demo test check bench clean machine
 
@@ -38,15 +40,15 @@ machine:
 $(VENV)/bin/python:
 	@tests/machine/make-venv '$(PYTHON)' '$(VENV)'
 
-$(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt
+$(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 	@echo 'Installing dispatcher into $(VENV) (half a minute)'
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt
+$(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 	@echo 'Installing dispatcher and what its tests need into $(VENV) (a minute)'
 	@$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf '$(VENV)' .venv-ci build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis
+	rm -rf '$(VENV)' .venv-ci build dist *.egg-info *.so dispatcher/proxy/edge/http/*.so .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis

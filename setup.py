@@ -1,8 +1,17 @@
-"""Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it."""
+"""Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it.
 
+The edge's HTTP modules are compiled with mypyc where a C compiler and Python's headers are found (docs/adr/0010);
+DISPATCHER_PURE=1 leaves that out.
+"""
+
+import os
+import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
@@ -28,6 +37,51 @@ TESTING = [
     "lxml-stubs",
 ]
 
+#: Compiled; none of them imports anything but the standard library and each other.
+COMPILED = [f"dispatcher/proxy/edge/http/{name}.py" for name in
+            ("headers", "scan", "request", "head_reader", "response", "chunked", "cookie", "forwarded", "websocket")]  # fmt: skip
+MYPY = "mypy>=2.4,<3"
+BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
+
+
+def can_compile() -> bool:
+    """Whether there is a C compiler and Python's headers, and compiling is wanted."""
+    if os.environ.get("DISPATCHER_PURE", "") not in {"", "0"} or sys.implementation.name != "cpython":
+        return False
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    return bool(shutil.which(compiler)) and Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def extensions() -> list[Extension]:
+    """Return the modules to compile; none where that is not possible, which is no error."""
+    if not can_compile() or not BUILDS & set(sys.argv):
+        return []
+    try:
+        from mypyc.build import mypycify
+
+        options = ["--config-file=", "--strict"]
+        made = mypycify([*options, *COMPILED], opt_level="3", debug_level="0", group_name="dispatcher_edge")
+    except (ImportError, SystemExit) as error:
+        sys.stderr.write(f"the edge's modules are not compiled: {error!r}\n")
+        return []
+    return list(made)
+
+
+class OptionalBuild(build_ext):
+    """Compilation that may fail: the interpreted modules are there in any case."""
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception as error:
+            sys.stderr.write(f"the edge's modules are not compiled: {error!r}\n")
+            for extension in self.extensions:
+                file = self.get_ext_filename(self.get_ext_fullname(extension.name))
+                for directory in (self.build_lib, HERE):
+                    Path(directory, file).unlink(missing_ok=True)
+            self.extensions = []
+
+
 setup(
     name="agent-dispatcher",
     version="0.1.0",
@@ -36,6 +90,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
+    ext_modules=extensions(),
+    cmdclass={"build_ext": OptionalBuild},
+    setup_requires=[MYPY] if can_compile() else [],  # pip installs it into its own build environment
     packages=[
         *find_packages(include=["dispatcher", "dispatcher.*"]),
         *(f"dispatcher_{name}" for name in PROVIDERS),

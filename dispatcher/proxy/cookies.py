@@ -1,4 +1,4 @@
-"""The dispatcher's own cookies: their names, and how the edge takes them out of what agents see.  Pure.
+"""Names of the dispatcher's own cookies.
 
 Over HTTPS the names carry the ``__Host-`` prefix (RFC 6265bis, 4.1.3.2): a browser then takes such a cookie
 only from this very host, over TLS, without ``Domain``, so that neither a sibling host nor an agent can set it.
@@ -38,27 +38,3 @@ def form_cookie_name(secure: bool) -> str:
 
 #: Every name that is the dispatcher's, in either spelling: no agent sees or sets one of these.
 OWN_NAMES = frozenset(prefix + name for prefix in ("", _SECURE) for name in (_SESSION, _DEVICE, _NONCE, _FORM))
-
-_OWN_BYTES = frozenset(name.encode() for name in OWN_NAMES)
-
-
-def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes]:
-    """Return the session's token and the Cookie value as an agent may see it, other cookies byte for byte.
-
-    The token is None when there is no session cookie, or more than one: a sibling origin or an agent's page may
-    have added the second, and it cannot be known which one is right.
-    """
-    if b"dispatcher" not in value:
-        return None, value
-    token: bytes | None = None
-    count = 0
-    rest = []
-    for pair in value.split(b";"):
-        name, _, content = pair.strip(b" \t").partition(b"=")
-        name = name.rstrip(b" \t")
-        if name not in _OWN_BYTES:
-            rest.append(pair)
-        elif name == session_name:
-            token = content.strip(b" \t")
-            count += 1
-    return token if count == 1 else None, b";".join(rest).strip(b" \t")

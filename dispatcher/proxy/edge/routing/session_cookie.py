@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 
-from dispatcher.proxy import cookies
+from dispatcher.proxy.edge.http.cookie import split_cookie
 
 _TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
 
@@ -25,6 +25,6 @@ class SessionCookie:
 
     def read(self, field: bytes) -> None:
         """Take a Cookie field."""
-        token, self.others = cookies.split_cookie(field, self._name)
+        token, self.others = split_cookie(field, self._name)
         self.field = field
         self.digest = hashlib.sha256(token).digest() if token and _TOKEN.fullmatch(token) else b""

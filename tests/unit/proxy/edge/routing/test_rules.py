@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
-from dispatcher.proxy.cookies import split_cookie
+from dispatcher.proxy.edge.http.cookie import split_cookie
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.activity import PollDetector, Traffic
 from dispatcher.proxy.edge.http.forwarded import Forwarded, usable_request_id
