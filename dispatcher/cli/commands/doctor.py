@@ -64,6 +64,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
         yield error(str(problem), "check the options, and the manager's log")
     if paths is None:
         return
+    yield installation.edge_modules()
     yield from installation.directories(paths)
     yield from installation.accounts(config)
     yield from installation.ports(config, serving=client is not None)

@@ -231,3 +231,15 @@ def _sub_ids(first: int, last: int) -> Iterator[Finding]:
                     f"manager.uid_range overlaps the subordinate ids of {fields[0]} in /etc/subuid",
                     "choose a free range",
                 )
+
+
+def edge_modules() -> Finding:
+    """Tell whether the edge's HTTP modules are compiled (docs/adr/0010)."""
+    from dispatcher.proxy.edge.http.scan import COMPILED
+
+    if COMPILED:
+        return info("the edge's HTTP modules are compiled")
+    return info(
+        "the edge's HTTP modules are interpreted, which costs about a third more CPU per request",
+        "install a C compiler and Python's headers, then install dispatcher again",
+    )
