@@ -49,8 +49,6 @@ BROWSER = (
 )
 
 
-
-
 def mixed(number):
     """Return a request and an answer as `bench/edge_compare` has them in its workload `mixed`."""
     noise = hashlib.md5(b"%d" % number).hexdigest()
@@ -133,7 +131,9 @@ def loop(kind, count):
     if kind == "connect":
         return connections(client.worker, upstream, count)
     if kind == "mixed":
-        some = [mixed(number) for number in range(MANY)]  # no more than fit into the cache, as those of a real worker do
+        some = [
+            mixed(number) for number in range(MANY)
+        ]  # no more than fit into the cache, as those of a real worker do
         pairs = [some[number % MANY] for number in range(count)]
     elif kind == "small":
         pairs = [SMALL] * count

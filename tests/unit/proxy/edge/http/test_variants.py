@@ -22,7 +22,25 @@ NAMES = [
     *("X-A", "X_A", "a", "Set-Cookie", "Date", "date", "Content-Type", "Connection", "Keep-Alive", "NEL", "Proxy", "X" * 70),
     *("X-Forwarded-" + "y" * 60, "Upgrade", "Strict-Transport-Security", "Client-Ip", "Origin", "User-Agent", "", " a", "a "),
 ]  # fmt: skip
-VALUES = ["", "a", " a ", "\t a\t \t", "a:b", ":", "5", "chunked", "a b", "\xe9", "\x7f", "\0", "a\rb", "a\nb", "\r", "\n", " \t "]
+VALUES = [
+    "",
+    "a",
+    " a ",
+    "\t a\t \t",
+    "a:b",
+    ":",
+    "5",
+    "chunked",
+    "a b",
+    "\xe9",
+    "\x7f",
+    "\0",
+    "a\rb",
+    "a\nb",
+    "\r",
+    "\n",
+    " \t ",
+]
 
 
 def outcome(read, head: bytes, names) -> object:
@@ -38,7 +56,10 @@ def heads() -> list[bytes]:
     rng = random.Random(1)
     made = [*(head for head, _ in REFUSED.values()), *BAD_ANSWERS.values()]
     for _ in range(3000):
-        lines = [f"{rng.choice(NAMES)}{rng.choice([':', ': ', ':', ''])}{rng.choice(VALUES)}" for _ in range(rng.randrange(8))]
+        lines = [
+            f"{rng.choice(NAMES)}{rng.choice([':', ': ', ':', ''])}{rng.choice(VALUES)}"
+            for _ in range(rng.randrange(8))
+        ]
         made.append("\r\n".join(["GET / HTTP/1.1", *lines, "", ""]).encode("latin-1"))
     return [head[: head.find(b"\r\n\r\n") + 4] for head in made]
 
@@ -95,7 +116,9 @@ def test_modules_changed_after_they_were_compiled_are_interpreted(tmp_path):
     def value() -> subprocess.CompletedProcess[str]:
         code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from dispatcher.proxy.edge.http import headers; print(headers.VALUE)"
         environment = {key: text for key, text in os.environ.items() if key != "DISPATCHER_PURE"}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
 
     os.utime(compiled, (1, 1))
     assert value().stdout == "interpreted\n"
