@@ -91,6 +91,12 @@ class Transport:
     def set_write_buffer_limits(self, high=None, low=None):
         pass
 
+    def get_write_buffer_size(self):
+        return 0
+
+    def pause_reading(self):
+        pass
+
     def resume_reading(self):
         pass
 

@@ -16,7 +16,7 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
     have added the second, and it cannot be told which is right.
     """
     token: bytes | None = None
-    count = 0
+    count = own = 0
     rest: list[bytes] = []
     for pair in value.split(b";"):
         if b"dispatcher" not in pair:
@@ -26,9 +26,11 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
         name = name.rstrip(b" \t")
         if name not in _OWN:
             rest.append(pair)
-        elif name == session_name:
+            continue
+        own += 1
+        if name == session_name:
             token = content.strip(b" \t")
             count += 1
-    if len(rest) == value.count(b";") + 1:
+    if not own:
         return None, value
     return token if count == 1 else None, b";".join(rest).strip(b" \t")

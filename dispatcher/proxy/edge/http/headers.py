@@ -16,6 +16,7 @@ from typing import Final
 #: Bytes that a field value or a start line may hold: HTAB, SP, VCHAR and obs-text (RFC 9110, 5.5).
 FIELD_BYTES: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+MAX_DIGITS: Final = 18  # of a Content-Length
 _MAX_LEARNED: Final = 1024
 _MAX_LEARNED_NAME: Final = 64
 

@@ -44,7 +44,6 @@ _VERSIONS = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
-_LENGTH = re.compile(rb"[0-9]{1,18}")
 #: Visible ASCII without ``#``; percent-encoding is the application's business.
 _TARGET = re.compile(rb"[!\"$-~]+")
 
@@ -216,7 +215,7 @@ def _frame(request: Request) -> None:
         request.length = CHUNKED
     elif headers.CONTENT_LENGTH in fields:
         text = fields[headers.CONTENT_LENGTH]
-        if not _LENGTH.fullmatch(text):
+        if not text.isdigit() or len(text) > headers.MAX_DIGITS:
             raise BadHead("an invalid Content-Length, or more than one")
         request.length = int(text)
     if headers.CONNECTION in fields:
@@ -248,19 +247,17 @@ def upstream_lines(request: Request, cookie: bytes, fixed: bytes) -> bytes:
     """Return the rest of an upstream's head: what follows the target, up to the value of `X-Request-ID`.
 
     :param cookie: value of the Cookie field, already without the dispatcher's own; empty for none.
-    :param fixed: Host and the edge's own lines, each ended by CRLF: alike for all requests of a connection.
+    :param fixed: Host and the edge's own lines, each ended by CRLF: the same for all requests of a connection.
     """
-    lines = request.lines
-    return b"".join(
-        (
-            b" HTTP/1.1\r\n",
-            fixed,
-            b"\r\n".join(lines) + b"\r\n" if lines else b"",
-            b"Cookie: " + cookie + b"\r\n" if cookie else b"",
-            _framing_lines(request),
-            b"X-Request-ID: ",
-        )
-    )
+    parts = [b" HTTP/1.1\r\n" + fixed[:-2]]
+    parts += request.lines
+    if cookie:
+        parts.append(b"Cookie: " + cookie)
+    framing = _framing_lines(request)
+    if framing:
+        parts.append(framing[:-2])
+    parts.append(b"X-Request-ID: ")
+    return b"\r\n".join(parts)
 
 
 def _framing_lines(request: Request) -> bytes:

@@ -14,7 +14,6 @@ from dispatcher.proxy.edge.http.headers import RESPONSE_NAMES, BadHead, read_fie
 from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
-_LENGTH = re.compile(rb"[0-9]{1,18}")
 _OWN = frozenset(name.lower().encode() for name in OWN_NAMES)
 _DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|$)", re.IGNORECASE)
 _MAX_CACHED = 512
@@ -103,8 +102,8 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
                 # browsers may take the script from there (Service Workers, "Update", updateViaCache).
                 kept.append(b"Vary: Service-Worker")
         elif kind == headers.CONTENT_LENGTH:
-            if length != UNTIL_CLOSE or not _LENGTH.fullmatch(value):
-                raise BadHead("a bad Content-Length, or more than one")
+            if length != UNTIL_CLOSE or not value.isdigit() or len(value) > headers.MAX_DIGITS:
+                raise BadHead("an invalid Content-Length, or more than one")
             length = int(value)
         elif kind == headers.CONNECTION:
             options = options | headers.connection_options(value)
@@ -179,6 +178,8 @@ def sets_own_cookie(value: bytes) -> bool:
     A browser takes ``=name=x`` for a cookie without a name and sends ``name=x`` back, and it ignores blanks
     around names; comparing without case costs nothing that an application may rightly want.
     """
+    if b"dispatcher" not in value.lower():
+        return False
     pair = value.partition(b";")[0].lstrip(b"= \t")
     return pair.partition(b"=")[0].rstrip(b" \t").lower() in _OWN
 

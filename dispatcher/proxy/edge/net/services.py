@@ -78,10 +78,12 @@ class Services(Registry):
     def fixed_lines(self, request: Request, agent: Agent, remote: bytes, scheme: bytes) -> bytes:
         """Return Host and the edge's own lines: they are the same for all requests of a connection to one host."""
         host = request.host or self.settings.public_host or b"localhost"
-        return (
-            b"Host: %b\r\nX-Forwarded-For: %b\r\nX-Forwarded-Host: %b\r\nX-Forwarded-Proto: %b\r\n"
-            b"%bVia: 1.%d dispatcher\r\n"
-            % (host, remote, host, scheme, agent.identity if agent.name else b"", request.version)
+        return b"".join(
+            (
+                *(b"Host: ", host, b"\r\nX-Forwarded-For: ", remote, b"\r\nX-Forwarded-Host: ", host),
+                *(b"\r\nX-Forwarded-Proto: ", scheme, b"\r\n", agent.identity if agent.name else b""),
+                b"Via: 1.1 dispatcher\r\n" if request.version else b"Via: 1.0 dispatcher\r\n",
+            )
         )
 
     def connect(self, agent: Agent, client: Requester) -> None:

@@ -17,14 +17,17 @@ class SessionCookie:
     :ivar others: the field without the dispatcher's own cookies, for agents.
     """
 
-    __slots__ = ("_name", "digest", "field", "others")
+    __slots__ = ("_name", "_token", "digest", "field", "others")
 
     def __init__(self, name: bytes) -> None:
         self._name = name
+        self._token: bytes | None = None
         self.field = self.digest = self.others = b""
 
     def read(self, field: bytes) -> None:
         """Take a Cookie field."""
         token, self.others = split_cookie(field, self._name)
         self.field = field
-        self.digest = hashlib.sha256(token).digest() if token and _TOKEN.fullmatch(token) else b""
+        if token != self._token:  # the other cookies change more often
+            self._token = token
+            self.digest = hashlib.sha256(token).digest() if token and _TOKEN.fullmatch(token) else b""
