@@ -1,9 +1,8 @@
-"""The chunked transfer coding (RFC 9112, 7.1), read strictly and passed on in the same breath.  Pure.
+"""The chunked transfer coding (RFC 9112, 7.1): strict validation of a body while it is passed on.
 
-The scanner returns bytes that are again chunked coding: the very bytes that came, as long as their framing is
-canonical.  Chunk extensions are dropped (nobody uses them and parsers disagree about them), and the trailer
-section is rebuilt from the fields that may be in one.  A line that is incomplete is never passed on, so nothing
-that has left here can turn out to be malformed.
+The scanner returns chunked coding again: the received bytes where their framing is canonical.  Chunk
+extensions are dropped (they are unused, and parsers disagree about them), and the trailer section is rebuilt from
+the fields that are allowed in one.  An incomplete line is never passed on, so the output is always well-formed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _SIZE_LINE, _DATA, _DATA_END, _TRAILERS = range(4)
 class Chunked:
     """A scanner of one body.
 
-    :ivar done: the last chunk and the trailer section were seen; :ivar rest: what came after them.
+    :ivar done: the last chunk and the trailer section were seen; :ivar rest: the bytes after them.
     :ivar size: bytes of data so far.
     """
 
@@ -43,11 +42,11 @@ class Chunked:
         self.size = 0
 
     def feed(self, data: bytes) -> bytes:
-        """Take the next bytes and return what may be passed on; it may be empty.
+        """Take the next bytes and return the bytes to pass on, which may be none.
 
-        :raises BadHead: no chunked coding, or lines that are too long.
+        :raises BadHead: the coding is invalid, or a line is too long.
         """
-        # The middle of a big chunk is the common case of a long body: nothing to look at.
+        # The middle of a big chunk, the common case of a long body, has no framing.
         if self._state == _DATA and len(data) < self._left:
             self._left -= len(data)
             self.size += len(data)
@@ -57,7 +56,7 @@ class Chunked:
         framed = not self._plain
         out: list[bytes] = []
         end = len(data)
-        kept = position = 0  # data[kept:position] goes out as it is
+        kept = position = 0  # data[kept:position] is passed on unchanged
         while True:
             if self._state == _DATA:
                 taken = min(self._left, end - position)
@@ -84,7 +83,7 @@ class Chunked:
                     break
                 match = _SIZE.fullmatch(data, position, stop)
                 if not match:
-                    raise BadHead("a bad chunk-size line")
+                    raise BadHead("an invalid chunk-size line")
                 self._left = int(match[1], 16)
                 if match[2] is not None:
                     self._count_extension(len(match[2]))

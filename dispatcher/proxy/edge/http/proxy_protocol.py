@@ -1,4 +1,4 @@
-"""PROXY protocol version 2: who a connection comes from, as a load balancer says it.  Parsing is pure.
+"""PROXY protocol version 2: the client's address, as a load balancer sends it.
 
 With ``proxy.proxy_protocol`` every connection must begin with such a header (haproxy's proxy-protocol.txt,
 section 2.2); one that does not is closed.  The header comes before TLS: `handshakes` reads it.
@@ -20,11 +20,11 @@ _LONGEST = 4096
 def parse_head(head: bytes) -> tuple[int, int, int]:
     """Return command, family and the number of bytes that follow the first sixteen.
 
-    :raises BadHead: this is no PROXY protocol version 2.
+    :raises BadHead: the bytes are not PROXY protocol version 2.
     """
     signature, version, family, length = _HEAD.unpack(head)
     if signature != SIGNATURE or version >> 4 != 2 or version & 0x0F > 1 or length > _LONGEST:
-        raise BadHead("no PROXY protocol version 2")
+        raise BadHead("bytes that are not PROXY protocol version 2")
     return version & 0x0F, family, length
 
 

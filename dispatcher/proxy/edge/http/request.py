@@ -52,12 +52,12 @@ CHUNKED = -1
 
 
 class Request:
-    """One request head, understood.
+    """One request head, parsed.
 
     :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
-    :ivar lines: what is passed on as it came; :ivar fields: values by kind, of those that are looked at.
+    :ivar lines: the lines to pass on unchanged; :ivar fields: values by kind, of the special ones.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
-    :ivar by_hand: Fetch Metadata says that a person opens a page; :ivar machine: a browser asks ahead.
+    :ivar by_hand: by Fetch Metadata a navigation; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
@@ -113,7 +113,7 @@ class Request:
             self.target = _other_target(self, target)
 
     def repeats(self) -> bool:
-        """Whether the next request with the same field lines means the same by them."""
+        """Whether the next request with the same field lines may reuse the result."""
         return not self.length and not self.upgrade and self.version == 1
 
     def navigation(self) -> bool:

@@ -1,7 +1,7 @@
-"""Answers of upstreams: strict parsing, and the head that goes to the client.  Pure: bytes in, bytes out.
+"""Answers of upstreams: strict parsing, and the head for the client.
 
-An agent is not trusted to frame its answers well.  Whatever could make this connection or the client's lose its
-place (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the client then gets 502.
+An agent is not trusted to frame its answers well.  Any answer that could desynchronise this connection or the
+client's (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the client then gets 502.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ UNTIL_CLOSE = -2
 
 
 class Response:
-    """One answer's head, understood.
+    """One answer's head, parsed.
 
-    :ivar lines: what is passed on, the start line for an HTTP/1.1 client first.
-    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` state a length.
+    :ivar lines: the lines to pass on, the start line for an HTTP/1.1 client first.
+    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` have a length.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
     :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty; :ivar last:
         the same where it only ends the connection.
@@ -48,7 +48,7 @@ class Response:
 
 
 class Policy:
-    """What agents may say about the origin that they share.
+    """Limits on the statements of agents about the origin that they share.
 
     :ivar guarded: the portal's prefix with a slash, as bytes, that no service worker may cover; empty when agents
         have origins of their own.
@@ -67,10 +67,10 @@ TRUSTED = None
 
 
 def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy | None) -> Response:
-    """Understand an answer's head: everything up to and including the empty line.
+    """Parse an answer's head: everything up to and including the empty line.
 
     :param method: of the request, as the answer to HEAD has no body whatever its head says.
-    :raises BadHead: it must not be passed on.
+    :raises BadHead: it is invalid.
     """
     begin = head.find(b"\r\n") + 2
     first = head[: begin - 2]
@@ -113,7 +113,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
             chunked = True
         elif kind == headers.UPGRADE:
             response.upgraded = status == 101 and value.lower() == b"websocket"
-        elif _may_say(kind, line, value, policy):
+        elif _is_allowed(kind, line, value, policy):
             kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
     response.close = b"close" in options or (not version and b"keep-alive" not in options)
     if not options <= _ORDINARY_OPTIONS:
@@ -128,9 +128,9 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     response.lines = kept
     response.sized = length >= 0
     if status < 200 or status == 204:
-        # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of nothing does no harm.
+        # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of 0 is harmless.
         if chunked or length > 0:
-            raise BadHead("a body in an answer that has none")
+            raise BadHead("a body in an answer that cannot have one")
         response.sized = False
         length = NO_BODY
     elif length >= 0:
@@ -148,8 +148,8 @@ _NO_OPTIONS: frozenset[bytes] = frozenset()
 _ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 
 
-def _may_say(kind: int, line: bytes, value: bytes, policy: Policy | None) -> bool:
-    """Whether an upstream may say this about the origin."""
+def _is_allowed(kind: int, line: bytes, value: bytes, policy: Policy | None) -> bool:
+    """Whether an upstream may set this about the origin."""
     if policy is None:
         return True
     if kind == headers.SET_COOKIE:
@@ -163,20 +163,22 @@ def _may_say(kind: int, line: bytes, value: bytes, policy: Policy | None) -> boo
 def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     match = _STATUS.fullmatch(line)
     if not match or line.translate(None, headers.FIELD_BYTES):
-        raise BadHead("a bad status line")
+        raise BadHead("an invalid status line")
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).
     learned = int(match[1]), status, b"HTTP/1.1" + line[8:] + (b" " if len(line) == 12 else b"")
-    if len(_statuses) < _MAX_CACHED and len(line) < 64:
+    if len(line) < 64:
+        if len(_statuses) >= _MAX_CACHED:
+            _statuses.clear()
         _statuses[line] = learned
     return learned
 
 
 def sets_own_cookie(value: bytes) -> bool:
-    """Whether a `Set-Cookie` value would set one of the dispatcher's cookies, however it is spelled.
+    """Whether a `Set-Cookie` value would set one of the dispatcher's cookies, in any spelling.
 
     A browser takes ``=name=x`` for a cookie without a name and sends ``name=x`` back, and it ignores blanks
-    around names; comparing without case costs nothing that an application may rightly want.
+    around names; the comparison without case affects no legitimate cookie.
     """
     if b"dispatcher" not in value.lower():
         return False
@@ -192,7 +194,7 @@ def covers(directory: bytes, guarded: bytes) -> bool:
 def widens(value: bytes, guarded: bytes) -> bool:
     """Whether a `Service-Worker-Allowed` value lets a scope cover `guarded`.
 
-    Only a plain absolute path is understood; whatever a browser would have to resolve counts as widening.
+    Only a plain absolute path is accepted; any other value counts as widening.
     """
     plain = (
         value[:1] == b"/" and value[:2] != b"//" and not any(odd in value for odd in (b"..", b"%", b"\\", b"\t"))

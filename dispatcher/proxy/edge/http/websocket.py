@@ -1,7 +1,7 @@
-"""WebSocket frames (RFC 6455, section 5), read just far enough to know what they are.  Pure.
+"""WebSocket frames (RFC 6455, section 5): their borders and their kind.
 
-The edge passes frames on as they come.  It only wants to know where one ends, so that a Close frame of its own
-can be put between two, and how many bytes are data: a ping is not use, typing is.
+The edge passes frames on unchanged.  It needs the end of each, to send its own Close frame between two, and the
+number of bytes of data: a ping does not count as use, typing does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MASKED = 0x80
 class Scanner:
     """One direction of a WebSocket.
 
-    :ivar between: a frame could be put in here; :ivar broken: this is no WebSocket.
+    :ivar between: at a border of two frames; :ivar broken: the bytes are not WebSocket frames.
     """
 
     __slots__ = ("_data", "_head", "_skip", "between", "broken")
@@ -25,7 +25,7 @@ class Scanner:
     def __init__(self) -> None:
         self.between = True
         self.broken = False
-        self._skip = 0  # bytes of the frame under way that are still to come
+        self._skip = 0  # bytes of the frame under way that are missing
         self._head = b""
         self._data = False
 
@@ -74,13 +74,13 @@ class Scanner:
 
 
 def whole(data: bytes, size: int) -> bool:
-    """Whether the bytes, at least two, are exactly one short frame, masked or not: most messages are."""
+    """Whether the bytes, at least two, are exactly one short frame, masked or not, as most messages are."""
     second = data[1]
     return second & 0x7F < 126 and second in (size - 2, size + 0x80 - 6)
 
 
 def _head_length(head: bytes) -> int:
-    """Return how many bytes a frame's head has, as far as its beginning tells."""
+    """Return how many bytes a frame's head has, by its first bytes."""
     if len(head) < 2:
         return 2
     length = head[1] & 0x7F
