@@ -40,7 +40,17 @@ TESTING = [
 #: Compiled; none of them imports anything but the standard library and each other.
 COMPILED = [
     f"dispatcher/proxy/edge/http/{name}.py"
-    for name in ("headers", "scan", "request", "head_reader", "response", "chunked", "cookie", "forwarded", "websocket")
+    for name in (
+        "headers",
+        "scan",
+        "request",
+        "head_reader",
+        "response",
+        "chunked",
+        "cookie",
+        "forwarded",
+        "websocket",
+    )
 ]
 MYPY = "mypy>=2.4,<3"
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
