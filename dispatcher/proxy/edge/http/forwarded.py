@@ -21,7 +21,7 @@ _MAX_CACHED = 4096
 class Forwarded:
     """The trusted networks, and a cache of the addresses checked against them."""
 
-    __slots__ = ("_networks", "_peers", "_scheme", "_unix")
+    __slots__ = ("_networks", "_peers", "_scheme", "_unix_trusted")
 
     def __init__(self, networks: tuple[Network, ...], *, unix: bool, scheme: bytes) -> None:
         """Take the trusted networks.
@@ -29,7 +29,7 @@ class Forwarded:
         :param unix: trust peers on Unix sockets; :param scheme: where a proxy does not state one.
         """
         self._networks = networks
-        self._unix = unix
+        self._unix_trusted = unix
         self._scheme = scheme
         self._peers: dict[str, tuple[bytes, bool, bool]] = {}
 
@@ -48,7 +48,7 @@ class Forwarded:
 
     def _peer(self, address: str) -> tuple[bytes, bool, bool]:
         if not address:
-            return b"127.0.0.1", self._unix, True
+            return b"127.0.0.1", self._unix_trusted, True
         parsed = _address(address.encode("ascii", "replace"))
         if parsed is None:
             return b"unknown", False, False

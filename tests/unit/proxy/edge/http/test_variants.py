@@ -92,6 +92,8 @@ def test_the_unit_tests_pass_on_the_interpreted_modules_too():
         env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert said.startswith("False ") and said.endswith(".py\n"), said
+    if os.environ.get("CI") == "true" and "DISPATCHER_PURE" not in os.environ:
+        assert scan.COMPILED, "the compilation failed: see the output of `pip install -v -e .`"
     if scan.COMPILED:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", folder / "test_http.py"],
