@@ -85,6 +85,9 @@ class OptionalBuild(build_ext):
     def run(self) -> None:
         try:
             super().run()
+            for extension in self.extensions if self.inplace else ():
+                # A file that was built earlier and is still right is newer than its sources again.
+                Path(HERE, self.get_ext_filename(self.get_ext_fullname(extension.name))).touch()
         except Exception as error:
             sys.stderr.write(f"the edge's modules are not compiled: {error!r}\n")
             for extension in self.extensions:

@@ -82,9 +82,6 @@ class Transport:
     def write(self, data):
         self.written += len(data)
 
-    def get_write_buffer_size(self):
-        return 0
-
     def get_extra_info(self, name, default=None):
         return ("127.0.0.1", 40000) if name == "peername" else default
 
