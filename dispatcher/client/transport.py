@@ -237,7 +237,7 @@ def parse(reply: Reply, url: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(reply.body)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise ManagerUnreachable(

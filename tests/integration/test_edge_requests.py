@@ -291,6 +291,31 @@ def test_early_hints_pass_and_a_flood_of_them_does_not():
         assert received.count(b"103 Early") <= 16
 
 
+def test_early_hints_are_counted_for_each_request_of_a_kept_connection():
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: </a.css>\r\n\r\n"
+    answer = hint * 3 + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+    with Edge(saying(answer)) as edge, edge.connect() as sock:
+        for _ in range(20):
+            sock.sendall(b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n")
+            assert Reader(sock).answer().status == 200
+        assert edge.agent.opened == 1
+
+
+@pytest.mark.parametrize("status", [600, 999])
+def test_a_connection_goes_on_after_a_status_that_no_standard_defines(status):
+    with (
+        Edge(saying(b"HTTP/1.1 %d Odd\r\nContent-Length: 2\r\n\r\nok" % status)) as edge,
+        edge.connect(5) as sock,
+    ):
+        for _ in range(2):
+            sock.sendall(b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"\r\n")
+            received = b""
+            while not received.endswith(b"\r\n\r\nok"):
+                received += sock.recv(4096)
+            assert received.startswith(b"HTTP/1.1 %d Odd\r\n" % status)
+        assert not edge.errors
+
+
 def test_an_early_answer_to_an_upload_reaches_the_client():
     def script(connection: Connection) -> None:
         connection.head()

@@ -334,9 +334,16 @@ def check_form(purpose: str, *, session: bool = True) -> None:
 
 def sent(name: str, limit: int = 4096) -> str:
     """Return one value of a form or of a JSON body, "" when absent; never longer than `limit` characters."""
-    source: Any = request.get_json(silent=True) if request.is_json else request.form
+    source: Any = _json() if request.is_json else request.form
     value = source.get(name, "") if isinstance(source, Mapping) else ""
     return value[: limit + 1] if isinstance(value, str) else ""
+
+
+def _json() -> Any:
+    try:
+        return request.get_json(silent=True)
+    except RecursionError:  # nested too deeply
+        return None
 
 
 # Ways on.

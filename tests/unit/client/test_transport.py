@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dispatcher.client.transport import Transport
+from dispatcher.client.transport import Reply, Transport, parse
 from dispatcher.plugin.errors import ManagerUnreachable
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -108,3 +108,9 @@ def test_an_answer_of_any_length_is_not_read(connect, monkeypatch):
     _, request = connect([b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * 1001])
     with pytest.raises(ManagerUnreachable, match="too long"):
         request("GET")
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b"[]", b'{"a": ', b"\xff"], ids=["deep", "list", "cut", "bytes"])
+def test_an_answer_that_is_no_json_object_comes_from_another_program(body):
+    with pytest.raises(ManagerUnreachable, match="Another program"):
+        parse(Reply(200, body, ""), "https://manager.test")

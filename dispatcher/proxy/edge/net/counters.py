@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dispatcher.proxy.edge.routing.table import Agent
 
-_CLASSES = ("0xx", "1xx", "2xx", "3xx", "4xx", "5xx")
+_CLASSES = tuple(f"{digit}xx" for digit in range(10))  # apps also send statuses above 599
 _MAX_NAMES = 150
 
 

@@ -138,6 +138,7 @@ class Upstream(asyncio.Protocol):
         self.client = client
         self.request = request
         self.request_sent = complete
+        self.informational = 0
         self.mode = _HEAD
         if client.write_paused:
             self.transport.pause_reading()

@@ -122,6 +122,14 @@ class TestSignIn:
         app, _ = portal
         assert Program(app).post("/auth/login", body).status == 403
 
+    @pytest.mark.parametrize(
+        "body", ["[" * 30000, '{"user":' * 7000, '{"user": 1'], ids=["lists", "objects", "cut"]
+    )
+    def test_json_that_cannot_be_parsed_is_a_wrong_password(self, portal, body: str) -> None:
+        app, _ = portal
+        answer = app.test_client().post("/auth/login", data=body, content_type="application/json")
+        assert answer.status_code == 403
+
     def test_who_is_signed_in_goes_on_with_one_click(self, portal) -> None:
         app, _ = portal
         browser = Browser(app)
