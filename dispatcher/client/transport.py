@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import socket
 import ssl
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -40,10 +41,23 @@ class Reply:
     retry_after: str
 
 
+class _Opened(threading.local):
+    """How many connections the current thread has opened: whether its request went over a kept one."""
+
+    count = 0
+
+
+_opened = _Opened()
+
+
 class _Connection(HTTPConnection):
     """A connection that counts as closed after a while without use."""
 
     _answered = 0.0
+
+    def connect(self) -> None:
+        _opened.count += 1
+        super().connect()
 
     @property
     def is_connected(self) -> bool:
@@ -144,7 +158,7 @@ class Transport:
         repeatable = again or method in IDEMPOTENT
         until = time.monotonic() + self._patience
         while True:
-            opened = self._pool.num_connections
+            opened = _opened.count
             try:
                 return self._exchange(method, path, body, timeout)
             except (HTTPError, OSError, HTTPException) as error:
@@ -159,7 +173,7 @@ class Transport:
                             fix="try again; its log shows the progress",
                         ) from error
                     time.sleep(_RETRY_INTERVAL)
-                elif repeatable and isinstance(cause, ConnectionError) and self._pool.num_connections == opened:
+                elif repeatable and isinstance(cause, ConnectionError) and _opened.count == opened:
                     repeatable = False  # the server closed a kept connection just as the request was sent
                 else:
                     raise self._unreachable(cause) from error

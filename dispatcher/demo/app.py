@@ -49,6 +49,7 @@ class Clocks:
         :raises RemoteProtocolError: the request is not a handshake that this server understands.
         """
         from simple_websocket import ConnectionClosed, Server  # not needed for the app to be ready
+        from wsproto.utilities import LocalProtocolError
 
         connection: socket.socket = environ["werkzeug.socket"]
         connection.settimeout(None)
@@ -64,6 +65,8 @@ class Clocks:
                     opened.receive(timeout=left)
         except (ConnectionClosed, OSError):
             pass
+        except LocalProtocolError:
+            pass  # the server's thread has just sent a close frame
         finally:
             with self._lock:
                 self._open.discard(opened)
@@ -78,10 +81,12 @@ class Clocks:
 
     def close(self) -> None:
         """Close all WebSockets."""
+        from wsproto.utilities import LocalProtocolError
+
         with self._lock:
             for opened in self._open:
                 if opened.connected:
-                    with contextlib.suppress(OSError):
+                    with contextlib.suppress(OSError, LocalProtocolError):
                         opened.close(1001, "the app is stopping")
                 opened.event.set()
 

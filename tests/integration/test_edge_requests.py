@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -326,6 +327,25 @@ def test_an_early_answer_to_an_upload_reaches_the_client():
         sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 100000000\r\n\r\n" + b"x" * 100000)
         answer = Reader(sock).answer()
         assert answer.status == 413 and answer.body == b"big" and answer.field(b"connection") == b"close"
+
+
+def test_an_early_answer_reaches_the_client_also_when_the_agent_closes_at_once():
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
+        connection.sock.close()  # most of the body is unread: whoever writes more of it gets an error
+
+    head = b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 100000000\r\n\r\n"
+    answers = []
+    with Edge(script) as edge:
+        for _ in range(40):
+            with edge.connect() as sock:
+                sock.settimeout(10)
+                with contextlib.suppress(ConnectionError):
+                    for piece in [head, *[b"x" * 65536] * 100]:
+                        sock.sendall(piece)
+                answers.append(Reader(sock).answer())
+    assert [(one.status, one.body) for one in answers] == [(413, b"big")] * 40
 
 
 def test_a_large_upload_and_download_stream_through():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -192,6 +193,30 @@ def test_a_reset_in_mid_frame_ends_both_sides():
         sock.close()
         assert ended.wait(5)
         eventually(lambda: edge.worker.open_tunnels == 0 and edge.worker.open_connections == 0)
+
+
+def test_the_close_frame_of_an_agent_that_closes_at_once_reaches_the_client():
+    closed = b"\x88\x08\x0f\xa1reason"  # code 4001
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(SWITCH)
+        connection.sock.recv(1000)
+        connection.send(closed)
+        connection.sock.close()  # what the client still sends meets an error
+
+    received = []
+    with Edge(script) as edge:
+        for _ in range(40):
+            with edge.connect() as sock:
+                sock.settimeout(5)
+                sock.sendall(UPGRADE)
+                assert sock.recv(1000).startswith(b"HTTP/1.1 101")
+                with contextlib.suppress(ConnectionError):
+                    for _ in range(50):
+                        sock.sendall(TEXT * 1000)
+                received.append(read_all(sock))
+    assert received == [closed] * 40
 
 
 def test_an_agent_that_dies_ends_the_websocket():

@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -93,6 +94,41 @@ def test_a_request_that_meets_a_closing_connection_is_repeated_on_a_new_one(conn
     request("GET")
     assert request(method, again=again).status == 200
     assert server.requests == [(0, "GET"), (0, method), (1, method)]
+
+
+def test_it_is_repeated_also_while_another_thread_opens_a_connection(short_tmp):
+    """The portal's threads share the connections: what one of them does says nothing about another one's."""
+    path = short_tmp / "x.sock"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        listener.settimeout(2)
+        transport = Transport(f"unix://{path}")
+
+        def ask(target):
+            return transport.request("GET", target, None, 3.0)
+
+        def answer(sock):
+            sock.recv(65536)
+            sock.sendall(ANSWER)
+
+        with ThreadPoolExecutor() as threads:
+            first = threads.submit(ask, "/first")
+            kept, _ = listener.accept()
+            answer(kept)
+            first.result(10)
+            repeated = threads.submit(ask, "/repeated")
+            assert kept.recv(65536)
+            other = threads.submit(ask, "/other")
+            fresh, _ = listener.accept()
+            kept.close()
+            again, _ = listener.accept()
+            for sock in (again, fresh):
+                answer(sock)
+            assert [one.result(10).status for one in (repeated, other)] == [200, 200]
+            transport.close()
+            again.close()
+            fresh.close()
 
 
 def test_a_request_that_may_have_had_its_effect_is_not_repeated(connect):

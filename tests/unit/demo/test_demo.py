@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -260,6 +261,25 @@ def test_a_client_that_breaks_the_websocket_protocol_is_told_why(tmp_path: Path)
         assert b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in head
         client.sendall(b"\x81\x04text")  # not masked (RFC 6455, section 5.1)
         assert b"\x03\xea" in receive(client)  # close code 1002
+
+
+def test_nothing_follows_the_close_frame_after_a_message_that_is_too_big(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size = demo_app.MAX_MESSAGE + 1
+
+    def ask_too_much(path: Path) -> bytes:
+        with connect(path) as client:
+            client.sendall(HANDSHAKE.encode())
+            receive(client, lambda data: b"\r\n\r\n" in data)
+            with contextlib.suppress(ConnectionError):  # it reads no more than it must
+                client.sendall(b"\x82\xff" + size.to_bytes(8, "big") + bytes(4 + size))
+            return receive(client)
+
+    with running(tmp_path) as path, ThreadPoolExecutor(20) as threads:
+        received = list(threads.map(ask_too_much, [path] * 100))
+    assert {one[-22:] for one in received} == {b"\x88\x14\x03\xf1Message is too big"}  # close code 1009
+    assert not caplog.records
 
 
 def test_the_number_of_websockets_is_bounded(tmp_path: Path) -> None:

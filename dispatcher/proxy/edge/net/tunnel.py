@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
+from dispatcher.proxy.edge.net.unread import unread
 from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
@@ -163,6 +164,16 @@ class UpstreamEnd(End):
         if not 1 < size < 128 or data[1] != size - 2 or not scanner.between:
             scanner.scan(data)
         self.other.transport.write(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Pass the agent's last bytes on: a Close frame with the reason, perhaps."""
+        if exc is not None and not self.other.lost:
+            last = b"".join(unread(self.transport))
+            if last and not self.closing:
+                self.data_received(last)
+                if self.scanner.between:
+                    exc = None
+        super().connection_lost(exc)
 
 
 def tunnel(client: ClientEnd, upstream: UpstreamEnd, head: bytes, first: bytes, early: bytes) -> None:

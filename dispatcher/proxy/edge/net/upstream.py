@@ -23,6 +23,7 @@ from dispatcher.proxy.edge.http.response import (
     parse_response,
 )
 from dispatcher.proxy.edge.net.registry import Registry
+from dispatcher.proxy.edge.net.unread import unread
 from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
 from dispatcher.proxy.edge.routing.table import Agent
 
@@ -312,6 +313,11 @@ class Upstream(asyncio.Protocol):
         client.exchanged()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and self.client is not None:
+            self.request_sent = False  # the connection cannot be used again
+            for data in unread(self.transport):
+                if self.client is not None:
+                    self.data_received(data)
         client = self.client
         if client is None:
             if self.mode is _IDLE and self in self.agent.idle:
