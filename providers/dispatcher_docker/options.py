@@ -40,14 +40,14 @@ class DockerOptions(Strict):
 
     url: str = Field(
         default="",
-        description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; else $DOCKER_HOST, else the usual socket",
+        description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; by default $DOCKER_HOST or the standard socket",
     )
     tls_ca: Path_ | None = Field(default=None, description="certificate authority of a tcp:// engine")
     tls_cert: Path_ | None = Field(default=None, description="client certificate for a tcp:// engine")
-    tls_key: Path_ | None = None
-    tls_verify: bool = True
+    tls_key: Path_ | None = Field(default=None, description="private key of tls_cert")
+    tls_verify: bool = Field(default=True, description="verify the engine's certificate")
     local: bool | None = Field(
-        default=None, description="the engine runs on this host; by default if it is unix://"
+        default=None, description="whether the engine runs on this host; by default only for unix://"
     )
     data: Literal["auto", "bind", "volume"] = Field(
         default="auto",
@@ -59,12 +59,14 @@ class DockerOptions(Strict):
     reach: str = Field(
         default="", description="address that the proxy uses for published ports; by default `publish`"
     )
-    registries: dict[str, Registry] = Field(default={}, description="by host name, besides ~/.docker/config.json")
-    pull_timeout: Duration = Field(default=1800.0, description="for an image, instead of the operation's deadline")
-    log_driver: Literal["local", "json-file"] = "local"
-    log_max_size: Size = Field(default=10 * 1024**2, description="of one log file of an agent")
-    log_max_files: int = Field(default=2, ge=1, le=100)
-    usage_cache: Duration = Field(default=15.0, description="how old statistics of a remote engine may be")
+    registries: dict[str, Registry] = Field(
+        default={}, description="credentials by registry host, in addition to ~/.docker/config.json"
+    )
+    pull_timeout: Duration = Field(default=1800.0, description="maximum time to pull an image")
+    log_driver: Literal["local", "json-file"] = Field(default="local", description="the engine's log driver")
+    log_max_size: Size = Field(default=10 * 1024**2, description="maximum size of a log file")
+    log_max_files: int = Field(default=2, ge=1, le=100, description="log files per agent")
+    usage_cache: Duration = Field(default=15.0, description="maximum age of statistics from a remote engine")
 
     @field_validator("url")
     @classmethod
@@ -98,42 +100,58 @@ class Mount(Strict):
 class DockerAppOptions(Strict):
     """``[apps.X.docker]``: the program and its isolation."""
 
-    image: str = Field(default="", description="NAME[:TAG][@DIGEST]")
+    image: str = Field(default="", description="image: NAME[:TAG][@DIGEST]")
     build: Path_ | None = Field(default=None, description="directory with a Dockerfile, instead of an image")
-    dockerfile: str = Field(default="Dockerfile", description="its name, relative to `build`")
-    build_args: dict[str, str] = {}
-    pull: Literal["missing", "always", "never"] = "missing"
-    platform: str = Field(default="", description="such as linux/arm64; by default the engine's")
-    command: list[str] = Field(
-        default=[], description="{socket}, {port} and {data} are replaced; else the image's"
+    dockerfile: str = Field(default="Dockerfile", description="path of the Dockerfile, relative to `build`")
+    build_args: dict[str, str] = Field(default={}, description="arguments of the build")
+    pull: Literal["missing", "always", "never"] = Field(default="missing", description="when to pull the image")
+    platform: str = Field(
+        default="", description="platform of the image, such as linux/arm64; by default the engine's"
     )
-    entrypoint: list[str] | None = Field(default=None, description="replaces the image's; [] removes it")
+    command: list[str] = Field(
+        default=[], description="command, with {socket}, {port} and {data} replaced; by default the image's"
+    )
+    entrypoint: list[str] | None = Field(
+        default=None, description="replaces the image's entry point; [] removes it"
+    )
     port: int | None = Field(
-        default=None, ge=1, le=65535, description="where the app listens on TCP; else it listens on {socket}"
+        default=None, ge=1, le=65535, description="TCP port of the app; without it the app must listen on {socket}"
     )
     network: str = Field(
         default="", description='a named network of the engine, for apps with network = "private"'
     )
-    data_path: str = Field(default="/data", description="where the agent's data is, inside")
-    workdir: str = Field(default="", description="by default the data")
-    init: bool = Field(default=True, description="a small init reaps orphans and passes signals on")
-    stop_signal: str = Field(default="", description="by default the image's, usually SIGTERM")
-    hostname: str = Field(default="agent", pattern=r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+    data_path: str = Field(default="/data", description="path of the data in the container")
+    workdir: str = Field(default="", description="working directory; by default data_path")
+    init: bool = Field(default=True, description="run a small init that reaps orphans and forwards signals")
+    stop_signal: str = Field(
+        default="", description="signal that stops the app; by default the image's, usually SIGTERM"
+    )
+    hostname: str = Field(
+        default="agent",
+        pattern=r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?",
+        description="host name in the container",
+    )
     shm: Size | None = Field(default=None, description="size of /dev/shm; the engine's default is 64M")
-    tmpfs: dict[str, Size] = Field(default={"/tmp": 64 * 1024**2}, description="writable, in memory: path to size")  # noqa: S108
-    ulimits: dict[str, int] = Field(default={}, description="such as nofile = 4096; soft and hard")
+    tmpfs: dict[str, Size] = Field(
+        default={"/tmp": 64 * 1024**2}, description="writable directories in memory, with sizes"
+    )  # noqa: S108
+    ulimits: dict[str, int] = Field(default={}, description="soft and hard resource limits, such as nofile = 4096")
     # Keys that weaken isolation:
     user: Literal["agent", "root"] = Field(
-        default="agent", description="root also has the capabilities of a root that starts services"
+        default="agent", description="root: with the capabilities that services need"
     )
-    read_only: bool = Field(default=True, description="the image's files cannot be changed")
-    cap_add: list[str] = Field(default=[], description="capabilities, such as NET_BIND_SERVICE; all are dropped")
-    no_new_privileges: bool = True
-    seccomp: str = Field(default="default", description="default, unconfined, or the path of a profile")
-    apparmor: str = Field(default="", description="profile; by default the engine's")
-    devices: list[str] = Field(default=[], description="/dev/X[:/dev/Y[:rwm]]")
-    gpus: int | Literal["all"] | None = None
-    mounts: list[Mount] = []
+    read_only: bool = Field(default=True, description="read-only root file system")
+    cap_add: list[str] = Field(
+        default=[], description="capabilities to keep, such as NET_BIND_SERVICE; all others are dropped"
+    )
+    no_new_privileges: bool = Field(default=True, description="setuid programs gain no privileges")
+    seccomp: str = Field(default="default", description="seccomp profile: default, unconfined, or a path")
+    apparmor: str = Field(default="", description="AppArmor profile; by default the engine's")
+    devices: list[str] = Field(default=[], description="devices of the host: /dev/X[:/dev/Y[:rwm]]")
+    gpus: int | Literal["all"] | None = Field(default=None, description="number of GPUs, or all")
+    mounts: list[Mount] = Field(
+        default=[], description="additional files of the host, each with source, target and read_only"
+    )
 
     @field_validator("image")
     @classmethod

@@ -49,7 +49,7 @@ class Options(Table):
     """``[providers.libvirt]``"""
 
     uri: str = Field(
-        default="", description="connection URI; qemu:///system for root, qemu:///session for others when empty"
+        default="", description="connection URI; by default qemu:///system for root, qemu:///session for others"
     )
     accelerator: Literal["auto", "kvm", "emulation"] = Field(
         default="auto", description="KVM where it works, KVM or an error, or always emulation"
@@ -64,8 +64,8 @@ class Options(Table):
         description="run QEMU as the agent's own host user: where possible, always (or an error), or never",
     )
     ports: PortRange = Field(default=(18000, 19999), description="first and last port on 127.0.0.1")
-    connections: int = Field(default=4, ge=1, le=32, description="starts, saves and stops at the same time")
-    keepalive: Duration = Field(default=5.0, ge=1, le=600, description="between two keep-alive messages")
+    connections: int = Field(default=4, ge=1, le=32, description="maximum concurrent starts, saves and stops")
+    keepalive: Duration = Field(default=5.0, ge=1, le=600, description="interval of keep-alive messages")
 
     @field_validator("uri")
     @classmethod
@@ -92,7 +92,7 @@ class AppOptions(Table):
     """``[apps.X.libvirt]``"""
 
     image: AbsolutePath | None = Field(default=None, description="base image; each agent has an overlay of it")
-    format: Literal["qcow2", "raw"] = Field(default="qcow2", description="of the base image")
+    format: Literal["qcow2", "raw"] = Field(default="qcow2", description="format of the base image")
     kernel: AbsolutePath | None = Field(default=None, description="kernel for direct boot")
     initrd: AbsolutePath | None = Field(default=None, description="initial RAM disk for direct boot")
     cmdline: Argument = Field(default="console=ttyS0 quiet panic=-1", description="the kernel's command line")
@@ -107,9 +107,9 @@ class AppOptions(Table):
         default="dispatcher: starting the app",
         description="console text that reports a working network in the guest; earlier connections are lost",
     )
-    endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="transport to that port")
+    endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="transport to the port")
     data: str = Field(default="/data", description="mount point of the data disk in the guest")
-    data_size: Size = Field(default=1024 * MIB, description="of the data disk where the app has no `disk` limit")
+    data_size: Size = Field(default=1024 * MIB, description="size of the data disk if the app has no `disk` limit")
     data_allocation: Literal["sparse", "full"] = Field(
         default="sparse", description="allocate the data disk's space on use, or all at once"
     )
@@ -123,20 +123,24 @@ class AppOptions(Table):
         description="snapshots of the data disk and overlays to keep from before changes of the image",
     )
     default_memory: Size = Field(
-        default=512 * MIB, ge=SMALLEST_MEMORY, description="of the guest where the app has no `memory` limit"
+        default=512 * MIB, ge=SMALLEST_MEMORY, description="memory of the guest if the app has no `memory` limit"
     )
     balloon: Size | None = Field(
         default=None, ge=SMALLEST_MEMORY, description="initial memory of the guest, below its limit"
     )
-    vcpus: int | None = Field(default=None, ge=1, le=512, description="by default `cpus`, rounded up")
-    cpu: Word = Field(default="auto", description="auto, host-passthrough, host-model, maximum, or a model")
+    vcpus: int | None = Field(
+        default=None, ge=1, le=512, description="virtual CPUs; by default `cpus`, rounded up"
+    )
+    cpu: Word = Field(default="auto", description="CPU: auto, host-passthrough, host-model, maximum, or a model")
     cpu_shares: int | None = Field(
         default=None, ge=2, le=262144, description="CPU weight relative to other machines"
     )
-    disk_bandwidth: Size | None = Field(default=None, description="bytes per second and disk, reading and writing")
-    disk_iops: int | None = Field(default=None, ge=1, description="operations per second and disk")
+    disk_bandwidth: Size | None = Field(
+        default=None, description="maximum bytes per second of each disk, reading and writing"
+    )
+    disk_iops: int | None = Field(default=None, ge=1, description="maximum operations per second of each disk")
     network_bandwidth: Size | None = Field(
-        default=None, ge=1024, description="bytes per second each way, on a libvirt network"
+        default=None, ge=1024, description="maximum bytes per second each way, on a libvirt network"
     )
     machine: Word = Field(default="q35", description="QEMU's machine type")
     user_data: AbsolutePath | None = Field(default=None, description="file with cloud-init user data")

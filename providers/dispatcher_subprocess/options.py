@@ -35,22 +35,22 @@ class Options(Table):
     """``[providers.subprocess]``"""
 
     bubblewrap: Literal["auto", "always", "never"] = Field(
-        default="auto", description="sandbox by bubblewrap: where it works, always, or never"
+        default="auto", description="use bubblewrap: if it works, always, or never"
     )
     cgroups: Literal["auto", "never"] = Field(
-        default="auto", description="use control groups for limits, usage, freezing and killing where they work"
+        default="auto", description="use control groups for limits, usage, suspending and killing, if they work"
     )
-    log_size: Size = Field(default=1024 * 1024, ge=4096, description="bytes of a log file before it is rotated")
+    log_size: Size = Field(default=1024 * 1024, ge=4096, description="size at which a log file is rotated")
     log_files: int = Field(
         default=4, ge=1, le=100, description="log files kept per agent, the current one included"
     )
     ports: PortRange = Field(default=(20000, 29999), description="first and last TCP port for {port}")
     private_network: Literal["auto", "pasta", "slirp4netns"] = Field(
-        default="auto", description='what carries outbound traffic of network = "private"'
+        default="auto", description='program for the traffic of network = "private"'
     )
     deny: list[str] = Field(
         default=["169.254.0.0/16"],
-        description='networks that network = "private" cannot reach, besides all addresses of this host',
+        description='networks that network = "private" cannot reach, in addition to this host',
     )
 
     @field_validator("deny")
@@ -76,25 +76,27 @@ class AppOptions(Table):
         min_length=1,
         description="program and arguments, no shell; {socket}, {port} and {data} are replaced",
     )
-    workdir: str = Field(default="{data}", description="working directory, as seen from inside")
-    read_only: list[AbsolutePath] = Field(default=[], description="more of the host's paths to show, read-only")
+    workdir: str = Field(default="{data}", description="working directory in the sandbox")
+    read_only: list[AbsolutePath] = Field(default=[], description="additional paths of the host, read-only")
     writable: list[AbsolutePath] = Field(
-        default=[], description="more of the host's paths to show, writable as far as their modes allow"
+        default=[], description="additional paths of the host, writable if their modes allow it"
     )
     hide: list[AbsolutePath] = Field(default=[], description="paths below visible ones to hide")
-    pass_environment: list[Variable] = Field(default=[], description="variables of the manager to pass on")
-    devices: list[AbsolutePath] = Field(default=[], description="devices to show, such as /dev/dri")
+    pass_environment: list[Variable] = Field(
+        default=[], description="variables of the manager's environment to pass to the app"
+    )
+    devices: list[AbsolutePath] = Field(default=[], description="additional devices, such as /dev/dri")
     seccomp: bool = Field(
         default=True,
         description="refuse system calls that apps rarely need: keys, BPF, user namespaces, mounts, io_uring",
     )
     umask: str = Field(
-        default="007", description="in octal digits; the proxy's group needs write access to the socket"
+        default="007", description="three octal digits; the proxy's group needs write access to the socket"
     )
-    tmp_size: Size = Field(default=256 * 1024**2, description="bytes of /tmp and of /dev/shm, in memory")
-    nofile: int = Field(default=8192, ge=16, le=1048576, description="open files per process")
-    file_size: Size | None = Field(default=None, description="largest file that the agent may write")
-    nice: int = Field(default=0, ge=0, le=19, description="lower priority than the rest of the host")
+    tmp_size: Size = Field(default=256 * 1024**2, description="size of /tmp and of /dev/shm, in memory")
+    nofile: int = Field(default=8192, ge=16, le=1048576, description="maximum open files per process")
+    file_size: Size | None = Field(default=None, description="maximum size of a file")
+    nice: int = Field(default=0, ge=0, le=19, description="nice value: a higher one means lower priority")
 
     @field_validator("command")
     @classmethod
