@@ -1,4 +1,4 @@
-"""The demo as a Flask application: notes, files, a live clock, and the facts it has about its person."""
+"""The demo as a Flask application: notes, files, a live clock, and facts about its user."""
 
 from __future__ import annotations
 

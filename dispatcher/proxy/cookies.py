@@ -1,7 +1,7 @@
 """Names of the dispatcher's own cookies.
 
-Over HTTPS the names carry the ``__Host-`` prefix (RFC 6265bis, 4.1.3.2): a browser then takes such a cookie
-only from this very host, over TLS, without ``Domain``, so that neither a sibling host nor an agent can set it.
+Over HTTPS the names carry the ``__Host-`` prefix (RFC 6265bis, 4.1.3.2): a browser then accepts such a cookie
+only from this host, over TLS, without ``Domain``, so that neither a sibling host nor an agent can set it.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ class Daemon:
         readable, _, _ = select.select(watched, [], [], 0.2 if self._busy() else 5.0)
         for ready in readable:
             if isinstance(ready, socket.socket):
-                self._heard(controls[ready])
+                self._on_message(controls[ready])
         if self._wake in readable:
             with contextlib.suppress(BlockingIOError):
                 for number in set(os.read(self._wake, 512)):
@@ -229,13 +229,13 @@ class Daemon:
             or any(child.leaving for child in self._children.values())
         )
 
-    def _heard(self, child: Child) -> None:
+    def _on_message(self, child: Child) -> None:
         try:
             word = child.control.recv(1)
         except OSError:
             word = b""
         if not word:
-            child.ready = True  # it is ending; waiting for it says how
+            child.ready = True  # it is ending; waitpid gives the status
             return
         child.ready = True
         child.deadline = float("inf")

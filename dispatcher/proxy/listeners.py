@@ -1,7 +1,7 @@
 """Opening the proxy's listeners, before privileges are dropped.
 
-An address is HOST:PORT, [IPv6]:PORT, unix:/PATH, or ``systemd`` for the sockets that the service manager hands
-over (sd_listen_fds(3)).
+An address is HOST:PORT, [IPv6]:PORT, unix:/PATH, or ``systemd`` for the sockets that the service manager
+passes (sd_listen_fds(3)).
 """
 
 from __future__ import annotations

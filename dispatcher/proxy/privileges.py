@@ -1,4 +1,4 @@
-"""Drops privileges for good: user and group ids, capabilities, limits."""
+"""Drops privileges permanently: user and group ids, capabilities, limits."""
 
 from __future__ import annotations
 

@@ -95,29 +95,30 @@ def fork(kind: str, generation: int, body: Callable[[socket.socket], None], othe
 class BackOff:
     """How long to wait before a child of a kind is started again.
 
-    :ivar at: boot time from which it may be; :ivar stillborn: how many gave up at once, before any went well.
+    :ivar at: boot time of the next start; :ivar early_exits: exits right after the start, None once a child has
+        run for longer.
     """
 
-    __slots__ = ("_pause", "at", "stillborn")
+    __slots__ = ("_pause", "at", "early_exits")
 
     def __init__(self) -> None:
         self._pause = FIRST_PAUSE
         self.at = 0.0
-        self.stillborn: int | None = 0
+        self.early_exits: int | None = 0
 
     def ended(self, child: Child, status: int) -> float:
         """A child ended by itself, with this wait status; return the seconds until the next is started.
 
-        :raises Unavailable: the first ones all ended at once: another one will not do better.
+        :raises Unavailable: the first children all ended at once.
         """
         lived = boottime() - child.started
         if lived > _STEADY:
             self._pause = FIRST_PAUSE
         if lived > _BORN:
-            self.stillborn = None
-        elif self.stillborn is not None and os.WIFEXITED(status):
-            self.stillborn += 1
-            if self.stillborn >= FIRST_TRIES:
+            self.early_exits = None
+        elif self.early_exits is not None and os.WIFEXITED(status):
+            self.early_exits += 1
+            if self.early_exits >= FIRST_TRIES:
                 raise Unavailable(
                     "The proxy cannot start",
                     why=f"its {child.kind} ended at once, {FIRST_TRIES} times in a row",

@@ -1,11 +1,11 @@
-"""The conformance kit: subclass `ProviderContract`, give it a provider, get a verdict.
+"""The conformance kit: subclass `ProviderContract`, give it a provider, run pytest.
 
     class TestMine(ProviderContract):
         @pytest.fixture
         def provider(self, context):
             return MyProvider(context=context, options=MyProvider.Options())
 
-`docs/reference/conformance-kit.md` describes every check and what else a class fills in.  Needs pytest.
+`docs/reference/conformance-kit.md` describes all checks and settings.  Needs pytest.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The app inside a fake agent: speaks the probe's protocol about a made-up world.
+"""The app inside a fake agent: the probe's protocol with simulated results.
 
-Touches one listening socket and the agent's data directory; everything else (processes, other files, other
-sockets) is pretended, as an isolated agent would see it.
+Only its listening socket and the agent's data directory are real.  Processes, other files and other sockets are
+simulated, as an isolated agent would see them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The world of one conformance run: directories, user ids, agents, and cleaning up."""
+"""The environment of one conformance run: directories, user ids, agents, and cleanup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The provider `docker`: agents as containers of a Docker engine.  Imports its parts only when asked for."""
+"""The provider `docker`: agents as containers of a Docker engine.  The class is imported on demand."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The state of containers: from the engine's answers to observations, and why a container ended.
 
 A container that was stopped on purpose has an exit code like one that ended by itself: a note in the provider's
-state directory tells the two apart.  The list of containers does not say which ran out of memory: each ended
+state directory distinguishes the two.  The list of containers does not say which ran out of memory: each ended
 container is inspected for that, once.
 """
 

@@ -40,7 +40,7 @@ class DockerOptions(Strict):
 
     url: str = Field(
         default="",
-        description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; by default $DOCKER_HOST or the standard socket",
+        description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; default: $DOCKER_HOST or the usual socket",
     )
     tls_ca: Path_ | None = Field(default=None, description="certificate authority of a tcp:// engine")
     tls_cert: Path_ | None = Field(default=None, description="client certificate for a tcp:// engine")
@@ -133,8 +133,9 @@ class DockerAppOptions(Strict):
     )
     shm: Size | None = Field(default=None, description="size of /dev/shm; the engine's default is 64M")
     tmpfs: dict[str, Size] = Field(
-        default={"/tmp": 64 * 1024**2}, description="writable directories in memory, with sizes"
-    )  # noqa: S108
+        default={"/tmp": 64 * 1024**2},  # noqa: S108
+        description="writable directories in memory, with sizes",
+    )
     ulimits: dict[str, int] = Field(default={}, description="soft and hard resource limits, such as nofile = 4096")
     # Keys that weaken isolation:
     user: Literal["agent", "root"] = Field(

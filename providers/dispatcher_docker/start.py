@@ -1,7 +1,7 @@
 """Starting an agent: from an image's id to a container that runs.
 
-What a start that fails or is cancelled has made is removed.  When the engine does not answer it is left as it is:
-the next start, stop or removal finds it by its name.
+A start that fails or is cancelled removes what it created.  If the engine does not answer, that stays: the next
+start, stop or removal finds it by its name.
 """
 
 from __future__ import annotations

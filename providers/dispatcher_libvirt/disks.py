@@ -1,7 +1,7 @@
 """Disks of machines as files of this host: create, grow, check, copy.
 
-Every agent has a directory that belongs to the manager (so that nobody else can replace a name in it), with files
-that belong to the machine's host user:
+Every agent has a directory that belongs to the manager (so that no other user can replace a name in it), with
+files that belong to the machine's host user:
 
     data.raw                 the data disk: ext4 without partitions
     root-FINGERPRINT.qcow2   the overlay of one base image

@@ -1,6 +1,6 @@
 """Translation of libvirt's errors into the dispatcher's.
 
-Three cases are told apart: the daemon of this host is down, a remote host is unreachable, and a backend that
+Three cases are distinguished: the daemon of this host is down, a remote host is unreachable, and a backend that
 answers refuses the request.
 """
 

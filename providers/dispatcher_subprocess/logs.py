@@ -1,6 +1,6 @@
 """An agent's output: the pipe that it writes to, the connection to the log collector, reading its log files.
 
-The collector (`log_collector`) is a process of its own, because agents go on writing while there is no manager.
+The collector (`log_collector`) is a process of its own, because agents keep writing while the manager is down.
 An agent's standard output is a pipe that the agent has open for reading too, so that it never gets SIGPIPE; a new
 collector gets every pipe again from ``/proc/PID/fd/1``.
 """

@@ -1,4 +1,4 @@
-"""What `doctor` checks of an installation: manager, directories, disk, ports, certificates, accounts."""
+"""Checks of `doctor` on the installation: manager, directories, disk, ports, certificates, accounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `doctor` checks of the machine itself: Python, the clock, limits of the kernel."""
+"""Checks of `doctor` on the machine: Python, the clock, limits of the kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `doctor` checks of providers: `check` and `explain` of each installed one, also of a third party.
+"""Checks of `doctor` on providers: `check` and `explain` of each installed one, also of a third party.
 
 A running manager checks the providers that it uses.  The others are checked in this process, with temporary
 directories.

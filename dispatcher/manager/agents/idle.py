@@ -1,6 +1,6 @@
 """Decides that an agent is idle, and what to do with it then.  Pure.
 
-An agent is in use while a person acts or a stream flows (docs/reference/feed.md); an open but silent tab is no
+An agent is in use while a person acts or a stream flows (docs/reference/feed.md); an open but silent tab is not
 use.
 `idle_monitor` calls `idle_decision` for every agent, regularly.
 """

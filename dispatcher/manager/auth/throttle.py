@@ -6,7 +6,7 @@ charged before the password is checked: a burst gains nothing, and a class of th
 the right passwords is never delayed.
 
 A browser that has signed in before proves it with its device token: then only the account of that device and name
-counts, so that strangers who guess cannot lock the user out.
+counts, so that an attacker cannot lock the user out.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a request may hold, in its query and its body.
+"""The queries and bodies of requests.
 
-Unknown members are refused: a setting that does not exist must not seem to be set.
+Unknown members are refused, so that a misspelt setting is not ignored.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the handlers work with."""
+"""The objects that handlers use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sessions, known browsers, and failed sign-in attempts.
 
-Of tokens only the SHA-256 is stored: a copy of the database does not let anybody sign in.
+Of tokens only the SHA-256 is stored: a copy of the database allows no sign-in.
 Times are Unix seconds of the steady clock.
 """
 

@@ -1,7 +1,7 @@
 """The worker's connection to the manager's feed.
 
-It reconnects by itself, with a back-off.  While it is down the worker goes on with its tables; nothing is queued
-for the manager, as the next report holds the totals.
+It reconnects by itself, with a back-off.  While it is down the worker keeps its tables; nothing is queued for the
+manager, because the next report contains the totals.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A worker process: loop, listeners, signals, drain.
 
 The parent controls it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
-to drain it while another worker takes the new connections, or `STOP` without one; the end of the file means
-that the parent is gone, and then the worker goes too.
+to drain it while another worker takes the new connections, or `STOP` without one; end of file means that
+the parent has ended, and the worker ends too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The portal: the proxy's pages for people.  One more upstream to the edge; holds no key and no credential."""
+"""The portal: the proxy's own pages.  One more upstream to the edge; holds no key and no credential."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's account: password and sessions.  Talks to the manager; changing the password asks for the old one."""
+"""A user's account: password and sessions.  A change of the password requires the old one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A person's apps: the dashboard, their states as JSON, starting and stopping.  Talks to the manager."""
+"""A user's apps: the dashboard, their states as JSON, starting and stopping."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The portal's static files and templates, read when this module is imported.  Reads static/ and templates/ only.
+"""The portal's static files and templates, read when this module is imported.
 
 Static files are served from memory under names that hold their hash: a name that changes with its content may be
 cached without expiry (RFC 8246), so a known page costs one request.  Templates are read as early because the

@@ -1,6 +1,6 @@
-"""What a response looks like: pages for people, JSON for programs, problem details, security headers.
+"""Responses: pages for browsers, JSON for programs, problem details, security headers.
 
-`Accept` tells people from programs: a browser that opens a page names text/html.
+`Accept` distinguishes them: a browser that opens a page names text/html.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What every page needs: the portal's settings, who is signed in, cookies and forms.
 
-`portal()` is the application's, `person()` the request's.  The manager is asked at most once a request who the
-session belongs to.
+`portal()` is the application's, `person()` the request's.  The session is looked up at most once per
+request.
 """
 
 from __future__ import annotations

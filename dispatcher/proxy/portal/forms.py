@@ -1,15 +1,16 @@
 """Protection of state-changing requests against forgery.  Pure: headers and values in, a verdict out.
 
 The portal shares its origin with apps (session routing) or its site (subdomain routing), keeps no key and may be
-restarted at any time, so a form has to pass three independent checks:
+restarted at any time, so a form must pass three independent checks:
 
-- the browser's own word (`Sec-Fetch-*`, W3C Fetch Metadata; `Origin`, RFC 6454): a form arrives as a top-level
-  navigation from the own origin.  A script's `fetch`, a frame, another site or a sibling host is none of that;
+- the browser's metadata (`Sec-Fetch-*`, W3C Fetch Metadata; `Origin`, RFC 6454): a form is a top-level navigation
+  from the same origin.  A script's `fetch`, a frame, another site and a sibling host are refused;
 - a token in the form, ``NONCE.HMAC(seed, purpose, session, nonce)``, whose *seed* is a random cookie that scripts
   cannot read: it works in every tab, for as long as the browser runs, over any restart of the portal;
-- the session: a form of one session is worth nothing in another.
+- the session: a form of one session is not valid in another.
 
-Programs send JSON instead (a browser sends that to another origin only after asking) and no fetch metadata.
+Programs send JSON instead (a browser sends that to another origin only after a CORS preflight), and no fetch
+metadata.
 """
 
 from __future__ import annotations

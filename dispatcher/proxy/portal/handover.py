@@ -1,9 +1,9 @@
-"""Carrying a sign-in to an agent's own host (subdomain routing).  Talks to the manager.
+"""Transfers a sign-in to an agent's own host (subdomain routing).
 
 AGENT host: `begin` puts a random nonce into a cookie of that host and asks the portal's host for a code.
-PORTAL host: the signed-in person gets a code for that host, bound to the nonce's hash, single use, 30 seconds.
-AGENT host: `redeem` trades code and nonce for a session of that host alone.  A link sent to another
-person is worth nothing without the nonce, which neither pages nor other hosts can read.
+PORTAL host: the signed-in user gets a code for that host, bound to the nonce's hash, single use, 30 seconds.
+AGENT host: `redeem` exchanges code and nonce for a session of that host only.  A link sent to another
+person is not valid without the nonce, which neither pages nor other hosts can read.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signing in and out.  Talks to the manager; the password is passed on and never kept or logged."""
+"""Signing in and out.  The password is passed to the manager and never stored or logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a person may be sent: paths of the own origin, and hosts of agents.  Pure."""
+"""Valid targets of redirects: paths of the same origin, and hosts of agents.  Pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""The page that stands in for an app that is not ready.  Talks to the manager.
+"""The waiting page, shown in place of an app that is not ready.
 
-The edge asks for it in place of the app, under the app's own address, and says in two headers (which clients
-cannot send) for which agent and which path.  Never cached, 503, HTML for people and JSON for programs.  The page
-follows the start by the edge's event stream, by asking for the status where that breaks, and by reloading where
-scripts are off.
+The edge requests it under the app's own address; two header fields (which clients cannot send) name the agent and
+the path.  Never cached, 503, HTML for browsers and JSON for programs.  The page follows the start by the edge's
+event stream, by polling the status if that breaks, and by reloading without scripts.
 """
 
 from __future__ import annotations

@@ -218,25 +218,25 @@ class CapabilityChecks(Contract):
 
     def test_events_tell_an_end(self, driver: Driver, kit: Kit) -> None:
         """EVENTS: `watch` reports an agent that ended by itself, in time, and nothing after `close`."""
-        heard: list[str] = []
+        reported: list[str] = []
         if not driver.can(Capability.EVENTS):
-            unsupported("watch", lambda: driver.watch(heard.append))
+            unsupported("watch", lambda: driver.watch(reported.append))
             return
-        watch = driver.watch(heard.append)
+        watch = driver.watch(reported.append)
         try:
             agent = kit.start(driver, kit.spec(driver.provider, "sybil"))
             time.sleep(0.2)
-            heard.clear()
+            reported.clear()
             agent.inside.post("/exit", code=3)
             expect(
-                eventually(lambda: agent.handle.name in heard, self.event_seconds + 0.2),
-                f"watch() did not report an end within {self.event_seconds} s; it reported {heard!r}: "
+                eventually(lambda: agent.handle.name in reported, self.event_seconds + 0.2),
+                f"watch() did not report an end within {self.event_seconds} s; it reported {reported!r}: "
                 "call on_change with Handle.name",
             )
         finally:
             watch.close()
         watch.close()
-        heard.clear()
+        reported.clear()
         driver.destroy(agent.handle)
         time.sleep(0.3)
-        expect(not heard, "watch() still reports after close()")
+        expect(not reported, "watch() still reports after close()")

@@ -130,21 +130,21 @@ class FaultChecks(Contract):
         """EVENTS: after an outage of the backend `watch` reports a gap ("") and continues."""
         if not driver.can(Capability.EVENTS):
             return
-        heard: list[str] = []
-        watch = driver.watch(heard.append)
+        reported: list[str] = []
+        watch = driver.watch(reported.append)
         try:
             time.sleep(0.3)
             with self.broken_backend("down"):
                 time.sleep(0.5)
             expect(
-                eventually(lambda: "" in heard, self.patience, 0.1),
+                eventually(lambda: "" in reported, self.patience, 0.1),
                 'after the backend came back watch() did not report a gap: call on_change("")',
             )
             agent = kit.start(driver, kit.spec(driver.provider, "watched"))
-            heard.clear()
+            reported.clear()
             agent.inside.post("/exit", code=3)
             expect(
-                eventually(lambda: agent.handle.name in heard, self.patience, 0.1),
+                eventually(lambda: agent.handle.name in reported, self.patience, 0.1),
                 "after the backend came back watch() reports nothing: connect again",
             )
         finally:

@@ -1,5 +1,5 @@
-"""Tier *isolation*: an agent cannot reach another's endpoint, files, environment, or the sockets of those who
-run it.  Asked from inside, through the probe.  What a provider does not promise, `explain` must say.
+"""Tier *isolation*: an agent cannot reach another's endpoint, files, environment, or the sockets of the manager
+and the backend.  Tested from inside, through the probe.  `explain` must state what a provider does not isolate.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tier *credentials and secrets*: they arrive, and show nowhere else."""
+"""Tier *credentials and secrets*: they arrive, and are visible nowhere else."""
 
 from __future__ import annotations
 

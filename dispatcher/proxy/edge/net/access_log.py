@@ -1,7 +1,7 @@
 """The access log: one JSON object a line.
 
-It holds no secret: no header, no cookie, no body, and of the target the path alone, as queries carry passwords and
-tokens (``"query": true`` tells that there was one).  Lines are written together, once a second or per 64 KiB.
+It holds no secret: no header, no cookie, no body, and of the target only the path, because queries carry passwords
+and tokens (``"query": true`` marks that there was one).  Lines are written together, once a second or per 64 KiB.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The whole body of a request for the portal, before the portal sees any of it.
+"""Buffers the body of a request for the portal until it is complete.
 
-Anybody may send to the portal, as slowly as they like, and its places are few: a request takes one once its body
-is complete.  Until then a body costs memory alone, which is bounded per connection (`PORTAL_BODY`) and in all:
-above `COLLECTED` a worker takes no more than a sign-in needs (`SMALL_BODY`), so that filling it locks no user out.
+Any client may send to the portal, at any speed, and the portal has few slots: a request takes one when its body is
+complete.  Until then a body uses memory only, limited for each connection (`PORTAL_BODY`) and in total: above
+`COLLECTED` a worker accepts only as much as a sign-in needs (`SMALL_BODY`), so a full buffer locks no user out.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Accepting connections that begin with a PROXY header, a TLS handshake, or both.
 
-Before that they are not clients, while each holds a descriptor: they are counted and bounded apart from clients,
-by address too.
+Until then they are not clients, but each holds a descriptor: they have their own limits, also by address.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The plain HTTP listener that redirects to HTTPS.
 
-It knows no session and no agent.  308 keeps the method and the body (RFC 9110, 15.4.9), GET and HEAD get the
+It uses neither sessions nor agents.  308 keeps the method and the body (RFC 9110, 15.4.9), GET and HEAD get the
 customary 301.
 """
 

@@ -24,7 +24,7 @@ from dispatcher.proxy.edge.routing.settings import CLOSE_TIMEOUT, LEAST_READ, Se
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
 _TICK = 0.25
-_SPOKES = 2
+_SLOTS = 2
 _MAX_SPARE = 256  # connection objects kept for the next connections
 
 
@@ -110,8 +110,8 @@ class Registry:
         self.counters = Counters(by_agent=settings.metrics_by_agent)
         self.draining = False
         self._forwarded = Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
-        self._spokes: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SPOKES))
-        self._next_spoke = 0
+        self._slots: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SLOTS))
+        self._next_slot = 0
         self._ticks = 0
         self._addresses = Tally()
         self._beginning = Tally()
@@ -144,8 +144,8 @@ class Registry:
         remote, trusted, exempt = self._forwarded.peer(address)
         client.identify(remote, trusted=trusted)
         within = self.enter(address, exempt=exempt)
-        self._next_spoke = (self._next_spoke + 1) % _SPOKES
-        self._spokes[self._next_spoke][client] = None
+        self._next_slot = (self._next_slot + 1) % _SLOTS
+        self._slots[self._next_slot][client] = None
         self.counters.connections += 1
         return within
 
@@ -177,8 +177,8 @@ class Registry:
 
     def hand_over(self, client: Client) -> None:
         """A connection does not serve HTTP any more; its address still counts."""
-        for spoke in self._spokes:
-            spoke.pop(client, None)
+        for slot in self._slots:
+            slot.pop(client, None)
         session = client.session
         if session is not None:
             client.session = None
@@ -276,7 +276,7 @@ class Registry:
         self._timer = self.loop.call_later(_TICK, self.turn)
         now = self.now = boottime()
         self._ticks += 1
-        for client in list(self._spokes[self._ticks % _SPOKES]):
+        for client in list(self._slots[self._ticks % _SLOTS]):
             if client.deadline <= now:
                 client.expired()
         closing = self._closing
@@ -338,14 +338,14 @@ class Registry:
 
     def close_idle(self) -> None:
         """Close connections that are between two requests."""
-        for spoke in self._spokes:
-            for client in list(spoke):
+        for slot in self._slots:
+            for client in list(slot):
                 client.close_if_idle()
 
     def abort_all(self) -> None:
         """End every connection now."""
-        for spoke in self._spokes:
-            for client in list(spoke):
+        for slot in self._slots:
+            for client in list(slot):
                 client.transport.abort()
         for end in list(self._tunnels):
             end.transport.abort()

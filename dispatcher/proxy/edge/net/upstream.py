@@ -1,7 +1,7 @@
 """One connection to an upstream: an agent or the portal.
 
 It serves one request at a time and goes back to its agent's pool in between.  Answers are checked by `response`
-and `chunked`; a connection whose answer was doubtful is closed and not used again.
+and `chunked`; after an invalid answer the connection is closed.
 """
 
 from __future__ import annotations

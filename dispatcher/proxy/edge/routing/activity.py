@@ -1,7 +1,7 @@
-"""Telling use from polling: requests and bytes in, counters of docs/reference/feed.md out.
+"""Distinguishes use from polling: requests and bytes in, counters of docs/reference/feed.md out.
 
-Idleness must mean what a person would mean: a person reads, clicks and types; a tab that was left open polls,
-pings and reconnects.  The hot path pays one dictionary lookup and a few comparisons.
+Use means that a person acts: reads, clicks and types.  A tab that was left open polls, pings and reconnects, which
+is not use.  The hot path pays one dictionary lookup and a few comparisons.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The edge's own answers: redirects, refusals and error pages.
 
-A person gets a small page, a program a problem document (RFC 9457); both say what happened and what to do next.
-None of them is ever stored by a cache.
+A browser gets a small page, a program a problem document (RFC 9457); both state what happened and what to do next.
+None of them may be cached.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 1. Ambiguous requests were refused by the parser.  2. The portal's paths go to the portal.  3. A request with a
 session goes to the session's agent.  4. Without a session the edge answers itself and does not read the body.
 5. The agent's state decides, never a failed connect: a sleeping agent is woken and the request held for a bounded
-time, then people get the portal's waiting page and programs a 503.
+time, then browsers get the portal's waiting page and programs a 503.
 """
 
 from __future__ import annotations

@@ -86,8 +86,8 @@
 
     const clock = setInterval(() => { card.querySelector("[data-time]").textContent = `For ${seconds(begun)} so far`; }, 1000);
     const source = new EventSource(`${card.dataset.events}?agent=${encodeURIComponent(agent)}`);
-    const heard = (event) => { try { apply(JSON.parse(event.data)); } catch { /* not for us */ } };
-    for (const name of ["message", "agent", "state"]) source.addEventListener(name, heard);
+    const onChange = (event) => { try { apply(JSON.parse(event.data)); } catch { /* another format */ } };
+    for (const name of ["message", "agent", "state"]) source.addEventListener(name, onChange);
     source.addEventListener("error", () => {
       // The browser tries again by itself unless the answer was no stream; meanwhile the status says the same.
       if (!asking && !leaving) asking = setTimeout(() => ask(1000), source.readyState === EventSource.CLOSED ? 0 : 1500);
