@@ -37,13 +37,13 @@ def test_connections_from_one_ipv6_network_are_counted_together() -> None:
     with Edge(connections_per_address=2) as edge:
 
         def enter(*addresses: str) -> list[bool]:
-            return edge.do(lambda: [edge.worker.enter(address, exempt=False) for address in addresses])
+            return edge.do(lambda: [edge.worker.opened(address, exempt=False) for address in addresses])
 
         assert enter("2001:db8::1", "2001:db8::2", "2001:db8::3") == [True, True, False]
         assert enter("2001:db8:0:1::1", "192.0.2.1") == [True, True]
-        edge.do(lambda: [edge.worker.leave(f"2001:db8::{number}") for number in (1, 2, 3)])
+        edge.do(lambda: [edge.worker.closed(f"2001:db8::{number}") for number in (1, 2, 3)])
         assert enter("2001:db8::4") == [True]
-        edge.do(lambda: [edge.worker.leave(each) for each in ("2001:db8::4", "2001:db8:0:1::1", "192.0.2.1")])
+        edge.do(lambda: [edge.worker.closed(each) for each in ("2001:db8::4", "2001:db8:0:1::1", "192.0.2.1")])
         assert edge.worker.open_connections == 0 and not edge.worker._addresses
 
 
@@ -83,14 +83,14 @@ def test_connections_that_never_finish_their_handshake_are_bounded(tmp_path, hea
         listener = Handshakes(edge.worker, sock, None if header else tls, header=header)
         edge.do(listener.start)
         silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 5)) for _ in range(most)]
-        eventually(lambda: edge.worker.beginning == most)
+        eventually(lambda: edge.worker.handshakes == most)
         with socket.create_connection(("127.0.0.1", port), 5) as late, contextlib.suppress(ConnectionResetError):
             assert late.recv(1) == b""
         silent[0].settimeout(10)
         with contextlib.suppress(ConnectionResetError):
             assert silent[0].recv(1) == b"", "given up after head_timeout"
-        eventually(lambda: edge.worker.beginning == 0)
-        assert not edge.worker._beginning and edge.worker.open_connections == 0
+        eventually(lambda: edge.worker.handshakes == 0)
+        assert not edge.worker._handshakes and edge.worker.open_connections == 0
         client = stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
         if header:
             client.sendall(b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0")
@@ -98,5 +98,5 @@ def test_connections_that_never_finish_their_handshake_are_bounded(tmp_path, hea
             client = stack.enter_context(trusting.wrap_socket(client))
         client.sendall(b"GET /auth/login HTTP/1.1\r\nHost: app.test\r\nConnection: close\r\n\r\n")
         assert client.recv(4096).startswith(b"HTTP/1.1 200 ")
-        eventually(lambda: edge.worker.beginning == 0)
+        eventually(lambda: edge.worker.handshakes == 0)
         edge.do(listener.close)

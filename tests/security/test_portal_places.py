@@ -23,7 +23,7 @@ def edge():
     with Edge(in_flight_per_agent=PLACES, body_timeout=6) as edge:
         yield edge
         eventually(lambda: not edge.worker.open_connections)
-        assert not edge.worker.collected and not edge.worker._at_portal and not edge.worker.portal.in_flight
+        assert not edge.worker.collected and not edge.worker._portal_slots and not edge.worker.portal.in_flight
         assert not edge.errors
 
 
@@ -166,4 +166,4 @@ def test_one_address_takes_half_of_the_places_at_most() -> None:
             assert found == [200] * (PLACES // 2) + [503] * (PLACES // 2)
             again = stack.enter_context(ask(edge, b"192.0.2.1"))
             assert Reader(again).answer().status == 200, "a place that was given back can be taken again"
-        assert not edge.worker._at_portal
+        assert not edge.worker._portal_slots

@@ -171,7 +171,7 @@ class Process:
             self._tunnels_kept = False
             self._drain_until = now + _CLOSE_GRACE
             worker.shut_tunnels()
-        elif not (worker.open_connections or worker.beginning) or now >= self._drain_until:
+        elif not (worker.open_connections or worker.handshakes) or now >= self._drain_until:
             if worker.open_connections:
                 self._log.warning("connections were cut off", number=worker.open_connections)
             self._finished.set()

@@ -10,7 +10,7 @@ from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy.edge.feed_client import Feed
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.net.connection import Connection
-from dispatcher.proxy.edge.net.services import Lookup, Services
+from dispatcher.proxy.edge.net.services import Services, Waiting
 from dispatcher.proxy.edge.routing.activity import Traffic
 from dispatcher.proxy.edge.routing.settings import IDLE_UPSTREAM, LOOKUP_TIMEOUT, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Changes
@@ -27,7 +27,7 @@ class Worker(Services):
     def __init__(self, settings: Settings, feed_path: str, portal_path: str, log: AccessLog) -> None:
         super().__init__(settings, portal_path, log)
         self.feed = Feed(feed_path, self._on_message, self._on_up, self._on_down)
-        self._lookups: dict[bytes, list[Lookup]] = {}
+        self._lookups: dict[bytes, list[Waiting]] = {}
         self._negative: dict[bytes, float] = {}
         self._reported = 0.0
 
@@ -76,7 +76,7 @@ class Worker(Services):
         if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.DEAD, "agent": agent.name}):
             agent.woken = self.now
 
-    def look_up(self, client: Lookup, digest: bytes) -> bool:
+    def look_up(self, client: Waiting, digest: bytes) -> bool:
         """Ask the manager about a session that is not in the table; False when it is known not to exist."""
         waiting = self._lookups.get(digest)
         if waiting is None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from datetime import datetime, timezone
+from typing import Any, Protocol
 
-from dispatcher.proxy.edge.net.exchange import Exchange
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
 _TOGETHER = 65536
@@ -18,6 +18,15 @@ _MOST = 4 * 1024 * 1024  # bytes kept while the file takes nothing
 _LONGEST_PATH = 2048
 
 _quote = json.encoder.encode_basestring_ascii
+
+
+class Logged(Protocol):
+    """An exchange; `exchange.Exchange` describes the members."""
+
+    request: Any
+    request_id: bytes
+    bytes_in: int
+    bytes_out: int
 
 
 class AccessLog:
@@ -39,10 +48,9 @@ class AccessLog:
 
     def write(
         self,
-        exchange: Exchange,
+        exchange: Logged,
         agent: Agent | None,
         status: int,
-        *,
         remote: bytes,
         session: Session | None,
         now: float,

@@ -7,10 +7,9 @@ keeps it open.
 
 from __future__ import annotations
 
-import asyncio
 import json
-from typing import Protocol
 
+from dispatcher.proxy.edge.net.client import Client
 from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.settings import EVENTS_PING, MAX_EVENTS
@@ -22,26 +21,18 @@ _HEAD = (
 )
 
 
-class Stream(Protocol):
-    """A client's connection that has become an event stream."""
-
-    transport: asyncio.Transport
-    write_paused: bool
-    deadline: float
-
-
 class EventStreams:
     """All streams of a worker."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._streams: dict[Stream, Agent] = {}
+        self._streams: dict[Client, Agent] = {}
 
     def full(self, session: Session) -> bool:
         """Whether a session has as many streams as it may."""
         return sum(1 for each in session.connections or () if each in self._streams) >= MAX_EVENTS
 
-    def open(self, client: Stream, agent: Agent) -> None:
+    def open(self, client: Client, agent: Agent) -> None:
         """Begin a stream."""
         self._streams[client] = agent
         agent.watchers[client] = None
@@ -59,19 +50,19 @@ class EventStreams:
             for client in list(agent.watchers):
                 client.transport.close()
 
-    def resume(self, client: Stream) -> None:
+    def resume(self, client: Client) -> None:
         """Send the present state to a client that read too slowly for the states in between."""
         self._send(client, _event(self._streams[client]))
 
-    def _send(self, client: Stream, data: bytes) -> None:
+    def _send(self, client: Client, data: bytes) -> None:
         client.deadline = self._registry.now + EVENTS_PING
         client.transport.write(data)
 
-    def ping(self, client: Stream) -> None:
+    def ping(self, client: Client) -> None:
         """Keep a silent stream open."""
         self._send(client, b": \n\n")
 
-    def forget(self, client: Stream) -> None:
+    def forget(self, client: Client) -> None:
         """A stream is gone."""
         agent = self._streams.pop(client, None)
         if agent is not None:

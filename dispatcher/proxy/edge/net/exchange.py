@@ -1,15 +1,30 @@
-"""The state of one request and its answer as they pass through a client's connection."""
+"""One request and its answer between a client's connection and an upstream.
+
+The head and the first bytes of a body are one write; each side is read only while the other one takes its bytes.
+A request may wait before it is passed on: for its session, for its agent, or for a connection.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from dispatcher.proxy.edge.http.chunked import Chunked
-from dispatcher.proxy.edge.http.request import CHUNKED
+from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.request import IDEMPOTENT, SAFE, Request, upstream_lines
+from dispatcher.proxy.edge.http.response import Response, client_head
+from dispatcher.proxy.edge.net.client import Client, State
+from dispatcher.proxy.edge.net.request_body import RequestBody
+from dispatcher.proxy.edge.net.services import Services
+from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
 from dispatcher.proxy.edge.net.upstream import Upstream
+from dispatcher.proxy.edge.routing import pages
+from dispatcher.proxy.edge.routing.decision import Hold, Lookup
+from dispatcher.proxy.edge.routing.session_cookie import SessionCookie
+from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT, FOREVER, FRESH_UPSTREAM, LOOKUP_TIMEOUT
 from dispatcher.proxy.edge.routing.table import Agent
 
-POLL_SECONDS = 5  # an answer that lasts longer is a stream, even that of a poll
+_POLL_SECONDS = 5  # an answer that lasts longer is a stream, even that of a poll
+_BODY, _ANSWER, _WAIT = State.BODY, State.ANSWER, State.WAIT  # on the hot path
 
 
 class Exchange:
@@ -17,87 +32,486 @@ class Exchange:
 
     :ivar agent: the agent whose requests in flight include this one; :ivar holding: the agent it is held for.
     :ivar lookup: digest of the session that is being looked up; :ivar held_until: 0 before the first hold.
-    :ivar body: bytes that came behind the head before they could be passed on.
-    :ivar left: bytes of the body still to come, `CHUNKED`, or 0; :ivar rest: the bytes after the body.
+    :ivar body: bytes that came behind the head before they could be passed on; :ivar sending: the body under way.
     :ivar status: of the answer, 0 before its head was passed on; :ivar replay: bytes that may be sent once more.
     :ivar rechunk: the answer's body goes out in chunks; :ivar poll: the request does not count as use.
     """
 
     __slots__ = (
+        "_lines",
+        "_lines_agent",
+        "_lines_request",
         "agent",
         "body",
         "bytes_in",
         "bytes_out",
-        "decoder",
+        "client",
+        "cookie",
         "held_until",
         "holding",
-        "left",
         "lookup",
         "poll",
         "rechunk",
         "replay",
         "request",
         "request_id",
-        "rest",
+        "sending",
         "started",
         "status",
         "upstream",
+        "worker",
     )
 
     request: Any  # a Request, None before the first
 
-    def __init__(self) -> None:
+    def __init__(self, worker: Services, client: Client) -> None:
+        self.worker = worker
+        self.client = client
+        self.cookie = SessionCookie(worker.settings.cookie_name)
+        # The field lines of a request as its upstream gets them: clients repeat their lines.
+        self._lines = b""
+        self._lines_request: Request | None = None
+        self._lines_agent: Agent | None = None
+        self.agent: Agent | None = None
+        self.holding: Agent | None = None
+        self.upstream: Upstream | None = None
+        self.held_until = self.started = 0.0
+        self.bytes_in = self.bytes_out = self.status = 0
+        self.poll = self.rechunk = False
+        self.lookup = b""
         self.clear()
 
     def clear(self) -> None:
         """Forget the last request."""
         self.request = None
-        self.agent: Agent | None = None
-        self.holding: Agent | None = None
-        self.upstream: Upstream | None = None
-        self.decoder: Chunked | None = None
+        self.sending: RequestBody | None = None
         self.replay: bytes | None = None
-        self.body = self.rest = self.lookup = self.request_id = b""
-        self.bytes_in = self.bytes_out = self.left = self.status = 0
-        self.held_until = self.started = 0.0
-        self.poll = self.rechunk = False
+        self.body = self.request_id = b""
 
-    def begin_body(self) -> bytes:
-        """Begin to pass the body on; return the part of it that is here."""
-        body, self.body = self.body, b""
-        self.left = self.request.length
-        self.decoder = Chunked() if self.left == CHUNKED else None
-        return self.take_body(body) if body else b""
+    def forget_lines(self) -> None:
+        """Forget the field lines of earlier requests: the client's address has changed."""
+        self._lines_request = None
 
-    def take_body(self, data: bytes) -> bytes:
-        """Return the part of `data` to pass on; `left` is 0 at the end of the body, and `rest` what follows it.
+    # The request.
 
-        :raises BadHead: invalid chunks.
-        """
-        left = self.left
+    def dispatch(self, agent: Agent) -> None:
+        """Send the request to an agent that runs, or to the portal."""
+        worker = self.worker
+        if agent.in_flight >= worker.settings.in_flight:
+            self.client.refuse(pages.TOO_BUSY)
+            return
+        if self.agent is None:
+            if not agent.name and not worker.take_portal_slot(self.client.remote):
+                self.client.refuse(pages.TOO_BUSY)
+                return
+            agent.in_flight += 1
+            self.agent = agent
+        idle = agent.idle
+        if idle and self.replay is None:
+            upstream = idle.pop()
+            if self.request.traits & IDEMPOTENT or worker.now - upstream.since < FRESH_UPSTREAM:
+                self._send(upstream)
+                return
+            idle.append(upstream)
+        self._connect(agent)
+
+    def _connect(self, agent: Agent) -> None:
+        self._wait(self.worker.now + CONNECT_TIMEOUT + 1)
+        self.worker.connect(agent, self)
+
+    def wants(self, agent: Agent) -> bool:
+        """Whether a connection to an agent is still wanted."""
+        return self.client.state is _WAIT and self.agent is agent and self.upstream is None
+
+    def connected(self, upstream: Upstream) -> None:
+        """Use a new connection."""
+        replay, self.replay = self.replay, None
+        if replay is None:
+            self._send(upstream)
+            return
+        self._keep_rest()
+        self._start(upstream, replay)
+
+    def unreachable(self, agent: Agent) -> None:
+        """Nothing listens at the agent's endpoint."""
+        if not agent.name:
+            self.client.refuse(pages.PORTAL_AWAY)
+            return
+        self.worker.report_dead(agent)
+        self.client.carry_out(self.worker.router.unreachable(agent, held=bool(self.held_until)))
+
+    def _send(self, upstream: Upstream) -> None:
+        """Send the request over a connection: in one write the head and the part of the body that is here."""
+        request = self.request
+        agent = upstream.agent
+        if request is not self._lines_request or agent is not self._lines_agent or self.client.trusted:
+            self._prepare_lines(request, agent)
+        head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
+        self.replay = None
+        if not request.length:
+            if self.body:
+                self._keep_rest()
+            if request.traits & (IDEMPOTENT if upstream.used else SAFE):
+                # On a new connection too: an agent that was just killed may have taken it.  The second try finds
+                # no listener, and is held until the agent is back.
+                self.replay = head
+        else:
+            self.client.state = _BODY
+            body, self.body = self.body, b""
+            self.sending = sending = RequestBody(request.length)
+            try:
+                head += sending.take(body) if body else b""
+            except BadHead as error:
+                agent.idle.append(upstream)  # it has seen nothing of this request
+                self.client.refuse_head(error)
+                return
+            if not sending.left:
+                self._sent(sending)
+                if upstream.used and request.traits & IDEMPOTENT:
+                    self.replay = head
+        self._start(upstream, head)
+
+    def _prepare_lines(self, request: Request, agent: Agent) -> None:
+        """Build the field lines; the portal gets the whole Cookie field, an agent the other cookies."""
+        client, cookie = self.client, self.cookie
+        field = request.fields.get(headers.COOKIE, b"")
+        if agent.name and field:
+            if field != cookie.field:
+                cookie.read(field)
+            field = cookie.others
+        fixed = self.worker.fixed_lines(request, agent, client.remote, client.scheme)
+        self._lines = upstream_lines(request, field, fixed)
+        self._lines_request = request if request is client.reader.model else None
+        self._lines_agent = agent
+
+    def _keep_rest(self) -> None:
+        """Keep bytes behind a request without a body for the next one."""
+        if self.body and not self.request.upgrade:
+            self.client.reader.keep(self.body)
+            self.body = b""
+
+    def _start(self, upstream: Upstream, head: bytes) -> None:
+        worker = self.worker
+        client = self.client
+        self.upstream = upstream
+        complete = self.sending is None
+        if complete:
+            client.state = _ANSWER
+            client.deadline = worker.now + worker.settings.upstream_timeout
+        else:
+            client.state = _BODY
+            client.deadline = worker.now + worker.settings.body_timeout
+        upstream.agent.traffic.bytes_in += len(head)
+        if client.write_paused:
+            upstream.pause_reading()
+        upstream.start(self, self.request, head, complete=complete)
+        if client.reading_paused:
+            client.regulate_reading()
+        elif not complete:
+            client.transport.resume_reading()  # a new connection that the loop does not read yet
+
+    def body_received(self, data: bytes) -> None:
+        """Pass a piece of the body on."""
+        upstream, agent, sending, client = self.upstream, self.agent, self.sending, self.client
+        if upstream is None or agent is None or sending is None:
+            return
         size = len(data)
-        if size < left:
-            self.left = left - size
-            return data
-        if left > 0:
-            self.left = 0
-            self.rest = data[left:]
-            return data if size == left else data[:left]
-        decoder = self.decoder
-        assert decoder is not None
-        passed = decoder.feed(data)
-        if decoder.done:
-            self.rest = decoder.rest
-            self.left = 0
-            self.decoder = None
-        return passed
+        self.bytes_in += size
+        agent.traffic.bytes_in += size
+        agent.traffic.bulk += size
+        try:
+            passed = sending.take(data)
+        except BadHead as error:
+            self.abandon_upstream()
+            client.refuse_head(error)
+            return
+        if sending.left:
+            client.deadline = self.worker.now + self.worker.settings.body_timeout
+        else:
+            client.state = _ANSWER
+            upstream.request_sent = True
+            self._sent(sending)
+            self.await_answer()
+        if passed:
+            upstream.transport.write(passed)
 
-    def count_answer(self, size: int, body: int, now: float) -> None:
-        """Count `size` bytes that go to the client, `body` of them of the answer's body."""
+    def _sent(self, sending: RequestBody) -> None:
+        self.sending = None
+        if sending.rest:
+            self.client.reader.keep(sending.rest)
+
+    def drop_body(self) -> bool:
+        """Drop the body without reading on: a rest of it ends the connection.  Return whether it was all here."""
+        request, client = self.request, self.client
+        if request is None:
+            return False
+        body, self.body = self.body, b""
+        if request.length and client.state is not _ANSWER and self.replay is None:
+            if request.length < 0 or len(body) < request.length or client.state is _BODY:
+                client.closing = True
+                return False
+            body = body[request.length :]
+        if request.upgrade:
+            client.closing = True
+        if body:
+            client.reader.kept = bytearray(body)
+        return True
+
+    # Waiting.
+
+    def _wait(self, deadline: float) -> None:
+        """Wait for something that is not the client's to send."""
+        client = self.client
+        client.state = _WAIT
+        limit = self.worker.now + self.worker.settings.body_timeout
+        client.deadline = min(deadline, limit) if client.eof else deadline
+
+    def await_answer(self) -> None:
+        """Set the deadline of an answer: for its beginning only, except where the client may be gone."""
+        worker, client = self.worker, self.client
+        if client.write_paused:
+            worker.watch_writer(client)
+        elif not self.status:
+            client.deadline = worker.now + worker.settings.upstream_timeout
+        elif client.eof:
+            client.deadline = worker.now + worker.settings.body_timeout
+        else:
+            client.deadline = FOREVER
+
+    def hold(self, hold: Hold) -> None:
+        """Keep the request until the agent's row changes, for a time or the rest of an earlier wait."""
+        now = self.worker.now
+        if self.agent is not None:
+            self.leave(self.agent, 0)
+        self.held_until = self.held_until or now + hold.seconds
+        self.holding = hold.agent
+        hold.agent.waiting[self] = None
+        self._wait(min(self.held_until, now + hold.pause))
+
+    def release(self) -> None:
+        """Wait no more for a session or an agent."""
+        self.lookup = b""
+        agent, self.holding = self.holding, None
+        if agent is not None:
+            agent.waiting.pop(self, None)
+
+    def agent_changed(self, agent: Agent) -> None:
+        """The row of the agent that the request is held for has changed."""
+        self.release()
+        client = self.client
+        client.carry_out(self.worker.router.changed(self.request, client.session, agent, poll=self.poll))
+
+    def look_up(self, decision: Lookup) -> None:
+        """Wait for the manager's answer about the session."""
+        worker = self.worker
+        if worker.feed_lost_for_good():
+            self.client.refuse(pages.NO_FEED)
+        elif worker.look_up(self, decision.digest):
+            self.lookup = decision.digest
+            self._wait(worker.now + LOOKUP_TIMEOUT + 1)
+        else:
+            self.client.carry_out(decision.otherwise)
+
+    def looked_up(self, digest: bytes) -> None:
+        """The manager's answer about a session is in the tables, or did not come in time."""
+        if self.lookup == digest and self.client.state is _WAIT:
+            self.release()
+            self.client.route(self.request, may_look_up=False)
+
+    def waited(self) -> None:
+        """The request has waited for as long as it may."""
+        agent = self.holding
+        if agent is not None:
+            self.release()
+            paused = self.worker.now < self.held_until
+            self.client.carry_out(self.worker.router.waited(self.request, agent, paused=paused))
+        elif self.lookup:
+            self.looked_up(self.lookup)
+        else:
+            self.client.refuse(pages.TOO_SLOW)
+
+    # The answer.
+
+    def answer_head(self, response: Response) -> bytes:
+        """Return the head of an answer as this client gets it, and decide how the exchange ends."""
+        worker = self.worker
+        client = self.client
+        self.status = response.status
+        self.replay = None
+        self.rechunk = False
+        if client.state is _BODY or worker.draining:
+            # The body may never be read to its end: no further request can follow it.
+            client.closing = True
+        if response.length >= 0 and response.dated and self.request.version and not worker.settings.hsts_line:
+            if not client.closing:
+                head = response.plain
+                if not head:
+                    head = response.plain = client_head(response, b"")
+                if response.length:
+                    self.await_answer()
+                return head
+            if client.state is _ANSWER and not client.eof:
+                head = response.last
+                if not head:
+                    head = response.last = client_head(response, b"Connection: close\r\n")
+                self.await_answer()
+                return head
+        return self._altered_head(response)
+
+    def _altered_head(self, response: Response) -> bytes:
+        """Return a head to which the edge adds something."""
+        worker, client = self.worker, self.client
+        additions = worker.settings.hsts_line
+        if not response.dated:
+            additions += worker.date_line
+        if response.length < 0:
+            if self.request.version:
+                self.rechunk = True
+                additions += b"Transfer-Encoding: chunked\r\n"
+            else:
+                client.closing = True
+        if client.closing:
+            additions += b"Connection: close\r\n"
+        elif not self.request.version:
+            additions += b"Connection: keep-alive\r\n"
+        if client.state is _ANSWER:
+            self.await_answer()
+        return client_head(response, additions)
+
+    def deliver(self, data: bytes, size: int) -> None:
+        """Write an answer's head, joined with `size` bytes of its body."""
+        self.bytes_out += len(data)
+        agent = self.agent
+        if agent is not None:
+            traffic = agent.traffic
+            traffic.bytes_out += len(data)
+            if not self.poll:
+                traffic.bulk += size
+        self.client.transport.write(data)
+
+    def pass_on(self, data: bytes) -> None:
+        """Write a later piece of an answer's body."""
+        size = len(data)
+        client = self.client
+        now = self.worker.now
         self.bytes_out += size
         agent = self.agent
         if agent is not None:
             traffic = agent.traffic
             traffic.bytes_out += size
-            if not self.poll or now - self.started > POLL_SECONDS:
-                traffic.bulk += body
+            if not self.poll or now - self.started > _POLL_SECONDS:
+                traffic.bulk += size
+        if client.eof:
+            client.deadline = now + self.worker.settings.body_timeout
+        client.transport.write(data)
+
+    def inform(self, data: bytes) -> None:
+        """Write an informational answer."""
+        self.client.transport.write(data)
+
+    def exchanged(self) -> None:
+        """The answer is complete."""
+        worker = self.worker
+        client = self.client
+        agent = self.agent
+        self.upstream = self.agent = None
+        if agent is not None:
+            agent.in_flight -= 1
+            if not agent.name:
+                worker.free_portal_slot(client.remote)
+            counters = agent.counters
+            if counters is not None and not worker.log.on:
+                counters[self.status // 100] += 1
+            else:
+                self.count(agent, self.status)
+        self.status = 0
+        if self.body:
+            client.reader.keep(self.body)
+            self.body = b""
+        client.proceed(clean=client.state is _ANSWER)
+
+    def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
+        """The upstream accepted the upgrade: from here on the connection is a tunnel."""
+        worker, client, agent = self.worker, self.client, self.agent
+        assert agent is not None
+        early, self.body = self.body, b""
+        client.regulate_reading()
+        end = ClientEnd(worker, client.transport, agent, client.session, client.address or "")
+        end.eof = client.eof
+        head = client_head(response, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
+        self.upstream = upstream.client = None
+        self.leave(agent, 101)
+        client.state = State.CLOSED
+        worker.hand_over(client)
+        tunnel(end, UpstreamEnd(worker, upstream.transport, agent), head, rest, early)
+
+    def upstream_lost(self, *, untouched: bool) -> None:
+        """The upstream's connection ended before the answer did; `untouched`: before its first byte."""
+        agent = self.agent
+        self.upstream = None
+        if agent is None:
+            return
+        if untouched and self.replay is not None and not agent.gone:
+            # A kept-alive connection ended just as the request was sent (RFC 9110, 9.2.2): once more, on another.
+            self._connect(agent)
+        elif untouched and self.request.traits & SAFE and self.client.state is _ANSWER:
+            decision = self.worker.router.dropped(agent, held=bool(self.held_until))
+            if isinstance(decision, Hold):
+                self.worker.report_dead(agent)
+            self.client.carry_out(decision)
+        else:
+            self._fail(pages.GONE_AWAY)
+
+    def upstream_invalid(self, why: str) -> None:
+        """The answer is not valid HTTP."""
+        self.abandon_upstream()
+        if self.agent is not None:
+            self.worker.log_invalid(self.agent, self.request_id, why)
+        self._fail(pages.BAD_ANSWER)
+
+    def _fail(self, failure: pages.Failure) -> None:
+        """Answer with a failure; when a part of an answer has been passed on, abort so that it shows."""
+        if self.status:
+            self.client.transport.abort()
+        else:
+            self.client.refuse(failure)
+
+    def regulate_reading(self) -> None:
+        """The upstream takes no more of the body, or takes more again."""
+        client = self.client
+        client.regulate_reading()
+        if client.state is _BODY and not client.reading_paused:
+            client.deadline = self.worker.now + self.worker.settings.body_timeout
+
+    # The end.
+
+    def abandon_upstream(self) -> None:
+        """Close the upstream: the exchange cannot go on."""
+        upstream, self.upstream = self.upstream, None
+        if upstream is not None:
+            upstream.abandon()
+
+    def client_lost(self) -> None:
+        """The client is gone."""
+        self.abandon_upstream()
+        self.release()
+        if self.agent is not None:
+            self.leave(self.agent, self.status or 499)
+
+    def leave(self, agent: Agent, status: int) -> None:
+        """Take the request off the agent's, and count the exchange unless it goes on elsewhere (0)."""
+        self.agent = None
+        agent.in_flight -= 1
+        if not agent.name:
+            self.worker.free_portal_slot(self.client.remote)
+        self.status = 0
+        if status:
+            self.count(agent, status)
+
+    def count(self, agent: Agent | None, status: int) -> None:
+        """Count an exchange that has ended, and log it."""
+        worker, client = self.worker, self.client
+        worker.counters.count(agent, status)
+        if worker.log.on:
+            seconds = worker.clock() - self.started
+            worker.log.write(self, agent, status, client.remote, client.session, worker.now, seconds)

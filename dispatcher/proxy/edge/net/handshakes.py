@@ -31,7 +31,7 @@ class Handshakes(Listener):
 
     def _begin(self, fd: int, address: str) -> None:
         address = plain_address(address)
-        if not self.registry.begin(address):
+        if not self.registry.start_handshake(address):
             os.close(fd)
             return
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
@@ -52,7 +52,7 @@ class Handshakes(Listener):
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
         finally:
-            registry.begun(address)
+            registry.end_handshake(address)
 
     async def _read_header(self, sock: socket.socket) -> str | None:
         """Return the client's address of the PROXY header; None where it states none."""

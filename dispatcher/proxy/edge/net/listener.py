@@ -20,7 +20,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from dispatcher.common.log import logger
-from dispatcher.proxy.edge.net.registry import Client, Registry
+from dispatcher.proxy.edge.net.client import Client
+from dispatcher.proxy.edge.net.registry import Registry
 
 _BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
 _FIRST = 16384  # bytes of the first read; the loop reads a longer head or a body

@@ -30,7 +30,7 @@ class Redirect(asyncio.Protocol):
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
         self._timer = self._registry.loop.call_later(_TIMEOUT, self._transport.abort)
         self._address = self._registry.address_of(self._transport)
-        if not self._registry.enter(self._address, exempt=self._registry.exempt(self._address)):
+        if not self._registry.opened(self._address, exempt=self._registry.exempt(self._address)):
             self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -64,4 +64,4 @@ class Redirect(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self._timer.cancel()
-        self._registry.leave(self._address)
+        self._registry.closed(self._address)

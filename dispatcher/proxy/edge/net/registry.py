@@ -19,6 +19,7 @@ from typing import Protocol
 from dispatcher.common.ip_limits import Tally
 from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy.edge.http.forwarded import Forwarded
+from dispatcher.proxy.edge.net.client import Client
 from dispatcher.proxy.edge.net.counters import Counters
 from dispatcher.proxy.edge.routing.settings import CLOSE_TIMEOUT, LEAST_READ, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Session
@@ -28,75 +29,23 @@ _SLOTS = 2
 _MAX_SPARE = 256  # connection objects kept for the next connections
 
 
-class Revocable(Protocol):
-    """What ends with a session."""
-
-    def revoke(self) -> None:
-        """End the work for the session, which has ended."""
-
-
-class Client(Revocable, Protocol):
-    """A client's connection, as far as the registry and the listeners need it.
-
-    :ivar address: of the peer, None where its transport knows it; :ivar deadline: when `expired` is called.
-    :ivar unsent: bytes that a slow client had not taken at the last check; :ivar closing: no request follows.
-    """
-
-    address: str | None
-    closing: bool
-    deadline: float
-    session: Session | None
-    transport: asyncio.Transport
-    unsent: int
-
-    @property
-    def answering(self) -> bool:
-        """Whether the next step is not the client's."""
-
-    def reset(self) -> None:
-        """Forget the client, to serve the next one."""
-
-    def identify(self, remote: bytes, *, trusted: bool) -> None:
-        """Take the peer's address, and whether its forwarding headers are trusted."""
-
-    def expired(self) -> None:
-        """Act on the deadline, which has passed."""
-
-    def close_if_idle(self) -> None:
-        """Close the connection unless a request is under way."""
-
-    # As an asyncio.Protocol.
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
-
-    def data_received(self, data: bytes) -> None: ...
-
-    def eof_received(self) -> bool: ...
-
-    def connection_lost(self, exc: Exception | None) -> None: ...
-
-    def pause_writing(self) -> None: ...
-
-    def resume_writing(self) -> None: ...
-
-
-class Tunnel(Revocable, Protocol):
-    """The client's end of a tunnel, as far as the registry needs it."""
+class Tunnel(Protocol):
+    """The client's end of a tunnel; `tunnel.ClientEnd` describes the members."""
 
     address: str
     agent: Agent
     session: Session | None
     transport: asyncio.Transport
 
-    def shut(self) -> None:
-        """Close the tunnel: the server goes away."""
+    def revoke(self) -> None: ...
+    def shut(self) -> None: ...
 
 
 class Registry:
     """All connections of a worker.
 
     :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is taken.
-    :ivar date_line: the Date field of this second; :ivar beginning: connections whose handshake is under way.
+    :ivar date_line: the Date field of this second; :ivar handshakes: connections whose handshake is under way.
     :ivar collected: bytes of bodies for the portal that are not complete yet.
     """
 
@@ -110,13 +59,13 @@ class Registry:
         self.counters = Counters(by_agent=settings.metrics_by_agent)
         self.draining = False
         self._forwarded = Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
-        self._slots: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SLOTS))
+        self._wheel: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SLOTS))
         self._next_slot = 0
         self._ticks = 0
         self._addresses = Tally()
-        self._beginning = Tally()
-        self.beginning = 0
-        self._at_portal = Tally()
+        self._handshakes = Tally()
+        self.handshakes = 0
+        self._portal_slots = Tally()
         self.collected = 0
         self._open = 0
         self.spare: list[Client] = []  # for the next connections
@@ -143,9 +92,9 @@ class Registry:
         address = client.address
         remote, trusted, exempt = self._forwarded.peer(address)
         client.identify(remote, trusted=trusted)
-        within = self.enter(address, exempt=exempt)
+        within = self.opened(address, exempt=exempt)
         self._next_slot = (self._next_slot + 1) % _SLOTS
-        self._slots[self._next_slot][client] = None
+        self._wheel[self._next_slot][client] = None
         self.counters.connections += 1
         return within
 
@@ -159,8 +108,8 @@ class Registry:
         """Whether an address is free of the limits: this machine's, and those of trusted proxies."""
         return self._forwarded.peer(address)[2]
 
-    def enter(self, address: str, *, exempt: bool) -> bool:
-        """Count a connection; return whether it is within the limits.  Either way call `leave` at its end."""
+    def opened(self, address: str, *, exempt: bool) -> bool:
+        """Count a connection; return whether it is within the limits.  Either way call `closed` at its end."""
         self._open += 1
         count = self._addresses.add(address)
         return self._open <= self.settings.connections and (
@@ -170,55 +119,55 @@ class Registry:
     def forget(self, client: Client) -> None:
         """A connection is gone."""
         self.hand_over(client)
-        self.leave(client.address or "")
+        self.closed(client.address or "")
         if len(self.spare) < _MAX_SPARE:
             client.reset()
             self.spare.append(client)
 
     def hand_over(self, client: Client) -> None:
         """A connection does not serve HTTP any more; its address still counts."""
-        for slot in self._slots:
+        for slot in self._wheel:
             slot.pop(client, None)
         session = client.session
         if session is not None:
             client.session = None
             self._unbind(client, session)
 
-    def begin(self, address: str) -> bool:
-        """Let a connection begin its handshake; False when too many do.  Call `begun` when it is over."""
+    def start_handshake(self, address: str) -> bool:
+        """Let a connection begin its handshake; False when too many do.  Call `end_handshake` when it is over."""
         settings = self.settings
-        if self.beginning >= settings.beginning or (
-            self._beginning.of(address) >= settings.beginning_per_address and not self.exempt(address)
+        if self.handshakes >= settings.handshakes or (
+            self._handshakes.of(address) >= settings.handshakes_per_address and not self.exempt(address)
         ):
             return False
-        self.beginning += 1
-        self._beginning.add(address)
+        self.handshakes += 1
+        self._handshakes.add(address)
         return True
 
-    def begun(self, address: str) -> None:
+    def end_handshake(self, address: str) -> None:
         """A handshake is over: the connection counts as a client now, or is gone."""
-        self.beginning -= 1
-        self._beginning.drop(address)
+        self.handshakes -= 1
+        self._handshakes.drop(address)
 
-    def leave(self, address: str) -> None:
+    def closed(self, address: str) -> None:
         """A connection of this address is gone."""
         self._open -= 1
         self._addresses.drop(address)
 
-    def enter_portal(self, remote: bytes) -> bool:
+    def take_portal_slot(self, remote: bytes) -> bool:
         """Take one of the portal's places; False when the client's address has taken half of them already.
 
         :param remote: where the request comes from, as trusted proxies say.
         """
         address = remote.decode("ascii")
-        if self._at_portal.of(address) >= self.settings.portal_share and not self.exempt(address):
+        if self._portal_slots.of(address) >= self.settings.portal_share and not self.exempt(address):
             return False
-        self._at_portal.add(address)
+        self._portal_slots.add(address)
         return True
 
-    def leave_portal(self, remote: bytes) -> None:
+    def free_portal_slot(self, remote: bytes) -> None:
         """Give the place back."""
-        self._at_portal.drop(remote.decode("ascii"))
+        self._portal_slots.drop(remote.decode("ascii"))
 
     def remember_tunnel(self, end: Tunnel) -> None:
         """A connection has become a tunnel."""
@@ -236,7 +185,7 @@ class Registry:
         end.agent.tunnels.pop(end, None)
         if end.session is not None:
             self._unbind(end, end.session)
-        self.leave(end.address)
+        self.closed(end.address)
 
     def abort_soon(self, end: Tunnel) -> None:
         """Abort a tunnel's client once it has had the time to take its Close frame."""
@@ -249,13 +198,13 @@ class Registry:
         client.session = session
         self._bind(client, session)
 
-    def _bind(self, connection: Revocable, session: Session) -> None:
+    def _bind(self, connection: Client | Tunnel, session: Session) -> None:
         if session.connections is None:
             session.connections = {}
             self._active[session] = None
         session.connections[connection] = None
 
-    def _unbind(self, connection: Revocable, session: Session) -> None:
+    def _unbind(self, connection: Client | Tunnel, session: Session) -> None:
         if session.connections is not None:
             session.connections.pop(connection, None)
 
@@ -276,7 +225,7 @@ class Registry:
         self._timer = self.loop.call_later(_TICK, self.turn)
         now = self.now = boottime()
         self._ticks += 1
-        for client in list(self._slots[self._ticks % _SLOTS]):
+        for client in list(self._wheel[self._ticks % _SLOTS]):
             if client.deadline <= now:
                 client.expired()
         closing = self._closing
@@ -338,13 +287,13 @@ class Registry:
 
     def close_idle(self) -> None:
         """Close connections that are between two requests."""
-        for slot in self._slots:
+        for slot in self._wheel:
             for client in list(slot):
                 client.close_if_idle()
 
     def abort_all(self) -> None:
         """End every connection now."""
-        for slot in self._slots:
+        for slot in self._wheel:
             for client in list(slot):
                 client.transport.abort()
         for end in list(self._tunnels):

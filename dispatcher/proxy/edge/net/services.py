@@ -12,9 +12,10 @@ from dispatcher.common.log import logger
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.net.access_log import AccessLog
+from dispatcher.proxy.edge.net.client import Client
 from dispatcher.proxy.edge.net.connect import open_upstream
 from dispatcher.proxy.edge.net.events import EventStreams
-from dispatcher.proxy.edge.net.registry import Client, Registry
+from dispatcher.proxy.edge.net.registry import Registry
 from dispatcher.proxy.edge.net.upstream import Upstream
 from dispatcher.proxy.edge.routing.activity import Traffic
 from dispatcher.proxy.edge.routing.router import Router
@@ -22,24 +23,13 @@ from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.edge.routing.table import Agent, Tables
 
 
-class Requester(Protocol):
-    """A client that waits for a connection to its agent."""
+class Waiting(Protocol):
+    """An exchange that waits for a connection, or for the manager; `exchange.Exchange` describes the members."""
 
-    def wants(self, agent: Agent) -> bool:
-        """Whether it still waits."""
-
-    def connected(self, upstream: Upstream) -> None:
-        """The connection is there."""
-
-    def unreachable(self, agent: Agent) -> None:
-        """Nothing listens there."""
-
-
-class Lookup(Protocol):
-    """A client that waits for the manager's answer about a session."""
-
-    def looked_up(self, digest: bytes) -> None:
-        """The answer is in the tables, or did not come in time."""
+    def wants(self, agent: Agent) -> bool: ...
+    def connected(self, upstream: Upstream) -> None: ...
+    def unreachable(self, agent: Agent) -> None: ...
+    def looked_up(self, digest: bytes) -> None: ...
 
 
 class Services(Registry):
@@ -86,13 +76,13 @@ class Services(Registry):
             )
         )
 
-    def connect(self, agent: Agent, client: Requester) -> None:
+    def connect(self, agent: Agent, client: Waiting) -> None:
         """Open a connection for a client's request."""
         task = self.loop.create_task(self._connect(agent, client))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _connect(self, agent: Agent, client: Requester) -> None:
+    async def _connect(self, agent: Agent, client: Waiting) -> None:
         problem: Exception | None = None
         upstream = None
         try:
@@ -130,7 +120,7 @@ class Services(Registry):
         """Tell the manager that nothing listens at the agent's endpoint."""
         raise NotImplementedError
 
-    def look_up(self, client: Lookup, digest: bytes) -> bool:
+    def look_up(self, client: Waiting, digest: bytes) -> bool:
         """Ask the manager about a session that is not in the table; False when it is known not to exist."""
         raise NotImplementedError
 

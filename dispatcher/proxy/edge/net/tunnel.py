@@ -7,32 +7,12 @@ small objects beside the two transports.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Protocol
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
+from dispatcher.proxy.edge.net.services import Services
 from dispatcher.proxy.edge.net.unread import unread
 from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
-
-
-class Owner(Protocol):
-    """The worker, as a tunnel sees it."""
-
-    def later(self, seconds: float, callback: Callable[[], object]) -> None:
-        """Call back once."""
-
-    def wake(self, agent: Agent) -> None:
-        """Ask the manager to wake an agent."""
-
-    def remember_tunnel(self, end: ClientEnd) -> None:
-        """A connection has become a tunnel."""
-
-    def forget_tunnel(self, end: ClientEnd) -> None:
-        """The tunnel is gone."""
-
-    def abort_soon(self, end: ClientEnd) -> None:
-        """Abort the client's connection in a moment."""
 
 
 class End(asyncio.Protocol):
@@ -41,12 +21,12 @@ class End(asyncio.Protocol):
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
 
-    __slots__ = ("agent", "closing", "eof", "lost", "other", "owner", "scanner", "transport")
+    __slots__ = ("agent", "closing", "eof", "lost", "other", "scanner", "transport", "worker")
 
     other: End
 
-    def __init__(self, owner: Owner, transport: asyncio.Transport, agent: Agent) -> None:
-        self.owner = owner
+    def __init__(self, worker: Services, transport: asyncio.Transport, agent: Agent) -> None:
+        self.worker = worker
         self.transport = transport
         self.agent = agent
         self.scanner = Scanner()
@@ -60,7 +40,7 @@ class End(asyncio.Protocol):
             self.end()
             return False
         other.transport.write_eof()
-        self.owner.later(LINGER, self.end)
+        self.worker.later(LINGER, self.end)
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -94,9 +74,9 @@ class ClientEnd(End):
     __slots__ = ("address", "session")
 
     def __init__(
-        self, owner: Owner, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
+        self, worker: Services, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
     ) -> None:
-        super().__init__(owner, transport, agent)
+        super().__init__(worker, transport, agent)
         self.session = session
         self.address = address
 
@@ -117,12 +97,12 @@ class ClientEnd(End):
         if typed:
             traffic.stream += typed
             if agent.state != "running":
-                self.owner.wake(agent)
+                self.worker.wake(agent)
         self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.owner.forget_tunnel(self)
+        self.worker.forget_tunnel(self)
 
     def revoke(self) -> None:
         """The session has ended."""
@@ -144,7 +124,7 @@ class ClientEnd(End):
         self.transport.resume_reading()
         self.transport.write(close_frame(code, masked=False))
         self.transport.write_eof()
-        self.owner.abort_soon(self)
+        self.worker.abort_soon(self)
 
 
 class UpstreamEnd(End):
@@ -183,7 +163,7 @@ def tunnel(client: ClientEnd, upstream: UpstreamEnd, head: bytes, first: bytes, 
     :param early: bytes of the client before it had the answer.
     """
     client.other, upstream.other = upstream, client
-    client.owner.remember_tunnel(client)
+    client.worker.remember_tunnel(client)
     client.transport.set_protocol(client)
     upstream.transport.set_protocol(upstream)
     upstream.transport.set_write_buffer_limits(WRITE_HIGH)

@@ -16,7 +16,6 @@ from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.response import (
     CHUNKED,
-    NO_BODY,
     UNTIL_CLOSE,
     Response,
     client_head,
@@ -44,43 +43,19 @@ _IDLE, _HEAD, _LENGTH, _CHUNKED, _REST = Mode  # on the hot path
 
 
 class Receiver(Protocol):
-    """The client's side of an exchange."""
+    """The exchange that an answer belongs to; `exchange.Exchange` describes the members."""
 
-    write_paused: bool
+    rechunk: bool
 
-    @property
-    def rechunk(self) -> bool:
-        """Whether the answer's body goes out in chunks."""
-
-    def answer_head(self, response: Response) -> bytes:
-        """Return the head of an answer as this client gets it."""
-
-    def deliver(self, data: bytes, size: int) -> None:
-        """Write an answer's head, joined with `size` bytes of its body."""
-
-    def pass_on(self, data: bytes) -> None:
-        """Write a later piece of an answer's body."""
-
-    def write(self, data: bytes) -> None:
-        """Write an informational answer."""
-
-    def exchanged(self) -> None:
-        """The answer is complete."""
-
-    def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
-        """The upstream accepted the upgrade."""
-
-    def upstream_lost(self, *, untouched: bool) -> None:
-        """The upstream's connection ended before the answer did; `untouched`: before its first byte."""
-
-    def upstream_invalid(self, why: str) -> None:
-        """The answer is not valid HTTP."""
-
-    def regulate_reading(self) -> None:
-        """The upstream takes no more of the body."""
-
-    def resume_body(self) -> None:
-        """The upstream takes more of the body again."""
+    def answer_head(self, response: Response) -> bytes: ...
+    def deliver(self, data: bytes, size: int) -> None: ...
+    def pass_on(self, data: bytes) -> None: ...
+    def inform(self, data: bytes) -> None: ...
+    def exchanged(self) -> None: ...
+    def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None: ...
+    def upstream_lost(self, *, untouched: bool) -> None: ...
+    def upstream_invalid(self, why: str) -> None: ...
+    def regulate_reading(self) -> None: ...
 
 
 class Upstream(asyncio.Protocol):
@@ -104,6 +79,7 @@ class Upstream(asyncio.Protocol):
         "left",
         "mode",
         "partial",
+        "reading_paused",
         "request",
         "request_sent",
         "response",
@@ -132,17 +108,15 @@ class Upstream(asyncio.Protocol):
         self._method = b""
         self._model: Response | None = None
         self.since = 0.0
-        self.used = self.write_paused = self.request_sent = False
+        self.used = self.write_paused = self.reading_paused = self.request_sent = False
 
     def start(self, client: Receiver, request: Request, head: bytes, *, complete: bool) -> None:
-        """Send a request, or its beginning; the answer is read only while the client takes it."""
+        """Send a request, or its beginning."""
         self.client = client
         self.request = request
         self.request_sent = complete
         self.informational = 0
         self.mode = _HEAD
-        if client.write_paused:
-            self.transport.pause_reading()
         self.transport.write(head)
 
     def abandon(self) -> None:
@@ -228,7 +202,7 @@ class Upstream(asyncio.Protocol):
         if self.informational > MAX_INFORMATIONAL:
             raise BadHead("too many informational answers")
         if self.request.version and (response.status != 100 or self.request.expects):
-            client.write(client_head(response, b""))
+            client.inform(client_head(response, b""))
         if rest:
             self._head(client, rest)
 
@@ -294,7 +268,7 @@ class Upstream(asyncio.Protocol):
         self.mode = _IDLE
         agent = self.agent
         idle = agent.idle
-        if self.transport.get_write_buffer_size():
+        if self.write_paused or (self.request.length and self.transport.get_write_buffer_size()):
             self.transport.abort()  # it has not taken all of the request, and may never
         elif (
             not reusable
@@ -308,8 +282,8 @@ class Upstream(asyncio.Protocol):
             self.used = True
             self.since = self._registry.now
             idle.append(self)
-            if client.write_paused:
-                self.transport.resume_reading()
+            if self.reading_paused:
+                self.resume_reading()
         client.exchanged()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -333,6 +307,16 @@ class Upstream(asyncio.Protocol):
         untouched = self.mode is _HEAD and self.partial is None and not self.informational
         client.upstream_lost(untouched=untouched)
 
+    def pause_reading(self) -> None:
+        """Read no more of the answer: its client reads too slowly."""
+        self.reading_paused = True
+        self.transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        """Read on."""
+        self.reading_paused = False
+        self.transport.resume_reading()
+
     def pause_writing(self) -> None:
         self.write_paused = True
         if self.client is not None:
@@ -341,7 +325,4 @@ class Upstream(asyncio.Protocol):
     def resume_writing(self) -> None:
         self.write_paused = False
         if self.client is not None:
-            self.client.resume_body()
-
-
-__all__ = ["NO_BODY", "Upstream"]
+            self.client.regulate_reading()

@@ -12,6 +12,8 @@ from dispatcher.proxy.cookies import session_cookie_name
 from dispatcher.proxy.edge.http.forwarded import Network
 from dispatcher.proxy.edge.http.response import Policy
 
+FOREVER = float("inf")
+
 #: Fixed limits; each is tested like those of the configuration.
 CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
 LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the lookup of its session
@@ -36,7 +38,6 @@ class Settings:
     """Precomputed forms of ``[proxy]``; see `ProxyConfig` for their meaning."""
 
     __slots__ = (
-        "beginning_per_address",
         "body_timeout",
         "connections",
         "connections_per_address",
@@ -45,6 +46,7 @@ class Settings:
         "drain_timeout",
         "events_path",
         "feed_grace",
+        "handshakes_per_address",
         "head_bytes",
         "head_fields",
         "head_timeout",
@@ -68,7 +70,7 @@ class Settings:
     )
 
     @property
-    def beginning(self) -> int:
+    def handshakes(self) -> int:
         """Connections whose handshake is under way: a quarter of all that may be."""
         return max(16, self.connections // 4)
 
@@ -89,7 +91,7 @@ class Settings:
         self.hold = proxy.hold
         self.idle_timeout = proxy.idle_timeout
         self.in_flight = proxy.in_flight_per_agent
-        self.beginning_per_address = max(8, proxy.connections_per_address // 4)
+        self.handshakes_per_address = max(8, proxy.connections_per_address // 4)
         self.portal_share = max(1, proxy.in_flight_per_agent // 2)
         self.metrics_by_agent = proxy.metrics_by_agent
         self.upstream_timeout = proxy.upstream_timeout

@@ -1,0 +1,73 @@
+"""The states of a client's connection, and its interface for the modules below `connection`."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum
+from typing import Protocol
+
+from dispatcher.proxy.edge.http.head_reader import HeadReader
+from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.request import Request
+from dispatcher.proxy.edge.routing.decision import Decision
+from dispatcher.proxy.edge.routing.pages import Failure
+from dispatcher.proxy.edge.routing.table import Session
+
+
+class State(Enum):
+    """What a connection is doing."""
+
+    HEAD = "between requests, or in the middle of a head"
+    BODY = "a request is being passed on, and its body still comes"
+    ANSWER = "the request is complete, the answer is not"
+    WAIT = "the request cannot be passed on yet: lookup, hold, connect"
+    STREAM = "an event stream"
+    LINGER = "the last answer is written"
+    CLOSED = "the transport is gone, or serves a tunnel"
+    COLLECT = "the body of a request for the portal comes"
+
+
+class Client(Protocol):
+    """A client's connection; `connection.Connection` describes the members."""
+
+    address: str | None
+    closing: bool
+    deadline: float
+    eof: bool
+    reader: HeadReader
+    reading_paused: bool
+    remote: bytes
+    scheme: bytes
+    session: Session | None
+    state: State
+    transport: asyncio.Transport
+    trusted: bool
+    unsent: int
+    write_paused: bool
+
+    @property
+    def answering(self) -> bool: ...
+
+    def reset(self) -> None: ...
+    def identify(self, remote: bytes, *, trusted: bool) -> None: ...
+    def expired(self) -> None: ...
+    def close_if_idle(self) -> None: ...
+    def revoke(self) -> None: ...
+
+    # For the exchange.
+
+    def route(self, request: Request, *, may_look_up: bool = True) -> None: ...
+    def carry_out(self, decision: Decision) -> None: ...
+    def refuse(self, failure: Failure, link: str = "") -> None: ...
+    def refuse_head(self, error: BadHead) -> None: ...
+    def proceed(self, *, clean: bool) -> None: ...
+    def regulate_reading(self) -> None: ...
+
+    # As an asyncio.Protocol.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> bool: ...
+    def connection_lost(self, exc: Exception | None) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
