@@ -270,13 +270,12 @@ class Connection(asyncio.Protocol):
     def _begin(self, request: Request) -> None:
         worker = self.worker
         exchange = self.exchange
+        reader = self.reader
         exchange.request = request
-        exchange.body = self.reader.rest
-        exchange.bytes_in = self.reader.size
+        exchange.body = reader.rest
+        exchange.bytes_in = reader.size
         exchange.bytes_out = 0
         exchange.held_until = 0.0
-        exchange.replay = exchange.sending = None
-        exchange.poll = False
         worker.serial = serial = worker.serial + 1
         exchange.request_id = b"%b%08x" % (worker.request_prefix, serial)
         exchange.started = worker.clock() if worker.log.on else worker.now
@@ -286,9 +285,9 @@ class Connection(asyncio.Protocol):
             if host:
                 request.host = host
             exchange.request_id = usable_request_id(request.fields) or exchange.request_id
-        self.route(request)
+        self.route(request, True)
 
-    def route(self, request: Request, *, may_look_up: bool = True) -> None:
+    def route(self, request: Request, may_look_up: bool) -> None:
         """Have the request routed, and carry the decision out."""
         worker = self.worker
         session = None
@@ -309,6 +308,7 @@ class Connection(asyncio.Protocol):
             self.exchange.poll = decision.poll
             self.exchange.dispatch(decision.agent)
         else:
+            self.exchange.poll = False
             self.carry_out(decision)
 
     def carry_out(self, decision: Decision) -> None:
@@ -433,14 +433,15 @@ class Connection(asyncio.Protocol):
     def _answer(self, answer: bytes, status: int, *, clean: bool) -> None:
         exchange = self.exchange
         exchange.release()
+        exchange.replay = exchange.sending = None
         if exchange.agent is not None:
             exchange.leave(exchange.agent, status)
         elif exchange.request_id:
             exchange.count(None, status)
         self.transport.write(answer)
-        self.proceed(clean=clean)
+        self.proceed(clean)
 
-    def proceed(self, *, clean: bool) -> None:
+    def proceed(self, clean: bool) -> None:
         """An answer is written: end the connection, or be ready for the next request."""
         if self.closing:
             self._finish(clean=clean)

@@ -16,7 +16,7 @@ from dispatcher.proxy.edge.net.client import Client, State
 from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.net.services import Services
 from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
-from dispatcher.proxy.edge.net.upstream import Upstream
+from dispatcher.proxy.edge.net.upstream import AWAIT, Upstream
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import Hold, Lookup
 from dispatcher.proxy.edge.routing.session_cookie import SessionCookie
@@ -125,12 +125,7 @@ class Exchange:
 
     def connected(self, upstream: Upstream) -> None:
         """Use a new connection."""
-        replay, self.replay = self.replay, None
-        if replay is None:
-            self._send(upstream)
-            return
-        self._keep_rest()
-        self._start(upstream, replay)
+        self._send(upstream)
 
     def unreachable(self, agent: Agent) -> None:
         """Nothing listens at the agent's endpoint."""
@@ -142,34 +137,61 @@ class Exchange:
 
     def _send(self, upstream: Upstream) -> None:
         """Send the request over a connection: in one write the head and the part of the body that is here."""
+        worker = self.worker
+        client = self.client
         request = self.request
         agent = upstream.agent
-        if request is not self._lines_request or agent is not self._lines_agent or self.client.trusted:
-            self._prepare_lines(request, agent)
-        head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
-        self.replay = None
-        if not request.length:
-            if self.body:
-                self._keep_rest()
-            if request.traits & (IDEMPOTENT if upstream.used else SAFE):
+        head, self.replay = self.replay, None
+        if head is None:
+            if request is not self._lines_request or agent is not self._lines_agent or client.trusted:
+                self._prepare_lines(request, agent)
+            head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
+            if request.length:
+                try:
+                    head += self._begin_body(request.length)
+                except BadHead as error:
+                    agent.idle.append(upstream)  # it has seen nothing of this request
+                    client.refuse_head(error)
+                    return
+                if self.sending is None and upstream.used and request.traits & IDEMPOTENT:
+                    self.replay = head
+            elif request.traits & (IDEMPOTENT if upstream.used else SAFE):
                 # On a new connection too: an agent that was just killed may have taken it.  The second try finds
                 # no listener, and is held until the agent is back.
                 self.replay = head
+        if self.body and not request.upgrade:  # it belongs to the next request
+            client.reader.keep(self.body)
+            self.body = b""
+        self.upstream = upstream
+        complete = self.sending is None
+        if complete:
+            client.state = _ANSWER
+            client.deadline = worker.now + worker.settings.upstream_timeout
         else:
-            self.client.state = _BODY
-            body, self.body = self.body, b""
-            self.sending = sending = RequestBody(request.length)
-            try:
-                head += sending.take(body) if body else b""
-            except BadHead as error:
-                agent.idle.append(upstream)  # it has seen nothing of this request
-                self.client.refuse_head(error)
-                return
-            if not sending.left:
-                self._sent(sending)
-                if upstream.used and request.traits & IDEMPOTENT:
-                    self.replay = head
-        self._start(upstream, head)
+            client.deadline = worker.now + worker.settings.body_timeout
+        agent.traffic.bytes_in += len(head)
+        if client.write_paused:
+            upstream.pause_reading()
+        upstream.client = self
+        upstream.request = request
+        upstream.request_sent = complete
+        upstream.informational = 0
+        upstream.mode = AWAIT
+        upstream.transport.write(head)
+        if client.reading_paused:
+            client.regulate_reading()
+        elif not complete:
+            client.transport.resume_reading()  # a new connection that the loop does not read yet
+
+    def _begin_body(self, length: int) -> bytes:
+        """Begin to pass the body on; return the part of it that is here."""
+        self.client.state = _BODY
+        body, self.body = self.body, b""
+        self.sending = sending = RequestBody(length)
+        first = sending.take(body) if body else b""
+        if not sending.left:
+            self._sent(sending)
+        return first
 
     def _prepare_lines(self, request: Request, agent: Agent) -> None:
         """Build the field lines; the portal gets the whole Cookie field, an agent the other cookies."""
@@ -183,32 +205,6 @@ class Exchange:
         self._lines = upstream_lines(request, field, fixed)
         self._lines_request = request if request is client.reader.model else None
         self._lines_agent = agent
-
-    def _keep_rest(self) -> None:
-        """Keep bytes behind a request without a body for the next one."""
-        if self.body and not self.request.upgrade:
-            self.client.reader.keep(self.body)
-            self.body = b""
-
-    def _start(self, upstream: Upstream, head: bytes) -> None:
-        worker = self.worker
-        client = self.client
-        self.upstream = upstream
-        complete = self.sending is None
-        if complete:
-            client.state = _ANSWER
-            client.deadline = worker.now + worker.settings.upstream_timeout
-        else:
-            client.state = _BODY
-            client.deadline = worker.now + worker.settings.body_timeout
-        upstream.agent.traffic.bytes_in += len(head)
-        if client.write_paused:
-            upstream.pause_reading()
-        upstream.start(self, self.request, head, complete=complete)
-        if client.reading_paused:
-            client.regulate_reading()
-        elif not complete:
-            client.transport.resume_reading()  # a new connection that the loop does not read yet
 
     def body_received(self, data: bytes) -> None:
         """Pass a piece of the body on."""
@@ -269,6 +265,8 @@ class Exchange:
     def await_answer(self) -> None:
         """Set the deadline of an answer: for its beginning only, except where the client may be gone."""
         worker, client = self.worker, self.client
+        if client.state is not _ANSWER:
+            return  # the body sets it
         if client.write_paused:
             worker.watch_writer(client)
         elif not self.status:
@@ -316,7 +314,7 @@ class Exchange:
         """The manager's answer about a session is in the tables, or did not come in time."""
         if self.lookup == digest and self.client.state is _WAIT:
             self.release()
-            self.client.route(self.request, may_look_up=False)
+            self.client.route(self.request, False)
 
     def waited(self) -> None:
         """The request has waited for as long as it may."""
@@ -347,14 +345,11 @@ class Exchange:
                 head = response.plain
                 if not head:
                     head = response.plain = client_head(response, b"")
-                if response.length:
-                    self.await_answer()
                 return head
             if client.state is _ANSWER and not client.eof:
                 head = response.last
                 if not head:
                     head = response.last = client_head(response, b"Connection: close\r\n")
-                self.await_answer()
                 return head
         return self._altered_head(response)
 
@@ -374,8 +369,6 @@ class Exchange:
             additions += b"Connection: close\r\n"
         elif not self.request.version:
             additions += b"Connection: keep-alive\r\n"
-        if client.state is _ANSWER:
-            self.await_answer()
         return client_head(response, additions)
 
     def deliver(self, data: bytes, size: int) -> None:
@@ -428,7 +421,7 @@ class Exchange:
         if self.body:
             client.reader.keep(self.body)
             self.body = b""
-        client.proceed(clean=client.state is _ANSWER)
+        client.proceed(client.state is _ANSWER)
 
     def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
         """The upstream accepted the upgrade: from here on the connection is a tunnel."""

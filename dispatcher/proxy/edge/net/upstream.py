@@ -33,13 +33,13 @@ class Mode(Enum):
     """The part of an answer that comes next."""
 
     IDLE = "none: in the pool"
-    HEAD = "its head"
+    AWAIT = "its head"
     LENGTH = "a body of known length"
     CHUNKED = "a body in chunks"
     REST = "a body that ends with the connection"
 
 
-_IDLE, _HEAD, _LENGTH, _CHUNKED, _REST = Mode  # on the hot path
+_IDLE, AWAIT, _LENGTH, _CHUNKED, _REST = Mode  # on the hot path
 
 
 class Receiver(Protocol):
@@ -48,6 +48,7 @@ class Receiver(Protocol):
     rechunk: bool
 
     def answer_head(self, response: Response) -> bytes: ...
+    def await_answer(self) -> None: ...
     def deliver(self, data: bytes, size: int) -> None: ...
     def pass_on(self, data: bytes) -> None: ...
     def inform(self, data: bytes) -> None: ...
@@ -62,7 +63,8 @@ class Upstream(asyncio.Protocol):
     """A connection, and the answer that comes over it.
 
     :ivar generation: of the agent's endpoint when it was opened; :ivar since: when it became idle.
-    :ivar request: the request that is served; :ivar request_sent: all of it was passed on.
+    :ivar client: the exchange that is served, which sets it together with `request` and `mode`.
+    :ivar request_sent: all of the request was passed on.
     :ivar used: it has served a request before, so that its end may be the upstream's time-out of idle connections.
     """
 
@@ -110,15 +112,6 @@ class Upstream(asyncio.Protocol):
         self.since = 0.0
         self.used = self.write_paused = self.reading_paused = self.request_sent = False
 
-    def start(self, client: Receiver, request: Request, head: bytes, *, complete: bool) -> None:
-        """Send a request, or its beginning."""
-        self.client = client
-        self.request = request
-        self.request_sent = complete
-        self.informational = 0
-        self.mode = _HEAD
-        self.transport.write(head)
-
     def abandon(self) -> None:
         """Stop serving: the client is gone, or the exchange cannot go on."""
         self.client = None
@@ -134,7 +127,7 @@ class Upstream(asyncio.Protocol):
             self.transport.abort()
             return
         mode = self.mode
-        if mode is _HEAD:
+        if mode is AWAIT:
             self._head(client, data)
         elif mode is _LENGTH:
             size = len(data)
@@ -144,7 +137,7 @@ class Upstream(asyncio.Protocol):
                 return
             extra = size > self.left
             client.pass_on(data[: self.left] if extra else data)
-            self.complete(reusable=not extra)
+            self.complete(not extra)
         elif mode is _CHUNKED:
             self._chunks(client, data)
         elif mode is _REST:
@@ -218,12 +211,13 @@ class Upstream(asyncio.Protocol):
             size = len(rest)
             if size == length:
                 client.deliver(head + rest, length)
-                self.complete(reusable=True)
+                self.complete(True)
                 return
             if size > length:
                 client.deliver(head + rest[:length], length)
-                self.complete(reusable=False)
+                self.complete(False)
                 return
+            client.await_answer()
             self.mode = _LENGTH
             self.left = length - size
             if size <= _JOIN:
@@ -232,10 +226,12 @@ class Upstream(asyncio.Protocol):
                 client.deliver(head, 0)
                 client.pass_on(rest)
         elif length == CHUNKED:
+            client.await_answer()
             self.mode = _CHUNKED
             client.deliver(head + first, len(first))
             self._end_of_chunks()
         elif length == UNTIL_CLOSE:
+            client.await_answer()
             self.mode = _REST
             if rest and client.rechunk:
                 rest = b"%x\r\n%b\r\n" % (len(rest), rest)
@@ -256,9 +252,9 @@ class Upstream(asyncio.Protocol):
     def _end_of_chunks(self) -> None:
         decoder = self.decoder
         if decoder is not None and decoder.done:
-            self.complete(reusable=not decoder.rest)
+            self.complete(not decoder.rest)
 
-    def complete(self, *, reusable: bool) -> None:
+    def complete(self, reusable: bool) -> None:
         """End the exchange: the answer has been passed on whole."""
         client = self.client
         response = self.response
@@ -301,10 +297,10 @@ class Upstream(asyncio.Protocol):
             # An answer without a length ends with the connection (RFC 9112, 6.3).
             if client.rechunk:
                 client.pass_on(b"0\r\n\r\n")
-            self.complete(reusable=False)
+            self.complete(False)
             return
         self.client = None
-        untouched = self.mode is _HEAD and self.partial is None and not self.informational
+        untouched = self.mode is AWAIT and self.partial is None and not self.informational
         client.upstream_lost(untouched=untouched)
 
     def pause_reading(self) -> None:
