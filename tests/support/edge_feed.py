@@ -57,6 +57,7 @@ class FeedServer:
         self._lock = threading.RLock()
         self._heard = threading.Condition(self._lock)
         self._sock: socket.socket | None = None
+        self._acceptor: threading.Thread | None = None
         self._closed = False
 
     def start(self) -> FeedServer:
@@ -68,7 +69,8 @@ class FeedServer:
         os.chmod(self.path, self._mode)
         sock.listen(64)
         self._sock = sock
-        threading.Thread(target=self._accept, args=(sock,), daemon=True).start()
+        self._acceptor = threading.Thread(target=self._accept, args=(sock,), daemon=True)
+        self._acceptor.start()
         threading.Thread(target=self._ping, daemon=True).start()
         return self
 
@@ -77,6 +79,8 @@ class FeedServer:
         if self._sock is not None:
             with contextlib.suppress(OSError):
                 self._sock.shutdown(socket.SHUT_RDWR)
+            if self._acceptor is not None:
+                self._acceptor.join(10)
             self._sock.close()
         with self._lock:
             peers, self._peers = self._peers, []
@@ -138,6 +142,9 @@ class FeedServer:
                 peer, _ = sock.accept()
             except OSError:
                 return
+            if self._closed:
+                peer.close()
+                return
             threading.Thread(target=self._serve, args=(peer,), daemon=True).start()
 
     def _serve(self, peer: socket.socket) -> None:
@@ -171,6 +178,7 @@ class FeedServer:
                         )
                     )
             except OSError:
+                peer.close()
                 return
             self._peers.append(peer)
         decoder = protocol.Decoder()
