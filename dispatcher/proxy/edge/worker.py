@@ -85,7 +85,7 @@ class Worker(Services):
             if not self.feed.complete or not self.feed.send({"type": protocol.LOOKUP, "sha256": digest.hex()}):
                 return False
             waiting = self._lookups[digest] = []
-            self.later(LOOKUP_TIMEOUT, lambda: self._looked_up(digest))
+            self.loop.call_later(LOOKUP_TIMEOUT, lambda: self._looked_up(digest))
         waiting.append(client)
         return True
 

@@ -453,7 +453,7 @@ class Connection(asyncio.Protocol):
         else:
             self.deadline = worker.now + worker.settings.idle_timeout
             if self.reader.kept is not None:
-                worker.soon(self._read_kept)
+                worker.loop.call_soon(self._read_kept)
         if self.reading_paused:
             self.regulate_reading()
 

@@ -177,7 +177,7 @@ class Registry:
         if session is not None:
             self._bind(end, session)
             if session.gone:
-                self.soon(end.revoke)
+                self.loop.call_soon(end.revoke)
 
     def forget_tunnel(self, end: Tunnel) -> None:
         """A tunnel is gone."""
@@ -235,14 +235,6 @@ class Registry:
             self._second = int(now)
             self.date_line = b"Date: " + formatdate(usegmt=True).encode("ascii") + b"\r\n"
             self.each_second(now)
-
-    def soon(self, callback: Callable[[], object]) -> None:
-        """Call back in this turn of the loop or the next."""
-        self.loop.call_soon(callback)
-
-    def later(self, seconds: float, callback: Callable[[], object]) -> None:
-        """Call back once; for rare events."""
-        self.loop.call_later(seconds, callback)
 
     def watch_writer(self, client: Client) -> None:
         """Cut a client off that reads too slowly, unless it takes something before the time-out."""

@@ -40,7 +40,7 @@ class End(asyncio.Protocol):
             self.end()
             return False
         other.transport.write_eof()
-        self.worker.later(LINGER, self.end)
+        self.worker.loop.call_later(LINGER, self.end)
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
@@ -43,6 +44,7 @@ def redirect(location: bytes, date: bytes, *, close: bool, status: int = 303) ->
     return head(status, date + _COMMON + b"Location: " + location + b"\r\n", 0, close=close)
 
 
+@dataclass(frozen=True, slots=True)
 class Failure:
     """An error that the edge answers with, in place of an agent.
 
@@ -50,26 +52,13 @@ class Failure:
     :ivar retry_after: seconds, None when trying again makes no sense; :ivar extra: members of the document.
     """
 
-    __slots__ = ("code", "detail", "extra", "fix", "retry_after", "status", "title")
-
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        title: str,
-        detail: str,
-        fix: str = "",
-        *,
-        retry_after: int | None = None,
-        extra: dict[str, Any] | None = None,
-    ) -> None:
-        self.status = status
-        self.code = code
-        self.title = title
-        self.detail = detail
-        self.fix = fix
-        self.retry_after = retry_after
-        self.extra = extra
+    status: int
+    code: str
+    title: str
+    detail: str
+    fix: str = ""
+    retry_after: int | None = None
+    extra: dict[str, Any] | None = None
 
 
 def failure(

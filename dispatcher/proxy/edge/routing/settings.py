@@ -37,38 +37,6 @@ MAX_EVENTS = 16  # event streams of one session
 class Settings:
     """Precomputed forms of ``[proxy]``; see `ProxyConfig` for their meaning."""
 
-    __slots__ = (
-        "body_timeout",
-        "connections",
-        "connections_per_address",
-        "cookie_name",
-        "domain",
-        "drain_timeout",
-        "events_path",
-        "feed_grace",
-        "handshakes_per_address",
-        "head_bytes",
-        "head_fields",
-        "head_timeout",
-        "hold",
-        "hsts_line",
-        "idle_timeout",
-        "in_flight",
-        "login",
-        "metrics_by_agent",
-        "policy",
-        "portal_share",
-        "prefix",
-        "public_host",
-        "scheme",
-        "secure",
-        "subdomain",
-        "trusted",
-        "trusted_unix",
-        "upstream_timeout",
-        "waiting",
-    )
-
     @property
     def handshakes(self) -> int:
         """Connections whose handshake is under way: a quarter of all that may be."""
