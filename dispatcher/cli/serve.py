@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from dispatcher.cli.parent_death import ParentPipe
 from dispatcher.cli.sign_in_probe import sign_in_page_answers
+from dispatcher.config.app_secrets import secret_variables
 from dispatcher.config.layout import Paths
 from dispatcher.plugin.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
 from dispatcher.plugin.model import Endpoint
@@ -147,12 +148,13 @@ class Daemons:
         if name in self._pipes:
             self._pipes[name].close()
         pipe = self._pipes[name] = ParentPipe()
+        hidden = secret_variables(self.config.apps.values()) if name == "proxy" else frozenset()
         self._children[name] = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=(pipe.descriptor,),
-            env=pipe.environment(),
+            env={key: value for key, value in pipe.environment().items() if key not in hidden},
         )
 
     def _until_ready(self, name: str, received: Callable[[float], list[int]]) -> bool:

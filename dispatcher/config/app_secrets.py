@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from dispatcher.config.schema import ENVIRONMENT
+from dispatcher.config.schema import ENVIRONMENT, AppConfig
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import Finding, Level
 
@@ -28,6 +28,12 @@ def read_secrets(
     :raises ConfigError: a source is missing, or its content cannot be a secret.
     """
     return {name: _read(f"apps.{app}.secrets.{name}", source, environment) for name, source in sources.items()}
+
+
+def secret_variables(apps: Iterable[AppConfig]) -> set[str]:
+    """Return the environment variables that hold secrets of apps."""
+    sources = (source for app in apps for source in app.secrets.values())
+    return {source.removeprefix(ENVIRONMENT) for source in sources if source.startswith(ENVIRONMENT)}
 
 
 def check_secrets(

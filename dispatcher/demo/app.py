@@ -177,10 +177,11 @@ def create_app(directory: Path, portal: str = "/auth") -> Flask:
     def _add_note() -> tuple[dict[str, object], int]:
         request.max_content_length = MAX_NOTE * 8
         try:
-            text = request.get_json(force=True)["text"]
-        except (BadRequest, TypeError, KeyError):
+            text = str(request.get_json(force=True)["text"])
+            text.encode()
+        except (BadRequest, TypeError, KeyError, RecursionError, UnicodeError):
             abort(400, 'Send JSON such as {"text": "..."}')
-        return asdict(notes.add(str(text))), 201
+        return asdict(notes.add(text)), 201
 
     @app.delete("/notes/<note_id>")
     def _remove_note(note_id: str) -> tuple[str, int]:

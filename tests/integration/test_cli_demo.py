@@ -383,6 +383,17 @@ def test_serve_runs_both_and_agents_outlive_it(start, config):
     assert json.loads(cli(config, "info", "alice", "--json").stdout)["runtime"]["started_at"] == started
 
 
+def test_the_proxy_of_serve_has_no_secret_of_an_app(start, config):
+    with config.open("a") as file:
+        file.write('[apps.demo.secrets]\nKEY = "env:KEY_OF_THE_DEMO"\n')
+    environment = {**os.environ, "KEY_OF_THE_DEMO": "for-agents-alone", "ANOTHER_VARIABLE": "for-both"}
+    run = start([*PROGRAM, "--config", str(config), "serve"], env=environment)
+    run.line(r"Open .*")
+    seen = {name: Path(f"/proc/{daemon(run, name)}/environ").read_bytes() for name in ("manager", "proxy")}
+    assert b"for-agents-alone" in seen["manager"]
+    assert b"for-both" in seen["proxy"] and b"for-agents-alone" not in seen["proxy"]
+
+
 def test_serve_says_so_when_a_half_dies_and_starts_it_again(start, config):
     run = start([*PROGRAM, "--config", str(config), "serve"])
     url = run.line(r"Open (.*)")[1]

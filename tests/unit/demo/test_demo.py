@@ -119,9 +119,12 @@ def test_notes_survive_and_are_seen_newest_first(tmp_path: Path) -> None:
         (b"{", 400),
         (b"[]", 400),
         (b'{"text": "  "}', 400),
+        (b'{"text": "\\ud800"}', 400),
+        (b"[" * 60_000, 400),
         (json.dumps({"text": "x" * 10_001}).encode(), 400),
         (b"x" * 100_000, 413),
     ],
+    ids=["empty", "cut", "list", "blank", "surrogate", "deep", "long", "too large"],
 )
 def test_bad_notes_are_refused_and_nothing_is_kept(tmp_path: Path, body: bytes, status: int) -> None:
     with running(tmp_path) as path:
