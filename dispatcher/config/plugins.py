@@ -87,7 +87,7 @@ class Plugins:
         origin = distribution(entry)
         try:
             plugin = entry.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
                 f"The plugin {name!r} of {origin} cannot be imported",
                 why=f"{type(error).__name__}: {error}",
@@ -165,7 +165,7 @@ class Plugins:
         """Call a hook and add the classes that it returns to `into`."""
         try:
             classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:
             self._check_class(cls, base, version, origin)

@@ -36,7 +36,10 @@ def check(cli: Cli) -> None:
 
     found = cli.config()
     Paths.of(found)
-    found.validate_providers(Plugins())
+    plugins = Plugins()
+    found.validate_providers(plugins)
+    for name in found.plugins:
+        plugins.load(name)
     findings = [each for name, app in found.apps.items() for each in check_secrets(name, app.secrets)]
     if faults := [each.what for each in findings if each.level is Level.ERROR]:
         raise wrong(faults)

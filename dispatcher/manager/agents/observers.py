@@ -68,5 +68,5 @@ class ObserverQueue:
         for observer in self._plugins.hook.dispatcher_agent_event.get_hookimpls():
             try:
                 observer.function(*[event for _ in observer.argnames])
-            except Exception:
+            except BaseException:  # also SystemExit, which would end this thread
                 _log.exception("The observer of the plugin %s failed", observer.plugin_name)

@@ -21,7 +21,7 @@ from dispatcher.manager.auth.throttle import Throttle, address_key
 from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
-from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, NotFound, TooManyRequests
 
@@ -112,9 +112,7 @@ class SignIn:
             raise
         try:
             deadline = Deadline(TIMEOUT)
-            identity = self._pool.run(
-                lambda: self.authenticator.authenticate(name, password, deadline=deadline), deadline
-            )
+            identity = self._pool.run(lambda: self._authenticate(name, password, deadline), deadline)
         except DispatcherError as error:
             self._keep(self._throttle.succeeded(keys, now))
             self._metrics.login(
@@ -129,6 +127,12 @@ class SignIn:
         own = [key for key in keys if not key.startswith("address:")]
         self._keep(self._throttle.succeeded(keys, now, forget=own))
         return names.user_name(identity.user)
+
+    def _authenticate(self, name: str, password: str, deadline: Deadline) -> Identity | None:
+        try:
+            return self.authenticator.authenticate(name, password, deadline=deadline)
+        except SystemExit as error:  # it would end a thread of the REST server
+            raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
 
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.

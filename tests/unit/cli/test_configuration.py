@@ -100,6 +100,7 @@ def test_show_and_check_through_the_program(tmp_path, capsys):
         ("[apps.a.subprocess]\ncomand = []", "apps.a.subprocess.comand: unknown key, did you mean 'command'?"),
         ('[apps.a]\nprovider = "dokcer"', "There is no plugin 'dokcer'"),
         (f'[manager]\nrun_dir = "/{"x" * 120}"', "manager.run_dir is too long"),
+        ('plugins = ["dokcer"]', "There is no plugin 'dokcer'"),
         ("[", "is not TOML"),
     ],
 )

@@ -134,8 +134,21 @@ def test_a_plugin_that_cannot_be_imported_names_its_distribution():
         plugins.load("bad")
 
 
+def test_a_plugin_that_exits_when_imported_names_its_distribution(tmp_path, monkeypatch):
+    (tmp_path / "exiting_plugin.py").write_text("raise SystemExit(4)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        PluginError, match=r"The plugin 'bad' of acme-plugin 1\.2 cannot be imported: SystemExit: 4"
+    ):
+        Plugins([entry("bad", "exiting_plugin")]).load("bad")
+
+
 def failing():
     raise RuntimeError("boom")
+
+
+def exiting():
+    raise SystemExit(4)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +184,11 @@ def test_each_breach_of_contract_names_the_one_at_fault(made, complaint):
     assert "acme 1" in str(caught.value)
 
 
-def test_a_hook_that_raises_is_the_plugin_s_fault():
+@pytest.mark.parametrize(("hook", "why"), [(failing, "RuntimeError: boom"), (exiting, "SystemExit: 4")])
+def test_a_hook_that_raises_is_the_plugin_s_fault(hook, why):
     module = types.ModuleType("some_plugin")
-    module.dispatcher_register_providers = hookimpl(failing)
-    with pytest.raises(PluginError, match="dispatcher_register_providers of acme 1 failed: RuntimeError: boom"):
+    module.dispatcher_register_providers = hookimpl(hook)
+    with pytest.raises(PluginError, match=f"dispatcher_register_providers of acme 1 failed: {why}"):
         Plugins([]).register("fake", module, "acme 1")
 
 

@@ -81,11 +81,12 @@ def events(count):
     return [AgentEvent(time=n, agent="a", user="a", app="d", kind="ready") for n in range(count)]
 
 
-def test_observers_see_everything_in_order_and_a_broken_one_harms_nobody(caplog):
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, KeyboardInterrupt])
+def test_observers_see_everything_in_order_and_a_broken_one_harms_nobody(caplog, error):
     seen = []
 
     def broken(_event):
-        raise RuntimeError("broken")
+        raise error("broken")
 
     observers = ObserverQueue(Plugins(broken, lambda event: seen.append(event.time)))
     observers.start()

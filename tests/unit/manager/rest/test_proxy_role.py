@@ -177,6 +177,19 @@ def test_a_directory_that_is_away_is_503_and_counts_as_nobodys_fault(tmp_path):
     parts.close()
 
 
+def test_a_directory_that_ends_its_program_ends_no_thread_of_the_manager(tmp_path):
+    class Exiting(Authenticator):
+        name = "exiting"
+        Options = LocalOptions
+
+        def authenticate(self, name, password, *, deadline):
+            raise SystemExit(9)
+
+    parts = Parts(tmp_path, authenticator=Exiting(options=LocalOptions()))
+    assert [parts.login().status_code for _ in range(3)] == [500] * 3
+    parts.close()
+
+
 def test_an_external_directory_makes_the_user_at_the_first_sign_in(tmp_path):
     class Directory(Authenticator):
         name = "directory"
