@@ -17,6 +17,7 @@ from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.manager.files.safe_tree import Tick, change_owner, exists, make_directory, remove_tree
 from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
+from dispatcher.plugin import names
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError
 
@@ -113,9 +114,9 @@ class AgentData:
         """Delete an agent's data; an empty directory is in place before the old one is deleted."""
         data = self.data_dir(agent)
         if exists(data):
-            old = self._move_to_trash(data)
+            self._move_to_trash(agent, data)
             make_directory(data, PRIVATE, self._owner(uid))
-            remove_tree(old, deadline=Deadline(DELETING), tick=tick)
+        self._empty_trash_of(agent, tick)
 
     def remove(self, agent: str, *, keep_data: bool, tick: Tick | None = None) -> None:
         """Delete all directories of an agent; with `keep_data` its data and old copies stay."""
@@ -123,13 +124,19 @@ class AgentData:
         home = self.paths.agent_dir(agent)
         if keep_data:
             remove_tree(home / "log", deadline=Deadline(DELETING), tick=tick)
-        elif exists(home):
-            remove_tree(self._move_to_trash(home), deadline=Deadline(DELETING), tick=tick)
+        else:
+            if exists(home):
+                self._move_to_trash(agent, home)
+            self._empty_trash_of(agent, tick)
 
-    def _move_to_trash(self, directory: Path) -> Path:
-        trash = self._agents / TRASH / secrets.token_hex(8)
-        os.rename(directory, trash)
-        return trash
+    def _move_to_trash(self, agent: str, directory: Path) -> None:
+        os.rename(directory, self._agents / TRASH / f"{names.key(agent)}.{secrets.token_hex(8)}")
+
+    def _empty_trash_of(self, agent: str, tick: Tick | None) -> None:
+        """Delete what was moved to the trash for an agent, by an earlier attempt too."""
+        for entry in list(os.scandir(self._agents / TRASH)):
+            if entry.name.startswith(f"{names.key(agent)}."):
+                remove_tree(entry.path, deadline=Deadline(DELETING), tick=tick)
 
     def move_aside(self, agent: str) -> Path | None:
         """Move a directory of unknown origin out of a new agent's way; return where to, None if there was none."""
@@ -175,7 +182,8 @@ class AgentData:
             change_owner(directory, self.ids(uid), tick)
         data = self.data_dir(agent)
         if exists(data):
-            remove_tree(self._move_to_trash(data), deadline=Deadline(DELETING), tick=tick)
+            self._move_to_trash(agent, data)
+        self._empty_trash_of(agent, tick)
         os.rename(directory, data)
         make_directory(data, PRIVATE, self._owner(uid))
 
