@@ -6,6 +6,7 @@ One `Transport` may be used by many threads: urllib3 pools the connections.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import ssl
 import threading
@@ -28,6 +29,7 @@ from dispatcher.plugin.errors import ManagerUnreachable
 MAX_ANSWER = 64 * 1024 * 1024  # bytes
 MAX_IDLE = 5.0  # seconds; shorter than the server's limit, so that a request rarely meets a closing connection
 IDEMPOTENT = frozenset({"GET", "HEAD", "PUT", "DELETE"})  # RFC 9110, 9.2.2
+MAX_UNIX_PATH = 107  # bytes, unix(7)
 _POOL = 100  # more than the portal has threads
 _RETRY_INTERVAL = 0.05  # seconds between two attempts to reach a manager that is starting
 
@@ -223,6 +225,11 @@ class Transport:
             why, fix = "the socket does not exist", "start it with `dispatcher serve`, or name it with --manager"
         elif isinstance(cause, PermissionError):
             why, fix = "no permission for its socket", "become root or a member of manager.admin_group"
+        elif isinstance(cause, OSError) and len(os.fsencode(self._path)) > MAX_UNIX_PATH:
+            why, fix = (
+                f"the path of a Unix socket has at most {MAX_UNIX_PATH} bytes",
+                "make a link with a shorter path",
+            )
         elif isinstance(cause, ConnectionRefusedError):
             why, fix = "connection refused", "start it with `dispatcher serve`, or name it with --manager"
         elif isinstance(cause, socket.gaierror):

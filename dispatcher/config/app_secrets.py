@@ -81,6 +81,12 @@ def _read(key: str, source: str, environment: Mapping[str, str]) -> str:
             why=f"a secret has at most {MAX_SECRET // 1024} KiB",
             fix="put large files into the app's image or read_only directories",
         )
+    if not data.strip():
+        raise ConfigError(
+            f"{key}: {source} is empty",
+            why="an app may take an empty password for none",
+            fix="write the secret there, or remove the key",
+        )
     if b"\0" in data:
         raise ConfigError(
             f"{key}: {source} holds a NUL byte", why="a secret is text", fix="encode it, for example with base64"

@@ -57,6 +57,16 @@ from dispatcher_subprocess.usage import usage
 _EXAMINE = 30.0  # seconds to examine the host
 
 
+def _secret_places(context: ProviderContext) -> list[Path]:
+    """Return where secrets may be, the best place first.
+
+    Agents of a manager that is root can enter /dev/shm, but not its run_dir.  For an ordinary user the run_dir is
+    better: logind removes what the user has in /dev/shm at the end of the last login session (RemoveIPC=yes).
+    """
+    places = [context.run_dir, Path("/dev/shm")]  # noqa: S108
+    return places[::-1] if context.privileged else places
+
+
 class SubprocessProvider(Provider):
     """Agents as sandboxed processes of this host."""
 
@@ -75,7 +85,7 @@ class SubprocessProvider(Provider):
         self._journals = Journals(context.state_dir)
         self._secret_files = SecretFiles(
             f"dispatcher-{context.installation}-secrets-subprocess",
-            [Path("/dev/shm"), context.run_dir],  # noqa: S108
+            _secret_places(context),
             mode=0o711,
         )
         self._collector = LogCollector(context.run_dir, options.log_size, options.log_files)

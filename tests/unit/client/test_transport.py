@@ -139,6 +139,19 @@ def test_a_request_that_may_have_had_its_effect_is_not_repeated(connect):
     assert server.requests == [(0, "GET"), (0, "POST")]
 
 
+def test_a_socket_may_have_any_path_up_to_the_kernels_limit(short_tmp):
+    odd = short_tmp / "a b%2Fc#d?e@ü"
+    odd.mkdir()
+    server = Server(odd / "x.sock", [[ANSWER]])
+    transport = Transport(f"unix://{odd}/x.sock")
+    assert transport.request("GET", "/", None, 10.0).body == b"{}"
+    transport.close()
+    server.close()
+    with pytest.raises(ManagerUnreachable, match="at most 107 bytes .make a link") as caught:
+        Transport(f"unix://{short_tmp}/{'x' * 108}").request("GET", "/", None, 10.0)
+    assert "its log" not in str(caught.value)
+
+
 def test_an_answer_of_any_length_is_not_read(connect, monkeypatch):
     monkeypatch.setattr("dispatcher.client.transport.MAX_ANSWER", 1000)
     _, request = connect([b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n" + b"x" * 1001])

@@ -44,6 +44,8 @@ def test_a_link_to_the_file_of_now_is_followed(tmp_path):
     [
         (None, "there is no such file (create it, or correct the path)"),
         (b"hunter2" * MAX_SECRET, "is too large: a secret has at most 64 KiB"),
+        (b"", "is empty: an app may take an empty password for none"),
+        (b" \n", "is empty: an app may take an empty password for none"),
         (b"hunter2\0", "holds a NUL byte: a secret is text"),
         (b"hunter2\xff", "is not UTF-8: a secret is text"),
     ],
