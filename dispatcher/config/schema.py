@@ -136,8 +136,11 @@ class ProxyConfig(Table):
         default=15.0, description="maximum time to receive the request line and header fields"
     )
     idle_timeout: Duration = Field(default=75.0, description="maximum idle time of a kept-alive connection")
-    body_timeout: Duration = Field(default=60.0, description="maximum pause within a request body")
-    upstream_timeout: Duration = Field(default=600.0, description="maximum time until an agent's response begins")
+    body_timeout: Duration = Field(default=60.0, description="maximum pause of a client within a request body")
+    upstream_timeout: Duration = Field(
+        default=600.0,
+        description="maximum time until an agent's response begins, or until it reads more of a request",
+    )
     connections: Count = Field(default=20000, ge=16, description="maximum connections of a worker")
     connections_per_address: Count = Field(
         default=2000,

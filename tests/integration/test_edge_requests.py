@@ -348,6 +348,26 @@ def test_an_early_answer_reaches_the_client_also_when_the_agent_closes_at_once()
     assert [(one.status, one.body) for one in answers] == [(413, b"big")] * 40
 
 
+def test_an_agent_that_reads_an_upload_late_is_waited_for_like_one_that_answers_late():
+    size = 8 * 1024 * 1024
+
+    def script(connection: Connection) -> None:
+        head = connection.head()
+        time.sleep(3)  # computing
+        assert len(connection.body(head)) == size
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nread")
+
+    request = b"PUT / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: %d\r\n\r\n" % size
+    with Edge(script, body_timeout=1, upstream_timeout=20) as edge, edge.connect() as sock:
+        sock.sendall(request + bytes(size))
+        answer = Reader(sock).answer()
+    assert (answer.status, answer.body) == (200, b"read")
+    with Edge(script, body_timeout=20, upstream_timeout=1) as edge, edge.connect() as sock:
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(request + bytes(size))
+        assert Reader(sock).answer().status == 504
+
+
 def test_a_large_upload_and_download_stream_through():
     size = 64 * 1024 * 1024
 

@@ -179,7 +179,7 @@ class Connection(asyncio.Protocol):
             self.deadline = worker.now + worker.settings.idle_timeout
             self._read_kept()
         elif self.state is _BODY:
-            self.deadline = worker.now + worker.settings.body_timeout
+            self.exchange.await_body()
         elif self.state is _ANSWER:
             self.exchange.await_answer()
         elif self.state is State.STREAM:
@@ -199,10 +199,11 @@ class Connection(asyncio.Protocol):
             self.deadline = FOREVER
             self.exchange.waited()
         elif state is State.COLLECT or (state is _BODY and not answered):
+            failure = pages.TOO_SLOW if state is _BODY and self.reading_paused else pages.SLOW_REQUEST
             self._release_buffer()
             self.exchange.abandon_upstream()
             self.closing = True
-            self.refuse(pages.SLOW_REQUEST)
+            self.refuse(failure)
         elif state is _ANSWER and not answered and not self.eof:
             self.exchange.abandon_upstream()
             self.refuse(pages.TOO_SLOW)

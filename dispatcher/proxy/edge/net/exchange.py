@@ -222,7 +222,7 @@ class Exchange:
             client.refuse_head(error)
             return
         if sending.left:
-            client.deadline = self.worker.now + self.worker.settings.body_timeout
+            self.await_body()
         else:
             client.state = _ANSWER
             upstream.request_sent = True
@@ -473,8 +473,14 @@ class Exchange:
         """The upstream takes no more of the body, or takes more again."""
         client = self.client
         client.regulate_reading()
-        if client.state is _BODY and not client.reading_paused:
-            client.deadline = self.worker.now + self.worker.settings.body_timeout
+        if client.state is _BODY:
+            self.await_body()
+
+    def await_body(self) -> None:
+        """Set the deadline of the next piece of a body, which the client sends late or the upstream takes late."""
+        settings = self.worker.settings
+        seconds = settings.upstream_timeout if self.client.reading_paused else settings.body_timeout
+        self.client.deadline = self.worker.now + seconds
 
     # The end.
 
