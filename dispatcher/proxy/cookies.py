@@ -27,12 +27,12 @@ def device_cookie_name(secure: bool) -> str:
 
 
 def nonce_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that binds a handed-over sign-in to the host that asked for it."""
+    """Return the name of the cookie that binds a handed-over sign-in to the host that requested it."""
     return _SECURE + _NONCE if secure else _NONCE
 
 
 def form_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that binds the portal's forms to the browser that was shown them."""
+    """Return the name of the cookie that binds the portal's forms to the browser that displayed them."""
     return _SECURE + _FORM if secure else _FORM
 
 

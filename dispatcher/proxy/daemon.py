@@ -37,7 +37,8 @@ def run(config: Config, *, reload: Callable[[], Config] = load) -> int:
     """Run the proxy in the foreground until a signal ends it; return the exit code.
 
     :param reload: reads the configuration again, on SIGHUP.
-    :raises ConfigError: the configuration is wrong; :raises Unavailable: a listener or privileges cannot be had.
+    :raises ConfigError: the configuration is not valid.
+    :raises Unavailable: a listener cannot be opened, or privileges cannot be dropped.
     """
     configure(config.proxy.log_level, config.proxy.log_format)
     daemon = Daemon(config, reload)
@@ -72,7 +73,7 @@ class Daemon:
     # Beginning.
 
     def prepare(self) -> None:
-        """Do all that needs privileges, and then have none."""
+        """Do everything that needs privileges, then drop them."""
         proxy = self._config.proxy
         accounts = host_accounts(self._config)
         self._tls = _tls_context(self._config)
@@ -109,7 +110,7 @@ class Daemon:
         (directory / PID_FILE).write_bytes(b"%d\n" % os.getpid())
 
     def _open_portal(self) -> None:
-        """Bind the portal's private socket, in place of one that is there."""
+        """Bind the portal's private socket, and replace an existing one."""
         path = self._paths.portal_socket
         fresh = path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
@@ -189,7 +190,7 @@ class Daemon:
                 return 0
 
     def _fill(self) -> None:
-        """Start what is missing, unless it is too early for it."""
+        """Start missing children whose back-off is over."""
         now = boottime()
         if self._stopping:
             return
@@ -219,7 +220,7 @@ class Daemon:
         self._fill()
 
     def _busy(self) -> bool:
-        """Whether something happens soon without a signal."""
+        """Whether work is due without a signal."""
         workers_now = self._of(WORKER)
         return (
             self._stopping
@@ -362,7 +363,7 @@ class Daemon:
         return listeners.open_all([address for address in wanted if address not in have], key, wanted)
 
     def clean_up(self) -> None:
-        """Leave nothing behind: no child, no socket, no file."""
+        """Remove all children, sockets and files."""
         for child in self._children.values():
             child.signal(signal.SIGKILL if child.kind == WORKER else signal.SIGTERM)
         for child in self._children.values():
@@ -380,7 +381,7 @@ class Daemon:
 def _merged(
     have: dict[str, list[socket.socket]], added: dict[str, list[socket.socket]], wanted: list[str]
 ) -> dict[str, list[socket.socket]]:
-    """Return the sockets of the wanted addresses; the others are closed, by their workers when they go."""
+    """Return the sockets of the configured addresses; others are closed, in old workers when they end."""
     _close({address: sockets for address, sockets in have.items() if address not in wanted})
     return {address: have.get(address) or added[address] for address in dict.fromkeys(wanted)}
 

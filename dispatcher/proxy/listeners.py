@@ -21,15 +21,15 @@ from dispatcher.plugin.options import takes_ipv4
 BACKLOG = 4096
 _FIRST_FD = 3
 _DEFER = 1  # seconds
-_PATIENCE = 5.0  # seconds to wait for workers of a proxy that was killed to let go of an address
+_PATIENCE = 5.0  # seconds to wait until workers of a killed proxy have released an address
 
 
 def open_all(addresses: list[str], key: str, beside: list[str] | None = None) -> dict[str, list[socket.socket]]:
     """Return the listening sockets of each address.
 
     :param key: name of the configuration's key, for errors.
-    :param beside: its whole list, where `addresses` are but the new ones.
-    :raises ConfigError: an address that is none; :raises Unavailable: it cannot be had.
+    :param beside: the complete list, if `addresses` contains only the new ones.
+    :raises ConfigError: an invalid address; :raises Unavailable: it cannot be used.
     """
     opened: dict[str, list[socket.socket]] = {}
     try:
@@ -47,7 +47,7 @@ def open_all(addresses: list[str], key: str, beside: list[str] | None = None) ->
 def open_one(address: str, key: str, beside: list[str]) -> list[socket.socket]:
     """Return the sockets of one address of a list.
 
-    :raises ConfigError: it is none; :raises Unavailable: it cannot be had.
+    :raises ConfigError: an invalid address; :raises Unavailable: it cannot be used.
     """
     if address == "systemd":
         return _from_systemd(key)
@@ -60,7 +60,7 @@ def open_one(address: str, key: str, beside: list[str]) -> list[socket.socket]:
 def parse(address: str, key: str) -> tuple[str, int]:
     """Return host and port of a TCP address.
 
-    :raises ConfigError: it is none.
+    :raises ConfigError: an invalid address.
     """
     host, _, port = address.rpartition(":")
     if host.startswith("[") and host.endswith("]"):
@@ -129,7 +129,7 @@ def _unix(path: str, key: str) -> socket.socket:
 
 
 def bind_unix(path: str, mode: int) -> socket.socket:
-    """Return a listening Unix socket; one that a crash left behind is replaced, a live one is not.
+    """Return a listening Unix socket; a leftover of a crash is replaced, a live socket is not.
 
     :raises Unavailable: another process listens there, or the path is not a socket.
     """

@@ -23,9 +23,9 @@ def most_connections(wanted: int) -> int:
 
 
 def drop(accounts: HostAccounts) -> None:
-    """Become the proxy's user and group, keep no other group and no way back.
+    """Change to the proxy's user and group, permanently and without other groups.
 
-    :raises Unavailable: the kernel refuses; nothing may be served then.
+    :raises Unavailable: the kernel refuses; the proxy must not serve then.
     """
     try:
         if os.geteuid() == 0:
@@ -40,7 +40,7 @@ def drop(accounts: HostAccounts) -> None:
 
 
 def die_with_parent(number: int) -> None:
-    """Let the kernel send a signal to this process when its parent ends."""
+    """Let the kernel signal this process when its parent ends."""
     _prctl(_PR_SET_PDEATHSIG, number)
 
 

@@ -16,7 +16,7 @@ _NEEDED = (
 
 
 def preload() -> None:
-    """Load what the children will need, while it can be read and once for all of them.
+    """Load the children's modules once for all, while they are readable.
 
     The proxy's user may have no access to where Python or this program lie (below root's home, say).
     """
@@ -25,9 +25,9 @@ def preload() -> None:
 
 
 def open_access_log(target: str, owner: tuple[int, int] | None) -> int | None:
-    """Return the access log's descriptor, None when there is none.
+    """Return the access log's descriptor, None without a log.
 
-    :param owner: who must be able to open it again; None when we are that already.
+    :param owner: the user that must be able to reopen it; None for the current user.
     :raises Unavailable: it cannot be opened.
     """
     if not target:

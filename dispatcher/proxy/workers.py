@@ -32,7 +32,7 @@ class Child:
     """One child process.
 
     :ivar generation: of the configuration it was started with; :ivar ready: it serves.
-    :ivar leaving: it was told to go; :ivar deadline: boot time after which it is killed.
+    :ivar leaving: it was ordered to end; :ivar deadline: boot time after which it is killed.
     """
 
     __slots__ = ("control", "deadline", "generation", "kind", "leaving", "pid", "ready", "started")
@@ -48,12 +48,12 @@ class Child:
         self.deadline = float("inf")
 
     def tell(self, order: bytes) -> None:
-        """Send an order; one that cannot be told is on its way out already."""
+        """Send an order; a child that cannot receive it is ending already."""
         with contextlib.suppress(OSError):
             self.control.send(order)
 
     def signal(self, number: int) -> None:
-        """Send a signal; only ever to a child that has not been waited for."""
+        """Send a signal, only to a child that has not been waited for."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
@@ -61,7 +61,7 @@ class Child:
 def fork(kind: str, generation: int, body: Callable[[socket.socket], None], others: list[Child]) -> Child:
     """Start a child that runs `body` with its end of a socket pair.
 
-    :param others: children whose ends this one must not keep open.
+    :param others: children whose sockets this one must not keep open.
     """
     ours, theirs = socket.socketpair()
     sys.stdout.flush()
@@ -93,7 +93,7 @@ def fork(kind: str, generation: int, body: Callable[[socket.socket], None], othe
 
 
 class BackOff:
-    """How long to wait before a child of a kind is started again.
+    """The delay before a child of a kind is started again.
 
     :ivar at: boot time of the next start; :ivar early_exits: exits right after the start, None once a child has
         run for longer.
@@ -107,7 +107,7 @@ class BackOff:
         self.early_exits: int | None = 0
 
     def ended(self, child: Child, status: int) -> float:
-        """A child ended by itself, with this wait status; return the seconds until the next is started.
+        """Note that a child ended with this wait status; return the seconds until the next start.
 
         :raises Unavailable: the first children all ended at once.
         """
@@ -131,6 +131,6 @@ class BackOff:
 
 
 def ending(status: int) -> str:
-    """Say how a process ended."""
+    """Describe how a process ended."""
     code = os.waitstatus_to_exitcode(status)
     return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

@@ -24,7 +24,7 @@ _SHORT_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
 class Feed:
-    """The feed, up or down.
+    """The connection to the feed, up or down.
 
     :ivar lost_at: boot time since which there is no complete feed; 0 while there is one.
     """
@@ -52,11 +52,11 @@ class Feed:
 
     @property
     def complete(self) -> bool:
-        """Whether the tables are those of the manager."""
+        """Whether the tables are complete and current."""
         return not self.lost_at
 
     def open(self) -> None:
-        """Connect, and stay connected."""
+        """Connect, and reconnect whenever necessary."""
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def first(self, timeout: float) -> None:
@@ -80,7 +80,7 @@ class Feed:
         return True
 
     def check(self) -> None:
-        """Notice silence; called about once a second."""
+        """Detect silence; called about once a second."""
         if self._transport is not None and boottime() - self._last_message > protocol.SILENCE:
             self._log.warning("the feed is silent, reconnecting", seconds=protocol.SILENCE)
             self._transport.abort()
@@ -103,7 +103,7 @@ class Feed:
     # For the protocol.
 
     def up(self, transport: asyncio.WriteTransport) -> None:
-        """The connection is there."""
+        """The connection is open."""
         try:
             trust.check_peer(transport.get_extra_info("socket"), self._path)
         except ManagerUnreachable as error:
@@ -116,7 +116,7 @@ class Feed:
         self.send(hello)
 
     def message(self, message: dict[str, Any]) -> None:
-        """Take one message."""
+        """Handle one message."""
         self._last_message = boottime()
         kind = message["type"]
         if kind == protocol.ERROR or (kind == protocol.HELLO and message.get("version") != protocol.VERSION):
@@ -136,7 +136,7 @@ class Feed:
             self._on_up()
 
     def down(self) -> None:
-        """The connection is gone."""
+        """The connection is closed."""
         self._transport = None
         if not self.lost_at:
             self.lost_at = boottime()

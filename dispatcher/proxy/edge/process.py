@@ -43,7 +43,7 @@ _FEED_TIMEOUT = 3.0  # seconds to wait for the first tables; then the worker ser
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inherited:
-    """What the parent hands to a worker.
+    """What a worker inherits from the parent.
 
     :ivar listeners: sockets for clients; :ivar redirects: sockets that only redirect to HTTPS.
     :ivar tls: None without TLS; :ivar access_log: open file, None when there is none.
@@ -141,7 +141,7 @@ class Process:
             self._drain_until = boottime() + min(2.0, self._settings.drain_timeout)
 
     def _drain(self, grace: float, *, keep_tunnels: bool = False) -> None:
-        """Finish.
+        """Drain: finish the work in progress.
 
         :param grace: seconds for kept-alive connections to send one more request.
         :param keep_tunnels: WebSockets stay for as long as draining may take; else they are closed at once.

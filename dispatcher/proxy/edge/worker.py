@@ -72,7 +72,7 @@ class Worker(Services):
             self.counters.wakes += 1
 
     def report_dead(self, agent: Agent) -> None:
-        """Tell the manager that nothing listens at the agent's endpoint."""
+        """Report to the manager that nothing listens at the agent's endpoint."""
         if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.DEAD, "agent": agent.name}):
             agent.woken = self.now
 
@@ -94,7 +94,7 @@ class Worker(Services):
             client.looked_up(digest)
 
     def feed_lost_for_good(self) -> bool:
-        """Whether the manager has been away for longer than its last rows may be served."""
+        """Whether the feed has been lost for longer than `feed_grace`."""
         return bool(self.feed.lost_at) and self.now - self.feed.lost_at > self.settings.feed_grace
 
     def _on_message(self, message: dict[str, Any]) -> None:
@@ -138,7 +138,7 @@ class Worker(Services):
         self._reported = self.now
 
     def _on_down(self) -> None:
-        """End the lookups under way: there will be no answers."""
+        """End the lookups in progress: no answers will arrive."""
         for digest in list(self._lookups):
             self._looked_up(digest)
 
@@ -166,7 +166,7 @@ class Worker(Services):
         self.feed.send({"type": protocol.COUNTERS, "values": totals})
 
     def drain(self) -> None:
-        """Take no new work; work under way is finished."""
+        """Accept no new work; finish work in progress."""
         self.draining = True
         self.events.close()
 

@@ -49,7 +49,7 @@ def _page(status: int = 200, **values: Any) -> Response:
 
 @pages.post("/account/password")
 def change_password() -> Response:
-    """Change the password; other sessions end and this one is renewed."""
+    """Change the password; other sessions end, this one gets a new token."""
     context.check_form("account")
     someone = context.signed_in()
     new = context.sent("new_password")
@@ -71,7 +71,7 @@ def change_password() -> Response:
 
 @pages.post("/account/sessions")
 def revoke() -> Response:
-    """End one other session of this person, or all of them."""
+    """End one other session of this user, or all of them."""
     context.check_form("account")
     someone = context.signed_in()
     client = context.portal().client

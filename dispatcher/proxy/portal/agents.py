@@ -13,13 +13,13 @@ from dispatcher.proxy.portal import content, context, targets, words
 
 pages = Blueprint("agents", __name__)
 
-#: What a form may ask for -> the state that the manager is asked for.
+#: Action of a form -> state to request from the manager.
 ACTIONS = {"start": "running", "stop": "stopped", "restart": "restart"}
 
 
 @pages.get("/")
 def dashboard() -> Response:
-    """Show a person's apps."""
+    """Show a user's apps."""
     if context.on_agent_host():
         return context.go(context.portal().public_origin + context.local("/"))
     someone = context.signed_in()
@@ -31,14 +31,14 @@ def dashboard() -> Response:
 
 @pages.get("/status")
 def status() -> Response:
-    """Return the states of a person's apps, for the pages' scripts and for programs."""
+    """Return the states of a user's apps, for the pages' scripts and for programs."""
     someone = context.signed_in()
     return _status(someone, context.portal().client.my_agents(someone.sha256)["agents"])
 
 
 @pages.post("/agents")
 def act() -> Response:
-    """Open, start, stop or restart one of a person's apps."""
+    """Open, start, stop or restart one of a user's apps."""
     context.check_form("agents")
     someone = context.signed_in()
     name, action = context.sent("agent", names.MAX_NAME * 2), context.sent("action")
@@ -61,7 +61,7 @@ def _status(someone: context.Person, agents: list[dict[str, Any]]) -> Response:
 
 
 def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
-    """Return what the dashboard's template needs of an agent."""
+    """Return an agent's values for the dashboard's template."""
     label, tone = words.state(agent["state"])
     portal = context.portal()
     scheme, _, host = portal.public_origin.partition("://")

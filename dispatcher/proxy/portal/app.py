@@ -23,7 +23,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     """Return the portal.
 
     :param config: `proxy` and `apps` are read.
-    :param client: speaks to the manager in the role *proxy*; used by many threads.
+    :param client: client for the manager, in the role *proxy*; used by many threads.
     :param login_client: the same, for requests that check a password; by default `client`.
     """
     app = Flask(__name__, static_folder=None)

@@ -35,7 +35,7 @@ _HEADINGS = {
 
 
 def for_programs() -> bool:
-    """Whether the client asks for JSON rather than for a page."""
+    """Whether the client requests JSON rather than a page."""
     accept = request.accept_mimetypes
     html = max(
         (quality for value, quality in accept if value in {"text/html", "application/xhtml+xml"}), default=0
@@ -45,7 +45,7 @@ def for_programs() -> bool:
 
 
 def for_people() -> bool:
-    """Whether a page will be read by a person: the client names HTML, and shows it as a document of its own."""
+    """Whether the response is a page for a browser window: the client accepts HTML and shows it as a document."""
     named = any(
         quality > 0 and value in {"text/html", "application/xhtml+xml"}
         for value, quality in request.accept_mimetypes
@@ -54,7 +54,7 @@ def for_people() -> bool:
 
 
 def inside_another_page() -> bool:
-    """Whether a script, a frame or an embedded object asks (Fetch Metadata).
+    """Whether a script, a frame or an embedded object sent the request (Fetch Metadata).
 
     An app that shares the portal's origin could otherwise read a page's form tokens.
     """
@@ -62,9 +62,9 @@ def inside_another_page() -> bool:
 
 
 def page(template: str, status: int = 200, **values: Any) -> Response:
-    """Return a page for people.
+    """Return a page.
 
-    :raises Forbidden: a script or a frame asks for it.
+    :raises Forbidden: a script or a frame requests it.
     """
     if inside_another_page():
         raise Forbidden(
@@ -95,7 +95,7 @@ def problem(error: DispatcherError, status: int | None = None, **more: object) -
 
 
 def retry(response: Response, seconds: float | None) -> Response:
-    """Say when trying again makes sense (RFC 9110, 10.2.3)."""
+    """Set `Retry-After` (RFC 9110, 10.2.3)."""
     if seconds is not None:
         response.headers["Retry-After"] = str(max(1, math.ceil(seconds)))
     return response
@@ -129,7 +129,7 @@ def _from_http(error: HTTPException) -> DispatcherError:
 
 
 def install(app: Flask) -> None:
-    """Give an application the error pages and the headers."""
+    """Register the error pages and the headers with an application."""
 
     @app.errorhandler(context.NotSignedIn)
     def not_signed_in(error: context.NotSignedIn) -> Response:

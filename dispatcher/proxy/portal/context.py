@@ -65,7 +65,7 @@ class Portal:
 
     @property
     def prefix(self) -> str:
-        """Path under which the portal lives."""
+        """The portal's path."""
         return self.config.proxy.prefix
 
     @property
@@ -80,18 +80,18 @@ class Portal:
 
     @property
     def subdomains(self) -> bool:
-        """Whether each agent has a host of its own."""
+        """Whether each agent has its own host."""
         return self.config.proxy.routing == "subdomain"
 
     def title(self, app: str) -> str:
-        """Return an app's name for people."""
+        """Return an app's title."""
         table = self.config.apps.get(app)
         return (table.title if table else "") or app
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Who is signed in.  `sha256` is what the manager knows the session's token by."""
+    """The signed-in user.  `sha256` is the digest of the session's token."""
 
     sha256: str
     user: str
@@ -105,17 +105,17 @@ def portal() -> Portal:
 
 
 def sha256(token: str) -> str:
-    """Return the hexadecimal digest under which a token is known."""
+    """Return the hexadecimal SHA-256 of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
 def on_agent_host() -> bool:
-    """Whether the request came to another host than the portal's: an agent's own (subdomain routing)."""
+    """Whether the request is for an agent's own host (subdomain routing)."""
     return portal().subdomains and request.host.lower() != portal().public_host
 
 
 def address() -> str:
-    """Return the address of the person's browser, as the edge saw it."""
+    """Return the address of the browser, as seen by the edge."""
     return request.remote_addr or ""
 
 
@@ -141,7 +141,7 @@ def person() -> Person | None:
 def signed_in() -> Person:
     """Return who is signed in.
 
-    :raises NotSignedIn: nobody is.
+    :raises NotSignedIn: there is no valid session.
     """
     found = person()
     if found is None:
@@ -163,9 +163,9 @@ def _look_up() -> Person | None:
 
 
 def agent_of(someone: Person, name: str) -> dict[str, Any]:
-    """Return one of a person's agents.
+    """Return one of a user's agents.
 
-    :raises NotFound: the same for another user's agent and for none.
+    :raises NotFound: the same for another user's agent and for a missing one.
     """
     for agent in portal().client.my_agents(someone.sha256)["agents"]:
         if agent["name"] == name:
@@ -183,7 +183,7 @@ def _set(response: Response, name: str, value: str, max_age: float | None) -> No
 
 
 def set_session(response: Response, token: str, session: dict[str, Any]) -> None:
-    """Give the browser a session; it keeps the cookie no longer than the session lasts."""
+    """Set the session cookie, for no longer than the session can last."""
     # Use prolongs a session up to its lifetime, while the cookie's age is fixed now.
     age = session.get("lifetime", session.get("ttl"))
     _set(response, cookies.session_cookie_name(portal().config.secure), token, _LONGEST if age is None else age)
@@ -196,43 +196,43 @@ def device_token() -> str | None:
 
 
 def set_device(response: Response, token: str) -> None:
-    """Let the browser prove later that its owner has signed in from it before."""
+    """Set the device cookie, which proves an earlier sign-in from this browser."""
     _set(response, cookies.device_cookie_name(portal().config.secure), token, _DEVICE_AGE)
 
 
 def nonce() -> str:
-    """Return the nonce that this host asked for a handed-over sign-in with, or ""."""
+    """Return this host's nonce of the hand-over in progress, or ""."""
     found = request.cookies.getlist(cookies.nonce_cookie_name(portal().config.secure))
     return found[0] if len(found) == 1 and forms.SEED.fullmatch(found[0]) else ""
 
 
 def set_nonce(response: Response, value: str) -> None:
-    """Bind the hand-over that begins now to this browser and host."""
+    """Bind a new hand-over to this browser and host."""
     _set(response, cookies.nonce_cookie_name(portal().config.secure), value, _NONCE_AGE)
 
 
 def drop_nonce(response: Response) -> None:
-    """Forget the nonce; it served."""
+    """Delete the nonce after use."""
     _set(response, cookies.nonce_cookie_name(portal().config.secure), "", 0)
 
 
 def forget_session(response: Response) -> None:
-    """Leave nothing of a session in the browser: the next person's app must not find what the last one's left.
+    """Clear a session's data in the browser, so that the next user's app does not find it.
 
-    The cache and everything that scripts store go by Clear-Site-Data.  Its "cookies" would take too much: those
-    of all sibling hosts, and the device cookie, which lets the owner in while others guess passwords.  So
-    the cookies that the browser showed (an app's, when it shares the portal's origin) are expired one by one.
+    Clear-Site-Data clears the cache and the storage of scripts.  Its "cookies" would clear too much: those of
+    all sibling hosts, and the device cookie, which lets the owner sign in while others guess passwords.  So each
+    cookie that the browser sent (an app's, if it shares the portal's origin) is expired by name.
     """
     _set(response, cookies.session_cookie_name(portal().config.secure), "", 0)
     _forget_apps(response)
 
 
 def forget_others(response: Response, device: str | None) -> None:
-    """Clear what the previous user of this browser left, unless it was the same person.
+    """Clear the data of the previous user of this browser, unless it is the same user.
 
     A session may end without a sign-out.  In subdomain routing nothing is shared.
 
-    :param device: what the sign-in gave: the browser's own token when its owner has signed in from it before.
+    :param device: from the sign-in: the browser's own token if this user has signed in from it before.
     """
     if not portal().subdomains and (device is None or device != device_token()):
         _forget_apps(response)
@@ -274,7 +274,7 @@ def drop_doubles(response: Response) -> Response:
 
 
 def _own_names() -> list[str]:
-    """Return the names of our cookies as this installation spells them."""
+    """Return the names of our cookies in this installation."""
     secure = portal().config.secure
     return [
         named(secure)
@@ -300,20 +300,20 @@ def form_token(purpose: str, *, session: bool = True) -> str:
 
 
 def keep_seed(response: Response) -> Response:
-    """Send the cookie of a form that this response shows."""
+    """Set the cookie for a form in this response."""
     if "new_seed" in g:
         _set(response, cookies.form_cookie_name(portal().config.secure), g.new_seed, None)
     return response
 
 
 def own_origins() -> set[str]:
-    """Return the origins under which people reach this host of the portal."""
+    """Return the origins of this host of the portal."""
     here = {targets.origin(request.host_url)}
     return here if on_agent_host() else here | ({portal().public_origin} - {""})
 
 
 def check_form(purpose: str, *, session: bool = True) -> None:
-    """Return when the request is a form of this portal, or a program's JSON.
+    """Return if the request is a form of this portal, or JSON of a program.
 
     :raises Forbidden: a page of another origin, a frame or a script sent it.
     :raises StaleForm: the token is missing, another browser's or another session's.
@@ -355,5 +355,5 @@ def local(path: str, **query: str) -> str:
 
 
 def go(path: str) -> Response:
-    """Send the browser on with GET."""
+    """Redirect the browser with GET."""
     return Response(status=303, headers={"Location": path})

@@ -31,7 +31,7 @@ def new_seed() -> str:
 
 
 def token(seed: str, purpose: str, session: str = "") -> str:
-    """Return a token for one form; different each time, so that a compressed page gives nothing away.
+    """Return a token for one form; different each time, so that compression of a page reveals nothing.
 
     :param purpose: what the form does; :param session: SHA-256 of the session's token, "" before the sign-in.
     """
@@ -51,7 +51,7 @@ def valid(given: str, seeds: Iterable[str], purpose: str, session: str = "") -> 
 def foreign(headers: Mapping[str, str], origins: Collection[str], *, program: bool) -> str:
     """Return why a state-changing request cannot come from a form of the portal (or from a program), else "".
 
-    :param origins: the origins under which people reach the portal here.
+    :param origins: the portal's origins on this host.
     :param program: the body is JSON.
     """
     site, mode, destination = (headers.get(f"Sec-Fetch-{name}", "") for name in ("Site", "Mode", "Dest"))

@@ -35,7 +35,7 @@ def begin(target: str) -> Response:
 
 @pages.get("/handover")
 def issue() -> Response:
-    """Give the signed-in person a code for one of their agents' hosts."""
+    """Create a code for a host of one of the user's agents."""
     portal = context.portal()
     if not portal.subdomains or context.on_agent_host():
         raise NotFound("Page not found")
@@ -53,7 +53,7 @@ def issue() -> Response:
 
 @pages.get("/handover/redeem")
 def redeem() -> Response:
-    """Trade the code for a session of this host."""
+    """Exchange the code for a session of this host."""
     if not context.on_agent_host():
         raise NotFound("Page not found")
     target = targets.own_path(request.args.get("next"), context.portal().prefix)

@@ -35,7 +35,7 @@ def form() -> Response:
 
 @pages.post("/login")
 def sign_in() -> Response:
-    """Check a name and a password, and begin a session: always a new one, whatever cookie came along."""
+    """Check name and password, and begin a new session, independent of any cookie."""
     if context.on_agent_host():
         raise Forbidden(
             "There is no sign-in on the host of an app", fix=f"sign in at {context.portal().public_origin}"
@@ -64,7 +64,7 @@ def sign_in() -> Response:
 def _login(user: str, password: str) -> dict[str, Any]:
     """Begin a session; the one that the browser had ends.
 
-    :raises Forbidden, BadRequest: wrong; :raises TooManyRequests: slowed down, or too many at once.
+    :raises Forbidden, BadRequest: wrong name or password; :raises TooManyRequests: throttled, or too many at once.
     """
     portal = context.portal()
     agent = request.headers.get("User-Agent", "")[:512]
@@ -80,7 +80,7 @@ def _login(user: str, password: str) -> dict[str, Any]:
 def _slot() -> Iterator[None]:
     """Reserve threads for other requests while many passwords are checked.
 
-    :raises TooManyRequests: all slots are taken, or the manager did not get to it in time.
+    :raises TooManyRequests: all slots are taken, or the manager did not answer in time.
     """
     slots = context.portal().logins
     busy = TooManyRequests("Too many sign-ins at once", fix="try again in a moment", retry_after=2)
@@ -115,7 +115,7 @@ def _form(target: str, status: int = 200, **values: Any) -> Response:
 
 @pages.get("/logout")
 def ask() -> Response:
-    """Ask whether to sign out; a link or an image somewhere must not do it."""
+    """Ask for confirmation; a link or an image on another page must not sign a user out."""
     if context.on_agent_host():
         return context.go(context.portal().public_origin + context.local("/logout"))
     someone = context.person()
@@ -126,7 +126,7 @@ def ask() -> Response:
 
 @pages.post("/logout")
 def sign_out() -> Response:
-    """End the session; its connections close and the browser forgets what it can."""
+    """End the session, close its connections and clear the browser's data."""
     context.check_form("logout")
     if digest := context.session_digest():
         context.portal().client.logout(digest)
@@ -134,7 +134,7 @@ def sign_out() -> Response:
 
 
 def signed_out(notice: str) -> Response:
-    """Return the way out, after the session has ended."""
+    """Return the response after the session has ended."""
     response = content.data({"signed_out": True}) if not content.for_people() else None
     response = response or context.go(context.local("/login", notice=notice))
     context.forget_session(response)

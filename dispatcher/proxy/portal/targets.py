@@ -15,10 +15,10 @@ _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def own_path(raw: str | None, prefix: str) -> str:
-    """Return `raw` when it is a path (with query) of the own origin, percent-encoded; else ``/``.
+    """Return `raw` if it is a path (with query) of the same origin, percent-encoded; otherwise ``/``.
 
-    Refused are absolute URLs, every spelling that some browser or server reads as another host (percent-encoded
-    ones too), control characters, and the sign-in and sign-out pages themselves.
+    Absolute URLs, spellings that some browser or server reads as another host (percent-encoded ones too), control
+    characters, and the sign-in and sign-out pages are refused.
 
     :param prefix: path of the portal.
     """
@@ -50,7 +50,7 @@ def origin(url: str) -> str:
 
 
 def agent_host(host: str, public_host: str) -> str:
-    """Return the canonical form of an agent's host, ``LABEL.PUBLIC_HOST``, or "" when it is none.
+    """Return the canonical form of an agent's host, ``LABEL.PUBLIC_HOST``, or "" if it is not one.
 
     :param public_host: host (and port, when not the scheme's own) of the portal.
     """

@@ -22,7 +22,7 @@ RETRY_FAILED = 30  # seconds
 
 @pages.get("/waiting")
 def waiting() -> Response:
-    """Say how far the app is, or why it does not start."""
+    """Show the progress of the start, or the reason for its failure."""
     target = targets.own_path(_header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix)
     someone = context.person()
     if someone is None:
@@ -34,7 +34,7 @@ def waiting() -> Response:
 
 
 def _header(name: str) -> str:
-    """Return a header of the edge: UTF-8, which WSGI hands over as Latin-1."""
+    """Return a header of the edge: UTF-8, which WSGI passes as Latin-1."""
     return request.headers.get(name, "").encode("latin-1", "replace").decode("utf-8", "replace")
 
 

@@ -77,6 +77,6 @@ def browser(user_agent: str | None) -> str:
 
 
 def public_agent(agent: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a person's own programs may know of an agent: nothing of the host it runs on."""
+    """Return the part of an agent's view for its user, without details of the host."""
     shown = ("name", "app", "state", "stage", "detail", "fraction", "since", "failure", "last_used", "outdated")
     return {name: agent.get(name) for name in shown}

@@ -15,7 +15,7 @@ from dispatcher.proxy.edge.routing.settings import COLLECTED, PORTAL_BODY, SMALL
 
 
 class BodyBuffer:
-    """Collects one body; `data` is the body as it came; `complete`: all of it is here."""
+    """Collects one body; `data` is the body as received; `complete`: all of it has arrived."""
 
     __slots__ = ("_decoder", "_length", "_registry", "complete", "data")
 
@@ -27,7 +27,7 @@ class BodyBuffer:
         self.complete = False
 
     def add(self, data: bytes) -> pages.Failure | None:
-        """Take more of the body; return why it is refused, if it is.
+        """Add a part of the body; return the reason if it is refused.
 
         :raises BadHead: invalid chunks.
         """
@@ -47,6 +47,6 @@ class BodyBuffer:
         return pages.TOO_BUSY if self._registry.collected > COLLECTED and size > SMALL_BODY else None
 
     def release(self) -> bytes:
-        """End collecting; return the bytes, which count no more."""
+        """End collecting; return the bytes and uncount them."""
         self._registry.collected -= len(self.data)
         return self.data

@@ -77,7 +77,7 @@ async def _unix(path: str, uid: int | None) -> socket.socket:
 
 
 async def _vsock(loop: asyncio.AbstractEventLoop, sock: socket.socket, address: tuple[int, int]) -> None:
-    """Connect without blocking; the loop's own `sock_connect` knows no vsock addresses."""
+    """Connect without blocking; the loop's own `sock_connect` does not support vsock addresses."""
     code = sock.connect_ex(address)
     if code == 0:
         return

@@ -84,7 +84,7 @@ class Connection(asyncio.Protocol):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the client, to serve the next one; the meaning of field lines is kept."""
+        """Reset all state of the client, to serve the next one."""
         if self.trusted:  # they meant more than they will
             self.reader.forget()
             self.exchange.forget_lines()
@@ -139,10 +139,10 @@ class Connection(asyncio.Protocol):
                 self.transport.abort()
 
     def eof_received(self) -> bool:
-        """The client sends no more; its request is still answered (RFC 9112, 9.6), within `body_timeout`.
+        """The client closed its sending side; its request is answered (RFC 9112, 9.6), within `body_timeout`.
 
-        A client that closed its connection looks like one that closed a direction of it.  It is found out by the
-        reset that the first bytes of the answer meet, or by this limit.
+        A client that closed both directions looks the same.  The reset that the first bytes of the answer cause
+        reveals it, or this limit.
         """
         self.eof = True
         if self.answering or self.state is State.STREAM:
@@ -225,9 +225,9 @@ class Connection(asyncio.Protocol):
     # Back-pressure.
 
     def regulate_reading(self) -> None:
-        """Read from the client only what can be passed on, or kept within `WRITE_HIGH`.
+        """Read from the client only what can be forwarded, or buffered within `WRITE_HIGH`.
 
-        Called whenever one of the reasons not to read may have appeared or gone.
+        Called after a change of any reason not to read.
         """
         upstream = self.exchange.upstream
         kept = self.reader.kept
@@ -244,7 +244,7 @@ class Connection(asyncio.Protocol):
                 self.transport.resume_reading()
 
     def _keep(self, data: bytes) -> None:
-        """Keep bytes for later: the next request, or a body that must wait."""
+        """Buffer bytes: the next request, or a body that must wait."""
         if self.state is _WAIT or (self.state is _ANSWER and self.exchange.request.upgrade):
             self.exchange.body += data
         else:
@@ -252,7 +252,7 @@ class Connection(asyncio.Protocol):
         self.regulate_reading()
 
     def _read_kept(self) -> None:
-        """Begin the next request, if it is here and may begin."""
+        """Begin the next request if it has arrived and may begin."""
         if self.state is _HEAD and not self.write_paused and self.reader.kept is not None:
             try:
                 request = self.reader.read_kept()
@@ -289,7 +289,7 @@ class Connection(asyncio.Protocol):
         self.route(request, True)
 
     def route(self, request: Request, may_look_up: bool) -> None:
-        """Have the request routed, and carry the decision out."""
+        """Route the request, and carry out the decision."""
         worker = self.worker
         session = None
         digest = b""
@@ -355,7 +355,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # RFC 9110, 10.1.1
 
     def _collect(self, data: bytes) -> None:
-        """Take more of a body for the portal; pass the request on once the body is complete."""
+        """Add a part of a body for the portal; forward the request when the body is complete."""
         buffer = self._buffer
         assert buffer is not None
         self.exchange.bytes_in += len(data)
@@ -391,7 +391,7 @@ class Connection(asyncio.Protocol):
     # The edge's own answers.
 
     def refuse_head(self, error: BadHead) -> None:
-        """Answer a request that cannot be understood; nothing after it can be either."""
+        """Refuse an invalid request; bytes after it cannot be parsed either."""
         exchange = self.exchange
         self.reader.kept = None
         exchange.body = b""
@@ -459,7 +459,7 @@ class Connection(asyncio.Protocol):
             self.regulate_reading()
 
     def _finish(self, *, clean: bool) -> None:
-        """Close after the last answer; read on for a moment when more input may be under way (RFC 9112, 9.6)."""
+        """Close after the last answer; read for a moment if more input may arrive (RFC 9112, 9.6)."""
         self.reader.kept = None
         self.state = State.LINGER
         self.deadline = self.worker.now + self.worker.settings.body_timeout
@@ -474,7 +474,7 @@ class Connection(asyncio.Protocol):
     # The worker's orders.
 
     def close_if_idle(self) -> None:
-        """Close the connection unless a request is under way."""
+        """Close the connection unless a request is in progress."""
         if self.state is _HEAD and self.reader.kept is None and not self.write_paused:
             self._finish(clean=True)
 

@@ -29,7 +29,7 @@ class EventStreams:
         self._streams: dict[Client, Agent] = {}
 
     def full(self, session: Session) -> bool:
-        """Whether a session has as many streams as it may."""
+        """Whether a session has reached its limit of streams."""
         return sum(1 for each in session.connections or () if each in self._streams) >= MAX_EVENTS
 
     def open(self, client: Client, agent: Agent) -> None:
@@ -41,7 +41,7 @@ class EventStreams:
         self._send(client, pages.head(200, lines, None, close=True) + _event(agent))
 
     def changed(self, agent: Agent) -> None:
-        """Tell all watchers of an agent."""
+        """Send a change to all watchers of an agent."""
         event = _event(agent)
         for client in list(agent.watchers):
             if not client.write_paused:  # else `resume` sends the state of then
@@ -51,7 +51,7 @@ class EventStreams:
                 client.transport.close()
 
     def resume(self, client: Client) -> None:
-        """Send the present state to a client that read too slowly for the states in between."""
+        """Send the current state to a client that was too slow for the states in between."""
         self._send(client, _event(self._streams[client]))
 
     def _send(self, client: Client, data: bytes) -> None:
@@ -63,7 +63,7 @@ class EventStreams:
         self._send(client, b": \n\n")
 
     def forget(self, client: Client) -> None:
-        """A stream is gone."""
+        """A stream has ended."""
         agent = self._streams.pop(client, None)
         if agent is not None:
             agent.watchers.pop(client, None)

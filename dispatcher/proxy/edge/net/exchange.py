@@ -33,7 +33,7 @@ class Exchange:
     :ivar agent: the agent whose requests in flight include this one; :ivar holding: the agent it is held for.
     :ivar lookup: digest of the session that is being looked up; :ivar held_until: 0 before the first hold.
     :ivar body: bytes that came behind the head before they could be passed on; :ivar sending: the body under way.
-    :ivar status: of the answer, 0 before its head was passed on; :ivar replay: bytes that may be sent once more.
+    :ivar status: of the answer, 0 before its head was forwarded; :ivar replay: bytes for a retry.
     :ivar rechunk: the answer's body goes out in chunks; :ivar poll: the request does not count as use.
     """
 
@@ -82,7 +82,7 @@ class Exchange:
         self.clear()
 
     def clear(self) -> None:
-        """Forget the last request."""
+        """Clear the state of the last request."""
         self.request = None
         self.sending: RequestBody | None = None
         self.replay: bytes | None = None
@@ -184,7 +184,7 @@ class Exchange:
             client.transport.resume_reading()  # a new connection that the loop does not read yet
 
     def _begin_body(self, length: int) -> bytes:
-        """Begin to pass the body on; return the part of it that is here."""
+        """Begin forwarding the body; return the part that has arrived."""
         self.client.state = _BODY
         body, self.body = self.body, b""
         self.sending = sending = RequestBody(length)

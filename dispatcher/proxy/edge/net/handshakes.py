@@ -17,7 +17,7 @@ from dispatcher.proxy.edge.net.registry import Registry, plain_address
 
 
 class Handshakes(Listener):
-    """Takes the connections of one listening socket, and makes clients of those whose handshake succeeds.
+    """Accepts the connections of one listening socket; those with a successful handshake become clients.
 
     :param tls: None without TLS; :param header: each connection begins with a PROXY header, before TLS.
     """
@@ -55,7 +55,7 @@ class Handshakes(Listener):
             registry.end_handshake(address)
 
     async def _read_header(self, sock: socket.socket) -> str | None:
-        """Return the client's address of the PROXY header; None where it states none."""
+        """Return the client's address of the PROXY header; None if it contains none."""
         command, family, length = parse_head(await self._exactly(sock, HEAD_SIZE))
         return parse_address(command, family, await self._exactly(sock, length))
 

@@ -33,7 +33,7 @@ _NOTHING = b"\0\0\0\0"
 
 
 class Listener:
-    """Takes the connections of one listening socket."""
+    """Accepts the connections of one listening socket."""
 
     def __init__(self, registry: Registry, sock: socket.socket) -> None:
         self.registry = registry
@@ -53,7 +53,7 @@ class Listener:
         self.registry.loop.add_reader(self._sock, self._accept)
 
     def close(self) -> None:
-        """Stop accepting; what was accepted goes on."""
+        """Stop accepting; accepted connections continue."""
         if not self._closed:
             self._closed = True
             self.registry.loop.remove_reader(self._sock)
@@ -103,7 +103,7 @@ class Listener:
         pending.hand_over()
 
     def _adopt_older(self) -> None:
-        """Hand the connections over that have been waiting for a while."""
+        """Hand over connections that have waited for a while."""
         for pending in list(self._older):
             pending.hand_over()
         self._older, self._new = self._new, {}
@@ -111,7 +111,7 @@ class Listener:
 
     def _pause(self, error: OSError) -> None:
         loop = self.registry.loop
-        logger("edge").warning("no more connections can be taken for now", why=error.strerror)
+        logger("edge").warning("cannot accept connections now", why=error.strerror)
         loop.remove_reader(self._sock)
         loop.call_later(_SCARCE_PAUSE, self._resume)
 
@@ -120,7 +120,7 @@ class Listener:
             self.registry.loop.add_reader(self._sock, self._accept)
 
     def closed(self, pending: PendingConnection) -> None:
-        """A connection has been closed; its protocol is told once it is not in use."""
+        """A connection has been closed; its protocol is notified when it is not in use."""
         if not self._closed_ones:
             self.registry.loop.call_soon(self._report_closed)
         self._closed_ones.append(pending)
@@ -131,7 +131,7 @@ class Listener:
             pending.protocol.connection_lost(None)
 
     def adopt(self, pending: PendingConnection, fd: int) -> None:
-        """Make a transport of the loop's."""
+        """Create a transport of the loop."""
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
         self._run(self._adopt(pending, sock))
 
@@ -149,9 +149,9 @@ class Listener:
 
 
 class PendingConnection(asyncio.Transport):
-    """A connection before the loop has it, and the transport of its protocol until then.
+    """A connection without a transport of the loop; serves as the transport of its protocol.
 
-    :ivar fd: -1 once it was closed or handed over; :ivar shelf: where it waits.
+    :ivar fd: -1 once it was closed or handed over; :ivar shelf: the list in which it waits.
     """
 
     __slots__ = (
@@ -199,14 +199,14 @@ class PendingConnection(asyncio.Transport):
             self.hand_over()  # there will be another request
 
     def _keep(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep bytes for the loop's transport; a fast upstream must wait for it."""
+        """Buffer bytes for the loop's transport; a fast upstream must wait for it."""
         self._unsent += data
         if len(self._unsent) > _MAX_UNSENT and not self._paused:
             self._paused = True
             self.protocol.pause_writing()
 
     def close(self) -> None:
-        """Close; unread bytes of the client must not cost the answer (RFC 9112, 9.6)."""
+        """Close; unread bytes of the client must not abort the answer (RFC 9112, 9.6)."""
         if self.fd < 0:
             self._closing = True
             return
@@ -230,7 +230,7 @@ class PendingConnection(asyncio.Transport):
         self._listener.closed(self)
 
     def write_eof(self) -> None:
-        """Nothing more will be written."""
+        """Close the sending side."""
         self._eof = True
         self.hand_over()
 
@@ -240,7 +240,7 @@ class PendingConnection(asyncio.Transport):
         self.hand_over()
 
     def hand_over(self) -> None:
-        """Leave the connection to the loop, which has a transport within two turns."""
+        """Hand the connection over to the loop, which creates a transport within two turns."""
         fd = self.fd
         if fd >= 0:
             self.fd = -1
@@ -249,7 +249,7 @@ class PendingConnection(asyncio.Transport):
             self._listener.adopt(self, fd)
 
     def adopted(self, transport: asyncio.Transport) -> None:
-        """Give way to the loop's transport."""
+        """Let the loop's transport take over."""
         protocol = self.protocol
         protocol.transport = transport
         transport.set_protocol(protocol)
@@ -287,7 +287,7 @@ class PendingConnection(asyncio.Transport):
         self._reading = False
 
     def resume_reading(self) -> None:
-        """Leave reading to the loop."""
+        """Let the loop read."""
         self._reading = True
         self.hand_over()
 

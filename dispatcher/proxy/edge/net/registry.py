@@ -44,8 +44,8 @@ class Tunnel(Protocol):
 class Registry:
     """All connections of a worker.
 
-    :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is taken.
-    :ivar date_line: the Date field of this second; :ivar handshakes: connections whose handshake is under way.
+    :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is accepted.
+    :ivar date_line: the Date field of this second; :ivar handshakes: connections with a handshake in progress.
     :ivar collected: bytes of bodies for the portal that are not complete yet.
     """
 
@@ -70,7 +70,7 @@ class Registry:
         self._open = 0
         self.spare: list[Client] = []  # for the next connections
         self._tunnels: dict[Tunnel, None] = {}
-        # Tunnels that were told to close, and when they are aborted; the first in time comes first.
+        # Closing tunnels and the times of their abort, earliest first.
         self._closing: deque[tuple[float, Tunnel]] = deque()
         self._active: dict[Session, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -86,7 +86,7 @@ class Registry:
         return client
 
     def admit(self, client: Client) -> bool:
-        """Take a new connection; False when there are too many."""
+        """Admit a new connection; False if there are too many."""
         if client.address is None:
             client.address = self.address_of(client.transport)
         address = client.address
@@ -105,7 +105,7 @@ class Registry:
         return plain_address(peer[0]) if isinstance(peer, tuple) and peer else ""
 
     def exempt(self, address: str) -> bool:
-        """Whether an address is free of the limits: this machine's, and those of trusted proxies."""
+        """Whether the limits do not apply to an address: this machine's, and those of trusted proxies."""
         return self._forwarded.peer(address)[2]
 
     def opened(self, address: str, *, exempt: bool) -> bool:
@@ -117,7 +117,7 @@ class Registry:
         )
 
     def forget(self, client: Client) -> None:
-        """A connection is gone."""
+        """A connection has ended."""
         self.hand_over(client)
         self.closed(client.address or "")
         if len(self.spare) < _MAX_SPARE:
@@ -125,7 +125,7 @@ class Registry:
             self.spare.append(client)
 
     def hand_over(self, client: Client) -> None:
-        """A connection does not serve HTTP any more; its address still counts."""
+        """A connection no longer serves HTTP; its address still counts."""
         for slot in self._wheel:
             slot.pop(client, None)
         session = client.session
@@ -145,19 +145,19 @@ class Registry:
         return True
 
     def end_handshake(self, address: str) -> None:
-        """A handshake is over: the connection counts as a client now, or is gone."""
+        """A handshake has ended: the connection counts as a client now, or is closed."""
         self.handshakes -= 1
         self._handshakes.drop(address)
 
     def closed(self, address: str) -> None:
-        """A connection of this address is gone."""
+        """A connection of this address has ended."""
         self._open -= 1
         self._addresses.drop(address)
 
     def take_portal_slot(self, remote: bytes) -> bool:
-        """Take one of the portal's places; False when the client's address has taken half of them already.
+        """Take one of the portal's slots; False if the client's address has half of them already.
 
-        :param remote: where the request comes from, as trusted proxies say.
+        :param remote: the client's address as reported by trusted proxies.
         """
         address = remote.decode("ascii")
         if self._portal_slots.of(address) >= self.settings.portal_share and not self.exempt(address):
@@ -166,7 +166,7 @@ class Registry:
         return True
 
     def free_portal_slot(self, remote: bytes) -> None:
-        """Give the place back."""
+        """Release the slot."""
         self._portal_slots.drop(remote.decode("ascii"))
 
     def remember_tunnel(self, end: Tunnel) -> None:
@@ -180,7 +180,7 @@ class Registry:
                 self.loop.call_soon(end.revoke)
 
     def forget_tunnel(self, end: Tunnel) -> None:
-        """A tunnel is gone."""
+        """A tunnel has ended."""
         self._tunnels.pop(end, None)
         end.agent.tunnels.pop(end, None)
         if end.session is not None:
@@ -188,7 +188,7 @@ class Registry:
         self.closed(end.address)
 
     def abort_soon(self, end: Tunnel) -> None:
-        """Abort a tunnel's client once it has had the time to take its Close frame."""
+        """Abort a tunnel's client after a time to read its Close frame."""
         self._closing.append((self.now + CLOSE_TIMEOUT, end))
 
     def bind(self, client: Client, session: Session) -> None:
@@ -221,7 +221,7 @@ class Registry:
     # Time.
 
     def turn(self) -> None:
-        """Turn the wheel, from now on."""
+        """Start the timer wheel."""
         self._timer = self.loop.call_later(_TICK, self.turn)
         now = self.now = boottime()
         self._ticks += 1
@@ -237,12 +237,12 @@ class Registry:
             self.each_second(now)
 
     def watch_writer(self, client: Client) -> None:
-        """Cut a client off that reads too slowly, unless it takes something before the time-out."""
+        """Abort a client that reads nothing before the time-out."""
         client.unsent = _unsent(client)
         client.deadline = self.now + self.settings.body_timeout
 
     def still_writing(self, client: Client) -> bool:
-        """Whether a slow client has taken something since the last check; if so, there will be another check."""
+        """Whether a slow client has read something since the last check; if so, another check follows."""
         unsent = _unsent(client)
         if unsent > client.unsent - LEAST_READ:
             return False
@@ -273,7 +273,7 @@ class Registry:
     # Stopping.
 
     def shut_tunnels(self) -> None:
-        """Tell all WebSockets that the server goes away."""
+        """Close all WebSockets: the server shuts down."""
         for end in list(self._tunnels):
             end.shut()
 

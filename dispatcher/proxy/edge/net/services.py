@@ -104,7 +104,7 @@ class Services(Registry):
             client.unreachable(agent)
 
     def log_invalid(self, agent: Agent, request_id: bytes, why: str) -> None:
-        """Log an answer that could not be passed on."""
+        """Log an answer that could not be forwarded."""
         self.counters.invalid += 1
         self._logger.warning(
             "invalid HTTP response", agent=agent.name or "portal", request=request_id.decode(), why=why
@@ -117,7 +117,7 @@ class Services(Registry):
         raise NotImplementedError
 
     def report_dead(self, agent: Agent) -> None:
-        """Tell the manager that nothing listens at the agent's endpoint."""
+        """Report to the manager that nothing listens at the agent's endpoint."""
         raise NotImplementedError
 
     def look_up(self, client: Waiting, digest: bytes) -> bool:
@@ -125,5 +125,5 @@ class Services(Registry):
         raise NotImplementedError
 
     def feed_lost_for_good(self) -> bool:
-        """Whether the manager has been away for longer than its last rows may be served."""
+        """Whether the feed has been lost for longer than `feed_grace`."""
         raise NotImplementedError

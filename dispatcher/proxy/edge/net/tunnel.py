@@ -16,7 +16,7 @@ from dispatcher.proxy.edge.routing.table import Agent, Session
 
 
 class End(asyncio.Protocol):
-    """One end; it passes on the bytes of its peer.
+    """One end; it forwards the bytes of its peer.
 
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
@@ -33,7 +33,7 @@ class End(asyncio.Protocol):
         self.eof = self.closing = self.lost = False
 
     def eof_received(self) -> bool:
-        """Pass a half-close on; after the second one the tunnel ends."""
+        """Forward a half-close; after the second one the tunnel ends."""
         self.eof = True
         other = self.other
         if self.closing or other.eof or other.lost or not other.transport.can_write_eof():
@@ -44,7 +44,7 @@ class End(asyncio.Protocol):
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """One side is gone, and so is the tunnel."""
+        """One side has closed; close the tunnel."""
         self.lost = True
         other = self.other
         if not other.lost:
@@ -54,7 +54,7 @@ class End(asyncio.Protocol):
                 other.transport.abort()
 
     def end(self) -> None:
-        """Close both sides, after the bytes that are on their way."""
+        """Close both sides after the buffered bytes."""
         for each in (self, self.other):
             if not each.lost:
                 each.transport.close()
@@ -81,7 +81,7 @@ class ClientEnd(End):
         self.address = address
 
     def data_received(self, data: bytes) -> None:
-        """Pass on the client's bytes; its data frames are use, its pings and pongs are not."""
+        """Forward the client's bytes; its data frames are use, its pings and pongs are not."""
         if self.closing:
             return
         agent = self.agent
@@ -133,7 +133,7 @@ class UpstreamEnd(End):
     __slots__ = ()
 
     def data_received(self, data: bytes) -> None:
-        """Pass on the agent's bytes; more than a trickle of them is use."""
+        """Forward the agent's bytes; above `TRICKLE` they are use."""
         if self.closing:
             return
         traffic = self.agent.traffic
@@ -157,7 +157,7 @@ class UpstreamEnd(End):
 
 
 def tunnel(client: ClientEnd, upstream: UpstreamEnd, head: bytes, first: bytes, early: bytes) -> None:
-    """Join two ends; who reads them stays as it was: a side that does not take bytes holds the other back.
+    """Join two ends.  Paused reading stays paused: a side that does not read holds the other back.
 
     :param head: the 101 for the client; :param first: bytes of the agent after it.
     :param early: bytes of the client before it had the answer.

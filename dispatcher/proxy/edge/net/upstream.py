@@ -60,7 +60,7 @@ class Receiver(Protocol):
 
 
 class Upstream(asyncio.Protocol):
-    """A connection, and the answer that comes over it.
+    """A connection, and the answer on it.
 
     :ivar generation: of the agent's endpoint when it was opened; :ivar since: when it became idle.
     :ivar client: the exchange that is served, which sets it together with `request` and `mode`.
@@ -113,7 +113,7 @@ class Upstream(asyncio.Protocol):
         self.used = self.write_paused = self.reading_paused = self.request_sent = False
 
     def abandon(self) -> None:
-        """Stop serving: the client is gone, or the exchange cannot go on."""
+        """Stop serving: the client has gone, or the exchange cannot continue."""
         self.client = None
         self.transport.abort()
 
@@ -185,7 +185,7 @@ class Upstream(asyncio.Protocol):
             client.upstream_invalid(error.why)
 
     def _informational(self, client: Receiver, response: Response, rest: bytes) -> None:
-        """Pass on 1xx (RFC 9110, 15.2): any number may come, but not endlessly."""
+        """Forward 1xx (RFC 9110, 15.2), up to a limit."""
         if response.status == 101:
             if not self.request.upgrade or not response.upgraded:
                 raise BadHead("101 without a request for it")
@@ -255,7 +255,7 @@ class Upstream(asyncio.Protocol):
             self.complete(not decoder.rest)
 
     def complete(self, reusable: bool) -> None:
-        """End the exchange: the answer has been passed on whole."""
+        """End the exchange: the whole answer has been forwarded."""
         client = self.client
         response = self.response
         if client is None or response is None:

@@ -11,7 +11,7 @@ import re
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.request import SAFE, SILENT, Request
 
-TRICKLE = 1024.0  # bytes per second of a flow that is no use
+TRICKLE = 1024.0  # bytes per second up to which a flow is not use
 _MAX_TARGETS = 128  # remembered for each agent
 _SLACK = 4.0  # a repetition up to that factor beyond the longest pause is still a poll: scripts back off
 _STEADY = 0.2  # pauses that differ by less than this share of them count as equal
@@ -33,7 +33,7 @@ class Traffic:
         self.bytes_out = 0
 
     def report(self, seconds: float, idle_sockets: int) -> dict[str, int] | None:
-        """Return what the feed's activity frame says of the agent, None for nothing; counting starts again."""
+        """Return the agent's entry in the feed's activity frame, None without activity; reset the counters."""
         if not (self.bytes_in or self.bytes_out or self.use or self.poll or self.stream or idle_sockets):
             return None  # most agents, most of the time
         stream = self.stream + (self.bulk if self.bulk > TRICKLE * max(seconds, 1.0) else 0)
@@ -50,7 +50,7 @@ class Traffic:
 
 
 class PollDetector:
-    """Recognises requests to one agent that are made by a script, not by hand."""
+    """Recognises requests to one agent that a script makes, not a person."""
 
     __slots__ = ("_changes", "_seen")
 
@@ -61,12 +61,12 @@ class PollDetector:
         self._changes: dict[bytes, list[float]] = {}
 
     def is_poll(self, request: Request, now: float) -> bool:
-        """Whether a request is a script's and not the person's; it is remembered.
+        """Whether a script made the request rather than a person; the request is recorded.
 
-        A navigation is the person's, and so is an unsafe method, unless a page's script sends it by a timer: an
-        open JupyterLab writes down its layout every ten seconds.  A GET of the same target for the third time,
-        after a pause that is not much longer than those before, is a poll; the same holds for a WebSocket that
-        is opened again and again.  Numbers in a query that only defeat caches make no new target.
+        A navigation is by a person, and so is an unsafe method, unless a page's script sends it on a timer: an
+        open JupyterLab saves its layout every ten seconds.  The third GET of the same target, after a pause that
+        is not much longer than those before, is a poll; the same holds for a WebSocket that is opened repeatedly.
+        Numbers in a query that only defeat caches do not make a new target.
         """
         traits = request.traits
         if not traits & SAFE:
@@ -97,7 +97,7 @@ class PollDetector:
         return longest >= 0.0 and pause <= max(longest, 1.0) * _SLACK
 
     def _by_timer(self, request: Request, now: float) -> bool:
-        """Whether a page's script sends this change at even pauses.  A program's changes are always use."""
+        """Whether a page's script sends this change at regular intervals.  A program's changes are always use."""
         mode = request.fields.get(headers.SEC_FETCH_MODE)
         if mode is None or mode == b"navigate":
             return False

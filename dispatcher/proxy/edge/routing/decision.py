@@ -11,7 +11,7 @@ from dispatcher.proxy.edge.routing.table import Agent
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """Pass the request on to an agent that runs; `poll`: it does not count as use."""
+    """Forward the request to a running agent; `poll`: it does not count as use."""
 
     agent: Agent
     poll: bool
@@ -46,12 +46,12 @@ class Redirect:
 
 @dataclass(frozen=True, slots=True)
 class Portal:
-    """Pass the request on to the portal, with its whole body."""
+    """Forward the request to the portal, with its whole body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Pass `request`, for the waiting page, on to the portal in place of the client's."""
+    """Forward `request`, for the waiting page, to the portal in place of the client's."""
 
     request: Request
 
@@ -73,7 +73,7 @@ class Wake:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Ask the manager for the session and decide again; do `otherwise` where it is known not to exist."""
+    """Ask the manager for the session and decide again; do `otherwise` if it is known not to exist."""
 
     digest: bytes
     otherwise: Refuse | Redirect

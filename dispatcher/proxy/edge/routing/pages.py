@@ -33,7 +33,7 @@ REASONS = {status.value: status.phrase.encode("ascii") for status in HTTPStatus}
 
 
 def head(status: int, lines: bytes, length: int | None, *, close: bool) -> bytes:
-    """Return the head of an own answer; `lines` are ended by CRLF each."""
+    """Return the head of the edge's own answer; each of `lines` ends with CRLF."""
     start = b"HTTP/1.1 %d %b\r\n" % (status, REASONS[status])
     framing = b"" if length is None else b"Content-Length: %d\r\n" % length
     return start + lines + framing + (b"Connection: close\r\n\r\n" if close else b"\r\n")
@@ -49,7 +49,7 @@ class Failure:
     """An error that the edge answers with, in place of an agent.
 
     :ivar status: HTTP status; :ivar title: what; :ivar detail: why; :ivar fix: what the reader can do.
-    :ivar retry_after: seconds, None when trying again makes no sense; :ivar extra: members of the document.
+    :ivar retry_after: seconds, None if a retry makes no sense; :ivar extra: members of the document.
     """
 
     status: int
@@ -66,7 +66,7 @@ def failure(
 ) -> bytes:
     """Return a failure's whole answer.
 
-    :param page: for a person; :param body: false for the answer to HEAD; :param link: HTML after `fix`.
+    :param page: for a browser; :param body: false for the answer to HEAD; :param link: HTML after `fix`.
     """
     if page:
         text = _PAGE.format(
@@ -182,7 +182,7 @@ PORTAL_AWAY = Failure(
 
 
 def bad_request(status: int, why: str) -> Failure:
-    """Return the failure for a head that is refused."""
+    """Return the failure for a refused head."""
     phrase = REASONS[status].decode("ascii")
     return Failure(
         status,
@@ -194,7 +194,7 @@ def bad_request(status: int, why: str) -> Failure:
 
 
 def not_running(agent: dict[str, Any]) -> Failure:
-    """Return the failure for a program that asks an agent which does not run; `agent` is `Agent.public`."""
+    """Return the failure for a program's request to an agent that is not running; `agent` is `Agent.public`."""
     state = agent["state"]
     texts = {
         "asleep": (

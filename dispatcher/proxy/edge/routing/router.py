@@ -38,7 +38,7 @@ _SLEEPY = frozenset({protocol.ASLEEP, protocol.STOPPING})
 
 
 class _Memory:
-    """What the router keeps for an agent: its requests so far, and the two decisions for while it runs."""
+    """The router's state for an agent: its requests so far, and the two decisions while it runs."""
 
     __slots__ = ("detector", "poll", "use")
 
@@ -56,7 +56,7 @@ def _memory(agent: Agent) -> _Memory:
 class Router:
     """The rules, over the tables of one worker.
 
-    Besides deciding it counts use: in the agents' rows, and as `used`, the sessions used since the last report.
+    It also counts use: in the agents' rows, and as `used`, the sessions used since the last report.
     """
 
     __slots__ = ("_prefix", "_settings", "_tables", "used")
@@ -74,7 +74,7 @@ class Router:
 
         :param session: a session that has not expired; :param now: on the clock of the tables.
         :param scheme: as the browser knows it.
-        :param digest: of a token that the manager may know, empty when there is none or it was looked up already.
+        :param digest: of a token that the manager may know, empty without one or after a lookup.
         """
         prefix = self._prefix
         target = request.target
@@ -124,7 +124,7 @@ class Router:
         return PORTAL
 
     def _to_events(self, request: Request, session: Session | None, digest: bytes) -> Decision:
-        """Answer for another's agent as for one that does not exist."""
+        """Give the same answer for another user's agent as for a missing one."""
         if session is None:
             refusal = Refuse(pages.BAD_SESSION)
             return Lookup(digest, refusal) if digest else refusal
@@ -141,7 +141,7 @@ class Router:
         return Events(agent)
 
     def _no_session(self, request: Request) -> Refuse | Redirect:
-        """Send people to sign in; tell programs."""
+        """Redirect browsers to the sign-in; answer 401 to programs."""
         settings = self._settings
         if request.upgrade or not request.navigation():
             link = f'<a href="{settings.prefix.decode()}/login">Sign in</a>' if request.wants_html() else ""
@@ -157,7 +157,7 @@ class Router:
         return Hold(agent, hold)
 
     def _instead(self, request: Request, agent: Agent) -> Page | Refuse:
-        """Answer for an agent that does not run."""
+        """Decide on a request to an agent that is not running."""
         if request.navigation() and not request.length:
             return Page(self._waiting_page(request, agent))
         return Refuse(pages.not_running(agent.public()))
@@ -196,14 +196,14 @@ class Router:
         return Hold(agent, 0)
 
     def unreachable(self, agent: Agent, *, held: bool) -> Hold | Refuse:
-        """Decide on a request whose agent does not take connections; it waits for the manager's check.
+        """Decide on a request whose agent does not accept connections; it waits for the manager's check.
 
         :param held: the request has been held before.
         """
         return Hold(agent, self._settings.hold) if self._may_hold(agent, held) else Refuse(pages.UNREACHABLE)
 
     def dropped(self, agent: Agent, *, held: bool) -> Hold | Refuse:
-        """Decide on a safe request that the agent took, twice, and dropped without an answer.
+        """Decide on a safe request that the agent accepted, twice, and dropped without an answer.
 
         A process that was killed accepts connections for some milliseconds, until the kernel has removed it: the
         request waits for that.
@@ -216,7 +216,7 @@ class Router:
         return not held and len(agent.waiting) < MAX_HELD and self._settings.hold > 0
 
     def waited(self, request: Request, agent: Agent, *, paused: bool) -> Page | Refuse:
-        """Decide on a request that has been held for as long as it may; `paused`: see `dropped`."""
+        """Decide on a request whose hold is over; `paused`: see `dropped`."""
         if agent.state == RUNNING:
             return Refuse(pages.GONE_AWAY if paused else pages.UNREACHABLE)
         return self._instead(request, agent)

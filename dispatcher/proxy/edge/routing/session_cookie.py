@@ -11,7 +11,7 @@ _TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
 
 
 class SessionCookie:
-    """The last Cookie field of a connection and its meaning: browsers send the same one again and again.
+    """The last Cookie field of a connection and its meaning: browsers send the same one repeatedly.
 
     :ivar field: the field's value; :ivar digest: SHA-256 of the token, empty without one.
     :ivar others: the field without the dispatcher's own cookies, for agents.
@@ -25,7 +25,7 @@ class SessionCookie:
         self.field = self.digest = self.others = b""
 
     def read(self, field: bytes) -> None:
-        """Take a Cookie field."""
+        """Read a Cookie field."""
         token, self.others = split_cookie(field, self._name)
         self.field = field
         if token != self._token:  # the other cookies change more often

@@ -39,13 +39,13 @@ class Settings:
 
     @property
     def handshakes(self) -> int:
-        """Connections whose handshake is under way: a quarter of all that may be."""
+        """Limit of connections with a handshake in progress: a quarter of all."""
         return max(16, self.connections // 4)
 
     def __init__(self, config: Config) -> None:
         """Derive them.
 
-        :raises ConfigError: `proxy.trusted_proxies` or `proxy.public_url` cannot be understood.
+        :raises ConfigError: `proxy.trusted_proxies` or `proxy.public_url` is not valid.
         """
         proxy = config.proxy
         self.body_timeout = proxy.body_timeout
@@ -81,7 +81,7 @@ class Settings:
 
 
 def _public(url: str, subdomain: bool) -> tuple[bytes, bytes]:
-    """Return the public host with its port, and the domain below which agents live, both lower case."""
+    """Return the public host with its port, and the parent domain of agents' hosts, both in lower case."""
     if not url:
         return b"", b""
     parts = urlsplit(url)

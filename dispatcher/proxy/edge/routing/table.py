@@ -19,8 +19,8 @@ _NO_AGENTS: tuple[str, ...] = ()
 class Agent:
     """One agent's row, and this worker's counters for it.
 
-    :ivar generation: rises whenever connections to the agent's endpoint must not be used any more.
-    :ivar idle: pooled upstream connections, the most recently used last; :ivar in_flight: requests under way.
+    :ivar generation: increases when connections to the agent's endpoint must no longer be used.
+    :ivar idle: pooled upstream connections, the most recently used last; :ivar in_flight: requests in progress.
     :ivar waiting: requests held until the agent runs; :ivar watchers: event streams of its state.
     """
 
@@ -76,7 +76,7 @@ class Agent:
         self.counters: Any = None
 
     def update(self, row: dict[str, Any]) -> bool:
-        """Take a row; return whether connections to the endpoint as it was must be dropped."""
+        """Update from a row; return whether connections to the old endpoint must be dropped."""
         state = row.get("state", "")
         endpoint = row.get("endpoint") or ""
         uid = row.get("uid")
@@ -118,7 +118,7 @@ class Session:
     """One session's row.
 
     :ivar digest: SHA-256 of the token, 32 bytes; :ivar expires: on the caller's clock, infinite without end.
-    :ivar target: the agent that requests go to, once it was looked up.
+    :ivar target: the agent of its requests, once it was looked up.
     :ivar connections: client connections that were last used with it, None while there is none.
     """
 
@@ -162,7 +162,7 @@ class Tables:
         self._tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def apply(self, message: dict[str, Any], now: float) -> Changes:
-        """Take a snapshot's part, a change or the answer to a lookup.
+        """Apply a part of a snapshot, a change or the answer to a lookup.
 
         :raises KeyError, TypeError, ValueError: an invalid row; the feed is then unusable.
         """
@@ -199,7 +199,7 @@ class Tables:
         return agent
 
     def clear(self, changes: Changes) -> None:
-        """Forget everything."""
+        """Remove all rows."""
         self._drop_sessions(list(self.sessions), changes)
         self._drop_agents(list(self.agents), changes)
 
