@@ -77,7 +77,7 @@ def test_upload_and_download(demo, person, tmp_path) -> None:
     expect(link).to_have_count(0)
 
 
-def test_an_app_sees_whom_it_serves_and_no_secret(demo, person) -> None:
+def test_an_app_sees_its_user_and_no_secret(demo, person) -> None:
     page = open_demo(demo, person, "alice")
     headers = page.evaluate("fetch('/about').then(r => r.json())")["headers"]
     fields = {name.lower(): value for name, value in headers}

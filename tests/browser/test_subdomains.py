@@ -51,7 +51,7 @@ def test_a_bookmark_of_the_app_leads_through_the_sign_in_and_back(site, person) 
     assert page.url == f"{host(site, 'bob')}/?view=all"
 
 
-def test_anothers_host_stays_closed(site, person) -> None:
+def test_another_users_host_is_refused(site, person) -> None:
     page = person()
     site.sign_in(page, "alice", "/auth/")
     answer = page.goto(f"{host(site, 'bob')}/about")

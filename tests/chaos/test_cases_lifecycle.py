@@ -107,7 +107,7 @@ def test_a_busy_app_that_answers_no_health_check_during_a_restart_is_kept(site, 
     assert site.app(cookie)
 
 
-def test_leftovers_of_a_crash_are_told_of_and_in_nobodys_way(site, user):
+def test_leftovers_of_a_crash_are_reported_and_do_not_prevent_a_start(site, user):
     name, cookie = user
     before = handles(site)[name]
     log = len(site.log("manager"))
@@ -128,7 +128,7 @@ def test_leftovers_of_a_crash_are_told_of_and_in_nobodys_way(site, user):
     assert "did not stop cleanly" not in site.log("manager")[log:]
 
 
-def test_stops_and_starts_at_once_end_as_the_last_one_wants_and_show_no_error(site, user):
+def test_stops_and_starts_at_once_end_with_the_last_command_and_show_no_error(site, user):
     name, cookie = user
     stop, answers = threading.Event(), []
 
@@ -168,7 +168,7 @@ LOOP = app("loop", "environment = {CASE_LAST_WORDS = 'no cheese is left <b>'}", 
 SLOW = app("slow", "environment = {CASE_SLOW_START = '30'}")
 
 
-def test_late_apps_looping_apps_and_apps_that_never_get_ready():
+def test_late_looping_and_never_ready_apps():
     """Nobody's request comes before the health check passes; what fails says why, and leads nobody in circles."""
     with Site(LATE + NEVER + LOOP + SLOW, extra='default_app = "late"', proxy='hold = "500ms"') as site:
         for name in ("late", "never", "loop", "slow"):
@@ -274,7 +274,7 @@ def test_old_tabs_polling_a_stopped_app_are_refused_cheaply_and_wake_nothing(sit
     assert site.state(name)["state"] == "stopped"
 
 
-def test_people_of_an_app_that_is_gone_can_be_stopped_and_removed_and_the_rest_goes_on():
+def test_agents_of_a_removed_app_can_be_stopped_and_removed_and_others_continue():
     with Site(app("old") + app("web", 'idle_timeout = "6s"'), extra='default_app = "web"') as site:
         site.add("alice")
         site.add("bob", "old")
@@ -296,7 +296,7 @@ def test_people_of_an_app_that_is_gone_can_be_stopped_and_removed_and_the_rest_g
         assert site.admin("DELETE", "/agents/bob?wait=20").status == 204
 
 
-def test_a_person_who_is_removed_while_the_app_starts_leaves_nothing(site):
+def test_a_user_removed_during_a_start_leaves_nothing(site):
     site.add("gone")
     cookie = site.login("gone")
     assert site.admin("DELETE", "/agents/gone?wait=20").status == 204
@@ -324,7 +324,7 @@ time.time, time.time_ns = Wrong(time.time, 1), Wrong(time.time_ns, 10**9)
 """
 
 
-def test_a_clock_that_jumps_stops_nobody_and_signs_nobody_out(short_tmp, monkeypatch):
+def test_a_clock_jump_stops_no_agent_and_ends_no_session(short_tmp, monkeypatch):
     """Both daemons see the wall clock go two hours ahead and back; idle times and lifetimes are shorter than that."""
     hours, seen = short_tmp / "hours", short_tmp / "seen"
     seen.mkdir()

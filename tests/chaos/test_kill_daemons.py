@@ -88,7 +88,7 @@ def test_nobody_new_gets_in_while_the_manager_is_dead_and_everybody_afterwards(s
     assert site.app(site.login(NAMES[0]))["pid"]
 
 
-def test_a_killed_agent_says_so_at_once_and_comes_back(site):
+def test_a_killed_agent_is_reported_at_once_and_restarts(site):
     cookie = site.login(NAMES[2])
     pid = site.app(cookie)["pid"]
     site.web("GET", "/exit", Cookie=cookie)

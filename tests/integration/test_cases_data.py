@@ -59,7 +59,7 @@ def test_a_large_download_leaves_memory_flat(site, alice):
     assert most - before < FLAT
 
 
-def test_an_endless_body_for_head_is_nobodys(site, alice):
+def test_an_endless_body_for_head_reaches_no_client(site, alice):
     before = site.memory()
     with site.connect() as sock:
         sock.sendall(site.head("/download/100000000000", alice, method="HEAD"))
@@ -163,7 +163,7 @@ def test_a_stream_comes_as_it_is_made_and_a_silent_socket_stays(site, alice):
         assert sock.recv(100) == b"\x81\x0bstill there"
 
 
-def test_clients_that_reset_in_the_middle_harm_nobody(site, alice):
+def test_clients_that_reset_in_the_middle_affect_no_other_client(site, alice):
     import socket
     import struct
 

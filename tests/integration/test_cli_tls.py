@@ -86,7 +86,7 @@ def test_another_fingerprint_is_refused_with_both(run, fingerprint):
     assert fingerprint.replace(":", "").lower() in done.stderr
 
 
-def test_k_goes_on_and_says_what_it_skips(run):
+def test_k_continues_and_reports_what_it_skips(run):
     done = run("-k", "list")
     assert done.returncode == 0
     assert "-k: the manager's certificate is not checked" in done.stderr

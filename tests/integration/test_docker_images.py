@@ -202,7 +202,7 @@ def test_a_fresh_manager_notices_the_new_image_too(world, registry, image):
         other.provider.close()
 
 
-def test_a_slow_pull_delays_nobody_and_can_be_cancelled(world, registry):
+def test_a_slow_pull_delays_no_other_app_and_can_be_cancelled(world, registry):
     reference = fresh_layer(registry, "team/slow:1")
     registry.seconds = 30
     spec = world.make("slow", options={"image": reference, **COMMAND})

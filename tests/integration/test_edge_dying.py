@@ -119,7 +119,7 @@ def test_a_repeated_body_is_kept_while_the_agent_comes_back():
         other.close()
 
 
-def test_an_answer_that_comes_unasked_is_not_the_next_one():
+def test_an_unsolicited_answer_is_not_used_for_the_next_request():
     said = threading.Event()
 
     def script(connection: Connection) -> None:

@@ -72,7 +72,7 @@ SPOOFED = [
 
 
 @pytest.mark.parametrize("line", SPOOFED, ids=[line.partition(b":")[0].decode() for line in SPOOFED])
-def test_what_a_client_says_of_itself_is_dropped(edge, line):
+def test_identity_headers_of_a_client_are_dropped(edge, line):
     body = edge.get("/", line).body
     name, _, value = line.partition(b"\r\n")[0].partition(b": ")
     assert b"\r\n" + line.rpartition(b"\r\n")[2] + b"\r\n" not in body
@@ -80,7 +80,7 @@ def test_what_a_client_says_of_itself_is_dropped(edge, line):
     assert b"evil" not in body and b"6.6.6.6" not in body and b"root" not in body
 
 
-def test_connection_cannot_name_away_what_the_edge_adds(edge):
+def test_connection_cannot_remove_headers_of_the_edge(edge):
     body = edge.get("/", b"Connection: X-Forwarded-For, X-Dispatcher-User, Host, close").body
     assert b"X-Forwarded-For: 127.0.0.1" in body
     assert b"X-Dispatcher-User: alice" in body

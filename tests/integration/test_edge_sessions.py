@@ -139,7 +139,7 @@ def test_requests_held_for_one_agent_are_bounded():
             sock.close()
 
 
-def test_old_tabs_do_not_wake_an_agent_for_ever():
+def test_old_tabs_do_not_wake_an_agent():
     with Edge(agent_state="asleep", hold=0.2) as edge:
         poll = [b"Sec-Fetch-Mode: cors", b"Sec-Fetch-Dest: empty"]
         for _ in range(2):

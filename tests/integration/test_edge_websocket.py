@@ -137,7 +137,7 @@ def test_a_message_of_100_mb(library):
     talk(library, conversation, compression=None)
 
 
-def test_no_session_no_websocket(library):
+def test_a_websocket_without_a_session_is_refused(library):
     for cookie in ("dispatcher=nonsense-that-is-long-enough", ""):
         with pytest.raises(websockets.exceptions.InvalidStatus) as caught:
 

@@ -198,7 +198,7 @@ def test_systemd_is_told(place, short_tmp):
         assert sock.recv(100) == b"STOPPING=1"
 
 
-def test_a_state_directory_that_cannot_be_is_said_in_one_line(place):
+def test_an_unusable_state_directory_is_reported_in_one_line(place):
     (place.base / "state").write_text("in the way")
     ended = subprocess.run(
         [sys.executable, "-m", "dispatcher", "--config", str(place.config), "manager"],

@@ -152,7 +152,7 @@ def test_a_certificate_of_an_unknown_authority_is_refused(signed, tmp_path):
         assert "fingerprint" in caught.value.fix
 
 
-def test_the_token_is_not_sent_to_whom_is_not_believed(short_tmp, authority, tmp_path):
+def test_the_token_is_not_sent_to_an_untrusted_server(short_tmp, authority, tmp_path):
     """A thief in the middle hears nothing but a handshake."""
     certificate, key = Authority(tmp_path, "thief").issue("thief", ["127.0.0.1"])
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -302,7 +302,7 @@ def encrypted(port):
 
 
 @pytest.mark.parametrize("stage", ["handshake", "head", "body"])
-def test_strangers_that_send_byte_by_byte_hold_no_thread_for_ever(short_tmp, monkeypatch, tokens, stage):
+def test_slow_unauthenticated_clients_do_not_hold_threads(short_tmp, monkeypatch, tokens, stage):
     monkeypatch.setattr(server, "PATIENCE", 1.0)
     tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens), "threads": 2}}
     with manager_in(short_tmp, monkeypatch, **tables) as manager:

@@ -377,7 +377,7 @@ def as_user(uid, gid, work):
 
 @pytest.mark.root
 @pytest.mark.parametrize("which", ["manager_socket", "proxy_socket"])
-def test_other_users_cannot_connect_and_are_refused_if_they_could(manager, which):
+def test_other_users_cannot_connect_and_are_refused_by_the_second_check(manager, which):
     path = getattr(manager.paths, which)
 
     def ask():

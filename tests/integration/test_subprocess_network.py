@@ -53,7 +53,7 @@ def test_a_port_is_told_once_the_agent_listens_there(world):
     assert observe(world.provider(), handle).endpoint == seen.endpoint, "a fresh manager finds it too"
 
 
-def test_a_stolen_port_is_nobodys(world):
+def test_a_stolen_port_is_not_used(world):
     """Somebody else listens on the agent's port: the endpoint is withheld, and the reason told."""
     provider = world.provider()
     program = "import sys, time\nprint('port', sys.argv[1], flush=True)\ntime.sleep(60)\n"

@@ -90,7 +90,7 @@ CLAIMS = [
 
 
 @pytest.mark.parametrize("claim", [*CLAIMS, "all of them"])
-def test_an_app_hears_from_the_edge_alone_whom_it_serves(site, alice, claim):
+def test_the_app_gets_identity_headers_from_the_edge_only(site, alice, claim):
     claims = CLAIMS if claim == "all of them" else [claim]
     with site.open("/", alice, *claims, "Connection: close, X-Dispatcher-User, X-Forwarded-For") as sock:
         text = b""
@@ -194,7 +194,7 @@ def _ends(site, how, seconds):
         site.admin("DELETE", "/agents/carol?wait=20")
 
 
-def test_another_persons_app_is_like_one_that_never_was(site, alice, bob):
+def test_another_users_app_looks_like_a_missing_one(site, alice, bob):
     before = len(seen(site, bob))
 
     def answers(name):
@@ -299,7 +299,7 @@ def test_the_manager_listens_on_no_port(site):
     [{"image": "evil"}, {"command": ["sh"]}, {"mounts": ["/"]}, {"admin": True}, {"user": "bob"}, {"app": "other"},
      {"environment": {"LD_PRELOAD": "x"}}, {"state": "running"}, {"agent": ["alice", "bob"]}, {"agent": "alice\0"}],
 )  # fmt: skip
-def test_the_template_decides_whatever_is_asked_for(site, alice, extra):
+def test_the_apps_configuration_decides_for_any_request(site, alice, extra):
     before = site.admin("GET", "/agents/alice/runtime").json()
     answer = site.post("/auth/agents", {"agent": "alice", "action": "start", **extra}, alice)
     assert answer.status in {202, 400, 404}
@@ -376,7 +376,7 @@ def test_no_password_and_no_token_shows_in_any_process():
 # Many, and slow.
 
 
-def test_two_hundred_sign_ins_at_once_harm_nobody_who_is_signed_in(site, alice):
+def test_two_hundred_sign_ins_at_once_do_not_affect_signed_in_users(site, alice):
     for number in range(6):
         site.add(f"crowd{number}")
     memory = site.memory() + psutil.Process(site.processes["manager"].pid).memory_info().rss
@@ -411,7 +411,7 @@ def test_two_hundred_sign_ins_at_once_harm_nobody_who_is_signed_in(site, alice):
             site.admin("DELETE", f"/agents/crowd{number}?wait=20")
 
 
-def test_slow_clients_cost_little_and_harm_nobody(site, alice):
+def test_slow_clients_cost_little_and_affect_no_other_client(site, alice):
     """Heads and bodies at a few bytes a second, and readers that stopped."""
     before, descriptors = site.memory(), site.descriptors()
     heads = [site.connect() for _ in range(60)]
@@ -438,7 +438,7 @@ def test_slow_clients_cost_little_and_harm_nobody(site, alice):
 # Names and data.
 
 
-def test_names_that_look_alike_are_different_people():
+def test_similar_names_are_different_users():
     with Site(app("c") + app("b-c"), extra='default_app = "c"') as site:
         names = ["a-b", "a", "user-x", "user_2dx", "abc@def.com", "zoë"]
         for name in names:
@@ -478,7 +478,7 @@ def test_names_that_look_alike_are_different_people():
         assert all(site.app(cookie, "/files")["files"] == ["whose"] for cookie in cookies.values())
 
 
-def test_somebody_new_of_an_old_name_finds_nothing_of_the_old(site):
+def test_a_new_user_with_an_old_name_gets_no_old_data(site):
     site.add("dave")
     old = site.login("dave")
     first = site.app(old, "/write/diary?private")

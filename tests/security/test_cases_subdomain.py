@@ -145,7 +145,7 @@ def test_no_other_protocol_is_switched_to(site, alice, token):
             assert b"http2-settings" not in body
 
 
-def test_a_link_that_carries_a_sign_in_over_is_worth_nothing_to_somebody_else(site):
+def test_a_hand_over_link_is_not_valid_for_another_browser(site):
     victim, attacker = Person(site, "alice"), Person(site, "bob")
     link = attacker.link()
     answer = victim.open(link)  # nobody is signed in as the attacker

@@ -309,7 +309,7 @@ def endless(connection: Connection) -> None:
         connection.send(PIECE)
 
 
-def test_readers_that_stop_cost_little_memory_and_harm_nobody():
+def test_readers_that_stop_cost_little_memory_and_affect_no_other_client():
     with Edge(endless, body_timeout=2.5) as edge:
         gc.collect()
         before = psutil.Process().memory_info().rss

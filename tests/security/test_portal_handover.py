@@ -71,7 +71,7 @@ def test_a_person_who_is_not_signs_in_on_the_way(portal) -> None:
     assert (page.status, page.location) == (303, "/lab")
 
 
-def test_a_link_that_somebody_else_was_sent_is_worth_nothing(portal) -> None:
+def test_a_link_sent_to_another_person_is_not_valid(portal) -> None:
     app, manager = portal
     attacker, victim = Person(app), Person(app)
     attacker.sign_in("bob", "battery staple")

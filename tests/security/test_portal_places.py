@@ -31,7 +31,7 @@ def sized(length: int, *lines: bytes) -> bytes:
     return POST + b"".join(line + b"\r\n" for line in lines) + b"Content-Length: %d\r\n\r\n" % length
 
 
-def test_slow_senders_keep_nobody_from_signing_in() -> None:
+def test_slow_senders_do_not_prevent_sign_ins() -> None:
     """With the real portal and manager: more bodies that do not end than there are places."""
     with Site(proxy=f"in_flight_per_agent = {PLACES}") as site, contextlib.ExitStack() as stack:
         site.add("alice")

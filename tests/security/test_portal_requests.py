@@ -81,7 +81,7 @@ class TestOpenRedirect:
         assert page.location == "/"
 
     @pytest.mark.parametrize("target", EVIL)
-    def test_so_does_every_other_way(self, portal, target: str) -> None:
+    def test_other_redirects_stay_on_the_own_origin(self, portal, target: str) -> None:
         app, manager = portal
         browser = Browser(app)
         shown = browser.client.get("/auth/login", query_string={"next": target}, headers=browser.headers("GET"))
@@ -202,7 +202,7 @@ class TestForgery:
         assert not manager.rows
 
     @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
-    def test_json_in_disguise(self, portal, kind: str) -> None:
+    def test_json_with_a_forms_content_type(self, portal, kind: str) -> None:
         """What another site's page may send without asking is never read as JSON."""
         app, manager = portal
         response = app.test_client().post(
@@ -214,7 +214,7 @@ class TestForgery:
         assert not manager.rows
 
     @pytest.mark.parametrize("method", ["GET", "HEAD"])
-    def test_nothing_changes_by_looking(self, portal, method: str) -> None:
+    def test_get_changes_nothing(self, portal, method: str) -> None:
         app, manager = portal
         browser = Browser(app)
         browser.sign_in()
@@ -344,7 +344,7 @@ class TestSessions:
         tossed.set_cookie("dispatcher", token)
         assert tossed.get("/auth/").status == 303
 
-    def test_anothers_agent_is_missing_like_one_that_never_was(self, portal) -> None:
+    def test_another_users_agent_looks_like_a_missing_one(self, portal) -> None:
         app, manager = portal
         browser = Browser(app)
         browser.sign_in()
@@ -360,7 +360,7 @@ class TestSessions:
         assert {status for status, _ in answers[0]} == {404}
         assert manager.agents["bob"]["state"] == "running"
 
-    def test_anothers_session_cannot_be_ended(self, portal) -> None:
+    def test_another_users_session_cannot_be_ended(self, portal) -> None:
         app, manager = portal
         alice, bob = Browser(app), Browser(app)
         alice.sign_in()
@@ -370,7 +370,7 @@ class TestSessions:
         assert page.status == 404
         assert digest(bob.cookie()) in manager.rows
 
-    def test_the_clients_word_about_its_address_is_the_edges_alone(self, portal) -> None:
+    def test_only_the_edge_states_the_clients_address(self, portal) -> None:
         """The edge replaces X-Forwarded-For; of a list the last entry is the edge's."""
         app, manager = portal
         headers = {"X-Forwarded-For": "203.0.113.9, 192.0.2.1"}
@@ -392,7 +392,7 @@ HOSTILE = [
 
 class TestInjection:
     @pytest.mark.parametrize("text", HOSTILE)
-    def test_everything_that_others_say_is_text(self, text: str) -> None:
+    def test_foreign_text_is_escaped(self, text: str) -> None:
         manager = Manager(**{"alice": "correct horse"})
         manager.agents["alice"] |= {
             "state": "failed", "stage": text, "detail": text,
@@ -427,7 +427,7 @@ class TestInjection:
             for tag in re.findall(r"<[^>]*>", source):
                 assert not re.search(r"\son\w+=", re.sub(r'"[^"]*"', "", tag)), tag
 
-    def test_a_notice_in_the_address_is_not_believed(self, portal) -> None:
+    def test_a_notice_in_the_url_is_ignored(self, portal) -> None:
         app, _ = portal
         page = Browser(app).get("/auth/login?notice=Your+account+is+blocked,+call+us")
         assert "blocked" not in page.source

@@ -109,7 +109,7 @@ def test_a_list_of_nonsense_changes_nothing(world, nonsense):
 
 
 @pytest.mark.parametrize("method", ["ensure", "observe", "prepare"])
-def test_a_start_that_hangs_holds_up_nobody_else(world, hasty, method):
+def test_a_start_that_hangs_does_not_delay_other_agents(world, hasty, method):
     world.data["manager"]["provider_threads"] = 1
     world.app(start_timeout=0.3, prepare_timeout=0.3)
     supervisor = world.supervisor()
@@ -132,7 +132,7 @@ def test_a_start_that_hangs_holds_up_nobody_else(world, hasty, method):
 
 
 @pytest.mark.parametrize(("method", "wish"), [("stop", "stopped"), ("suspend", "suspended"), ("stop", "absent")])
-def test_an_end_that_hangs_holds_up_nobody_else(world, hasty, method, wish):
+def test_a_stop_that_hangs_does_not_delay_other_agents(world, hasty, method, wish):
     world.data["manager"]["provider_threads"] = 1
     supervisor = world.supervisor()
     running(supervisor)

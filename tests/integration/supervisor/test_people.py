@@ -149,7 +149,7 @@ def test_add_after_remove_has_none_of_the_old_data(supervisor):
         assert supervisor.queries.runtime("alice")["uid"] != first
 
 
-def test_kept_data_comes_back_to_the_same_name_only_and_it_is_said(supervisor):
+def test_kept_data_returns_to_the_same_name_only_and_is_reported(supervisor):
     running(supervisor)
     (supervisor.data.data_dir("alice") / "note").write_text("kept")
     uid = supervisor.queries.runtime("alice")["uid"]

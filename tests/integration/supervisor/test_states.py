@@ -144,7 +144,7 @@ def test_stop_and_start_at_once(world, supervisor):
     assert world.container(supervisor).state == "running"
 
 
-def test_a_storm_of_wishes_ends_with_the_last_one(world, supervisor):
+def test_many_commands_end_with_the_last_one(world, supervisor):
     running(supervisor)
     for state in ("stopped", "running", "suspended", "running", "stopped", "running") * 5:
         try:
@@ -158,7 +158,7 @@ def test_a_storm_of_wishes_ends_with_the_last_one(world, supervisor):
     until(lambda: world.container(supervisor).state == "exited")
 
 
-def test_wishes_from_many_threads(world, supervisor):
+def test_commands_from_many_threads(world, supervisor):
     names = [f"user{number}" for number in range(10)]
     for name in names:
         supervisor.commands.create(name, app=None, password_hash="h")

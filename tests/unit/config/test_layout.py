@@ -15,7 +15,7 @@ def paths(run_dir="/run/dispatcher", state_dir="/var/lib/dispatcher"):
 
 
 @pytest.mark.parametrize("agent", HARD)
-def test_whatever_an_agent_is_called_its_paths_stay_inside(agent):
+def test_paths_of_an_agent_stay_inside_for_any_name(agent):
     found = paths()
     for path, parent in (
         (found.endpoint_dir(agent), found.run_dir / "a"),

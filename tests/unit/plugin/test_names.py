@@ -51,7 +51,7 @@ def test_illegal_names_are_refused_with_a_reason_and_what_to_do(raw):
 
 
 @given(st.text(max_size=300))
-def test_no_text_gets_past_as_something_dangerous(raw):
+def test_dangerous_names_are_refused_or_encoded(raw):
     try:
         name = names.user_name(raw)
     except BadRequest as error:

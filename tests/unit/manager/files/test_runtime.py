@@ -109,14 +109,14 @@ def test_the_lock_is_held_by_one_and_says_by_whom(tmp_path):
     assert (tmp_path / "manager.lock").read_text() == ""
 
 
-def test_what_a_crash_left_is_taken_over(tmp_path):
+def test_leftovers_of_a_crash_are_reused(tmp_path):
     (tmp_path / "manager.lock").write_text("4711")
     lock = Lock(tmp_path)
     assert (tmp_path / "manager.lock").read_text() == str(os.getpid())
     lock.close()
 
 
-def test_a_lock_that_cannot_be_is_said(tmp_path):
+def test_a_lock_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "manager.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(Unavailable) as caught:
         Lock(tmp_path)

@@ -187,7 +187,7 @@ def test_delete_of_the_last_agent_ends_the_sessions_at_once_and_lets_nobody_in(s
     assert slow.login().status_code == 403
 
 
-def test_somebody_new_of_an_old_name_does_not_find_old_sessions(parts):
+def test_a_new_user_with_an_old_name_gets_no_old_sessions(parts):
     session = parts.login().json["session"]["sha256"]
     parts.supervisor.vanish("alice")  # without our being told in time
     parts.add("alice", "another password")

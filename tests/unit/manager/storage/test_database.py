@@ -62,7 +62,7 @@ def test_a_file_that_is_no_database_stays_as_it_is(tmp_path):
     assert path.read_bytes() == before
 
 
-def test_what_cannot_be_opened_is_named(tmp_path):
+def test_the_error_names_a_database_that_cannot_be_opened(tmp_path):
     (tmp_path / "x.db").mkdir()
     with pytest.raises((Unavailable, ConfigError)) as caught:
         opened(f"sqlite:///{tmp_path}/x.db")
@@ -165,7 +165,7 @@ def test_a_lock_of_another_program_is_waited_for_then_said(tmp_path, monkeypatch
     database.close()
 
 
-def test_a_full_disk_is_said_and_what_was_written_stays(tmp_path):
+def test_a_full_disk_is_reported_and_written_data_stays(tmp_path):
     database = Database(f"sqlite:///{tmp_path}/x.db")
     database.open()
     database.set_meta("before", "kept")

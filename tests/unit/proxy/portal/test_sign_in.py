@@ -71,7 +71,7 @@ class TestSignIn:
         assert "oops" not in page.source
         assert browser.cookie() is None
 
-    def test_unknown_impossible_and_wrong_look_alike(self, portal) -> None:
+    def test_unknown_impossible_and_wrong_get_the_same_answer(self, portal) -> None:
         app, _ = portal
         pages = []
         for user in ("alice", "nobody", "\0"):

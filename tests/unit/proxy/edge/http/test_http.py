@@ -221,7 +221,7 @@ STARTS = st.sampled_from(
 
 @settings(max_examples=300 * LONGER, deadline=None)
 @given(STARTS, st.lists(LINES, max_size=6), st.booleans())
-def test_whatever_is_accepted_is_understood_alike_by_h11(start, lines, with_host):
+def test_h11_parses_accepted_heads_in_the_same_way(start, lines, with_host):
     if with_host:
         lines = [b"Host: app.test", *lines]
     head = b"\r\n".join([start, *lines]) + b"\r\n\r\n"
