@@ -104,7 +104,7 @@ class Transport:
         and a loopback address.
     :param token: authenticates the caller over TCP.
     :param verify: False accepts any certificate (``-k``): the connection is encrypted and not authenticated.
-    :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, whoever signed it.
+    :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, with any issuer.
     :param ca_file: PEM file of the certificates to trust instead of the system's.
     :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
     :param patience: seconds to wait for a manager that is starting on this machine.

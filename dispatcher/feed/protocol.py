@@ -48,7 +48,7 @@ _decode_json = json.JSONDecoder().decode
 
 
 class FrameError(ValueError):
-    """The other side sent what is no frame; the connection is of no more use."""
+    """The other side sent an invalid frame; the connection must be closed."""
 
 
 def encode(message: Message) -> bytes:

@@ -128,7 +128,7 @@ class Provider(ABC):
 
     @abstractmethod
     def handle(self, spec: AgentSpec) -> Handle:
-        """Return the handle that an agent of this spec has or will have, without asking the backend.
+        """Return the handle that an agent of this spec has or will have, without a call to the backend.
 
         `observe`, `stop`, `destroy` and `import_data` work with it before the agent exists.
         """

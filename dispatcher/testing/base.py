@@ -68,7 +68,7 @@ class Contract:
     def app_options(self) -> Mapping[str, Any]:
         """Return ``[apps.X.NAME]`` that runs the probe (`PROBE`).  Must be overridden.
 
-        Every agent of it must start the probe, its endpoint being the one that `observe` tells.
+        Every agent of it must start the probe on the endpoint that `observe` returns.
         """
         self._must("app_options()")
 

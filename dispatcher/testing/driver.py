@@ -203,19 +203,19 @@ def _check_observation(method: str, seen: Any) -> None:
 class Steps:
     """A `Progress` that records its steps, and calls `then` at the call number `at` (1 is the first).
 
-    :ivar told: the steps so far.
+    :ivar reported: the steps so far.
     """
 
     def __init__(self, at: int = 0, then: Callable[[], None] | None = None) -> None:
         self.at, self.then = at, then
-        self.told: list[str] = []
+        self.reported: list[str] = []
 
     def __call__(self, step: str, detail: str = "", fraction: float | None = None) -> None:
         """Record a step."""
         expect(isinstance(step, str) and step, f"progress was called with the step {step!r}: a word or two")
         expect(fraction is None or 0 <= fraction <= 1, f"progress got the fraction {fraction!r}: 0 to 1 or None")
-        self.told.append(step)
-        if self.then and len(self.told) == self.at:
+        self.reported.append(step)
+        if self.then and len(self.reported) == self.at:
             self.then()
 
 

@@ -65,10 +65,10 @@ _STATES = {
 }
 
 
-def contained(needed: Capability | None = None, *, asks: bool = True) -> Callable[[_F], _F]:
-    """Wrap a contract method: check the capability, inject faults, ask the backend, translate its errors.
+def contained(needed: Capability | None = None, *, calls: bool = True) -> Callable[[_F], _F]:
+    """Wrap a contract method: check the capability, inject faults, call the backend, translate its errors.
 
-    :param needed: the capability that it needs; :param asks: whether it makes a round trip to the backend.
+    :param needed: the capability that it needs; :param calls: whether it makes a round trip to the backend.
     """
 
     def wrap(method: _F) -> _F:
@@ -78,8 +78,8 @@ def contained(needed: Capability | None = None, *, asks: bool = True) -> Callabl
                 self.need(needed)
             agent = getattr(arguments[0], "agent", "") if arguments else ""
             with self.call(method.__name__, agent, deadline, named.get("progress", no_progress)) as done:
-                if asks:
-                    self.backend.ask(deadline)
+                if calls:
+                    self.backend.round_trip(deadline)
                 return done(method(self, *arguments, deadline=deadline, **named))
 
         return cast("_F", wrapped)
@@ -161,7 +161,7 @@ class FakeProvider(Provider):
         container = self.container(spec, handle)
         try:
             progress("creating")
-            self.backend.ask(deadline)
+            self.backend.round_trip(deadline)
             with self.backend.lock:
                 self.backend.containers[handle.name] = container
             container.app.run()
@@ -282,7 +282,7 @@ class FakeProvider(Provider):
         known.app.awake.set()
         known.state = "running"
 
-    @contained(Capability.LOGS, asks=False)
+    @contained(Capability.LOGS, calls=False)
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         known = self.backend.containers.get(handle.name)
         lines = list(known.log) if known else []

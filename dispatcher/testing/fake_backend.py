@@ -110,7 +110,7 @@ class FakeBackend:
         """Make the next `times` calls (None: all) of a contract method go wrong.
 
         :param agent: only for this agent; :param delay: seconds to wait first, telling progress;
-        :param hang: wait until `release`, whatever the deadline; :param error: raise it as it is;
+        :param hang: wait until `release`, beyond any deadline; :param error: raise it as it is;
         :param result: return this nonsense; :param after: only once the method has done its work.
         """
         with self.lock:
@@ -181,7 +181,7 @@ class FakeBackend:
         """Whether `fault` gave a result."""
         return result is not _UNSET
 
-    def ask(self, deadline: Deadline) -> None:
+    def round_trip(self, deadline: Deadline) -> None:
         """Simulate one round trip."""
         if self.down:
             raise EngineDown("connection refused")

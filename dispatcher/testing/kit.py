@@ -57,7 +57,7 @@ class Settings:
 
 
 class Kit:
-    """Makes specs and agents for the checks of one class, and removes whatever is left."""
+    """Creates specs and agents for the checks of one class, and removes what is left."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings

@@ -56,11 +56,11 @@ def examine(backend: Backend, options: Options, *, privileged: bool, deadline: D
     :raises Unavailable: it does not answer; :raises ProviderError: it is not usable, with the remedy.
     """
 
-    def ask(connection: libvirt.virConnect) -> tuple[int, str]:
+    def query(connection: libvirt.virConnect) -> tuple[int, str]:
         # Not getCapabilities: that examines every emulator of the host, which may take seconds.
         return connection.getLibVersion(), connection.getInfo()[0]
 
-    version, arch = backend.call(ask, what="querying libvirt's capabilities", deadline=deadline)
+    version, arch = backend.call(query, what="querying libvirt's capabilities", deadline=deadline)
     if version < _OLDEST:
         raise ProviderError(
             f"libvirt {version // 1_000_000}.{version // 1000 % 1000} is too old", fix="use libvirt 7.0 or later"
@@ -91,7 +91,7 @@ def examine(backend: Backend, options: Options, *, privileged: bool, deadline: D
 def _emulator(backend: Backend, arch: str, kind: str, deadline: Deadline) -> str:
     """Return the path of the emulator for domains of a type, "" where libvirt offers none."""
 
-    def ask(connection: libvirt.virConnect) -> str:
+    def query(connection: libvirt.virConnect) -> str:
         try:
             text = connection.getDomainCapabilities(None, arch, None, kind)
         except libvirt.libvirtError as error:
@@ -100,7 +100,7 @@ def _emulator(backend: Backend, arch: str, kind: str, deadline: Deadline) -> str
             return ""
         return parse_xml(text).findtext("path") or ""
 
-    return backend.call(ask, what="querying libvirt's emulators", deadline=deadline)
+    return backend.call(query, what="querying libvirt's emulators", deadline=deadline)
 
 
 def _kvm_problem(options: Options, backend: Backend, arch: str, deadline: Deadline, *, local: bool) -> str:

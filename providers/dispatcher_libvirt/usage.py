@@ -19,11 +19,11 @@ def usage(backend: Backend, names: Iterable[str], deadline: Deadline) -> Mapping
     """Return the usage of running domains by name."""
     wanted = set(names)
 
-    def ask(connection: libvirt.virConnect) -> dict[str, Usage]:
+    def query(connection: libvirt.virConnect) -> dict[str, Usage]:
         stats = ((domain.name(), values) for domain, values in connection.getAllDomainStats(_KINDS, _FLAGS))
         return {name: _usage(values) for name, values in stats if name in wanted}
 
-    return backend.call(ask, what="reading machines' usage", deadline=deadline) if wanted else {}
+    return backend.call(query, what="reading machines' usage", deadline=deadline) if wanted else {}
 
 
 def _usage(stats: Mapping[str, Any]) -> Usage:

@@ -281,14 +281,14 @@ def test_built_from_a_directory_and_again_only_when_it_changed(world, context):
     steps = Steps()
     spec = world.make("built", options=options)
     world.driver.prepare(spec.app, progress=steps)
-    assert "building the image" in steps.told
+    assert "building the image" in steps.reported
     agent = world.run("built", options=options)
     assert agent.inside.read("/note") == b"first\n"
     assert agent.inside.read("/words") == b"hello\n"
     steps = Steps()
     began = time.monotonic()
     world.driver.prepare(spec.app, progress=steps)
-    assert "building the image" not in steps.told
+    assert "building the image" not in steps.reported
     assert time.monotonic() - began < 1
     (context / "note").write_text("second, longer\n")
     world.driver.prepare(spec.app)

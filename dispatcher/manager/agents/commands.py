@@ -31,7 +31,7 @@ _log = logging.getLogger("dispatcher.manager")
 
 
 def desired_state(text: str) -> Desired:
-    """Return the desired state that a person may ask for by this word.
+    """Return the desired state for a word in a user's command.
 
     :raises BadRequest: it is none of them.
     """

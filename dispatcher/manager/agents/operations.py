@@ -314,7 +314,7 @@ class Operations:
         return change
 
     def _stop_remains(self, agent: Agent, operation: Operation) -> Observation | None:
-        """Stop whatever a failed start left running; return how the agent is then, None if that failed."""
+        """Stop the remains of a failed start; return the observation afterwards, None if that failed."""
         registry, handle = self._registry, agent.handle
         if handle is None:
             return None

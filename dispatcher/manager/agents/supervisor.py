@@ -140,7 +140,7 @@ class Supervisor:
         return {app.provider for app in config.apps.values()} | set(config.providers) | self.store.providers()
 
     def _recover(self, row: AgentRow, *, host_restarted: bool) -> None:
-        """Take over an agent from an earlier manager; an interrupted operation is decided anew."""
+        """Take over an agent from an earlier manager; an interrupted operation begins again if still needed."""
         registry = self.registry
         if row.operation is not None:
             _log.warning(

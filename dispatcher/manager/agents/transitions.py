@@ -150,7 +150,7 @@ def _after_death(
 
 
 def is_final(error: DispatcherError) -> bool:
-    """Whether a retry cannot help until somebody changes something."""
+    """Whether a retry cannot succeed without a change."""
     return isinstance(error, (BadRequest, Unsupported, Conflict))
 
 

@@ -22,7 +22,7 @@ def collect_usage(wanted: Mapping[Backend, Sequence[Handle]]) -> dict[str, Usage
     found: dict[str, Usage] = {}
     answered = threading.Semaphore(0)
 
-    def ask(backend: Backend, handles: Sequence[Handle]) -> None:
+    def query(backend: Backend, handles: Sequence[Handle]) -> None:
         try:
             usage = backend.provider.usage(handles, deadline=Deadline(TIMEOUT))
             found.update({handle.agent: usage[handle.name] for handle in handles if handle.name in usage})
@@ -32,7 +32,7 @@ def collect_usage(wanted: Mapping[Backend, Sequence[Handle]]) -> dict[str, Usage
             answered.release()
 
     for backend, handles in asked.items():
-        backend.pool.submit(lambda backend=backend, handles=handles: ask(backend, handles))  # type: ignore[misc]
+        backend.pool.submit(lambda backend=backend, handles=handles: query(backend, handles))  # type: ignore[misc]
     deadline = Deadline(TIMEOUT)
     for _ in asked:
         answered.acquire(timeout=deadline.remaining())

@@ -2,7 +2,7 @@
 
 An agent owns its data directory and may change it while the manager, often as root, works there.  So no function
 here opens a path inside a tree: each step goes from an open directory to one name in it, with ``O_NOFOLLOW``, and
-has no effect outside of the tree whatever that name was replaced with.  Trees may be of any depth: at most three
+has no effect outside of the tree, even if that name was replaced.  Trees may be of any depth: at most three
 descriptors are open at a time.
 """
 

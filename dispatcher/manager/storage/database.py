@@ -61,12 +61,12 @@ class Database:
     def open(self) -> None:
         """Create what is missing and check the schema's version.
 
-        :raises ConfigError: it is no database, or a newer release's; :raises Unavailable: it cannot be used now.
+        :raises ConfigError: it is not a database, or a newer release's; :raises Unavailable: not usable now.
         """
         try:
             self._open()
         except Unavailable as error:
-            # Only here: what is said later may be shown to people who need not know where it lies.
+            # Only here: later errors may be shown to users, who must not see the path.
             where = self.engine.url.database if self.sqlite else self.engine.url.render_as_string()
             raise Unavailable(f"The database {where} cannot be used now", why=error.why, fix=error.fix) from error
         except sa.exc.DatabaseError as error:

@@ -35,7 +35,9 @@ DRAIN = b"D"
 STOP = b"S"
 
 _BACKLOG = 4096
-_ROLLING_GRACE = 5.0  # seconds for a kept-alive connection to send its next request and learn that it was the last
+_ROLLING_GRACE = (
+    5.0  # seconds for a kept-alive connection to send its next request, which is answered with Connection: close
+)
 _STOP_GRACE = 0.5
 _CLOSE_GRACE = 1.5  # seconds for WebSockets to take their Close frame
 _FEED_TIMEOUT = 3.0  # seconds to wait for the first tables; then the worker serves without them

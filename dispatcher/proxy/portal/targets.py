@@ -28,7 +28,7 @@ def own_path(raw: str | None, prefix: str) -> str:
     for _ in range(_ROUNDS):
         if _OTHER_HOST.match(path):
             return "/"
-        decoded = unquote(path, "latin-1")  # byte by byte, whatever the bytes mean
+        decoded = unquote(path, "latin-1")  # byte by byte, in any encoding
         if decoded == path:
             break
         path = decoded

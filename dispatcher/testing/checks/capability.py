@@ -70,8 +70,8 @@ class CapabilityChecks(Contract):
         count = agent.inside.post("/count")
         driver.suspend(agent.handle, depth=depth)
         _, seen = driver.list()[agent.spec.agent]
-        expect(seen.state is _ASLEEP[depth], f"list() tells {seen.state.value} of an agent that sleeps")
-        expect(seen.spec_hash == agent.spec.hash, "an agent that sleeps has lost its spec_hash")
+        expect(seen.state is _ASLEEP[depth], f"list() returns {seen.state.value} for a suspended agent")
+        expect(seen.spec_hash == agent.spec.hash, "a suspended agent has lost its spec_hash")
         if depth is Depth.RAM:
             expect(seen.endpoint, "a suspended agent has no endpoint: it keeps the one it had")
         driver.ensure(agent.spec)
@@ -169,7 +169,7 @@ class CapabilityChecks(Contract):
         handle = driver.ensure_doomed(spec)
         expect(
             eventually(lambda: any(b"last words" in line for line in driver.logs(handle)), self.patience, 0.1),
-            "the last output of an app that ended at once is lost: people need it to see why",
+            "the last output of an app that ended at once is lost: users need it to see the cause",
         )
         driver.destroy(handle)
         driver.logs(handle)
@@ -181,24 +181,24 @@ class CapabilityChecks(Contract):
             return
         absent = driver.handle(kit.spec(driver.provider, "never"))
         before = driver.usage([alice.handle, bob.handle, absent])
-        expect(absent.name not in before, "usage() tells of an absent agent: leave it out")
+        expect(absent.name not in before, "usage() reports an absent agent: leave it out")
         for agent in (alice, bob):
             usage = before.get(agent.handle.name)
             expect(usage, "usage() leaves out a running agent")
             assert usage
             expect(
                 usage.memory is not None and 10_000 < usage.memory < 8 << 30,
-                f"usage() tells {usage.memory!r} bytes of memory: give the agent's own, in bytes",
+                f"usage() reports {usage.memory!r} bytes of memory: give the agent's own, in bytes",
             )
         first = before[alice.handle.name].cpu_seconds
-        expect(first is not None and first >= 0, f"usage() tells {first!r} seconds of processor time")
+        expect(first is not None and first >= 0, f"usage() reports {first!r} seconds of processor time")
 
         def grown() -> bool:
             alice.inside.post("/burn", seconds=0.5)
             now = driver.usage([alice.handle])[alice.handle.name].cpu_seconds
             return (now or 0.0) - (first or 0.0) > 0.2
 
-        expect(eventually(grown, 5), "after seconds of work usage() tells no more processor time than before")
+        expect(eventually(grown, 5), "after seconds of work usage() reports no more processor time than before")
         expect(driver.usage([]) == {}, "usage([]) must give an empty mapping")
 
     def test_memory_usage_grows(self, driver: Driver, kit: Kit) -> None:

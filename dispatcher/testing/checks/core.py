@@ -28,7 +28,7 @@ from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Kit
 
-#: Names that hurt elsewhere: long, alike after slugging, like options, with markup's and shells' characters.
+#: Difficult names: long, with equal slugs, like options, with characters of markup and shells.
 ODD_NAMES = (
     "a" * 255,
     "ø" * 120 + "-" + "漢" * 100,

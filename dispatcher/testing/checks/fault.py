@@ -55,7 +55,7 @@ class FaultChecks(Contract):
         driver.check()
         expect(
             eventually(lambda: driver.state(alice.handle) is not BackendState.STARTING, self.patience),
-            "after the backend came back the agent's state is not told",
+            "after the backend came back the agent's state is not reported",
         )
         kit.shared(driver, "alice")
 
@@ -79,13 +79,13 @@ class FaultChecks(Contract):
         handles = [driver.handle(kit.spec(driver.provider, f"hung{number}")) for number in range(8)]
         driver.check()
 
-        def ask(number: int) -> None:
+        def observe(number: int) -> None:
             with pytest.raises(Unavailable):
                 driver.observe(handles[number], seconds=self.silent_seconds)
 
         began = time.monotonic()
         with self.broken_backend("silent"):
-            kit.together([lambda number=number: ask(number) for number in range(8)])  # type: ignore[misc]
+            kit.together([lambda number=number: observe(number) for number in range(8)])  # type: ignore[misc]
             took = time.monotonic() - began
         expect(
             took < self.silent_seconds + self.slack + 3,
@@ -110,7 +110,7 @@ class FaultChecks(Contract):
                 pytest.fail(
                     f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
                 )
-        expect(steps.told, "ensure() never called progress")
+        expect(steps.reported, "ensure() never called progress")
         expect(
             eventually(lambda: _answers(driver), self.patience, 0.2),
             "the provider does not work after the backend came back",

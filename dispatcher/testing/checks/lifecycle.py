@@ -26,7 +26,7 @@ class LifecycleChecks(Contract):
         expect(seen.endpoint, "observe() of a running agent names no endpoint")
         expect(
             seen.spec_hash == alice.spec.hash,
-            "Observation.spec_hash is not spec.hash: store it with the agent, it tells what is outdated",
+            "Observation.spec_hash is not spec.hash: store it with the agent, it decides what is outdated",
         )
         expect(
             seen.started_at is not None and abs(time.time() - seen.started_at) < 3600,
@@ -49,7 +49,7 @@ class LifecycleChecks(Contract):
         driver.ensure(alice.spec)
         expect(
             alice.inside.id()["start"] == before,
-            "ensure() of a running agent started it anew: return its handle and touch nothing",
+            "ensure() of a running agent restarted it: return its handle and touch nothing",
         )
         expect(list(driver.list()).count(alice.spec.agent) == 1, "ensure() twice made two agents")
 
@@ -79,7 +79,7 @@ class LifecycleChecks(Contract):
         for field in ("state", "endpoint", "spec_hash", "owner_uid"):
             expect(
                 getattr(seen, field) == getattr(own, field),
-                f"list() tells {field}={getattr(seen, field)!r}, observe() {getattr(own, field)!r}: "
+                f"list() returns {field}={getattr(seen, field)!r}, observe() {getattr(own, field)!r}: "
                 "make both from the same place",
             )
 
@@ -136,7 +136,7 @@ class LifecycleChecks(Contract):
         listed = driver.list()[again.spec.agent][1].started_at
         expect(
             listed is None or abs(listed - second) < abs(listed - first),
-            "after stop() and ensure() list() tells the earlier start in started_at: None is honest, too",
+            "after stop() and ensure() list() returns the earlier start in started_at: None is valid, too",
         )
 
     def test_stopped_agent_takes_another_spec(self, driver: Driver, kit: Kit) -> None:
@@ -167,7 +167,7 @@ class LifecycleChecks(Contract):
         again = kit.start(driver, agent.spec)
         expect(
             again.inside.refused("/read", path=again.within("saved")) == "",
-            "the app was not told to end: send SIGTERM (or the backend's equal) before force",
+            "the app was not asked to end: send SIGTERM (or the backend's equivalent) before force",
         )
 
     def test_stop_ends_the_deaf(self, driver: Driver, kit: Kit) -> None:
@@ -211,11 +211,11 @@ class LifecycleChecks(Contract):
         seen = driver.observe(agent.handle)
         expect(
             seen.state is BackendState.STOPPED and seen.exit_reason,
-            f"an app that ended by itself is {seen.state.value} without a reason: tell STOPPED and exit_reason",
+            f"an app that ended by itself is {seen.state.value} without a reason: return STOPPED and exit_reason",
         )
         expect(
             self.exit_reason_says in seen.exit_reason,
-            f"the exit reason {seen.exit_reason!r} does not tell the exit code: say {self.exit_reason_says!r}",
+            f"the exit reason {seen.exit_reason!r} does not contain the exit code: use {self.exit_reason_says!r}",
         )
         kit.start(driver, agent.spec)
 
@@ -226,7 +226,7 @@ class LifecycleChecks(Contract):
         handle = driver.ensure_doomed(spec)
         expect(
             eventually(lambda: driver.state(handle) in ENDED, self.patience),
-            "an app that ended at once is not told as ended",
+            "an app that ended at once is not reported as ended",
         )
         again = kit.start(driver, kit.spec(driver.provider, "judy"))
         expect(again.inside.answers(), "after a start that failed the next one does not work")
@@ -265,7 +265,7 @@ class LifecycleChecks(Contract):
         spec = kit.spec(driver.provider, "nina")
         kit.fresh(driver.handle(spec))
         driver.ensure(spec, progress=steps)
-        expect(steps.told, "ensure() never called progress: call it for each step, it also carries the cancel")
+        expect(steps.reported, "ensure() never called progress: call it for each step, it also carries the cancel")
 
     @pytest.mark.parametrize("call", [1, 2, 3])
     def test_cancel_leaves_nothing(self, driver: Driver, kit: Kit, call: int) -> None:
@@ -282,7 +282,7 @@ class LifecycleChecks(Contract):
         except DispatcherError as error:
             pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
         else:
-            expect(len(steps.told) < call, "ensure() swallowed Cancelled: let it through")
+            expect(len(steps.reported) < call, "ensure() swallowed Cancelled: let it through")
             driver.destroy(handle)
         kit.gone(driver, handle)
         left = self.leftovers(kit.installation) - before

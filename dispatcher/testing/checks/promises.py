@@ -96,7 +96,7 @@ class PromiseChecks(Contract):
         if not driver.can(capability):
             kit.fresh(driver.handle(spec))
             if "network" in self.unpromised and network is Network.NONE:
-                driver.ensure(spec)  # the default, so that apps start where there are no walls; explain() says so
+                driver.ensure(spec)  # the default, so that apps start without isolation; explain() says so
                 return
             unsupported(f"network {network.value}", lambda: driver.ensure(spec))
             kit.gone(driver, driver.handle(spec))

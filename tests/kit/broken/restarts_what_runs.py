@@ -1,10 +1,10 @@
-"""ensure() starts a running agent anew."""
+"""ensure() restarts a running agent."""
 
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_ensure_twice_is_one_agent"
-ADVICE = "started it anew"
+ADVICE = "restarted it"
 
 
 class Broken(FakeProvider):

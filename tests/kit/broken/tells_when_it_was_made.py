@@ -4,7 +4,7 @@ from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_stop_and_start_again"
-ADVICE = "None is honest"
+ADVICE = "None is valid"
 
 
 class Broken(FakeProvider):

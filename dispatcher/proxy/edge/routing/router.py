@@ -73,7 +73,7 @@ class Router:
         """Decide on a request that has arrived.
 
         :param session: a session that has not expired; :param now: on the clock of the tables.
-        :param scheme: as the browser knows it.
+        :param scheme: as seen by the browser.
         :param digest: of a token that the manager may know, empty without one or after a lookup.
         """
         prefix = self._prefix

@@ -36,13 +36,13 @@
     const { agent, target } = card.dataset;
     const list = card.querySelector("[data-stages]"), bar = card.querySelector("[data-progress]");
     const begun = Date.now();
-    let leaving = false, asking = 0;
+    let leaving = false, polling = 0;
 
     function leave() {
       if (leaving) return;
       leaving = true;
       clearInterval(clock);
-      clearTimeout(asking);
+      clearTimeout(polling);
       // A page that was replaced at once would flicker, and one that comes back must not spin.
       setTimeout(() => location.replace(target), Date.now() - begun < 400 ? 400 : 0);
     }
@@ -81,7 +81,7 @@
         const mine = (await states(card.dataset.status)).find((each) => each.name === agent);
         if (mine) { apply(mine); pause = 1000; } else leave();
       } catch { pause = Math.min(pause * 2, 10000); }
-      if (!leaving) asking = setTimeout(() => ask(pause), pause);
+      if (!leaving) polling = setTimeout(() => ask(pause), pause);
     }
 
     const clock = setInterval(() => { card.querySelector("[data-time]").textContent = `For ${seconds(begun)} so far`; }, 1000);
@@ -90,7 +90,7 @@
     for (const name of ["message", "agent", "state"]) source.addEventListener(name, onChange);
     source.addEventListener("error", () => {
       // The browser tries again by itself unless the answer was no stream; meanwhile the status says the same.
-      if (!asking && !leaving) asking = setTimeout(() => ask(1000), source.readyState === EventSource.CLOSED ? 0 : 1500);
+      if (!polling && !leaving) polling = setTimeout(() => ask(1000), source.readyState === EventSource.CLOSED ? 0 : 1500);
     });
     addEventListener("pagehide", () => source.close());
   }
