@@ -68,7 +68,7 @@ def running(cli: Cli) -> None:
 @json_option
 @pass_cli
 def info(cli: Cli, name: str) -> None:
-    """Show everything about the agent NAME: state, use, failure, and the data that is kept of it."""
+    """Show everything about the agent NAME: state, usage, failure, and kept data."""
     client = cli.client()
     copies = client.copies(name)["copies"]
     try:

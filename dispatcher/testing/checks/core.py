@@ -123,7 +123,7 @@ class CoreChecks(Contract):
         expect(first == second, "AppOptions differ between two reads of one table: defaults must not be random")
 
     def test_handle_is_pure(self, driver: Driver, kit: Kit) -> None:
-        """`handle` gives the same for the same spec, also from another instance, without asking the backend."""
+        """`handle` gives the same for the same spec, also from another instance, without a call to the backend."""
         spec = kit.spec(driver.provider, "pure")
         first = driver.handle(spec)
         expect(
