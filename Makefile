@@ -26,6 +26,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff check --isolated --select F tests bench examples
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pytest -q -n 2 tests/unit $(ARGS)
 
 test: machine $(VENV)/.test

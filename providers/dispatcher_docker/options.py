@@ -62,7 +62,6 @@ class DockerOptions(Strict):
     registries: dict[str, Registry] = Field(
         default={}, description="credentials by registry host, in addition to ~/.docker/config.json"
     )
-    pull_timeout: Duration = Field(default=1800.0, description="maximum time to pull an image")
     log_driver: Literal["local", "json-file"] = Field(default="local", description="the engine's log driver")
     log_max_size: Size = Field(default=10 * 1024**2, description="maximum size of a log file")
     log_max_files: int = Field(default=2, ge=1, le=100, description="log files per agent")

@@ -2,6 +2,8 @@
 
 import ast
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,13 @@ def test_nothing_is_left_to_do(path):
         if any(word in line for word in words)
     ]
     assert found == []
+
+
+def test_the_layers_are_kept():
+    """The contracts of import-linter in pyproject.toml, as `make check` runs them."""
+    program = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run([program, "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_no_committed_file_names_this_machine():
