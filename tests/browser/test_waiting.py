@@ -60,7 +60,7 @@ def test_a_slow_start_is_followed_to_its_end(site_with, person, scripts: bool) -
     page.on("response", lambda answer: statuses.append((answer.status, answer.url, answer.headers)))
     site.sign_in(page, "alice", "/?view=all")
     expect(page.get_by_role("heading", name="Slow app")).to_be_visible()
-    expect(page.get_by_text("You will be there as soon as it is ready")).to_be_visible()
+    expect(page.get_by_text("This page opens the app as soon as it is ready")).to_be_visible()
     assert page.url == f"{site.url}/?view=all"
     status, _, headers = next(each for each in statuses if each[1] == page.url and each[0] != 303)
     assert (status, headers["cache-control"], headers["retry-after"]) == (503, "no-store", "2")
