@@ -32,6 +32,14 @@ def distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
+def _not_importable(name: str, origin: str, error: BaseException) -> PluginError:
+    return PluginError(
+        f"The plugin {name!r} of {origin} cannot be imported",
+        why=f"{type(error).__name__}: {error}",
+        fix=f"install its requirements, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
+    )
+
+
 def _manager() -> pluggy.PluginManager:
     manager = pluggy.PluginManager(hooks.NAMESPACE)
     manager.add_hookspecs(hooks)
@@ -88,11 +96,7 @@ class Plugins:
         try:
             plugin = entry.load()
         except (Exception, SystemExit) as error:
-            raise PluginError(
-                f"The plugin {name!r} of {origin} cannot be imported",
-                why=f"{type(error).__name__}: {error}",
-                fix=f"install its requirements, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
-            ) from error
+            raise _not_importable(name, origin, error) from error
         self.register(name, plugin, origin)
 
     def register(self, name: str, plugin: object, origin: str = "this program") -> None:
@@ -165,6 +169,8 @@ class Plugins:
         """Call a hook and add the classes that it returns to `into`."""
         try:
             classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
+        except ImportError as error:  # plugins may import their libraries when the hook is called
+            raise _not_importable(manager.list_name_plugin()[0][0], origin, error) from error
         except (Exception, SystemExit) as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:

@@ -126,6 +126,18 @@ def test_an_unknown_name_names_its_neighbour():
         Plugins([]).load("docker")
 
 
+def test_a_hook_that_cannot_import_a_library_says_what_to_install():
+    class Lazy:
+        @hookimpl
+        def dispatcher_register_providers(self):
+            import no_such_library_anywhere
+
+    with pytest.raises(
+        PluginError, match=r"'lazy' of acme 1 cannot be imported: ModuleNotFoundError.*pip install"
+    ):
+        Plugins([]).register("lazy", Lazy(), "acme 1")
+
+
 def test_a_plugin_that_cannot_be_imported_names_its_distribution():
     plugins = Plugins([entry("bad", "no_such_module_anywhere")])
     with pytest.raises(
