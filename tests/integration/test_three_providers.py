@@ -277,8 +277,12 @@ def test_one_person_uses_three_providers_and_a_move_keeps_everything(site):
         (
             "libvirt",
             "machine",
-            ["kernel, memory, processes and files are shared with nobody", "open to every local user", "Machines"],
-            ["neither this host nor the outside nor another machine", "boots from is there and whole"],
+            [
+                "shares no kernel, memory, process or file with another agent",
+                "open to every local user",
+                "Machines",
+            ],
+            ["not to this host, the outside or other machines", "boots from are present and valid"],
         ),
     ],
 )

@@ -73,7 +73,7 @@ def test_what_the_provider_cannot_do_is_refused_early(world):
 
 def test_what_does_not_run_cannot_sleep(supervisor):
     supervisor.commands.create("alice", app=None, password_hash="hash")
-    with pytest.raises(Conflict, match="does not run"):
+    with pytest.raises(Conflict, match="is not running"):
         supervisor.commands.set_desired("alice", Desired.SUSPENDED)
 
 
