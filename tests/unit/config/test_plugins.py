@@ -130,7 +130,9 @@ def test_a_hook_that_cannot_import_a_library_says_what_to_install():
     class Lazy:
         @hookimpl
         def dispatcher_register_providers(self):
-            import no_such_library_anywhere
+            from no_such_library_anywhere import Provider
+
+            return [Provider]
 
     with pytest.raises(
         PluginError, match=r"'lazy' of acme 1 cannot be imported: ModuleNotFoundError.*pip install"
