@@ -75,6 +75,20 @@ def test_a_slow_start_is_followed_to_its_end(site_with, person, scripts: bool) -
         assert any("/auth/events" in url for _, url, _ in statuses)
 
 
+def test_opening_an_app_from_the_list_is_not_cancelled_by_the_lists_own_reload(site_with, person) -> None:
+    """The list reloads when a state changes, which cancelled a navigation that was held for a slow start."""
+    slower = SLOW.replace("sleep 3", "sleep 8")
+    site = site_with(apps(slower), people=("alice",), proxy='hold = "30s"')
+    page = person()
+    site.sign_in(page, "alice", "/auth/")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator("[data-agent=alice]")).to_contain_text("Stopped", timeout=15_000)
+    page.get_by_role("button", name="Open").or_(page.get_by_role("link", name="Open")).first.click(
+        no_wait_after=True
+    )
+    expect(page.get_by_role("heading", name="Notebook")).to_be_visible(timeout=25_000)
+
+
 def test_a_failed_start_says_why_and_can_be_tried_again(site_with, person, scripts: bool) -> None:
     site = site_with(apps(BROKEN), people=("alice",), proxy='hold = "300ms"')
     page = person(java_script_enabled=scripts)

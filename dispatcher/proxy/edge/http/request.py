@@ -57,7 +57,7 @@ class Request:
     :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
     :ivar lines: the lines to pass on unchanged; :ivar fields: values by kind, of the special ones.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
-    :ivar by_hand: by Fetch Metadata a navigation; :ivar machine: a prefetch.
+    :ivar by_hand: a navigation that is not a prefetch; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
@@ -232,7 +232,7 @@ def _frame(request: Request) -> None:
         if extra:
             request.lines = headers.without_named(request.lines, extra)
     request.machine = headers.SEC_PURPOSE in fields
-    request.by_hand = fields.get(headers.SEC_FETCH_MODE) == b"navigate" and not request.machine
+    request.by_hand = not request.machine and request.navigation()
     request.watched = request.upgrade or headers.SERVICE_WORKER in fields
     if headers.EXPECT in fields and request.version:
         if fields[headers.EXPECT].lower() != b"100-continue":

@@ -96,7 +96,11 @@
   }
   all("[data-wait]", wait);
 
-  // The failed page and the list of apps: reload when a state has changed.
+  // The failed page and the list of apps: reload when a state has changed, but not while the browser is on its way to
+  // another page: a reload would cancel that.
+  let leaving = false;
+  addEventListener("beforeunload", () => { leaving = true; });
+  addEventListener("pageshow", () => { leaving = false; });
   function watch(expected, url, pause) {
     async function look() {
       let changed = false;
@@ -108,7 +112,7 @@
         } catch { /* asked again below */ }
       }
       const typing = document.activeElement?.matches("input, textarea");
-      if (changed && !typing) location.reload(); else setTimeout(look, pause);
+      if (changed && !typing && !leaving) location.reload(); else setTimeout(look, pause);
     }
     setTimeout(look, pause);
   }

@@ -65,3 +65,20 @@ def test_reading_is_judged_as_before() -> None:
     request = change(b"/api/kernels?1795642178389", method=b"GET")
     assert request.traits & SAFE
     assert verdicts([request] * 4, [0, 10, 10, 10]) == [False, False, True, True]
+
+
+BROWSER = b"Accept: text/html,application/xhtml+xml,*/*;q=0.8\r\n"
+
+
+@pytest.mark.parametrize(
+    "metadata", [b"", b"Sec-Fetch-Mode: navigate\r\n"], ids=["plain HTTP, other host", "trustworthy origin"]
+)
+def test_opening_a_page_again_and_again_is_use_without_fetch_metadata_too(metadata: bytes) -> None:
+    """Browsers send Fetch Metadata to HTTPS and localhost only; over plain HTTP a sleeping agent was never woken."""
+    head = b"GET / HTTP/1.1\r\nHost: apps.example.test\r\n" + BROWSER + metadata + b"\r\n"
+    assert not any(verdicts([parse_request(head, 100)] * 6, [0, 10, 10, 10, 10, 10]))
+
+
+def test_a_script_that_fetches_a_page_is_a_poll() -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nSec-Fetch-Mode: cors\r\n" + BROWSER + b"\r\n"
+    assert verdicts([parse_request(head, 100)] * 4, [0, 10, 10, 10]) == [False, False, True, True]
