@@ -57,6 +57,8 @@ SECTIONS = {
 }
 #: Errors of writing to a full disk, over a quota, or to a broken device.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+#: Click raises it since 8.2; before, it printed the help itself.
+_NO_ARGUMENTS: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
 ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
 
 EPILOG = """\b
@@ -161,6 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments), prog_name="dispatcher", standalone_mode=False
         )
         sys.stdout.flush()
+    except _NO_ARGUMENTS as error:  # a group without a command: the message is its help, of many lines
+        click.echo(error.format_message(), err=True)
+        return BadRequest.exit_code
     except click.UsageError as error:
         return _usage(error)
     except click.ClickException as error:

@@ -74,6 +74,14 @@ def test_the_one_line_help_and_the_command_agree_on_the_name(name):
     assert lazy.load().name == name
 
 
+@pytest.mark.parametrize("group", ["sessions", "providers", "config"])
+def test_a_group_without_a_command_prints_its_help_with_its_lines(run, group):
+    code, _, err = run(group)
+    assert code == 2
+    assert f"Usage: dispatcher {group}" in err
+    assert err.count("\n") > 5
+
+
 def test_without_a_command_there_is_help(run):
     code, out, _ = run()
     assert code == 0
