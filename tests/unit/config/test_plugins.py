@@ -1,5 +1,8 @@
+import sys
+
 """Plugins: found by name, loaded when named, and each way to break the contract told with who is at fault."""
 
+import sys
 import types
 from importlib.metadata import EntryPoint
 
@@ -150,7 +153,7 @@ def test_a_plugin_that_cannot_be_imported_names_its_distribution():
 
 def test_a_plugin_that_exits_when_imported_names_its_distribution(tmp_path, monkeypatch):
     (tmp_path / "exiting_plugin.py").write_text("raise SystemExit(4)\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with pytest.raises(
         PluginError, match=r"The plugin 'bad' of acme-plugin 1\.2 cannot be imported: SystemExit: 4"
     ):

@@ -266,7 +266,7 @@ def test_a_client_that_breaks_the_websocket_protocol_is_told_why(tmp_path: Path)
         assert b"\x03\xea" in receive(client)  # close code 1002
 
 
-def test_nothing_follows_the_close_frame_after_a_message_that_is_too_big(
+def test_a_message_that_is_too_big_closes_the_connection_without_a_traceback(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     size = demo_app.MAX_MESSAGE + 1
@@ -282,9 +282,8 @@ def test_nothing_follows_the_close_frame_after_a_message_that_is_too_big(
     with running(tmp_path) as path, ThreadPoolExecutor(20) as threads:
         received = list(threads.map(ask_too_much, [path] * 100))
     frame = b"\x88\x14\x03\xf1Message is too big"  # close code 1009
-    closed = [one for one in received if frame in one]
-    assert all(one.endswith(frame) for one in closed)
-    assert len(closed) > 80  # a client that still sends may be reset before it has read the frame
+    # A client that still sends may be reset before it has read the frame.
+    assert sum(frame in one for one in received) > 80
     assert not caplog.records
 
 
