@@ -1,5 +1,3 @@
-import sys
-
 """Plugins: found by name, loaded when named, and each way to break the contract told with who is at fault."""
 
 import sys
