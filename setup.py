@@ -124,7 +124,7 @@ setup(
         "flask>=3.1",
         "werkzeug>=3",
         "waitress>=3",
-        "cheroot>=11,<12",  # wsgi_server knows its insides
+        "cheroot>=11,<12",  # manager/rest/server.py uses its internals
         "click>=8.1",
         "rich>=13",
         "pydantic>=2.7",

@@ -333,7 +333,7 @@ def test_an_early_answer_reaches_the_client_also_when_the_agent_closes_at_once()
     def script(connection: Connection) -> None:
         connection.head()
         connection.send(b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 3\r\n\r\nbig")
-        connection.sock.close()  # most of the body is unread: whoever writes more of it gets an error
+        connection.sock.close()  # most of the body is unread: further writes fail
 
     head = b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 100000000\r\n\r\n"
     answers = []
