@@ -137,7 +137,7 @@ setup(
         "psutil>=5.9",
         "inotify_simple>=2",
         "uvloop>=0.19",
-        "simple-websocket>=1",
+        "wsproto>=1.2",
         "tomli>=2; python_version < '3.11'",
         "tomli_w>=1",
         "urllib3>=2",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
+import select
 import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +21,12 @@ from werkzeug.exceptions import BadRequest, HTTPException
 from dispatcher.demo.storage import MAX_NOTE, Files, Notes, StorageError
 
 if TYPE_CHECKING:
-    from simple_websocket import Server
+    from wsproto import WSConnection
+    from wsproto.events import CloseConnection
 
-MAX_CLOCKS = 32  # open WebSockets; each has two threads
+MAX_CLOCKS = 32  # open WebSockets; each has a thread
 MAX_MESSAGE = 64 * 1024  # bytes of a WebSocket message
+SEND_TIMEOUT = 60  # seconds for a client that does not read
 CLOSE_TIMEOUT = 0.5  # seconds for the closing handshake of a WebSocket
 CHUNK = 1024 * 1024
 HEADERS = {
@@ -36,59 +39,85 @@ HEADERS = {
 
 
 class Clocks:
-    """The open WebSockets: each gets the time once a second."""
+    """The open WebSockets: each gets the time once a second.
+
+    One thread reads and writes a WebSocket, so that nothing follows its Close frame (RFC 6455, section 5.5.1).
+    """
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._open: set[Server] = set()
-        self._lock = threading.Lock()
+        self._free = threading.BoundedSemaphore(MAX_CLOCKS)
+        self._stopping, self._stop = os.pipe()  # readable once its other end is closed
 
-    def serve(self, environ: dict[str, Any]) -> None:
+    def serve(self, connection: socket.socket, fields: Iterable[tuple[str, str]]) -> None:
         """Serve a WebSocket until it is closed.
 
-        :raises RemoteProtocolError: the request is not a handshake that this server understands.
+        :param fields: the header of the request.
+        :raises Full: too many are open; :raises RemoteProtocolError: not a handshake of this version.
         """
-        from simple_websocket import ConnectionClosed, Server  # not needed for the app to be ready
-        from wsproto.utilities import LocalProtocolError
+        from wsproto import ConnectionType, WSConnection  # not needed for the app to be ready
+        from wsproto.events import AcceptConnection
 
-        connection: socket.socket = environ["werkzeug.socket"]
-        connection.settimeout(None)
-        opened = Server.accept(environ, max_message_size=MAX_MESSAGE)
-        with self._lock:
-            self._open.add(opened)
+        session = WSConnection(ConnectionType.SERVER)
+        session.initiate_upgrade_connection([(name.encode(), value.encode()) for name, value in fields], "/clock")
+        if not self._free.acquire(blocking=False):
+            raise Full
         try:
-            while True:
-                now = time.time()
-                opened.send(json.dumps({"now": now, "up": round(time.monotonic() - self._began, 3)}))
-                end = time.monotonic() + 1 - now % 1
-                while (left := end - time.monotonic()) > 0:
-                    opened.receive(timeout=left)
-        except (ConnectionClosed, OSError):
-            pass
-        except LocalProtocolError:
-            pass  # the server's thread has just sent a close frame
+            connection.settimeout(SEND_TIMEOUT)
+            connection.sendall(session.send(AcceptConnection()))
+            connection.sendall(session.send(self._tick(connection, session)))
+            connection.shutdown(socket.SHUT_WR)
+            end = time.monotonic() + CLOSE_TIMEOUT  # a client that still sends reads the Close frame first
+            while (left := end - time.monotonic()) > 0 and select.select([connection], [], [], left)[0]:
+                if not connection.recv(65536):
+                    break
+        except OSError:
+            pass  # the client is gone
         finally:
-            with self._lock:
-                self._open.discard(opened)
-            opened.thread.join(CLOSE_TIMEOUT)  # it answers a close frame
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+            self._free.release()
 
-    @property
-    def full(self) -> bool:
-        """Whether no further WebSocket is accepted."""
-        return len(self._open) >= MAX_CLOCKS
+    def _tick(self, connection: socket.socket, session: WSConnection) -> CloseConnection:
+        """Send the time and answer frames; return the Close frame to send at the end.
+
+        :raises OSError: the client is gone.
+        """
+        from wsproto.events import CloseConnection, Message, Ping, TextMessage
+
+        sources: list[Any] = [connection, self._stopping]
+        size, tick = 0, time.time()
+        while True:
+            now = time.time()
+            if not 0 < tick - now <= 1:
+                text = json.dumps({"now": now, "up": round(time.monotonic() - self._began, 3)})
+                connection.sendall(session.send(TextMessage(text)))
+                tick = now + 1 - now % 1
+            ready = select.select(sources, [], [], max(0.0, tick - time.time()))[0]
+            if self._stopping in ready:
+                return CloseConnection(1001, "the app is stopping")
+            if not ready:
+                continue
+            data = connection.recv(65536)
+            if not data:
+                raise ConnectionResetError
+            session.receive_data(data)
+            for event in session.events():
+                if isinstance(event, CloseConnection):
+                    return event.response()
+                if isinstance(event, Ping):
+                    connection.sendall(session.send(event.response()))
+                elif isinstance(event, Message):
+                    size += len(event.data)
+                    if size > MAX_MESSAGE:
+                        return CloseConnection(1009, "Message is too big")
+                    size = 0 if event.message_finished else size
 
     def close(self) -> None:
         """Close all WebSockets."""
-        from wsproto.utilities import LocalProtocolError
+        os.close(self._stop)
 
-        with self._lock:
-            for opened in self._open:
-                if opened.connected:
-                    with contextlib.suppress(OSError, LocalProtocolError):
-                        opened.close(1001, "the app is stopping")
-                opened.event.set()
+
+class Full(Exception):
+    """No further WebSocket is accepted."""
 
 
 class Ended(Response):
@@ -161,10 +190,10 @@ def create_app(directory: Path, portal: str = "/auth") -> Flask:
     def _clock() -> Response:
         from wsproto.utilities import RemoteProtocolError
 
-        if clocks.full:
-            abort(503, "Too many open tabs")
         try:
-            clocks.serve(request.environ)
+            clocks.serve(request.environ["werkzeug.socket"], request.headers)
+        except Full:
+            abort(503, "Too many open tabs")
         except RemoteProtocolError:
             return _upgrade_needed()
         return Ended()

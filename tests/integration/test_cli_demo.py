@@ -184,7 +184,6 @@ NEEDED_BY_THE_DEMO = (
     "itsdangerous",
     "jinja2",
     "markupsafe",
-    "simple_websocket",
     "werkzeug",
     "wsproto",
 )
