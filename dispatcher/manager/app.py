@@ -20,9 +20,8 @@ from dispatcher.manager.agents.metrics import Metrics
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.passwords import Hasher, HashPool
-from dispatcher.manager.auth.removals import Removals
-from dispatcher.manager.auth.session_table import Lifetimes
-from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.removals import follow_removals
+from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.runtime import Lock, make_directories
@@ -179,7 +178,7 @@ class Manager:
             },
             workers=self.feed.counters,
         )
-        Removals(self.supervisor, self.sessions, self.feed.synchronize).start()
+        follow_removals(self.supervisor, self.sessions, self.feed.synchronize)
         self._listen()
         pool.background(hasher.warm)
         freezing = threading.Timer(FREEZE, _freeze_heap)

@@ -16,10 +16,9 @@ from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.agents.metrics import Metrics
-from dispatcher.manager.auth.removals import Removals
+from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.passwords import Hasher, HashPool
-from dispatcher.manager.auth.session_table import Lifetimes
-from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from tests.support.fake_supervisor import FakeSupervisor
 
@@ -73,7 +72,7 @@ class Parts:
             authenticator = cls(options=cls.Options())
         self.authenticator = authenticator
         self.edge_waits = []
-        Removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1)).start()
+        follow_removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1))
         self.reloads = []
         self.services = Services(
             config=parse(config or {}),

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from functools import cached_property
 from typing import TypeVar
 
 from dispatcher.plugin.deadline import Deadline
@@ -49,8 +50,6 @@ class Hasher:
 
         self._argon2 = argon2
         self._hasher = argon2.PasswordHasher(time_cost=passes, memory_cost=memory, parallelism=1)
-        self._dummy = ""
-        self._lock = threading.Lock()
 
     def hash(self, password: str) -> str:
         """Return the hash, which contains its salt and the parameters."""
@@ -58,50 +57,38 @@ class Hasher:
 
     def verify(self, stored: str | None, password: str) -> bool:
         """Whether the password belongs to a hash.  Without a hash: False, after the same time."""
-        if stored is None:
-            self._compare(self._unknown(), password)
+        try:
+            self._hasher.verify(self._dummy if stored is None else stored, password)
+        except (self._argon2.exceptions.VerificationError, self._argon2.exceptions.InvalidHashError):
             return False
-        return self._compare(stored, password)
+        return stored is not None
 
     def outdated(self, stored: str) -> bool:
         """Whether a hash has other parameters than the present ones."""
         return bool(self._hasher.check_needs_rehash(stored))
 
     def warm(self) -> None:
-        """Prepare the hash for unknown names, so that the first one takes no longer than the next."""
-        self._unknown()
+        """Make the hash for unknown names, so that the first one takes no longer than the next."""
+        _ = self._dummy
 
-    def _compare(self, stored: str, password: str) -> bool:
-        try:
-            return bool(self._hasher.verify(stored, password))
-        except (self._argon2.exceptions.VerificationError, self._argon2.exceptions.InvalidHashError):
-            return False
-
-    def _unknown(self) -> str:
-        """Return a hash that no password matches."""
-        with self._lock:
-            if not self._dummy:
-                self._dummy = self.hash(secrets.token_hex())
-            return self._dummy
+    @cached_property
+    def _dummy(self) -> str:
+        """A hash that no password matches."""
+        return self.hash(secrets.token_hex())
 
 
 class HashPool:
     """Runs password checks, with a bounded queue.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
+    :ivar present: checks that run or wait.
     """
 
     def __init__(self, workers: int, queue: int) -> None:
         self._executor = ThreadPoolExecutor(workers, "dispatcher-hash")
-        self._places = threading.BoundedSemaphore(workers + queue)
         self._lock = threading.Lock()
-        self._present = 0
-        self.size = workers + queue
-
-    @property
-    def present(self) -> int:
-        """The number of checks that run or wait."""
-        return self._present
+        self._size = workers + queue
+        self.present = 0
 
     def run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
         """Return what `work` returns, run in the pool.
@@ -109,20 +96,16 @@ class HashPool:
         :raises TooManyRequests: the queue is full.
         :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
         """
-        if not self._places.acquire(blocking=False):
-            raise TooManyRequests(
-                "Too many sign-ins at once",
-                why=f"{self.size} passwords are being checked or wait",
-                fix="try again in a moment",
-                retry_after=2,
-            )
         with self._lock:
-            self._present += 1
-        try:
+            if self.present >= self._size:
+                raise TooManyRequests(
+                    "Too many sign-ins at once",
+                    why=f"{self._size} passwords are being checked or wait",
+                    fix="try again in a moment",
+                    retry_after=2,
+                )
             future = self._executor.submit(work)
-        except BaseException:
-            self._left(None)
-            raise
+            self.present += 1
         future.add_done_callback(self._left)
         try:
             return future.result(deadline.remaining())
@@ -140,7 +123,6 @@ class HashPool:
         """Finish running checks, drop waiting ones."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _left(self, _future: Future[_T] | None) -> None:
+    def _left(self, _future: Future[_T]) -> None:
         with self._lock:
-            self._present -= 1
-        self._places.release()
+            self.present -= 1

@@ -14,33 +14,24 @@ from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.storage.states import Desired
 
 
-class Removals:
-    """A subscriber to `Registry.on_removal`.
+def follow_removals(supervisor: Supervisor, sessions: Sessions, wait_for_edge: Callable[[], object]) -> None:
+    """Subscribe to removals, and handle those while no manager ran.
 
     :param wait_for_edge: returns when the edge has applied all changes so far, or after a moment.
     """
 
-    def __init__(
-        self, supervisor: Supervisor, sessions: Sessions, wait_for_edge: Callable[[], object] = lambda: None
-    ) -> None:
-        self._supervisor = supervisor
-        self._sessions = sessions
-        self._wait_for_edge = wait_for_edge
-
-    def start(self) -> None:
-        """Subscribe, and handle the removals while no manager ran."""
-        self._supervisor.registry.on_removal(self.removed)
-        for agent, user in {(row.agent, row.user) for row in self._sessions.all()}:
-            views = self._supervisor.queries.views(user=user)
-            if all(view.name != agent or view.desired is Desired.ABSENT for view in views):
-                self.removed(agent, user)
-
-    def removed(self, agent: str, user: str) -> None:
+    def removed(agent: str, user: str) -> None:
         """An agent is gone, or its removal was written."""
-        views = self._supervisor.queries.views(user=user)
+        views = supervisor.queries.views(user=user)
         if all(view.desired is Desired.ABSENT for view in views):
-            self._sessions.user_removed(user)
-            self._wait_for_edge()
+            sessions.user_removed(user)
+            wait_for_edge()
         elif all(view.name != agent for view in views):
             others = [view.name for view in views if view.desired is not Desired.ABSENT]
-            self._sessions.replace_agent(user, agent, others[0])
+            sessions.replace_agent(user, agent, others[0])
+
+    supervisor.registry.on_removal(removed)
+    for agent, user in {(row.agent, row.user) for row in sessions.all()}:
+        views = supervisor.queries.views(user=user)
+        if all(view.name != agent or view.desired is Desired.ABSENT for view in views):
+            removed(agent, user)

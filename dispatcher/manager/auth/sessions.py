@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import secrets
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 from dispatcher.common.log import logger
-from dispatcher.manager.auth.session_table import Lifetimes, SessionTable
 from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
 from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import Forbidden, NotFound, Unavailable
@@ -23,6 +24,9 @@ from dispatcher.plugin.errors import Forbidden, NotFound, Unavailable
 ID_LENGTH = 16  # hexadecimal digits of a session's public id
 MAX_PER_USER = 100
 FLUSH_INTERVAL = 30.0  # seconds between writes of `last_used`
+MIN_PAUSE = 0.1  # seconds between two checks for expired sessions
+MAX_PAUSE = 30.0
+RENEW_SHARE = 0.05  # of the idle time: use is published at most once in that time
 
 OnChange = Callable[[Collection[str], Collection[str]], None]
 
@@ -39,16 +43,30 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetimes:
+    """How long sessions last, in seconds: at most `lifetime`, and `idle` without a request."""
+
+    lifetime: float
+    idle: float
+
+
 class Sessions:
     """All sessions of one installation.  Every method may be called from any thread."""
 
     def __init__(self, store: AuthStore, clock: SteadyWallClock, lifetimes: Lifetimes) -> None:
         self._store = store
         self._clock = clock
-        self._table = SessionTable(lifetimes)
+        self._lifetimes = lifetimes
         self._subscribers: list[OnChange] = []
-        self._undeleted: set[str] = set()  # ended, not yet deleted from the database
-        self._lock = threading.Lock()
+        self._rows: dict[str, SessionRow] = {}
+        self._of_user: dict[str, dict[str, SessionRow]] = {}
+        self._epochs: dict[str, int] = {}
+        self._published: dict[str, float] = {}  # last use that was published
+        self._used: set[str] = set()  # since the last write
+        self._lock = threading.RLock()  # of all these tables
+        self._unwritten: deque[Callable[[], object]] = deque()
+        self._writing = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -62,8 +80,8 @@ class Sessions:
         known = {key for key, row in rows.items() if row.created >= users.get(row.user, float("inf"))}
         known -= {key for key in known if (parent := rows[key].parent) and parent not in known}
         self._store.remove_sessions(rows.keys() - known)
-        for key in sorted(known, key=lambda key: rows[key].parent is not None):
-            self._table.insert(rows[key])
+        for key in known:
+            self._insert(rows[key])
         self.end_expired()
 
     def start(self) -> None:
@@ -85,7 +103,7 @@ class Sessions:
 
     def set_lifetimes(self, lifetimes: Lifetimes) -> None:
         """Use other lifetimes from now on, for existing sessions too."""
-        self._table.lifetimes = lifetimes
+        self._lifetimes = lifetimes
         self._wake.set()
         self._changed([row.sha256 for row in self.all()], ())
 
@@ -93,7 +111,7 @@ class Sessions:
 
     def epoch(self, user: str) -> int:
         """Return how often all sessions of a user were ended, for `create`."""
-        return self._table.epoch(user)
+        return self._epochs.get(user, 0)
 
     def create(
         self, user: str, agent: str, visitor: Visitor, *, epoch: int, device: str | None = None
@@ -134,7 +152,11 @@ class Sessions:
         token = new_token()
         row = replace(row, sha256=digest(token))
         self._store.add_session(row, visitor, device=device)
-        if not self._table.insert(row, epoch):
+        with self._lock:
+            valid = epoch == self.epoch(row.user) and (row.parent is None or row.parent in self._rows)
+            if valid:
+                self._insert(row)
+        if not valid:
             self._store.remove_sessions([row.sha256])
             raise Forbidden("The sign-in was ended meanwhile", fix="sign in again")
         self._changed([row.sha256], ())
@@ -144,11 +166,16 @@ class Sessions:
             self._end({other.sha256 for other in oldest} - {row.sha256, row.parent or ""})
         return token, row
 
+    def _insert(self, row: SessionRow) -> None:
+        self._rows[row.sha256] = row
+        self._of_user.setdefault(row.user, {})[row.sha256] = row
+
     # --- queries
 
     def get(self, sha256: str) -> SessionRow | None:
         """Return a session, None if it has ended."""
-        return self._table.get(sha256, self._clock.now())
+        row = self._rows.get(sha256)
+        return row if row and self.expires(row) > self._clock.now() else None
 
     def require(self, sha256: str) -> SessionRow:
         """Return a session.
@@ -172,11 +199,14 @@ class Sessions:
 
     def all(self, user: str | None = None) -> list[SessionRow]:
         """Return the sessions, of all users or of one."""
-        return self._table.valid(self._clock.now(), user)
+        now = self._clock.now()
+        with self._lock:
+            rows = list((self._rows if user is None else self._of_user.get(user, {})).values())
+        return [row for row in rows if self.expires(row) > now]
 
     def count(self) -> int:
         """Return the number of sessions."""
-        return len(self._table)
+        return len(self._rows)
 
     def visitors(self, rows: Iterable[SessionRow]) -> dict[str, Visitor]:
         """Return where sessions were created, by SHA-256."""
@@ -184,15 +214,15 @@ class Sessions:
 
     def expires(self, row: SessionRow) -> float:
         """Unix time at which a session ends if it is not used."""
-        return self._table.ends(row)
+        return min(row.created + self._lifetimes.lifetime, row.last_used + self._lifetimes.idle)
 
     def ttl(self, row: SessionRow) -> float:
         """Seconds until a session ends if it is not used."""
-        return max(0.0, self._table.ends(row) - self._clock.now())
+        return max(0.0, self.expires(row) - self._clock.now())
 
     def lifetime(self, row: SessionRow) -> float:
         """Seconds until a session ends even if it is used."""
-        return max(0.0, row.created + self._table.lifetimes.lifetime - self._clock.now())
+        return max(0.0, row.created + self._lifetimes.lifetime - self._clock.now())
 
     # --- use
 
@@ -203,22 +233,35 @@ class Sessions:
         """
         row = self.require(sha256)
         self._store.set_agent([sha256], agent)
-        self._table.set_agent([sha256], agent)
+        row.agent = agent
         self._changed([sha256], ())
         return row
 
     def replace_agent(self, user: str, gone: str, agent: str) -> None:
         """Send the sessions of a removed agent to another one of the same user; those for its host end."""
         rows = [row for row in self.all(user) if row.agent == gone]
-        moved = [row.sha256 for row in rows if not row.host]
-        self._store.set_agent(moved, agent)
-        self._table.set_agent(moved, agent)
-        self._changed(moved, ())
+        moved = [row for row in rows if not row.host]
+        keys = [row.sha256 for row in moved]
+        for row in moved:
+            row.agent = agent
+        self._changed(keys, ())
         self._end({row.sha256 for row in rows if row.host})
+        self._write(partial(self._store.set_agent, keys, agent))
 
     def touch(self, sha256s: Iterable[str]) -> None:
         """Record a request of these sessions, and of their parents."""
-        self._changed(self._table.touch(sha256s, self._clock.now()), ())
+        now = self._clock.now()
+        with self._lock:
+            rows = {key: row for key in sha256s if (row := self._rows.get(key))}
+            rows.update({row.parent: self._rows[row.parent] for row in list(rows.values()) if row.parent})
+            used = {key: row for key, row in rows.items() if self.expires(row) > now}
+            due = now - self._lifetimes.idle * RENEW_SHARE
+            renewed = [key for key, row in used.items() if self._published.get(key, row.created) <= due]
+            self._published.update(dict.fromkeys(renewed, now))
+            self._used.update(used)
+            for row in used.values():
+                row.last_used = now
+        self._changed(renewed, ())
 
     # --- end
 
@@ -228,46 +271,63 @@ class Sessions:
 
     def revoke_user(self, user: str, *, spare: str | None = None) -> int:
         """End all sessions of a user but one; return how many."""
-        return self._ended(self._table.end_user(user, spare))
+        with self._lock:  # sign-ins in progress fail
+            self._epochs[user] = self.epoch(user) + 1
+            keys = set(self._of_user.get(user, ())) - {spare}
+        return self._end(keys)
 
     def user_removed(self, user: str) -> None:
         """End the sessions of a removed user and forget the known browsers."""
         self.revoke_user(user)
-        self._store.forget_user(user)
+        self._write(partial(self._store.forget_user, user))
 
     def end_expired(self) -> float:
         """End expired sessions; return the seconds until the next check."""
-        expired, pause = self._table.expired(self._clock.now())
-        self._end(expired)
-        return pause
+        now = self._clock.now()
+        with self._lock:
+            ends = {key: self.expires(row) for key, row in self._rows.items()}
+        self._end({key for key, end in ends.items() if end <= now})
+        # A session created later expires at the earliest after four such pauses.
+        pause = min(MAX_PAUSE, self._lifetimes.idle / 4, self._lifetimes.lifetime / 4)
+        return max(MIN_PAUSE, min([pause, *(end - now for end in ends.values() if end > now)]))
 
     def flush(self) -> None:
-        """Write the last use of sessions, and delete ended ones."""
-        self._store.set_last_used(self._table.take_used())
-        self._delete_ended()
+        """Write the last use of sessions, and what could not be written before."""
+        with self._lock:
+            used = {key: self._rows[key].last_used for key in self._used}
+            self._used.clear()
+        self._write()
+        self._store.set_last_used(used)
 
     def _end(self, sha256s: set[str]) -> int:
-        return self._ended(self._table.end(sha256s)) if sha256s else 0
-
-    def _ended(self, gone: list[str]) -> int:
-        """Notify at once, whether or not the database can be written now."""
+        """End sessions and their children; notify at once, whether or not the database can be written now."""
+        with self._lock:
+            users = {self._rows[key].user for key in sha256s if key in self._rows}
+            family = [row for user in users for row in self._of_user[user].values()]
+            gone = [row.sha256 for row in family if row.sha256 in sha256s or row.parent in sha256s]
+            for key in gone:
+                row = self._rows.pop(key)
+                self._published.pop(key, None)
+                del self._of_user[row.user][key]
+                if not self._of_user[row.user]:
+                    del self._of_user[row.user]
+            self._used.difference_update(gone)
         if gone:
-            with self._lock:
-                self._undeleted.update(gone)
             self._changed((), gone)
-            self._delete_ended()
+            self._write(partial(self._store.remove_sessions, gone))
         return len(gone)
 
-    def _delete_ended(self) -> None:
-        with self._lock:
-            keys = set(self._undeleted)
-        try:
-            self._store.remove_sessions(keys)
-        except Unavailable as error:
-            _log.error("ended sessions cannot be deleted, retrying soon", why=str(error))
-            return
-        with self._lock:
-            self._undeleted -= keys
+    def _write(self, *changes: Callable[[], object]) -> None:
+        """Change the database, in order; what cannot be written now is written by the next call."""
+        self._unwritten.extend(changes)
+        with self._writing:
+            while self._unwritten:
+                try:
+                    self._unwritten[0]()
+                except Unavailable as error:
+                    _log.error("sessions cannot be written, retrying soon", why=str(error))
+                    return
+                self._unwritten.popleft()
 
     def _changed(self, changed: Collection[str], gone: Collection[str]) -> None:
         if changed or gone:

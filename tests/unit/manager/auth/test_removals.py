@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.manager.auth.removals import Removals
+from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.plugin.errors import Unavailable
 from tests.support.manager_parts import Parts
 
@@ -60,10 +60,10 @@ def test_removals_while_no_manager_ran_are_handled_at_the_start(parts):
     parts.post("/sessions/select", sha256=session, agent="alice:lab")
     other = signed_in(parts)
     parts.supervisor.vanish("alice:lab")
-    Removals(parts.supervisor, parts.sessions).start()
+    follow_removals(parts.supervisor, parts.sessions, lambda: None)
     assert parts.sessions.get(session).agent == "alice"
     assert parts.sessions.get(other).agent == "alice"
     parts.supervisor.removal_subscribers.clear()
     parts.supervisor.commands.remove("alice", keep_data=False)
-    Removals(parts.supervisor, parts.sessions).start()
+    follow_removals(parts.supervisor, parts.sessions, lambda: None)
     assert parts.sessions.get(session) is None

@@ -9,8 +9,7 @@ import pytest
 from dispatcher.plugin.errors import Forbidden, NotFound, Unavailable
 from dispatcher.manager.storage.auth import AuthStore, Visitor
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.auth.session_table import Lifetimes
-from dispatcher.manager.auth.sessions import MAX_PER_USER, Sessions, digest
+from dispatcher.manager.auth.sessions import MAX_PER_USER, Lifetimes, Sessions, digest
 from tests.support.manager_parts import Clock
 
 HERE = Visitor(address="192.0.2.1", user_agent="Browser")
@@ -207,20 +206,42 @@ def test_shorter_lifetimes_count_for_sessions_that_exist(world):
     assert row.sha256 in world.gone
 
 
-def test_ending_counts_at_once_even_while_the_disk_is_full(world, monkeypatch):
-    _, row = world.begin()
-    remove = world.store.remove_sessions
-
-    def full(_keys):
+@pytest.fixture
+def full_disk(world, monkeypatch):
+    def full():
         raise Unavailable("The database cannot be used now", why="disk full")
 
-    monkeypatch.setattr(world.store, "remove_sessions", full)
+    def freed():
+        monkeypatch.setattr(world.database, "write", write)
+
+    write = world.database.write
+    monkeypatch.setattr(world.database, "write", full)
+    return freed
+
+
+def test_ending_counts_at_once_even_while_the_disk_is_full(world, request):
+    _, row = world.begin()
+    freed = request.getfixturevalue("full_disk")
     world.sessions.revoke(row.sha256)
     assert world.sessions.get(row.sha256) is None
     assert world.gone == [row.sha256]
-    monkeypatch.setattr(world.store, "remove_sessions", remove)
+    freed()
     world.sessions.flush()
     assert world.store.sessions() == []
+
+
+def test_a_removal_ends_and_moves_sessions_even_while_the_disk_is_full(world, request):
+    _, row = world.begin(agent="alice:lab")
+    _, child = world.sessions.child(row, "lab.example.org", "alice:lab")
+    _, bobs = world.begin("bob")
+    freed = request.getfixturevalue("full_disk")
+    world.sessions.replace_agent("alice", "alice:lab", "alice")
+    assert world.sessions.require(row.sha256).agent == "alice"
+    world.sessions.user_removed("bob")
+    assert set(world.gone) == {child.sha256, bobs.sha256}
+    freed()
+    world.sessions.flush()
+    assert [(kept.sha256, kept.agent) for kept in world.store.sessions()] == [(row.sha256, "alice")]
 
 
 def test_the_thread_ends_sessions_by_itself(tmp_path):
@@ -274,10 +295,10 @@ def test_a_hundred_thousand_sessions_stay_quick(world):
 
     from dispatcher.manager.storage.auth import SessionRow
 
-    table = world.sessions._table
+    table = world.sessions
     for number in range(100_000):
         key = f"{number:064x}"
-        table.insert(
+        table._insert(
             SessionRow(sha256=key, user=f"u{number % 10000}", agent="a", created=1000.0, last_used=1000.0)
         )
     began = time.thread_time()
