@@ -248,7 +248,7 @@ def test_nonsense_ends_the_connection_and_only_it(manager, worker, data):
 
 
 def test_who_says_nothing_is_let_go(manager, monkeypatch):
-    monkeypatch.setattr(server, "HELLO_TIMEOUT", 0.2)
+    monkeypatch.setattr(feed_worker, "HELLO_TIMEOUT", 0.2)
     silent = Worker(manager.paths.feed_socket, hello=False)
     assert silent.read()["type"] == "hello"
     assert silent.read() is None
@@ -310,7 +310,7 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
         )
     for number in range(100_000):
         user = f"user{number % 10_000}"
-        manager.sessions._table.insert(
+        manager.sessions._insert(
             SessionRow(sha256=f"{number:064x}", user=user, agent=user, created=now, last_used=now)
         )
     times = []
@@ -328,7 +328,7 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
 def test_a_session_that_ends_while_the_snapshot_is_sent_is_gone_in_the_end(manager):
     now = manager.sessions._clock.now()
     for number in range(30_000):
-        manager.sessions._table.insert(
+        manager.sessions._insert(
             SessionRow(sha256=f"{number:064x}", user="alice", agent="alice", created=now, last_used=now)
         )
     worker = Worker(manager.paths.feed_socket)
@@ -420,4 +420,9 @@ def test_a_worker_that_is_stuck_or_goes_holds_a_sign_out_up_for_a_moment_only(ma
     stuck.close()
     thread.join(10)
     assert took[0] < 0.9
-    assert not manager.feed._syncs._open
+
+
+def test_sessions_that_end_before_the_feed_is_served_wait_for_nobody(short_tmp):
+    feed = server.Feed(None, supervisor=None, sessions=None, allowed=None)
+    assert feed.synchronize() is False
+    feed._pool.shutdown()

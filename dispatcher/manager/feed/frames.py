@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from dispatcher.feed import protocol
@@ -47,29 +47,16 @@ def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
 
 def snapshot(agents: Iterable[Row], sessions: Iterable[Row]) -> Iterator[bytes]:
     """Yield the parts of a snapshot lazily, at least one."""
-    some_agents, some_sessions = iter(agents), iter(sessions)
-    part = list(islice(some_agents, protocol.MAX_ROWS))
+    rows = chain((("agents", row) for row in agents), (("sessions", row) for row in sessions))
+    part = list(islice(rows, protocol.MAX_ROWS))
     first = True
-    while True:
-        agent_part = part
-        session_part = list(islice(some_sessions, protocol.MAX_ROWS - len(agent_part)))
-        part = list(islice(some_agents, protocol.MAX_ROWS))
-        following = next(some_sessions, None) if not part else None
-        if following is not None:
-            some_sessions = _prepend(following, some_sessions)
-        last = not part and following is None
-        yield protocol.encode(
-            {
-                "type": protocol.SNAPSHOT,
-                "first": first,
-                "last": last,
-                "agents": agent_part,
-                "sessions": session_part,
-            }
-        )
-        if last:
-            return
-        first = False
+    while first or part:
+        following = list(islice(rows, protocol.MAX_ROWS))
+        message: Row = {"type": protocol.SNAPSHOT, "first": first, "last": not following}
+        for kind in ("agents", "sessions"):
+            message[kind] = [row for of, row in part if of == kind]
+        yield protocol.encode(message)
+        part, first = following, False
 
 
 def changes(
@@ -100,8 +87,3 @@ def looked_up(sha256: str, session: Row | None, agents: Sequence[Row]) -> bytes:
 
 
 PING = protocol.encode({"type": protocol.PING})
-
-
-def _prepend(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
-    yield first
-    yield from rest

@@ -1,8 +1,7 @@
 """The feed's server: sends agents and sessions to the edge (docs/reference/feed.md).
 
 One thread with one event loop serves all workers.  Changes are collected for a few milliseconds and encoded once
-for all workers.  Calls that may use the database or take a lock for long run in a small pool.  `reports` handles
-the workers' messages.
+for all workers.  Calls that may use the database or take a lock for long run in a small pool.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import asyncio
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 
 from dispatcher.common.log import logger
@@ -20,16 +20,10 @@ from dispatcher.feed import protocol
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
-from dispatcher.manager.feed.reports import ReportHandler
-from dispatcher.manager.feed.sync import SyncTracker
-from dispatcher.manager.feed.worker import SyncState, Worker
-from dispatcher.manager.storage.auth import SessionRow
-from dispatcher.plugin.deadline import boottime
+from dispatcher.manager.feed.worker import Worker
 from dispatcher.plugin.errors import NotFound
 
 DEBOUNCE = 0.004  # seconds between two frames of changes
-HELLO_TIMEOUT = 10.0  # seconds for a worker's hello
-MAX_UP_FRAME = 4 * 1024 * 1024  # bytes
 MAX_WORKERS = 300
 SYNC_TIMEOUT = 1.0  # seconds to wait until all workers have applied a change
 
@@ -56,7 +50,6 @@ class Feed:
         self._allowed = allowed
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
         self._workers: set[Worker] = set()
-        self._syncs = SyncTracker()
         self._agents_of: dict[str, dict[str, None]] = {}
         self._lock = threading.Lock()
         self._changed_agents: dict[str, None] = {}
@@ -115,18 +108,19 @@ class Feed:
     def synchronize(self) -> bool:
         """Wait for a moment until every connected worker has applied all changes so far.
 
+        Frames are sent in order, so a worker that answers a `sync` has applied everything sent before it.
+
         :return: whether all have.  A worker that is not connected begins again with a snapshot.
         """
-        done = threading.Event()
-        try:
-            self._loop.call_soon_threadsafe(self._request_sync, done)
-            if done.wait(SYNC_TIMEOUT):
-                return True
-            self._loop.call_soon_threadsafe(self._syncs.give_up, done)
-        except RuntimeError:  # the loop is closed: the manager ends
+        if not (self._serving.is_set() and self._loop.is_running()):  # the manager starts or ends
             return False
-        _log.warning("not every worker has confirmed the changes in time", workers=len(self._workers))
-        return False
+        try:
+            confirmed = asyncio.run_coroutine_threadsafe(self._confirmed(), self._loop).result(2 * SYNC_TIMEOUT)
+        except (FutureTimeout, CancelledError):
+            confirmed = False
+        if not confirmed:
+            _log.warning("not every worker has confirmed the changes in time", workers=len(self._workers))
+        return confirmed
 
     def _schedule(self) -> None:
         with self._lock:
@@ -146,9 +140,13 @@ class Feed:
         else:
             self._flush()
 
-    def _request_sync(self, done: threading.Event) -> None:
+    async def _confirmed(self) -> bool:
         self._flush()
-        self._syncs.request(self._workers, done)
+        answers = {worker.sync(): worker for worker in self._workers if worker.confirms}
+        late = (await asyncio.wait(answers, timeout=SYNC_TIMEOUT))[1] if answers else ()
+        for answer in late:
+            answers[answer].confirms = False  # it hangs: the next sync does not wait for it
+        return not late
 
     def _flush(self) -> None:
         self._flushed_at = self._loop.time()
@@ -168,7 +166,8 @@ class Feed:
             if row is None:
                 gone[sha256] = None
             elif sha256 not in gone:
-                sessions.append(self._session_row(row))
+                agents_of = list(self._agents_of.get(row.user, ()))
+                sessions.append(frames.session_row(row, agents_of, self._sessions.ttl(row)))
         for frame in frames.changes(agents, sessions, agents_gone, list(gone)):
             for worker in list(self._workers):
                 worker.send(frame)
@@ -194,9 +193,6 @@ class Feed:
             if not self._agents_of.get(user, True):
                 del self._agents_of[user]
         return rows, gone, touched
-
-    def _session_row(self, row: SessionRow) -> frames.Row:
-        return frames.session_row(row, list(self._agents_of.get(row.user, ())), self._sessions.ttl(row))
 
     def _snapshot(self) -> Iterator[bytes]:
         """Yield the parts.  Runs in the pool, as it takes a while with many rows."""
@@ -249,68 +245,16 @@ class Feed:
             writer.write(frames.error("permission denied"))
             writer.close()
             return
-        worker = Worker(writer, asyncio.current_task())
+        worker = Worker(
+            reader,
+            writer,
+            supervisor=self._supervisor,
+            sessions=self._sessions,
+            pool=self._pool,
+            snapshot=self._snapshot,
+        )
         self._workers.add(worker)
         try:
-            await self._serve(worker, reader)
-        except (protocol.FrameError, asyncio.TimeoutError) as error:
-            _log.warning("disconnected a worker", pid=worker.pid, why=str(error) or "it sent no hello in time")
-        except (OSError, asyncio.CancelledError):
-            pass
-        except Exception:
-            _log.exception("a worker's connection failed", pid=worker.pid)
+            await worker.serve()
         finally:
             self._workers.discard(worker)
-            self._syncs.disconnected(worker)
-            worker.close()
-            _log.info("worker disconnected", pid=worker.pid)
-
-    async def _serve(self, worker: Worker, reader: asyncio.StreamReader) -> None:
-        worker.send(frames.hello(self._supervisor.installation, boottime()), at_once=True)
-        decoder = protocol.Decoder(MAX_UP_FRAME)
-        first = await asyncio.wait_for(_first(reader, decoder), HELLO_TIMEOUT)
-        if not first or first[0]["type"] != protocol.HELLO:
-            raise protocol.FrameError("the first frame is not a hello")
-        if first[0].get("version") != protocol.VERSION:
-            worker.send(
-                frames.error(f"this manager supports version {protocol.VERSION} of the feed"), at_once=True
-            )
-            raise protocol.FrameError(f"version {first[0].get('version')!r} of the feed")
-        pid = first[0].get("pid")
-        worker.pid = pid if isinstance(pid, int) else 0
-        worker.sync = SyncState.IN_TIME if first[0].get("sync") is True else SyncState.UNSUPPORTED
-        _log.info("worker connected", pid=worker.pid)
-        feeding = asyncio.ensure_future(self._send_snapshot(worker))
-        reports = ReportHandler(worker, self._supervisor, self._sessions, self._syncs, self._pool)
-        try:
-            for message in first[1:]:
-                await reports.on_message(message)
-            while data := await reader.read(65536):
-                for message in decoder.feed(data):
-                    await reports.on_message(message)
-        finally:
-            feeding.cancel()
-            with suppress(asyncio.CancelledError, OSError):
-                await feeding
-
-    async def _send_snapshot(self, worker: Worker) -> None:
-        try:
-            parts = await self._loop.run_in_executor(self._pool, self._snapshot)
-            while part := await self._loop.run_in_executor(self._pool, next, parts, b""):
-                worker.send(part, at_once=True)
-                await worker.drain()
-        except (OSError, asyncio.CancelledError):
-            raise
-        except Exception:
-            _log.exception("the snapshot failed", pid=worker.pid)
-            worker.abort()
-            return
-        worker.snapshot_sent()
-
-
-async def _first(reader: asyncio.StreamReader, decoder: protocol.Decoder) -> list[protocol.Message]:
-    """Return the first messages."""
-    while data := await reader.read(65536):
-        if messages := decoder.feed(data):
-            return messages
-    raise ConnectionResetError
