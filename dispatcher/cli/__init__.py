@@ -171,7 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _fail(error.format_message(), 1)
     except DispatcherError as error:
-        code = _fail(str(error), error.exit_code)
+        problems = error.details.get("problems") or ()
+        code = _fail(f"{error.what}:" if len(problems) > 1 else str(error), error.exit_code)
+        if len(problems) > 1:
+            click.echo("\n".join(f"  {clean(str(line))}" for line in problems), err=True)
         for line in error.details.get("log") or ():
             click.echo(f"  | {clean(str(line))}", err=True)
         return code

@@ -7,21 +7,25 @@ of a file are reported at once.  `Config.validate_providers` validates the table
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from dispatcher.config import defaults
-from dispatcher.config.messages import nearest, printable_key, problems, shown, validate, wrong
+from dispatcher.config.messages import did_you_mean, nearest, printable_key, problems, shown, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
+from dispatcher.plugin.errors import BadRequest, ConfigError
 from dispatcher.plugin.model import App, Limits
 from dispatcher.plugin.options import Table
 
@@ -34,6 +38,9 @@ if typing.TYPE_CHECKING:
     from dispatcher.config.plugins import Plugins
 
 __all__ = ["AppConfig", "AppDefaults", "AuthConfig", "Config", "ManagerConfig", "ProxyConfig"]
+
+
+PLACEHOLDERS = ("socket", "port", "data")  # in commands and environments, see `dispatcher.plugin.provider`
 
 
 class Config(Table):
@@ -55,11 +62,10 @@ class Config(Table):
         :raises ConfigError: there is no app of that name.
         """
         if name not in self.apps:
-            near = difflib.get_close_matches(name, self.apps, 1)
             raise ConfigError(
                 f"There is no app {names.printable(name)}",
                 why="configured are: " + (", ".join(sorted(self.apps)) or "none"),
-                fix=f"did you mean {near[0]!r}?" if near else "add it to the configuration",
+                fix=did_you_mean(name, self.apps, "add it to the configuration"),
             )
         return self.apps[name]
 
@@ -81,7 +87,7 @@ class Config(Table):
             others = [key for key in app.model_extra or {} if key in plugins.available()]
             if others and app.provider not in others:  # there is a table, but of another provider
                 hint = f'{error.why} (there is [apps.{name}.{others[0]}]: add provider = "{others[0]}"?)'
-                raise ConfigError(error.what, why=hint) from error
+                raise wrong([hint], self._file) from error
             raise
         return App(
             name=name,
@@ -108,47 +114,40 @@ class Config(Table):
         """
         return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
 
-    def _check_authenticator(self, name: str, plugins: Plugins) -> None:
-        self.authenticator_options(name, plugins.authenticator(name).Options)
-
     def _validate(self, model: type[BaseModel], table: Mapping[str, Any], path: str) -> BaseModel:
-        try:
-            return validate(model, table, path)
-        except ConfigError as error:
-            raise self._in_file(error) from error
-
-    def _in_file(self, error: ConfigError) -> ConfigError:
-        """Return the error with the name of the file, if the configuration was read from a file."""
-        return error if self._file is None else _in_file(self._file, error)
+        return validate(model, table, path, self._file)
 
     def validate_providers(self, plugins: Plugins) -> None:
         """Load every configured provider and validate all tables of plugins.
 
         :raises ConfigError: names every error.
         """
-        found: list[str] = []
-        checks: list[tuple[Callable[[str, Plugins], object], str]] = [
-            *((self.provider_options, name) for name in self.providers),
-            *((self.template, name) for name in self.apps),
-        ]
-        if self.auth.authenticator != "local":
-            checks.append((self._check_authenticator, self.auth.authenticator))
-        for check, name in checks:
-            try:
-                check(name, plugins)
-            except PluginError as error:
-                found.append(str(error))
-            except ConfigError as error:
-                found.append(error.why or str(error))
+        if found := list(self.plugin_problems(plugins)):
+            raise wrong(found, self._file)
+
+    def faults(self, plugins: Plugins) -> Iterator[str]:
+        """Load every plugin, and yield the errors in their tables and why no agent of an app could start."""
+        yield from self.plugin_problems(plugins)
+        yield from _caught(*(partial(plugins.load, name) for name in self.plugins))
+        for name, app in self.apps.items():
+            with contextlib.suppress(ConfigError):  # yielded above
+                template = self.template(name, plugins)
+                yield from _misspelt_placeholders(template)
+                yield from plugins.provider(app.provider).faults(template)
+
+    def plugin_problems(self, plugins: Plugins) -> Iterator[str]:
+        """Load every configured provider and yield the errors in the tables of plugins."""
+        yield from _caught(*(partial(self.provider_options, name, plugins) for name in self.providers))
+        yield from _caught(*(partial(self.template, name, plugins) for name in self.apps))
+        if (chosen := self.auth.authenticator) != "local":
+            yield from _caught(lambda: self.authenticator_options(chosen, plugins.authenticator(chosen).Options))
         known = plugins.available()
         for path, table in (*((f"apps.{name}", app) for name, app in self.apps.items()), ("auth", self.auth)):
             for key in table.model_extra or {}:
                 if key not in known and key != "local":
-                    near = difflib.get_close_matches(key, [*known, *type(table).model_fields], 1)
-                    hint = f", did you mean {near[0]!r}?" if near else f", installed are: {', '.join(known)}"
-                    found.append(f"{path}.{key}: there is no plugin of this name{hint}")
-        if found:
-            raise self._in_file(wrong(found))
+                    words = [*known, *type(table).model_fields]
+                    hint = did_you_mean(key, words, f"installed are: {', '.join(known)}")
+                    yield f"{path}.{key}: there is no plugin of this name, {hint}"
 
 
 DEMO = {
@@ -162,31 +161,35 @@ def load(path: Path | None = None) -> Config:
 
     :raises ConfigError: the file cannot be read, is not TOML, or is invalid.
     """
+    config, found = read(path)
+    if found:
+        raise wrong(found, config._file)  # noqa: SLF001 - private to this module
+    return config
+
+
+def read(path: Path | None = None) -> tuple[Config, list[str]]:
+    """Return the configuration without its invalid values, and an error for each of them.
+
+    :raises ConfigError: the file cannot be read, or is not TOML.
+    """
     chosen = path or defaults.config_file()
     try:
-        text = chosen.read_bytes().decode("utf-8")
+        data = tomllib.loads(chosen.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
         if path is not None or os.environ.get("DISPATCHER_CONFIG"):
             raise ConfigError(
                 f"Cannot read {chosen}", why="there is no such file", fix="check --config"
             ) from error
-        return parse({})
+        return _parse({})
     except UnicodeDecodeError as error:
         raise ConfigError(f"{chosen} is not TOML", why="it is not UTF-8", fix="save it as UTF-8") from error
-    except OSError as error:
-        raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
-    try:
-        config = parse(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{chosen} is not TOML", why=str(error)) from error
-    except ConfigError as error:
-        raise _in_file(chosen, error) from error
+    except OSError as error:
+        raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
+    config, found = _parse(data)
     config._file = chosen  # noqa: SLF001 - private to this module
-    return config
-
-
-def _in_file(path: Path, error: ConfigError) -> ConfigError:
-    return ConfigError(f"{path} is wrong", why=error.why or error.what, fix=error.fix)
+    return config, found
 
 
 def parse(data: Mapping[str, Any]) -> Config:
@@ -194,6 +197,13 @@ def parse(data: Mapping[str, Any]) -> Config:
 
     :raises ConfigError: names every error.
     """
+    config, found = _parse(data)
+    if found:
+        raise wrong(found)
+    return config
+
+
+def _parse(data: Mapping[str, Any]) -> tuple[Config, list[str]]:
     data = dict(data)
     written = data.get("apps", {"demo": DEMO})
     defaults = data.get("defaults", {})
@@ -202,16 +212,31 @@ def parse(data: Mapping[str, Any]) -> Config:
             name: _merge(defaults, app) if isinstance(app, Mapping) else app for name, app in written.items()
         }
     found: list[str] = []
-    config: Config | None = None
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
         # An invalid default is reported in [defaults], not in each app.
         found += problems(Config, error, skip=lambda where: _inherited(where, written))
-    found += _contradictions(data)
-    if found or config is None:
-        raise wrong(found)
-    return config
+        config = _without(data, error)
+    return config, [*found, *_contradictions(data)]
+
+
+def _without(data: Mapping[str, Any], error: ValidationError) -> Config:
+    """Return a configuration without its invalid values, so that the tables of plugins can be checked too."""
+    data = copy.deepcopy(dict(data))
+    for item in error.errors(include_url=False):
+        table: Any = data
+        for part in item["loc"][:-1]:
+            if not isinstance(table.get(part), dict):
+                break
+            table = table[part]
+        else:
+            part = item["loc"][-1]
+        table.pop(part, None)
+    try:
+        return Config.model_validate(data)
+    except ValidationError:
+        return Config()
 
 
 def _merge(defaults: Mapping[str, Any], app: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,6 +260,28 @@ def _inherited(where: tuple[str | int, ...], written: Any) -> bool:
     return False
 
 
+def _caught(*calls: Callable[[], object]) -> Iterator[str]:
+    """Yield the errors of the calls."""
+    for call in calls:
+        try:
+            call()
+        except ConfigError as error:
+            yield from error.details.get("problems", [str(error)])
+
+
+def _misspelt_placeholders(app: App) -> Iterator[str]:
+    """Yield the words in braces that are nearly a placeholder; other braces may be the program's own."""
+    table = f"apps.{app.name}"
+    texts = {f"{table}.environment.{name}": text for name, text in app.environment.items()}
+    for key in ("command", "entrypoint"):
+        texts[f"{table}.{app.provider}.{key}"] = " ".join(getattr(app.options, key, None) or ())
+    for path, text in texts.items():
+        for word in re.findall(r"\{(\w+)\}", text):
+            near = difflib.get_close_matches(word.lower(), PLACEHOLDERS, 1, 0.7)
+            if near and word not in PLACEHOLDERS:
+                yield f"{path}: found '{{{word}}}', did you mean '{{{near[0]}}}'?"
+
+
 def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     """Yield errors between several keys, from the file's own values."""
     manager, proxy, auth, apps = (_table(data, name) for name in ("manager", "proxy", "auth", "apps"))
@@ -253,9 +300,8 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     yield from _stray("auth", auth, AuthConfig)
     default_app = data.get("default_app")
     if isinstance(default_app, str) and default_app and default_app not in apps:
-        near = difflib.get_close_matches(default_app, apps, 1)
-        hint = f", did you mean {near[0]!r}?" if near else f", there are: {', '.join(apps) or 'none'}"
-        yield f"default_app: there is no app {shown(default_app)}{hint}"
+        hint = did_you_mean(default_app, apps, f"there are: {', '.join(apps) or 'none'}")
+        yield f"default_app: there is no app {shown(default_app)}, {hint}"
 
 
 def _stray(path: str, table: Any, model: type[BaseModel]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -44,23 +45,39 @@ _BOUNDS = {
     "less_than": ("lt", "less than"),
     "less_than_equal": ("le", "at most"),
 }
+#: Keys of comparable programs.
+_SYNONYMS = {
+    "address": "listen",
+    "bind": "listen",
+    "cert": "tls_cert",
+    "cpu": "cpus",
+    "env": "environment",
+    "host": "listen",
+    "key": "tls_key",
+    "port": "listen",
+    "url": "public_url",
+}
 
 
-def validate(model: type[BaseModel], data: Mapping[str, Any], path: str = "") -> BaseModel:
+def validate(
+    model: type[BaseModel], data: Mapping[str, Any], path: str = "", file: Path | None = None
+) -> BaseModel:
     """Return `data` as `model`.
 
-    :param path: the key of `data` in the file.
+    :param path: the key of `data` in the file; :param file: the file, for the error.
     :raises ConfigError: names every error.
     """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise wrong(problems(model, error, path)) from error
+        raise wrong(problems(model, error, path), file) from error
 
 
-def wrong(found: Iterable[str]) -> ConfigError:
-    """Return an error with these problems, each once."""
-    return ConfigError("The configuration is not valid", why="; ".join(dict.fromkeys(found)))
+def wrong(found: Iterable[str], file: Path | None = None) -> ConfigError:
+    """Return an error with these problems, each once; `details` holds them as a list."""
+    each = list(dict.fromkeys(found))
+    what = "The configuration is not valid" if file is None else f"{file} is wrong"
+    return ConfigError(what, why="; ".join(each), details={"problems": each})
 
 
 def problems(
@@ -78,10 +95,16 @@ def nearest(key: str, model: type[BaseModel] | None) -> str:
     """Return the nearest valid key of a table as a hint, else all valid keys."""
     if model is None:
         return ""
-    near = difflib.get_close_matches(key, model.model_fields, 1, 0.6)
-    if near:
-        return f", did you mean {near[0]!r}?"
-    return ", valid are: " + (", ".join(sorted(model.model_fields)) or "none")
+    if (other := _SYNONYMS.get(key)) in model.model_fields:
+        return f", did you mean {other!r}?"
+    known = sorted(model.model_fields)
+    return f", {did_you_mean(key, known, 'valid are: ' + (', '.join(known) or 'none'))}"
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """Return a question with the nearest of the known words, or `otherwise`."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else otherwise
 
 
 def shown(value: object, key: str = "") -> str:

@@ -7,7 +7,6 @@ another one that is broken or slow has no effect.
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import sys
 from collections.abc import Iterable
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 import pluggy
 from pydantic import BaseModel
 
+from dispatcher.config.messages import did_you_mean
 from dispatcher.plugin import authenticator, hooks, provider
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import PluginError
@@ -50,11 +50,10 @@ def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origi
     """Refuse a plugin that implements a hook which does not exist."""
     for caller in manager.get_hookcallers(plugin) or ():
         if not caller.has_spec():
-            known = [hook for hook, other in vars(manager.hook).items() if other.has_spec()]
-            near = difflib.get_close_matches(caller.name, known, 1)
+            known = sorted(hook for hook, other in vars(manager.hook).items() if other.has_spec())
             raise PluginError(
                 f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
-                fix=f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}",
+                fix=did_you_mean(caller.name, known, f"use one of {', '.join(known)}"),
             )
 
 
@@ -149,11 +148,10 @@ class Plugins:
             both = " and ".join(f"{entry.value} of {distribution(entry)}" for entry in found)
             raise PluginError(f"The plugin name {name!r} is declared twice", why=both, fix="uninstall one of them")
         if not found:
-            near = difflib.get_close_matches(name, self._entries, 1)
             raise PluginError(
                 f"There is no plugin {printable(name)}",
                 why="installed are: " + (", ".join(sorted(self._entries)) or "none"),
-                fix=f"did you mean {near[0]!r}?" if near else "install the distribution that provides it",
+                fix=did_you_mean(name, self._entries, "install the distribution that provides it"),
             )
         return found[0]
 

@@ -122,6 +122,14 @@ class Provider(ABC):
     def explain(self, app: App | None) -> Sequence[Finding]:
         """Describe what is isolated and what is not, for one app or for the backend as a whole."""
 
+    @classmethod
+    def faults(cls, app: App) -> Iterable[str]:  # noqa: ARG003 - of the contract
+        """Return why no agent of the app could start on this host, without a call to the backend.
+
+        Each begins with the full path of a key.  `dispatcher config check` reports them.
+        """
+        return ()
+
     @abstractmethod
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
         """Pull, build or verify the image; idempotent, and fast when there is nothing to do."""

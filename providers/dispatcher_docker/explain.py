@@ -57,13 +57,19 @@ def _problems(app: App, engine: Engine, context: ProviderContext) -> Iterator[st
     for number, mount in enumerate(options.mounts):
         if reached := _reaches(mount.source, engine, context):
             yield f"{path}.mounts.{number}.source: {mount.source} reaches {reached}, which is forbidden"
+    if not options.port and not engine.is_local:
+        yield f"{path}.port: missing; a Unix socket cannot be shared with an engine on another host"
+    yield from faults(app)
+
+
+def faults(app: App) -> Iterator[str]:
+    """Yield why no agent of the app could start, whatever the engine."""
+    options, path = options_of(app), f"apps.{app.name}.docker"
     if options.port and app.network is not Network.PRIVATE:
         yield (
             f'{path}.port: a port can only be published with network = "private"; '
             "let the app listen on {socket}, or set the network"
         )
-    if not options.port and not engine.is_local:
-        yield f"{path}.port: missing; a Unix socket cannot be shared with an engine on another host"
     if options.network and app.network is not Network.PRIVATE:
         yield f'{path}.network: a named network requires network = "private"'
     if options.seccomp not in {"default", "unconfined"} and not Path(options.seccomp).is_file():

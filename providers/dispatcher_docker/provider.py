@@ -140,6 +140,10 @@ class DockerProvider(Provider):
                 fix='set data = "volume", or local = true if the engine runs on this host',
             )
 
+    @classmethod
+    def faults(cls, app: App) -> Iterable[str]:
+        return explain.faults(app)
+
     def explain(self, app: App | None) -> Sequence[Finding]:
         if app is not None:
             return list(explain.explain_app(app, self._engine, self.context))

@@ -36,11 +36,7 @@ def verify(app: App, kind: str, host: Host) -> None:
     :raises ConfigError: not with these options; :raises Unsupported: not on this host.
     """
     if kind == "tcp" and app.network is Network.NONE and host.sandboxed:
-        raise ConfigError(
-            f'apps.{app.name}: {{port}} cannot be reached with network = "none"',
-            why="a sandbox without a network has no ports",
-            fix='use {socket} in the command, or network = "private"',
-        )
+        raise no_ports(app)
     if app.network is not Network.PRIVATE:
         return
     if host.private_fault:
@@ -52,6 +48,15 @@ def verify(app: App, kind: str, host: Host) -> None:
             why="slirp4netns cannot forward to the loopback interface",
             fix="install passt, or use {socket} in the command",
         )
+
+
+def no_ports(app: App) -> ConfigError:
+    """Return the error of an app that listens on a port in a sandbox without a network."""
+    return ConfigError(
+        f'apps.{app.name}: {{port}} cannot be reached with network = "none"',
+        why="a sandbox without a network has no ports",
+        fix='use {socket} in the command, or network = "private"',
+    )
 
 
 def resolver(host: Host) -> bytes:

@@ -22,6 +22,7 @@ from dispatcher.plugin import (
     App,
     ConfigError,
     Endpoint,
+    Network,
     ProviderContext,
     ProviderError,
     SecretFiles,
@@ -177,6 +178,26 @@ def _exposing(app: App, path: str, *_: str) -> ConfigError:
         why="the dispatcher's own files, or other agents', lie below it",
         fix="name just the directories that the app needs",
     )
+
+
+def faults(app: App) -> Iterator[str]:
+    """Yield why no agent of the app could start, as far as that shows without examining the host."""
+    try:
+        if endpoint_kind(app) == "tcp" and app.network is Network.NONE and shutil.which("bwrap"):
+            yield str(network.no_ports(app))
+    except ConfigError as error:
+        yield str(error)
+    program = options_of(app).command[0]
+    try:
+        Path(program).stat()
+    except PermissionError:
+        return  # another user may run it
+    except OSError:
+        pass
+    try:
+        find_program(program, app.environment.get("PATH", SEARCH_PATH), app.name)
+    except ProviderError as error:
+        yield str(error)
 
 
 def find_program(name: str, search: str, app: str) -> Path:

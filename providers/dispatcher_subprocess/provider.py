@@ -40,7 +40,7 @@ from dispatcher.plugin import (
     SpecConflict,
     Usage,
 )
-from dispatcher_subprocess import explain, logs, processes
+from dispatcher_subprocess import explain, logs, plan, processes
 from dispatcher_subprocess.events import Subscription, Watcher
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
@@ -108,6 +108,10 @@ class SubprocessProvider(Provider):
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         return explain.findings(self._parts.host, app)
+
+    @classmethod
+    def faults(cls, app: App) -> Iterable[str]:
+        return plan.faults(app)
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
         verify(self._parts.host, self._options)

@@ -30,19 +30,21 @@ def check(cli: Cli) -> None:
     """Read the configuration, including the plugins' tables, and report every fault."""
     from dispatcher.config.app_secrets import check_secrets
     from dispatcher.config.layout import Paths
+    from dispatcher.config.load import read
     from dispatcher.config.messages import wrong
     from dispatcher.config.plugins import Plugins
     from dispatcher.plugin.model import Level
 
-    found = cli.config()
-    Paths.of(found)
-    plugins = Plugins()
-    found.validate_providers(plugins)
-    for name in found.plugins:
-        plugins.load(name)
+    found, faults = read(cli.config_path)
+    try:
+        Paths.of(found)
+    except ConfigError as error:
+        faults.append(str(error))
+    faults += found.faults(Plugins())
     findings = [each for name, app in found.apps.items() for each in check_secrets(name, app.secrets)]
-    if faults := [each.what for each in findings if each.level is Level.ERROR]:
-        raise wrong(faults)
+    faults += [each.what for each in findings if each.level is Level.ERROR]
+    if faults:
+        raise wrong(faults, cli.config_path)
     for finding in findings:
         cli.out.note(f"warning: {finding.what} ({finding.fix})")
     apps = ", ".join(sorted(found.apps)) or "none"

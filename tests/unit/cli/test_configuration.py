@@ -78,12 +78,12 @@ def run(capsys, *arguments):
 def test_show_and_check_through_the_program(tmp_path, capsys):
     path = tmp_path / "d.toml"
     path.write_text(
-        '[manager]\ndatabase = "postgresql://u:hunter2@h/d"\n[apps.a.subprocess]\ncommand = ["x", "{socket}"]\n'
+        '[manager]\ndatabase = "postgresql://u:hunter2@h/d"\n[apps.a.subprocess]\ncommand = ["sh", "{socket}"]\n'
     )
     code, out, err = run(capsys, "--config", str(path), "config", "show")
     assert (code, err) == (0, "")
     assert "hunter2" not in out
-    assert tomllib.loads(out)["apps"]["a"]["subprocess"]["command"] == ["x", "{socket}"]
+    assert tomllib.loads(out)["apps"]["a"]["subprocess"]["command"] == ["sh", "{socket}"]
     code, out, _ = run(capsys, "--config", str(path), "config", "show", "--json")
     assert json.loads(out)["manager"]["database"].endswith("@h/d")
     assert run(capsys, "--config", str(path), "config", "check") == (
@@ -110,7 +110,54 @@ def test_check_names_each_fault(tmp_path, capsys, text, complaint):
     code, out, err = run(capsys, "--config", str(path), "config", "check")
     assert (code, out) == (2, "")
     assert complaint in err
-    assert err.count("\n") == 1
+
+
+NEVER_STARTS = """
+[proxy]
+port = 8443
+[manager]
+threads = "many"
+[apps.gone.subprocess]
+command = ["/no/such/program", "{socket}"]
+[apps.typo.subprocess]
+command = ["sh", "-c", "listen {sockt} {other} {SOCKET} ${HOME}"]
+[apps.mute.subprocess]
+command = ["sh"]
+[apps.cut]
+network = "none"
+[apps.cut.subprocess]
+command = ["sh", "{port}"]
+[apps.box]
+provider = "docker"
+network = "none"
+[apps.box.docker]
+image = "x"
+port = 80
+"""
+
+
+@pytest.mark.bubblewrap
+def test_check_finds_apps_that_can_never_start_and_reports_all_in_one_round_one_a_line(tmp_path, capsys):
+    path = tmp_path / "d.toml"
+    path.write_text(NEVER_STARTS)
+    code, out, err = run(capsys, "--config", str(path), "config", "check")
+    assert (code, out) == (2, "")
+    first, *lines = err.splitlines()
+    assert first == f"dispatcher: {path} is wrong:"
+    begins = (
+        "  manager.threads: found 'many', expected a whole number",
+        "  proxy.port: unknown key, did you mean 'listen'?",
+        "  apps.gone.subprocess.command: there is no program '/no/such/program'",
+        "  apps.typo.subprocess.command: found '{sockt}', did you mean '{socket}'?",
+        "  apps.typo.subprocess.command: found '{SOCKET}', did you mean '{socket}'?",
+        "  apps.typo.subprocess.command: the app does not get an address to listen on",
+        "  apps.mute.subprocess.command: the app does not get an address to listen on",
+        '  apps.cut: {port} cannot be reached with network = "none"',
+        '  apps.box.docker.port: a port can only be published with network = "private"',
+    )
+    assert len(lines) == len(begins), err
+    for line, begin in zip(lines, begins, strict=True):
+        assert line.startswith(begin)
 
 
 def test_schema_is_json_schema(capsys):
@@ -125,7 +172,7 @@ def test_schema_is_json_schema(capsys):
 
 SECRETS = """
 [apps.a.subprocess]
-command = ["x", "{{socket}}"]
+command = ["sh", "{{socket}}"]
 [apps.a.secrets]
 API_TOKEN = "{file}"
 OTHER = "env:NO_SUCH_VARIABLE_HERE"
