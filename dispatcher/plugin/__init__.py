@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from dispatcher.plugin.names import backend_name, printable, slug
+    from dispatcher.plugin.networks import METADATA_NETWORKS, denied_networks
     from dispatcher.plugin.options import (
         AbsolutePath,
         Address,
@@ -92,6 +93,7 @@ _MODULES = (
     "model",
     "endpoints",
     "options",
+    "networks",
     "authenticator",
     "provider",
     "secret_files",
@@ -101,6 +103,7 @@ _MODULES = (
 __all__ = [
     "API_VERSION",
     "HANDLE_VERSION",
+    "METADATA_NETWORKS",
     "AbsolutePath",
     "Address",
     "Addresses",
@@ -168,6 +171,7 @@ __all__ = [
     "check_environment",
     "checked_unix_path",
     "connect",
+    "denied_networks",
     "hookimpl",
     "in_memory",
     "make_owned",

@@ -15,13 +15,11 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import libvirt
-import psutil
 from lxml import etree
 
-from dispatcher.plugin import Deadline, ProviderError, boottime
+from dispatcher.plugin import METADATA_NETWORKS, Deadline, ProviderError, boottime, denied_networks
 from dispatcher_libvirt import errors
 from dispatcher_libvirt.connection import Backend, Lane
 from dispatcher_libvirt.xml_input import parse_xml
@@ -29,7 +27,6 @@ from dispatcher_libvirt.xml_input import parse_xml
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
-_LINK_LOCAL = ipaddress.IPv4Network("169.254.0.0/16")
 
 
 def mac_address(name: str) -> str:
@@ -116,28 +113,10 @@ def parse_network(text: str) -> NetworkInfo:
     )
 
 
-def host_networks(route: str | None = None) -> set[Network4]:
-    """Return the addresses of this host, and the networks that exist only on it: guests must not reach them.
-
-    An interface with a default route leads outside, so only this host's own address on it counts.
-    """
-    text = Path("/proc/net/route").read_text(encoding="ascii") if route is None else route
-    outside = {line.split()[0] for line in text.splitlines()[1:] if line.split()[1] == "00000000"}
-    networks = set()
-    for interface, addresses in psutil.net_if_addrs().items():
-        for address in addresses:
-            if address.family is not socket.AF_INET:
-                continue
-            networks.add(ipaddress.IPv4Network(address.address))
-            if interface not in outside and address.netmask:
-                networks.add(ipaddress.IPv4Network(f"{address.address}/{address.netmask}", strict=False))
-    return networks
-
-
-def guest_filter(name: str, network: NetworkInfo, host: Iterable[Network4]) -> str:
+def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ipaddress.IPv6Network]) -> str:
     """Return the network filter for guests: no forged addresses, and of the host only DHCP and DNS.
 
-    Connections into a guest come from the host alone: the bridge isolates its ports.
+    Connections into a guest come from the host alone: the bridge isolates its ports.  IPv6 does not pass at all.
     """
     root = etree.Element("filter", name=name, chain="root")
     etree.SubElement(root, "filterref", filter="clean-traffic")
@@ -150,7 +129,7 @@ def guest_filter(name: str, network: NetworkInfo, host: Iterable[Network4]) -> s
         for protocol in ("udp", "tcp"):
             to = {"dstipaddr": str(network.gateway), "dstportstart": "53"}
             _rule(root, "accept", "out", 400, protocol, to)
-    refused = {*host, _LINK_LOCAL, *([network.subnet] if network.subnet else [])}
+    refused = {one for one in denied if one.version == 4} | ({network.subnet} if network.subnet else set())
     for one in ipaddress.collapse_addresses(refused):
         where = {"dstipaddr": str(one.network_address), "dstipmask": str(one.prefixlen)}
         _rule(root, "drop", "out", 500, "all", where)
@@ -208,14 +187,14 @@ class NetworkFilters:
 
     def _prepare(self, name: str, deadline: Deadline) -> str:
         filter_name = self._prefix + name
-        host = set() if errors.is_remote(self._backend.uri) else host_networks()
+        denied = METADATA_NETWORKS if errors.is_remote(self._backend.uri) else denied_networks()
 
         def prepare(connection: libvirt.virConnect) -> NetworkInfo:
             found = connection.networkLookupByName(name)
             if not found.isActive():
                 found.create()
             info = parse_network(found.XMLDesc())
-            wanted = guest_filter(filter_name, info, host)
+            wanted = guest_filter(filter_name, info, denied)
             with self._lock:
                 if self._defined.get(filter_name) != wanted or not _exists(connection, filter_name):
                     connection.nwfilterDefineXML(wanted)

@@ -1,9 +1,9 @@
 """Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
 
 A private network's traffic leaves through a process of the host, which can reach everything that the host reaches.
-So the agent's network namespace gets *unreachable* routes for every address of this host, for the networks that
-only this host is in (containers, virtual machines) and for those that the options deny.  The agent has no
-privileges there and cannot remove them.  pasta is also bound to the outgoing interface.
+So the agent's network namespace gets *unreachable* routes for the denied networks: this host, those that only this
+host is in (containers, virtual machines), clouds' metadata and those in the options.  The agent has no privileges
+there and cannot remove them.  pasta is also bound to the outgoing interface.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_interface, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
 
-from dispatcher.plugin import App, ConfigError, Deadline, DeadlineExceeded, Network, ProviderError, Unsupported
+from dispatcher.plugin import (
+    App,
+    ConfigError,
+    Deadline,
+    DeadlineExceeded,
+    Network,
+    ProviderError,
+    Unsupported,
+    denied_networks,
+)
 from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.journal import Process
@@ -81,7 +90,7 @@ def connect(host: Host, inner: Process, port: int, denied: Networks, deadline: D
         carry = _pasta if host.pasta else _slirp
         helper = carry(host, inside, port, deadline)
         try:
-            _block(inside, [*host_networks(), *denied], deadline)
+            _block(inside, denied_networks(denied), deadline)
         except BaseException:
             procfs.send(helper.pid, helper.start, 9)
             processes.reap(helper)
@@ -173,15 +182,23 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         os.close(ready)
 
 
-def _block(inside: _Inside, networks: Iterable[IPv4Network | IPv6Network], deadline: Deadline) -> None:
-    """Make networks unreachable from inside."""
-    v6 = (procfs.read("/proc/net/if_inet6") or b"") != b""
-    chosen = [network for network in dict.fromkeys(networks) if network.version == 4 or v6]
-    lines = "".join(f"route replace unreachable {network}\n" for network in chosen)
+def _block(inside: _Inside, networks: Networks, deadline: Deadline) -> None:
+    """Make networks unreachable from inside.
+
+    For IPv6's link-local ones this takes a rule: a destination with a scope passes by an unreachable route.
+    """
     command = [which("nsenter"), f"--net=/proc/self/fd/{inside.network}"]
     if inside.user is not None:
         command += [f"--user=/proc/self/fd/{inside.user}", "--preserve-credentials"]
-    _run([*command, which("ip"), "-batch", "-"], inside, lines.encode(), deadline)
+    for version in (4, 6) if procfs.read("/proc/net/if_inet6") else (4,):
+        lines = "".join(
+            f"rule add to {network} priority 1 unreachable\n"
+            if version == 6 and network.is_link_local
+            else f"route replace unreachable {network}\n"
+            for network in networks
+            if network.version == version
+        )
+        _run([*command, which("ip"), f"-{version}", "-batch", "-"], inside, lines.encode(), deadline)
 
 
 def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) -> None:
@@ -207,31 +224,6 @@ def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) 
             "Cannot make a private network",
             why=f"{Path(command[0]).name}: {lines[-1] if lines else done.returncode}",
         )
-
-
-def host_networks() -> Iterator[IPv4Network | IPv6Network]:
-    """Yield what an agent with a private network must not reach: this host, and what only this host reaches."""
-    import psutil  # imported here, as it would slow down every start of the manager
-
-    outgoing = outgoing_interface()
-    for name, addresses in psutil.net_if_addrs().items():
-        for address in addresses:
-            if address.family not in {socket.AF_INET, socket.AF_INET6}:
-                continue
-            plain = address.address.partition("%")[0]
-            host = ip_interface(plain)
-            if host.ip.is_loopback or host.ip.is_link_local:
-                continue
-            yield ip_network(host.ip)
-            if name != outgoing and address.netmask:
-                yield _around(plain, address.netmask)
-
-
-def _around(address: str, mask: str) -> IPv4Network | IPv6Network:
-    if ":" not in address:
-        return IPv4Network(f"{address}/{mask}", strict=False)
-    bits = int.from_bytes(socket.inet_pton(socket.AF_INET6, mask.partition("/")[0]), "big").bit_count()
-    return IPv6Network(f"{address}/{bits}", strict=False)
 
 
 def outgoing_interface() -> str:

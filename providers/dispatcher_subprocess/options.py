@@ -49,8 +49,8 @@ class Options(Table):
         default="auto", description='program for the traffic of network = "private"'
     )
     deny: list[str] = Field(
-        default=["169.254.0.0/16"],
-        description='networks that network = "private" cannot reach, in addition to this host',
+        default=[],
+        description='networks that network = "private" cannot reach, besides this host and clouds\' metadata',
     )
 
     @field_validator("deny")

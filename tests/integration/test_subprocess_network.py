@@ -105,8 +105,13 @@ SETUP = textwrap.dedent(
     ip addr add 172.20.0.1/16 dev inner
     ip link set inner up
     nsenter -t $outside -n sh -c 'ip link set lo up; ip addr add 10.9.0.1/24 dev out; ip link set out up;
-        ip addr add 203.0.113.5/32 dev lo; ip addr add 203.0.113.53/32 dev lo; ip addr add 169.254.169.254/32 dev lo'
+        ip addr add 203.0.113.5/32 dev lo; ip addr add 203.0.113.53/32 dev lo; ip addr add 169.254.169.254/32 dev lo;
+        ip addr add 168.63.129.16/32 dev lo; ip addr add 100.100.100.200/32 dev lo; ip addr add fd00:ec2::254/128 dev lo;
+        ip addr add 2001:db8:5::5/128 dev lo; ip addr add 2001:db8:9::1/64 dev out nodad;
+        ip addr add fe80::a9fe:a9fe/64 dev out nodad'
+    ip addr add 2001:db8:9::2/64 dev ext nodad
     ip route add default via 10.9.0.1
+    ip -6 route add default via 2001:db8:9::1
     nsenter -t $outside -n "$PYTHON" -c "$SERVE" &
     "$PYTHON" -c "$INSIDE" "$@"
     """
@@ -122,7 +127,7 @@ SERVE = textwrap.dedent(
             a = q[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + q[12:q.index(b"\\0", 12) + 5]
             dns.sendto(a + b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\xcb\\0\\x71\\5", peer)
     threading.Thread(target=answer, daemon=True).start()
-    server = socket.create_server(("0.0.0.0", 80))
+    server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
     while True:
         server.accept()[0].close()
     """
@@ -143,7 +148,8 @@ INSIDE = textwrap.dedent(
         spec = world.spec("alice", TCP if kind == "tcp" else None, network=Network.PRIVATE)
         handle, inside = world.start(provider, spec)
         for address in ("203.0.113.5:80", "10.9.0.2:8000", "10.9.0.3:8000", "172.20.0.1:8000", "172.20.0.9:80",
-                        "127.0.0.1:8000", "10.9.0.1:8000", "169.254.169.254:80"):
+                        "127.0.0.1:8000", "10.9.0.1:8000", "169.254.169.254:80", "168.63.129.16:80",
+                        "100.100.100.200:80", "[2001:db8:5::5]:80", "[fd00:ec2::254]:80", "[fe80::a9fe:a9fe%2]:80"):
             report[address] = inside.refused("/connect", to="tcp:" + address) or "reached"
         report["resolv"] = inside.read("/etc/resolv.conf").decode()
         name = world.spec("bob", [PYTHON, "-S", "-c", ASK, "{socket}"], network=Network.PRIVATE)
@@ -200,6 +206,7 @@ def in_namespaces(*arguments):
 def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier, kind):
     report = in_namespaces(carrier, kind)
     assert report["203.0.113.5:80"] == "reached"
+    assert report["[2001:db8:5::5]:80"] == "reached" or carrier == "slirp4netns", "IPv6 where the carrier has it"
     for address in (
         "10.9.0.2:8000",  # this host's address
         "10.9.0.3:8000",  # its second one
@@ -207,7 +214,11 @@ def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier,
         "172.20.0.9:80",  # another machine in such a network
         "127.0.0.1:8000",  # the loopback interface: the agent has its own
         "10.9.0.1:8000",  # the gateway, which carriers like to map to the host
-        "169.254.169.254:80",  # a cloud's metadata
+        "169.254.169.254:80",  # clouds' metadata
+        "168.63.129.16:80",
+        "100.100.100.200:80",
+        "[fd00:ec2::254]:80",
+        "[fe80::a9fe:a9fe%2]:80",
     ):
         assert report[address] not in {"reached", ""}, address
     assert "search example.org" in report["resolv"]

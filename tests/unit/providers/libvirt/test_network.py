@@ -2,7 +2,6 @@
 
 import ipaddress
 import socket
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +9,7 @@ pytest.importorskip("libvirt")
 
 from lxml import etree
 
-from dispatcher.plugin.errors import ProviderError
+from dispatcher.plugin import METADATA_NETWORKS, ProviderError
 from dispatcher_libvirt import network
 from dispatcher_libvirt.network import Ports
 
@@ -50,7 +49,8 @@ def test_the_filter_protects_the_host():
     info = network.parse_network(
         "<network><name>n</name><forward mode='nat'/><ip address='192.0.2.1' netmask='255.255.255.0'/></network>"
     )
-    root = etree.fromstring(network.guest_filter("f", info, [ipaddress.ip_network("198.51.100.7/32")]))
+    denied = [*METADATA_NETWORKS, ipaddress.ip_network("198.51.100.7/32")]
+    root = etree.fromstring(network.guest_filter("f", info, denied))
     assert root.find("filterref").get("filter") == "clean-traffic"
     rules = sorted(root.iterfind("rule"), key=lambda rule: int(rule.get("priority")))
     drops = {
@@ -60,7 +60,7 @@ def test_the_filter_protects_the_host():
         for one in rule
         if one.get("dstipaddr")
     }
-    assert {"192.0.2.0/24", "198.51.100.7/32", "169.254.0.0/16"} <= drops
+    assert {"192.0.2.0/24", "198.51.100.7/32", "169.254.0.0/16", "168.63.129.16/32", "100.100.100.200/32"} <= drops
     dns = [rule for rule in rules if rule[0].get("dstportstart") == "53"]
     assert {rule[0].get("dstipaddr") for rule in dns} == {"192.0.2.1"}
     assert rules[-1].get("action") == "drop"
@@ -68,23 +68,3 @@ def test_the_filter_protects_the_host():
     assert int(accept_all.get("priority")) > max(
         int(rule.get("priority")) for rule in rules if rule[0].get("dstipmask")
     )
-
-
-def test_networks_of_this_host_alone_are_unreachable(monkeypatch):
-    import psutil
-
-    def address(ip, mask):
-        return SimpleNamespace(family=socket.AF_INET, address=ip, netmask=mask)
-
-    monkeypatch.setattr(
-        psutil,
-        "net_if_addrs",
-        lambda: {
-            "eth0": [address("203.0.113.5", "255.255.255.0")],
-            "br0": [address("10.9.0.1", "255.255.0.0")],
-            "lo": [address("127.0.0.1", "255.0.0.0")],
-        },
-    )
-    route = "Iface\tDestination\nIface2\t0\neth0\t00000000\t01\n"
-    found = {str(one) for one in network.host_networks(route)}
-    assert found == {"203.0.113.5/32", "10.9.0.1/32", "10.9.0.0/16", "127.0.0.1/32", "127.0.0.0/8"}

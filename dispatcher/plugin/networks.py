@@ -1,0 +1,69 @@
+"""What an agent with ``network = "private"`` must not reach, the same with every provider."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
+from pathlib import Path
+
+IpNetwork = IPv4Network | IPv6Network
+
+#: Clouds' metadata services, which give the machine's credentials to any process on it, and link-local networks.
+METADATA_NETWORKS: tuple[IpNetwork, ...] = tuple(
+    ip_network(text)
+    for text in (
+        "169.254.0.0/16",  # AWS, Azure, Google, OpenStack, Oracle, ...
+        "168.63.129.16/32",  # Azure
+        "100.100.100.200/32",  # Alibaba
+        "192.0.0.192/32",  # Oracle
+        "fd00:ec2::/64",  # AWS
+        "fd20:ce::254/128",  # Google
+        "fd00:42::42/128",  # Scaleway
+        "fe80::a9fe:a9fe/128",  # OpenStack; named alone, as a route to fe80::/64 is narrower than the next one
+        "fe80::/10",
+    )
+)
+
+
+def denied_networks(extra: Iterable[IpNetwork] = (), proc: Path = Path("/proc")) -> list[IpNetwork]:
+    """Return `METADATA_NETWORKS`, this host's addresses, the networks that only this host is in, and `extra`.
+
+    An interface with a default route leads outside: of its network only this host's own address is denied.
+    """
+    import psutil  # imported here, as it would slow down every start of the manager
+
+    outgoing = _outgoing(proc)
+    found: list[IpNetwork] = [*METADATA_NETWORKS]
+    for name, addresses in psutil.net_if_addrs().items():
+        for one in addresses:
+            if one.family not in {socket.AF_INET, socket.AF_INET6}:
+                continue
+            address = one.address.partition("%")[0]
+            if ip_interface(address).is_loopback or ip_interface(address).is_link_local:
+                continue
+            found.append(ip_network(address))
+            if name not in outgoing and one.netmask:
+                found.append(ip_interface(f"{address}/{_bits(one.netmask)}").network)
+    return list(dict.fromkeys([*found, *extra]))
+
+
+def _outgoing(proc: Path) -> set[str]:
+    """Return the interfaces with a default route."""
+    v4 = [line.split() for line in _lines(proc / "net/route")[1:]]
+    v6 = [line.split() for line in _lines(proc / "net/ipv6_route")]
+    return {row[0] for row in v4 if row[1] == row[7] == "00000000"} | {
+        row[9] for row in v6 if row[0] == "0" * 32 and row[1] == "00" and row[9] != "lo"
+    }
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return []  # IPv6 is off
+
+
+def _bits(netmask: str) -> int:
+    family = socket.AF_INET6 if ":" in netmask else socket.AF_INET
+    return int.from_bytes(socket.inet_pton(family, netmask.partition("/")[0]), "big").bit_count()

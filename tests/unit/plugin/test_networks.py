@@ -1,0 +1,69 @@
+"""The networks that no private network reaches."""
+
+import socket
+from collections import namedtuple
+from ipaddress import ip_address, ip_network
+
+import psutil
+import pytest
+
+from dispatcher.plugin import METADATA_NETWORKS
+from dispatcher.plugin.networks import denied_networks
+
+Address = namedtuple("Address", "family address netmask")
+V4, V6 = socket.AF_INET, socket.AF_INET6
+ROUTE = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\neth0 00000000 01 3 0 0 0 00000000 0 0 0\n"
+ROUTE6 = "{0} 00 {0} 00 {0} 00000400 0 0 3 wan6\n{0} 00 {0} 00 {0} ffffffff 1 0 200200 lo\n".format("0" * 32)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "169.254.169.254",
+        "169.254.170.2",  # credentials of an ECS task
+        "168.63.129.16",
+        "100.100.100.200",
+        "fd00:ec2::254",
+        "fe80::a9fe:a9fe",
+        "fe80::1",
+    ],
+)
+def test_metadata_services_are_denied(address):
+    assert any(ip_address(address) in network for network in METADATA_NETWORKS)
+
+
+def test_this_host_and_networks_that_only_it_is_in_are_denied(monkeypatch, tmp_path):
+    found = {
+        "lo": [Address(V4, "127.0.0.1", "255.0.0.0"), Address(V6, "::1", "ffff::")],
+        "eth0": [
+            Address(V4, "10.0.0.5", "255.255.255.0"),
+            Address(V6, "fe80::1%eth0", "ffff:ffff:ffff:ffff::"),
+            Address(V6, "fd00::5", "ffff:ffff:ffff:ffff::"),
+            Address(socket.AF_PACKET, "00:00:00:00:00:00", None),
+        ],
+        "wan6": [Address(V6, "2001:db8::5", "ffff:ffff:ffff:ffff::")],
+        "docker0": [Address(V4, "172.17.0.1", "255.255.0.0"), Address(V6, "fd17::1", "ffff:ffff:ffff:ffff::")],
+    }
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net/route").write_text(ROUTE)
+    (tmp_path / "net/ipv6_route").write_text(ROUTE6)
+    extra = ip_network("192.0.2.0/24")
+    denied = denied_networks([extra], proc=tmp_path)
+    assert set(METADATA_NETWORKS) <= set(denied)
+    assert [str(one) for one in denied if one not in METADATA_NETWORKS] == [
+        "10.0.0.5/32",
+        "fd00::5/128",
+        "2001:db8::5/128",
+        "172.17.0.1/32",
+        "172.17.0.0/16",
+        "fd17::1/128",
+        "fd17::/64",
+        "192.0.2.0/24",
+    ]
+
+
+def test_a_host_without_routes_and_ipv6_denies_its_whole_networks(monkeypatch, tmp_path):
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [Address(V4, "10.0.0.5", "255.255.255.0")]})
+    denied = denied_networks(proc=tmp_path)
+    assert {"10.0.0.5/32", "10.0.0.0/24"} <= {str(one) for one in denied}
