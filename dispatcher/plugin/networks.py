@@ -26,7 +26,7 @@ METADATA_NETWORKS: tuple[IpNetwork, ...] = tuple(
 )
 
 
-def denied_networks(extra: Iterable[IpNetwork] = (), proc: Path = Path("/proc")) -> list[IpNetwork]:
+def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> list[IpNetwork]:
     """Return `METADATA_NETWORKS`, this host's addresses, the networks that only this host is in, and `extra`.
 
     An interface with a default route leads outside: of its network only this host's own address is denied.
@@ -45,7 +45,7 @@ def denied_networks(extra: Iterable[IpNetwork] = (), proc: Path = Path("/proc"))
             found.append(ip_network(address))
             if name not in outgoing and one.netmask:
                 found.append(ip_interface(f"{address}/{_bits(one.netmask)}").network)
-    return list(dict.fromkeys([*found, *extra]))
+    return list(dict.fromkeys([*found, *map(ip_network, extra)]))
 
 
 def _outgoing(proc: Path) -> set[str]:

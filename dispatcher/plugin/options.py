@@ -108,6 +108,19 @@ def network(value: str) -> str:
     return value
 
 
+def ip_networks(value: list[str]) -> list[str]:
+    """Return networks such as ``10.0.0.0/8``.
+
+    :raises ValueError: another form.
+    """
+    try:
+        for one in value:
+            ipaddress.ip_network(one)
+    except ValueError as error:
+        raise ValueError("a network such as 10.0.0.0/8") from error
+    return value
+
+
 def origin(value: str) -> str:
     """Return ``http://HOST[:PORT]`` or ``https://HOST[:PORT]`` (or nothing), without a slash at the end.
 
@@ -235,6 +248,7 @@ NetworkAddress = Annotated[str, AfterValidator(network)]
 #: One address, or a list of them.
 Addresses = Annotated[list[Address], BeforeValidator(_one_or_more)]
 NetworkAddresses = Annotated[list[NetworkAddress], BeforeValidator(_one_or_more)]
+IpNetworks = Annotated[list[str], AfterValidator(ip_networks)]
 Origin = Annotated[str, AfterValidator(origin)]
 UrlPath = Annotated[str, AfterValidator(url_path)]
 Environment = Annotated[dict[str, str], AfterValidator(variables)]

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import App, Capability, ConfigError, Finding, Level, Network, ProviderContext, Unsupported
+from dispatcher.plugin import (
+    METADATA_NETWORKS,
+    App,
+    Capability,
+    ConfigError,
+    Finding,
+    Level,
+    Network,
+    ProviderContext,
+    Unsupported,
+)
 from dispatcher_docker.containers import options_of
 from dispatcher_docker.host import Engine
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
@@ -116,10 +126,14 @@ def explain_backend(
         )
     if not engine.is_local:
         yield _warning("Secrets of apps need an engine on this host; apps that have any are refused", "")
-    elif not protects_host:
+    if not protects_host:
+        where = "this host" if engine.is_local else "the engine's host"
         yield _warning(
-            'Agents with network "private" can reach services of this host that listen on all addresses',
-            "run the manager as root with iptables installed, or let services listen on 127.0.0.1",
+            f'Agents with network "private" can reach {where}, all that it reaches, and the cloud\'s metadata '
+            "service, which may give them the machine's credentials",
+            "run the manager as root with iptables installed"
+            if engine.is_local
+            else f"set rules there: iptables -I DOCKER-USER -d {METADATA_NETWORKS[0]} -j REJECT, and the like",
         )
     if info and not info.get("BridgeNfIptables", True):
         yield _warning(
@@ -150,7 +164,7 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
     network = {
         Network.NONE: "has no network at all",
         Network.PRIVATE: "reaches the outside, and no other agent",
-        Network.HOST: "shares the host's network: its loopback services, and other agents' published ports",
+        Network.HOST: "shares the host's network: loopback services, other agents' ports, the cloud's metadata",
     }[app.network]
     level = Level.WARNING if app.network is Network.HOST else Level.INFO
     yield Finding(level=level, what=f"{app.name} {network}", fix="" if level is Level.INFO else 'use "private"')
@@ -188,7 +202,10 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
         how = "reads" if mount.read_only else "changes"
         yield f"it {how} {mount.source} of the host", "remove it from mounts"
     if options.network:
-        yield f"it shares the network {options.network} with everything else on it", "remove network"
+        yield (
+            f"it shares the network {options.network}, on which nothing is denied, clouds' metadata included",
+            "remove network",
+        )
 
 
 def _info(what: str) -> Finding:

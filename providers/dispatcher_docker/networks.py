@@ -1,8 +1,8 @@
 """The bridge network that an installation's agents share.
 
 Agents on it cannot reach each other (`enable_icc=false`).  Docker does let containers connect to the host's own
-services.  Where the manager is root on the engine's host, one firewall rule per bridge prevents that: new
-connections from the bridge to the host are rejected.
+services and to all that the host reaches.  Where the manager is root on the engine's host, firewall rules for the
+bridge reject new connections to the host and to the networks of `denied_networks`, clouds' metadata among them.
 """
 
 from __future__ import annotations
@@ -10,38 +10,62 @@ from __future__ import annotations
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from pathlib import Path
+from typing import Any
 
-from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderContext, ProviderError
+from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderContext, ProviderError, denied_networks
 from dispatcher_docker.containers import LABEL, network_name
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
 
+IpNetwork = IPv4Network | IPv6Network
+
+#: Chains that forwarded packets pass before the engine's own; the first exists if the engine manages rules.
+_FORWARD = ("DOCKER-USER", "FORWARD")
+_RESOLVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
+
 
 class Networks:
-    """Makes and removes the bridge of one installation."""
+    """Makes and removes the bridge of one installation.
 
-    def __init__(self, engine: Engine, context: ProviderContext) -> None:
+    :param denied: networks that its agents must not reach, besides those of `denied_networks`.
+    """
+
+    def __init__(self, engine: Engine, context: ProviderContext, denied: Sequence[str]) -> None:
         self._engine = engine
         self._context = context
+        self._denied = denied
         self._lock = threading.Lock()
         self._starting = 0
         self.name = network_name(context.installation)
-        #: Name of the bridge's interface: at most 15 characters.
+        #: Name of the bridge's interface, at most 15 characters, and of its chain.
         self.interface = f"dsp-{context.installation}"
+
+    @property
+    def can_protect(self) -> bool:
+        """Whether the firewall rules can be set here."""
+        return self._engine.is_local and self._context.privileged and shutil.which("iptables") is not None
 
     @contextmanager
     def in_use(self, deadline: Deadline) -> Iterator[None]:
-        """Make the bridge, and keep it for the length of a start."""
+        """Make the bridge and its rules, and keep it for the length of a start."""
         with self._locked(deadline):
-            self._ensure(deadline)
+            self._protect(self._inspect(deadline) or self._create(deadline), deadline)
             self._starting += 1
         try:
             yield
         finally:
             with self._lock:
                 self._starting -= 1
+
+    def protect(self, deadline: Deadline) -> None:
+        """Set the rules again if the bridge exists: a reload of the host's firewall removes them."""
+        with self._locked(deadline):
+            if self.can_protect and (found := self._inspect(deadline)):
+                self._protect(found, deadline)
 
     @contextmanager
     def _locked(self, deadline: Deadline) -> Iterator[None]:
@@ -56,50 +80,40 @@ class Networks:
         finally:
             self._lock.release()
 
-    def _ensure(self, deadline: Deadline) -> None:
+    def _inspect(self, deadline: Deadline) -> dict[str, Any]:
         try:
             with self._engine.call("look for the network of this installation", deadline) as client:
-                client.inspect_network(self.name)
+                found: dict[str, Any] = client.inspect_network(self.name)
+                return found
         except NoSuchObject:
-            with self._engine.call("create the network of this installation", deadline) as client:
-                client.create_network(
-                    self.name,
-                    driver="bridge",
-                    options={
-                        "com.docker.network.bridge.enable_icc": "false",
-                        "com.docker.network.bridge.name": self.interface,
-                    },
-                    labels={f"{LABEL}installation": self._context.installation},
-                    check_duplicate=True,
-                )
-        if self.can_protect_host:
-            self._protect(deadline)
+            return {}
 
-    @property
-    def can_protect_host(self) -> bool:
-        """Whether the rule that keeps agents from the host's services can be set here."""
-        return self._engine.is_local and self._context.privileged and shutil.which("iptables") is not None
+    def _create(self, deadline: Deadline) -> dict[str, Any]:
+        with self._engine.call("create the network of this installation", deadline) as client:
+            client.create_network(
+                self.name,
+                driver="bridge",
+                options={
+                    "com.docker.network.bridge.enable_icc": "false",
+                    "com.docker.network.bridge.name": self.interface,
+                },
+                labels={f"{LABEL}installation": self._context.installation},
+                check_duplicate=True,
+            )
+        return self._inspect(deadline)
 
-    def _rule(self, action: str) -> list[str]:
-        match = ["-i", self.interface, "-m", "conntrack", "--ctstate", "NEW,INVALID"]
-        return ["iptables", "--wait", "5", action, "INPUT", *match, "-j", "REJECT"]
-
-    def _protect(self, deadline: Deadline) -> None:
-        seconds = max(0.1, min(10.0, deadline.remaining()))
-        try:
-            known = subprocess.run(self._rule("-C"), capture_output=True, check=False, timeout=seconds)
-            if known.returncode:
-                subprocess.run(self._rule("-I"), capture_output=True, check=True, timeout=seconds)
-        except (OSError, subprocess.SubprocessError) as error:
-            why = getattr(error, "stderr", b"") or str(error).encode()
-            raise ProviderError(
-                "This host's services cannot be protected from agents",
-                why=why.decode(errors="replace").strip(),
-                fix='let the manager run iptables, or use network = "none"',
-            ) from error
+    def _protect(self, found: dict[str, Any], deadline: Deadline) -> None:
+        if not self.can_protect:
+            return
+        denied = denied_networks(self._denied)
+        for version in (4, 6) if found.get("EnableIPv6") else (4,):
+            firewall = _Firewall(version, self.interface, deadline)
+            firewall.fill([one for one in denied if one.version == version])
+            firewall.enter("REJECT", "INPUT")
+            firewall.enter(self.interface, *_FORWARD)
 
     def remove_unused(self, deadline: Deadline) -> None:
-        """Remove the bridge and its rule if the installation has no containers left."""
+        """Remove the bridge and its rules if the installation has no containers left."""
         with self._locked(deadline):
             if self._starting:
                 return
@@ -112,5 +126,85 @@ class Networks:
                     client.remove_network(self.name)
             except NoSuchObject:
                 return
-            if self.can_protect_host:
-                subprocess.run(self._rule("-D"), capture_output=True, check=False, timeout=10)
+            if self.can_protect:
+                for version in (4, 6):
+                    _Firewall(version, self.interface, deadline).clear()
+
+
+class _Firewall:
+    """The rules of one bridge, in a chain that has the name of its interface, for one version of IP."""
+
+    def __init__(self, version: int, interface: str, deadline: Deadline) -> None:
+        self._program = "iptables" if version == 4 else "ip6tables"
+        self._interface = interface
+        self._deadline = deadline
+        self._error = ""
+
+    def fill(self, denied: Sequence[IpNetwork]) -> None:
+        """Replace the chain."""
+        rules = chain(self._interface, denied, list(_name_servers()))
+        if not self._run(f"{self._program}-restore", "--noflush", stdin=rules):
+            raise self._failed()
+
+    def enter(self, target: str, *chains: str) -> None:
+        """Make new connections from the bridge jump to `target`, in the first of the chains that exists."""
+        if not any(self._rule("-C", one, target) or self._rule("-I", one, target) for one in chains):
+            raise self._failed()
+
+    def clear(self) -> None:
+        """Remove the chain and the jumps to it."""
+        if self._run(self._program, "-F", self._interface):
+            for target, chain in (("REJECT", "INPUT"), *((self._interface, one) for one in _FORWARD)):
+                self._rule("-D", chain, target)
+            self._run(self._program, "-X", self._interface)
+
+    def _rule(self, action: str, chain: str, target: str) -> bool:
+        match = ["-i", self._interface, "-m", "conntrack", "--ctstate", "NEW,INVALID"]
+        return self._run(self._program, action, chain, *match, "-j", target)
+
+    def _run(self, program: str, *arguments: str, stdin: str = "") -> bool:
+        seconds = max(0.1, min(10.0, self._deadline.remaining()))
+        command = [program, "--wait=5", *arguments]
+        try:
+            done = subprocess.run(
+                command, input=stdin, text=True, capture_output=True, check=False, timeout=seconds
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            self._error = str(error)
+            return False
+        self._error = done.stderr.strip()
+        return not done.returncode
+
+    def _failed(self) -> ProviderError:
+        return ProviderError(
+            "This host and the cloud's metadata cannot be protected from agents",
+            why=self._error,
+            fix='let the manager run iptables, or use network = "none"',
+        )
+
+
+def chain(name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address | IPv6Address]) -> str:
+    """Return a chain for iptables-restore: it rejects other agents and denied networks.
+
+    DNS passes to those of the host's name servers that lie in denied networks, as clouds' ones do.
+    """
+    rules = [
+        f"-d {server} -p {protocol} --dport 53 -j RETURN"
+        for server in servers
+        if any(server in network for network in denied)
+        for protocol in ("udp", "tcp")
+    ]
+    rules += [*(f"-d {network} -j REJECT" for network in denied), f"-o {name} -j REJECT"]
+    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+
+
+def _name_servers() -> Iterator[IPv4Address | IPv6Address]:
+    """Yield this host's name servers: the engine's own one asks them from inside the container's network."""
+    for path in map(Path, _RESOLVERS):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+        for words in map(str.split, lines):
+            if len(words) > 1 and words[0] == "nameserver":
+                try:
+                    yield ip_address(words[1].partition("%")[0])
+                except ValueError:
+                    continue

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from dispatcher.plugin import Duration, Size, Table
+from dispatcher.plugin import Duration, IpNetworks, Size, Table
 
 Path_ = Annotated[Path, Field(strict=False)]
 #: What root needs to use the agent's data, and to give up its privileges.
@@ -58,6 +58,10 @@ class DockerOptions(Strict):
     )
     reach: str = Field(
         default="", description="address that the proxy uses for published ports; by default `publish`"
+    )
+    deny: IpNetworks = Field(
+        default=[],
+        description='networks that network = "private" cannot reach, besides this host and clouds\' metadata',
     )
     registries: dict[str, Registry] = Field(
         default={}, description="credentials by registry host, in addition to ~/.docker/config.json"

@@ -62,7 +62,7 @@ class DockerProvider(Provider):
         self._options = options
         self._engine = Engine(options, context.run_dir)
         self._images = Images(self._engine, options, context.installation)
-        self._networks = Networks(self._engine, context)
+        self._networks = Networks(self._engine, context, options.deny)
         self._secrets = SecretFiles(
             f"dispatcher-{context.installation}-secrets-docker",
             [context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")],  # noqa: S108
@@ -153,7 +153,7 @@ class DockerProvider(Provider):
                 self._options,
                 self._info,
                 own_volume=self._own_volume,
-                protects_host=self._networks.can_protect_host,
+                protects_host=self._networks.can_protect,
             )
         )
 
@@ -236,6 +236,11 @@ class DockerProvider(Provider):
         with self._engine.call("list the containers", deadline) as client:
             label = f"{containers.LABEL}installation={self.context.installation}"
             found = client.containers(all=True, filters={"label": [label]})
+        if any(one.get("State") in observe.ALIVE for one in found):
+            try:
+                self._networks.protect(deadline)
+            except ProviderError as error:
+                self.context.log.warning("%s", error)
         for one in found:
             self._images.last_id(observe.label(one.get("Labels"), "image"))
         if found:

@@ -79,7 +79,7 @@ def resolver(host: Host) -> bytes:
     return "\n".join([f"nameserver {server}", *kept, ""]).encode()
 
 
-def connect(host: Host, inner: Process, port: int, denied: Networks, deadline: Deadline) -> Process:
+def connect(host: Host, inner: Process, port: int, deny: Sequence[str], deadline: Deadline) -> Process:
     """Connect a waiting agent's network namespace with the outside; return the process that carries its traffic.
 
     :param port: TCP port of the host's loopback interface that leads to the agent, 0 for none.
@@ -90,7 +90,7 @@ def connect(host: Host, inner: Process, port: int, denied: Networks, deadline: D
         carry = _pasta if host.pasta else _slirp
         helper = carry(host, inside, port, deadline)
         try:
-            _block(inside, denied_networks(denied), deadline)
+            _block(inside, denied_networks(deny), deadline)
         except BaseException:
             procfs.send(helper.pid, helper.start, 9)
             processes.reap(helper)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
@@ -15,6 +14,7 @@ from dispatcher.plugin import (
     AgentSpec,
     App,
     ConfigError,
+    IpNetworks,
     PortRange,
     Size,
     Table,
@@ -25,7 +25,6 @@ from dispatcher.plugin import Argument as Text
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
-_NETWORK = "a network such as 10.0.0.0/8"
 
 
 Argument = Annotated[Text, Field(max_length=131071)]  # bytes, execve(2)
@@ -48,25 +47,10 @@ class Options(Table):
     private_network: Literal["auto", "pasta", "slirp4netns"] = Field(
         default="auto", description='program for the traffic of network = "private"'
     )
-    deny: list[str] = Field(
+    deny: IpNetworks = Field(
         default=[],
         description='networks that network = "private" cannot reach, besides this host and clouds\' metadata',
     )
-
-    @field_validator("deny")
-    @classmethod
-    def _deny(cls, value: list[str]) -> list[str]:
-        for text in value:
-            try:
-                ip_network(text)
-            except ValueError as error:
-                raise ValueError(_NETWORK) from error
-        return value
-
-    @property
-    def denied(self) -> list[IPv4Network | IPv6Network]:
-        """The networks of `deny`."""
-        return [ip_network(text) for text in self.deny]
 
 
 class AppOptions(Table):

@@ -238,7 +238,7 @@ class Start:
         assert self._inner is not None
         if self.spec.app.network is Network.PRIVATE:
             self._helper = network.connect(
-                self.host, self._inner, self.plan.inside.port, self.options.denied, self.deadline
+                self.host, self._inner, self.plan.inside.port, self.options.deny, self.deadline
             )
             self._join(self._helper.pid)
 

@@ -115,6 +115,71 @@ def test_private_networks_reach_the_outside(world):
         assert agent.inside.refused("/connect", to=f"tcp:{outside.address}:{outside.port}") == ""
 
 
+METADATA = ("169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254")
+
+
+def reached(agent, address, port=7777):
+    """Whether an agent can connect to an address."""
+    host = f"[{address}]" if ":" in address else address
+    return not agent.inside.refused("/connect", to=f"tcp:{host}:{port}")
+
+
+@pytest.fixture
+def dual(world):
+    """The installation's bridge with IPv6, as a daemon with `default-network-opts` makes it."""
+    name, interface = f"dispatcher-{world.installation}", f"dsp-{world.installation}"
+    docker(
+        *("network", "create", "--ipv6", "--subnet", "fd77::/64", "--label"),
+        *(
+            f"dispatcher.installation={world.installation}",
+            "-o",
+            f"com.docker.network.bridge.name={interface}",
+            name,
+        ),
+    )
+
+
+def test_private_networks_do_not_reach_clouds_metadata(world, dual):
+    agent = world.run("curious", options=PORTED, network=Network.PRIVATE)
+    (settings,) = inspect(agent.handle.name)["NetworkSettings"]["Networks"].values()
+    assert settings["GlobalIPv6Address"]
+    with Outside(*METADATA, "fd77:1::2") as outside:
+        for control in (outside.address, "fd77:1::2"):
+            assert any(reached(agent, control) for _ in range(5)), "IPv6 needs a moment on a new link"
+        assert [one for one in METADATA if reached(agent, one)] == []
+        subprocess.run(
+            ["ip", "addr", "add", "fe80::a9fe:a9fe/64", "dev", f"dsp-{world.installation}", "nodad"], check=True
+        )
+        with socket.create_server(("::", 7777), family=socket.AF_INET6):
+            for address in ("fe80::a9fe:a9fe%eth0", settings["IPv6Gateway"] or "fd77::1"):
+                assert not reached(agent, address)
+        # A reload of the host's firewall removes the rules; they come back while the agent runs.
+        for program in ("iptables", "ip6tables"):
+            subprocess.run([program, "-F", f"dsp-{world.installation}"], check=True)
+        assert reached(agent, METADATA[0])
+        world.driver.list()
+        assert [one for one in METADATA if reached(agent, one)] == []
+
+
+def test_networks_of_the_operator_s_choice_are_denied(world):
+    careful = DockerWorld(deny=["198.18.77.0/24"])
+    try:
+        agent = careful.run("careful", options=PORTED, network=Network.PRIVATE)
+        with Outside("198.19.0.2") as outside:
+            assert not reached(agent, outside.address)
+            assert reached(agent, "198.19.0.2")
+    finally:
+        careful.close()
+
+
+def test_the_rules_go_with_the_network(world):
+    agent = world.run("last", options=PORTED, network=Network.PRIVATE)
+    rules = lambda: subprocess.run(["iptables-save"], capture_output=True, text=True, check=True).stdout
+    assert f"dsp-{world.installation}" in rules()
+    world.driver.destroy(agent.handle)
+    assert f"dsp-{world.installation}" not in rules()
+
+
 def test_networks_go_with_the_last_agent(world):
     agent = world.run("last", options=PORTED, network=Network.PRIVATE)
     assert leftovers(world.installation) >= {f"network dispatcher-{world.installation}"}
@@ -190,9 +255,15 @@ def test_a_hostile_volume_hurts_nobody_on_its_way_out(world, tmp_path):
 
 
 class Outside:
-    """A network namespace that is routed behind this host, with one listener in it."""
+    """A network namespace that is routed behind this host, with one listener in it.
+
+    :param also: more addresses that it has.
+    """
 
     address, port = "198.18.77.2", 7777
+
+    def __init__(self, *also):
+        self.also = also
 
     def __enter__(self):
         self.name = f"outside{os.getpid()}"
@@ -205,7 +276,14 @@ class Outside:
         run("ip", "-n", self.name, "addr", "add", f"{self.address}/30", "dev", "eth0")
         run("ip", "-n", self.name, "link", "set", "eth0", "up")
         run("ip", "-n", self.name, "link", "set", "lo", "up")
-        code = f"import socket; s = socket.create_server(('{self.address}', {self.port})); print('up', flush=True)\nwhile True: s.accept()[0].close()"
+        run("ip", "addr", "add", "fd77:2::1/64", "dev", link, "nodad")
+        run("ip", "-n", self.name, "addr", "add", "fd77:2::2/64", "dev", "eth0", "nodad")
+        run("ip", "-n", self.name, "route", "add", "default", "via", "198.18.77.1")
+        run("ip", "-n", self.name, "route", "add", "default", "via", "fd77:2::1")
+        for one in self.also:
+            run("ip", "-n", self.name, "addr", "add", one, "dev", "lo")
+            run("ip", "route", "add", one, "via", "fd77:2::2" if ":" in one else self.address)
+        code = f"import socket; s = socket.create_server(('::', {self.port}), family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True)\nwhile True: s.accept()[0].close()"
         self.server = subprocess.Popen(
             ["ip", "netns", "exec", self.name, sys.executable, "-c", code], stdout=subprocess.PIPE
         )
