@@ -24,7 +24,6 @@ TESTING = [
     "pytest-rerunfailures",
     "pytest-cov",
     "hypothesis",
-    "h11",
     "websockets>=13",
     "kosoku>=0.1",  # the Autobahn test cases
     "playwright",
@@ -124,7 +123,7 @@ setup(
         "flask>=3.1",
         "werkzeug>=3",
         "waitress>=3",
-        "cheroot>=11,<12",  # manager/rest/server.py uses its internals
+        "h11>=0.14",
         "click>=8.1",
         "rich>=13",
         "pydantic>=2.7",

@@ -25,14 +25,13 @@ from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.runtime import Lock, make_directories
-from dispatcher.manager.rest import Services, application, tls
-from dispatcher.manager.rest.health import Health
+from dispatcher.manager.rest import Services, application, health, tls
 from dispatcher.manager.rest.listeners import (
-    CredentialGuard,
-    PeerGuard,
     Tokens,
+    credentials,
     may_administer,
     may_proxy,
+    peers,
     tcp_socket,
     unix_socket,
 )
@@ -156,16 +155,16 @@ class Manager:
             sessions=self.sessions,
             allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
         )
-        self.health = Health(self.supervisor, database, self.feed.connections)
         self.services = Services(
             config=config,
+            database=database,
             supervisor=self.supervisor,
             sessions=self.sessions,
             signin=signin,
             clock=clock,
             metrics=metrics,
             reload=self.reload,
-            health=self.health.report,
+            feed_connections=self.feed.connections,
             sync_edge=self.feed.synchronize,
             waiting=threading.BoundedSemaphore(max(1, config.manager.threads // 2)),
         )
@@ -195,18 +194,18 @@ class Manager:
     def _listen(self) -> None:
         threads = self.config.manager.threads
         logins = self.config.auth.hash_workers + self.config.auth.hash_queue
-        admin = application("admin", self.services)
-        proxy = application("proxy", self.services)
+        admin = peers(lambda uid, gid: may_administer(self.accounts, uid, gid))
+        proxy = peers(lambda uid, gid: may_proxy(self.accounts, uid, gid))
         wanted: list[tuple[socket.socket, WsgiApp, int, ssl.SSLContext | None]] = [
             (
                 self._unix(self.paths.manager_socket, self.accounts.admin_gid),
-                PeerGuard(admin, lambda uid, gid: may_administer(self.accounts, uid, gid)),
+                application("admin", self.services, admin),
                 threads,
                 None,
             ),
             (
                 self._unix(self.paths.proxy_socket, self.accounts.proxy_gid),
-                PeerGuard(proxy, lambda uid, gid: may_proxy(self.accounts, uid, gid)),
+                application("proxy", self.services, proxy),
                 threads + logins,  # a request that waits for a password check must not take the last thread
                 None,
             ),
@@ -214,7 +213,8 @@ class Manager:
         self._tokens = Tokens(self.config.manager.token_file)
         if self.config.manager.listen:
             context, fingerprint = tls.server_context(self.config.manager, self.paths.secrets_dir)
-            guarded = CredentialGuard(admin, self._tokens, lambda: self.health.report()["status"])
+            remote = credentials(self._tokens, lambda: str(health.report(self.services)["status"]))
+            guarded = application("admin", self.services, remote)
             for address in self.config.manager.listen:
                 sock = tcp_socket(address, self.config.manager.listen)
                 self._closers.append(sock.close)
@@ -227,7 +227,7 @@ class Manager:
         self._closers.append(self._close_servers)
         for sock, app, most, encryption in wanted:
             server = Server(sock, app, most, encryption)
-            server.serve_in_thread()
+            server.start()
             self._servers.append(server)
         _log.info("listening", manager=str(self.paths.manager_socket), proxy=str(self.paths.proxy_socket))
 
@@ -254,7 +254,7 @@ class Manager:
     @property
     def addresses(self) -> list[str]:
         """The addresses served with TLS, as ``HOST:PORT``."""
-        return [_shown(server.socket) for server in self._servers if server.ssl_adapter]
+        return [_shown(server.socket) for server in self._servers if server.context]
 
     # --- reload
 
@@ -283,8 +283,8 @@ class Manager:
             log.set_level(new.manager.log_level)
             changed.append(f"The log level is {new.manager.log_level}.")
         for server in self._servers:
-            if server.ssl_adapter is not None and context is not None:
-                server.ssl_adapter.context = context
+            if server.context is not None and context is not None:
+                server.context = context
         if context is not None:
             changed.append(f"TLS connections use the certificate {fingerprint}.")
         changed += [

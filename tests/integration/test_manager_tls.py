@@ -302,8 +302,7 @@ def encrypted(port):
 
 
 @pytest.mark.parametrize("stage", ["handshake", "head", "body"])
-def test_slow_unauthenticated_clients_do_not_hold_threads(short_tmp, monkeypatch, tokens, stage):
-    monkeypatch.setattr(server, "PATIENCE", 1.0)
+def test_slow_clients_hold_no_thread(short_tmp, tokens, monkeypatch, stage):
     tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens), "threads": 2}}
     with manager_in(short_tmp, monkeypatch, **tables) as manager:
         port = int(url(manager).rpartition(":")[2])
@@ -314,7 +313,7 @@ def test_slow_unauthenticated_clients_do_not_hold_threads(short_tmp, monkeypatch
         }[stage]
         slow = [
             socket.create_connection(("127.0.0.1", port), 10) if stage == "handshake" else encrypted(port)
-            for _ in range(4)
+            for _ in range(120)
         ]
         done = threading.Event()
 
@@ -332,26 +331,12 @@ def test_slow_unauthenticated_clients_do_not_hold_threads(short_tmp, monkeypatch
             client = remote(manager, verify=False, token=TOKEN)
             began = time.monotonic()
             assert client.agents() == {"agents": []}
-            assert time.monotonic() - began < 9
+            assert time.monotonic() - began < 3
             client.close()
         finally:
             done.set()
             for thread in threads:
                 thread.join(5)
-
-
-def test_who_has_shown_a_credential_may_take_longer(short_tmp, monkeypatch, tokens):
-    monkeypatch.setattr(server, "PATIENCE", 0.5)
-    tables = {"manager": {"listen": ["127.0.0.1:0"], "token_file": str(tokens)}}
-    with manager_in(short_tmp, monkeypatch, **tables) as manager:
-        connection = encrypted(int(url(manager).rpartition(":")[2]))
-        head = f"POST /agents HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
-        body = json.dumps({"name": "alice", "password": "correct horse"}).encode()
-        connection.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body))
-        time.sleep(4)
-        connection.sendall(body)
-        assert connection.recv(4096).startswith(b"HTTP/1.1 201 ")
-        connection.close()
 
 
 def test_one_address_does_not_take_all_connections(short_tmp, monkeypatch, tokens):

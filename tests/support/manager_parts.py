@@ -23,9 +23,9 @@ from dispatcher.manager.auth.signin import SignIn
 from tests.support.fake_supervisor import FakeSupervisor
 
 
-def described(role, services):
+def described(role, services, *admit):
     """Return a role's application; an answer that is not as `/openapi.json` says is an error."""
-    app = application(role, services)
+    app = application(role, services, *admit)
     routes = {(route.method, route.path): route for route in ROLES[role]}
 
     @app.after_request
@@ -76,13 +76,14 @@ class Parts:
         self.reloads = []
         self.services = Services(
             config=parse(config or {}),
+            database=self.database,
             supervisor=self.supervisor,
             sessions=self.sessions,
             signin=self.new_signin(),
             clock=self.clock,
             metrics=self.metrics,
             reload=lambda: self.reloads.append(1) or ["The log level is debug."],
-            health=lambda: {"status": "ok"},
+            feed_connections=lambda: 0,
             waiting=threading.BoundedSemaphore(2),
         )
         self.metrics.watch(

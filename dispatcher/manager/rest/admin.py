@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dispatcher.manager.rest import answers, schemas
+from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import listed
@@ -11,17 +11,16 @@ from dispatcher.plugin import names
 routes = Routes()
 
 
-@routes.add("GET", "/sessions", {200: answers.SessionList})
-def list_sessions(services: Services, query: schemas.ListSessions) -> Json:
+@routes.add("GET", "/sessions", {200: schemas.SessionList})
+def list_sessions(services: Services, user: schemas.Name | None = None) -> Json:
     """List sessions, all or one user's."""
-    user = names.user_name(query.user) if query.user is not None else None
-    return listed(services, services.sessions.all(user))
+    return listed(services, services.sessions.all(names.user_name(user) if user is not None else None))
 
 
-@routes.add("DELETE", "/sessions", {200: answers.Revoked})
-def revoke_sessions(services: Services, query: schemas.RevokeSessions) -> Json:
-    """End all sessions of a user."""
-    revoked = services.sessions.revoke_user(names.user_name(query.user))
+@routes.add("DELETE", "/sessions", {200: schemas.Revoked})
+def revoke_sessions(services: Services, user: schemas.Name) -> Json:
+    """End all sessions of a user, never of all users."""
+    revoked = services.sessions.revoke_user(names.user_name(user))
     services.sync_edge()
     return {"revoked": revoked}
 
@@ -33,32 +32,32 @@ def revoke_session(services: Services, id: str) -> None:
     services.sync_edge()
 
 
-@routes.add("GET", "/providers", {200: answers.ProviderList})
+@routes.add("GET", "/providers", {200: schemas.ProviderList})
 def providers(services: Services) -> Json:
     """List the providers and whether they can be used."""
     return {"providers": services.supervisor.queries.providers()}
 
 
-@routes.add("GET", "/providers/<provider>/check", {200: answers.Findings})
-def check_provider(services: Services, provider: str, query: schemas.CheckProvider) -> Json:
+@routes.add("GET", "/providers/<provider>/check", {200: schemas.Findings})
+def check_provider(services: Services, provider: str, app: schemas.App | None = None) -> Json:
     """Describe what a provider isolates and what it does not, for one app or in general."""
-    found = services.supervisor.queries.check_provider(provider, query.app)
+    found = services.supervisor.queries.check_provider(provider, app)
     return {"findings": [{"level": item.level.value, "what": item.what, "fix": item.fix} for item in found]}
 
 
-@routes.add("GET", "/stats/memory_usage", {200: answers.MemoryUsage})
+@routes.add("GET", "/stats/memory_usage", {200: schemas.MemoryUsage})
 def memory_usage(services: Services) -> Json:
     """Show how much memory the agents use."""
     return services.supervisor.queries.memory_usage()
 
 
-@routes.add("GET", "/stats/top", {200: answers.Top})
+@routes.add("GET", "/stats/top", {200: schemas.Top})
 def top(services: Services) -> Json:
     """Show what each agent uses."""
     return {"agents": services.supervisor.queries.top()}
 
 
-@routes.add("POST", "/reload", {200: answers.Reloaded})
+@routes.add("POST", "/reload", {200: schemas.Reloaded})
 def reload(services: Services) -> Json:
     """Read the configuration again; nothing changes when it is wrong."""
     return {"changed": services.reload()}

@@ -17,7 +17,8 @@ from werkzeug.routing import Rule
 from dispatcher.common import problem
 from dispatcher.common.log import logger
 from dispatcher.manager.rest import admin, agents, health, openapi, proxy_role
-from dispatcher.manager.rest.routing import MAX_BODY, Json, Route, Routes
+from dispatcher.manager.rest.routing import Json, Route, Routes
+from dispatcher.manager.rest.server import MAX_BODY, Environ
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.errors import DispatcherError
 
@@ -27,6 +28,9 @@ ROLES = {
 }
 for _role, _routes in ROLES.items():
     openapi.describe(_role, _routes)
+
+#: Takes WSGI's environment; raises the refusal of a request, or returns the answer in place of the handler's.
+Admit = Callable[[Environ], Json | None]
 
 _log = logger("manager.api")
 
@@ -46,8 +50,11 @@ class _Json(DefaultJSONProvider):
         return Response(text.encode("utf-8", "replace"), mimetype="application/json")
 
 
-def application(role: str, services: Services) -> Flask:
-    """Return the application of the role *admin* or *proxy*."""
+def application(role: str, services: Services, admit: Admit = lambda _environ: None) -> Flask:
+    """Return the application of the role *admin* or *proxy*.
+
+    :param admit: called with every request before anything else.
+    """
     app = Flask("dispatcher.manager", static_folder=None)
     app.json = _Json(app)
     app.url_rule_class = _Rule
@@ -64,6 +71,7 @@ def application(role: str, services: Services) -> Flask:
     app.register_error_handler(DispatcherError, _refused)
     app.register_error_handler(HTTPException, _http_error)
     app.register_error_handler(Exception, _crashed)
+    app.before_request(lambda: admit(request.environ))
     app.after_request(_finish)
     return app
 
@@ -84,11 +92,10 @@ def _finish(response: Response) -> Response:
 
 
 def _refused(error: DispatcherError) -> tuple[Json, int, dict[str, str]]:
-    return (
-        problem.of_error(error),
-        error.status,
-        {"Content-Type": problem.MEDIA_TYPE, **problem.retry_after(error)},
-    )
+    headers = {"Content-Type": problem.MEDIA_TYPE, **problem.retry_after(error)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem.of_error(error), error.status, headers
 
 
 def _http_error(error: HTTPException) -> tuple[Json, int, dict[str, str]]:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import sqlalchemy as sa
 from flask import Response
 
 from dispatcher import __version__
 from dispatcher.manager.agents.metrics import CONTENT_TYPE
-from dispatcher.manager.agents.supervisor import Supervisor
-from dispatcher.manager.rest import answers
+from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
-from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.errors import Unavailable
 
 routes = Routes()
 
 
-@routes.add("GET", "/healthz", {200: answers.Health})
+@routes.add("GET", "/healthz", {200: schemas.Health})
 def healthz(services: Services) -> Json:
     """Report the manager's health; 200 also while a backend is down."""
-    return services.health()
+    return report(services)
 
 
 @routes.add("GET", "/metrics", {200: str})
@@ -31,29 +27,21 @@ def metrics(services: Services) -> Response:
     return Response(services.metrics.text(), content_type=CONTENT_TYPE)
 
 
-class Health:
-    """Reports ``ok`` or ``degraded``, and in sentences what is wrong."""
-
-    def __init__(self, supervisor: Supervisor, database: Database, connections: Callable[[], int]) -> None:
-        self._supervisor = supervisor
-        self._database = database
-        self._connections = connections
-
-    def report(self) -> Json:
-        """Return the body of /healthz."""
-        problems = [
-            f"The provider {provider['name']} cannot be used: {provider['error']}"
-            for provider in self._supervisor.queries.providers()
-            if not provider["usable"]
-        ]
-        try:
-            with self._database.read() as connection:
-                connection.execute(sa.text("SELECT 1"))
-        except Unavailable as error:
-            problems.append(str(error))
-        return {
-            "status": "degraded" if problems else "ok",
-            "version": __version__,
-            "problems": problems,
-            "feed_connections": self._connections(),
-        }
+def report(services: Services) -> Json:
+    """Return ``ok`` or ``degraded``, and in sentences what is wrong."""
+    problems = [
+        f"The provider {provider['name']} cannot be used: {provider['error']}"
+        for provider in services.supervisor.queries.providers()
+        if not provider["usable"]
+    ]
+    try:
+        with services.database.read() as connection:
+            connection.execute(sa.text("SELECT 1"))
+    except Unavailable as error:
+        problems.append(str(error))
+    return {
+        "status": "degraded" if problems else "ok",
+        "version": __version__,
+        "problems": problems,
+        "feed_connections": services.feed_connections(),
+    }

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import os
 import pwd
 import re
@@ -16,13 +15,13 @@ import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from dispatcher.common import problem
 from dispatcher.common.log import logger
 from dispatcher.config.host_users import HostAccounts
-from dispatcher.manager.rest.server import WsgiApp
-from dispatcher.plugin.errors import ConfigError, DispatcherError, Forbidden, Unauthorized
+from dispatcher.manager.rest.application import Admit
+from dispatcher.manager.rest.routing import Json
+from dispatcher.manager.rest.server import Environ
+from dispatcher.plugin.errors import ConfigError, Forbidden, Unauthorized
 from dispatcher.plugin.options import takes_ipv4
 
 SOCKET_MODE = 0o660
@@ -109,21 +108,16 @@ def may_proxy(accounts: HostAccounts, uid: int, _gid: int) -> bool:
     return uid in {0, os.geteuid(), accounts.proxy_uid}
 
 
-class PeerGuard:
-    """WSGI middleware that admits only certain processes."""
+def peers(allowed: Callable[[int, int], bool]) -> Admit:
+    """Return the check that admits only certain processes, by user and group id."""
 
-    def __init__(self, app: WsgiApp, allowed: Callable[[int, int], bool]) -> None:
-        self._app = app
-        self._allowed = allowed
+    def admit(environ: Environ) -> None:
+        uid, gid = environ.get("dispatcher.peer", (-1, -1))
+        if uid < 0 or not allowed(uid, gid):
+            _log.warning("refused a process of another user", uid=uid, path=environ["PATH_INFO"])
+            raise Forbidden("You may not use this socket", why=f"the user id {uid} has no access to it")
 
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request."""
-        uid, gid = int(environ.get("X_REMOTE_UID", -1)), int(environ.get("X_REMOTE_GID", -1))
-        if uid >= 0 and self._allowed(uid, gid):
-            return self._app(environ, start_response)
-        _log.warning("refused a process of another user", uid=uid, path=environ.get("PATH_INFO"))
-        error = Forbidden("You may not use this socket", why=f"the user id {uid} has no access to it")
-        return _refuse(error, start_response)
+    return admit
 
 
 class Tokens:
@@ -167,37 +161,19 @@ class Tokens:
         return scheme.lower() == "bearer" and any(matches)
 
 
-class CredentialGuard:
-    """WSGI middleware that admits requests with a token or client certificate, and the bare status of /healthz."""
+def credentials(tokens: Tokens, status: Callable[[], str]) -> Admit:
+    """Return the check that admits a token, a client certificate, and the bare status of /healthz."""
 
-    def __init__(self, app: WsgiApp, tokens: Tokens, status: Callable[[], str]) -> None:
-        self._app = app
-        self._tokens = tokens
-        self._status = status
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """Answer a request."""
-        if environ.get("dispatcher.certified") or self._tokens.known(environ.get("HTTP_AUTHORIZATION", "")):
-            if trust := environ.get("dispatcher.trust"):
-                trust()
-            return self._app(environ, start_response)
-        if environ.get("PATH_INFO") == "/healthz" and environ["REQUEST_METHOD"] in {"GET", "HEAD"}:
-            data = json.dumps({"status": self._status()}).encode()
-            start_response("200 OK", [("Content-Type", "application/json"), ("Content-Length", str(len(data)))])
-            return [data if environ["REQUEST_METHOD"] == "GET" else b""]
+    def admit(environ: Environ) -> Json | None:
+        if environ.get("dispatcher.certified") or tokens.known(environ.get("HTTP_AUTHORIZATION", "")):
+            return None
+        if environ["PATH_INFO"] == "/healthz" and environ["REQUEST_METHOD"] in {"GET", "HEAD"}:
+            return {"status": status()}
         _log.warning("refused without a credential", address=environ.get("REMOTE_ADDR"))
-        error = Unauthorized(
+        raise Unauthorized(
             "A token or a client certificate is required",
             why="none was given, or it is not valid",
             fix="give --token-file with one of the manager's tokens",
         )
-        return _refuse(error, start_response)
 
-
-def _refuse(error: DispatcherError, start_response: Callable[..., Any]) -> Iterable[bytes]:
-    data = json.dumps(problem.of_error(error)).encode()
-    headers = [("Content-Type", problem.MEDIA_TYPE), ("Content-Length", str(len(data)))]
-    if error.status == 401:
-        headers.append(("WWW-Authenticate", "Bearer"))
-    start_response(f"{error.status} {error.code.title()}", headers)
-    return [data]
+    return admit

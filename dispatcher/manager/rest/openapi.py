@@ -10,8 +10,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
 from dispatcher import __version__
-from dispatcher.manager.rest.answers import Problem
 from dispatcher.manager.rest.routing import Json, Route, Routes
+from dispatcher.manager.rest.schemas import Problem
 from dispatcher.manager.rest.services import Services
 
 _REF = "#/components/schemas/{model}"
@@ -88,16 +88,15 @@ def _operation(route: Route, schemas: dict[Any, Any]) -> Json:
         }
         for name in _PARAMETER.findall(route.path)
     ]
-    if query := route.model("query"):
-        schema = query.model_json_schema(schema_generator=_Untitled)
-        parameters += [
-            {"name": name, "in": "query", "required": name in schema.get("required", ()), "schema": member}
-            for name, member in schema["properties"].items()
-        ]
+    schema = route.query.model_json_schema(schema_generator=_Untitled)
+    parameters += [
+        {"name": name, "in": "query", "required": name in schema.get("required", ()), "schema": member}
+        for name, member in schema["properties"].items()
+    ]
     if parameters:
         operation["parameters"] = parameters
-    if body := route.model("body"):
-        schema = body.model_json_schema(schema_generator=_Untitled)
+    if route.body.model_fields:
+        schema = route.body.model_json_schema(schema_generator=_Untitled)
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     operation["responses"] = {
         **{str(status): _response(status, answer, schemas) for status, answer in route.answers.items()},

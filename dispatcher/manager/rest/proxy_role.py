@@ -6,9 +6,13 @@ to that agent alone, and cannot change anything of the user but that agent's sta
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
+from pydantic import Field
+
 from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.agents.views import AgentView
-from dispatcher.manager.rest import answers, schemas
+from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import agents_of, listed, session_json
@@ -20,99 +24,119 @@ from dispatcher.plugin.errors import Forbidden, NotFound
 routes = Routes()
 
 
-@routes.add("POST", "/sessions", {201: answers.SignedIn})
-def sign_in(services: Services, body: schemas.Login) -> Answer:
+@routes.add("POST", "/sessions", {201: schemas.SignedIn})
+def sign_in(
+    services: Services,
+    user: schemas.User,
+    password: schemas.Password,
+    address: schemas.Address,
+    user_agent: Annotated[str, Field(max_length=4096)] = "",
+    device: schemas.Token | None = None,
+) -> Answer:
     """Sign in: starts or wakes the user's agent, makes a session."""
     apps = services.config.apps
     signed_in = services.signin.sign_in(
-        body.user,
-        body.password,
-        Visitor(address=body.address, user_agent=_line(body.user_agent)),
-        body.device,
+        user,
+        password,
+        Visitor(address=address, user_agent=_line(user_agent)),
+        device,
         frozenset(name for name, app in apps.items() if app.credentials == "stdin"),
     )
     session = session_json(services, signed_in.session)
     return {"token": signed_in.token, "device": signed_in.device, "session": session}, 201
 
 
-@routes.add("POST", "/sessions/lookup", {200: answers.Session})
-def lookup(services: Services, body: schemas.OfSession) -> Json:
+@routes.add("POST", "/sessions/lookup", {200: schemas.Session})
+def lookup(services: Services, sha256: schemas.Sha256) -> Json:
     """Show a session; 404 when it has ended or is unknown."""
-    return session_json(services, services.sessions.require(body.sha256))
+    return session_json(services, services.sessions.require(sha256))
 
 
 @routes.add("POST", "/sessions/revoke", {204: None})
-def revoke(services: Services, body: schemas.Revoke) -> None:
+def revoke(services: Services, sha256: schemas.Sha256, id: schemas.SessionId | None = None) -> None:
     """End a session (logout), or another one of the same user."""
-    if body.id is None:
-        row = services.sessions.get(body.sha256)
-        services.sessions.revoke(row.parent or row.sha256 if row else body.sha256)
+    if id is None:
+        row = services.sessions.get(sha256)
+        services.sessions.revoke(row.parent or row.sha256 if row else sha256)
     else:
-        user = _user_session(services, body.sha256).user
-        services.sessions.revoke(services.sessions.by_id(body.id, user).sha256)
+        user = _user_session(services, sha256).user
+        services.sessions.revoke(services.sessions.by_id(id, user).sha256)
     services.sync_edge()
 
 
-@routes.add("POST", "/sessions/agents", {200: answers.AgentList})
-def my_agents(services: Services, body: schemas.OfSession) -> Json:
+@routes.add("POST", "/sessions/agents", {200: schemas.AgentList})
+def my_agents(services: Services, sha256: schemas.Sha256) -> Json:
     """List the agents of a session's user; for a child session only its own agent."""
-    row = services.sessions.require(body.sha256)
+    row = services.sessions.require(sha256)
     return {"agents": [view.to_json() for view in agents_of(services, row)]}
 
 
-@routes.add("POST", "/sessions/select", {200: answers.Session})
-def select(services: Services, body: schemas.Select) -> Json:
+@routes.add("POST", "/sessions/select", {200: schemas.Session})
+def select(services: Services, sha256: schemas.Sha256, agent: schemas.Name) -> Json:
     """Send a session's requests to another agent of its user."""
-    row = _user_session(services, body.sha256)
-    agent = _own_agent(services, row, body.agent)
-    return session_json(services, services.sessions.select(row.sha256, agent.name))
+    row = _user_session(services, sha256)
+    chosen = _own_agent(services, row, agent).name
+    return session_json(services, services.sessions.select(row.sha256, chosen))
 
 
-@routes.add("POST", "/sessions/state", {202: answers.Agent})
-def my_state(services: Services, body: schemas.MyState) -> Answer:
+@routes.add("POST", "/sessions/state", {202: schemas.Agent})
+def my_state(
+    services: Services,
+    sha256: schemas.Sha256,
+    agent: schemas.Name,
+    state: Literal["running", "stopped", "restart"],
+) -> Answer:
     """Start, stop or restart an agent of a session's user."""
-    row = services.sessions.require(body.sha256)
-    agent = _own_agent(services, row, body.agent).name
-    if body.state == "restart":
+    row = services.sessions.require(sha256)
+    agent = _own_agent(services, row, agent).name
+    if state == "restart":
         services.supervisor.commands.restart(agent)
     else:
-        services.supervisor.commands.set_desired(agent, desired_state(body.state))
+        services.supervisor.commands.set_desired(agent, desired_state(state))
     return services.supervisor.queries.view(agent).to_json(), 202
 
 
-@routes.add("POST", "/sessions/list", {200: answers.SessionList})
-def my_sessions(services: Services, body: schemas.OfSession) -> Json:
+@routes.add("POST", "/sessions/list", {200: schemas.SessionList})
+def my_sessions(services: Services, sha256: schemas.Sha256) -> Json:
     """List the sessions of a session's user."""
-    return listed(services, services.sessions.all(_user_session(services, body.sha256).user))
+    return listed(services, services.sessions.all(_user_session(services, sha256).user))
 
 
-@routes.add("POST", "/sessions/password", {200: answers.Renewed})
-def change_password(services: Services, body: schemas.ChangePassword) -> Json:
+@routes.add("POST", "/sessions/password", {200: schemas.Renewed})
+def change_password(
+    services: Services,
+    sha256: schemas.Sha256,
+    password: schemas.Password,
+    address: schemas.Address,
+    new_password: schemas.Password,
+) -> Json:
     """Change the password of a session's user: all other sessions end, this one is renewed."""
-    user = _user_session(services, body.sha256).user
-    services.signin.check(user, body.password, body.address)
-    services.signin.set_password(user, body.new_password)
-    token, row = services.sessions.renew(body.sha256)
+    user = _user_session(services, sha256).user
+    services.signin.check(user, password, address)
+    services.signin.set_password(user, new_password)
+    token, row = services.sessions.renew(sha256)
     services.sync_edge()
     return {"token": token, "session": session_json(services, row)}
 
 
-@routes.add("POST", "/sessions/handover", {201: answers.Code})
-def handover(services: Services, body: schemas.MakeHandover) -> Answer:
+@routes.add("POST", "/sessions/handover", {201: schemas.Code})
+def handover(
+    services: Services, sha256: schemas.Sha256, host: schemas.Host, nonce_sha256: schemas.Sha256
+) -> Answer:
     """Make a code that carries a sign-in to the host of one of the user's agents: once, within 30 seconds."""
-    row = services.sessions.require(body.sha256)
+    row = services.sessions.require(sha256)
     views = services.supervisor.queries.views(user=row.user)
-    agent = next((view.name for view in views if view.label == body.host.partition(".")[0]), None)
+    agent = next((view.name for view in views if view.label == host.partition(".")[0]), None)
     if agent is None or row.parent:
         raise Forbidden("That host does not belong to one of your agents", fix="open the app from the dashboard")
     now = services.clock.now()
-    return {"code": services.handovers.issue(row.sha256, agent, body.host, body.nonce_sha256, now)}, 201
+    return {"code": services.handovers.issue(row.sha256, agent, host, nonce_sha256, now)}, 201
 
 
-@routes.add("POST", "/sessions/redeem", {201: answers.Renewed})
-def redeem(services: Services, body: schemas.Redeem) -> Answer:
+@routes.add("POST", "/sessions/redeem", {201: schemas.Renewed})
+def redeem(services: Services, code: schemas.Token, nonce: schemas.Token, host: schemas.Host) -> Answer:
     """Turn a code into a session for its host, which ends with its parent."""
-    found = services.handovers.redeem(body.code, body.nonce, body.host, services.clock.now())
+    found = services.handovers.redeem(code, nonce, host, services.clock.now())
     parent = services.sessions.get(found.parent)
     if parent is None:
         raise Forbidden("The sign-in has ended", fix="sign in again")

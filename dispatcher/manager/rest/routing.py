@@ -1,23 +1,23 @@
-"""Declares the requests of a role, and validates each against the models of its handler.
+"""Declares the requests of a role, and validates each against the signature of its handler.
 
-A handler takes the services, the parameters of its path, and `body` and `query` if its annotations name models
-for them.  It returns what Flask takes: a JSON object, or one with a status and header fields; None is 204.
+A handler takes the services, the parameters of its path, then the members of its query or JSON body by name:
+those of PUT and POST come from the body, except `wait`, all others from the query.  It returns what Flask takes:
+a JSON object, or one with a status and header fields; None is 204.
 """
 
 from __future__ import annotations
 
-import functools
-import threading
+import inspect
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flask import Request, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from dispatcher.config.messages import nearest
-from dispatcher.manager.rest.schemas import Nothing
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest
@@ -26,10 +26,6 @@ Json = dict[str, Any]
 Answer = Json | tuple[Json, int] | tuple[Json, int, dict[str, str]] | Response | None
 Handler = Callable[..., Answer]
 
-MAX_BODY = 65536  # bytes
-
-_building = threading.Lock()
-
 
 class UnsupportedMediaType(BadRequest):
     """The body is not JSON."""
@@ -37,7 +33,19 @@ class UnsupportedMediaType(BadRequest):
     code, status = "unsupported-media-type", 415
 
 
-@dataclass(frozen=True, slots=True)
+class Query(BaseModel):
+    """A request's query.  An unknown member is refused, so that a misspelt one is not ignored."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class Body(Query):
+    """A request's JSON body: a number in quotes is not a number."""
+
+    model_config = ConfigDict(strict=True)
+
+
+@dataclass(frozen=True)
 class Route:
     """One request of the interface.
 
@@ -50,9 +58,25 @@ class Route:
     handler: Handler
     answers: dict[int, Any]
 
-    def model(self, name: str) -> type[BaseModel] | None:
-        """Return the model of the handler's argument `body` or `query`, if it takes one."""
-        return _annotations(self.handler).get(name)
+    @cached_property
+    def query(self) -> type[BaseModel]:
+        """The model of the query."""
+        return self._model(Query, lambda name: self.method in {"GET", "DELETE"} or name == "wait")
+
+    @cached_property
+    def body(self) -> type[BaseModel]:
+        """The model of the body; one without fields when there must be none."""
+        return self._model(Body, lambda name: self.method in {"PUT", "POST"} and name != "wait")
+
+    def _model(self, base: type[BaseModel], belongs: Callable[[str], bool]) -> type[BaseModel]:
+        """Build a model of some of the handler's parameters, when it is first used: the start is short."""
+        types = typing.get_type_hints(self.handler, include_extras=True)
+        fields: dict[str, Any] = {
+            name: (types[name], ... if parameter.default is parameter.empty else parameter.default)
+            for name, parameter in list(inspect.signature(self.handler).parameters.items())[1:]
+            if f"<{name}>" not in self.path and belongs(name)
+        }
+        return create_model(self.handler.__name__, __base__=base, **fields)
 
     def call(self, services: Services, request: Request, parameters: dict[str, str]) -> Answer:
         """Validate a request and return its answer.
@@ -62,12 +86,9 @@ class Route:
         arguments: dict[str, Any] = {
             name: names.agent_name(value) if name == "agent" else value for name, value in parameters.items()
         }
-        model = self.model("query")
-        query = _query(model or Nothing, request)
-        if model:
-            arguments["query"] = query
-        if model := self.model("body"):
-            arguments["body"] = _body(model, request)
+        arguments |= dict(_query(self.query, request))
+        if self.body.model_fields:
+            arguments |= dict(_body(self.body, request))
         elif request.get_data(cache=False):
             raise BadRequest("The request has a body", why="this request takes none", fix="leave it out")
         return self.handler(services, **arguments)
@@ -86,19 +107,6 @@ class Routes(list[Route]):
         return declare
 
 
-@functools.cache
-def _annotations(handler: Handler) -> dict[str, Any]:
-    return typing.get_type_hints(handler)
-
-
-def _built(model: type[BaseModel]) -> type[BaseModel]:
-    """Return a model that can validate.  Each is built when it is first used, which keeps the start short."""
-    if not model.__pydantic_complete__:
-        with _building:
-            model.model_rebuild()
-    return model
-
-
 def _body(model: type[BaseModel], request: Request) -> BaseModel:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
@@ -107,7 +115,7 @@ def _body(model: type[BaseModel], request: Request) -> BaseModel:
             fix="send Content-Type: application/json",
         )
     try:
-        return _built(model).model_validate_json(request.get_data(cache=False))
+        return model.model_validate_json(request.get_data(cache=False))
     except ValidationError as error:
         raise _invalid("body", model, error) from None
 
@@ -117,7 +125,7 @@ def _query(model: type[BaseModel], request: Request) -> BaseModel:
         if len(values) > 1:
             raise BadRequest(f"The query contains {names.printable(name)} twice", fix="give it once")
     try:
-        return _built(model).model_validate(request.args.to_dict())
+        return model.model_validate(request.args.to_dict())
     except ValidationError as error:
         raise _invalid("query", model, error) from None
 

@@ -1,13 +1,18 @@
-"""The queries and bodies of requests.
+"""The types of what requests give, and the forms of answers, for validation and `/openapi.json`.
 
-Unknown members are refused, so that a misspelt setting is not ignored.
+The tests hold every answer against its form.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.storage.states import Desired
+from dispatcher.plugin.model import Capability, Level
 
 MAX_WAIT = 60.0  # seconds
 
@@ -15,155 +20,157 @@ Sha256 = Annotated[
     str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the session's token, hexadecimal")
 ]
 Name = Annotated[str, Field(min_length=1, max_length=300)]
+User = Annotated[str, Field(min_length=1, max_length=255)]
+App = Annotated[str, Field(max_length=64)]
 Password = Annotated[str, Field(min_length=1, max_length=1024)]
 Token = Annotated[str, Field(min_length=1, max_length=128)]
+SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Address = Annotated[str, Field(max_length=64, description="of the user's browser")]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[a-z0-9.:\[\]-]+$")]
-
-
-class Query(BaseModel):
-    """A request's query."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, defer_build=True)
-
-
-class Body(Query):
-    """A request's JSON body: a number in quotes is not a number."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class Nothing(Query):
-    """Nothing may be given."""
-
-
-# Requests of the role admin
-
-
-class CreateAgent(Body):
-    """``POST /agents``"""
-
-    name: Name
-    password: Password | None = None
-    app: Annotated[str, Field(max_length=64)] | None = None
-
-
-class SetState(Body):
-    """``PUT /agents/NAME/state``"""
-
-    state: Literal["running", "suspended", "hibernated", "stopped"]
-
-
-class GivePassword(Body):
-    """A password alone."""
-
-    password: Password
-
-
-class Wait(Query):
-    """How long to wait for the end of the operation."""
-
-    wait: Annotated[float, Field(ge=0, le=MAX_WAIT, allow_inf_nan=False, description="seconds")] = 0.0
-
-
-class ListAgents(Query):
-    """``GET /agents``"""
-
-    state: Annotated[str, Field(max_length=32)] | None = None
-
-
-class DeleteAgent(Wait):
-    """``DELETE /agents/NAME``"""
-
-    data: Literal["keep", "delete"] = "delete"
-
-
-class ReadLogs(Query):
-    """``GET /agents/NAME/logs``"""
-
-    tail: Annotated[int, Field(ge=0, le=10_000)] = 100
-    after: Annotated[str, Field(max_length=200)] | None = None
-
-
-class ListEvents(Query):
-    """``GET /agents/NAME/events``"""
-
-    limit: Annotated[int, Field(ge=1, le=10_000)] = 100
-
-
-class ListSessions(Query):
-    """``GET /sessions``"""
-
-    user: Name | None = None
-
-
-class RevokeSessions(Query):
-    """``DELETE /sessions``: of one user, never of all."""
-
-    user: Name
-
-
-class CheckProvider(Query):
-    """``GET /providers/NAME/check``"""
-
-    app: Annotated[str, Field(max_length=64)] | None = None
-
-
-# Requests of the role proxy
-
-
-class Login(Body):
-    """``POST /sessions``"""
-
-    user: Annotated[str, Field(min_length=1, max_length=255)]
-    password: Password
-    address: Address
-    user_agent: Annotated[str, Field(max_length=4096)] = ""
-    device: Token | None = None
-
-
-class OfSession(Body):
-    """A session alone."""
-
-    sha256: Sha256
-
-
-class Revoke(OfSession):
-    """``POST /sessions/revoke``"""
-
-    id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")] | None = None
-
-
-class Select(OfSession):
-    """``POST /sessions/select``"""
-
-    agent: Name
-
-
-class MyState(Select):
-    """``POST /sessions/state``"""
-
-    state: Literal["running", "stopped", "restart"]
-
-
-class ChangePassword(OfSession):
-    """``POST /sessions/password``"""
-
-    password: Password
-    address: Address
-    new_password: Password
-
-
-class MakeHandover(OfSession):
-    """``POST /sessions/handover``"""
-
-    host: Host
-    nonce_sha256: Sha256
-
-
-class Redeem(Body):
-    """``POST /sessions/redeem``"""
-
-    code: Token
-    nonce: Token
-    host: Host
+Wait = Annotated[float, Field(ge=0, le=MAX_WAIT, allow_inf_nan=False, description="seconds")]
+
+Time = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+
+Problem = TypedDict("Problem", {"type": str, "title": str, "status": int, "detail": str, "fix": str, "code": str})
+
+# Agents
+
+Failure = TypedDict("Failure", {"what": str, "why": str, "fix": str, "log": list[str]})
+AgentState = TypedDict(
+    "AgentState",
+    {
+        "state": State,
+        "desired": Desired,
+        "stage": str,
+        "detail": str,
+        "fraction": float | None,
+        "since": Time,
+        "failure": Failure | None,
+        "outdated": bool,
+    },
+)
+Move = TypedDict("Move", {"from": str, "to": str, "step": str, "since": Time})
+
+
+class Agent(AgentState):
+    """AGENT of docs/reference/rest.md"""
+
+    name: str
+    user: str
+    app: str
+    provider: str
+    last_used: Time | None
+    created: Time
+    reachable: bool
+    observed_at: Time | None
+    move: Move | None
+
+
+AgentList = TypedDict("AgentList", {"agents": list[Agent]})
+Usage = TypedDict("Usage", {"memory": int | None, "cpu_seconds": float | None, "disk": int | None})
+Runtime = TypedDict(
+    "Runtime",
+    {
+        "handle": dict[str, Any] | None,
+        "endpoint": str | None,
+        "uid": int,
+        "provider": str,
+        "started_at": Time | None,
+        "spec_hash": str | None,
+        "usage": Usage | None,
+    },
+)
+Logs = TypedDict("Logs", {"lines": list[str], "cursor": str})
+Event = TypedDict("Event", {"time": Time, "kind": str, "detail": str})
+Events = TypedDict("Events", {"events": list[Event]})
+CheckedUser = TypedDict("CheckedUser", {"user": str})
+Why = TypedDict("Why", {"agent": str, "sentences": list[str]})
+Copy = TypedDict(
+    "Copy",
+    {
+        "id": int | None,
+        "provider": str,
+        "kind": Literal["directory", "provider"],
+        "time": Time,
+        "why": str,
+        "size": int | None,
+    },
+)
+Copies = TypedDict("Copies", {"copies": list[Copy]})
+Purged = TypedDict("Purged", {"purged": int})
+
+# Sessions
+
+Session = TypedDict(
+    "Session",
+    {
+        "sha256": str,
+        "user": str,
+        "agent": str,
+        "agents": list[str],
+        "ttl": float,
+        "lifetime": float,
+        "created": Time,
+        "parent": NotRequired[str],
+        "host": NotRequired[str],
+    },
+)
+SignedIn = TypedDict("SignedIn", {"token": str, "device": str, "session": Session})
+Renewed = TypedDict("Renewed", {"token": str, "session": Session})
+Code = TypedDict("Code", {"code": str})
+ListedSession = TypedDict(
+    "ListedSession",
+    {
+        "id": str,
+        "user": str,
+        "agent": str,
+        "created": Time,
+        "last_used": Time,
+        "expires": Time,
+        "address": str,
+        "user_agent": str,
+    },
+)
+SessionList = TypedDict("SessionList", {"sessions": list[ListedSession]})
+Revoked = TypedDict("Revoked", {"revoked": int})
+
+# The manager
+
+Provider = TypedDict(
+    "Provider",
+    {
+        "name": str,
+        "isolation": Literal["process", "container", "vm"] | None,
+        "capabilities": list[Capability],
+        "distribution": str,
+        "usable": bool,
+        "error": str | None,
+    },
+)
+ProviderList = TypedDict("ProviderList", {"providers": list[Provider]})
+Finding = TypedDict("Finding", {"level": Level, "what": str, "fix": str})
+Findings = TypedDict("Findings", {"findings": list[Finding]})
+AgentMemory = TypedDict("AgentMemory", {"name": str, "memory": int | None})
+MemoryUsage = TypedDict("MemoryUsage", {"total": int, "average": float, "agents": list[AgentMemory]})
+AgentUsage = TypedDict(
+    "AgentUsage",
+    {
+        "name": str,
+        "state": State,
+        "memory": int | None,
+        "cpu_percent": float | None,
+        "cpu_seconds": float | None,
+        "last_used": Time | None,
+    },
+)
+Top = TypedDict("Top", {"agents": list[AgentUsage]})
+Reloaded = TypedDict("Reloaded", {"changed": list[str]})
+Health = TypedDict(
+    "Health",
+    {
+        "status": Literal["ok", "degraded"],
+        "version": NotRequired[str],
+        "problems": NotRequired[list[str]],
+        "feed_connections": NotRequired[int],
+    },
+)

@@ -1,331 +1,383 @@
-"""Cheroot, adapted to the manager: listening sockets are passed in, threads are started on demand, and TLS
-handshakes run outside of the accepting thread.
+"""The HTTP server of a listener: asyncio for connections, h11 for the protocol, threads for the application.
 
-This is the only module that uses cheroot's internals.
+One thread accepts, and receives each request whole before the application gets it: a client that sends slowly
+occupies a socket for a bounded time, but no thread.
 """
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
+import functools
+import io
 import json
-import logging
 import socket
 import ssl
+import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import suppress
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
-from cheroot import connections, server, wsgi
-from cheroot.makefile import StreamReader, StreamWriter
-from cheroot.workers import threadpool
+import h11
 
 from dispatcher.common import problem
 from dispatcher.common.ip_limits import Tally
 from dispatcher.common.log import logger
+from dispatcher.common.sockets import peer_credentials
+from dispatcher.manager.backends.pool import Pool
 
 BACKLOG = 256
 MAX_CONNECTIONS = 1000  # of one listener, idle ones included
 MAX_OF_ADDRESS = 250  # of them from one address
 MAX_HEAD = 32768  # bytes
-MAX_BODY = 1024 * 1024  # bytes; the application's own limit is lower, and its error says more
-TIMEOUT = 10  # seconds for the next piece of a handshake or a request, or for the next request
-PATIENCE = 20.0  # seconds for a whole handshake and request of a client that has not shown a credential
-THREAD_IDLE = 20.0  # seconds after which a spare thread ends
-LEAST_THREADS = 2
-STOP_TIMEOUT = 3  # seconds for requests in flight when the manager ends
+MAX_BODY = 65536  # bytes
+PATIENCE = (
+    20.0  # seconds for a handshake, from there or the last answer to the end of a request, and for an answer
+)
+LINGER = 1.0  # seconds for the client to close the connection after the last answer
+STOP_TIMEOUT = 3.0  # seconds for requests in flight when the manager ends
+_CHUNK = 65536  # bytes
 
-WsgiApp = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+Environ = dict[str, Any]
+WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
+_T = TypeVar("_T")
+Answer = tuple[int, list[tuple[str, str]], bytes]
 
-_threads: Any = threadpool  # cheroot's threads are not typed
 _log = logger("manager.http")
 
 
-class ThreadPool:
-    """Worker threads, started on demand up to `most`, ended when idle.
+class _Refused(Exception):
+    """A request that the application does not get."""
 
-    In place of cheroot's own pool, whose count of idle threads is a guess: a request could be queued behind one
-    that waits for an agent.
-    """
-
-    def __init__(self, http_server: Server, least: int, most: int) -> None:
-        self._server = http_server
-        self._least = min(least, most)
-        self._most = most
-        self._work: deque[Any] = deque()
-        self._threads: set[threading.Thread] = set()
-        self._idle = 0
-        self._stopping = False
-        self._changed = threading.Condition()
-
-    @property
-    def idle(self) -> int:
-        """Threads that wait for work."""
-        return self._idle
-
-    @property
-    def qsize(self) -> int:
-        """Connections that wait for a thread."""
-        return len(self._work)
-
-    def start(self) -> None:
-        """Start the smallest number of threads."""
-        with self._changed:
-            for _ in range(self._least):
-                self._spawn()
-
-    def put(self, connection: Any) -> None:
-        """Queue a connection whose next request has arrived."""
-        with self._changed:
-            self._work.append(connection)
-            if len(self._work) > self._idle and len(self._threads) < self._most:
-                self._spawn()
-            self._changed.notify()
-
-    def get(self) -> Any:
-        """Return the next connection, or cheroot's shutdown request; called by the threads."""
-        with self._changed:
-            self._idle += 1
-            try:
-                while not self._work:
-                    if self._stopping:
-                        return self._end()
-                    if not self._changed.wait(THREAD_IDLE) and not self._work and self._spare():
-                        return self._end()
-                return self._work.popleft()
-            finally:
-                self._idle -= 1
-
-    def stop(self, timeout: float = STOP_TIMEOUT) -> None:
-        """Wait until threads have finished their requests, for `timeout` seconds at most."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-            threads = list(self._threads)
-        end = time.monotonic() + timeout
-        for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
-
-    def _spawn(self) -> None:
-        thread: threading.Thread = _threads.WorkerThread(self._server)
-        thread.daemon = True
-        self._threads.add(thread)
-        thread.start()
-
-    def _spare(self) -> bool:
-        return len(self._threads) > self._least
-
-    def _end(self) -> Any:
-        thread = threading.current_thread()
-        self._threads.discard(thread)
-        self._server.stats["Worker Threads"].pop(thread.name, None)
-        return _threads._SHUTDOWNREQUEST  # noqa: SLF001 - what ends cheroot's threads
+    def __init__(self, status: int, why: str) -> None:
+        super().__init__(why)
+        self.status = status
 
 
-class Request(server.HTTPRequest):
-    """A request; errors from cheroot itself are problem documents, too."""
+class Server:
+    """Serves one WSGI application on one bound socket.
 
-    def respond(self) -> None:
-        """Answer.  A length that is not a plain number is refused: for -1 cheroot would read until the end."""
-        length = self.inheaders.get(b"Content-Length")
-        if length is not None and not length.isdigit():
-            self.simple_response("400 Bad Request", "Malformed Content-Length header.")
-        else:
-            super().respond()
+    The environment has two keys of its own: ``dispatcher.peer``, user and group id of the process at the other end
+    of a Unix socket, and ``dispatcher.certified``, whether a client certificate was verified.
 
-    def simple_response(self, status: object, msg: str = "") -> None:
-        number, _, title = str(status).partition(" ")
-        data = json.dumps(problem.document(int(number), title, msg)).encode()
-        head = (
-            f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\nContent-Type: {problem.MEDIA_TYPE}\r\n"
-            "Connection: close\r\n\r\n"
-        )
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            self.conn.wfile.write(head.encode("latin-1") + data)
-
-
-class Connection(server.HTTPConnection):
-    """A connection without TLS."""
-
-    RequestHandlerClass = Request
-
-
-class TlsConnection(Connection):
-    """A connection whose handshake runs in the thread that handles its first request.
-
-    Any host can connect.  Until a credential is shown the time for a whole request is bounded: otherwise a few
-    clients that send byte by byte could occupy every thread.
-    """
-
-    requests_handled = 0
-
-    def communicate(self) -> bool:
-        self.server.watch(self)
-        try:
-            return self._communicate()
-        finally:
-            self.server.trust(self)
-
-    def close(self) -> None:
-        """Close, and release the connection's place in the limit of its address."""
-        self.server.forget(self)
-        super().close()
-
-    def _communicate(self) -> bool:
-        if self.requests_handled == 0:
-            try:
-                self.socket.do_handshake()
-                self.ssl_env = {
-                    "wsgi.url_scheme": "https",
-                    # With a certificate that is not signed by `client_ca` the handshake has failed.
-                    "dispatcher.certified": bool(self.socket.getpeercert()),
-                    "dispatcher.trust": lambda: self.server.trust(self),
-                }
-            except (OSError, ValueError) as error:
-                _log.info("a TLS handshake failed", address=self.remote_addr, why=str(error))
-                return False
-        self.requests_handled += 1
-        return bool(super().communicate())  # type: ignore[no-untyped-call]
-
-
-class Connections(connections.ConnectionManager):
-    """The idle connections; its timer also closes connections that exceed `PATIENCE`."""
-
-    def _expire(self, threshold: float) -> None:
-        super()._expire(threshold)  # type: ignore[misc]  # not among what cheroot types
-        self.server.cut_off()
-
-
-class TlsAdapter:
-    """Wraps accepted sockets, with the interface that cheroot expects.
-
-    :ivar context: may be replaced while serving: new connections use the new one.
-    """
-
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self.context = context
-
-    def wrap(self, sock: socket.socket) -> tuple[ssl.SSLSocket, dict[str, Any]]:
-        """Return the wrapped socket, before its handshake."""
-        return self.context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False), {}
-
-    @staticmethod
-    def makefile(sock: socket.socket, mode: str = "r", bufsize: int = -1) -> Any:
-        """Return a file for reading or writing."""
-        return (StreamReader if "r" in mode else StreamWriter)(sock, mode, bufsize)
-
-
-class Server(wsgi.Server):
-    """Serves one WSGI application on one listening socket.
-
-    :param sock: bound; :param threads: at most.
+    :param threads: of the application, at most.
+    :ivar context: of TLS; may be replaced while serving: new connections use the new one.
     """
 
     def __init__(
         self, sock: socket.socket, app: WsgiApp, threads: int, context: ssl.SSLContext | None = None
     ) -> None:
-        unix = sock.family == socket.AF_UNIX
-        address = sock.getsockname() if unix else sock.getsockname()[:2]
-        super().__init__(address, app, 1, server_name="dispatcher", timeout=TIMEOUT, peercreds_enabled=unix, max=1)
-        self.requests = ThreadPool(self, LEAST_THREADS, threads)
-        self.ConnectionClass = TlsConnection if context else Connection
-        self.ssl_adapter = TlsAdapter(context) if context else None
-        self.max_request_header_size = MAX_HEAD
-        self.max_request_body_size = MAX_BODY
-        self.keep_alive_conn_limit = MAX_CONNECTIONS
-        self.shutdown_timeout = STOP_TIMEOUT
-        self.expiration_interval = 2.0
-        self._bound = sock
-        self._watched: dict[TlsConnection, float] = {}
+        self.socket = sock
+        self.context = context
+        self._app = app
+        self._pool = Pool("dispatcher-http", threads)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="dispatcher-accept", daemon=True)
         self._addresses = Tally()
-        self._counted: dict[TlsConnection, str] = {}
-        self._lock = threading.Lock()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._busy: set[asyncio.Task[None]] = set()  # those with a request in flight
+        self._stopping = asyncio.Event()
 
-    def prepare(self) -> None:
-        """Listen.  Replaces cheroot's own method, which makes a socket, or takes descriptor 3 under systemd."""
-        self._interrupt = None
-        self.software = self.server_name
-        self.socket = self._bound
-        self.socket.settimeout(1)
-        self.socket.listen(BACKLOG)
-        self._connections = Connections(self)
-        self.requests.start()
-        self.ready = True
-        self._start_time = time.time()
-
-    def process_conn(self, conn: Any) -> None:
-        """Queue a connection that has data for a thread; keep a new one until it has."""
-        if not self.ready:
-            conn.close()
-        elif conn.last_used is not None:
-            self.requests.put(conn)
-        elif self.can_add_keepalive_connection and self._count(conn):
-            self.put_conn(conn)
-        else:
-            _log.warning("too many connections", most=MAX_CONNECTIONS, address=conn.remote_addr)
-            conn.close()
-
-    # Limits for clients that have not shown a credential
-
-    def _count(self, conn: Any) -> bool:
-        """Count a new connection of an address; False when the address has too many."""
-        if not isinstance(conn, TlsConnection):
-            return True
-        with self._lock:
-            address = self._counted[conn] = conn.remote_addr or ""
-            return self._addresses.add(address) <= MAX_OF_ADDRESS
-
-    def forget(self, conn: TlsConnection) -> None:
-        """Note that a connection is closed."""
-        with self._lock:
-            address = self._counted.pop(conn, None)
-            if address is not None:
-                self._addresses.drop(address)
-
-    def watch(self, conn: TlsConnection) -> None:
-        """Begin the time limit of a request; `trust` ends it."""
-        self._watched[conn] = time.monotonic() + PATIENCE
-
-    def trust(self, conn: TlsConnection) -> None:
-        """End the time limit: a credential was shown, or the request is over."""
-        self._watched.pop(conn, None)
-
-    def cut_off(self) -> None:
-        """Close the connections whose time limit is over."""
-        now = time.monotonic()
-        for conn, until in list(self._watched.items()):
-            if until < now:
-                _log.info("a connection sent no request in time", address=conn.remote_addr, seconds=PATIENCE)
-                with contextlib.suppress(OSError):  # not SSLSocket's method: another thread is using it
-                    socket.socket.shutdown(conn.socket, socket.SHUT_RDWR)
-
-    def error_log(self, msg: str = "", level: int = logging.INFO, traceback: bool = False) -> None:
-        """Log messages of cheroot; closed connections only at the level debug."""
-        if level <= logging.INFO:
-            _log.debug(msg)
-        else:
-            _log.log(level, msg, exc_info=traceback)
-
-    def serve_in_thread(self) -> threading.Thread:
+    def start(self) -> None:
         """Listen, and serve in a new thread."""
-        self.prepare()
-        thread = threading.Thread(target=self.serve, name="dispatcher-accept", daemon=True)
-        thread.start()
-        return thread
+        self.socket.listen(BACKLOG)
+        self.socket.setblocking(False)
+        self._thread.start()
 
     def close(self) -> None:
         """Stop serving; requests in flight have `STOP_TIMEOUT` to finish."""
-        stopper = threading.Thread(target=self.stop, daemon=True)
-        stopper.start()
-        while stopper.is_alive() and self.socket is not None:
-            self._wake_accept_thread()
-            stopper.join(0.02)
-        stopper.join()
+        self._loop.call_soon_threadsafe(self._stopping.set)
+        self._thread.join()
+        self._pool.close()
 
-    def _wake_accept_thread(self) -> None:
-        """Connect to the own socket, so that the accepting thread returns from its poll."""
-        with contextlib.suppress(OSError), socket.socket(self._bound.family) as sock:
-            sock.settimeout(0.2)
-            sock.connect(self._bound.getsockname())
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve())
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        accepting = self._loop.create_task(self._accept())
+        await self._stopping.wait()
+        accepting.cancel()
+        for task in self._connections - self._busy:
+            task.cancel()
+        await asyncio.wait([accepting, *self._connections], timeout=STOP_TIMEOUT)
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(accepting, *self._connections, return_exceptions=True)
+
+    async def _accept(self) -> None:
+        while True:
+            try:
+                sock, where = await self._loop.sock_accept(self.socket)
+            except OSError as error:
+                _log.warning("cannot accept a connection", why=str(error))
+                await asyncio.sleep(0.2)
+                continue
+            address = str(where[0]) if self.context else ""
+            if self._addresses.of(address) >= (MAX_OF_ADDRESS if address else MAX_CONNECTIONS) or (
+                len(self._connections) >= MAX_CONNECTIONS
+            ):
+                _log.warning("too many connections", most=MAX_CONNECTIONS, address=address)
+                sock.close()
+                continue
+            self._addresses.add(address)
+            task = self._loop.create_task(self._connected(sock, address))
+            self._connections.add(task)
+            task.add_done_callback(functools.partial(self._forget, sock, address))
+
+    def _forget(self, sock: socket.socket, address: str, task: asyncio.Task[None]) -> None:
+        sock.close()
+        self._connections.discard(task)
+        self._addresses.drop(address)
+
+    async def _connected(self, sock: socket.socket, address: str) -> None:
+        """Serve one connection to its end."""
+        stream = _Stream(self._loop, sock, self.context)
+        environ: Environ = {"REMOTE_ADDR": address, "wsgi.url_scheme": "https" if self.context else "http"}
+        if sock.family == socket.AF_UNIX:
+            environ["dispatcher.peer"] = peer_credentials(sock)[1:]
+        try:
+            # With a certificate that is not signed by `client_ca` the handshake fails.
+            environ["dispatcher.certified"] = await asyncio.wait_for(stream.handshake(), PATIENCE)
+            http = _Http(stream)
+            while await self._exchange(http, environ):
+                pass
+            await asyncio.wait_for(stream.end(), LINGER)
+        except asyncio.TimeoutError:
+            _log.info("a connection sent no request in time", address=address, seconds=PATIENCE)
+        except ssl.SSLError as error:
+            _log.info("a TLS handshake failed", address=address, why=str(error))
+        except OSError as error:
+            _log.debug("a connection broke", address=address, why=str(error))
+
+    async def _exchange(self, http: _Http, environ: Environ) -> bool:
+        """Receive a request and answer it; return whether the connection can be used again."""
+        try:
+            request = await asyncio.wait_for(http.receive(), PATIENCE)
+        except _Refused as error:
+            document = problem.document(error.status, HTTPStatus(error.status).phrase, str(error))
+            headers = [("Content-Type", problem.MEDIA_TYPE), ("Connection", "close")]
+            await http.send((error.status, headers, json.dumps(document).encode()))
+            return False
+        if request is None:
+            return False
+        task = asyncio.current_task()
+        assert task is not None
+        self._busy.add(task)
+        try:
+            await http.send(await self._call({**request, **environ}))
+        finally:
+            self._busy.discard(task)
+        return http.again() and not self._stopping.is_set()
+
+    async def _call(self, environ: Environ) -> Answer:
+        """Return the application's answer, from a thread."""
+        future: asyncio.Future[Answer] = self._loop.create_future()
+
+        def finish(set_outcome: Callable[[Any], None], outcome: object) -> None:
+            if not future.done():
+                set_outcome(outcome)
+
+        def run() -> None:
+            try:
+                outcome: tuple[Callable[[Any], None], object] = future.set_result, _answer(self._app, environ)
+            except Exception as error:
+                outcome = future.set_exception, error
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(finish, *outcome)
+
+        self._pool.submit(run)
+        return await future
+
+
+class _Stream:
+    """The bytes of a connection, inside TLS if there is a context.
+
+    In place of asyncio's own TLS, which sends no alert when a handshake fails: the client would not learn why.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, sock: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
+        self._loop = loop
+        self._socket = sock
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=True) if context else None
+
+    async def handshake(self) -> bool:
+        """Finish the handshake, if any; return whether the client has shown a certificate."""
+        if self._tls is None:
+            return False
+        await self._repeated(self._tls.do_handshake)
+        return bool(self._tls.getpeercert())
+
+    async def receive(self) -> bytes:
+        """Return the next bytes; none when the client has ended."""
+        if self._tls is None:
+            return await self._loop.sock_recv(self._socket, _CHUNK)
+        try:
+            return await self._repeated(functools.partial(self._tls.read, _CHUNK))
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+
+    async def send(self, data: bytes) -> None:
+        """Send bytes."""
+        if self._tls is None:
+            await self._loop.sock_sendall(self._socket, data)
+        elif data:
+            await self._repeated(functools.partial(self._tls.write, data))
+
+    async def end(self) -> None:
+        """End the sending side, then discard what the client still sends: else it might not see the answer."""
+        if self._tls is not None:
+            with suppress(ssl.SSLError):
+                self._tls.unwrap()
+            await self._flush()
+        self._socket.shutdown(socket.SHUT_WR)
+        while await self._loop.sock_recv(self._socket, _CHUNK):
+            pass
+
+    async def _repeated(self, step: Callable[[], _T]) -> _T:
+        """Repeat a step of TLS until it has all bytes that it needs; return its result."""
+        while True:
+            try:
+                result = step()
+            except ssl.SSLWantReadError:
+                await self._flush()
+                if data := await self._loop.sock_recv(self._socket, _CHUNK):
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+            except ssl.SSLError:
+                await self._flush()  # the alert
+                raise
+            else:
+                await self._flush()
+                return result
+
+    async def _flush(self) -> None:
+        if data := self._outgoing.read():
+            await self._loop.sock_sendall(self._socket, data)
+
+
+class _Http:
+    """The exchanges of a connection: bytes to WSGI's environment, answers to bytes."""
+
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
+        self._state = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+
+    async def receive(self) -> Environ | None:
+        """Return the next request; None: the client has closed the connection.
+
+        :raises _Refused: it is not valid, or too large.
+        """
+        environ: Environ = {}
+        body = bytearray()
+        while True:
+            event = await self._event()
+            if isinstance(event, h11.Request):
+                environ = _environ(event)
+            elif isinstance(event, h11.Data):
+                body += event.data
+                if len(body) > MAX_BODY:
+                    raise _too_large()
+            elif isinstance(event, h11.EndOfMessage):
+                return environ | {"CONTENT_LENGTH": str(len(body)), "wsgi.input": io.BytesIO(body)}
+            else:
+                return None
+
+    async def _event(self) -> object:
+        try:
+            while (event := self._state.next_event()) is h11.NEED_DATA:
+                if self._state.they_are_waiting_for_100_continue:
+                    await self._send(h11.InformationalResponse(status_code=100, headers=[]))
+                self._state.receive_data(await self._stream.receive())
+        except h11.RemoteProtocolError as error:
+            raise _Refused(error.error_status_hint, str(error)) from error
+        return event
+
+    async def send(self, answer: Answer) -> None:
+        """Send an answer."""
+        status, headers, body = answer
+        fields = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        fields += [("Date", formatdate(usegmt=True)), ("Content-Length", str(len(body)))]
+        if self._state.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
+            return  # the request broke off where no answer can follow
+        await self._send(h11.Response(status_code=status, headers=fields, reason=HTTPStatus(status).phrase))
+        for start in range(0, len(body), _CHUNK):
+            await self._send(h11.Data(data=body[start : start + _CHUNK]))
+        await self._send(h11.EndOfMessage())
+
+    async def _send(self, event: Any) -> None:
+        await asyncio.wait_for(self._stream.send(self._state.send(event) or b""), PATIENCE)
+
+    def again(self) -> bool:
+        """Whether another request can follow, then received by `receive`."""
+        if self._state.our_state is not h11.DONE or self._state.their_state is not h11.DONE:
+            return False
+        self._state.start_next_cycle()
+        return True
+
+
+def _too_large() -> _Refused:
+    return _Refused(413, f"a body has at most {MAX_BODY} bytes")
+
+
+def _environ(request: h11.Request) -> Environ:
+    """Return WSGI's environment (PEP 3333) of a request, without its body.
+
+    :raises _Refused: its target is not a path, or its body too long.
+    """
+    if request.http_version not in {b"1.0", b"1.1"}:
+        raise _Refused(505, "the version is not HTTP/1.0 or HTTP/1.1")
+    path, _, query = request.target.partition(b"?")
+    if not path.startswith(b"/"):
+        raise _Refused(400, "the target of a request is a path")
+    found: Environ = {
+        "REQUEST_METHOD": request.method.decode("ascii"),
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+        "QUERY_STRING": query.decode("latin-1"),
+        "SERVER_NAME": "localhost",
+        "SERVER_PORT": "0",
+        "SERVER_PROTOCOL": f"HTTP/{request.http_version.decode('ascii')}",
+        "wsgi.version": (1, 0),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": False,
+        "wsgi.run_once": False,
+    }
+    for name, value in request.headers:
+        if b"_" in name:
+            continue  # in the environment it could not be told from a hyphen
+        key = name.decode("ascii").upper().replace("-", "_")
+        if key == "CONTENT_LENGTH" and int(value) > MAX_BODY:
+            raise _too_large()
+        if key in {"CONTENT_LENGTH", "TRANSFER_ENCODING"}:
+            continue  # the body is complete
+        if key != "CONTENT_TYPE":
+            key = f"HTTP_{key}"
+        text = value.decode("latin-1")
+        found[key] = f"{found[key]},{text}" if key in found else text
+    return found
+
+
+def _answer(app: WsgiApp, environ: Environ) -> Answer:
+    head: list[Any] = []
+
+    def start_response(status: str, headers: list[tuple[str, str]], *_: object) -> None:
+        head[:] = [int(status[:3]), headers]
+
+    pieces = app(environ, start_response)
+    try:
+        body = b"".join(pieces)
+    finally:
+        if hasattr(pieces, "close"):
+            pieces.close()
+    return head[0], head[1], body

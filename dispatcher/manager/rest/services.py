@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from dispatcher.config.load import Config
 from dispatcher.manager.agents.metrics import Metrics
@@ -13,6 +12,7 @@ from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.deadline import SteadyWallClock
 
 
@@ -22,19 +22,19 @@ class Services:
 
     :ivar config: the current one; replaced by a reload.
     :ivar reload: reads the configuration again and says in sentences what changed.
-    :ivar health: reports the manager's health; must not block.
     :ivar sync_edge: waits briefly until the edge has received all changes: ended sessions are rejected everywhere.
     :ivar waiting: places for requests that wait; :ivar closing: set when the manager ends.
     """
 
     config: Config
+    database: Database
     supervisor: Supervisor
     sessions: Sessions
     signin: SignIn
     clock: SteadyWallClock
     metrics: Metrics
     reload: Callable[[], list[str]]
-    health: Callable[[], dict[str, Any]]
+    feed_connections: Callable[[], int]
     sync_edge: Callable[[], object] = lambda: None
     waiting: threading.BoundedSemaphore
     handovers: HandoverCodes = field(default_factory=HandoverCodes)

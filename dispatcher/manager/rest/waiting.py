@@ -22,7 +22,7 @@ _TARGETS = {
 }
 
 
-def wait(
+def wait_until(
     services: Services, agent: str, done: Callable[[AgentView | None], bool], seconds: float
 ) -> AgentView | None:
     """Return an agent's view once `done` is true of it, or after `seconds`, or at once if too many requests wait.
@@ -55,7 +55,7 @@ def wait_for_state(services: Services, agent: str, desired: str, seconds: float)
     def ended(view: AgentView | None) -> bool:
         return view is None or view.desired.value != desired or view.state in _TARGETS[desired] | {State.FAILED}
 
-    view = wait(services, agent, ended, seconds)
+    view = wait_until(services, agent, ended, seconds)
     if view is None:
         raise NotFound(f"The agent {agent} no longer exists", why="it was removed meanwhile")
     if view.desired.value != desired:

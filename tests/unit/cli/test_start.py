@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 from tests.support.fake_manager import FakeManager
 
 HEAVY = {"pydantic", "sqlalchemy", "flask", "werkzeug", "rich", "importlib.metadata", "pluggy", "asyncio", "uvloop",
-         "cheroot", "waitress", "cryptography", "argon2", "structlog", "psutil", "jinja2"}  # fmt: skip
+         "h11", "waitress", "cryptography", "argon2", "structlog", "psutil", "jinja2"}  # fmt: skip
 
 PROBE = """
 import sys

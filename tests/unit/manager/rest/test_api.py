@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dispatcher.manager.rest.application import ROLES
-from dispatcher.manager.rest.routing import MAX_BODY
+from dispatcher.manager.rest.server import MAX_BODY
 from tests.support.manager_parts import Parts
 
 PROBLEM = "application/problem+json"
@@ -261,7 +261,7 @@ def test_revoking_all_needs_a_name(parts):
         ("/providers/fake/check", {"findings"}),
         ("/stats/memory_usage", {"total", "average", "agents"}),
         ("/stats/top", {"agents"}),
-        ("/healthz", {"status"}),
+        ("/healthz", {"status", "version", "problems", "feed_connections"}),
     ],
 )
 def test_what_can_be_asked(parts, path, members):

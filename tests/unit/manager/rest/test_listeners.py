@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -10,14 +9,16 @@ import pytest
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.manager.rest.listeners import (
-    CredentialGuard,
-    PeerGuard,
     Tokens,
+    credentials,
     may_administer,
     may_proxy,
+    peers,
     tcp_socket,
     unix_socket,
 )
+
+from tests.support.manager_parts import Parts, described
 
 ME = os.geteuid()
 ACCOUNTS = HostAccounts(proxy_uid=5001, proxy_gid=5002, admin_gid=5003, agent_uids=(6000, 7000), made_up=False)
@@ -53,34 +54,33 @@ def test_who_may_be_the_proxy():
     assert not may_proxy(ACCOUNTS, 6000, 6000)
 
 
-def call(guard, **environ):
-    status = []
-    body = b"".join(
-        guard(
-            {"PATH_INFO": "/agents", "REQUEST_METHOD": "GET", **environ},
-            lambda line, headers: status.append((line, dict(headers))),
-        )
-    )
-    return status[0][0].partition(" ")[0], status[0][1], body
+@pytest.fixture
+def parts(tmp_path):
+    parts = Parts(tmp_path)
+    yield parts
+    parts.close()
 
 
-def app(_environ, start_response):
-    start_response("200 OK", [])
-    return [b"inside"]
+def client(parts, admit, **environ):
+    """A client of the role admin whose requests have these keys in their environment."""
+    client = described("admin", parts.services, admit).test_client()
+    client.environ_base |= environ
+    return client
 
 
-def test_peers():
-    guard = PeerGuard(app, lambda uid, gid: (uid, gid) == (7, 8))
-    assert call(guard, X_REMOTE_UID="7", X_REMOTE_GID="8")[2] == b"inside"
+def test_peers(parts):
+    admit = peers(lambda uid, gid: (uid, gid) == (7, 8))
+    assert client(parts, admit, **{"dispatcher.peer": (7, 8)}).get("/agents").json == {"agents": []}
     for environ in (
         {},
-        {"X_REMOTE_UID": "8", "X_REMOTE_GID": "8"},
-        {"HTTP_X_REMOTE_UID": "7", "HTTP_X_REMOTE_GID": "8"},
+        {"dispatcher.peer": (8, 8)},
+        {"HTTP_DISPATCHER.PEER": (7, 8)},
     ):
-        status, headers, body = call(guard, **environ)
-        assert status == "403"
-        assert headers["Content-Type"] == "application/problem+json"
-        assert json.loads(body)["status"] == 403
+        for path in ("/agents", "/healthz", "/nowhere"):
+            answer = client(parts, admit, **environ).get(path)
+            assert answer.status_code == 403
+            assert answer.content_type == "application/problem+json"
+            assert answer.json["status"] == 403
 
 
 @pytest.fixture
@@ -114,18 +114,21 @@ def test_no_file_knows_no_token():
     assert not Tokens(None).known("")
 
 
-def test_credentials(tokens):
-    guard = CredentialGuard(app, tokens, lambda: "degraded")
-    assert call(guard, HTTP_AUTHORIZATION="Bearer first-token-of-twenty-characters")[2] == b"inside"
-    assert call(guard, **{"dispatcher.certified": True})[2] == b"inside"
-    status, headers, body = call(guard)
-    assert (status, headers["WWW-Authenticate"]) == ("401", "Bearer")
-    assert json.loads(body)["fix"]
-    assert call(guard, PATH_INFO="/healthz")[2] == b'{"status": "degraded"}'
-    assert call(guard, PATH_INFO="/healthz", REQUEST_METHOD="HEAD")[2] == b""
-    assert call(guard, PATH_INFO="/healthz", REQUEST_METHOD="POST")[0] == "401"
-    assert call(guard, PATH_INFO="/healthz/../agents")[0] == "401"
-    assert call(guard, **{"HTTP_DISPATCHER.CERTIFIED": True})[0] == "401"
+def test_credentials(parts, tokens):
+    admit = credentials(tokens, lambda: "degraded")
+    known = {"Authorization": "Bearer first-token-of-twenty-characters"}
+    anonymous = client(parts, admit)
+    assert anonymous.get("/agents", headers=known).json == {"agents": []}
+    assert client(parts, admit, **{"dispatcher.certified": True}).get("/agents").json == {"agents": []}
+    refused = anonymous.get("/agents")
+    assert (refused.status_code, refused.headers["WWW-Authenticate"]) == (401, "Bearer")
+    assert refused.json["fix"]
+    assert anonymous.get("/healthz").json == {"status": "degraded"}
+    assert anonymous.head("/healthz").data == b""
+    assert anonymous.post("/healthz").status_code == 401
+    assert anonymous.get("/healthz/../agents").status_code == 401
+    assert anonymous.get("/nowhere").status_code == 401
+    assert client(parts, admit, **{"HTTP_DISPATCHER.CERTIFIED": True}).get("/agents").status_code == 401
 
 
 @pytest.mark.parametrize(
