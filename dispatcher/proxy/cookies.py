@@ -1,4 +1,4 @@
-"""Names of the dispatcher's own cookies.
+"""The dispatcher's own cookies.
 
 Over HTTPS the names carry the ``__Host-`` prefix (RFC 6265bis, 4.1.3.2): a browser then accepts such a cookie
 only from this host, over TLS, without ``Domain``, so that neither a sibling host nor an agent can set it.
@@ -6,35 +6,38 @@ only from this host, over TLS, without ``Domain``, so that neither a sibling hos
 
 from __future__ import annotations
 
-_SESSION = "dispatcher"
-_DEVICE = "dispatcher-device"
-_NONCE = "dispatcher-nonce"
-_FORM = "dispatcher-form"
-_SECURE = "__Host-"
+from typing import NamedTuple
 
 
-def session_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that holds a session's token.
+class Names(NamedTuple):
+    """The names of all cookies.
+
+    :ivar session: holds a session's token; :ivar device: proves an earlier sign-in from this browser.
+    :ivar nonce: binds a handed-over sign-in to the host that requested it.
+    :ivar form: binds the portal's forms to the browser that displayed them.
+    """
+
+    session: str = "dispatcher"
+    device: str = "dispatcher-device"
+    nonce: str = "dispatcher-nonce"
+    form: str = "dispatcher-form"
+
+
+_PLAIN = Names()
+_SECURE = Names(*("__Host-" + name for name in _PLAIN))
+#: Every name that is the dispatcher's, in either spelling: no agent sees or sets one of these.
+OWN_NAMES = frozenset(_PLAIN + _SECURE)
+
+
+def names(secure: bool) -> Names:
+    """Return the names in use.
 
     :param secure: browsers reach the proxy over HTTPS (`Config.secure`).
     """
-    return _SECURE + _SESSION if secure else _SESSION
+    return _SECURE if secure else _PLAIN
 
 
-def device_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that proves an earlier sign-in from this browser."""
-    return _SECURE + _DEVICE if secure else _DEVICE
-
-
-def nonce_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that binds a handed-over sign-in to the host that requested it."""
-    return _SECURE + _NONCE if secure else _NONCE
-
-
-def form_cookie_name(secure: bool) -> str:
-    """Return the name of the cookie that binds the portal's forms to the browser that displayed them."""
-    return _SECURE + _FORM if secure else _FORM
-
-
-#: Every name that is the dispatcher's, in either spelling: no agent sees or sets one of these.
-OWN_NAMES = frozenset(prefix + name for prefix in ("", _SECURE) for name in (_SESSION, _DEVICE, _NONCE, _FORM))
+def values(field: str, name: str) -> list[str]:
+    """Return the values of all cookies of this name in a Cookie field, as the edge reads them: quotes are kept."""
+    pairs = (pair.partition("=") for pair in field.split(";"))
+    return [value.strip(" \t") for found, _, value in pairs if found.strip(" \t") == name]

@@ -1,6 +1,6 @@
 """The proxy daemon's parent: opens the listeners, drops privileges, keeps workers and portal running.
 
-It serves nothing itself and imports little.  SIGTERM and SIGINT drain and stop, a second one stops at once;
+It serves nothing itself.  SIGTERM and SIGINT drain and stop, a second one stops at once;
 SIGHUP reads configuration and certificates again and replaces the workers one by one, without a lost request.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import select
 import signal
@@ -21,27 +22,34 @@ from dispatcher.common.tls import server_context
 from dispatcher.config.host_users import host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
+from dispatcher.config.schema import ProxyConfig
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ConfigError, DispatcherError, Unavailable
-from dispatcher.proxy import listeners, privileges, startup, workers
-from dispatcher.proxy.workers import PORTAL, WORKER, BackOff, Child
+from dispatcher.proxy import children, process
+from dispatcher.proxy.children import PORTAL, WORKER, BackOff, Child
+from dispatcher.proxy.edge import process as edge
+from dispatcher.proxy.edge.routing.settings import Settings
+from dispatcher.proxy.listeners import Listeners, bind_unix
+from dispatcher.proxy.portal import server as portal
 
 PID_FILE = "proxy.pid"
 _READY_PATIENCE = 30.0  # seconds until a new worker must serve
 _KILL_GRACE = 10.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
+#: Loaded before privileges are dropped, with what is imported above: the proxy's user may have no access to where
+#: Python lies (below root's home, say).
+_NEEDED = ("uvloop", *(f"encodings.{name}" for name in ("ascii", "idna", "latin_1", "punycode", "unicode_escape")))
 
 _log = logger("proxy")
 
 
-def run(config: Config, *, reload: Callable[[], Config] = load) -> int:
+def run(config: Config) -> int:
     """Run the proxy in the foreground until a signal ends it; return the exit code.
 
-    :param reload: reads the configuration again, on SIGHUP.
     :raises ConfigError: the configuration is not valid.
     :raises Unavailable: a listener cannot be opened, or privileges cannot be dropped.
     """
     configure(config.proxy.log_level, config.proxy.log_format)
-    daemon = Daemon(config, reload)
+    daemon = Daemon(config)
     daemon.prepare()
     try:
         return daemon.serve()
@@ -52,15 +60,11 @@ def run(config: Config, *, reload: Callable[[], Config] = load) -> int:
 class Daemon:
     """The parent."""
 
-    def __init__(self, config: Config, reload: Callable[[], Config]) -> None:
-        from dispatcher.proxy.edge.routing.settings import Settings
-
+    def __init__(self, config: Config) -> None:
         Settings(config)  # a wrong address or URL shows now, before anything is opened
         self._config = config
         self._paths = Paths.of(config)
-        self._reload = reload
-        self._listeners: dict[str, list[socket.socket]] = {}
-        self._redirects: dict[str, list[socket.socket]] = {}
+        self._listeners = Listeners()
         self._tls: ssl.SSLContext | None = None
         self._portal_sock: socket.socket
         self._access_log: int | None = None
@@ -77,9 +81,10 @@ class Daemon:
         proxy = self._config.proxy
         accounts = host_accounts(self._config)
         self._tls = _tls_context(self._config)
-        self._listeners = listeners.open_all(proxy.listen, "proxy.listen")
-        self._redirects = listeners.open_all(proxy.redirect_listen, "proxy.redirect_listen")
-        self._access_log = startup.open_access_log(proxy.access_log, (accounts.proxy_uid, accounts.proxy_gid))
+        self._listen(proxy)
+        self._access_log = _open_access_log(proxy.access_log)
+        if os.geteuid() == 0 and self._access_log not in {None, 1}:
+            os.fchown(self._access_log, accounts.proxy_uid, accounts.proxy_gid)
         directory = self._paths.proxy_dir
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,17 +94,18 @@ class Daemon:
             raise Unavailable(
                 f"Cannot make {directory}", why=error.strerror or str(error), fix="start the manager first"
             ) from error
-        wanted = 2 * proxy.connections + privileges.SPARE_DESCRIPTORS
-        limit = privileges.raise_descriptor_limit(wanted)
+        wanted = 2 * proxy.connections + process.SPARE_DESCRIPTORS
+        limit = process.raise_descriptor_limit(wanted)
         if limit < wanted:
-            most = privileges.most_connections(proxy.connections)
+            most = process.most_connections(proxy.connections)
             _log.info(
                 "the limit of open files is low", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE"
             )
         if accounts.made_up:
             _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
-        startup.preload()
-        privileges.drop(accounts)
+        for module in _NEEDED:
+            importlib.import_module(module)
+        process.drop(accounts)
         self._open_portal()
         if proxy.tls_key is not None and not os.access(proxy.tls_key, os.R_OK):
             _log.warning(
@@ -109,56 +115,46 @@ class Daemon:
             )
         (directory / PID_FILE).write_bytes(b"%d\n" % os.getpid())
 
+    def _listen(self, proxy: ProxyConfig) -> None:
+        self._listeners.update({"proxy.listen": proxy.listen, "proxy.redirect_listen": proxy.redirect_listen})
+
     def _open_portal(self) -> None:
         """Bind the portal's private socket, and replace an existing one."""
         path = self._paths.portal_socket
         fresh = path.with_suffix(".new")
         fresh.unlink(missing_ok=True)
-        self._portal_sock = listeners.bind_unix(str(fresh), 0o600)
+        self._portal_sock = bind_unix(str(fresh), 0o600)
         fresh.replace(path)
 
     # The children.
 
-    def _inherited(self) -> object:
-        from dispatcher.proxy.edge.process import Inherited
-
-        return Inherited(
-            listeners=[sock for sockets in self._listeners.values() for sock in sockets],
-            redirects=[sock for sockets in self._redirects.values() for sock in sockets],
+    def _start_worker(self) -> None:
+        config, paths, portal_sock = self._config, self._paths, self._portal_sock
+        inherited = edge.Inherited(
+            listeners=self._listeners.of("proxy.listen"),
+            redirects=self._listeners.of("proxy.redirect_listen"),
             tls=self._tls,
             access_log=self._access_log,
         )
 
-    def _start_worker(self) -> None:
-        from dispatcher.proxy.edge import process
-
-        config, paths, inherited = self._config, self._paths, self._inherited()
-        portal_sock = self._portal_sock
-
         def body(control: socket.socket) -> None:
             portal_sock.close()
-            process.run(config, paths, inherited, control)  # type: ignore[arg-type]
+            edge.run(config, paths, inherited, control)
 
         self._fork(WORKER, body)
 
     def _start_portal(self) -> None:
-        config, portal_sock = self._config, self._portal_sock
-        unused = [
-            sock for group in (self._listeners, self._redirects) for socks in group.values() for sock in socks
-        ]
+        config, portal_sock, unused = self._config, self._portal_sock, self._listeners
 
         def body(control: socket.socket) -> None:
-            from dispatcher.proxy import portal
-
-            for sock in unused:
-                sock.close()
+            unused.close()
             control.close()
             portal.serve(config, portal_sock)
 
         self._fork(PORTAL, body)
 
     def _fork(self, kind: str, body: Callable[[socket.socket], None]) -> None:
-        child = workers.fork(kind, self._generation, body, list(self._children.values()))
+        child = children.fork(kind, self._generation, body, list(self._children.values()))
         child.control.setblocking(False)
         if kind == WORKER:
             child.deadline = boottime() + _READY_PATIENCE
@@ -178,7 +174,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         self._fill()
-        for address in (*self._listeners, *self._redirects):
+        for address in self._listeners.addresses():
             _log.info("listening", address=address)
         notified = False
         while True:
@@ -268,10 +264,7 @@ class Daemon:
             return
         _log.info("stopping after the requests in progress", at_most=self._config.proxy.drain_timeout)
         self._stopping = True
-        for group in (self._listeners, self._redirects):
-            for sockets in group.values():
-                for sock in sockets:
-                    sock.close()
+        self._listeners.close()
         for child in list(self._children.values()):
             if child.kind == WORKER:
                 self._let_go(child, b"S")
@@ -291,7 +284,7 @@ class Daemon:
             if not child.leaving and not self._stopping:
                 pause = self._back_off[child.kind].ended(child, status)
                 _log.error(
-                    f"a {child.kind} {workers.ending(status)}, starting another", pid=pid, pause=round(pause, 1)
+                    f"a {child.kind} {children.ending(status)}, starting another", pid=pid, pause=round(pause, 1)
                 )
 
     def _overdue(self) -> None:
@@ -313,14 +306,12 @@ class Daemon:
     def _read_again(self) -> None:
         systemd.notify("RELOADING=1")
         try:
-            self._take(self._reload())
+            self._take(load())
         except DispatcherError as error:
             _log.error("the new configuration is not applied", error=str(error))
         systemd.notify("READY=1")
 
     def _take(self, config: Config) -> None:
-        from dispatcher.proxy.edge.routing.settings import Settings
-
         Settings(config)
         if Paths.of(config) != self._paths or config.proxy.user != self._config.proxy.user:
             raise ConfigError(
@@ -328,20 +319,12 @@ class Daemon:
                 fix="restart the proxy",
             )
         context = _tls_context(config)
-        added = self._added(self._listeners, config.proxy.listen, "proxy.listen")
+        self._listen(config.proxy)
+        old_log = self._access_log
         try:
-            redirects = self._added(self._redirects, config.proxy.redirect_listen, "proxy.redirect_listen")
-        except DispatcherError:
-            _close(added)
-            raise
-        log = self._access_log
-        try:
-            log = startup.open_access_log(config.proxy.access_log, None)
+            self._access_log = _open_access_log(config.proxy.access_log)
         except DispatcherError as error:
             _log.error("the access log cannot be reopened, the old file stays in use", error=str(error))
-        old_log, self._access_log = self._access_log, log
-        self._listeners = _merged(self._listeners, added, config.proxy.listen)
-        self._redirects = _merged(self._redirects, redirects, config.proxy.redirect_listen)
         self._tls = context
         self._config = config
         self._generation += 1
@@ -353,14 +336,9 @@ class Daemon:
         self._start_portal()
         for _ in range(config.proxy.workers):
             self._start_worker()
-        if old_log is not None and old_log not in {log, 1}:
+        if old_log not in {None, self._access_log, 1}:
             os.close(old_log)
         _log.info("read the configuration again, replacing the workers", generation=self._generation)
-
-    def _added(
-        self, have: dict[str, list[socket.socket]], wanted: list[str], key: str
-    ) -> dict[str, list[socket.socket]]:
-        return listeners.open_all([address for address in wanted if address not in have], key, wanted)
 
     def clean_up(self) -> None:
         """Remove all children, sockets and files."""
@@ -372,24 +350,25 @@ class Daemon:
         for path in (self._paths.portal_socket, self._paths.proxy_dir / PID_FILE):
             with contextlib.suppress(OSError):
                 path.unlink()
-        for address in self._listeners:
+        for address in self._listeners.addresses():
             if address.startswith("unix:"):
                 with contextlib.suppress(OSError):
                     os.unlink(address[5:])
 
 
-def _merged(
-    have: dict[str, list[socket.socket]], added: dict[str, list[socket.socket]], wanted: list[str]
-) -> dict[str, list[socket.socket]]:
-    """Return the sockets of the configured addresses; others are closed, in old workers when they end."""
-    _close({address: sockets for address, sockets in have.items() if address not in wanted})
-    return {address: have.get(address) or added[address] for address in dict.fromkeys(wanted)}
+def _open_access_log(target: str) -> int | None:
+    """Return the access log's descriptor, None without a log.
 
-
-def _close(group: dict[str, list[socket.socket]]) -> None:
-    for sockets in group.values():
-        for sock in sockets:
-            sock.close()
+    :raises Unavailable: it cannot be opened.
+    """
+    if target in {"", "-"}:
+        return 1 if target else None
+    try:
+        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except OSError as error:
+        raise Unavailable(
+            f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
+        ) from error
 
 
 def _tls_context(config: Config) -> ssl.SSLContext | None:

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Iterable, Mapping
 
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError, Unavailable
@@ -24,54 +25,60 @@ _DEFER = 1  # seconds
 _PATIENCE = 5.0  # seconds to wait until workers of a killed proxy have released an address
 
 
-def open_all(addresses: list[str], key: str, beside: list[str] | None = None) -> dict[str, list[socket.socket]]:
-    """Return the listening sockets of each address.
+class Listeners:
+    """The open sockets, by the configuration's key and the address in it."""
 
-    :param key: name of the configuration's key, for errors.
-    :param beside: the complete list, if `addresses` contains only the new ones.
-    :raises ConfigError: an invalid address; :raises Unavailable: it cannot be used.
-    """
-    opened: dict[str, list[socket.socket]] = {}
-    try:
-        for address in addresses:
-            if address not in opened:
-                opened[address] = open_one(address, key, addresses if beside is None else beside)
-    except BaseException:
-        for sockets in opened.values():
-            for sock in sockets:
-                sock.close()
-        raise
-    return opened
+    def __init__(self) -> None:
+        self._open: dict[tuple[str, str], list[socket.socket]] = {}
+
+    def update(self, wanted: Mapping[str, list[str]]) -> None:
+        """Open the addresses of all keys that are not open yet, then close the others.
+
+        :raises ConfigError: it is not an address of this host; :raises Unavailable: it cannot be used.  Nothing
+            has changed then.
+        """
+        sockets: dict[tuple[str, str], list[socket.socket]] = {}
+        with contextlib.ExitStack() as opened:
+            for key, addresses in wanted.items():
+                for address in addresses:
+                    where = key, address
+                    if where in self._open:
+                        sockets[where] = self._open[where]
+                    elif where not in sockets:
+                        sockets[where] = _opened(address, key, addresses)
+                        opened.callback(_close, sockets[where])
+            opened.pop_all()
+        for where, old in self._open.items():
+            if where not in sockets:  # open in old workers until they end
+                _close(old)
+        self._open = sockets
+
+    def of(self, key: str) -> list[socket.socket]:
+        """Return the sockets of a key."""
+        return [sock for (of, _), sockets in self._open.items() if of == key for sock in sockets]
+
+    def addresses(self) -> list[str]:
+        """Return the addresses of all keys."""
+        return [address for _, address in self._open]
+
+    def close(self) -> None:
+        """Close all sockets in this process."""
+        for sockets in self._open.values():
+            _close(sockets)
 
 
-def open_one(address: str, key: str, beside: list[str]) -> list[socket.socket]:
-    """Return the sockets of one address of a list.
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
 
-    :raises ConfigError: an invalid address; :raises Unavailable: it cannot be used.
-    """
+
+def _opened(address: str, key: str, beside: list[str]) -> list[socket.socket]:
     if address == "systemd":
         return _from_systemd(key)
     if address.startswith("unix:"):
-        return [_unix(address[5:], key)]
-    host, port = parse(address, key)
-    return [_tcp(host, port, address, key, ipv4_too=takes_ipv4(address, beside))]
-
-
-def parse(address: str, key: str) -> tuple[str, int]:
-    """Return host and port of a TCP address.
-
-    :raises ConfigError: an invalid address.
-    """
+        return [bind_unix(address[5:], 0o666)]
     host, _, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        host = ""
-    if not host or not port.isdecimal() or not 0 <= int(port) < 65536:
-        raise ConfigError(
-            f"{key}: found {printable(address)}, expected HOST:PORT, [IPv6]:PORT, unix:/PATH or systemd"
-        )
-    return host, int(port)
+    return [_tcp(host.strip("[]"), int(port), address, key, ipv4_too=takes_ipv4(address, beside))]
 
 
 def _tcp(host: str, port: int, address: str, key: str, *, ipv4_too: bool) -> socket.socket:
@@ -120,12 +127,6 @@ def _bind(sock: socket.socket, where: tuple[object, ...], address: str) -> None:
             time.sleep(0.1)
         else:
             return
-
-
-def _unix(path: str, key: str) -> socket.socket:
-    if not path.startswith("/"):
-        raise ConfigError(f"{key}: found {printable('unix:' + path)}, expected unix: and an absolute path")
-    return bind_unix(path, 0o666)
 
 
 def bind_unix(path: str, mode: int) -> socket.socket:

@@ -27,7 +27,7 @@ def load():
     with open(sys.argv[1]) as file:
         return parse(json.load(file))
 try:
-    sys.exit(daemon.run(load(), reload=load))
+    sys.exit(daemon.run(load()))
 except DispatcherError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -18,7 +18,7 @@ from typing import Any
 import h11
 
 from dispatcher.config.load import parse
-from dispatcher.proxy import listeners
+from dispatcher.proxy.listeners import Listeners
 from dispatcher.proxy.edge.net.listener import Listener
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.routing.settings import Settings
@@ -199,7 +199,9 @@ class Edge:
         )
         self.worker.start(self.loop)
         await self.worker.feed.first(5)
-        ((sock,),) = listeners.open_all(["127.0.0.1:0"], "proxy.listen").values()
+        listeners = Listeners()
+        listeners.update({"proxy.listen": ["127.0.0.1:0"]})
+        (sock,) = listeners.of("proxy.listen")
         self.port = sock.getsockname()[1]
         server: asyncio.AbstractServer | Listener
         if self._tls is None:

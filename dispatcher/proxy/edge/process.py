@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
-from dispatcher.proxy import memory, privileges
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.net.handshakes import Handshakes
 from dispatcher.proxy.edge.net.listener import Listener
 from dispatcher.proxy.edge.net.redirect import Redirect
 from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
+from dispatcher.proxy.process import keep_buffers, most_connections
 
 if TYPE_CHECKING:
     from dispatcher.config.layout import Paths
@@ -63,7 +63,7 @@ class Process:
     def __init__(self, config: Config, paths: Paths, inherited: Inherited, control: socket.socket) -> None:
         self._config = config
         self._settings = Settings(config)
-        self._settings.connections = privileges.most_connections(self._settings.connections)
+        self._settings.connections = most_connections(self._settings.connections)
         self._inherited = inherited
         self._control = control
         self._worker = Worker(
@@ -196,7 +196,7 @@ def run(config: Config, paths: Paths, inherited: Inherited, control: socket.sock
     """Run a worker process until the order to stop."""
     import uvloop
 
-    memory.keep_buffers()
+    keep_buffers()
     process = Process(config, paths, inherited, control)
     uvloop.install()
     loop = uvloop.new_event_loop()

@@ -10,7 +10,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dispatcher.proxy.portal import account, agents, content, context, handover, sign_in, waiting, words
-from dispatcher.proxy.portal.assets import SHIPPED, TEMPLATES
+from dispatcher.proxy.portal.assets import STATIC, TEMPLATES
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
@@ -32,7 +32,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     app.jinja_env.undefined = StrictUndefined
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
     app.jinja_env.filters["sentence"] = words.sentence
-    portal = context.Portal(config, client, login_client or client, SHIPPED)
+    portal = context.Portal(config, client, login_client or client)
     app.extensions[context.EXTENSION] = portal
     for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
         app.register_blueprint(blueprint, url_prefix=portal.prefix)
@@ -41,9 +41,11 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     def without_slash() -> Response:
         return context.go(context.local("/"))
 
+    by_hash = {asset.name: asset for asset in STATIC.values()}
+
     @app.get(f"{portal.prefix}/static/<name>")
     def static_file(name: str) -> Response:
-        asset = portal.assets.get(name)
+        asset = by_hash.get(name)
         if asset is None:
             raise NotFound
         response = Response(asset.body, content_type=asset.type)
@@ -55,7 +57,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
         return {
             "local": context.local,
             "form_token": context.form_token,
-            "asset": lambda name: context.local(f"/static/{portal.assets.name(name)}"),
+            "asset": lambda name: context.local(f"/static/{STATIC[name].name}"),
             # What a template does not get is not an error: most values have a usual absence.
             "someone": None,
             "signed_in": None,

@@ -11,7 +11,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent / "static"
+_HERE = Path(__file__).parent
 _TYPES = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
@@ -28,36 +28,16 @@ class Asset:
     body: bytes
 
 
-class Assets:
-    """All static files.
-
-    :param directory: where they are; files of unknown types are left alone.
-    """
-
-    def __init__(self, directory: Path = HERE) -> None:
-        self._hashed: dict[str, Asset] = {}
-        self._names: dict[str, str] = {}
-        for path in sorted(directory.iterdir()):
-            if (kind := _TYPES.get(path.suffix)) is not None:
-                body = path.read_bytes()
-                name = f"{path.stem}.{hashlib.sha256(body).hexdigest()[:16]}{path.suffix}"
-                self._names[path.name] = name
-                self._hashed[name] = Asset(name, kind, body)
-
-    def name(self, plain: str) -> str:
-        """Return the name with the hash in it.
-
-        :raises KeyError: there is no such file.
-        """
-        return self._names[plain]
-
-    def get(self, hashed: str) -> Asset | None:
-        """Return a file by its name with the hash in it."""
-        return self._hashed.get(hashed)
+def read(directory: Path) -> dict[str, Asset]:
+    """Return the files of known types in a directory, by their plain names."""
+    found = {}
+    for path in directory.iterdir():
+        if (kind := _TYPES.get(path.suffix)) is not None:
+            body = path.read_bytes()
+            name = f"{path.stem}.{hashlib.sha256(body).hexdigest()[:16]}{path.suffix}"
+            found[path.name] = Asset(name, kind, body)
+    return found
 
 
-#: What this program ships.
-SHIPPED = Assets()
-TEMPLATES = {
-    path.name: path.read_text(encoding="utf-8") for path in (HERE.parent / "templates").iterdir() if path.is_file()
-}
+STATIC = read(_HERE / "static")
+TEMPLATES = {path.name: path.read_text(encoding="utf-8") for path in (_HERE / "templates").glob("*.html")}

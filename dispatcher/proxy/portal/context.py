@@ -23,15 +23,12 @@ from dispatcher.proxy.portal import forms, targets
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
     from dispatcher.config.load import Config
-    from dispatcher.proxy.portal.assets import Assets
 
 EXTENSION = "dispatcher-portal"
 LOGIN_SLOTS = 64
 _TOKEN = re.compile(r"[\x21-\x7e]{16,256}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LONGEST = 400 * 86400  # browsers keep no cookie longer (RFC 6265bis, 5.5)
-_DEVICE_AGE = 180 * 86400
-_NONCE_AGE = 600
 _EXPIRED_AT_MOST = 50
 #: Bounds of `drop_doubles`: segments of a path, labels of a host.
 _DEEPEST = 4
@@ -60,8 +57,12 @@ class Portal:
     config: Config
     client: ManagerClient
     login_client: ManagerClient
-    assets: Assets
     logins: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(LOGIN_SLOTS))
+
+    @property
+    def cookies(self) -> cookies.Names:
+        """The names of our cookies."""
+        return cookies.names(self.config.secure)
 
     @property
     def prefix(self) -> str:
@@ -123,9 +124,9 @@ def address() -> str:
 
 
 def session_digest() -> str:
-    """Return the SHA-256 of the session's token, "" without one; two session cookies count as none."""
-    found = request.cookies.getlist(cookies.session_cookie_name(portal().config.secure))
-    return sha256(found[0]) if len(found) == 1 and _TOKEN.fullmatch(found[0]) else ""
+    """Return the SHA-256 of the session's token, "" without one."""
+    token = only_cookie(portal().cookies.session, _TOKEN)
+    return sha256(token) if token else ""
 
 
 def person() -> Person | None:
@@ -176,7 +177,18 @@ def agent_of(someone: Person, name: str) -> dict[str, Any]:
 # Cookies.
 
 
-def _set(response: Response, name: str, value: str, max_age: float | None) -> None:
+def _sent_cookies(name: str) -> list[str]:
+    return cookies.values(request.headers.get("Cookie", ""), name)
+
+
+def only_cookie(name: str, form: re.Pattern[str]) -> str:
+    """Return the value of one of our cookies, "" if it is missing, malformed, or came more than once."""
+    found = _sent_cookies(name)
+    return found[0] if len(found) == 1 and form.fullmatch(found[0]) else ""
+
+
+def set_cookie(response: Response, name: str, value: str, max_age: float | None) -> None:
+    """Set a cookie of this host that no script can read; None: until the browser is closed."""
     age = None if max_age is None else int(min(max_age, _LONGEST))
     secure = portal().config.secure
     response.set_cookie(name, value, max_age=age, path="/", secure=secure, httponly=True, samesite="Lax")
@@ -185,35 +197,12 @@ def _set(response: Response, name: str, value: str, max_age: float | None) -> No
 def set_session(response: Response, token: str, session: dict[str, Any]) -> None:
     """Set the session cookie, for no longer than the session can last."""
     # Use prolongs a session up to its lifetime, while the cookie's age is fixed now.
-    age = session.get("lifetime", session.get("ttl"))
-    _set(response, cookies.session_cookie_name(portal().config.secure), token, _LONGEST if age is None else age)
+    set_cookie(response, portal().cookies.session, token, session.get("lifetime", _LONGEST))
 
 
 def device_token() -> str | None:
     """Return the token that proves an earlier sign-in from this browser."""
-    found = request.cookies.getlist(cookies.device_cookie_name(portal().config.secure))
-    return found[0] if len(found) == 1 and _TOKEN.fullmatch(found[0]) else None
-
-
-def set_device(response: Response, token: str) -> None:
-    """Set the device cookie, which proves an earlier sign-in from this browser."""
-    _set(response, cookies.device_cookie_name(portal().config.secure), token, _DEVICE_AGE)
-
-
-def nonce() -> str:
-    """Return this host's nonce of the hand-over in progress, or ""."""
-    found = request.cookies.getlist(cookies.nonce_cookie_name(portal().config.secure))
-    return found[0] if len(found) == 1 and forms.SEED.fullmatch(found[0]) else ""
-
-
-def set_nonce(response: Response, value: str) -> None:
-    """Bind a new hand-over to this browser and host."""
-    _set(response, cookies.nonce_cookie_name(portal().config.secure), value, _NONCE_AGE)
-
-
-def drop_nonce(response: Response) -> None:
-    """Delete the nonce after use."""
-    _set(response, cookies.nonce_cookie_name(portal().config.secure), "", 0)
+    return only_cookie(portal().cookies.device, _TOKEN) or None
 
 
 def forget_session(response: Response) -> None:
@@ -223,7 +212,7 @@ def forget_session(response: Response) -> None:
     all sibling hosts, and the device cookie, which lets the owner sign in while others guess passwords.  So each
     cookie that the browser sent (an app's, if it shares the portal's origin) is expired by name.
     """
-    _set(response, cookies.session_cookie_name(portal().config.secure), "", 0)
+    set_cookie(response, portal().cookies.session, "", 0)
     _forget_apps(response)
 
 
@@ -242,7 +231,7 @@ def _forget_apps(response: Response) -> None:
     shown = [] if portal().subdomains else list(request.cookies)[:_EXPIRED_AT_MOST]
     for name in shown:
         if name not in cookies.OWN_NAMES and _NAME.fullmatch(name):
-            _set(response, name, "", 0)
+            set_cookie(response, name, "", 0)
     response.headers["Clear-Site-Data"] = '"cache", "storage"'
 
 
@@ -253,7 +242,7 @@ def drop_doubles(response: Response) -> Response:
     so lock its user out of the portal.  With HTTPS the name's prefix forbids both.  The client chooses path, host
     and cookies of a request, so each is bounded; the portal's own paths are shorter.
     """
-    doubled = [name for name in _own_names() if len(request.cookies.getlist(name)) > 1]
+    doubled = [name for name in portal().cookies if len(_sent_cookies(name)) > 1]
     if not doubled:
         return response
     steps = request.path.split("/", _DEEPEST + 1)[1 : _DEEPEST + 1]
@@ -273,27 +262,13 @@ def drop_doubles(response: Response) -> Response:
     return response
 
 
-def _own_names() -> list[str]:
-    """Return the names of our cookies in this installation."""
-    secure = portal().config.secure
-    return [
-        named(secure)
-        for named in (
-            cookies.session_cookie_name,
-            cookies.device_cookie_name,
-            cookies.nonce_cookie_name,
-            cookies.form_cookie_name,
-        )
-    ]
-
-
 # Forms.
 
 
 def form_token(purpose: str, *, session: bool = True) -> str:
     """Return a token for a form of this page; the browser gets the cookie it belongs to if it has none."""
-    name = cookies.form_cookie_name(portal().config.secure)
-    seed = next((value for value in request.cookies.getlist(name) if forms.SEED.fullmatch(value)), "")
+    sent_seeds = _sent_cookies(portal().cookies.form)
+    seed = next((value for value in sent_seeds if forms.SEED.fullmatch(value)), "")
     if not seed:
         seed = g.setdefault("new_seed", forms.new_seed())
     return forms.token(seed, purpose, session_digest() if session else "")
@@ -302,7 +277,7 @@ def form_token(purpose: str, *, session: bool = True) -> str:
 def keep_seed(response: Response) -> Response:
     """Set the cookie for a form in this response."""
     if "new_seed" in g:
-        _set(response, cookies.form_cookie_name(portal().config.secure), g.new_seed, None)
+        set_cookie(response, portal().cookies.form, g.new_seed, None)
     return response
 
 
@@ -323,7 +298,7 @@ def check_form(purpose: str, *, session: bool = True) -> None:
         raise Forbidden("This request is refused", why=why, fix="open the page yourself and try again")
     if program:
         return
-    seeds = request.cookies.getlist(cookies.form_cookie_name(portal().config.secure))
+    seeds = _sent_cookies(portal().cookies.form)
     if not forms.valid(request.form.get("token", ""), seeds, purpose, session_digest() if session else ""):
         raise StaleForm(
             "This page was out of date",

@@ -17,6 +17,7 @@ from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, Not
 from dispatcher.proxy.portal import content, context, forms, targets
 
 pages = Blueprint("handover", __name__)
+_NONCE_AGE = 600  # seconds
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -26,10 +27,10 @@ def begin(target: str) -> Response:
         raise context.NotSignedIn("You are not signed in", fix="sign in at " + context.portal().public_origin)
     if not targets.agent_host(request.host, context.portal().public_host):
         return context.go(context.portal().public_origin + context.local("/login"))
-    nonce = context.nonce() or forms.new_seed()  # two tabs that begin at once share one
+    nonce = _nonce() or forms.new_seed()  # two tabs that begin at once share one
     query = urlencode({"host": request.host.lower(), "nonce": context.sha256(nonce), "next": target})
     response = context.go(f"{context.portal().public_origin}{context.local('/handover')}?{query}")
-    context.set_nonce(response, nonce)
+    context.set_cookie(response, context.portal().cookies.nonce, nonce, _NONCE_AGE)
     return response
 
 
@@ -57,7 +58,7 @@ def redeem() -> Response:
     if not context.on_agent_host():
         raise NotFound("Page not found")
     target = targets.own_path(request.args.get("next"), context.portal().prefix)
-    nonce = context.nonce()
+    nonce = _nonce()
     try:
         if not nonce:
             raise Forbidden(
@@ -68,8 +69,12 @@ def redeem() -> Response:
         return _not_redeemed(error, target)
     response = context.go(target)
     context.set_session(response, answer["token"], answer["session"])
-    context.drop_nonce(response)
+    context.set_cookie(response, context.portal().cookies.nonce, "", 0)
     return response
+
+
+def _nonce() -> str:
+    return context.only_cookie(context.portal().cookies.nonce, forms.SEED)
 
 
 def _not_redeemed(error: DispatcherError, target: str) -> Response:

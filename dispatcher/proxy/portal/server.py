@@ -10,7 +10,7 @@ import waitress
 from dispatcher.client.manager_client import ManagerClient
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
-from dispatcher.proxy import memory
+from dispatcher.proxy import process
 from dispatcher.proxy.portal import context
 from dispatcher.proxy.portal.app import MAX_BODY, create_app
 
@@ -26,7 +26,7 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
-    memory.share_one_heap()
+    process.share_one_heap()
     # Waitress warns of each request that finds no idle thread, as the first ones do: no news for an operator.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     url = f"unix://{Paths.of(config).proxy_socket}"

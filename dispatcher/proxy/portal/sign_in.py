@@ -14,6 +14,7 @@ from dispatcher.proxy.portal import content, context, handover, targets
 
 pages = Blueprint("sign_in", __name__)
 
+_DEVICE_AGE = 180 * 86400  # seconds
 #: What a page that was reached by a redirect may say; nothing else from the address is ever shown as a message.
 NOTICES = {
     "signed-out": "You are signed out.",
@@ -57,7 +58,7 @@ def sign_in() -> Response:
     context.forget_others(response, answer.get("device"))
     context.set_session(response, answer["token"], answer["session"])
     if answer.get("device"):
-        context.set_device(response, answer["device"])
+        context.set_cookie(response, context.portal().cookies.device, answer["device"], _DEVICE_AGE)
     return response
 
 

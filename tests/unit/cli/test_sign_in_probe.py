@@ -11,7 +11,7 @@ from dispatcher.config.load import parse
 from dispatcher.cli.sign_in_probe import sign_in_page_answers
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.plugin.model import Endpoint
-from dispatcher.proxy.workers import FIRST_TRIES, PORTAL, BackOff, Child
+from dispatcher.proxy.children import FIRST_TRIES, PORTAL, BackOff, Child
 from tests.support.certificates import Authority
 
 
@@ -88,7 +88,7 @@ EXIT_1, KILLED = 1 << 8, 9  # wait statuses
 def child(monkeypatch):
     """A child that lived for so many seconds."""
     now = [1000.0]
-    monkeypatch.setattr("dispatcher.proxy.workers.boottime", lambda: now[0])
+    monkeypatch.setattr("dispatcher.proxy.children.boottime", lambda: now[0])
     ours, theirs = socket.socketpair()
 
     def child(lived):

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from dispatcher.manager.rest.listeners import tcp_socket
-from dispatcher.proxy import listeners
+from dispatcher.proxy.listeners import Listeners
 from dispatcher.plugin.options import takes_ipv4
 
 
@@ -19,9 +19,10 @@ def has_ipv6():
 pytestmark = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6")
 
 
-def proxy(addresses, beside=None):
-    opened = listeners.open_all(addresses, "proxy.listen", beside)
-    return [sock for sockets in opened.values() for sock in sockets]
+def proxy(addresses):
+    listeners = Listeners()
+    listeners.update({"proxy.listen": addresses})
+    return listeners.of("proxy.listen")
 
 
 def manager(addresses, beside=None):
@@ -70,13 +71,13 @@ def test_each_family_is_served_as_it_is_written(opened, addresses, families, fre
 
 def test_a_listener_that_a_reload_adds_knows_of_those_there_are(free_port):
     four, six = f"0.0.0.0:{free_port}", f"[::]:{free_port}"
-    sockets = proxy([four])
+    listeners = Listeners()
     try:
-        sockets += proxy([six], [four, six])
+        listeners.update({"proxy.listen": [four]})
+        listeners.update({"proxy.listen": [four, six]})
         assert reachable(free_port) == {"AF_INET", "AF_INET6"}
     finally:
-        for sock in sockets:
-            sock.close()
+        listeners.close()
 
 
 def test_another_port_is_another_matter():

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from dispatcher.config.load import Config
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.names import printable
-from dispatcher.proxy.cookies import session_cookie_name
+from dispatcher.proxy import cookies
 from dispatcher.proxy.edge.http.forwarded import Network
 from dispatcher.proxy.edge.http.response import Policy
 
@@ -69,7 +69,7 @@ class Settings:
         self.events_path = self.prefix + b"/events"
         self.secure = config.secure
         self.scheme = b"https" if config.secure else b"http"
-        self.cookie_name = session_cookie_name(config.secure).encode()
+        self.cookie_name = cookies.names(config.secure).session.encode()
         self.subdomain = proxy.routing == "subdomain"
         self.public_host, self.domain = _public(proxy.public_url, self.subdomain)
         guarded = b"" if self.subdomain else self.prefix + b"/"

@@ -6,8 +6,9 @@ from datetime import datetime, timezone
 
 import pytest
 
-from dispatcher.proxy.portal import forms, targets, words
-from dispatcher.proxy.portal.assets import Assets
+from dispatcher.proxy import cookies
+from dispatcher.proxy.edge.http.cookie import split_cookie
+from dispatcher.proxy.portal import assets, forms, targets, words
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 
@@ -154,11 +155,28 @@ class TestTokens:
 def test_static_files_have_names_that_change_with_them(tmp_path) -> None:
     (tmp_path / "a.css").write_text("a {}")
     (tmp_path / "notes.txt").write_text("not served")
-    first = Assets(tmp_path).name("a.css")
+    first = assets.read(tmp_path)
     (tmp_path / "a.css").write_text("b {}")
-    second = Assets(tmp_path)
-    assert first != second.name("a.css")
-    assert second.get(first) is None
-    assert second.get(second.name("a.css")).body == b"b {}"
-    with pytest.raises(KeyError):
-        second.name("notes.txt")
+    second = assets.read(tmp_path)
+    assert list(second) == ["a.css"]
+    assert first["a.css"].name != second["a.css"].name
+    assert second["a.css"].body == b"b {}"
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("dispatcher=abc", ["abc"]),
+        ("a=b;dispatcher = abc ;c", ["abc"]),
+        ('dispatcher="abc"', ['"abc"']),
+        ('dispatcher="a\\142c"', ['"a\\142c"']),
+        ("dispatcher=a=b", ["a=b"]),
+        ("dispatcher=a; dispatcher=b", ["a", "b"]),
+        ("dispatcher; Dispatcher=x; dispatcher-form=x", [""]),
+        ("", []),
+    ],
+)
+def test_portal_and_edge_read_the_same_cookies(field: str, expected: list[str]) -> None:
+    assert cookies.values(field, "dispatcher") == expected
+    only = expected[0].encode() if len(expected) == 1 else None
+    assert split_cookie(field.encode(), b"dispatcher")[0] == only

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import Unavailable
-from dispatcher.proxy import privileges
+from dispatcher.proxy.process import die_with_parent
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0
@@ -79,7 +79,7 @@ def fork(kind: str, generation: int, body: Callable[[socket.socket], None], othe
         for other in others:
             other.control.close()
         if kind == PORTAL:
-            privileges.die_with_parent(signal.SIGTERM)
+            die_with_parent(signal.SIGTERM)
         body(theirs)
         code = 0
     except SystemExit:
