@@ -282,7 +282,7 @@ def _command(daemon: Daemon) -> list[str]:
 
     from tests.support.edge_daemon import MAIN
 
-    return [sys.executable, "-c", MAIN, str(daemon.dir / "config.json")]
+    return [sys.executable, "-c", MAIN, str(daemon.dir / "dispatcher.toml")]
 
 
 def test_systemd_is_told_when_it_is_ready():

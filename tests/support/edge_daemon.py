@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import socket
@@ -13,19 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import tomli_w
 
 from tests.support.edge_feed import FeedServer, agent_row, session_row
 from tests.support.edge_harness import TOKEN, Agent, Script, echo, eventually
 
 ROOT = Path(__file__).parent.parent.parent
 MAIN = """
-import json, os, sys
-from dispatcher.config.load import parse
+import os, sys
+from dispatcher.config.load import load
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.proxy import daemon
-def load():
-    with open(sys.argv[1]) as file:
-        return parse(json.load(file))
+os.environ["DISPATCHER_CONFIG"] = sys.argv[1]
 try:
     sys.exit(daemon.run(load()))
 except DispatcherError as error:
@@ -65,11 +63,11 @@ class Daemon:
     def write(self, **proxy: Any) -> None:
         self.proxy |= proxy
         data = {"manager": {"run_dir": str(self.dir), "state_dir": str(self.dir / "state")}, "proxy": self.proxy}
-        (self.dir / "config.json").write_text(json.dumps(data))
+        (self.dir / "dispatcher.toml").write_text(tomli_w.dumps(data))
 
     def start(self, *, wait: bool = True, **kw: Any) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, str(self.dir / "config.json")],
+            [sys.executable, "-c", MAIN, str(self.dir / "dispatcher.toml")],
             cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True, **kw,
         )  # fmt: skip
         if wait:
