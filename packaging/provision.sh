@@ -3,15 +3,16 @@
 # a self-signed certificate, manager and proxy as two systemd units.  Run it again to upgrade; it keeps configuration,
 # certificate, users and data.
 #
-# Usage: provision.sh [--root DIR] [--no-packages] [--no-systemd] [--extras LIST] [--python PROGRAM]
+# Usage: provision.sh [--root DIR] [--no-packages] [--no-systemd] [--extras LIST] [--python PROGRAM] [--wheel FILE]
 #   --root DIR       install below DIR, with changed paths in the files; create users in DIR/etc only
 #   --no-packages    do not install Debian packages
 #   --no-systemd     install the units, but do not start them
 #   --extras LIST    also install these extras: docker, libvirt, all
 #   --python PROGRAM create the virtual environment with this Python
+#   --wheel FILE     install this wheel instead of building one (a run leaves its own in /opt/dispatcher/share)
 set -euo pipefail
 
-root="" packages=yes systemd=yes extras="" python=python3
+root="" packages=yes systemd=yes extras="" python=python3 wheel=""
 while [ $# -gt 0 ]; do
     case $1 in
     --root) root=${2:?--root needs a directory}; shift ;;
@@ -19,6 +20,7 @@ while [ $# -gt 0 ]; do
     --no-systemd) systemd=no ;;
     --extras) extras=${2:?--extras needs a list}; shift ;;
     --python) python=${2:?--python needs a program}; shift ;;
+    --wheel) wheel=${2:?--wheel needs a file}; shift ;;
     *) echo "provision.sh: unknown option $1" >&2; exit 2 ;;
     esac
     shift
@@ -47,11 +49,17 @@ fi
 
 step "Program, in $venv"
 "$source/tests/machine/make-venv" "$python" "$venv"
-copy=$(mktemp -d) # built in a copy, so that the clone stays as it is
-trap 'rm -rf "$copy"' EXIT
-cp -a "$source"/{setup.py,pyproject.toml,README.md,LICENSE,dispatcher,providers} "$copy"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade \
-    -c "$source/constraints.txt" "$copy${extras:+[$extras]}"
+pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
+if [ -z "$wheel" ]; then
+    copy=$(mktemp -d) # built in a copy, so that the clone stays as it is
+    trap 'rm -rf "$copy"' EXIT
+    cp -a "$source"/{setup.py,pyproject.toml,README.md,LICENSE,dispatcher,providers} "$copy"
+    pip wheel --no-deps --wheel-dir "$copy/wheel" "$copy"
+    wheel=$(echo "$copy"/wheel/*.whl)
+    install -D -m 644 -t "$venv/share" "$wheel"
+fi
+pip install --upgrade -c "$source/constraints.txt" "$wheel${extras:+[$extras]}"
+pip install --force-reinstall --no-deps "$wheel" # the same version may be of other sources
 install -D -m 644 -t "$venv/share/doc" "$source/README.md" "$source/LICENSE" "$source/CHANGELOG.md"
 mkdir -p "$root/usr/local/bin"
 ln -sfn "$venv/bin/dispatcher" "$root/usr/local/bin/dispatcher"

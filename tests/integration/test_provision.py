@@ -26,10 +26,13 @@ from tests.support.installation import until
 PACKAGING = ROOT / "packaging"
 PYTHON = "/usr/bin/python3"  # what a plain Debian has, and what every user may run
 DENY_HOSTNAME = ROOT / "tests/support/deny_hostname.py"
+COMPILED = sorted(
+    re.findall(r'"(\w+)",', (ROOT / "setup.py").read_text().partition("COMPILED = [")[2].partition("]")[0])
+)
 PASSWORD = "correct horse battery"
 
 
-def provision(root, *options, compiled=True):
+def provision(root, *options):
     return subprocess.run(
         [
             PACKAGING / "provision.sh",
@@ -44,7 +47,6 @@ def provision(root, *options, compiled=True):
         capture_output=True,
         text=True,
         timeout=280,
-        env={**os.environ, "DISPATCHER_PURE": "" if compiled else "1"},
     )
 
 
@@ -305,12 +307,33 @@ def test_the_doctor_finds_nothing_to_mend(installed, units):
     assert any("tls/cert.pem is valid until" in finding["what"] for finding in findings)
 
 
-def test_again_is_an_upgrade_that_keeps_what_is_there(installed, units):
+def compiled_modules(installed):
+    """The modules that the installed program loads in compiled form."""
+    code = (
+        "import importlib, pathlib, dispatcher.proxy.edge.http as top\n"
+        "for path in sorted(pathlib.Path(top.__file__).parent.glob('[a-z]*.py')):\n"
+        "    if importlib.import_module(f'{top.__name__}.{path.stem}').__file__.endswith('.so'):\n"
+        "        print(path.stem)\n"
+    )
+    python = installed / "opt/dispatcher/bin/python"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout.split()
+
+
+def test_again_is_an_upgrade_that_renews_the_program_and_keeps_the_rest(installed, units):
     kept = [installed / "etc/dispatcher/tls/cert.pem", installed / "etc/dispatcher/dispatcher.toml"]
     before = [path.read_bytes() for path in kept]
     users = (installed / "etc/passwd").read_text()
-    done = provision(installed, compiled=False)  # compiling is the long part, and was seen once
+    old = [
+        next(site_packages(installed).glob("dispatcher/proxy/edge/http/headers.*.so")),
+        site_packages(installed) / "dispatcher/demo/app.py",
+    ]
+    for path in old:  # as if these were of an older release
+        path.write_bytes(b"")
+    wheel = next((installed / "opt/dispatcher/share").glob("*.whl"))  # compiling takes a minute, and was done once
+    done = provision(installed, "--wheel", wheel)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert all(path.stat().st_size for path in old)
+    assert compiled_modules(installed) == COMPILED
     assert [path.read_bytes() for path in kept] == before
     assert (installed / "etc/passwd").read_text() == users
 
@@ -339,13 +362,20 @@ def test_the_vagrant_machine_runs_the_same_script():
     assert "guest: 8080" in text
 
 
+def site_packages(installed):
+    return next((installed / "opt/dispatcher/lib").glob("python3.*")) / "site-packages"
+
+
 def test_every_file_of_the_packages_is_installed(installed):
-    site = next((installed / "opt/dispatcher/lib").glob("python3.*")) / "site-packages"
+    site = site_packages(installed)
+    assert compiled_modules(installed) == COMPILED
     when = (installed / "opt/dispatcher/pyvenv.cfg").stat().st_mtime  # somebody may be at work in the clone
     missing = []
     for top in (ROOT / "dispatcher", *(ROOT / "providers").glob("dispatcher_*")):
         for path in top.rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".so"}:
+            if (
+                path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".pyc", ".so"}
+            ):  # built for this Python
                 target = site / path.relative_to(top.parent)
                 if not target.exists() and path.stat().st_mtime < when:
                     missing.append(str(path.relative_to(ROOT)))
