@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dispatcher.plugin import Limits, Usage
+from dispatcher.plugin import Deadline, Limits, Usage
 from dispatcher_subprocess import procfs
 
-_WANTED = ("memory", "cpu", "pids")
+_WANTED = frozenset(["memory", "cpu", "pids"])
 _PERIOD = 100_000  # microseconds, the kernel's default
 _ROUNDS = 64  # of killing against forks
 
@@ -41,10 +41,9 @@ class Cgroups:
 
     def tidy(self) -> None:
         """Remove the installation's directories when no agent is in them."""
-        for path in {self.directory, *self.legacy.values()}:
+        for path in filter(None, {self.directory, *self.legacy.values()}):
             with contextlib.suppress(OSError):
-                if path:
-                    path.rmdir()
+                path.rmdir()
 
     def group(self, name: str) -> Group | None:
         """Return the group of an agent, whether it exists or not; None without control groups."""
@@ -82,39 +81,38 @@ class Group:
                     if path == self.directory:
                         _enable(path.parent)
                     path.mkdir()
-        self._limit(limits)
-        self._limit_legacy(legacy, limits)
+        for name, value in self._settings(limits, legacy):
+            _write(name, value)
         return paths
 
-    def _limit(self, limits: Limits) -> None:
+    def _settings(self, limits: Limits, legacy: dict[str, Path]) -> Iterator[tuple[Path, object]]:
+        """Yield files and what to write there; those that count swap exist where the kernel is built for it."""
+        quota = int(limits.cpus * _PERIOD) if limits.cpus else None
         if "memory" in self.controllers:
-            _write(self.directory / "memory.max", limits.memory or "max")
-            if limits.swap is not None:
-                _try_write(self.directory / "memory.swap.max", limits.swap)
+            yield self.directory / "memory.max", limits.memory or "max"
+            if limits.swap is not None and (swap := self.directory / "memory.swap.max").exists():
+                yield swap, limits.swap
         if "cpu" in self.controllers:
-            _write(self.directory / "cpu.max", f"{_quota(limits) or 'max'} {_PERIOD}")
+            yield self.directory / "cpu.max", f"{quota or 'max'} {_PERIOD}"
         if "pids" in self.controllers:
-            _write(self.directory / "pids.max", limits.pids or "max")
-
-    @staticmethod
-    def _limit_legacy(legacy: dict[str, Path], limits: Limits) -> None:
-        if directory := legacy.get("memory"):
-            # Memory may not exceed memory plus swap, so the latter's old limit is removed first.
-            _try_write(directory / "memory.memsw.limit_in_bytes", -1)
-            _write(directory / "memory.limit_in_bytes", limits.memory or -1)
-            if limits.memory and limits.swap is not None:
-                _try_write(directory / "memory.memsw.limit_in_bytes", limits.memory + limits.swap)
-        if directory := legacy.get("cpu"):
-            _write(directory / "cpu.cfs_quota_us", _quota(limits) or -1)
-        if directory := legacy.get("pids"):
-            _write(directory / "pids.max", limits.pids or "max")
+            yield self.directory / "pids.max", limits.pids or "max"
+        if memory := legacy.get("memory"):
+            both = memory / "memory.memsw.limit_in_bytes"
+            if both.exists():  # never below the limit of memory, so an old limit is removed first
+                yield both, -1
+            yield memory / "memory.limit_in_bytes", limits.memory or -1
+            if limits.memory and limits.swap is not None and both.exists():
+                yield both, limits.memory + limits.swap
+        if "cpu" in legacy:
+            yield legacy["cpu"] / "cpu.cfs_quota_us", quota or -1
+        if "pids" in legacy:
+            yield legacy["pids"] / "pids.max", limits.pids or "max"
 
     def procs(self) -> set[int]:
         """Return the processes of the group, including those of groups that they made below it."""
         found: set[int] = set()
         for directory, _, _ in os.walk(self.directory):
-            text = procfs.read(os.path.join(directory, "cgroup.procs")) or b""
-            found.update(int(word) for word in text.split())
+            found.update(int(word) for word in procfs.read(f"{directory}/cgroup.procs").split())
         return found
 
     def kill(self) -> None:
@@ -124,19 +122,19 @@ class Group:
         for _ in range(_ROUNDS):  # before Linux 5.14
             alive = [found for pid in self.procs() if (found := procfs.stat(pid)) and not found.dead]
             for process in alive:
-                procfs.send(process.pid, process.start, 9)
+                process.send(9)
             self.thaw()
             if not alive:
                 return
             time.sleep(0.002)
 
-    def freeze(self, expired: Callable[[], bool]) -> bool:
-        """Freeze the group; False if it is not frozen before `expired`, then it is thawed again."""
+    def freeze(self, deadline: Deadline) -> bool:
+        """Freeze the group; False if it is not frozen before the deadline, then it is thawed again."""
         if not _try_write(self.directory / "cgroup.freeze", 1):
             return False
         pause = 0.0005
         while b"frozen 1" not in self._read("cgroup.events"):
-            if expired():
+            if deadline.expired:
                 self.thaw()
                 return False
             time.sleep(pause)
@@ -158,41 +156,34 @@ class Group:
         Memory does not include the page cache that the kernel can drop at once.
         """
         microseconds = _value(self._read("cpu.stat"), b"usage_usec", -1)
-        return Usage(memory=self._memory(), cpu_seconds=microseconds / 1e6 if microseconds >= 0 else None)
-
-    def _memory(self) -> int | None:
         if "memory" in self.controllers:
             used, cache = self._read("memory.current"), _value(self._read("memory.stat"), b"inactive_file", 0)
-        elif directory := self.legacy.get("memory"):
-            used = procfs.read(str(directory / "memory.usage_in_bytes")) or b""
-            cache = _value(procfs.read(str(directory / "memory.stat")), b"total_inactive_file", 0)
         else:
-            return None
-        return max(0, int(used) - cache) if used else None
+            used = self._read_legacy("memory.usage_in_bytes")
+            cache = _value(self._read_legacy("memory.stat"), b"total_inactive_file", 0)
+        return Usage(
+            memory=max(0, int(used) - cache) if used else None,
+            cpu_seconds=microseconds / 1e6 if microseconds >= 0 else None,
+        )
 
     def oom_kills(self) -> int:
         """Return how many processes of the group were killed because its memory was used up."""
-        if "memory" in self.controllers:
-            return _value(self._read("memory.events"), b"oom_kill", 0)
-        if directory := self.legacy.get("memory"):
-            return _value(procfs.read(str(directory / "memory.oom_control")), b"oom_kill", 0)
-        return 0
+        counted = self._read("memory.events") or self._read_legacy("memory.oom_control")
+        return _value(counted, b"oom_kill", 0)
 
-    def remove(self) -> bool:
-        """Remove the group; False while a process is in it.  Absent is success."""
-        done = True
+    def remove(self) -> None:
+        """Remove the group, unless a process is in it.  Absent is success."""
         for path in {self.directory, *self.legacy.values()}:
             for directory, _, _ in os.walk(path, topdown=False):
-                try:
+                with contextlib.suppress(OSError):
                     os.rmdir(directory)
-                except FileNotFoundError:
-                    pass
-                except OSError:
-                    done = False
-        return done
 
     def _read(self, name: str) -> bytes:
-        return procfs.read(str(self.directory / name)) or b""
+        return procfs.read(f"{self.directory}/{name}")
+
+    def _read_legacy(self, name: str) -> bytes:
+        """Read a file of version 1's memory controller; b"" where that is not used."""
+        return procfs.read(f"{self.legacy['memory']}/{name}") if "memory" in self.legacy else b""
 
 
 def join(paths: Iterable[Path], pid: int) -> None:
@@ -212,7 +203,11 @@ def discover(base: str, mountinfo: str, own: str) -> Cgroups:
     :param base: name of the installation's directory; :param mountinfo, own: content of
         ``/proc/self/mountinfo`` and ``/proc/self/cgroup``.
     """
-    membership = _membership(own)
+    membership = {
+        name: path
+        for _, names, path in (line.split(":", 2) for line in own.splitlines())
+        for name in names.split(",")
+    }
     mounts = list(_mounts(mountinfo))
     claims = (_claim(mount, membership.get("", "/"), base) for mount, kind, _ in mounts if kind == "cgroup2")
     unified = next(filter(None, claims), None)
@@ -221,23 +216,15 @@ def discover(base: str, mountinfo: str, own: str) -> Cgroups:
     controllers = _enable(unified)
     legacy: dict[str, Path] = {}
     for mount, _, names in mounts:
-        for name in names & {*_WANTED} - controllers:
+        for name in names & _WANTED - controllers:
             directory = _claim(mount, membership.get(name, "/"), base)
             if directory:
                 legacy[name] = directory
     return Cgroups(directory=unified, controllers=controllers, legacy=legacy)
 
 
-def _membership(own: str) -> dict[str, str]:
-    found = {}
-    for line in own.splitlines():
-        _, names, path = line.split(":", 2)
-        for name in names.split(","):
-            found[name] = path
-    return found
-
-
-def _mounts(mountinfo: str) -> Iterable[tuple[Path, str, set[str]]]:
+def _mounts(mountinfo: str) -> Iterator[tuple[Path, str, set[str]]]:
+    """Yield the mounted hierarchies: path, kind of the file system, controllers of version 1."""
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         kind, _, options = after.partition(" ")
@@ -248,20 +235,17 @@ def _mounts(mountinfo: str) -> Iterable[tuple[Path, str, set[str]]]:
 
 def _claim(mount: Path, own: str, base: str) -> Path | None:
     """Make `base` below the highest group on the way to our own that we may write to and move processes from."""
-    candidates = [mount]
-    for part in Path(own).parts[1:]:
-        candidates.append(candidates[-1] / part)
-    for candidate in candidates:
-        if os.access(candidate, os.W_OK) and os.access(candidate / "cgroup.procs", os.W_OK):
-            directory = candidate / base
-            try:
+    group = mount
+    for part in Path(own).parts:  # the first one is "/"
+        group = group / part if part != "/" else mount
+        if os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK):
+            directory = group / base
+            with contextlib.suppress(OSError):
                 directory.mkdir(exist_ok=True)
                 probe = directory / "probe"
                 probe.mkdir(exist_ok=True)
                 probe.rmdir()
-            except OSError:
-                continue
-            return directory
+                return directory
     return None
 
 
@@ -270,20 +254,15 @@ def _enable(directory: Path) -> frozenset[str]:
     for parent in (directory.parent, directory):
         for name in _WANTED:
             _try_write(parent / "cgroup.subtree_control", f"+{name}")
-    on = (procfs.read(str(directory / "cgroup.subtree_control")) or b"").decode().split()
-    return frozenset(on) & frozenset(_WANTED)
+    return frozenset(procfs.read(f"{directory}/cgroup.subtree_control").decode().split()) & _WANTED
 
 
-def _value(text: bytes | None, key: bytes, default: int) -> int:
-    for line in (text or b"").splitlines():
+def _value(text: bytes, key: bytes, default: int) -> int:
+    for line in text.splitlines():
         name, _, value = line.partition(b" ")
         if name == key:
             return int(value)
     return default
-
-
-def _quota(limits: Limits) -> int | None:
-    return int(limits.cpus * _PERIOD) if limits.cpus else None
 
 
 def _write(path: Path, value: object) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+
 from dispatcher.plugin import ProviderError, Unavailable
 
+_FULL = frozenset([errno.ENOSPC, errno.EDQUOT])
 
-def failed(what: str, error: BaseException, *, fix: str = "") -> ProviderError:
+
+def failed(what: str, error: OSError | ValueError, *, fix: str = "") -> ProviderError:
     """Return the error for an operation that the kernel or the file system refused.
 
-    :param what: a sentence such as "Cannot write FILE".
+    :param what: a sentence such as "Cannot write FILE"; :param fix: unless the disk is full.
     """
-    return ProviderError(what, why=reason(error), fix=fix)
+    full = isinstance(error, OSError) and error.errno in _FULL
+    return ProviderError(what, why=reason(error), fix="free some space" if full else fix)
 
 
 def unreadable(path: object, error: OSError) -> Unavailable:
@@ -18,6 +23,6 @@ def unreadable(path: object, error: OSError) -> Unavailable:
     return Unavailable(f"Cannot read {path}", why=reason(error), fix="repair the state directory")
 
 
-def reason(error: BaseException) -> str:
+def reason(error: OSError | ValueError) -> str:
     """Return an error's own words."""
     return getattr(error, "strerror", None) or str(error)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
 import threading
 from collections.abc import Callable
 
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.journal import Process
+from dispatcher_subprocess.procfs import Process
 
 
 class Watcher:
@@ -28,11 +26,11 @@ class Watcher:
         self._log = log
         self._poll = select.epoll()
         self._lock = threading.Lock()
-        self._names: dict[int, tuple[str, Process]] = {}  # pidfd -> backend name, process
+        self._agents: dict[int, tuple[str, Process]] = {}  # pidfd -> backend name, process
         self._watched: set[tuple[str, Process]] = set()
         self._collector = -1
-        self._wake_read, self._wake_write = os.pipe()
-        self._poll.register(self._wake_read, select.EPOLLIN)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._poll.register(self._wake, select.EPOLLIN)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="subprocess-watcher", daemon=True)
         self._thread.start()
@@ -44,13 +42,13 @@ class Watcher:
             if self._closed or key in self._watched:
                 return True
             try:
-                fd = procfs.open_pidfd(process.pid, process.start)
+                fd = process.open()
             except OSError as error:
                 self._log.warning("the end of %s will be detected late: %s", name, error)
                 return True
             if fd is None:
                 return False
-            self._names[fd] = key
+            self._agents[fd] = key
             self._watched.add(key)
             self._poll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
         return True
@@ -72,52 +70,31 @@ class Watcher:
             if self._closed:
                 return
             self._closed = True
-            os.write(self._wake_write, b"x")
+            os.eventfd_write(self._wake, 1)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
-        try:
-            while not self._closed:
-                for fd, _ in self._poll.poll():
+        while not self._closed:
+            for fd, _ in self._poll.poll():
+                try:
                     self._handle(fd)
-        finally:
-            with self._lock:
-                self._closed = True
-                for fd in [*self._names, self._wake_read, self._wake_write]:
-                    os.close(fd)
-                if self._collector >= 0:
-                    os.close(self._collector)
-                    self._collector = -1
-                self._names.clear()
-                self._watched.clear()
-                self._poll.close()
+                except Exception:
+                    self._log.exception("cannot handle the end of a process")
+        with self._lock:
+            for fd in filter(lambda fd: fd >= 0, [*self._agents, self._wake, self._collector]):
+                os.close(fd)
+            self._collector = -1
+            self._poll.close()
 
     def _handle(self, fd: int) -> None:
         with self._lock:
-            key = self._names.pop(fd, None)
+            agent = self._agents.pop(fd, None)
             is_collector = fd == self._collector
-            if key is not None:
-                self._watched.discard(key)
+            if agent:
+                self._watched.discard(agent)
                 os.close(fd)
-        try:
-            if key is not None:
-                self._ended(key[0])
-            elif is_collector:
-                self._collector_ended()
-        except Exception:
-            self._log.exception("cannot handle the end of %s", key[0] if key else "the log collector")
-
-
-class Subscription:
-    """Returned by `watch`: removes its callback from the list when closed."""
-
-    def __init__(self, callbacks: list[Callable[[str], None]], callback: Callable[[str], None]) -> None:
-        self._callbacks = callbacks
-        self._callback = callback
-        callbacks.append(callback)
-
-    def close(self) -> None:
-        """Stop calling back; idempotent."""
-        with contextlib.suppress(ValueError):
-            self._callbacks.remove(self._callback)
+        if agent:
+            self._ended(agent[0])
+        elif is_collector:
+            self._collector_ended()

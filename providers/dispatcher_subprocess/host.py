@@ -13,20 +13,9 @@ from dispatcher_subprocess.cgroups import Cgroups, discover
 from dispatcher_subprocess.options import Options
 
 _SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-_PROBE = (
-    *(
-        "--unshare-pid",
-        "--unshare-ipc",
-        "--unshare-uts",
-        "--unshare-net",
-        "--ro-bind",
-        "/",
-        "/",
-        "--proc",
-        "/proc",
-    ),
-    *("--dev", "/dev", "--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm", "--remount-ro", "/"),  # noqa: S108
-)
+_PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--ro-bind", "/", "/"]
+_PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
+_PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,25 +69,24 @@ def which(name: str) -> str:
 
 def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     """Examine the host."""
-    privileged = os.geteuid() == 0
     bwrap, reason = "", ""
     if options.bubblewrap == "never":
         reason = 'providers.subprocess.bubblewrap is "never"'
     else:
         bwrap = which("bwrap")
         reason = _fault(bwrap, deadline) if bwrap else "bubblewrap is not installed"
-    carriers = {"pasta": "", "slirp4netns": ""}
-    for name in carriers:
-        if options.private_network in {"auto", name}:
-            carriers[name] = which(name)
+    cgroups = Cgroups()
+    if options.cgroups == "auto":
+        mounts, own = (procfs.read(f"/proc/self/{name}").decode() for name in ("mountinfo", "cgroup"))
+        cgroups = discover(f"dispatcher-{installation}", mounts, own)
     return Host(
-        privileged=privileged,
+        privileged=os.geteuid() == 0,
         bwrap="" if reason else bwrap,
         reason=reason,
         setpriv=which("setpriv"),
-        pasta=carriers["pasta"],
-        slirp=carriers["slirp4netns"],
-        cgroups=_cgroups(installation) if options.cgroups == "auto" else Cgroups(),
+        pasta=which("pasta") if options.private_network != "slirp4netns" else "",
+        slirp=which("slirp4netns") if options.private_network != "pasta" else "",
+        cgroups=cgroups,
     )
 
 
@@ -138,8 +126,3 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
         return f"{bwrap} does not run: {error}"
     lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
     return (lines[-1] if lines else f"bwrap ended with {done.returncode}") if done.returncode else ""
-
-
-def _cgroups(installation: str) -> Cgroups:
-    mounts, own = procfs.read("/proc/self/mountinfo"), procfs.read("/proc/self/cgroup")
-    return discover(f"dispatcher-{installation}", (mounts or b"").decode(), (own or b"").decode())

@@ -20,20 +20,14 @@ from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded
 from dispatcher_subprocess.errors import failed, unreadable
+from dispatcher_subprocess.procfs import Process
 
 VERSION = 1
 SUFFIX = ".agent"
-_FIX = "free some space, or repair the state directory"
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+_NEW = _FLAGS | os.O_CREAT | os.O_EXCL
 _LOCKS: dict[str, threading.RLock] = {}
 _LOCKS_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
-    """A process, named by pid and start time (clock ticks after boot)."""
-
-    pid: int
-    start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +54,6 @@ class Record:
     log_dir: str
     run_dir: str
     token: str
-    network: str
     sandboxed: bool
     status: str
     pipe: int
@@ -72,55 +65,33 @@ class Record:
     stop_requested: bool = False
     ended: str | None = None
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxStatus:
-    """The status file: pid of the init, inode of its pid namespace, exit code; 0 or None while unknown."""
-
-    child: int = 0
-    pidns: int = 0
-    exit_code: int | None = None
+    def sandbox_status(self) -> dict[str, int]:
+        """Return what bubblewrap wrote: ``child-pid`` (the init), ``pid-namespace``, at the end ``exit-code``."""
+        try:
+            return _merged(Path(self.status).read_bytes())
+        except OSError:
+            return {}
 
 
 def parse(text: bytes) -> Record | None:
     """Parse a journal; None if its first line is incomplete (the start never began)."""
-    documents = _documents(text)
-    if not documents or documents[0].get("version") != VERSION:
+    known = _merged(text)
+    if known.pop("version", None) != VERSION:
         return None
-    known: dict[str, Any] = {}
-    for document in documents:
-        known |= document
-    del known["version"]
     for key in ("main", "init", "helper"):
         if known.get(key):
             known[key] = Process(**known[key])
     return Record(**known)
 
 
-def sandbox_status(record: Record) -> SandboxStatus:
-    """Return what bubblewrap wrote about a run."""
-    try:
-        documents = _documents(Path(record.status).read_bytes())
-    except OSError:
-        return SandboxStatus()
-    known: dict[str, Any] = {}
-    for document in documents:
-        known |= document
-    return SandboxStatus(
-        child=known.get("child-pid", 0), pidns=known.get("pid-namespace", 0), exit_code=known.get("exit-code")
-    )
-
-
-def _documents(text: bytes) -> list[dict[str, Any]]:
-    """Return the JSON objects of a file, up to one that is incomplete because its writer was killed."""
-    found: list[dict[str, Any]] = []
+def _merged(text: bytes) -> dict[str, Any]:
+    """Merge the JSON objects of a file, up to one that is incomplete because its writer was killed."""
+    found: dict[str, Any] = {}
     for line in text.splitlines():
         try:
-            document = json.loads(line)
-        except ValueError:
+            found |= json.loads(line)
+        except (ValueError, TypeError):
             break
-        if isinstance(document, dict):
-            found.append(document)
     return found
 
 
@@ -134,29 +105,17 @@ class Journals:
         """Return the journal of a backend name; such a name is legal as a file name."""
         return self.directory / f"{name}{SUFFIX}"
 
+    def suspended_path(self, name: str) -> Path:
+        """Return the file that lists the processes which were stopped before the agent was suspended."""
+        return self.directory / f"{name}.suspended"
+
     def prepare(self) -> None:
         """Make the directory.
 
         :raises ProviderError: it cannot be made.
         """
-        try:
+        with self._writing(self.directory):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise failed(f"Cannot write {self.directory}", error, fix=_FIX) from error
-
-    def names(self) -> list[str]:
-        """Return the backend names that have a journal.
-
-        :raises Unavailable: the directory cannot be read.
-        """
-        try:
-            return sorted(
-                name.removesuffix(SUFFIX) for name in os.listdir(self.directory) if name.endswith(SUFFIX)
-            )
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise unreadable(self.directory, error) from error
 
     def read(self, name: str) -> Record | None:
         """Return an agent's record, None when there is none.
@@ -175,41 +134,29 @@ class Journals:
 
         :raises Unavailable: they cannot be read.
         """
-        return filter(None, map(self.read, self.names()))
-
-    def status_path(self, name: str) -> Path:
-        """Return the file that bubblewrap writes."""
-        return self.directory / f"{name}.status"
-
-    def suspended_path(self, name: str) -> Path:
-        """Return the file that lists the processes which were stopped before the agent was suspended."""
-        return self.directory / f"{name}.suspended"
+        try:
+            names = sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return iter(())
+        except OSError as error:
+            raise unreadable(self.directory, error) from error
+        return filter(None, (self.read(name.removesuffix(SUFFIX)) for name in names if name.endswith(SUFFIX)))
 
     def begin(self, record: dict[str, Any]) -> int:
         """Begin a new journal in the place of an old one; return the descriptor of the new status file.
 
         :raises ProviderError: they cannot be written.
         """
-        path, status = self.path(record["name"]), self.status_path(record["name"])
-        new = path.with_suffix(".new")
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        try:
-            for old in (new, status):
-                with contextlib.suppress(FileNotFoundError):
-                    old.unlink()
-            fd = os.open(new, flags, 0o600)
-            try:
-                _append(fd, {"version": VERSION, "status": str(status)} | record)
-            finally:
-                os.close(fd)
-            fd = os.open(status, flags, 0o600)
-            try:
-                new.rename(path)
-            except BaseException:
-                os.close(fd)
-                raise
-        except OSError as error:
-            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
+        path = self.path(record["name"])
+        new, status = path.with_suffix(".new"), path.with_suffix(".status")
+        with self._writing(path), contextlib.ExitStack() as undo:
+            for old in (new, status, self.suspended_path(record["name"])):
+                old.unlink(missing_ok=True)
+            _append(os.open(new, _NEW, 0o600), {"version": VERSION, "status": str(status)} | record)
+            fd = os.open(status, _NEW, 0o600)
+            undo.callback(os.close, fd)
+            new.rename(path)
+            undo.pop_all()
         return fd
 
     def append(self, name: str, document: dict[str, Any]) -> None:
@@ -218,29 +165,14 @@ class Journals:
         :raises ProviderError: it cannot be written.
         """
         path = self.path(name)
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
-        try:
-            _append(fd, document)
-        except OSError as error:
-            raise failed(f"Cannot write {path}", error, fix=_FIX) from error
-        finally:
-            os.close(fd)
+        with self._writing(path), contextlib.suppress(FileNotFoundError):
+            _append(os.open(path, _FLAGS), document)
 
     def remove(self, name: str) -> None:
         """Remove a journal; absent is success."""
-        for path in (self.path(name), self.status_path(name), self.suspended_path(name)):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-
-    def lock(self, name: str) -> threading.RLock:
-        """Return the lock of an agent, shared by all instances in this process."""
-        with _LOCKS_LOCK:
-            return _LOCKS.setdefault(str(self.path(name)), threading.RLock())
+        path = self.path(name)
+        for file in (path, path.with_suffix(".status"), self.suspended_path(name)):
+            file.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self, name: str, deadline: Deadline) -> Iterator[None]:
@@ -248,20 +180,19 @@ class Journals:
 
         :raises DeadlineExceeded: another operation holds it, or no time is left.
         """
-        lock = self.lock(name)
-        if deadline.expired:
-            raise DeadlineExceeded(f"No time is left for {name}", fix="try again")
-        if not lock.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded(f"Another operation on {name} is under way", fix="try again")
-        try:
+        with self.try_locked(name, deadline.remaining()) as held:
+            if not held or deadline.expired:
+                raise DeadlineExceeded(f"Another operation on {name} is under way", fix="try again")
             yield
-        finally:
-            lock.release()
 
     @contextlib.contextmanager
     def try_locked(self, name: str, seconds: float = 0.0) -> Iterator[bool]:
-        """Take an agent's lock if that is possible within some seconds; yield whether it is held."""
-        lock = self.lock(name)
+        """Take an agent's lock within some seconds; yield whether it is held.
+
+        All instances in this process share the locks.
+        """
+        with _LOCKS_LOCK:
+            lock = _LOCKS.setdefault(str(self.path(name)), threading.RLock())
         held = lock.acquire(timeout=seconds)
         try:
             yield held
@@ -269,8 +200,20 @@ class Journals:
             if held:
                 lock.release()
 
+    @staticmethod
+    @contextlib.contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise failed(f"Cannot write {path}", error, fix="repair the state directory") from error
+
 
 def _append(fd: int, document: dict[str, Any]) -> None:
-    line = json.dumps(document).encode() + b"\n"
-    if os.write(fd, line) != len(line):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """Write a line to a descriptor, and close it."""
+    try:
+        line = json.dumps(document).encode() + b"\n"
+        if os.write(fd, line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(fd)

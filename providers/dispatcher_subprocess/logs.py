@@ -57,8 +57,7 @@ class LogCollector:
 
     def __init__(self, run_dir: Path, size: int, files: int) -> None:
         self._run_dir = run_dir
-        self._size = size
-        self._files = files
+        self._limits = b"%d\0%d" % (size, files)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
 
@@ -67,17 +66,18 @@ class LogCollector:
 
         :raises ProviderError: no collector can be started.
         """
-        message = b"\0".join([os.fsencode(path), str(self._size).encode(), str(self._files).encode()])
+        message = os.fsencode(path) + b"\0" + self._limits
         with self._lock:
-            new = self._connect()
-            try:
-                self._send(message, read_end)
-            except OSError:
-                new = self._connect(again=True)
+            for last in (False, True):
+                new = self._connect()
+                assert self._connection is not None
                 try:
-                    self._send(message, read_end)
+                    socket.send_fds(self._connection, [message], [read_end])
+                    break
                 except OSError as error:
-                    raise failed("The log collector does not answer", error, fix="try again") from error
+                    self._drop()
+                    if last:
+                        raise failed("The log collector does not answer", error, fix="try again") from error
         return new
 
     def ensure(self) -> bool:
@@ -86,7 +86,12 @@ class LogCollector:
         :raises ProviderError: it cannot be started.
         """
         with self._lock:
-            return self._connect(again=self._gone())
+            if self._connection:
+                poll = select.poll()
+                poll.register(self._connection, select.POLLIN)
+                if poll.poll(0):  # it sends nothing: any event is its end
+                    self._drop()
+            return self._connect()
 
     def fileno(self) -> int | None:
         """Descriptor that hangs up when the collector ends; None while not connected."""
@@ -102,48 +107,30 @@ class LogCollector:
             self._connection.close()
             self._connection = None
 
-    def _gone(self) -> bool:
-        if not self._connection:
-            return False
-        poll = select.poll()
-        poll.register(self._connection, select.POLLIN)  # it sends nothing: any event is its end
-        return bool(poll.poll(0))
-
-    def _send(self, message: bytes, read_end: int) -> None:
-        assert self._connection is not None
-        socket.send_fds(self._connection, [message], [read_end])
-
-    def _connect(self, *, again: bool = False) -> bool:
-        if again:
-            self._drop()
+    def _connect(self) -> bool:
+        """Connect, unless that is done; return whether a collector was started for it."""
         if self._connection:
             return False
         try:
             self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            directory = os.open(self._run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise failed(
-                "Cannot start the log collector", error, fix="repair the provider's run directory"
-            ) from error
-        try:
-            # Through the descriptor, as the whole path may exceed the 107 bytes of a socket's address.
-            address = f"/proc/self/fd/{directory}/collector.sock"
-            lock = os.open("collector.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=directory)
-            try:
+            with contextlib.ExitStack() as stack:
+                directory = os.open(self._run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+                stack.callback(os.close, directory)
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                lock = os.open("collector.lock", flags, 0o600, dir_fd=directory)
+                stack.callback(os.close, lock)
                 fcntl.flock(lock, fcntl.LOCK_EX)
+                # Through the descriptor, as the whole path may exceed the 107 bytes of a socket's address.
+                address = f"/proc/self/fd/{directory}/collector.sock"
                 new = not self._try(address)
                 if new:
                     self._start(address)
                     if not self._try(address):
                         raise ProviderError("The log collector ended at once", fix="try again")
-            finally:
-                os.close(lock)
         except OSError as error:
             raise failed(
                 "Cannot start the log collector", error, fix="repair the provider's run directory"
             ) from error
-        finally:
-            os.close(directory)
         return new
 
     def _try(self, address: str) -> bool:
@@ -178,13 +165,29 @@ class LogCollector:
 
 def read_lines(path: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
     """Yield the last `tail` lines, rotated files included, then with `follow` new ones until the deadline."""
-    fd, lines, rest = _tail(path, tail)
+    fd = _open(path)
     try:
-        for line in lines:
-            yield from split(line)
-        if follow:
-            yield from _follow(path, fd, rest, deadline)
-        elif rest and tail > 0:
+        lines, rest = _tail(path, fd, tail)
+        while True:
+            for line in lines:
+                yield from split(line)
+            if not follow:
+                break
+            chunk = os.read(fd, MAX_LINE) if fd >= 0 else b""
+            if not chunk and (new := _renewed(path, fd)) >= 0:
+                chunk = _all(fd)  # what was written between the last read and the rotation
+                if fd >= 0:
+                    os.close(fd)
+                fd = new
+            elif not chunk:
+                if deadline.expired:
+                    break
+                time.sleep(min(_INTERVAL, deadline.remaining()))
+            *lines, rest = (rest + chunk).split(b"\n")
+            while len(rest) >= MAX_LINE:
+                lines.append(rest[:MAX_LINE])
+                rest = rest[MAX_LINE:]
+        if rest and (follow or tail > 0):
             yield from split(rest)
     finally:
         if fd >= 0:
@@ -200,11 +203,12 @@ def split(line: bytes) -> Iterator[bytes]:
 
 def remove(path: Path) -> None:
     """Remove an agent's log files; absent is success."""
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
-    for number in range(1, 101):
-        with contextlib.suppress(FileNotFoundError):
-            path.with_name(f"{path.name}.{number}").unlink()
+    for file in (path, *(_rotated(path, number) for number in range(1, 101))):
+        file.unlink(missing_ok=True)
+
+
+def _rotated(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def _open(path: Path) -> int:
@@ -214,24 +218,22 @@ def _open(path: Path) -> int:
         return -1
 
 
-def _tail(path: Path, tail: int) -> tuple[int, list[bytes], bytes]:
-    """Return the open current file (at its end) or -1, the last whole lines, and what follows the last newline."""
-    fd = _open(path)
+def _tail(path: Path, fd: int, tail: int) -> tuple[list[bytes], bytes]:
+    """Return the last whole lines and what follows the last newline, which counts as a line.
+
+    :param fd: of the current file, read to its end; -1 without one.
+    """
     text = _all(fd)
     number = 1
-    while text.count(b"\n") <= tail:
-        older = _open(path.with_name(f"{path.name}.{number}"))
-        if older < 0:
-            break
+    while text.count(b"\n") <= tail and (older := _open(_rotated(path, number))) >= 0:
         try:
             text = _all(older) + text
         finally:
             os.close(older)
         number += 1
     *lines, rest = text.split(b"\n")
-    if tail <= 0:
-        return fd, [], rest
-    return fd, lines[-(tail - (1 if rest else 0)) :] if tail > 1 or not rest else [], rest
+    count = tail - bool(rest)
+    return lines[-count:] if count > 0 else [], rest
 
 
 def _all(fd: int) -> bytes:
@@ -241,42 +243,10 @@ def _all(fd: int) -> bytes:
     return b"".join(chunks)
 
 
-def _follow(path: Path, fd: int, rest: bytes, deadline: Deadline) -> Iterator[bytes]:
-    current = fd
-    try:
-        while True:
-            chunk = os.read(current, MAX_LINE) if current >= 0 else b""
-            if chunk:
-                *lines, rest = (rest + chunk).split(b"\n")
-                for line in lines:
-                    yield from split(line)
-                while len(rest) >= MAX_LINE:
-                    yield rest[:MAX_LINE]
-                    rest = rest[MAX_LINE:]
-                continue
-            new = _renewed(path, current)
-            if new >= 0:
-                rest += _all(current)  # what was written between the last read and the rotation
-                if current >= 0 and current != fd:
-                    os.close(current)
-                current = new
-                continue
-            if deadline.expired:
-                break
-            time.sleep(min(_INTERVAL, deadline.remaining()))
-        if rest:
-            yield from split(rest)
-    finally:
-        if current >= 0 and current != fd:
-            os.close(current)
-
-
 def _renewed(path: Path, current: int) -> int:
     """Return the new current file when it was rotated (or has just appeared), else -1; read the old one first."""
     new = _open(path)
-    if new < 0:
-        return -1
-    if current >= 0:
+    if new >= 0 and current >= 0:
         newest, old = os.fstat(new), os.fstat(current)
         if newest.st_ino == old.st_ino:
             if newest.st_size < os.lseek(current, 0, os.SEEK_CUR):

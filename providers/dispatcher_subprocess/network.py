@@ -30,7 +30,7 @@ from dispatcher.plugin import (
 )
 from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.host import Host, which
-from dispatcher_subprocess.journal import Process
+from dispatcher_subprocess.procfs import Process
 
 Networks = Sequence[IPv4Network | IPv6Network]
 #: Addresses for the agent's name server, none of the Internet's (RFC 5737); the first that the host does not use.
@@ -73,7 +73,7 @@ def resolver(host: Host) -> bytes:
     server = str(_name_server()) if host.pasta else _SLIRP_NAME_SERVER
     kept = [
         line
-        for line in (procfs.read("/etc/resolv.conf") or b"").decode("utf-8", "replace").splitlines()
+        for line in procfs.read("/etc/resolv.conf").decode("utf-8", "replace").splitlines()
         if line.split(" ")[0] in {"search", "domain", "options"}
     ]
     return "\n".join([f"nameserver {server}", *kept, ""]).encode()
@@ -92,7 +92,7 @@ def connect(host: Host, inner: Process, port: int, deny: Sequence[str], deadline
         try:
             _block(inside, denied_networks(deny), deadline)
         except BaseException:
-            procfs.send(helper.pid, helper.start, 9)
+            helper.send(9)
             processes.reap(helper)
             raise
     return helper
@@ -121,7 +121,7 @@ def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _I
         raise ProviderError("The sandbox ended before it had a network", why=str(error)) from error
     for fd in fds:
         stack.callback(os.close, fd)
-    if not procfs.lives(inner.pid, inner.start):
+    if not inner.lives:
         raise ProviderError("The sandbox ended before it had a network")
     return _Inside(fds[0], fds[1] if own_user else None)
 
@@ -148,7 +148,7 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
     found = procfs.stat(pid)
     if not found:
         raise ProviderError("pasta ended at once", fix="try again")
-    return Process(pid=pid, start=found.start)
+    return found.process
 
 
 def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
@@ -175,7 +175,7 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
             os.close(notify)
         if processes.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
             return helper
-        procfs.send(helper.pid, helper.start, 9)
+        helper.send(9)
         processes.reap(helper)
         raise ProviderError("slirp4netns does not connect the agent", fix="install passt, which is used instead")
     finally:
@@ -228,7 +228,7 @@ def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) 
 
 def outgoing_interface() -> str:
     """Return the interface of the host's default route, "" when there is none."""
-    for line in (procfs.read("/proc/net/route") or b"").decode().splitlines()[1:]:
+    for line in procfs.read("/proc/net/route").decode().splitlines()[1:]:
         fields = line.split()
         if fields[1] == "00000000" and fields[7] == "00000000" and int(fields[3], 16) & 1:
             return fields[0]

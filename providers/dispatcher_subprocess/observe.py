@@ -1,21 +1,21 @@
-"""The state of an agent, and whether the listener on its port is its own."""
+"""The state of an agent, whether the listener on its port is its own, and what it uses."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import os
+from dataclasses import replace
 
-from dispatcher.plugin import BackendState, Endpoint, Observation
-from dispatcher_subprocess import processes, procfs
+from dispatcher.plugin import BackendState, Endpoint, Observation, Usage
+from dispatcher_subprocess import procfs
 from dispatcher_subprocess.journal import Journals, Record
-from dispatcher_subprocess.stop import Stopper, gone
-from dispatcher_subprocess.suspend import Suspender
+from dispatcher_subprocess.processes import Run
+from dispatcher_subprocess.stop import Stopper
 
 NOT_YET = "it does not listen yet"
 _WAIT = 1.0  # seconds that an observation waits for an operation that holds the agent
 _LISTEN = b"0A"
-_ANY4, _LOOPBACK4 = "00000000", "0100007F"
-_ANY6, _LOOPBACK6 = "0" * 32, "0000000000000000FFFF00000100007F"
+#: Addresses in /proc/net/tcp and tcp6 that a connection to 127.0.0.1 reaches: any, and loopback.
+_REACHED = frozenset(["00000000", "0100007F", "0" * 32, "0000000000000000FFFF00000100007F"])
 
 
 def listening(port: int, pid: str = "self") -> frozenset[int]:
@@ -25,110 +25,100 @@ def listening(port: int, pid: str = "self") -> frozenset[int]:
     """
     found = set()
     wanted = f"{port:04X}"
-    for table, hosts in (("tcp", {_ANY4, _LOOPBACK4}), ("tcp6", {_ANY6, _LOOPBACK6})):
-        for line in (procfs.read(f"/proc/{pid}/net/{table}") or b"").splitlines()[1:]:
+    for table in ("tcp", "tcp6"):
+        for line in procfs.read(f"/proc/{pid}/net/{table}").splitlines()[1:]:
             fields = line.split()
             host, _, number = fields[1].decode().partition(":")
-            if fields[3] == _LISTEN and number == wanted and host in hosts:
+            if fields[3] == _LISTEN and number == wanted and host in _REACHED:
                 found.add(int(fields[9]))
     return frozenset(found)
-
-
-def belongs(inodes: frozenset[int], pids: Iterable[int]) -> bool:
-    """Whether every one of some sockets is open in one of some processes."""
-    missing = set(inodes)
-    for pid in pids:
-        missing.difference_update(procfs.open_inodes(pid, "socket"))
-        if not missing:
-            return True
-    return not missing
-
-
-class PortOwners:
-    """Remembers which listening sockets are an agent's own, so that its processes are searched once."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, frozenset[int]] = {}
-
-    def fault(self, run: str, inodes: frozenset[int], pids: Callable[[], Iterable[int]]) -> str:
-        """Return why an agent's port must not be used now, "" if its listener is its own.
-
-        :param run: token of the agent's run; :param inodes: of the listeners; :param pids: its processes.
-        """
-        if not inodes:
-            return NOT_YET
-        if self._known.get(run) == inodes:
-            return ""
-        if not belongs(inodes, pids()):
-            return "another process listens on its port"
-        self._known[run] = inodes
-        return ""
-
-    def forget(self, run: str) -> None:
-        """Drop a run that is over."""
-        self._known.pop(run, None)
 
 
 class Observer:
     """Observes agents; cleans up after one that is found to have ended."""
 
-    def __init__(self, journals: Journals, stopper: Stopper, suspender: Suspender) -> None:
-        self._journals, self._stopper, self._suspender = journals, stopper, suspender
-        self._port_owners = PortOwners()
+    def __init__(self, journals: Journals, stopper: Stopper) -> None:
+        self._journals, self._stopper = journals, stopper
+        #: Token of a run -> listeners on its port that are its own, so that its processes are searched once.
+        self._own: dict[str, frozenset[int]] = {}
 
     def observe(self, record: Record | None) -> Observation:
         """Return the state of an agent, given its journal's content."""
-        if record is None:
-            return Observation(state=BackendState.ABSENT)
-        if record.ended is None and gone(record):
+        if record and record.ended is None and self._stopper.run(record).gone:
             # A clean-up holds the lock for a moment, a stop or a start for longer.
             wait = 0.0 if record.stop_requested or record.main is None else _WAIT
             with self._journals.try_locked(record.name, wait) as held:
-                if not held and record.main is None:
-                    return Observation(state=BackendState.STARTING, spec_hash=record.spec_hash)
                 if held:
-                    current = self._journals.read(record.name)
-                    if current is None:
-                        return Observation(state=BackendState.ABSENT)
-                    record = self._stopper.clean_up(current)
-        if gone(record):
-            return Observation(
-                state=BackendState.STOPPED,
-                started_at=record.started_at,
-                spec_hash=record.spec_hash,
-                exit_reason=record.ended or "",
-            )
-        suspended = self._suspender.is_suspended(record)
-        endpoint, detail = self._endpoint(record)
-        if record.helper and not procfs.lives(record.helper.pid, record.helper.start):
+                    record = self._journals.read(record.name)
+                    record = record and self._stopper.clean_up(record)
+                elif record.main is None:
+                    return Observation(state=BackendState.STARTING, spec_hash=record.spec_hash)
+        if record is None:
+            return Observation(state=BackendState.ABSENT)
+        run = self._stopper.run(record)
+        found = Observation(state=BackendState.STOPPED, started_at=record.started_at, spec_hash=record.spec_hash)
+        if run.gone:
+            return replace(found, exit_reason=record.ended or "")
+        endpoint, detail = self._endpoint(run)
+        if record.helper and not record.helper.lives:
             detail = "the process that carries its network has ended: restart it"
-        return Observation(
-            state=BackendState.SUSPENDED if suspended else BackendState.RUNNING,
+        return replace(
+            found,
+            state=BackendState.SUSPENDED if self._stopper.is_suspended(record) else BackendState.RUNNING,
             endpoint=endpoint,
             owner_uid=record.owner_uid if endpoint and endpoint.kind == "unix" else None,
-            started_at=record.started_at,
-            spec_hash=record.spec_hash,
             detail=detail,
         )
 
-    def _endpoint(self, record: Record) -> tuple[Endpoint | None, str]:
+    def _endpoint(self, run: Run) -> tuple[Endpoint | None, str]:
         """Return the endpoint, or None and why the listener is not known to be the agent's."""
+        record = run.record
         endpoint = Endpoint.parse(record.endpoint)
         if endpoint.kind != "tcp":
             return endpoint, ""
+        listeners = listening(endpoint.port)
         if record.helper and record.init and not listening(endpoint.port, str(record.init.pid)):
+            listeners = frozenset()
+        if not listeners:
             return None, NOT_YET
-        fault = self._port_owners.fault(
-            record.token, listening(endpoint.port), functools.partial(self._pids, record)
-        )
-        return (None, fault) if fault else (endpoint, "")
-
-    def _pids(self, record: Record) -> Sequence[int]:
-        """Return the processes that may listen on an agent's port: its own, or the helper that forwards to it."""
-        if record.helper:
-            return [record.helper.pid]
-        return [process.pid for process in processes.members(record, self._stopper.group(record))]
+        if self._own.get(record.token) != listeners:
+            # With a private network the helper listens and forwards.
+            pids = [record.helper.pid] if record.helper else [found.pid for found in run.members()]
+            if not belongs(listeners, pids):
+                return None, "another process listens on its port"
+            self._own[record.token] = listeners
+        return endpoint, ""
 
     def forget(self, record: Record) -> None:
         """Drop what is remembered of a run that is over."""
-        self._port_owners.forget(record.token)
+        self._own.pop(record.token, None)
+
+
+def belongs(inodes: frozenset[int], pids: list[int]) -> bool:
+    """Whether every one of some sockets is open in one of some processes."""
+    missing = {f"socket:[{inode}]" for inode in inodes}
+    for pid in pids:
+        missing.difference_update(what for _, what in procfs.descriptors(pid))
+    return not missing
+
+
+def usage(run: Run) -> Usage:
+    """Return what an agent uses: counted by its control group, else summed over its processes."""
+    counted = run.group.usage() if run.group else Usage()
+    memory, seconds = counted.memory, counted.cpu_seconds
+    if memory is None or seconds is None:
+        found = run.members()
+        if memory is None:
+            memory = sum(_resident(process.pid) for process in found)
+        if seconds is None:
+            seconds = sum(process.cpu for process in found) / os.sysconf("SC_CLK_TCK")
+    return Usage(memory=memory, cpu_seconds=seconds)
+
+
+def _resident(pid: int) -> int:
+    """Return a process's bytes of memory: its proportional share if that may be read, else its resident set."""
+    for line in procfs.read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    fields = procfs.read(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0

@@ -43,17 +43,15 @@ _SHEBANG = 256  # bytes, as much as the kernel reads
 class Plan:
     """What is decided before anything is started.
 
-    :ivar endpoint: where the host reaches it; :ivar inside: the paths and the port that the agent uses.
-    :ivar command: the app's, placeholders filled; :ivar workdir: as seen from inside.
-    :ivar view: the host's files that it sees, None without a sandbox.
+    :ivar endpoint: where the host reaches it; :ivar command: the app's, placeholders filled.
+    :ivar workdir: as seen from inside; :ivar view: the host's files that it sees, None without a sandbox.
     """
 
     endpoint: Endpoint
-    inside: Inside
     command: list[str]
     variables: Mapping[str, str]
     workdir: str
-    view: sandbox.View | None
+    view: sandbox.Tree | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +62,7 @@ class _Files:
     """
 
     program: Path
-    view: sandbox.View | None
+    view: sandbox.Tree | None
     shown: frozenset[str]
     until: float
 
@@ -78,7 +76,6 @@ class Planner:
         self.secret_files = secret_files
         self.ports = Ports(*options.ports)
         self._cache: dict[Hashable, _Files] = {}
-        self._roots: dict[Path, str] = {}
 
     def verify(self, app: App) -> None:
         """Check an app, as far as that is possible without an agent.
@@ -104,22 +101,19 @@ class Planner:
         app, options = spec.app, options_of(spec.app)
         kind = endpoint_kind(app)
         network.verify(app, kind, self.host)
-        sandboxed = self.host.sandboxed
         files = self._files(app)
-        if sandboxed:
-            for own in (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir):
-                self._refuse_exposing(app, files.shown, f"{self._root(own.parent)}/{own.name}")
+        _verify_shown(app, files.shown, (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir))
         port = self.ports.choose(taken) if kind == "tcp" else 0
-        inside = Inside(
-            socket=f"{sandbox.RUN}/{spec.socket.name}" if sandboxed else str(spec.socket),
-            data=sandbox.DATA if sandboxed else str(spec.data_dir),
-            port=port,
-        )
+        if self.host.sandboxed:
+            inside = Inside(socket=f"{sandbox.RUN}/{spec.socket.name}", data=sandbox.DATA, port=port)
+            secrets = sandbox.SECRETS
+        else:
+            inside = Inside(socket=str(spec.socket), data=str(spec.data_dir), port=port)
+            secrets = str(self.secret_files.path(spec.backend_name)) if spec.secrets else ""
         return Plan(
             endpoint=Endpoint.tcp("127.0.0.1", port) if kind == "tcp" else Endpoint.unix(spec.socket),
-            inside=inside,
             command=[str(files.program), *map(inside.fill, options.command[1:])],
-            variables=environment(spec, inside, os.environ, self._secrets(spec)),
+            variables=environment(spec, inside, os.environ, secrets if spec.secrets else ""),
             workdir=inside.fill(options.workdir),
             view=files.view,
         )
@@ -128,12 +122,7 @@ class Planner:
         """Find the files of an app, or return those found a moment ago."""
         options = options_of(app)
         search = app.environment.get("PATH", SEARCH_PATH)
-        key = (
-            options.command[0],
-            search,
-            *map(tuple, (options.read_only, options.writable, options.hide, options.devices)),
-            options.tmp_size,
-        )
+        key = (options.model_dump_json(), search)
         known = self._cache.get(key)
         if known and known.until > boottime():
             return known
@@ -143,41 +132,26 @@ class Planner:
             extra = tuple(dict.fromkeys([*needed(program), *options.read_only]))
             named = [str(path) for path in (*extra, *options.writable)]
             shown = frozenset([*named, *map(os.path.realpath, named), *SYSTEM])
-            if shown.intersection(_NEVER_SHOWN):
-                raise _exposing(app, *shown.intersection(_NEVER_SHOWN))
-            for private in (self.context.state_dir, self.context.run_dir):
-                self._refuse_exposing(app, shown, os.path.realpath(private))
+            _verify_shown(app, shown, (self.context.state_dir, self.context.run_dir))
             view = sandbox.view(options, extra, [path for path in (*options.hide, _HIDDEN) if path.exists()])
         found = _Files(program=program, view=view, shown=shown, until=boottime() + _CACHED)
         self._cache[key] = found
         return found
 
-    def _root(self, directory: Path) -> str:
-        """Resolve the links of a directory that holds agents' directories; cached, as there are few of them."""
-        known = self._roots.get(directory)
-        if known is None:
-            known = self._roots[directory] = os.path.realpath(directory)
-        return known
 
-    def _secrets(self, spec: AgentSpec) -> str:
-        """Return the directory of the secrets as seen from inside, "" without any."""
-        if not spec.secrets:
-            return ""
-        return sandbox.SECRETS if self.host.sandboxed else str(self.secret_files.path(spec.backend_name))
+def _verify_shown(app: App, shown: Iterable[str], private: Iterable[Path]) -> None:
+    """Check that no path that an agent sees contains one of the dispatcher's own.
 
-    @staticmethod
-    def _refuse_exposing(app: App, shown: Iterable[str], private: str) -> None:
-        for path in shown:
-            if private == path or private.startswith(f"{path}/"):
-                raise _exposing(app, path)
-
-
-def _exposing(app: App, path: str, *_: str) -> ConfigError:
-    return ConfigError(
-        f"apps.{app.name}.subprocess: {path} cannot be shown to an agent",
-        why="the dispatcher's own files, or other agents', lie below it",
-        fix="name just the directories that the app needs",
-    )
+    :raises ConfigError: one does.
+    """
+    hidden = [*map(os.path.realpath, private)]
+    for path in shown:
+        if path in _NEVER_SHOWN or any(one == path or one.startswith(f"{path}/") for one in hidden):
+            raise ConfigError(
+                f"apps.{app.name}.subprocess: {path} cannot be shown to an agent",
+                why="the dispatcher's own files, or other agents', lie below it",
+                fix="name just the directories that the app needs",
+            )
 
 
 def faults(app: App) -> Iterator[str]:

@@ -1,7 +1,4 @@
-"""Processes in /proc, and signals through pidfds, which do not reach another process that reuses a pid.
-
-A pid and a start time together identify a process; a pid alone may be reused.
-"""
+"""Processes in /proc, and signals through pidfds, which do not reach another process that reuses a pid."""
 
 from __future__ import annotations
 
@@ -15,50 +12,85 @@ from dataclasses import dataclass
 from dispatcher.plugin import deadline
 
 _DEAD = frozenset("ZXx")
+#: The kernel's id of this boot; it does not change while a process lives.
+boot_id = functools.cache(deadline.boot_id)
 
 
 @dataclass(frozen=True, slots=True)
-class Stat:
-    """A few fields of ``/proc/PID/stat``.
-
-    :ivar start: clock ticks after boot; with the pid it identifies a process.
-    """
+class Process:
+    """A process, identified by pid and start time (clock ticks after boot); a pid alone may be reused."""
 
     pid: int
+    start: int
+
+    @property
+    def lives(self) -> bool:
+        """Whether it executes; a zombie does not."""
+        found = stat(self.pid)
+        return found is not None and found.start == self.start and not found.dead
+
+    def open(self) -> int | None:
+        """Return a pidfd, None if the process is gone.
+
+        :raises OSError: no descriptor is available.
+        """
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return None
+        found = stat(self.pid)
+        if found is None or found.start != self.start:
+            os.close(fd)
+            return None
+        return fd
+
+    def send(self, number: int) -> bool:
+        """Send a signal; False when the process is gone."""
+        try:
+            fd = self.open()
+        except OSError:  # no descriptor left: signal the pid, checked a moment before
+            if self.lives:
+                with contextlib.suppress(OSError):
+                    os.kill(self.pid, number)
+                    return True
+            return False
+        if fd is None:
+            return False
+        try:
+            signal.pidfd_send_signal(fd, number)
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Stat(Process):
+    """A few fields of ``/proc/PID/stat``; `cpu` in clock ticks."""
+
     state: str
     parent: int
-    group: int
-    session: int
     cpu: int
-    start: int
 
     @property
     def dead(self) -> bool:
         """Whether it has ended: a zombie executes nothing."""
         return self.state in _DEAD
 
+    @property
+    def process(self) -> Process:
+        """The process alone."""
+        return Process(self.pid, self.start)
 
-@functools.cache
-def boot_id() -> str:
-    """Return the kernel's id of this boot; it does not change while a process lives."""
-    return deadline.boot_id()
 
-
-def read(path: str) -> bytes | None:
-    """Return a small file's content; None if the file or its process is gone, or it cannot be read."""
+def read(path: str) -> bytes:
+    """Return a small file's content; b"" if the file or its process is gone, or it cannot be read."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
     except OSError:
-        return None
-    try:
-        chunks = []
-        while chunk := os.read(fd, 65536):
-            chunks.append(chunk)
-        return b"".join(chunks)
-    except OSError:
-        return None
-    finally:
-        os.close(fd)
+        return b""
 
 
 def stat(pid: int) -> Stat | None:
@@ -69,19 +101,11 @@ def stat(pid: int) -> Stat | None:
     fields = text[text.rindex(b")") + 2 :].split()
     return Stat(
         pid=pid,
+        start=int(fields[19]),
         state=fields[0].decode(),
         parent=int(fields[1]),
-        group=int(fields[2]),
-        session=int(fields[3]),
         cpu=int(fields[11]) + int(fields[12]),
-        start=int(fields[19]),
     )
-
-
-def lives(pid: int, start: int) -> bool:
-    """Whether the process of that pid *and* start time executes; a zombie does not."""
-    found = stat(pid)
-    return found is not None and found.start == start and not found.dead
 
 
 def pids() -> list[int]:
@@ -89,53 +113,12 @@ def pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def open_pidfd(pid: int, start: int) -> int | None:
-    """Return a pidfd of exactly that process, None if it is gone (or another one has its pid).
-
-    :raises OSError: no descriptor is available.
-    """
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
-    found = stat(pid)
-    if found is None or found.start != start:
-        os.close(fd)
-        return None
-    return fd
-
-
-def send(pid: int, start: int, number: int) -> bool:
-    """Send a signal to exactly that process; False when it is gone."""
-    try:
-        fd = open_pidfd(pid, start)
-    except OSError:  # no descriptor left: signal the pid, checked a moment before
-        return lives(pid, start) and _kill(pid, number)
-    if fd is None:
-        return False
-    try:
-        signal.pidfd_send_signal(fd, number)
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
-
-
-def _kill(pid: int, number: int) -> bool:
-    try:
-        os.kill(pid, number)
-    except OSError:
-        return False
-    return True
-
-
-def uids(pid: int) -> frozenset[int]:
-    """Return the real, effective, saved and file-system user ids of a process."""
-    for line in (read(f"/proc/{pid}/status") or b"").splitlines():
-        if line.startswith(b"Uid:"):
-            return frozenset(int(word) for word in line.split()[1:])
-    return frozenset()
+def status(pid: int, key: bytes) -> list[int]:
+    """Return the numbers of a line of ``/proc/PID/status``; none when the process is gone."""
+    for line in read(f"/proc/{pid}/status").splitlines():
+        if line.startswith(key + b":"):
+            return [int(word) for word in line.split()[1:]]
+    return []
 
 
 def namespace(pid: int, kind: str) -> int:
@@ -148,15 +131,7 @@ def namespace(pid: int, kind: str) -> int:
 
 def children(pid: int) -> list[int]:
     """Return the children of a process's main thread."""
-    return [int(word) for word in (read(f"/proc/{pid}/task/{pid}/children") or b"").split()]
-
-
-def inner_pid(pid: int) -> int:
-    """Return a process's pid as its own pid namespace numbers it, 0 when it is gone."""
-    for line in (read(f"/proc/{pid}/status") or b"").splitlines():
-        if line.startswith(b"NSpid:"):
-            return int(line.split()[-1])
-    return 0
+    return [int(word) for word in read(f"/proc/{pid}/task/{pid}/children").split()]
 
 
 def descendants(roots: Iterable[int]) -> set[int]:
@@ -175,31 +150,9 @@ def descendants(roots: Iterable[int]) -> set[int]:
     return seen
 
 
-def open_inodes(pid: int, kind: str) -> Iterator[int]:
-    """Yield the inodes of a process's open descriptors of a kind: ``socket`` or ``pipe``."""
-    prefix = f"{kind}:["
+def descriptors(pid: int) -> Iterator[tuple[int, str]]:
+    """Yield a process's open descriptors and what they are: a path, ``socket:[INODE]`` or ``pipe:[INODE]``."""
     with contextlib.suppress(OSError):
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
-                target = os.readlink(f"/proc/{pid}/fd/{name}")
-                if target.startswith(prefix):
-                    yield int(target[len(prefix) : -1])
-
-
-def writes_to(pid: int, pipe: int) -> bool:
-    """Whether a process has a pipe as its standard output or error."""
-    for number in (1, 2):
-        with contextlib.suppress(OSError):
-            if os.readlink(f"/proc/{pid}/fd/{number}") == f"pipe:[{pipe}]":
-                return True
-    return False
-
-
-def open_paths(pid: int) -> frozenset[str]:
-    """Return the paths of a process's open descriptors, as far as they may be read."""
-    found = set()
-    with contextlib.suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{pid}/fd/{name}"))
-    return frozenset(found)
+                yield int(name), os.readlink(f"/proc/{pid}/fd/{name}")

@@ -6,6 +6,7 @@ process keeps nothing important, so that another instance can take over at any m
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
@@ -40,19 +41,17 @@ from dispatcher.plugin import (
     SpecConflict,
     Usage,
 )
-from dispatcher_subprocess import explain, logs, plan, processes
-from dispatcher_subprocess.events import Subscription, Watcher
+from dispatcher_subprocess import explain, logs, plan
+from dispatcher_subprocess.events import Watcher
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.logs import LogCollector
-from dispatcher_subprocess.observe import Observer
+from dispatcher_subprocess.observe import Observer, usage
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.plan import Planner
 from dispatcher_subprocess.start import Start
-from dispatcher_subprocess.stop import Stopper, gone
-from dispatcher_subprocess.suspend import Suspender
-from dispatcher_subprocess.usage import usage
+from dispatcher_subprocess.stop import Stopper
 
 _EXAMINE = 30.0  # seconds to examine the host
 
@@ -140,13 +139,11 @@ class SubprocessProvider(Provider):
         if found.reason and (self._examined is None or self._examined.host.reason != found.reason):
             self.context.log.warning("agents run without a sandbox: %s", found.reason)
         stopper = Stopper(self._journals, found.cgroups, self._secret_files)
-        suspender = Suspender(self._journals, found.cgroups)
         return _Parts(
             host=found,
             planner=Planner(self.context, self._options, found, self._secret_files),
             stopper=stopper,
-            suspender=suspender,
-            observer=Observer(self._journals, stopper, suspender),
+            observer=Observer(self._journals, stopper),
         )
 
     # --- one agent
@@ -169,7 +166,7 @@ class SubprocessProvider(Provider):
                     raise SpecConflict(
                         f"{spec.agent} runs with another specification", fix="stop it first, then start it again"
                     )
-                parts.suspender.resume(record)
+                parts.stopper.resume(record)
             else:
                 self._start(parts, spec, deadline, progress)
         return handle
@@ -228,12 +225,12 @@ class SubprocessProvider(Provider):
             raise self.unsupported(Capability.HIBERNATE)
         with self._journals.locked(handle.name, deadline):
             progress("suspend", "freezing it")
-            self._parts.suspender.suspend(self._checked_running(handle), deadline)
+            self._parts.stopper.suspend(self._checked_running(handle), deadline)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         with self._journals.locked(handle.name, deadline):
             progress("resume", "thawing it")
-            self._parts.suspender.resume(self._checked_running(handle))
+            self._parts.stopper.resume(self._checked_running(handle))
 
     def _checked_running(self, handle: Handle) -> Record:
         record = self._journals.read(handle.name)
@@ -270,12 +267,14 @@ class SubprocessProvider(Provider):
         found = {}
         for handle in handles:
             record = self._journals.read(handle.name)
-            if record and not gone(record):
-                found[handle.name] = usage(record, self._parts.stopper.group(record))
+            if record and not (run := self._parts.stopper.run(record)).gone:
+                found[handle.name] = usage(run)
         return found
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
-        subscription = Subscription(self._callbacks, on_change)
+        self._callbacks.append(on_change)
+        subscription = contextlib.ExitStack()
+        subscription.callback(self._callbacks.remove, on_change)
         for record in self._journals.records():
             if record.ended is None:
                 self._watch(record)
@@ -291,7 +290,7 @@ class SubprocessProvider(Provider):
             watcher = self._watcher
         # bubblewrap's outer process ends after the app: its end is final.
         if record.main and not watcher.add(record.name, record.main):
-            app = processes.app_without_main(record)
+            app = self._parts.stopper.run(record).app_without_main()
             if app is None or not watcher.add(record.name, app):
                 self._ended(record.name)
 
@@ -322,14 +321,14 @@ class SubprocessProvider(Provider):
             self.context.log.warning("agents' output is not written to their logs: %s", error)
 
     def _running(self) -> Iterator[Record]:
-        return (record for record in self._journals.records() if not gone(record))
+        return (record for record in self._journals.records() if not self._parts.stopper.run(record).gone)
 
     def _attach_all(self, running: Iterable[Record]) -> None:
         self._pipes_passed = True
         if self._watcher:
             self._watcher.watch_collector(self._collector.fileno())
         for record in running:
-            fd = processes.output_of(record)
+            fd = self._parts.stopper.run(record).output()
             if fd is not None:
                 try:
                     self._collector.attach(fd, logs.log_file(record.log_dir))
@@ -344,5 +343,4 @@ class _Parts:
     host: Host
     planner: Planner
     stopper: Stopper
-    suspender: Suspender
     observer: Observer

@@ -8,13 +8,12 @@ is that user.  Why so: docs/adr/0004-sandbox-without-user-namespace.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.plugin import AgentSpec, Network, slug
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.options import AppOptions
+from dispatcher_subprocess import procfs, seccomp
+from dispatcher_subprocess.options import AppOptions, options_of
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 DATA = "/data"
@@ -36,19 +35,6 @@ def below(path: Path, roots: Iterable[Path]) -> bool:
     return any(path == root or root in path.parents for root in roots)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Descriptors:
-    """Descriptors that bubblewrap inherits: numbers in this process and in that."""
-
-    status: int
-    info: int
-    block: int
-    accounts: Sequence[int] = ()
-    seccomp: int | None = None
-    loader: int | None = None
-    resolver: int | None = None
-
-
 def split_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
     """Split variables into those that bwrap and setpriv, which run as root, may have, and the app's alone."""
     harmless = {name: value for name, value in variables.items() if not name.startswith(_LOADER)}
@@ -59,17 +45,6 @@ def loader_script(variables: Mapping[str, str]) -> bytes:
     """Return a shell script that sets variables with any content."""
     lines = ("export {}='{}'\n".format(name, value.replace("'", "'\\''")) for name, value in variables.items())
     return "".join(lines).encode("utf-8", "surrogateescape")
-
-
-def accounts(spec: AgentSpec) -> tuple[bytes, bytes]:
-    """Return the host's user and group databases with the agent in them, so that programs find its name."""
-    name = slug(spec.user)
-    user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:/bin/sh\n"  # a user's name holds no colon
-    group = f"{name}:x:{spec.gid}:\n"
-    return (
-        (procfs.read("/etc/passwd") or b"") + user.encode(),
-        (procfs.read("/etc/group") or b"") + group.encode(),
-    )
 
 
 def become(uid: int, gid: int, setpriv: str) -> list[str]:
@@ -96,116 +71,111 @@ def with_loader(command: Sequence[str], script: str) -> list[str]:
     return ["/bin/sh", "-c", _SET_LOADER, script, *command]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """The host's files that every agent of an app sees, as arguments for bubblewrap.
+class Tree:
+    """The files of a sandbox, as arguments for bubblewrap; made directories are open to the agent."""
 
-    :ivar made: directories that exist inside.
-    """
+    def __init__(self, words: Iterable[str] = (), made: Iterable[str] = ()) -> None:
+        self.words = list(words)
+        self.made = set(made)
 
-    words: tuple[str, ...]
-    made: frozenset[str]
+    def system(self, path: str) -> None:
+        """Show a directory of the host's root, or the link that it is."""
+        if os.path.islink(path):
+            self.words += ["--symlink", os.readlink(path), path]
+        elif os.path.isdir(path):
+            self.words += ["--ro-bind", path, path]
+        self.made.add(path)
+
+    def directory(self, path: str) -> None:
+        """Make a directory, unless it exists."""
+        if path not in self.made:
+            self.words += ["--perms", "0755", "--dir", path]
+            self.made.add(path)
+
+    def bind(self, how: str, source: str, target: str) -> None:
+        """Show a path of the host."""
+        if not below(Path(target), map(Path, SYSTEM)):
+            for parent in reversed(Path(target).parents):
+                self.directory(str(parent))
+        self.words += [how, source, target]
+        self.made.add(target)
+
+    def file(self, fd: int, path: str) -> None:
+        """Show the content of a descriptor as a read-only file that everybody may read."""
+        self.words += ["--perms", "0444", "--ro-bind-data", str(fd), path]
 
 
-def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> View:
-    """Return the view of an app's agents.
+def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> Tree:
+    """Return the host's files that every agent of an app sees.
 
     :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to hide.
     """
-    tree = _Tree(set())
+    tree = Tree(made=["/"])
     for name in SYSTEM:
         tree.system(name)
     tree.words += ["--proc", "/proc", "--dev", "/dev"]
     size = ["--size", str(options.tmp_size), "--perms", "1777", "--tmpfs"]
     tree.words += [*size, "/tmp", *size, "/dev/shm"]  # noqa: S108  the agent's own
-    tree.made |= {"/", "/proc", "/dev", "/tmp"}  # noqa: S108
+    tree.made |= {"/proc", "/dev", "/tmp"}  # noqa: S108
     tree.directory("/var")
     tree.words += ["--symlink", "/tmp", "/var/tmp"]  # noqa: S108
-    for path in shown:
-        tree.bind("--ro-bind", str(path), str(path))
-    for path in options.writable:
-        tree.bind("--bind", str(path), str(path))
-    for path in options.devices:
-        tree.bind("--dev-bind", str(path), str(path))
+    for how, paths in (("--ro-bind", shown), ("--bind", options.writable), ("--dev-bind", options.devices)):
+        for path in paths:
+            tree.bind(how, str(path), str(path))
     for path in hidden:
         cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
         tree.words += [*cover, str(path)]
     tree.directory("/run")
-    resolver = os.path.realpath("/etc/resolv.conf")  # often a link to what a service writes below /run
+    resolver = _resolver()
     if not below(Path(resolver), map(Path, SYSTEM)):
-        tree.parents(resolver)
-        tree.words += ["--ro-bind-try", resolver, resolver]
-    return View(words=tuple(tree.words), made=frozenset(tree.made))
+        tree.bind("--ro-bind-try", resolver, resolver)
+    return tree
 
 
-def bubblewrap_arguments(
+def arguments(
     spec: AgentSpec,
-    seen: View,
+    seen: Tree,
     *,
-    descriptors: Descriptors,
-    own_user: bool,
+    memory: Callable[[bytes], int],
+    privileged: bool,
+    own_uid: bool,
     workdir: str,
     secrets: Path | None,
+    loader: Mapping[str, str],
+    resolver: bytes,
 ) -> list[str]:
-    """Return the arguments for ``bwrap --args``.
+    """Return the arguments for ``bwrap --args``, but for the descriptors that it reports to.
 
+    :param memory: returns an inherited descriptor of a file in memory with some content.
+    :param privileged: no user namespace; :param own_uid: whether the agent has a host user id of its own.
     :param secrets: directory of the agent's secrets, None without any.
-    :param own_user: a user namespace (not as root).
+    :param loader: variables for a `loader_script`; :param resolver: a resolv.conf; b"": the host's.
     """
     words = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
     words += ["--hostname", spec.app.name, "--new-session"]
-    words += ["--unshare-user"] if own_user else _CAPABILITIES
+    words += _CAPABILITIES if privileged else ["--unshare-user"]
     if spec.app.network is not Network.HOST:
         words += ["--unshare-net"]
-    words += seen.words
-    tree = _Tree(set(seen.made))
-    tree.words += ["--bind", str(spec.data_dir), DATA, "--bind", str(spec.run_dir), RUN]
+    tree = Tree(seen.words, seen.made)
+    tree.bind("--bind", str(spec.data_dir), DATA)
+    tree.bind("--bind", str(spec.run_dir), RUN)
     if secrets:
-        tree.words += ["--ro-bind", str(secrets), SECRETS]
-    if descriptors.loader is not None:
-        tree.words += ["--perms", "0444", "--file", str(descriptors.loader), ENVIRONMENT]
-    if descriptors.resolver is not None:
-        resolver = os.path.realpath("/etc/resolv.conf")
-        tree.words += ["--perms", "0444", "--ro-bind-data", str(descriptors.resolver), resolver]
-    for fd, path in zip(descriptors.accounts, ("/etc/passwd", "/etc/group"), strict=False):
-        tree.words += ["--perms", "0444", "--ro-bind-data", str(fd), path]
-    if descriptors.seccomp is not None:
-        tree.words += ["--seccomp", str(descriptors.seccomp)]
-    words += tree.words
-    words += ["--remount-ro", "/", "--chdir", workdir]
-    words += ["--json-status-fd", str(descriptors.status), "--info-fd", str(descriptors.info)]
-    return [*words, "--block-fd", str(descriptors.block)]
+        tree.bind("--ro-bind", str(secrets), SECRETS)
+    if loader:
+        tree.file(memory(loader_script(loader)), ENVIRONMENT)
+    if resolver:
+        tree.file(memory(resolver), _resolver())
+    if own_uid:  # the agent is in the user and group databases, so that programs find its name
+        name = slug(spec.user)
+        user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:/bin/sh\n"  # a user's name holds no colon
+        tree.file(memory(procfs.read("/etc/passwd") + user.encode()), "/etc/passwd")
+        tree.file(memory(procfs.read("/etc/group") + f"{name}:x:{spec.gid}:\n".encode()), "/etc/group")
+    words += [*tree.words, "--remount-ro", "/", "--chdir", workdir]
+    if options_of(spec.app).seccomp and (program := seccomp.program()):
+        words += ["--seccomp", str(memory(program))]
+    return words
 
 
-class _Tree:
-    """Grows the sandbox's root; directories on the way to a mount are made open to the agent."""
-
-    def __init__(self, made: set[str]) -> None:
-        self.words: list[str] = []
-        self.made = made
-
-    def system(self, name: str) -> None:
-        if os.path.islink(name):
-            self.words += ["--symlink", os.readlink(name), name]
-        elif os.path.isdir(name):
-            self.words += ["--ro-bind", name, name]
-        self.made.add(name)
-
-    def directory(self, path: str) -> None:
-        self.parents(path)
-        if path not in self.made:
-            self.words += ["--perms", "0755", "--dir", path]
-            self.made.add(path)
-
-    def parents(self, path: str) -> None:
-        if below(Path(path), [Path(name) for name in SYSTEM]):
-            return
-        for parent in reversed(Path(path).parents):
-            if str(parent) not in self.made:
-                self.words += ["--perms", "0755", "--dir", str(parent)]
-                self.made.add(str(parent))
-
-    def bind(self, how: str, source: str, target: str) -> None:
-        self.parents(target)
-        self.words += [how, source, target]
-        self.made.add(target)
+def _resolver() -> str:
+    """Return the path of resolv.conf, which is often a link to what a service writes below /run."""
+    return os.path.realpath("/etc/resolv.conf")

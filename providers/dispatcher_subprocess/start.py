@@ -28,13 +28,14 @@ from dispatcher.plugin import (
     ProviderError,
     SecretFiles,
 )
-from dispatcher_subprocess import logs, network, processes, procfs, sandbox, seccomp
+from dispatcher_subprocess import logs, network, processes, procfs, sandbox
 from dispatcher_subprocess.cgroups import join
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.journal import Journals, Process
+from dispatcher_subprocess.journal import Journals
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
+from dispatcher_subprocess.procfs import Process
 
 _UNDO = 10.0  # seconds to remove a start that failed
 _PIPE = 32768  # bytes that a pipe holds without a reader
@@ -68,43 +69,45 @@ class Start:
         self.token = secrets.token_hex(16)
         self._kept = contextlib.ExitStack()  # descriptors of ours until the end
         self._passed = contextlib.ExitStack()  # those that the agent inherits; our copies would hide its end
+        self._inherited: list[int] = []  # of these, the ones beyond the standard streams
         self._spawn: dict[str, Any] = {}
         self._output = self._info = self._gate = self._argument_pipe = -1
         self._arguments = b""
         self._line = b"\n"  # what opens the gate
         self._groups: list[Path] = []
         self._main: Process | None = None
-        self._inner: Process | None = None
+        self._init: Process | None = None
         self._pidns = 0
         self._helper: Process | None = None
 
     def prepare(self) -> None:
         """Make the group and the descriptors, write the journal."""
-        spec = self.spec
+        spec, host = self.spec, self.host
         clear_run_dir(spec.run_dir)
         if self.group:
             self.group.kill()  # a leftover process would share the data directory with the new one
             try:
                 self._groups = self.group.create(spec.app.limits)
             except OSError as error:
-                raise self._unlimited(error) from error
+                raise _unlimited(error) from error
         if spec.secrets:
             self.secret_files.write(spec.backend_name, spec.secrets, spec.uid, spec.gid)
         self._output, both = logs.output_pipe(spec.uid, spec.gid)
         self._keep(self._output)
         self._pass(both)
         status = self._pass(self.journals.begin(self._first_line()))
-        user = []
-        if self.host.own_uid:
-            user = sandbox.become(spec.uid, spec.gid, self.host.setpriv)
-        elif not self.host.sandboxed and self.host.setpriv:
-            user = [self.host.setpriv, "--no-new-privs", "--"]
+        user: list[str] = []
+        if host.own_uid:
+            user = sandbox.become(spec.uid, spec.gid, host.setpriv)
+        elif not host.sandboxed and host.setpriv:
+            user = [host.setpriv, "--no-new-privs", "--"]
         plain, loader = sandbox.split_environment(self.plan.variables)
-        if self.host.sandboxed:
-            self._prepare_sandboxed(user, plain, loader, status)
-        else:
-            self._prepare_unsandboxed(user, plain, loader)
-        self._spawn |= {"output": both, "umask": int(options_of(spec.app).umask, 8)}
+        prepare = self._prepare_sandboxed if host.sandboxed else self._prepare_unsandboxed
+        self._spawn = prepare(user, plain, loader, status) | {
+            "output": both,
+            "inherited": self._inherited,
+            "umask": int(options_of(spec.app).umask, 8),
+        }
 
     def _first_line(self) -> dict[str, Any]:
         spec = self.spec
@@ -119,80 +122,62 @@ class Start:
             "log_dir": str(spec.log_dir),
             "run_dir": str(spec.run_dir),
             "token": self.token,
-            "network": spec.app.network.value,
             "sandboxed": self.host.sandboxed,
             "pipe": os.fstat(self._output).st_ino,
         }
 
     def _prepare_sandboxed(
         self, user: list[str], plain: dict[str, str], loader: dict[str, str], status: int
-    ) -> None:
-        spec, plan = self.spec, self.plan
+    ) -> dict[str, Any]:
+        spec, plan, host = self.spec, self.plan, self.host
         assert plan.view is not None
         stdin, credentials = _input_pipe(self._credentials())
         os.close(credentials)
         block, self._gate = os.pipe()
         self._info, info = os.pipe()
         self._keep(self._info)
-        self._pass(stdin, block, info)
-        script = self._memory(sandbox.loader_script(loader)) if loader else None
-        resolver = self._memory(network.resolver(self.host)) if spec.app.network is Network.PRIVATE else None
-        accounts = [self._memory(text) for text in sandbox.accounts(spec)] if self.host.own_uid else []
-        filter_program = seccomp.program() if options_of(spec.app).seccomp else b""
-        filtered = self._memory(filter_program) if filter_program else None
-        words = sandbox.bubblewrap_arguments(
+        arguments, self._argument_pipe = os.pipe()
+        self._pass(stdin)
+        for fd in (block, info, arguments):
+            self._inherit(fd)
+        self._inherited.append(status)
+        words = sandbox.arguments(
             spec,
             plan.view,
-            descriptors=sandbox.Descriptors(
-                status=status,
-                info=info,
-                block=block,
-                accounts=accounts,
-                seccomp=filtered,
-                loader=script,
-                resolver=resolver,
-            ),
-            own_user=not self.host.privileged,
+            memory=self._memory,
+            privileged=host.privileged,
+            own_uid=host.own_uid,
             workdir=plan.workdir,
             secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
+            loader=loader,
+            resolver=network.resolver(host) if spec.app.network is Network.PRIVATE else b"",
         )
-        self._arguments = os.fsencode("\0".join([*words, ""]))
-        arguments, self._argument_pipe = os.pipe()
-        self._pass(arguments)
+        words += ["--json-status-fd", str(status), "--info-fd", str(info), "--block-fd", str(block), ""]
+        self._arguments = os.fsencode("\0".join(words))
         program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
-        self._spawn = {
-            "command": [self.host.bwrap, "--args", str(arguments), "--", *user, *program],
+        return {
+            "command": [host.bwrap, "--args", str(arguments), "--", *user, *program],
             "environment": plain,
             "stdin": stdin,
-            "inherited": [
-                status,
-                info,
-                block,
-                arguments,
-                *accounts,
-                *(fd for fd in (script, resolver, filtered) if fd is not None),
-            ],
-            "cwd": "/",
         }
 
-    def _prepare_unsandboxed(self, user: list[str], plain: dict[str, str], loader: dict[str, str]) -> None:
+    def _prepare_unsandboxed(
+        self, user: list[str], plain: dict[str, str], loader: dict[str, str], _: int
+    ) -> dict[str, Any]:
         """Without bubblewrap standard input is the gate; the app reads what follows its first line."""
-        plan = self.plan
         stdin, self._gate = _input_pipe(b"")
         self._pass(stdin)
         self._line = b"\n" + self._credentials()
-        inherited, program, environment = [], plan.command, plain
-        if self.host.own_uid and loader:
-            inherited = [self._memory(sandbox.loader_script(loader))]
-            program = sandbox.with_loader(program, f"/proc/self/fd/{inherited[0]}")
+        program, environment = self.plan.command, plain
         if not self.host.own_uid:
             environment = plain | loader | {processes.TOKEN: self.token}
-        self._spawn = {
+        elif loader:
+            program = sandbox.with_loader(program, f"/proc/self/fd/{self._memory(sandbox.loader_script(loader))}")
+        return {
             "command": sandbox.gated([*user, *program]),
             "environment": environment,
             "stdin": stdin,
-            "inherited": inherited,
-            "cwd": plan.workdir,
+            "cwd": self.plan.workdir,
         }
 
     def spawn(self) -> None:
@@ -200,27 +185,24 @@ class Start:
 
         :raises ProviderError: it does not come up.
         """
-        self._main = self._inner = processes.spawn(**self._spawn)
+        self._main = processes.spawn(**self._spawn)
         self._passed.close()
         # bubblewrap forks after it has read its arguments: what is set now holds for all its processes.
         self._join(self._main.pid)
         limit(self._main.pid, self._limits(), options_of(self.spec.app).nice)
         if not self.host.sandboxed:
             return
-        self._send_arguments()
+        pipe, self._argument_pipe = self._argument_pipe, -1
+        try:
+            with os.fdopen(pipe, "wb") as file:
+                file.write(self._arguments)
+        except OSError as error:
+            raise ProviderError("bubblewrap ended at once", why=str(error)) from error
         pid, self._pidns = _read_info(self._info, self.deadline)
         found = procfs.stat(pid)
         if not found:
             raise ProviderError("bubblewrap ended before the sandbox was made")
-        self._inner = Process(pid=pid, start=found.start)
-
-    def _send_arguments(self) -> None:
-        pipe, self._argument_pipe = self._argument_pipe, -1
-        try:
-            with os.fdopen(pipe, "wb", closefd=True) as file:
-                file.write(self._arguments)
-        except OSError as error:
-            raise ProviderError("bubblewrap ended at once", why=str(error)) from error
+        self._init = found.process
 
     def _join(self, pid: int) -> None:
         try:
@@ -228,17 +210,17 @@ class Start:
         except ProcessLookupError:
             pass  # it ended; the next step reports why
         except OSError as error:
-            raise self._unlimited(error) from error
+            raise _unlimited(error) from error
 
     def confine(self) -> None:
         """Connect the waiting sandbox's network.
 
         :raises ProviderError: that fails.
         """
-        assert self._inner is not None
         if self.spec.app.network is Network.PRIVATE:
+            assert self._init is not None
             self._helper = network.connect(
-                self.host, self._inner, self.plan.inside.port, self.options.deny, self.deadline
+                self.host, self._init, self.plan.endpoint.port, self.options.deny, self.deadline
             )
             self._join(self._helper.pid)
 
@@ -259,13 +241,9 @@ class Start:
 
         :raises ProviderError: it has ended already.
         """
-        assert self._main is not None
-        started: dict[str, Any] = {"main": asdict(self._main), "started_at": time.time(), "pidns": self._pidns}
-        if self.host.sandboxed:
-            started["init"] = asdict(self._inner) if self._inner else None
-        if self._helper:
-            started["helper"] = asdict(self._helper)
-        self.journals.append(self.spec.backend_name, started)
+        run = {"main": self._main, "init": self._init, "helper": self._helper}
+        started: dict[str, Any] = {name: asdict(process) for name, process in run.items() if process}
+        self.journals.append(self.spec.backend_name, started | {"started_at": time.time(), "pidns": self._pidns})
         self.attach(self._output, logs.log_file(self.spec.log_dir))
         gate, self._gate = self._gate, -1
         try:
@@ -277,7 +255,7 @@ class Start:
 
     def add_output_to(self, error: DispatcherError) -> None:
         """Add bubblewrap's last output to an error."""
-        text = _drain(self._output) if self._output >= 0 else ""
+        text = _last_line(self._output) if self._output >= 0 else ""
         if text:
             error.why = f"{error.why}; {text}" if error.why else text
 
@@ -285,12 +263,10 @@ class Start:
         """Remove what a failed start has made.  Closing the gate would let the app begin, so that comes later."""
         self._passed.close()
         name = self.spec.backend_name
-        undo_by = Deadline(_UNDO)
         record = self.journals.read(name)
         if record and self._main:
-            init = self._inner if self.host.sandboxed and self._inner is not self._main else None
-            record = replace(record, main=self._main, init=init, helper=self._helper)
-            processes.kill(record, self.group, lambda: undo_by.expired)
+            record = replace(record, main=self._main, init=self._init, helper=self._helper)
+            processes.Run(record, self.group).kill(Deadline(_UNDO))
             processes.reap(self._main)
         if self.group:
             self.group.remove()
@@ -304,7 +280,6 @@ class Start:
         for fd in (self._gate, self._argument_pipe):
             if fd >= 0:
                 os.close(fd)
-        self._gate = self._argument_pipe = -1
         self._passed.close()
         self._kept.close()
 
@@ -315,18 +290,24 @@ class Start:
     def _keep(self, fd: int) -> None:
         self._kept.callback(os.close, fd)
 
-    def _pass(self, *fds: int) -> int:
-        for fd in fds:
-            self._passed.callback(os.close, fd)
-        return fds[0]
+    def _pass(self, fd: int) -> int:
+        self._passed.callback(os.close, fd)
+        return fd
+
+    def _inherit(self, fd: int) -> None:
+        self._inherited.append(self._pass(fd))
 
     def _memory(self, content: bytes) -> int:
-        return self._pass(_memory_file("agent", content))
+        """Return an inherited descriptor of a file in memory, at its beginning."""
+        fd = os.memfd_create("agent")
+        self._inherit(fd)
+        os.write(fd, content)
+        os.lseek(fd, 0, os.SEEK_SET)
+        return fd
 
-    def _unlimited(self, error: OSError) -> ProviderError:
-        return ProviderError(
-            "Cannot limit the agent", why=f"its control group: {error}", fix="see `dispatcher doctor`"
-        )
+
+def _unlimited(error: OSError) -> ProviderError:
+    return failed("Cannot limit the agent: its control group", error, fix="see `dispatcher doctor`")
 
 
 def clear_run_dir(run_dir: Path) -> None:
@@ -348,14 +329,6 @@ def clear_run_dir(run_dir: Path) -> None:
         raise failed(f"Cannot clear {run_dir}", error, fix="check its content, and remove it by hand") from error
 
 
-def _memory_file(name: str, content: bytes) -> int:
-    """Return the descriptor of a file in memory, at its beginning."""
-    fd = os.memfd_create(name)
-    os.write(fd, content)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
-
-
 def _input_pipe(content: bytes) -> tuple[int, int]:
     """Return a pipe's read end for standard input, and its write end, with `content` written.
 
@@ -375,18 +348,16 @@ def _read_info(fd: int, deadline: Deadline) -> tuple[int, int]:
     :raises ProviderError: bubblewrap ended before; :raises DeadlineExceeded: it did not write in time.
     """
     text = b""
-    while True:
-        if not processes.wait_readable(fd, deadline):
-            raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
-        chunk = os.read(fd, 4096)
-        if not chunk:
-            break
-        text += chunk
-    try:
-        info = json.loads(text)
-        return int(info["child-pid"]), int(info.get("pid-namespace", 0))
-    except (ValueError, KeyError) as error:
-        raise ProviderError("bubblewrap ended before the sandbox was made") from error
+    while processes.wait_readable(fd, deadline):
+        if chunk := os.read(fd, 4096):
+            text += chunk
+            continue
+        try:
+            info = json.loads(text)
+            return info["child-pid"], info.get("pid-namespace", 0)
+        except (ValueError, KeyError) as error:
+            raise ProviderError("bubblewrap ended before the sandbox was made") from error
+    raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
 
 
 def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
@@ -410,11 +381,7 @@ def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
             fix="give the manager CAP_SYS_RESOURCE and CAP_SYS_NICE (a container: --cap-add)",
         ) from error
     with contextlib.suppress(OSError):
-        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(fd, str(_AGENT_OOM).encode())
-        finally:
-            os.close(fd)
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(_AGENT_OOM), encoding="ascii")
 
 
 def _limit(pid: int, kind: int, value: int) -> None:
@@ -428,7 +395,7 @@ def _limit(pid: int, kind: int, value: int) -> None:
         resource.prlimit(pid, kind, (hard, hard))
 
 
-def _drain(fd: int) -> str:
+def _last_line(fd: int) -> str:
     """Return the last line of what a pipe holds, safe to print."""
     os.set_blocking(fd, False)
     try:

@@ -244,7 +244,7 @@ def test_it_sees_itself_alone(report):
 def test_what_the_host_sees(world, victim):
     provider, spec, handle, _ = victim
     record = provider._journals.read(handle.name)
-    group = provider._parts.stopper.group(record)
+    group = provider._parts.stopper.run(record).group
     own, others = {record.main.pid, record.init.pid}, group.procs() - {record.main.pid, record.init.pid}
     assert others
     for pid in others:

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from dispatcher_subprocess import processes
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import NotFound, ProviderError
@@ -180,7 +179,7 @@ def test_a_reused_pid_is_never_taken_for_an_agent(world):
                 if document.get(key):
                     document[key]["pid"] = bystander.pid
             document.pop("ended", None)
-            document.pop("asked", None)
+            document.pop("stop_requested", None)
         path.write_text("".join(json.dumps(document) + "\n" for document in documents))
         other = world.provider()
         other.watch(lambda name: None)
@@ -226,7 +225,7 @@ def test_a_damaged_journal_harms_nobody(world):
     bob, _ = world.start(provider, world.spec("bob"))
     path = provider._journals.path(handle.name)
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"asked": tr')  # cut in the middle of a line
+    path.write_bytes(whole + b'{"stop_requested": tr')  # cut in the middle of a line
     assert observe(world.provider(), handle).state is BackendState.RUNNING
     assert inside.answers()
     provider._journals.path("dispatcher-7e570020-junk-000000000000").write_bytes(b"\0\xff garbage")
@@ -351,7 +350,7 @@ def test_what_an_app_leaves_behind_goes_with_it(escapist):
     record = provider._journals.read(handle.name)
     mains = [
         process
-        for process in processes.members(record, provider._parts.stopper.group(record))
+        for process in provider._parts.stopper.run(record).members()
         if process.parent == (record.init.pid if record.init else os.getpid())
         and (record.init or process.pid == record.main.pid)
     ]

@@ -3,7 +3,8 @@
 import json
 import os
 import pytest
-from dispatcher_subprocess.journal import Journals, Process, parse, sandbox_status
+from dispatcher_subprocess.procfs import Process
+from dispatcher_subprocess.journal import Journals, parse
 
 
 FIRST = {
@@ -17,7 +18,6 @@ FIRST = {
     "log_dir": "/l",
     "run_dir": "/r",
     "token": "t",
-    "network": "none",
     "sandboxed": True,
     "pipe": 7,
 }
@@ -41,18 +41,18 @@ def test_a_journal_grows_and_is_read_at_any_length(tmp_path):
     journals.remove(name)
     assert journals.read(name) is None and list(tmp_path.iterdir()) == []
     journals.append(name, {"stop_requested": True})  # of one that is gone: nothing
-    assert journals.names() == []
+    assert list(journals.records()) == []
 
 
 def test_a_new_run_forgets_the_old_one(tmp_path):
     journals = Journals(tmp_path)
     for _ in range(2):
         status = journals.begin(FIRST)
-        assert sandbox_status(journals.read(FIRST["name"])).exit_code is None
+        assert journals.read(FIRST["name"]).sandbox_status() == {}
         os.write(status, b'{ "child-pid": 5, "pid-namespace": 6 }\n{ "exit-code": 3 }\n')
         os.close(status)
-        said = sandbox_status(journals.read(FIRST["name"]))
-        assert (said.child, said.pidns, said.exit_code) == (5, 6, 3)
+        said = journals.read(FIRST["name"]).sandbox_status()
+        assert said == {"child-pid": 5, "pid-namespace": 6, "exit-code": 3}
         journals.append(FIRST["name"], {"ended": "exit code 3"})
     os.close(journals.begin(FIRST))
     assert journals.read(FIRST["name"]).ended is None
@@ -68,8 +68,8 @@ def test_an_unreadable_journal_directory_is_unavailable_not_empty(tmp_path):
 
     (tmp_path / "file").touch()
     with pytest.raises(Unavailable):
-        Journals(tmp_path / "file").names()
-    assert Journals(tmp_path / "absent").names() == []
+        Journals(tmp_path / "file").records()
+    assert list(Journals(tmp_path / "absent").records()) == []
 
 
 def test_the_record_is_plain_json():

@@ -1,5 +1,8 @@
 """Listeners on an agent's port."""
 
+import os
+import socket
+
 from dispatcher_subprocess import observe, procfs
 
 
@@ -19,21 +22,9 @@ def test_listeners_that_a_connection_to_loopback_could_reach(monkeypatch):
     assert observe.listening(1) == frozenset()
 
 
-def test_a_listener_is_judged_once_and_anew_when_it_changes(monkeypatch):
-    sockets = {10: {111}, 11: {222}}
-    asked = []
-
-    def open_inodes(pid, kind):
-        asked.append(pid)
-        return iter(sockets.get(pid, ()))
-
-    monkeypatch.setattr(procfs, "open_inodes", open_inodes)
-    known = observe.PortOwners()
-    assert known.fault("run", frozenset(), lambda: [10]) == "it does not listen yet"
-    assert "another process" in known.fault("run", frozenset({111, 333}), lambda: [10, 11])
-    assert known.fault("run", frozenset({111}), lambda: [10]) == ""
-    asked.clear()
-    assert known.fault("run", frozenset({111}), lambda: [10]) == "" and not asked
-    assert known.fault("run", frozenset({444}), lambda: [10]) and asked
-    known.forget("run")
-    assert "another process" in known.fault("other", frozenset({222}), lambda: [10])
+def test_a_port_is_an_agents_own_only_if_it_has_all_listeners_open(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        inodes = frozenset(os.fstat(each.fileno()).st_ino for each in (one, two))
+        assert observe.belongs(inodes, [os.getpid()])
+        assert not observe.belongs(inodes | {1}, [os.getpid()])
+        assert not observe.belongs(inodes, [])
