@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sqlalchemy as sa
 
 from dispatcher.manager.storage import tables
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move, UserRow
+from dispatcher.manager.storage.tables import values
 from dispatcher.plugin.deadline import SteadyWallClock, boot_id
 from dispatcher.plugin.errors import Conflict, NotFound
 from dispatcher.plugin.model import AgentEvent
@@ -54,17 +55,14 @@ class Store:
 
     def get_user(self, name: str) -> UserRow | None:
         """Return a user by canonical name."""
-        with self.database.read() as connection:
-            row = connection.execute(sa.select(tables.users).where(tables.users.c.name == name)).mappings().first()
-        return UserRow(**row) if row else None
+        found = self.database.select(sa.select(tables.users).where(tables.users.c.name == name))
+        return UserRow(**found[0]) if found else None
 
     def users(self) -> list[UserRow]:
         """Return all users by name."""
-        with self.database.read() as connection:
-            return [
-                UserRow(**row)
-                for row in connection.execute(sa.select(tables.users).order_by(tables.users.c.name)).mappings()
-            ]
+        return [
+            UserRow(**row) for row in self.database.select(sa.select(tables.users).order_by(tables.users.c.name))
+        ]
 
     def set_password_hash(self, name: str, password_hash: str) -> None:
         """Replace a user's password hash.
@@ -72,9 +70,8 @@ class Store:
         :raises NotFound: there is no such user.
         """
         statement = tables.users.update().where(tables.users.c.name == name)
-        with self.database.write() as connection:
-            if not connection.execute(statement.values(password_hash=password_hash)).rowcount:
-                raise NotFound(f"There is no user {name}")
+        if not self.database.execute(statement.values(password_hash=password_hash)):
+            raise NotFound(f"There is no user {name}")
 
     # --- agents
 
@@ -85,8 +82,7 @@ class Store:
             .join(tables.users, tables.users.c.id == tables.agents.c.user_id)
             .order_by(tables.agents.c.name)
         )
-        with self.database.read() as connection:
-            return [AgentRow(**row) for row in connection.execute(query).mappings()]
+        return [AgentRow(**row) for row in self.database.select(query)]
 
     def create(
         self, row: AgentRow, *, password_hash: str | None, allocated: bool, events: Sequence[AgentEvent]
@@ -103,15 +99,15 @@ class Store:
                 ).scalar()
                 if user_id is None:
                     user = {"name": row.user, "password_hash": password_hash, "created": row.created}
-                    user_id = _key(connection.execute(_ADD_USER, user))
+                    user_id = _insert(connection, tables.users, user)
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
                 if allocated:
                     connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
-                    connection.execute(_ADD_UID, {"uid": row.uid, "agent": row.name})
-                values = _values(dataclasses.replace(row, user_id=user_id))
-                del values["id"]
-                agent_id = _key(connection.execute(_ADD_AGENT, values))
-                made = dataclasses.replace(row, id=agent_id, user_id=user_id)
+                    connection.execute(tables.uids.insert(), {"uid": row.uid, "agent": row.name})
+                made = dataclasses.replace(row, user_id=user_id)
+                made = dataclasses.replace(
+                    made, id=_insert(connection, tables.agents, values(made, tables.agents))
+                )
                 _add_events(connection, [(made.id, event) for event in events])
         except sa.exc.IntegrityError as error:
             raise Conflict(f"The agent {row.name} exists", why=str(error.orig)) from error
@@ -119,14 +115,8 @@ class Store:
 
     def save(self, rows: Iterable[AgentRow], events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
         """Write rows and events in one transaction.  A row older than the stored one is left out."""
-        saved = []
-        for row in rows:
-            values = _values(row)
-            values["b_id"], values["b_version"] = values.pop("id"), row.version
-            saved.append(values)
         with self.database.write() as connection:
-            if saved:
-                connection.execute(_SAVE, saved)
+            _save(connection, rows)
             _add_events(connection, events)
 
     def remove(self, row: AgentRow, *, kept: KeptRow | None, events: Sequence[AgentEvent]) -> bool:
@@ -140,7 +130,7 @@ class Store:
                 connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
                 connection.execute(tables.copies.delete().where(tables.copies.c.agent == row.name))
             else:
-                connection.execute(tables.kept.insert().values(dataclasses.asdict(kept)))
+                connection.execute(tables.kept.insert(), values(kept, tables.kept))
             _add_events(connection, [(row.id, event) for event in events])
             others = sa.select(tables.agents.c.id).where(tables.agents.c.user_id == row.user_id).limit(1)
             if connection.execute(others).first():
@@ -152,81 +142,63 @@ class Store:
 
     def is_taken(self, uid: int) -> bool:
         """Whether a host user id belongs to an agent or to kept data."""
-        with self.database.read() as connection:
-            return (
-                connection.execute(sa.select(tables.uids.c.uid).where(tables.uids.c.uid == uid)).first()
-                is not None
-            )
+        return bool(self.database.select(sa.select(tables.uids).where(tables.uids.c.uid == uid)))
 
     def last_uid(self) -> int | None:
         """Return the highest host user id that is taken."""
-        with self.database.read() as connection:
-            return connection.execute(sa.select(sa.func.max(tables.uids.c.uid))).scalar()
+        (row,) = self.database.select(sa.select(sa.func.max(tables.uids.c.uid).label("uid")))
+        return cast("int | None", row["uid"])
 
     def kept(self, agent: str) -> KeptRow | None:
         """Return what was kept of a removed agent of this name."""
-        with self.database.read() as connection:
-            row = connection.execute(sa.select(tables.kept).where(tables.kept.c.agent == agent)).mappings().first()
-        return KeptRow(**row) if row else None
+        found = self.database.select(sa.select(tables.kept).where(tables.kept.c.agent == agent))
+        return KeptRow(**found[0]) if found else None
 
     def remove_kept(self, agent: str) -> None:
         """Forget what was kept of a removed agent; its user id is free again."""
-        with self.database.write() as connection:
-            for table in (tables.kept, tables.uids, tables.copies):
-                connection.execute(table.delete().where(table.c.agent == agent))
+        owned = (tables.kept, tables.uids, tables.copies)
+        self.database.execute(*(table.delete().where(table.c.agent == agent) for table in owned))
 
     def copies(self, agent: str) -> list[CopyRow]:
         """Return an agent's old copies, oldest first."""
         query = sa.select(tables.copies).where(tables.copies.c.agent == agent).order_by(tables.copies.c.id)
-        with self.database.read() as connection:
-            return [CopyRow(**row) for row in connection.execute(query).mappings()]
+        return [CopyRow(**row) for row in self.database.select(query)]
 
     def add_copy(self, copy: CopyRow, row: AgentRow, events: Iterable[tuple[int, AgentEvent]] = ()) -> None:
         """Record an old copy together with the agent's row: the moment at which a move becomes true."""
-        values = dataclasses.asdict(copy)
-        del values["id"]
-        saved = _values(row)
-        saved["b_id"], saved["b_version"] = saved.pop("id"), row.version
         with self.database.write() as connection:
-            connection.execute(tables.copies.insert().values(values))
-            connection.execute(_SAVE, saved)
+            _insert(connection, tables.copies, values(copy, tables.copies))
+            _save(connection, [row])
             _add_events(connection, events)
 
     def set_copy_directory(self, copy_id: int, directory: str) -> None:
         """Record that a copy is a directory from now on."""
-        with self.database.write() as connection:
-            connection.execute(
-                tables.copies.update().where(tables.copies.c.id == copy_id).values(directory=directory)
-            )
+        self.database.execute(
+            tables.copies.update().where(tables.copies.c.id == copy_id).values(directory=directory)
+        )
 
     def remove_copy(self, copy_id: int) -> None:
         """Forget a copy."""
-        with self.database.write() as connection:
-            connection.execute(tables.copies.delete().where(tables.copies.c.id == copy_id))
+        self.database.execute(tables.copies.delete().where(tables.copies.c.id == copy_id))
 
     def providers(self) -> set[str]:
         """Return the providers that have agents, kept data or old copies."""
-        with self.database.read() as connection:
-            return {
-                name
-                for table in (tables.agents, tables.kept, tables.copies)
-                for name in connection.execute(sa.select(table.c.provider).distinct()).scalars()
-            }
+        owned = (tables.agents, tables.kept, tables.copies)
+        query = sa.union(*(sa.select(table.c.provider) for table in owned))
+        return {row["provider"] for row in self.database.select(query)}
 
     # --- backends
 
     def backends(self) -> dict[str, BackendRow]:
         """Return what is known of every backend by name."""
-        with self.database.read() as connection:
-            return {
-                row["name"]: BackendRow(**row) for row in connection.execute(sa.select(tables.backends)).mappings()
-            }
+        return {row["name"]: BackendRow(**row) for row in self.database.select(sa.select(tables.backends))}
 
     def save_backend(self, row: BackendRow) -> None:
         """Write what is known of a backend."""
-        with self.database.write() as connection:
-            connection.execute(tables.backends.delete().where(tables.backends.c.name == row.name))
-            connection.execute(tables.backends.insert().values(dataclasses.asdict(row)))
+        self.database.execute(
+            tables.backends.delete().where(tables.backends.c.name == row.name),
+            tables.backends.insert().values(values(row, tables.backends)),
+        )
 
     # --- events
 
@@ -238,46 +210,39 @@ class Store:
             .order_by(tables.events.c.id.desc())
             .limit(limit)
         )
-        with self.database.read() as connection:
-            return [AgentEvent(**row) for row in connection.execute(query).mappings()][::-1]
+        return [AgentEvent(**row) for row in self.database.select(query)][::-1]
 
     def trim_events(self) -> None:
         """Forget the oldest events beyond `MAX_EVENTS`."""
         newest = sa.select(sa.func.max(tables.events.c.id) - MAX_EVENTS).scalar_subquery()
-        with self.database.write() as connection:
-            connection.execute(tables.events.delete().where(tables.events.c.id <= newest))
+        self.database.execute(tables.events.delete().where(tables.events.c.id <= newest))
 
 
-_EVENT_COLUMNS = ("time", "agent", "user", "app", "kind", "detail")
+_EVENT_COLUMNS = tuple(field.name for field in dataclasses.fields(AgentEvent))
 _SAVE = (
     tables.agents.update()
     .where(tables.agents.c.id == sa.bindparam("b_id"), tables.agents.c.version < sa.bindparam("b_version"))
     .values({column.name: sa.bindparam(column.name) for column in tables.agents.columns if column.name != "id"})
 )
-_ADD_EVENT = tables.events.insert()
-_ADD_USER = tables.users.insert()
-_ADD_UID = tables.uids.insert()
-_ADD_AGENT = tables.agents.insert()
 
 
-def _key(result: sa.CursorResult[Any]) -> int:
-    key = result.inserted_primary_key
+def _insert(connection: sa.Connection, table: sa.Table, row: dict[str, Any]) -> int:
+    """Insert a row with the next number as its id; return the id."""
+    key = connection.execute(
+        table.insert(), {name: row[name] for name in row if name != "id"}
+    ).inserted_primary_key
     if key is None:
         raise RuntimeError("the database returned no key")
     return int(key[0])
 
 
+def _save(connection: sa.Connection, rows: Iterable[AgentRow]) -> None:
+    saved = [{**values(row, tables.agents), "b_id": row.id, "b_version": row.version} for row in rows]
+    if saved:
+        connection.execute(_SAVE, saved)
+
+
 def _add_events(connection: sa.Connection, events: Iterable[tuple[int, AgentEvent]]) -> None:
-    values = [
-        {"agent_id": agent_id, **{name: getattr(event, name) for name in _EVENT_COLUMNS}}
-        for agent_id, event in events
-    ]
-    if values:
-        connection.execute(_ADD_EVENT, values)
-
-
-def _values(row: AgentRow) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in _AGENT_COLUMNS}
-
-
-_AGENT_COLUMNS = tuple(column.name for column in tables.agents.columns)
+    rows = [{"agent_id": agent_id, **values(event, tables.events)} for agent_id, event in events]
+    if rows:
+        connection.execute(tables.events.insert(), rows)

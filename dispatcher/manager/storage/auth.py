@@ -6,47 +6,22 @@ Times are Unix seconds of the steady clock.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import sqlalchemy as sa
 
 from dispatcher.manager.storage.database import Database, metadata
+from dispatcher.manager.storage.rows import AgentName, UserName
+from dispatcher.manager.storage.tables import INDEX, KEY, table, values
 
 MAX_DEVICES = 20  # known browsers of one user
 DEVICE_LIFETIME = 180 * 86400.0  # seconds without a sign-in after which a browser is forgotten
 _BATCH = 500
 
-_sessions = sa.Table(
-    "sessions",
-    metadata,
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("user", sa.String(255), nullable=False, index=True),
-    sa.Column("agent", sa.String(300), nullable=False),
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("last_used", sa.Float, nullable=False),
-    sa.Column("host", sa.String(255)),
-    sa.Column("parent", sa.String(64), index=True),
-    sa.Column("address", sa.String(64), nullable=False),
-    sa.Column("user_agent", sa.String(256), nullable=False),
-)
-
-_devices = sa.Table(
-    "devices",
-    metadata,
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("user", sa.String(255), nullable=False, index=True),
-    sa.Column("last_used", sa.Float, nullable=False),
-)
-
-_throttle = sa.Table(
-    "throttle",
-    metadata,
-    sa.Column("key", sa.String(400), primary_key=True),
-    sa.Column("failures", sa.Float, nullable=False),
-    sa.Column("last", sa.Float, nullable=False),
-    sa.Column("until", sa.Float, nullable=False),
-)
+Sha256 = Annotated[str, 64]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,21 +32,21 @@ class SessionRow:
     :ivar host: the one host of a child session; :ivar parent: SHA-256 of its parent.
     """
 
-    sha256: str
-    user: str
-    agent: str
+    sha256: Sha256
+    user: UserName
+    agent: AgentName
     created: float
     last_used: float
-    host: str | None = None
-    parent: str | None = None
+    host: UserName | None = None
+    parent: Sha256 | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visitor:
     """Where a session was made: shown to its user, who can recognise a foreign one."""
 
-    address: str = ""
-    user_agent: str = ""
+    address: Annotated[str, 64] = ""
+    user_agent: Annotated[str, 256] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +66,25 @@ class Account:
 Changes = dict[str, Account | None]
 
 
+_sessions = table("sessions", SessionRow, Visitor, sha256=KEY, user=INDEX, parent=INDEX)
+_devices = sa.Table(
+    "devices",
+    metadata,
+    sa.Column("sha256", sa.String(64), primary_key=True),
+    sa.Column("user", sa.String(255), nullable=False, index=True),
+    sa.Column("last_used", sa.Double, nullable=False),
+)
+
+_throttle = sa.Table(
+    "throttle",
+    metadata,
+    sa.Column("key", sa.String(400), primary_key=True),
+    sa.Column("failures", sa.Double, nullable=False),
+    sa.Column("last", sa.Double, nullable=False),
+    sa.Column("until", sa.Double, nullable=False),
+)
+
+
 class AuthStore:
     """The tables of this module, in one database."""
 
@@ -101,63 +95,34 @@ class AuthStore:
 
     def sessions(self) -> list[SessionRow]:
         """Return all sessions."""
-        columns = [
-            _sessions.c[name] for name in ("sha256", "user", "agent", "created", "last_used", "host", "parent")
-        ]
-        with self._database.read() as connection:
-            return [
-                SessionRow(
-                    sha256=row[0],
-                    user=row[1],
-                    agent=row[2],
-                    created=row[3],
-                    last_used=row[4],
-                    host=row[5],
-                    parent=row[6],
-                )
-                for row in connection.execute(sa.select(*columns))
-            ]
+        query = sa.select(*(_sessions.c[field.name] for field in dataclasses.fields(SessionRow)))
+        return [SessionRow(**row) for row in self._database.select(query)]
 
     def add_session(self, row: SessionRow, visitor: Visitor, *, device: str | None = None) -> None:
         """Keep a new session, and the browser that made it when `device` (a SHA-256) is given."""
         with self._database.write() as connection:
-            connection.execute(
-                _sessions.insert().values(
-                    sha256=row.sha256,
-                    user=row.user,
-                    agent=row.agent,
-                    created=row.created,
-                    last_used=row.last_used,
-                    host=row.host,
-                    parent=row.parent,
-                    address=visitor.address,
-                    user_agent=visitor.user_agent,
-                )
-            )
+            connection.execute(_sessions.insert(), values(row, _sessions) | values(visitor, _sessions))
             if device:
                 self._add_device(connection, device, row.user, row.created)
 
     def visitors(self, sha256s: Iterable[str]) -> dict[str, Visitor]:
         """Return where sessions were made."""
-        found: dict[str, Visitor] = {}
-        with self._database.read() as connection:
-            for batch in _batches(sha256s):
-                query = sa.select(_sessions.c.sha256, _sessions.c.address, _sessions.c.user_agent)
-                for row in connection.execute(query.where(_sessions.c.sha256.in_(batch))):
-                    found[row[0]] = Visitor(address=row[1], user_agent=row[2])
-        return found
+        return {
+            row["sha256"]: Visitor(address=row["address"], user_agent=row["user_agent"])
+            for batch in _batches(sha256s)
+            for row in self._database.select(sa.select(_sessions).where(_sessions.c.sha256.in_(batch)))
+        }
 
     def remove_sessions(self, sha256s: Iterable[str]) -> None:
         """Forget sessions."""
-        with self._database.write() as connection:
-            for batch in _batches(sha256s):
-                connection.execute(_sessions.delete().where(_sessions.c.sha256.in_(batch)))
+        self._database.execute(
+            *(_sessions.delete().where(_sessions.c.sha256.in_(batch)) for batch in _batches(sha256s))
+        )
 
     def set_agent(self, sha256s: Iterable[str], agent: str) -> None:
         """Send sessions to another agent."""
-        with self._database.write() as connection:
-            for batch in _batches(sha256s):
-                connection.execute(_sessions.update().where(_sessions.c.sha256.in_(batch)).values(agent=agent))
+        update = _sessions.update().values(agent=agent)
+        self._database.execute(*(update.where(_sessions.c.sha256.in_(batch)) for batch in _batches(sha256s)))
 
     def set_last_used(self, times: Mapping[str, float]) -> None:
         """Store when sessions were last used."""
@@ -175,15 +140,12 @@ class AuthStore:
 
     def knows_device(self, sha256: str, user: str, now: float) -> bool:
         """Whether `user` has signed in from the browser that holds this token."""
-        query = sa.select(_devices.c.last_used).where(_devices.c.sha256 == sha256, _devices.c.user == user)
-        with self._database.read() as connection:
-            last_used = connection.execute(query).scalar()
-        return last_used is not None and now - last_used < DEVICE_LIFETIME
+        query = sa.select(_devices).where(_devices.c.sha256 == sha256, _devices.c.user == user)
+        return any(now - row["last_used"] < DEVICE_LIFETIME for row in self._database.select(query))
 
     def forget_user(self, user: str) -> None:
         """Forget a user's browsers."""
-        with self._database.write() as connection:
-            connection.execute(_devices.delete().where(_devices.c.user == user))
+        self._database.execute(_devices.delete().where(_devices.c.user == user))
 
     def _add_device(self, connection: sa.Connection, sha256: str, user: str, now: float) -> None:
         connection.execute(_devices.delete().where(_devices.c.sha256 == sha256))
@@ -196,9 +158,8 @@ class AuthStore:
 
     def accounts(self) -> dict[str, Account]:
         """Return the failed attempts counted for names, addresses and devices."""
-        with self._database.read() as connection:
-            rows = connection.execute(sa.select(_throttle))
-            return {row.key: Account(row.failures, row.last, row.until) for row in rows}
+        rows = self._database.select(sa.select(_throttle))
+        return {row["key"]: Account(row["failures"], row["last"], row["until"]) for row in rows}
 
     def keep(self, changes: Changes) -> None:
         """Store the changes that a `Throttle` returned."""
@@ -207,11 +168,7 @@ class AuthStore:
         with self._database.write() as connection:
             for batch in _batches(changes):
                 connection.execute(_throttle.delete().where(_throttle.c.key.in_(batch)))
-            rows = [
-                {"key": key, "failures": account.failures, "last": account.last, "until": account.until}
-                for key, account in changes.items()
-                if account is not None
-            ]
+            rows = [{"key": key, **values(account, _throttle)} for key, account in changes.items() if account]
             if rows:
                 connection.execute(_throttle.insert(), rows)
 

@@ -7,9 +7,10 @@ mode; writers take turns through one lock, so that "database is locked" is not a
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -124,6 +125,25 @@ class Database:
         except sa.exc.OperationalError as error:
             raise _unavailable(error) from error
 
+    def select(self, query: sa.Select[Any] | sa.CompoundSelect[Any]) -> Sequence[sa.RowMapping]:
+        """Return the rows that a query finds.
+
+        :raises Unavailable: as `write`.
+        """
+        with self.read() as connection:
+            return connection.execute(query).mappings().all()
+
+    def execute(self, *statements: sa.Executable) -> int:
+        """Execute statements in one transaction; return the number of rows that the last one changed.
+
+        :raises Unavailable: as `write`.
+        """
+        changed = 0
+        with self.write() as connection:
+            for statement in statements:
+                changed = connection.execute(statement).rowcount
+        return changed
+
     def meta(self, key: str, default: str) -> str:
         """Return the value kept under `key`; `default` is stored the first time."""
         with self.write() as connection:
@@ -135,9 +155,7 @@ class Database:
 
     def set_meta(self, key: str, value: str) -> None:
         """Keep `value` under `key`."""
-        with self.write() as connection:
-            connection.execute(meta.delete().where(meta.c.key == key))
-            connection.execute(meta.insert().values(key=key, value=value))
+        self.execute(meta.delete().where(meta.c.key == key), meta.insert().values(key=key, value=value))
 
     def close(self) -> None:
         """Close all connections."""

@@ -1,15 +1,20 @@
 """The rows of users, agents and what belongs to them: immutable, so that threads can share them.
 
-Times are Unix seconds of the steady clock.
+`tables` makes a table of each; an integer in an annotation is the length of a text.  Times are Unix seconds of the
+steady clock.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState
+
+AgentName = Annotated[str, 300]
+UserName = Annotated[str, 255]
+Short = Annotated[str, 32]  # the name of an app or of a provider
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +25,7 @@ class UserRow:
     """
 
     id: int
-    name: str
+    name: UserName
     password_hash: str | None = field(repr=False)
     created: float
 
@@ -62,8 +67,9 @@ class Move:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRow:
-    """Everything that is stored of an agent.  Times are Unix seconds of the steady clock.
+    """Everything that is stored of an agent.
 
+    :ivar version: of the row: an older one never replaces a newer one; :ivar since: of the public state.
     :ivar provider: of the agent and its data now; the app's provider may differ until the next start.
     :ivar handle: `Handle.to_json`, "" before the first start; :ivar ready: the health check has answered
         since it runs; :ivar spec_hash: of what runs or sleeps, "" when nothing does.
@@ -73,11 +79,11 @@ class AgentRow:
 
     id: int
     version: int
-    name: str
-    user: str
+    name: AgentName
+    user: str  # of the table of users
     user_id: int
-    app: str
-    provider: str
+    app: Short
+    provider: Short
     uid: int
     created: float
     since: float
@@ -91,10 +97,10 @@ class AgentRow:
     endpoint: str = ""
     owner_uid: int | None = None
     started_at: float | None = None
-    spec_hash: str = ""
+    spec_hash: Annotated[str, 64] = ""
     exit_reason: str = ""
     operation: Kind | None = None
-    step: str = ""
+    step: Annotated[str, 64] = ""
     operation_since: float | None = None
     failure: Failure | None = None
     attempts: tuple[float, ...] = ()
@@ -105,24 +111,27 @@ class AgentRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptRow:
-    """Data kept when its agent was removed."""
+    """Data kept on purpose when its agent was removed; a new agent of the same name gets it."""
 
-    agent: str
+    agent: AgentName
     uid: int
-    app: str
-    provider: str
+    app: Short
+    provider: Short
     handle: str
     time: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyRow:
-    """An old copy of data.  `directory` is a name below the agent's ``copies/``; "" when the provider holds it."""
+    """An old copy of data, kept by a move until it is purged.
+
+    :ivar directory: its name below the agent's ``copies/``; "" when the old provider holds it.
+    """
 
     id: int
-    agent: str
-    provider: str
-    directory: str
+    agent: AgentName
+    provider: Short
+    directory: Annotated[str, 64]
     handle: str
     time: float
 
@@ -131,7 +140,7 @@ class CopyRow:
 class BackendRow:
     """Whether a provider's backend answered, since when, and when it last did."""
 
-    name: str
+    name: Short
     reachable: bool
     since: float
     contact: float | None

@@ -1,79 +1,128 @@
-"""The tables of `rows`; `agents` reads and writes them.
+"""The tables, made of the rows' dataclasses.
 
-Rows are frozen dataclasses beside their tables, not mapped classes of SQLAlchemy's ORM.  Measured, a mapped
-AgentRow takes 113 us to replace (25), 0.57 us to read a member (0.11) and 3 kB (0.3), importing the ORM takes
-57 ms at every start, and mapped instances are mutable, while threads share these.
+Rows are frozen dataclasses, not mapped classes of SQLAlchemy's ORM.  Measured, a mapped AgentRow takes 113 us to
+replace (25), 0.57 us to read a member (0.11) and 3 kB (0.3), importing the ORM takes 57 ms at every start, and
+mapped instances are mutable, while threads share these.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
 import sqlalchemy as sa
 
 from dispatcher.manager.storage.database import metadata
-from dispatcher.manager.storage.rows import Failure, Move
-from dispatcher.manager.storage.states import Desired, Kind, Pending
-from dispatcher.manager.storage.types import EnumText, JsonDataclass, JsonTuple
-from dispatcher.plugin.model import BackendState
+from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, KeptRow, UserRow
+from dispatcher.plugin.model import AgentEvent
 
-users = sa.Table(
-    "users",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(255), nullable=False, unique=True),
-    sa.Column("password_hash", sa.Text),  # null: an external authenticator knows it
-    sa.Column("created", sa.Float, nullable=False),
-    sqlite_autoincrement=True,
-)
+KEY, UNIQUE, INDEX = {"primary_key": True}, {"unique": True}, {"index": True}
 
-agents = sa.Table(
-    "agents",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(300), nullable=False, unique=True),
-    sa.Column("user_id", sa.Integer, sa.ForeignKey("users.id"), nullable=False, index=True),
-    sa.Column("app", sa.String(32), nullable=False),
-    sa.Column("provider", sa.String(32), nullable=False),  # where the agent and its data are now
-    sa.Column("uid", sa.Integer, nullable=False),
-    sa.Column("created", sa.Float, nullable=False),
-    sa.Column("version", sa.Integer, nullable=False),  # of the row: an older one never replaces a newer one
-    sa.Column("desired", EnumText(Desired), nullable=False),
-    sa.Column("keep_data", sa.Boolean, nullable=False),
-    sa.Column("pending", EnumText(Pending), nullable=False),
-    sa.Column("handle", sa.Text, nullable=False),
-    sa.Column("observed", EnumText(BackendState), nullable=False),
-    sa.Column("observed_at", sa.Float),
-    sa.Column("ready", sa.Boolean, nullable=False),
-    sa.Column("endpoint", sa.Text, nullable=False),
-    sa.Column("owner_uid", sa.Integer),
-    sa.Column("started_at", sa.Float),
-    sa.Column("spec_hash", sa.String(64), nullable=False),
-    sa.Column("exit_reason", sa.Text, nullable=False),
-    sa.Column("operation", EnumText(Kind), nullable=False),
-    sa.Column("step", sa.String(64), nullable=False),
-    sa.Column("operation_since", sa.Float),
-    sa.Column("since", sa.Float, nullable=False),  # of the public state
-    sa.Column("failure", JsonDataclass(Failure)),
-    sa.Column("attempts", JsonTuple),  # times of automatic starts and failed starts
-    sa.Column("retry_at", sa.Float),
-    sa.Column("move", JsonDataclass(Move)),
-    sa.Column("last_used", sa.Float),
-    sqlite_autoincrement=True,  # another agent of the same name never gets the old one's id, nor its events
-)
 
+class EnumText(sa.TypeDecorator[enum.Enum]):
+    """A member of an enum, stored as its value.  None is stored as ""."""
+
+    impl = sa.String(16)
+    cache_ok = True
+
+    def __init__(self, members: type[enum.Enum]) -> None:
+        super().__init__()
+        self.members = members
+        self._values = {member.value for member in members}
+
+    def process_bind_param(self, value: enum.Enum | None, dialect: sa.Dialect) -> str:
+        return "" if value is None else str(value.value)
+
+    def process_result_value(self, value: str | None, dialect: sa.Dialect) -> enum.Enum | None:
+        return self.members(value) if value or value in self._values else None
+
+
+class JsonTuple(sa.TypeDecorator[tuple[Any, ...]]):
+    """A tuple, stored as a JSON list."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def process_bind_param(self, value: tuple[Any, ...] | None, dialect: sa.Dialect) -> list[Any]:
+        return list(value or ())
+
+    def process_result_value(self, value: list[Any] | None, dialect: sa.Dialect) -> tuple[Any, ...]:
+        return tuple(value or ())
+
+
+class JsonDataclass(sa.TypeDecorator[Any]):
+    """A dataclass or None, stored as a JSON object; its lists become tuples."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def __init__(self, cls: type[Any]) -> None:
+        super().__init__()
+        self.cls = cls
+
+    def process_bind_param(self, value: Any, dialect: sa.Dialect) -> dict[str, Any] | None:
+        return None if value is None else dataclasses.asdict(value)
+
+    def process_result_value(self, value: dict[str, Any] | None, dialect: sa.Dialect) -> Any:
+        if value is None:
+            return None
+        return self.cls(**{name: tuple(item) if isinstance(item, list) else item for name, item in value.items()})
+
+
+def _column_type(hint: Any) -> tuple[Any, bool]:
+    """Return the column type for an annotation, and whether a value may be missing."""
+    if typing.get_origin(hint) in {types.UnionType, typing.Union}:
+        return _column_type(hint.__args__[0])[0], True
+    if typing.get_origin(hint) is Annotated:
+        return sa.String(hint.__metadata__[0]), False
+    if typing.get_origin(hint) is tuple:
+        return JsonTuple(), False
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return JsonDataclass(hint), False
+    if issubclass(hint, enum.Enum):
+        return EnumText(hint), False
+    return {int: sa.Integer, float: sa.Double, bool: sa.Boolean, str: sa.Text}[hint], False
+
+
+def _columns(row: type[Any], options: Mapping[str, Mapping[str, Any]]) -> Iterable[sa.Column[Any]]:
+    hints = typing.get_type_hints(row, include_extras=True)
+    for field in dataclasses.fields(row):
+        kind, optional = _column_type(hints[field.name])
+        yield sa.Column(field.name, kind, **({"nullable": optional} | dict(options.get(field.name, {}))))
+
+
+def table(
+    name: str, /, *classes: type[Any], without: Iterable[str] = (), **options: Mapping[str, Any]
+) -> sa.Table:
+    """Return a table with the members of dataclasses as its columns.
+
+    :param without: members that are not stored; :param options: of columns, by name.
+    """
+    columns = [column for row in classes for column in _columns(row, options) if column.name not in without]
+    # Numbered so that another agent of the same name never gets the old one's id, nor its events.
+    return sa.Table(name, metadata, *columns, sqlite_autoincrement="id" in options)
+
+
+def values(row: Any, table: sa.Table) -> dict[str, Any]:
+    """Return the members of a row that are columns of a table."""
+    return {column.name: getattr(row, column.name) for column in table.columns if hasattr(row, column.name)}
+
+
+users = table("users", UserRow, id=KEY, name=UNIQUE)
+agents = table("agents", AgentRow, without=["user"], id=KEY, name=UNIQUE, user_id=INDEX)
+agents.append_constraint(sa.ForeignKeyConstraint(["user_id"], ["users.id"]))
 events = sa.Table(
     "events",
     metadata,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("agent_id", sa.Integer, nullable=False),
-    sa.Column("time", sa.Float, nullable=False),
-    sa.Column("agent", sa.String(300), nullable=False),
-    sa.Column("user", sa.String(255), nullable=False),
-    sa.Column("app", sa.String(32), nullable=False),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("detail", sa.Text, nullable=False),
+    *_columns(AgentEvent, {}),
     sa.Index("events_of_agent", "agent_id", "id"),
 )
-
 #: Host user ids in use: by an agent, or by data that was kept when its agent was removed.
 uids = sa.Table(
     "uids",
@@ -81,39 +130,6 @@ uids = sa.Table(
     sa.Column("uid", sa.Integer, primary_key=True),
     sa.Column("agent", sa.String(300), nullable=False, unique=True),
 )
-
-#: Data kept on purpose when its agent was removed; a new agent of the same name gets it.
-kept = sa.Table(
-    "kept",
-    metadata,
-    sa.Column("agent", sa.String(300), primary_key=True),
-    sa.Column("uid", sa.Integer, nullable=False),
-    sa.Column("app", sa.String(32), nullable=False),
-    sa.Column("provider", sa.String(32), nullable=False),
-    sa.Column("handle", sa.Text, nullable=False),
-    sa.Column("time", sa.Float, nullable=False),
-)
-
-#: Old copies of data, kept by moves until purged: a directory, or what an old provider still holds.
-copies = sa.Table(
-    "copies",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("agent", sa.String(300), nullable=False, index=True),
-    sa.Column("provider", sa.String(32), nullable=False),
-    sa.Column(
-        "directory", sa.String(64), nullable=False
-    ),  # below the agent's copies/; "" when the provider holds it
-    sa.Column("handle", sa.Text, nullable=False),
-    sa.Column("time", sa.Float, nullable=False),
-)
-
-#: Whether each provider's backend answered when it was last asked.
-backends = sa.Table(
-    "backends",
-    metadata,
-    sa.Column("name", sa.String(32), primary_key=True),
-    sa.Column("reachable", sa.Boolean, nullable=False),
-    sa.Column("since", sa.Float, nullable=False),
-    sa.Column("contact", sa.Float),
-)
+kept = table("kept", KeptRow, agent=KEY)
+copies = table("copies", CopyRow, id=KEY, agent=INDEX)
+backends = table("backends", BackendRow, name=KEY)
