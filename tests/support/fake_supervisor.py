@@ -71,7 +71,7 @@ class FakeSupervisor:
         self.changed = threading.Condition(threading.RLock())
         self.subscribers = []
         self.removal_subscribers = []
-        self.commands = self.queries = self.registry = self.reconciler = self
+        self.commands = self.queries = self.engine = self.reconciler = self
         self.copies = FakeCopies(self)
         self.down = ""
 

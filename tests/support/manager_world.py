@@ -212,7 +212,7 @@ class Crash:
         self.reached = threading.Event()
         self._go_on = threading.Event()
         self._world, self._supervisor, self._step, self._kind = world, supervisor, step, kind
-        supervisor.registry.on_step = self._on_step
+        supervisor.engine.on_step = self._on_step
 
     def _on_step(self, _agent, kind, step):
         if step == self._step and (self._kind is None or kind.value == self._kind) and not self.reached.is_set():

@@ -183,7 +183,7 @@ def main() -> None:
         if reached == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    supervisor.registry.on_step = die
+    supervisor.engine.on_step = die
     supervisor.start()
     print("started", flush=True)
     for line in sys.stdin:

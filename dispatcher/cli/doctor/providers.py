@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatcher.cli.doctor.findings import error, info, ok
+from dispatcher.manager.backends.contained import contained
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
 from dispatcher.plugin.model import Finding, Level
@@ -66,17 +67,15 @@ def _check(name: str, cls: type[Provider], config: Config, plugins: Plugins, *, 
             privileged=os.geteuid() == 0,
         )
         try:
-            provider = cls(context=context, options=config.provider_options(name, plugins))
-            try:
-                provider.check(deadline=Deadline(SECONDS))
-                explained = list(provider.explain(None)) if used else []
-            finally:
-                provider.close()
+            with contained(name, "its check", log=None):
+                provider = cls(context=context, options=config.provider_options(name, plugins))
+                try:
+                    provider.check(deadline=Deadline(SECONDS))
+                    explained = list(provider.explain(None)) if used else []
+                finally:
+                    provider.close()
         except DispatcherError as problem:
             yield _of(name, _fault(problem, used=used))
-        except Exception as problem:
-            what = f"its check failed with {type(problem).__name__}: {problem}"
-            yield _of(name, error(what, "this is a fault of the plugin, report it to its author"))
         else:
             yield _of(name, ok("can be used"))
             yield from (_of(name, finding) for finding in explained)

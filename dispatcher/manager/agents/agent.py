@@ -7,13 +7,62 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dispatcher.manager.agents.cpu_activity import CpuActivity
+from dispatcher.manager.agents.idle import CpuActivity
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.agents.operation import Operation
-from dispatcher.manager.backends.single_flight import SingleFlight
+from dispatcher.manager.backends.pool import SingleFlight
 from dispatcher.manager.storage.rows import AgentRow
+from dispatcher.manager.storage.states import Kind
 from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import Cancelled
 from dispatcher.plugin.model import Handle
+
+
+class Status(enum.Enum):
+    """Whether an operation is still wanted."""
+
+    ACTIVE = enum.auto()
+    CANCELLED = enum.auto()  # a newer command contradicts it
+    ABANDONED = enum.auto()  # a provider's call hangs: the result is ignored
+
+
+class Operation:
+    """One operation in flight, and its progress as shown to people.
+
+    :ivar since: Unix time; :ivar stage: a short text.
+    :ivar observe_again: the backend reported a change of the agent meanwhile.
+    """
+
+    def __init__(self, kind: Kind, since: float) -> None:
+        self.kind = kind
+        self.since = since
+        self.status = Status.ACTIVE
+        self.stage = ""
+        self.detail = ""
+        self.fraction: float | None = None
+        self.observe_again = False
+        self._ended = threading.Event()
+
+    def cancel(self) -> None:
+        """Ask the operation to end: `check` raises from now on."""
+        if self.status is Status.ACTIVE:
+            self.status = Status.CANCELLED
+        self._ended.set()
+
+    def abandon(self) -> None:
+        """Ignore the operation from now on."""
+        self.status = Status.ABANDONED
+
+    def wait_for_cancel(self, seconds: float) -> None:
+        """Sleep, but not beyond a cancellation."""
+        self._ended.wait(seconds)
+
+    def check(self) -> None:
+        """Return while the operation is wanted.
+
+        :raises Cancelled: it was cancelled or abandoned.
+        """
+        if self.status is not Status.ACTIVE:
+            raise Cancelled("The operation was cancelled", why="a newer command contradicts it")
 
 
 class Availability(enum.Enum):

@@ -1,4 +1,4 @@
-"""Commands on agents, from people and from the edge: they write the desired state, `operations` acts on it.
+"""Commands on agents, from people and from the edge: they write the desired state, the `Runner` acts on it.
 
 Each returns as soon as the desired state is written.  An agent is given by its name.
 
@@ -8,22 +8,23 @@ Each returns as soon as the desired state is written.  An agent is given by its 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.change import Change, Write
-from dispatcher.manager.agents.creation import Creation
+from dispatcher.manager.agents.engine import Engine
+from dispatcher.manager.agents.host_uids import HostUids
 from dispatcher.manager.agents.lifecycle import DEAD, reached
-from dispatcher.manager.agents.registry import Registry
-from dispatcher.manager.agents.restarts import recent
-from dispatcher.manager.agents.transitions import CLEARED
-from dispatcher.manager.storage.rows import AgentRow
+from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind, Write, recent
+from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.storage.rows import AgentRow, KeptRow
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Unsupported
-from dispatcher.plugin.model import Capability
-from dispatcher.plugin.names import printable
+from dispatcher.plugin.model import AgentEvent, Capability
+from dispatcher.plugin.names import agent_name, app_name, printable
 
 _NEEDS = {Desired.SUSPENDED: Capability.SUSPEND, Desired.HIBERNATED: Capability.HIBERNATE}
 
@@ -44,9 +45,11 @@ def desired_state(text: str) -> Desired:
 class Commands:
     """Writes desired states."""
 
-    def __init__(self, registry: Registry, creation: Creation) -> None:
-        self._registry = registry
-        self._creation = creation
+    def __init__(self, engine: Engine, data: AgentData, uids: HostUids) -> None:
+        self._engine = engine
+        self._data = data
+        self._uids = uids
+        self._creating = threading.Lock()
 
     def create(self, name: str, *, app: str | None, password_hash: str | None) -> AgentRow:
         """Create an agent, stopped, and its user when that is new.
@@ -58,17 +61,91 @@ class Commands:
         :raises Conflict: it exists, is being removed, or a password was given for an existing user.
         :raises BadRequest: an invalid name, or no app was named and there is no default.
         """
-        return self._creation.create(name, app=app, password_hash=password_hash)
+        engine = self._engine
+        name = agent_name(name)
+        user, _, suffix = name.partition(":")
+        if suffix and app and suffix != app:
+            raise BadRequest(
+                f"The name {printable(name)} stands for the app {suffix}",
+                why=f"the request names the app {printable(app)}",
+                fix="leave one of them out",
+            )
+        chosen = suffix or (app_name(app) if app else engine.specs.default_app())
+        engine.specs.check(chosen)
+        with self._creating:
+            name = self._free_name(name, user, suffix, app)
+            with engine.name_reserved(name) as free:
+                if not free:
+                    raise Conflict(
+                        f"The remains of an earlier agent {printable(name)} are being removed",
+                        fix="try again in a moment",
+                        retry_after=1.0,
+                    )
+                agent, event = self._insert(name, user, chosen, password_hash)
+        engine.notify(agent)
+        engine.observers.publish([event])
+        return agent.row
+
+    def _insert(self, name: str, user: str, app: str, password_hash: str | None) -> tuple[Agent, AgentEvent]:
+        engine = self._engine
+        if password_hash is not None and engine.store.get_user(user) is not None:
+            raise Conflict(
+                f"The user {printable(user)} exists",
+                why="a password was given, as for a new user",
+                fix="leave it out, or change it with `dispatcher passwd`",
+            )
+        row, detail = self._new_row(name, user, app, engine.store.kept(name))
+        event = engine.event(row, EventKind.CREATED, detail)
+        row = engine.store.create(row, password_hash=password_hash, allocated=self._uids.separate, events=[event])
+        return engine.add(row), event
+
+    def _free_name(self, name: str, user: str, suffix: str, app: str | None) -> str:
+        known = self._engine.agents
+        if name in known and not suffix and app and known[name].row.app != app:
+            name = f"{user}:{app}"
+        if name in known:
+            removing = known[name].row.desired is Desired.ABSENT
+            raise Conflict(
+                f"The agent {printable(name)} {'is being removed' if removing else 'exists'}",
+                fix="try again in a moment" if removing else "choose another name, or another app with --app",
+                retry_after=1.0 if removing else None,
+            )
+        return name
+
+    def _new_row(self, name: str, user: str, app: str, kept: KeptRow | None) -> tuple[AgentRow, str]:
+        engine = self._engine
+        now = engine.clock.now()
+        row = AgentRow(
+            id=0,
+            version=0,
+            name=name,
+            user=user,
+            user_id=0,
+            app=app,
+            provider=engine.specs.config.apps[app].provider,
+            uid=-1,
+            created=now,
+            since=now,
+        )
+        if kept is not None:
+            row = dataclasses.replace(row, provider=kept.provider, handle=kept.handle, uid=kept.uid)
+            detail = "with the data that was kept when the agent of this name was removed"
+        else:
+            aside = self._data.move_aside(name)
+            detail = f"data of unknown origin was in its place, and is now in {aside}" if aside else ""
+        if row.uid == -1 or not self._uids.separate:
+            row = dataclasses.replace(row, uid=self._uids.allocate())
+        return row, detail
 
     def remove(self, name: str, *, keep_data: bool) -> None:
         """Remove an agent, and its user with the last one."""
-        agent = self._registry.find(name)
+        agent = self._engine.find(name)
 
         def decide(_: AgentRow) -> Change:
             fields = {"desired": Desired.ABSENT, "keep_data": keep_data, "pending": Pending.NONE}
             return self._command(agent, fields)
 
-        self._registry.change(agent, decide)
+        self._engine.change(agent, decide)
 
     def set_desired(self, name: str, desired: Desired, *, stdin: bytes | None = None) -> None:
         """Set the desired state; the newest command wins.  RUNNING also clears a failure and the restart count.
@@ -77,7 +154,7 @@ class Commands:
         :raises Unsupported: the provider has no such state.
         :raises Conflict: the agent is being removed, or is to be suspended and does not run.
         """
-        agent = self._registry.find(name)
+        agent = self._engine.find(name)
         self._check_capability(agent, desired)
 
         def decide(row: AgentRow) -> Change | None:
@@ -87,7 +164,7 @@ class Commands:
                     f"{printable(row.name)} is not running", why="only a running agent can be suspended"
                 )
             if row.desired is desired and row.pending is Pending.NONE:
-                if row.operation is None and row.failure is None and reached(self._registry.situation(row)):
+                if row.operation is None and row.failure is None and reached(self._engine.situation(row)):
                     return None  # no start follows: the credentials are not kept for a later one
                 if row.operation is not None:
                     agent.stdin = stdin or agent.stdin
@@ -99,11 +176,11 @@ class Commands:
                 fields["attempts"] = ()
             return self._command(agent, fields)
 
-        self._registry.change(agent, decide)
+        self._engine.change(agent, decide)
 
     def _check_capability(self, agent: Agent, desired: Desired) -> None:
         needed = _NEEDS.get(desired)
-        backend = self._registry.backends.get(agent.row.provider)
+        backend = self._engine.backends.get(agent.row.provider)
         if needed and backend.usable and needed not in backend.capabilities:
             raise Unsupported(
                 f"{printable(agent.row.name)} cannot be {desired.value}",
@@ -113,24 +190,24 @@ class Commands:
 
     def restart(self, name: str) -> None:
         """Stop an agent, and start it with the present configuration."""
-        agent = self._registry.find(name)
+        agent = self._engine.find(name)
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)
             pending = row.pending if row.pending is Pending.RESET else Pending.RESTART
             return self._command(agent, {"desired": Desired.RUNNING, "pending": pending, "attempts": ()})
 
-        self._registry.change(agent, decide)
+        self._engine.change(agent, decide)
 
     def reset_data(self, name: str) -> None:
         """Stop an agent, delete its data, and start it again if that is its desired state."""
-        agent = self._registry.find(name)
+        agent = self._engine.find(name)
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)
             return self._command(agent, {"pending": Pending.RESET})
 
-        self._registry.change(agent, decide)
+        self._engine.change(agent, decide)
 
     @staticmethod
     def _command(agent: Agent, fields: dict[str, Any]) -> Change:
@@ -146,7 +223,7 @@ class Commands:
 
         A failed agent is left alone until its back-off is over, or a person starts it.
         """
-        agent = self._registry.agents.get(name)
+        agent = self._engine.agents.get(name)
         if agent is None or (agent.row.desired is Desired.RUNNING and (agent.row.operation or agent.row.ready)):
             return
 
@@ -154,11 +231,11 @@ class Commands:
             if row.desired is Desired.ABSENT or (row.failure is not None and not self._may_retry(row)):
                 return None
             if row.desired is Desired.RUNNING and row.failure is None:
-                return None if row.operation or reached(self._registry.situation(row)) else Change(urgent=True)
+                return None if row.operation or reached(self._engine.situation(row)) else Change(urgent=True)
             return _run(urgent=True)
 
         try:
-            self._registry.change(agent, decide)
+            self._engine.change(agent, decide)
         except DispatcherError as error:
             _log.error("%s cannot be woken: %s", printable(name), error)
 
@@ -166,43 +243,29 @@ class Commands:
         """Whether a request starts a failed agent: not in back-off, nor given up a short while ago."""
         if row.failure is None or row.failure.final:
             return False
-        return row.retry_at is None and not recent(row.attempts, self._registry.clock.now())
+        return row.retry_at is None and not recent(row.attempts, self._engine.clock.now())
 
     def record_activity(self, name: str, activity: Mapping[str, int]) -> None:
         """Record activity by class (docs/reference/feed.md).  Use keeps an idle agent awake.
 
         A state that a person asked for stays: the use may be seconds older, and a later request wakes the agent.
         """
-        agent = self._registry.agents.get(name)
+        agent = self._engine.agents.get(name)
         if agent is None or not (activity.get("use", 0) > 0 or activity.get("stream", 0) > 0):
             return
-        agent.last_used = self._registry.clock.now()
+        agent.last_used = self._engine.clock.now()
         row = agent.row
         if row.desired not in _NEEDS or not (agent.reason or row.failure):
             return
-        if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._registry.is_served(row):
+        if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._engine.is_served(row):
             self.keep_awake(agent)
 
     def keep_awake(self, agent: Agent) -> None:
         """Withdraw the suspension of an agent: it is in use."""
         try:
-            self._registry.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
+            self._engine.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
         except DispatcherError as error:
             _log.error("%s: %s", printable(agent.row.name), error)
-
-    # --- from the manager itself
-
-    def set_idle(self, agent: Agent, desired: Desired, reason: str) -> bool:
-        """Set the desired state of an idle agent, unless it changed meanwhile."""
-        before = agent.row
-
-        def decide(row: AgentRow) -> Change | None:
-            if row is not before or row.operation is not None:
-                return None
-            agent.reason = reason
-            return Change({"desired": desired}, write=Write.REQUIRED)
-
-        return self._registry.change(agent, decide)
 
 
 def _run(*, urgent: bool = False) -> Change:

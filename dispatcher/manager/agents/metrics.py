@@ -21,7 +21,7 @@ from prometheus_client import (
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from dispatcher.manager.agents.change import EventKind
+from dispatcher.manager.agents.transitions import EventKind
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent

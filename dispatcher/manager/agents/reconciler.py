@@ -15,12 +15,11 @@ from collections.abc import Callable
 
 from dispatcher.manager.agents import transitions
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.change import Change, EventKind, Write
+from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.lifecycle import ALIVE, reached
-from dispatcher.manager.agents.operations import Operations
 from dispatcher.manager.agents.readiness import OBSERVE, refuses
-from dispatcher.manager.agents.registry import Registry
-from dispatcher.manager.agents.restarts import backoff, recent
+from dispatcher.manager.agents.runner import Runner
+from dispatcher.manager.agents.transitions import Change, EventKind, Write, backoff, recent
 from dispatcher.manager.backends.backend import Backend, Contact
 from dispatcher.manager.backends.logs import last_lines
 from dispatcher.manager.backends.pool import hung_call
@@ -47,8 +46,8 @@ class Reconciler:
     :ivar host_restarted: this manager is the first one after a boot of the host.
     """
 
-    def __init__(self, registry: Registry, operations: Operations) -> None:
-        self._registry = registry
+    def __init__(self, engine: Engine, operations: Runner) -> None:
+        self._engine = engine
         self.host_restarted = False
         operations.on_unavailable = self.sweep_soon
         operations.on_changed = self.observe
@@ -93,12 +92,12 @@ class Reconciler:
             backend.retry.end()
             self.sweep_soon(backend)
 
-        interval = self._registry.specs.config.manager.reconcile_interval
-        self._registry.timers.after(min(interval, backoff(backend.losses)), run)
+        interval = self._engine.specs.config.manager.reconcile_interval
+        self._engine.timers.after(min(interval, backoff(backend.losses)), run)
 
     def _sweep(self, backend: Backend) -> None:
-        registry = self._registry
-        known = [(agent, agent.epoch) for agent in registry.of_provider(backend.name)]
+        engine = self._engine
+        known = [(agent, agent.epoch) for agent in engine.of_provider(backend.name)]
         try:
             listed = backend.provider.list(deadline=Deadline(LIST_TIME))
         except DispatcherError as error:
@@ -113,17 +112,17 @@ class Reconciler:
             handle, seen = found.get(agent.row.name, (None, _ABSENT))
             row = agent.row
             quiet = not first and row.failure is None and transitions.unchanged(row, seen)
-            if quiet and reached(registry.situation(row)):
+            if quiet and reached(engine.situation(row)):
                 continue
             if agent.operation is None and agent.epoch == epoch:
                 self._apply(agent, epoch, seen, handle=handle, first=first, bulk=True)
         for handle, _ in found.values():
             self._check_unknown(backend, handle)
-        registry.flush()
+        engine.flush()
 
     def _answered(self, backend: Backend) -> None:
-        registry = self._registry
-        backend.last_contact = registry.clock.now()
+        engine = self._engine
+        backend.last_contact = engine.clock.now()
         if backend.reachable:
             return
         again = backend.contact is not Contact.NOT_CALLED
@@ -131,39 +130,39 @@ class Reconciler:
         self._save(backend)
         if again:
             _log.warning("The backend of %s answers again", backend.name)
-        for agent in registry.of_provider(backend.name):
+        for agent in engine.of_provider(backend.name):
 
             def decide(row: AgentRow) -> Change:
                 if not again:
                     return Change(write=Write.LATER)
-                fields = {"retry_at": registry.clock.now()} if row.failure and row.retry_at is not None else {}
+                fields = {"retry_at": engine.clock.now()} if row.failure and row.retry_at is not None else {}
                 events = [(EventKind.REACHABLE, "")] if row.observed in ALIVE else []
                 return Change(fields, events, write=Write.LATER)
 
-            registry.change(agent, decide)
+            engine.change(agent, decide)
 
     def _lost(self, backend: Backend, error: DispatcherError) -> None:
-        registry = self._registry
+        engine = self._engine
         backend.problem = error
         if backend.contact in {Contact.LOST, Contact.NEVER_ANSWERED}:
             return
         _log.error("The backend of %s does not answer: %s", backend.name, error)
         answered = backend.contact is Contact.ANSWERS
         backend.contact = Contact.LOST if answered else Contact.NEVER_ANSWERED
-        backend.since = registry.clock.now()
+        backend.since = engine.clock.now()
         self._save(backend)
-        for agent in registry.of_provider(backend.name):
+        for agent in engine.of_provider(backend.name):
 
             def decide(row: AgentRow) -> Change:
                 events = [(EventKind.UNREACHABLE, str(error))] if row.observed in ALIVE else []
                 return Change({}, events, write=Write.LATER)
 
-            registry.change(agent, decide)
-        registry.flush()
+            engine.change(agent, decide)
+        engine.flush()
 
     def save(self) -> None:
         """Write when each backend last answered."""
-        for backend in self._registry.backends:
+        for backend in self._engine.backends:
             if backend.since is not None:
                 self._save(backend)
 
@@ -175,7 +174,7 @@ class Reconciler:
             contact=backend.last_contact,
         )
         try:
-            self._registry.store.save_backend(row)
+            self._engine.store.save_backend(row)
         except DispatcherError as error:
             _log.error("%s: %s", backend.name, error)
 
@@ -192,7 +191,7 @@ class Reconciler:
             return
         if not agent.observing.begin():
             return
-        backend = self._registry.backends.get(agent.row.provider)
+        backend = self._engine.backends.get(agent.row.provider)
 
         def run() -> None:
             try:
@@ -205,7 +204,7 @@ class Reconciler:
 
     def on_event(self, backend: Backend, backend_name: str) -> None:
         """Handle a provider's event: the agent of that handle name changed; "": any agent may have."""
-        agent = self._registry.by_backend_name.get(backend_name)
+        agent = self._engine.by_backend_name.get(backend_name)
         if agent is not None:
             self.observe(agent)
         elif not backend_name:
@@ -213,7 +212,7 @@ class Reconciler:
 
     def check_endpoint(self, name: str) -> None:
         """The edge could not connect to an agent: observe it.  Unknown agents are ignored."""
-        agent = self._registry.agents.get(name)
+        agent = self._engine.agents.get(name)
         if agent is not None and agent.operation is None and agent.may_check(CHECK_INTERVAL):
             self.observe(agent, connect=True)
 
@@ -255,12 +254,12 @@ class Reconciler:
             return
 
         def decide(row: AgentRow) -> Change | None:
-            if agent.epoch != epoch or not self._registry.is_served(row):
+            if agent.epoch != epoch or not self._engine.is_served(row):
                 return None
             events = [(EventKind.UNREACHABLE, "it runs, but its endpoint refuses connections")]
             return Change({"ready": False}, events, urgent=True)
 
-        self._registry.change(agent, decide)
+        self._engine.change(agent, decide)
 
     def _apply(
         self,
@@ -272,13 +271,13 @@ class Reconciler:
         first: bool = False,
         bulk: bool = False,
     ) -> None:
-        registry, row = self._registry, agent.row
-        policy = registry.specs.policy(row.app)
+        engine, row = self._engine, agent.row
+        policy = engine.specs.policy(row.app)
         log: list[str] = []
         if transitions.died(row, seen):
-            tries = len(recent(row.attempts, registry.clock.now()))
+            tries = len(recent(row.attempts, engine.clock.now()))
             if tries >= policy.max_restarts or (tries and not bulk):  # else it is started again at once
-                log = last_lines(registry.backends.get(row.provider), agent.handle, transitions.LOG_LINES)
+                log = last_lines(engine.backends.get(row.provider), agent.handle, transitions.LOG_LINES)
 
         def decide(row: AgentRow) -> Change | None:
             if agent.epoch != epoch or agent.operation is not None or agent.stuck:
@@ -286,7 +285,7 @@ class Reconciler:
             change = transitions.noticed(
                 row,
                 seen,
-                now=registry.clock.now(),
+                now=engine.clock.now(),
                 policy=policy,
                 log=log,
                 host_restarted=first and self.host_restarted,
@@ -300,23 +299,23 @@ class Reconciler:
                 fields["handle"] = handle.to_json()
             return Change(fields, events, write=Write.LATER if bulk else Write.NOW, urgent=not bulk)
 
-        registry.change(agent, decide)
+        engine.change(agent, decide)
 
     # --- unknown agents
 
     def _check_unknown(self, backend: Backend, handle: Handle) -> None:
         """Remove an agent that has our label and is not in the store; its data stays with the provider."""
-        if names.backend_name(self._registry.installation, handle.agent) != handle.name:
+        if names.backend_name(self._engine.installation, handle.agent) != handle.name:
             _log.warning("%s lists %s, which is not of this installation", backend.name, printable(handle.name))
         elif self._is_unknown(backend, handle):
             backend.pool.submit(lambda: self._destroy_unknown(backend, handle), urgent=False)
 
     def _is_unknown(self, backend: Backend, handle: Handle) -> bool:
-        agent = self._registry.agents.get(handle.agent)
+        agent = self._engine.agents.get(handle.agent)
         return agent is None or (agent.row.provider != backend.name and agent.row.move is None)
 
     def _destroy_unknown(self, backend: Backend, handle: Handle) -> None:
-        with self._registry.name_reserved(handle.agent) as free:
+        with self._engine.name_reserved(handle.agent) as free:
             if not free or not self._is_unknown(backend, handle):
                 return
             _log.warning("%s has the unknown agent %s: removing it", backend.name, printable(handle.name))

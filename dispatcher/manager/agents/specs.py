@@ -1,9 +1,10 @@
-"""The apps and the agents' specs of one configuration; replaced when the configuration is reloaded."""
+"""The apps and the agents' specs of one configuration, and the differences between two configurations."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 from dispatcher.config.app_secrets import read_secrets
 from dispatcher.config.load import Config
@@ -19,7 +20,7 @@ CACHED = 256  # specs: a start needs one several times
 
 
 class Specs:
-    """Apps and specs of one configuration."""
+    """Apps and specs of one configuration; replaced when the configuration is reloaded."""
 
     def __init__(
         self, *, config: Config, plugins: Plugins, data: AgentData, installation: str, proxy_gid: int
@@ -74,20 +75,22 @@ class Specs:
             app = self._apps[name] = self.config.template(name, self._plugins)
         return app
 
-    def spec(self, row: AgentRow, stdin: bytes | None = None) -> AgentSpec:
+    def spec(self, row: AgentRow) -> AgentSpec:
         """Return the spec of an agent.
 
         :raises DispatcherError: as `app`.
         """
-        spec = self._spec(row.name, row.user, row.app, *self._data.ids(row.uid))
-        return spec if stdin is None else dataclasses.replace(spec, stdin=stdin)
+        return self._spec(row.name, row.user, row.app, *self._data.ids(row.uid))
 
     def spec_to_start(self, row: AgentRow, stdin: bytes | None) -> AgentSpec:
         """Return the spec of an agent, with the present values of its secrets.
 
+        :param stdin: credentials of the sign-in, for an app that takes them.
         :raises DispatcherError: as `app`; :raises ConfigError: a secret cannot be read.
         """
-        spec = self.spec(row, stdin)
+        spec = self.spec(row)
+        if stdin is not None and spec.app.credentials == "stdin":
+            spec = dataclasses.replace(spec, stdin=stdin)
         sources = self.config.app(row.app).secrets
         return dataclasses.replace(spec, secrets=read_secrets(row.app, sources)) if sources else spec
 
@@ -125,3 +128,28 @@ class Specs:
             known = ", ".join(sorted(self.config.apps)) or "none"
             raise BadRequest(f"There is no app {printable(app)}", why=f"configured are: {known}")
         self.app(app)
+
+
+def app_changes(old: Config, new: Config) -> Iterator[str]:
+    """Describe the differences between the apps in sentences."""
+    for name in sorted(old.apps.keys() | new.apps.keys()):
+        before, after = old.apps.get(name), new.apps.get(name)
+        if before is None:
+            yield f"The app {name} is new."
+        elif after is None:
+            yield f"The app {name} was removed: its agents can be stopped, not started."
+        elif before.provider != after.provider:
+            yield (
+                f"The app {name} has the provider {after.provider} instead of {before.provider}: "
+                "its agents move at their next start."
+            )
+        elif before != after:
+            one, two = before.model_dump(), after.model_dump()
+            keys = ", ".join(sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key)))
+            yield f"The app {name} has changed: {keys}."
+
+
+def provider_changes(old: Config, new: Config) -> list[str]:
+    """Return the providers whose own options differ."""
+    names = old.providers.keys() | new.providers.keys()
+    return sorted(name for name in names if old.providers.get(name, {}) != new.providers.get(name, {}))

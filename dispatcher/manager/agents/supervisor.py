@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import secrets
 import threading
@@ -10,30 +11,28 @@ from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
-from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.copies import Copies
-from dispatcher.manager.agents.creation import Creation
+from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.host_uids import HostUids
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
 from dispatcher.manager.agents.lifecycle import DEAD
 from dispatcher.manager.agents.migration import Migrator
 from dispatcher.manager.agents.observers import ObserverQueue
-from dispatcher.manager.agents.operations import Operations
 from dispatcher.manager.agents.queries import Queries
 from dispatcher.manager.agents.reconciler import Reconciler
-from dispatcher.manager.agents.registry import Registry
-from dispatcher.manager.agents.reload import app_changes, provider_changes, renew
-from dispatcher.manager.agents.specs import Specs
+from dispatcher.manager.agents.runner import Runner
+from dispatcher.manager.agents.specs import Specs, app_changes, provider_changes
 from dispatcher.manager.agents.timers import Timers
-from dispatcher.manager.backends.backend import Backend, Contact
-from dispatcher.manager.backends.backends import Backends
+from dispatcher.manager.agents.transitions import NO_OPERATION
+from dispatcher.manager.backends.backend import Backend, Backends, Contact
 from dispatcher.manager.backends.logs import LogCollector
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow
+from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock, boot_id
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.names import printable
@@ -77,7 +76,7 @@ class Supervisor:
         self.backends = Backends(
             config=config, plugins=plugins, paths=paths, accounts=accounts, installation=self.installation
         )
-        self.registry = Registry(
+        self.engine = Engine(
             store=self.store,
             clock=clock,
             specs=self._specs(config),
@@ -86,15 +85,14 @@ class Supervisor:
             timers=self._timers,
             installation=self.installation,
         )
-        migrator = Migrator(self.registry, self.data)
-        self.copies = Copies(self.registry, self.data)
-        operations = Operations(self.registry, self.data, migrator, self.copies, accounts)
-        self.registry.submit = operations.submit
-        self.reconciler = Reconciler(self.registry, operations)
+        self.copies = Copies(self.engine, self.data)
+        runner = Runner(self.engine, self.data, Migrator(self.engine, self.data), self.copies, accounts)
+        self.engine.submit = runner.submit
+        self.reconciler = Reconciler(self.engine, runner)
         uids = HostUids(accounts, self.store, self.installation)
-        self.commands = Commands(self.registry, Creation(self.registry, self.data, uids))
-        self.queries = Queries(self.registry, self._log_collector, self.data.sockets)
-        self.idle_monitor = IdleMonitor(self.registry, self.commands)
+        self.commands = Commands(self.engine, self.data, uids)
+        self.queries = Queries(self.engine, self._log_collector, self.data.sockets)
+        self.idle_monitor = IdleMonitor(self.engine)
         self._closed = threading.Event()
 
     def _specs(self, config: Config) -> Specs:
@@ -108,7 +106,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Recover the stored agents, adopt those that run, begin to reconcile.  Returns once in control."""
-        boot = boot_id()
+        config, boot = self.engine.specs.config, boot_id()
         host_restarted = self._database.meta("boot", boot) != boot
         if host_restarted:
             self._database.set_meta("boot", boot)
@@ -126,32 +124,36 @@ class Supervisor:
         self._sweep_all()
         for backend in self.backends:
             self._watch(backend)
-        self._timers.every(1.0, self._check_overdue)
-        self._slow_timers.every(1.0, self.registry.flush)
-        self._slow_timers.every(check_interval(self._policies()), self.idle_monitor.check)
-        self._slow_timers.every(LAST_USED, self.registry.write_last_used)
+        self._timers.every(1.0, self.backends.check_overdue)
+        self._slow_timers.every(1.0, self.engine.flush)
+        self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)
+        self._slow_timers.every(LAST_USED, self.engine.write_last_used)
         self._slow_timers.every(TRIM, self.store.trim_events)
         self._slow_timers.after(1.0, self._empty_trash)
         self._timers.after(self._interval, self.reconcile)
 
     def _wanted_providers(self) -> set[str]:
         """Those of the configuration, and those that still have agents, kept data or old copies."""
-        config = self.registry.specs.config
+        config = self.engine.specs.config
         return {app.provider for app in config.apps.values()} | set(config.providers) | self.store.providers()
 
     def _recover(self, row: AgentRow, *, host_restarted: bool) -> None:
-        """Take over an agent from an earlier manager; an interrupted operation begins again if still needed."""
-        registry = self.registry
+        """Take over an agent from an earlier manager: no operation is in flight; a boot forgets past attempts."""
+        engine, stored = self.engine, row
         if row.operation is not None:
             _log.warning(
                 "%s: the manager ended at the step %r of a %s", printable(row.name), row.step, row.operation.value
             )
-        recovered = registry.recovered(row, host_restarted=host_restarted)
-        agent = registry.add(recovered)
-        if row.operation is not None:
-            registry.buffer.add(recovered)
-        if row.retry_at is not None:
-            self._timers.after(row.retry_at - registry.clock.now(), lambda: registry.reevaluate(agent))
+            row = dataclasses.replace(row, version=row.version + 1, **NO_OPERATION)
+        if host_restarted:
+            row = dataclasses.replace(row, attempts=(), version=row.version + 1)
+            if row.failure is not None and row.desired is Desired.RUNNING:
+                row = dataclasses.replace(row, retry_at=engine.clock.now())
+        agent = engine.add(row)
+        if stored.operation is not None:
+            engine.buffer.add(row)
+        if stored.retry_at is not None:
+            self._timers.after(stored.retry_at - engine.clock.now(), lambda: engine.reevaluate(agent))
 
     def _sweep_all(self) -> None:
         """Sweep all backends at the same time; continue without those that are slow."""
@@ -175,10 +177,6 @@ class Supervisor:
         if backend.usable:
             backend.pool.submit(run, urgent=False)
 
-    def _check_overdue(self) -> None:
-        for backend in self.backends:
-            backend.check_overdue()
-
     def reconcile(self) -> None:
         """Sweep all backends, now and then regularly."""
         for backend in self.backends:
@@ -191,11 +189,7 @@ class Supervisor:
 
     @property
     def _interval(self) -> float:
-        return max(0.1, self.registry.specs.config.manager.reconcile_interval)
-
-    def _policies(self) -> list[AppDefaults]:
-        config = self.registry.specs.config
-        return [config.defaults, *config.apps.values()]
+        return max(0.1, self.engine.specs.config.manager.reconcile_interval)
 
     def close(self) -> None:
         """Stop all threads.  Agents continue to run."""
@@ -203,13 +197,13 @@ class Supervisor:
         self._timers.close()
         self._slow_timers.close()
         self._log_collector.close()
-        self.registry.flush()
+        self.engine.flush()
         for backend in self.backends:
             backend.close(CLOSE)
-        self.registry.write_last_used()
+        self.engine.write_last_used()
         self.reconciler.save()
         self._observers.close()
-        agents = self.registry.agents.values()
+        agents = self.engine.agents.values()
         if all(agent.row.observed in DEAD and agent.operation is None for agent in agents):
             self.data.sockets.close()
 
@@ -221,7 +215,7 @@ class Supervisor:
         config.validate_providers(self._plugins)
         for name in config.plugins:
             self._plugins.load(name)
-        old = self.registry.specs.config
+        old = self.engine.specs.config
         changed = list(app_changes(old, config))
         self.backends.config = config
         for name in provider_changes(old, config):
@@ -229,7 +223,7 @@ class Supervisor:
             self._timers.after(OLD_PROVIDER, replaced)
             self._watch(self.backends.get(name))
             changed.append(f"The provider {name} has new options.")
-        outdated = renew(self.registry, self._specs(config))
+        outdated = self.engine.use_specs(self._specs(config))
         for name in self._wanted_providers():
             backend = self.backends.get(name)
             if backend.contact is Contact.NOT_CALLED:

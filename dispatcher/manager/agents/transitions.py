@@ -1,15 +1,19 @@
-"""How an observation, a failure or a death changes an agent's row.  Pure."""
+"""How an observation, a failure or a death changes an agent's row.  Pure.
+
+An agent that was ready and ended is started again at once; the next time within ten minutes after 1, 2, 4, ...
+seconds; after `max_restarts` it is failed.  The row's `retry_at` says when; the engine sets a timer for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from dispatcher.config.schema import AppDefaults
-from dispatcher.manager.agents.change import Change, EventKind
 from dispatcher.manager.agents.lifecycle import ALIVE, DEAD
-from dispatcher.manager.agents.restarts import after_death, after_failure, backoff, recent
 from dispatcher.manager.storage.rows import AgentRow, Failure
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.errors import (
@@ -26,6 +30,8 @@ SAME_START = 2.0  # seconds by which two reports of one start may differ
 UNAVAILABLE_RETRY = 5.0  # seconds before an operation is retried whose backend did not answer
 MAX_RETRY = 300.0  # seconds between attempts to stop or remove
 LOG_LINES = 20
+RESTART_WINDOW = 600.0  # seconds in which automatic starts are counted
+MAX_BACKOFF = 60.0  # seconds
 
 _FAILED = {
     Kind.START: "could not be started",
@@ -50,6 +56,51 @@ ENDED: dict[str, Any] = {
     "spec_hash": "",
     "exit_reason": "",
 }
+
+
+class EventKind(str, enum.Enum):
+    """The kinds of `AgentEvent` (docs/reference/hooks.md)."""
+
+    CREATED = "created"
+    STARTING = "starting"
+    READY = "ready"
+    RESUMED = "resumed"
+    SUSPENDED = "suspended"
+    HIBERNATED = "hibernated"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    DIED = "died"
+    FAILED = "failed"
+    ADOPTED = "adopted"
+    REACHABLE = "reachable"
+    UNREACHABLE = "unreachable"
+    RESET = "reset"
+    MOVED = "moved"
+    OUTDATED = "outdated"
+    REMOVED = "removed"
+
+
+class Write(enum.Enum):
+    """When a change is written to the database."""
+
+    NOW = enum.auto()  # at once; if that fails, later: the change happens anyway
+    REQUIRED = enum.auto()  # at once; if that fails, nothing happens and the error is raised
+    LATER = enum.auto()  # with others in one transaction, unless an operation begins
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """New values of an agent's row, with the events that report them.
+
+    :ivar insist: begin an operation although the backend was unreachable when last called.
+    :ivar urgent: a person waits for the operation that follows.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    events: Sequence[tuple[EventKind, str]] = ()
+    write: Write = Write.NOW
+    insist: bool = False
+    urgent: bool = False
 
 
 def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
@@ -196,3 +247,30 @@ def failed(
             retry_at = None
     fields |= {"failure": failure, "attempts": attempts, "retry_at": retry_at}
     return Change(fields, [(EventKind.FAILED, f"It {_FAILED[kind]}: {error}")])
+
+
+def recent(attempts: tuple[float, ...], now: float) -> tuple[float, ...]:
+    """Return the attempts within the last ten minutes."""
+    return tuple(time for time in attempts if now - time < RESTART_WINDOW)
+
+
+def after_death(attempts: tuple[float, ...], now: float, limit: int) -> tuple[tuple[float, ...], float | None]:
+    """Return the counted attempts and when to start an agent again that was ready and ended by itself.
+
+    :return: the time is None when all `limit` restarts within the window are used up.
+    """
+    counted = recent(attempts, now)
+    if len(counted) >= limit:
+        return counted, None
+    return (*counted, now), now + (backoff(len(counted)) if counted else 0.0)
+
+
+def after_failure(attempts: tuple[float, ...], now: float, limit: int) -> tuple[tuple[float, ...], float | None]:
+    """Return the attempts, this one included, and when to retry an operation that failed; None: give up."""
+    counted = (*recent(attempts, now), now)
+    return counted, None if len(counted) > limit else now + backoff(len(counted))
+
+
+def backoff(failures: int) -> float:
+    """Return the delay in seconds after so many failures: 1, 2, 4, ... up to a minute."""
+    return min(MAX_BACKOFF, 2.0 ** max(0, min(failures, 30) - 1))

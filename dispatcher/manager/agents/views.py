@@ -1,4 +1,4 @@
-"""Public snapshots of an agent, built from the stored row and the operation in flight.  Pure.
+"""Public snapshots of an agent, built from the stored row and the operation in flight.
 
 `AgentView.to_json` is AGENT of the REST interface, `to_feed` AGENT of the feed.
 """
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from dispatcher.manager.agents.agent import Operation
 from dispatcher.manager.agents.lifecycle import FeedState, Situation, State, feed_state, public_state
+from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.storage.rows import AgentRow, Failure, Move
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
@@ -104,29 +106,23 @@ class AgentView:
 def view_of(
     row: AgentRow,
     situation: Situation,
+    operation: Operation | None,
+    backend: Backend,
     *,
-    stage: tuple[str, str, float | None],
     outdated: bool,
     last_used: float | None,
-    contact: float | None,
-    problem: str,
     now: float,
 ) -> AgentView:
-    """Return an agent's view.
-
-    :param stage: of the operation in flight; :param contact: when the backend last answered; :param problem: why
-        it does not answer.
-    """
+    """Return an agent's view."""
     state = public_state(situation)
-    in_operation = row.operation is not None
-    text, detail, fraction = stage
+    detail = operation.detail if operation else ""
     if state is State.FAILED and row.retry_at is not None:
         detail = f"the next try is in {max(0, round(row.retry_at - now))} s"
     elif state is State.UNKNOWN:
-        detail = problem
+        detail = str(backend.problem)
     observed_at = row.observed_at
-    if contact is not None and situation.reachable and not in_operation:
-        observed_at = max(contact, observed_at or 0.0)
+    if backend.last_contact is not None and situation.reachable and row.operation is None:
+        observed_at = max(backend.last_contact, observed_at or 0.0)
     fed = feed_state(situation)
     return AgentView(
         name=row.name,
@@ -137,11 +133,11 @@ def view_of(
         desired=row.desired,
         feed_state=fed,
         label=names.key(row.name),
-        stage=text,
+        stage=operation.stage if operation else "",
         detail=detail,
-        fraction=fraction,
+        fraction=operation.fraction if operation else None,
         since=row.since,
-        failure=None if in_operation else row.failure,
+        failure=None if row.operation else row.failure,
         outdated=outdated,
         last_used=last_used,
         created=row.created,

@@ -1,4 +1,4 @@
-"""One provider: its instance, its threads, and whether its backend answers.
+"""The backends: each has a provider's instance, its threads, and whether it answers.
 
 A provider that cannot be loaded is an unusable backend, with the reason; its agents stay known.
 """
@@ -8,18 +8,24 @@ from __future__ import annotations
 import enum
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
+from dispatcher.config.host_users import HostAccounts
+from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.backends.contained import ContainedProvider
-from dispatcher.manager.backends.pool import Pool, hung_call
+from dispatcher.manager.backends.contained import ContainedProvider, contained
+from dispatcher.manager.backends.pool import Pool, SingleFlight, hung_call
 from dispatcher.manager.backends.preparation import Preparations
-from dispatcher.manager.backends.single_flight import SingleFlight
+from dispatcher.manager.files.agent_dirs import provider_dirs
+from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
-from dispatcher.plugin.model import App, Capability
+from dispatcher.plugin.model import App, Capability, Handle, Usage
 from dispatcher.plugin.provider import Closeable, Progress, ProviderContext
+
+USAGE_TIME = 5.0  # seconds; a backend that has not answered by then is left out
 
 _T = TypeVar("_T")
 _log = logging.getLogger("dispatcher.manager")
@@ -46,7 +52,7 @@ class Backend:
     def __init__(self, name: str, threads: int) -> None:
         self.name = name
         self.pool = Pool(f"dispatcher-{name}", threads)
-        self._preparations = Preparations(name)
+        self.preparations = Preparations(name)
         self._provider: ContainedProvider | None = None
         self._watch: Closeable | None = None
         self.capabilities: frozenset[Capability] = frozenset()
@@ -83,22 +89,16 @@ class Backend:
         """Make the provider's instance, or note why that is impossible; return what closes an earlier one."""
         before, watched = self._provider, self._watch
         try:
-            cls = plugins.provider(self.name)
-            options = config.provider_options(self.name, plugins)
-            provider = ContainedProvider(cls(context=context, options=options))
+            with contained(self.name, "__init__"):
+                options = config.provider_options(self.name, plugins)
+                provider = ContainedProvider(plugins.provider(self.name)(context=context, options=options))
         except DispatcherError as error:
             self.problem = error
-        except Exception as error:
-            _log.exception("The provider %s cannot be created", self.name)
-            self.problem = PluginError(
-                f"The provider {self.name} cannot be created", why=f"{type(error).__name__}: {error}"
-            )
         else:
             self._provider, self._watch = provider, None
             self.capabilities = provider.capabilities
             self.origin = plugins.available().get(self.name, "this program")
-            if watched:
-                _close(watched)
+            self._end_watch(watched)
             if before:
                 return before.close
         return lambda: None
@@ -113,7 +113,7 @@ class Backend:
 
         :raises Cancelled: `progress` did; :raises DispatcherError: as the provider.
         """
-        self._preparations.run(self.provider, app, seconds=seconds, progress=progress, caller=self.pool)
+        self.preparations.run(self.provider, app, seconds=seconds, progress=progress, caller=self.pool)
 
     def call(self, work: Callable[[], _T], seconds: float) -> _T:
         """Return the result of `work`, run in a thread of the pool: for callers that must not hang.
@@ -141,29 +141,99 @@ class Backend:
             raise hung_call(self.name, "answer")
         return results[0]
 
-    def check_overdue(self) -> None:
-        """Give up calls that hang; called regularly."""
-        self.pool.check_overdue()
-        self._preparations.pool.check_overdue()
-
     def close(self, seconds: float) -> None:
         """Begin no more jobs, wait a little for those in progress, release the provider."""
         self.pool.close()
-        self._preparations.pool.close()
+        self.preparations.pool.close()
         self.pool.join(seconds)
         closing = threading.Thread(target=self._release, name=f"dispatcher-{self.name}-close", daemon=True)
         closing.start()
         closing.join(seconds)
 
     def _release(self) -> None:
-        if self._watch:
-            _close(self._watch)
+        self._end_watch(self._watch)
         if self._provider:
             self._provider.close()
 
+    def _end_watch(self, watch: Closeable | None) -> None:
+        with suppress(DispatcherError), contained(self.name, "watch"):
+            if watch:
+                watch.close()
 
-def _close(closeable: Closeable) -> None:
-    try:
-        closeable.close()
-    except Exception:
-        _log.exception("A provider's watch cannot be closed")
+
+class Backends:
+    """The backends, made from the configuration and the plugins."""
+
+    def __init__(
+        self, *, config: Config, plugins: Plugins, paths: Paths, accounts: HostAccounts, installation: str
+    ) -> None:
+        self._plugins = plugins
+        self._paths = paths
+        self._accounts = accounts
+        self._installation = installation
+        self.config = config
+        self._known: dict[str, Backend] = {}
+        self._lock = threading.Lock()
+
+    def __iter__(self) -> Iterator[Backend]:
+        return iter(list(self._known.values()))
+
+    def get(self, name: str) -> Backend:
+        """Return a backend; it may be unusable."""
+        backend = self._known.get(name)
+        if backend is None:
+            with self._lock:
+                backend = self._known.get(name)
+                if backend is None:
+                    backend = Backend(name, self.config.manager.provider_threads)
+                    self._load(backend)
+                    self._known[name] = backend
+        return backend
+
+    def check_overdue(self) -> None:
+        """Give up calls that hang; called regularly."""
+        for backend in self:
+            backend.pool.check_overdue()
+            backend.preparations.pool.check_overdue()
+
+    def reload(self, name: str) -> Callable[[], None]:
+        """Make a provider's instance again, with the present configuration; return what closes the old one."""
+        return self._load(self.get(name))
+
+    def _load(self, backend: Backend) -> Callable[[], None]:
+        state_dir, run_dir = provider_dirs(self._paths, backend.name)
+        return backend.load(
+            self.config,
+            self._plugins,
+            ProviderContext(
+                installation=self._installation,
+                state_dir=state_dir,
+                run_dir=run_dir,
+                proxy_gid=self._accounts.proxy_gid,
+                privileged=self._accounts.agent_uids is not None,
+                log=logging.getLogger(f"dispatcher.plugin.provider.{backend.name}"),
+            ),
+        )
+
+
+def collect_usage(wanted: Mapping[Backend, Sequence[Handle]]) -> dict[str, Usage]:
+    """Return the usage of agents, by agent name, as far as the backends answer."""
+    asked = {backend: handles for backend, handles in wanted.items() if Capability.USAGE in backend.capabilities}
+    found: dict[str, Usage] = {}
+    answered = threading.Semaphore(0)
+
+    def query(backend: Backend, handles: Sequence[Handle]) -> None:
+        try:
+            usage = backend.provider.usage(handles, deadline=Deadline(USAGE_TIME))
+            found.update({handle.agent: usage[handle.name] for handle in handles if handle.name in usage})
+        except DispatcherError as error:
+            _log.warning("The usage of the agents of %s is unknown: %s", backend.name, error)
+        finally:
+            answered.release()
+
+    for backend, handles in asked.items():
+        backend.pool.submit(lambda backend=backend, handles=handles: query(backend, handles))  # type: ignore[misc]
+    deadline = Deadline(USAGE_TIME)
+    for _ in asked:
+        answered.acquire(timeout=deadline.remaining())
+    return dict(found)

@@ -6,11 +6,12 @@ and affects only the agent that the call was for.
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.deadline import Deadline
@@ -20,22 +21,60 @@ from dispatcher.plugin.model import (
     App,
     BackendState,
     Capability,
-    Depth,
     Endpoint,
     Finding,
     Handle,
-    Isolation,
     Observation,
     Usage,
 )
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.provider import Closeable, Progress, Provider
+from dispatcher.plugin.provider import Progress, Provider
 
 MAX_LISTED = 1_000_000
 MAX_LINE = 65536  # bytes of one log line
+USUAL_TIME = 30.0  # seconds for a call that has no deadline of its own
+_REPORT = "report this fault to the author of the plugin"
 
+_P = ParamSpec("_P")
 _T = TypeVar("_T")
 _log = logging.getLogger("dispatcher.manager")
+
+
+@contextmanager
+def contained(provider: str, method: str, log: logging.Logger | None = _log) -> Iterator[None]:
+    """Translate whatever the block's call of a plugin raises, SystemExit too; only Ctrl-C passes.
+
+    :param log: gets the traceback.
+    :raises DispatcherError: as the plugin, or `ProviderError` in place of any other exception.
+    """
+    try:
+        yield
+    except (DispatcherError, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            raise
+        if log:
+            log.exception("The provider %s failed in %s", provider, method)
+        raise ProviderError(
+            f"The provider {provider} failed in {method}",
+            why=f"{type(error).__name__}: {printable(str(error), 300)}",
+            fix=f"{_REPORT}; the log has the details" if log else _REPORT,
+        ) from error
+
+
+def _forward(method: Callable[Concatenate[Provider, _P], _T]) -> Callable[Concatenate[ContainedProvider, _P], _T]:
+    """Return the contained form of a method of `Provider` whose result needs no check."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call(self: ContainedProvider, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        deadline = kwargs.get("deadline")
+        with self._call(name, deadline if isinstance(deadline, Deadline) else Deadline(USUAL_TIME)):
+            result: _T = getattr(self.wrapped, name)(*args, **kwargs)
+            return result
+
+    return call
 
 
 class ContainedProvider:
@@ -44,35 +83,29 @@ class ContainedProvider:
     def __init__(self, wrapped: Provider) -> None:
         self.wrapped = wrapped
         self.name = wrapped.name
+        self.isolation = wrapped.isolation
 
-    @property
-    def isolation(self) -> Isolation:
-        """`Provider.isolation`"""
-        return self.wrapped.isolation
+    check = _forward(Provider.check)
+    prepare = _forward(Provider.prepare)
+    stop = _forward(Provider.stop)
+    destroy = _forward(Provider.destroy)
+    suspend = _forward(Provider.suspend)
+    resume = _forward(Provider.resume)
+    export_data = _forward(Provider.export_data)
+    import_data = _forward(Provider.import_data)
+    watch = _forward(Provider.watch)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
         """The declared capabilities; none after an exception."""
-        try:
+        with suppress(DispatcherError), contained(self.name, "capabilities"):
             return frozenset(Capability(item) for item in self.wrapped.capabilities)
-        except Exception:
-            _log.exception("The provider %s failed in capabilities", self.name)
-            return frozenset()
-
-    def check(self, *, deadline: Deadline) -> None:
-        """`Provider.check`"""
-        with self._call("check", deadline):
-            self.wrapped.check(deadline=deadline)
+        return frozenset()
 
     def explain(self, app: App | None) -> list[Finding]:
         """`Provider.explain`"""
-        with self._call("explain", Deadline(30)):
+        with self._call("explain", Deadline(USUAL_TIME)):
             return [self._checked("explain", item, Finding) for item in self.wrapped.explain(app)]
-
-    def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.prepare`"""
-        with self._call("prepare", deadline):
-            self.wrapped.prepare(app, deadline=deadline, progress=progress)
 
     def handle(self, spec: AgentSpec) -> Handle:
         """`Provider.handle`"""
@@ -88,36 +121,6 @@ class ContainedProvider:
         """`Provider.observe`"""
         with self._call("observe", deadline):
             return self._observation("observe", self.wrapped.observe(handle, deadline=deadline))
-
-    def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.stop`"""
-        with self._call("stop", deadline):
-            self.wrapped.stop(handle, grace=grace, deadline=deadline, progress=progress)
-
-    def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.destroy`"""
-        with self._call("destroy", deadline):
-            self.wrapped.destroy(handle, data=data, deadline=deadline, progress=progress)
-
-    def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.suspend`"""
-        with self._call("suspend", deadline):
-            self.wrapped.suspend(handle, depth=depth, deadline=deadline, progress=progress)
-
-    def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.resume`"""
-        with self._call("resume", deadline):
-            self.wrapped.resume(handle, deadline=deadline, progress=progress)
-
-    def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.export_data`"""
-        with self._call("export_data", deadline):
-            self.wrapped.export_data(handle, directory, deadline=deadline, progress=progress)
-
-    def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        """`Provider.import_data`"""
-        with self._call("import_data", deadline):
-            self.wrapped.import_data(handle, directory, deadline=deadline, progress=progress)
 
     def list(self, *, deadline: Deadline) -> list[tuple[Handle, Observation]]:
         """`Provider.list`, collected."""
@@ -143,41 +146,23 @@ class ContainedProvider:
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> dict[str, Usage]:
         """`Provider.usage`"""
         with self._call("usage", deadline):
-            found = self.wrapped.usage(handles, deadline=deadline)
-            if not isinstance(found, Mapping):
-                raise self._invalid("usage", found)
+            found = self._checked("usage", dict(self.wrapped.usage(handles, deadline=deadline)), dict)
             return {str(name): self._checked("usage", usage, Usage) for name, usage in found.items()}
-
-    def watch(self, on_change: Callable[[str], None]) -> Closeable:
-        """`Provider.watch`"""
-        with self._call("watch", Deadline(30)):
-            return self.wrapped.watch(on_change)
 
     def close(self) -> None:
         """`Provider.close`; exceptions are logged."""
-        try:
+        with suppress(DispatcherError), contained(self.name, "close"):
             self.wrapped.close()
-        except Exception:
-            _log.exception("The provider %s cannot be closed", self.name)
 
     @contextmanager
     def _call(self, method: str, deadline: Deadline) -> Iterator[None]:
         job = current_job()
-        try:
+        with contained(self.name, method):
             if job is None:
                 yield
             else:
                 with job.calling(f"{self.name}.{method}", deadline):
                     yield
-        except (DispatcherError, GeneratorExit):
-            raise
-        except BaseException as error:  # also SystemExit and KeyboardInterrupt that a plugin raises
-            _log.exception("The provider %s failed in %s", self.name, method)
-            raise ProviderError(
-                f"The provider {self.name} failed in {method}",
-                why=f"{type(error).__name__}: {printable(str(error), 300)}",
-                fix="report this fault to the author of the plugin; the manager's log has the details",
-            ) from error
 
     def _own(self, spec: AgentSpec, value: object, method: str) -> Handle:
         handle = self._checked(method, value, Handle)
@@ -208,5 +193,5 @@ class ContainedProvider:
         return ProviderError(
             f"The provider {self.name} returned an invalid value from {method}",
             why=f"it returned {printable(value, 200)}",
-            fix="report this fault to the author of the plugin",
+            fix=_REPORT,
         )

@@ -8,6 +8,7 @@ into a bounded buffer (`LogStream`), until it is requested no more.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import threading
 import time
@@ -15,13 +16,13 @@ from collections import deque
 from collections.abc import Callable
 
 from dispatcher.manager.backends.backend import Backend
-from dispatcher.manager.backends.log_joiner import LogJoiner
-from dispatcher.manager.backends.log_stream import LogStream
-from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import BadRequest, DispatcherError
 from dispatcher.plugin.model import Capability, Handle
 from dispatcher.plugin.names import printable
 
+LINGER = 30.0  # seconds without a request after which a stream is no longer read
+MAX_BYTES = 4 << 20  # of buffered lines of one stream
 TIMEOUT = 10.0  # seconds for the last lines
 RESUME = 0.5  # seconds after which a stream that ended is read again
 OVERLAP = 64  # lines by which a resumed stream overlaps the known ones
@@ -29,8 +30,10 @@ MAX_SEARCH = 2000  # lines searched for the place of a cursor
 FINAL_OUTPUT = 0.4  # seconds that the last output of an app may take to arrive
 MAX_LINE = 2000  # characters of a line in a failure
 MARK = 8  # lines that mark a place
+_LINE_OVERHEAD = 64  # bytes that a line costs beside its text
 NO_LINES = "0:0:0:"  # the cursor before the first line
 
+_number = itertools.count(1)
 _log = logging.getLogger("dispatcher.manager")
 
 
@@ -158,3 +161,73 @@ def _read_last(backend: Backend, handle: Handle, count: int) -> list[str]:
     except DispatcherError as error:
         _log.debug("%s: no log: %s", printable(handle.agent), error)
     return lines
+
+
+class LogStream:
+    """Numbered lines, read from a provider's log.
+
+    :ivar deadline: of the stream; moves on with every request; :ivar ended: it is no longer read.
+    """
+
+    def __init__(self, lines: list[str], max_bytes: int = MAX_BYTES) -> None:
+        self.id = str(next(_number))
+        self.deadline = Deadline(LINGER)
+        self.ended = False
+        self._max_bytes = max_bytes
+        self._lines: deque[str] = deque()
+        self._first = 0  # number of the oldest buffered line
+        self._size = 0
+        self._lock = threading.Lock()
+        for line in lines:
+            self.add(line)
+
+    def add(self, line: str) -> None:
+        """Append a line; the oldest lines go when there are too many."""
+        with self._lock:
+            self._lines.append(line)
+            self._size += len(line) + _LINE_OVERHEAD
+            while self._size > self._max_bytes:
+                self._size -= len(self._lines.popleft()) + _LINE_OVERHEAD
+                self._first += 1
+
+    def extend(self) -> None:
+        """Keep the stream for a while: it was requested just now."""
+        self.deadline.at = boottime() + LINGER
+
+    def since(self, number: int) -> tuple[list[str], int]:
+        """Return the lines from a number on, and the number of the next one to come."""
+        with self._lock:
+            skipped = max(0, number - self._first)
+            return list(itertools.islice(self._lines, skipped, None)), self._first + len(self._lines)
+
+    def last(self, count: int) -> list[str]:
+        """Return the last lines."""
+        with self._lock:
+            return list(itertools.islice(self._lines, max(0, len(self._lines) - count), None))
+
+
+class LogJoiner:
+    """Joins a stream that begins with some of the last lines to the known ones, without loss or duplicates.
+
+    :param known: the newest last; the stream may begin anywhere in it.
+    """
+
+    def __init__(self, known: list[str]) -> None:
+        self._known = known
+        self._places = list(range(len(known) + 1))  # where in `known` the next line may be
+        self._held: list[str] = []
+        self._joined = not known
+
+    def new(self, line: str) -> list[str]:
+        """Take a line of the stream; return the lines that turn out to be new."""
+        if self._joined:
+            return [line]
+        known = self._known
+        following = [place + 1 for place in self._places if place < len(known) and known[place] == line]
+        if following and len(self._held) < len(known):
+            self._places = following
+            self._held.append(line)
+            return []
+        self._joined = True
+        # Either all held lines are the end of what is known, or the stream began after it.
+        return [line] if len(known) in self._places else [*self._held, line]

@@ -64,7 +64,7 @@ class Feed:
         """Subscribe and listen; returns once the socket is served."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
-        self._supervisor.registry.subscribe(self.agent_changed)
+        self._supervisor.engine.subscribe(self.agent_changed)
         self._sessions.subscribe(self.sessions_changed)
         for view in self._supervisor.queries.views():
             self._agents_of.setdefault(view.user, {})[view.name] = None

@@ -111,7 +111,7 @@ def test_killed_in_a_removal(world, step, keep):
     old.commands.remove("alice", keep_data=keep)
     crash.happen()
     new = world.supervisor()
-    until(lambda: "alice" not in new.registry.agents)
+    until(lambda: "alice" not in new.engine.agents)
     assert world.backend.containers == {}
     assert data.exists() == keep
     assert new.store.users() == []

@@ -8,10 +8,12 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
-from dispatcher.manager.agents import operations
+from dispatcher.manager.agents import runner
 from dispatcher.manager.backends import pool
 from dispatcher.manager.agents import readiness
 from dispatcher.manager.agents import reconciler
+from dispatcher.manager.agents import task
+from dispatcher.manager.agents.task import Task
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState, Handle, Observation
@@ -22,11 +24,11 @@ from tests.support.manager_world import end, gone, reach, running, until
 def hasty(monkeypatch):
     """Calls that hang are noticed soon."""
     monkeypatch.setattr(pool, "SLACK", 0.1)
-    monkeypatch.setattr(operations, "STOP_SLACK", 0.3)
-    monkeypatch.setattr(operations, "SUSPEND_TIME", 0.3)
-    monkeypatch.setattr(operations, "DESTROY_TIME", 0.3)
+    monkeypatch.setattr(task, "STOP_SLACK", 0.3)
+    monkeypatch.setattr(runner, "SUSPEND_TIME", 0.3)
+    monkeypatch.setattr(runner, "DESTROY_TIME", 0.3)
     monkeypatch.setattr(reconciler, "LIST_TIME", 0.3)
-    for module in (readiness, operations, reconciler):
+    for module in (readiness, runner, reconciler):
         monkeypatch.setattr(module, "OBSERVE", 0.3)
 
 
@@ -251,10 +253,10 @@ def test_a_provider_that_cancels_by_itself_is_told_to_be_wrong(world):
 def test_progress_with_nonsense_harms_nothing(world):
     supervisor = world.supervisor()
     supervisor.commands.create("alice", app=None, password_hash="h")
-    agent = supervisor.registry.find("alice")
+    agent = supervisor.engine.find("alice")
     world.backend.inject("ensure", delay=0.5)
     supervisor.commands.set_desired("alice", Desired.RUNNING)
-    tell = supervisor.registry.progress(agent, until(lambda: agent.operation))
+    tell = Task(supervisor.engine, agent, until(lambda: agent.operation)).progress
     tell(None, {"a": 1}, "half")
     tell("step\x1b[31m" * 100, "token=abc", float("nan"))
     assert "\x1b" not in supervisor.queries.view("alice").stage
@@ -279,6 +281,24 @@ def test_the_guard_checks_capabilities_that_are_nonsense(world):
     supervisor = world.supervisor()
     world.backend.capabilities = frozenset({"fly"})
     assert supervisor.backends.get("fake").provider.capabilities == frozenset()
+
+
+def test_a_plugin_that_exits_in_its_capabilities_or_its_end_ends_nothing_else(world):
+    provider = world.supervisor().backends.get("fake").provider
+
+    class Exits:
+        name = "fake"
+
+        @property
+        def capabilities(self):
+            raise SystemExit(3)
+
+        def close(self):
+            raise SystemExit(3)
+
+    provider.wrapped = Exits()
+    assert provider.capabilities == frozenset()
+    provider.close()
 
 
 @pytest.mark.parametrize("method", ["logs", "check"])

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dispatcher.plugin.errors import Conflict
-from dispatcher.manager.agents import cpu_activity
+from dispatcher.manager.agents import idle
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
@@ -73,8 +73,8 @@ def test_a_sleeper_is_stopped_in_the_end(world):
 
 
 def test_work_protects_an_idle_agent_for_its_time_of_grace(world, monkeypatch):
-    monkeypatch.setattr(cpu_activity, "MIN_INTERVAL", 0.05)
-    monkeypatch.setattr(cpu_activity, "MEMORY", 0.3)
+    monkeypatch.setattr(idle, "MIN_INTERVAL", 0.05)
+    monkeypatch.setattr(idle, "MEMORY", 0.3)
     world.app(idle_timeout=0.4, busy_grace=1.2)
     supervisor = world.supervisor()
     since = running(supervisor, "works").since
@@ -169,7 +169,7 @@ def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
     """The agent dies after it was found ready and before that was written."""
     supervisor = world.supervisor()
     supervisor.commands.create("alice", app=None, password_hash="h")
-    finish = supervisor.registry.finish
+    finish = supervisor.engine.finish
     once = []
 
     def late(agent, operation, change):
@@ -178,7 +178,7 @@ def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
             world.kill(supervisor)
         return finish(agent, operation, change)
 
-    supervisor.registry.finish = late
+    supervisor.engine.finish = late
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     until(lambda: "died" in [event.kind for event in supervisor.queries.events("alice", 20)], 2)
     reach(supervisor, "alice", "running")

@@ -322,7 +322,7 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
     crash.happen()
     world.app(provider="away")
     new = world.supervisor(start=False)
-    new.registry.on_step = lambda *_: None
+    new.engine.on_step = lambda *_: None
     import dataclasses
 
     from dispatcher.manager.storage.states import Pending

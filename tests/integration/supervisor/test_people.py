@@ -92,7 +92,7 @@ def test_a_removed_agent_is_gone_with_its_user_and_its_data(world, supervisor):
     data = supervisor.data.data_dir("alice")
     (data / "note").write_text("secret")
     told = []
-    supervisor.registry.subscribe(told.append)
+    supervisor.engine.subscribe(told.append)
     supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     assert supervisor.store.get_user("alice") is None
@@ -225,7 +225,7 @@ def test_every_agent_has_a_user_id_of_its_own(supervisor):
 
 @pytest.mark.root
 def test_when_no_user_id_is_left_that_is_said(world, supervisor):
-    supervisor.commands._creation._uids._range = (300_001, 300_002)
+    supervisor.commands._uids._range = (300_001, 300_002)
     supervisor.commands.create("a", app=None, password_hash="h")
     supervisor.commands.create("b", app=None, password_hash="h")
     with pytest.raises(Conflict, match="No host user id"):
@@ -243,7 +243,7 @@ def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(sup
         stored = {row.name: row.desired for row in supervisor.store.agents()}
         reported.append((name, user, stored.get(name), world.container(supervisor) is not None))
 
-    supervisor.registry.on_removal(on_removal)
+    supervisor.engine.on_removal(on_removal)
     supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     until(lambda: len(reported) == 2)
@@ -253,7 +253,7 @@ def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(sup
 def test_a_removal_that_cannot_be_written_is_not_reported(supervisor, monkeypatch):
     running(supervisor)
     reported = []
-    supervisor.registry.on_removal(lambda *agent: reported.append(agent))
+    supervisor.engine.on_removal(lambda *agent: reported.append(agent))
 
     def full(*_args):
         raise Unavailable("The database cannot be used now", why="disk full")

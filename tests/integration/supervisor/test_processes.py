@@ -28,7 +28,7 @@ def place():
 
 
 def running(supervisor, name="alice", seconds=30):
-    if name not in supervisor.registry.agents:
+    if name not in supervisor.engine.agents:
         supervisor.commands.create(name, app=None, password_hash="hash")
     supervisor.commands.set_desired(name, Desired.RUNNING)
     return reach(supervisor, name, "running", seconds=seconds)
@@ -241,9 +241,7 @@ def test_an_app_that_ends_in_a_loop_is_failed_with_its_last_lines(place):
     assert "exit code 3" in view.failure.why
     assert "cannot go on" in view.failure.log[-1]
     until(
-        lambda: (
-            supervisor.registry.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure
-        ),
+        lambda: supervisor.engine.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure,
         20,
     )
     assert kinds(supervisor).count("starting") == 2

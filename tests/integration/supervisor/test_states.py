@@ -85,10 +85,10 @@ def test_unknown_states_are_refused(state):
 
 def test_what_is_so_already_costs_nothing(world, supervisor):
     running(supervisor)
-    calls, before = len(world.backend.calls), supervisor.registry.find("alice").row.version
+    calls, before = len(world.backend.calls), supervisor.engine.find("alice").row.version
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     supervisor.commands.wake("alice")
-    assert supervisor.registry.find("alice").row.version == before
+    assert supervisor.engine.find("alice").row.version == before
     assert len(world.backend.calls) == calls
 
 

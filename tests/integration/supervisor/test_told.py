@@ -15,7 +15,7 @@ from tests.support.manager_world import end, reach, running, until
 
 def test_those_who_subscribe_and_wait_are_told(supervisor):
     told = []
-    supervisor.registry.subscribe(lambda name: told.append((name, supervisor.queries.view(name).feed_state)))
+    supervisor.engine.subscribe(lambda name: told.append((name, supervisor.queries.view(name).feed_state)))
     running(supervisor)
     states = [state for _, state in told]
     assert states[0] == "asleep"
@@ -29,8 +29,8 @@ def test_a_subscriber_that_fails_harms_nobody(supervisor):
         raise RuntimeError("broken")
 
     told = []
-    supervisor.registry.subscribe(broken)
-    supervisor.registry.subscribe(told.append)
+    supervisor.engine.subscribe(broken)
+    supervisor.engine.subscribe(told.append)
     running(supervisor)
     assert told
 

@@ -280,13 +280,16 @@ def test_a_backend_that_does_not_answer_is_an_error_only_where_it_is_used(monkey
     assert fix == "start it"
 
 
-def test_a_plugin_that_fails_does_not_stop_the_doctor(monkeypatch):
+@pytest.mark.parametrize(("config", "level"), [(USED, "error"), (None, "info")])
+@pytest.mark.parametrize("fault", [ZeroDivisionError("oops"), SystemExit("oops")])
+def test_a_plugin_that_fails_does_not_stop_the_doctor(monkeypatch, fault, config, level):
     def check(self, *, deadline):
-        raise ZeroDivisionError("oops")
+        raise fault
 
     plugins = installed(monkeypatch, type("Faulty", (ThirdParty,), {"check": check}))
-    [(level, what, _)] = found_by(plugins)
-    assert (level, what) == ("error", "fake: its check failed with ZeroDivisionError: oops")
+    [(found, what, fix)] = found_by(plugins, config)
+    assert (found, "author of the plugin" in fix) == (level, True)
+    assert what.startswith(f"fake: The provider fake failed in its check: {type(fault).__name__}: 'oops'")
 
 
 @pytest.mark.parametrize(("config", "level"), [(USED, "error"), (None, "info")])

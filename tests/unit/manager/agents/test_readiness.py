@@ -13,7 +13,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, InsecureEndpoint, StartFailed, Unavailable
 from dispatcher.manager.storage.states import Kind
 from dispatcher.manager.agents.readiness import Probe, await_ready, refuses
-from dispatcher.manager.agents.operation import Operation
+from dispatcher.manager.agents.agent import Operation
 from dispatcher.plugin.model import BackendState, Endpoint, Handle, Observation
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from dispatcher.manager.agents.socket_watch import watch_directory
+from dispatcher.manager.agents.readiness import watch_directory
 from dispatcher.manager.storage.states import Kind
-from dispatcher.manager.agents.operation import Operation
+from dispatcher.manager.agents.agent import Operation
 from dispatcher.manager.agents.readiness import MAX_OTHER_FILES, MAX_PAUSE, PollPacer
 from dispatcher.plugin.model import Endpoint
 

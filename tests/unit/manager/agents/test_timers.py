@@ -100,12 +100,12 @@ def test_a_slow_observer_delays_nobody_and_loses_the_oldest(monkeypatch, caplog)
     from dispatcher.manager.agents import observers as module
 
     monkeypatch.setattr(module, "MAX_WAITING", 5)
-    gate, seen = threading.Event(), []
-    observers = ObserverQueue(Plugins(lambda event: (gate.wait(5), seen.append(event.time))))
+    called, gate, seen = threading.Event(), threading.Event(), []
+    observers = ObserverQueue(Plugins(lambda event: (called.set(), gate.wait(5), seen.append(event.time))))
     observers.start()
-    before = time.monotonic()
     observers.publish(events(1))
-    time.sleep(0.05)
+    assert called.wait(10)
+    before = time.monotonic()
     observers.publish(events(100))
     assert time.monotonic() - before < 1
     gate.set()

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dispatcher.plugin.errors import BadRequest
-from dispatcher.manager.backends.log_joiner import LogJoiner
-from dispatcher.manager.backends.log_stream import LogStream
+from dispatcher.manager.backends.logs import LogJoiner
+from dispatcher.manager.backends.logs import LogStream
 from dispatcher.manager.backends.logs import LogCollector, _cursor, _parse, _place
 from dispatcher.plugin.model import Handle
 

@@ -1,6 +1,6 @@
-"""All agents in memory.  Applies changes: computes the next operation, writes both, then lets it run.
+"""The engine: has all agents in memory and applies every change to them.
 
-Every change goes through `Registry.change` or `Registry.finish`: under the agent's lock the new row and the next
+A change goes through `Engine.change` or `Engine.finish`: under the agent's lock the new row and the next
 operation are computed (`lifecycle`), written in one transaction, and made visible; afterwards waiting threads and
 subscribers are notified.  The only call to a provider is `handle`, which does no I/O.
 """
@@ -11,13 +11,12 @@ import dataclasses
 import logging
 import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from dispatcher.common.log import clean
-from dispatcher.manager.agents.agent import Agent, Availability
-from dispatcher.manager.agents.change import Change, EventKind, Write
+from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
 from dispatcher.manager.agents.lifecycle import (
     ASLEEP,
     FeedState,
@@ -29,67 +28,51 @@ from dispatcher.manager.agents.lifecycle import (
     superseded,
 )
 from dispatcher.manager.agents.observers import ObserverQueue
-from dispatcher.manager.agents.operation import Operation, Status
 from dispatcher.manager.agents.specs import Specs
 from dispatcher.manager.agents.timers import Timers
-from dispatcher.manager.agents.transitions import CLEARED, NO_OPERATION
+from dispatcher.manager.agents.transitions import CLEARED, NO_OPERATION, Change, EventKind, Write
 from dispatcher.manager.agents.views import AgentView, view_of
-from dispatcher.manager.backends.backends import Backends
+from dispatcher.manager.backends.backend import Backend, Backends
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.manager.storage.write_buffer import WriteBuffer
 from dispatcher.plugin import names
-from dispatcher.plugin.deadline import SteadyWallClock, boottime
+from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentEvent
-from dispatcher.plugin.provider import Progress
-
-PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
-WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
 
 _log = logging.getLogger("dispatcher.manager")
 
 Decide = Callable[[AgentRow], "Change | None"]
-OnChange = Callable[[str], None]
-OnRemoval = Callable[[str, str], None]
 
 
-class Registry:
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Engine:
     """All agents of the installation.
 
-    :ivar submit: runs an operation (set by `operations`); :ivar on_step: called before each step of each
-        operation:
-        ``(agent, kind, step)``.
+    :ivar submit: runs an operation (set by `Runner`).
+    :ivar on_step: called with ``(agent, kind, step)`` before each step of each operation.
     """
 
-    def __init__(
-        self,
-        *,
-        store: Store,
-        clock: SteadyWallClock,
-        specs: Specs,
-        backends: Backends,
-        observers: ObserverQueue,
-        timers: Timers,
-        installation: str,
-    ) -> None:
-        self.store = store
-        self.clock = clock
-        self.specs = specs
-        self.backends = backends
-        self.observers = observers
-        self.timers = timers
-        self.installation = installation
-        self.buffer = WriteBuffer(store)
+    store: Store
+    clock: SteadyWallClock
+    specs: Specs
+    backends: Backends
+    observers: ObserverQueue
+    timers: Timers
+    installation: str
+
+    def __post_init__(self) -> None:
+        self.buffer = WriteBuffer(self.store)
         self.agents: dict[str, Agent] = {}
         self.by_backend_name: dict[str, Agent] = {}
         self._names_lock = threading.Lock()
         self._reserved_names: set[str] = set()
         self.submit: Callable[[Agent, Operation, bool], None] = lambda _agent, _operation, _urgent: None
         self.on_step: Callable[[str, Kind, str], None] = lambda _agent, _kind, _step: None
-        self._on_change: list[OnChange] = []
-        self._on_removal: list[OnRemoval] = []
+        self._on_change: list[Callable[[str], None]] = []
+        self._on_removal: list[Callable[[str, str], None]] = []
 
     # --- agents
 
@@ -102,6 +85,10 @@ class Registry:
         if agent is None:
             raise NotFound(f"There is no agent {names.printable(name)}", fix="`dispatcher list` shows all agents")
         return agent
+
+    def backend(self, row: AgentRow) -> Backend:
+        """Return the backend that has an agent."""
+        return self.backends.get(row.provider)
 
     def of_provider(self, provider: str) -> list[Agent]:
         """Return the agents that a provider has now."""
@@ -127,7 +114,7 @@ class Registry:
             agent.operation = None
             agent.changed.notify_all()
         self.notify(agent)
-        self._notify_removal(agent)
+        _call_all(self._on_removal, agent.row.name, agent.row.user)
 
     @contextmanager
     def name_reserved(self, name: str) -> Iterator[bool]:
@@ -142,55 +129,32 @@ class Registry:
                 with self._names_lock:
                     self._reserved_names.discard(name)
 
-    def recovered(self, row: AgentRow, *, host_restarted: bool) -> AgentRow:
-        """Return a row as a new manager begins with it: no operation in flight; a boot forgets past attempts."""
-        if row.operation is not None:
-            row = dataclasses.replace(row, version=row.version + 1, **NO_OPERATION)
-        if host_restarted:
-            row = dataclasses.replace(row, attempts=(), version=row.version + 1)
-            if row.failure is not None and row.desired is Desired.RUNNING:
-                row = dataclasses.replace(row, retry_at=self.clock.now())
-        return row
-
     def view(self, agent: Agent) -> AgentView:
         """Return a snapshot of an agent; takes no lock."""
-        row, operation = agent.row, agent.operation
-        backend = self.backends.get(row.provider)
+        row = agent.row
         return view_of(
             row,
             self.situation(row),
-            stage=(operation.stage, operation.detail, operation.fraction) if operation else ("", "", None),
+            agent.operation,
+            self.backend(row),
             outdated=self.specs.outdated(row),
             last_used=agent.last_used,
-            contact=backend.last_contact,
-            problem=str(backend.problem),
             now=self.clock.now(),
         )
 
     # --- subscriptions
 
-    def subscribe(self, on_change: OnChange) -> None:
+    def subscribe(self, on_change: Callable[[str], None]) -> None:
         """Call `on_change(name)` after every change and removal, from any thread; it must be quick."""
         self._on_change.append(on_change)
 
-    def on_removal(self, call: OnRemoval) -> None:
+    def on_removal(self, call: Callable[[str, str], None]) -> None:
         """Call `call(name, user)` when a removal is written, before the agent is stopped, and when it is gone."""
         self._on_removal.append(call)
 
     def notify(self, agent: Agent) -> None:
         """Notify subscribers of a change.  The agent's lock is not held."""
-        for subscriber in self._on_change:
-            try:
-                subscriber(agent.row.name)
-            except Exception:
-                _log.exception("A subscriber failed")
-
-    def _notify_removal(self, agent: Agent) -> None:
-        for subscriber in self._on_removal:
-            try:
-                subscriber(agent.row.name, agent.row.user)
-            except Exception:
-                _log.exception("A subscriber to removals failed")
+        _call_all(self._on_change, agent.row.name)
 
     # --- changes
 
@@ -204,7 +168,7 @@ class Registry:
             desired=row.desired,
             observed=row.observed,
             ready=row.ready,
-            reachable=insist or self.backends.get(row.provider).reachable,
+            reachable=insist or self.backend(row).reachable,
             operation=row.operation,
             pending=row.pending,
             moving=row.move is not None or self.specs.provider(row) != row.provider,
@@ -228,12 +192,12 @@ class Registry:
             if change is None:
                 return False
             before = agent.row
-            operation = self._apply(agent, change)
+            operation = self.apply(agent, change)
             after = agent.row
             if after is not before:
                 agent.changed.notify_all()
         if after.desired is Desired.ABSENT and before.desired is not Desired.ABSENT:
-            self._notify_removal(agent)
+            _call_all(self._on_removal, agent.row.name, agent.row.user)
         if after is not before:
             self.notify(agent)
         if operation:
@@ -258,22 +222,13 @@ class Registry:
             if operation.status is Status.CANCELLED:  # its failure says nothing about the newer command
                 for name in ("failure", "retry_at", "attempts"):
                     fields.pop(name, None)
-            following = self._apply(agent, dataclasses.replace(change, fields=fields))
+            following = self.apply(agent, dataclasses.replace(change, fields=fields))
             agent.changed.notify_all()
         self.notify(agent)
         return following
 
-    def update(self, agent: Agent, operation: Operation, **fields: Any) -> None:
-        """Write fields in the middle of an operation, before it goes on.
-
-        :raises Unavailable: they cannot be written.
-        :raises Cancelled: the operation is no longer wanted.
-        """
-        with agent.lock:
-            operation.check()
-            self._apply(agent, Change(fields, write=Write.REQUIRED))
-
-    def _apply(self, agent: Agent, change: Change) -> Operation | None:
+    def apply(self, agent: Agent, change: Change) -> Operation | None:
+        """Apply a change and write it; return the operation that begins.  The agent's lock is held."""
         before = agent.row
         row = dataclasses.replace(before, **change.fields) if change.fields else before
         reported = list(change.events)
@@ -338,9 +293,28 @@ class Registry:
     def _planned_handle(self, row: AgentRow) -> str:
         """Return the handle that the agent will have; "" after an error, which the start will raise again."""
         try:
-            return self.backends.get(row.provider).provider.handle(self.specs.spec(row)).to_json()
+            return self.backend(row).provider.handle(self.specs.spec(row)).to_json()
         except DispatcherError:
             return ""
+
+    def use_specs(self, specs: Specs) -> int:
+        """Use new specs, and retry final failures; return how many agents are newly outdated."""
+        old, self.specs = self.specs, specs
+        newly = 0
+        for agent in list(self.agents.values()):
+            became = specs.outdated(agent.row) and not old.outdated(agent.row)
+            newly += became
+
+            def decide(row: AgentRow, became: bool = became) -> Change:
+                fields = {}
+                if row.failure is not None and row.failure.final:
+                    fields["retry_at"] = self.clock.now()
+                events = [(EventKind.OUTDATED, "the configuration has changed")] if became else []
+                return Change(fields, events, write=Write.LATER)
+
+            self.change(agent, decide)
+        self.flush()
+        return newly
 
     def flush(self) -> None:
         """Write buffered rows and events, and continue where a write had failed."""
@@ -372,48 +346,25 @@ class Registry:
             detail=clean(detail, 1000) if detail else "",
         )
 
-    def progress(self, agent: Agent, operation: Operation) -> Progress:
-        """Return the function by which an operation reports its progress; it raises when cancelled."""
-
-        def report(step: str, detail: str = "", fraction: float | None = None) -> None:
-            operation.check()
-            now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
-            if now == operation.published:
-                return
-            new_stage = now[0] != operation.stage
-            operation.stage, operation.detail, operation.fraction = now
-            if new_stage or boottime() - operation.published_at > PROGRESS_INTERVAL:
-                operation.published_at, operation.published = boottime(), now
-                self._publish_progress(agent, operation)
-
-        return report
-
-    def step(self, agent: Agent, operation: Operation, step: str) -> None:
-        """Go to the next step of an operation.
-
-        :raises Cancelled: the operation is no longer wanted.
-        """
-        self.on_step(agent.row.name, operation.kind, step)
-        self.progress(agent, operation)(step)
-
-    def _publish_progress(self, agent: Agent, operation: Operation) -> None:
+    def progressed(self, agent: Agent, operation: Operation, *, write: bool) -> None:
+        """Publish the progress of an operation, and write its step."""
         with agent.lock:
             if agent.operation is not operation:
                 return
-            if self.clock.now() - operation.since > WRITE_STEP and agent.row.step != operation.stage:
-                self._apply(agent, Change({"step": operation.stage}, write=Write.LATER))
+            if write and agent.row.step != operation.stage:
+                self.apply(agent, Change({"step": operation.stage}, write=Write.LATER))
         self.notify(agent)
+
+
+def _call_all(subscribers: Iterable[Callable[..., None]], *arguments: str) -> None:
+    for subscriber in subscribers:
+        try:
+            subscriber(*arguments)
+        except Exception:
+            _log.exception("A subscriber failed")
 
 
 #: The fields of a row whose change is worth a write.
 _stored = operator.attrgetter(
-    *(
-        name
-        for name in (item.name for item in dataclasses.fields(AgentRow))
-        if name not in {"observed_at", "last_used", "version"}
-    )
+    *sorted({item.name for item in dataclasses.fields(AgentRow)} - {"observed_at", "last_used", "version"})
 )
-
-
-def _fraction(value: object) -> float | None:
-    return min(1.0, max(0.0, float(value))) if isinstance(value, (int, float)) and value == value else None  # noqa: PLR0124 - not a NaN

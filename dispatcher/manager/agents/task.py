@@ -1,0 +1,106 @@
+"""An operation in flight as its steps see it: the agent, its backend, and what is reported and written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dispatcher.common.log import clean
+from dispatcher.config.schema import AppDefaults
+from dispatcher.manager.agents.agent import Agent, Operation
+from dispatcher.manager.agents.engine import Engine
+from dispatcher.manager.agents.transitions import Change, Write
+from dispatcher.manager.backends.backend import Backend
+from dispatcher.manager.storage.rows import AgentRow
+from dispatcher.plugin.deadline import Deadline, boottime
+from dispatcher.plugin.model import Handle
+
+PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
+STOP_SLACK = 30.0  # seconds beyond the time of grace
+WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
+
+
+class Task:
+    """One run of an operation on an agent, in one thread."""
+
+    def __init__(self, engine: Engine, agent: Agent, operation: Operation) -> None:
+        self.engine = engine
+        self.agent = agent
+        self.operation = operation
+        self._published: tuple[str, str, float | None] = ("", "", None)
+        self._published_at = 0.0  # boot time
+
+    @property
+    def row(self) -> AgentRow:
+        """The agent's row at this moment."""
+        return self.agent.row
+
+    @property
+    def handle(self) -> Handle | None:
+        """The agent on its backend; None before its first start."""
+        return self.agent.handle
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that has the agent."""
+        return self.engine.backend(self.row)
+
+    @property
+    def policy(self) -> AppDefaults:
+        """Time-outs and limits of the agent's app."""
+        return self.engine.specs.policy(self.row.app)
+
+    def progress(self, step: str, detail: str = "", fraction: float | None = None) -> None:
+        """Report the progress of the operation, as `dispatcher.plugin.provider.Progress`.
+
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        operation = self.operation
+        operation.check()
+        now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
+        if now == self._published:
+            return
+        new_stage = now[0] != operation.stage
+        operation.stage, operation.detail, operation.fraction = now
+        if new_stage or boottime() - self._published_at > PROGRESS_INTERVAL:
+            self._published, self._published_at = now, boottime()
+            write = self.engine.clock.now() - operation.since > WRITE_STEP
+            self.engine.progressed(self.agent, operation, write=write)
+
+    def step(self, step: str) -> None:
+        """Go to the next step of the operation.
+
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        self.passed(step)
+        self.progress(step)
+
+    def passed(self, step: str) -> None:
+        """Note for `Engine.on_step` that the operation has come to a point that is no step of its own."""
+        self.engine.on_step(self.row.name, self.operation.kind, step)
+
+    def stop(self, handle: Handle, *, grace: float | None = None) -> None:
+        """Stop an agent on its backend; by default with the app's own time of grace.
+
+        :raises DispatcherError: as the provider's `stop`.
+        """
+        usual = self.policy.stop_grace
+        self.backend.provider.stop(
+            handle,
+            grace=usual if grace is None else min(grace, usual),
+            deadline=Deadline(usual + STOP_SLACK),
+            progress=self.progress,
+        )
+
+    def update(self, **fields: Any) -> None:
+        """Write fields in the middle of the operation, before it goes on.
+
+        :raises Unavailable: they cannot be written.
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        with self.agent.lock:
+            self.operation.check()
+            self.engine.apply(self.agent, Change(fields, write=Write.REQUIRED))
+
+
+def _fraction(value: object) -> float | None:
+    return min(1.0, max(0.0, float(value))) if isinstance(value, (int, float)) and value == value else None  # noqa: PLR0124 - not a NaN
