@@ -78,10 +78,10 @@ if TYPE_CHECKING:
         UrlPath,
         Variable,
         check_environment,
+        matching,
     )
-    from dispatcher.plugin.private_dir import make_owned, owned
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
-    from dispatcher.plugin.secret_files import SecretFiles, in_memory
+    from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
 
 #: In the order in which a name is looked for: those that import little come first.
@@ -90,7 +90,6 @@ _MODULES = (
     "names",
     "deadline",
     "hooks",
-    "private_dir",
     "model",
     "endpoints",
     "options",
@@ -177,6 +176,7 @@ __all__ = [
     "hookimpl",
     "in_memory",
     "make_owned",
+    "matching",
     "no_progress",
     "owned",
     "printable",

@@ -13,6 +13,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import Unsupported
 
 API_VERSION = 1
 
@@ -51,8 +52,6 @@ class Authenticator(ABC):
 
         :raises Unsupported: passwords are kept elsewhere; the error names the place.
         """
-        from dispatcher.plugin.errors import Unsupported
-
         raise Unsupported(
             f"Passwords are not kept by the authenticator {self.name}", fix="change it in the directory"
         )

@@ -52,23 +52,17 @@ def connect(endpoint: Endpoint, owner_uid: int | None, timeout: float) -> socket
     :raises OSError: no process listens there (FileNotFoundError, ConnectionRefusedError, TimeoutError, ...).
     :raises InsecureEndpoint: as `checked_unix_path`.
     """
-    if endpoint.kind == "unix":
-        sock = socket.socket(socket.AF_UNIX)
-        try:
-            sock.settimeout(timeout)
+    if endpoint.kind == "tcp":
+        return socket.create_connection((endpoint.host, endpoint.port), timeout)
+    sock = socket.socket(socket.AF_UNIX if endpoint.kind == "unix" else socket.AF_VSOCK)
+    try:
+        sock.settimeout(timeout)
+        if endpoint.kind == "unix":
             with checked_unix_path(endpoint.path, owner_uid) as path:
                 sock.connect(path)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    if endpoint.kind == "vsock":
-        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
-        try:
-            sock.settimeout(timeout)
+        else:
             sock.connect((endpoint.cid, endpoint.port))
-        except BaseException:
-            sock.close()
-            raise
-        return sock
-    return socket.create_connection((endpoint.host, endpoint.port), timeout)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

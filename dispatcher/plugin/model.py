@@ -10,7 +10,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ class App:
             "app": self.name,
             "provider": self.provider,
             "options": self.options.model_dump(mode="json"),
-            "limits": [self.limits.memory, self.limits.swap, self.limits.cpus, self.limits.pids, self.limits.disk],
+            "limits": astuple(self.limits),
             "network": self.network.value,
             "environment": dict(sorted(self.environment.items())),
             "credentials": self.credentials,
@@ -246,15 +246,7 @@ class Handle:
 
     def to_json(self) -> str:
         """Return the stored form."""
-        return json.dumps(
-            {
-                "version": HANDLE_VERSION,
-                "provider": self.provider,
-                "agent": self.agent,
-                "name": self.name,
-                "data": dict(self.data),
-            }
-        )
+        return json.dumps({"version": HANDLE_VERSION, **asdict(self)})
 
     @classmethod
     def from_json(cls, text: str) -> Handle:
@@ -318,6 +310,26 @@ class Finding:
     level: Level
     what: str
     fix: str = ""
+
+    @classmethod
+    def ok(cls, what: str) -> Finding:
+        """Return what is as it should be."""
+        return cls(level=Level.OK, what=what)
+
+    @classmethod
+    def info(cls, what: str, fix: str = "") -> Finding:
+        """Return a fact."""
+        return cls(level=Level.INFO, what=what, fix=fix)
+
+    @classmethod
+    def warning(cls, what: str, fix: str = "") -> Finding:
+        """Return a weakness."""
+        return cls(level=Level.WARNING, what=what, fix=fix)
+
+    @classmethod
+    def error(cls, what: str, fix: str = "") -> Finding:
+        """Return what does not work."""
+        return cls(level=Level.ERROR, what=what, fix=fix)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
+import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -66,23 +68,17 @@ def address(value: str) -> str:
 
     :raises ValueError: another form.
     """
-    host, colon, port = value.rpartition(":")
     if value == "systemd" or (value.startswith("unix:/") and "\0" not in value):
         return value
-    if colon and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
-        if host.startswith("[") and host.endswith("]"):
-            ipaddress.IPv6Address(host[1:-1].partition("%")[0])
-            return value
+    host, _, port = value.rpartition(":")
+    if re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
         if _HOST.fullmatch(host):
             return value
+        with contextlib.suppress(ValueError):
+            ipaddress.IPv6Address(host[1:-1].partition("%")[0])
+            if (host[0], host[-1]) == ("[", "]"):
+                return value
     raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd")
-
-
-def _address(value: str) -> str:
-    try:
-        return address(value)
-    except ipaddress.AddressValueError as error:
-        raise ValueError("an address such as 127.0.0.1:8080, [::1]:8080, unix:/PATH or systemd") from error
 
 
 def takes_ipv4(address: str, beside: Iterable[str]) -> bool:
@@ -94,15 +90,25 @@ def takes_ipv4(address: str, beside: Iterable[str]) -> bool:
     return port != address and f"0.0.0.0:{port}" not in beside
 
 
+def matching(pattern: str, expected: str) -> Callable[[str], str]:
+    """Return a check of text that a regular expression matches as a whole; its error is `expected`."""
+
+    def check(value: str) -> str:
+        if not re.fullmatch(pattern, value):
+            raise ValueError(expected)
+        return value
+
+    return check
+
+
 def network(value: str) -> str:
     """Return a network such as ``10.0.0.0/8``, an address, or ``unix`` for peers on Unix sockets.
 
     :raises ValueError: another form.
     """
-    if value == "unix":
-        return value
     try:
-        ipaddress.ip_network(value, strict=False)
+        if value != "unix":
+            ipaddress.ip_network(value, strict=False)
     except ValueError as error:
         raise ValueError("a network such as 10.0.0.0/8, an address, or unix") from error
     return value
@@ -140,14 +146,12 @@ def origin(value: str) -> str:
     return value.rstrip("/")
 
 
-def url_path(value: str) -> str:
-    """Return a path that begins with a slash.
+url_path = matching("/[!-~]*", "a path that begins with /")
+variable = matching(_VARIABLE.pattern, "the name of a variable")
 
-    :raises ValueError: it does not, or holds spaces or control characters.
-    """
-    if not value.startswith("/") or not re.fullmatch(r"[!-~]+", value):
-        raise ValueError("a path that begins with /")
-    return value
+
+def _can_be_variable(name: str, content: str) -> bool:
+    return bool(_VARIABLE.fullmatch(name)) and "\0" not in content
 
 
 def variables(value: dict[str, str]) -> dict[str, str]:
@@ -155,7 +159,7 @@ def variables(value: dict[str, str]) -> dict[str, str]:
 
     :raises ValueError: a name that is not of letters, digits and _, or a NUL in a value.
     """
-    if any(not _can_be_variable(*item) for item in value.items()):
+    if not all(itertools.starmap(_can_be_variable, value.items())):
         raise ValueError("names of letters, digits and _, and values without NUL")
     return value
 
@@ -173,30 +177,6 @@ def check_environment(app: str, environment: Mapping[str, str]) -> None:
             )
 
 
-def _can_be_variable(name: str, content: str) -> bool:
-    return bool(_VARIABLE.fullmatch(name)) and "\0" not in content
-
-
-def variable(value: str) -> str:
-    """Return the name of an environment variable.
-
-    :raises ValueError: not a legal name.
-    """
-    if not _VARIABLE.fullmatch(value):
-        raise ValueError("the name of a variable")
-    return value
-
-
-def argument(value: str) -> str:
-    """Return an argument of a program.
-
-    :raises ValueError: it holds a NUL.
-    """
-    if "\0" in value:
-        raise ValueError("text without NUL")
-    return value
-
-
 def absolute_path(value: Path) -> Path:
     """Return a path that is one from everywhere, and can be written into a command or a file.
 
@@ -207,28 +187,19 @@ def absolute_path(value: Path) -> Path:
     return value
 
 
-def port_range(value: tuple[int, int]) -> tuple[int, int]:
-    """Return the first and the last of TCP ports that need no privilege.
-
-    :raises ValueError: they are not in this order, or out of range.
-    """
+def _port_range(value: tuple[int, int]) -> tuple[int, int]:
     if not 1024 <= value[0] <= value[1] <= 65535:
         raise ValueError("two ports from 1024 to 65535, the lower one first")
     return value
 
 
-def uid_range(value: tuple[int, int]) -> tuple[int, int]:
-    """Return the first and the last of user ids that no system account has.
-
-    :raises ValueError: they are not in this order, or out of range.
-    """
+def _uid_range(value: tuple[int, int]) -> tuple[int, int]:
     if not 1000 <= value[0] < value[1] < 2**32 - 1:
         raise ValueError("two user ids from 1000 on, the lower one first")
     return value
 
 
 def _one_or_more(value: Any) -> Any:
-    """Return a list; a single text becomes a list with one item."""
     return [value] if isinstance(value, str) else value
 
 
@@ -239,11 +210,13 @@ def _duration_or_never(value: Any) -> Any:
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
+#: Seconds.
 Duration = Annotated[float, BeforeValidator(duration)]
 #: A duration, or false for *never*.
 MaybeDuration = Annotated[float | Literal[False], BeforeValidator(_duration_or_never)]
+#: Bytes.
 Size = Annotated[int, BeforeValidator(size)]
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(address)]
 NetworkAddress = Annotated[str, AfterValidator(network)]
 #: One address, or a list of them.
 Addresses = Annotated[list[Address], BeforeValidator(_one_or_more)]
@@ -253,7 +226,7 @@ Origin = Annotated[str, AfterValidator(origin)]
 UrlPath = Annotated[str, AfterValidator(url_path)]
 Environment = Annotated[dict[str, str], AfterValidator(variables)]
 Variable = Annotated[str, AfterValidator(variable)]
-Argument = Annotated[str, AfterValidator(argument)]
+Argument = Annotated[str, AfterValidator(matching(r"[^\0]*", "text without NUL"))]
 AbsolutePath = Annotated[Path, AfterValidator(absolute_path)]
-PortRange = Annotated[tuple[Count, Count], AfterValidator(port_range)]
-UidRange = Annotated[tuple[Count, Count], AfterValidator(uid_range)]
+PortRange = Annotated[tuple[Count, Count], AfterValidator(_port_range)]
+UidRange = Annotated[tuple[Count, Count], AfterValidator(_uid_range)]

@@ -1,23 +1,28 @@
 """An agent's secrets as files in memory: one directory per agent, which only that agent can read.
 
-They are never in an argument list, an environment or on a disk.  The directories lie below one of this user's own,
-in a place such as /dev/shm where other users may write too (see `private_dir`).
+They are never in an argument list, an environment or on a disk.  The directories lie below one of this user's own
+in a place such as /dev/shm.  Every user can write there, and can take a name first with a directory or a link.  So
+a directory is used only if it belongs to this user and is not a link; where the plain name is taken, one with a
+random suffix is made.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shutil
+import stat
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.private_dir import make_owned, owned
 
+_log = logging.getLogger("dispatcher.plugin.secret_files")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -126,3 +131,41 @@ def in_memory(path: Path) -> bool:
         if left.split(" ")[2] == wanted:
             return right.split(" ")[0] in {"tmpfs", "ramfs"}
     return False
+
+
+def owned(parent: Path, stem: str) -> list[Path]:
+    """Return this user's directories called `stem`, or `stem-` and a random suffix; the plain one first.
+
+    :param parent: a directory that is sticky or belongs to this user, so that others cannot rename its entries.
+    """
+    candidates = [parent / stem, *sorted(parent.glob(f"{stem}-*"))]
+    return [path for path in candidates if _is_own(path)]
+
+
+def make_owned(parent: Path, stem: str, mode: int) -> Path:
+    """Return this user's directory, made if there is none.
+
+    :raises ProviderError: it cannot be made.
+    """
+    path = next(iter(owned(parent, stem)), None)
+    try:
+        if path is None:
+            path = parent / stem
+            try:
+                path.mkdir(mode=0o700)
+            except FileExistsError:
+                path = Path(tempfile.mkdtemp(prefix=f"{stem}-", dir=parent))
+                _log.warning("another user made %s, using %s", parent / stem, path)
+        if stat.S_IMODE(path.lstat().st_mode) != mode:
+            path.chmod(mode)
+    except OSError as error:
+        raise ProviderError(f"Cannot make a directory in {parent}", why=error.strerror or str(error)) from error
+    return path
+
+
+def _is_own(path: Path) -> bool:
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
