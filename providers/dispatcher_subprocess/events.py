@@ -6,63 +6,53 @@ import logging
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from dispatcher_subprocess.procfs import Process
 
+_END = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
+
 
 class Watcher:
-    """Watches processes, children of this one or not, and calls back from its own thread.
+    """Watches processes, children of this one or not, and connections, and calls back once at the end of each.
 
-    :param ended: called with the agent's backend name.
-    :param collector_ended: called when the log collector ended.
+    The callbacks run in its own thread.
     """
 
-    def __init__(
-        self, ended: Callable[[str], None], collector_ended: Callable[[], None], log: logging.Logger
-    ) -> None:
-        self._ended = ended
-        self._collector_ended = collector_ended
+    def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._poll = select.epoll()
         self._lock = threading.Lock()
-        self._agents: dict[int, tuple[str, Process]] = {}  # pidfd -> backend name, process
-        self._watched: set[tuple[str, Process]] = set()
-        self._collector = -1
+        self._fds: dict[Hashable, int] = {}  # what is watched -> descriptor
+        self._ends: dict[int, tuple[Hashable, Callable[[], None]]] = {}  # descriptor -> the same, callback
         self._wake = os.eventfd(0, os.EFD_CLOEXEC)
         self._poll.register(self._wake, select.EPOLLIN)
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="subprocess-watcher", daemon=True)
         self._thread.start()
 
-    def add(self, name: str, process: Process) -> bool:
-        """Watch a process of an agent; False when it has ended already."""
-        key = (name, process)
+    def add_process(self, process: Process, ended: Callable[[], None]) -> bool:
+        """Watch a process; False when it has ended already."""
+        try:
+            return self._add(process, process.open, ended)
+        except OSError as error:
+            self._log.warning("the end of process %d will be detected late: %s", process.pid, error)
+            return True
+
+    def add_connection(self, fd: int, ended: Callable[[], None]) -> None:
+        """Watch a connection on which nothing arrives, by a copy of its descriptor."""
+        self._add(os.fstat(fd).st_ino, lambda: os.dup(fd), ended)
+
+    def _add(self, key: Hashable, open_: Callable[[], int | None], ended: Callable[[], None]) -> bool:
         with self._lock:
-            if self._closed or key in self._watched:
+            if self._closed or key in self._fds:
                 return True
-            try:
-                fd = process.open()
-            except OSError as error:
-                self._log.warning("the end of %s will be detected late: %s", name, error)
-                return True
+            fd = open_()
             if fd is None:
                 return False
-            self._agents[fd] = key
-            self._watched.add(key)
-            self._poll.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+            self._fds[key], self._ends[fd] = fd, (key, ended)
+            self._poll.register(fd, _END)
         return True
-
-    def watch_collector(self, fd: int | None) -> None:
-        """Watch the log collector's connection (a copy of its descriptor)."""
-        with self._lock:
-            if self._collector >= 0:
-                self._poll.unregister(self._collector)  # closing a copy alone would leave it in the epoll set
-                os.close(self._collector)
-                self._collector = -1
-            if fd is not None and not self._closed:
-                self._collector = os.dup(fd)
-                self._poll.register(self._collector, select.EPOLLRDHUP | select.EPOLLONESHOT)
 
     def close(self) -> None:
         """End the thread; idempotent."""
@@ -77,24 +67,17 @@ class Watcher:
     def _run(self) -> None:
         while not self._closed:
             for fd, _ in self._poll.poll():
+                with self._lock:
+                    key, ended = self._ends.pop(fd, (None, None))
+                    if ended:
+                        del self._fds[key]
+                        os.close(fd)
                 try:
-                    self._handle(fd)
+                    if ended:
+                        ended()
                 except Exception:
                     self._log.exception("cannot handle the end of a process")
         with self._lock:
-            for fd in filter(lambda fd: fd >= 0, [*self._agents, self._wake, self._collector]):
+            for fd in (*self._ends, self._wake):
                 os.close(fd)
-            self._collector = -1
             self._poll.close()
-
-    def _handle(self, fd: int) -> None:
-        with self._lock:
-            agent = self._agents.pop(fd, None)
-            is_collector = fd == self._collector
-            if agent:
-                self._watched.discard(agent)
-                os.close(fd)
-        if agent:
-            self._ended(agent[0])
-        elif is_collector:
-            self._collector_ended()

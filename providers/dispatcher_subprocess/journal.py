@@ -14,7 +14,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Record:
     """One agent's latest run.
 
     :ivar main: what the manager started (the outer bwrap, or the app itself); None: the start was interrupted.
-    :ivar init: first process of the agent's pid namespace, None without one; :ivar pidns: its inode.
+    :ivar init: first process of the agent's pid namespace, None without one.
     :ivar token: random, in the environment of every process of the run.
     :ivar helper: the process that carries the network, None without one.
     :ivar pipe: inode of the pipe that its output goes to.
@@ -60,7 +60,6 @@ class Record:
     started_at: float | None = None
     main: Process | None = None
     init: Process | None = None
-    pidns: int = 0
     helper: Process | None = None
     stop_requested: bool = False
     ended: str | None = None
@@ -142,17 +141,21 @@ class Journals:
             raise unreadable(self.directory, error) from error
         return filter(None, (self.read(name.removesuffix(SUFFIX)) for name in names if name.endswith(SUFFIX)))
 
-    def begin(self, record: dict[str, Any]) -> int:
+    def status_path(self, name: str) -> Path:
+        """Return the file that bubblewrap writes."""
+        return self.directory / f"{name}.status"
+
+    def begin(self, record: Record) -> int:
         """Begin a new journal in the place of an old one; return the descriptor of the new status file.
 
         :raises ProviderError: they cannot be written.
         """
-        path = self.path(record["name"])
-        new, status = path.with_suffix(".new"), path.with_suffix(".status")
+        path, status = self.path(record.name), self.status_path(record.name)
+        new = path.with_suffix(".new")
         with self._writing(path), contextlib.ExitStack() as undo:
-            for old in (new, status, self.suspended_path(record["name"])):
+            for old in (new, status, self.suspended_path(record.name)):
                 old.unlink(missing_ok=True)
-            _append(os.open(new, _NEW, 0o600), {"version": VERSION, "status": str(status)} | record)
+            _append(os.open(new, _NEW, 0o600), {"version": VERSION} | asdict(record))
             fd = os.open(status, _NEW, 0o600)
             undo.callback(os.close, fd)
             new.rename(path)
@@ -170,8 +173,7 @@ class Journals:
 
     def remove(self, name: str) -> None:
         """Remove a journal; absent is success."""
-        path = self.path(name)
-        for file in (path, path.with_suffix(".status"), self.suspended_path(name)):
+        for file in (self.path(name), self.status_path(name), self.suspended_path(name)):
             file.unlink(missing_ok=True)
 
     @contextlib.contextmanager

@@ -32,7 +32,6 @@ from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.procfs import Process
 
-Networks = Sequence[IPv4Network | IPv6Network]
 #: Addresses for the agent's name server, none of the Internet's (RFC 5737); the first that the host does not use.
 _NAME_SERVERS = (IPv4Address("198.51.100.53"), IPv4Address("203.0.113.53"), IPv4Address("192.0.2.53"))
 _SLIRP_NAME_SERVER = "10.0.2.3"
@@ -87,8 +86,7 @@ def connect(host: Host, inner: Process, port: int, deny: Sequence[str], deadline
     """
     with contextlib.ExitStack() as stack:
         inside = _enter(stack, inner, own_user=not host.privileged)
-        carry = _pasta if host.pasta else _slirp
-        helper = carry(host, inside, port, deadline)
+        helper = _pasta(host, inside, port, deadline) if host.pasta else _slirp(host, inside, deadline)
         try:
             _block(inside, denied_networks(deny), deadline)
         except BaseException:
@@ -113,14 +111,12 @@ class _Inside:
 def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _Inside:
     """Open the namespaces of a waiting agent, and check that it is the process that was started."""
     try:
-        fds = [
-            os.open(f"/proc/{inner.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
-            for kind in (("net", "user") if own_user else ("net",))
-        ]
+        fds = []
+        for kind in ("net", "user") if own_user else ("net",):
+            fds.append(os.open(f"/proc/{inner.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
+            stack.callback(os.close, fds[-1])
     except OSError as error:
         raise ProviderError("The sandbox ended before it had a network", why=str(error)) from error
-    for fd in fds:
-        stack.callback(os.close, fd)
     if not inner.lives:
         raise ProviderError("The sandbox ended before it had a network")
     return _Inside(fds[0], fds[1] if own_user else None)
@@ -151,8 +147,7 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
     return found.process
 
 
-def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
-    assert not port  # refused by `verify`
+def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
     ready, notify = os.pipe()
     try:
         command = [host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
@@ -167,8 +162,6 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
                 stdin=null,
                 output=null,
                 inherited=[notify, *inside.fds],
-                umask=0o077,
-                cwd="/",
             )
         finally:
             os.close(null)
@@ -182,7 +175,7 @@ def _slirp(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         os.close(ready)
 
 
-def _block(inside: _Inside, networks: Networks, deadline: Deadline) -> None:
+def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline) -> None:
     """Make networks unreachable from inside.
 
     For IPv6's link-local ones this takes a rule: a destination with a scope passes by an unreachable route.

@@ -6,12 +6,11 @@ with the installation that it was made from, or a single program elsewhere.
 
 from __future__ import annotations
 
-import errno
+import itertools
 import os
 import shutil
 import socket
 import sys
-import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,10 +258,8 @@ class Ports:
     """Chooses TCP ports in turn, so that a new agent's port is not chosen again while it starts."""
 
     def __init__(self, first: int, last: int) -> None:
-        self._first = first
-        self._last = last
-        self._next = first
-        self._lock = threading.Lock()
+        self._range = range(first, last + 1)
+        self._turns = itertools.cycle(self._range)
 
     def choose(self, taken: Callable[[], Iterable[int]]) -> int:
         """Return a port that is free now and belongs to no known agent.
@@ -270,15 +267,12 @@ class Ports:
         :raises ProviderError: none is free.
         """
         avoid = frozenset(taken())
-        with self._lock:
-            for _ in range(self._last - self._first + 1):
-                port = self._next
-                self._next = port + 1 if port < self._last else self._first
-                if port not in avoid and _free(port):
-                    return port
+        for port in itertools.islice(self._turns, len(self._range)):
+            if port not in avoid and _free(port):
+                return port
         raise ProviderError(
             "No TCP port is free",
-            why=f"all of {self._first} to {self._last} are taken",
+            why=f"all of {self._range[0]} to {self._range[-1]} are taken",
             fix="widen providers.subprocess.ports, or use {socket}",
         )
 
@@ -287,8 +281,6 @@ def _free(port: int) -> bool:
     with socket.socket() as sock:
         try:
             sock.bind(("127.0.0.1", port))
-        except OSError as error:
-            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-                return False
-            raise
+        except OSError:
+            return False
     return True

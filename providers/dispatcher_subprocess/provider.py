@@ -173,8 +173,8 @@ class SubprocessProvider(Provider):
 
     def _start(self, parts: _Parts, spec: AgentSpec, deadline: Deadline, progress: Progress) -> None:
         start = Start(
-            spec,
-            parts.planner.plan(spec, self._taken_ports),
+            spec=spec,
+            plan=parts.planner.plan(spec, self._taken_ports),
             host=parts.host,
             options=self._options,
             journals=self._journals,
@@ -284,15 +284,19 @@ class SubprocessProvider(Provider):
 
     def _watch(self, record: Record) -> None:
         with self._lock:
-            if self._watcher is None:
-                self._watcher = Watcher(self._ended, self._keep_collecting, self.context.log)
-                self._watcher.watch_collector(self._collector.fileno())
-            watcher = self._watcher
+            watcher = self._watcher = self._watcher or Watcher(self.context.log)
+        self._watch_collector()
+        ended = functools.partial(self._ended, record.name)
         # bubblewrap's outer process ends after the app: its end is final.
-        if record.main and not watcher.add(record.name, record.main):
+        if record.main and not watcher.add_process(record.main, ended):
             app = self._parts.stopper.run(record).app_without_main()
-            if app is None or not watcher.add(record.name, app):
-                self._ended(record.name)
+            if app is None or not watcher.add_process(app, ended):
+                ended()
+
+    def _watch_collector(self) -> None:
+        fd = self._collector.fileno()
+        if self._watcher and fd is not None:
+            self._watcher.add_connection(fd, self._keep_collecting)
 
     def _ended(self, name: str) -> None:
         """Clean up after an agent of which a process ended, and call the subscribers."""
@@ -308,6 +312,7 @@ class SubprocessProvider(Provider):
     def _attach(self, read_end: int, path: Path) -> None:
         if self._collector.attach(read_end, path):
             self._attach_all(self._running())
+        self._watch_collector()
 
     def _keep_collecting(self, running: Iterable[Record] | None = None) -> None:
         """Ensure that the log collector runs and has all pipes; an earlier manager may have failed to pass some.
@@ -317,6 +322,7 @@ class SubprocessProvider(Provider):
         try:
             if self._collector.ensure() or not self._pipes_passed:
                 self._attach_all(self._running() if running is None else running)
+            self._watch_collector()
         except ProviderError as error:
             self.context.log.warning("agents' output is not written to their logs: %s", error)
 
@@ -325,8 +331,6 @@ class SubprocessProvider(Provider):
 
     def _attach_all(self, running: Iterable[Record]) -> None:
         self._pipes_passed = True
-        if self._watcher:
-            self._watcher.watch_collector(self._collector.fileno())
         for record in running:
             fd = self._parts.stopper.run(record).output()
             if fd is not None:

@@ -8,14 +8,13 @@ without bubblewrap a line on standard input) until its limits and its network ar
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import resource
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,53 +31,43 @@ from dispatcher_subprocess import logs, network, processes, procfs, sandbox
 from dispatcher_subprocess.cgroups import join
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.journal import Journals
+from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
-from dispatcher_subprocess.procfs import Process
 
 _UNDO = 10.0  # seconds to remove a start that failed
 _PIPE = 32768  # bytes that a pipe holds without a reader
 _AGENT_OOM = 100  # agents are killed before the host's own services when memory is short
 
 
+@dataclass(kw_only=True)
 class Start:
-    """A start: `prepare`, `spawn`, `confine`, `release` in this order; `undo` after a failure; always `close`."""
+    """A start: `prepare`, `spawn`, `confine`, `release` in this order; `undo` after a failure; always `close`.
 
-    def __init__(
-        self,
-        spec: AgentSpec,
-        plan: Plan,
-        *,
-        host: Host,
-        options: Options,
-        journals: Journals,
-        secret_files: SecretFiles,
-        attach: Callable[[int, Path], None],
-        deadline: Deadline,
-    ) -> None:
-        self.spec = spec
-        self.plan = plan
-        self.host = host
-        self.options = options
-        self.journals = journals
-        self.secret_files = secret_files
-        self.attach = attach
-        self.deadline = deadline
-        self.group = host.cgroups.group(spec.backend_name)
-        self.token = secrets.token_hex(16)
+    :ivar attach: passes the output to the log collector.
+    """
+
+    spec: AgentSpec
+    plan: Plan
+    host: Host
+    options: Options
+    journals: Journals
+    secret_files: SecretFiles
+    attach: Callable[[int, Path], None]
+    deadline: Deadline
+
+    def __post_init__(self) -> None:
+        """Begin with nothing to undo."""
+        self.group = self.host.cgroups.group(self.spec.backend_name)
         self._kept = contextlib.ExitStack()  # descriptors of ours until the end
         self._passed = contextlib.ExitStack()  # those that the agent inherits; our copies would hide its end
         self._inherited: list[int] = []  # of these, the ones beyond the standard streams
         self._spawn: dict[str, Any] = {}
-        self._output = self._info = self._gate = self._argument_pipe = -1
+        self._output = self._gate = self._argument_pipe = -1
         self._arguments = b""
         self._line = b"\n"  # what opens the gate
         self._groups: list[Path] = []
-        self._main: Process | None = None
-        self._init: Process | None = None
-        self._pidns = 0
-        self._helper: Process | None = None
+        self._record: Record | None = None
 
     def prepare(self) -> None:
         """Make the group and the descriptors, write the journal."""
@@ -95,7 +84,8 @@ class Start:
         self._output, both = logs.output_pipe(spec.uid, spec.gid)
         self._keep(self._output)
         self._pass(both)
-        status = self._pass(self.journals.begin(self._first_line()))
+        self._record = self._new_record()
+        status = self._pass(self.journals.begin(self._record))
         user: list[str] = []
         if host.own_uid:
             user = sandbox.become(spec.uid, spec.gid, host.setpriv)
@@ -109,22 +99,23 @@ class Start:
             "umask": int(options_of(spec.app).umask, 8),
         }
 
-    def _first_line(self) -> dict[str, Any]:
+    def _new_record(self) -> Record:
         spec = self.spec
-        return {
-            "name": spec.backend_name,
-            "agent": spec.agent,
-            "boot": procfs.boot_id(),
-            "spec_hash": spec.hash,
-            "uid": spec.uid,
-            "endpoint": str(self.plan.endpoint),
-            "owner_uid": spec.uid if self.host.own_uid else os.geteuid(),
-            "log_dir": str(spec.log_dir),
-            "run_dir": str(spec.run_dir),
-            "token": self.token,
-            "sandboxed": self.host.sandboxed,
-            "pipe": os.fstat(self._output).st_ino,
-        }
+        return Record(
+            name=spec.backend_name,
+            agent=spec.agent,
+            boot=procfs.boot_id(),
+            spec_hash=spec.hash,
+            uid=spec.uid,
+            endpoint=str(self.plan.endpoint),
+            owner_uid=spec.uid if self.host.own_uid else os.geteuid(),
+            log_dir=str(spec.log_dir),
+            run_dir=str(spec.run_dir),
+            token=secrets.token_hex(16),
+            sandboxed=self.host.sandboxed,
+            status=str(self.journals.status_path(spec.backend_name)),
+            pipe=os.fstat(self._output).st_ino,
+        )
 
     def _prepare_sandboxed(
         self, user: list[str], plain: dict[str, str], loader: dict[str, str], status: int
@@ -134,11 +125,9 @@ class Start:
         stdin, credentials = _input_pipe(self._credentials())
         os.close(credentials)
         block, self._gate = os.pipe()
-        self._info, info = os.pipe()
-        self._keep(self._info)
         arguments, self._argument_pipe = os.pipe()
         self._pass(stdin)
-        for fd in (block, info, arguments):
+        for fd in (block, arguments):
             self._inherit(fd)
         self._inherited.append(status)
         words = sandbox.arguments(
@@ -152,7 +141,7 @@ class Start:
             loader=loader,
             resolver=network.resolver(host) if spec.app.network is Network.PRIVATE else b"",
         )
-        words += ["--json-status-fd", str(status), "--info-fd", str(info), "--block-fd", str(block), ""]
+        words += ["--json-status-fd", str(status), "--block-fd", str(block), ""]
         self._arguments = os.fsencode("\0".join(words))
         program = sandbox.with_loader(plan.command, sandbox.ENVIRONMENT) if loader else plan.command
         return {
@@ -170,7 +159,7 @@ class Start:
         self._line = b"\n" + self._credentials()
         program, environment = self.plan.command, plain
         if not self.host.own_uid:
-            environment = plain | loader | {processes.TOKEN: self.token}
+            environment = plain | loader | {processes.TOKEN: self.record.token}
         elif loader:
             program = sandbox.with_loader(program, f"/proc/self/fd/{self._memory(sandbox.loader_script(loader))}")
         return {
@@ -185,11 +174,12 @@ class Start:
 
         :raises ProviderError: it does not come up.
         """
-        self._main = processes.spawn(**self._spawn)
+        main = processes.spawn(**self._spawn)
+        self._record = replace(self.record, main=main)
         self._passed.close()
         # bubblewrap forks after it has read its arguments: what is set now holds for all its processes.
-        self._join(self._main.pid)
-        limit(self._main.pid, self._limits(), options_of(self.spec.app).nice)
+        self._join(main.pid)
+        limit(main.pid, self._limits(), options_of(self.spec.app).nice)
         if not self.host.sandboxed:
             return
         pipe, self._argument_pipe = self._argument_pipe, -1
@@ -198,11 +188,22 @@ class Start:
                 file.write(self._arguments)
         except OSError as error:
             raise ProviderError("bubblewrap ended at once", why=str(error)) from error
-        pid, self._pidns = _read_info(self._info, self.deadline)
+        while not (pid := self.record.sandbox_status().get("child-pid")):
+            if not main.lives:
+                raise ProviderError("bubblewrap ended before the sandbox was made")
+            if self.deadline.expired:
+                raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
+            time.sleep(0.0005)
         found = procfs.stat(pid)
         if not found:
             raise ProviderError("bubblewrap ended before the sandbox was made")
-        self._init = found.process
+        self._record = replace(self.record, init=found.process)
+
+    @property
+    def record(self) -> Record:
+        """The journal's content, as far as the start has come."""
+        assert self._record is not None
+        return self._record
 
     def _join(self, pid: int) -> None:
         try:
@@ -218,11 +219,11 @@ class Start:
         :raises ProviderError: that fails.
         """
         if self.spec.app.network is Network.PRIVATE:
-            assert self._init is not None
-            self._helper = network.connect(
-                self.host, self._init, self.plan.endpoint.port, self.options.deny, self.deadline
-            )
-            self._join(self._helper.pid)
+            assert self.record.init is not None
+            port = self.plan.endpoint.port
+            helper = network.connect(self.host, self.record.init, port, self.options.deny, self.deadline)
+            self._record = replace(self.record, helper=helper)
+            self._join(helper.pid)
 
     def _limits(self) -> dict[int, int | None]:
         """Return the resource limits, which also stand in for missing controllers."""
@@ -241,9 +242,8 @@ class Start:
 
         :raises ProviderError: it has ended already.
         """
-        run = {"main": self._main, "init": self._init, "helper": self._helper}
-        started: dict[str, Any] = {name: asdict(process) for name, process in run.items() if process}
-        self.journals.append(self.spec.backend_name, started | {"started_at": time.time(), "pidns": self._pidns})
+        self._record = replace(self.record, started_at=time.time())
+        self.journals.append(self.spec.backend_name, asdict(self._record))
         self.attach(self._output, logs.log_file(self.spec.log_dir))
         gate, self._gate = self._gate, -1
         try:
@@ -263,11 +263,9 @@ class Start:
         """Remove what a failed start has made.  Closing the gate would let the app begin, so that comes later."""
         self._passed.close()
         name = self.spec.backend_name
-        record = self.journals.read(name)
-        if record and self._main:
-            record = replace(record, main=self._main, init=self._init, helper=self._helper)
-            processes.Run(record, self.group).kill(Deadline(_UNDO))
-            processes.reap(self._main)
+        if self._record and self._record.main:
+            processes.Run(self._record, self.group).kill(Deadline(_UNDO))
+            processes.reap(self._record.main)
         if self.group:
             self.group.remove()
         self.secret_files.remove(name)
@@ -340,24 +338,6 @@ def _input_pipe(content: bytes) -> tuple[int, int]:
     if content:
         os.write(write_end, content)
     return read_end, write_end
-
-
-def _read_info(fd: int, deadline: Deadline) -> tuple[int, int]:
-    """Return the pid of the sandbox's init and the inode of its pid namespace, from bubblewrap's ``--info-fd``.
-
-    :raises ProviderError: bubblewrap ended before; :raises DeadlineExceeded: it did not write in time.
-    """
-    text = b""
-    while processes.wait_readable(fd, deadline):
-        if chunk := os.read(fd, 4096):
-            text += chunk
-            continue
-        try:
-            info = json.loads(text)
-            return info["child-pid"], info.get("pid-namespace", 0)
-        except (ValueError, KeyError) as error:
-            raise ProviderError("bubblewrap ended before the sandbox was made") from error
-    raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
 
 
 def limit(pid: int, limits: Mapping[int, int | None], nice: int) -> None:
