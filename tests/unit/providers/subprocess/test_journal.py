@@ -76,4 +76,3 @@ def test_an_unreadable_journal_directory_is_unavailable_not_empty(tmp_path):
     with pytest.raises(Unavailable):
         Journals(tmp_path / "file").records()
     assert list(Journals(tmp_path / "absent").records()) == []
-
