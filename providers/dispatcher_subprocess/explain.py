@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dispatcher.plugin import App, Capability, Finding, Level, Network
+from dispatcher.plugin import App, Capability, Finding, Network
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import endpoint_kind
 
+_SANDBOX = "install bubblewrap, or allow it to make namespaces"
+_NO_QUOTA = "The limit disk is not enforced: data is a plain directory"
 #: Controller -> key of the configuration, capability, and the effect of a limit that is not enforced.
 _LIMITS = {
     "memory": ("memory", Capability.MEMORY_LIMIT, "each process of an agent is limited, not their sum"),
@@ -41,89 +43,67 @@ def findings(host: Host, app: App | None) -> list[Finding]:
 
 def _host(host: Host) -> Iterator[Finding]:
     if host.sandboxed:
-        yield _ok("Agents run in bubblewrap sandboxes: own mount, pid, ipc and uts namespaces, no new privileges")
-        yield _ok(
+        yield Finding.ok(
+            "Agents run in bubblewrap sandboxes: own mount, pid, ipc and uts namespaces, no new privileges"
+        )
+        yield Finding.ok(
             "Of the host's files an agent sees /usr, /etc and its program's own, read-only; data is writable"
         )
     else:
-        yield Finding(
-            level=Level.WARNING,
-            what=f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network",
-            fix="install bubblewrap, or allow it to make namespaces",
-        )
+        what = f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network"
+        yield Finding.warning(what, _SANDBOX)
     if host.own_uid:
-        yield _ok("Each agent has a host user id of its own")
+        yield Finding.ok("Each agent has a host user id of its own")
     else:
-        yield Finding(
-            level=Level.WARNING,
-            what="All agents run as the user that runs the manager"
-            + ("; only the sandbox separates them" if host.sandboxed else ", and can read each other's data"),
-            fix="run the manager as root for a user id per agent",
+        rest = "; only the sandbox separates them" if host.sandboxed else ", and can read each other's data"
+        yield Finding.warning(
+            f"All agents run as the user that runs the manager{rest}",
+            "run the manager as root for a user id per agent",
         )
-    yield from _limits(host)
-    fault = host.private_fault
-    if host.sandboxed and fault:
-        yield Finding(level=Level.INFO, what=f'network = "private" does not work: {fault[0]}', fix=fault[1])
-
-
-def _limits(host: Host) -> Iterator[Finding]:
     for what, (key, _, instead) in _LIMITS.items():
         if host.cgroups.limits(what):
-            yield _ok(f"The limit {key} is enforced by the kernel's {what} controller")
+            yield Finding.ok(f"The limit {key} is enforced by the kernel's {what} controller")
         elif host.limits(what):
-            yield _ok(f"The limit {key} is enforced by counting the processes of each agent's own user id")
+            yield Finding.ok(f"The limit {key} is enforced by counting the processes of each agent's own user id")
         else:
             yield _unlimited(key, instead)
-    yield Finding(
-        level=Level.INFO, what="The limit disk is not enforced: data is a plain directory", fix="use a quota"
-    )
+    yield Finding.info(_NO_QUOTA, "use a quota")
     if host.cgroups.directory is None:
-        yield Finding(level=Level.INFO, what="Agents are suspended by SIGSTOP, as there are no control groups")
+        yield Finding.info("Agents are suspended by SIGSTOP, as there are no control groups")
+    if host.sandboxed and host.private_fault:
+        why, fix = host.private_fault
+        yield Finding.info(f'network = "private" does not work: {why}', fix)
 
 
 def _unlimited(key: str, instead: str) -> Finding:
-    return Finding(
-        level=Level.WARNING,
-        what=f"The limit {key} is not enforced, as there is no control group for it: {instead}",
-        fix="run as root, or delegate control groups to the manager",
+    return Finding.warning(
+        f"The limit {key} is not enforced, as there is no control group for it: {instead}",
+        "run as root, or delegate control groups to the manager",
     )
 
 
 def _app(host: Host, app: App) -> Iterator[Finding]:
     if endpoint_kind(app) == "tcp":
-        yield Finding(
-            level=Level.WARNING,
-            what="A TCP port on the loopback interface is open to every local user of this host",
-            fix="use {socket} in the command, which only the proxy can reach",
+        yield Finding.warning(
+            "A TCP port on the loopback interface is open to every local user of this host",
+            "use {socket} in the command, which only the proxy can reach",
         )
     else:
-        yield _ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
+        yield Finding.ok("It listens on a Unix socket that only the proxy and the agent itself can reach")
     wanted = {"memory": app.limits.memory, "cpu": app.limits.cpus, "pids": app.limits.pids}
     for what, (key, _, instead) in _LIMITS.items():
         if wanted[what] is not None and not host.limits(what):
             yield _unlimited(key, instead)
     if app.limits.disk is not None:
-        yield Finding(
-            level=Level.WARNING,
-            what="The limit disk is not enforced: data is a plain directory",
-            fix="use a quota",
-        )
+        yield Finding.warning(_NO_QUOTA, "use a quota")
     if app.network is Network.HOST:
-        yield Finding(
-            level=Level.WARNING,
-            what="It shares the host's network: services on the loopback interface and abstract sockets too",
-            fix='use network = "none" or "private"',
+        yield Finding.warning(
+            "It shares the host's network: services on the loopback interface and abstract sockets too",
+            'use network = "none" or "private"',
         )
     elif not host.sandboxed:
-        yield Finding(
-            level=Level.WARNING,
-            what=f'network = "{app.network.value}" is not enforced without a sandbox: it has the host\'s network',
-            fix="install bubblewrap, or allow it to make namespaces",
-        )
+        what = f'network = "{app.network.value}" is not enforced without a sandbox: it has the host\'s network'
+        yield Finding.warning(what, _SANDBOX)
     else:
         what = "no network" if app.network is Network.NONE else "the outside, but nothing of this host"
-        yield _ok(f"It reaches {what}")
-
-
-def _ok(what: str) -> Finding:
-    return Finding(level=Level.OK, what=what)
+        yield Finding.ok(f"It reaches {what}")
