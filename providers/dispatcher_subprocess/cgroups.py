@@ -18,7 +18,8 @@ from pathlib import Path
 from dispatcher.plugin import Deadline, Limits, Usage
 from dispatcher_subprocess import procfs
 
-_WANTED = frozenset(["memory", "cpu", "pids"])
+_ROOT = Path("/sys/fs/cgroup")
+_WANTED = ("memory", "cpu", "pids")
 _PERIOD = 100_000  # microseconds, the kernel's default
 _ROUNDS = 64  # of killing against forks
 
@@ -195,42 +196,28 @@ def join(paths: Iterable[Path], pid: int) -> None:
         _write(path / "cgroup.procs", pid)
 
 
-def discover(base: str, mountinfo: str, own: str) -> Cgroups:
+def discover(base: str, own: str, root: Path = _ROOT) -> Cgroups:
     """Make the directory `base` in every hierarchy that is used, and say what can be done there.
 
     As root that is at the top of each hierarchy; an ordinary user gets the highest group that was delegated.
 
-    :param base: name of the installation's directory; :param mountinfo, own: content of
-        ``/proc/self/mountinfo`` and ``/proc/self/cgroup``.
+    :param base: name of the installation's directory; :param own: content of ``/proc/self/cgroup``.
     """
     membership = {
         name: path
         for _, names, path in (line.split(":", 2) for line in own.splitlines())
         for name in names.split(",")
     }
-    mounts = list(_mounts(mountinfo))
-    claims = (_claim(mount, membership.get("", "/"), base) for mount, kind, _ in mounts if kind == "cgroup2")
-    unified = next(filter(None, claims), None)
-    if unified is None:
+    mount = next((path for path in (root, root / "unified") if (path / "cgroup.controllers").exists()), None)
+    directory = _claim(mount, membership.get("", "/"), base) if mount else None
+    if directory is None:
         return Cgroups()
-    controllers = _enable(unified)
-    legacy: dict[str, Path] = {}
-    for mount, _, names in mounts:
-        for name in names & _WANTED - controllers:
-            directory = _claim(mount, membership.get(name, "/"), base)
-            if directory:
-                legacy[name] = directory
-    return Cgroups(directory=unified, controllers=controllers, legacy=legacy)
-
-
-def _mounts(mountinfo: str) -> Iterator[tuple[Path, str, set[str]]]:
-    """Yield the mounted hierarchies: path, kind of the file system, controllers of version 1."""
-    for line in mountinfo.splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.partition(" ")
-        if kind in {"cgroup", "cgroup2"}:
-            names = set(options.split(" ")[-1].split(",")) if kind == "cgroup" else set()
-            yield Path(before.split(" ")[4].encode().decode("unicode_escape")), kind, names
+    controllers = _enable(directory)
+    claims = {
+        name: _claim(root / name, membership.get(name, "/"), base) for name in _WANTED if name not in controllers
+    }
+    legacy = {name: path for name, path in claims.items() if path}
+    return Cgroups(directory=directory, controllers=controllers, legacy=legacy)
 
 
 def _claim(mount: Path, own: str, base: str) -> Path | None:
@@ -254,7 +241,8 @@ def _enable(directory: Path) -> frozenset[str]:
     for parent in (directory.parent, directory):
         for name in _WANTED:
             _try_write(parent / "cgroup.subtree_control", f"+{name}")
-    return frozenset(procfs.read(f"{directory}/cgroup.subtree_control").decode().split()) & _WANTED
+    on = procfs.read(f"{directory}/cgroup.subtree_control").decode().split()
+    return frozenset(on).intersection(_WANTED)
 
 
 def _value(text: bytes, key: bytes, default: int) -> int:

@@ -77,8 +77,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         reason = _fault(bwrap, deadline) if bwrap else "bubblewrap is not installed"
     cgroups = Cgroups()
     if options.cgroups == "auto":
-        mounts, own = (procfs.read(f"/proc/self/{name}").decode() for name in ("mountinfo", "cgroup"))
-        cgroups = discover(f"dispatcher-{installation}", mounts, own)
+        cgroups = discover(f"dispatcher-{installation}", procfs.read("/proc/self/cgroup").decode())
     return Host(
         privileged=os.geteuid() == 0,
         bwrap="" if reason else bwrap,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field, field_validator
 
 from dispatcher.plugin import (
     AbsolutePath,
@@ -20,6 +20,7 @@ from dispatcher.plugin import (
     Table,
     Variable,
     check_environment,
+    matching,
 )
 from dispatcher.plugin import Argument as Text
 
@@ -28,6 +29,11 @@ _PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
 
 
 Argument = Annotated[Text, Field(max_length=131071)]  # bytes, execve(2)
+Workdir = Annotated[
+    str,
+    AfterValidator(matching(r"(/|\{data\})[^\0]*", "an absolute path, or one that begins with {data}")),
+]
+Umask = Annotated[str, AfterValidator(matching("0?[0-7]{3}", 'three octal digits such as "007"'))]
 
 
 class Options(Table):
@@ -60,7 +66,7 @@ class AppOptions(Table):
         min_length=1,
         description="program and arguments, no shell; {socket}, {port} and {data} are replaced",
     )
-    workdir: str = Field(default="{data}", description="working directory in the sandbox")
+    workdir: Workdir = Field(default="{data}", description="working directory in the sandbox")
     read_only: list[AbsolutePath] = Field(default=[], description="additional paths of the host, read-only")
     writable: list[AbsolutePath] = Field(
         default=[], description="additional paths of the host, writable if their modes allow it"
@@ -74,7 +80,7 @@ class AppOptions(Table):
         default=True,
         description="refuse system calls that apps rarely need: keys, BPF, user namespaces, mounts, io_uring",
     )
-    umask: str = Field(
+    umask: Umask = Field(
         default="007", description="three octal digits; the proxy's group needs write access to the socket"
     )
     tmp_size: Size = Field(default=256 * 1024**2, description="size of /tmp and of /dev/shm, in memory")
@@ -87,20 +93,6 @@ class AppOptions(Table):
     def _command(cls, value: list[str]) -> list[str]:
         if not value[0].strip() or value[0].startswith("-"):
             raise ValueError("the program first")
-        return value
-
-    @field_validator("workdir")
-    @classmethod
-    def _workdir(cls, value: str) -> str:
-        if not (value.startswith(("/", "{data}"))) or "\0" in value:
-            raise ValueError("an absolute path, or one that begins with {data}")
-        return value
-
-    @field_validator("umask")
-    @classmethod
-    def _umask(cls, value: str) -> str:
-        if not re.fullmatch(r"0?[0-7]{3}", value):
-            raise ValueError('three octal digits such as "007"')
         return value
 
 

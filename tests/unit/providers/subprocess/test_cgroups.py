@@ -5,36 +5,30 @@ from dispatcher_subprocess import cgroups
 from dispatcher.plugin.model import Limits
 
 
-HYBRID = (
-    "30 25 0:26 / {0}/memory rw - cgroup cgroup rw,memory\n"
-    "31 25 0:27 / {0}/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
-    "33 25 0:29 / {0}/unified rw - cgroup2 cgroup2 rw\n"
-)
-
-
 @pytest.fixture
 def tree(tmp_path):
-    for name in ("memory", "cpu,cpuacct", "unified"):
+    for name in ("memory", "cpu", "unified"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "cgroup.procs").touch()
+    (tmp_path / "unified/cgroup.controllers").touch()
     return tmp_path
 
 
 def test_version_one_controllers_beside_version_two(tree):
-    found = cgroups.discover("dispatcher-x", HYBRID.format(tree), "4:memory:/\n0::/\n")
+    found = cgroups.discover("dispatcher-x", "4:memory:/\n3:cpu,cpuacct:/\n0::/\n", tree)
     assert found.directory == tree / "unified/dispatcher-x"
     assert set(found.legacy) == {"memory", "cpu"}
     assert found.limits("memory") and found.limits("cpu") and not found.limits("pids")
     group = found.group("a")
-    for name in ("memory", "cpu,cpuacct"):
+    for name in ("memory", "cpu"):
         path = tree / name / "dispatcher-x/a"
         path.mkdir()
         for file in ("memory.limit_in_bytes", "cpu.cfs_quota_us"):
             (path / file).touch()
     used = group.create(Limits(memory=1000, cpus=0.5))
-    assert [path.parent.parent.name for path in used] == ["memory", "cpu,cpuacct", "unified"]
+    assert [path.parent.parent.name for path in used] == ["memory", "cpu", "unified"]
     assert (tree / "memory/dispatcher-x/a/memory.limit_in_bytes").read_text() == "1000"
-    assert (tree / "cpu,cpuacct/dispatcher-x/a/cpu.cfs_quota_us").read_text() == "50000"
+    assert (tree / "cpu/dispatcher-x/a/cpu.cfs_quota_us").read_text() == "50000"
     (tree / "memory/dispatcher-x/a/memory.usage_in_bytes").write_text("5000\n")
     (tree / "memory/dispatcher-x/a/memory.stat").write_text("cache 9\ntotal_inactive_file 2000\n")
     (tree / "unified/dispatcher-x/a/cpu.stat").write_text("usage_usec 2500000\n")
@@ -45,8 +39,8 @@ def test_version_one_controllers_beside_version_two(tree):
 
 
 def test_version_one_alone_is_not_used(tree):
-    text = "".join(line + "\n" for line in HYBRID.format(tree).splitlines() if "cgroup2" not in line)
-    found = cgroups.discover("dispatcher-x", text, "4:memory:/\n")
+    (tree / "unified/cgroup.controllers").unlink()
+    found = cgroups.discover("dispatcher-x", "4:memory:/\n", tree)
     assert found.group("a") is None and not found.limits("memory")
     assert not (tree / "memory/dispatcher-x").exists()
 
@@ -57,10 +51,10 @@ def test_version_two_with_controllers(tmp_path):
     base = tmp_path / "dispatcher-x"
     base.mkdir()
     (base / "cgroup.subtree_control").write_text("cpu memory pids\n")
-    mounts = f"33 25 0:29 / {tmp_path} rw - cgroup2 cgroup2 rw\n"
+    (tmp_path / "cgroup.controllers").touch()
     # Writing appends nothing here; a kernel would answer with what is on.
     found = cgroups.Cgroups(directory=base, controllers=frozenset({"cpu", "memory", "pids"}))
-    assert cgroups.discover("dispatcher-x", mounts, "0::/\n").directory == base
+    assert cgroups.discover("dispatcher-x", "0::/\n", tmp_path).directory == base
     group = found.group("a")
     path = base / "a"
     path.mkdir()
@@ -86,14 +80,12 @@ def test_an_ordinary_user_gets_the_highest_group_that_is_theirs(tmp_path):
     app.mkdir(parents=True)
     for path in (slice_, slice_ / "app.slice", app):
         (path / "cgroup.procs").touch()
-    mounts = f"33 25 0:29 / {tmp_path} rw - cgroup2 cgroup2 rw\n"
+    (tmp_path / "cgroup.controllers").touch()
     own = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/terminal.scope\n"
-    found = cgroups.discover("dispatcher-x", mounts, own)
+    found = cgroups.discover("dispatcher-x", own, tmp_path)
     assert found.directory == slice_ / "dispatcher-x"
 
 
 def test_no_control_groups_at_all(tmp_path):
-    found = cgroups.discover("dispatcher-x", "", "0::/\n")
-    assert found.group("a") is None
-    found = cgroups.discover("dispatcher-x", f"33 25 0:29 / {tmp_path}/gone ro - cgroup2 cgroup2 ro\n", "0::/\n")
-    assert found.group("a") is None
+    assert cgroups.discover("dispatcher-x", "0::/\n", tmp_path).group("a") is None
+    assert cgroups.discover("dispatcher-x", "", tmp_path / "gone").group("a") is None
