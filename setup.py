@@ -124,7 +124,7 @@ setup(
         "werkzeug>=3",
         "waitress>=3",
         "h11>=0.14",
-        "click>=8.1",
+        "click>=8.2",
         "rich>=13",
         "pydantic>=2.7",
         "typing_extensions>=4.6",

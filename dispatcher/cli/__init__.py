@@ -29,25 +29,25 @@ SECTIONS = {
         "reload": Lazy("daemons", "reload", "Reload the configuration without dropping a request."),
     },
     "Users and agents": {
-        "add": Lazy("users", "add", "Add a user with an agent, or another agent for a user."),
-        "remove": Lazy("users", "remove", "Remove an agent and its data."),
-        "passwd": Lazy("users", "passwd", "Set a user's password."),
-        "list": Lazy("show", "list_agents", "List all agents."),
-        "running": Lazy("show", "running", "List running agents."),
-        "info": Lazy("show", "info", "Show everything about an agent."),
-        "start": Lazy("lifecycle", "start", "Start or wake an agent."),
-        "stop": Lazy("lifecycle", "stop", "Stop an agent."),
-        "suspend": Lazy("lifecycle", "suspend", "Suspend an agent and keep its memory."),
-        "restart": Lazy("lifecycle", "restart", "Restart an agent with its app's current configuration."),
-        "reset-data": Lazy("lifecycle", "reset_data", "Delete an agent's data."),
-        "purge": Lazy("purge", "purge", "Delete an agent's kept data."),
+        "add": Lazy("agents", "add", "Add a user with an agent, or another agent for a user."),
+        "remove": Lazy("agents", "remove", "Remove an agent and its data."),
+        "passwd": Lazy("agents", "passwd", "Set a user's password."),
+        "list": Lazy("inspection", "list_agents", "List all agents."),
+        "running": Lazy("inspection", "running", "List running agents."),
+        "info": Lazy("inspection", "info", "Show everything about an agent."),
+        "start": Lazy("agents", "start", "Start or wake an agent."),
+        "stop": Lazy("agents", "stop", "Stop an agent."),
+        "suspend": Lazy("agents", "suspend", "Suspend an agent and keep its memory."),
+        "restart": Lazy("agents", "restart", "Restart an agent with its app's current configuration."),
+        "reset-data": Lazy("agents", "reset_data", "Delete an agent's data."),
+        "purge": Lazy("agents", "purge", "Delete an agent's kept data."),
     },
     "Inspect": {
-        "logs": Lazy("logs", "logs", "Show an agent's output."),
-        "why": Lazy("logs", "why", "Explain an agent's state."),
-        "top": Lazy("usage", "top", "Show agents' memory and CPU use, continuously."),
-        "memory-usage": Lazy("usage", "memory_usage", "Show agents' memory."),
-        "sessions": Lazy("sessions", "sessions", "List and end sign-ins."),
+        "logs": Lazy("inspection", "logs", "Show an agent's output."),
+        "why": Lazy("inspection", "why", "Explain an agent's state."),
+        "top": Lazy("inspection", "top", "Show agents' memory and CPU use, continuously."),
+        "memory-usage": Lazy("inspection", "memory_usage", "Show agents' memory."),
+        "sessions": Lazy("inspection", "sessions", "List and end sign-ins."),
     },
     "Installation": {
         "providers": Lazy("providers", "providers", "List, check and describe providers."),
@@ -57,8 +57,6 @@ SECTIONS = {
 }
 #: Errors of writing to a full disk, over a quota, or to a broken device.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-#: Click raises it since 8.2; before, it printed the help itself.
-_NO_ARGUMENTS: type[click.UsageError] | tuple[()] = getattr(click.exceptions, "NoArgsIsHelpError", ())
 ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
 
 EPILOG = """\b
@@ -66,8 +64,9 @@ Examples:
   dispatcher demo                    try it
   dispatcher add alice               asks for a password
   dispatcher start alice
-  dispatcher --json list             for programs
+  dispatcher list --json             for programs
 
+These options may stand before or after the command.
 Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 conflict, 5 manager unreachable."""
 
 
@@ -163,7 +162,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=None if arguments is None else list(arguments), prog_name="dispatcher", standalone_mode=False
         )
         sys.stdout.flush()
-    except _NO_ARGUMENTS as error:  # a group without a command: the message is its help, of many lines
+    except (
+        click.exceptions.NoArgsIsHelpError
+    ) as error:  # a group without a command: the message is its help, of many lines
         click.echo(error.format_message(), err=True)
         return BadRequest.exit_code
     except click.UsageError as error:

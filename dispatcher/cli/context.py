@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from dispatcher.cli.target import manager_url
 from dispatcher.cli.ui.output import Output
-from dispatcher.plugin.errors import BadRequest
+from dispatcher.plugin.errors import BadRequest, DispatcherError, ManagerUnreachable, NotFound
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
     from dispatcher.config.load import Config
 
 PATIENCE = 3.0  # seconds to wait for a manager that is starting
-_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass
@@ -81,6 +82,28 @@ class Cli:
             self._client.close()
             self._client = None
 
+    def with_nearest_name(self, error: NotFound) -> NotFound:
+        """Return the error about an unknown agent or user with the name that was probably meant."""
+        missing = re.fullmatch(r"There is no (?:agent|user) (\S+)", error.what)
+        if missing is None:
+            return error
+        try:
+            agents = self.client().agents()["agents"]
+        except DispatcherError:
+            return error
+        near = did_you_mean(missing[1], sorted({agent[key] for agent in agents for key in ("name", "user")}))
+        return NotFound(f"{error.what}{near}", why=error.why, fix=error.fix)
+
+    def not_understood(self, error: Exception) -> Exception:
+        """Return the error about an answer of the manager that has another form than expected."""
+        if self._client is None:
+            return error
+        return ManagerUnreachable(
+            f"The answer of the manager at {self.url} is not understood",
+            why=f"{type(error).__name__}: {error}",
+            fix="check that it is a manager, of the same version as this program",
+        )
+
     def _token(self) -> str | None:
         if self.token_file is None:
             return os.environ.get("DISPATCHER_TOKEN") or None
@@ -106,12 +129,7 @@ class Cli:
 pass_cli = click.make_pass_decorator(Cli, ensure=True)
 
 
-def json_option(function: _F) -> _F:
-    """Add ``--json`` to a command that prints data; the global option means the same."""
-
-    def switch(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
-        if value:
-            ctx.ensure_object(Cli).out.json = True
-
-    option = click.option("--json", is_flag=True, expose_value=False, callback=switch, help="Print JSON.")
-    return option(function)
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return ``: did you mean 'X'?`` for the nearest of `known`, or nothing."""
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
+    return f": did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,4 @@
-"""A click group whose commands are imported when they run.
+"""The group of all commands, which are imported when they run.
 
 The table of commands holds each one's one-line help, so that ``--help`` imports none of them.
 """
@@ -6,11 +6,14 @@ The table of commands holds each one's one-line help, so that ``--help`` imports
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import click
+
+from dispatcher.cli.context import Cli, did_you_mean
+from dispatcher.plugin.errors import NotFound
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,26 @@ class Lazy:
         return command
 
 
+#: What other programs call a command of ours.
+SYNONYMS = {
+    "create": "add",
+    "delete": "remove",
+    "del": "remove",
+    "kill": "stop",
+    "log": "logs",
+    "ls": "list",
+    "new": "add",
+    "ps": "running",
+    "rm": "remove",
+    "show": "info",
+    "status": "info",
+    "up": "serve",
+    "users": "list",
+}
+
+
 class LazyGroup(click.Group):
-    """A group made of sections, each a heading with its commands.
+    """A group made of sections, each a heading with its commands.  Its own options may follow the command, too.
 
     :param sections: heading -> name -> command.
     :param aliases: other spellings, not shown in the help.
@@ -60,19 +81,44 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         known = self.list_commands(ctx)
         if args[0] not in known and args[0] not in self.aliases and not args[0].startswith("-"):
-            raise click.UsageError(f"There is no command {args[0]!r}{did_you_mean(args[0], known)}", ctx)
+            meant = did_you_mean(SYNONYMS.get(args[0], args[0]), known)
+            raise click.UsageError(f"There is no command {args[0]!r}{meant}", ctx)
         return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        takes_value = {
+            name: not option.is_flag
+            for option in self.params
+            if isinstance(option, click.Option)
+            for name in option.opts
+        }
+        own: list[str] = []
+        others: list[str] = []
+        words = iter(args)
+        for word in words:
+            name, has_value, _ = word.partition("=")
+            if word == "--":
+                others += [word, *words]
+            elif name not in takes_value:
+                others.append(word)
+            elif has_value or not takes_value[name]:
+                own.append(word)
+            elif (value := next(words, None)) is not None:
+                own += [word, value]
+            else:
+                raise click.BadOptionUsage(word, f"Option {word!r} requires an argument", ctx)
+        return super().parse_args(ctx, own + others)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NotFound as error:
+            raise ctx.ensure_object(Cli).with_nearest_name(error) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ctx.ensure_object(Cli).not_understood(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max((len(name) for name in self.lazy), default=0)
         for heading, commands in self.sections.items():
             with formatter.section(heading):
                 formatter.write_dl([(name.ljust(width), lazy.help) for name, lazy in commands.items()])
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return ``: did you mean 'X'?`` for the nearest of `known`, or nothing."""
-    import difflib
-
-    near = difflib.get_close_matches(word, known, 1)
-    return f": did you mean {near[0]!r}?" if near else ""

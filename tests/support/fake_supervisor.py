@@ -25,10 +25,17 @@ SETTLED = {
 class FakeStore:
     def __init__(self, clock):
         self.rows: dict[str, UserRow] = {}
+        self.kept_copies, self.kept_data = {}, {}
         self.clock = clock
 
     def get_user(self, name):
         return self.rows.get(name)
+
+    def copies(self, agent):
+        return self.kept_copies.get(agent, [])
+
+    def kept(self, agent):
+        return self.kept_data.get(agent)
 
     def users(self):
         return list(self.rows.values())

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.common import redact
 from dispatcher.plugin.errors import ConfigError
 
@@ -52,7 +52,6 @@ def check(cli: Cli) -> None:
 
 
 @config.command(epilog="\b\nExamples:\n  dispatcher config show\n  dispatcher config show --json")
-@json_option
 @pass_cli
 def show(cli: Cli) -> None:
     """Print the effective configuration as TOML, with defaults filled in and secrets masked."""

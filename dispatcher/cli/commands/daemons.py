@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.parent_death import end_with_parent
 from dispatcher.plugin.errors import Unavailable
 
@@ -57,7 +57,6 @@ def proxy(cli: Cli) -> int:
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher reload")
-@json_option
 @pass_cli
 def reload(cli: Cli) -> None:
     """Make manager and proxy reload the configuration without dropping a request.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.config import defaults
 from dispatcher.plugin.errors import ConfigError, DispatcherError
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher doctor\n  dispatcher --config new.toml doctor --json")
-@json_option
 @pass_cli
 def doctor(cli: Cli) -> int:
     """Check this machine, the providers and the installation.  The exit code is 1 if there is an error."""

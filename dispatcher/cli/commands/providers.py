@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dispatcher.cli.context import Cli, json_option, pass_cli
+from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.ui.output import Output
+from dispatcher.plugin.errors import ManagerUnreachable
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json
@@ -21,7 +22,6 @@ def providers() -> None:
 
 
 @providers.command("list", epilog="\b\nExample:\n  dispatcher providers list")
-@json_option
 @pass_cli
 def list_providers(cli: Cli) -> None:
     """List the providers that the manager uses: isolation, usability and capabilities."""
@@ -54,18 +54,23 @@ def _error(provider: Json) -> str:
 )
 @click.argument("name", required=False)
 @click.option("--app", metavar="APP", help="For this app rather than for the backend as a whole.")
-@json_option
 @pass_cli
 def check(cli: Cli, name: str | None, app: str | None) -> int:
-    """Check the provider NAME (or all), and explain what it isolates and what it does not."""
-    client = cli.client()
-    if name is not None:
-        chosen = [name]
-    elif app is not None:
+    """Check the provider NAME (or all), and explain what it isolates and what it does not.
+
+    Without a manager on this machine, this program makes the checks itself.
+    """
+    if app is not None and name is None:
         raise click.UsageError("--app needs the NAME of its provider")
-    else:
-        chosen = [provider["name"] for provider in client.providers()["providers"]]
-    answers = {provider: client.check_provider(provider, app)["findings"] for provider in chosen}
+    client = cli.client()
+    try:
+        chosen = [name] if name else [provider["name"] for provider in client.providers()["providers"]]
+        answers = {provider: client.check_provider(provider, app)["findings"] for provider in chosen}
+    except ManagerUnreachable as error:
+        if not cli.url.startswith("unix:"):
+            raise
+        cli.out.note(f"{error.what}: {error.why}; checking without it")
+        answers = _checked_here(cli, name, app)
     bad = any(finding["level"] == "error" for findings in answers.values() for finding in findings)
     if cli.out.json:
         cli.out.data(answers)
@@ -75,6 +80,23 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
             cli.out.line(f"{provider}:")
         show_findings(cli.out, findings)
     return int(bad)
+
+
+def _checked_here(cli: Cli, name: str | None, app: str | None) -> dict[str, list[Json]]:
+    """Return the findings about providers of the configuration, in the form of the REST interface."""
+    from dispatcher.cli.doctor.providers import check
+    from dispatcher.config.plugins import Plugins
+
+    config, plugins = cli.config(), Plugins()
+    template = config.template(app, plugins) if app else None
+    chosen = [name] if name else sorted(set(config.providers) | {each.provider for each in config.apps.values()})
+    return {
+        provider: [
+            {"level": finding.level.value, "what": finding.what, "fix": finding.fix}
+            for finding in check(plugins.provider(provider), config, plugins, used=True, app=template)
+        ]
+        for provider in chosen
+    }
 
 
 def show_findings(out: Output, findings: list[Json]) -> None:

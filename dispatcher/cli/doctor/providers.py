@@ -17,7 +17,7 @@ from dispatcher.cli.doctor.findings import error, info, ok
 from dispatcher.manager.backends.contained import contained
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
-from dispatcher.plugin.model import Finding, Level
+from dispatcher.plugin.model import App, Finding, Level
 from dispatcher.plugin.provider import Provider, ProviderContext
 
 if TYPE_CHECKING:
@@ -51,10 +51,14 @@ def providers(config: Config, plugins: Plugins, client: ManagerClient | None) ->
             if name in used:
                 yield _fault(problem, used=True)
             continue  # a plugin may register something other than a provider
-        yield from _check(name, provider, config, plugins, used=name in used)
+        for finding in check(provider, config, plugins, used=name in used):
+            yield _of(name, finding)
 
 
-def _check(name: str, cls: type[Provider], config: Config, plugins: Plugins, *, used: bool) -> Iterator[Finding]:
+def check(
+    cls: type[Provider], config: Config, plugins: Plugins, *, used: bool, app: App | None = None
+) -> Iterator[Finding]:
+    """Check a provider in this process, and explain it if the configuration uses it: for an app, or as a whole."""
     with tempfile.TemporaryDirectory(prefix="dispatcher-doctor-") as directory:
         home = Path(directory)
         for place in ("state", "run"):
@@ -67,18 +71,18 @@ def _check(name: str, cls: type[Provider], config: Config, plugins: Plugins, *, 
             privileged=os.geteuid() == 0,
         )
         try:
-            with contained(name, "its check", log=None):
-                provider = cls(context=context, options=config.provider_options(name, plugins))
+            with contained(cls.name, "its check", log=None):
+                provider = cls(context=context, options=config.provider_options(cls.name, plugins))
                 try:
                     provider.check(deadline=Deadline(SECONDS))
-                    explained = list(provider.explain(None)) if used else []
+                    explained = list(provider.explain(app)) if used else []
                 finally:
                     provider.close()
         except DispatcherError as problem:
-            yield _of(name, _fault(problem, used=used))
+            yield _fault(problem, used=used)
         else:
-            yield _of(name, ok("can be used"))
-            yield from (_of(name, finding) for finding in explained)
+            yield ok("can be used")
+            yield from explained
 
 
 def _fault(problem: DispatcherError, *, used: bool) -> Finding:

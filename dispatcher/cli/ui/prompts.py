@@ -31,13 +31,13 @@ def yes_option(function: _F) -> _F:
     )(function)
 
 
-def confirm(question: str, *, yes: bool) -> None:
+def confirm(question: str, refusal: str, *, yes: bool) -> None:
     """Ask for confirmation on a terminal; without one, or with ``--yes``, return at once.
 
-    :raises click.Abort: the answer is no.
+    :raises click.ClickException: the answer is no; its text is `refusal`.
     """
-    if not yes and sys.stdin.isatty():
-        click.confirm(question, abort=True, err=True)
+    if not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+        raise click.ClickException(refusal)
 
 
 def password_option(function: _F) -> _F:

@@ -7,6 +7,7 @@ from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import listed
 from dispatcher.plugin import names
+from dispatcher.plugin.errors import NotFound
 
 routes = Routes()
 
@@ -20,7 +21,10 @@ def list_sessions(services: Services, user: schemas.Name | None = None) -> Json:
 @routes.add("DELETE", "/sessions", {200: schemas.Revoked})
 def revoke_sessions(services: Services, user: schemas.Name) -> Json:
     """End all sessions of a user, never of all users."""
-    revoked = services.sessions.revoke_user(names.user_name(user))
+    user = names.user_name(user)
+    revoked = services.sessions.revoke_user(user)
+    if not revoked and services.supervisor.store.get_user(user) is None:
+        raise NotFound(f"There is no user {user}", fix="see: dispatcher list")
     services.sync_edge()
     return {"revoked": revoked}
 

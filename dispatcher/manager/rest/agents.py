@@ -16,7 +16,7 @@ from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.waiting import wait_for_state, wait_until
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import BadRequest, Conflict
+from dispatcher.plugin.errors import BadRequest, Conflict, NotFound
 
 _STATE = ("state", "desired", "stage", "detail", "fraction", "since", "failure", "outdated")
 _STATE_ANSWERS = {200: schemas.AgentState, 202: schemas.AgentState}
@@ -170,7 +170,20 @@ def set_password(services: Services, agent: str, password: schemas.Password) -> 
 @routes.add("GET", "/agents/<agent>/why", {200: schemas.Why})
 def why(services: Services, agent: str) -> Json:
     """Explain in sentences why an agent is in its state and what happens next."""
-    return {"agent": agent, "sentences": services.supervisor.queries.why(agent)}
+    store = services.supervisor.store
+    kept = len(store.copies(agent)) + (store.kept(agent) is not None)
+    try:
+        sentences = services.supervisor.queries.why(agent)
+    except NotFound:
+        if not kept:
+            raise
+        sentences = ["The agent was removed."]
+    if kept:
+        what = "One copy of its data is" if kept == 1 else f"{kept} copies of its data are"
+        sentences.append(
+            f"{what} kept: `dispatcher info {agent}` shows it, `dispatcher purge {agent}` deletes it."
+        )
+    return {"agent": agent, "sentences": sentences}
 
 
 @routes.add("GET", "/agents/<agent>/copies", {200: schemas.Copies})

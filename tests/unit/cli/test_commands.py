@@ -297,7 +297,7 @@ def test_logs_follow_asks_again_with_the_cursor(run, manager, monkeypatch):
     def stop(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dispatcher.cli.commands.logs.time.sleep", stop)
+    monkeypatch.setattr("dispatcher.cli.commands.inspection.time.sleep", stop)
     code, out, _ = run("logs", "-f", "alice")
     assert code == 130
     assert out.splitlines()[-1] == "line 5"
@@ -354,6 +354,41 @@ def test_providers(run, manager):
     code, out, _ = run("providers", "check")
     assert code == 1
     assert "-> start it" in out
+
+
+def test_providers_are_checked_without_a_manager_too(run, short_tmp, monkeypatch):
+    (short_tmp / "x.toml").write_text('[apps.demo]\nprovider = "subprocess"\n')
+    words = [
+        "--config",
+        str(short_tmp / "x.toml"),
+        "--manager",
+        f"unix://{short_tmp}/none.sock",
+        "providers",
+        "check",
+    ]
+    code, out, err = run(*words, "subprocess", "--json")
+    found = json.loads(out)["subprocess"]
+    assert err.startswith("dispatcher: The manager does not answer at unix://")
+    assert err.endswith("; checking without it\n")
+    assert code == int(any(finding["level"] == "error" for finding in found))
+    assert found[0]["what"]
+    assert run(*words, "docker", "--app", "demoo")[0] == 2
+
+
+@pytest.mark.parametrize("command", ["info", "start", "why", "logs", "remove", "purge"])
+def test_a_misspelt_name_of_an_agent_is_answered_with_the_nearest(run, manager, command):
+    manager.add("alice")
+    assert "There is no agent alcie: did you mean 'alice'?" in run(command, "alcie")[2]
+    assert "did you mean" not in run(command, "zzzzzz")[2]
+
+
+@pytest.mark.parametrize("answer", [{"agents": 5}, {"agents": [5]}, {"agents": [{}]}, {}, {"agents": {"a": None}}])
+def test_an_answer_of_another_form_is_one_line(run, manager, answer):
+    manager.answers["GET /agents"] = 200, answer
+    code, out, err = run("list")
+    assert (code, out) == (5, "")
+    assert err.count("\n") == 1
+    assert "is not understood" in err
 
 
 def test_reload_says_what_changed(run, manager):

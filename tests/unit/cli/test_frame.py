@@ -99,6 +99,11 @@ def test_aliases_of_the_ancestor(run, alias, name):
     ("arguments", "complaint"),
     [
         (["lisst"], "There is no command 'lisst': did you mean 'list'? (see `dispatcher --help`)"),
+        (["ls"], "There is no command 'ls': did you mean 'list'?"),
+        (["status"], "There is no command 'status': did you mean 'info'?"),
+        (["rm"], "There is no command 'rm': did you mean 'remove'?"),
+        (["delete", "alice"], "There is no command 'delete': did you mean 'remove'?"),
+        (["strat", "alice"], "There is no command 'strat': did you mean 'start'?"),
         (["zzz"], "There is no command 'zzz' (see `dispatcher --help`)"),
         (["--nonsense"], "No such option"),
         (["start"], "Missing argument 'NAME' (see `dispatcher start --help`)"),
@@ -245,6 +250,15 @@ def test_a_named_configuration_must_exist(nowhere, run):
     code, _, err = run("--config", "/nonexistent.toml", "list")
     assert code == 2
     assert "Cannot read /nonexistent.toml: the file does not exist" in err
+
+
+def test_options_of_the_program_may_follow_the_command(nowhere, run):
+    for words in (["list", "--config", "/nonexistent.toml"], ["list", "--config=/nonexistent.toml"]):
+        code, _, err = run(*words)
+        assert code == 2
+        assert "Cannot read /nonexistent.toml: the file does not exist" in err
+    assert "Bad name '--config'" in run("info", "--", "--config")[2]
+    assert "Option '--config' requires an argument" in run("list", "--config")[2]
 
 
 def test_a_broken_configuration_is_one_line(nowhere, run):

@@ -30,8 +30,9 @@ def test_add_asks_twice_on_a_terminal(forked_manager):
 def test_remove_asks_on_a_terminal_and_no_is_no(forked_manager):
     forked_manager.add("alice")
     code, out = on_a_terminal(["remove", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"n\n"])
-    assert code != 0
+    assert code == 1
     assert "Remove alice and all its data?" in out
+    assert out.endswith("dispatcher: alice was not removed\n")
     assert "alice" in forked_manager.agents
     assert on_a_terminal(["remove", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"\n"])[0] != 0
     assert "alice" in forked_manager.agents
@@ -55,8 +56,9 @@ def test_reset_data_asks_on_a_terminal_of_who_exists(forked_manager):
     assert (code, "?" in out) == (3, False)
     forked_manager.add("alice")
     code, out = on_a_terminal(["reset-data", "alice"], where, [b"n\n"])
-    assert code != 0
+    assert code == 1
     assert "Delete all data of alice?" in out
+    assert out.endswith("dispatcher: the data of alice was not deleted\n")
     assert not [request for request in forked_manager.requests if request[0] == "PUT"]
 
 
@@ -64,7 +66,8 @@ def test_purge_asks_on_a_terminal_and_shows_what_would_go(forked_manager):
     where = {"DISPATCHER_MANAGER": forked_manager.url}
     forked_manager.keep("alice")
     code, out = on_a_terminal(["purge", "alice"], where, [b"n\n"])
-    assert code != 0
+    assert code == 1
+    assert out.endswith("dispatcher: no data was deleted\n")
     assert "3.0 MiB in subprocess" in out
     assert "Delete this data of alice?" in out
     assert "alice" in forked_manager.copies

@@ -390,3 +390,25 @@ def test_metrics_count_without_naming_agents(parts):
     assert "dispatcher_sessions 1.0" in text
     assert 'dispatcher_edge_requests_total{worker="7"} 3.0' in text
     assert "alice" not in text
+
+
+def test_why_mentions_kept_data_of_a_removed_agent_too(parts):
+    parts.add("alice")
+    parts.supervisor.store.kept_copies["alice"] = ["an old copy"]
+    sentences = parts.admin.get("/agents/alice/why").json["sentences"]
+    assert sentences[-1] == (
+        "One copy of its data is kept: `dispatcher info alice` shows it, `dispatcher purge alice` deletes it."
+    )
+    parts.supervisor.store.kept_copies["bob"] = parts.supervisor.store.kept_copies["alice"]
+    parts.supervisor.store.kept_data["bob"] = "its data"
+    sentences = parts.admin.get("/agents/bob/why").json["sentences"]
+    assert sentences[0] == "The agent was removed."
+    assert sentences[1].startswith("2 copies of its data are kept")
+    assert parts.admin.get("/agents/carol/why").status_code == 404
+
+
+def test_ending_the_sessions_of_an_unknown_user_is_404(parts):
+    parts.add("alice")
+    assert parts.admin.delete("/sessions?user=alice").json == {"revoked": 0}
+    answer = parts.admin.delete("/sessions?user=nobody")
+    assert (answer.status_code, answer.json["title"]) == (404, "There is no user nobody")
