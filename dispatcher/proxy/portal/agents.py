@@ -26,7 +26,9 @@ def dashboard() -> Response:
     agents = context.portal().client.my_agents(someone.sha256)["agents"]
     if content.for_programs():
         return _status(someone, agents)
-    return content.page("dashboard.html", someone=someone, agents=[_shown(agent, someone) for agent in agents])
+    shown = [_shown(agent, someone) for agent in agents]
+    ask = content.ask_administrator()
+    return content.page("dashboard.html", someone=someone, agents=shown, ask_administrator=ask)
 
 
 @pages.get("/status")
@@ -63,6 +65,13 @@ def _status(someone: context.Person, agents: list[dict[str, Any]]) -> Response:
 def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
     """Return an agent's values for the dashboard's template."""
     label, tone = words.state(agent["state"])
+    since = words.since(agent.get("since"), event=agent["state"] == "failed")
+    facts = [
+        agent["name"] if agent["name"] != someone.user else "",
+        f"{label} {since}" if since else "",
+        f"Used {humanize.ago(agent['last_used'])}" if agent.get("last_used") else "Never used",
+        "A restart applies the new configuration" if agent.get("outdated") else "",
+    ]
     portal = context.portal()
     scheme, _, host = portal.public_origin.partition("://")
     own = agent["name"] == someone.agent
@@ -75,6 +84,5 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
         "address": address,
         "current": own and not portal.subdomains,
         "stopped": agent["state"] in {"stopped", "failed"},
-        "since": words.since(agent.get("since"), event=agent["state"] == "failed"),
-        "last_used": humanize.ago(agent.get("last_used")),
+        "facts": [fact for fact in facts if fact],
     }

@@ -57,6 +57,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
         return {
             "local": context.local,
             "form_token": context.form_token,
+            "request_id": content.request_id,
             "asset": lambda name: context.local(f"/static/{STATIC[name].name}"),
             # What a template does not get is not an error: most values have a usual absence.
             "someone": None,

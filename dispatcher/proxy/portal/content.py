@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
 from typing import Any
@@ -15,11 +14,11 @@ from werkzeug.exceptions import HTTPException
 
 from dispatcher.common import humanize
 from dispatcher.common import problem as problems
+from dispatcher.common.log import logger
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
-from dispatcher.plugin.names import printable
 from dispatcher.proxy.portal import context
 
-_log = logging.getLogger("dispatcher.portal")
+_log = logger("portal")
 _HEADINGS = {
     400: "Bad request",
     403: "Not allowed",
@@ -101,8 +100,22 @@ def retry(response: Response, seconds: float | None) -> Response:
     return response
 
 
+def request_id() -> str:
+    """Return the edge's id of this request, which the logs name too; "" without one."""
+    return request.headers.get("X-Request-ID", "")[:64]
+
+
+def ask_administrator() -> str:
+    """Return what a user can do about a fault of the service."""
+    return "try again, or tell your administrator" + (f" (request ID {request_id()})" if request_id() else "")
+
+
 def error_page(error: DispatcherError, status: int | None = None) -> Response:
-    """Return an error as a page or as problem details."""
+    """Return an error as a page or as problem details; reason and fix of the service's own faults are logged."""
+    if (status or error.status) >= 500:
+        if error.why or error.fix:
+            _log.warning("a request failed", path=request.path, request_id=request_id(), error=str(error))
+        error.why, error.fix = "", ask_administrator()
     if not for_people():
         return problem(error, status)
     number = status or error.status
@@ -151,11 +164,8 @@ def install(app: Flask) -> None:
 
     @app.errorhandler(Exception)
     def unexpected(_: Exception) -> Response:
-        number = request.headers.get("X-Request-ID", "")
-        _log.exception("%s %s failed, request %s", request.method, printable(request.path), printable(number))
-        return error_page(
-            DispatcherError("The portal failed", fix="try again; if it happens again, tell the operator")
-        )
+        _log.exception("a request failed", method=request.method, path=request.path, request_id=request_id())
+        return error_page(DispatcherError("The portal failed"))
 
     app.after_request(context.keep_seed)
     app.after_request(context.drop_doubles)

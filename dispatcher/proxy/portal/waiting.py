@@ -12,6 +12,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from dispatcher.common import humanize
+from dispatcher.common.log import logger
 from dispatcher.plugin.errors import StartFailed, Unavailable
 from dispatcher.proxy.portal import content, context, targets, words
 
@@ -19,10 +20,12 @@ pages = Blueprint("waiting", __name__)
 REFRESH = 2  # seconds
 RETRY_FAILED = 30  # seconds
 
+_log = logger("portal")
+
 
 @pages.get("/waiting")
 def waiting() -> Response:
-    """Show the progress of the start, or the reason for its failure."""
+    """Show the progress of the start, or that it failed."""
     target = targets.own_path(_header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix)
     someone = context.person()
     if someone is None:
@@ -51,15 +54,14 @@ def _under_way(agent: dict[str, Any], target: str) -> Response:
 
 
 def _failed(agent: dict[str, Any], target: str) -> Response:
-    title = context.portal().title(agent["app"])
+    """Say that the start failed; the reason is for operators: in the log, in `dispatcher why`, in REST."""
     failure = agent.get("failure") or {}
-    what = failure.get("what") or f"{title} could not start"
+    reason = {name: failure.get(name) for name in ("what", "why", "fix")}
+    _log.warning("a start has failed", agent=agent["name"], request_id=content.request_id(), **reason)
+    title = context.portal().title(agent["app"])
+    error = StartFailed(f"{title} could not start", fix=content.ask_administrator(), retry_after=RETRY_FAILED)
     if not content.for_people():
-        why, fix = failure.get("why") or "", failure.get("fix") or ""
-        error = StartFailed(what, why=why, fix=fix, retry_after=RETRY_FAILED)
         return content.problem(error, 503, agent=words.public_agent(agent))
-    response = content.page(
-        "failed.html", 503, agent=agent, title=title, what=what, failure=failure, target=target,
-        since=humanize.ago(agent.get("since")),
-    )  # fmt: skip
+    since = humanize.ago(agent.get("since"))
+    response = content.page("failed.html", 503, agent=agent, title=title, error=error, target=target, since=since)
     return content.retry(response, RETRY_FAILED)

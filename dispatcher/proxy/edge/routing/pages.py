@@ -92,7 +92,9 @@ def failure(
     return answer + text if body else answer
 
 
-BAD_SESSION = Failure(401, "unauthenticated", "Sign in first", "There is no session, or it has ended.")
+BAD_SESSION = Failure(
+    401, "unauthenticated", "Sign in first", "There is no session, or it has ended.", "Sign in, then try again."
+)
 TOO_BUSY = Failure(
     503,
     "too-many-requests",
