@@ -105,7 +105,7 @@ class SignIn:
         if device is not None and self._store.knows_device(digest(device), name, now):
             keys = [f"device:{digest(device)}"]
         try:
-            self._keep(self._throttle.admit(keys, now))
+            self._throttle.admit(keys, now)
         except TooManyRequests:
             self._metrics.login(LoginOutcome.THROTTLED)
             _log.debug("throttled", user=name, address=address)
@@ -113,19 +113,17 @@ class SignIn:
         try:
             deadline = Deadline(TIMEOUT)
             identity = self._pool.run(lambda: self._authenticate(name, password, deadline), deadline)
-        except DispatcherError as error:
-            self._keep(self._throttle.succeeded(keys, now))
-            self._metrics.login(
-                LoginOutcome.BUSY if isinstance(error, TooManyRequests) else LoginOutcome.UNAVAILABLE
-            )
+        except BaseException as error:
+            self._throttle.released(keys)
+            busy = isinstance(error, TooManyRequests)
+            self._metrics.login(LoginOutcome.BUSY if busy else LoginOutcome.UNAVAILABLE)
             raise
         if identity is None:
             self._keep(self._throttle.failed(keys, now))
             self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=name, address=address)
             raise wrong_credentials()
-        own = [key for key in keys if not key.startswith("address:")]
-        self._keep(self._throttle.succeeded(keys, now, forget=own))
+        self._keep(self._throttle.succeeded(keys, now))
         return names.user_name(identity.user)
 
     def _authenticate(self, name: str, password: str, deadline: Deadline) -> Identity | None:
@@ -157,16 +155,16 @@ class SignIn:
         check_length(password)
         deadline = Deadline(TIMEOUT)
         self._pool.run(lambda: self.authenticator.set_password(user, password, deadline=deadline), deadline)
-        self._keep(self._throttle.succeeded([], self._clock.now(), forget=[f"name:{user}"]))
+        self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
 
     def _name(self, raw: str) -> str:
-        """Return the canonical name; an invalid one is refused like a wrong password."""
+        """Return the canonical name without blanks around it; an invalid one is refused like a wrong password."""
         try:
-            return names.user_name(raw)
-        except BadRequest:
+            return names.user_name(raw.strip())
+        except BadRequest as error:
             self._metrics.login(LoginOutcome.FAILURE)
-            _log.info("wrong name or password", user=raw)
+            _log.info("a name that cannot exist", user=raw, why=error.why)
             raise wrong_credentials() from None
 
     def _default_agent(self, user: str) -> AgentView:

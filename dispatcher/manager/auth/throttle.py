@@ -1,9 +1,11 @@
 """Throttling of password guessing.  No I/O and no clock: times are passed in; `storage.auth` stores the accounts.
 
 Wrong passwords are counted for a name (whether it exists or not) and for an address (an IPv6 address by its
-/64).  After a few free ones the delay doubles with each further one.  Then one attempt is admitted at a time,
-charged before the password is checked: a burst gains nothing, and a class of thirty that signs in at once with
-the right passwords is never delayed.
+/64).  After a few free ones each further one costs a longer delay, and then one attempt is checked at a time.
+Attempts that are being checked count too: a burst gains nothing.
+
+Many people may share an address: it has more free attempts for each name that has signed in from it, a right
+password gives back what the same name's wrong ones have cost, and a class that signs in at once is never delayed.
 
 A browser that has signed in before proves it with its device token: then only the account of that device and name
 counts, so that an attacker cannot lock the user out.
@@ -13,7 +15,8 @@ from __future__ import annotations
 
 import ipaddress
 import threading
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from dispatcher.common.humanize import duration
@@ -28,26 +31,32 @@ MAX_ACCOUNTS = 10_000
 class Rule:
     """When an account is delayed, and how much.
 
-    :ivar free: wrong passwords without a delay; :ivar first: delay after the next one, doubled by each further
-        one; :ivar most: longest delay; :ivar forgive: one wrong password is forgiven each so many seconds.
+    :ivar free: wrong passwords without a delay; :ivar at_once: attempts that may be checked at the same time.
+    :ivar step: wrong passwords that double the delay, from 1 second on; :ivar most: longest delay.
+    :ivar forgive: one wrong password is forgiven each so many seconds.
     """
 
     free: int
-    first: float
+    at_once: int
+    step: float
     most: float
     forgive: float
 
     def delay(self, failures: float) -> float:
         """Return the delay in seconds after so many wrong passwords."""
         over = failures - self.free
-        return 0.0 if over < 0 else min(self.most, self.first * 2.0 ** min(over, 60.0))
+        return 0.0 if over < 0 else min(self.most, 2.0 ** min(over / self.step, 60.0))
+
+    def admits(self, failures: float, checked: int) -> bool:
+        """Whether one more attempt may be checked beside those that are being checked."""
+        return checked < (self.at_once - failures if failures < self.free else 1)
 
 
 #: Per name: five attempts, then 1, 2, 4, ... seconds, at most 15 minutes.
-NAME = Rule(free=5, first=1.0, most=900.0, forgive=1800.0)
-#: Per address: more and shorter, as many people may share one.
-ADDRESS = Rule(free=20, first=1.0, most=60.0, forgive=120.0)
-RULES = {"name": NAME, "address": ADDRESS, "device": NAME}
+NAME = Rule(free=5, at_once=5, step=1, most=900.0, forgive=1800.0)
+#: Per address: more and shorter.
+ADDRESS = Rule(free=50, at_once=200, step=10, most=60.0, forgive=120.0)
+MAX_NAMES = 1000  # that add to the free attempts of one address
 
 
 def address_key(address: str) -> str:
@@ -66,27 +75,29 @@ def address_key(address: str) -> str:
 class Throttle:
     """The accounts of all names, addresses and devices; bounded.
 
+    Each attempt that was admitted ends with `failed`, `succeeded` or `released`.  Keys are ``name:...``,
+    ``address:...`` and ``device:...``.  Changed accounts are returned, to be stored.
+
     :param accounts: as stored.
     """
 
     def __init__(self, accounts: Mapping[str, Account] | None = None, *, limit: int = MAX_ACCOUNTS) -> None:
         self._accounts = dict(accounts or {})
         self._limit = limit
+        self._checked: Counter[str] = Counter()  # attempts that are being checked
+        self._names: dict[str, set[str]] = {}  # that have signed in from an address
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._accounts)
 
-    def admit(self, keys: Iterable[str], now: float) -> Changes:
-        """Admit one attempt, for all `keys` or none; return the changed accounts, to be stored.
+    def admit(self, keys: Collection[str], now: float) -> None:
+        """Admit one attempt, for all `keys` or none.
 
-        :param keys: ``name:...``, ``address:...``, ``device:...``.
         :raises TooManyRequests: one of them must wait; `retry_after` says how long.
         """
-        changed: Changes = {}
         with self._lock:
-            known = {key: self._accounts[key] for key in keys if key in self._accounts}
-            wait = max((account.until - now for account in known.values()), default=0.0)
+            wait = max(self._wait(key, now) for key in keys)
             if wait > 0:
                 raise TooManyRequests(
                     "Too many attempts to sign in",
@@ -94,42 +105,80 @@ class Throttle:
                     fix=f"wait {duration(wait, up=True)}, then try again",
                     retry_after=wait,
                 )
-            for key, account in known.items():
-                delay = _rule(key).delay(self._forgiven(key, now) + 1)
-                if delay:
-                    changed[key] = self._accounts[key] = replace(account, until=now + delay)
-        return changed
+            self._checked.update(keys)
 
-    def failed(self, keys: Iterable[str], now: float) -> Changes:
-        """Count a wrong password for all `keys`; return the changed accounts, to be stored."""
+    def failed(self, keys: Collection[str], now: float) -> Changes:
+        """Count a wrong password for all `keys`."""
         changed: Changes = {}
         with self._lock:
+            self._release(keys)
             for key in keys:
-                failures = self._forgiven(key, now) + 1
-                changed[key] = self._accounts[key] = Account(failures, now, now + _rule(key).delay(failures))
+                failures = self._failures(key, now) + 1
+                until = now + self._rule(key).delay(failures)
+                changed[key] = self._accounts[key] = Account(failures, now, until)
             if len(self._accounts) > self._limit:
                 changed.update(self._evict(set(changed), now))
         return changed
 
-    def succeeded(self, keys: Iterable[str], now: float, *, forget: Iterable[str] = ()) -> Changes:
-        """End the delay of `keys`: the password was right, or not checked.  Delete the accounts `forget`."""
+    def succeeded(self, keys: Collection[str], now: float) -> Changes:
+        """Forget the wrong passwords of a name or device that has entered the right one, also in its address."""
+        addresses = [key for key in keys if key.startswith("address:")]
+        own = [key for key in keys if key not in addresses]
         changed: Changes = {}
         with self._lock:
-            for key in forget:
-                if self._accounts.pop(key, None):
-                    changed[key] = None
-            for key in keys:
-                account = self._accounts.get(key)
-                if account is not None and account.until > now:
-                    changed[key] = self._accounts[key] = replace(account, until=now)
+            self._release(keys)
+            forgiven = sum(self._failures(key, now) for key in own)
+            for key in own:
+                changed.update(self._forget(key))
+            for key in addresses:
+                names = self._names.setdefault(key, set())
+                names.update(own if len(names) < MAX_NAMES else ())
+                if (account := self._accounts.get(key)) is not None and (forgiven or account.until > now):
+                    failures = max(0.0, self._failures(key, now) - forgiven)
+                    changed[key] = self._accounts[key] = Account(failures, account.last, now)
+            if len(self._names) > self._limit:
+                del self._names[next(iter(self._names))]
         return changed
 
-    def _forgiven(self, key: str, now: float) -> float:
+    def released(self, keys: Collection[str]) -> None:
+        """The password was not checked."""
+        with self._lock:
+            self._release(keys)
+
+    def forget(self, key: str) -> Changes:
+        """Delete an account."""
+        with self._lock:
+            return self._forget(key)
+
+    def _forget(self, key: str) -> Changes:
+        return {key: None} if self._accounts.pop(key, None) else {}
+
+    def _release(self, keys: Collection[str]) -> None:
+        self._checked.subtract(keys)
+        for key in keys:
+            if self._checked[key] <= 0:
+                del self._checked[key]
+
+    def _rule(self, key: str) -> Rule:
+        if not key.startswith("address:"):
+            return NAME
+        people = len(self._names.get(key, ()))
+        return replace(ADDRESS, free=ADDRESS.free + people, at_once=ADDRESS.at_once + people)
+
+    def _wait(self, key: str, now: float) -> float:
+        account = self._accounts.get(key)
+        if account is not None and account.until > now:
+            return account.until - now
+        if self._rule(key).admits(self._failures(key, now), self._checked[key]):
+            return 0.0
+        return 1.0  # an attempt that is being checked decides
+
+    def _failures(self, key: str, now: float) -> float:
         """Return the number of wrong passwords that still count."""
         account = self._accounts.get(key)
         if account is None or now - account.last > FORGET:
             return 0.0
-        return max(0.0, account.failures - max(0.0, now - account.last) / _rule(key).forgive)
+        return max(0.0, account.failures - max(0.0, now - account.last) / self._rule(key).forgive)
 
     def _evict(self, spare: set[str], now: float) -> Changes:
         """Drop a tenth: expired accounts, then those with the fewest failures, the oldest first."""
@@ -143,7 +192,3 @@ class Throttle:
         for key in dropped:
             del self._accounts[key]
         return dict.fromkeys(dropped)
-
-
-def _rule(key: str) -> Rule:
-    return RULES[key.partition(":")[0]]

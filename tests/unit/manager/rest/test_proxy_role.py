@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,6 +48,31 @@ def test_the_agent_is_started_before_the_answer_and_without_a_session_for_the_wr
     parts.login(password="wrong password")
     assert parts.supervisor.calls == []
     assert parts.sessions.all() == []
+
+
+def test_blanks_around_a_name_are_ignored(parts):
+    assert parts.login(" Alice\u00a0\t").json["session"]["user"] == "alice"
+
+
+@pytest.mark.parametrize(("name", "shown"), [("al ice", "' '"), ("alice;", "';'"), ("al\x1bice", r"\\x1b")])
+def test_the_log_names_the_character_that_no_name_has(parts, capsys, name, shown):
+    assert parts.login(name).status_code == 403
+    log = capsys.readouterr().out
+    assert shown in log
+    assert "a name that cannot exist" in log
+
+
+def test_sixty_guesses_at_once_leave_the_owner_a_second_to_wait(parts):
+    def guess(number):
+        return parts.login(password=f"guess {number}", address=f"198.51.100.{number}").status_code
+
+    with ThreadPoolExecutor(60) as pool:
+        codes = list(pool.map(guess, range(60)))
+    assert codes.count(403) <= 10, "attempts that are being checked count as wrong ones"
+    answer = parts.login(address="203.0.113.9")
+    assert int(answer.headers.get("Retry-After", 0)) <= 60
+    parts.clock.time += 60
+    assert parts.login(address="203.0.113.9").status_code == 201
 
 
 def test_each_sign_in_is_a_new_session(parts):
