@@ -231,6 +231,90 @@ class TestForgery:
         assert browser.submit(page, "/login", fields, Origin="https://apps.example").status == 303
         assert browser.submit(page, "/login", fields, Origin="https://evil.example").status == 403
 
+    @pytest.mark.parametrize(
+        ("seen", "public", "sender", "site"),
+        [
+            ("https://apps.example:443", "", "https://apps.example", "same-origin"),
+            ("http://apps.example:80", "", "http://apps.example", None),
+            ("http://10.0.0.7:8080", "https://apps.example:443/", "https://apps.example", "same-origin"),
+            ("http://apps.example", "", "null", "same-origin"),
+        ],
+    )
+    def test_one_origin_has_many_spellings(self, seen, public, sender, site) -> None:
+        app, _ = make(public_url=public)
+        browser = Browser(app, seen)
+        none = dict.fromkeys(("Sec_Fetch_Site", "Sec_Fetch_Mode", "Sec_Fetch_Dest", "Sec_Fetch_User"))
+        headers = {"Sec_Fetch_Site": site} if site else none
+        page = browser.get("/auth/login")
+        token = page.form("/login")["fields"]
+        name = "__Host-dispatcher-form" if public else "dispatcher-form"
+        cookie = next(line.partition(";")[0] for line in page.headers.getlist("Set-Cookie") if name in line)
+        answer = app.test_client(use_cookies=False).post(
+            "/auth/login",
+            data=token | {"user": "alice", "password": "correct horse"},
+            base_url=seen,
+            headers=browser.headers("POST", Origin=sender, Cookie=cookie, **headers),
+        )
+        assert answer.status_code == 303
+
+    @pytest.mark.parametrize(
+        ("seen", "sender", "site", "fields"),
+        [
+            ("http://apps.example", "https://apps.example", "same-origin", ["X-Forwarded-Proto: https"]),
+            ("http://apps.example", "https://apps.example", None, ["X-Forwarded-Proto: https"]),
+            ("https://10.0.0.7", "https://apps.example", "same-origin", ["X-Forwarded-Host: apps.example"]),
+            ("http://apps.example", "http://apps.example:8080", None, ["X-Forwarded-Host: apps.example:8080"]),
+            (
+                "http://10.0.0.7:8080",
+                "https://apps.example:8443",
+                "same-origin",
+                ["X-Forwarded-Proto: https", "X-Forwarded-Host: apps.example:8443"],
+            ),
+        ],
+    )
+    def test_a_refusal_names_what_the_front_proxy_must_send(self, portal, seen, sender, site, fields) -> None:
+        app, _ = portal
+        browser = Browser(app, seen)
+        page = browser.submit(
+            browser.get("/auth/login"), "/login", {"user": "alice"}, Origin=sender, Sec_Fetch_Site=site
+        )
+        assert page.status == 403
+        for text in (*fields, "proxy.trusted_proxies", "proxy.public_url"):
+            assert text in page.text
+
+    @pytest.mark.parametrize(
+        "sender", ["https://evil.example", "null", "http://[", "x", "http://portal.test:99999"]
+    )
+    def test_a_foreign_page_gets_no_advice(self, portal, sender: str) -> None:
+        app, _ = portal
+        browser = Browser(app)
+        page = browser.submit(
+            browser.get("/auth/login"), "/login", {"user": "alice"}, Origin=sender, Sec_Fetch_Site="cross-site"
+        )
+        assert page.status == 403
+        assert "proxy" not in page.text
+
+    def test_a_page_over_http_where_https_is_meant_says_so(self) -> None:
+        app, _ = make(public_url="https://apps.example")
+        browser = Browser(app, "http://apps.example")
+        page = browser.get("/auth/login")
+        fields = page.form("/login")["fields"] | {"user": "alice", "password": "correct horse"}
+        # The browser keeps no cookie of a page without encryption that is named __Host-.
+        answer = app.test_client(use_cookies=False).post(
+            "/auth/login", data=fields, base_url=browser.origin, headers=browser.headers("POST")
+        )
+        text = answer.get_data(as_text=True)
+        assert answer.status_code == 403
+        assert "opened without encryption" in text
+        assert "Open https://apps.example" in text
+
+    @pytest.mark.parametrize("path", ["/auth//login", "/auth///", "/auth//account/password", "//auth/login"])
+    def test_no_redirect_to_what_the_host_header_says(self, portal, path: str) -> None:
+        app, _ = portal
+        answer = app.test_client().get(path, headers={"Accept": HTML, "Host": "evil.example"})
+        assert answer.status_code in {404, 405}
+        assert "Location" not in answer.headers
+
     def test_a_browser_without_fetch_metadata_signs_in(self, portal) -> None:
         app, _ = portal
         browser = Browser(app)
@@ -267,7 +351,7 @@ class TestTabsAndTime:
         fresh = Browser(app)
         page = fresh.submit(page, "/login", fields)
         assert page.status == 403
-        assert "This page was out of date" in page.text
+        assert "Your browser sent no cookie" in page.text
         assert page.form("/login")["fields"]["user"] == "alice"
         assert fresh.submit(page, "/login", fields).location == "/lab"
 

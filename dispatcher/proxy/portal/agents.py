@@ -83,6 +83,7 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
         "tone": tone,
         "address": address,
         "current": own and not portal.subdomains,
+        "asleep": agent["state"] in words.ASLEEP,
         "stopped": agent["state"] in {"stopped", "failed"},
         "facts": [fact for fact in facts if fact],
     }

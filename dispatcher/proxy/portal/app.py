@@ -28,6 +28,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     """
     app = Flask(__name__, static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=MAX_BODY, MAX_FORM_MEMORY_SIZE=MAX_BODY, MAX_FORM_PARTS=20)
+    app.url_map.merge_slashes = False  # it would redirect to an absolute URL of whatever Host says
     app.jinja_env.loader = DictLoader(TEMPLATES)
     app.jinja_env.undefined = StrictUndefined
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True

@@ -281,24 +281,32 @@ def keep_seed(response: Response) -> Response:
     return response
 
 
-def own_origins() -> set[str]:
-    """Return the origins of this host of the portal."""
-    here = {targets.origin(request.host_url)}
-    return here if on_agent_host() else here | ({portal().public_origin} - {""})
-
-
 def check_form(purpose: str, *, session: bool = True) -> None:
     """Return if the request is a form of this portal, or JSON of a program.
 
     :raises Forbidden: a page of another origin, a frame or a script sent it.
     :raises StaleForm: the token is missing, another browser's or another session's.
     """
-    program = request.is_json
-    if why := forms.foreign(dict(request.headers), own_origins(), program=program):
-        raise Forbidden("This request is refused", why=why, fix="open the page yourself and try again")
+    program, here, public = request.is_json, targets.origin(request.host_url), portal().public_origin
+    origins = [here] if on_agent_host() or not public else [here, public]
+    if refusal := forms.foreign(dict(request.headers), origins, program=program):
+        why, fix = refusal
+        raise Forbidden("This request is refused", why=why, fix=fix)
     if program:
         return
     seeds = _sent_cookies(portal().cookies.form)
+    if not seeds and portal().config.secure and request.scheme == "http":
+        raise StaleForm(
+            "This page was opened without encryption",
+            why="browsers keep the cookies of this service over https only",
+            fix=f"open {public or 'this page over https'}",
+        )
+    if not seeds:
+        raise StaleForm(
+            "Your browser sent no cookie",
+            why="cookies are switched off for this page, or were deleted since it was opened",
+            fix="allow cookies for this site, then try again",
+        )
     if not forms.valid(request.form.get("token", ""), seeds, purpose, session_digest() if session else ""):
         raise StaleForm(
             "This page was out of date",

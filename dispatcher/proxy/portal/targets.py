@@ -41,12 +41,16 @@ def own_path(raw: str | None, prefix: str) -> str:
 
 def origin(url: str) -> str:
     """Return ``SCHEME://HOST[:PORT]`` of a URL as browsers write it in `Origin`, or "" when it has none."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return ""
     if parts.scheme not in {"http", "https"} or not parts.hostname:
         return ""
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     default = 443 if parts.scheme == "https" else 80
-    return f"{parts.scheme}://{host}" + (f":{parts.port}" if parts.port not in {None, default} else "")
+    return f"{parts.scheme}://{host}" + (f":{port}" if port not in {None, default} else "")
 
 
 def agent_host(host: str, public_host: str) -> str:

@@ -48,7 +48,14 @@ def _under_way(agent: dict[str, Any], target: str) -> Response:
         error = Unavailable(f"{title} is not ready", why=label.lower(), fix="try again soon", retry_after=REFRESH)
         return content.problem(error, 503, agent=words.public_agent(agent))
     response = content.page(
-        "waiting.html", 503, agent=agent, title=title, label=label, target=target, refresh=REFRESH
+        "waiting.html",
+        503,
+        agent=agent,
+        title=title,
+        label=label,
+        target=target,
+        refresh=REFRESH,
+        asleep=agent["state"] in words.ASLEEP,
     )
     return content.retry(response, REFRESH)
 

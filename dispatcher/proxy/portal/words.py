@@ -21,6 +21,8 @@ STATES: Mapping[str, tuple[str, str]] = {
     "failed": ("Failed", "bad"),
     "unknown": ("Unreachable", "bad"),
 }
+#: States in which an app does not run until it is started or woken.
+ASLEEP = frozenset({"suspended", "hibernated", "stopped", "failed"})
 _BROWSERS = (
     ("Edge", r"Edg(?:e|A|iOS)?/"),
     ("Opera", r"OPR/"),

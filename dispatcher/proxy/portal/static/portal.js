@@ -11,13 +11,15 @@
     form.dataset.sent = "yes";
     form.querySelectorAll("button").forEach((button) => button.setAttribute("aria-disabled", "true"));
   }));
-  addEventListener("pageshow", (event) => {
-    if (!event.persisted) return;
-    all("form[data-sent]", (form) => {
-      delete form.dataset.sent;
-      form.querySelectorAll("button").forEach((button) => button.removeAttribute("aria-disabled"));
-    });
-  });
+  // A page that Back takes from memory may belong to a session that has ended, and its forms were sent.
+  addEventListener("pageshow", (event) => { if (event.persisted) location.replace(location.pathname + location.search); });
+
+  // The fragment of an address is not sent to the server: it is added to what leads back to the app.
+  const fragment = location.hash;
+  addEventListener("submit", ({ target: { elements: { next } } }) => { if (next) next.value = following(next.value); });
+  all("a[data-next]", (link) => { link.href = following(link.getAttribute("href")); });
+
+  function following(target) { return target.includes("#") ? target : target + fragment; }
 
   async function states(url) {
     const response = await fetch(url, { headers: { Accept: "application/json" } });
@@ -44,7 +46,10 @@
       clearInterval(clock);
       clearTimeout(polling);
       // A page that was replaced at once would flicker, and one that comes back must not spin.
-      setTimeout(() => location.replace(target), Date.now() - begun < 400 ? 400 : 0);
+      setTimeout(() => {
+        // With a fragment, replacing an address by itself would load nothing.
+        if (target === location.pathname + location.search) location.reload(); else location.replace(following(target));
+      }, Date.now() - begun < 400 ? 400 : 0);
     }
 
     function show(stage, detail, fraction) {
@@ -100,7 +105,6 @@
   // another page: a reload would cancel that.
   let leaving = false;
   addEventListener("beforeunload", () => { leaving = true; });
-  addEventListener("pageshow", () => { leaving = false; });
   function watch(expected, url, pause) {
     async function look() {
       let changed = false;

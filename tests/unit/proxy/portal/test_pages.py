@@ -94,6 +94,19 @@ class TestWaiting:
         assert (answer.json["status"], answer.json["agent"]["state"]) == (503, "failed")
         assert "secret" not in answer.source
 
+    @pytest.mark.parametrize("state", ["suspended", "hibernated", "stopped"])
+    def test_an_app_that_sleeps_can_be_woken_with_a_button(self, portal, state: str) -> None:
+        """A browser without fetch metadata looks like a poll, which wakes nothing."""
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        page = self.page(app, manager, browser, state=state)
+        answer = browser.submit(page, "/agents", {"action": "start"})
+        assert (answer.status, answer.location) == (303, "/lab?x=1")
+        assert manager.calls[-1][-1] == "running"
+        manager.agents["alice"]["state"] = state
+        assert "Start Notebook" in browser.get("/auth/").text
+
     def test_without_the_edges_headers_it_is_about_the_sessions_agent(self, portal) -> None:
         app, manager = portal
         browser = Browser(app)

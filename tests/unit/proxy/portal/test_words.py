@@ -99,6 +99,8 @@ def test_signing_in_never_leads_back_to_signing_in(raw: str) -> None:
         ("http://localhost:8080/", "http://localhost:8080"),
         ("http://[::1]:8080", "http://[::1]:8080"),
         ("ftp://x", ""),
+        ("http://x:99999", ""),
+        ("http://[::1", ""),
         ("", ""),
     ],
 )
