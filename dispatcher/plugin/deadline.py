@@ -6,8 +6,13 @@ point in time must survive a restart, `SteadyWallClock` gives Unix time that adv
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dispatcher.plugin.errors import DeadlineExceeded
 
 
 def boottime() -> float:
@@ -40,6 +45,19 @@ class Deadline:
     def bounded(self, seconds: float) -> Deadline:
         """Return a deadline no later than this one and no later than `seconds` from now."""
         return Deadline(min(seconds, self.remaining()))
+
+    @contextmanager
+    def holding(self, lock: threading.Lock, what: str, *, why: str, fix: str = "") -> Iterator[None]:
+        """Hold a lock.
+
+        :raises DeadlineExceeded: with these texts, if the lock is not free in time.
+        """
+        if not lock.acquire(timeout=self.remaining()):
+            raise DeadlineExceeded(what, why=why, fix=fix)
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class SteadyWallClock:

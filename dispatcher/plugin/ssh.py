@@ -14,7 +14,7 @@ import stat
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -120,16 +120,9 @@ class SshMultiplexer:
             self._master = None
             self._forwards.clear()
 
-    @contextlib.contextmanager
-    def _locked(self, deadline: Deadline) -> Iterator[None]:
-        if not self._lock.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded(
-                f"ssh to {self.destination} did not answer in time", why="another call waits for it"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _locked(self, deadline: Deadline) -> contextlib.AbstractContextManager[None]:
+        what = f"ssh to {self.destination} did not answer in time"
+        return deadline.holding(self._lock, what, why="another call waits for it")
 
     def _ensure(self, deadline: Deadline) -> None:
         if self.pid:

@@ -123,7 +123,7 @@ class Volumes:
         self.remove(handle, deadline)
         self.ensure(handle, deadline)
         with self.helper(handle, deadline) as (client, container), self._tar(handle, directory, "-c") as tar:
-            client.put_archive(container, _MOUNT, _Reader(tar, progress, deadline))
+            client.put_archive(container, _MOUNT, _output(tar, progress, deadline))
             _finish(tar, "write", deadline)
 
     @contextmanager
@@ -157,19 +157,14 @@ class Volumes:
             tar.wait()
 
 
-class _Reader:
-    """tar's output as a body that `requests` streams."""
-
-    def __init__(self, tar: subprocess.Popen[bytes], progress: Progress, deadline: Deadline) -> None:
-        self._tar, self._progress, self._deadline = tar, progress, deadline
-
-    def __iter__(self) -> Iterator[bytes]:
-        assert self._tar.stdout
-        total = 0
-        while block := self._tar.stdout.read(_BLOCK):
-            total += len(block)
-            _report(self._progress, "copying the data in", total, self._deadline)
-            yield block
+def _output(tar: subprocess.Popen[bytes], progress: Progress, deadline: Deadline) -> Iterator[bytes]:
+    """Yield tar's output, as a body that `requests` streams."""
+    assert tar.stdout
+    total = 0
+    while block := tar.stdout.read(_BLOCK):
+        total += len(block)
+        _report(progress, "copying the data in", total, deadline)
+        yield block
 
 
 def _report(progress: Progress, step: str, total: int, deadline: Deadline) -> None:

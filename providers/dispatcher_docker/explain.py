@@ -13,7 +13,6 @@ from dispatcher.plugin import (
     Capability,
     ConfigError,
     Finding,
-    Level,
     Network,
     ProviderContext,
     Unsupported,
@@ -109,26 +108,28 @@ def explain_backend(
     """Return findings for all agents of this engine."""
     where = "this host" if engine.is_local else "another host"
     version = f" {info['ServerVersion']}" if info else ""
-    yield _info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
-    yield _info("They share the host's kernel: an exploit of the kernel escapes; use a VM for hostile code")
-    yield _info(
+    yield Finding.info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
+    yield Finding.info("They share the host's kernel: an exploit of the kernel escapes; use a VM for hostile code")
+    yield Finding.info(
         "Each has its own user id, no capabilities, no new privileges, the default seccomp profile, a read-only "
         "image and its own pid, mount, ipc and network namespaces, unless its app loosens one by name"
     )
     where_data = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
-    yield _info(f"Data is kept in {where_data}, the only files of the host that an agent can change")
+    yield Finding.info(f"Data is kept in {where_data}, the only files of the host that an agent can change")
     if engine.tunnel:
-        yield _info("Traffic between the proxy and agents goes through the ssh connection to the engine's host")
+        yield Finding.info(
+            "Traffic between the proxy and agents goes through the ssh connection to the engine's host"
+        )
     elif not engine.is_local:
-        yield _warning(
+        yield Finding.warning(
             "Traffic between the proxy and agents on another host is not encrypted by Docker",
             "reach published ports over a private network or a VPN (publish, reach), or use an ssh:// engine",
         )
     if not engine.is_local:
-        yield _warning("Secrets of apps need an engine on this host; apps that have any are refused", "")
+        yield Finding.warning("Secrets of apps need an engine on this host; apps that have any are refused", "")
     if not protects_host:
         where = "this host" if engine.is_local else "the engine's host"
-        yield _warning(
+        yield Finding.warning(
             f'Agents with network "private" can reach {where}, all that it reaches, and the cloud\'s metadata '
             "service, which may give them the machine's credentials",
             "run the manager as root with iptables installed"
@@ -136,46 +137,48 @@ def explain_backend(
             else f"set rules there: iptables -I DOCKER-USER -d {METADATA_NETWORKS[0]} -j REJECT, and the like",
         )
     if info and not info.get("BridgeNfIptables", True):
-        yield _warning(
+        yield Finding.warning(
             'Agents with network "private" can reach each other on their bridge',
             "load the kernel module br_netfilter and set net.bridge.bridge-nf-call-iptables = 1",
         )
     for key, what in (("MemoryLimit", "memory"), ("CPUCfsQuota", "processor time"), ("PidsLimit", "processes")):
         if info and not info.get(key, True):
-            yield _warning(f"This engine cannot limit {what}", "enable the cgroup controllers on its host")
+            yield Finding.warning(f"This engine cannot limit {what}", "enable the cgroup controllers on its host")
     if options.tls_ca and not options.tls_verify:
-        yield _warning("The engine's TLS certificate is not verified", "set tls_verify = true")
+        yield Finding.warning("The engine's TLS certificate is not verified", "set tls_verify = true")
 
 
 def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[Finding]:
     """Return findings for one app."""
     options = options_of(app)
     for problem in _problems(app, engine, context):
-        yield Finding(level=Level.ERROR, what=f"The app {app.name} is refused: {problem}", fix="correct the key")
+        yield Finding.error(f"The app {app.name} is refused: {problem}", "correct the key")
     if options.port and engine.tunnel:
-        yield _info(f"The port of {app.name} is published on the engine's host, and reached through ssh")
+        yield Finding.info(f"The port of {app.name} is published on the engine's host, and reached through ssh")
     elif options.port:
-        yield _warning(
+        yield Finding.warning(
             f"The port of {app.name} is published on the host: every local user can connect to it",
             "let the app listen on {socket}, which only the proxy can reach",
         )
     else:
-        yield _info(f"{app.name} listens on a Unix socket that only its own user and the proxy can reach")
-    network = {
-        Network.NONE: "has no network at all",
-        Network.PRIVATE: "reaches the outside, and no other agent",
-        Network.HOST: "shares the host's network: loopback services, other agents' ports, the cloud's metadata",
-    }[app.network]
-    level = Level.WARNING if app.network is Network.HOST else Level.INFO
-    yield Finding(level=level, what=f"{app.name} {network}", fix="" if level is Level.INFO else 'use "private"')
+        yield Finding.info(f"{app.name} listens on a Unix socket that only its own user and the proxy can reach")
+    if app.network is Network.HOST:
+        shared = "loopback services, other agents' ports, the cloud's metadata"
+        yield Finding.warning(f"{app.name} shares the host's network: {shared}", 'use "private"')
+    elif app.network is Network.NONE:
+        yield Finding.info(f"{app.name} has no network at all")
+    else:
+        yield Finding.info(f"{app.name} reaches the outside, and no other agent")
     if app.limits.disk is not None:
-        yield _warning(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
+        yield Finding.warning(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
     if app.limits.memory is None:
-        yield _warning(f"{app.name} has no memory limit: one agent can use up the host", "set `memory`")
+        yield Finding.warning(f"{app.name} has no memory limit: one agent can use up the host", "set `memory`")
     if app.limits.pids is None:
-        yield _warning(f"{app.name} has no limit of processes: one agent can use up the host's", "set `pids`")
+        yield Finding.warning(
+            f"{app.name} has no limit of processes: one agent can use up the host's", "set `pids`"
+        )
     for what, fix in _loosened(options):
-        yield _warning(f"{app.name} loosens its isolation: {what}", fix)
+        yield Finding.warning(f"{app.name} loosens its isolation: {what}", fix)
 
 
 def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
@@ -206,11 +209,3 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
             f"it shares the network {options.network}, on which nothing is denied, clouds' metadata included",
             "remove network",
         )
-
-
-def _info(what: str) -> Finding:
-    return Finding(level=Level.INFO, what=what)
-
-
-def _warning(what: str, fix: str) -> Finding:
-    return Finding(level=Level.WARNING, what=what, fix=fix)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import docker.utils
 import requests
 from docker.api.client import APIClient
 from docker.constants import DEFAULT_DOCKER_API_VERSION
@@ -185,35 +186,23 @@ class Engine:
             self.tunnel.connect(deadline)
         if self._client:
             return self._client
-        if not self._lock.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded(
-                f"There was no time left to {doing}",
-                why=f"{self.url} accepts connections and does not answer",
-                fix="check whether the engine hangs (docker info)",
-            )
-        try:
-            if self._client is None:
-                self._client = self.new_client()
+        with deadline.holding(
+            self._lock,
+            f"There was no time left to {doing}",
+            why=f"{self.url} accepts connections and does not answer",
+            fix="check whether the engine hangs (docker info)",
+        ):
+            if self._client is None and self.tunnel:
+                self._client = Client(f"unix://{self.tunnel.socket}", None)
+            elif self._client is None:
+                self._client = Client(self.url, self._tls())
             return self._client
-        finally:
-            self._lock.release()
-
-    def new_client(self) -> Client:
-        """Return a new client; requests the engine's version, within the deadline of `call`."""
-        if self.tunnel:
-            return Client(f"unix://{self.tunnel.socket}", None)
-        return Client(self.url, self._tls())
 
     def _tls(self) -> TLSConfig | None:
         options = self._options
         if self._from_environment:
-            directory = os.environ.get("DOCKER_CERT_PATH") or ""
-            verify = bool(os.environ.get("DOCKER_TLS_VERIFY"))
-            if not (directory or verify):
-                return None
-            directory = directory or os.path.expanduser("~/.docker")
-            certificate = os.path.join(directory, "cert.pem"), os.path.join(directory, "key.pem")
-            return TLSConfig(client_cert=certificate, ca_cert=os.path.join(directory, "ca.pem"), verify=verify)
+            found: TLSConfig | None = docker.utils.kwargs_from_env().get("tls")
+            return found
         if not (options.tls_ca or options.tls_cert):
             return None
         pair = (str(options.tls_cert), str(options.tls_key)) if options.tls_cert else None

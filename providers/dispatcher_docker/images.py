@@ -19,9 +19,9 @@ from docker.types import CancellableStream
 
 from dispatcher.plugin import App, Deadline, DeadlineExceeded, Progress, ProviderError
 from dispatcher_docker.containers import LABEL, image_reference, options_of
-from dispatcher_docker.errors import NoSuchObject, translate
+from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
-from dispatcher_docker.options import DockerOptions
+from dispatcher_docker.options import DockerAppOptions, DockerOptions
 
 _BUILD_LABEL = f"{LABEL}build"
 
@@ -46,23 +46,22 @@ class Images:
         options = options_of(app)
         reference = image_reference(app, self._installation)
         progress("looking for the image", reference)
-        if options.build:
-            return self._build(app, reference, deadline, progress)
-        if options.pull != "always" and (known := self.look_up(reference, deadline)):
+        known = "" if options.build or options.pull == "always" else self.look_up(reference, deadline)
+        if known:
             return known
-        if options.pull == "never":
+        if options.pull == "never" and not options.build:
             raise missing(app, reference, 'pull = "never", and the engine does not have it')
         with self._locked(reference, deadline, progress):
-            if options.pull == "missing" and (known := self.look_up(reference, deadline)):
-                return known
-            credentials = self._credentials(reference)
-            try:
-                self._pull(app, reference, credentials, deadline, progress)
-            except (NoSuchObject, ProviderError) as error:
-                raise _pull_failed(app, reference, error.why) from error
-        known = self.look_up(reference, deadline)
+            if options.build:
+                self._build(app, options.build, reference, deadline, progress)
+            elif options.pull == "always" or not self.look_up(reference, deadline):
+                try:
+                    self._pull(options, reference, deadline, progress)
+                except (NoSuchObject, ProviderError) as error:
+                    raise _pull_failed(app, reference, error.why) from error
+            known = self.look_up(reference, deadline)
         if not known:
-            raise missing(app, reference, "the pull ended without it")
+            raise missing(app, reference, "it is not there after its pull or build")
         return known
 
     def resolve(self, app: App, *, deadline: Deadline, progress: Progress) -> str:
@@ -72,13 +71,16 @@ class Images:
 
     def look_up(self, reference: str, deadline: Deadline) -> str:
         """Return an image's id, "" if the engine does not have it."""
+        return str(self._inspect(reference, deadline).get("Id", ""))
+
+    def _inspect(self, reference: str, deadline: Deadline) -> Mapping[str, Any]:
         try:
             with self._engine.call(f"look for the image {reference}", deadline) as client:
-                found = str(client.image(reference)["Id"])
+                found = client.image(reference)
         except NoSuchObject:
             self.current.pop(reference, None)
-            return ""
-        self.current[reference] = found
+            return {}
+        self.current[reference] = str(found["Id"])
         return found
 
     def look_up_all(self, deadline: Deadline) -> None:
@@ -96,13 +98,12 @@ class Images:
         """Return the id that a name had at the last lookup, "" if not known; from now on it is looked up."""
         return self.current.setdefault(reference, "")
 
-    # -- pulling -----------------------------------------------------------------------------------------
+    # -- pulling and building ----------------------------------------------------------------------------
 
-    def _pull(
-        self, app: App, reference: str, credentials: dict[str, str] | None, deadline: Deadline, progress: Progress
-    ) -> None:
-        options = options_of(app)
+    def _pull(self, options: DockerAppOptions, reference: str, deadline: Deadline, progress: Progress) -> None:
+        step = "pulling the image"
         layers = Layers()
+        credentials = self._credentials(reference)
         with self._engine.call(f"pull the image {reference}", deadline) as client:
             stream = client.pull(
                 *_repository_and_tag(reference),
@@ -111,13 +112,11 @@ class Images:
                 auth_config=credentials,
                 platform=options.platform or None,
             )
-            for message in self._follow(
-                stream, f"pull the image {reference}", deadline, progress, "pulling the image"
-            ):
+            for message in _messages(stream, step, deadline, progress):
                 if "error" in message:
                     raise ProviderError("The pull failed", why=str(message["error"]))
                 if report := layers.update(message):
-                    progress("pulling the image", *report)
+                    progress(step, *report)
 
     def _credentials(self, reference: str) -> dict[str, str] | None:
         registry = self._options.registries.get(_host(reference))
@@ -133,65 +132,45 @@ class Images:
             ) from error
         return {"username": registry.username, "password": password}
 
-    # -- building ----------------------------------------------------------------------------------------
-
-    def _build(self, app: App, reference: str, deadline: Deadline, progress: Progress) -> str:
+    def _build(self, app: App, directory: Path, reference: str, deadline: Deadline, progress: Progress) -> None:
+        """Build an image, unless it was built from the same files."""
         options = options_of(app)
-        assert options.build
-        if not (options.build / options.dockerfile).is_file():
+        step = "building the image"
+        if not (directory / options.dockerfile).is_file():
             raise ProviderError(
                 f"The image of {app.name} cannot be built",
-                why=f"there is no {options.build / options.dockerfile}",
+                why=f"there is no {directory / options.dockerfile}",
                 fix=f"correct apps.{app.name}.docker.build or .dockerfile",
             )
-        with self._locked(reference, deadline, progress):
-            wanted = directory_digest(options.build, options.dockerfile, options.build_args)
-            if (known := self._built(reference, wanted, deadline)) is not None:
-                return known
-            with self._engine.call(f"build the image of {app.name}", deadline) as client:
-                stream = client.build(
-                    path=str(options.build),
-                    dockerfile=options.dockerfile,
-                    tag=reference,
-                    rm=True,
-                    forcerm=True,
-                    decode=True,
-                    buildargs=options.build_args,
-                    labels={_BUILD_LABEL: wanted, f"{LABEL}installation": self._installation},
-                    platform=options.platform or None,
-                    pull=options.pull == "always",
-                )
-                lines: deque[str] = deque(maxlen=20)
-                for message in self._follow(
-                    stream, f"build the image of {app.name}", deadline, progress, "building the image"
-                ):
-                    if "error" in message:
-                        raise ProviderError(
-                            f"The image of {app.name} could not be built",
-                            why=" ".join(str(message["error"]).split())[:600],
-                            fix=f"correct {options.build / options.dockerfile}",
-                            details={"log": list(lines)},
-                        )
-                    if line := str(message.get("stream", "")).strip():
-                        lines.append(line[:500])
-                        progress("building the image", line[:120])
-        known = self.look_up(reference, deadline)
-        if not known:
-            raise missing(app, reference, "the build ended without it")
-        return known
-
-    def _built(self, reference: str, wanted: str, deadline: Deadline) -> str | None:
-        try:
-            with self._engine.call(f"look for the image {reference}", deadline) as client:
-                found = client.image(reference)
-        except NoSuchObject:
-            return None
-        if (found["Config"].get("Labels") or {}).get(_BUILD_LABEL) != wanted:
-            return None
-        self.current[reference] = found["Id"]
-        return str(found["Id"])
-
-    # -- streamed answers ------------------------------------------------------------------------------------
+        wanted = directory_digest(directory, options.dockerfile, options.build_args)
+        found = self._inspect(reference, deadline)
+        if found and (found["Config"].get("Labels") or {}).get(_BUILD_LABEL) == wanted:
+            return
+        lines: deque[str] = deque(maxlen=20)
+        with self._engine.call(f"build the image of {app.name}", deadline) as client:
+            stream = client.build(
+                path=str(directory),
+                dockerfile=options.dockerfile,
+                tag=reference,
+                rm=True,
+                forcerm=True,
+                decode=True,
+                buildargs=options.build_args,
+                labels={_BUILD_LABEL: wanted, f"{LABEL}installation": self._installation},
+                platform=options.platform or None,
+                pull=options.pull == "always",
+            )
+            for message in _messages(stream, step, deadline, progress):
+                if "error" in message:
+                    raise ProviderError(
+                        f"The image of {app.name} could not be built",
+                        why=" ".join(str(message["error"]).split())[:600],
+                        fix=f"correct {directory / options.dockerfile}",
+                        details={"log": list(lines)},
+                    )
+                if line := str(message.get("stream", "")).strip():
+                    lines.append(line[:500])
+                    progress(step, line[:120])
 
     @contextmanager
     def _locked(self, reference: str, deadline: Deadline, progress: Progress) -> Iterator[None]:
@@ -211,43 +190,43 @@ class Images:
         finally:
             lock.release()
 
-    def _follow(
-        self, stream: Any, doing: str, deadline: Deadline, progress: Progress, step: str
-    ) -> Iterator[Mapping[str, Any]]:
-        """Yield the messages of a streamed answer until the deadline, and report progress in between."""
-        assert isinstance(stream, CancellableStream)
-        messages: queue.Queue[Mapping[str, Any] | BaseException | None] = queue.Queue()
 
-        def read() -> None:
-            try:
-                for message in stream:
-                    messages.put(message)
-                messages.put(None)
-            except Exception as error:  # for the thread that waits
-                messages.put(error)
+def _messages(stream: Any, step: str, deadline: Deadline, progress: Progress) -> Iterator[Mapping[str, Any]]:
+    """Yield the messages of a streamed answer until the deadline, and report progress in between.
 
-        reader = threading.Thread(target=read, name="docker-stream", daemon=True)
-        reader.start()
+    :raises TimeoutError: at the deadline.
+    """
+    assert isinstance(stream, CancellableStream)
+    messages: queue.Queue[Mapping[str, Any] | Exception | None] = queue.Queue()
+
+    def read() -> None:
         try:
-            while True:
-                try:
-                    message = messages.get(timeout=min(0.5, max(0.01, deadline.remaining())))
-                except queue.Empty:
-                    if deadline.expired:
-                        raise DeadlineExceeded(
-                            f"Docker could not {doing} in time", fix="try again, or raise the time limit"
-                        ) from None
-                    progress(step)
-                    continue
-                if message is None:
-                    return
-                if isinstance(message, BaseException):
-                    raise translate(message, doing, self._engine.url, deadline) from message
-                yield message
-        finally:
-            if reader.is_alive():
-                stream.close()
-            reader.join(2)
+            for message in stream:
+                messages.put(message)
+            messages.put(None)
+        except Exception as error:  # for the thread that waits
+            messages.put(error)
+
+    reader = threading.Thread(target=read, name="docker-stream", daemon=True)
+    reader.start()
+    try:
+        while True:
+            try:
+                message = messages.get(timeout=min(0.5, max(0.01, deadline.remaining())))
+            except queue.Empty:
+                if deadline.expired:
+                    raise TimeoutError from None
+                progress(step)
+                continue
+            if message is None:
+                return
+            if isinstance(message, Exception):
+                raise message
+            yield message
+    finally:
+        if reader.is_alive():
+            stream.close()
+        reader.join(2)
 
 
 class Layers:

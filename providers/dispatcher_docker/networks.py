@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderContext, ProviderError, denied_networks
+from dispatcher.plugin import Deadline, ProviderContext, ProviderError, denied_networks
 from dispatcher_docker.containers import LABEL, network_name
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
@@ -67,18 +67,13 @@ class Networks:
             if self.can_protect and (found := self._inspect(deadline)):
                 self._protect(found, deadline)
 
-    @contextmanager
-    def _locked(self, deadline: Deadline) -> Iterator[None]:
-        if not self._lock.acquire(timeout=deadline.remaining()):
-            raise DeadlineExceeded(
-                "The network of this installation was not ready in time",
-                why="another start or removal holds it",
-                fix="check whether the engine hangs (docker info)",
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _locked(self, deadline: Deadline) -> AbstractContextManager[None]:
+        return deadline.holding(
+            self._lock,
+            "The network of this installation was not ready in time",
+            why="another start or removal holds it",
+            fix="check whether the engine hangs (docker info)",
+        )
 
     def _inspect(self, deadline: Deadline) -> dict[str, Any]:
         try:

@@ -5,21 +5,53 @@ Each key that weakens an agent's isolation does one thing; `explain` names those
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from dispatcher.plugin import Duration, IpNetworks, Size, Table
+from dispatcher.plugin import Duration, IpNetworks, Size, Table, matching
 
 Path_ = Annotated[Path, Field(strict=False)]
+Url = Annotated[
+    str,
+    AfterValidator(
+        matching(
+            "|(unix:///|tcp://[^/]|https?://[^/]|ssh://[^/]).*", "unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST"
+        )
+    ),
+]
+HostPath = Annotated[str, AfterValidator(matching(r"/[^\0]*", "an absolute path"))]
+Image = Annotated[
+    str,
+    AfterValidator(matching("|[A-Za-z0-9][A-Za-z0-9_./:@-]*", "an image such as registry.example.org/name:tag")),
+]
+Inside = Annotated[
+    str,
+    AfterValidator(matching(r"|(?!.*/\.\.(/|$))(/[^/\0:]+)+", "an absolute path inside the container, not /")),
+]
+Tmpfs = Annotated[str, AfterValidator(matching("/[^:]+", "absolute paths inside the container"))]
+OneCapability = Annotated[
+    str, AfterValidator(matching("(?!ALL$)[A-Z][A-Z_]+", "names of single capabilities such as NET_BIND_SERVICE"))
+]
+Device = Annotated[
+    str,
+    AfterValidator(
+        matching("/dev/[^:]+(:[^:]+(:[rwm]+)?)?", "devices such as /dev/fuse or /dev/ttyUSB0:/dev/tty:rw")
+    ),
+]
+NamedNetwork = Annotated[
+    str,
+    AfterValidator(
+        matching(
+            "|(?!(host|none|bridge|default)$)[A-Za-z0-9][A-Za-z0-9_.-]*",
+            "the name of a network of your own; the app's `network` chooses none, private or host",
+        )
+    ),
+]
+Signal = Annotated[str, AfterValidator(matching(r"|(SIG)?[A-Z0-9+]+", "a signal such as SIGINT"))]
 #: What root needs to use the agent's data, and to give up its privileges.
 ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID")
-_CAPABILITY = re.compile(r"[A-Z][A-Z_]+")
-_SIGNAL = re.compile(r"(SIG)?[A-Z0-9+]+")
-_NETWORK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-_DEVICE = re.compile(r"/dev/[^:]+(:[^:]+(:[rwm]+)?)?")
 
 
 class Strict(Table):
@@ -38,7 +70,7 @@ class Registry(Strict):
 class DockerOptions(Strict):
     """``[providers.docker]``"""
 
-    url: str = Field(
+    url: Url = Field(
         default="",
         description="unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST; default: $DOCKER_HOST or the usual socket",
     )
@@ -71,13 +103,6 @@ class DockerOptions(Strict):
     log_max_files: int = Field(default=2, ge=1, le=100, description="log files per agent")
     usage_cache: Duration = Field(default=15.0, description="maximum age of statistics from a remote engine")
 
-    @field_validator("url")
-    @classmethod
-    def _url(cls, value: str) -> str:
-        if value and not re.match(r"(unix:///|tcp://[^/]|https?://[^/]|ssh://[^/])", value):
-            raise ValueError("unix:///PATH, tcp://HOST:PORT or ssh://USER@HOST")
-        return value
-
     @model_validator(mode="after")
     def _pairs(self) -> DockerOptions:
         if (self.tls_cert is None) != (self.tls_key is None):
@@ -88,22 +113,15 @@ class DockerOptions(Strict):
 class Mount(Strict):
     """One more directory or file of the engine's host inside the container."""
 
-    source: str
-    target: str
+    source: HostPath
+    target: HostPath
     read_only: bool = True
-
-    @field_validator("source", "target")
-    @classmethod
-    def _absolute(cls, value: str) -> str:
-        if not value.startswith("/") or "\0" in value:
-            raise ValueError("an absolute path")
-        return value
 
 
 class DockerAppOptions(Strict):
     """``[apps.X.docker]``: the program and its isolation."""
 
-    image: str = Field(default="", description="image: NAME[:TAG][@DIGEST]")
+    image: Image = Field(default="", description="image: NAME[:TAG][@DIGEST]")
     build: Path_ | None = Field(default=None, description="directory with a Dockerfile, instead of an image")
     dockerfile: str = Field(default="Dockerfile", description="path of the Dockerfile, relative to `build`")
     build_args: dict[str, str] = Field(default={}, description="arguments of the build")
@@ -120,13 +138,13 @@ class DockerAppOptions(Strict):
     port: int | None = Field(
         default=None, ge=1, le=65535, description="TCP port of the app; without it the app must listen on {socket}"
     )
-    network: str = Field(
+    network: NamedNetwork = Field(
         default="", description='a named network of the engine, for apps with network = "private"'
     )
-    data_path: str = Field(default="/data", description="path of the data in the container")
-    workdir: str = Field(default="", description="working directory; by default data_path")
+    data_path: Inside = Field(default="/data", description="path of the data in the container")
+    workdir: Inside = Field(default="", description="working directory; by default data_path")
     init: bool = Field(default=True, description="run a small init that reaps orphans and forwards signals")
-    stop_signal: str = Field(
+    stop_signal: Signal = Field(
         default="", description="signal that stops the app; by default the image's, usually SIGTERM"
     )
     hostname: str = Field(
@@ -135,7 +153,7 @@ class DockerAppOptions(Strict):
         description="host name in the container",
     )
     shm: Size | None = Field(default=None, description="size of /dev/shm; the engine's default is 64M")
-    tmpfs: dict[str, Size] = Field(
+    tmpfs: dict[Tmpfs, Size] = Field(
         default={"/tmp": 64 * 1024**2},  # noqa: S108
         description="writable directories in memory, with sizes",
     )
@@ -145,64 +163,17 @@ class DockerAppOptions(Strict):
         default="agent", description="root: with the capabilities that services need"
     )
     read_only: bool = Field(default=True, description="read-only root file system")
-    cap_add: list[str] = Field(
+    cap_add: list[OneCapability] = Field(
         default=[], description="capabilities to keep, such as NET_BIND_SERVICE; all others are dropped"
     )
     no_new_privileges: bool = Field(default=True, description="setuid programs gain no privileges")
     seccomp: str = Field(default="default", description="seccomp profile: default, unconfined, or a path")
     apparmor: str = Field(default="", description="AppArmor profile; by default the engine's")
-    devices: list[str] = Field(default=[], description="devices of the host: /dev/X[:/dev/Y[:rwm]]")
+    devices: list[Device] = Field(default=[], description="devices of the host: /dev/X[:/dev/Y[:rwm]]")
     gpus: int | Literal["all"] | None = Field(default=None, description="number of GPUs, or all")
     mounts: list[Mount] = Field(
         default=[], description="additional files of the host, each with source, target and read_only"
     )
-
-    @field_validator("image")
-    @classmethod
-    def _image(cls, value: str) -> str:
-        if value and (value.startswith("-") or not re.fullmatch(r"[A-Za-z0-9][\w./:@-]*", value, re.ASCII)):
-            raise ValueError("an image such as registry.example.org/name:tag")
-        return value
-
-    @field_validator("data_path", "workdir")
-    @classmethod
-    def _path(cls, value: str) -> str:
-        if value and (not re.fullmatch(r"(/[^/\0:]+)+", value) or "/../" in f"{value}/"):
-            raise ValueError("an absolute path inside the container, not /")
-        return value
-
-    @field_validator("cap_add")
-    @classmethod
-    def _capabilities(cls, value: list[str]) -> list[str]:
-        for one in value:
-            if not _CAPABILITY.fullmatch(one) or one == "ALL":
-                raise ValueError("names of single capabilities such as NET_BIND_SERVICE")
-        return value
-
-    @field_validator("devices")
-    @classmethod
-    def _devices(cls, value: list[str]) -> list[str]:
-        for one in value:
-            if not _DEVICE.fullmatch(one):
-                raise ValueError("devices such as /dev/fuse or /dev/ttyUSB0:/dev/tty:rw")
-        return value
-
-    @field_validator("network", "stop_signal")
-    @classmethod
-    def _word(cls, value: str) -> str:
-        if value and not (_NETWORK.fullmatch(value) or _SIGNAL.fullmatch(value)):
-            raise ValueError("a plain name")
-        if value in {"host", "none", "bridge", "default"}:
-            raise ValueError("a network of your own; the app's `network` chooses none, private or host")
-        return value
-
-    @field_validator("tmpfs")
-    @classmethod
-    def _tmpfs(cls, value: dict[str, int]) -> dict[str, int]:
-        for path in value:
-            if not path.startswith("/") or ":" in path or path == "/":
-                raise ValueError("absolute paths inside the container")
-        return value
 
     @model_validator(mode="after")
     def _source(self) -> DockerAppOptions:

@@ -43,7 +43,7 @@ from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 from dispatcher_docker.stop import remove, stop
-from dispatcher_docker.usage import CgroupUsage, EngineUsage
+from dispatcher_docker.usage import EngineUsage, from_cgroup
 
 _OLDEST_API = (1, 41)
 
@@ -79,7 +79,6 @@ class DockerProvider(Provider):
             exit_reasons=self._exit_reasons,
             volumes=self._volumes if self._own_volume else None,
         )
-        self._cgroups = CgroupUsage()
         self._statistics = EngineUsage(self._engine, options.usage_cache)
         self._info: dict[str, Any] | None = None
         self._watches: list[Watch] = []
@@ -313,18 +312,12 @@ class DockerProvider(Provider):
             label = f"{containers.LABEL}installation={self.context.installation}"
             found = client.containers(filters={"label": [label]})
         ids = {one["Id"]: wanted[name] for one in found for name in one.get("Names") or () if name in wanted}
-        if not self._engine.is_local:
-            return {ids[one]: usage for one, usage in self._statistics.read(ids, deadline).items()}
-        self._cgroups.forget(one["Id"] for one in found)
-        usages = {}
-        for container, name in ids.items():
-            if not self._cgroups.knows(container) and not self._cgroups.guess(container):
-                inspected = observe.inspect(self._engine, container, deadline)
-                if inspected:
-                    self._cgroups.learn(container, int(inspected["State"].get("Pid") or 0))
-            if usage := self._cgroups.read(container):
-                usages[name] = usage
-        return usages
+        if self._engine.is_local:
+            usages = {name: usage for one, name in ids.items() if (usage := from_cgroup(one))}
+        else:
+            usages = {}
+        others = {one: name for one, name in ids.items() if name not in usages}
+        return usages | {others[one]: usage for one, usage in self._statistics.read(others, deadline).items()}
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         watch = Watch(self._engine, self.context.installation, on_change, self.context.log)

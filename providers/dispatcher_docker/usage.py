@@ -6,6 +6,7 @@ requested in parallel, and cached.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,81 +19,31 @@ from dispatcher_docker.host import Engine
 _PARALLEL = 16
 
 
-class CgroupUsage:
-    """Reads cgroup files, version 1 or 2, wherever the engine put the container."""
+def from_cgroup(container: str, root: Path = Path("/sys/fs/cgroup")) -> Usage | None:
+    """Return what a container of this host uses, from cgroup files of version 1 or 2.
 
-    def __init__(self, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> None:
-        self._root, self._proc = root, proc
-        self._known: dict[str, Mapping[str, Path]] = {}
+    None if it is gone, or its cgroup is not where engines put it by default.
+    """
+    for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
+        group, memory, cpu = root / path, root / "memory" / path, root / "cpuacct" / path
+        with contextlib.suppress(OSError, ValueError):
+            used = _number(group / "memory.current") - _field(group / "memory.stat", "inactive_file")
+            return Usage(memory=max(0, used), cpu_seconds=_field(group / "cpu.stat", "usage_usec") / 1e6)
+        with contextlib.suppress(OSError, ValueError):
+            used = _number(memory / "memory.usage_in_bytes") - _field(
+                memory / "memory.stat", "total_inactive_file"
+            )
+            return Usage(memory=max(0, used), cpu_seconds=_number(cpu / "cpuacct.usage") / 1e9)
+    return None
 
-    def knows(self, container: str) -> bool:
-        """Whether a container's cgroup has been found already."""
-        return container in self._known
 
-    def guess(self, container: str) -> bool:
-        """Look where engines put cgroups by default, which saves a request; return whether it is there."""
-        for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
-            if (self._root / path / "memory.current").exists():
-                self._known[container] = {"unified": self._root / path}
-                return True
-            found = {one: self._root / one / path for one in ("memory", "cpuacct")}
-            if all(one.is_dir() for one in found.values()):
-                self._known[container] = found
-                return True
-        return False
-
-    def learn(self, container: str, pid: int) -> None:
-        """Find the cgroups of a container by the id of its first process."""
-        found: dict[str, Path] = {}
-        try:
-            text = (self._proc / str(pid) / "cgroup").read_text(encoding="ascii")
-        except OSError:
-            return
-        for line in text.splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
-                candidate = self._root / path.lstrip("/")
-                if (candidate / "memory.current").exists():
-                    found["unified"] = candidate
-            for controller in controllers.split(","):
-                candidate = self._root / controller / path.lstrip("/")
-                if controller in {"memory", "cpuacct"} and candidate.is_dir():
-                    found[controller] = candidate
-        if found:
-            self._known[container] = found
-
-    def forget(self, alive: Iterable[str]) -> None:
-        """Drop all but the containers that run."""
-        keep = set(alive)
-        for container in [one for one in self._known if one not in keep]:
-            self._known.pop(container, None)
-
-    def read(self, container: str) -> Usage | None:
-        """Return what a container uses; None if it is gone or its cgroup is not known."""
-        groups = self._known.get(container, {})
-        try:
-            if unified := groups.get("unified"):
-                memory = int((unified / "memory.current").read_text(encoding="ascii"))
-                cache = _field(unified / "memory.stat", "inactive_file")
-                return Usage(
-                    memory=max(0, memory - cache), cpu_seconds=_field(unified / "cpu.stat", "usage_usec") / 1e6
-                )
-            if "memory" in groups and "cpuacct" in groups:
-                memory = int((groups["memory"] / "memory.usage_in_bytes").read_text(encoding="ascii"))
-                cache = _field(groups["memory"] / "memory.stat", "total_inactive_file")
-                spent = int((groups["cpuacct"] / "cpuacct.usage").read_text(encoding="ascii"))
-                return Usage(memory=max(0, memory - cache), cpu_seconds=spent / 1e9)
-        except (OSError, ValueError):
-            self._known.pop(container, None)
-        return None
+def _number(path: Path) -> int:
+    return int(path.read_text(encoding="ascii"))
 
 
 def _field(path: Path, name: str) -> int:
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0
+    fields = dict(line.split(" ", 1) for line in path.read_text(encoding="ascii").splitlines())
+    return int(fields.get(name, 0))
 
 
 class EngineUsage:
