@@ -15,11 +15,13 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, Unavailable
+from dispatcher.plugin.model import Endpoint, Observation
 
 _OPTIONS = (
     "BatchMode=yes",
@@ -101,6 +103,13 @@ class SshMultiplexer:
             self._run(["-O", "forward", "-L", f"{local}:{target}"], deadline.bounded(_COMMAND_SECONDS))
             self._forwards[local] = target
         return True
+
+    def redirect(self, seen: Observation, local: str, deadline: Deadline) -> Observation:
+        """Forward an agent's TCP endpoint; return its observation with the endpoint of this side."""
+        if seen.endpoint is None or seen.endpoint.kind != "tcp":
+            return seen
+        self.forward(local, f"{seen.endpoint.host}:{seen.endpoint.port}", deadline)
+        return replace(seen, endpoint=Endpoint.unix(local), owner_uid=os.geteuid())
 
     def cancel(self, local: str, deadline: Deadline) -> None:
         """Stop forwarding a socket and remove it; absent is success.  Open connections stay."""

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import AgentSpec, App, Handle, Network
-from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
+from dispatcher_docker.options import LABEL, ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 PROVIDER = "docker"
-LABEL = "dispatcher."
 #: Paths inside the container: the agent's run_dir, its socket, its secrets.
 INSIDE_RUN = "/run/dispatcher"
 INSIDE_SOCKET = f"{INSIDE_RUN}/s"

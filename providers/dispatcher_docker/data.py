@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Handle, Progress, ProviderError
-from dispatcher_docker.containers import LABEL, volume_name
+from dispatcher_docker.containers import volume_name
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Client, Engine
+from dispatcher_docker.options import LABEL
 
 _MOUNT = "/dispatcher-data"
 _BLOCK = 1024 * 1024

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dispatcher.plugin import Deadline, DispatcherError, boottime
-from dispatcher_docker.containers import LABEL
 from dispatcher_docker.host import Engine
 from dispatcher_docker.observe import unix_time
+from dispatcher_docker.options import LABEL
 
 #: Events that can change an agent's state.
 CHANGES = ("die", "oom", "pause", "unpause", "start", "stop", "kill", "destroy", "rename", "update")

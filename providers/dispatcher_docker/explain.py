@@ -116,7 +116,7 @@ def explain_backend(
     )
     where_data = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
     yield Finding.info(f"Data is kept in {where_data}, the only files of the host that an agent can change")
-    if engine.tunnel:
+    if engine.ssh:
         yield Finding.info(
             "Traffic between the proxy and agents goes through the ssh connection to the engine's host"
         )
@@ -153,7 +153,7 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
     options = options_of(app)
     for problem in _problems(app, engine, context):
         yield Finding.error(f"The app {app.name} is refused: {problem}", "correct the key")
-    if options.port and engine.tunnel:
+    if options.port and engine.ssh:
         yield Finding.info(f"The port of {app.name} is published on the engine's host, and reached through ssh")
     elif options.port:
         yield Finding.warning(

@@ -6,12 +6,14 @@ All use of docker-py goes through `Engine.call`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import docker.utils
 import requests
@@ -21,12 +23,12 @@ from docker.tls import TLSConfig
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 from docker.types import CancellableStream
 
-from dispatcher.plugin import Deadline, DeadlineExceeded
+from dispatcher.plugin import ConfigError, Deadline, DeadlineExceeded, SshMultiplexer
 from dispatcher_docker.errors import translated
-from dispatcher_docker.options import DockerOptions
-from dispatcher_docker.tunnel import Tunnel
+from dispatcher_docker.options import LABEL, DockerOptions
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
+_REMOTE_SOCKET = "/var/run/docker.sock"
 _CONNECT_SECONDS = 10.0
 #: Connections that are kept for the next request.
 _KEEP = 32
@@ -142,14 +144,20 @@ class Engine:
 
     :param options: ``[providers.docker]``; without a `url` the environment (DOCKER_HOST, DOCKER_TLS_VERIFY,
         DOCKER_CERT_PATH) decides, as it does for the `docker` program.
-    :param run_dir: for the sockets of a tunnel, private to the provider.
+    :param run_dir: for the sockets of an ssh connection, private to the provider.
+    :ivar ssh: the connection to the host of an ``ssh://`` engine, whose socket it forwards (docker-py's own has no
+        deadlines); else None.
     """
 
     def __init__(self, options: DockerOptions, run_dir: Path) -> None:
         self._options = options
         self.url = options.url or os.environ.get("DOCKER_HOST") or DEFAULT_URL
         self._from_environment = not options.url
-        self.tunnel = Tunnel(self.url, run_dir / "ssh") if self.url.startswith("ssh://") else None
+        self.ssh: SshMultiplexer | None = None
+        if self.url.startswith("ssh://"):
+            directory = run_dir / "ssh" / hashlib.sha256(self.url.encode()).hexdigest()[:8]
+            self.ssh, self._remote = ssh_to(self.url, directory / "control")
+            self._forwarded = str(directory / "engine")
         self._client: Client | None = None
         self._lock = threading.Lock()
 
@@ -179,11 +187,19 @@ class Engine:
         finally:
             _current.deadline = outer
 
+    def containers(self, installation: str, deadline: Deadline, **options: Any) -> list[dict[str, Any]]:
+        """Return the engine's list of an installation's containers: those that run, or with ``all=True`` all."""
+        with self.call("list the containers", deadline) as client:
+            found: list[dict[str, Any]] = client.containers(
+                filters={"label": [f"{LABEL}installation={installation}"]}, **options
+            )
+            return found
+
     def _connected(self, doing: str, deadline: Deadline) -> Client:
         if deadline.expired:
             raise DeadlineExceeded(f"There was no time left to {doing}", fix="try again with more time")
-        if self.tunnel:
-            self.tunnel.connect(deadline)
+        if self.ssh:
+            self.ssh.forward(self._forwarded, self._remote, deadline)
         if self._client:
             return self._client
         with deadline.holding(
@@ -192,10 +208,9 @@ class Engine:
             why=f"{self.url} accepts connections and does not answer",
             fix="check whether the engine hangs (docker info)",
         ):
-            if self._client is None and self.tunnel:
-                self._client = Client(f"unix://{self.tunnel.socket}", None)
-            elif self._client is None:
-                self._client = Client(self.url, self._tls())
+            if self._client is None:
+                url, tls = (f"unix://{self._forwarded}", None) if self.ssh else (self.url, self._tls())
+                self._client = Client(url, tls)
             return self._client
 
     def _tls(self) -> TLSConfig | None:
@@ -215,3 +230,20 @@ class Engine:
             client, self._client = self._client, None
         if client:
             client.close()
+
+
+def ssh_to(url: str, control: Path) -> tuple[SshMultiplexer, str]:
+    """Return the connection for ``ssh://[USER@]HOST[:PORT][/PATH/OF/THE/SOCKET]``, and that path.
+
+    :raises ConfigError: another form.
+    """
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    if not host or host.startswith("-") or (parts.username or "").startswith("-") or parts.password:
+        raise ConfigError(
+            f"Bad url of the Docker engine {url!r}",
+            fix="write ssh://USER@HOST, the key in ssh's configuration",
+        )
+    destination = f"{unquote(parts.username)}@{host}" if parts.username else host
+    options = ["-p", str(parts.port)] if parts.port else []
+    return SshMultiplexer(destination, control, options=options), unquote(parts.path.rstrip("/")) or _REMOTE_SOCKET

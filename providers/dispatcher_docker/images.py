@@ -18,10 +18,10 @@ from typing import Any
 from docker.types import CancellableStream
 
 from dispatcher.plugin import App, Deadline, DeadlineExceeded, Progress, ProviderError
-from dispatcher_docker.containers import LABEL, image_reference, options_of
+from dispatcher_docker.containers import image_reference, options_of
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
-from dispatcher_docker.options import DockerAppOptions, DockerOptions
+from dispatcher_docker.options import LABEL, DockerAppOptions, DockerOptions
 
 _BUILD_LABEL = f"{LABEL}build"
 
@@ -83,16 +83,18 @@ class Images:
         self.current[reference] = str(found["Id"])
         return found
 
-    def look_up_all(self, deadline: Deadline) -> None:
-        """Look up all known names, in one request."""
+    def look_up_all(self, references: Iterable[str], deadline: Deadline) -> None:
+        """Look up these names, and all that were looked up before, in one request."""
+        if not (wanted := {*references, *self.current}):
+            return
         with self._engine.call("list the images", deadline) as client:
             found = client.images()
-        names: dict[str, str] = {}
-        for one in found:
-            for name in (*(one.get("RepoTags") or ()), *(one.get("RepoDigests") or ())):
-                names[name] = one["Id"]
-        for reference in list(self.current):
-            self.current[reference] = names.get(_tagged(reference), "")
+        names = {
+            name: str(one["Id"])
+            for one in found
+            for name in (*(one.get("RepoTags") or ()), *(one.get("RepoDigests") or ()))
+        }
+        self.current = {reference: names.get(_tagged(reference), "") for reference in wanted}
 
     def last_id(self, reference: str) -> str:
         """Return the id that a name had at the last lookup, "" if not known; from now on it is looked up."""

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, ProviderContext, ProviderError, denied_networks
-from dispatcher_docker.containers import LABEL, network_name
+from dispatcher_docker.containers import network_name
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
+from dispatcher_docker.options import LABEL
 
 IpNetwork = IPv4Network | IPv6Network
 
@@ -112,10 +113,8 @@ class Networks:
         with self._locked(deadline):
             if self._starting:
                 return
-            with self._engine.call("look for containers of this installation", deadline) as client:
-                label = f"{LABEL}installation={self._context.installation}"
-                if client.containers(all=True, quiet=True, limit=1, filters={"label": [label]}):
-                    return
+            if self._engine.containers(self._context.installation, deadline, all=True, limit=1):
+                return
             try:
                 with self._engine.call("remove the network of this installation", deadline) as client:
                     client.remove_network(self.name)

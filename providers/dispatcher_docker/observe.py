@@ -16,9 +16,9 @@ from typing import Any
 
 from dispatcher.plugin import BackendState, BadRequest, Deadline, Endpoint, Handle, Observation, ProviderError
 from dispatcher_docker import logs
-from dispatcher_docker.containers import LABEL
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
+from dispatcher_docker.options import LABEL
 
 #: The engine's names of the states in which a container has processes.
 ALIVE = {"running", "paused", "restarting"}

@@ -50,6 +50,8 @@ NamedNetwork = Annotated[
     ),
 ]
 Signal = Annotated[str, AfterValidator(matching(r"|(SIG)?[A-Z0-9+]+", "a signal such as SIGINT"))]
+#: Begins the names of all labels.
+LABEL = "dispatcher."
 #: What root needs to use the agent's data, and to give up its privileges.
 ROOT_CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID")
 

@@ -197,8 +197,8 @@ class DockerProvider(Provider):
         return handle
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
-        found = observe.inspect(self._engine, handle.name, deadline)
-        if found is None or not self._starter.is_ours(found):
+        found = self._own(handle, deadline)
+        if found is None:
             return Observation(state=BackendState.ABSENT)
         labels = found["Config"].get("Labels")
         current = self._images.last_id(observe.label(labels, "image"))
@@ -210,16 +210,15 @@ class DockerProvider(Provider):
 
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
-        found = observe.inspect(self._engine, handle.name, deadline)
-        if found and self._starter.is_ours(found) and observe.status(found) in observe.ALIVE:
+        found = self._own(handle, deadline)
+        if found and observe.status(found) in observe.ALIVE:
             self._exit_reasons.note_stop(handle, found["Id"])
             stop(self._engine, found, grace=grace, deadline=deadline, progress=progress)
         self._clear(handle, deadline)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
-        found = observe.inspect(self._engine, handle.name, deadline)
-        if found and self._starter.is_ours(found):
+        if self._own(handle, deadline):
             progress("removing the container")
             remove(self._engine, handle.name, deadline)
             self._networks.remove_unused(deadline)
@@ -232,18 +231,13 @@ class DockerProvider(Provider):
             self._volumes.remove(handle, deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
-        with self._engine.call("list the containers", deadline) as client:
-            label = f"{containers.LABEL}installation={self.context.installation}"
-            found = client.containers(all=True, filters={"label": [label]})
+        found = self._engine.containers(self.context.installation, deadline, all=True)
         if any(one.get("State") in observe.ALIVE for one in found):
             try:
                 self._networks.protect(deadline)
             except ProviderError as error:
                 self.context.log.warning("%s", error)
-        for one in found:
-            self._images.last_id(observe.label(one.get("Labels"), "image"))
-        if found:
-            self._images.look_up_all(deadline)
+        self._images.look_up_all({observe.label(one.get("Labels"), "image") for one in found}, deadline)
         alive, ended = [], []
         for one in found:
             handle = observe.handle_from(one.get("Labels"))
@@ -258,23 +252,21 @@ class DockerProvider(Provider):
         return [*alive, *self._exit_reasons.complete_many(ended, deadline)]
 
     def _endpoint_here(self, handle: Handle, observation: Observation, deadline: Deadline) -> Observation:
-        tunnel = self._engine.tunnel
-        return tunnel.forward(handle, observation, deadline) if tunnel else observation
+        ssh = self._engine.ssh
+        return ssh.redirect(observation, f"{handle.data['run_dir']}/s", deadline) if ssh else observation
+
+    def _own(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
+        """Return an agent's container; None if there is none, or it is of another owner."""
+        found = observe.inspect(self._engine, handle.name, deadline)
+        return found if found and self._starter.is_ours(found) else None
 
     def _clear(self, handle: Handle, deadline: Deadline) -> None:
         """Remove the secrets and the socket of a container that does not run."""
         self._secrets.remove(handle.name)
-        run_dir = handle.data.get("run_dir")
-        if not isinstance(run_dir, str):
-            return
-        if self._engine.tunnel:
-            self._engine.tunnel.ssh.cancel(f"{run_dir}/s", deadline)
+        if self._engine.ssh:
+            self._engine.ssh.cancel(f"{handle.data['run_dir']}/s", deadline)
         with contextlib.suppress(OSError):
-            directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                os.unlink("s", dir_fd=directory)
-            finally:
-                os.close(directory)
+            os.unlink(f"{handle.data['run_dir']}/s")
 
     # -- capabilities ------------------------------------------------------------------------------------
 
@@ -308,14 +300,10 @@ class DockerProvider(Provider):
         wanted = {f"/{handle.name}": handle.name for handle in handles}
         if not wanted:
             return {}
-        with self._engine.call("list the containers", deadline) as client:
-            label = f"{containers.LABEL}installation={self.context.installation}"
-            found = client.containers(filters={"label": [label]})
+        found = self._engine.containers(self.context.installation, deadline)
         ids = {one["Id"]: wanted[name] for one in found for name in one.get("Names") or () if name in wanted}
-        if self._engine.is_local:
-            usages = {name: usage for one, name in ids.items() if (usage := from_cgroup(one))}
-        else:
-            usages = {}
+        local = ids.items() if self._engine.is_local else ()
+        usages = {name: usage for one, name in local if (usage := from_cgroup(one))}
         others = {one: name for one, name in ids.items() if name not in usages}
         return usages | {others[one]: usage for one, usage in self._statistics.read(others, deadline).items()}
 

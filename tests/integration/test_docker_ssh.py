@@ -39,7 +39,7 @@ def world(sshd):
     world = DockerWorld(f"ssh://root@127.0.0.1:{sshd.port}")
     world.host = ""  # the tests themselves ask the engine directly
     yield world
-    ssh = world.driver.provider._engine.tunnel.ssh
+    ssh = world.driver.provider._engine.ssh
     world.close()
     ssh.close(Deadline(10))
 
@@ -72,14 +72,14 @@ def test_agents_by_ssh(world):
 def test_a_fresh_instance_uses_the_same_ssh(world):
     agent = run(world, "bob")
     start = agent.inside.id()["start"]
-    pid = world.driver.provider._engine.tunnel.ssh.pid
+    pid = world.driver.provider._engine.ssh.pid
     world.driver.provider.close()
     assert agent.inside.answers(), "agents are served while the manager is away"
     other = world.another()
     try:
         _, seen = other.list()["bob"]
         assert seen.endpoint == agent.inside.endpoint
-        assert other.provider._engine.tunnel.ssh.pid == pid
+        assert other.provider._engine.ssh.pid == pid
         assert agent.inside.id()["start"] == start
     finally:
         other.provider.close()
