@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,6 +20,7 @@ from dispatcher.plugin import (
 )
 
 _MAX_WHY = 600
+_TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
 
 
 class NoSuchObject(NotFound):
@@ -50,10 +49,10 @@ def translated(doing: str, url: str, deadline: Deadline) -> Iterator[None]:
         OSError,
         ValueError,
     ) as error:
-        raise translate(error, doing, url, deadline) from error
+        raise _translate(error, doing, url, deadline) from error
 
 
-def translate(error: BaseException, doing: str, url: str, deadline: Deadline) -> DispatcherError:
+def _translate(error: BaseException, doing: str, url: str, deadline: Deadline) -> DispatcherError:
     """Return the project's error for one of the SDK."""
     if isinstance(error, docker.errors.APIError) and error.response is not None:
         return _refused(error, doing)
@@ -64,14 +63,14 @@ def translate(error: BaseException, doing: str, url: str, deadline: Deadline) ->
             fix="check tls_ca, tls_cert and tls_key in [providers.docker]",
         )
     chain = list(_chain(error))
-    if deadline.expired or any(_is_timeout(one) for one in chain):
+    if deadline.expired or any(isinstance(one, _TIMEOUTS) for one in chain):
         return DeadlineExceeded(
             f"The Docker engine did not {doing} in time",
             why=f"{url} accepts connections and does not answer soon enough",
             fix="check whether the engine is overloaded or hangs (docker info)",
             retry_after=5,
         )
-    if any(_is_permission(one) for one in chain):
+    if any(isinstance(one, PermissionError) for one in chain):
         return Unavailable(
             "The Docker engine cannot be reached",
             why=f"no permission for {url}",
@@ -131,15 +130,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__ or getattr(error, "reason", None) or inner
         if not isinstance(error, BaseException):
             return
-
-
-def _is_timeout(error: BaseException) -> bool:
-    kinds = (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, socket.timeout, TimeoutError)
-    return isinstance(error, kinds)
-
-
-def _is_permission(error: BaseException) -> bool:
-    return isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EACCES
 
 
 def _text(error: BaseException) -> str:

@@ -232,7 +232,7 @@ class DockerProvider(Provider):
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = self._engine.containers(self.context.installation, deadline, all=True)
-        if any(one.get("State") in observe.ALIVE for one in found):
+        if any((one.get("HostConfig") or {}).get("NetworkMode") == self._networks.name for one in found):
             try:
                 self._networks.protect(deadline)
             except ProviderError as error:
