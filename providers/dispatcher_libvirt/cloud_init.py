@@ -31,12 +31,11 @@ LABEL = "cidata"
 _MAX_USER_DATA = 1 << 20
 
 
-def files(spec: AgentSpec, *, instance: str, user_data: bytes, static: bool) -> dict[str, bytes]:
+def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
     """Return the files of an agent's cloud-init disk by path.
 
-    :param instance: cloud-init's instance id; a new one makes it configure the guest again.
     :param static: the guest has QEMU's fixed address and needs no DHCP.
-    :raises DispatcherError: command, environment or a secret's name is invalid.
+    :raises DispatcherError: user data, command, environment or a secret's name is invalid.
     """
     options = options_of(spec.app)
     agent: dict[str, object] = {
@@ -49,12 +48,13 @@ def files(spec: AgentSpec, *, instance: str, user_data: bytes, static: bool) -> 
     }
     if static:
         agent |= {"address": f"{domain_xml.GUEST_ADDRESS}/24", "gateway": domain_xml.GUEST_GATEWAY}
-    host = names.key(spec.agent)
+    # A new instance id makes cloud-init configure the guest again.
+    about = {"instance-id": f"{spec.backend_name}-{spec.hash[:12]}", "local-hostname": names.key(spec.agent)}
     network = {"version": 2, "ethernets": {"all": {"match": {"name": "e*"}, "dhcp4": True}}}
     found = {
         # JSON is YAML, and quotes every value.
-        "meta-data": json.dumps({"instance-id": instance, "local-hostname": host}).encode(),
-        "user-data": user_data or b"#cloud-config\n{}\n",
+        "meta-data": json.dumps(about).encode(),
+        "user-data": read_user_data(options.user_data) or b"#cloud-config\n{}\n",
         "network-config": json.dumps(network).encode(),
         "dispatcher/agent": "".join(f"{key}={value}\n" for key, value in agent.items()).encode(),
         "dispatcher/start.sh": start_script(spec).encode(),
@@ -171,9 +171,3 @@ def memory_directory(installation: str, preferred: Path) -> Path:
         why="none of the manager's run_dir, /run and /dev/shm is a writable tmpfs",
         fix="mount a tmpfs at manager.run_dir",
     )
-
-
-def write_placeholder(path: Path, owner: tuple[int, int] | None) -> None:
-    """Write an empty disk for a machine that wakes up, unless there is one: the guest has read it at boot."""
-    if not path.exists():
-        write_image(path, bytes(64 * 1024), owner)

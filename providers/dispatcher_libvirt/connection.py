@@ -160,6 +160,11 @@ class Slot:
         if self.link is link:
             self.link = None
 
+    def close(self) -> None:
+        """Retire the link, if there is one."""
+        if self.link is not None:
+            self.drop(self.link)
+
 
 class Backend:
     """The libvirtd at one URI.
@@ -182,16 +187,19 @@ class Backend:
         what: str,
         deadline: Deadline,
         lane: Lane = Lane.QUERY,
+        slot: Slot | None = None,
         tick: Tick | None = None,
     ) -> _T:
         """Return the result of `function`, called in another thread with a usable connection.
 
         :param what: the action, for error messages ("starting alice's machine").
+        :param slot: a connection of the caller's own, in place of one of the lane's.
         :param tick: called about twice a second meanwhile; an exception from it ends the waiting, not the call.
         :raises DispatcherError: libvirt's error, translated; libvirtError never escapes.
         :raises DeadlineExceeded: no answer before the deadline.
         """
-        slot = self._query if lane is Lane.QUERY else self._work[next(self._turn) % len(self._work)]
+        if slot is None:
+            slot = self._query if lane is Lane.QUERY else self._work[next(self._turn) % len(self._work)]
         for attempt in itertools.count():
             link = slot.alive() or self._open(slot, what, deadline, tick)
             try:
@@ -204,28 +212,10 @@ class Backend:
                 raise errors.translate(error, self.uri, what) from error
         raise AssertionError("unreachable")  # pragma: no cover
 
-    def connect(self, deadline: Deadline) -> Link:
-        """Return a new link that belongs to the caller (for events).
-
-        :raises Unavailable: libvirtd does not answer.
-        """
-        return self._open(Slot(), "connecting", deadline, None)
-
-    def run(self, link: Link, function: Callable[[libvirt.virConnect], _T], deadline: Deadline) -> _T:
-        """Return the result of `function`, called with a link from `connect`.
-
-        :raises DispatcherError: libvirt's error, translated, or no answer in time.
-        """
-        try:
-            return self._wait(self._submit(functools.partial(link.use, function)), "watching", deadline, None)
-        except libvirt.libvirtError as error:
-            raise errors.translate(error, self.uri, "watching") from error
-
     def close(self) -> None:
         """Close all connections; calls in progress end by themselves."""
         for slot in (self._query, *self._work):
-            if slot.link is not None:
-                slot.drop(slot.link)
+            slot.close()
 
     def _open(self, slot: Slot, what: str, deadline: Deadline, tick: Tick | None) -> Link:
         """Open a slot's link; one thread at a time tries, the others wait for it."""

@@ -1,23 +1,24 @@
-"""Domain XML of an agent's machine, and the label in its metadata.  Every value goes through lxml."""
+"""An agent's handle, and the domain XML of its machine, with a label in its metadata.  lxml quotes every value."""
 
 from __future__ import annotations
 
 import json
 import math
 import uuid
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lxml import etree
 
-from dispatcher.plugin import AgentSpec, Handle
-from dispatcher_libvirt.handles import PROVIDER, handle_of
+from dispatcher.plugin import AgentSpec, App, Handle, ProviderError
 from dispatcher_libvirt.host import Host
 from dispatcher_libvirt.network import mac_address
-from dispatcher_libvirt.options import memory_of, options_of, vcpus_of
-from dispatcher_libvirt.xml_input import DEVICE_ELEMENTS, parse_extra, parse_xml
+from dispatcher_libvirt.options import AppOptions, disk_of, memory_of, options_of, vcpus_of
+from dispatcher_libvirt.xml_input import DEVICE_ELEMENTS, element, parse_extra, parse_xml
 
+PROVIDER = "libvirt"
 NAMESPACE = "urn:agent-dispatcher:libvirt:1"
 QEMU = "http://libvirt.org/schemas/domain/qemu/1.0"
 PREFIX = "dispatcher"
@@ -25,7 +26,6 @@ PREFIX = "dispatcher"
 GUEST_ADDRESS, GUEST_GATEWAY = "10.0.2.15", "10.0.2.2"
 #: Serial numbers by which a guest finds its disks (/dev/disk/by-id/virtio-...; at most 20 characters).
 ROOT_SERIAL, DATA_SERIAL, CLOUD_INIT_SERIAL = "dispatcher-root", "dispatcher-data", "dispatcher-seed"
-_REQUIRED = ("installation", "agent", "spec", "data")
 # Without a limit an emulator caches up to a gibibyte of translated code: more than most guests have.  A smaller
 # cache costs repeated translation.
 _TRANSLATION_CACHE = 64  # MiB
@@ -33,33 +33,70 @@ _PERIOD = 100_000  # microseconds, of the processor quota
 _SMALLEST_QUOTA = 1_000
 
 
+def handle_of(spec: AgentSpec, *, remote: bool) -> Handle:
+    """Return an agent's handle.
+
+    :param remote: the machine runs on another host: there are no logs, and a tunnel ends at the agent's socket.
+    """
+    data: dict[str, Any] = {
+        "uid": spec.uid,
+        "gid": spec.gid,
+        "disk": disk_of(spec.app),
+        "flush": options_of(spec.app).flush,
+    }
+    data |= {"socket": str(spec.socket), "proxy": spec.proxy_gid} if remote else {"logs": str(spec.log_dir)}
+    return Handle(provider=PROVIDER, agent=spec.agent, name=spec.backend_name, data=data)
+
+
+def log_dir_of(handle: Handle) -> Path | None:
+    """Return the log directory, None without one."""
+    value = handle.data.get("logs")
+    return Path(value) if isinstance(value, str) and value.startswith("/") else None
+
+
+def disk_size_of(handle: Handle) -> int:
+    """Return the configured size of the data disk in bytes, 0 where the handle does not contain it."""
+    value = handle.data.get("disk")
+    return value if isinstance(value, int) else 0
+
+
+def user_of(handle: Handle) -> tuple[int, int]:
+    """Return the host user and group of the agent.
+
+    :raises ProviderError: the handle does not contain them.
+    """
+    uid, gid = handle.data.get("uid"), handle.data.get("gid")
+    if not isinstance(uid, int) or not isinstance(gid, int):
+        raise ProviderError(f"The handle of {handle.name} does not contain the user of its data")
+    return uid, gid
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Label:
     """Metadata of a domain: enough to adopt the agent.
 
     :ivar port: forwarded port on 127.0.0.1, 0 without one; :ivar guest_port: the app's port in the guest.
-    :ivar data: `Handle.data` as JSON text; :ivar announce: console text that reports a working network.
-    :ivar guest_agent: "yes" where the guest runs the QEMU guest agent.
+    :ivar data: `Handle.data`; :ivar announce: console text that reports a working network, "" not to wait for it.
+    :ivar guest_agent: the guest runs the QEMU guest agent.
     """
 
     installation: str
     agent: str
     spec: str
     started: float
-    data: str
-    port: int = 0
-    guest_port: int = 0
-    network: str = ""
-    announce: str = ""
-    guest_agent: str = ""
+    data: dict[str, Any]
+    port: int
+    guest_port: int
+    network: str
+    announce: str
+    guest_agent: bool
 
     def handle(self, name: str) -> Handle:
         """Return the handle of the agent.
 
         :param name: of the domain.
         """
-        data: Any = json.loads(self.data or "{}")
-        return Handle(provider=PROVIDER, agent=self.agent, name=name, data=data if isinstance(data, dict) else {})
+        return Handle(provider=PROVIDER, agent=self.agent, name=name, data=self.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,52 +128,33 @@ def build(spec: AgentSpec, start: Start) -> str:
     """
     app, options, host = spec.app, options_of(spec.app), start.host
     memory = memory_of(app)
-    domain = etree.Element("domain", {"type": host.kind}, nsmap={"qemu": QEMU})
-    _add(domain, "name", spec.backend_name)
-    _add(domain, "uuid", uuid.uuid4())
-    _add(domain, "metadata").append(label_element(_label(spec, start)))
-    _add(domain, "memory", memory // 1024, unit="KiB")
-    _add(domain, "currentMemory", min(options.balloon or memory, memory) // 1024, unit="KiB")
-    _add(domain, "vcpu", vcpus_of(app))
-    if host.cpu_limits and (app.limits.cpus is not None or options.cpu_shares is not None):
-        tune = _add(domain, "cputune")
-        if options.cpu_shares is not None:
-            _add(tune, "shares", options.cpu_shares)
-        if app.limits.cpus is not None:
-            # For the whole machine including emulation, not for each virtual processor.
-            _add(tune, "global_period", _PERIOD)
-            _add(tune, "global_quota", max(_SMALLEST_QUOTA, math.ceil(app.limits.cpus * _PERIOD)))
-    system = _add(domain, "os")
-    if options.firmware == "efi":
-        system.set("firmware", "efi")
-    _add(system, "type", "hvm", arch=host.arch, machine=options.machine)
-    if options.kernel:
-        _add(system, "kernel", options.kernel)
-        if options.initrd:
-            _add(system, "initrd", options.initrd)
-        if options.cmdline:
-            _add(system, "cmdline", options.cmdline)
-    else:
-        _add(system, "boot", dev="hd")
-    features = _add(domain, "features")
-    _add(features, "acpi")
-    if host.arch == "x86_64":
-        _add(features, "apic")
-    if host.bounded_cache:
-        _add(_add(features, "tcg"), "tb-cache", _TRANSLATION_CACHE, unit="MiB")
-    _cpu(domain, options.cpu, host)
-    clock = _add(domain, "clock", offset="utc")
-    _add(clock, "timer", name="rtc", tickpolicy="catchup")
-    _add(domain, "on_poweroff", "destroy")
-    _add(domain, "on_reboot", "restart")
-    _add(domain, "on_crash", "destroy")
-    _devices(domain, spec, start)
+    x86 = host.arch == "x86_64"
+    cache = element("tcg", element("tb-cache", _TRANSLATION_CACHE, unit="MiB")) if host.bounded_cache else None
+    domain = element(
+        "domain",
+        element("name", spec.backend_name),
+        element("uuid", uuid.uuid4()),
+        element("metadata", label_element(_label(spec, start))),
+        element("memory", memory // 1024, unit="KiB"),
+        element("currentMemory", min(options.balloon or memory, memory) // 1024, unit="KiB"),
+        element("vcpu", vcpus_of(app)),
+        _cpu_limits(app, options, host),
+        _system(options, host),
+        element("features", element("acpi"), element("apic") if x86 else None, cache),
+        _cpu(options.cpu, host),
+        element("clock", element("timer", name="rtc", tickpolicy="catchup"), offset="utc"),
+        element("on_poweroff", "destroy"),
+        element("on_reboot", "restart"),
+        element("on_crash", "destroy"),
+        _devices(spec, start),
+        type=host.kind,
+    )
     if host.own_users and host.qemu:  # the provider sets the files' owner itself
-        label = _add(domain, "seclabel", type="static", model="dac", relabel="no")
-        _add(label, "label", f"+{spec.uid}:+{host.qemu[1]}")
+        label = element("label", f"+{spec.uid}:+{host.qemu[1]}")
+        domain.append(element("seclabel", label, type="static", model="dac", relabel="no"))
     _add_extra(domain, options.xml)
     if options.endpoint == "tcp" and not start.network:
-        _user_network(domain, spec, start.port)
+        domain.append(_user_network(spec, start.port))
     return etree.tostring(domain, encoding="unicode", pretty_print=True)
 
 
@@ -148,39 +166,30 @@ def _label(spec: AgentSpec, start: Start) -> Label:
         agent=spec.agent,
         spec=spec.hash,
         started=start.started,
-        data=json.dumps(dict(handle.data), sort_keys=True),
+        data=dict(handle.data),
         port=start.port,
         guest_port=options.port,
         network=start.network,
         announce=options.announce if start.port and start.console else "",
-        guest_agent="yes" if options.guest_agent else "",
+        guest_agent=options.guest_agent,
     )
 
 
 def label_element(label: Label) -> etree._Element:
     """Return the metadata element of a domain."""
-    element = etree.Element(f"{{{NAMESPACE}}}agent", nsmap={PREFIX: NAMESPACE})
-    for key in Label.__dataclass_fields__:
-        value = getattr(label, key)
-        element.set(key, f"{value:.3f}" if isinstance(value, float) else str(value))
-    return element
+    made = etree.Element(f"{{{NAMESPACE}}}agent", nsmap={PREFIX: NAMESPACE})
+    made.text = json.dumps(asdict(label))
+    return made
 
 
 def parse_label(text: str) -> Label:
-    """Return the label in a metadata element from libvirt; fields that an older release did not write are default.
+    """Return the label in a metadata element.
 
     :raises ValueError: it is not a label, or damaged.
     """
     try:
-        element = parse_xml(text)
-        if element.tag not in {"agent", f"{{{NAMESPACE}}}agent"}:  # libvirt removes the namespace
-            raise ValueError("another element")
-        values: dict[str, Any] = {key: element.attrib[key] for key in _REQUIRED}
-        values |= {key: element.attrib[key] for key in Label.__dataclass_fields__ if key in element.attrib}
-        for key, kind in (("started", float), ("port", int), ("guest_port", int)):
-            values[key] = kind(values.get(key, 0))
-        return Label(**values)
-    except (KeyError, ValueError) as error:
+        return Label(**json.loads(parse_xml(text).text or ""))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"a damaged label: {error}") from error
 
 
@@ -190,13 +199,14 @@ def with_port(text: str, port: int) -> str:
     :raises ValueError: it is not a domain with a forwarded port.
     """
     domain = parse_xml(text)
-    label = domain.find(f"metadata/{{{NAMESPACE}}}agent")
-    if label is None or int(label.get("port", "0")) == 0:
+    found = domain.find(f"metadata/{{{NAMESPACE}}}agent")
+    label = None if found is None else parse_label(etree.tostring(found, encoding="unicode"))
+    if found is None or label is None or not label.port:
         raise ValueError("not a domain with a forwarded port")
     for argument in domain.iter(f"{{{QEMU}}}arg"):
         if argument.get("value", "").startswith("user,"):
-            argument.set("value", _netdev(port, int(label.get("guest_port", "0"))))
-    label.set("port", str(port))
+            argument.set("value", _netdev(port, label.guest_port))
+    found.text = json.dumps(asdict(replace(label, port=port)))
     return etree.tostring(domain, encoding="unicode")
 
 
@@ -212,102 +222,109 @@ def _netdev(host_port: int, guest_port: int) -> str:
     return f"user,id=dispatcher0,restrict=on,ipv6=off,hostfwd={forward}"
 
 
-def _add(parent: etree._Element, tag: str, text: object = None, **attributes: object) -> etree._Element:
-    element = etree.SubElement(parent, tag, {key.rstrip("_"): str(value) for key, value in attributes.items()})
-    if text is not None:
-        element.text = str(text)
-    return element
+def _cpu_limits(app: App, options: AppOptions, host: Host) -> etree._Element | None:
+    tune = element("cputune")
+    if options.cpu_shares is not None:
+        tune.append(element("shares", options.cpu_shares))
+    if app.limits.cpus is not None:
+        # For the whole machine including emulation, not for each virtual processor.
+        quota = max(_SMALLEST_QUOTA, math.ceil(app.limits.cpus * _PERIOD))
+        tune.extend([element("global_period", _PERIOD), element("global_quota", quota)])
+    return tune if host.cpu_limits and len(tune) else None
 
 
-def _cpu(domain: etree._Element, model: str, host: Host) -> None:
+def _system(options: AppOptions, host: Host) -> etree._Element:
+    system = element("os", element("type", "hvm", arch=host.arch, machine=options.machine))
+    if options.firmware == "efi":
+        system.set("firmware", "efi")
+    if options.kernel:
+        files = {"kernel": options.kernel, "initrd": options.initrd, "cmdline": options.cmdline}
+        system.extend([element(name, value) for name, value in files.items() if value])
+    else:
+        system.append(element("boot", dev="hd"))
+    return system
+
+
+def _cpu(model: str, host: Host) -> etree._Element:
     if model == "auto":
         model = "host-passthrough" if host.kind == "kvm" else "maximum"
     if model in {"host-passthrough", "host-model", "maximum"}:
-        _add(domain, "cpu", mode=model)
-    else:
-        cpu = _add(domain, "cpu", mode="custom", match="exact", check="none")
-        _add(cpu, "model", model, fallback="forbid")
+        return element("cpu", mode=model)
+    return element("cpu", element("model", model, fallback="forbid"), mode="custom", match="exact", check="none")
 
 
-def _devices(domain: etree._Element, spec: AgentSpec, start: Start) -> None:
+def _devices(spec: AgentSpec, start: Start) -> etree._Element:
     options = options_of(spec.app)
-    devices = _add(domain, "devices")
-    _add(devices, "controller", type="usb", model="none")
-    _disks(devices, spec, start)
-    serial = _add(devices, "serial", type="file" if start.console else "pty")
-    if start.console:
-        _add(serial, "source", path=start.console, append="on")
-    _add(serial, "target", port=0)
-    if options.guest_agent:
-        channel = _add(devices, "channel", type="unix")
-        _add(channel, "target", type="virtio", name="org.qemu.guest_agent.0")
-    if options.endpoint == "vsock":
-        vsock = _add(devices, "vsock", model="virtio")
-        _add(vsock, "cid", auto="yes")
-    elif start.network:
-        _interface(devices, spec, start)
-    balloon = _add(devices, "memballoon", model="virtio", autodeflate="on", freePageReporting="on")
-    _add(balloon, "stats", period=10)
-    rng = _add(devices, "rng", model="virtio")
-    _add(rng, "backend", "/dev/urandom", model="random")
-    if start.host.arch == "x86_64":
-        _add(devices, "panic", model="isa")
+    source = element("source", path=start.console, append="on") if start.console else None
+    channel = element("target", type="virtio", name="org.qemu.guest_agent.0")
+    found = [
+        element("controller", type="usb", model="none"),
+        *_disks(options, start),
+        element("serial", source, element("target", port=0), type="file" if start.console else "pty"),
+        element("channel", channel, type="unix") if options.guest_agent else None,
+        element("vsock", element("cid", auto="yes"), model="virtio") if options.endpoint == "vsock" else None,
+        _interface(spec, start) if start.network else None,
+        element(
+            "memballoon", element("stats", period=10), model="virtio", autodeflate="on", freePageReporting="on"
+        ),
+        element("rng", element("backend", "/dev/urandom", model="random"), model="virtio"),
+        element("panic", model="isa") if start.host.arch == "x86_64" else None,
+    ]
+    return element("devices", *found)
 
 
-def _disks(devices: etree._Element, spec: AgentSpec, start: Start) -> None:
-    options = options_of(spec.app)
+def _disks(options: AppOptions, start: Start) -> Iterator[etree._Element]:
     disks = [(start.data, "raw", DATA_SERIAL), (start.cloud_init, "raw", CLOUD_INIT_SERIAL)]
     if start.root is not None and options.image is not None:
         disks.insert(0, (start.root, "qcow2", ROOT_SERIAL))
+    limits = {"total_bytes_sec": options.disk_bandwidth, "total_iops_sec": options.disk_iops}
     for letter, (path, form, serial) in zip("abc", disks, strict=False):
-        disk = _add(devices, "disk", type="file", device="disk")
-        driver = _add(disk, "driver", name="qemu", type=form)
-        _add(disk, "source", file=path)
+        driver = element("driver", name="qemu", type=form)
+        disk = element("disk", driver, element("source", file=path), type="file", device="disk")
         if serial == ROOT_SERIAL:  # the base image is explicit, so that QEMU probes nothing
-            backing = _add(disk, "backingStore", type="file")
-            _add(backing, "format", type=options.format)
-            source = _add(backing, "source", file=options.image)
-            if (
-                not start.host.own_users
-            ):  # shared by all machines: libvirt must not change its owner to one of them
-                _add(source, "seclabel", model="dac", relabel="no")
-            _add(backing, "backingStore")
-        _add(disk, "target", dev=f"vd{letter}", bus="virtio")
+            # The base is shared by all machines: libvirt must not change its owner to one of them.
+            label = None if start.host.own_users else element("seclabel", model="dac", relabel="no")
+            base = element("source", label, file=options.image)
+            nothing_below = element("backingStore")
+            disk.append(
+                element("backingStore", element("format", type=options.format), base, nothing_below, type="file")
+            )
+        disk.append(element("target", dev=f"vd{letter}", bus="virtio"))
         if serial == CLOUD_INIT_SERIAL:
-            _add(disk, "readonly")
+            disk.append(element("readonly"))
         else:
             driver.set("discard", "unmap")
-            if options.disk_bandwidth or options.disk_iops:
-                tune = _add(disk, "iotune")
-                if options.disk_bandwidth:
-                    _add(tune, "total_bytes_sec", options.disk_bandwidth)
-                if options.disk_iops:
-                    _add(tune, "total_iops_sec", options.disk_iops)
-        _add(disk, "serial", serial)
+            tune = [element(name, value) for name, value in limits.items() if value]
+            disk.extend([element("iotune", *tune)] if tune else [])
+        disk.append(element("serial", serial))
+        yield disk
 
 
-def _interface(devices: etree._Element, spec: AgentSpec, start: Start) -> None:
-    """Add an interface on a libvirt network, isolated from the other guests there."""
-    interface = _add(devices, "interface", type="network")
-    _add(interface, "mac", address=mac_address(spec.backend_name))
-    _add(interface, "source", network=start.network)
-    _add(interface, "port", isolated="yes")
-    _add(interface, "filterref", filter=start.filter)
-    _add(interface, "model", type="virtio")
-    if bandwidth := options_of(spec.app).network_bandwidth:
-        element = _add(interface, "bandwidth")
-        for direction in ("inbound", "outbound"):
-            _add(element, direction, average=max(1, bandwidth // 1024))
+def _interface(spec: AgentSpec, start: Start) -> etree._Element:
+    """Return an interface on a libvirt network, isolated from the other guests there."""
+    bandwidth = options_of(spec.app).network_bandwidth or 0
+    rates = [element(way, average=max(1, bandwidth // 1024)) for way in ("inbound", "outbound")]
+    return element(
+        "interface",
+        element("mac", address=mac_address(spec.backend_name)),
+        element("source", network=start.network),
+        element("port", isolated="yes"),
+        element("filterref", filter=start.filter),
+        element("model", type="virtio"),
+        element("bandwidth", *rates) if bandwidth else None,
+        type="network",
+    )
 
 
-def _user_network(domain: etree._Element, spec: AgentSpec, port: int) -> None:
+def _user_network(spec: AgentSpec, port: int) -> etree._Element:
     options = options_of(spec.app)
     bus = "pci.0" if options.machine.startswith("pc") and "q35" not in options.machine else "pcie.0"
-    command = etree.SubElement(domain, f"{{{QEMU}}}commandline")
     # An explicit slot: libvirt numbers its own devices from 1 upwards and does not see this one.
     device = f"virtio-net-pci,netdev=dispatcher0,mac={mac_address(spec.backend_name)},bus={bus},addr=0x10"
+    command = etree.Element(f"{{{QEMU}}}commandline", nsmap={"qemu": QEMU})
     for argument in ("-netdev", _netdev(port, options.port), "-device", device):
         etree.SubElement(command, f"{{{QEMU}}}arg", {"value": argument})
+    return command
 
 
 def _add_extra(domain: etree._Element, texts: list[str]) -> None:

@@ -72,23 +72,15 @@ class Domains:
         :raises Unavailable: libvirt does not answer.
         """
 
-        def look(connection: libvirt.virConnect) -> DomainInfo | None:
-            domain = _lookup(connection, name)
-            if domain is None:
-                return None
-            try:
-                state, reason = domain.state()
-                saved = not domain.isActive() and bool(domain.hasManagedSaveImage())
-                found = self._info(domain, state, reason, saved=saved)
-            except libvirt.libvirtError as error:
-                if errors.domain_missing(error):
-                    return None
-                raise
+        def look(domain: libvirt.virDomain) -> DomainInfo | None:
+            state, reason = domain.state()
+            saved = not domain.isActive() and bool(domain.hasManagedSaveImage())
+            found = self._info(domain, state, reason, saved=saved)
             if found is None and refuse_foreign:
                 raise _foreign(name)
             return found
 
-        return self.backend.call(look, what=f"looking at {name}", deadline=deadline)
+        return self.act(name, look, what="looking at", deadline=deadline, lane=Lane.QUERY)
 
     def all(self, deadline: Deadline) -> list[DomainInfo]:
         """Return all domains of this installation in two calls (and one for each new domain)."""
@@ -157,6 +149,7 @@ class Domains:
         *,
         what: str,
         deadline: Deadline,
+        lane: Lane = Lane.WORK,
         tick: Tick | None = None,
     ) -> _T | None:
         """Return the result of `action` on a domain; None when there is none."""
@@ -172,7 +165,7 @@ class Domains:
                     return None
                 raise
 
-        return self.backend.call(run, what=f"{what} {name}", deadline=deadline, tick=tick, lane=Lane.WORK)
+        return self.backend.call(run, what=f"{what} {name}", deadline=deadline, tick=tick, lane=lane)
 
     def remove(self, name: str, deadline: Deadline) -> None:
         """Force a domain off and undefine it with its saved memory.  Absent is success; a foreign one stays."""
@@ -181,11 +174,7 @@ class Domains:
             if self._label(domain) is None:
                 return
             if domain.isActive():
-                try:
-                    domain.destroy()
-                except libvirt.libvirtError as error:
-                    if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # ended meanwhile
-                        raise
+                act_if_active(domain.destroy)
             _undefine(domain)
 
         self.act(name, remove, what="removing", deadline=deadline)
@@ -233,6 +222,15 @@ class Domains:
         except ValueError:
             return None
         return label if label.installation == self._installation else None
+
+
+def act_if_active(action: Callable[[], object]) -> None:
+    """Call a function of a domain; success if it has just ended."""
+    try:
+        action()
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:
+            raise
 
 
 def _foreign(name: str) -> ProviderError:

@@ -25,7 +25,41 @@ _CONNECTION_CODES = frozenset(
 _RPC_DOMAINS = frozenset({libvirt.VIR_FROM_RPC, libvirt.VIR_FROM_REMOTE})
 _AUTH_CODES = frozenset({libvirt.VIR_ERR_AUTH_FAILED, libvirt.VIR_ERR_AUTH_CANCELLED})
 _BUSY_CODES = frozenset({libvirt.VIR_ERR_OPERATION_TIMEOUT, libvirt.VIR_ERR_AGENT_UNRESPONSIVE})
-_XML_CODES = frozenset({libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_XML_INVALID_SCHEMA, libvirt.VIR_ERR_XML_DETAIL})
+_NONE: frozenset[int] = frozenset()
+#: Codes, words in messages of libvirt and QEMU, the problem that either reports, and its remedy.
+_CAUSES: tuple[tuple[frozenset[int], tuple[str, ...], str, str], ...] = (
+    (
+        frozenset({libvirt.VIR_ERR_NO_NETWORK}),
+        (),
+        "A libvirt network is missing",
+        "check `virsh net-list --all`; define or start it",
+    ),
+    (_NONE, ("no space left", "enospc"), "The disk is full", "free some space on the host"),
+    (
+        _NONE,
+        ("tc qdisc",),
+        "The host's kernel cannot limit a network's bandwidth",
+        "load the modules sch_htb, sch_sfq and sch_ingress, or remove the app's network_bandwidth",
+    ),
+    (
+        _NONE,
+        ("permission denied",),
+        "QEMU may not use a file",
+        "make the file readable and its directories passable for the machine's host user",
+    ),
+    (
+        frozenset({libvirt.VIR_ERR_XML_ERROR, libvirt.VIR_ERR_XML_INVALID_SCHEMA, libvirt.VIR_ERR_XML_DETAIL}),
+        (),
+        "libvirt does not accept the machine's description",
+        "check `xml`, `cpu` and `machine` of the app's libvirt table",
+    ),
+    (
+        _NONE,
+        ("cannot allocate memory", "cannot set up guest memory"),
+        "The host has too little memory",
+        "lower the app's memory, or stop other agents",
+    ),
+)
 
 
 def is_remote(uri: str) -> bool:
@@ -90,7 +124,6 @@ def translate(error: libvirt.libvirtError, uri: str, what: str) -> DispatcherErr
     :param what: the attempted action, as a participle ("starting alice's machine").
     """
     code, why = error.get_error_code(), message(error)
-    text = why.lower()
     if authentication_failed(error):
         return ProviderError(
             f"libvirt refused the manager while {what}",
@@ -105,26 +138,9 @@ def translate(error: libvirt.libvirtError, uri: str, what: str) -> DispatcherErr
         return Unavailable(f"libvirt is busy while {what}", why=why, fix="try again", retry_after=5.0)
     if code == libvirt.VIR_ERR_OPERATION_INVALID:
         return Conflict(f"libvirt refused while {what}", why=why, fix="check the agent's state, then try again")
-    problem, fix = f"libvirt failed while {what}", "check the logs of libvirtd and of the machine"
-    if code == libvirt.VIR_ERR_NO_NETWORK:
-        problem, fix = (
-            f"A libvirt network is missing while {what}",
-            "check `virsh net-list --all`; define or start it",
-        )
-    elif "no space left" in text or "enospc" in text:
-        problem, fix = f"The disk is full while {what}", "free some space on the host"
-    elif "tc qdisc" in text:
-        problem = f"The host's kernel cannot limit a network's bandwidth while {what}"
-        fix = "load the modules sch_htb, sch_sfq and sch_ingress, or remove the app's network_bandwidth"
-    elif "permission denied" in text:
-        problem = f"QEMU may not use a file while {what}"
-        fix = "make the file readable and its directories passable for the machine's host user"
-    elif code in _XML_CODES:
-        problem = f"libvirt does not accept the machine's description while {what}"
-        fix = "check `xml`, `cpu` and `machine` of the app's libvirt table"
-    elif "cannot allocate memory" in text or "cannot set up guest memory" in text:
-        problem, fix = (
-            f"The host has too little memory while {what}",
-            "lower the app's memory, or stop other agents",
-        )
-    return ProviderError(problem, why=why, fix=fix)
+    problem, fix = "libvirt failed", "check the logs of libvirtd and of the machine"
+    for codes, words, *cause in _CAUSES:
+        if code in codes or any(word in why.lower() for word in words):
+            problem, fix = cause
+            break
+    return ProviderError(f"{problem} while {what}", why=why, fix=fix)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import libvirt
 
 from dispatcher.plugin import Deadline, DispatcherError
-from dispatcher_libvirt.connection import Backend, Link
+from dispatcher_libvirt.connection import Backend, Lane, Slot
 
 _RETRY = 1.0  # seconds between two attempts to connect
 _CONNECT = 10.0
@@ -41,33 +41,32 @@ class Watch:
     def _run(self) -> None:
         gap = False
         while not self._closed:
-            link: Link | None = None
+            slot = Slot()
             try:
-                link = self._backend.connect(Deadline(_CONNECT))
-                self._watch(link, gap=gap)
+                self._watch(slot, gap=gap)
             except DispatcherError as error:
                 _log.debug("watching machines: %s", error)
                 self._wake.wait(_RETRY)
             finally:
-                if link is not None:
-                    link.retire()
+                slot.close()
             gap = True
 
-    def _watch(self, link: Link, *, gap: bool) -> None:
+    def _watch(self, slot: Slot, *, gap: bool) -> None:
         """Report until the connection is lost or this is closed."""
         self._wake.clear()
         if self._closed:
             return
-        number = self._backend.run(link, self._register, Deadline(_CONNECT))
+        call = functools.partial(self._backend.call, what="watching", lane=Lane.WORK, slot=slot)
+        number = call(self._register, deadline=Deadline(_CONNECT))
         self._connected.set()
         try:
             if gap:
                 self._report("")
-            while not self._closed and not self._wake.wait(_CHECK) and link.alive():
+            while not self._closed and not self._wake.wait(_CHECK) and slot.alive():
                 pass
         finally:
-            if link.alive():
-                self._backend.run(link, functools.partial(_deregister, number=number), Deadline(_CONNECT))
+            if slot.alive():
+                call(functools.partial(_deregister, number=number), deadline=Deadline(_CONNECT))
 
     def _register(self, connection: libvirt.virConnect) -> int:
         connection.registerCloseCallback(lambda *_: self._wake.set(), None)

@@ -1,16 +1,40 @@
-"""Reader of ext4 images that a hostile guest wrote: bytes in, values out, with the standard library alone.
+"""Reader of ext4 images that a hostile guest wrote, and a program for the sandbox that works on them.
 
-It supports enough of the format (Documentation/filesystems/ext4 of Linux) to list directories and read files.
-It terminates on any input: numbers are checked, loops are bounded, and unsupported features raise `Ext4Error`.
-`ext4_tool` nevertheless runs it in a sandbox.
+    ext4.py unpack IMAGE DIRECTORY UID GID     copy the image's files into a directory
+    ext4.py times IMAGE DIRECTORY DEBUGFS      set files' full times from the directory that mke2fs copied
+
+It needs only Python's standard library, and runs as the agent's user with access to nothing else.  It prints
+``progress VALUE`` repeatedly, and at the end ``done COUNT`` or ``error TEXT``.
+
+The reader supports enough of the format (Documentation/filesystems/ext4 of Linux) to list directories and read
+files.  It terminates on any input: numbers are checked, loops are bounded, and unsupported features raise
+`Ext4Error`.
+
+`unpack` keeps directories, files, links (symbolic and hard), FIFOs, modes, times and holes; it leaves out sockets
+and devices.  All files belong to this user; those of other users in the image lose their setuid and setgid bits.
+
+`times` completes the work of mke2fs, which copies the lower 32 bits of each time's seconds.  The rest
+(nanoseconds, years from 2038 on) has a field of its own, which debugfs writes: see "inode timestamps" in Linux's
+Documentation/filesystems/ext4.
 """
 
+# ruff: noqa: T201 - its output is its interface
 from __future__ import annotations
 
+import os
+import shutil
 import stat
 import struct
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+MAX_ENTRIES = 20_000_000
+MAX_SPARSENESS = 64  # a sparse file may be so many times larger than its image
+_REPORT = 0.3  # seconds between two lines of progress
 
 MAGIC = 0xEF53
 _EXTENT_MAGIC = 0xF30A
@@ -271,3 +295,185 @@ def _time(seconds: int, extra: int) -> int:
 
 def _bits(value: int) -> Iterator[int]:
     return (n for n in range(32) if value >> n & 1)
+
+
+def walk(image: Image, visit: Callable[[bytes, int, int], bool], leave: Callable[[bytes, Inode], None]) -> None:
+    """Walk through the tree of an image, and by `chdir` through the same tree of files: it may have any depth.
+
+    :param visit: called with name, inode number and depth of each entry; returns whether to descend into it.
+    :param leave: called with name and inode of a directory after its entries, in the directory above it.
+    """
+    root = image.root()
+    levels = [(b".", root, image.entries(root))]
+    while levels:
+        entry = next(levels[-1][2], None)
+        if entry is None:
+            name, inode, _ = levels.pop()
+            if levels:
+                os.chdir("..")
+            leave(name, inode)
+        elif visit(*entry, len(levels)):
+            inode = image.inode(entry[1])
+            os.chdir(entry[0])
+            levels.append((entry[0], inode, image.entries(inode)))
+
+
+class Unpacker:
+    """Copies one image into the current directory."""
+
+    def __init__(self, image: Image, size: int, owner: tuple[int, int], report: Callable[[float], None]) -> None:
+        self._image, self._size, self._owner, self._report = image, size, owner, report
+        self._left = size  # bytes that remain: no two files share a block
+        self._count = 0
+        self._directories = {image.root().number}
+        # A temporary directory with the first name of each file that has several: its path may be too long.
+        self._links = tempfile.mkdtemp(dir=".")
+        self._links_fd = os.open(self._links, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def run(self) -> int:
+        """Copy everything; return the number of entries.
+
+        :raises Ext4Error: the image is damaged; :raises OSError: a write failed.
+        """
+        walk(self._image, self._visit, self._leave)
+        return self._count
+
+    def _visit(self, name: bytes, number: int, depth: int) -> bool:
+        if depth == 1 and name == b"lost+found":
+            return False
+        self._count += 1
+        if self._count > MAX_ENTRIES:
+            raise Ext4Error(f"there are over {MAX_ENTRIES} files")
+        self._report(1 - self._left / self._size)
+        inode = self._image.inode(number)
+        if not stat.S_ISDIR(inode.mode):
+            self._file(name, inode)
+            return False
+        if number in self._directories:
+            raise Ext4Error(f"directory {number} appears twice")
+        self._directories.add(number)
+        os.mkdir(name, 0o700)
+        return True
+
+    def _leave(self, name: bytes, inode: Inode) -> None:
+        if name == b".":
+            shutil.rmtree(self._links)
+        self._finish(name, inode)
+
+    def _file(self, name: bytes, inode: Inode) -> None:
+        if inode.links > 1:
+            try:
+                os.link(str(inode.number), name, src_dir_fd=self._links_fd, follow_symlinks=False)
+                return
+            except FileNotFoundError:
+                pass  # the first of its names
+        if stat.S_ISLNK(inode.mode):
+            os.symlink(self._image.link(inode), name)
+        elif stat.S_ISREG(inode.mode):
+            self._regular(name, inode)
+        elif stat.S_ISFIFO(inode.mode):
+            os.mkfifo(name, 0o600)
+        else:
+            return
+        if inode.links > 1:
+            os.link(name, str(inode.number), dst_dir_fd=self._links_fd, follow_symlinks=False)
+        self._finish(name, inode)
+
+    def _regular(self, name: bytes, inode: Inode) -> None:
+        if inode.size > self._size * MAX_SPARSENESS:
+            raise Ext4Error(f"file {inode.number} has {inode.size} bytes")
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            for offset, data in self._image.content(inode):
+                self._left -= len(data)
+                if self._left < 0:
+                    raise Ext4Error("files share blocks")
+                at = 0
+                while at < len(data):
+                    at += os.pwrite(fd, data[at:], offset + at)
+                self._report(1 - self._left / self._size)
+            os.ftruncate(fd, inode.size)
+        finally:
+            os.close(fd)
+
+    def _finish(self, name: bytes, inode: Inode) -> None:
+        if not stat.S_ISLNK(inode.mode):
+            mode = stat.S_IMODE(inode.mode)
+            os.chmod(name, mode if (inode.uid, inode.gid) == self._owner else mode & ~0o6000)
+        os.utime(name, ns=(inode.atime, inode.mtime), follow_symlinks=False)
+
+
+def extra_time(nanoseconds: int) -> int:
+    """Return the inode field that complements the lower 32 bits of a time's seconds."""
+    seconds, fraction = divmod(nanoseconds, 1_000_000_000)
+    low = (seconds + 0x80000000) % 0x100000000 - 0x80000000
+    return (seconds - low >> 32) & 3 | fraction << 2
+
+
+def times(image: Image) -> dict[int, int]:
+    """Return `extra_time` of the modification times of the current directory's tree, by inode number."""
+    found = {image.root().number: extra_time(os.lstat(".").st_mtime_ns)}
+
+    def visit(name: bytes, number: int, _: int) -> bool:
+        try:
+            status = os.lstat(name)
+        except FileNotFoundError:  # created by mke2fs itself
+            return False
+        found[number] = extra_time(status.st_mtime_ns)
+        return stat.S_ISDIR(status.st_mode)
+
+    walk(image, visit, lambda *_: None)
+    return found
+
+
+class Report:
+    """Prints progress, at most three times a second."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def __call__(self, value: float) -> None:
+        if time.monotonic() - self._last > _REPORT:
+            self._last = time.monotonic()
+            print(f"progress {min(1.0, max(0.0, value)):.3f}", flush=True)
+
+
+def set_times(image: Image, path: str, debugfs: str) -> int:
+    """Write the times of the current directory's tree into an image; return the number of changed inodes.
+
+    :raises OSError: debugfs failed.
+    """
+    changes = {number: value for number, value in times(image).items() if value}
+    with tempfile.NamedTemporaryFile("w", encoding="ascii") as script:
+        script.writelines(f"set_inode_field <{number}> mtime_extra {value}\n" for number, value in changes.items())
+        script.flush()
+        command = [debugfs, "-w", "-f", script.name, path]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise OSError(done.stderr.decode(errors="replace").strip())
+    return len(changes)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the program."""
+    command, path, directory, *rest = arguments
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    size = os.lseek(fd, 0, os.SEEK_END)
+    os.umask(0)
+    os.chdir(directory)
+    try:
+        image = Image(lambda offset, length: os.pread(fd, length, offset), size)
+        if command == "unpack":
+            count = Unpacker(image, size, (int(rest[0]), int(rest[1])), Report()).run()
+        else:
+            count = set_times(image, path, rest[0])
+    except (Ext4Error, OSError, RecursionError, OverflowError, ValueError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        print(f"error {text or type(error).__name__}", flush=True)
+        return 1
+    print(f"done {count}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,18 +1,19 @@
-"""Checks of base images, kernels and initial RAM disks.
+"""Checks of base images, kernels and initial RAM disks; overlays of base images.
 
 A positive result is cached by path, size and modification time, so that the next check costs one `stat`.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
 import subprocess
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
 from dispatcher_libvirt import sandbox
 from dispatcher_libvirt.options import AppOptions
+from dispatcher_libvirt.sandbox import Tick
 
 _QCOW2 = b"QFI\xfb"
 _INITRD = {
@@ -48,38 +50,35 @@ class Images:
     """Checks the files that machines boot from."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._good: dict[tuple[str, str], str] = {}
+        self._good: dict[tuple[str, Path], str] = {}
 
-    def check(
-        self, options: AppOptions, reader: Reader | None, *, deadline: Deadline, tick: Callable[[], None]
-    ) -> tuple[str, str]:
+    def check(self, options: AppOptions, reader: Reader | None, deadline: Deadline, tick: Tick) -> tuple[str, str]:
         """Return fingerprints of the base image ("" without one) and of all boot files together.
 
         :param reader: the user that must be able to read them; None where libvirt makes them readable.
         :raises ProviderError: one is missing, unreadable, damaged or of another format.
         """
-        parts = []
-        for what, path, look in (("kernel", options.kernel, _kernel), ("initrd", options.initrd, _initrd)):
+        bootable = options.kernel is None
+        image_check = partial(_image, form=options.format, bootable=bootable, deadline=deadline)
+        checks: list[tuple[str, Path | None, Callable[[Path], None]]] = [
+            ("kernel", options.kernel, _kernel),
+            ("initrd", options.initrd, _initrd),
+            (f"image {options.format} {bootable}", options.image, image_check),
+        ]
+        states = []
+        for what, path, look in checks:
             if path is not None:
-                parts.append(f"{path} {self._once(what, path, reader, partial(look, path))}")
-        tick()
-        base = ""
-        if options.image is not None:
-            bootable = options.kernel is None
-            look_at = partial(_image, options.image, options.format, bootable=bootable, deadline=deadline)
-            key = self._once(f"image {options.format} {bootable}", options.image, reader, look_at)
-            parts.append(f"{options.image} {key}")
-            base = _digest(parts[-1])
-        return base, _digest("\n".join(parts))
+                tick()
+                states.append(f"{path} {self._once(what, path, reader, look)}")
+        return _digest(states[-1]) if options.image else "", _digest("\n".join(states))
 
-    def _once(self, what: str, path: Path, reader: Reader | None, look: Callable[[], None]) -> str:
+    def _once(self, what: str, path: Path, reader: Reader | None, look: Callable[[Path], None]) -> str:
+        """Check a file unless it is the same as at the last time; return what identifies its state."""
         try:
             found = path.stat()
         except OSError as error:
-            name = what.partition(" ")[0]
             raise ProviderError(
-                f"The {name} {path} cannot be used",
+                f"The {what.partition(' ')[0]} {path} cannot be used",
                 why=error.strerror or str(error),
                 fix=f"put it there, or {_SEE}",
             ) from error
@@ -87,14 +86,35 @@ class Images:
             raise ProviderError(f"{path} is not a regular file", fix=_SEE)
         if reader is not None:
             _readable(path, reader)
-        key = f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
-        with self._lock:
-            known = self._good.get((what, str(path)))
-        if known != key:
-            look()
-            with self._lock:
-                self._good[what, str(path)] = key
-        return key
+        state = f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+        if self._good.get((what, path)) != state:
+            look(path)
+            self._good[what, path] = state
+        return state
+
+
+def create_overlay(path: Path, base: Path, form: str, user: tuple[int, int] | None) -> None:
+    """Create the overlay of a base image.
+
+    :raises OSError: no space; :raises ProviderError: qemu-img failed.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(4)}.new")
+    try:
+        done = _qemu_img(["create", "-q", "-f", "qcow2", "-b", base, "-F", form, temporary], base, Deadline(60))
+        if done.returncode and os.strerror(errno.ENOSPC).lower() in done.stderr.lower():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path.parent))
+        if done.returncode:
+            raise ProviderError(
+                f"Cannot create an overlay of {base}",
+                why=" ".join(done.stderr.split())[-400:],
+                fix="check that the image and `format` are right",
+            )
+        temporary.chmod(0o600)
+        if user is not None:
+            os.chown(temporary, *user)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _digest(text: str) -> str:
@@ -154,7 +174,7 @@ def _initrd(path: Path) -> None:
         )
 
 
-def _image(path: Path, form: str, *, bootable: bool, deadline: Deadline) -> None:
+def _image(path: Path, *, form: str, bootable: bool, deadline: Deadline) -> None:
     head = _head(path, 512)
     if form == "qcow2" and not head.startswith(_QCOW2):
         raise ProviderError(
@@ -162,7 +182,7 @@ def _image(path: Path, form: str, *, bootable: bool, deadline: Deadline) -> None
         )
     if form == "raw" and head.startswith(_QCOW2):
         raise ProviderError(f"{path} is a qcow2 image", why='format says "raw"', fix='set format = "qcow2"')
-    about = json.loads(_qemu_img(path, form, "info", deadline) or "{}")
+    about = json.loads(_checked(["info", "--output=json", "-f", form, path], path, deadline))
     if backing := about.get("full-backing-filename"):
         raise ProviderError(
             f"{path} is an overlay itself",
@@ -174,39 +194,31 @@ def _image(path: Path, form: str, *, bootable: bool, deadline: Deadline) -> None
             f"{path} is encrypted or has an external data file", fix="convert it to a plain qcow2 image"
         )
     if form == "qcow2":
-        _qemu_img(path, form, "check", deadline, allowed=(0, 3))  # 3: leaked clusters, no damage
+        _checked(
+            ["check", "-q", "-f", form, path], path, deadline, allowed=(0, 3)
+        )  # 3: leaked clusters, no damage
     if bootable:
-        _boots(path, form, deadline)
+        with tempfile.TemporaryDirectory() as directory:
+            sector = Path(directory, "head")
+            dd = ["dd", "-f", form, "-O", "raw", "bs=512", "count=1", f"if={path}", f"of={sector}"]
+            _checked(dd, path, deadline)
+            bootable = sector.read_bytes()[510:] == b"\x55\xaa"
+        if not bootable:
+            raise ProviderError(
+                f"{path} does not boot by itself",
+                why="it has no boot sector",
+                fix="configure its kernel and initrd, or install a boot loader",
+            )
 
 
-def _boots(path: Path, form: str, deadline: Deadline) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        sector = Path(directory, "head")
-        _run(["dd", "-f", form, "-O", "raw", "bs=1024", "count=1", f"if={path}", f"of={sector}"], path, deadline)
-        head = sector.read_bytes()
-    if len(head) < 512 or head[510:512] != b"\x55\xaa":
-        raise ProviderError(
-            f"{path} does not boot by itself",
-            why="it has no boot sector",
-            fix="configure its kernel and initrd, or install a boot loader",
-        )
+def _checked(
+    arguments: Sequence[str | Path], path: Path, deadline: Deadline, allowed: tuple[int, ...] = (0,)
+) -> str:
+    """Return the output of qemu-img on an image.
 
-
-def _qemu_img(path: Path, form: str, command: str, deadline: Deadline, allowed: tuple[int, ...] = (0,)) -> str:
-    return _run([command, "--output=json", "-f", form, str(path)], path, deadline, allowed)
-
-
-def _run(arguments: list[str], path: Path, deadline: Deadline, allowed: tuple[int, ...] = (0,)) -> str:
-    try:
-        done = subprocess.run(
-            [sandbox.tool("qemu-img"), *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=max(1.0, deadline.remaining()),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded(f"Checking {path} took too long", fix="try again with more time") from error
+    :raises ProviderError: it found damage.
+    """
+    done = _qemu_img(arguments, path, deadline)
     if done.returncode not in allowed:
         raise ProviderError(
             f"The image {path} is damaged",
@@ -214,3 +226,16 @@ def _run(arguments: list[str], path: Path, deadline: Deadline, allowed: tuple[in
             fix="copy it again, and verify it with qemu-img check",
         )
     return done.stdout
+
+
+def _qemu_img(arguments: Sequence[str | Path], path: Path, deadline: Deadline) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            [sandbox.tool("qemu-img"), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(1.0, deadline.remaining()),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DeadlineExceeded(f"qemu-img took too long with {path}", fix="try again with more time") from error

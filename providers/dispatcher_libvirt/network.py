@@ -1,4 +1,4 @@
-"""Networks of machines: forwarded ports on 127.0.0.1, MAC addresses, libvirt networks and their filters.
+"""Networks of machines: forwarded ports, MAC addresses, libvirt networks with their filters, tunnels through ssh.
 
 One network filter per installation and libvirt network protects the host from the guests there.  The first
 machine that needs it defines it, the last one removes it.
@@ -9,23 +9,39 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ipaddress
+import os
 import random
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import libvirt
 from lxml import etree
 
-from dispatcher.plugin import METADATA_NETWORKS, Deadline, ProviderError, boottime, denied_networks
+from dispatcher.plugin import (
+    METADATA_NETWORKS,
+    Deadline,
+    DeadlineExceeded,
+    Endpoint,
+    Handle,
+    Observation,
+    ProviderError,
+    SshMultiplexer,
+    Unavailable,
+    boottime,
+    denied_networks,
+)
 from dispatcher_libvirt import errors
 from dispatcher_libvirt.connection import Backend, Lane
-from dispatcher_libvirt.xml_input import parse_xml
+from dispatcher_libvirt.xml_input import element, parse_xml
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
+_SSH = 15.0  # seconds for a command of ssh
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
 
 
@@ -97,20 +113,13 @@ def parse_network(text: str) -> NetworkInfo:
     """Return a network from its XML."""
     root = parse_xml(text)
     forward = root.find("forward")
-    gateway: ipaddress.IPv4Address | None = None
-    subnet: Network4 | None = None
-    for element in root.iterfind("ip"):
-        address = element.get("address", "")
-        if element.get("family", "ipv4") == "ipv4" and address:
-            gateway = ipaddress.IPv4Address(address)
-            mask = element.get("netmask") or element.get("prefix") or "24"
-            subnet = ipaddress.IPv4Network(f"{address}/{mask}", strict=False)
-            break
-    return NetworkInfo(
-        forward="" if forward is None else forward.get("mode", "nat"),
-        gateway=gateway,
-        subnet=subnet,
-    )
+    mode = "" if forward is None else forward.get("mode", "nat")
+    for one in root.iterfind("ip[@address]"):
+        if one.get("family", "ipv4") == "ipv4":
+            mask = one.get("netmask") or one.get("prefix") or "24"
+            interface = ipaddress.IPv4Interface(f"{one.get('address')}/{mask}")
+            return NetworkInfo(forward=mode, gateway=interface.ip, subnet=interface.network)
+    return NetworkInfo(forward=mode, gateway=None, subnet=None)
 
 
 def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ipaddress.IPv6Network]) -> str:
@@ -118,31 +127,27 @@ def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ip
 
     Connections into a guest come from the host alone: the bridge isolates its ports.  IPv6 does not pass at all.
     """
-    root = etree.Element("filter", name=name, chain="root")
-    etree.SubElement(root, "filterref", filter="clean-traffic")
-    established = {"state": "ESTABLISHED,RELATED"}
-    _rule(root, "accept", "inout", 100, "all", established)
-    _rule(root, "accept", "out", 200, "udp", {"srcportstart": "68", "dstportstart": "67"})
-    _rule(root, "accept", "in", 200, "udp", {"srcportstart": "67", "dstportstart": "68"})
-    _rule(root, "accept", "in", 300, "tcp", {"state": "NEW"})
-    if network.gateway:
-        for protocol in ("udp", "tcp"):
-            to = {"dstipaddr": str(network.gateway), "dstportstart": "53"}
-            _rule(root, "accept", "out", 400, protocol, to)
+    dns = {"dstipaddr": network.gateway, "dstportstart": 53}
     refused = {one for one in denied if one.version == 4} | ({network.subnet} if network.subnet else set())
-    for one in ipaddress.collapse_addresses(refused):
-        where = {"dstipaddr": str(one.network_address), "dstipmask": str(one.prefixlen)}
-        _rule(root, "drop", "out", 500, "all", where)
-    _rule(root, "accept", "out", 600, "all", {})
-    _rule(root, "drop", "inout", 1000, "all", {})
+    rules = [
+        _rule("accept", "inout", 100, "all", state="ESTABLISHED,RELATED"),
+        _rule("accept", "out", 200, "udp", srcportstart=68, dstportstart=67),
+        _rule("accept", "in", 200, "udp", srcportstart=67, dstportstart=68),
+        _rule("accept", "in", 300, "tcp", state="NEW"),
+        *[_rule("accept", "out", 400, protocol, **dns) for protocol in ("udp", "tcp") if network.gateway],
+        *[
+            _rule("drop", "out", 500, "all", dstipaddr=one.network_address, dstipmask=one.prefixlen)
+            for one in ipaddress.collapse_addresses(refused)
+        ],
+        _rule("accept", "out", 600, "all"),
+        _rule("drop", "inout", 1000, "all"),
+    ]
+    root = element("filter", element("filterref", filter="clean-traffic"), *rules, name=name, chain="root")
     return etree.tostring(root, encoding="unicode", pretty_print=True)
 
 
-def _rule(
-    root: etree._Element, action: str, direction: str, priority: int, protocol: str, attributes: dict[str, str]
-) -> None:
-    rule = etree.SubElement(root, "rule", action=action, direction=direction, priority=str(priority))
-    etree.SubElement(rule, protocol, attributes)
+def _rule(action: str, direction: str, priority: int, protocol: str, **match: object) -> etree._Element:
+    return element("rule", element(protocol, **match), action=action, direction=direction, priority=priority)
 
 
 class NetworkFilters:
@@ -220,3 +225,55 @@ def _exists(connection: libvirt.virConnect, name: str) -> bool:
             return False
         raise
     return True
+
+
+class Tunnels:
+    """Tunnels to the machines on the host of a ``qemu+ssh://`` URI.
+
+    :param directory: for the control socket; private to the manager.
+    """
+
+    def __init__(self, uri: str, directory: Path) -> None:
+        program, options, host = ssh_arguments(uri)
+        self._ssh = SshMultiplexer(host, directory / "ssh", options=options, program=program)
+
+    def apply(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
+        """Return an observation with the local end of a tunnel as its endpoint.
+
+        :raises Unavailable: the host is unreachable.
+        """
+        local, gid = handle.data.get("socket"), handle.data.get("proxy")
+        if seen.endpoint is None or not isinstance(local, str):
+            return seen
+        new = self._ssh.forward(local, f"{seen.endpoint.host}:{seen.endpoint.port}", deadline.bounded(_SSH))
+        if new and os.geteuid() == 0 and isinstance(gid, int):
+            os.chown(local, -1, gid, follow_symlinks=False)
+        return replace(seen, endpoint=Endpoint.unix(local), owner_uid=os.geteuid())
+
+    def remove(self, handle: Handle) -> None:
+        """Remove an agent's tunnel, and with the last one the connection.  Absent is success."""
+        local = handle.data.get("socket")
+        if not isinstance(local, str):
+            return
+        with contextlib.suppress(Unavailable, DeadlineExceeded):
+            self._ssh.cancel(local, Deadline(_SSH))
+            if not self._ssh.forwards:
+                self._ssh.close(Deadline(_SSH))
+
+
+def ssh_arguments(uri: str) -> tuple[str, list[str], str]:
+    """Return the program, options and destination of ssh for a libvirt URI."""
+    parts = urlsplit(uri)
+    query = {name: values[-1] for name, values in parse_qs(parts.query).items()}
+    options: list[str] = []
+    if parts.port:
+        options += ["-p", str(parts.port)]
+    if parts.username:
+        options += ["-l", parts.username]
+    if "keyfile" in query:
+        options += ["-i", query["keyfile"]]
+    if "known_hosts" in query:
+        options += ["-o", f"UserKnownHostsFile={query['known_hosts']}"]
+    if query.get("no_verify") == "1":
+        options += ["-o", "StrictHostKeyChecking=no"]
+    return query.get("command", "ssh"), options, parts.hostname or ""

@@ -1,13 +1,16 @@
-"""From a libvirt domain to an `Observation`.  Reads the last lines of the console log; otherwise pure."""
+"""Observations of machines from their domains and consoles, and their usage, in one call for all."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import libvirt
 
-from dispatcher.plugin import BackendState, Endpoint, Observation
-from dispatcher_libvirt import handles, logs
+from dispatcher.plugin import BackendState, Deadline, Endpoint, Observation, Usage
+from dispatcher_libvirt import domain_xml, logs
+from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.domains import DomainInfo
 
 BOOTING = 120.0  # seconds after a start for which the console's last line is the detail
@@ -41,13 +44,17 @@ _PAUSE_DETAILS = {
     libvirt.VIR_DOMAIN_PAUSED_SHUTTING_DOWN: "shutting down",
 }
 
+_KINDS = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_BLOCK
+# NOWAIT leaves out a domain that is busy (being saved, for example).
+_FLAGS = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+
 
 def observation(found: DomainInfo | None) -> Observation:
     """Return the observation of an agent from its domain."""
     if found is None:
         return Observation(state=BackendState.ABSENT)
     label = found.label
-    log_dir = handles.log_dir_of(found.handle)
+    log_dir = domain_xml.log_dir_of(found.handle)
     state, reason, detail = BackendState.RUNNING, "", ""
     if not found.active:
         if found.saved:
@@ -95,3 +102,25 @@ def endpoint(found: DomainInfo) -> Endpoint | None:
     if found.host:
         return Endpoint.tcp(found.host, label.guest_port)
     return None
+
+
+def usage(backend: Backend, names: Iterable[str], deadline: Deadline) -> Mapping[str, Usage]:
+    """Return the usage of running domains by name."""
+    wanted = set(names)
+
+    def query(connection: libvirt.virConnect) -> dict[str, Usage]:
+        stats = ((domain.name(), values) for domain, values in connection.getAllDomainStats(_KINDS, _FLAGS))
+        return {name: _usage(values) for name, values in stats if name in wanted}
+
+    return backend.call(query, what="reading machines' usage", deadline=deadline) if wanted else {}
+
+
+def _usage(stats: Mapping[str, Any]) -> Usage:
+    memory = stats.get("balloon.rss") or stats.get("balloon.current")
+    disks = range(int(stats.get("block.count", 0)))
+    cpu = stats.get("cpu.time")
+    return Usage(
+        memory=None if memory is None else int(memory) * 1024,
+        cpu_seconds=None if cpu is None else int(cpu) / 1e9,
+        disk=sum(int(stats.get(f"block.{index}.allocation", 0)) for index in disks),
+    )

@@ -109,7 +109,9 @@ class AppOptions(Table):
     )
     endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="transport to the port")
     data: str = Field(default="/data", description="mount point of the data disk in the guest")
-    data_size: Size = Field(default=1024 * MIB, description="size of the data disk if the app has no `disk` limit")
+    data_size: Size = Field(
+        default=1024 * MIB, ge=SMALLEST_DISK, description="size of the data disk if the app has no `disk` limit"
+    )
     data_allocation: Literal["sparse", "full"] = Field(
         default="sparse", description="allocate the data disk's space on use, or all at once"
     )
@@ -157,13 +159,6 @@ class AppOptions(Table):
             raise ValueError("an absolute path of letters, digits and . _ -")
         return value
 
-    @field_validator("data_size")
-    @classmethod
-    def _size(cls, value: int) -> int:
-        if value < SMALLEST_DISK:
-            raise ValueError("at least 16M")
-        return value
-
     @field_validator("command")
     @classmethod
     def _command(cls, value: list[str]) -> list[str]:
@@ -188,9 +183,8 @@ class AppOptions(Table):
 
 
 def options_of(app: App) -> AppOptions:
-    """Return an app's options with their type."""
-    if not isinstance(app.options, AppOptions):
-        raise ConfigError(f"The app {app.name} has no options of the provider libvirt")
+    """Return an app's own options."""
+    assert isinstance(app.options, AppOptions)
     return app.options
 
 
@@ -199,13 +193,9 @@ def memory_of(app: App) -> int:
 
     :raises ConfigError: it is too small for any system.
     """
-    memory = app.limits.memory or options_of(app).default_memory
-    if memory < SMALLEST_MEMORY:
-        raise ConfigError(
-            f"apps.{app.name}.memory: {memory} bytes are too little for a machine",
-            fix=f"give it at least {SMALLEST_MEMORY // MIB}M",
-        )
-    return memory
+    return _at_least(
+        SMALLEST_MEMORY, app.limits.memory or options_of(app).default_memory, app, "memory", "machine"
+    )
 
 
 def disk_of(app: App) -> int:
@@ -213,13 +203,17 @@ def disk_of(app: App) -> int:
 
     :raises ConfigError: it is too small for a file system.
     """
-    size = app.limits.disk or options_of(app).data_size
-    if size < SMALLEST_DISK:
-        raise ConfigError(
-            f"apps.{app.name}.disk: {size} bytes are too little for a data disk",
-            fix=f"give it at least {SMALLEST_DISK // MIB}M",
-        )
+    size = _at_least(SMALLEST_DISK, app.limits.disk or options_of(app).data_size, app, "disk", "data disk")
     return -(-size // MIB) * MIB
+
+
+def _at_least(smallest: int, size: int, app: App, key: str, what: str) -> int:
+    if size < smallest:
+        raise ConfigError(
+            f"apps.{app.name}.{key}: {size} bytes are too little for a {what}",
+            fix=f"give it at least {smallest // MIB}M",
+        )
+    return size
 
 
 def vcpus_of(app: App) -> int:

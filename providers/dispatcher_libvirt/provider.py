@@ -17,7 +17,6 @@ from dispatcher.plugin import (
     BackendState,
     Capability,
     Closeable,
-    ConfigError,
     Conflict,
     Deadline,
     Depth,
@@ -31,20 +30,19 @@ from dispatcher.plugin import (
     Progress,
     Provider,
     ProviderContext,
-    ProviderError,
     Usage,
     no_progress,
 )
-from dispatcher_libvirt import errors, explain, handles, host, logs, observe, options, stop, usage
+from dispatcher_libvirt import domain_xml, errors, explain, host, logs, observe, stop
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.events import Watch
 from dispatcher_libvirt.images import Reader
-from dispatcher_libvirt.network import NetworkFilters
+from dispatcher_libvirt.network import NetworkFilters, Tunnels
+from dispatcher_libvirt.options import AppOptions, Options
 from dispatcher_libvirt.pool import PoolStorage
 from dispatcher_libvirt.start import Starter
 from dispatcher_libvirt.storage import LocalStorage, Storage
-from dispatcher_libvirt.tunnel import Tunnels
 
 _EXAMINE = 10.0  # seconds for the first examination of the host in `explain`
 _ALWAYS = frozenset(
@@ -66,15 +64,15 @@ _ALWAYS = frozenset(
 class LibvirtProvider(Provider):
     """Virtual machines of a libvirtd on this host or another."""
 
-    name: ClassVar[str] = handles.PROVIDER
+    name: ClassVar[str] = domain_xml.PROVIDER
     isolation: ClassVar[Isolation] = Isolation.VM
-    Options: ClassVar[type[BaseModel]] = options.Options
-    AppOptions: ClassVar[type[BaseModel]] = options.AppOptions
+    Options: ClassVar[type[BaseModel]] = Options
+    AppOptions: ClassVar[type[BaseModel]] = AppOptions
 
     def __init__(self, *, context: ProviderContext, options: BaseModel) -> None:
         super().__init__(context=context, options=options)
-        own = _options(options)
-        self._options = own
+        assert isinstance(options, Options)
+        self._options = own = options
         uri = own.uri or ("qemu:///system" if os.geteuid() == 0 else "qemu:///session")
         self._remote = errors.is_remote(uri)
         self._backend = Backend(uri, connections=own.connections, keepalive=own.keepalive)
@@ -84,7 +82,7 @@ class LibvirtProvider(Provider):
             PoolStorage(context, own, self._backend) if self._remote else LocalStorage(context, own)
         )
         self._filters = NetworkFilters(self._backend, context.installation)
-        self._starter = Starter(context, own, self._domains, self._storage, self._filters)
+        self._starter = Starter(own, self._domains, self._storage, self._filters)
         self._host: host.Host | None = None
         self._examining = threading.Lock()
         system = uri.split("?", 1)[0].endswith("/system")
@@ -125,7 +123,7 @@ class LibvirtProvider(Provider):
         self._starter.check_image(app, self._reader(), deadline, progress)
 
     def handle(self, spec: AgentSpec) -> Handle:
-        return handles.handle_of(spec, remote=self._remote)
+        return domain_xml.handle_of(spec, remote=self._remote)
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         return self._starter.ensure(spec, self._examined(deadline), deadline, progress)
@@ -171,13 +169,13 @@ class LibvirtProvider(Provider):
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         if self._remote:
             raise self.unsupported(Capability.LOGS)
-        directory = handles.log_dir_of(handle)
+        directory = domain_xml.log_dir_of(handle)
         if directory is None:
             return iter(())
         return logs.lines(directory, tail=tail, follow=follow, deadline=deadline)
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
-        return usage.usage(self._backend, [handle.name for handle in handles], deadline)
+        return observe.usage(self._backend, [handle.name for handle in handles], deadline)
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         return Watch(self._backend, f"dispatcher-{self.context.installation}-", on_change)
@@ -205,9 +203,9 @@ class LibvirtProvider(Provider):
         return self._host
 
     def _check_stopped(self, handle: Handle, deadline: Deadline) -> None:
-        """Ensure that no machine uses an agent's data disk, and that its owner is known.
+        """Ensure that no machine uses an agent's data disk.
 
-        :raises Conflict: a machine uses it; :raises ProviderError: the handle does not name the owner.
+        :raises Conflict: a machine uses it.
         """
         found = self._domains.find(handle.name, deadline)
         if found is not None and observe.observation(found).state is not BackendState.STOPPED:
@@ -216,16 +214,8 @@ class LibvirtProvider(Provider):
                 why="it runs or sleeps",
                 fix="stop the agent first",
             )
-        if handles.user_of(handle) is None:
-            raise ProviderError(f"The handle of {handle.name} does not contain the user of its data")
 
     def _reader(self) -> Reader | None:
         """Return a user like those that machines read their files as; None where libvirt makes them readable."""
         found = self._host
         return Reader(-1, found.qemu[1]) if found and found.own_users and found.qemu else None
-
-
-def _options(given: BaseModel) -> options.Options:
-    if not isinstance(given, options.Options):
-        raise ConfigError("providers.libvirt is not a table of the provider libvirt")
-    return given

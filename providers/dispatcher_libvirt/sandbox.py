@@ -29,7 +29,7 @@ _TICK = 0.4
 Tick = Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Bind:
     """A file or directory of the host and its path in the sandbox."""
 
@@ -120,12 +120,12 @@ def python(program: str) -> tuple[list[str], list[Bind]]:
 
     :param program: file name of the program in this package.
     """
-    base = Path(sys.base_prefix)
-    binds = [Bind(source=Path(__file__).parent, target=CODE)]
-    executable = Path(os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+    base, target = Path(sys.base_prefix), f"{CODE}/{program}"
+    binds = [Bind(Path(__file__).with_name(program), target)]
     if not base.is_relative_to("/usr") and base != Path("/"):
-        binds.append(Bind(source=base, target=str(base)))
-    return [str(executable), "-I", "-S", "-B", f"{CODE}/{program}"], binds
+        binds.append(Bind(base, str(base)))
+    executable = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    return [executable, "-I", "-S", "-B", target], binds
 
 
 def _bwrap(binds: Sequence[Bind], user: tuple[int, int] | None, *, read_all: bool) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 
 import libvirt
 
@@ -18,21 +19,21 @@ from dispatcher.plugin import (
     DeadlineExceeded,
     DispatcherError,
     Handle,
+    Network,
     NotFound,
     Progress,
-    ProviderContext,
     ProviderError,
     SpecConflict,
     Unsupported,
 )
-from dispatcher_libvirt import cloud_init, domain_xml, errors, handles, observe
+from dispatcher_libvirt import cloud_init, domain_xml, errors, logs, observe
 from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.host import Host
 from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.network import NetworkFilters, Ports
 from dispatcher_libvirt.options import Options, disk_of, memory_of, options_of, unsupported_network
-from dispatcher_libvirt.storage import Created, Storage
+from dispatcher_libvirt.storage import Storage, Undo
 
 _PORT_ATTEMPTS = 8
 _CLEANUP = 20.0  # seconds for the cleanup after a failed start, independent of its deadline
@@ -44,15 +45,8 @@ _log = logging.getLogger("dispatcher.plugin.provider.libvirt")
 class Starter:
     """Starts and wakes machines."""
 
-    def __init__(
-        self,
-        context: ProviderContext,
-        options: Options,
-        domains: Domains,
-        storage: Storage,
-        filters: NetworkFilters,
-    ) -> None:
-        self._context, self._options = context, options
+    def __init__(self, options: Options, domains: Domains, storage: Storage, filters: NetworkFilters) -> None:
+        self._options = options
         self._domains, self._storage, self._filters = domains, storage, filters
         self._remote = errors.is_remote(domains.backend.uri)
         self._ports = Ports(*options.ports, local=not self._remote)
@@ -62,7 +56,7 @@ class Starter:
         if deadline.expired:
             raise DeadlineExceeded(f"No time was left to start {spec.backend_name}")
         check_spec(spec, self._options, host)
-        handle = handles.handle_of(spec, remote=self._remote)
+        handle = domain_xml.handle_of(spec, remote=self._remote)
         progress("looking for the machine")
         found = self._domains.find(handle.name, deadline, refuse_foreign=True)
         state = observe.observation(found).state
@@ -81,23 +75,26 @@ class Starter:
         # libvirt makes files readable where machines do not run as their agents' users.
         reader = Reader(spec.uid, host.qemu[1]) if host.own_users and host.qemu else None
         self.check_image(spec.app, reader, deadline, progress)
-        created = Created()
-        defined, network = False, ""
+        network = self._options.network if spec.app.network is Network.PRIVATE else ""
+        static = not network and options_of(spec.app).endpoint != "vsock"
+        undo: Undo = []
         try:
             progress("creating the disks")
-            root, data = self._storage.prepare(spec, created, deadline, progress)
-            network = self._options.network if spec.app.network.value == "private" else ""
-            files = self._cloud_init_files(spec, static=not network)
-            iso = self._storage.write_cloud_init(spec, files, deadline)
+            root, data = self._storage.prepare(spec, undo, deadline, progress)
+            undo.append(partial(self._storage.remove_cloud_init, handle.name))
+            image = cloud_init.iso_image(cloud_init.files(spec, static=static))
+            iso = self._storage.write_cloud_init(spec, image, deadline)
             progress("defining the machine")
-            defined = True
+            if network:
+                undo.append(partial(self._filters.remove, network))
+            undo.append(partial(self._domains.remove, handle.name))
             with self._filters.active(network, deadline) as network_filter:
                 start = Start(
                     host=host, root=root, data=data, cloud_init=iso, network=network, filter=network_filter
                 )
-                self._start(spec, start, deadline, progress)
+                self._start(spec, start, deadline, progress, forwarded=static)
         except BaseException:
-            self._undo(handle.name, created, network, defined=defined)
+            _undo(handle.name, undo)
             raise
         return handle
 
@@ -118,10 +115,10 @@ class Starter:
             self._restore(handle, found, deadline, progress)
         elif found.state == libvirt.VIR_DOMAIN_PAUSED:
             progress("waking the machine")
-            self._domains.act(handle.name, lambda domain: domain.resume(), what="waking", deadline=deadline)
+            self._domains.act(handle.name, libvirt.virDomain.resume, what="waking", deadline=deadline)
         elif found.state == libvirt.VIR_DOMAIN_PMSUSPENDED:
             progress("waking the machine")
-            self._domains.act(handle.name, lambda domain: domain.pMWakeup(), what="waking", deadline=deadline)
+            self._domains.act(handle.name, libvirt.virDomain.pMWakeup, what="waking", deadline=deadline)
         elif not found.active:
             raise NotFound(f"The machine {handle.name} has ended", fix="start the agent again")
         else:
@@ -129,43 +126,23 @@ class Starter:
         if found.label.guest_agent:
             self._set_clock(handle.name)
 
-    def _cloud_init_files(self, spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
-        options = options_of(spec.app)
-        return cloud_init.files(
-            spec,
-            instance=f"{spec.backend_name}-{spec.hash[:12]}",
-            user_data=cloud_init.read_user_data(options.user_data),
-            static=static and options.endpoint != "vsock",
-        )
-
-    def _start(self, spec: AgentSpec, start: Start, deadline: Deadline, progress: Progress) -> None:
+    def _start(
+        self, spec: AgentSpec, start: Start, deadline: Deadline, progress: Progress, *, forwarded: bool
+    ) -> None:
         """Define and start a machine; another port where QEMU finds its own in use."""
         name = spec.backend_name
-        forwarded = not start.network and options_of(spec.app).endpoint != "vsock"
         tried: set[int] = set()
         for _ in range(_PORT_ATTEMPTS):
             port = self._ports.allocate(avoid=tried) if forwarded else 0
-            start = replace(start, console=self._storage.begin_log(spec), started=time.time(), port=port)
+            console = None if self._remote else logs.begin(spec.log_dir)
+            start = replace(start, console=console, started=time.time(), port=port)
             self._domains.define(domain_xml.build(spec, start), name, deadline)
             progress("starting the machine", "QEMU")
-            if self._domains.start(name, deadline, lambda: progress("starting the machine", "QEMU")):
+            if self._domains.start(name, deadline, partial(progress, "starting the machine", "QEMU")):
                 progress("booting")
                 return
             tried.add(port)
         raise _no_port()
-
-    def _undo(self, name: str, created: Created, network: str, *, defined: bool) -> None:
-        """Remove the remains of a failed start; `destroy` removes what cannot be removed now."""
-        deadline = Deadline(_CLEANUP)
-        try:
-            if defined:
-                self._domains.remove(name, deadline)
-            if network:
-                self._filters.remove(network, deadline)
-        except DispatcherError as error:  # the machine may be running: its disks must stay
-            _log.warning("%s: cleanup after a failed start: %s", name, error)
-            return
-        self._storage.undo(name, created, deadline)
 
     def _restore(self, handle: Handle, found: DomainInfo, deadline: Deadline, progress: Progress) -> None:
         name = handle.name
@@ -174,7 +151,7 @@ class Starter:
         tried: set[int] = set()
         for _ in range(_PORT_ATTEMPTS):
             try:
-                if self._domains.start(name, deadline, lambda: progress("loading its memory")):
+                if self._domains.start(name, deadline, partial(progress, "loading its memory")):
                     return
             except (ProviderError, Conflict) as error:
                 raise ProviderError(
@@ -203,6 +180,16 @@ class Starter:
             _log.info("%s: its guest agent did not set the clock: %s", name, error)
 
 
+def _undo(name: str, actions: Undo) -> None:
+    """Remove the remains of a failed start; `destroy` removes what cannot be removed now."""
+    deadline = Deadline(_CLEANUP)
+    try:
+        for action in reversed(actions):
+            action(deadline)
+    except (DispatcherError, OSError) as error:  # the machine may be running: its disks must stay
+        _log.warning("%s: cleanup after a failed start: %s", name, error)
+
+
 def _no_port() -> ProviderError:
     return ProviderError(
         "No port on 127.0.0.1 was available for the machine",
@@ -219,7 +206,7 @@ def check_spec(spec: AgentSpec, options: Options, host: Host) -> None:
     app, own = spec.app, options_of(spec.app)
     if why := unsupported_network(app, options):
         raise Unsupported(f'apps.{app.name}.network = "{app.network.value}" is not available', why=why)
-    on_network = app.network.value == "private"
+    on_network = app.network is Network.PRIVATE
     if own.network_bandwidth and not on_network:
         raise ConfigError(
             f"apps.{app.name}.libvirt.network_bandwidth has no effect",

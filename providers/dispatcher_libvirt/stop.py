@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import libvirt
 
@@ -20,7 +21,7 @@ from dispatcher.plugin import (
     Progress,
     ProviderError,
 )
-from dispatcher_libvirt.domains import DomainInfo, Domains
+from dispatcher_libvirt.domains import DomainInfo, Domains, act_if_active
 
 FLUSH = 5.0  # seconds for a guest to write its disks, where the app does not configure it
 _POLL = 0.1
@@ -43,7 +44,7 @@ def suspend(domains: Domains, handle: Handle, depth: Depth, deadline: Deadline, 
     if depth is Depth.RAM:
         if found.state != libvirt.VIR_DOMAIN_PAUSED:
             progress("pausing the machine")
-            domains.act(handle.name, lambda domain: domain.suspend(), what="pausing", deadline=deadline)
+            domains.act(handle.name, libvirt.virDomain.suspend, what="pausing", deadline=deadline)
         return
     progress("saving its memory")
     try:
@@ -53,7 +54,7 @@ def suspend(domains: Domains, handle: Handle, depth: Depth, deadline: Deadline, 
             lambda domain: domain.managedSave(libvirt.VIR_DOMAIN_SAVE_RUNNING),
             what="saving",
             deadline=deadline,
-            tick=lambda: progress("saving its memory"),
+            tick=partial(progress, "saving its memory"),
         )
     except (Cancelled, DeadlineExceeded):
         _abort_save(domains, handle.name)
@@ -63,7 +64,7 @@ def suspend(domains: Domains, handle: Handle, depth: Depth, deadline: Deadline, 
 def _abort_save(domains: Domains, name: str) -> None:
     """Abort a save: the machine goes on."""
     try:
-        domains.act(name, lambda domain: domain.abortJob(), what="aborting the save of", deadline=Deadline(5))
+        domains.act(name, libvirt.virDomain.abortJob, what="aborting the save of", deadline=Deadline(5))
         end = Deadline(10)
         while not end.expired:
             found = domains.find(name, end)
@@ -100,7 +101,7 @@ def stop(
     if found is not None and found.active:
         progress("shutting down")
         if found.state == libvirt.VIR_DOMAIN_PAUSED:
-            domains.act(handle.name, lambda domain: domain.resume(), what="waking", deadline=deadline)
+            domains.act(handle.name, libvirt.virDomain.resume, what="waking", deadline=deadline)
         for seconds in (grace, _flush_time(handle)):
             domains.act(handle.name, _press_power_button, what="shutting down", deadline=deadline)
             if _ended(domains, handle, seconds, deadline, progress):
@@ -116,11 +117,7 @@ def _flush_time(handle: Handle) -> float:
 
 
 def _press_power_button(domain: libvirt.virDomain) -> None:
-    try:
-        domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN)
-    except libvirt.libvirtError as error:
-        if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID:  # it has just ended
-            raise
+    act_if_active(lambda: domain.shutdownFlags(libvirt.VIR_DOMAIN_SHUTDOWN_ACPI_POWER_BTN))
 
 
 def _ended(domains: Domains, handle: Handle, seconds: float, deadline: Deadline, progress: Progress) -> bool:

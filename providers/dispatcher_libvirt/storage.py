@@ -1,48 +1,42 @@
 """Storage of machines' disks: the interface, and its implementation with files of this host.
 
-`pool` implements it with volumes of another host's storage pool.
+Every agent has a directory that belongs to the manager (so that no other user can replace a name in it), with
+files that belong to the machine's host user:
+
+    data.raw                 the data disk
+    root-FINGERPRINT.qcow2   the overlay of one base image
+    snapshots/               the data disk from before each change of the image
+    booted                   the fingerprint of the last boot files
+
+`pool` implements the interface with volumes of another host's storage pool.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import secrets
+import shutil
 import threading
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from dispatcher.plugin import (
-    AgentSpec,
-    App,
-    Deadline,
-    DispatcherError,
-    Handle,
-    Progress,
-    ProviderContext,
-    ProviderError,
-)
-from dispatcher_libvirt import cloud_init, data, handles, images, logs
-from dispatcher_libvirt.disks import BOOTED, Disks, User
+from dispatcher.plugin import AgentSpec, App, Deadline, Handle, Progress, ProviderContext, ProviderError
+from dispatcher_libvirt import cloud_init, images
+from dispatcher_libvirt.data import DataDisk, User, copy_sparse, disk_errors
+from dispatcher_libvirt.domain_xml import disk_size_of, user_of
 from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
 
-_log = logging.getLogger("dispatcher.plugin.provider.libvirt")
+#: Actions that remove what a start in progress has created, the newest last.
+Undo = list[Callable[[Deadline], None]]
 
 
-@dataclass
-class Created:
-    """Files of a start in progress; a failure removes them again."""
-
-    directory: bool = False
-    data: bool = False
-    root: Path | None = None
-
-
-class Storage(Protocol):
+class Storage(ABC):
     """The disks of one installation's machines.  Paths are those of QEMU's host."""
 
+    @abstractmethod
     def check(self, app: App, reader: Reader | None, deadline: Deadline, progress: Progress) -> None:
         """Check the files that an app boots from.
 
@@ -50,32 +44,33 @@ class Storage(Protocol):
         :raises ProviderError: one is missing, unreadable, damaged or of another format.
         """
 
+    @abstractmethod
     def prepare(
-        self, spec: AgentSpec, created: Created, deadline: Deadline, progress: Progress
+        self, spec: AgentSpec, undo: Undo, deadline: Deadline, progress: Progress
     ) -> tuple[Path | None, Path]:
         """Create, grow or repair the disks of an absent machine; return root and data disk."""
 
-    def undo(self, name: str, created: Created, deadline: Deadline) -> None:
-        """Remove the files of a failed start."""
+    @abstractmethod
+    def write_cloud_init(self, spec: AgentSpec, image: bytes, deadline: Deadline) -> Path:
+        """Write a machine's cloud-init disk, which is removed when the machine is stopped."""
 
-    def write_cloud_init(self, spec: AgentSpec, files: dict[str, bytes], deadline: Deadline) -> Path:
-        """Write a machine's cloud-init disk."""
-
+    @abstractmethod
     def keep_cloud_init(self, handle: Handle, deadline: Deadline) -> None:
-        """Provide a disk in place of the cloud-init disk for a machine that wakes up."""
+        """Provide a disk in place of a lost cloud-init disk for a machine that wakes up."""
 
+    @abstractmethod
     def remove_cloud_init(self, name: str, deadline: Deadline) -> None:
         """Remove a cloud-init disk.  Absent is success."""
 
-    def begin_log(self, spec: AgentSpec) -> Path | None:
-        """Mark the start in the log; return the file for the console, None where there is none."""
-
+    @abstractmethod
     def remove(self, name: str, *, data: bool, deadline: Deadline) -> None:
         """Remove a machine's disks, with `data` the data disk too.  Absent is success."""
 
+    @abstractmethod
     def export_data(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
         """See `Provider.export_data`; the machine does not run."""
 
+    @abstractmethod
     def import_data(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
         """See `Provider.import_data`; the machine does not run."""
 
@@ -85,66 +80,71 @@ class LocalStorage(Storage):
 
     def __init__(self, context: ProviderContext, options: Options) -> None:
         self._context = context
-        self.disks = Disks(
-            options.storage or context.state_dir / "machines",
-            own=None if options.storage else context.state_dir,
-            privileged=context.privileged,
-        )
+        self.top = options.storage or context.state_dir / "machines"
         self._images = Images()
         self._cloud_init_lock = threading.Lock()
 
     def check(self, app: App, reader: Reader | None, deadline: Deadline, progress: Progress) -> None:
-        options = options_of(app)
-        self.disks.prepare()
-        if reader is not None and (command := images.passable(self.disks.top / "x", reader)):
+        self._make_top()
+        if reader is not None and (command := images.passable(self.top / "x", reader)):
             raise ProviderError(
-                f"Machines cannot reach their disks in {self.disks.top}",
+                f"Machines cannot reach their disks in {self.top}",
                 why=f"their QEMU runs as user {reader.uid}, and a parent directory is not passable",
                 fix=command,
             )
-        self._images.check(options, reader, deadline=deadline, tick=lambda: progress("checking the image"))
+        self._images.check(options_of(app), reader, deadline, partial(progress, "checking the image"))
 
     def prepare(
-        self, spec: AgentSpec, created: Created, deadline: Deadline, progress: Progress
+        self, spec: AgentSpec, undo: Undo, deadline: Deadline, progress: Progress
     ) -> tuple[Path | None, Path]:
-        name = spec.backend_name
-        user = (spec.uid, spec.gid) if self._context.privileged else None
-        created.directory = self.disks.make_directory(name)
-        root = self._root(spec, user, created, deadline, progress)
-        self._data(spec, user, created, deadline, progress)
-        return root, self.disks.data(name)
+        user, options = self._user(spec.uid, spec.gid), options_of(spec.app)
+        directory = self.top / spec.backend_name
+        if self.make_directory(directory):
+            undo.append(lambda _: shutil.rmtree(directory))
+        tick = partial(progress, "creating the disks")
+        data = DataDisk(directory / "data.raw", user, deadline, tick)
+        exists = data.path.exists()
+        if exists:
+            data.restore_owner()
+        base, boots = self._images.check(options, None, deadline, tick)
+        marker = directory / "booted"
+        before = marker.read_text(encoding="ascii") if marker.exists() else ""
+        if exists and before not in {"", boots}:
+            with disk_errors("taking a snapshot", directory):
+                _snapshot(data.path, before, options.snapshots, deadline, tick)
+        root = directory / f"root-{base}.qcow2"
+        if options.image is not None:
+            if options.root == "fresh":
+                root.unlink(missing_ok=True)
+            if not root.exists():
+                with disk_errors("creating an overlay", directory):
+                    images.create_overlay(root, options.image, options.format, user)
+                undo.append(lambda _: root.unlink(missing_ok=True))
+            prune((path for path in directory.glob("root-*.qcow2") if path != root), options.snapshots)
+        with disk_errors("creating a machine's directory", directory):
+            temporary = directory / f".{secrets.token_hex(4)}.new"
+            temporary.write_text(boots, encoding="ascii")
+            temporary.replace(marker)
+        size, full = disk_of(spec.app), options.data_allocation == "full"
+        if exists:
+            data.grow(size, full=full)
+            data.repair()
+        else:
+            data.create(size, full=full)
+            undo.append(lambda _: data.path.unlink(missing_ok=True))
+        return root if options.image else None, data.path
 
-    def undo(self, name: str, created: Created, deadline: Deadline) -> None:
-        try:
-            self.remove_cloud_init(name, deadline)
-            if created.root is not None:
-                created.root.unlink(missing_ok=True)
-            if created.data or created.directory:
-                self.disks.remove(name, data=True)
-        except (DispatcherError, OSError) as error:
-            _log.warning("%s: cleanup after a failed start: %s", name, error)
-
-    def write_cloud_init(self, spec: AgentSpec, files: dict[str, bytes], deadline: Deadline) -> Path:
+    def write_cloud_init(self, spec: AgentSpec, image: bytes, deadline: Deadline) -> Path:
         with self._cloud_init_lock:
             path = self._cloud_init_path(spec.backend_name)
-            owner = (spec.uid, spec.gid) if self._context.privileged else None
-            cloud_init.write_image(path, cloud_init.iso_image(files), owner)
+            cloud_init.write_image(path, image, self._user(spec.uid, spec.gid))
         return path
 
     def keep_cloud_init(self, handle: Handle, deadline: Deadline) -> None:
         with self._cloud_init_lock:
-            cloud_init.write_placeholder(self._cloud_init_path(handle.name), self._user(handle))
-
-    def begin_log(self, spec: AgentSpec) -> Path | None:
-        try:
-            logs.begin(spec.log_dir)
-        except OSError as error:
-            raise ProviderError(
-                f"The log in {spec.log_dir} is not writable",
-                why=error.strerror or str(error),
-                fix="check that the disk has space and that the directory belongs to the manager",
-            ) from error
-        return spec.log_dir / logs.NAME
+            path = self._cloud_init_path(handle.name)
+            if not path.exists():  # the guest has read it at boot
+                cloud_init.write_image(path, bytes(64 * 1024), self._user(*user_of(handle)))
 
     def remove_cloud_init(self, name: str, deadline: Deadline) -> None:
         with self._cloud_init_lock:
@@ -154,63 +154,72 @@ class LocalStorage(Storage):
                 path.parent.rmdir()
 
     def remove(self, name: str, *, data: bool, deadline: Deadline) -> None:
-        self.disks.remove(name, data=data)
+        directory = self.top / name
+        with disk_errors("removing a machine's disks", directory):
+            if not directory.exists():
+                return
+            if data:
+                shutil.rmtree(directory)
+                return
+            for pattern in ("root-*.qcow2", "booted", ".*.new"):
+                for path in directory.glob(pattern):
+                    path.unlink(missing_ok=True)
+            if not any(directory.iterdir()):
+                directory.rmdir()
 
     def export_data(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
-        name, user, privileged = handle.name, self._user(handle), self._context.privileged
-        if self.disks.data(name).exists():
-            self.disks.restore_owner(name, user)
-        data.export_data(
-            self.disks, name, user, directory, privileged=privileged, deadline=deadline, progress=progress
-        )
+        self._disk(handle, deadline, partial(progress, "exporting")).export_to(directory, progress)
 
     def import_data(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
-        known = self.disks.data(handle.name)
-        size = max(handles.disk_size_of(handle), known.stat().st_size if known.exists() else SMALLEST_DISK)
-        user = self._user(handle)
-        data.import_data(self.disks, handle.name, user, directory, size, deadline=deadline, progress=progress)
+        disk = self._disk(handle, deadline, partial(progress, "importing"))
+        known = disk.path.stat().st_size if disk.path.exists() else SMALLEST_DISK
+        self.make_directory(disk.path.parent)
+        disk.import_from(directory, max(disk_size_of(handle), known))
 
-    def _user(self, handle: Handle) -> User:
-        return handles.user_of(handle) if self._context.privileged else None
+    def make_directory(self, directory: Path) -> bool:
+        """Create a machine's directory: passable for QEMU, not readable; False where it exists."""
+        self._make_top()
+        with disk_errors("creating a machine's directory", self.top):
+            try:
+                directory.mkdir()
+            except FileExistsError:
+                return False
+            directory.chmod(0o711)
+            return True
+
+    def _make_top(self) -> None:
+        with disk_errors("creating the directory of machines' disks", self.top):
+            self.top.mkdir(mode=0o711, parents=True, exist_ok=True)
+            own = self._context.state_dir
+            for directory in (own, self.top) if self.top.is_relative_to(own) else (self.top,):
+                if directory.stat().st_mode & 0o011 != 0o011:
+                    directory.chmod(0o711)
+
+    def _disk(self, handle: Handle, deadline: Deadline, tick: Callable[[], None]) -> DataDisk:
+        return DataDisk(self.top / handle.name / "data.raw", self._user(*user_of(handle)), deadline, tick)
+
+    def _user(self, uid: int, gid: int) -> User:
+        return (uid, gid) if self._context.privileged else None
 
     def _cloud_init_path(self, name: str) -> Path:
         return cloud_init.memory_directory(self._context.installation, self._context.run_dir) / f"{name}.iso"
 
-    def _data(self, spec: AgentSpec, user: User, created: Created, deadline: Deadline, progress: Progress) -> None:
-        name, size = spec.backend_name, disk_of(spec.app)
-        full = options_of(spec.app).data_allocation == "full"
-        tick = lambda: progress("creating the disks", "data")  # noqa: E731
-        if not self.disks.data(name).exists():
-            self.disks.create_data(name, size, user, full=full, deadline=deadline, tick=tick)
-            created.data = True
-        else:
-            self.disks.restore_owner(name, user)
-            self.disks.grow_data(name, size, user, full=full, deadline=deadline, tick=tick)
-            self.disks.repair(name, user, deadline=deadline, tick=tick)
 
-    def _root(
-        self, spec: AgentSpec, user: User, created: Created, deadline: Deadline, progress: Progress
-    ) -> Path | None:
-        """Return the overlay of the app's base image; snapshot the data disk before a change of it."""
-        name, options = spec.backend_name, options_of(spec.app)
-        tick = lambda: progress("creating the disks", "snapshot")  # noqa: E731
-        base, boots = self._images.check(options, None, deadline=deadline, tick=tick)
-        marker = self.disks.directory(name) / BOOTED
-        before = marker.read_text(encoding="ascii").strip() if marker.exists() else ""
-        if before and before != boots and self.disks.data(name).exists():
-            self.disks.restore_owner(name, user)
-            self.disks.snapshot(name, before, options.snapshots, deadline=deadline, tick=tick)
-        path = None
-        if options.image is not None:
-            known = self.disks.roots(name)
-            if options.root == "fresh" and base in known:
-                known.pop(base).unlink()
-            path = self.disks.create_root(name, base, options.image, options.format, user)
-            if base not in known:
-                created.root = path
-            self.disks.prune_roots(name, base, options.snapshots)
-        with self.disks.errors("creating a machine's directory"):
-            temporary = marker.with_name(f".{secrets.token_hex(4)}.new")
-            temporary.write_text(boots, encoding="ascii")
-            temporary.replace(marker)
-        return path
+def _snapshot(data: Path, fingerprint: str, keep: int, deadline: Deadline, tick: Callable[[], None]) -> None:
+    """Copy a data disk under the fingerprint of its boot files; keep the newest `keep` snapshots."""
+    folder = data.parent / "snapshots"
+    if keep:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        temporary = folder / f".{secrets.token_hex(4)}.new"
+        try:
+            copy_sparse(data, temporary, deadline, tick)
+            temporary.replace(folder / f"data-{fingerprint}.raw")
+        finally:
+            temporary.unlink(missing_ok=True)
+    prune(folder.glob("data-*.raw"), keep)
+
+
+def prune(paths: Iterable[Path], keep: int) -> None:
+    """Remove all files but the newest `keep`."""
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)[keep:]:
+        path.unlink()

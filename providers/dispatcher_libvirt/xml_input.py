@@ -1,4 +1,4 @@
-"""Parsing of XML that comes from libvirt or from an operator."""
+"""XML: built from values, and parsed where it comes from libvirt or from an operator."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ DEVICE_ELEMENTS = frozenset(
     | {"shmem", "smartcard", "hub", "redirdev", "filesystem", "channel", "memory", "crypto"}
 )
 _MAX_EXTRA = 16 * 1024  # characters of one added element
+
+
+def element(tag: str, *content: object, **attributes: object) -> etree._Element:
+    """Return an element.
+
+    :param content: child elements, and values that become its text; None is left out.
+    """
+    made = etree.Element(tag, {name: str(value) for name, value in attributes.items()})
+    for one in content:
+        if etree.iselement(one):
+            made.append(one)
+        elif one is not None:
+            made.text = str(one)
+    return made
 
 
 def parse_xml(text: str) -> etree._Element:

@@ -18,6 +18,7 @@ from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherErro
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import Limits
 from dispatcher_libvirt import sandbox
+from dispatcher_libvirt.data import DataDisk
 from dispatcher_libvirt.sandbox import Bind
 from tests.support import ordinary
 from tests.support import vm
@@ -133,11 +134,11 @@ def test_a_disk_grows_without_loss_and_never_shrinks(world, agent):
     spec, handle = agent
     source = fill(world.fresh_directory(), spec.uid)
     world.provider.import_data(handle, source, deadline=Deadline(60), progress=quiet)
-    disks, user = world.provider._storage.disks, (spec.uid, spec.gid)
+    disk = DataDisk(world.machines / handle.name / "data.raw", (spec.uid, spec.gid), Deadline(180), lambda: None)
     for size, full in ((128 << 20, False), (160 << 20, True), (16 << 20, False)):
-        disks.grow_data(handle.name, size, user, full=full, deadline=Deadline(60), tick=lambda: None)
+        disk.grow(size, full=full)
         assert differences(manifest(source), manifest(world.export(handle))) == []
-    path = disks.data(handle.name)
+    path = disk.path
     assert path.stat().st_size == 160 << 20
     assert path.stat().st_blocks * 512 > 30 << 20, "full allocation takes its space"
     larger = world.spec("alice", kernel="/k", limits=Limits(disk=300 << 20))
@@ -231,7 +232,7 @@ def test_tools_see_nothing_of_the_host(world, agent):
     def run(script, **named):
         return sandbox.run(
             ["/bin/sh", "-c", script],
-            binds=[Bind(source=mine, target="/image", writable=True)],
+            binds=[Bind(mine, "/image", writable=True)],
             user=user,
             deadline=Deadline(named.pop("seconds", 20)),
             **named,
@@ -246,7 +247,7 @@ def test_tools_see_nothing_of_the_host(world, agent):
     status = run('while read -r line; do echo "$line"; done < /dev/null; python3 -c 1 2>/dev/null; true')
     assert status.code == 0
     network = "import socket; socket.create_connection(('127.0.0.1', 22), 1)"
-    argv, binds = sandbox.python("ext4_tool.py")
+    argv, binds = sandbox.python("ext4.py")
     done = sandbox.run([argv[0], "-I", "-S", "-c", network], binds=binds, user=user, deadline=Deadline(20))
     assert "Error" in done.output
     capabilities = "print(open('/proc/self/status').read())"
@@ -281,14 +282,13 @@ def test_an_ordinary_user_reads_disks_in_a_user_namespace():
         f"sys.path[:0] = {[str(vm.ROOT), str(vm.ROOT / 'providers')]!r}\n"
         "from pathlib import Path\n"
         "from dispatcher.plugin.deadline import Deadline\n"
-        "from dispatcher_libvirt import data\n"
-        "from dispatcher_libvirt.disks import Disks\n"
+        "from dispatcher_libvirt.data import DataDisk\n"
         "quiet = lambda *a, **k: None\n"
         f"home = Path({str(home)!r})\n"
-        "disks = Disks(home / 'machines', own=None, privileged=False)\n"
+        "disk = DataDisk(home / 'data.raw', None, Deadline(30), quiet)\n"
         "(home / 'in').mkdir(); (home / 'in' / 'file').write_bytes(b'x\\n'); (home / 'out').mkdir()\n"
-        "data.import_data(disks, 'm', None, home / 'in', 32 << 20, deadline=Deadline(30), progress=quiet)\n"
-        "data.export_data(disks, 'm', None, home / 'out', privileged=False, deadline=Deadline(30), progress=quiet)\n"
+        "disk.import_from(home / 'in', 32 << 20)\n"
+        "disk.export_to(home / 'out', quiet)\n"
         "found = (home / 'out' / 'file').stat()\n"
         "assert found.st_uid == os.getuid(), found\n"
         "print((home / 'out' / 'file').read_text(), end='')\n"

@@ -18,7 +18,7 @@ from dispatcher.plugin.errors import ProviderError, Unavailable
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import BackendState, Capability, Depth, Limits
 from dispatcher.testing.inside import Inside
-from dispatcher_libvirt import tunnel
+from dispatcher_libvirt import network
 from tests.support import vm
 from tests.support.vm_world import World, quiet
 
@@ -203,9 +203,9 @@ def test_missing_files_on_the_other_host_are_reported(world, host):
 
 def test_uris_become_arguments_of_ssh():
     uri = "qemu+ssh://admin@vm.example.org:2222/system?keyfile=/k&known_hosts=/h&no_verify=1"
-    assert tunnel.ssh_arguments(uri) == (
+    assert network.ssh_arguments(uri) == (
         "ssh",
         ["-p", "2222", "-l", "admin", "-i", "/k", "-o", "UserKnownHostsFile=/h", "-o", "StrictHostKeyChecking=no"],
         "vm.example.org",
     )
-    assert tunnel.ssh_arguments("qemu+ssh://h/system?command=/opt/ssh") == ("/opt/ssh", [], "h")
+    assert network.ssh_arguments("qemu+ssh://h/system?command=/opt/ssh") == ("/opt/ssh", [], "h")

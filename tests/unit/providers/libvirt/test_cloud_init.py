@@ -1,6 +1,7 @@
 """libvirt: the cloud-init disk of a guest."""
 
 import io
+import json
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def read(data):
 
 def test_the_files_of_the_cloud_init_disk():
     one = replace(spec(environment={"A": ODD}), secrets={"token": "s-1", "a.b_c-D": "l1\nl2\n"}, stdin=b"in\n")
-    files = cloud_init.files(one, instance="i-1", user_data=b"", static=True)
+    files = cloud_init.files(one, static=True)
     label, found = read(cloud_init.iso_image(files))
     assert label == "cidata"
     assert found == files
@@ -49,11 +50,13 @@ def test_the_files_of_the_cloud_init_disk():
         "address": "10.0.2.15/24", "gateway": "10.0.2.2",
     }  # fmt: skip
     assert found["user-data"].startswith(b"#cloud-config")
-    assert b'"instance-id": "i-1"' in found["meta-data"]
+    about = json.loads(found["meta-data"])
+    assert about["instance-id"] == f"{one.backend_name}-{one.hash[:12]}"
 
 
-def test_without_secrets_there_are_no_files_for_them():
-    files = cloud_init.files(spec(), instance="i", user_data=b"#cloud-config\nx: 1\n", static=False)
+def test_without_secrets_there_are_no_files_for_them(tmp_path):
+    (tmp_path / "user").write_bytes(b"#cloud-config\nx: 1\n")
+    files = cloud_init.files(spec(user_data=str(tmp_path / "user")), static=False)
     assert not [name for name in files if "secrets" in name or "stdin" in name]
     assert b"address" not in files["dispatcher/agent"]
     assert files["user-data"] == b"#cloud-config\nx: 1\n"
@@ -87,7 +90,7 @@ def test_without_a_command_the_images_own_runs(tmp_path):
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
 def test_names_of_secrets_that_cannot_be_files_are_refused(name):
     with pytest.raises(BadRequest, match="name of a secret"):
-        cloud_init.files(replace(spec(), secrets={name: "v"}), instance="i", user_data=b"", static=True)
+        cloud_init.files(replace(spec(), secrets={name: "v"}), static=True)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ pytest.importorskip("libvirt")
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled
-from dispatcher_libvirt.disks import Disks, copy_sparse
+from dispatcher.plugin.provider import ProviderContext
+from dispatcher_libvirt.data import copy_sparse
+from dispatcher_libvirt.options import Options
+from dispatcher_libvirt.storage import LocalStorage, prune
 
 
 def test_copies_keep_holes_owner_and_mode(tmp_path):
@@ -31,27 +34,38 @@ def test_copies_keep_holes_owner_and_mode(tmp_path):
         copy_sparse(source, tmp_path / "other", Deadline(10), cancel)
 
 
-def test_directories_of_disks_are_passable_and_not_readable(tmp_path):
+@pytest.fixture
+def storage(tmp_path):
     own = tmp_path / "state"
     own.mkdir(mode=0o700)
-    disks = Disks(own / "machines", own=own, privileged=False)
-    assert disks.make_directory("dispatcher-x") is True
-    assert disks.make_directory("dispatcher-x") is False
-    assert [path.stat().st_mode & 0o777 for path in (own, disks.top, disks.directory("dispatcher-x"))] == [
-        0o711
-    ] * 3
-    disks.remove("dispatcher-x", data=False)
-    assert not disks.directory("dispatcher-x").exists()
-    disks.remove("dispatcher-x", data=True)
+    context = ProviderContext(
+        installation="0123abcd", state_dir=own, run_dir=tmp_path / "run", proxy_gid=1, privileged=False
+    )
+    return LocalStorage(context, Options())
 
 
-def test_old_overlays_are_removed_but_the_newest(tmp_path):
-    disks = Disks(tmp_path, own=None, privileged=False)
-    disks.make_directory("d")
-    for number, fingerprint in enumerate(["a" * 12, "b" * 12, "c" * 12, "d" * 12]):
-        path = disks.directory("d") / f"root-{fingerprint}.qcow2"
-        path.write_bytes(b"")
-        os.utime(path, (number, number))
-    (disks.directory("d") / "root-x.qcow2").write_bytes(b"")
-    disks.prune_roots("d", "a" * 12, 1)
-    assert set(disks.roots("d")) == {"a" * 12, "d" * 12}
+def test_directories_of_disks_are_passable_and_not_readable(storage):
+    directory = storage.top / "dispatcher-x"
+    assert storage.make_directory(directory) is True
+    assert storage.make_directory(directory) is False
+    assert [path.stat().st_mode & 0o777 for path in (storage.top.parent, storage.top, directory)] == [0o711] * 3
+    storage.remove("dispatcher-x", data=False, deadline=Deadline(5))
+    assert not directory.exists()
+    storage.remove("dispatcher-x", data=True, deadline=Deadline(5))
+
+
+def test_the_newest_files_are_kept(tmp_path):
+    for number, name in enumerate(["c", "a", "b", "d"]):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (number, number))
+    prune(tmp_path.iterdir(), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "d"]
+
+
+def test_a_machine_goes_without_its_data_disk(storage):
+    directory = storage.top / "dispatcher-x"
+    storage.make_directory(directory)
+    for name in ("root-0123456789ab.qcow2", "booted", ".aa.new", "data.raw"):
+        (directory / name).write_bytes(b"")
+    storage.remove("dispatcher-x", data=False, deadline=Deadline(5))
+    assert [path.name for path in directory.iterdir()] == ["data.raw"]

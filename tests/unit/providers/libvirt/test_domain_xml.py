@@ -10,7 +10,7 @@ pytest.importorskip("libvirt")
 from lxml import etree
 
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
-from dispatcher_libvirt import domain_xml, handles, xml_input
+from dispatcher_libvirt import domain_xml, xml_input
 from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.host import Host
 from dispatcher_libvirt.options import AppOptions
@@ -62,6 +62,11 @@ def xml(one, **changes):
 
 def tree(one, **changes):
     return etree.fromstring(xml(one, **changes))
+
+
+def label_of(root):
+    text = etree.tostring(root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent"), encoding="unicode")
+    return domain_xml.parse_label(text)
 
 
 SHAPES = {
@@ -116,6 +121,9 @@ def test_every_value_stays_data(field):
         "network": lambda: tree(spec(image="/base.qcow2"), **given | {"network": EVIL}),
     }[field]()
     assert [one.tag for one in before.iter()] == [one.tag for one in after.iter()]
+    if field == "agent":
+        assert label_of(after).agent == EVIL
+        return
     assert any(
         EVIL.replace("/", "_") in value.replace("/", "_")
         for one in after.iter()
@@ -134,13 +142,11 @@ def test_qemu_gets_numbers_only_and_the_guest_no_way_out():
 def test_identity_and_labels():
     one = spec(limits=Limits(memory=256 << 20, disk=100 << 20))
     root = tree(one)
-    label = domain_xml.parse_label(
-        etree.tostring(root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent"), encoding="unicode")
-    )
+    label = label_of(root)
     assert (label.installation, label.agent, label.spec, label.port) == ("0123abcd", "alice", one.hash, 18_123)
     assert label.started == 1234.5
     handle = label.handle(one.backend_name)
-    assert handle == handles.handle_of(one, remote=False)
+    assert handle == domain_xml.handle_of(one, remote=False)
     assert handle.data["disk"] == 100 << 20
     assert root.findtext("memory") == str(256 * 1024)
     assert root.findtext("seclabel/label") == "+200123:+64055"
@@ -182,13 +188,15 @@ def test_a_saved_machine_moves_to_another_port():
     assert [one.get("value") for one in root.iter(f"{{{domain_xml.QEMU}}}arg")][1].endswith(
         ":18999-10.0.2.15:9000"
     )
-    assert root.find(f"metadata/{{{domain_xml.NAMESPACE}}}agent").get("port") == "18999"
+    assert label_of(root).port == 18_999
     for bad in ("<domain/>", "no xml", xml(spec(endpoint="vsock"), port=0)):
         with pytest.raises(ValueError, match="not a domain|not well-formed"):
             domain_xml.with_port(bad, 1)
 
 
-@pytest.mark.parametrize("text", ["", "<x/>", "<agent xmlns='urn:other'/>", "<a", "<agent installation='1'/>"])
+@pytest.mark.parametrize(
+    "text", ["", "<x/>", "<agent xmlns='urn:other'/>", "<a", "<agent>{}</agent>", "<agent>[]</agent>"]
+)
 def test_damaged_labels_are_refused(text):
     with pytest.raises(ValueError, match="damaged"):
         domain_xml.parse_label(text)

@@ -37,9 +37,12 @@ def label(**changes):
         "agent": "alice",
         "spec": "f" * 64,
         "started": 1.0,
-        "data": '{"uid": 1}',
+        "data": {"uid": 1},
         "port": 18_001,
         "guest_port": 8080,
+        "network": "",
+        "announce": "",
+        "guest_agent": False,
     }
     return Label(**values | changes)
 

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("libvirt")
 
-from dispatcher_libvirt import ext4_tool
+from dispatcher_libvirt import ext4
 from dispatcher_libvirt.ext4 import Ext4Error, Image
 
 MKE2FS = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
@@ -33,7 +33,7 @@ def unpacked(image, target, owner=None):
     target.mkdir()
     uid, gid = owner or (os.getuid(), os.getgid())
     done = subprocess.run(
-        [os.sys.executable, "-I", "-S", ext4_tool.__file__, "unpack", image, target, str(uid), str(gid)],
+        [os.sys.executable, "-I", "-S", ext4.__file__, "unpack", image, target, str(uid), str(gid)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -126,6 +126,31 @@ def test_everything_comes_out_as_it_went_in(tmp_path, tree, options):
     assert same(before, after)
     assert (tmp_path / "out" / "sparse").stat().st_blocks < 100, "holes stay holes"
     assert int(said.split()[1]) == len(before)
+
+
+def test_a_file_with_two_names_at_the_bottom_of_a_deep_tree_comes_out(tmp_path):
+    """The path of the first is longer than the system takes."""
+    top = tmp_path / "tree"
+    top.mkdir()
+    here = os.open(".", os.O_RDONLY)
+    try:
+        os.chdir(top)
+        for _ in range(30):
+            os.mkdir("n" * 200)
+            os.chdir("n" * 200)
+        Path("first").write_bytes(b"same\n")
+        os.link("first", "second")
+    finally:
+        os.fchdir(here)
+        os.close(here)
+    image = make_image(tmp_path / "image", top, "-b", "4096")
+    assert unpacked(image, tmp_path / "out")[0] == 0
+    found = subprocess.run(
+        ["find", "out", "-type", "f", "-links", "2"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert len(found.stdout.split()) == 2
+    assert len(os.listdir(tmp_path / "out")) == 1
+    subprocess.run(["rm", "-rf", "tree", "out"], cwd=tmp_path, check=True)
 
 
 def test_files_of_other_users_lose_the_setuid_bit(tmp_path, tree):

@@ -20,7 +20,7 @@ needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qe
 
 def check(options, reader=None, known=None):
     options = AppOptions.model_validate(options)
-    return (known or Images()).check(options, reader, deadline=Deadline(20), tick=lambda: None)
+    return (known or Images()).check(options, reader, Deadline(20), lambda: None)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from dispatcher_libvirt.options import AppOptions, Options
         (AppOptions, {"kernel": "/k", "command": ["/x", "a\0"]}, "command", "NUL"),
         (AppOptions, {"kernel": "/k", "data": "data"}, "data", "absolute path"),
         (AppOptions, {"kernel": "/k", "data": "/a/../b"}, "data", "absolute path"),
-        (AppOptions, {"kernel": "/k", "data_size": "1M"}, "data_size", "16M"),
+        (AppOptions, {"kernel": "/k", "data_size": "1M"}, "data_size", "greater"),
         (AppOptions, {"kernel": "/k", "default_memory": "1M"}, "default_memory", "greater"),
         (AppOptions, {"kernel": "/k", "cpu": "a b"}, "cpu", "a name"),
         (AppOptions, {"kernel": "/k", "machine": "q35,accel=kvm"}, "machine", "a name"),
