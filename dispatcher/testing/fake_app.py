@@ -167,6 +167,8 @@ class FakeApp:
             if not self.may_connect(query["to"]):
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
             return b"connected\n"
+        if path == "/socket":
+            raise OSError(errno.EAFNOSUPPORT, "refused")
         return self._look(path, query["path"])
 
     def post(self, path: str, query: dict[str, str], body: bytes) -> bytes:

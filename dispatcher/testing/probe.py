@@ -14,6 +14,7 @@ Answers are `text/plain`; what is refused is a 4xx whose body is the error's sym
     GET  /stdin              "open" or "end" on the first line, then what was read
     GET  /read?path=  /list?path=  /stat?path=      bytes; names; uid gid mode (octal) size
     GET  /connect?to=unix:PATH|tcp:HOST:PORT        connected
+    GET  /socket?family=N    opened, if a socket of that address family can be had
     GET  /count              a number kept in memory; POST adds one
     POST /write?path=        the body becomes the file
     POST /log?repeat=N       the body, and a line end, N times to standard output
@@ -84,6 +85,9 @@ class Probe:
         if path == "/connect":
             connect(query["to"])
             return b"connected\n"
+        if path == "/socket":
+            socket.socket(int(query["family"])).close()
+            return b"opened\n"
         if path == "/count":
             return f"{self.count}\n".encode()
         raise FileNotFoundError(errno.ENOENT, "no such request")

@@ -2,7 +2,9 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring.  Other processors than those below get no filter.  It is assembled here because the bindings of
+modules, io_uring.  Sockets are the exception: just the families that network namespaces and modes of files
+separate are allowed, as AF_VSOCK is one space for the host and all that runs on it.
+Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 import errno
 import functools
 import platform
+import socket
 import struct
 
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -44,6 +47,7 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "fsmount": (432, 432),
     "fspick": (433, 433),
     "mount_setattr": (442, 442),
+    "open_tree_attr": (467, 467),
     "setns": (308, 268),
     "swapon": (167, 224),
     "swapoff": (168, 225),
@@ -60,6 +64,9 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
 }
 #: Refused with ENOSYS, so that programs fall back to older calls; the numbers are the same on all machines.
 ABSENT = {"clone3": 435, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427}
+#: Refused with EAFNOSUPPORT, as a kernel without the family does, unless the first argument is one of FAMILIES.
+SOCKET_MAKERS = {"socket": (41, 198), "socketpair": (53, 199)}
+FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 #: Refused if their first argument asks for a user namespace.
 NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}
 
@@ -95,6 +102,15 @@ def program(machine: str = "") -> bytes:
             _load(_FIRST_ARGUMENT),
             _jump(_JUMP_SET, _NEW_USER, 0, 1),
             _return(refuse),
+            _return(_ALLOW),
+        ]
+    for maker in SOCKET_MAKERS.values():
+        allowed = [_jump(_JUMP_EQUAL, family, len(FAMILIES) - at, 0) for at, family in enumerate(FAMILIES)]
+        body += [
+            _jump(_JUMP_EQUAL, maker[column], 0, len(FAMILIES) + 3),
+            _load(_FIRST_ARGUMENT),
+            *allowed,
+            _return(_REFUSE | errno.EAFNOSUPPORT),
             _return(_ALLOW),
         ]
     return b"".join([*body, _return(_ALLOW)])

@@ -69,6 +69,7 @@ class TestUnconfined(SubprocessContract):
     bubblewrap = "never"
     unpromised = {
         "network": "network",
+        "sockets": "without a sandbox",
         "files": "They see the host's files",
         "processes": "processes",
         **(

@@ -85,6 +85,10 @@ ATTACKER = textwrap.dedent(
     attempt("bpf", lambda: call(plan["calls"]["bpf"], 0, 0, 0))
     attempt("raw socket", lambda: socket.socket(socket.AF_INET, socket.SOCK_RAW, 1))
     attempt("packet socket", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 3))
+    for family in range(64):
+        if family not in (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK):
+            attempt(f"socket of family {family}", lambda: socket.socket(family, socket.SOCK_STREAM))
+            attempt(f"datagram socket of family {family}", lambda: socket.socket(family, socket.SOCK_DGRAM))
     attempt("host name", lambda: socket.sethostname("evil"))
     attempt("nice", lambda: os.nice(-5))
     attempt("reboot", lambda: call(plan["calls"]["reboot"], 0xFEE1DEAD, 672274793, 0, 0))

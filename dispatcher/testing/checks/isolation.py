@@ -154,6 +154,16 @@ class IsolationChecks(Contract):
             )
         expect("NoNewPrivs:\t1" in status, "the app may gain privileges through setuid programs: set no_new_privs")
 
+    def test_cannot_open_sockets_that_no_namespace_separates(self, alice: Agent, provider: Provider) -> None:
+        """AF_VSOCK is one space for the host and its agents, whatever their network; a machine has its own."""
+        if type(provider).isolation is Isolation.VM or not self.promised("sockets"):
+            return
+        refusal = alice.inside.refused("/socket", family=40)
+        expect(
+            refusal in {"EAFNOSUPPORT", "EPERM", "EACCES"},
+            f"an agent without a network got {refusal or 'a socket'} for AF_VSOCK: refuse it by a seccomp filter",
+        )
+
     def test_endpoint_directory_is_not_open(self, alice: Agent) -> None:
         """A Unix endpoint lies in the agent's run_dir, which stays closed to all but agent and proxy."""
         endpoint = alice.inside.endpoint
