@@ -120,11 +120,11 @@ def setup():
         "sessions": [session_row(TOKEN, "alice")],
     }
     worker._on_message(message)
-    agent = worker.tables.agents["alice"]
-    upstream = Upstream(worker, agent)
+    agent = worker.context.tables.agents["alice"]
+    upstream = Upstream(worker.context, agent)
     upstream.connection_made(Transport())
     agent.idle.append(upstream)
-    client = Connection(worker)
+    client = Connection(worker.clients, worker.events)
     client.connection_made(Transport())
     return client, upstream
 
@@ -132,7 +132,7 @@ def setup():
 def loop(kind, count):
     client, upstream = setup()
     if kind == "connect":
-        return connections(client.worker, upstream, count)
+        return connections(client.clients, upstream, count)
     if kind == "mixed":
         some = [
             mixed(number) for number in range(MANY)
@@ -153,7 +153,7 @@ def loop(kind, count):
     return spent / count * 1e6
 
 
-def connections(worker, upstream, count):
+def connections(clients, upstream, count):
     """A connection for each request, as the listener takes it: with the kernel's sockets, whose cost is subtracted."""
     import socket
 
@@ -166,9 +166,9 @@ def connections(worker, upstream, count):
         def call_later(self, seconds, callback):
             pass
 
-    worker.loop = Loop()
+    clients.context.loop = Loop()
     with socket.socket() as sock:
-        listener = Listener(worker, sock)
+        listener = Listener(clients, sock)
     request, answer = CLOSE
     spent = nothing = 0.0
     for _ in range(count):

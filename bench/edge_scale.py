@@ -129,7 +129,6 @@ def until(condition, seconds):
 def tables(sessions: int, agents: int) -> None:
     import edge_cost
     from dispatcher.feed import protocol
-    from dispatcher.proxy.edge.routing.activity import Traffic
     from tests.support.edge_feed import agent_row, session_row
 
     def part(kind, rows, first, last):
@@ -157,17 +156,16 @@ def tables(sessions: int, agents: int) -> None:
     del rows, frames
     gc.collect()
     client, upstream = edge_cost.setup()
-    worker = client.worker
+    context = client.context
     before = int(Path("/proc/self/statm").read_text().split()[1])
     start = time.process_time()
     decoder = protocol.Decoder()
     for position in range(0, len(data), 262144):
         for message in decoder.feed(data[position : position + 262144]):
-            worker._on_message(message)
+            context.manager._on_message(message)
     spent = time.process_time() - start
     grown = (int(Path("/proc/self/statm").read_text().split()[1]) - before) * 4 / 1024
-    assert len(worker.tables.sessions) == sessions and len(worker.tables.agents) == agents
-    assert isinstance(worker.tables.agents["alice"].traffic, Traffic)
+    assert len(context.tables.sessions) == sessions and len(context.tables.agents) == agents
     print(
         f"{sessions} sessions and {agents} agents ({len(data) / 1e6:.1f} MB of frames): loaded in {spent:.2f} s, {grown:.0f} MiB"
     )

@@ -34,7 +34,7 @@ def test_a_connection_for_each_request_leaves_nothing_open():
             answer = edge.ask(LAST)
             assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b"\r\nConnection: close\r\n" in answer
         assert edge.agent.opened == 1, "a new client is no reason for a new connection to the agent"
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
         assert descriptors() <= before + 2
 
 
@@ -137,7 +137,7 @@ def test_a_client_that_leaves_while_its_agent_thinks_is_noticed():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
         assert left.wait(3)
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_a_client_that_is_gone_before_it_is_answered():
@@ -147,7 +147,7 @@ def test_a_client_that_is_gone_before_it_is_answered():
             sock.sendall(LAST)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             sock.close()
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
         assert edge.ask(LAST).startswith(b"HTTP/1.1 200")
 
 
@@ -163,7 +163,7 @@ def test_a_new_connection_of_a_session_that_ends():
         eventually(lambda: edge.agent.heads)
         edge.feed.remove(tokens=(TOKEN,))
         assert read_all(sock) == b""
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_accepting_goes_on_after_descriptors_ran_out():
@@ -203,7 +203,7 @@ def test_a_fault_of_the_edge_ends_only_the_connection_that_met_it():
         assert edge.ask(unknown) == b""
         edge.worker.look_up = real  # type: ignore[method-assign]
         assert edge.ask(LAST).startswith(b"HTTP/1.1 200")
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
         assert [type(error.get("exception")) for error in edge.errors] == [ZeroDivisionError]
         edge.errors.clear()
 
@@ -223,11 +223,11 @@ class Poor:
 
 def test_a_connection_that_the_loop_cannot_take_is_let_go():
     with Edge() as edge:
-        rich = edge.worker.loop
-        edge.worker.loop = Poor(rich)
+        rich = edge.worker.context.loop
+        edge.worker.context.loop = Poor(rich)
         with edge.connect() as sock:
             sock.sendall(b"GET / HT")  # the rest is the loop's matter
             assert sock.recv(1) == b""
-        eventually(lambda: edge.worker.open_connections == 0)
-        edge.worker.loop = rich
+        eventually(lambda: edge.worker.clients.open == 0)
+        edge.worker.context.loop = rich
         assert edge.get().status == 200

@@ -84,7 +84,9 @@ async def compare(edge: Edge) -> tuple[dict[str, str], dict[str, str]]:
     async with serve(echo, "127.0.0.1", 0, max_size=2**26, ping_interval=None, logger=quiet) as server:
         port = server.sockets[0].getsockname()[1]
         edge.feed.add(agents=(agent_row("alice", f"tcp:127.0.0.1:{port}"),))
-        await asyncio.to_thread(eventually, lambda: str(port) in edge.worker.tables.agents["alice"].endpoint)
+        await asyncio.to_thread(
+            eventually, lambda: str(port) in edge.worker.context.tables.agents["alice"].endpoint
+        )
         directly = await failures(port)
         async with signed_in(edge.port) as through:
             return directly, await failures(through)

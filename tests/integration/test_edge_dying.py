@@ -135,7 +135,7 @@ def test_an_unsolicited_answer_is_not_used_for_the_next_request():
     with Edge(script) as edge:
         assert edge.get().body == b"good"
         assert said.wait(5)
-        eventually(lambda: not edge.worker.tables.agents["alice"].idle)
+        eventually(lambda: not edge.worker.context.tables.agents["alice"].idle)
         assert edge.get().body == b"good"
 
 
@@ -161,4 +161,4 @@ def test_a_client_that_leaves_takes_its_upstream_along():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
         assert gone.wait(5)
-        eventually(lambda: edge.worker.tables.agents["alice"].in_flight == 0)
+        eventually(lambda: edge.worker.context.tables.agents["alice"].in_flight == 0)

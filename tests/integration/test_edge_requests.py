@@ -175,17 +175,17 @@ def test_a_client_that_closed_its_connection_does_not_hold_its_agent():
         eventually(lambda: edge.agent.heads)
         sock.close()
         assert noticed.wait(4), "the agent goes on for nobody"
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_a_client_that_closed_its_connection_does_not_wait_for_a_sleeper():
     with Edge(agent_state="asleep", hold=60, body_timeout=1) as edge:
         sock = edge.connect()
         sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n" + COOKIE + b"\r\n")
-        eventually(lambda: edge.worker.tables.agents["alice"].waiting)
+        eventually(lambda: edge.worker.context.tables.agents["alice"].waiting)
         sock.close()
-        eventually(lambda: not edge.worker.tables.agents["alice"].waiting)
-        assert edge.worker.open_connections == 0
+        eventually(lambda: not edge.worker.context.tables.agents["alice"].waiting)
+        assert edge.worker.clients.open == 0
 
 
 def test_an_empty_line_before_a_request_is_ignored(edge):

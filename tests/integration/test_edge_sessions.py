@@ -66,7 +66,7 @@ def test_an_agent_that_falls_asleep_right_after_it_woke_is_woken_again_at_once()
             assert edge.get(f"/{count}", HTML).status == 200
             assert len(edge.feed.of_type("wake")) == count
             edge.feed.add(agents=(agent_row("alice", None, "asleep"),))
-            eventually(lambda: edge.worker.tables.agents["alice"].state == "asleep")
+            eventually(lambda: edge.worker.context.tables.agents["alice"].state == "asleep")
         assert time.monotonic() - start < 2
 
 
@@ -95,7 +95,7 @@ def test_a_starting_agent_gets_the_waiting_page_after_the_hold():
         assert b"Agent: bob" not in answer.body
         assert b"\r\nAccept: text/html\r\nAccept-Language: de\r\n" in answer.body
         assert COOKIE.strip() in answer.body
-        assert edge.worker.tables.agents["alice"].in_flight == 0
+        assert edge.worker.context.tables.agents["alice"].in_flight == 0
         assert not edge.feed.of_type("wake")
 
 
@@ -130,7 +130,7 @@ def test_requests_held_for_one_agent_are_bounded():
         socks = [edge.connect() for _ in range(80)]
         for sock in socks:
             sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 0\r\n\r\n")
-        eventually(lambda: len(edge.worker.tables.agents["alice"].waiting) == 64)
+        eventually(lambda: len(edge.worker.context.tables.agents["alice"].waiting) == 64)
         refused = eventually(lambda: [s for s in socks[64:] if s.recv(20, socket.MSG_PEEK | socket.MSG_DONTWAIT)])
         assert len(refused) == 16
         edge.feed.add(agents=(agent_row("alice", edge.agent.endpoint),))
@@ -259,9 +259,9 @@ def test_a_client_that_leaves_during_a_lookup_or_a_hold_leaves_nothing():
         with edge.connect() as one, edge.connect() as two:
             one.sendall(b"GET / HTTP/1.1\r\n" + HOST + bob(BOB) + b"\r\n")
             two.sendall(GET + b"\r\n")
-            eventually(lambda: edge.worker.tables.agents["alice"].waiting)
-        eventually(lambda: not edge.worker.tables.agents["alice"].waiting)
-        eventually(lambda: edge.worker.open_connections == 0)
+            eventually(lambda: edge.worker.context.tables.agents["alice"].waiting)
+        eventually(lambda: not edge.worker.context.tables.agents["alice"].waiting)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_bob_does_not_reach_alice():
@@ -329,7 +329,7 @@ def test_everything_open_ends_with_the_session(how):
         assert edge.get().status == 401
         for sock in (websocket, sse, download):
             sock.close()
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_a_dead_session_does_not_reopen():
@@ -338,7 +338,7 @@ def test_a_dead_session_does_not_reopen():
         sock.sendall(GET + b"\r\n")
         assert reader.answer().status == 200
         edge.feed.remove(tokens=(TOKEN,))
-        eventually(lambda: not edge.worker.tables.sessions)
+        eventually(lambda: not edge.worker.context.tables.sessions)
         sock.sendall(GET + b"\r\n")
         assert reader.answer().status == 401
         assert edge.ask(UPGRADE, timeout=3).startswith(b"HTTP/1.1 401")
@@ -355,7 +355,9 @@ def test_what_is_known_is_served_while_the_feed_is_away():
         eventually(lambda: not edge.worker.feed.complete)
         assert edge.get().status == 200
         assert edge.get("/", cookie=bob(BOB)).status == 401
-        eventually(lambda: not edge.worker.tables.agents, 20)  # this ends requests in progress, so none is sent
+        eventually(
+            lambda: not edge.worker.context.tables.agents, 20
+        )  # this ends requests in progress, so none is sent
         assert edge.get().status == 503
         edge.feed.start()
         eventually(lambda: edge.get().status == 200, 6)

@@ -27,7 +27,7 @@ def edge():
             agents=(agent_row("bob", bobs.endpoint, label="bob-2"),),
             sessions=(session_row(BOB, "bob", host="bob-2.apps.localhost:8080"), session_row(PARENT, "alice")),
         )
-        eventually(lambda: len(edge.worker.tables.sessions) == 3)
+        eventually(lambda: len(edge.worker.context.tables.sessions) == 3)
         edge.bobs = bobs
         yield edge
         bobs.close()

@@ -84,7 +84,7 @@ def library():
     with Edge() as edge:
         server = Library()
         edge.feed.add(agents=(agent_row("alice", f"tcp:127.0.0.1:{server.port}"),))
-        eventually(lambda: str(server.port) in edge.worker.tables.agents["alice"].endpoint)
+        eventually(lambda: str(server.port) in edge.worker.context.tables.agents["alice"].endpoint)
         yield edge
         server.close()
 
@@ -192,7 +192,7 @@ def test_a_reset_in_mid_frame_ends_both_sides():
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         sock.close()
         assert ended.wait(5)
-        eventually(lambda: edge.worker.open_tunnels == 0 and edge.worker.open_connections == 0)
+        eventually(lambda: len(edge.worker.clients.tunnels) == 0 and edge.worker.clients.open == 0)
 
 
 def test_the_close_frame_of_an_agent_that_closes_at_once_reaches_the_client():
@@ -222,7 +222,7 @@ def test_the_close_frame_of_an_agent_that_closes_at_once_reaches_the_client():
 def test_an_agent_that_dies_ends_the_websocket():
     with Edge(lambda connection: (connection.head(), connection.send(SWITCH))) as edge:
         assert edge.ask(UPGRADE, timeout=5).startswith(b"HTTP/1.1 101")
-        eventually(lambda: edge.worker.open_tunnels == 0)
+        eventually(lambda: len(edge.worker.clients.tunnels) == 0)
 
 
 def test_half_close_is_passed_on():
@@ -292,7 +292,7 @@ def test_typing_wakes_a_suspended_agent_and_pings_do_not():
         sock.sendall(UPGRADE)
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
         edge.feed.add(agents=(agent_row("alice", edge.agent.endpoint, "asleep"),))
-        eventually(lambda: edge.worker.tables.agents["alice"].state == "asleep")
+        eventually(lambda: edge.worker.context.tables.agents["alice"].state == "asleep")
         sock.sendall(PING)
         assert sock.recv(1000) == PING, "the connection to a sleeping agent stays"
         assert not edge.feed.of_type("wake")
@@ -322,9 +322,9 @@ def test_draining_says_going_away():
     with Edge(echo) as edge, edge.connect() as sock:
         sock.sendall(UPGRADE)
         assert sock.recv(1000).startswith(b"HTTP/1.1 101")
-        edge.do(edge.worker.shut_tunnels)
+        edge.do(edge.worker.clients.shut_tunnels)
         assert read_all(sock) == b"\x88\x02\x03\xe9"
-        eventually(lambda: edge.worker.open_connections == 0)
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 @pytest.mark.slow
@@ -347,7 +347,7 @@ def test_thousands_of_idle_websockets_end_at_once():
         asyncio.run_coroutine_threadsafe(listen(), edge.loop).result(5)
         port = servers[0].sockets[0].getsockname()[1]
         edge.feed.add(agents=(agent_row("alice", f"tcp:127.0.0.1:{port}"),))
-        eventually(lambda: str(port) in edge.worker.tables.agents["alice"].endpoint)
+        eventually(lambda: str(port) in edge.worker.context.tables.agents["alice"].endpoint)
         before = descriptors()
         socks = []
         for _ in range(count):
@@ -356,7 +356,7 @@ def test_thousands_of_idle_websockets_end_at_once():
             socks.append(sock)
         for sock in socks:
             assert sock.recv(1000).startswith(b"HTTP/1.1 101")
-        assert edge.worker.open_tunnels == count
+        assert len(edge.worker.clients.tunnels) == count
         start = time.monotonic()
         edge.feed.remove(tokens=(TOKEN,))
         for sock in socks:
@@ -364,6 +364,6 @@ def test_thousands_of_idle_websockets_end_at_once():
         assert time.monotonic() - start < 4
         for sock in socks:
             sock.close()
-        eventually(lambda: edge.worker.open_connections == 0, 10)
+        eventually(lambda: edge.worker.clients.open == 0, 10)
         eventually(lambda: descriptors() <= before + 10, 10)
         edge.do(servers[0].close)

@@ -36,8 +36,8 @@ def test_what_a_trusted_proxy_said_does_not_outlive_its_connection(edge) -> None
     """Connection objects are used again, and with them what the last header lines meant."""
     lines = b"X-Forwarded-For: 192.0.2.66\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: spoofed.test\r\n"
     assert b"Host: spoofed.test" in ask(edge, b"/a", more=lines)
-    eventually(lambda: edge.worker.spare)
-    spare: Connection = edge.worker.spare[-1]
+    eventually(lambda: edge.worker.clients.spare)
+    spare: Connection = edge.worker.clients.spare[-1]
     assert spare.reader.model is None
     assert b"spoofed" not in ask(edge, b"/a")
 

@@ -137,7 +137,7 @@ def test_bad_answers_become_502_and_the_connection_is_not_used_again(name):
             answer = edge.get()
             assert answer.status == 502 and answer.field(b"content-type") == b"application/problem+json"
         assert edge.agent.opened == 2
-        assert edge.worker.tables.agents["alice"].in_flight == 0
+        assert edge.worker.context.tables.agents["alice"].in_flight == 0
 
 
 def test_an_endless_head_is_cut():
@@ -167,7 +167,7 @@ def test_bad_chunks_of_an_agent_break_the_answer_off(body):
     with Edge(later) as edge:
         received = edge.ask(GET, timeout=5)
         assert received.endswith(b"3\r\nabc\r\n") and received.count(b"HTTP/1.1") == 1
-        eventually(lambda: edge.worker.tables.agents["alice"].in_flight == 0)
+        eventually(lambda: edge.worker.context.tables.agents["alice"].in_flight == 0)
 
 
 def test_an_answer_longer_than_it_says_is_cut_and_poisons_nothing():
@@ -259,7 +259,7 @@ def test_a_body_that_stops_is_cut():
         start = time.monotonic()
         sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + COOKIE + b"Content-Length: 100\r\n\r\nhello")
         assert read_all(sock).startswith(b"HTTP/1.1 408 ") and time.monotonic() - start < 4
-        eventually(lambda: edge.worker.tables.agents["alice"].in_flight == 0)
+        eventually(lambda: edge.worker.context.tables.agents["alice"].in_flight == 0)
 
 
 def test_an_agent_that_does_not_answer():
@@ -317,14 +317,14 @@ def test_readers_that_stop_cost_little_memory_and_affect_no_other_client():
         for sock in socks:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.sendall(GET)
-        (session,) = edge.worker.tables.sessions.values()
+        (session,) = edge.worker.context.tables.sessions.values()
         eventually(lambda: edge.do(lambda: sum(each.write_paused for each in session.connections or ())) == 40, 60)
         grown = psutil.Process().memory_info().rss - before
         assert grown < 40 * 700_000 + 30_000_000, f"{grown} bytes for 40 stuck readers"
         edge.agent.script = saying(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
         start = time.monotonic()
         assert edge.get().body == b"ok" and time.monotonic() - start < 10, "others are served"
-        eventually(lambda: edge.worker.open_connections == 0, 60)
+        eventually(lambda: edge.worker.clients.open == 0, 60)
         for sock in socks:
             sock.close()
 
@@ -365,18 +365,18 @@ def test_an_agent_that_does_not_read_holds_the_client_back():
 def test_connections_are_bounded_in_all_and_by_address():
     with Edge(connections=20) as edge:
         socks = [edge.connect() for _ in range(20)]
-        eventually(lambda: edge.worker.open_connections == 20)
+        eventually(lambda: edge.worker.clients.open == 20)
         assert edge.ask(GET, timeout=3).startswith(b"HTTP/1.1 503 ")
         socks.pop().close()
-        eventually(lambda: edge.worker.open_connections == 19)
+        eventually(lambda: edge.worker.clients.open == 19)
         assert edge.get().status == 200
         for sock in socks:
             sock.close()
     with Edge(connections_per_address=3) as edge:
         socks = [edge.connect() for _ in range(10)]
-        eventually(lambda: edge.worker.open_connections == 10)
+        eventually(lambda: edge.worker.clients.open == 10)
         assert edge.get().status == 200, "loopback is exempt"
-        edge.worker._forwarded._peers["127.0.0.1"] = (b"1.2.3.4", False, False)
+        edge.worker.clients._proxies._peers["127.0.0.1"] = (b"1.2.3.4", False, False)
         assert edge.ask(GET, timeout=3).startswith(b"HTTP/1.1 503 ")
         for sock in socks:
             sock.close()
@@ -394,7 +394,7 @@ def test_requests_in_flight_are_bounded_for_an_agent():
         socks = [edge.connect() for _ in range(3)]
         for sock in socks:
             sock.sendall(GET)
-        eventually(lambda: edge.worker.tables.agents["alice"].in_flight == 3)
+        eventually(lambda: edge.worker.context.tables.agents["alice"].in_flight == 3)
         assert edge.get().status == 503
         assert edge.get("/auth/login").status == 200, "the portal is another matter"
         release.set()

@@ -22,8 +22,12 @@ PAGE = b"GET /auth/login HTTP/1.1\r\nHost: app.test\r\n\r\n"
 def edge():
     with Edge(in_flight_per_agent=PLACES, body_timeout=6) as edge:
         yield edge
-        eventually(lambda: not edge.worker.open_connections)
-        assert not edge.worker.collected and not edge.worker._portal_slots and not edge.worker.portal.in_flight
+        eventually(lambda: not edge.worker.clients.open)
+        assert (
+            not edge.worker.context.collected
+            and not edge.worker.clients._portal_slots
+            and not edge.worker.context.portal.in_flight
+        )
         assert not edge.errors
 
 
@@ -56,8 +60,8 @@ def test_a_slow_body_arrives_whole_and_what_follows_it_is_another_request(edge, 
         never.sendall(head + begin)
         for piece in (head[:30], head[30:], *(begin[at : at + 1] for at in range(len(begin)))):
             slow.sendall(piece)
-        eventually(lambda: edge.worker.collected == 2 * len(begin))
-        assert not edge.portal.heads and not edge.worker.portal.in_flight
+        eventually(lambda: edge.worker.context.collected == 2 * len(begin))
+        assert not edge.portal.heads and not edge.worker.context.portal.in_flight
         slow.sendall(end + PAGE + head + begin + end + PAGE)
         reader = Reader(slow)
         first, second, third, fourth = (reader.answer() for _ in range(4))
@@ -103,8 +107,8 @@ def test_a_client_that_gives_up_in_the_middle_leaves_nothing_behind(edge) -> Non
     assert edge.ask(sized(20) + b"user", shut=True) == b""
     with edge.connect() as sock:
         sock.sendall(CHUNKED + b"5\r\nab")
-        eventually(lambda: edge.worker.collected)
-    eventually(lambda: not edge.worker.collected)
+        eventually(lambda: edge.worker.context.collected)
+    eventually(lambda: not edge.worker.context.collected)
     assert not edge.portal.heads
 
 
@@ -115,9 +119,9 @@ def test_the_end_of_a_session_does_not_break_a_form_that_is_on_its_way(edge) -> 
         sock.sendall(b"GET / HTTP/1.1\r\nHost: app.test\r\n" + COOKIE + b"\r\n")
         assert reader.answer().status == 200
         sock.sendall(sized(4, COOKIE.strip()) + b"ab")
-        eventually(lambda: edge.worker.collected)
+        eventually(lambda: edge.worker.context.collected)
         edge.feed.remove(tokens=(TOKEN,))
-        eventually(lambda: not edge.worker.tables.sessions)
+        eventually(lambda: not edge.worker.context.tables.sessions)
         sock.sendall(b"cd")
         assert reader.answer().body.endswith(b"abcd")
 
@@ -133,7 +137,7 @@ def test_incomplete_bodies_take_bounded_memory_and_small_ones_still_pass(edge, m
         for sock in socks:
             sock.settimeout(0.5)
             refused += read_all(sock).startswith(b"HTTP/1.1 503 ")
-        assert refused == 4 and 3 * PORTAL_BODY < edge.worker.collected <= 4 * PORTAL_BODY
+        assert refused == 4 and 3 * PORTAL_BODY < edge.worker.context.collected <= 4 * PORTAL_BODY
         with edge.connect() as sock:
             sock.sendall(sized(SMALL_BODY))
             for _ in range(SMALL_BODY // 512):
@@ -157,15 +161,15 @@ def test_one_address_takes_half_of_the_places_at_most() -> None:
     with Edge(portal=portal, in_flight_per_agent=PLACES, trusted_proxies=["127.0.0.0/8"]) as edge:
         with contextlib.ExitStack() as stack:
             greedy = [stack.enter_context(ask(edge, b"192.0.2.1")) for _ in range(PLACES)]
-            eventually(lambda: edge.worker.portal.in_flight == PLACES // 2)
+            eventually(lambda: edge.worker.context.portal.in_flight == PLACES // 2)
             refused = 'requests_total{app="edge",class="5xx"}'
-            eventually(lambda: edge.worker.counters.values().get(refused) == PLACES // 2, 20)
+            eventually(lambda: edge.worker.context.counters.values().get(refused) == PLACES // 2, 20)
             others = [stack.enter_context(ask(edge, b"192.0.2.%d" % number)) for number in range(2, 6)]
-            eventually(lambda: edge.worker.portal.in_flight == PLACES // 2 + 4)
+            eventually(lambda: edge.worker.context.portal.in_flight == PLACES // 2 + 4)
             release.set()
             assert all(Reader(sock).answer().status == 200 for sock in others)
             found = sorted(Reader(sock).answer().status for sock in greedy)
             assert found == [200] * (PLACES // 2) + [503] * (PLACES // 2)
             again = stack.enter_context(ask(edge, b"192.0.2.1"))
             assert Reader(again).answer().status == 200, "a place that was given back can be taken again"
-        eventually(lambda: not edge.worker._portal_slots)
+        eventually(lambda: not edge.worker.clients._portal_slots)

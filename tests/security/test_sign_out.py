@@ -23,7 +23,7 @@ def test_a_worker_says_that_it_knows_after_it_has_acted() -> None:
         edge.feed.remove(tokens=(TOKEN,))
         edge.feed._send({"type": "sync", "number": 7})
         edge.feed.wait_for(lambda frame: frame == {"type": "synced", "number": 7})
-        assert edge.worker.tables.sessions == {}
+        assert edge.worker.context.tables.sessions == {}
         assert edge.get().status == 401
 
 

@@ -205,10 +205,12 @@ class Edge:
         self.port = sock.getsockname()[1]
         server: asyncio.AbstractServer | Listener
         if self._tls is None:
-            server = Listener(self.worker, sock)
+            server = Listener(self.worker.clients, sock)
             server.start()
         else:
-            server = await self.loop.create_server(self.worker.client, sock=sock, ssl=self._tls, backlog=1024)
+            server = await self.loop.create_server(
+                self.worker.clients.client, sock=sock, ssl=self._tls, backlog=1024
+            )
         self._stop = asyncio.Event()
         self._ready.set()
         await self._stop.wait()

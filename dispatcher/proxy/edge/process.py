@@ -110,13 +110,13 @@ class Process:
         for sock in inherited.listeners:
             header = self._config.proxy.proxy_protocol
             if inherited.tls is not None or header:
-                acceptor: Listener = Handshakes(worker, sock, inherited.tls, header=header)
+                acceptor: Listener = Handshakes(worker.clients, sock, inherited.tls, header=header)
             else:
-                acceptor = Listener(worker, sock)
+                acceptor = Listener(worker.clients, sock)
             self._acceptors.append(acceptor)
             acceptor.start()
         for sock in inherited.redirects:
-            self._servers.append(await self._server(sock, lambda: Redirect(worker)))
+            self._servers.append(await self._server(sock, lambda: Redirect(worker.clients)))
 
     async def _server(
         self, sock: socket.socket, factory: Callable[[], asyncio.Protocol]
@@ -160,7 +160,7 @@ class Process:
         self._worker.drain()
         self._tunnels_kept = keep_tunnels
         if not keep_tunnels:
-            self._worker.shut_tunnels()
+            self._worker.clients.shut_tunnels()
         # Not at once: connections that were just accepted are not counted yet.
         self._loop.call_later(0.05, self._still_draining)
 
@@ -168,14 +168,14 @@ class Process:
         now = boottime()
         worker = self._worker
         if now >= self._grace_until:
-            worker.close_idle()
+            worker.clients.close_idle()
         if now >= self._drain_until and self._tunnels_kept:
             self._tunnels_kept = False
             self._drain_until = now + _CLOSE_GRACE
-            worker.shut_tunnels()
-        elif not (worker.open_connections or worker.handshakes) or now >= self._drain_until:
-            if worker.open_connections:
-                self._log.warning("connections were cut off", number=worker.open_connections)
+            worker.clients.shut_tunnels()
+        elif not (worker.clients.open or worker.clients.handshakes) or now >= self._drain_until:
+            if worker.clients.open:
+                self._log.warning("connections were cut off", number=worker.clients.open)
             self._finished.set()
             return
         self._loop.call_later(0.05, self._still_draining)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from email.utils import formatdate
 from typing import Any
 
 from dispatcher.feed import protocol
 from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy.edge.feed_client import Feed
 from dispatcher.proxy.edge.net.access_log import AccessLog
+from dispatcher.proxy.edge.net.clients import TICK, Clients
+from dispatcher.proxy.edge.net.connect import Connector
 from dispatcher.proxy.edge.net.connection import Connection
-from dispatcher.proxy.edge.net.services import Services, Waiting
-from dispatcher.proxy.edge.routing.activity import Traffic
+from dispatcher.proxy.edge.net.context import Context
+from dispatcher.proxy.edge.net.events import EventStreams
+from dispatcher.proxy.edge.net.upstream import Receiver
 from dispatcher.proxy.edge.routing.settings import IDLE_UPSTREAM, LOOKUP_TIMEOUT, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Changes
 
@@ -21,44 +25,57 @@ _NEGATIVE_TTL = 5.0  # seconds for which an unknown session is not looked up aga
 _WAKE_PAUSE = 1.0  # seconds between two wake requests, or reports, about one agent
 
 
-class Worker(Services):
-    """Shared by all connections of a process."""
+class Worker:
+    """The parts of a worker, joined; as `context.Manager` its link to the manager."""
 
     def __init__(self, settings: Settings, feed_path: str, portal_path: str, log: AccessLog) -> None:
-        super().__init__(settings, portal_path, log)
+        self.context = context = Context(settings, portal_path, log)
+        self._connector = Connector(context)
+        context.connect = self._connector.connect
+        context.manager = self
+        self.events = EventStreams(context)
+        self.clients = Clients(context, lambda: Connection(self.clients, self.events))
         self.feed = Feed(feed_path, self._on_message, self._on_up, self._on_down)
-        self._lookups: dict[bytes, list[Waiting]] = {}
+        self._lookups: dict[bytes, list[Receiver]] = {}
         self._negative: dict[bytes, float] = {}
-        self._reported = 0.0
-
-    def _new_client(self) -> Connection:
-        return Connection(self)
+        self._reported = context.now
+        self._second = 0
+        self._timer: asyncio.TimerHandle | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Connect to the feed and start the timer wheel."""
-        self.loop = loop
-        self._reported = self.now
+        self.context.loop = loop
         self.feed.open()
-        self.turn()
+        self._turn()
 
-    def each_second(self, now: float) -> None:
+    def _turn(self) -> None:
+        context = self.context
+        self._timer = context.loop.call_later(TICK, self._turn)
+        now = context.now = boottime()
+        self.clients.turn()
+        if int(now) != self._second:
+            self._second = int(now)
+            context.date_line = b"Date: " + formatdate(usegmt=True).encode("ascii") + b"\r\n"
+            self._each_second(now)
+
+    def _each_second(self, now: float) -> None:
         self.feed.check()
-        self.end_expired(now)
+        self.clients.end_expired(now)
         if now - self._reported >= protocol.ACTIVITY_INTERVAL:
             self.report()
         if int(now) % 5 == 0:
             self._close_idle_upstreams(now)
-            if self.feed_lost_for_good() and self.tables.agents:
-                self._logger.error(
+            if self.lost_for_good() and self.context.tables.agents:
+                self.context.logger.error(
                     "the manager is unreachable for longer than proxy.feed_grace, every request gets 503"
                 )
                 changes = Changes()
-                self.tables.clear(changes)
+                self.context.tables.clear(changes)
                 self._apply(changes)
-        self.log.flush()
+        self.context.log.flush()
 
     def _close_idle_upstreams(self, now: float) -> None:
-        for agent in (self.portal, *self.tables.agents.values()):
+        for agent in (self.context.portal, *self.context.tables.agents.values()):
             idle = agent.idle
             while idle and now - idle[0].since > IDLE_UPSTREAM:
                 idle.pop(0).transport.close()
@@ -67,42 +84,44 @@ class Worker(Services):
 
     def wake(self, agent: Agent) -> None:
         """Ask the manager to wake an agent, at most once a second."""
-        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.WAKE, "agent": agent.name}):
-            agent.woken = self.now
-            self.counters.wakes += 1
+        if self._notify(protocol.WAKE, agent):
+            self.context.counters.wakes += 1
 
     def report_dead(self, agent: Agent) -> None:
         """Report to the manager that nothing listens at the agent's endpoint."""
-        if self.now - agent.woken >= _WAKE_PAUSE and self.feed.send({"type": protocol.DEAD, "agent": agent.name}):
-            agent.woken = self.now
+        self._notify(protocol.DEAD, agent)
 
-    def look_up(self, client: Waiting, digest: bytes) -> bool:
+    def _notify(self, kind: str, agent: Agent) -> bool:
+        now = self.context.now
+        if now - agent.woken < _WAKE_PAUSE or not self.feed.send({"type": kind, "agent": agent.name}):
+            return False
+        agent.woken = now
+        return True
+
+    def look_up(self, exchange: Receiver, digest: bytes) -> bool:
         """Ask the manager about a session that is not in the table; False when it is known not to exist."""
         waiting = self._lookups.get(digest)
         if waiting is None:
-            if self._negative.get(digest, 0.0) > self.now or len(self._lookups) >= _MAX_LOOKUPS:
+            if self._negative.get(digest, 0.0) > self.context.now or len(self._lookups) >= _MAX_LOOKUPS:
                 return False
             if not self.feed.complete or not self.feed.send({"type": protocol.LOOKUP, "sha256": digest.hex()}):
                 return False
             waiting = self._lookups[digest] = []
-            self.loop.call_later(LOOKUP_TIMEOUT, lambda: self._looked_up(digest))
-        waiting.append(client)
+            self.context.loop.call_later(LOOKUP_TIMEOUT, lambda: self._looked_up(digest))
+        waiting.append(exchange)
         return True
 
     def _looked_up(self, digest: bytes) -> None:
-        for client in self._lookups.pop(digest, ()):
-            client.looked_up(digest)
+        for exchange in self._lookups.pop(digest, ()):
+            exchange.looked_up(digest)
 
-    def feed_lost_for_good(self) -> bool:
+    def lost_for_good(self) -> bool:
         """Whether the feed has been lost for longer than `feed_grace`."""
-        return bool(self.feed.lost_at) and self.now - self.feed.lost_at > self.settings.feed_grace
+        return bool(self.feed.lost_at) and self.context.now - self.feed.lost_at > self.context.settings.feed_grace
 
     def _on_message(self, message: dict[str, Any]) -> None:
-        self.now = boottime()
-        changes = self.tables.apply(message, self.now)
-        for agent in changes.agents:
-            if agent.traffic is None:
-                agent.traffic = Traffic()
+        self.context.now = boottime()
+        changes = self.context.tables.apply(message, self.context.now)
         self._apply(changes)
         kind = message["type"]
         if kind in {protocol.CHANGE, protocol.SNAPSHOT}:
@@ -116,12 +135,12 @@ class Worker(Services):
         elif kind == protocol.SESSION:
             digest = bytes.fromhex(message["sha256"])
             if not message.get("session") and len(self._negative) < _MAX_NEGATIVE:
-                self._negative[digest] = self.now + _NEGATIVE_TTL
+                self._negative[digest] = self.context.now + _NEGATIVE_TTL
             self._looked_up(digest)
 
     def _apply(self, changes: Changes) -> None:
         for session in changes.sessions_gone:
-            self.end(session)
+            self.clients.end(session)
         for agent in changes.moved:
             idle, agent.idle = agent.idle, []
             for upstream in idle:
@@ -135,7 +154,7 @@ class Worker(Services):
                 self.events.changed(agent)
 
     def _on_up(self) -> None:
-        self._reported = self.now
+        self._reported = self.context.now
 
     def _on_down(self) -> None:
         """End the lookups in progress: no answers will arrive."""
@@ -144,41 +163,43 @@ class Worker(Services):
 
     def report(self) -> None:
         """Report the use since the last report, and the totals."""
-        now = self.now
+        now = self.context.now
         seconds, self._reported = now - self._reported, now
         agents = {}
-        for agent in self.tables.agents.values():
+        for agent in self.context.tables.agents.values():
             values = agent.traffic.report(seconds, len(agent.tunnels))
             if values:
                 agents[agent.name] = values
-        used, self.router.used = self.router.used, []
+        used, self.context.router.used = self.context.router.used, []
         for session in used:
             session.used = False
         if agents or used:
             sessions = [session.digest.hex() for session in used if not session.gone]
             self.feed.send({"type": protocol.ACTIVITY, "agents": agents, "sessions": sessions})
         totals = {
-            "connections_open": self.open_connections,
-            "websockets_open": self.open_tunnels,
-            "log_lines_lost_total": self.log.lost,
-            **self.counters.values(),
+            "connections_open": self.clients.open,
+            "websockets_open": len(self.clients.tunnels),
+            "log_lines_lost_total": self.context.log.lost,
+            **self.context.counters.values(),
         }
         self.feed.send({"type": protocol.COUNTERS, "values": totals})
 
     def drain(self) -> None:
         """Accept no new work; finish work in progress."""
-        self.draining = True
+        self.context.draining = True
         self.events.close()
 
     def close(self) -> None:
         """End all connections."""
         self.report()
-        self.abort_all()
-        for agent in (self.portal, *self.tables.agents.values()):
+        if self._timer is not None:
+            self._timer.cancel()
+        self.clients.abort_all()
+        for agent in (self.context.portal, *self.context.tables.agents.values()):
             idle, agent.idle = agent.idle, []
             for upstream in idle:
                 upstream.transport.abort()
-        for task in self._tasks:
+        for task in self._connector.tasks:
             task.cancel()
         self.feed.close()
-        self.log.flush()
+        self.context.log.flush()

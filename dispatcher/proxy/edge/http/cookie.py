@@ -16,21 +16,25 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
     have added the second, and it cannot be told which is right.
     """
     token: bytes | None = None
-    count = own = 0
+    count = position = 0
     rest: list[bytes] = []
-    for pair in value.split(b";"):
-        if b"dispatcher" not in pair:
-            rest.append(pair)
-            continue
-        name, _, content = pair.strip(b" \t").partition(b"=")
-        name = name.rstrip(b" \t")
-        if name not in _OWN:
-            rest.append(pair)
-            continue
-        own += 1
-        if name == session_name:
-            token = content.strip(b" \t")
-            count += 1
-    if not own:
+    size = len(value)
+    found = value.find(b"dispatcher")
+    while found >= 0:
+        begin = value.rfind(b";", position, found) + 1 or position
+        end = value.find(b";", found)
+        if end < 0:
+            end = size
+        name, _, content = value[begin:end].partition(b"=")
+        name = name.strip(b" \t")
+        if name in _OWN:
+            rest.append(value[position:begin])
+            position = end + 1
+            if name == session_name:
+                token = content.strip(b" \t")
+                count += 1
+        found = value.find(b"dispatcher", end)
+    if not position:
         return None, value
-    return token if count == 1 else None, b";".join(rest).strip(b" \t")
+    rest.append(value[position:])
+    return token if count == 1 else None, b"".join(rest).strip(b" \t;")

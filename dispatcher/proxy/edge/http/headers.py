@@ -39,7 +39,7 @@ X_FORWARDED_FOR: Final = 11
 X_FORWARDED_HOST: Final = 12
 X_FORWARDED_PROTO: Final = 13
 X_REQUEST_ID: Final = 14
-# From here on a request's line is passed on as well.
+# The lines of kinds from LOOKED_AT on are passed on as well.
 LOOKED_AT: Final = 20
 ACCEPT: Final = 20
 SEC_FETCH_MODE: Final = 21
@@ -48,13 +48,13 @@ ORIGIN: Final = 23
 SERVICE_WORKER: Final = 24
 SEC_PURPOSE: Final = 25
 SEC_FETCH_DEST: Final = 26
-
 # Answers.
+DATE: Final = 27
+CONTENT_TYPE: Final = 28
+ANSWER_LENGTH: Final = 29
 SET_COOKIE: Final = 30
 SERVICE_WORKER_ALLOWED: Final = 31
-DATE: Final = 32
-CLEAR_SITE_DATA: Final = 33
-CONTENT_TYPE: Final = 34
+CLEAR_SITE_DATA: Final = 32
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP = dict.fromkeys(
@@ -127,6 +127,7 @@ _REQUEST = {
 _RESPONSE = {
     **_HOP_BY_HOP,
     **_FRAMING,
+    "content-length": ANSWER_LENGTH,
     "upgrade": UPGRADE,
     "set-cookie": SET_COOKIE,
     "set-cookie2": DROP,
@@ -247,21 +248,17 @@ REQUEST_NAMES: Final = Names(_REQUEST, _IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE)
 
 
-Special = tuple[int, bytes, bytes]
-
-
 class Fields:
     """The field lines of a head.
 
-    :ivar kept: lines of the kind `KEEP`, and of those that are looked at but passed on.
-    :ivar special: kind, line and value of the lines of all other kinds, without `DROP`.
+    :ivar lines: those to pass on, each with its CRLF; :ivar special: kind and value of all but `KEEP` and `DROP`.
     """
 
-    __slots__ = ("kept", "special")
+    __slots__ = ("lines", "special")
 
     def __init__(self) -> None:
-        self.kept: list[bytes] = []
-        self.special: list[Special] = []
+        self.lines = b""
+        self.special: list[tuple[int, bytes]] = []
 
 
 def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Fields:
@@ -276,6 +273,7 @@ def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
     if len(lines) > max_fields:
         raise BadHead(f"more than {max_fields} header lines", 431)
     known = names.known
+    kept = []
     for line in lines:
         name, colon, value = line.partition(b":")
         if not colon:
@@ -283,22 +281,15 @@ def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
         kind = known.get(name)
         if kind is None:
             kind = names.learn(name)
-        if kind != DROP:
-            if kind == KEEP:
-                fields.kept.append(line)
-            else:
-                if is_passed_on(kind):
-                    fields.kept.append(line)
-                fields.special.append((kind, line, value.strip(b" \t")))
+        if kind == KEEP or kind >= LOOKED_AT:
+            kept.append(line + b"\r\n")
+        if kind >= SPECIAL:
+            fields.special.append((kind, value.strip(b" \t")))
     # In one go: without the allowed bytes only the line ends are left.
     if head[start:].translate(None, FIELD_BYTES) != b"\r\n" * (len(lines) + 1):
         raise BadHead("a control character in a header")
+    fields.lines = b"".join(kept)
     return fields
-
-
-def is_passed_on(kind: int) -> bool:
-    """Whether a request's line is looked at and passed on."""
-    return LOOKED_AT <= kind < SET_COOKIE
 
 
 def connection_options(value: bytes) -> frozenset[bytes]:
@@ -311,9 +302,9 @@ def connection_options(value: bytes) -> frozenset[bytes]:
 KEEP_ALIVE: Final = frozenset({b"keep-alive"})
 
 
-def without_named(lines: list[bytes], options: frozenset[bytes]) -> list[bytes]:
-    """Return `lines` without those that a `Connection` option names."""
-    return [line for line in lines if line.partition(b":")[0].lower() not in options]
+def without_named(lines: bytes, names: frozenset[bytes]) -> bytes:
+    """Return `lines` without those of some names, in lower case."""
+    return b"".join([line for line in lines.splitlines(True) if line.partition(b":")[0].lower() not in names])
 
 
 def trailer_lines(lines: list[bytes]) -> list[bytes]:

@@ -7,6 +7,7 @@ read differently is refused with 400 and its connection closed.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.headers import REQUEST_NAMES, BadHead, read_fields
@@ -45,7 +46,7 @@ _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
 #: Visible ASCII without ``#``; percent-encoding is the application's business.
-_TARGET = re.compile(rb"[!\"$-~]+")
+_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
 
 NO_BODY = 0
 CHUNKED = -1
@@ -55,7 +56,8 @@ class Request:
     """One request head, parsed.
 
     :ivar target: origin-form, byte for byte; :ivar version: minor version of HTTP/1.
-    :ivar lines: the lines to pass on unchanged; :ivar fields: values by kind, of the special ones.
+    :ivar lines: the lines to pass on unchanged, each with its CRLF.
+    :ivar fields: values by kind, of the special ones.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
     :ivar by_hand: a navigation that is not a prefetch; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
@@ -85,7 +87,7 @@ class Request:
     version: int
     traits: int
     host: bytes
-    lines: list[bytes]
+    lines: bytes
     fields: dict[int, bytes]
     length: int
     close: bool
@@ -109,7 +111,7 @@ class Request:
             raise _bad_start(line) from None
         self.method = method
         self.target = target
-        if target[:1] != b"/" or not _TARGET.fullmatch(target):
+        if target[:1] != b"/" or target.translate(None, _TARGET_BYTES):
             self.target = _other_target(self, target)
 
     def repeats(self) -> bool:
@@ -147,12 +149,14 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     request = Request()
     request.size = len(head)
     fields: dict[int, bytes] = {}
-    for kind, _, value in read.special:
+    kinds = 0
+    for kind, value in read.special:
+        kinds |= 1 << kind
         if kind in fields:
             fields[kind] += (b"; " if kind == headers.COOKIE else b", ") + value
         else:
             fields[kind] = value
-    request.lines = read.kept
+    request.lines = read.lines
     request.fields = fields
     request.start(head[: begin - 2])
     host = fields.get(headers.HOST)
@@ -163,8 +167,21 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     elif not _HOST.fullmatch(host):
         raise BadHead("an invalid Host header, or more than one")
     request.host = host
-    _frame(request)
+    request.length = NO_BODY
+    request.upgrade = request.expects = False
+    request.close = not request.version
+    if kinds & _FRAMING:
+        _frame(request)
+    request.machine = bool(kinds & 1 << headers.SEC_PURPOSE)
+    request.by_hand = not request.machine and request.navigation()
+    request.watched = request.upgrade or bool(kinds & 1 << headers.SERVICE_WORKER)
     return request
+
+
+#: The kinds of fields about body and connection.
+_FRAMING: Final = (
+    1 << headers.CONTENT_LENGTH | 1 << headers.TRANSFER_ENCODING | 1 << headers.CONNECTION | 1 << headers.EXPECT
+)
 
 
 def _bad_start(line: bytes) -> BadHead:
@@ -184,7 +201,7 @@ def _bad_start(line: bytes) -> BadHead:
 
 def _other_target(request: Request, target: bytes) -> bytes:
     """Return the origin-form of a target in another form (RFC 9112, 3.2)."""
-    if not _TARGET.fullmatch(target):
+    if not target or target.translate(None, _TARGET_BYTES):
         raise BadHead("an invalid character in the request target")
     if target == b"*" and request.method == b"OPTIONS":
         return target
@@ -201,9 +218,6 @@ def _other_target(request: Request, target: bytes) -> bytes:
 def _frame(request: Request) -> None:
     """Decide where the body ends (RFC 9112, 6.3) and whether the connection persists (9.3)."""
     fields = request.fields
-    request.length = NO_BODY
-    request.upgrade = request.expects = False
-    request.close = not request.version
     if headers.TRANSFER_ENCODING in fields:
         if headers.CONTENT_LENGTH in fields:
             raise BadHead("both Transfer-Encoding and Content-Length")
@@ -231,9 +245,6 @@ def _frame(request: Request) -> None:
         extra = options - _ORDINARY_OPTIONS
         if extra:
             request.lines = headers.without_named(request.lines, extra)
-    request.machine = headers.SEC_PURPOSE in fields
-    request.by_hand = not request.machine and request.navigation()
-    request.watched = request.upgrade or headers.SERVICE_WORKER in fields
     if headers.EXPECT in fields and request.version:
         if fields[headers.EXPECT].lower() != b"100-continue":
             raise BadHead("an expectation that cannot be met", 417)
@@ -249,15 +260,9 @@ def upstream_lines(request: Request, cookie: bytes, fixed: bytes) -> bytes:
     :param cookie: value of the Cookie field, already without the dispatcher's own; empty for none.
     :param fixed: Host and the edge's own lines, each ended by CRLF: the same for all requests of a connection.
     """
-    parts = [b" HTTP/1.1\r\n" + fixed[:-2]]
-    parts += request.lines
-    if cookie:
-        parts.append(b"Cookie: " + cookie)
+    cookie_line = b"Cookie: " + cookie + b"\r\n" if cookie else b""
     framing = _framing_lines(request)
-    if framing:
-        parts.append(framing[:-2])
-    parts.append(b"X-Request-ID: ")
-    return b"\r\n".join(parts)
+    return b"".join([b" HTTP/1.1\r\n", fixed, request.lines, cookie_line, framing, b"X-Request-ID: "])
 
 
 def _framing_lines(request: Request) -> bytes:

@@ -15,7 +15,7 @@ from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
 _OWN = frozenset(name.lower().encode() for name in OWN_NAMES)
-_DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;]*)?(?=;|$)", re.IGNORECASE)
+_DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;\r]*)?(?=[;\r]|$)", re.IGNORECASE)
 _MAX_CACHED = 512
 _statuses: dict[bytes, tuple[int, int, bytes]] = {}
 
@@ -27,19 +27,18 @@ UNTIL_CLOSE = -2
 class Response:
     """One answer's head, parsed.
 
-    :ivar lines: the lines to pass on, the start line for an HTTP/1.1 client first.
-    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`; :ivar sized: `lines` have a length.
+    :ivar lines: the lines to pass on, each with its CRLF, the start line for an HTTP/1.1 client first.
+    :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
     :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty; :ivar last:
         the same where it only ends the connection.
     """
 
-    __slots__ = ("close", "dated", "last", "length", "lines", "plain", "sized", "status", "upgraded")
+    __slots__ = ("close", "dated", "last", "length", "lines", "plain", "status", "upgraded")
 
     status: int
-    lines: list[bytes]
+    lines: bytes
     length: int
-    sized: bool
     close: bool
     upgraded: bool
     dated: bool
@@ -85,79 +84,87 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     response = Response()
     response.status = status
     response.dated = False
-    kept = read.kept
+    lines = first + read.lines
     length = UNTIL_CLOSE
-    options = _NO_OPTIONS
+    options: frozenset[bytes] | None = None
+    allowed = True
     chunked = False
     response.upgraded = False
-    for kind, line, value in read.special:
+    for kind, value in read.special:
         if kind == headers.DATE:
-            if not response.dated:
-                response.dated = True
-                kept.append(line)
+            response.dated = True
         elif kind == headers.CONTENT_TYPE:
-            kept.append(line)
             if policy is not None and policy.guarded and b"script" in value.lower():
                 # A copy in the browser's cache must not serve for a service worker that is refused here:
                 # browsers may take the script from there (Service Workers, "Update", updateViaCache).
-                kept.append(b"Vary: Service-Worker")
-        elif kind == headers.CONTENT_LENGTH:
+                lines += b"Vary: Service-Worker\r\n"
+        elif kind == headers.ANSWER_LENGTH:
             if length != UNTIL_CLOSE or not value.isdigit() or len(value) > headers.MAX_DIGITS:
                 raise BadHead("an invalid Content-Length, or more than one")
             length = int(value)
         elif kind == headers.CONNECTION:
-            options = options | headers.connection_options(value)
+            options = (
+                headers.connection_options(value)
+                if options is None
+                else options | headers.connection_options(value)
+            )
         elif kind == headers.TRANSFER_ENCODING:
             if chunked or value.lower() != b"chunked":
                 raise BadHead("a Transfer-Encoding other than chunked")
             chunked = True
         elif kind == headers.UPGRADE:
             response.upgraded = status == 101 and value.lower() == b"websocket"
-        elif _is_allowed(kind, line, value, policy):
-            kept.append(_DOMAIN.sub(b"", line) if policy is not None and policy.host_only else line)
-    response.close = b"close" in options or (not version and b"keep-alive" not in options)
-    if not options <= _ORDINARY_OPTIONS:
-        kept = headers.without_named(kept, options - _ORDINARY_OPTIONS)
+        elif policy is not None:
+            if kind == headers.SET_COOKIE:
+                if sets_own_cookie(value) or (policy.host_only and _DOMAIN.search(value)):
+                    allowed = False
+            elif kind == headers.CLEAR_SITE_DATA or (policy.guarded and widens(value, policy.guarded)):
+                allowed = False
+    if policy is not None and not allowed:
+        lines = b"".join([_allowed(line, policy) for line in lines.splitlines(True)])
+    if options is None:
+        response.close = not version
+    elif options is headers.KEEP_ALIVE:
+        response.close = False
+    else:
+        response.close = b"close" in options or (not version and b"keep-alive" not in options)
+        lines = headers.without_named(lines, options - _ORDINARY_OPTIONS)
     if chunked:
         if length != UNTIL_CLOSE:
             raise BadHead("both Transfer-Encoding and Content-Length")
         if not version:
             raise BadHead("Transfer-Encoding in HTTP/1.0")
         length = CHUNKED
-    kept.insert(0, first)
-    response.lines = kept
-    response.sized = length >= 0
     if status < 200 or status == 204:
         # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of 0 is harmless.
         if chunked or length > 0:
             raise BadHead("a body in an answer that cannot have one")
-        response.sized = False
+        lines = headers.without_named(lines, _LENGTH_NAME)
         length = NO_BODY
-    elif length >= 0:
-        kept.append(b"Content-Length: %d" % length)
     if status == 304 or method == b"HEAD":
         length = NO_BODY
     elif length == UNTIL_CLOSE:
         response.close = True
+    response.lines = lines
     response.length = length
     response.plain = response.last = b""
     return response
 
 
-_NO_OPTIONS: frozenset[bytes] = frozenset()
+_LENGTH_NAME = frozenset({b"content-length"})
 _ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 
 
-def _is_allowed(kind: int, line: bytes, value: bytes, policy: Policy | None) -> bool:
-    """Whether an upstream may set this about the origin."""
-    if policy is None:
-        return True
+def _allowed(line: bytes, policy: Policy) -> bytes:
+    """Return a line of an answer as far as an upstream may set it for the origin."""
+    name, _, value = line.partition(b":")
+    kind = RESPONSE_NAMES.known.get(name)
+    value = value.strip(b" \t\r\n")
     if kind == headers.SET_COOKIE:
-        return not sets_own_cookie(value)
+        return b"" if sets_own_cookie(value) else _DOMAIN.sub(b"", line) if policy.host_only else line
     if kind == headers.SERVICE_WORKER_ALLOWED:
-        return not policy.guarded or not widens(value, policy.guarded)
-    del line
-    return False
+        return b"" if policy.guarded and widens(value, policy.guarded) else line
+    return b"" if kind == headers.CLEAR_SITE_DATA else line
 
 
 def _learn_status(line: bytes) -> tuple[int, int, bytes]:
@@ -166,7 +173,7 @@ def _learn_status(line: bytes) -> tuple[int, int, bytes]:
         raise BadHead("an invalid status line")
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).
-    learned = int(match[1]), status, b"HTTP/1.1" + line[8:] + (b" " if len(line) == 12 else b"")
+    learned = int(match[1]), status, b"HTTP/1.1" + line[8:] + (b" \r\n" if len(line) == 12 else b"\r\n")
     if len(line) < 64:
         if len(_statuses) >= _MAX_CACHED:
             _statuses.clear()
@@ -204,4 +211,4 @@ def widens(value: bytes, guarded: bytes) -> bool:
 
 def client_head(response: Response, additions: bytes) -> bytes:
     """Return the head for the client; `additions` are the edge's own lines, each ended by CRLF."""
-    return b"\r\n".join(response.lines) + b"\r\n" + additions + b"\r\n"
+    return b"".join([response.lines, additions, b"\r\n"])

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dispatcher.proxy.edge.http.headers import (
-    DROP,
     FIELD_BYTES,
     KEEP,
     LOOKED_AT,
-    SET_COOKIE,
+    SPECIAL,
     Fields,
     Names,
     read_fields,
@@ -35,13 +34,13 @@ _CLASSES: Final = bytes(
 def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Fields:
     """Return the field lines of a head, as `read_fields`."""
     fields = Fields()
-    kept = fields.kept
     special = fields.special
     known = names.known
     perhaps = names.perhaps
     classes = _CLASSES
     position: i64 = start
     end: i64 = len(head) - 2
+    begin: i64 = start  # of the lines that are passed on together
     left: i64 = max_fields
     colon: i64
     stop: i64
@@ -65,26 +64,24 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
         if head[colon] != 58 or colon == position or byte != 13 or head[stop + 1] != 10 or left < 0:
             return read_fields(head, start, max_fields, names)
         index = ((colon - position) & 63) << 5 | index
-        if not perhaps[index]:
-            kept.append(head[position:stop])
-        else:
+        if perhaps[index]:
             name = head[position:colon]
             kind = known.get(name)
             if kind is None:
                 kind = names.learn(name)
-            if kind != DROP:
-                line = head[position:stop]
-                if kind == KEEP:
-                    kept.append(line)
-                else:
-                    if LOOKED_AT <= kind < SET_COOKIE:
-                        kept.append(line)
-                    first = colon + 1
-                    last = stop
-                    while first < last and (head[first] == 32 or head[first] == 9):
-                        first += 1
-                    while first < last and (head[last - 1] == 32 or head[last - 1] == 9):
-                        last -= 1
-                    special.append((kind, line, head[first:last]))
+            if kind >= SPECIAL:
+                first = colon + 1
+                last = stop
+                while first < last and (head[first] == 32 or head[first] == 9):
+                    first += 1
+                while first < last and (head[last - 1] == 32 or head[last - 1] == 9):
+                    last -= 1
+                special.append((kind, head[first:last]))
+            if KEEP < kind < LOOKED_AT:
+                if begin < position:
+                    fields.lines += head[begin:position]
+                begin = stop + 2
         position = stop + 2
+    if begin < position:
+        fields.lines += head[begin:position]
     return fields

@@ -11,9 +11,10 @@ import errno
 import socket
 
 from dispatcher.plugin.endpoints import checked_unix_path
+from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import Endpoint
-from dispatcher.proxy.edge.net.registry import Registry
-from dispatcher.proxy.edge.net.upstream import Upstream
+from dispatcher.proxy.edge.net.context import Context
+from dispatcher.proxy.edge.net.upstream import Receiver, Upstream
 from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT
 from dispatcher.proxy.edge.routing.table import Agent
 
@@ -21,13 +22,47 @@ _FULL_PAUSE = 0.01  # seconds between two tries while a listener's queue is full
 _FULL_TRIES = 200
 
 
-async def open_upstream(registry: Registry, agent: Agent) -> Upstream:
+class Connector:
+    """Opens connections for exchanges; `tasks` are the ones in progress."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    def connect(self, agent: Agent, exchange: Receiver) -> None:
+        """Open a connection to the agent and give it to the exchange."""
+        task = self._context.loop.create_task(self._connect(agent, exchange))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _connect(self, agent: Agent, exchange: Receiver) -> None:
+        problem: Exception
+        try:
+            upstream = await open_upstream(self._context, agent)
+        except (OSError, DispatcherError) as error:
+            problem = error
+        else:
+            if not upstream.transport.is_closing():
+                if exchange.wants(agent):
+                    exchange.connected(upstream)
+                else:
+                    upstream.transport.close()
+                return
+            # The process that accepted it ended before it could be used: the request was not sent.
+            problem = ConnectionRefusedError("closed as soon as it was open")
+        if exchange.wants(agent):
+            if not isinstance(problem, (ConnectionRefusedError, FileNotFoundError)):
+                self._context.logger.warning("no connection to the agent", agent=agent.name, error=str(problem))
+            exchange.unreachable(agent)
+
+
+async def open_upstream(context: Context, agent: Agent) -> Upstream:
     """Return a connection to an agent, or to the portal.
 
     :raises OSError: nothing listens there, or it took too long (TimeoutError).
     :raises InsecureEndpoint: the endpoint is not the agent's; :raises BadRequest: it is not an endpoint.
     """
-    upstream = Upstream(registry, agent)
+    upstream = Upstream(context, agent)
     try:
         await asyncio.wait_for(_open(upstream, Endpoint.parse(agent.endpoint), agent.uid), CONNECT_TIMEOUT)
     except asyncio.TimeoutError as error:
@@ -38,20 +73,24 @@ async def open_upstream(registry: Registry, agent: Agent) -> Upstream:
 async def _open(upstream: Upstream, endpoint: Endpoint, uid: int | None) -> None:
     loop = asyncio.get_running_loop()
     if endpoint.kind == "tcp":
-        await loop.create_connection(lambda: upstream, endpoint.host, endpoint.port)
+        await loop.create_connection(
+            lambda: upstream,  # type: ignore[type-var]
+            endpoint.host,
+            endpoint.port,
+        )
         return
     if endpoint.kind == "vsock":
         sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             await _vsock(loop, sock, (endpoint.cid, endpoint.port))
-            await loop.create_unix_connection(lambda: upstream, sock=_as_unix(sock))
+            await loop.create_unix_connection(lambda: upstream, sock=_as_unix(sock))  # type: ignore[type-var]
         except BaseException:
             sock.close()
             raise
         return
     sock = await _unix(endpoint.path, uid)
     try:
-        await loop.create_unix_connection(lambda: upstream, sock=sock)
+        await loop.create_unix_connection(lambda: upstream, sock=sock)  # type: ignore[type-var]
     except BaseException:
         sock.close()
         raise

@@ -1,23 +1,25 @@
 """A client's connection: it reads requests, carries the router's decisions out and closes after the last answer.
 
 It works on one request at a time: it reads a head, has it routed, and leaves the rest to its exchange; bytes that
-come early wait.  No task, future or timer belongs to a request: the registry's timer wheel checks `deadline` twice
-a second, and everything else happens in the callbacks of the two transports.
+come early wait.  No task, future or timer belongs to a request: the timer wheel of `clients` checks `deadline`
+twice a second, and everything else happens in the callbacks of the two transports.
 """
 
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.forwarded import usable_request_id
 from dispatcher.proxy.edge.http.head_reader import HeadReader
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request
-from dispatcher.proxy.edge.net.body_buffer import BodyBuffer
-from dispatcher.proxy.edge.net.client import State
+from dispatcher.proxy.edge.http.trusted_proxies import usable_request_id
+from dispatcher.proxy.edge.net.bodies import BodyBuffer
+from dispatcher.proxy.edge.net.client_base import Client, State
+from dispatcher.proxy.edge.net.clients import Clients
+from dispatcher.proxy.edge.net.events import EventStreams
 from dispatcher.proxy.edge.net.exchange import Exchange
-from dispatcher.proxy.edge.net.services import Services
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import (
     PORTAL,
@@ -34,45 +36,30 @@ from dispatcher.proxy.edge.routing.decision import (
 from dispatcher.proxy.edge.routing.settings import FOREVER, LINGER, LINGER_BYTES, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
-_HEAD, _BODY, _ANSWER, _WAIT = State.HEAD, State.BODY, State.ANSWER, State.WAIT  # on the hot path
+# On the hot path:
+_HEAD: Final = State.HEAD
+_BODY: Final = State.BODY
+_ANSWER: Final = State.ANSWER
+_WAIT: Final = State.WAIT
 
 
-class Connection(asyncio.Protocol):
-    """A client's connection; the object serves one client after the other.
-
-    :ivar address: of the peer, or of a trusted PROXY header, None where the transport knows it.
-    :ivar remote: the client's address, for agents and logs; :ivar trusted: its proxy headers are.
-    :ivar deadline: when `expired` is called; :ivar closing: no request follows; :ivar eof: the client sent all.
-    :ivar write_paused: the client reads too slowly; :ivar unsent: the bytes it had not taken at the last check.
-    :ivar reading_paused: the client is not read, see `regulate_reading`.
-    """
+class Connection(Client):
+    """A client's connection; the object serves one client after the other."""
 
     __slots__ = (
         "_buffer",
-        "address",
-        "closing",
-        "deadline",
-        "eof",
+        "clients",
+        "context",
+        "events",
         "exchange",
-        "reader",
-        "reading_paused",
-        "remote",
-        "scheme",
-        "session",
-        "state",
-        "transport",
-        "trusted",
-        "unsent",
-        "worker",
-        "write_paused",
     )
 
-    transport: asyncio.Transport
-
-    def __init__(self, worker: Services) -> None:
-        settings = worker.settings
-        self.worker = worker
-        self.exchange = Exchange(worker, self)
+    def __init__(self, clients: Clients, events: EventStreams) -> None:
+        self.clients = clients
+        self.context = clients.context
+        self.events = events
+        settings = self.context.settings
+        self.exchange = Exchange(clients, self)
         self.reader = HeadReader(settings.head_bytes, settings.head_fields)
         self._buffer: BodyBuffer | None = None
         self.address: str | None = None
@@ -90,7 +77,7 @@ class Connection(asyncio.Protocol):
             self.exchange.forget_lines()
         self.state = _HEAD
         self.write_paused = self.reading_paused = self.closing = self.eof = self.trusted = False
-        self.scheme = self.worker.settings.scheme
+        self.scheme = self.context.settings.scheme
         self.reader.kept = None
         self.exchange.clear()
 
@@ -105,8 +92,8 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
-        self.deadline = self.worker.now + self.worker.settings.head_timeout
-        if not self.worker.admit(self):
+        self.deadline = self.context.now + self.context.settings.head_timeout
+        if not self.clients.admit(self):
             self.closing = True
             self.refuse(pages.FULL)
 
@@ -126,7 +113,7 @@ class Connection(asyncio.Protocol):
             if request is not None:
                 self._begin(request)
             elif not incomplete and reader.kept is not None:
-                self.deadline = self.worker.now + self.worker.settings.head_timeout
+                self.deadline = self.context.now + self.context.settings.head_timeout
         elif state is _BODY:
             self.exchange.body_received(data)
         elif state is _ANSWER or state is _WAIT:
@@ -145,9 +132,9 @@ class Connection(asyncio.Protocol):
         reveals it, or this limit.
         """
         self.eof = True
-        if self.answering or self.state is State.STREAM:
+        if self.is_answering() or self.state is State.STREAM:
             self.closing = True
-            self.deadline = min(self.deadline, self.worker.now + self.worker.settings.body_timeout)
+            self.deadline = min(self.deadline, self.context.now + self.context.settings.body_timeout)
             return self.transport.can_write_eof()
         return False
 
@@ -159,42 +146,42 @@ class Connection(asyncio.Protocol):
         if exchange.agent is not None or state is _WAIT:
             exchange.client_lost()
         elif state is State.STREAM:
-            self.worker.events.forget(self)
+            self.events.forget(self)
             exchange.count(None, 200)
-        self.worker.forget(self)
+        self.clients.forget(self)
 
     def pause_writing(self) -> None:
         self.write_paused = True
         if self.exchange.upstream is not None:
             self.exchange.upstream.pause_reading()
         if self.state is not _WAIT:
-            self.worker.watch_writer(self)
+            self.clients.watch_writer(self)
 
     def resume_writing(self) -> None:
         self.write_paused = False
         if self.exchange.upstream is not None:
             self.exchange.upstream.resume_reading()
-        worker = self.worker
+        context = self.context
         if self.state is _HEAD:
-            self.deadline = worker.now + worker.settings.idle_timeout
+            self.deadline = context.now + context.settings.idle_timeout
             self._read_kept()
         elif self.state is _BODY:
             self.exchange.await_body()
         elif self.state is _ANSWER:
             self.exchange.await_answer()
         elif self.state is State.STREAM:
-            worker.events.resume(self)
+            self.events.resume(self)
 
     def expired(self) -> None:
         """Act on the deadline, which has passed."""
-        worker = self.worker
+        context = self.context
         state = self.state
         answered = self.exchange.status
         if self.write_paused and state is not _WAIT:
-            if not worker.still_writing(self):
+            if not self.clients.still_writing(self):
                 self.transport.abort()
         elif state is State.STREAM:
-            worker.events.ping(self)
+            self.events.ping(self)
         elif state is _WAIT:
             self.deadline = FOREVER
             self.exchange.waited()
@@ -211,16 +198,11 @@ class Connection(asyncio.Protocol):
             self.refuse_head(BadHead("a head that did not arrive in time", 408))
         elif state is _HEAD:
             self.state = State.LINGER
-            self.deadline = worker.now + LINGER
+            self.deadline = context.now + LINGER
             self.transport.close()
         else:
             self.deadline = FOREVER
             self.transport.abort()
-
-    @property
-    def answering(self) -> bool:
-        """Whether a request is complete, and its answer is not."""
-        return self.state is _ANSWER or self.state is _WAIT
 
     # Back-pressure.
 
@@ -262,14 +244,14 @@ class Connection(asyncio.Protocol):
             if request is not None:
                 self._begin(request)
             elif self.reader.kept is not None:
-                self.deadline = self.worker.now + self.worker.settings.head_timeout
+                self.deadline = self.context.now + self.context.settings.head_timeout
         if self.reading_paused:
             self.regulate_reading()
 
     # A request.
 
     def _begin(self, request: Request) -> None:
-        worker = self.worker
+        context = self.context
         exchange = self.exchange
         reader = self.reader
         exchange.request = request
@@ -277,12 +259,12 @@ class Connection(asyncio.Protocol):
         exchange.bytes_in = reader.size
         exchange.bytes_out = 0
         exchange.held_until = 0.0
-        worker.serial = serial = worker.serial + 1
-        exchange.request_id = b"%b%08x" % (worker.request_prefix, serial)
-        exchange.started = worker.clock() if worker.log.on else worker.now
-        self.closing = request.close or self.eof or worker.draining
+        context.serial = serial = context.serial + 1
+        exchange.request_id = b"%b%08x" % (context.request_prefix, serial)
+        exchange.started = context.clock() if context.log.on else context.now
+        self.closing = request.close or self.eof or context.draining
         if self.trusted:
-            self.remote, self.scheme, host = worker.client_of(self.address or "", request)
+            self.remote, self.scheme, host = self.clients.client_of(self.address or "", request)
             if host:
                 request.host = host
             exchange.request_id = usable_request_id(request.fields) or exchange.request_id
@@ -290,7 +272,7 @@ class Connection(asyncio.Protocol):
 
     def route(self, request: Request, may_look_up: bool) -> None:
         """Route the request, and carry out the decision."""
-        worker = self.worker
+        context = self.context
         session = None
         digest = b""
         field = request.fields.get(headers.COOKIE)
@@ -299,12 +281,12 @@ class Connection(asyncio.Protocol):
             if field != cookie.field:
                 cookie.read(field)
             digest = cookie.digest
-            session = worker.tables.sessions.get(digest)
-            if session is not None and session.expires <= worker.now:
+            session = context.tables.sessions.get(digest)
+            if session is not None and session.expires <= context.now:
                 session = None
-        decision = worker.router.route(request, session, worker.now, self.scheme, digest if may_look_up else b"")
+        decision = context.router.route(request, session, context.now, self.scheme, digest if may_look_up else b"")
         if session is not self.session and session is not None and decision is not PORTAL:
-            worker.bind(self, session)
+            self.clients.bind(self, session)
         if decision.__class__ is Pass:  # nearly always
             self.exchange.poll = decision.poll
             self.exchange.dispatch(decision.agent)
@@ -323,7 +305,7 @@ class Connection(asyncio.Protocol):
         elif isinstance(decision, Hold):
             exchange.hold(decision)
         elif isinstance(decision, Wake):
-            self.worker.wake(decision.agent)
+            self.context.manager.wake(decision.agent)
             self.carry_out(decision.then)
         elif isinstance(decision, Page):
             exchange.request = decision.request
@@ -342,11 +324,11 @@ class Connection(asyncio.Protocol):
         exchange.poll = True
         request = exchange.request
         if not request.length:
-            exchange.dispatch(self.worker.portal)
+            exchange.dispatch(self.context.portal)
             return
         self.state = State.COLLECT
-        self.deadline = self.worker.now + self.worker.settings.body_timeout  # for all of it
-        self._buffer = BodyBuffer(self.worker, request.length)
+        self.deadline = self.context.now + self.context.settings.body_timeout  # for all of it
+        self._buffer = BodyBuffer(self.context, request.length)
         expects, request.expects = request.expects, False  # the edge answers, not the portal
         early, exchange.body = exchange.body, b""
         if early:
@@ -370,7 +352,7 @@ class Connection(asyncio.Protocol):
             self.refuse(failure)
         elif buffer.complete:
             self._release_buffer()
-            self.exchange.dispatch(self.worker.portal)
+            self.exchange.dispatch(self.context.portal)
 
     def _release_buffer(self) -> None:
         buffer, self._buffer = self._buffer, None
@@ -380,13 +362,13 @@ class Connection(asyncio.Protocol):
     def _stream(self, agent: Agent) -> None:
         """Become an event stream."""
         session = self.session
-        if session is None or self.worker.events.full(session):
+        if session is None or self.events.full(session):
             self.refuse(pages.TOO_BUSY)
             return
         self.state = State.STREAM
         self.closing = True
         self.exchange.body = b""
-        self.worker.events.open(self, agent)
+        self.events.open(self, agent)
 
     # The edge's own answers.
 
@@ -396,28 +378,28 @@ class Connection(asyncio.Protocol):
         self.reader.kept = None
         exchange.body = b""
         self.closing = True
-        self.worker.counters.refused += 1
+        self.context.counters.refused += 1
         if self.state is _HEAD:
             exchange.request = None  # there is none
             exchange.request_id = b""
         if exchange.status:
             self.transport.abort()
             return
-        exchange.request_id = exchange.request_id or self.worker.request_id()
+        exchange.request_id = exchange.request_id or self.context.request_id()
         failure = pages.bad_request(error.status, error.why)
-        date, request_id = self.worker.date_line, exchange.request_id.decode()
+        date, request_id = self.context.date_line, exchange.request_id.decode()
         answer = pages.failure(failure, date, request_id, page=False, close=True, body=True)
         self._answer(answer, error.status, clean=False)
 
     def refuse(self, failure: pages.Failure, link: str = "") -> None:
         """Answer with a failure instead of an agent's answer."""
         request = self.exchange.request
-        if request is None or self.worker.draining:
+        if request is None or self.context.draining:
             self.closing = True
         clean = self.exchange.drop_body()
         answer = pages.failure(
             failure,
-            self.worker.date_line + self.worker.settings.hsts_line,
+            self.context.date_line + self.context.settings.hsts_line,
             self.exchange.request_id.decode(),
             page=request is not None and request.wants_html(),
             close=self.closing,
@@ -428,7 +410,7 @@ class Connection(asyncio.Protocol):
 
     def _redirect(self, location: bytes) -> None:
         clean = self.exchange.drop_body()
-        date = self.worker.date_line + self.worker.settings.hsts_line
+        date = self.context.date_line + self.context.settings.hsts_line
         self._answer(pages.redirect(location, date, close=self.closing), 303, clean=clean)
 
     def _answer(self, answer: bytes, status: int, *, clean: bool) -> None:
@@ -447,14 +429,14 @@ class Connection(asyncio.Protocol):
         if self.closing:
             self._finish(clean=clean)
             return
-        worker = self.worker
+        context = self.context
         self.state = _HEAD
         if self.write_paused:
-            worker.watch_writer(self)  # the next request waits until this answer has left
+            self.clients.watch_writer(self)  # the next request waits until this answer has left
         else:
-            self.deadline = worker.now + worker.settings.idle_timeout
+            self.deadline = context.now + context.settings.idle_timeout
             if self.reader.kept is not None:
-                worker.loop.call_soon(self._read_kept)
+                context.loop.call_soon(self._read_kept)
         if self.reading_paused:
             self.regulate_reading()
 
@@ -462,11 +444,11 @@ class Connection(asyncio.Protocol):
         """Close after the last answer; read for a moment if more input may arrive (RFC 9112, 9.6)."""
         self.reader.kept = None
         self.state = State.LINGER
-        self.deadline = self.worker.now + self.worker.settings.body_timeout
+        self.deadline = self.context.now + self.context.settings.body_timeout
         if clean or self.eof or not self.transport.can_write_eof():
             self.transport.close()
             return
-        self.deadline = self.worker.now + LINGER
+        self.deadline = self.context.now + LINGER
         self.unsent = 0
         self.regulate_reading()
         self.transport.write_eof()
@@ -481,6 +463,6 @@ class Connection(asyncio.Protocol):
     def revoke(self) -> None:
         """The session has ended: end its work in progress, but not the sign-out itself."""
         with_portal = self.exchange.agent is not None and not self.exchange.agent.name
-        if (self.answering or self.state in {_BODY, State.STREAM}) and not with_portal:
+        if (self.is_answering() or self.state in {_BODY, State.STREAM}) and not with_portal:
             self.transport.abort()
         self.session = None

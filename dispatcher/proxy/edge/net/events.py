@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 
-from dispatcher.proxy.edge.net.client import Client
-from dispatcher.proxy.edge.net.registry import Registry
+from dispatcher.proxy.edge.net.client_base import Client
+from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.settings import EVENTS_PING, MAX_EVENTS
 from dispatcher.proxy.edge.routing.table import Agent, Session
@@ -24,8 +24,8 @@ _HEAD = (
 class EventStreams:
     """All streams of a worker."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
+    def __init__(self, context: Context) -> None:
+        self._context = context
         self._streams: dict[Client, Agent] = {}
 
     def full(self, session: Session) -> bool:
@@ -36,8 +36,8 @@ class EventStreams:
         """Begin a stream."""
         self._streams[client] = agent
         agent.watchers[client] = None
-        registry = self._registry
-        lines = registry.date_line + registry.settings.hsts_line + _HEAD
+        context = self._context
+        lines = context.date_line + context.settings.hsts_line + _HEAD
         self._send(client, pages.head(200, lines, None, close=True) + _event(agent))
 
     def changed(self, agent: Agent) -> None:
@@ -55,7 +55,7 @@ class EventStreams:
         self._send(client, _event(self._streams[client]))
 
     def _send(self, client: Client, data: bytes) -> None:
-        client.deadline = self._registry.now + EVENTS_PING
+        client.deadline = self._context.now + EVENTS_PING
         client.transport.write(data)
 
     def ping(self, client: Client) -> None:

@@ -6,17 +6,17 @@ A request may wait before it is passed on: for its session, for its agent, or fo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import IDEMPOTENT, SAFE, Request, upstream_lines
 from dispatcher.proxy.edge.http.response import Response, client_head
-from dispatcher.proxy.edge.net.client import Client, State
-from dispatcher.proxy.edge.net.request_body import RequestBody
-from dispatcher.proxy.edge.net.services import Services
+from dispatcher.proxy.edge.net.bodies import RequestBody
+from dispatcher.proxy.edge.net.client_base import Client, State
+from dispatcher.proxy.edge.net.clients import Clients
 from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
-from dispatcher.proxy.edge.net.upstream import AWAIT, Upstream
+from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import Hold, Lookup
 from dispatcher.proxy.edge.routing.session_cookie import SessionCookie
@@ -24,10 +24,13 @@ from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT, FOREVER, FRE
 from dispatcher.proxy.edge.routing.table import Agent
 
 _POLL_SECONDS = 5  # an answer that lasts longer is a stream, even that of a poll
-_BODY, _ANSWER, _WAIT = State.BODY, State.ANSWER, State.WAIT  # on the hot path
+# On the hot path:
+_BODY: Final = State.BODY
+_ANSWER: Final = State.ANSWER
+_WAIT: Final = State.WAIT
 
 
-class Exchange:
+class Exchange(Receiver):
     """A request and its answer; a connection has one object and uses it for one request after the other.
 
     :ivar agent: the agent whose requests in flight include this one; :ivar holding: the agent it is held for.
@@ -46,12 +49,13 @@ class Exchange:
         "bytes_in",
         "bytes_out",
         "client",
+        "clients",
+        "context",
         "cookie",
         "held_until",
         "holding",
         "lookup",
         "poll",
-        "rechunk",
         "replay",
         "request",
         "request_id",
@@ -59,15 +63,15 @@ class Exchange:
         "started",
         "status",
         "upstream",
-        "worker",
     )
 
     request: Any  # a Request, None before the first
 
-    def __init__(self, worker: Services, client: Client) -> None:
-        self.worker = worker
+    def __init__(self, clients: Clients, client: Client) -> None:
+        self.clients = clients
+        self.context = clients.context
         self.client = client
-        self.cookie = SessionCookie(worker.settings.cookie_name)
+        self.cookie = SessionCookie(self.context.settings.cookie_name)
         # The field lines of a request as its upstream gets them: clients repeat their lines.
         self._lines = b""
         self._lines_request: Request | None = None
@@ -96,12 +100,12 @@ class Exchange:
 
     def dispatch(self, agent: Agent) -> None:
         """Send the request to an agent that runs, or to the portal."""
-        worker = self.worker
-        if agent.in_flight >= worker.settings.in_flight:
+        context = self.context
+        if agent.in_flight >= context.settings.in_flight:
             self.client.refuse(pages.TOO_BUSY)
             return
         if self.agent is None:
-            if not agent.name and not worker.take_portal_slot(self.client.remote):
+            if not agent.name and not self.clients.take_portal_slot(self.client.remote):
                 self.client.refuse(pages.TOO_BUSY)
                 return
             agent.in_flight += 1
@@ -109,15 +113,15 @@ class Exchange:
         idle = agent.idle
         if idle and self.replay is None:
             upstream = idle.pop()
-            if self.request.traits & IDEMPOTENT or worker.now - upstream.since < FRESH_UPSTREAM:
+            if self.request.traits & IDEMPOTENT or context.now - upstream.since < FRESH_UPSTREAM:
                 self._send(upstream)
                 return
             idle.append(upstream)
         self._connect(agent)
 
     def _connect(self, agent: Agent) -> None:
-        self._wait(self.worker.now + CONNECT_TIMEOUT + 1)
-        self.worker.connect(agent, self)
+        self._wait(self.context.now + CONNECT_TIMEOUT + 1)
+        self.context.connect(agent, self)
 
     def wants(self, agent: Agent) -> bool:
         """Whether a connection to an agent is still wanted."""
@@ -132,12 +136,12 @@ class Exchange:
         if not agent.name:
             self.client.refuse(pages.PORTAL_AWAY)
             return
-        self.worker.report_dead(agent)
-        self.client.carry_out(self.worker.router.unreachable(agent, held=bool(self.held_until)))
+        self.context.manager.report_dead(agent)
+        self.client.carry_out(self.context.router.unreachable(agent, held=bool(self.held_until)))
 
     def _send(self, upstream: Upstream) -> None:
         """Send the request over a connection: in one write the head and the part of the body that is here."""
-        worker = self.worker
+        context = self.context
         client = self.client
         request = self.request
         agent = upstream.agent
@@ -166,9 +170,9 @@ class Exchange:
         complete = self.sending is None
         if complete:
             client.state = _ANSWER
-            client.deadline = worker.now + worker.settings.upstream_timeout
+            client.deadline = context.now + context.settings.upstream_timeout
         else:
-            client.deadline = worker.now + worker.settings.body_timeout
+            client.deadline = context.now + context.settings.body_timeout
         agent.traffic.bytes_in += len(head)
         if client.write_paused:
             upstream.pause_reading()
@@ -201,7 +205,7 @@ class Exchange:
             if field != cookie.field:
                 cookie.read(field)
             field = cookie.others
-        fixed = self.worker.fixed_lines(request, agent, client.remote, client.scheme)
+        fixed = self.context.fixed_lines(request, agent, client.remote, client.scheme)
         self._lines = upstream_lines(request, field, fixed)
         self._lines_request = request if request is client.reader.model else None
         self._lines_agent = agent
@@ -259,26 +263,26 @@ class Exchange:
         """Wait for something that is not the client's to send."""
         client = self.client
         client.state = _WAIT
-        limit = self.worker.now + self.worker.settings.body_timeout
+        limit = self.context.now + self.context.settings.body_timeout
         client.deadline = min(deadline, limit) if client.eof else deadline
 
     def await_answer(self) -> None:
         """Set the deadline of an answer: for its beginning only, except where the client may be gone."""
-        worker, client = self.worker, self.client
+        context, client = self.context, self.client
         if client.state is not _ANSWER:
             return  # the body sets it
         if client.write_paused:
-            worker.watch_writer(client)
+            self.clients.watch_writer(client)
         elif not self.status:
-            client.deadline = worker.now + worker.settings.upstream_timeout
+            client.deadline = context.now + context.settings.upstream_timeout
         elif client.eof:
-            client.deadline = worker.now + worker.settings.body_timeout
+            client.deadline = context.now + context.settings.body_timeout
         else:
             client.deadline = FOREVER
 
     def hold(self, hold: Hold) -> None:
         """Keep the request until the agent's row changes, for a time or the rest of an earlier wait."""
-        now = self.worker.now
+        now = self.context.now
         if self.agent is not None:
             self.leave(self.agent, 0)
         self.held_until = self.held_until or now + hold.seconds
@@ -297,16 +301,16 @@ class Exchange:
         """The row of the agent that the request is held for has changed."""
         self.release()
         client = self.client
-        client.carry_out(self.worker.router.changed(self.request, client.session, agent, poll=self.poll))
+        client.carry_out(self.context.router.changed(self.request, client.session, agent, poll=self.poll))
 
     def look_up(self, decision: Lookup) -> None:
         """Wait for the manager's answer about the session."""
-        worker = self.worker
-        if worker.feed_lost_for_good():
+        context = self.context
+        if context.manager.lost_for_good():
             self.client.refuse(pages.NO_FEED)
-        elif worker.look_up(self, decision.digest):
+        elif context.manager.look_up(self, decision.digest):
             self.lookup = decision.digest
-            self._wait(worker.now + LOOKUP_TIMEOUT + 1)
+            self._wait(context.now + LOOKUP_TIMEOUT + 1)
         else:
             self.client.carry_out(decision.otherwise)
 
@@ -321,8 +325,8 @@ class Exchange:
         agent = self.holding
         if agent is not None:
             self.release()
-            paused = self.worker.now < self.held_until
-            self.client.carry_out(self.worker.router.waited(self.request, agent, paused=paused))
+            paused = self.context.now < self.held_until
+            self.client.carry_out(self.context.router.waited(self.request, agent, paused=paused))
         elif self.lookup:
             self.looked_up(self.lookup)
         else:
@@ -332,15 +336,15 @@ class Exchange:
 
     def answer_head(self, response: Response) -> bytes:
         """Return the head of an answer as this client gets it, and decide how the exchange ends."""
-        worker = self.worker
+        context = self.context
         client = self.client
         self.status = response.status
         self.replay = None
         self.rechunk = False
-        if client.state is _BODY or worker.draining:
+        if client.state is _BODY or context.draining:
             # The body may never be read to its end: no further request can follow it.
             client.closing = True
-        if response.length >= 0 and response.dated and self.request.version and not worker.settings.hsts_line:
+        if response.length >= 0 and response.dated and self.request.version and not context.settings.hsts_line:
             if not client.closing:
                 head = response.plain
                 if not head:
@@ -355,10 +359,10 @@ class Exchange:
 
     def _altered_head(self, response: Response) -> bytes:
         """Return a head to which the edge adds something."""
-        worker, client = self.worker, self.client
-        additions = worker.settings.hsts_line
+        context, client = self.context, self.client
+        additions = context.settings.hsts_line
         if not response.dated:
-            additions += worker.date_line
+            additions += context.date_line
         if response.length < 0:
             if self.request.version:
                 self.rechunk = True
@@ -386,7 +390,7 @@ class Exchange:
         """Write a later piece of an answer's body."""
         size = len(data)
         client = self.client
-        now = self.worker.now
+        now = self.context.now
         self.bytes_out += size
         agent = self.agent
         if agent is not None:
@@ -395,7 +399,7 @@ class Exchange:
             if not self.poll or now - self.started > _POLL_SECONDS:
                 traffic.bulk += size
         if client.eof:
-            client.deadline = now + self.worker.settings.body_timeout
+            client.deadline = now + self.context.settings.body_timeout
         client.transport.write(data)
 
     def inform(self, data: bytes) -> None:
@@ -404,16 +408,16 @@ class Exchange:
 
     def exchanged(self) -> None:
         """The answer is complete."""
-        worker = self.worker
+        context = self.context
         client = self.client
         agent = self.agent
         self.upstream = self.agent = None
         if agent is not None:
             agent.in_flight -= 1
             if not agent.name:
-                worker.free_portal_slot(client.remote)
+                self.clients.free_portal_slot(client.remote)
             counters = agent.counters
-            if counters is not None and not worker.log.on:
+            if counters is not None and not context.log.on:
                 counters[self.status // 100] += 1
             else:
                 self.count(agent, self.status)
@@ -425,18 +429,18 @@ class Exchange:
 
     def upgraded(self, upstream: Upstream, response: Response, rest: bytes) -> None:
         """The upstream accepted the upgrade: from here on the connection is a tunnel."""
-        worker, client, agent = self.worker, self.client, self.agent
+        client, agent = self.client, self.agent
         assert agent is not None
         early, self.body = self.body, b""
         client.regulate_reading()
-        end = ClientEnd(worker, client.transport, agent, client.session, client.address or "")
+        end = ClientEnd(self.clients, client.transport, agent, client.session, client.address or "")
         end.eof = client.eof
         head = client_head(response, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
         self.upstream = upstream.client = None
         self.leave(agent, 101)
         client.state = State.CLOSED
-        worker.hand_over(client)
-        tunnel(end, UpstreamEnd(worker, upstream.transport, agent), head, rest, early)
+        self.clients.hand_over(client)
+        tunnel(end, UpstreamEnd(self.clients, upstream.transport, agent), head, rest, early)
 
     def upstream_lost(self, *, untouched: bool) -> None:
         """The upstream's connection ended before the answer did; `untouched`: before its first byte."""
@@ -448,9 +452,9 @@ class Exchange:
             # A kept-alive connection ended just as the request was sent (RFC 9110, 9.2.2): once more, on another.
             self._connect(agent)
         elif untouched and self.request.traits & SAFE and self.client.state is _ANSWER:
-            decision = self.worker.router.dropped(agent, held=bool(self.held_until))
+            decision = self.context.router.dropped(agent, held=bool(self.held_until))
             if isinstance(decision, Hold):
-                self.worker.report_dead(agent)
+                self.context.manager.report_dead(agent)
             self.client.carry_out(decision)
         else:
             self._fail(pages.GONE_AWAY)
@@ -459,7 +463,7 @@ class Exchange:
         """The answer is not valid HTTP."""
         self.abandon_upstream()
         if self.agent is not None:
-            self.worker.log_invalid(self.agent, self.request_id, why)
+            self.context.log_invalid(self.agent, self.request_id, why)
         self._fail(pages.BAD_ANSWER)
 
     def _fail(self, failure: pages.Failure) -> None:
@@ -478,9 +482,9 @@ class Exchange:
 
     def await_body(self) -> None:
         """Set the deadline of the next piece of a body, which the client sends late or the upstream takes late."""
-        settings = self.worker.settings
+        settings = self.context.settings
         seconds = settings.upstream_timeout if self.client.reading_paused else settings.body_timeout
-        self.client.deadline = self.worker.now + seconds
+        self.client.deadline = self.context.now + seconds
 
     # The end.
 
@@ -502,15 +506,15 @@ class Exchange:
         self.agent = None
         agent.in_flight -= 1
         if not agent.name:
-            self.worker.free_portal_slot(self.client.remote)
+            self.clients.free_portal_slot(self.client.remote)
         self.status = 0
         if status:
             self.count(agent, status)
 
     def count(self, agent: Agent | None, status: int) -> None:
         """Count an exchange that has ended, and log it."""
-        worker, client = self.worker, self.client
-        worker.counters.count(agent, status)
-        if worker.log.on:
-            seconds = worker.clock() - self.started
-            worker.log.write(self, agent, status, client.remote, client.session, worker.now, seconds)
+        context, client = self.context, self.client
+        context.counters.count(agent, status)
+        if context.log.on:
+            seconds = context.clock() - self.started
+            context.log.write(self, agent, status, client.remote, client.session, context.now, seconds)

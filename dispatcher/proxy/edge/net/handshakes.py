@@ -12,8 +12,8 @@ import ssl
 
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
+from dispatcher.proxy.edge.net.clients import Clients, plain_address
 from dispatcher.proxy.edge.net.listener import Listener
-from dispatcher.proxy.edge.net.registry import Registry, plain_address
 
 
 class Handshakes(Listener):
@@ -22,29 +22,27 @@ class Handshakes(Listener):
     :param tls: None without TLS; :param header: each connection begins with a PROXY header, before TLS.
     """
 
-    def __init__(
-        self, registry: Registry, sock: socket.socket, tls: ssl.SSLContext | None, *, header: bool
-    ) -> None:
-        super().__init__(registry, sock)
+    def __init__(self, clients: Clients, sock: socket.socket, tls: ssl.SSLContext | None, *, header: bool) -> None:
+        super().__init__(clients, sock)
         self._tls = tls
         self._header = header
 
     def _begin(self, fd: int, address: str) -> None:
         address = plain_address(address)
-        if not self.registry.start_handshake(address):
+        if not self.clients.start_handshake(address):
             os.close(fd)
             return
         sock = socket.socket(self._sock.family, socket.SOCK_STREAM, 0, fd)
         self._run(self._handshake(sock, address))
 
     async def _handshake(self, sock: socket.socket, address: str) -> None:
-        registry = self.registry
-        timeout = registry.settings.head_timeout
+        clients = self.clients
+        timeout = clients.context.settings.head_timeout
         try:
             client = await asyncio.wait_for(self._read_header(sock), timeout) if self._header else address
             extra = {} if self._tls is None else {"ssl_handshake_timeout": timeout}
-            await registry.loop.connect_accepted_socket(
-                lambda: registry.client(client),  # type: ignore[type-var]  # it has a protocol's methods
+            await clients.context.loop.connect_accepted_socket(
+                lambda: clients.client(client),  # type: ignore[type-var]  # it has a protocol's methods
                 sock,
                 ssl=self._tls,
                 **extra,
@@ -52,7 +50,7 @@ class Handshakes(Listener):
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
         finally:
-            registry.end_handshake(address)
+            clients.end_handshake(address)
 
     async def _read_header(self, sock: socket.socket) -> str | None:
         """Return the client's address of the PROXY header; None if it contains none."""
@@ -62,7 +60,7 @@ class Handshakes(Listener):
     async def _exactly(self, sock: socket.socket, size: int) -> bytes:
         data = b""
         while len(data) < size:
-            piece = await self.registry.loop.sock_recv(sock, size - len(data))
+            piece = await self.clients.context.loop.sock_recv(sock, size - len(data))
             if not piece:
                 raise BadHead("no PROXY header")
             data += piece

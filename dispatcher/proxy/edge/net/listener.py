@@ -20,8 +20,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 from dispatcher.common.log import logger
-from dispatcher.proxy.edge.net.client import Client
-from dispatcher.proxy.edge.net.registry import Registry
+from dispatcher.proxy.edge.net.client_base import Client
+from dispatcher.proxy.edge.net.clients import Clients
 
 _BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
 _FIRST = 16384  # bytes of the first read; the loop reads a longer head or a body
@@ -35,8 +35,8 @@ _NOTHING = b"\0\0\0\0"
 class Listener:
     """Accepts the connections of one listening socket."""
 
-    def __init__(self, registry: Registry, sock: socket.socket) -> None:
-        self.registry = registry
+    def __init__(self, clients: Clients, sock: socket.socket) -> None:
+        self.clients = clients
         self._closed_ones: list[PendingConnection] = []
         self._new: dict[PendingConnection, None] = {}
         self._older: dict[PendingConnection, None] = {}
@@ -50,13 +50,13 @@ class Listener:
         self._sock.setblocking(False)
         if self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
-        self.registry.loop.add_reader(self._sock, self._accept)
+        self.clients.context.loop.add_reader(self._sock, self._accept)
 
     def close(self) -> None:
         """Stop accepting; accepted connections continue."""
         if not self._closed:
             self._closed = True
-            self.registry.loop.remove_reader(self._sock)
+            self.clients.context.loop.remove_reader(self._sock)
             self._sock.close()
 
     def _accept(self) -> None:
@@ -77,7 +77,7 @@ class Listener:
             self._report_closed()
 
     def _begin(self, fd: int, address: str) -> None:
-        client = self.registry.client(address)
+        client = self.clients.client(address)
         pending = PendingConnection(self, fd, client)
         try:
             client.connection_made(pending)
@@ -89,16 +89,18 @@ class Listener:
                 data = b""
             if data:
                 client.data_received(data)
-                if pending.fd >= 0 and client.answering:
+                if pending.fd >= 0 and client.is_answering():
                     pending.shelf = shelf = self._new
                     shelf[pending] = None
                     if self._timer is None:
-                        self._timer = self.registry.loop.call_later(_ADOPT_AFTER, self._adopt_older)
+                        self._timer = self.clients.context.loop.call_later(_ADOPT_AFTER, self._adopt_older)
                     return
         except OSError:
             pending.abort()
         except Exception as error:  # as a transport of the loop's does it
-            self.registry.loop.call_exception_handler({"message": "a new connection failed", "exception": error})
+            self.clients.context.loop.call_exception_handler(
+                {"message": "a new connection failed", "exception": error}
+            )
             pending.abort()
         pending.hand_over()
 
@@ -107,22 +109,24 @@ class Listener:
         for pending in list(self._older):
             pending.hand_over()
         self._older, self._new = self._new, {}
-        self._timer = self.registry.loop.call_later(_ADOPT_AFTER, self._adopt_older) if self._older else None
+        self._timer = (
+            self.clients.context.loop.call_later(_ADOPT_AFTER, self._adopt_older) if self._older else None
+        )
 
     def _pause(self, error: OSError) -> None:
-        loop = self.registry.loop
+        loop = self.clients.context.loop
         logger("edge").warning("cannot accept connections now", why=error.strerror)
         loop.remove_reader(self._sock)
         loop.call_later(_SCARCE_PAUSE, self._resume)
 
     def _resume(self) -> None:
         if not self._closed:
-            self.registry.loop.add_reader(self._sock, self._accept)
+            self.clients.context.loop.add_reader(self._sock, self._accept)
 
     def closed(self, pending: PendingConnection) -> None:
         """A connection has been closed; its protocol is notified when it is not in use."""
         if not self._closed_ones:
-            self.registry.loop.call_soon(self._report_closed)
+            self.clients.context.loop.call_soon(self._report_closed)
         self._closed_ones.append(pending)
 
     def _report_closed(self) -> None:
@@ -137,13 +141,13 @@ class Listener:
 
     async def _adopt(self, pending: PendingConnection, sock: socket.socket) -> None:
         try:
-            await self.registry.loop.connect_accepted_socket(lambda: _Adopted(pending), sock)
+            await self.clients.context.loop.connect_accepted_socket(lambda: _Adopted(pending), sock)
         except OSError as error:  # the kernel is out of memory or descriptors: end the protocol too
             sock.close()
             pending.protocol.connection_lost(error)
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self.registry.loop.create_task(work)
+        task = self.clients.context.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 import asyncio
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
-from dispatcher.proxy.edge.net.services import Services
-from dispatcher.proxy.edge.net.unread import unread
+from dispatcher.proxy.edge.net.clients import Clients
+from dispatcher.proxy.edge.net.upstream import unread
 from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
 
-class End(asyncio.Protocol):
+class End:
     """One end; it forwards the bytes of its peer.
 
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
 
-    __slots__ = ("agent", "closing", "eof", "lost", "other", "scanner", "transport", "worker")
+    __slots__ = ("agent", "clients", "closing", "eof", "lost", "other", "scanner", "transport")
 
     other: End
 
-    def __init__(self, worker: Services, transport: asyncio.Transport, agent: Agent) -> None:
-        self.worker = worker
+    def __init__(self, clients: Clients, transport: asyncio.Transport, agent: Agent) -> None:
+        self.clients = clients
         self.transport = transport
         self.agent = agent
         self.scanner = Scanner()
@@ -40,7 +40,7 @@ class End(asyncio.Protocol):
             self.end()
             return False
         other.transport.write_eof()
-        self.worker.loop.call_later(LINGER, self.end)
+        self.clients.context.loop.call_later(LINGER, self.end)
         return self.transport.can_write_eof()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -74,9 +74,9 @@ class ClientEnd(End):
     __slots__ = ("address", "session")
 
     def __init__(
-        self, worker: Services, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
+        self, clients: Clients, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
     ) -> None:
-        super().__init__(worker, transport, agent)
+        super().__init__(clients, transport, agent)
         self.session = session
         self.address = address
 
@@ -97,12 +97,12 @@ class ClientEnd(End):
         if typed:
             traffic.stream += typed
             if agent.state != "running":
-                self.worker.wake(agent)
+                self.clients.context.manager.wake(agent)
         self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self.worker.forget_tunnel(self)
+        self.clients.forget_tunnel(self)
 
     def revoke(self) -> None:
         """The session has ended."""
@@ -124,7 +124,7 @@ class ClientEnd(End):
         self.transport.resume_reading()
         self.transport.write(close_frame(code, masked=False))
         self.transport.write_eof()
-        self.worker.abort_soon(self)
+        self.clients.abort_soon(self)
 
 
 class UpstreamEnd(End):
@@ -163,9 +163,9 @@ def tunnel(client: ClientEnd, upstream: UpstreamEnd, head: bytes, first: bytes, 
     :param early: bytes of the client before it had the answer.
     """
     client.other, upstream.other = upstream, client
-    client.worker.remember_tunnel(client)
-    client.transport.set_protocol(client)
-    upstream.transport.set_protocol(upstream)
+    client.clients.remember_tunnel(client)
+    client.transport.set_protocol(client)  # type: ignore[arg-type]
+    upstream.transport.set_protocol(upstream)  # type: ignore[arg-type]
     upstream.transport.set_write_buffer_limits(WRITE_HIGH)
     client.transport.write(head)
     if first:

@@ -7,8 +7,10 @@ and `chunked`; after an invalid answer the connection is closed.
 from __future__ import annotations
 
 import asyncio
+import os
+from collections.abc import Iterator
 from enum import Enum
-from typing import Protocol
+from typing import Final
 
 from dispatcher.proxy.edge.http import response as answers
 from dispatcher.proxy.edge.http.chunked import Chunked
@@ -21,8 +23,7 @@ from dispatcher.proxy.edge.http.response import (
     client_head,
     parse_response,
 )
-from dispatcher.proxy.edge.net.registry import Registry
-from dispatcher.proxy.edge.net.unread import unread
+from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
 from dispatcher.proxy.edge.routing.table import Agent
 
@@ -39,15 +40,27 @@ class Mode(Enum):
     REST = "a body that ends with the connection"
 
 
-_IDLE, AWAIT, _LENGTH, _CHUNKED, _REST = Mode  # on the hot path
+# On the hot path:
+_IDLE: Final = Mode.IDLE
+AWAIT: Final = Mode.AWAIT
+_LENGTH: Final = Mode.LENGTH
+_CHUNKED: Final = Mode.CHUNKED
+_REST: Final = Mode.REST
 
 
-class Receiver(Protocol):
-    """The exchange that an answer belongs to; `exchange.Exchange` describes the members."""
+class Receiver:
+    """The exchange that an answer belongs to; `exchange.Exchange` implements it.
+
+    :ivar rechunk: the answer's body goes out in chunks.
+    """
+
+    __slots__ = ("rechunk",)
 
     rechunk: bool
 
-    def answer_head(self, response: Response) -> bytes: ...
+    def answer_head(self, response: Response) -> bytes:
+        raise NotImplementedError
+
     def await_answer(self) -> None: ...
     def deliver(self, data: bytes, size: int) -> None: ...
     def pass_on(self, data: bytes) -> None: ...
@@ -58,8 +71,17 @@ class Receiver(Protocol):
     def upstream_invalid(self, why: str) -> None: ...
     def regulate_reading(self) -> None: ...
 
+    # While it waits for a connection, or for the manager.
 
-class Upstream(asyncio.Protocol):
+    def wants(self, agent: Agent) -> bool:
+        raise NotImplementedError
+
+    def connected(self, upstream: Upstream) -> None: ...
+    def unreachable(self, agent: Agent) -> None: ...
+    def looked_up(self, digest: bytes) -> None: ...
+
+
+class Upstream:
     """A connection, and the answer on it.
 
     :ivar generation: of the agent's endpoint when it was opened; :ivar since: when it became idle.
@@ -70,9 +92,9 @@ class Upstream(asyncio.Protocol):
 
     __slots__ = (
         "_block",
+        "_context",
         "_method",
         "_model",
-        "_registry",
         "agent",
         "client",
         "decoder",
@@ -94,8 +116,8 @@ class Upstream(asyncio.Protocol):
     transport: asyncio.Transport
     request: Request
 
-    def __init__(self, registry: Registry, agent: Agent) -> None:
-        self._registry = registry
+    def __init__(self, context: Context, agent: Agent) -> None:
+        self._context = context
         self.agent = agent
         self.generation = agent.generation
         self.client: Receiver | None = None
@@ -144,7 +166,7 @@ class Upstream(asyncio.Protocol):
             client.pass_on(b"%x\r\n%b\r\n" % (len(data), data) if client.rechunk else data)
 
     def _head(self, client: Receiver, data: bytes) -> None:
-        settings = self._registry.settings
+        settings = self._context.settings
         block = self._block
         if block and self.partial is None and data.startswith(block) and self.request.method == self._method:
             response = self._model
@@ -276,7 +298,7 @@ class Upstream(asyncio.Protocol):
             self.transport.close()
         else:
             self.used = True
-            self.since = self._registry.now
+            self.since = self._context.now
             idle.append(self)
             if self.reading_paused:
                 self.resume_reading()
@@ -322,3 +344,26 @@ class Upstream(asyncio.Protocol):
         self.write_paused = False
         if self.client is not None:
             self.client.regulate_reading()
+
+
+_PIECE = 65536
+_MAX_PIECES = 16
+
+
+def unread(transport: asyncio.BaseTransport) -> Iterator[bytes]:
+    """Yield what has arrived and was not read: in `connection_lost`, while the socket is still open.
+
+    An app may answer before it has read the whole request, and close.  The next write then fails, and the event
+    loop ends the connection without reading what has arrived.  Nothing comes from a TLS connection, whose socket
+    holds encrypted bytes.
+    """
+    sock = None if transport.get_extra_info("sslcontext") else transport.get_extra_info("socket")
+    fd = -1 if sock is None else sock.fileno()
+    for _ in range(_MAX_PIECES if fd >= 0 else 0):
+        try:
+            data = os.read(fd, _PIECE)
+        except OSError:
+            return
+        if not data:
+            return
+        yield data

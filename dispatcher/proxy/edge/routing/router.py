@@ -175,11 +175,14 @@ class Router:
         request.close = original.close
         request.upgrade = request.expects = False
         request.size = original.size
-        request.lines = [
-            *(line for line in original.lines if line.lower().startswith((b"accept:", b"accept-language:"))),
-            b"X-Dispatcher-Agent: " + agent.name.encode(),
-            b"X-Dispatcher-Target: " + original.target,
-        ]
+        lines = original.lines.splitlines(keepends=True)
+        request.lines = b"".join(
+            (
+                *(line for line in lines if line.lower().startswith((b"accept:", b"accept-language:"))),
+                b"X-Dispatcher-Agent: " + agent.name.encode() + b"\r\n",
+                b"X-Dispatcher-Target: " + original.target + b"\r\n",
+            )
+        )
         return request
 
     def changed(self, request: Request, session: Session | None, agent: Agent, *, poll: bool) -> Decision:

@@ -9,8 +9,8 @@ from dispatcher.config.load import Config
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.names import printable
 from dispatcher.proxy import cookies
-from dispatcher.proxy.edge.http.forwarded import Network
 from dispatcher.proxy.edge.http.response import Policy
+from dispatcher.proxy.edge.http.trusted_proxies import Network
 
 FOREVER = float("inf")
 

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from dispatcher.feed import protocol
+from dispatcher.proxy.edge.routing.activity import Traffic
 
 _NO_AGENTS: tuple[str, ...] = ()
 
@@ -71,9 +72,9 @@ class Agent:
         self.watchers: dict[Any, None] = {}
         self.tunnels: dict[Any, None] = {}
         self.woken = 0.0
-        self.traffic: Any = None
+        self.traffic = Traffic()
         self.memory: Any = None  # the router's
-        self.counters: Any = None
+        self.counters: list[int] | None = None  # the row of `Counters`
 
     def update(self, row: dict[str, Any]) -> bool:
         """Update from a row; return whether connections to the old endpoint must be dropped."""

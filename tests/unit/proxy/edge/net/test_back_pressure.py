@@ -191,16 +191,18 @@ class World(Worker):
 
     def __init__(self) -> None:
         super().__init__(Settings(parse({})), "/nowhere", "/nowhere", AccessLog(None))
-        self.loop: Any = Loop()
+        self.loop = Loop()
+        self.context.loop = self.loop  # type: ignore[assignment]
+        self.context.connect = self.connect
         self.peers: list[Peer] = []
         rows = {"agents": [agent_row("alice", "tcp:127.0.0.1:9")], "sessions": [session_row(TOKEN, "alice")]}
         self._on_message({"type": "change", **rows})
-        self.near = Transport(self.loop, Connection(self))
+        self.near = Transport(self.loop, Connection(self.clients, self.events))
         self.got = bytearray()
 
     def connect(self, agent: Any, client: Any) -> None:
         def opened() -> None:
-            upstream = Upstream(self, agent)
+            upstream = Upstream(self.context, agent)
             transport = Transport(self.loop, upstream)
             if client.wants(agent):
                 self.peers.append(Peer(transport))

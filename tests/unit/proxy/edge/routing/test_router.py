@@ -7,7 +7,6 @@ import pytest
 from dispatcher.config.load import parse
 from dispatcher.proxy.edge.http.request import Request, parse_request
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.activity import Traffic
 from dispatcher.proxy.edge.routing.decision import (
     PORTAL,
     Decision,
@@ -41,7 +40,6 @@ class Rules:
         }
         self.tables.apply({"type": "change", **rows}, 0.0)
         self.agent: Agent = self.tables.agents["alice"]
-        self.agent.traffic = Traffic()
         (self.session,) = self.tables.sessions.values()
         self.router = Router(settings, self.tables)
 

@@ -13,7 +13,7 @@ from dispatcher.plugin.errors import ConfigError
 from dispatcher.proxy.edge.http.cookie import split_cookie
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.activity import PollDetector, Traffic
-from dispatcher.proxy.edge.http.forwarded import Forwarded, usable_request_id
+from dispatcher.proxy.edge.http.trusted_proxies import TrustedProxies, usable_request_id
 from dispatcher.proxy.edge.http.headers import (
     X_FORWARDED_FOR,
     X_FORWARDED_HOST,
@@ -301,7 +301,7 @@ def test_a_row_that_is_none_is_an_error_of_the_feed(row):
 
 def forwarded(*trusted):
     settings = Settings(parse({"proxy": {"trusted_proxies": list(trusted)}}))
-    return Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
+    return TrustedProxies(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
 
 
 @pytest.mark.parametrize("peer,value,expected", [

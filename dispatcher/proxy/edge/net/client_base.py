@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import Protocol
 
 from dispatcher.proxy.edge.http.head_reader import HeadReader
 from dispatcher.proxy.edge.http.headers import BadHead
@@ -27,8 +26,32 @@ class State(Enum):
     COLLECT = "the body of a request for the portal comes"
 
 
-class Client(Protocol):
-    """A client's connection; `connection.Connection` describes the members."""
+class Client:
+    """A client's connection; `connection.Connection` implements it.
+
+    :ivar address: of the peer, or of a trusted PROXY header, None where the transport knows it.
+    :ivar remote: the client's address, for agents and logs; :ivar trusted: its proxy headers are.
+    :ivar deadline: when `expired` is called; :ivar closing: no request follows; :ivar eof: the client sent all.
+    :ivar write_paused: the client reads too slowly; :ivar unsent: the bytes it had not taken at the last check.
+    :ivar reading_paused: the client is not read, see `regulate_reading`.
+    """
+
+    __slots__ = (
+        "address",
+        "closing",
+        "deadline",
+        "eof",
+        "reader",
+        "reading_paused",
+        "remote",
+        "scheme",
+        "session",
+        "state",
+        "transport",
+        "trusted",
+        "unsent",
+        "write_paused",
+    )
 
     address: str | None
     closing: bool
@@ -45,8 +68,9 @@ class Client(Protocol):
     unsent: int
     write_paused: bool
 
-    @property
-    def answering(self) -> bool: ...
+    def is_answering(self) -> bool:
+        """Whether a request is complete, and its answer is not."""
+        return self.state is State.ANSWER or self.state is State.WAIT
 
     def reset(self) -> None: ...
     def identify(self, remote: bytes, *, trusted: bool) -> None: ...
@@ -63,11 +87,8 @@ class Client(Protocol):
     def proceed(self, clean: bool) -> None: ...
     def regulate_reading(self) -> None: ...
 
-    # As an asyncio.Protocol.
+    # As a protocol of the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None: ...
     def data_received(self, data: bytes) -> None: ...
-    def eof_received(self) -> bool: ...
     def connection_lost(self, exc: Exception | None) -> None: ...
-    def pause_writing(self) -> None: ...
-    def resume_writing(self) -> None: ...

@@ -13,18 +13,17 @@ import struct
 import termios
 from collections import deque
 from collections.abc import Callable
-from email.utils import formatdate
 from typing import Protocol
 
 from dispatcher.common.ip_limits import Tally
-from dispatcher.plugin.deadline import boottime
-from dispatcher.proxy.edge.http.forwarded import Forwarded
-from dispatcher.proxy.edge.net.client import Client
-from dispatcher.proxy.edge.net.counters import Counters
-from dispatcher.proxy.edge.routing.settings import CLOSE_TIMEOUT, LEAST_READ, Settings
+from dispatcher.proxy.edge.http.request import Request
+from dispatcher.proxy.edge.http.trusted_proxies import TrustedProxies
+from dispatcher.proxy.edge.net.client_base import Client
+from dispatcher.proxy.edge.net.context import Context
+from dispatcher.proxy.edge.routing.settings import CLOSE_TIMEOUT, LEAST_READ
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
-_TICK = 0.25
+TICK = 0.25
 _SLOTS = 2
 _MAX_SPARE = 256  # connection objects kept for the next connections
 
@@ -41,24 +40,18 @@ class Tunnel(Protocol):
     def shut(self) -> None: ...
 
 
-class Registry:
-    """All connections of a worker.
+class Clients:
+    """The clients' connections of a worker.
 
-    :ivar now: boot time in seconds, as of the last turn of the wheel; :ivar draining: no new work is accepted.
-    :ivar date_line: the Date field of this second; :ivar handshakes: connections with a handshake in progress.
-    :ivar collected: bytes of bodies for the portal that are not complete yet.
+    :ivar handshakes: connections with a handshake in progress; :ivar open: connections, tunnels included.
+    :ivar spare: objects for the next connections; :ivar tunnels: the clients' ends of all WebSockets.
     """
 
-    loop: asyncio.AbstractEventLoop
-
-    def __init__(self, settings: Settings, make_client: Callable[[], Client]) -> None:
-        self.settings = settings
-        self.date_line = b""
+    def __init__(self, context: Context, make_client: Callable[[], Client]) -> None:
+        self.context = context
         self._make_client = make_client
-        self.now = boottime()
-        self.counters = Counters(by_agent=settings.metrics_by_agent)
-        self.draining = False
-        self._forwarded = Forwarded(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
+        settings = context.settings
+        self._proxies = TrustedProxies(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
         self._wheel: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SLOTS))
         self._next_slot = 0
         self._ticks = 0
@@ -66,15 +59,12 @@ class Registry:
         self._handshakes = Tally()
         self.handshakes = 0
         self._portal_slots = Tally()
-        self.collected = 0
-        self._open = 0
-        self.spare: list[Client] = []  # for the next connections
-        self._tunnels: dict[Tunnel, None] = {}
+        self.open = 0
+        self.spare: list[Client] = []
+        self.tunnels: dict[Tunnel, None] = {}
         # Closing tunnels and the times of their abort, earliest first.
         self._closing: deque[tuple[float, Tunnel]] = deque()
         self._active: dict[Session, None] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._second = 0
 
     def client(self, address: str | None = None) -> Client:
         """Return a protocol for a new connection.
@@ -90,12 +80,12 @@ class Registry:
         if client.address is None:
             client.address = self.address_of(client.transport)
         address = client.address
-        remote, trusted, exempt = self._forwarded.peer(address)
+        remote, trusted, exempt = self._proxies.peer(address)
         client.identify(remote, trusted=trusted)
         within = self.opened(address, exempt=exempt)
         self._next_slot = (self._next_slot + 1) % _SLOTS
         self._wheel[self._next_slot][client] = None
-        self.counters.connections += 1
+        self.context.counters.connections += 1
         return within
 
     @staticmethod
@@ -106,15 +96,19 @@ class Registry:
 
     def exempt(self, address: str) -> bool:
         """Whether the limits do not apply to an address: this machine's, and those of trusted proxies."""
-        return self._forwarded.peer(address)[2]
+        return self._proxies.peer(address)[2]
 
     def opened(self, address: str, *, exempt: bool) -> bool:
         """Count a connection; return whether it is within the limits.  Either way call `closed` at its end."""
-        self._open += 1
+        self.open += 1
         count = self._addresses.add(address)
-        return self._open <= self.settings.connections and (
-            exempt or count <= self.settings.connections_per_address
+        return self.open <= self.context.settings.connections and (
+            exempt or count <= self.context.settings.connections_per_address
         )
+
+    def client_of(self, address: str, request: Request) -> tuple[bytes, bytes, bytes]:
+        """Return the client's address, the scheme and the host (or nothing) that a trusted proxy states."""
+        return self._proxies.client_of(address, request.fields)
 
     def forget(self, client: Client) -> None:
         """A connection has ended."""
@@ -135,7 +129,7 @@ class Registry:
 
     def start_handshake(self, address: str) -> bool:
         """Let a connection begin its handshake; False when too many do.  Call `end_handshake` when it is over."""
-        settings = self.settings
+        settings = self.context.settings
         if self.handshakes >= settings.handshakes or (
             self._handshakes.of(address) >= settings.handshakes_per_address and not self.exempt(address)
         ):
@@ -151,7 +145,7 @@ class Registry:
 
     def closed(self, address: str) -> None:
         """A connection of this address has ended."""
-        self._open -= 1
+        self.open -= 1
         self._addresses.drop(address)
 
     def take_portal_slot(self, remote: bytes) -> bool:
@@ -160,7 +154,7 @@ class Registry:
         :param remote: the client's address as reported by trusted proxies.
         """
         address = remote.decode("ascii")
-        if self._portal_slots.of(address) >= self.settings.portal_share and not self.exempt(address):
+        if self._portal_slots.of(address) >= self.context.settings.portal_share and not self.exempt(address):
             return False
         self._portal_slots.add(address)
         return True
@@ -171,17 +165,17 @@ class Registry:
 
     def remember_tunnel(self, end: Tunnel) -> None:
         """A connection has become a tunnel."""
-        self._tunnels[end] = None
+        self.tunnels[end] = None
         end.agent.tunnels[end] = None
         session = end.session
         if session is not None:
             self._bind(end, session)
             if session.gone:
-                self.loop.call_soon(end.revoke)
+                self.context.loop.call_soon(end.revoke)
 
     def forget_tunnel(self, end: Tunnel) -> None:
         """A tunnel has ended."""
-        self._tunnels.pop(end, None)
+        self.tunnels.pop(end, None)
         end.agent.tunnels.pop(end, None)
         if end.session is not None:
             self._unbind(end, end.session)
@@ -189,7 +183,7 @@ class Registry:
 
     def abort_soon(self, end: Tunnel) -> None:
         """Abort a tunnel's client after a time to read its Close frame."""
-        self._closing.append((self.now + CLOSE_TIMEOUT, end))
+        self._closing.append((self.context.now + CLOSE_TIMEOUT, end))
 
     def bind(self, client: Client, session: Session) -> None:
         """Remember which session a connection works for, to end it with the session."""
@@ -208,22 +202,11 @@ class Registry:
         if session.connections is not None:
             session.connections.pop(connection, None)
 
-    @property
-    def open_connections(self) -> int:
-        """Connections of clients, tunnels included."""
-        return self._open
-
-    @property
-    def open_tunnels(self) -> int:
-        """WebSockets."""
-        return len(self._tunnels)
-
     # Time.
 
     def turn(self) -> None:
-        """Start the timer wheel."""
-        self._timer = self.loop.call_later(_TICK, self.turn)
-        now = self.now = boottime()
+        """Act on the deadlines that have passed; called every `TICK` seconds."""
+        now = self.context.now
         self._ticks += 1
         for client in list(self._wheel[self._ticks % _SLOTS]):
             if client.deadline <= now:
@@ -231,15 +214,11 @@ class Registry:
         closing = self._closing
         while closing and closing[0][0] <= now:
             closing.popleft()[1].transport.abort()
-        if int(now) != self._second:
-            self._second = int(now)
-            self.date_line = b"Date: " + formatdate(usegmt=True).encode("ascii") + b"\r\n"
-            self.each_second(now)
 
     def watch_writer(self, client: Client) -> None:
         """Abort a client that reads nothing before the time-out."""
         client.unsent = _unsent(client)
-        client.deadline = self.now + self.settings.body_timeout
+        client.deadline = self.context.now + self.context.settings.body_timeout
 
     def still_writing(self, client: Client) -> bool:
         """Whether a slow client has read something since the last check; if so, another check follows."""
@@ -247,12 +226,8 @@ class Registry:
         if unsent > client.unsent - LEAST_READ:
             return False
         client.unsent = unsent
-        client.deadline = self.now + self.settings.body_timeout
+        client.deadline = self.context.now + self.context.settings.body_timeout
         return True
-
-    def each_second(self, now: float) -> None:
-        """Do the work of each second."""
-        raise NotImplementedError
 
     def end_expired(self, now: float) -> None:
         """End everything that is open for expired sessions; this does not need the manager."""
@@ -274,7 +249,7 @@ class Registry:
 
     def shut_tunnels(self) -> None:
         """Close all WebSockets: the server shuts down."""
-        for end in list(self._tunnels):
+        for end in list(self.tunnels):
             end.shut()
 
     def close_idle(self) -> None:
@@ -288,10 +263,8 @@ class Registry:
         for slot in self._wheel:
             for client in list(slot):
                 client.transport.abort()
-        for end in list(self._tunnels):
+        for end in list(self.tunnels):
             end.transport.abort()
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 def plain_address(text: str) -> str:

@@ -18,7 +18,7 @@ _HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 _MAX_CACHED = 4096
 
 
-class Forwarded:
+class TrustedProxies:
     """The trusted networks, and a cache of the addresses checked against them."""
 
     __slots__ = ("_networks", "_peers", "_scheme", "_unix_trusted")

@@ -1,0 +1,112 @@
+"""The state that all connections of a worker share, and the worker's link to the manager."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from dispatcher.common.log import logger
+from dispatcher.plugin.deadline import boottime
+from dispatcher.proxy.edge.http.request import Request
+from dispatcher.proxy.edge.net.access_log import AccessLog
+from dispatcher.proxy.edge.net.counters import Counters
+from dispatcher.proxy.edge.routing.router import Router
+from dispatcher.proxy.edge.routing.settings import Settings
+from dispatcher.proxy.edge.routing.table import Agent, Tables
+
+
+class Manager(Protocol):
+    """The manager, as the connections use it; `worker.Worker` implements it."""
+
+    def wake(self, agent: Agent) -> None:
+        """Ask the manager to wake an agent."""
+
+    def report_dead(self, agent: Agent) -> None:
+        """Report to the manager that nothing listens at the agent's endpoint."""
+
+    def look_up(self, exchange: Any, digest: bytes) -> bool:
+        """Ask about a session that is not in the table; False when it is known not to exist."""
+        ...
+
+    def lost_for_good(self) -> bool:
+        """Whether the feed has been lost for longer than `feed_grace`."""
+        ...
+
+
+class Context:
+    """What the connections of a worker share.
+
+    :ivar now: boot time in seconds, as of the last turn of the timer wheel; :ivar clock: the exact time.
+    :ivar date_line: the Date field of this second; :ivar draining: no new work is accepted.
+    :ivar portal: the portal, as an agent without a name; :ivar serial: number of the last request.
+    :ivar collected: bytes of bodies for the portal that are not complete yet.
+    :ivar connect: opens a connection to an agent for an exchange, see `connect.Connector`.
+    """
+
+    __slots__ = (
+        "clock",
+        "collected",
+        "connect",
+        "counters",
+        "date_line",
+        "draining",
+        "log",
+        "logger",
+        "loop",
+        "manager",
+        "now",
+        "portal",
+        "request_prefix",
+        "router",
+        "serial",
+        "settings",
+        "tables",
+    )
+
+    loop: asyncio.AbstractEventLoop
+    manager: Manager
+    connect: Callable[[Agent, Any], None]
+
+    def __init__(self, settings: Settings, portal_path: str, log: AccessLog) -> None:
+        self.settings = settings
+        self.log = log
+        self.logger = logger("edge")
+        self.now = boottime()
+        self.clock: Callable[[], float] = time.monotonic
+        self.date_line = b""
+        self.draining = False
+        self.counters = Counters(by_agent=settings.metrics_by_agent)
+        self.tables = Tables()
+        self.router = Router(settings, self.tables)
+        self.portal = Agent("")
+        self.portal.update({"state": "running", "endpoint": f"unix:{portal_path}", "uid": os.geteuid()})
+        self.request_prefix = secrets.token_hex(5).encode()
+        self.serial = 0
+        self.collected = 0
+
+    def request_id(self) -> bytes:
+        """Return a new id, unique over workers and restarts."""
+        self.serial = serial = self.serial + 1
+        return b"%b%08x" % (self.request_prefix, serial)
+
+    def fixed_lines(self, request: Request, agent: Agent, remote: bytes, scheme: bytes) -> bytes:
+        """Return Host and the edge's own lines: they are the same for all requests of a connection to one host."""
+        host = request.host or self.settings.public_host or b"localhost"
+        return b"".join(
+            (
+                *(b"Host: ", host, b"\r\nX-Forwarded-For: ", remote, b"\r\nX-Forwarded-Host: ", host),
+                *(b"\r\nX-Forwarded-Proto: ", scheme, b"\r\n", agent.identity if agent.name else b""),
+                b"Via: 1.1 dispatcher\r\n" if request.version else b"Via: 1.0 dispatcher\r\n",
+            )
+        )
+
+    def log_invalid(self, agent: Agent, request_id: bytes, why: str) -> None:
+        """Log an answer that could not be forwarded."""
+        self.counters.invalid += 1
+        self.logger.warning(
+            "invalid HTTP response", agent=agent.name or "portal", request=request_id.decode(), why=why
+        )
