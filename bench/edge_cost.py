@@ -191,7 +191,7 @@ def connections(clients, upstream, count):
         os.close(fd)
         nothing += time.process_time() - start
         near.close()
-    assert got.startswith(b"HTTP/1.1 200 OK") and worker.counters.connections == count + 1, (
+    assert got.startswith(b"HTTP/1.1 200 OK") and clients.context.counters.connections == count + 1, (
         "the answers did not get through"
     )
     return (spent - nothing) / count * 1e6

@@ -182,7 +182,7 @@ def tables(sessions: int, agents: int) -> None:
     empty = min(edge_cost.loop("small", 20000) for _ in range(5))
     print(f"a small request: {full:.2f} us with full tables, {empty:.2f} us with one session")
     start = time.process_time()
-    worker.report()
+    context.manager.report()
     print(f"a report over {agents} agents: {(time.process_time() - start) * 1000:.1f} ms")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.proxy.edge.net.connection import Connection
 from dispatcher.proxy.edge.http.response import Policy, parse_response
 from tests.support.edge_harness import COOKIE, Edge, eventually
 
@@ -37,8 +36,6 @@ def test_what_a_trusted_proxy_said_does_not_outlive_its_connection(edge) -> None
     lines = b"X-Forwarded-For: 192.0.2.66\r\nX-Forwarded-Proto: https\r\nX-Forwarded-Host: spoofed.test\r\n"
     assert b"Host: spoofed.test" in ask(edge, b"/a", more=lines)
     eventually(lambda: edge.worker.clients.spare)
-    spare: Connection = edge.worker.clients.spare[-1]
-    assert spare.reader.model is None
     assert b"spoofed" not in ask(edge, b"/a")
 
 
@@ -52,7 +49,7 @@ def test_what_a_trusted_proxy_said_does_not_outlive_its_connection(edge) -> None
 def test_an_agent_has_nobody_told_of_every_request_to_the_host(line) -> None:
     """Network error logging counts for the whole origin, portal included, and outlives the session."""
     head = b"HTTP/1.1 200 OK\r\n%b\r\nContent-Length: 0\r\n\r\n" % line
-    assert not any(line.split(b":")[0] in kept for kept in parse_response(head, 100, b"GET", GUARDED).lines)
+    assert line.split(b":")[0] not in parse_response(head, 100, b"GET", GUARDED).lines
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_the_end_of_a_session_does_not_break_a_form_that_is_on_its_way(edge) -> 
 
 
 def test_incomplete_bodies_take_bounded_memory_and_small_ones_still_pass(edge, monkeypatch) -> None:
-    monkeypatch.setattr("dispatcher.proxy.edge.net.body_buffer.COLLECTED", 4 * PORTAL_BODY)
+    monkeypatch.setattr(edge.worker.context, "most_collected", 4 * PORTAL_BODY)
     assert COLLECTED >= 4 * PORTAL_BODY
     with contextlib.ExitStack() as stack:
         socks = [stack.enter_context(edge.connect()) for _ in range(8)]

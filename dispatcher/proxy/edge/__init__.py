@@ -1,9 +1,9 @@
 """The data plane: routes each request to an agent or to the portal.
 
 The modules on the path of a request are compiled where a C compiler is found at the installation (docs/adr/0010),
-otherwise they are interpreted; both behave the same.  The interpreted ones also run with ``DISPATCHER_PURE=1`` in the
-environment, in a checkout whose sources are newer than the compiled modules, and in a copy without their common
-library.
+otherwise they are interpreted; both behave the same.  The interpreted ones also run with ``DISPATCHER_PURE=1`` in
+the environment, in a checkout whose sources are newer than the compiled modules, and in a copy without their
+common library.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ class Process:
         loop.add_reader(self._control, self._on_order)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000)  # requests leave no cycles behind
         self._control.send(READY)
         await self._finished.wait()
         for server in self._servers:

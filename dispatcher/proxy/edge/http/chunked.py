@@ -8,12 +8,13 @@ the fields that are allowed in one.  An incomplete line is never passed on, so t
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from dispatcher.proxy.edge.http.headers import BadHead, trailer_lines
 
-_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-_MAX_LINE = 256
-_MAX_TRAILERS = 16384
+_SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_MAX_LINE: Final = 256
+_MAX_TRAILERS: Final = 16384
 
 _SIZE_LINE, _DATA, _DATA_END, _TRAILERS = range(4)
 

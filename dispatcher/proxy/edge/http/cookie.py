@@ -28,7 +28,8 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
         name, _, content = value[begin:end].partition(b"=")
         name = name.strip(b" \t")
         if name in _OWN:
-            rest.append(value[position:begin])
+            if begin > position:
+                rest.append(value[position : begin - 1])
             position = end + 1
             if name == session_name:
                 token = content.strip(b" \t")
@@ -36,5 +37,6 @@ def split_cookie(value: bytes, session_name: bytes) -> tuple[bytes | None, bytes
         found = value.find(b"dispatcher", end)
     if not position:
         return None, value
-    rest.append(value[position:])
-    return token if count == 1 else None, b"".join(rest).strip(b" \t;")
+    if position <= size:
+        rest.append(value[position:])
+    return token if count == 1 else None, b";".join(rest).strip(b" \t")

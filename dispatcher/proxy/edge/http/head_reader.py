@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request, parse_request
+from dispatcher.proxy.edge.http.scan import head_end
 
 
 class HeadReader:
     """Reads the heads of one connection.
 
-    Clients repeat their field lines on a connection; then only the request line is parsed again.
-
     :ivar kept: the beginning of a head, or bytes that wait for an earlier request; None for nothing.
     :ivar rest: the bytes after the head that was read last; :ivar size: of that head in bytes.
-    :ivar model: the request whose field lines may repeat.
     """
 
-    __slots__ = ("_block", "_max_bytes", "_max_fields", "kept", "model", "rest", "size")
+    __slots__ = ("_max_bytes", "_max_fields", "kept", "rest", "size")
 
     def __init__(self, max_bytes: int, max_fields: int) -> None:
         self._max_bytes = max_bytes
@@ -24,12 +22,6 @@ class HeadReader:
         self.kept: bytearray | None = None
         self.rest = b""
         self.size = 0
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget the field lines of earlier requests."""
-        self._block = b""
-        self.model: Request | None = None
 
     def keep(self, data: bytes) -> None:
         """Keep bytes that come before they can be read."""
@@ -52,19 +44,6 @@ class HeadReader:
             if len(kept) > self._max_bytes:
                 raise self._too_long()
             return None
-        block = self._block
-        if block and data.endswith(block) and len(data) <= self._max_bytes:
-            request = self.model
-            assert request is not None
-            try:
-                request.start(data[: -len(block)])
-            except BadHead:
-                request.version = 0
-            if request.version:
-                self.rest = b""
-                self.size = len(data)
-                return request
-            self._block = b""  # invalid, or HTTP/1.0, in which the same lines have another meaning
         return self._read(data)
 
     def read_kept(self) -> Request | None:
@@ -76,10 +55,9 @@ class HeadReader:
         return None if kept is None else self._read(bytes(kept))
 
     def _read(self, data: bytes, *, skipped: bool = False) -> Request | None:
-        end = data.find(b"\r\n\r\n")
-        if end <= 0:
+        end = head_end(data)
+        if end <= 4:
             return self._begin(data)
-        end += 4
         try:
             if end > self._max_bytes:
                 raise self._too_long()
@@ -92,11 +70,6 @@ class HeadReader:
             raise
         self.rest = data[end:]
         self.size = end
-        if request.repeats():
-            self._block = head[head.find(b"\r\n") :]
-            self.model = request
-        else:
-            self._block = b""
         return request
 
     def _begin(self, data: bytes) -> Request | None:

@@ -57,13 +57,13 @@ SERVICE_WORKER_ALLOWED: Final = 31
 CLEAR_SITE_DATA: Final = 32
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
-_HOP_BY_HOP = dict.fromkeys(
+_HOP_BY_HOP: Final = dict.fromkeys(
     ("keep-alive", "proxy-connection", "proxy-authenticate", "proxy-authorization", "proxy-authentication-info"),
     DROP,
 )
 
 #: Identity and origin of a client: only the edge or a trusted proxy states them.
-_IDENTITY = dict.fromkeys(
+_IDENTITY: Final = dict.fromkeys(
     (
         "forwarded",
         "x-real-ip",
@@ -98,11 +98,15 @@ _IDENTITY = dict.fromkeys(
     ),
     DROP,
 )
-_IDENTITY_PREFIXES = ("x-forwarded-", "x-dispatcher-")
+_IDENTITY_PREFIXES: Final = ("x-forwarded-", "x-dispatcher-")
 
-_FRAMING = {"content-length": CONTENT_LENGTH, "transfer-encoding": TRANSFER_ENCODING, "connection": CONNECTION}
+_FRAMING: Final = {
+    "content-length": CONTENT_LENGTH,
+    "transfer-encoding": TRANSFER_ENCODING,
+    "connection": CONNECTION,
+}
 
-_REQUEST = {
+_REQUEST: Final = {
     **_HOP_BY_HOP,
     **_IDENTITY,
     **_FRAMING,
@@ -124,7 +128,7 @@ _REQUEST = {
     "service-worker": SERVICE_WORKER,
 }
 
-_RESPONSE = {
+_RESPONSE: Final = {
     **_HOP_BY_HOP,
     **_FRAMING,
     "content-length": ANSWER_LENGTH,
@@ -148,7 +152,7 @@ _RESPONSE = {
 }
 
 #: Never taken from a trailer section (RFC 9110, 6.5.1): framing, routing, authentication, and cookies.
-_TRAILER_FORBIDDEN = frozenset(
+_TRAILER_FORBIDDEN: Final = frozenset(
     {
         *_REQUEST,
         *_RESPONSE,

@@ -13,12 +13,12 @@ from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.headers import REQUEST_NAMES, BadHead, read_fields
 from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
-SAFE = 1  # RFC 9110, 9.2.1
-IDEMPOTENT = 2  # RFC 9110, 9.2.2
-SILENT = 4  # without a visible result
+SAFE: Final = 1  # RFC 9110, 9.2.1
+IDEMPOTENT: Final = 2  # RFC 9110, 9.2.2
+SILENT: Final = 4  # without a visible result
 
 #: Methods that are passed on, of the IANA registry.  CONNECT would make a tunnel, TRACE an echo of credentials.
-METHODS = {
+METHODS: Final = {
     b"GET": SAFE | IDEMPOTENT,
     b"HEAD": SAFE | IDEMPOTENT | SILENT,
     b"POST": 0,
@@ -41,15 +41,15 @@ METHODS = {
     ),
     b"LOCK": 0,
 }
-_VERSIONS = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_HOST = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
-_ABSOLUTE = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
+_VERSIONS: Final = {b"HTTP/1.1": 1, b"HTTP/1.0": 0}
+_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_HOST: Final = re.compile(rb"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
+_ABSOLUTE: Final = re.compile(rb"https?://([^/?]+)([/?].*)?", re.IGNORECASE)
 #: Visible ASCII without ``#``; percent-encoding is the application's business.
-_TARGET_BYTES = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
+_TARGET_BYTES: Final = bytes(byte for byte in range(0x21, 0x7F) if byte != 0x23)
 
-NO_BODY = 0
-CHUNKED = -1
+NO_BODY: Final = 0
+CHUNKED: Final = -1
 
 
 class Request:
@@ -59,9 +59,10 @@ class Request:
     :ivar lines: the lines to pass on unchanged, each with its CRLF.
     :ivar fields: values by kind, of the special ones.
     :ivar length: bytes of body, `NO_BODY` or `CHUNKED`; :ivar close: the connection ends after this exchange.
+    :ivar framed: has fields about body or connection.
     :ivar by_hand: a navigation that is not a prefetch; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
-    :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
+    :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue`` :ivar size: bytes of the head.
     """
 
     __slots__ = (
@@ -69,6 +70,7 @@ class Request:
         "close",
         "expects",
         "fields",
+        "framed",
         "host",
         "length",
         "lines",
@@ -93,6 +95,7 @@ class Request:
     close: bool
     upgrade: bool
     expects: bool
+    framed: bool
     watched: bool
     by_hand: bool
     machine: bool
@@ -113,10 +116,6 @@ class Request:
         self.target = target
         if target[:1] != b"/" or target.translate(None, _TARGET_BYTES):
             self.target = _other_target(self, target)
-
-    def repeats(self) -> bool:
-        """Whether the next request with the same field lines may reuse the result."""
-        return not self.length and not self.upgrade and self.version == 1
 
     def navigation(self) -> bool:
         """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
@@ -170,7 +169,8 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     request.length = NO_BODY
     request.upgrade = request.expects = False
     request.close = not request.version
-    if kinds & _FRAMING:
+    request.framed = bool(kinds & _FRAMING)
+    if request.framed:
         _frame(request)
     request.machine = bool(kinds & 1 << headers.SEC_PURPOSE)
     request.by_hand = not request.machine and request.navigation()
@@ -180,7 +180,11 @@ def parse_request(head: bytes, max_fields: int) -> Request:
 
 #: The kinds of fields about body and connection.
 _FRAMING: Final = (
-    1 << headers.CONTENT_LENGTH | 1 << headers.TRANSFER_ENCODING | 1 << headers.CONNECTION | 1 << headers.EXPECT
+    1 << headers.CONTENT_LENGTH
+    | 1 << headers.TRANSFER_ENCODING
+    | 1 << headers.CONNECTION
+    | 1 << headers.EXPECT
+    | 1 << headers.TE
 )
 
 
@@ -251,22 +255,45 @@ def _frame(request: Request) -> None:
         request.expects = request.length != NO_BODY
 
 
-_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
+_ORDINARY_OPTIONS: Final = frozenset({b"", b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings"})
 
 
-def upstream_lines(request: Request, cookie: bytes, fixed: bytes) -> bytes:
-    """Return the rest of an upstream's head: what follows the target, up to the value of `X-Request-ID`.
+def upstream_head(
+    request: Request, host: bytes, cookie: bytes, remote: bytes, scheme: bytes, identity: bytes, request_id: bytes
+) -> bytes:
+    """Return the head for an upstream.
 
     :param cookie: value of the Cookie field, already without the dispatcher's own; empty for none.
-    :param fixed: Host and the edge's own lines, each ended by CRLF: the same for all requests of a connection.
+    :param remote: the client's address; :param identity: lines about the user, each ended by CRLF.
     """
     cookie_line = b"Cookie: " + cookie + b"\r\n" if cookie else b""
     framing = _framing_lines(request)
-    return b"".join([b" HTTP/1.1\r\n", fixed, request.lines, cookie_line, framing, b"X-Request-ID: "])
+    return b"".join(
+        [
+            request.method,
+            b" ",
+            request.target,
+            b" HTTP/1.1\r\nHost: ",
+            host,
+            b"\r\nX-Forwarded-For: ",
+            remote,
+            *(b"\r\nX-Forwarded-Host: ", host, b"\r\nX-Forwarded-Proto: ", scheme),
+            b"\r\nVia: 1.1 dispatcher\r\n" if request.version else b"\r\nVia: 1.0 dispatcher\r\n",
+            identity,
+            request.lines,
+            cookie_line,
+            framing,
+            b"X-Request-ID: ",
+            request_id,
+            b"\r\n\r\n",
+        ]
+    )
 
 
 def _framing_lines(request: Request) -> bytes:
     """Return the lines about body and connection."""
+    if not request.framed:
+        return b""
     lines = b""
     if request.length > 0:
         lines = b"Content-Length: %d\r\n" % request.length

@@ -7,21 +7,22 @@ client's (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the clie
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from dispatcher.proxy.cookies import OWN_NAMES
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.headers import RESPONSE_NAMES, BadHead, read_fields
 from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
 
-_STATUS = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
-_OWN = frozenset(name.lower().encode() for name in OWN_NAMES)
-_DOMAIN = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;\r]*)?(?=[;\r]|$)", re.IGNORECASE)
-_MAX_CACHED = 512
+_STATUS: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
+_OWN: Final = frozenset(name.lower().encode() for name in OWN_NAMES)
+_DOMAIN: Final = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;\r]*)?(?=[;\r]|$)", re.IGNORECASE)
+_MAX_CACHED: Final = 512
 _statuses: dict[bytes, tuple[int, int, bytes]] = {}
 
-NO_BODY = 0
-CHUNKED = -1
-UNTIL_CLOSE = -2
+NO_BODY: Final = 0
+CHUNKED: Final = -1
+UNTIL_CLOSE: Final = -2
 
 
 class Response:
@@ -30,11 +31,10 @@ class Response:
     :ivar lines: the lines to pass on, each with its CRLF, the start line for an HTTP/1.1 client first.
     :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
-    :ivar dated: there is a Date; :ivar plain: the whole head where the edge adds nothing, or empty; :ivar last:
-        the same where it only ends the connection.
+    :ivar dated: there is a Date.
     """
 
-    __slots__ = ("close", "dated", "last", "length", "lines", "plain", "status", "upgraded")
+    __slots__ = ("close", "dated", "length", "lines", "status", "upgraded")
 
     status: int
     lines: bytes
@@ -42,8 +42,6 @@ class Response:
     close: bool
     upgraded: bool
     dated: bool
-    plain: bytes
-    last: bytes
 
 
 class Policy:
@@ -62,7 +60,7 @@ class Policy:
 
 
 #: For the portal, which is the dispatcher itself: it may set the dispatcher's cookies.
-TRUSTED = None
+TRUSTED: Final[None] = None
 
 
 def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy | None) -> Response:
@@ -147,12 +145,11 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         response.close = True
     response.lines = lines
     response.length = length
-    response.plain = response.last = b""
     return response
 
 
-_LENGTH_NAME = frozenset({b"content-length"})
-_ORDINARY_OPTIONS = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
+_LENGTH_NAME: Final = frozenset({b"content-length"})
+_ORDINARY_OPTIONS: Final = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 
 
 def _allowed(line: bytes, policy: Policy) -> bytes:

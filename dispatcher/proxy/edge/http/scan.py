@@ -31,6 +31,25 @@ _CLASSES: Final = bytes(
 )
 
 
+def head_end(data: bytes) -> int:
+    """Return the length of the head at the beginning, its empty line included; -1 if it is not complete."""
+    if not COMPILED:
+        end = data.find(b"\r\n\r\n")
+        return end + 4 if end >= 0 else -1
+    position: i64 = 3
+    size: i64 = len(data)
+    byte: i64
+    while position < size:
+        byte = data[position]
+        if byte > 13:
+            position += 4  # the empty line cannot include this byte
+        elif byte == 10 and data[position - 1] == 13 and data[position - 2] == 10 and data[position - 3] == 13:
+            return position + 1
+        else:
+            position += 1
+    return -1
+
+
 def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Fields:
     """Return the field lines of a head, as `read_fields`."""
     fields = Fields()

@@ -7,11 +7,12 @@ number of bytes of data: a ping does not count as use, typing does.
 from __future__ import annotations
 
 import struct
+from typing import Final
 
-GOING_AWAY = 1001  # RFC 6455, 7.4.1
-POLICY = 1008
-_CONTROL = 0x08
-_MASKED = 0x80
+GOING_AWAY: Final = 1001  # RFC 6455, 7.4.1
+POLICY: Final = 1008
+_CONTROL: Final = 0x08
+_MASKED: Final = 0x80
 
 
 class Scanner:

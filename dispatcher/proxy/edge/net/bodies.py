@@ -11,7 +11,7 @@ from dispatcher.proxy.edge.http.chunked import Chunked
 from dispatcher.proxy.edge.http.request import CHUNKED
 from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.settings import COLLECTED, PORTAL_BODY, SMALL_BODY
+from dispatcher.proxy.edge.routing.settings import PORTAL_BODY, SMALL_BODY
 
 
 class RequestBody:
@@ -74,7 +74,11 @@ class BodyBuffer:
             return None
         if size > PORTAL_BODY:
             return pages.TOO_LARGE
-        return pages.TOO_BUSY if self._context.collected > COLLECTED and size > SMALL_BODY else None
+        return (
+            pages.TOO_BUSY
+            if self._context.collected > self._context.most_collected and size > SMALL_BODY
+            else None
+        )
 
     def release(self) -> bytes:
         """End collecting; return the bytes and uncount them."""

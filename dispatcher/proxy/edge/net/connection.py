@@ -72,9 +72,6 @@ class Connection(Client):
 
     def reset(self) -> None:
         """Reset all state of the client, to serve the next one."""
-        if self.trusted:  # they meant more than they will
-            self.reader.forget()
-            self.exchange.forget_lines()
         self.state = _HEAD
         self.write_paused = self.reading_paused = self.closing = self.eof = self.trusted = False
         self.scheme = self.context.settings.scheme
@@ -83,10 +80,7 @@ class Connection(Client):
 
     def identify(self, remote: bytes, *, trusted: bool) -> None:
         """Take the peer's address, and whether its forwarding headers are trusted."""
-        self.trusted = trusted
-        if remote != self.remote:
-            self.remote = remote
-            self.exchange.forget_lines()
+        self.remote, self.trusted = remote, trusted
 
     # The transport's callbacks.
 

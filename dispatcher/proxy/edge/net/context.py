@@ -11,11 +11,10 @@ from typing import Any, Protocol
 
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
-from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.net.counters import Counters
 from dispatcher.proxy.edge.routing.router import Router
-from dispatcher.proxy.edge.routing.settings import Settings
+from dispatcher.proxy.edge.routing.settings import COLLECTED, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Tables
 
 
@@ -43,7 +42,7 @@ class Context:
     :ivar now: boot time in seconds, as of the last turn of the timer wheel; :ivar clock: the exact time.
     :ivar date_line: the Date field of this second; :ivar draining: no new work is accepted.
     :ivar portal: the portal, as an agent without a name; :ivar serial: number of the last request.
-    :ivar collected: bytes of bodies for the portal that are not complete yet.
+    :ivar collected: bytes of bodies for the portal that are not complete yet; :ivar most_collected: their limit.
     :ivar connect: opens a connection to an agent for an exchange, see `connect.Connector`.
     """
 
@@ -58,6 +57,7 @@ class Context:
         "logger",
         "loop",
         "manager",
+        "most_collected",
         "now",
         "portal",
         "request_prefix",
@@ -87,22 +87,12 @@ class Context:
         self.request_prefix = secrets.token_hex(5).encode()
         self.serial = 0
         self.collected = 0
+        self.most_collected = COLLECTED
 
     def request_id(self) -> bytes:
         """Return a new id, unique over workers and restarts."""
         self.serial = serial = self.serial + 1
         return b"%b%08x" % (self.request_prefix, serial)
-
-    def fixed_lines(self, request: Request, agent: Agent, remote: bytes, scheme: bytes) -> bytes:
-        """Return Host and the edge's own lines: they are the same for all requests of a connection to one host."""
-        host = request.host or self.settings.public_host or b"localhost"
-        return b"".join(
-            (
-                *(b"Host: ", host, b"\r\nX-Forwarded-For: ", remote, b"\r\nX-Forwarded-Host: ", host),
-                *(b"\r\nX-Forwarded-Proto: ", scheme, b"\r\n", agent.identity if agent.name else b""),
-                b"Via: 1.1 dispatcher\r\n" if request.version else b"Via: 1.0 dispatcher\r\n",
-            )
-        )
 
     def log_invalid(self, agent: Agent, request_id: bytes, why: str) -> None:
         """Log an answer that could not be forwarded."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.headers import BadHead
-from dispatcher.proxy.edge.http.request import IDEMPOTENT, SAFE, Request, upstream_lines
+from dispatcher.proxy.edge.http.request import IDEMPOTENT, SAFE, Request, upstream_head
 from dispatcher.proxy.edge.http.response import Response, client_head
 from dispatcher.proxy.edge.net.bodies import RequestBody
 from dispatcher.proxy.edge.net.client_base import Client, State
@@ -23,7 +23,7 @@ from dispatcher.proxy.edge.routing.session_cookie import SessionCookie
 from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT, FOREVER, FRESH_UPSTREAM, LOOKUP_TIMEOUT
 from dispatcher.proxy.edge.routing.table import Agent
 
-_POLL_SECONDS = 5  # an answer that lasts longer is a stream, even that of a poll
+_POLL_SECONDS: Final = 5  # an answer that lasts longer is a stream, even that of a poll
 # On the hot path:
 _BODY: Final = State.BODY
 _ANSWER: Final = State.ANSWER
@@ -41,9 +41,6 @@ class Exchange(Receiver):
     """
 
     __slots__ = (
-        "_lines",
-        "_lines_agent",
-        "_lines_request",
         "agent",
         "body",
         "bytes_in",
@@ -72,10 +69,6 @@ class Exchange(Receiver):
         self.context = clients.context
         self.client = client
         self.cookie = SessionCookie(self.context.settings.cookie_name)
-        # The field lines of a request as its upstream gets them: clients repeat their lines.
-        self._lines = b""
-        self._lines_request: Request | None = None
-        self._lines_agent: Agent | None = None
         self.agent: Agent | None = None
         self.holding: Agent | None = None
         self.upstream: Upstream | None = None
@@ -91,10 +84,6 @@ class Exchange(Receiver):
         self.sending: RequestBody | None = None
         self.replay: bytes | None = None
         self.body = self.request_id = b""
-
-    def forget_lines(self) -> None:
-        """Forget the field lines of earlier requests: the client's address has changed."""
-        self._lines_request = None
 
     # The request.
 
@@ -147,9 +136,7 @@ class Exchange(Receiver):
         agent = upstream.agent
         head, self.replay = self.replay, None
         if head is None:
-            if request is not self._lines_request or agent is not self._lines_agent or client.trusted:
-                self._prepare_lines(request, agent)
-            head = b"".join((request.method, b" ", request.target, self._lines, self.request_id, b"\r\n\r\n"))
+            head = self._head(request, agent)
             if request.length:
                 try:
                     head += self._begin_body(request.length)
@@ -197,18 +184,19 @@ class Exchange(Receiver):
             self._sent(sending)
         return first
 
-    def _prepare_lines(self, request: Request, agent: Agent) -> None:
-        """Build the field lines; the portal gets the whole Cookie field, an agent the other cookies."""
+    def _head(self, request: Request, agent: Agent) -> bytes:
+        """Return the head for an upstream: the portal gets the whole Cookie field, an agent the other cookies."""
         client, cookie = self.client, self.cookie
         field = request.fields.get(headers.COOKIE, b"")
-        if agent.name and field:
-            if field != cookie.field:
-                cookie.read(field)
-            field = cookie.others
-        fixed = self.context.fixed_lines(request, agent, client.remote, client.scheme)
-        self._lines = upstream_lines(request, field, fixed)
-        self._lines_request = request if request is client.reader.model else None
-        self._lines_agent = agent
+        identity = b""
+        if agent.name:
+            identity = agent.identity
+            if field:
+                if field != cookie.field:
+                    cookie.read(field)
+                field = cookie.others
+        host = request.host or self.context.settings.public_host or b"localhost"
+        return upstream_head(request, host, field, client.remote, client.scheme, identity, self.request_id)
 
     def body_received(self, data: bytes) -> None:
         """Pass a piece of the body on."""
@@ -344,22 +332,6 @@ class Exchange(Receiver):
         if client.state is _BODY or context.draining:
             # The body may never be read to its end: no further request can follow it.
             client.closing = True
-        if response.length >= 0 and response.dated and self.request.version and not context.settings.hsts_line:
-            if not client.closing:
-                head = response.plain
-                if not head:
-                    head = response.plain = client_head(response, b"")
-                return head
-            if client.state is _ANSWER and not client.eof:
-                head = response.last
-                if not head:
-                    head = response.last = client_head(response, b"Connection: close\r\n")
-                return head
-        return self._altered_head(response)
-
-    def _altered_head(self, response: Response) -> bytes:
-        """Return a head to which the edge adds something."""
-        context, client = self.context, self.client
         additions = context.settings.hsts_line
         if not response.dated:
             additions += context.date_line

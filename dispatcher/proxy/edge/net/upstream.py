@@ -23,11 +23,12 @@ from dispatcher.proxy.edge.http.response import (
     client_head,
     parse_response,
 )
+from dispatcher.proxy.edge.http.scan import head_end
 from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
 from dispatcher.proxy.edge.routing.table import Agent
 
-_JOIN = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
+_JOIN: Final = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
 
 
 class Mode(Enum):
@@ -91,10 +92,7 @@ class Upstream:
     """
 
     __slots__ = (
-        "_block",
         "_context",
-        "_method",
-        "_model",
         "agent",
         "client",
         "decoder",
@@ -127,10 +125,6 @@ class Upstream:
         self.partial: bytearray | None = None
         self.response: Response | None = None
         self.informational = 0
-        # The last answer's head and what it means: at a high rate, heads repeat within the second.
-        self._block = b""
-        self._method = b""
-        self._model: Response | None = None
         self.since = 0.0
         self.used = self.write_paused = self.reading_paused = self.request_sent = False
 
@@ -167,17 +161,8 @@ class Upstream:
 
     def _head(self, client: Receiver, data: bytes) -> None:
         settings = self._context.settings
-        block = self._block
-        if block and self.partial is None and data.startswith(block) and self.request.method == self._method:
-            response = self._model
-            assert response is not None
-            try:
-                self._final(client, response, data[len(block) :])
-            except BadHead as error:
-                client.upstream_invalid(error.why)
-            return
         if self.partial is None:
-            end = data.find(b"\r\n\r\n")
+            end = head_end(data)
             if end < 0:
                 self.partial = bytearray(data)
         else:
@@ -185,9 +170,10 @@ class Upstream:
             self.partial += data
             end = self.partial.find(b"\r\n\r\n", start)
             if end >= 0:
+                end += 4
                 data = bytes(self.partial)
                 self.partial = None
-        size = end + 4 if end >= 0 else len(self.partial or b"")
+        size = end if end >= 0 else len(self.partial or b"")
         try:
             if size > settings.head_bytes:
                 raise BadHead("a head that is too large")
@@ -200,7 +186,6 @@ class Upstream:
             if response.status < 200:
                 self._informational(client, response, rest)
                 return
-            self._block, self._method, self._model = head, method, response
             self._final(client, response, rest)
         except BadHead as error:
             self.partial = None
@@ -346,8 +331,8 @@ class Upstream:
             self.client.regulate_reading()
 
 
-_PIECE = 65536
-_MAX_PIECES = 16
+_PIECE: Final = 65536
+_MAX_PIECES: Final = 16
 
 
 def unread(transport: asyncio.BaseTransport) -> Iterator[bytes]:

@@ -7,16 +7,17 @@ is not use.  The hot path pays one dictionary lookup and a few comparisons.
 from __future__ import annotations
 
 import re
+from typing import Final
 
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.request import SAFE, SILENT, Request
 
-TRICKLE = 1024.0  # bytes per second up to which a flow is not use
-_MAX_TARGETS = 128  # remembered for each agent
-_SLACK = 4.0  # a repetition up to that factor beyond the longest pause is still a poll: scripts back off
-_STEADY = 0.2  # pauses that differ by less than this share of them count as equal
-_EQUAL_PAUSES = 3  # so many equal pauses are a timer's
-_NUMBERS = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
+TRICKLE: Final = 1024.0  # bytes per second up to which a flow is not use
+_MAX_TARGETS: Final = 128  # remembered for each agent
+_SLACK: Final = 4.0  # a repetition up to that factor beyond the longest pause is still a poll: scripts back off
+_STEADY: Final = 0.2  # pauses that differ by less than this share of them count as equal
+_EQUAL_PAUSES: Final = 3  # so many equal pauses are a timer's
+_NUMBERS: Final = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
 
 
 class Traffic:
@@ -78,12 +79,10 @@ class PollDetector:
         target = request.target
         entry = self._seen.get(target)
         if entry is None:
-            path, mark, query = target.partition(b"?")
-            if request.upgrade:
-                target = path
-            elif mark:
-                target = path + mark + _NUMBERS.sub(b"0", query)
-            entry = self._seen.get(target)
+            mark = target.find(b"?")
+            if mark >= 0:
+                target = target[:mark] + (b"" if request.upgrade else _NUMBERS.sub(b"0", target[mark:]))
+                entry = self._seen.get(target)
             if entry is None:
                 if len(self._seen) >= _MAX_TARGETS:
                     del self._seen[next(iter(self._seen))]

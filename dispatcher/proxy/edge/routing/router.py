@@ -8,6 +8,7 @@ time, then browsers get the portal's waiting page and programs a 503.
 
 from __future__ import annotations
 
+from typing import Final
 from urllib.parse import parse_qs, quote_from_bytes
 
 from dispatcher.feed import protocol
@@ -31,10 +32,10 @@ from dispatcher.proxy.edge.routing.decision import (
 from dispatcher.proxy.edge.routing.settings import MAX_HELD, PORTAL_BODY, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
 
-DYING_PAUSE = 0.3  # seconds in which the end of an agent that drops requests is noticed
-RUNNING = protocol.RUNNING
-_AFTER_PREFIX = frozenset({b"", b"/", b"?"})
-_SLEEPY = frozenset({protocol.ASLEEP, protocol.STOPPING})
+DYING_PAUSE: Final = 0.3  # seconds in which the end of an agent that drops requests is noticed
+RUNNING: Final = protocol.RUNNING
+_AFTER_PREFIX: Final = frozenset({b"", b"/", b"?"})
+_SLEEPY: Final = frozenset({protocol.ASLEEP, protocol.STOPPING})
 
 
 class _Memory:
@@ -173,7 +174,7 @@ class Router:
         request.fields = original.fields
         request.length = NO_BODY
         request.close = original.close
-        request.upgrade = request.expects = False
+        request.upgrade = request.expects = request.framed = False
         request.size = original.size
         lines = original.lines.splitlines(keepends=True)
         request.lines = b"".join(

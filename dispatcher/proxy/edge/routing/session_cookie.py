@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Final
 
 from dispatcher.proxy.edge.http.cookie import split_cookie
 
-_TOKEN = re.compile(rb"[\x21-\x7e]{16,256}")
+_TOKEN: Final = re.compile(rb"[\x21-\x7e]{16,256}")
 
 
 class SessionCookie:

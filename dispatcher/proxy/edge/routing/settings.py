@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from typing import Final
 from urllib.parse import urlsplit
 
 from dispatcher.config.load import Config
@@ -12,26 +13,28 @@ from dispatcher.proxy import cookies
 from dispatcher.proxy.edge.http.response import Policy
 from dispatcher.proxy.edge.http.trusted_proxies import Network
 
-FOREVER = float("inf")
+FOREVER: Final = float("inf")
 
 #: Fixed limits; each is tested like those of the configuration.
-CONNECT_TIMEOUT = 10.0  # seconds for a connection to an agent
-LOOKUP_TIMEOUT = 2.0  # seconds that a request waits for the lookup of its session
-LINGER = 2.0  # seconds of reading after the last answer (RFC 9112, 9.6)
-LINGER_BYTES = 1 << 20  # that are read and dropped meanwhile
-CLOSE_TIMEOUT = 1.0  # seconds that a WebSocket's client has to take its Close frame
-LEAST_READ = 1024  # bytes that a slow reader must take within `body_timeout`
-MAX_HELD = 64  # requests held for one agent
-MAX_IDLE = 64  # pooled connections to one agent
-IDLE_UPSTREAM = 55.0  # seconds that a pooled connection is kept
-FRESH_UPSTREAM = 2.0  # seconds after which a pooled connection is too old for a request that cannot be repeated
-MAX_INFORMATIONAL = 16  # 1xx answers before the final one
-PORTAL_BODY = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
-COLLECTED = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
-SMALL_BODY = 4096  # bytes of one that are accepted even above that
-WRITE_HIGH = 256 * 1024  # bytes that may wait in memory for a slow reader
-EVENTS_PING = 15.0  # seconds between comments on a silent event stream
-MAX_EVENTS = 16  # event streams of one session
+CONNECT_TIMEOUT: Final = 10.0  # seconds for a connection to an agent
+LOOKUP_TIMEOUT: Final = 2.0  # seconds that a request waits for the lookup of its session
+LINGER: Final = 2.0  # seconds of reading after the last answer (RFC 9112, 9.6)
+LINGER_BYTES: Final = 1 << 20  # that are read and dropped meanwhile
+CLOSE_TIMEOUT: Final = 1.0  # seconds that a WebSocket's client has to take its Close frame
+LEAST_READ: Final = 1024  # bytes that a slow reader must take within `body_timeout`
+MAX_HELD: Final = 64  # requests held for one agent
+MAX_IDLE: Final = 64  # pooled connections to one agent
+IDLE_UPSTREAM: Final = 55.0  # seconds that a pooled connection is kept
+FRESH_UPSTREAM: Final = (
+    2.0  # seconds after which a pooled connection is too old for a request that cannot be repeated
+)
+MAX_INFORMATIONAL: Final = 16  # 1xx answers before the final one
+PORTAL_BODY: Final = 1 << 16  # bytes of a body for the portal, as it comes: chunked coding included
+COLLECTED: Final = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
+SMALL_BODY: Final = 4096  # bytes of one that are accepted even above that
+WRITE_HIGH: Final = 256 * 1024  # bytes that may wait in memory for a slow reader
+EVENTS_PING: Final = 15.0  # seconds between comments on a silent event stream
+MAX_EVENTS: Final = 16  # event streams of one session
 
 
 class Settings:

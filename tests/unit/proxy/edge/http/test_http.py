@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dispatcher.proxy.edge.http import headers
 from dispatcher.proxy.edge.http.chunked import Chunked
 from dispatcher.proxy.edge.http.headers import BadHead
-from dispatcher.proxy.edge.http.request import CHUNKED, parse_request, upstream_lines
+from dispatcher.proxy.edge.http.request import CHUNKED, parse_request, upstream_head
 from dispatcher.proxy.edge.http.response import Policy, client_head, parse_response, sets_own_cookie, widens
 
 HOST = b"Host: app.test\r\n"
@@ -35,13 +35,7 @@ def judged(head: bytes) -> h11.Request:
 
 
 def sent(parsed) -> bytes:
-    return (
-        parsed.method
-        + b" "
-        + parsed.target
-        + upstream_lines(parsed, b"", b"Host: " + parsed.host + b"\r\n")
-        + b"id\r\n\r\n"
-    )
+    return upstream_head(parsed, parsed.host, b"", b"192.0.2.1", b"http", b"", b"id")
 
 
 REFUSED = {
