@@ -62,7 +62,7 @@ class Request:
     :ivar framed: has fields about body or connection.
     :ivar by_hand: a navigation that is not a prefetch; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
-    :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue`` :ivar size: bytes of the head.
+    :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
 
     __slots__ = (
