@@ -20,6 +20,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from dispatcher.manager.agents.transitions import EventKind
 from dispatcher.manager.agents.views import AgentView
@@ -90,40 +91,25 @@ class Metrics:
 
         :param gauges: name -> (help, value); :param workers: counters of each connected edge worker.
         """
-        self.registry.register(_OnRead(agents, gauges, workers))
+
+        class OnRead(Collector):
+            def describe(self) -> Iterable[Metric]:
+                return ()  # they are known when they are collected
+
+            def collect(self) -> Iterator[Metric]:
+                found = GaugeMetricFamily("dispatcher_agents", "Agents by state and app", labels=["state", "app"])
+                for labels, number in sorted(Tally((view.state.value, view.app) for view in agents()).items()):
+                    found.add_metric(labels, number)
+                yield found
+                for name, (text, value) in gauges.items():
+                    yield GaugeMetricFamily(f"dispatcher_{name}", text, value=value())
+                yield from _worker_metrics(workers())
+
+        self.registry.register(OnRead())
 
     def text(self) -> bytes:
         """Return all metrics."""
         return generate_latest(self.registry)
-
-
-class _OnRead:
-    """Collects gauges and the workers' counters."""
-
-    def __init__(
-        self,
-        agents: Callable[[], Iterable[AgentView]],
-        gauges: Mapping[str, tuple[str, Callable[[], float]]],
-        workers: Callable[[], Mapping[str, Mapping[str, float]]],
-    ) -> None:
-        self._agents = agents
-        self._gauges = gauges
-        self._workers = workers
-
-    def describe(self) -> Iterable[Metric]:
-        """Nothing in advance: the metrics are known when they are collected."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        """Return all metrics."""
-        agents = GaugeMetricFamily("dispatcher_agents", "Agents by state and app", labels=["state", "app"])
-        tally = Tally((view.state.value, view.app) for view in self._agents())
-        for (state, app), number in sorted(tally.items()):
-            agents.add_metric([state, app], number)
-        yield agents
-        for name, (text, value) in self._gauges.items():
-            yield GaugeMetricFamily(f"dispatcher_{name}", text, value=value())
-        yield from _worker_metrics(self._workers())
 
 
 def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:

@@ -121,44 +121,41 @@ class Reconciler:
         engine.flush()
 
     def _answered(self, backend: Backend) -> None:
-        engine = self._engine
-        backend.last_contact = engine.clock.now()
+        backend.last_contact = self._engine.clock.now()
         if backend.reachable:
             return
         again = backend.contact is not Contact.NOT_CALLED
-        backend.contact, backend.since = Contact.ANSWERS, backend.last_contact
-        self._save(backend)
+        self._set_contact(backend, Contact.ANSWERS)
         if again:
             _log.warning("The backend of %s answers again", backend.name)
-        for agent in engine.of_provider(backend.name):
-
-            def decide(row: AgentRow) -> Change:
-                if not again:
-                    return Change(write=Write.LATER)
-                fields = {"retry_at": engine.clock.now()} if row.failure and row.retry_at is not None else {}
-                events = [(EventKind.REACHABLE, "")] if row.observed in ALIVE else []
-                return Change(fields, events, write=Write.LATER)
-
-            engine.change(agent, decide)
+        self._report(backend, EventKind.REACHABLE if again else None)
 
     def _lost(self, backend: Backend, error: DispatcherError) -> None:
-        engine = self._engine
         backend.problem = error
         if backend.contact in {Contact.LOST, Contact.NEVER_ANSWERED}:
             return
         _log.error("The backend of %s does not answer: %s", backend.name, error)
-        answered = backend.contact is Contact.ANSWERS
-        backend.contact = Contact.LOST if answered else Contact.NEVER_ANSWERED
-        backend.since = engine.clock.now()
+        self._set_contact(backend, Contact.LOST if backend.reachable else Contact.NEVER_ANSWERED)
+        self._report(backend, EventKind.UNREACHABLE, str(error))
+        self._engine.flush()
+
+    def _report(self, backend: Backend, event: EventKind | None, detail: str = "") -> None:
+        """Report that a backend answers, or not, to its agents: what was held back is tried again."""
+
+        def decide(row: AgentRow) -> Change:
+            retry = event is EventKind.REACHABLE and row.failure is not None and row.retry_at is not None
+            return Change(
+                {"retry_at": self._engine.clock.now()} if retry else {},
+                [(event, detail)] if event and row.observed in ALIVE else [],
+                write=Write.LATER,
+            )
+
+        for agent in self._engine.of_provider(backend.name):
+            self._engine.change(agent, decide)
+
+    def _set_contact(self, backend: Backend, contact: Contact) -> None:
+        backend.contact, backend.since = contact, self._engine.clock.now()
         self._save(backend)
-        for agent in engine.of_provider(backend.name):
-
-            def decide(row: AgentRow) -> Change:
-                events = [(EventKind.UNREACHABLE, str(error))] if row.observed in ALIVE else []
-                return Change({}, events, write=Write.LATER)
-
-            engine.change(agent, decide)
-        engine.flush()
 
     def save(self) -> None:
         """Write when each backend last answered."""
@@ -282,17 +279,11 @@ class Reconciler:
         def decide(row: AgentRow) -> Change | None:
             if agent.epoch != epoch or agent.operation is not None or agent.stuck:
                 return None
+            restarted = first and self.host_restarted
             change = transitions.noticed(
-                row,
-                seen,
-                now=engine.clock.now(),
-                policy=policy,
-                log=log,
-                host_restarted=first and self.host_restarted,
+                row, seen, now=engine.clock.now(), policy=policy, log=log, host_restarted=restarted
             )
-            change = change or Change()
-            events = list(change.events)
-            fields = dict(change.fields)
+            events, fields = (list(change.events), dict(change.fields)) if change else ([], {})
             if first and seen.state in ALIVE:
                 events.append((EventKind.ADOPTED, f"it is {seen.state.value}"))
             if handle is not None and not row.handle:
