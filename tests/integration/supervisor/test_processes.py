@@ -265,8 +265,8 @@ def test_the_process_sleeps_and_wakes_with_its_memory(place):
 def test_output_is_followed(place):
     supervisor = place.supervisor()
     view = running(supervisor)
-    lines, cursor = supervisor.queries.logs("alice", tail=10, after=None)
-    assert lines == ["begins"]
+    until(lambda: supervisor.queries.logs("alice", tail=10, after=None)[0] == ["begins"])  # it is on its way
+    _, cursor = supervisor.queries.logs("alice", tail=10, after=None)
     seen = []
     for number in range(5):
         ask(view, f"/say/{number}")
