@@ -26,7 +26,7 @@ from dispatcher.config.messages import did_you_mean, nearest, printable_key, pro
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest, ConfigError
-from dispatcher.plugin.model import App, Limits
+from dispatcher.plugin.model import App
 from dispatcher.plugin.options import Table
 
 if sys.version_info >= (3, 11):
@@ -93,7 +93,7 @@ class Config(Table):
             name=name,
             provider=app.provider,
             options=options,
-            limits=Limits(memory=app.memory, swap=app.swap, cpus=app.cpus, pids=app.pids, disk=app.disk),
+            limits=app.limits(),
             network=app.network,
             environment=app.environment,
             credentials=app.credentials,

@@ -5,6 +5,7 @@ docs/reference/configuration.md is generated from them.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,16 +13,18 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
 from dispatcher.config import defaults
-from dispatcher.plugin.model import Network
+from dispatcher.plugin.model import Limits, Network
 from dispatcher.plugin.options import (
     Addresses,
     Count,
     Duration,
     Environment,
     Flag,
+    MaybeCount,
     MaybeDuration,
+    MaybeNumber,
+    MaybeSize,
     NetworkAddresses,
-    Number,
     Origin,
     Size,
     Table,
@@ -32,6 +35,9 @@ from dispatcher.plugin.options import (
     variable,
 )
 
+PIDS = 4096  # processes and threads of an agent, by default
+MEMORY_SHARE = 4  # an agent has this part of the host's memory, by default
+LEAST_MEMORY = 1 << 30  # bytes: the default on a small host, if that is at most half of its memory
 ENVIRONMENT = "env:"  # begins the name of a variable, where a secret may come from a file or a variable
 
 
@@ -189,11 +195,20 @@ class AppDefaults(Table):
     """``[defaults]``: values for every app, which an app can override."""
 
     provider: str = Field(default="subprocess", description="name of the provider that isolates the agents")
-    memory: Size | None = Field(default=None, description="maximum memory of an agent")
-    swap: Size | None = Field(default=None, description="maximum swap space, in addition to memory")
-    cpus: Number | None = Field(default=None, gt=0, description="maximum CPU cores; 0.5 is half a core")
-    pids: Count | None = Field(default=None, ge=1, description="maximum number of processes and threads")
-    disk: Size | None = Field(default=None, description="maximum size of the data")
+    memory: MaybeSize | None = Field(
+        default=None,
+        description="maximum memory of an agent; by default a quarter of the host's; false: unlimited",
+    )
+    swap: MaybeSize | None = Field(
+        default=None,
+        description="maximum swap space, in addition to memory; by default none, where memory is limited; "
+        "false: unlimited",
+    )
+    cpus: MaybeNumber = Field(default=False, description="maximum CPU cores; 0.5 is half a core; false: unlimited")
+    pids: MaybeCount | None = Field(
+        default=None, description="maximum number of processes and threads; by default 4096; false: unlimited"
+    )
+    disk: MaybeSize = Field(default=False, description="maximum size of the data; false: unlimited")
     network: Network = Field(
         default=Network.NONE,
         description="access to no network, to other hosts only, or to everything that this host reaches",
@@ -226,6 +241,24 @@ class AppDefaults(Table):
         default="none",
         description="stdin: the app receives the name and password of the sign-in on its standard input",
     )
+
+    def limits(self) -> Limits:
+        """Return the limits of an agent, with the core's own where the configuration sets none."""
+        own: dict[str, int] = {"pids": PIDS, "memory": default_memory()}
+        if self.memory is not False:
+            own["swap"] = 0
+        values = {name: getattr(self, name) for name in ("memory", "swap", "cpus", "pids", "disk")}
+        unset = frozenset(name for name in own if values[name] is None)
+        values |= {name: own[name] for name in unset}
+        return Limits(
+            **{name: None if value is False else value for name, value in values.items()}, defaults=unset
+        )
+
+
+def default_memory() -> int:
+    """Return the default limit of memory in bytes, for this host."""
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(host // MEMORY_SHARE, min(LEAST_MEMORY, host // 2))
 
 
 class AppConfig(AppDefaults):

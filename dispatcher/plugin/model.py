@@ -10,7 +10,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -134,13 +134,23 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Upper bounds of one agent; None is unlimited."""
+    """Upper bounds of one agent; None is unlimited.
+
+    :ivar defaults: names of the bounds that are the core's own: the configuration does not set them.  A provider
+        that cannot enforce one of these starts the agent all the same; a virtual machine has a size of its own.
+    """
 
     memory: int | None = None  # bytes
     swap: int | None = None  # bytes beyond memory
     cpus: float | None = None  # cores
     pids: int | None = None
     disk: int | None = None  # bytes of data
+    defaults: frozenset[str] = frozenset()
+
+    def demanded(self, name: str) -> float | None:
+        """Return a bound that the configuration sets; None for none, or for one of `defaults`."""
+        value: float | None = None if name in self.defaults else getattr(self, name)
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +175,10 @@ class App:
             "app": self.name,
             "provider": self.provider,
             "options": self.options.model_dump(mode="json"),
-            "limits": astuple(self.limits),
+            "limits": [
+                "default" if name in self.limits.defaults else getattr(self.limits, name)
+                for name in ("memory", "swap", "cpus", "pids", "disk")
+            ],
             "network": self.network.value,
             "environment": dict(sorted(self.environment.items())),
             "credentials": self.credentials,
@@ -215,6 +228,24 @@ class AgentSpec:
     def socket(self) -> Path:
         """Path for a Unix endpoint, under 108 bytes."""
         return self.run_dir / "s"
+
+    def variables(self, data: str, secrets: str = "", *, limits: Limits | None = None) -> dict[str, str]:
+        """Return the variables that every app finds in its environment, besides HOME and its own.
+
+        ``DISPATCHER_AGENT``, ``_USER`` and ``_DATA``, ``_SECRETS`` where there are secrets, and the limits that
+        are set: ``_MEMORY_LIMIT`` and ``_DISK_LIMIT`` in bytes, ``_CPU_LIMIT`` in cores, ``_PIDS_LIMIT``.
+
+        :param data: the data directory as seen from inside; :param secrets: the directory of the secrets.
+        :param limits: those that are enforced; by default the app's.
+        """
+        limits = limits or self.app.limits
+        found = {"AGENT": self.agent, "USER": self.user, "DATA": data}
+        if self.secrets:
+            found["SECRETS"] = secrets
+        cpus = f"{limits.cpus:g}" if limits.cpus else None
+        bounds = {"MEMORY": limits.memory, "CPU": cpus, "PIDS": limits.pids, "DISK": limits.disk}
+        found |= {f"{name}_LIMIT": str(value) for name, value in bounds.items() if value}
+        return {f"DISPATCHER_{name}": value for name, value in found.items()}
 
     @property
     def hash(self) -> str:
@@ -274,6 +305,8 @@ class Observation:
     :ivar spec_hash: hash of the spec it was made from.
     :ivar exit_reason: why it ended by itself ("exit code 1", "killed by signal 9", "out of memory"), or "".
     :ivar detail: one more sentence for an operator.
+    :ivar oom_kills: how many of its processes the kernel has killed for memory since its start; 0 where the
+        provider does not know.
     """
 
     state: BackendState
@@ -283,6 +316,7 @@ class Observation:
     spec_hash: str = ""
     exit_reason: str = ""
     detail: str = ""
+    oom_kills: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -207,6 +207,22 @@ def _duration_or_never(value: Any) -> Any:
     return value if value is False else duration(value)
 
 
+def _size_or_unlimited(value: Any) -> Any:
+    return value if value is False else size(value)
+
+
+def _count_or_unlimited(value: Any) -> Any:
+    if value is not False and (type(value) is not int or value < 1):
+        raise ValueError("a whole number from 1 on, or false")
+    return value
+
+
+def _number_or_unlimited(value: Any) -> Any:
+    if value is not False and (type(value) not in {int, float} or not 0 < value < math.inf):
+        raise ValueError("a number above 0, or false")
+    return value
+
+
 Count = Annotated[int, Strict()]
 Flag = Annotated[bool, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -216,6 +232,10 @@ Duration = Annotated[float, BeforeValidator(duration)]
 MaybeDuration = Annotated[float | Literal[False], BeforeValidator(_duration_or_never)]
 #: Bytes.
 Size = Annotated[int, BeforeValidator(size)]
+#: An upper bound, or false for *unlimited*: bytes, a whole number, a number.
+MaybeSize = Annotated[int | Literal[False], BeforeValidator(_size_or_unlimited)]
+MaybeCount = Annotated[int | Literal[False], BeforeValidator(_count_or_unlimited)]
+MaybeNumber = Annotated[float | Literal[False], BeforeValidator(_number_or_unlimited)]
 Address = Annotated[str, AfterValidator(address)]
 NetworkAddress = Annotated[str, AfterValidator(network)]
 #: One address, or a list of them.

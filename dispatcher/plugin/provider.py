@@ -19,9 +19,9 @@ The environment of an app, the same with every provider, so that a move to anoth
 - `{socket}`, `{port}` and `{data}` in its command (and in values of `App.environment`) are replaced by the path of
   its Unix socket, its TCP port and its data directory, as seen from inside;
 - its environment is `App.environment` (byte for byte but for those placeholders), `HOME` (the data directory,
-  also the working directory, unless the options set another), `DISPATCHER_AGENT`, `DISPATCHER_USER`,
-  `DISPATCHER_DATA` and, when there are secrets, `DISPATCHER_SECRETS`: a directory in memory with one file per
-  secret, readable by the agent alone; nothing of the manager's own environment;
+  also the working directory, unless the options set another) and `AgentSpec.variables`; nothing of the manager's
+  own environment.  `DISPATCHER_SECRETS` is a directory in memory with one file per secret, readable by the agent
+  alone;
 - its standard input is `AgentSpec.stdin` and then its end; empty without credentials.
 """
 
@@ -204,6 +204,14 @@ class Provider(ABC):
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
         """Return usage by `Handle.name`, in few calls if possible; agents that do not exist are left out."""
         raise self.unsupported(Capability.USAGE)
+
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
+        """Return where the processes of a running agent listen, as endpoints seen from inside.
+
+        Such as ``tcp:127.0.0.1:8888`` or ``unix:/tmp/app.sock``.  Called when an app does not answer at its
+        endpoint: the error says what was found.  An empty result means that the provider cannot know.
+        """
+        return ()
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         """Call `on_change(handle name)` from a thread of the provider when an agent changed by itself.

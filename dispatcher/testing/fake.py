@@ -206,10 +206,7 @@ class FakeProvider(Provider):
     def environment(self, spec: AgentSpec) -> dict[str, str]:
         """Return what the app finds in its environment."""
         data = str(spec.data_dir)
-        own = {"HOME": data, "DISPATCHER_DATA": data, "DISPATCHER_AGENT": spec.agent, "DISPATCHER_USER": spec.user}
-        if spec.secrets:
-            own["DISPATCHER_SECRETS"] = "/run/secrets"
-        return {**spec.app.environment, **own}
+        return {**spec.app.environment, "HOME": data, **spec.variables(data, "/run/secrets")}
 
     @contained()
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:

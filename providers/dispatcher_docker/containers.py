@@ -130,18 +130,10 @@ def fill(text: str, options: DockerAppOptions) -> str:
 def environment(spec: AgentSpec) -> dict[str, str]:
     """Return the app's environment, besides the image's own."""
     options = options_of(spec.app)
-    own = {
-        "HOME": options.data_path,
-        "DISPATCHER_DATA": options.data_path,
-        "DISPATCHER_AGENT": spec.agent,
-        "DISPATCHER_USER": spec.user,
-    }
-    if spec.secrets:
-        own["DISPATCHER_SECRETS"] = INSIDE_SECRETS
     return {
-        "HOME": own["HOME"],
         **{key: fill(value, options) for key, value in spec.app.environment.items()},
-        **own,
+        "HOME": options.data_path,
+        **spec.variables(options.data_path, INSIDE_SECRETS),
     }
 
 

@@ -41,9 +41,9 @@ def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: fro
     if problems:
         raise ConfigError(f"The app {app.name} cannot run in a container", why="; ".join(problems))
     wanted = {
-        Capability.MEMORY_LIMIT: app.limits.memory,
+        Capability.MEMORY_LIMIT: app.limits.demanded("memory"),
         Capability.CPU_LIMIT: app.limits.cpus,
-        Capability.PIDS_LIMIT: app.limits.pids,
+        Capability.PIDS_LIMIT: app.limits.demanded("pids"),
         Capability.DISK_LIMIT: app.limits.disk,
     }
     for capability, value in wanted.items():
@@ -178,12 +178,6 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
         yield Finding.info(f"{app.name} reaches the outside, and no other agent")
     if app.limits.disk is not None:
         yield Finding.warning(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
-    if app.limits.memory is None:
-        yield Finding.warning(f"{app.name} has no memory limit: one agent can use up the host", "set `memory`")
-    if app.limits.pids is None:
-        yield Finding.warning(
-            f"{app.name} has no limit of processes: one agent can use up the host's", "set `pids`"
-        )
     for what, fix in _loosened(options):
         yield Finding.warning(f"{app.name} loosens its isolation: {what}", fix)
 

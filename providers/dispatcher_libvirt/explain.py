@@ -72,7 +72,7 @@ def application(app: App, options: Options, host: Host | None) -> Iterator[Findi
             f"It reaches the outside through the libvirt network {options.network}; a network filter blocks",
             "access to this host (except DHCP and DNS) and to other machines, and prevents forged addresses",
         )
-    if app.limits.pids:
+    if app.limits.demanded("pids"):
         yield _finding(
             Level.WARNING,
             "Its limit of processes is not enforced: they exist only in the machine and are bounded by its memory",

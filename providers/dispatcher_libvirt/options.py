@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
 
@@ -193,9 +194,8 @@ def memory_of(app: App) -> int:
 
     :raises ConfigError: it is too small for any system.
     """
-    return _at_least(
-        SMALLEST_MEMORY, app.limits.memory or options_of(app).default_memory, app, "memory", "machine"
-    )
+    memory = int(app.limits.demanded("memory") or options_of(app).default_memory)
+    return _at_least(SMALLEST_MEMORY, memory, app, "memory", "machine")
 
 
 def disk_of(app: App) -> int:
@@ -236,13 +236,8 @@ def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
     options = options_of(spec.app)
     variables = {"HOME": options.data}
     variables |= {name: fill(value, options) for name, value in spec.app.environment.items()}
-    variables |= {
-        "DISPATCHER_AGENT": spec.agent,
-        "DISPATCHER_USER": spec.user,
-        "DISPATCHER_DATA": options.data,
-    }
-    if spec.secrets:
-        variables["DISPATCHER_SECRETS"] = secrets
+    enforced = replace(spec.app.limits, memory=memory_of(spec.app), pids=None)
+    variables |= spec.variables(options.data, secrets, limits=enforced)
     check_environment(spec.app.name, variables)
     size = sum(len(name) + len(value.encode()) + 2 for name, value in variables.items())
     if size + sum(len(word.encode()) + 1 for word in options.command) > MAX_TEXT:

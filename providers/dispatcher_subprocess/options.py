@@ -147,12 +147,6 @@ def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], sec
     }
     variables |= {name: manager[name] for name in options_of(spec.app).pass_environment if name in manager}
     variables |= {name: inside.fill(value) for name, value in spec.app.environment.items()}
-    variables |= {
-        "DISPATCHER_AGENT": spec.agent,
-        "DISPATCHER_USER": spec.user,
-        "DISPATCHER_DATA": inside.data,
-    }
-    if secrets:
-        variables["DISPATCHER_SECRETS"] = secrets
+    variables |= spec.variables(inside.data, secrets)
     check_environment(spec.app.name, variables)
     return variables

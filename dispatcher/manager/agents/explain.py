@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 from dispatcher.common.humanize import duration
@@ -13,7 +13,7 @@ from dispatcher.manager.agents.transitions import EventKind, recent
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.manager.storage.states import Desired, Pending
-from dispatcher.plugin.model import AgentEvent, Capability
+from dispatcher.plugin.model import AgentEvent, App, Capability, Finding, Isolation
 
 _IS = {
     State.STOPPED: "is stopped",
@@ -71,6 +71,22 @@ def explain(
         found.append(f"Its data moves from {row.move.source} to {row.move.target}, at the step “{row.move.step}”.")
     found += _next(view, now, policy, capabilities)
     return found
+
+
+def unlimited(app: App, isolation: Isolation, capabilities: frozenset[Capability]) -> Iterator[Finding]:
+    """Say which resources of the host one agent of an app can use up."""
+    bounds = [("disk", app.limits.disk, "the disk", Capability.DISK_LIMIT)]
+    if isolation < Isolation.VM:  # a machine has a memory and processes of its own
+        bounds += [
+            ("memory", app.limits.memory, "the memory", Capability.MEMORY_LIMIT),
+            ("pids", app.limits.pids, "the processes", Capability.PIDS_LIMIT),
+        ]
+    for key, bound, what, capability in bounds:
+        if bound is None:
+            yield Finding.warning(
+                f"{app.name}: `{key}` is unlimited: one agent can use up {what} of the host",
+                f"set `{key}`" if capability in capabilities else "use another provider, or a quota of the system",
+            )
 
 
 def _pending(row: AgentRow) -> str:

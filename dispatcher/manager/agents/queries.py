@@ -7,7 +7,7 @@ from typing import Any
 
 from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.explain import explain
+from dispatcher.manager.agents.explain import explain, unlimited
 from dispatcher.manager.agents.lifecycle import ALIVE
 from dispatcher.manager.agents.views import AgentView, iso
 from dispatcher.manager.backends.backend import Backend, collect_usage
@@ -192,6 +192,8 @@ class Queries:
         def check() -> None:
             provider = backend.provider
             found.extend(provider.explain(engine.specs.app(app) if app else None))
+            for each in [app] if app else engine.specs.apps_of(name):
+                found.extend(unlimited(engine.specs.app(each), provider.isolation, backend.capabilities))
             if provider.isolation < Isolation.VM:  # a virtual machine has no directory of the host
                 found.append(self._sockets.finding())
             provider.check(deadline=Deadline(CHECK))

@@ -56,6 +56,10 @@ class Specs:
             fix="name one (`--app NAME` on the command line), or set `default_app` in the configuration",
         )
 
+    def apps_of(self, provider: str) -> list[str]:
+        """Return the apps that a provider isolates."""
+        return sorted(name for name, app in self.config.apps.items() if app.provider == provider)
+
     def policy(self, app: str) -> AppDefaults:
         """Return an app's time-outs and limits; the defaults for an app that is no longer configured."""
         return self.config.apps.get(app, self.config.defaults)

@@ -122,6 +122,12 @@ class ContainedProvider:
         with self._call("observe", deadline):
             return self._observation("observe", self.wrapped.observe(handle, deadline=deadline))
 
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> list[str]:
+        """`Provider.listeners`"""
+        with self._call("listeners", deadline):
+            found = self.wrapped.listeners(handle, deadline=deadline)
+            return [self._checked("listeners", address, str) for address in found]
+
     def list(self, *, deadline: Deadline) -> list[tuple[Handle, Observation]]:
         """`Provider.list`, collected."""
         found: list[tuple[Handle, Observation]] = []
@@ -180,6 +186,7 @@ class ContainedProvider:
             and isinstance(seen.started_at, (int, float, type(None)))
             and isinstance(seen.spec_hash, str)
             and isinstance(seen.exit_reason, str)
+            and isinstance(seen.oom_kills, int)
         ):
             raise self._invalid(method, seen)
         return seen

@@ -29,6 +29,8 @@ class PromiseChecks(Contract):
             self._undeclared(driver, kit, Capability.MEMORY_LIMIT, limits)
             return
         agent = kit.start(driver, kit.spec(driver.provider, "trent", limits=limits))
+        told = agent.inside.environment().get("DISPATCHER_MEMORY_LIMIT")
+        expect(told == str(self.memory_limit), f"DISPATCHER_MEMORY_LIMIT is {told!r}: use AgentSpec.variables")
         try:
             agent.inside.post("/memory", bytes=2 * self.memory_limit)
         except Refused:

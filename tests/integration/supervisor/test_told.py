@@ -117,6 +117,23 @@ def test_providers_are_listed_and_checked(world, supervisor):
         supervisor.queries.check_provider("fake", "nothing")
 
 
+def test_providers_check_says_what_is_unlimited(world):
+    world.app(memory=False)
+    supervisor = world.supervisor()
+
+    def told(app):
+        return [each.what for each in supervisor.queries.check_provider("fake", app) if "unlimited" in each.what]
+
+    assert told("demo") == [
+        "demo: `disk` is unlimited: one agent can use up the disk of the host",
+        "demo: `memory` is unlimited: one agent can use up the memory of the host",
+    ]
+    assert told(None) == told("demo")
+    world.app(memory="1G", pids=False, disk="1G")
+    supervisor.apply_config(world.config())
+    assert told(None) == ["demo: `pids` is unlimited: one agent can use up the processes of the host"]
+
+
 def test_every_state_can_be_explained(world, supervisor):
     supervisor.commands.create("alice", app=None, password_hash="h")
     assert any("starts it" in sentence for sentence in supervisor.queries.why("alice"))

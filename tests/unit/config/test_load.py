@@ -1,10 +1,12 @@
 """The configuration: what is legal, and for what is not one sentence each that helps."""
 
 import itertools
+import os
 
 import pytest
 
 from dispatcher.config.load import load, parse
+from dispatcher.config import schema
 from dispatcher.plugin import options
 from dispatcher.config.load import AppConfig, AppDefaults, Config
 from dispatcher.plugin.errors import ConfigError, PluginError
@@ -88,8 +90,16 @@ def test_no_apps_are_no_apps():
         ({"apps": {"a": 3}}, "apps.a: found 3, expected a table"),
         ({"apps": {"A B": {}}}, "apps.'A B': use 1 to 32 of a-z, 0-9, _ and -"),
         ({"apps": {"a": {"memori": "1G"}}}, "apps.a.memori: unknown key, did you mean 'memory'?"),
-        ({"apps": {"a": {"cpus": 0}}}, "apps.a.cpus: found 0, expected more than 0.0"),
-        ({"apps": {"a": {"cpus": float("nan")}}}, "apps.a.cpus: found NaN, expected a number"),
+        ({"apps": {"a": {"cpus": 0}}}, "apps.a.cpus: found 0, expected a number above 0, or false"),
+        ({"apps": {"a": {"cpus": float("nan")}}}, "apps.a.cpus: found NaN, expected a number above 0, or false"),
+        (
+            {"apps": {"a": {"pids": True}}},
+            "apps.a.pids: found true, expected a whole number from 1 on, or false",
+        ),
+        (
+            {"apps": {"a": {"memory": True}}},
+            'apps.a.memory: found true, expected a size such as "512M" or "2G"',
+        ),
         ({"apps": {"a": {"health": "x"}}}, "apps.a.health: found 'x', expected a path that begins with /"),
         (
             {"apps": {"a": {"environment": {"A=B": "x"}}}},
@@ -422,6 +432,31 @@ def test_a_template_holds_what_the_file_says(plugins):
     app = found.template("a", plugins)
     assert (app.name, app.provider, app.limits.memory, app.network.value) == ("a", "fake", 1024**3, "private")
     assert app.options.image == "x"
+
+
+def limits_of(defaults=None, **app):
+    return parse({"defaults": defaults or {}, "apps": {"a": app}}).apps["a"].limits()
+
+
+def test_every_agent_is_limited_unless_the_configuration_says_false():
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = limits_of()
+    assert (found.pids, found.swap, found.cpus, found.disk) == (4096, 0, None, None)
+    assert host / 4 <= found.memory <= host / 2 or found.memory <= 1 << 30
+    assert found.demanded("memory") is None
+    assert limits_of(memory=False).memory is None
+    assert limits_of(memory=False).swap is None  # without a limit there is no "beyond memory"
+    assert limits_of({"pids": False}).pids is None
+    assert limits_of({"pids": 100}, memory="1G", swap="1G").demanded("pids") == 100
+    assert limits_of({"pids": False}, pids=7, cpus=False).pids == 7
+
+
+def test_the_memory_of_another_host_does_not_make_an_agent_outdated(plugins, monkeypatch):
+    table = {"apps": {"a": {"provider": "fake", "fake": {"image": "x"}}}}
+    before = parse(table).template("a", plugins).fingerprint()
+    monkeypatch.setattr(schema, "default_memory", lambda: 12345)
+    after = parse(table).template("a", plugins)
+    assert (after.limits.memory, after.fingerprint()) == (12345, before)
 
 
 def test_sentences_do_not_repeat_pydantic():

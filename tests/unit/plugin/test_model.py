@@ -90,6 +90,7 @@ def test_a_handle_of_a_newer_version_is_told():
         {"app": replace(APP, limits=Limits(cpus=1))},
         {"app": replace(APP, limits=Limits(pids=1))},
         {"app": replace(APP, limits=Limits(disk=1))},
+        {"app": replace(APP, limits=Limits(memory=1, defaults=frozenset({"memory"})))},
         {"app": replace(APP, network=Network.HOST)},
         {"app": replace(APP, environment={"A": "1"})},
         {"app": replace(APP, credentials="stdin")},
@@ -112,6 +113,22 @@ def test_the_hash_does_not_depend_on_order():
     one = replace(SPEC, app=replace(APP, environment={"A": "1", "B": "2"}))
     two = replace(SPEC, app=replace(APP, environment={"B": "2", "A": "1"}))
     assert one.hash == two.hash
+
+
+def test_an_app_finds_its_limits_in_its_environment():
+    limits = Limits(memory=1 << 30, swap=0, cpus=0.5, pids=4096)
+    spec = replace(SPEC, app=replace(APP, limits=limits))
+    assert spec.variables("/data") == {
+        "DISPATCHER_AGENT": SPEC.agent,
+        "DISPATCHER_USER": SPEC.user,
+        "DISPATCHER_DATA": "/data",
+        "DISPATCHER_MEMORY_LIMIT": "1073741824",
+        "DISPATCHER_CPU_LIMIT": "0.5",
+        "DISPATCHER_PIDS_LIMIT": "4096",
+    }
+    own = replace(spec, secrets={"key": "x"}).variables("/data", "/secrets", limits=Limits(disk=1))
+    assert (own["DISPATCHER_SECRETS"], own["DISPATCHER_DISK_LIMIT"]) == ("/secrets", "1")
+    assert "DISPATCHER_MEMORY_LIMIT" not in own
 
 
 def test_the_socket_of_a_spec_is_short():

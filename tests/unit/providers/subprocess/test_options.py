@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from dataclasses import replace
+
 import pytest
 from dispatcher_subprocess.options import AppOptions, Inside, Options, endpoint_kind, environment
 from dispatcher_subprocess.provider import SubprocessProvider
@@ -168,9 +170,8 @@ def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
 
 
 def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
-    found = environment(
-        spec(tmp_path, env={"HOME": "/tmp", "DISPATCHER_USER": "mallory"}), INSIDE, {}, "/run/secrets"
-    )
+    made = replace(spec(tmp_path, env={"HOME": "/tmp", "DISPATCHER_USER": "mallory"}), secrets={"KEY": "value"})
+    found = environment(made, INSIDE, {}, "/run/secrets")
     assert found["HOME"] == "/tmp"
     assert found["DISPATCHER_USER"] == "alice"
     assert found["DISPATCHER_SECRETS"] == "/run/secrets"
