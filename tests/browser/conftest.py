@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--host-resolver-rules=MAP *.test 127.0.0.1",  # hosts that a browser does not trust as it does localhost
 ]  # fmt: skip
 DEMO = '[apps.demo]\ntitle = "Notebook"\n[apps.demo.subprocess]\ncommand = ["{python}", "-m", "dispatcher.demo", "--unix", "{{socket}}"]\n'
 

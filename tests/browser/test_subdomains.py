@@ -51,6 +51,16 @@ def test_a_bookmark_of_the_app_leads_through_the_sign_in_and_back(site, person) 
     assert page.url == f"{host(site, 'bob')}/?view=all"
 
 
+def test_a_fragment_survives_the_hand_over(site, person) -> None:
+    page = person()
+    page.goto(f"{host(site, 'alice')}/?view=all#cell-7")
+    page.get_by_label("Name").fill("alice")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Notebook of alice")
+    assert page.url == f"{host(site, 'alice')}/?view=all#cell-7"
+
+
 def test_another_users_host_is_refused(site, person) -> None:
     page = person()
     site.sign_in(page, "alice", "/auth/")

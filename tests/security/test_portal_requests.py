@@ -294,14 +294,19 @@ class TestForgery:
         assert page.status == 403
         assert "proxy" not in page.text
 
-    def test_a_page_over_http_where_https_is_meant_says_so(self) -> None:
+    @pytest.mark.parametrize("scheme", ["http", "https"])
+    def test_a_page_over_http_where_https_is_meant_says_so(self, scheme: str) -> None:
+        """The edge takes a trusted proxy that states no scheme for one that ends TLS."""
         app, _ = make(public_url="https://apps.example")
         browser = Browser(app, "http://apps.example")
         page = browser.get("/auth/login")
         fields = page.form("/login")["fields"] | {"user": "alice", "password": "correct horse"}
         # The browser keeps no cookie of a page without encryption that is named __Host-.
         answer = app.test_client(use_cookies=False).post(
-            "/auth/login", data=fields, base_url=browser.origin, headers=browser.headers("POST")
+            "/auth/login",
+            data=fields,
+            base_url=browser.origin,
+            headers=browser.headers("POST", X_Forwarded_Proto=scheme),
         )
         text = answer.get_data(as_text=True)
         assert answer.status_code == 403

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from flask import Response, current_app, g, request
 
@@ -289,18 +289,20 @@ def check_form(purpose: str, *, session: bool = True) -> None:
     """
     program, here, public = request.is_json, targets.origin(request.host_url), portal().public_origin
     origins = [here] if on_agent_host() or not public else [here, public]
-    if refusal := forms.foreign(dict(request.headers), origins, program=program):
-        why, fix = refusal
-        raise Forbidden("This request is refused", why=why, fix=fix)
-    if program:
-        return
     seeds = _sent_cookies(portal().cookies.form)
-    if not seeds and portal().config.secure and request.scheme == "http":
+    sender = targets.origin(request.headers.get("Origin", "" if seeds or program else here))
+    hosts = {urlsplit(origin).hostname for origin in origins}
+    if portal().config.secure and sender.startswith("http://") and urlsplit(sender).hostname in hosts:
         raise StaleForm(
             "This page was opened without encryption",
             why="browsers keep the cookies of this service over https only",
             fix=f"open {public or 'this page over https'}",
         )
+    if refusal := forms.foreign(dict(request.headers), origins, program=program):
+        why, fix = refusal
+        raise Forbidden("This request is refused", why=why, fix=fix)
+    if program:
+        return
     if not seeds:
         raise StaleForm(
             "Your browser sent no cookie",
