@@ -82,8 +82,8 @@ def faults(app: App) -> Iterator[str]:
         )
     if options.network and app.network is not Network.PRIVATE:
         yield f'{path}.network: a named network requires network = "private"'
-    if options.seccomp not in {"default", "unconfined"} and not Path(options.seccomp).is_file():
-        yield f"{path}.seccomp: found {options.seccomp!r}, expected default, unconfined or the path of a profile"
+    if options.seccomp not in {"default", "engine", "unconfined"} and not Path(options.seccomp).is_file():
+        yield f"{path}.seccomp: found {options.seccomp!r}, expected default, engine, unconfined or a profile's path"
 
 
 def _reaches(source: str, engine: Engine, context: ProviderContext) -> str:
@@ -112,7 +112,7 @@ def explain_backend(
     yield Finding.info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
     yield Finding.info("They share the host's kernel: an exploit of the kernel escapes; use a VM for hostile code")
     yield Finding.info(
-        "Each has its own user id, no capabilities, no new privileges, the default seccomp profile, a read-only "
+        "Each has its own user id, no capabilities, no new privileges, a seccomp profile, a read-only "
         "image and its own pid, mount, ipc and network namespaces, unless its app loosens one by name"
     )
     where_data = "a volume of the engine" if own_volume else "the agent's own directory, bind-mounted"
@@ -194,6 +194,11 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
         yield "it may gain privileges through setuid programs", "set no_new_privileges = true"
     if options.seccomp == "unconfined":
         yield "no seccomp profile filters its system calls", 'set seccomp = "default"'
+    elif options.seccomp == "engine":
+        yield (
+            "its seccomp profile is the engine's, which may let AF_VSOCK pass",
+            'set seccomp = "default"',
+        )
     elif options.seccomp != "default":
         yield f"its seccomp profile is {options.seccomp}", 'set seccomp = "default"'
     if options.apparmor:

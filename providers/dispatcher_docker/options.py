@@ -169,7 +169,9 @@ class DockerAppOptions(Strict):
         default=[], description="capabilities to keep, such as NET_BIND_SERVICE; all others are dropped"
     )
     no_new_privileges: bool = Field(default=True, description="setuid programs gain no privileges")
-    seccomp: str = Field(default="default", description="seccomp profile: default, unconfined, or a path")
+    seccomp: str = Field(
+        default="default", description="seccomp profile: default, engine (its own), unconfined, or a path"
+    )
     apparmor: str = Field(default="", description="AppArmor profile; by default the engine's")
     devices: list[Device] = Field(default=[], description="devices of the host: /dev/X[:/dev/Y[:rwm]]")
     gpus: int | Literal["all"] | None = Field(default=None, description="number of GPUs, or all")

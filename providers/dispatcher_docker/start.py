@@ -23,7 +23,7 @@ from dispatcher.plugin import (
     SecretFiles,
     Unavailable,
 )
-from dispatcher_docker import containers, observe
+from dispatcher_docker import containers, observe, seccomp
 from dispatcher_docker.data import Volumes
 from dispatcher_docker.errors import NameTaken, start_failed
 from dispatcher_docker.host import Client, Engine
@@ -137,16 +137,13 @@ class Starter:
         deadline: Deadline,
     ) -> None:
         options = containers.options_of(spec.app)
-        seccomp = options.seccomp
-        if seccomp not in {"default", "unconfined"}:
-            seccomp = Path(seccomp).read_text(encoding="utf-8")
         body = containers.container(
             spec,
             backend=self._options,
             image_id=image,
             own_volume=self._volumes is not None,
             secrets_dir=secrets,
-            seccomp="" if seccomp == "default" else seccomp,
+            seccomp=seccomp.chosen(options.seccomp, options.cap_add),
             host_user_namespace=remapped,
         )
         try:

@@ -1,5 +1,6 @@
 """What `docker inspect` and the app itself show of the walls; what private networks reach; data over renewals."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -34,12 +35,51 @@ def test_the_walls_as_the_engine_shows_them(world):
     found = inspect(agent.handle.name)
     host = found["HostConfig"]
     assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], [], False)
-    assert host["SecurityOpt"] == ["no-new-privileges:true"]
+    assert [one[:20] for one in host["SecurityOpt"]] == ["no-new-privileges:tr", 'seccomp={"defaultAct']
     assert (host["ReadonlyRootfs"], host["NetworkMode"]) == (True, "none")
     assert found["Config"]["User"] == f"{agent.spec.uid}:{agent.spec.gid}"
     status = agent.inside.read("/proc/self/status").decode()
     assert "Seccomp:\t2" in status
     assert "NoNewPrivs:\t1" in status
+
+
+def test_sockets_of_other_families_are_refused(world):
+    """AF_VSOCK is one space for all agents, the host and its machines, whatever their network."""
+    agent = world.run("families")
+    script = (
+        "import socket\n"
+        "for family in range(64):\n"
+        "    try:\n        socket.socket(family, socket.SOCK_STREAM if family < 16 else socket.SOCK_DGRAM).close()\n"
+        "    except OSError as error:\n        result = error.errno\n"
+        "    else:\n        result = 0\n"
+        "    print(family, result)\n"
+    )
+    lines = docker("exec", agent.handle.name, "python3", "-c", script).splitlines()
+    found = dict(tuple(map(int, line.split())) for line in lines)
+    assert {family for family, error in found.items() if error != errno.EPERM} == {1, 2, 10, 16}
+    assert (
+        found[socket.AF_UNIX] == found[socket.AF_INET] == found[socket.AF_INET6] == found[socket.AF_NETLINK] == 0
+    )
+
+
+def test_ordinary_programs_run_under_the_profile(world):
+    """Threads, processes, timers, files and names: what the C library asks for first, and falls back from."""
+    agent = world.run("ordinary")
+    script = (
+        "import os, subprocess, threading, tempfile, socket, mmap, select, multiprocessing\n"
+        "threads = [threading.Thread(target=lambda: None) for _ in range(20)]\n"
+        "[one.start() for one in threads]; [one.join() for one in threads]\n"
+        "print(subprocess.run(['true']).returncode, len(tempfile.mkdtemp()) > 0)\n"
+        "a, b = socket.socketpair(); a.send(b'x'); print(b.recv(1))\n"
+        "os.memfd_create('x'); select.epoll(); mmap.mmap(-1, 4096); os.sched_getaffinity(0); os.getxattr\n"
+        "print(socket.getaddrinfo('localhost', 80)[0][4][0]); os.statvfs('/'); os.pidfd_open(os.getpid())\n"
+        "pid = os.fork()\nif not pid: os._exit(0)\nprint(os.waitpid(pid, 0)[1])\n"
+    )
+    said = docker("exec", agent.handle.name, "python3", "-c", script).split("\n")
+    assert [said[0], said[1], said[3]] == ["0 True", "b'x'", "0"]
+    for denied in ("unshare -U true", "mount -t tmpfs x /tmp", "chroot / true"):
+        done = subprocess.run(["docker", "exec", agent.handle.name, "sh", "-c", denied], capture_output=True)
+        assert done.returncode, denied
 
 
 def test_only_data_and_tmp_can_be_written(world):

@@ -1,0 +1,98 @@
+"""The seccomp profile of containers: system calls of ordinary apps, and sockets of the families that stay inside.
+
+Before Docker 23 the engine's own profile lets AF_VSOCK pass, which no network namespace separates: its addresses
+are one space for all agents, the host and its virtual machines.  Here only listed families pass.  Also refused are
+kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring and 32-bit programs.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+#: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK.
+FAMILIES = (1, 2, 10, 16)
+_PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+_NEW_NAMESPACES = 0x7E020000  # the flags CLONE_NEW* of clone(2)
+#: Refused with ENOSYS, so that programs fall back to older calls.
+_ABSENT = ["clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"]
+#: More calls for those that have a capability.
+_PRIVILEGED = {
+    "SYS_ADMIN": "fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_tree pivot_root quotactl "
+    "quotactl_fd setdomainname sethostname setns syslog umount2 unshare",
+    "SYS_CHROOT": "chroot",
+    "SYS_NICE": "get_mempolicy mbind migrate_pages move_pages set_mempolicy set_mempolicy_home_node",
+    "SYS_PTRACE": "kcmp pidfd_getfd process_madvise",
+    "SYS_TIME": "clock_settime settimeofday",
+}
+_ALLOWED = """
+    accept accept4 access adjtimex alarm arch_prctl bind brk cachestat capget capset chdir chmod chown
+    clock_adjtime clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup
+    dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait
+    epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate
+    fanotify_mark fchdir fchmod fchmodat fchmodat2 fchown fchownat fcntl fdatasync fgetxattr flistxattr flock
+    fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex futex_requeue futex_wait futex_waitv
+    futex_wake futimesat get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid
+    getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
+    getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr getxattrat
+    inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
+    io_pgetevents io_setup io_submit ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    landlock_restrict_self lchown lgetxattr link linkat listen listxattr listxattrat llistxattr lremovexattr
+    lseek lsetxattr lsm_get_self_attr lsm_list_modules lstat madvise map_shadow_stack membarrier memfd_create
+    memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap modify_ldt mprotect
+    mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv
+    msgsnd msync munlock munlockall munmap name_to_handle_at nanosleep newfstatat open openat openat2 pause
+    pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv
+    preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6 ptrace pwrite64 pwritev
+    pwritev2 read readahead readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr
+    removexattrat rename renameat renameat2 restart_syscall riscv_flush_icache riscv_hwprobe rmdir rseq
+    rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn rt_sigsuspend rt_sigtimedwait
+    rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min sched_getaffinity sched_getattr
+    sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam
+    sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop sendfile sendmmsg sendmsg
+    sendto set_robust_list set_thread_area set_tid_address setfsgid setfsuid setgid setgroups setitimer setpgid
+    setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt setuid setxattr setxattrat
+    shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink symlinkat
+    sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime
+    timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname unlink
+    unlinkat utime utimensat utimes vfork vmsplice wait4 waitid write writev
+"""
+
+
+@functools.cache
+def profile(capabilities: frozenset[str] = frozenset()) -> str:
+    """Return the profile for a container with these capabilities, as the engine takes it."""
+    names = _ALLOWED.split()
+    for capability in sorted(capabilities):
+        names += _PRIVILEGED.get(capability, "").split()
+    namespaces = [] if "SYS_ADMIN" in capabilities else [_argument("MASKED_EQ", _NEW_NAMESPACES)]
+    rules = [
+        _rule(names),
+        _rule(["clone"], *namespaces),
+        *(_rule(["personality"], _argument("EQ", value)) for value in _PERSONALITIES),
+        *(_rule(["socket", "socketpair"], _argument("EQ", family)) for family in FAMILIES),
+        {"names": _ABSENT, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+    ]
+    return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules})
+
+
+def chosen(name: str, capabilities: Iterable[str]) -> str:
+    """Return what the engine takes for the option `seccomp`: a profile, "unconfined", or "" for its own."""
+    if name == "default":
+        return profile(frozenset(one.removeprefix("CAP_") for one in capabilities))
+    if name in {"engine", "unconfined"}:
+        return name.removeprefix("engine")
+    return Path(name).read_text(encoding="utf-8")
+
+
+def _rule(names: list[str], *arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"names": names, "action": "SCMP_ACT_ALLOW", "args": list(arguments)}
+
+
+def _argument(comparison: str, value: int) -> dict[str, Any]:
+    """Compare the first argument; for MASKED_EQ these bits must be 0."""
+    return {"index": 0, "value": value, "valueTwo": 0, "op": f"SCMP_CMP_{comparison}"}
