@@ -83,7 +83,7 @@ def faults(app: App) -> Iterator[str]:
     if options.network and app.network is not Network.PRIVATE:
         yield f'{path}.network: a named network requires network = "private"'
     if options.seccomp not in {"default", "engine", "unconfined"} and not Path(options.seccomp).is_file():
-        yield f"{path}.seccomp: found {options.seccomp!r}, expected default, engine, unconfined or a profile's path"
+        yield f"{path}.seccomp: found {options.seccomp!r}, expected default, engine, unconfined or a path"
 
 
 def _reaches(source: str, engine: Engine, context: ProviderContext) -> str:
