@@ -21,7 +21,6 @@ from dispatcher_docker.containers import options_of
 from dispatcher_docker.host import Engine
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
-_REFUSES_VSOCK = 23  # the first version of the engine whose default profile does
 _SOCKETS = (
     "/run/docker.sock",
     "/run/containerd/containerd.sock",
@@ -145,12 +144,6 @@ def explain_backend(
     for key, what in (("MemoryLimit", "memory"), ("CPUCfsQuota", "processor time"), ("PidsLimit", "processes")):
         if info and not info.get(key, True):
             yield Finding.warning(f"This engine cannot limit {what}", "enable the cgroup controllers on its host")
-    major = version.strip().partition(".")[0]
-    if not major.isdigit() or int(major) < _REFUSES_VSOCK:
-        yield Finding.warning(
-            f"Engines before version {_REFUSES_VSOCK} allow AF_VSOCK, one space for all agents and the host",
-            f"update the engine to version {_REFUSES_VSOCK}, or give the app a profile that refuses it",
-        )
     if options.tls_ca and not options.tls_verify:
         yield Finding.warning("The engine's TLS certificate is not verified", "set tls_verify = true")
 

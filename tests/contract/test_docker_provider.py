@@ -19,11 +19,6 @@ pytestmark = [pytest.mark.docker, pytest.mark.root]
 class OnDocker:
     """What an author fills in, for Docker."""
 
-    @property
-    def unpromised(self):
-        major = docker("version", "--format", "{{.Server.Version}}").partition(".")[0]
-        return {"sockets": "AF_VSOCK"} if int(major) < 23 else {}
-
     data = "bind"
     patience = 20.0
 
