@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
     from dispatcher.config.load import Config
 
+WHOLE = 30.0  # seconds beyond the timeout of a request for its whole answer
 PATIENCE = 3.0  # seconds to wait for a manager that is starting
 
 
@@ -72,6 +73,7 @@ class Cli:
             cert_file=self.client_cert,
             ssl=self.tls,
             patience=PATIENCE,
+            whole=WHOLE,
         )
         self._client = ManagerClient(transport)
         return self._client

@@ -12,6 +12,8 @@ import ssl
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -43,13 +45,17 @@ class Reply:
     retry_after: str
 
 
-class _Opened(threading.local):
-    """How many connections the current thread has opened: whether its request went over a kept one."""
+class _Current(threading.local):
+    """What the current thread's request uses.
 
-    count = 0
+    :ivar opened: how many connections it has opened: whether the request went over a kept one.
+    """
+
+    opened = 0
+    connection: HTTPConnection | None = None
 
 
-_opened = _Opened()
+_current = _Current()
 
 
 class _Connection(HTTPConnection):
@@ -58,8 +64,12 @@ class _Connection(HTTPConnection):
     _answered = 0.0
 
     def connect(self) -> None:
-        _opened.count += 1
+        _current.opened += 1
         super().connect()
+
+    def request(self, *args: Any, **options: Any) -> None:
+        _current.connection = self
+        super().request(*args, **options)
 
     @property
     def is_connected(self) -> bool:
@@ -108,6 +118,7 @@ class Transport:
     :param ca_file: PEM file of the certificates to trust instead of the system's.
     :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
     :param patience: seconds to wait for a manager that is starting on this machine.
+    :param whole: seconds beyond a request's timeout for its whole answer, however slow; None: no limit.
     :raises BadRequest: a parameter cannot be used.
     """
 
@@ -123,8 +134,10 @@ class Transport:
         key_file: str | Path | None = None,
         ssl: bool = True,
         patience: float = 0.0,
+        whole: float | None = None,
     ) -> None:
         self.url = url
+        self._whole = whole
         self._patience = patience
         self._headers = {"Accept": "application/json"}
         if token is not None:
@@ -160,9 +173,10 @@ class Transport:
         repeatable = again or method in IDEMPOTENT
         until = time.monotonic() + self._patience
         while True:
-            opened = _opened.count
+            opened = _current.opened
             try:
-                return self._exchange(method, path, body, timeout)
+                with self._limited(timeout):
+                    return self._exchange(method, path, body, timeout)
             except (HTTPError, OSError, HTTPException) as error:
                 cause = _cause(error)
                 if isinstance(error, NewConnectionError):
@@ -175,7 +189,7 @@ class Transport:
                             fix="try again; its log shows the progress",
                         ) from error
                     time.sleep(_RETRY_INTERVAL)
-                elif repeatable and isinstance(cause, ConnectionError) and _opened.count == opened:
+                elif repeatable and isinstance(cause, ConnectionError) and _current.opened == opened:
                     repeatable = False  # the server closed a kept connection just as the request was sent
                 else:
                     raise self._unreachable(cause) from error
@@ -183,6 +197,38 @@ class Transport:
     def close(self) -> None:
         """Close all connections.  The transport cannot be used any more."""
         self._pool.close()
+
+    @contextmanager
+    def _limited(self, timeout: float) -> Iterator[None]:
+        """Limit the time of the block, which sends a request: its connection is closed when it is over.
+
+        :raises TimeoutError: it is over.
+        """
+        if self._whole is None:
+            yield
+            return
+        expired = threading.Event()
+        current = vars(_current)  # of this thread
+
+        def close() -> None:
+            expired.set()
+            connection = current.get("connection")
+            if connection is not None and connection.sock is not None:
+                with suppress(OSError):  # not SSLSocket's method: another thread is using it
+                    socket.socket.shutdown(connection.sock, socket.SHUT_RDWR)
+
+        timer = threading.Timer(timeout + self._whole, close)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        except (HTTPError, OSError, HTTPException) as error:
+            if expired.is_set():
+                raise TimeoutError from error
+            raise
+        finally:
+            timer.cancel()
+            _current.connection = None
 
     def _exchange(self, method: str, path: str, body: bytes | None, timeout: float) -> Reply:
         headers = self._headers if body is None else self._headers | {"Content-Type": "application/json"}

@@ -105,14 +105,15 @@ def tcp(url: str, ssl: bool) -> tuple[str, int, bool]:
         )
     if ssl:
         raise BadRequest(f"{url} is without TLS", fix="use https://, or --no-ssl for a loopback address")
-    if not _loopback(host):
+    if not is_loopback(host):
         raise BadRequest(
             f"{url} is without TLS", why="passwords would cross the network unencrypted", fix="use https://"
         )
     return host, port or DEFAULT_PORT, False
 
 
-def _loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address means this machine."""
     if host == "localhost":
         return True
     try:

@@ -40,7 +40,6 @@ def examine(cli: Cli) -> Iterator[Finding]:
     from dispatcher.config.load import Config
     from dispatcher.config.plugins import Plugins
 
-    yield from machine.python()
     yield from machine.clock()
     yield from machine.open_files()
     yield from machine.user_namespaces()

@@ -12,9 +12,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dispatcher.cli.doctor.findings import error, info, ok, warning
 from dispatcher.cli.serve import listen_endpoint
+from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
 from dispatcher.config.host_users import host_accounts
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
@@ -78,7 +80,25 @@ def directories(paths: Paths) -> Iterator[Finding]:
             yield error(f"the {name} directory {path} is writable for other users", f"chmod go-w {path}")
         else:
             yield ok(f"the {name} directory is {path}")
+    yield from _until_logout(paths.run_dir)
     yield from disk(paths.state_dir)
+
+
+def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger")) -> Iterator[Finding]:
+    """Check that the run directory stays when the user signs out (logind removes /run/user/UID)."""
+    if os.geteuid() == 0:
+        return
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    if run_dir.is_relative_to("/run/user") and not (linger / user).exists():
+        yield warning(
+            f"the run directory {run_dir} is removed when you sign out: manager and agents become unreachable",
+            f"loginctl enable-linger {user}, or set manager.run_dir",
+        )
+    elif not os.environ.get("XDG_RUNTIME_DIR") and run_dir.is_relative_to("/tmp"):  # noqa: S108 - compared
+        yield info(
+            f"$XDG_RUNTIME_DIR is not set: the run directory is {run_dir}, and clients need the same environment",
+            "set manager.run_dir to a short path of your own",
+        )
 
 
 def _can_be_made(path: Path, name: str) -> Iterator[Finding]:
@@ -137,6 +157,13 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
 def encryption(config: Config) -> Iterator[Finding]:
     """Check that passwords do not cross a network unencrypted."""
     if config.secure:
+        return
+    host = urlsplit(config.proxy.public_url).hostname if config.proxy.public_url else None
+    if host is not None and not is_loopback(host):
+        yield warning(
+            f"proxy.public_url is {config.proxy.public_url}: passwords cross the network unencrypted",
+            "serve https, by proxy.tls_cert or a front proxy, and write https:// there",
+        )
         return
     for address in config.proxy.listen:
         endpoint = listen_endpoint(address)

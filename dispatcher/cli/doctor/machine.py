@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 from dispatcher.cli.doctor.findings import error, ok, warning
 from dispatcher.plugin.model import Finding
 
-MIN_PYTHON = (3, 10)
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
 WANTED_FILES = 4096
 #: Settings below /proc/sys with which an ordinary user may not make user namespaces.
@@ -21,15 +19,6 @@ _FORBIDDING = {
     "kernel/unprivileged_userns_clone": "0",
     "kernel/apparmor_restrict_unprivileged_userns": "1",
 }
-
-
-def python() -> Iterator[Finding]:
-    """Check the interpreter."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < MIN_PYTHON:
-        yield error(f"Python {version} is too old", "use Python 3.10 or later")
-    else:
-        yield ok(f"Python {version}")
 
 
 def clock() -> Iterator[Finding]:
@@ -48,7 +37,8 @@ def open_files() -> Iterator[Finding]:
     if hard != resource.RLIM_INFINITY and hard < WANTED_FILES:
         yield warning(
             f"at most {hard} open files",
-            f"raise it to {WANTED_FILES} or more (LimitNOFILE= of the unit, or limits.conf)",
+            f"allow {WANTED_FILES} or more: LimitNOFILE= in the unit; for a shell, a line with nofile in "
+            "/etc/security/limits.conf, then sign in again",
         )
     else:
         shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)

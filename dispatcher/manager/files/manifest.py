@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dispatcher.manager.files.safe_tree import DIRECTORY, Tick, bounded, opened, walk
@@ -79,30 +79,28 @@ def differences(before: Mapping[str, Item], after: Mapping[str, Item]) -> list[s
     Times may differ by a second (file systems round), and ``lost+found`` is ignored.
     """
     found = []
-    for path in sorted(before.keys() | after.keys()):
+    for path in sorted((before.keys() | after.keys()) - {"lost+found"}):
         one, two = before.get(path), after.get(path)
         if one is None or two is None:
-            if path != "lost+found":
-                found.append(f"{path} is {'new' if one is None else 'missing'}")
+            found.append(f"{path} is {'new' if one is None else 'missing'}")
         else:
-            found += _changes(path, one, two)
+            found += [f"{path} has another {change}" for change in _changes(one, two)]
         if len(found) >= _MAX_DIFFERENCES:
             break
     return found[:_MAX_DIFFERENCES]
 
 
-def _changes(path: str, one: Item, two: Item) -> list[str]:
+def _changes(one: Item, two: Item) -> Iterator[str]:
     if one.kind != two.kind:
-        return [f"{path} is of another kind"]
-    changes = []
+        yield "kind"
+        return
     if one.content != two.content:
-        changes.append("content" if one.kind == "-" else "target")
+        yield "content"
     if (one.uid, one.gid) != (two.uid, two.gid):
-        changes.append(f"owner ({one.uid}:{one.gid}, then {two.uid}:{two.gid})")
+        yield f"owner ({one.uid}:{one.gid}, then {two.uid}:{two.gid})"
     if one.mode != two.mode and one.kind != "l":
-        changes.append(f"mode ({one.mode:o}, then {two.mode:o})")
+        yield f"mode ({one.mode:o}, then {two.mode:o})"
     if abs(one.modified - two.modified) > 1:
-        changes.append("time of change")
+        yield "time of change"
     if one.same_as != two.same_as:
-        changes.append("hard links")
-    return [f"{path} has another {change}" for change in changes]
+        yield "hard links"

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,12 +35,6 @@ def only(findings):
 
 def levels(findings):
     return [finding.level.value for finding in findings]
-
-
-def test_an_old_python_is_told(monkeypatch):
-    assert only(machine.python()).level is Level.OK
-    monkeypatch.setattr("sys.version_info", (3, 9, 1))
-    assert only(machine.python()).level is Level.ERROR
 
 
 def test_a_clock_before_this_release_is_wrong(monkeypatch):
@@ -223,7 +218,7 @@ def test_a_wrong_configuration_does_not_stop_the_doctor(tmp_path, capsys):
     assert code == 1
     assert "ERROR" in out
     assert "manager.threads: found 0" in out
-    assert "Python 3" in out
+    assert "the clock shows" in out
 
 
 # Providers.
@@ -315,3 +310,32 @@ def test_a_running_manager_checks_the_providers_that_it_uses(monkeypatch):
         ("ok", "fake: fake as the manager sees it", ""),
         ("ok", "other: can be used", ""),
     ]
+
+
+def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: pwd.getpwnam("nobody").pw_uid)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    found = only(installation._until_logout(Path("/run/user/1000/dispatcher"), tmp_path))
+    assert found.level is Level.WARNING
+    assert "loginctl enable-linger nobody" in found.fix
+    (tmp_path / "nobody").touch()
+    assert levels(installation._until_logout(Path("/run/user/1000/dispatcher"), tmp_path)) == []
+    assert levels(installation._until_logout(Path("/srv/run"), tmp_path)) == []
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    found = only(installation._until_logout(Path("/tmp/dispatcher-1000/dispatcher"), tmp_path))
+    assert found.level is Level.INFO
+    assert "manager.run_dir" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("url", "warned"),
+    [
+        ("http://apps.example.org", True),
+        ("http://localhost:8080", False),
+        ("http://127.0.0.1", False),
+        ("https://apps.example.org", False),
+    ],
+)
+def test_a_public_url_without_encryption_is_told(url, warned):
+    found = list(installation.encryption(parse({"proxy": {"listen": ["127.0.0.1:80"], "public_url": url}})))
+    assert [url in finding.what for finding in found] == [True] * warned

@@ -163,3 +163,39 @@ def test_an_answer_of_any_length_is_not_read(connect, monkeypatch):
 def test_an_answer_that_is_no_json_object_comes_from_another_program(body):
     with pytest.raises(ManagerUnreachable, match="Another program"):
         parse(Reply(200, body, ""), "https://manager.test")
+
+
+@pytest.mark.parametrize("answer", [ANSWER, ANSWER[:-2] + b"x" * 100])
+def test_an_answer_that_trickles_is_given_up(short_tmp, answer):
+    path = short_tmp / "x.sock"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    done = threading.Event()
+
+    def trickle():
+        sock, _ = listener.accept()
+        with sock:
+            sock.recv(65536)
+            for byte in answer * 100:
+                if done.wait(0.1):
+                    return
+                try:
+                    sock.sendall(bytes([byte]))
+                except OSError:
+                    return
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    transport = Transport(f"unix://{path}", whole=0.5)
+    began = time.monotonic()
+    try:
+        with pytest.raises(ManagerUnreachable) as caught:
+            transport.request("GET", "/agents", None, 0.5)
+    finally:
+        done.set()
+        thread.join()
+        transport.close()
+        listener.close()
+    assert time.monotonic() - began < 3
+    assert "timed out" in caught.value.why

@@ -262,9 +262,9 @@ def test_trees_that_are_alike_have_no_differences(tmp_path):
         (lambda top: (top / "sub/file").write_text("CONTENT"), "another content"),
         (lambda top: (top / "sub/file").chmod(0o600), "another mode"),
         (lambda top: os.utime(top / "sub/file", (1, 1)), "another time of change"),
-        (lambda top: ((top / "link").unlink(), (top / "link").symlink_to("other")), "another target"),
+        (lambda top: ((top / "link").unlink(), (top / "link").symlink_to("other")), "another content"),
         (lambda top: ((top / "hard").unlink(), (top / "hard").write_text("content")), "another hard links"),
-        (lambda top: ((top / "fifo").unlink(), (top / "fifo").mkdir()), "fifo is of another kind"),
+        (lambda top: ((top / "fifo").unlink(), (top / "fifo").mkdir()), "fifo has another kind"),
         pytest.param(lambda top: os.chown(top / "sub/file", 5, 6), "another owner", marks=pytest.mark.root),
     ],
 )
