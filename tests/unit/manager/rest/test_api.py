@@ -412,3 +412,17 @@ def test_ending_the_sessions_of_an_unknown_user_is_404(parts):
     assert parts.admin.delete("/sessions?user=alice").json == {"revoked": 0}
     answer = parts.admin.delete("/sessions?user=nobody")
     assert (answer.status_code, answer.json["title"]) == (404, "There is no user nobody")
+
+
+@pytest.mark.parametrize("depth", [200, 1500, 15000])
+@pytest.mark.parametrize("body", ['{"name": %s1%s}', '{"zz": %s1%s}', "%s1%s"])
+def test_deeply_nested_bodies_are_refused_like_any_other(parts, capsys, depth, body):
+    """Of every request that takes a body, in both roles."""
+    data = body % ("[" * depth, "]" * depth)
+    for role, client in (("admin", parts.admin), ("proxy", parts.proxy)):
+        for route in ROLES[role]:
+            if route.body.model_fields:
+                path = route.path.replace("<agent>", "alice")
+                answer = client.open(path, method=route.method, data=data, content_type="application/json")
+                assert (answer.status_code, answer.json["code"]) == (400, "bad-request"), (path, answer.json)
+    assert "Traceback" not in "".join(capsys.readouterr())
