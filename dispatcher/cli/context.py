@@ -86,7 +86,7 @@ class Cli:
 
     def with_nearest_name(self, error: NotFound) -> NotFound:
         """Return the error about an unknown agent or user with the name that was probably meant."""
-        missing = re.fullmatch(r"There is no (?:agent|user) (\S+)", error.what)
+        missing = re.fullmatch(r"There is no (?:agent|user) '?([^']+)'?", error.what)
         if missing is None:
             return error
         try:

@@ -84,6 +84,7 @@ if TYPE_CHECKING:
         matching,
     )
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
+    from dispatcher.plugin.removal import remove_tree
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
 
@@ -99,6 +100,7 @@ _MODULES = (
     "networks",
     "authenticator",
     "provider",
+    "removal",
     "secret_files",
     "ssh",
 )
@@ -186,6 +188,7 @@ __all__ = [
     "no_progress",
     "owned",
     "printable",
+    "remove_tree",
     "slug",
 ]
 

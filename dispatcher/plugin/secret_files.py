@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import stat
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
 from dispatcher.plugin.names import printable
+from dispatcher.plugin.removal import remove_tree
 
 _log = logging.getLogger("dispatcher.plugin.secret_files")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
@@ -103,20 +103,9 @@ class SecretFiles:
 
     def _remove(self, name: str) -> None:
         for base in [base for parent in self._candidates for base in owned(parent, self._stem)]:
-            path = base / name
-            try:
-                directory = os.open(path, _DIRECTORY)
-                try:
-                    os.fchmod(directory, 0o700)
-                finally:
-                    os.close(directory)
-                shutil.rmtree(path)  # does not follow links
-                with contextlib.suppress(OSError):
-                    base.rmdir()  # fails while other agents have secrets
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise ProviderError(f"Cannot remove {path}", why=error.strerror or str(error)) from error
+            remove_tree(base / name)
+            with contextlib.suppress(OSError):
+                base.rmdir()  # fails while other agents have secrets
 
 
 def in_memory(path: Path) -> bool:

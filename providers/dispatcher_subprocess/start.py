@@ -11,7 +11,6 @@ import contextlib
 import os
 import resource
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +25,7 @@ from dispatcher.plugin import (
     Network,
     ProviderError,
     SecretFiles,
+    remove_tree,
 )
 from dispatcher_subprocess import logs, network, processes, procfs, sandbox
 from dispatcher_subprocess.cgroups import join
@@ -317,10 +317,7 @@ def clear_run_dir(run_dir: Path) -> None:
         directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             for name in os.listdir(directory):
-                try:
-                    os.unlink(name, dir_fd=directory)
-                except IsADirectoryError:
-                    shutil.rmtree(f"/proc/self/fd/{directory}/{name}")
+                remove_tree(name, dir_fd=directory)
         finally:
             os.close(directory)
     except OSError as error:

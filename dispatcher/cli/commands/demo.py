@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import click
 
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError
+from dispatcher.plugin.removal import remove_tree
 
 if TYPE_CHECKING:
     from dispatcher.cli.serve import Daemons
@@ -109,9 +109,9 @@ def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
     try:
         yield home, run_dir
     finally:
-        shutil.rmtree(run_dir, ignore_errors=True)
+        remove_tree(run_dir)
         if not keep:
-            shutil.rmtree(home, ignore_errors=True)
+            remove_tree(home)
 
 
 def _write_config(home: Path, run_dir: Path, port: int) -> Path:

@@ -72,7 +72,7 @@ def _state(client: ManagerClient, agent: str) -> Json:
 
 def _raise_failure(state: Json) -> None:
     failure: dict[str, Any] | None = state.get("failure")
-    if state.get("state") == "failed" and failure:
+    if state.get("state") in {"failed", "removing"} and failure:
         raise StartFailed(
             str(failure.get("what") or "The agent failed"),
             why=str(failure.get("why") or ""),

@@ -18,13 +18,14 @@ from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.manifest import differences, manifest
-from dispatcher.manager.files.safe_tree import exists, remove_tree
+from dispatcher.manager.files.safe_tree import exists
 from dispatcher.manager.storage.rows import CopyRow, Move
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, ProviderError
 from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import no_progress
+from dispatcher.plugin.removal import remove_tree
 
 TRANSFER = 6 * 3600.0  # seconds that one export or import may take
 SCRATCH, CHECK = "moving", "verifying"  # directories beside the agent's data

@@ -15,17 +15,17 @@ from pathlib import Path
 
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
-from dispatcher.manager.files.safe_tree import Tick, change_owner, exists, make_directory, remove_tree
+from dispatcher.manager.files.safe_tree import change_owner, exists, make_directory
 from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError
+from dispatcher.plugin.removal import Tick, remove_tree
 
 TRAVERSE = 0o711  # others may traverse, not list
 PRIVATE = 0o700
 SOCKET_DIR = 0o2710  # of the agent, and of the group of the proxy: sockets inherit the group
 TRASH = ".trash"
-DELETING = 3600.0  # seconds that the deletion of one tree may take
 
 
 def provider_dirs(paths: Paths, provider: str) -> tuple[Path, Path]:
@@ -62,7 +62,7 @@ class AgentData:
         if new_boot:
             for directory in (self._socket_dirs, self.paths.run_dir / "p"):
                 for entry in list(os.scandir(directory)) if directory.exists() else ():
-                    remove_tree(entry.path, deadline=Deadline(DELETING))
+                    remove_tree(entry.path)
         self.sockets.open()
 
     def ids(self, uid: int) -> tuple[int, int]:
@@ -120,10 +120,10 @@ class AgentData:
 
     def remove(self, agent: str, *, keep_data: bool, tick: Tick | None = None) -> None:
         """Delete all directories of an agent; with `keep_data` its data and old copies stay."""
-        remove_tree(self.paths.endpoint_dir(agent), deadline=Deadline(DELETING), tick=tick)
+        remove_tree(self.paths.endpoint_dir(agent), tick=tick)
         home = self.paths.agent_dir(agent)
         if keep_data:
-            remove_tree(home / "log", deadline=Deadline(DELETING), tick=tick)
+            remove_tree(home / "log", tick=tick)
         else:
             if exists(home):
                 self._move_to_trash(agent, home)
@@ -136,7 +136,7 @@ class AgentData:
         """Delete what was moved to the trash for an agent, by an earlier attempt too."""
         for entry in list(os.scandir(self._agents / TRASH)):
             if entry.name.startswith(f"{names.key(agent)}."):
-                remove_tree(entry.path, deadline=Deadline(DELETING), tick=tick)
+                remove_tree(entry.path, tick=tick)
 
     def move_aside(self, agent: str) -> Path | None:
         """Move a directory of unknown origin out of a new agent's way; return where to, None if there was none."""
@@ -155,7 +155,7 @@ class AgentData:
         make_directory(home, TRAVERSE)
         if directory.parent != home:
             make_directory(directory.parent, PRIVATE)
-        remove_tree(directory, deadline=Deadline(DELETING))
+        remove_tree(directory)
         make_directory(directory, PRIVATE)
         return directory
 
@@ -189,13 +189,13 @@ class AgentData:
 
     def remove_copy(self, agent: str, name: str) -> None:
         """Delete an old copy."""
-        remove_tree(self.copy_dir(agent, name), deadline=Deadline(DELETING))
+        remove_tree(self.copy_dir(agent, name))
 
     def empty_trash(self) -> Iterator[str]:
         """Delete the leftovers of interrupted deletions; yield those that cannot be deleted, and why."""
         for path in self._leftovers:
             try:
-                remove_tree(path, deadline=Deadline(DELETING))
+                remove_tree(path)
             except (OSError, DispatcherError) as error:
                 yield f"{path}: {error}"
         self._leftovers = []

@@ -9,7 +9,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from dispatcher.manager.files.safe_tree import DIRECTORY, Tick, bounded, opened, walk
+from dispatcher.manager.files.safe_tree import bounded, walk
+from dispatcher.plugin.removal import DIRECTORY, Tick, opened
 
 _CHUNK = 1 << 20
 _MAX_DIFFERENCES = 5

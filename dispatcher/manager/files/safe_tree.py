@@ -1,40 +1,25 @@
-"""Directory trees that an attacker may write to: make, delete, walk and change owners safely.
+"""Directory trees that an attacker may write to: make, walk and change owners safely.
+
+`dispatcher.plugin.removal` deletes them.
 
 An agent owns its data directory and may change it while the manager, often as root, works there.  So no function
 here opens a path inside a tree: each step goes from an open directory to one name in it, with ``O_NOFOLLOW``, and
-has no effect outside of the tree, even if that name was replaced.  Trees may be of any depth: at most three
-descriptors are open at a time.
+has no effect outside of the tree, even if that name was replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import secrets
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin.errors import ProviderError
+from dispatcher.plugin.removal import DIRECTORY, PATH, Tick, opened
 
-DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_CHARACTERS = 1 << 29  # of paths in memory at a time: some millions of files, or a very deep tree
-
-Tick = Callable[[], None]
-
-
-@contextmanager
-def opened(name: str | bytes, flags: int, dir_fd: int | None = None) -> Iterator[int]:
-    """Yield a descriptor, closed at the end of the block."""
-    fd = os.open(name, flags, dir_fd=dir_fd)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
@@ -63,138 +48,12 @@ def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, in
         raise ProviderError(f"{path} is not a directory", why="it is another kind of file", fix="move it away")
     wrong_owner = owner is not None and (found.st_uid, found.st_gid) != owner
     if wrong_owner or stat.S_IMODE(found.st_mode) != mode:
-        with opened(os.fspath(path), _PATH | os.O_DIRECTORY) as fd:
+        with opened(os.fspath(path), PATH | os.O_DIRECTORY) as fd:
             handle = f"/proc/self/fd/{fd}"
             if wrong_owner and owner is not None:
                 os.chown(handle, *owner)
             os.chmod(handle, mode)
     return made
-
-
-def remove_tree(path: str | os.PathLike[str], *, deadline: Deadline, tick: Tick | None = None) -> None:
-    """Delete the file or tree at `path`, if there is one.  Links are deleted, never followed.
-
-    Deep trees are flattened while they are deleted: each directory's subdirectories are moved up to the top.
-
-    :raises DeadlineExceeded: a process keeps filling the tree.
-    :raises OSError: a file cannot be deleted.
-    """
-    parent, name = os.path.split(os.fspath(path))
-    try:
-        folder = os.open(parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        try:
-            top = _enter(name, folder)
-        except FileNotFoundError:
-            return
-        if top is None:
-            os.unlink(name, dir_fd=folder)
-            return
-        try:
-            os.fchmod(top, 0o700)
-            _flatten(top, deadline, tick)
-        finally:
-            os.close(top)
-        with contextlib.suppress(FileNotFoundError):  # deleted by another process
-            os.rmdir(name, dir_fd=folder)
-    finally:
-        os.close(folder)
-
-
-def _enter(name: str, folder: int) -> int | None:
-    """Open a directory, readable for its owner; None if it is not a directory."""
-    for _ in range(3):
-        try:
-            return os.open(name, DIRECTORY, dir_fd=folder)
-        except NotADirectoryError:
-            return None
-        except PermissionError:
-            with opened(name, _PATH | os.O_DIRECTORY, folder) as fd:
-                os.chmod(f"/proc/self/fd/{fd}", 0o700)
-        except OSError as error:
-            if error.errno == errno.ELOOP:
-                return None
-            raise
-    raise PermissionError(f"{name} cannot be opened")
-
-
-def _flatten(top: int, deadline: Deadline, tick: Tick | None) -> None:
-    prefix, count = secrets.token_hex(8), 0
-    while names := _names(top):
-        for name in names:
-            if deadline.expired:
-                raise DeadlineExceeded(
-                    "A directory cannot be deleted in time", why="a process keeps writing to it"
-                )
-            if tick:
-                tick()
-            below = _enter_or_none(name, top)
-            if below is None:
-                _unlink(name, top)
-                continue
-            try:
-                os.fchmod(below, 0o700)
-                inner = _names(below)
-                while inner and not deadline.expired:
-                    for item in inner:
-                        if not _unlink(item, below):
-                            count += 1
-                            _move_up(item, below, f"{prefix}-{count}", top)
-                    inner = _names(below)
-            finally:
-                os.close(below)
-            try:
-                os.rmdir(name, dir_fd=top)
-            except (FileNotFoundError, NotADirectoryError):
-                pass
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:  # filled again meanwhile: the next round takes it
-                    raise
-
-
-def _names(folder: int, most: int = 10000) -> list[str]:
-    """Return names in a directory, a bounded number, so that a huge one does not fill the memory."""
-    found = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            found.append(entry.name)
-            if len(found) >= most:
-                break
-    return found
-
-
-def _enter_or_none(name: str, folder: int) -> int | None:
-    try:
-        return _enter(name, folder)
-    except FileNotFoundError:
-        return None
-
-
-def _unlink(name: str, folder: int) -> bool:
-    """Delete a file that is not a directory; return whether it is gone."""
-    try:
-        os.unlink(name, dir_fd=folder)
-    except FileNotFoundError:
-        return True
-    except (IsADirectoryError, PermissionError):
-        found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        if not stat.S_ISDIR(found.st_mode):
-            raise
-        return False
-    return True
-
-
-def _move_up(name: str, folder: int, target: str, top: int) -> None:
-    try:
-        os.rename(name, target, src_dir_fd=folder, dst_dir_fd=top)
-    except PermissionError:  # not root: a directory that is moved must be writable
-        with opened(name, _PATH | os.O_DIRECTORY, folder) as fd:
-            os.chmod(f"/proc/self/fd/{fd}", 0o700)
-        os.rename(name, target, src_dir_fd=folder, dst_dir_fd=top)
-    except FileNotFoundError:
-        pass
 
 
 def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:
@@ -287,12 +146,12 @@ def change_owner(path: str | os.PathLike[str], owner: tuple[int, int], tick: Tic
             if (found.st_uid, found.st_gid) != owner:
                 os.chown(name, *owner, dir_fd=folder, follow_symlinks=False)
                 if kind in {stat.S_IFREG, stat.S_IFDIR}:
-                    with opened(name, _PATH, folder) as fd:
+                    with opened(name, PATH, folder) as fd:
                         os.chmod(f"/proc/self/fd/{fd}", stat.S_IMODE(found.st_mode) & ~0o6000)
 
 
 def _drop_capability(name: str, folder: int) -> None:
-    with opened(name, _PATH, folder) as fd:
+    with opened(name, PATH, folder) as fd:
         try:
             os.removexattr(f"/proc/self/fd/{fd}", "security.capability")
         except OSError:

@@ -77,7 +77,12 @@ def delete_agent(
 ) -> Answer:
     """Remove an agent with its data, or without; its user goes with the last one."""
     services.supervisor.commands.remove(agent, keep_data=data == "keep")
-    view = wait_until(services, agent, lambda view: view is None or view.desired is not Desired.ABSENT, wait)
+    view = wait_until(
+        services,
+        agent,
+        lambda view: view is None or view.desired is not Desired.ABSENT or view.failure is not None,
+        wait,
+    )
     return None if view is None else (view.to_json(), 202)
 
 

@@ -1,5 +1,6 @@
 """Agents that come and go, and what becomes of their data."""
 
+import errno
 import os
 
 import pytest
@@ -197,6 +198,40 @@ def test_reset_deletes_the_data_and_starts_again_what_ran(supervisor):
     until(lambda: kinds(supervisor).count("reset") == 2)
     assert reach(supervisor, "alice", "stopped").desired.value == "stopped"
     assert list(data.iterdir()) == []
+
+
+@pytest.mark.parametrize("deed", ["reset", "remove"])
+def test_data_that_cannot_be_deleted_is_a_failure_that_names_it(supervisor, monkeypatch, deed):
+    running(supervisor)
+    (supervisor.data.data_dir("alice") / "protected").write_text("x")
+    (supervisor.data.data_dir("alice") / "other").write_text("x")
+    unlink, protected = os.unlink, [True]
+
+    def refuse(name, **options):
+        if name == "protected" and protected:
+            raise PermissionError(errno.EPERM, "Operation not permitted", name)
+        unlink(name, **options)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    if deed == "reset":
+        supervisor.commands.reset_data("alice")
+    else:
+        supervisor.commands.remove("alice", keep_data=False)
+    until(lambda: "failed" in kinds(supervisor))
+    view = supervisor.queries.view("alice")
+    assert view.state is (State.FAILED if deed == "reset" else State.REMOVING)
+    assert "'protected': Operation not permitted" in view.failure.why
+    assert "reset" not in kinds(supervisor)
+    state = supervisor.data.paths.state_dir
+    assert [path.name for path in state.rglob("*") if path.name in {"protected", "other"}] == ["protected"]
+    protected.clear()
+    if deed == "reset":
+        supervisor.commands.reset_data("alice")
+        until(lambda: "reset" in kinds(supervisor))
+    else:
+        supervisor.commands.remove("alice", keep_data=False)
+        gone(supervisor, "alice")
+    assert not [path for path in state.rglob("protected")]
 
 
 @pytest.mark.root

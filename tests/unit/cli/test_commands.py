@@ -422,3 +422,17 @@ def test_json_is_what_the_manager_said(run, manager, arguments, keys, where):
     code, out, err = run(*(["--json", *arguments] if where == "before" else [*arguments, "--json"]))
     assert (code, err) == (0, "")
     assert keys <= set(json.loads(out))
+
+
+def test_a_removal_that_cannot_delete_the_data_fails_with_what_remains(run, manager):
+    manager.add("alice")
+    failure = {
+        "what": "1 entry of /x cannot be deleted",
+        "why": "'a': Operation not permitted",
+        "fix": "",
+        "log": [],
+    }
+    manager.answers["DELETE /agents/alice"] = 202, {"name": "alice", "state": "removing", "failure": failure}
+    code, out, err = run("remove", "alice", "--yes")
+    assert (code, out) == (1, "")
+    assert err == "dispatcher: 1 entry of /x cannot be deleted: 'a': Operation not permitted\n"

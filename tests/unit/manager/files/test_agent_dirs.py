@@ -9,12 +9,13 @@ import pytest
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.plugin.errors import Cancelled
 
 ME = HostAccounts(proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False)
 
 
 def interrupted():
-    raise OSError("busy")
+    raise Cancelled("busy")
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_a_second_attempt_deletes_what_the_first_has_left(data, state, delete):
         "remove": lambda tick: data.remove("alice", keep_data=False, tick=tick),
         "reset": lambda tick: data.reset("alice", os.geteuid(), tick),
     }
-    with pytest.raises(OSError, match="busy"):
+    with pytest.raises(Cancelled, match="busy"):
         calls[delete](interrupted)
     assert left(state, "alice")
     calls[delete](None)

@@ -2,16 +2,16 @@
 
 import os
 import stat
-import threading
 import time
 
 import pytest
 
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin.errors import ProviderError
+from dispatcher.plugin.removal import remove_tree
 from dispatcher.manager.files import safe_tree
 from dispatcher.manager.files.manifest import differences, manifest
-from dispatcher.manager.files.safe_tree import change_owner, disk_usage, make_directory, remove_tree
+from dispatcher.manager.files.safe_tree import change_owner, disk_usage, make_directory
 
 ROOT = os.geteuid() == 0
 
@@ -25,142 +25,6 @@ def victim(tmp_path):
     before = manifest(made)
     yield made
     assert manifest(made) == before
-
-
-def remove(path, seconds=20):
-    remove_tree(path, deadline=Deadline(seconds))
-    assert not os.path.lexists(path)
-
-
-def test_nothing_there_is_success(tmp_path):
-    remove(tmp_path / "nothing")
-    remove(tmp_path / "no/such/parent")
-
-
-def test_a_tree_with_everything_in_it(tmp_path, victim):
-    top = tmp_path / "tree"
-    (top / "a/b/c").mkdir(parents=True)
-    for name in ("a/file", "a/b/file", "a/b/c/-rf", "a/b/c/new\nline", "a/\udcff"):
-        (top / name).write_text("x")
-    (top / "a/link").symlink_to(victim)
-    (top / "a/b/link").symlink_to(victim / "file")
-    (top / "a/dangling").symlink_to("/nothing")
-    (top / "a/loop").symlink_to("loop")
-    os.mkfifo(top / "a/fifo")
-    os.link(victim / "file", top / "a/hard")
-    remove(top)
-    assert (victim / "file").read_text() == "precious"
-
-
-def test_a_link_in_place_of_the_tree_is_deleted_itself(tmp_path, victim):
-    link = tmp_path / "tree"
-    link.symlink_to(victim)
-    remove(link)
-    file = tmp_path / "file"
-    file.write_text("x")
-    remove(file)
-
-
-def test_a_tree_deeper_than_any_path_or_descriptor_table(tmp_path):
-    top = tmp_path / "tree"
-    top.mkdir()
-    folder = os.open(top, os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("deeper", dir_fd=folder)
-        (lambda: None)()
-        below = os.open("deeper", os.O_RDONLY, dir_fd=folder)
-        os.close(folder)
-        folder = below
-    os.close(folder)
-    remove(top)
-
-
-def test_names_that_collide_with_those_used_while_deleting(tmp_path, monkeypatch):
-    monkeypatch.setattr(safe_tree.secrets, "token_hex", lambda _: "taken")
-    top = tmp_path / "tree"
-    (top / "a/b/c").mkdir(parents=True)
-    (top / "taken-1").write_text("x")
-    (top / "taken-2/x").mkdir(parents=True)
-    with pytest.raises(OSError):
-        remove_tree(top, deadline=Deadline(5))
-    monkeypatch.undo()
-    remove(top)
-
-
-def test_directories_without_permissions(tmp_path):
-    top = tmp_path / "tree"
-    (top / "a/b").mkdir(parents=True)
-    (top / "a/b/file").write_text("x")
-    for path in (top / "a/b", top / "a", top):
-        path.chmod(0)
-    remove(top)
-
-
-def test_many_files_in_one_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(safe_tree, "_names", lambda folder, most=50, names=safe_tree._names: names(folder, most))
-    top = tmp_path / "tree"
-    (top / "a").mkdir(parents=True)
-    for number in range(300):
-        (top / f"a/{number}").write_text("x")
-        (top / f"d{number}").mkdir()
-    remove(top)
-
-
-def test_who_keeps_writing_does_not_keep_it_busy_for_ever(tmp_path):
-    top = tmp_path / "tree"
-    top.mkdir()
-    done = threading.Event()
-
-    def write():
-        number = 0
-        while not done.is_set():
-            number += 1
-            try:
-                os.makedirs(top / f"a/{number}")
-            except OSError:
-                return
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        try:
-            remove_tree(top, deadline=Deadline(0.3))
-        except (DeadlineExceeded, OSError) as error:
-            assert isinstance(error, DeadlineExceeded) or error.errno == 39
-    finally:
-        done.set()
-        writer.join()
-    remove(top)
-
-
-def test_swapping_directories_for_links_while_they_are_deleted(tmp_path, victim):
-    """A race that an agent would play: the name that was a directory a moment ago is a link to a victim."""
-    for _ in range(20):
-        top = tmp_path / "tree"
-        (top / "real").mkdir(parents=True)
-        (top / "link").symlink_to(victim)
-        done = threading.Event()
-
-        def swap(top=top, done=done):
-            while not done.is_set():
-                try:
-                    os.rename(top / "real", top / "other")
-                    os.rename(top / "link", top / "real")
-                    os.rename(top / "real", top / "link")
-                    os.rename(top / "other", top / "real")
-                except OSError:
-                    return
-
-        player = threading.Thread(target=swap)
-        player.start()
-        try:
-            remove_tree(top, deadline=Deadline(5))
-        except OSError:
-            pass
-        finally:
-            done.set()
-            player.join()
-        remove(top)
 
 
 # --- directories
