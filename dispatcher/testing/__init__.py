@@ -13,7 +13,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from dispatcher.testing.base import Contract
-from dispatcher.testing.contract import ProviderContract
+from dispatcher.testing.checks.adoption import AdoptionChecks
+from dispatcher.testing.checks.capability import CapabilityChecks
+from dispatcher.testing.checks.concurrency import ConcurrencyChecks
+from dispatcher.testing.checks.core import CoreChecks
+from dispatcher.testing.checks.fault import FaultChecks
+from dispatcher.testing.checks.isolation import IsolationChecks
+from dispatcher.testing.checks.leaks import LeakChecks
+from dispatcher.testing.checks.lifecycle import LifecycleChecks
+from dispatcher.testing.checks.promises import PromiseChecks
+from dispatcher.testing.checks.secrecy import SecrecyChecks
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.inside import Inside, Refused
 from dispatcher.testing.kit import Agent, Kit
@@ -22,6 +31,22 @@ from dispatcher.testing.kit import Agent, Kit
 PROBE = Path(__file__).with_name("probe.py")
 #: The same for places without Python: busybox only.
 PROBE_SH = Path(__file__).with_name("probe.sh")
+
+
+class ProviderContract(
+    CoreChecks,
+    LifecycleChecks,
+    CapabilityChecks,
+    PromiseChecks,
+    AdoptionChecks,
+    ConcurrencyChecks,
+    IsolationChecks,
+    LeakChecks,
+    SecrecyChecks,
+    FaultChecks,
+):
+    """Everything that a provider must do.  See `Contract` for what to fill in."""
+
 
 __all__ = [
     "PROBE",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, NoReturn
 
 import pytest
 
-from dispatcher.plugin.model import Capability, Handle, Network
+from dispatcher.plugin.model import Capability, Depth, Handle, Network
 from dispatcher.plugin.provider import Provider, ProviderContext
-from dispatcher.testing.driver import Driver
-from dispatcher.testing.kit import Agent, Kit, Settings
+from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.kit import Agent, Kit, eventually
 
+SLEEP = {Depth.RAM: Capability.SUSPEND, Depth.DISK: Capability.HIBERNATE}
 _KITS = pytest.StashKey[Kit]()
 
 
@@ -115,46 +118,56 @@ class Contract:
     @pytest.fixture
     def driver(self, provider: Provider) -> Driver:
         """The provider under test, each call checked."""
-        return Driver(provider, patience=self.patience, slack=self.slack)
+        return self.drive(provider)
+
+    @pytest.fixture
+    def other(self, provider: Provider) -> Iterator[Driver]:
+        """A fresh instance for the same backend, as a restarted manager makes one."""
+        other = self.drive(self.another(provider))
+        yield other
+        other.provider.close()
 
     @pytest.fixture
     def kit(self, request: pytest.FixtureRequest, provider: Provider) -> Iterator[Kit]:
         """The world of this class; agents of the check are gone afterwards."""
         kit = self._kit(request)
-        if kit.sibling is None:
-            kit.sibling = Driver(self.another(provider), patience=self.patience, slack=self.slack)
+        kit.driver(provider)
         yield kit
         kit.end_check()
 
     @pytest.fixture
-    def alice(self, kit: Kit) -> Agent:
+    def alice(self, kit: Kit, provider: Provider) -> Agent:
         """A running agent that checks share.  Leave it running and its data alone."""
-        assert kit.sibling
-        return kit.shared(kit.sibling, "alice")
+        return kit.shared(kit.driver(provider), "alice")
 
     @pytest.fixture
-    def bob(self, kit: Kit) -> Agent:
+    def bob(self, kit: Kit, provider: Provider) -> Agent:
         """Another running agent, of another user."""
-        assert kit.sibling
-        return kit.shared(kit.sibling, "bob")
+        return kit.shared(kit.driver(provider), "bob")
 
-    def can(self, driver: Driver, capability: Capability) -> bool:
-        """Whether the provider declares `capability`."""
-        return driver.can(capability)
+    def drive(self, provider: Provider) -> Driver:
+        """Return a driver for an instance."""
+        return Driver(provider, patience=self.patience, slack=self.slack)
+
+    @contextlib.contextmanager
+    def leaves_nothing(self, kit: Kit, what: str, seconds: float = 0.0) -> Iterator[None]:
+        """Expect that the backend holds nothing new `seconds` after the block.
+
+        :param what: the culprit, for the message.
+        """
+        before = self.leftovers(kit.installation)
+        yield
+        expect(
+            eventually(lambda: not self.leftovers(kit.installation) - before, seconds, 0.1),
+            f"{what} left {sorted(self.leftovers(kit.installation) - before)} behind: remove what it made",
+        )
 
     def _kit(self, request: pytest.FixtureRequest) -> Kit:
         node = request.node.getparent(pytest.Class)
-        kit: Kit | None = node.stash.get(_KITS, None)
-        if kit is None:
-            kit = node.stash[_KITS] = Kit(
-                Settings(
-                    patience=self.patience,
-                    slack=self.slack,
-                    network=self.network,
-                    app_options=self.app_options,
-                )
-            )
-            node.addfinalizer(kit.close)
+        if _KITS not in node.stash:
+            node.stash[_KITS] = Kit(self)
+            node.addfinalizer(node.stash[_KITS].close)
+        kit: Kit = node.stash[_KITS]
         return kit
 
     def _must(self, what: str) -> NoReturn:
@@ -165,3 +178,20 @@ def needs_backend(check: Any) -> Any:
     """Mark a check that needs a backend which can be broken."""
     check.needs_backend = True
     return check
+
+
+def needs(capability: Capability | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a check of a capability: nothing to check where the provider does not declare it.
+
+    :param capability: by default the one of the check's argument `depth`.
+    """
+
+    def wrap(check: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(check)
+        def wrapped(self: Contract, *, driver: Driver, **fixtures: Any) -> None:
+            if driver.can(capability or SLEEP[fixtures["depth"]]):
+                check(self, driver=driver, **fixtures)
+
+        return wrapped
+
+    return wrap

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import Cancelled, DispatcherError
+from dispatcher.plugin.errors import Cancelled, DispatcherError, Unsupported
 from dispatcher.plugin.model import (
     AgentSpec,
     BackendState,
@@ -45,6 +46,29 @@ def expect(condition: object, advice: str) -> None:
         pytest.fail(advice)
 
 
+@contextlib.contextmanager
+def raises(wanted: type[DispatcherError], what: str) -> Iterator[None]:
+    """Expect one error of the tree, with advice when another or none comes.
+
+    :param what: what was called, for the message.
+    """
+    __tracebackhide__ = True
+    try:
+        yield
+    except wanted:
+        return
+    except DispatcherError as error:
+        pytest.fail(f"{what} raised {type(error).__name__} ({error}): raise {wanted.__name__}")
+    pytest.fail(f"{what} succeeded: raise {wanted.__name__}")
+
+
+def unsupported(what: str, call: Callable[[], object]) -> None:
+    """Expect `Unsupported` of something that is not declared."""
+    __tracebackhide__ = True
+    with raises(Unsupported, f"{what} is not declared; it"):
+        call()
+
+
 class Driver:
     """A provider under test: has the methods of `Provider`, each call checked.
 
@@ -59,16 +83,6 @@ class Driver:
         self.provider = provider
         self.patience = patience
         self.slack = slack
-
-    @property
-    def name(self) -> str:
-        """The provider's name."""
-        return self.provider.name
-
-    @property
-    def capabilities(self) -> frozenset[Capability]:
-        """What the provider declares."""
-        return self.provider.capabilities
 
     def can(self, capability: Capability) -> bool:
         """Whether the provider declares `capability`."""
@@ -172,8 +186,8 @@ class Driver:
     def _check_handle(self, method: str, handle: Any) -> None:
         expect(isinstance(handle, Handle), f"{method}() must return a Handle, not {type(handle).__name__}")
         expect(
-            handle.provider == self.name,
-            f"{method}() returned a handle of provider {handle.provider!r}: use {self.name!r}, the class's name",
+            handle.provider == self.provider.name,
+            f"{method}() returned a handle of provider {handle.provider!r}: use the class's name",
         )
         try:
             back = Handle.from_json(handle.to_json())

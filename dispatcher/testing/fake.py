@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
@@ -38,7 +39,6 @@ from dispatcher.plugin.model import (
     Handle,
     Isolation,
     Level,
-    Network,
     Observation,
     Usage,
 )
@@ -55,13 +55,19 @@ from dispatcher.testing.fake_backend import (
 
 __all__ = ["FakeAppOptions", "FakeBackend", "FakeOptions", "FakeProvider", "dispatcher_register_providers"]
 
-_T = TypeVar("_T")
 _F = TypeVar("_F", bound=Callable[..., Any])
 _STATES = {
     "running": BackendState.RUNNING,
     "paused": BackendState.SUSPENDED,
     "saved": BackendState.HIBERNATED,
     "exited": BackendState.STOPPED,
+}
+
+_LIMITS = {
+    "memory": Capability.MEMORY_LIMIT,
+    "cpus": Capability.CPU_LIMIT,
+    "pids": Capability.PIDS_LIMIT,
+    "disk": Capability.DISK_LIMIT,
 }
 
 
@@ -77,14 +83,34 @@ def contained(needed: Capability | None = None, *, calls: bool = True) -> Callab
             if needed is not None:
                 self.need(needed)
             agent = getattr(arguments[0], "agent", "") if arguments else ""
-            with self.call(method.__name__, agent, deadline, named.get("progress", no_progress)) as done:
+            progress = named.get("progress", no_progress)
+            with translated():
+                self.backend.fault(method.__name__, agent, deadline, progress)
                 if calls:
                     self.backend.round_trip(deadline)
-                return done(method(self, *arguments, deadline=deadline, **named))
+                result = method(self, *arguments, deadline=deadline, **named)
+                return self.backend.fault(method.__name__, agent, deadline, progress, result, after=True)
 
         return cast("_F", wrapped)
 
     return wrap
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    """Translate the backend's errors into those of the contract."""
+    try:
+        yield
+    except EngineTimeout as error:
+        raise DeadlineExceeded(
+            "The backend did not answer in time", why=str(error), fix="check whether it is overloaded"
+        ) from error
+    except EngineDown as error:
+        raise Unavailable("The backend does not answer", why=str(error), fix="start it") from error
+    except NoSuchThing as error:
+        raise NotFound("The agent does not exist", why=str(error), fix="start it") from error
+    except EngineError as error:
+        raise ProviderError("The backend refused", why=str(error), fix="read its log") from error
 
 
 class _Strict(BaseModel):
@@ -116,7 +142,7 @@ class FakeProvider(Provider):
         super().__init__(context=context, options=options)
         assert isinstance(options, FakeOptions)
         self.backend = FakeBackend.named(options.backend)
-        self._watches: list[Callable[[], None]] = []
+        self._watches: list[Closeable] = []
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -143,7 +169,7 @@ class FakeProvider(Provider):
         handle = self.handle(spec)
         progress("looking")
         self.image(spec.app)
-        self.refuse_undeclared(spec)
+        self.refuse_undeclared(spec.app)
         known = self.backend.containers.get(handle.name)
         if known and known.state != "exited":
             if known.labels["hash"] != spec.hash:
@@ -179,28 +205,18 @@ class FakeProvider(Provider):
 
     def container(self, spec: AgentSpec, handle: Handle) -> Container:
         """Return the container that a spec describes, not yet running."""
-        options, limits = spec.app.options, spec.app.limits
+        options = spec.app.options
         assert isinstance(options, FakeAppOptions)
         endpoint = {"tcp": Endpoint.tcp("127.0.0.1", 0), "unix": Endpoint.unix(spec.socket)}.get(options.endpoint)
-        data = self.own_data(handle) if Capability.OWN_DATA in self.capabilities else spec.data_dir
-        container: Container
         app = FakeApp(
+            spec,
             endpoint=endpoint,
             environment=self.environment(spec),
-            data=data,
-            uid=spec.uid,
-            secret_files={name: value.encode() for name, value in spec.secrets.items()},
-            stdin=spec.stdin or b"",
-            log=lambda line: container.log.append(line),  # noqa: PLW0108 - the container is made below
-            on_exit=lambda reason: self.backend.died(handle.name, reason),
-            memory=limits.memory,
-            pids=limits.pids,
-            disk=limits.disk,
-            cpus=limits.cpus,
-            may_connect=lambda to: spec.app.network is Network.HOST and to.startswith("tcp:"),
+            data=self.own_data(handle) if Capability.OWN_DATA in self.capabilities else spec.data_dir,
         )
         labels = {"installation": spec.installation, "agent": spec.agent, "hash": spec.hash}
         container = Container(name=handle.name, labels=labels, app=app, started_at=time.time())
+        app.log, app.on_exit = container.log.append, partial(self.backend.died, handle.name)
         return container
 
     def environment(self, spec: AgentSpec) -> dict[str, str]:
@@ -282,21 +298,20 @@ class FakeProvider(Provider):
     @contained(Capability.LOGS, calls=False)
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         known = self.backend.containers.get(handle.name)
-        lines = list(known.log) if known else []
-        return self.lines(known, lines, tail, deadline if follow else None)
+        return self.lines(known, tail, deadline if follow else None)
 
     @staticmethod
-    def lines(
-        known: Container | None, lines: Sequence[bytes], tail: int, follow: Deadline | None
-    ) -> Iterator[bytes]:
+    def lines(known: Container | None, tail: int, follow: Deadline | None) -> Iterator[bytes]:
         """Yield the last lines, then new ones."""
-        yield from (line[:65_536] for line in (lines[-tail:] if tail else ()))
-        seen = len(lines)
-        while known and follow and not follow.expired and known.state == "running":
-            now = list(known.log)
-            yield from (line[:65_536] for line in now[seen:])
-            seen = len(now)
+        lines = list(known.log) if known else []
+        seen = max(0, len(lines) - tail)
+        while True:
+            yield from (line[:65_536] for line in lines[seen:])
+            if not (known and follow and not follow.expired and known.state == "running"):
+                return
+            seen = len(lines)
             time.sleep(0.02)
+            lines = list(known.log)
 
     @contained(Capability.USAGE)
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
@@ -309,9 +324,9 @@ class FakeProvider(Provider):
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         self.need(Capability.EVENTS)
-        end = self.backend.watch(on_change)
-        self._watches.append(end)
-        return _Watch(end)
+        watch = self.backend.watch(on_change)
+        self._watches.append(watch)
+        return watch
 
     @contained(Capability.OWN_DATA)
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
@@ -326,49 +341,22 @@ class FakeProvider(Provider):
 
     def close(self) -> None:
         while self._watches:
-            self._watches.pop()()
+            self._watches.pop().close()
 
     # -- in one place ------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def call(
-        self, method: str, agent: str, deadline: Deadline, progress: Progress = no_progress
-    ) -> Iterator[Callable[[_T], _T]]:
-        """Inject faults around a method and translate the backend's errors."""
-        try:
-            nonsense = self.backend.fault(method, agent, deadline, progress, after=False)
-
-            def done(result: _T) -> _T:
-                late = self.backend.fault(method, agent, deadline, progress, after=True)
-                for one in (nonsense, late):
-                    if self.backend.is_set(one):
-                        return cast("_T", one)
-                return result
-
-            yield done
-        except EngineTimeout as error:
-            raise DeadlineExceeded(
-                "The backend did not answer in time", why=str(error), fix="check whether it is overloaded"
-            ) from error
-        except EngineDown as error:
-            raise Unavailable("The backend does not answer", why=str(error), fix="start it") from error
-        except NoSuchThing as error:
-            raise NotFound("The agent does not exist", why=str(error), fix="start it") from error
-        except EngineError as error:
-            raise ProviderError("The backend refused", why=str(error), fix="read its log") from error
 
     def need(self, capability: Capability) -> None:
         """Raise `Unsupported` unless the capability is declared."""
         if capability not in self.capabilities:
             raise self.unsupported(capability)
 
-    def refuse_undeclared(self, spec: AgentSpec) -> None:
+    def refuse_undeclared(self, app: App) -> None:
         """Refuse what an app wants and this provider does not declare."""
-        self.need(Capability(f"network-{spec.app.network.value}"))
-        for name in ("memory", "cpu", "pids", "disk"):
-            if getattr(spec.app.limits, "cpus" if name == "cpu" else name) is not None:
-                self.need(Capability(f"{name}-limit"))
-        if spec.app.credentials == "stdin":
+        self.need(Capability(f"network-{app.network.value}"))
+        for key, capability in _LIMITS.items():
+            if getattr(app.limits, key) is not None:
+                self.need(capability)
+        if app.credentials == "stdin":
             self.need(Capability.CREDENTIALS)
 
     def image(self, app: App) -> None:
@@ -387,35 +375,9 @@ class FakeProvider(Provider):
             return self.backend.volumes[handle.name]
 
 
-class _Watch:
-    def __init__(self, end: Callable[[], None]) -> None:
-        self._end = end
-
-    def close(self) -> None:
-        """Stop."""
-        self._end()
-
-
 def copy(source: Path, target: Path) -> None:
     """Copy a tree with owners, modes, times and links, hard ones too."""
-    known: dict[int, Path] = {}
-    for directory, names, files in os.walk(source):
-        here = target / Path(directory).relative_to(source)
-        for one, other in ((Path(directory, name), here / name) for name in (*names, *files)):
-            status = one.lstat()
-            if one.is_dir() and not one.is_symlink():
-                other.mkdir()
-            elif known.setdefault(status.st_ino, other) != other:
-                os.link(known[status.st_ino], other, follow_symlinks=False)
-            else:
-                shutil.copy2(one, other, follow_symlinks=False)
-            if os.geteuid() == 0:
-                os.chown(other, status.st_uid, status.st_gid, follow_symlinks=False)
-    for directory, names, _ in os.walk(source, topdown=False):
-        for name in names:
-            one = Path(directory, name)
-            if not one.is_symlink():
-                shutil.copystat(one, target / one.relative_to(source))
+    subprocess.run(["cp", "-a", f"{source}/.", str(target)], check=True)
 
 
 @hookimpl

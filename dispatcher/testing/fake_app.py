@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from dispatcher.plugin.model import Endpoint
-from dispatcher.testing.probe import Handler
+from dispatcher.plugin.model import AgentSpec, Endpoint, Network
+from dispatcher.testing.probe import Handler, Probe
 
 _SECRETS = "/run/secrets"
 _STATUS = "CapPrm:\t{caps}\nCapEff:\t{caps}\nCapBnd:\t{caps}\nNoNewPrivs:\t{flag}\n"
@@ -27,36 +27,27 @@ class Died(BaseException):
     """The app ended in the middle of an answer; no `Exception`, so that nothing answers for it."""
 
 
-class FakeApp:
+class FakeApp(Probe):
     """One start of an app.
 
-    :param on_exit: called with the reason when the app ends by itself.
+    :ivar log: takes a line of output; :ivar on_exit: called with the reason when the app ends by itself.
     """
 
+    log: Callable[[bytes], None]
+    on_exit: Callable[[str], None]
+
     def __init__(
-        self,
-        *,
-        endpoint: Endpoint | None,
-        environment: Mapping[str, str],
-        data: Path,
-        uid: int,
-        secret_files: Mapping[str, bytes],
-        stdin: bytes,
-        log: Callable[[bytes], None],
-        on_exit: Callable[[str], None],
-        memory: int | None = None,
-        pids: int | None = None,
-        disk: int | None = None,
-        cpus: float | None = None,
-        may_connect: Callable[[str], bool] = lambda _: False,
+        self, spec: AgentSpec, *, endpoint: Endpoint | None, environment: Mapping[str, str], data: Path
     ) -> None:
-        self.environment = dict(environment)
-        self.data, self.uid, self.secret_files, self.stdin = data, uid, dict(secret_files), stdin
-        self.log, self.on_exit, self.may_connect = log, on_exit, may_connect
-        self.limits = {"memory": memory, "pids": pids, "disk": disk}
-        self.cpus = cpus
+        super().__init__()
+        self.endpoint, self.environment, self.data, self.uid = endpoint, dict(environment), data, spec.uid
+        self.secret_files = {name: value.encode() for name, value in spec.secrets.items()}
+        self.stdin, self.stdin_ended = spec.stdin or b"", True
+        limits = spec.app.limits
+        self.limits = {"memory": limits.memory, "pids": limits.pids, "disk": limits.disk}
+        self.cpus = limits.cpus or 1.0
+        self.on_host_network = spec.app.network is Network.HOST
         self.start = secrets.token_hex(8)
-        self.count = 0
         self.memory = 8 << 20
         self.cpu_seconds = 0.01
         self.privileged = False
@@ -64,11 +55,13 @@ class FakeApp:
         self.awake = threading.Event()
         self.awake.set()
         self._ended = threading.Event()
-        self._lock = threading.Lock()
         self._connections: set[socket.socket] = set()
         self._listener: socket.socket | None = None
-        self.endpoint = endpoint
         self._handler = type("FakeHandler", (Handler,), {"probe": self, "timeout": 30})
+
+    def may_connect(self, to: str) -> bool:
+        """Whether the app can connect to an endpoint."""
+        return self.on_host_network and to.startswith("tcp:")
 
     # -- running -----------------------------------------------------------------------------------------
 
@@ -106,7 +99,7 @@ class FakeApp:
             self._listener.close()
             if self.endpoint and self.endpoint.kind == "unix":
                 Path(self.endpoint.path).unlink(missing_ok=True)
-        with self._lock:
+        with self.lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
@@ -115,7 +108,7 @@ class FakeApp:
 
     def terminate(self, grace: float) -> None:
         """What SIGTERM does, then force."""
-        if self.environment.get("PROBE_DEAF"):
+        if self.environment.get("PROBE_IGNORES_SIGTERM"):
             time.sleep(min(grace, 0.5))
         elif grace > 0:
             self._write("saved", b"signal 15\n")
@@ -130,14 +123,14 @@ class FakeApp:
             threading.Thread(target=self._serve, args=(connection,), daemon=True, name="fake-app").start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with self._lock:
+        with self.lock:
             self._connections.add(connection)
         try:
             self._handler(connection, ("", 0), None)
         except (Died, OSError):
             pass
         finally:
-            with self._lock:
+            with self.lock:
                 self._connections.discard(connection)
             connection.close()
 
@@ -151,18 +144,14 @@ class FakeApp:
     def get(self, path: str, query: dict[str, str]) -> bytes:
         """Answer a GET of the probe."""
         self._alive()
-        if path == "/":
-            return b"probe\n"
+        if path in {"/", "/count", "/stdin"}:
+            return super().get(path, query)
         if path == "/id":
             return f"uid={self.uid}\ngid={self.uid}\ngroups=\npid=1\nstart={self.start}\nhost=fake\n".encode()
         if path == "/env":
             return b"".join(f"{name}={value}\0".encode() for name, value in self.environment.items())
         if path == "/argv":
             return b"probe\0"
-        if path == "/stdin":
-            return b"end\n" + self.stdin
-        if path == "/count":
-            return f"{self.count}\n".encode()
         if path == "/connect":
             if not self.may_connect(query["to"]):
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
@@ -175,8 +164,7 @@ class FakeApp:
         """Answer a POST of the probe."""
         self._alive()
         if path == "/count":
-            self.count += 1
-            return f"{self.count}\n".encode()
+            return super().post(path, query, body)
         if path == "/write":
             self._write(self._own(query["path"]), body)
         elif path == "/log":
@@ -191,7 +179,7 @@ class FakeApp:
             return f"{min(int(query['count']), self.limits['pids'] or 100_000)}\n".encode()
         elif path == "/burn":
             time.sleep(float(query["seconds"]))
-            self.cpu_seconds += float(query["seconds"]) * min(1.0, self.cpus or 1.0)
+            self.cpu_seconds += float(query["seconds"]) * min(1.0, self.cpus)
         elif path == "/heartbeat":
             threading.Thread(target=self._beat, args=(self._own(query["path"]),), daemon=True).start()
         elif path == "/exit":

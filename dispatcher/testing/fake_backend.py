@@ -86,7 +86,7 @@ class FakeBackend:
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
         self._released = threading.Event()
-        self._watchers: list[Callable[[str], None]] = []
+        self._watchers: dict[object, Callable[[str], None]] = {}
 
     @classmethod
     def named(cls, name: str) -> FakeBackend:
@@ -111,9 +111,10 @@ class FakeBackend:
 
         :param agent: only for this agent; :param delay: seconds to wait first, telling progress;
         :param hang: wait until `release`, beyond any deadline; :param error: raise it as it is;
-        :param result: return this nonsense; :param after: only once the method has done its work.
+        :param result: return this nonsense in the end; :param after: only once the method has done its work.
         """
         with self.lock:
+            after = after or result is not _UNSET
             self._faults.append(Fault(method, agent, delay, hang, error, result, times, after))
 
     def release(self) -> None:
@@ -146,19 +147,25 @@ class FakeBackend:
 
     # -- for the provider --------------------------------------------------------------------------------
 
-    def fault(self, method: str, agent: str, deadline: Deadline, progress: Progress | None, *, after: bool) -> Any:
-        """Carry out the first fault that fits; return its result or the unset mark."""
+    def fault(
+        self,
+        method: str,
+        agent: str,
+        deadline: Deadline,
+        progress: Progress,
+        result: Any = None,
+        *,
+        after: bool = False,
+    ) -> Any:
+        """Carry out the first fault that fits; return its result, by default `result`."""
         with self.lock:
             if not after:
                 self.calls.append((method, agent))
-            fits = [
-                one
-                for one in self._faults
-                if one.method == method and one.agent in {None, agent} and one.after is after
-            ]
-            if not fits:
-                return _UNSET
-            chosen = fits[0]
+            for chosen in self._faults:
+                if chosen.method == method and chosen.agent in {None, agent} and chosen.after is after:
+                    break
+            else:
+                return result
             if chosen.times is not None:
                 chosen.times -= 1
                 if chosen.times <= 0:
@@ -169,17 +176,11 @@ class FakeBackend:
         while (left := end - time.monotonic()) > 0:
             if deadline.expired:
                 raise EngineTimeout(method)
-            if progress:
-                progress("waiting", "an injected delay")
+            progress("waiting", "an injected delay")
             time.sleep(min(0.05, left, max(0.001, deadline.remaining())))
         if chosen.error is not None:
             raise chosen.error
-        return chosen.result
-
-    @staticmethod
-    def is_set(result: Any) -> bool:
-        """Whether `fault` gave a result."""
-        return result is not _UNSET
+        return result if chosen.result is _UNSET else chosen.result
 
     def round_trip(self, deadline: Deadline) -> None:
         """Simulate one round trip."""
@@ -207,20 +208,17 @@ class FakeBackend:
                 container.state, container.exit_reason = "exited", reason
         self.notify(name)
 
-    def watch(self, on_change: Callable[[str], None]) -> Callable[[], None]:
-        """Report changes until the returned function is called."""
+    def watch(self, on_change: Callable[[str], None]) -> contextlib.ExitStack:
+        """Report changes until what is returned is closed."""
+        watch = contextlib.ExitStack()
         with self.lock:
-            self._watchers.append(on_change)
-
-        def end() -> None:
-            with self.lock, contextlib.suppress(ValueError):
-                self._watchers.remove(on_change)
-
-        return end
+            self._watchers[watch] = on_change
+        watch.callback(self._watchers.pop, watch)
+        return watch
 
     def notify(self, name: str) -> None:
         """Call all watchers."""
         with self.lock:
-            watchers = list(self._watchers)
+            watchers = list(self._watchers.values())
         for watcher in watchers:
             watcher(name)

@@ -11,19 +11,25 @@ import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import psutil
 import pytest
 
 from dispatcher.plugin.errors import DispatcherError, NotFound
-from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle, Network
+from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle
 from dispatcher.plugin.provider import Provider, ProviderContext
+from dispatcher.plugin.secret_files import in_memory
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.inside import Inside
+
+if TYPE_CHECKING:
+    from dispatcher.testing.base import Contract
 
 _T = TypeVar("_T")
 
@@ -46,21 +52,11 @@ class Agent:
         return "/".join([root, *parts])
 
 
-@dataclass
-class Settings:
-    """Settings of the author's class; see `Contract`."""
-
-    patience: float
-    slack: float
-    network: Network
-    app_options: Callable[[], Mapping[str, Any]]
-
-
 class Kit:
     """Creates specs and agents for the checks of one class, and removes what is left."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, contract: Contract) -> None:
+        self.contract = contract
         self.installation = secrets.token_hex(4)
         self.root = Path(tempfile.mkdtemp(prefix="kit-"))
         self.root.chmod(0o711)
@@ -68,11 +64,17 @@ class Kit:
         self._uids = iter(range(random.randrange(300_000, 2_000_000) * 1000, 2**31))  # noqa: S311 - no secret
         self.proxy_gid = next(self._uids) if self.privileged else os.getegid()
         self.context = self.make_context(self.installation)
-        self.sibling: Driver | None = None
-        self._specs: dict[str, AgentSpec] = {}
+        self._driver: Driver | None = None
+        self._specs: dict[tuple[str, str], AgentSpec] = {}
         self._shared: dict[str, Agent] = {}
         self._fresh: list[Handle] = []
         self._lock = threading.Lock()
+
+    def driver(self, provider: Provider) -> Driver:
+        """Return the driver that starts shared agents and removes all: of an instance like `provider`."""
+        if self._driver is None:
+            self._driver = self.contract.drive(self.contract.another(provider))
+        return self._driver
 
     def make_context(self, installation: str) -> ProviderContext:
         """Return what the core would give to a provider, for one installation."""
@@ -89,17 +91,18 @@ class Kit:
 
     # -- specs -------------------------------------------------------------------------------------------
 
-    def app(self, provider: Provider, options: Mapping[str, Any] | None = None, **changes: Any) -> App:
+    def app(self, options: Mapping[str, Any] | None = None, **changes: Any) -> App:
         """Return an app that runs the probe; `changes` are fields of `App` (limits, network, ...)."""
-        chosen = self.settings.app_options() if options is None else options
-        changes.setdefault("network", self.settings.network)
-        return App(
-            name="kit", provider=provider.name, options=provider.AppOptions.model_validate(dict(chosen)), **changes
+        assert self._driver
+        provider = self._driver.provider
+        chosen = provider.AppOptions.model_validate(
+            dict(self.contract.app_options() if options is None else options)
         )
+        changes.setdefault("network", self.contract.network)
+        return App(name="kit", provider=provider.name, options=chosen, **changes)
 
     def spec(
         self,
-        provider: Provider,
         agent: str,
         *,
         options: Mapping[str, Any] | None = None,
@@ -112,19 +115,16 @@ class Kit:
 
         :param values: its secrets; :param changes: fields of its `App`.
         """
-        installation = installation or self.installation
-        app = self.app(provider, options, **changes)
+        key = installation or self.installation, agent
+        app = self.app(options, **changes)
         with self._lock:
-            known = self._specs.get(f"{installation} {agent}")
-            if known is None:
-                known = self._new_spec(app, installation, agent)
-                self._specs[f"{installation} {agent}"] = known
+            if key not in self._specs:
+                self._specs[key] = self._new_spec(app, *key)
+            known = self._specs[key]
         return replace(known, app=app, secrets=dict(values or {}), stdin=stdin)
 
     def _new_spec(self, app: App, installation: str, agent: str) -> AgentSpec:
-        uid = gid = next(self._uids) if self.privileged else os.geteuid()
-        if not self.privileged:
-            gid = os.getegid()
+        uid, gid = [next(self._uids)] * 2 if self.privileged else (os.geteuid(), os.getegid())
         home = self.root / secrets.token_hex(4)
         home.mkdir(mode=0o711)
         spec = AgentSpec(
@@ -163,13 +163,13 @@ class Kit:
         with self._lock:
             self._fresh.append(handle)
 
-    def shared(self, driver: Driver, name: str, **changes: Any) -> Agent:
+    def shared(self, driver: Driver, name: str) -> Agent:
         """Return a running agent that checks share and leave running; made when it is not there."""
         with self._lock:
             known = self._shared.get(name)
         if known and known.inside.answers():
             return known
-        spec = known.spec if known else self.spec(driver.provider, name, **changes)
+        spec = known.spec if known else self.spec(name)
         agent = self.reach(driver, spec, driver.ensure(spec))
         with self._lock:
             self._shared[name] = agent
@@ -177,11 +177,11 @@ class Kit:
 
     def share(self, driver: Driver, names: Sequence[str]) -> list[Agent]:
         """Return several shared agents, started at the same time."""
-        return self.together([lambda name=name: self.shared(driver, name) for name in names])  # type: ignore[misc]
+        return self.together([partial(self.shared, driver, name) for name in names])
 
     def reach(self, driver: Driver, spec: AgentSpec, handle: Handle, *, ready: bool = True) -> Agent:
         """Return the agent of a handle, once its endpoint is known and (with `ready`) its probe answers."""
-        end = time.monotonic() + self.settings.patience
+        end = time.monotonic() + self.contract.patience
         while True:
             seen = driver.observe(handle)
             if seen.state not in {BackendState.RUNNING, BackendState.STARTING}:
@@ -190,12 +190,12 @@ class Kit:
                     f"is app_options() right?{self._last_words(driver, handle)}"
                 )
             if seen.endpoint:
-                inside = Inside(seen.endpoint, seen.owner_uid, timeout=self.settings.patience)
+                inside = Inside(seen.endpoint, seen.owner_uid, timeout=self.contract.patience)
                 if not ready or inside.answers():
                     return Agent(spec=spec, handle=handle, inside=inside)
             if time.monotonic() > end:
                 pytest.fail(
-                    f"the probe does not answer at {seen.endpoint} within {self.settings.patience:.0f} s: does "
+                    f"the probe does not answer at {seen.endpoint} within {self.contract.patience:.0f} s: does "
                     "the observation name the endpoint, and do app_options() run the probe there?"
                     + self._last_words(driver, handle)
                 )
@@ -230,21 +230,20 @@ class Kit:
     def end_check(self) -> None:
         """Destroy what the check started."""
         with self._lock:
-            handles = list({handle.name: handle for handle in self._fresh}.values())
+            handles = {handle.name: handle for handle in self._fresh}
             self._fresh.clear()
-        if handles and self.sibling:
-            driver = self.sibling
-            self.together([lambda handle=handle: driver.destroy(handle) for handle in handles])  # type: ignore[misc]
+        if driver := self._driver:
+            self.together([partial(driver.destroy, handle) for handle in handles.values()])
 
     def close(self) -> None:
         """Destroy everything, and the directories."""
         try:
-            if self.sibling:
+            if driver := self._driver:
                 with contextlib.suppress(DispatcherError):
-                    for handle, _ in self.sibling.list().values():
+                    for handle, _ in driver.list().values():
                         with contextlib.suppress(NotFound):
-                            self.sibling.destroy(handle)
-                self.sibling.provider.close()
+                            driver.destroy(handle)
+                driver.provider.close()
         finally:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -261,54 +260,36 @@ def eventually(condition: Callable[[], object], seconds: float, pause: float = 0
 
 def processes_of(uid: int) -> list[int]:
     """Return the pids of this host whose real user id is `uid`, zombies left out."""
+    running = [one.info for one in psutil.process_iter(["pid", "status", "uids"])]
+    return [
+        one["pid"]
+        for one in running
+        if one["uids"] and one["uids"].real == uid and one["status"] != psutil.STATUS_ZOMBIE
+    ]
+
+
+def processes_holding(needle: bytes) -> list[str]:
+    """Return the command lines and environments in /proc that hold `needle`, of this process left out."""
     found = []
-    for pid in _pids():
-        try:
-            status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue
-        lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-        if lines.get("Uid", "").split("\t")[0] == str(uid) and not lines.get("State", "Z").startswith("Z"):
-            found.append(pid)
+    for path in (*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")):
+        with contextlib.suppress(OSError):
+            if path.parent.name != str(os.getpid()) and needle in path.read_bytes():
+                found.append(str(path))
     return found
 
 
-def holding(needle: bytes, *, kinds: Sequence[str] = ("cmdline", "environ")) -> list[str]:
-    """Return the files ``/proc/PID/KIND`` of this host that hold `needle`, this process left out."""
+def files_holding(needle: bytes, root: Path, *, on_disk: bool = False) -> list[str]:
+    """Return the regular files below `root` that hold `needle`.
+
+    :param on_disk: leave out file systems that are kept in memory.
+    """
     found = []
-    for pid in _pids():
-        for kind in kinds:
-            with contextlib.suppress(OSError):
-                if pid != os.getpid() and needle in Path(f"/proc/{pid}/{kind}").read_bytes():
-                    found.append(f"/proc/{pid}/{kind}")
+    for path in root.rglob("*"):
+        with contextlib.suppress(OSError):
+            if (
+                stat.S_ISREG(path.lstat().st_mode)
+                and not (on_disk and in_memory(path))
+                and needle in path.read_bytes()
+            ):
+                found.append(str(path))
     return found
-
-
-def files_holding(needle: bytes, *roots: Path) -> list[str]:
-    """Return the regular files below `roots`, on real disks, that hold `needle`."""
-    found = []
-    for root in roots:
-        for directory, _, files in os.walk(root):
-            for name in files:
-                path = Path(directory, name)
-                with contextlib.suppress(OSError):
-                    if stat.S_ISREG(path.lstat().st_mode) and not in_memory(path) and needle in path.read_bytes():
-                        found.append(str(path))
-    return found
-
-
-def in_memory(path: Path) -> bool:
-    """Whether a path lies on a file system that is kept in memory."""
-    best, kind = "", ""
-    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
-        _, mount, fs, *_ = line.split(" ")
-        mount = mount.encode().decode("unicode_escape")
-        if len(mount) >= len(best) and (str(path) == mount or str(path).startswith(mount.rstrip("/") + "/")):
-            best, kind = mount, fs
-    return kind in {"tmpfs", "ramfs"}
-
-
-def _pids() -> Iterator[int]:
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            yield int(name)

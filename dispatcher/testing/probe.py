@@ -24,7 +24,7 @@ Answers are `text/plain`; what is refused is a 4xx whose body is the error's sym
     POST /heartbeat?path=    a detached process that rewrites the file ten times a second and ignores SIGTERM
     POST /exit?code=N        ends with that code
 
-Environment: `PROBE_EXIT=N` prints "last words" and ends with N at once; `PROBE_DEAF=1` ignores SIGTERM;
+Environment: `PROBE_EXIT=N` prints "last words" and ends with N at once; `PROBE_IGNORES_SIGTERM=1` ignores SIGTERM;
 otherwise SIGTERM writes `saved` into $DISPATCHER_DATA and ends with 0.
 """
 
@@ -232,7 +232,7 @@ def serve(arguments: list[str]) -> None:
     if "PROBE_EXIT" in os.environ:
         os.write(1, b"last words\n")
         sys.exit(int(os.environ["PROBE_EXIT"]))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ.get("PROBE_DEAF") else _save_and_end)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ.get("PROBE_IGNORES_SIGTERM") else _save_and_end)
     probe = Probe()
     kind, where = arguments
     if kind == "--unix":

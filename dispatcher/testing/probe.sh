@@ -23,7 +23,7 @@ main() {
     reader=$!
     nc -ll -p "$1" -e /bin/sh "$0" --answer 3<&- </dev/null &
     server=$!
-    if [ -n "$PROBE_DEAF" ]; then
+    if [ -n "$PROBE_IGNORES_SIGTERM" ]; then
         trap '' TERM
     else
         trap 'saved; leave 0' TERM

@@ -36,7 +36,7 @@ class SubprocessContract(ProviderContract):
 
     def leftovers(self, installation):
         """Control groups, journals, and processes that hold a journal or work on an agent's data."""
-        specs = [spec for key, spec in self.kit_of_class._specs.items() if key.startswith(installation)]
+        specs = [spec for (known, _), spec in self.kit_of_class._specs.items() if known == installation]
         marks = [f"/state-{installation}/", *(str(spec.data_dir) for spec in specs)]
         found = {
             f"{where}/{name}"

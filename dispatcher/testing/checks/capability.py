@@ -1,7 +1,4 @@
-"""Tier *capability*, first part: sleep, logs, usage, events.
-
-Each declared capability works; each undeclared one raises `Unsupported`.
-"""
+"""Tier *capability*, first part: sleep, logs, usage, events."""
 
 from __future__ import annotations
 
@@ -11,42 +8,54 @@ from collections.abc import Callable
 
 import pytest
 
-from dispatcher.plugin.errors import DispatcherError, NotFound, Unsupported
+from dispatcher.plugin.errors import NotFound
 from dispatcher.plugin.model import BackendState, Capability, Depth
-from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.base import Contract, needs
+from dispatcher.testing.driver import Driver, expect, raises, unsupported
 from dispatcher.testing.kit import Agent, Kit, eventually
 
-_ASLEEP = {Depth.RAM: BackendState.SUSPENDED, Depth.DISK: BackendState.HIBERNATED}
-_CAPABILITY = {Depth.RAM: Capability.SUSPEND, Depth.DISK: Capability.HIBERNATE}
-
-
-def unsupported(what: str, call: Callable[[], object]) -> None:
-    """Expect `Unsupported` of something that is not declared."""
-    try:
-        call()
-    except Unsupported:
-        return
-    except DispatcherError as error:
-        pytest.fail(f"{what} is not declared and raised {type(error).__name__}: raise self.unsupported(...)")
-    pytest.fail(f"{what} is not declared and did not raise Unsupported: declare it or raise self.unsupported(...)")
+ASLEEP = {Depth.RAM: BackendState.SUSPENDED, Depth.DISK: BackendState.HIBERNATED}
 
 
 class CapabilityChecks(Contract):
     """What the provider says that it can do, it does."""
 
+    @pytest.mark.parametrize(
+        "capability",
+        [
+            Capability.SUSPEND,
+            Capability.HIBERNATE,
+            Capability.LOGS,
+            Capability.USAGE,
+            Capability.EVENTS,
+            Capability.OWN_DATA,
+        ],
+    )
+    def test_undeclared_is_unsupported(
+        self, driver: Driver, kit: Kit, alice: Agent, capability: Capability
+    ) -> None:
+        """The methods of a capability that is not declared raise `Unsupported`."""
+        calls: dict[Capability, Callable[[], object]] = {
+            Capability.SUSPEND: lambda: driver.suspend(alice.handle, depth=Depth.RAM),
+            Capability.HIBERNATE: lambda: driver.suspend(alice.handle, depth=Depth.DISK),
+            Capability.LOGS: lambda: driver.logs(alice.handle),
+            Capability.USAGE: lambda: driver.usage([alice.handle]),
+            Capability.EVENTS: lambda: driver.watch(print),
+            Capability.OWN_DATA: lambda: driver.export_data(alice.handle, kit.root),
+        }
+        if not driver.can(capability):
+            unsupported(capability.value, calls[capability])
+
     @pytest.mark.parametrize("depth", list(Depth))
-    def test_sleep_keeps_memory(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
+    @needs()
+    def test_sleep_keeps_memory(self, driver: Driver, kit: Kit, depth: Depth) -> None:
         """SUSPEND, HIBERNATE: a suspended agent does not answer; resumed, it has the same process and memory."""
-        if not driver.can(_CAPABILITY[depth]):
-            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
-            return
         agent = kit.shared(driver, "sleeper")
         count = agent.inside.post("/count")
         start = agent.inside.id()["start"]
         driver.suspend(agent.handle, depth=depth)
         expect(
-            driver.state(agent.handle) is _ASLEEP[depth],
+            driver.state(agent.handle) is ASLEEP[depth],
             f"after suspend(depth={depth.value}) the agent is {driver.state(agent.handle).value}",
         )
         agent.inside.timeout, patient = 0.5, agent.inside.timeout
@@ -61,30 +70,29 @@ class CapabilityChecks(Contract):
         driver.resume(agent.handle)
 
     @pytest.mark.parametrize("depth", list(Depth))
-    def test_sleeping_agent_is_found_and_woken(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
-        """SUSPEND, HIBERNATE: a suspended agent is listed with its spec's hash, and `ensure` resumes it."""
-        if not driver.can(_CAPABILITY[depth]):
-            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
-            return
+    @needs()
+    def test_sleeping_agent_is_found_and_woken(
+        self, driver: Driver, other: Driver, kit: Kit, depth: Depth
+    ) -> None:
+        """SUSPEND, HIBERNATE: a fresh instance lists a suspended agent; `resume` and `ensure` resume it."""
         agent = kit.shared(driver, "sleeper")
         count = agent.inside.post("/count")
-        driver.suspend(agent.handle, depth=depth)
-        _, seen = driver.list()[agent.spec.agent]
-        expect(seen.state is _ASLEEP[depth], f"list() returns {seen.state.value} for a suspended agent")
-        expect(seen.spec_hash == agent.spec.hash, "a suspended agent has lost its spec_hash")
-        if depth is Depth.RAM:
-            expect(seen.endpoint, "a suspended agent has no endpoint: it keeps the one it had")
-        driver.ensure(agent.spec)
-        agent = kit.reach(driver, agent.spec, agent.handle)
-        expect(agent.inside.get("/count") == count, "ensure() of a sleeping agent made a new one: resume it")
+        for wake, target in ((other.resume, agent.handle), (other.ensure, agent.spec)):
+            driver.suspend(agent.handle, depth=depth)
+            _, seen = other.list()[agent.spec.agent]
+            expect(seen.state is ASLEEP[depth], f"list() returns {seen.state.value} for a suspended agent")
+            expect(seen.spec_hash == agent.spec.hash, "a suspended agent has lost its spec_hash")
+            if depth is Depth.RAM:
+                expect(seen.endpoint, "a suspended agent has no endpoint: it keeps the one it had")
+            wake(target)
+            agent = kit.reach(other, agent.spec, agent.handle)
+            expect(agent.inside.get("/count") == count, "a sleeping agent was replaced by a new one: resume it")
 
     @pytest.mark.parametrize("depth", list(Depth))
-    def test_sleeping_agent_can_be_ended(self, driver: Driver, kit: Kit, alice: Agent, depth: Depth) -> None:
+    @needs()
+    def test_sleeping_agent_can_be_ended(self, driver: Driver, kit: Kit, depth: Depth) -> None:
         """SUSPEND, HIBERNATE: `stop` and `destroy` work on a suspended agent."""
-        if not driver.can(_CAPABILITY[depth]):
-            unsupported(f"suspend(depth={depth.value})", lambda: driver.suspend(alice.handle, depth=depth))
-            return
-        agent = kit.start(driver, kit.spec(driver.provider, f"peggy-{depth.value}"))
+        agent = kit.start(driver, kit.spec(f"peggy-{depth.value}"))
         driver.suspend(agent.handle, depth=depth)
         driver.stop(agent.handle)
         expect(
@@ -96,25 +104,15 @@ class CapabilityChecks(Contract):
         driver.destroy(again.handle)
         kit.gone(driver, again.handle)
 
-    def test_sleep_of_the_absent_is_not_found(self, driver: Driver, kit: Kit) -> None:
-        """SUSPEND: `suspend` of an absent agent raises `NotFound` (or `Unsupported`)."""
-        handle = driver.handle(kit.spec(driver.provider, "never"))
-        if not driver.can(Capability.SUSPEND):
-            unsupported("suspend", lambda: driver.suspend(handle))
-            return
-        try:
-            driver.suspend(handle)
-        except NotFound:
-            return
-        except DispatcherError as error:
-            pytest.fail(f"suspend() of an absent agent raised {type(error).__name__}: raise NotFound")
-        pytest.fail("suspend() of an absent agent succeeded: raise NotFound")
+    @needs(Capability.SUSPEND)
+    def test_suspend_of_absent_is_not_found(self, driver: Driver, kit: Kit) -> None:
+        """SUSPEND: `suspend` of an absent agent raises `NotFound`."""
+        with raises(NotFound, "suspend() of an absent agent"):
+            driver.suspend(driver.handle(kit.spec("never")))
 
+    @needs(Capability.LOGS)
     def test_logs_tail(self, driver: Driver, alice: Agent) -> None:
         """LOGS: the last lines, oldest first, in the requested number."""
-        if not driver.can(Capability.LOGS):
-            unsupported("logs", lambda: driver.logs(alice.handle))
-            return
         for number in range(5):
             alice.inside.post("/log", f"kit line {number}".encode())
         wanted = [b"kit line 2", b"kit line 3", b"kit line 4"]
@@ -124,11 +122,9 @@ class CapabilityChecks(Contract):
         )
         expect(list(driver.logs(alice.handle, tail=0)) == [], "logs(tail=0) gave lines")
 
+    @needs(Capability.LOGS)
     def test_logs_follow(self, driver: Driver, alice: Agent) -> None:
         """LOGS: `follow` yields new lines as they come and ends at the deadline."""
-        if not driver.can(Capability.LOGS):
-            unsupported("logs", lambda: driver.logs(alice.handle, follow=True))
-            return
         timer = threading.Timer(0.7, lambda: alice.inside.post("/log", b"kit comes later"))
         timer.start()
         began = time.monotonic()
@@ -140,12 +136,10 @@ class CapabilityChecks(Contract):
         )
         expect(took > 2, "logs(follow=True) ended before its deadline though the agent runs")
 
-    def test_logs_stay_sane(self, driver: Driver, kit: Kit) -> None:
+    @needs(Capability.LOGS)
+    def test_logs_are_bounded(self, driver: Driver, kit: Kit) -> None:
         """LOGS: much output, arbitrary bytes and long lines (cut at 64 KiB) work; the size of files is bounded."""
-        if not driver.can(Capability.LOGS):
-            unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
-            return
-        agent = kit.start(driver, kit.spec(driver.provider, "quentin"))
+        agent = kit.start(driver, kit.spec("quentin"))
         agent.inside.post("/log", b"x" * 100, repeat=self.log_lines)
         agent.inside.post("/log", b"\xff\x00\x1b[31m odd \xc3")
         agent.inside.post("/log", b"y" * 200_000)
@@ -159,27 +153,10 @@ class CapabilityChecks(Contract):
         size = sum(path.stat().st_size for path in agent.spec.log_dir.rglob("*") if path.is_file())
         expect(size < 64 * 1024 * 1024, f"log_dir holds {size} bytes: rotate the log files")
 
-    def test_logs_of_the_ended(self, driver: Driver, kit: Kit) -> None:
-        """LOGS: the last lines of an app that ended at once are kept; an absent agent raises no other error."""
-        if not driver.can(Capability.LOGS):
-            unsupported("logs", lambda: driver.logs(driver.handle(kit.spec(driver.provider, "never"))))
-            return
-        spec = kit.spec(driver.provider, "rupert", environment={"PROBE_EXIT": "7"})
-        kit.fresh(driver.handle(spec))
-        handle = driver.ensure_doomed(spec)
-        expect(
-            eventually(lambda: any(b"last words" in line for line in driver.logs(handle)), self.patience, 0.1),
-            "the last output of an app that ended at once is lost: users need it to see the cause",
-        )
-        driver.destroy(handle)
-        driver.logs(handle)
-
-    def test_usage_tells_memory_and_processor(self, driver: Driver, alice: Agent, bob: Agent, kit: Kit) -> None:
+    @needs(Capability.USAGE)
+    def test_usage_reports_memory_and_cpu(self, driver: Driver, alice: Agent, bob: Agent, kit: Kit) -> None:
         """USAGE: memory and CPU time of many agents in one call, without absent ones."""
-        if not driver.can(Capability.USAGE):
-            unsupported("usage", lambda: driver.usage([alice.handle]))
-            return
-        absent = driver.handle(kit.spec(driver.provider, "never"))
+        absent = driver.handle(kit.spec("never"))
         before = driver.usage([alice.handle, bob.handle, absent])
         expect(absent.name not in before, "usage() reports an absent agent: leave it out")
         for agent in (alice, bob):
@@ -201,12 +178,10 @@ class CapabilityChecks(Contract):
         expect(eventually(grown, 5), "after seconds of work usage() reports no more processor time than before")
         expect(driver.usage([]) == {}, "usage([]) must give an empty mapping")
 
+    @needs(Capability.USAGE)
     def test_memory_usage_grows(self, driver: Driver, kit: Kit) -> None:
         """USAGE: memory that an app allocates is reported."""
         agent = kit.shared(driver, "sleeper")
-        if not driver.can(Capability.USAGE):
-            unsupported("usage", lambda: driver.usage([agent.handle]))
-            return
         before = driver.usage([agent.handle])[agent.handle.name].memory or 0
         agent.inside.post("/memory", bytes=40 << 20)
         expect(
@@ -216,15 +191,13 @@ class CapabilityChecks(Contract):
             "an app took 40 MiB and usage() does not show it: count all its processes' memory",
         )
 
-    def test_events_tell_an_end(self, driver: Driver, kit: Kit) -> None:
+    @needs(Capability.EVENTS)
+    def test_events_report_an_exit(self, driver: Driver, kit: Kit) -> None:
         """EVENTS: `watch` reports an agent that ended by itself, in time, and nothing after `close`."""
         reported: list[str] = []
-        if not driver.can(Capability.EVENTS):
-            unsupported("watch", lambda: driver.watch(reported.append))
-            return
         watch = driver.watch(reported.append)
         try:
-            agent = kit.start(driver, kit.spec(driver.provider, "sybil"))
+            agent = kit.start(driver, kit.spec("sybil"))
             time.sleep(0.2)
             reported.clear()
             agent.inside.post("/exit", code=3)

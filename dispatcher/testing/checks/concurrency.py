@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, NotFound
 from dispatcher.plugin.model import BackendState, Capability
@@ -17,8 +18,8 @@ class ConcurrencyChecks(Contract):
 
     def test_many_at_once(self, driver: Driver, kit: Kit) -> None:
         """Many agents started at the same time are all there, each its own; ended at the same time, all gone."""
-        specs = [kit.spec(driver.provider, f"many{number}") for number in range(self.many)]
-        agents = kit.together([lambda spec=spec: kit.start(driver, spec) for spec in specs])  # type: ignore[misc]
+        specs = [kit.spec(f"many{number}") for number in range(self.many)]
+        agents = kit.together([partial(kit.start, driver, spec) for spec in specs])
         starts = {agent.inside.id()["start"] for agent in agents}
         expect(len(starts) == len(agents), "agents that were started at the same time share a process")
         expect(
@@ -30,13 +31,13 @@ class ConcurrencyChecks(Contract):
             all(spec.agent in listed for spec in specs),
             "list() leaves out agents that were started at the same time",
         )
-        kit.together([lambda agent=agent: driver.destroy(agent.handle) for agent in agents])  # type: ignore[misc]
+        kit.together([partial(driver.destroy, agent.handle) for agent in agents])
         left = set(driver.list()) & {spec.agent for spec in specs}
         expect(not left, f"destroying many at the same time left {sorted(left)}")
 
     def test_readers_beside_writers(self, driver: Driver, kit: Kit, alice: Agent) -> None:
         """`observe`, `list`, `usage` and `logs` return correct results during starts and stops."""
-        spec = kit.spec(driver.provider, "busy")
+        spec = kit.spec("busy")
         handle = driver.handle(spec)
         faults: list[BaseException] = []
         done = threading.Event()
@@ -77,7 +78,7 @@ class ConcurrencyChecks(Contract):
                 ) from fault
             raise fault
 
-    def test_one_slow_start_delays_nobody(self, driver: Driver, kit: Kit, alice: Agent) -> None:
+    def test_slow_start_delays_no_other(self, driver: Driver, kit: Kit, alice: Agent) -> None:
         """While one start is slow, other agents are observed, listed and started."""
         hold, held = threading.Event(), threading.Event()
 
@@ -85,7 +86,7 @@ class ConcurrencyChecks(Contract):
             held.set()
             hold.wait(self.patience)
 
-        spec = kit.spec(driver.provider, "slow")
+        spec = kit.spec("slow")
         kit.fresh(driver.handle(spec))
         failure: list[BaseException] = []
         took: float | None = None
@@ -103,7 +104,7 @@ class ConcurrencyChecks(Contract):
             began = time.monotonic()
             driver.observe(alice.handle)
             driver.list()
-            kit.start(driver, kit.spec(driver.provider, "quick"))
+            kit.start(driver, kit.spec("quick"))
             took = time.monotonic() - began
         except DeadlineExceeded:
             took = None
@@ -119,7 +120,7 @@ class ConcurrencyChecks(Contract):
 
     def test_start_against_stop(self, driver: Driver, kit: Kit) -> None:
         """After a cancelled start, a stop and a start in quick succession, the state is that of the last call."""
-        spec = kit.spec(driver.provider, "turns")
+        spec = kit.spec("turns")
         handle = driver.handle(spec)
         kit.fresh(handle)
         for turn in range(1, 4):

@@ -21,11 +21,12 @@ from dispatcher.plugin.errors import (
     PluginError,
     ProviderError,
     Unavailable,
+    Unsupported,
 )
-from dispatcher.plugin.model import App, BackendState, Capability, Finding, Handle, Isolation
+from dispatcher.plugin.model import BackendState, Capability, Finding, Handle, Isolation
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.driver import Driver, expect, raises
 from dispatcher.testing.kit import Kit
 
 #: Difficult names: long, with equal slugs, like options, with characters of markup and shells.
@@ -48,7 +49,7 @@ ODD_NAMES = (
 class CoreChecks(Contract):
     """Identity, options, handles, absence."""
 
-    def test_class_says_who_it_is(self, provider: Provider) -> None:
+    def test_class_is_accepted_by_the_loader(self, provider: Provider) -> None:
         """The plugin loader accepts the class: name, version of the contract, option models, nothing abstract."""
         cls = type(provider)
         try:
@@ -64,7 +65,7 @@ class CoreChecks(Contract):
             f"{cls.__name__}.name is {cls.name!r}: use up to 32 of a-z, 0-9, _ and -",
         )
 
-    def test_making_an_instance_asks_nobody(self, provider: Provider) -> None:
+    def test_init_does_not_connect(self, provider: Provider) -> None:
         """`__init__` only keeps its arguments: the manager makes providers whose backend is down."""
         began = time.monotonic()
         self.another(provider).close()
@@ -82,18 +83,20 @@ class CoreChecks(Contract):
         """`capabilities` is a frozen set of members, the same each time, without a call to the backend."""
         driver.check()
         began = time.monotonic()
-        first = driver.capabilities
+        first = driver.provider.capabilities
         for _ in range(100):
-            expect(driver.capabilities == first, "capabilities changes between two reads: decide in check()")
+            expect(
+                driver.provider.capabilities == first, "capabilities changes between two reads: decide in check()"
+            )
         expect(time.monotonic() - began < 0.5, "capabilities is slow: it must not ask the backend")
         expect(
             isinstance(first, frozenset) and all(isinstance(one, Capability) for one in first),
             f"capabilities must be a frozenset of Capability, not {first!r}",
         )
 
-    def test_explain_speaks(self, driver: Driver, kit: Kit) -> None:
+    def test_explain_describes_isolation(self, driver: Driver, kit: Kit) -> None:
         """`explain` describes the isolation in whole sentences, for the backend and for an app."""
-        for app in (None, kit.app(driver.provider)):
+        for app in (None, kit.app()):
             findings = list(driver.provider.explain(app))
             expect(findings, f"explain({'app' if app else 'None'}) says nothing: name what is isolated from what")
             for finding in findings:
@@ -117,14 +120,14 @@ class CoreChecks(Contract):
     def test_options_are_json(self, driver: Driver, kit: Kit) -> None:
         """An app's fingerprint is stable JSON: it decides whether an agent is outdated."""
         try:
-            first, second = (json.dumps(kit.app(driver.provider).fingerprint(), sort_keys=True) for _ in range(2))
+            first, second = (json.dumps(kit.app().fingerprint(), sort_keys=True) for _ in range(2))
         except (TypeError, ValueError) as error:
             pytest.fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
         expect(first == second, "AppOptions differ between two reads of one table: defaults must not be random")
 
     def test_handle_is_pure(self, driver: Driver, kit: Kit) -> None:
         """`handle` gives the same for the same spec, also from another instance, without a call to the backend."""
-        spec = kit.spec(driver.provider, "pure")
+        spec = kit.spec("pure")
         first = driver.handle(spec)
         expect(
             driver.handle(spec) == first,
@@ -144,7 +147,7 @@ class CoreChecks(Contract):
 
     def test_handles_do_not_collide(self, driver: Driver, kit: Kit) -> None:
         """Odd names give different, short, legal backend names."""
-        handles = [driver.handle(kit.spec(driver.provider, name)) for name in ODD_NAMES]
+        handles = [driver.handle(kit.spec(name)) for name in ODD_NAMES]
         expect(
             len({handle.name for handle in handles}) == len(ODD_NAMES),
             "two agents got one backend name: use spec.backend_name, which holds a hash",
@@ -157,7 +160,7 @@ class CoreChecks(Contract):
 
     def test_handle_survives_json(self, driver: Driver, kit: Kit) -> None:
         """A handle that was stored and read again works the same."""
-        handle = driver.handle(kit.spec(driver.provider, "json"))
+        handle = driver.handle(kit.spec("json"))
         text = handle.to_json()
         expect(len(text) < 16_384, f"a handle of {len(text)} bytes: keep in it only what finds the agent again")
         expect(
@@ -166,20 +169,20 @@ class CoreChecks(Contract):
 
     def test_absent_is_absent(self, driver: Driver, kit: Kit) -> None:
         """`observe` of an agent that never existed returns ABSENT, and it is not listed."""
-        kit.gone(driver, driver.handle(kit.spec(driver.provider, "never")))
+        kit.gone(driver, driver.handle(kit.spec("never")))
 
     def test_absent_stop_is_success(self, driver: Driver, kit: Kit) -> None:
         """`stop` of an absent agent succeeds."""
-        _succeeds("stop", lambda: driver.stop(driver.handle(kit.spec(driver.provider, "never"))))
+        _succeeds("stop", lambda: driver.stop(driver.handle(kit.spec("never"))))
 
     @pytest.mark.parametrize("data", [False, True])
     def test_absent_destroy_is_success(self, driver: Driver, kit: Kit, data: bool) -> None:
         """`destroy` of an absent agent succeeds, with and without its data."""
-        _succeeds("destroy", lambda: driver.destroy(driver.handle(kit.spec(driver.provider, "never")), data=data))
+        _succeeds("destroy", lambda: driver.destroy(driver.handle(kit.spec("never")), data=data))
 
     def test_foreign_handle_data_is_contained(self, driver: Driver, kit: Kit) -> None:
         """A handle whose data is empty or odd (an older release wrote it) is absent or an error of the tree."""
-        real = driver.handle(kit.spec(driver.provider, "never"))
+        real = driver.handle(kit.spec("never"))
         for data in ({}, {"odd": [1, {"x": None}]}):
             handle = Handle(provider=real.provider, agent=real.agent, name=real.name, data=data)
             try:
@@ -190,7 +193,7 @@ class CoreChecks(Contract):
 
     def test_prepare_is_idempotent(self, driver: Driver, kit: Kit) -> None:
         """A second `prepare` has no effect and is fast."""
-        app = kit.app(driver.provider)
+        app = kit.app()
         driver.prepare(app)
         began = time.monotonic()
         driver.prepare(app)
@@ -202,38 +205,26 @@ class CoreChecks(Contract):
 
     def test_missing_image_is_a_provider_error(self, driver: Driver, kit: Kit) -> None:
         """An image that does not exist is a `ProviderError` with a fix; nothing is left behind."""
-        before = self.leftovers(kit.installation)
-        spec = kit.spec(driver.provider, "missing", options=self.missing_options())
+        spec = kit.spec("missing", options=self.missing_options())
         kit.fresh(driver.handle(spec))
-        try:
-            driver.prepare(spec.app)
-            driver.ensure(spec)
-        except Unavailable as error:
-            pytest.fail(
-                f"a missing image or program is {type(error).__name__}: raise ProviderError, it will not go away"
-            )
-        except ProviderError as error:
-            expect(error.fix, f"the error {str(error)!r} does not say what to do: give it `fix`")
-        except DispatcherError as error:
-            pytest.fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
-        else:
-            pytest.fail("neither prepare() nor ensure() noticed that the image or program is missing")
-        left = self.leftovers(kit.installation) - before
-        expect(not left, f"a start that failed left {sorted(left)} behind: remove what it made")
+        with self.leaves_nothing(kit, "a start that failed"):
+            try:
+                driver.prepare(spec.app)
+                driver.ensure(spec)
+            except Unavailable as error:
+                pytest.fail(f"a missing image or program is {type(error).__name__}: raise ProviderError")
+            except ProviderError as error:
+                expect(error.fix, f"the error {str(error)!r} does not say what to do: give it `fix`")
+            except DispatcherError as error:
+                pytest.fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
+            else:
+                pytest.fail("neither prepare() nor ensure() noticed that the image or program is missing")
 
     def test_absent_resume_is_not_found(self, driver: Driver, kit: Kit) -> None:
         """`resume` of an absent agent raises `NotFound`, so that the core creates it again (or `Unsupported`)."""
-        handle = driver.handle(kit.spec(driver.provider, "never"))
-        try:
-            driver.resume(handle)
-        except DispatcherError as error:
-            wanted = NotFound if _sleeps(driver) else DispatcherError
-            expect(
-                isinstance(error, wanted),
-                f"resume() of an absent agent raised {type(error).__name__}: raise NotFound",
-            )
-        else:
-            pytest.fail("resume() of an absent agent succeeded: raise NotFound")
+        sleeps = driver.can(Capability.SUSPEND) or driver.can(Capability.HIBERNATE)
+        with raises(NotFound if sleeps else Unsupported, "resume() of an absent agent"):
+            driver.resume(driver.handle(kit.spec("never")))
 
     def test_signatures_are_the_contract(self, provider: Provider) -> None:
         """Every method takes the contract's arguments under the contract's names."""
@@ -247,10 +238,6 @@ class CoreChecks(Contract):
                 not missing or open_ended,
                 f"{name}() does not take {', '.join(missing)}: keep the contract's names",
             )
-
-
-def _sleeps(driver: Driver) -> bool:
-    return driver.can(Capability.SUSPEND) or driver.can(Capability.HIBERNATE)
 
 
 def _succeeds(method: str, call: Any) -> None:
@@ -290,8 +277,3 @@ def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_op
     else:
         model = "AppOptions" if table == "app" else "Options"
         pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
-
-
-def app_of(kit: Kit, driver: Driver, **changes: Any) -> App:
-    """Return an app that runs the probe."""
-    return kit.app(driver.provider, **changes)

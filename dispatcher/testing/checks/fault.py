@@ -24,7 +24,7 @@ class FaultChecks(Contract):
 
     def calls(self, driver: Driver, kit: Kit, agent: Agent, seconds: float) -> dict[str, Callable[[], object]]:
         """Return each method that needs the backend, as a call."""
-        fresh = kit.spec(driver.provider, "while-down")
+        fresh = kit.spec("while-down")
         kit.fresh(driver.handle(fresh))
         calls: dict[str, Callable[[], object]] = {
             "check": lambda: driver.check(seconds=seconds),
@@ -76,7 +76,7 @@ class FaultChecks(Contract):
     @needs_backend
     def test_one_hung_call_holds_up_no_other_instance(self, driver: Driver, kit: Kit) -> None:
         """Calls to a silent backend from many threads all end in time."""
-        handles = [driver.handle(kit.spec(driver.provider, f"hung{number}")) for number in range(8)]
+        handles = [driver.handle(kit.spec(f"hung{number}")) for number in range(8)]
         driver.check()
 
         def observe(number: int) -> None:
@@ -96,34 +96,31 @@ class FaultChecks(Contract):
     def test_backend_that_goes_away_in_the_middle(self, driver: Driver, kit: Kit) -> None:
         """If the backend fails during `ensure`: `Unavailable`; a later `ensure` creates one complete agent."""
         kit.share(driver, ["alice", "bob"])
-        before = self.leftovers(kit.installation)
-        spec = kit.spec(driver.provider, "middle")
+        spec = kit.spec("middle")
         handle = driver.handle(spec)
         kit.fresh(handle)
-        with contextlib.ExitStack() as stack:
-            steps = Steps(1, lambda: stack.enter_context(self.broken_backend("down")))
-            try:
-                driver.ensure(spec, progress=steps)
-            except (Unavailable, ProviderError):
-                pass
-            except DispatcherError as error:
-                pytest.fail(
-                    f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
-                )
-        expect(steps.reported, "ensure() never called progress")
-        expect(
-            eventually(lambda: _answers(driver), self.patience, 0.2),
-            "the provider does not work after the backend came back",
-        )
-        agent = kit.start(driver, spec)
-        expect(
-            list(driver.list()).count("middle") == 1, "an interrupted ensure() and the next one made two agents"
-        )
-        driver.destroy(agent.handle)
-        expect(
-            eventually(lambda: not self.leftovers(kit.installation) - before, 3, 0.1),
-            f"an interrupted start left {sorted(self.leftovers(kit.installation) - before)} behind",
-        )
+        with self.leaves_nothing(kit, "an interrupted start", 3):
+            with contextlib.ExitStack() as stack:
+                steps = Steps(1, lambda: stack.enter_context(self.broken_backend("down")))
+                try:
+                    driver.ensure(spec, progress=steps)
+                except (Unavailable, ProviderError):
+                    pass
+                except DispatcherError as error:
+                    pytest.fail(
+                        f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
+                    )
+            expect(steps.reported, "ensure() never called progress")
+            expect(
+                eventually(lambda: _answers(driver), self.patience, 0.2),
+                "the provider does not work after the backend came back",
+            )
+            agent = kit.start(driver, spec)
+            expect(
+                list(driver.list()).count("middle") == 1,
+                "an interrupted ensure() and the next one made two agents",
+            )
+            driver.destroy(agent.handle)
 
     @needs_backend
     def test_watch_survives_the_backend(self, driver: Driver, kit: Kit) -> None:
@@ -140,7 +137,7 @@ class FaultChecks(Contract):
                 eventually(lambda: "" in reported, self.patience, 0.1),
                 'after the backend came back watch() did not report a gap: call on_change("")',
             )
-            agent = kit.start(driver, kit.spec(driver.provider, "watched"))
+            agent = kit.start(driver, kit.spec("watched"))
             reported.clear()
             agent.inside.post("/exit", code=3)
             expect(

@@ -24,11 +24,11 @@ class IsolationChecks(Contract):
         """Whether the class leaves `what` promised."""
         return what not in self.unpromised
 
-    def test_unpromised_is_said(self, provider: Provider, kit: Kit) -> None:
+    def test_missing_isolation_is_explained(self, provider: Provider, kit: Kit) -> None:
         """Each promise in `unpromised` is a warning of `explain`, in the words that the class names."""
         said = [
             finding.what
-            for app in (None, kit.app(provider))
+            for app in (None, kit.app())
             for finding in provider.explain(app)
             if finding.level in {Level.WARNING, Level.ERROR}
         ]
@@ -182,7 +182,7 @@ class IsolationChecks(Contract):
 
     def test_data_of_the_removed_is_not_inherited(self, driver: Driver, kit: Kit) -> None:
         """An agent that was destroyed with its data and created again finds none of the provider's old data."""
-        spec = kit.spec(driver.provider, "victim")
+        spec = kit.spec("victim")
         agent = kit.start(driver, spec)
         agent.inside.write(agent.within("old"), b"old\n")
         driver.destroy(agent.handle, data=True)

@@ -9,7 +9,7 @@ import pytest
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
 from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract
-from dispatcher.testing.driver import Driver, Steps, cancel, expect
+from dispatcher.testing.driver import Driver, Steps, cancel, expect, raises
 from dispatcher.testing.kit import Agent, Kit, eventually
 
 ENDED = {BackendState.STOPPED, BackendState.ABSENT}
@@ -20,8 +20,10 @@ class LifecycleChecks(Contract):
     """Start, state, stop, restart, end by itself, destroy."""
 
     def test_ensure_runs_and_answers(self, alice: Agent, driver: Driver) -> None:
-        """After `ensure` the agent is RUNNING, with endpoint, start time and its spec's hash; the app answers."""
-        seen = driver.observe(alice.handle)
+        """After `ensure` the handle from `handle` finds the agent RUNNING: endpoint, start time, spec's hash."""
+        foretold = driver.handle(alice.spec)
+        expect(foretold.name == alice.handle.name, "handle() and ensure() give different names for one spec")
+        seen = driver.observe(foretold)
         expect(seen.state is BackendState.RUNNING, f"a running agent is observed as {seen.state.value}")
         expect(seen.endpoint, "observe() of a running agent names no endpoint")
         expect(
@@ -33,15 +35,6 @@ class LifecycleChecks(Contract):
             f"Observation.started_at is {seen.started_at!r}: give Unix time in seconds",
         )
         expect(not seen.exit_reason, f"a running agent has the exit reason {seen.exit_reason!r}: leave it empty")
-
-    def test_handle_is_what_ensure_returns(self, alice: Agent, driver: Driver) -> None:
-        """`ensure` returns an agent's handle; the one from `handle` finds the same agent."""
-        foretold = driver.handle(alice.spec)
-        expect(foretold.name == alice.handle.name, "handle() and ensure() give different names for one spec")
-        expect(
-            driver.state(foretold) is BackendState.RUNNING,
-            "observe() does not find the running agent by the handle that handle() gave: it must be enough",
-        )
 
     def test_ensure_twice_is_one_agent(self, alice: Agent, driver: Driver) -> None:
         """`ensure` again leaves the running agent alone."""
@@ -56,14 +49,14 @@ class LifecycleChecks(Contract):
     def test_other_spec_conflicts(self, alice: Agent, driver: Driver, kit: Kit) -> None:
         """`ensure` with another spec raises `SpecConflict` and leaves the running agent as it was."""
         before = alice.inside.id()["start"]
-        other = kit.spec(driver.provider, alice.spec.agent, environment={"KIT_OTHER": "1"})
-        with _raises(SpecConflict, "ensure() of a running agent with another spec: compare spec.hash"):
+        other = kit.spec(alice.spec.agent, environment={"KIT_OTHER": "1"})
+        with raises(SpecConflict, "ensure() of a running agent with another spec: compare spec.hash"):
             driver.ensure(other)
         expect(alice.inside.id()["start"] == before, "a SpecConflict restarted the agent: leave it alone")
 
     def test_other_secrets_are_no_conflict(self, alice: Agent, driver: Driver, kit: Kit) -> None:
         """Secrets and credentials are not part of the spec's identity."""
-        other = kit.spec(driver.provider, alice.spec.agent, values={"token": "t-1"}, stdin=b"x\n")
+        other = kit.spec(alice.spec.agent, values={"token": "t-1"}, stdin=b"x\n")
         try:
             driver.ensure(other)
         except SpecConflict:
@@ -87,7 +80,7 @@ class LifecycleChecks(Contract):
         """`App.environment` arrives byte for byte, with the dispatcher's variables, without the manager's."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KIT_MANAGER_SECRET", "m-1")
-            spec = kit.spec(driver.provider, "erin", environment={"KIT_ODD": ODD_VALUE, "KIT_EMPTY": ""})
+            spec = kit.spec("erin", environment={"KIT_ODD": ODD_VALUE, "KIT_EMPTY": ""})
             agent = kit.start(driver, spec)
         inside = agent.inside.environment()
         expect(
@@ -109,7 +102,7 @@ class LifecycleChecks(Contract):
     @pytest.mark.parametrize("name", ["ø" * 120 + "-" + "漢" * 100, "0.-_+x@example.org:kit"])
     def test_odd_names_run(self, driver: Driver, kit: Kit, name: str) -> None:
         """Agents with very long and unusual names are started, listed, found and destroyed."""
-        agent = kit.start(driver, kit.spec(driver.provider, name))
+        agent = kit.start(driver, kit.spec(name))
         handle, _ = driver.list().get(name, (None, None))
         expect(
             handle, f"list() does not yield the agent {name!r} under its own name: keep it beside the backend's"
@@ -119,7 +112,7 @@ class LifecycleChecks(Contract):
 
     def test_stop_and_start_again(self, driver: Driver, kit: Kit) -> None:
         """`stop` ends the agent and keeps its data, a second `stop` succeeds; `ensure` starts it with the data."""
-        agent = kit.start(driver, kit.spec(driver.provider, "carol"))
+        agent = kit.start(driver, kit.spec("carol"))
         start = agent.inside.id()["start"]
         agent.inside.write(agent.within("kept"), b"kept\n")
         first = driver.observe(agent.handle).started_at or 0.0
@@ -141,10 +134,10 @@ class LifecycleChecks(Contract):
 
     def test_stopped_agent_takes_another_spec(self, driver: Driver, kit: Kit) -> None:
         """A stopped agent is replaced when its spec changed, its data kept."""
-        agent = kit.start(driver, kit.spec(driver.provider, "dave"))
+        agent = kit.start(driver, kit.spec("dave"))
         agent.inside.write(agent.within("kept"), b"kept\n")
         driver.stop(agent.handle)
-        other = kit.spec(driver.provider, "dave", environment={"KIT_NEW": "1"})
+        other = kit.spec("dave", environment={"KIT_NEW": "1"})
         try:
             renewed = kit.start(driver, other)
         except SpecConflict:
@@ -153,9 +146,9 @@ class LifecycleChecks(Contract):
         expect(driver.observe(renewed.handle).spec_hash == other.hash, "the replaced agent has the old spec_hash")
         expect(renewed.inside.read(renewed.within("kept")) == b"kept\n", "replacing a stopped agent lost its data")
 
-    def test_stop_is_polite(self, driver: Driver, kit: Kit) -> None:
+    def test_stop_sends_sigterm_first(self, driver: Driver, kit: Kit) -> None:
         """`stop` signals the app first and gives it the grace time (unless the class sets `polite` to false)."""
-        agent = kit.start(driver, kit.spec(driver.provider, "frank"))
+        agent = kit.start(driver, kit.spec("frank"))
         began = time.monotonic()
         driver.stop(agent.handle, grace=self.patience / 2)
         if not self.polite:
@@ -170,9 +163,9 @@ class LifecycleChecks(Contract):
             "the app was not asked to end: send SIGTERM (or the backend's equivalent) before force",
         )
 
-    def test_stop_ends_the_deaf(self, driver: Driver, kit: Kit) -> None:
+    def test_stop_kills_after_the_grace_time(self, driver: Driver, kit: Kit) -> None:
         """An app that ignores SIGTERM is ended by force after the grace time."""
-        agent = kit.start(driver, kit.spec(driver.provider, "grace", environment={"PROBE_DEAF": "1"}))
+        agent = kit.start(driver, kit.spec("grace", environment={"PROBE_IGNORES_SIGTERM": "1"}))
         driver.stop(agent.handle, grace=0.5)
         expect(
             driver.state(agent.handle) in ENDED,
@@ -182,7 +175,7 @@ class LifecycleChecks(Contract):
 
     def test_stop_reaches_every_process(self, driver: Driver, kit: Kit) -> None:
         """A detached descendant that ignores SIGTERM ends with the agent."""
-        agent = kit.start(driver, kit.spec(driver.provider, "heidi"))
+        agent = kit.start(driver, kit.spec("heidi"))
         path = agent.within("beat")
         agent.inside.post("/heartbeat", path=path)
         expect(
@@ -200,9 +193,9 @@ class LifecycleChecks(Contract):
             "a detached process outlived stop(): end everything in the agent's cgroup or pid namespace",
         )
 
-    def test_end_by_itself_is_told(self, driver: Driver, kit: Kit) -> None:
+    def test_exit_is_reported(self, driver: Driver, kit: Kit) -> None:
         """An app that ends is STOPPED with the reason; `ensure` starts it again."""
-        agent = kit.start(driver, kit.spec(driver.provider, "ivan"))
+        agent = kit.start(driver, kit.spec("ivan"))
         agent.inside.post("/exit", code=7)
         expect(
             eventually(lambda: driver.state(agent.handle) in ENDED, self.patience),
@@ -219,29 +212,26 @@ class LifecycleChecks(Contract):
         )
         kit.start(driver, agent.spec)
 
-    def test_exit_at_once_is_told(self, driver: Driver, kit: Kit) -> None:
-        """An app that ends before it listens: `ensure` returns or raises `ProviderError`; the end is reported."""
-        spec = kit.spec(driver.provider, "judy", environment={"PROBE_EXIT": "7"})
+    def test_exit_at_once_is_reported(self, driver: Driver, kit: Kit) -> None:
+        """An app that ends before it listens: the end is reported, its output kept; `ensure` may raise."""
+        spec = kit.spec("judy", environment={"PROBE_EXIT": "7"})
         kit.fresh(driver.handle(spec))
         handle = driver.ensure_doomed(spec)
         expect(
             eventually(lambda: driver.state(handle) in ENDED, self.patience),
             "an app that ended at once is not reported as ended",
         )
-        again = kit.start(driver, kit.spec(driver.provider, "judy"))
+        if driver.can(Capability.LOGS):
+            expect(
+                eventually(lambda: any(b"last words" in line for line in driver.logs(handle)), self.patience, 0.1),
+                "the last output of an app that ended at once is lost: users need it to see the cause",
+            )
+        again = kit.start(driver, kit.spec("judy"))
         expect(again.inside.answers(), "after a start that failed the next one does not work")
-
-    def test_destroy_leaves_nothing(self, driver: Driver, kit: Kit) -> None:
-        """`destroy` removes a running agent: absent, not listed, endpoint closed; a second `destroy` succeeds."""
-        agent = kit.start(driver, kit.spec(driver.provider, "ken"))
-        driver.destroy(agent.handle)
-        kit.gone(driver, agent.handle)
-        expect(not agent.inside.answers(), "after destroy() the endpoint still answers")
-        driver.destroy(agent.handle)
 
     def test_destroy_spares_the_canonical_data(self, driver: Driver, kit: Kit) -> None:
         """`destroy(data=True)` deletes the provider's own data, never the core's directory."""
-        spec = kit.spec(driver.provider, "leo")
+        spec = kit.spec("leo")
         (spec.data_dir / "mine").write_bytes(b"mine\n")
         agent = kit.start(driver, spec)
         driver.destroy(agent.handle, data=True)
@@ -252,17 +242,17 @@ class LifecycleChecks(Contract):
 
     def test_deadline_is_kept(self, driver: Driver, kit: Kit) -> None:
         """With no time left `ensure` raises `DeadlineExceeded` at once; the next one finishes the work."""
-        spec = kit.spec(driver.provider, "mia")
+        spec = kit.spec("mia")
         kit.fresh(driver.handle(spec))
-        with _raises(DeadlineExceeded, "ensure() with no time left"):
+        with raises(DeadlineExceeded, "ensure() with no time left"):
             driver.ensure(spec, seconds=0.0)
         agent = kit.start(driver, spec)
         expect(agent.inside.answers(), "after a deadline the next ensure() does not finish the work")
 
-    def test_progress_is_told(self, driver: Driver, kit: Kit) -> None:
+    def test_progress_is_reported(self, driver: Driver, kit: Kit) -> None:
         """`ensure` reports its steps, which are shown to the waiting user."""
         steps = Steps()
-        spec = kit.spec(driver.provider, "nina")
+        spec = kit.spec("nina")
         kit.fresh(driver.handle(spec))
         driver.ensure(spec, progress=steps)
         expect(steps.reported, "ensure() never called progress: call it for each step, it also carries the cancel")
@@ -270,41 +260,18 @@ class LifecycleChecks(Contract):
     @pytest.mark.parametrize("call", [1, 2, 3])
     def test_cancel_leaves_nothing(self, driver: Driver, kit: Kit, call: int) -> None:
         """`Cancelled` from `progress` leaves the method, and nothing that it created is left."""
-        before = self.leftovers(kit.installation)
-        spec = kit.spec(driver.provider, f"olga{call}")
+        spec = kit.spec(f"olga{call}")
         handle = driver.handle(spec)
         kit.fresh(handle)
         steps = Steps(call, cancel)
-        try:
-            driver.ensure(spec, progress=steps)
-        except Cancelled:
-            pass
-        except DispatcherError as error:
-            pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
-        else:
-            expect(len(steps.reported) < call, "ensure() swallowed Cancelled: let it through")
-            driver.destroy(handle)
-        kit.gone(driver, handle)
-        left = self.leftovers(kit.installation) - before
-        expect(not left, f"a cancelled ensure() left {sorted(left)} behind: remove what it made")
-
-
-class _raises:  # noqa: N801 - reads as pytest.raises
-    """Expect one error of the tree, with advice when another or none comes."""
-
-    def __init__(self, wanted: type[DispatcherError], what: str) -> None:
-        self.wanted, self.what = wanted, what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> bool:
-        if isinstance(error, self.wanted):
-            return True
-        if error is None or isinstance(error, DispatcherError):
-            came = f"raised {type(error).__name__} ({error})" if error else "succeeded"
-            pytest.fail(f"{self.what} {came}: raise {self.wanted.__name__}")
-        return False
-
-
-raises = _raises
+        with self.leaves_nothing(kit, "a cancelled ensure()"):
+            try:
+                driver.ensure(spec, progress=steps)
+            except Cancelled:
+                pass
+            except DispatcherError as error:
+                pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
+            else:
+                expect(len(steps.reported) < call, "ensure() swallowed Cancelled: let it through")
+                driver.destroy(handle)
+            kit.gone(driver, handle)

@@ -1,6 +1,6 @@
 """It cannot stop what is not there."""
 
-from dispatcher.testing.fake import FakeProvider
+from dispatcher.testing.fake import FakeProvider, translated
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_absent_stop_is_success"
@@ -9,7 +9,7 @@ ADVICE = "absent is success"
 
 class Broken(FakeProvider):
     def stop(self, handle, *, grace, deadline, progress):
-        with self.call("stop", handle.agent, deadline, progress):
+        with translated():
             self.backend.get(handle.name)
         super().stop(handle, grace=grace, deadline=deadline, progress=progress)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_usage_tells_memory_and_processor"
+CHECK = "test_usage_reports_memory_and_cpu"
 ADVICE = "in bytes"
 
 

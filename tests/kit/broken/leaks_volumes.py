@@ -3,8 +3,8 @@
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_destroy_leaves_the_backend_clean"
-ADVICE = "on the backend"
+CHECK = "test_destroy_leaves_nothing"
+ADVICE = "left .*volume"
 
 
 class Broken(FakeProvider):

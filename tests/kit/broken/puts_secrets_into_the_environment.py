@@ -3,7 +3,7 @@
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_secrets_show_nowhere"
+CHECK = "test_secrets_are_not_exposed"
 ADVICE = "is in the app's environment"
 
 

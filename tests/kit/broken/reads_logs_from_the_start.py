@@ -9,8 +9,8 @@ ADVICE = "rather than the last three lines"
 
 class Broken(FakeProvider):
     @staticmethod
-    def lines(known, lines, tail, follow):
-        return iter(lines[:tail])
+    def lines(known, tail, follow):
+        return iter(list(known.log)[:tail])
 
 
 class TestBroken(BrokenContract):

@@ -3,7 +3,7 @@
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_installations_do_not_meet"
+CHECK = "test_installations_are_separate"
 ADVICE = "installation's label"
 
 

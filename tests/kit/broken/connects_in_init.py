@@ -5,7 +5,7 @@ import time
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_making_an_instance_asks_nobody"
+CHECK = "test_init_does_not_connect"
 ADVICE = "connect in check()"
 
 

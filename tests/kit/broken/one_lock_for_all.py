@@ -5,7 +5,7 @@ import threading
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_one_slow_start_delays_nobody"
+CHECK = "test_slow_start_delays_no_other"
 ADVICE = "hold no lock that all agents share"
 
 

@@ -5,8 +5,8 @@ from dispatcher.plugin import Capability
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_sleep_keeps_memory[disk]"
-ADVICE = "raise self.unsupported"
+CHECK = "test_undeclared_is_unsupported[hibernate]"
+ADVICE = "raise Unsupported"
 
 
 class Broken(FakeProvider):

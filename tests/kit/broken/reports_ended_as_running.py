@@ -6,7 +6,7 @@ from dispatcher.plugin import BackendState
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_end_by_itself_is_told"
+CHECK = "test_exit_is_reported"
 ADVICE = "is still RUNNING"
 
 

@@ -4,7 +4,7 @@ from dispatcher.plugin import no_progress
 from dispatcher.testing.fake import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_progress_is_told"
+CHECK = "test_progress_is_reported"
 ADVICE = "never called progress"
 
 
