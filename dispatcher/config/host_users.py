@@ -38,20 +38,19 @@ def host_accounts(config: Config) -> HostAccounts:
             proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False
         )
     first, last = config.manager.uid_range
-    admin = _gid(config.manager.admin_group)
     try:
         user = pwd.getpwnam(config.proxy.user)
     except KeyError:
-        return HostAccounts(
-            proxy_uid=first, proxy_gid=first, admin_gid=admin, agent_uids=(first + 1, last), made_up=True
-        )
-    group = _gid(config.manager.proxy_group)
+        uid, gid, made_up = first, first, True
+    else:
+        group = _gid(config.manager.proxy_group)
+        uid, gid, made_up = user.pw_uid, user.pw_gid if group is None else group, False
     return HostAccounts(
-        proxy_uid=user.pw_uid,
-        proxy_gid=user.pw_gid if group is None else group,
-        admin_gid=admin,
+        proxy_uid=uid,
+        proxy_gid=gid,
+        admin_gid=_gid(config.manager.admin_group),
         agent_uids=(first + 1, last),
-        made_up=False,
+        made_up=made_up,
     )
 
 

@@ -13,9 +13,9 @@ STATE_DIR/ dispatcher.db secrets/              database, generated keys
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from dispatcher.config.defaults import MANAGER_SOCKET
 from dispatcher.config.load import Config
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError
@@ -23,12 +23,19 @@ from dispatcher.plugin.errors import ConfigError
 MAX_SOCKET_PATH = 107
 
 
-@dataclass(frozen=True, slots=True)
 class Paths:
     """All paths of one installation."""
 
-    run_dir: Path
-    state_dir: Path
+    def __init__(self, run_dir: Path, state_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.manager_socket = run_dir / MANAGER_SOCKET
+        self.proxy_socket = run_dir / "proxy.sock"
+        self.feed_socket = run_dir / "feed.sock"
+        self.proxy_dir = run_dir / "proxy"
+        self.portal_socket = self.proxy_dir / "portal.sock"
+        self.state_dir = state_dir
+        self.database = state_dir / "dispatcher.db"
+        self.secrets_dir = state_dir / "secrets"  # mode 0700
 
     @classmethod
     def of(cls, config: Config) -> Paths:
@@ -45,41 +52,6 @@ class Paths:
                 fix="choose a shorter directory",
             )
         return paths
-
-    @property
-    def manager_socket(self) -> Path:
-        """Socket of the administration interface."""
-        return self.run_dir / "manager.sock"
-
-    @property
-    def proxy_socket(self) -> Path:
-        """Socket of the proxy's interface."""
-        return self.run_dir / "proxy.sock"
-
-    @property
-    def feed_socket(self) -> Path:
-        """Socket of the feed for edge workers."""
-        return self.run_dir / "feed.sock"
-
-    @property
-    def proxy_dir(self) -> Path:
-        """Private directory of the proxy."""
-        return self.run_dir / "proxy"
-
-    @property
-    def portal_socket(self) -> Path:
-        """Socket of the portal."""
-        return self.proxy_dir / "portal.sock"
-
-    @property
-    def database(self) -> Path:
-        """The default SQLite file."""
-        return self.state_dir / "dispatcher.db"
-
-    @property
-    def secrets_dir(self) -> Path:
-        """Generated keys and certificates; mode 0700."""
-        return self.state_dir / "secrets"
 
     def endpoint_dir(self, agent: str) -> Path:
         """Return the directory of an agent's Unix endpoint."""

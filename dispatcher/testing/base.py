@@ -131,19 +131,19 @@ class Contract:
     def kit(self, request: pytest.FixtureRequest, provider: Provider) -> Iterator[Kit]:
         """The world of this class; agents of the check are gone afterwards."""
         kit = self._kit(request)
-        kit.driver(provider)
+        kit.use(provider)
         yield kit
         kit.end_check()
 
     @pytest.fixture
     def alice(self, kit: Kit, provider: Provider) -> Agent:
         """A running agent that checks share.  Leave it running and its data alone."""
-        return kit.shared(kit.driver(provider), "alice")
+        return kit.shared(kit.use(provider), "alice")
 
     @pytest.fixture
     def bob(self, kit: Kit, provider: Provider) -> Agent:
         """Another running agent, of another user."""
-        return kit.shared(kit.driver(provider), "bob")
+        return kit.shared(kit.use(provider), "bob")
 
     def drive(self, provider: Provider) -> Driver:
         """Return a driver for an instance."""

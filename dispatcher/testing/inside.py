@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import http.client
-import socket
-import time
 from urllib.parse import urlencode
 
+from dispatcher.common.sockets import peer_credentials
 from dispatcher.plugin import endpoints
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import Endpoint
@@ -72,15 +71,6 @@ class Inside:
         except (OSError, Refused, DispatcherError):
             return False
 
-    def wait(self, seconds: float) -> bool:
-        """Whether the probe answers within so many seconds."""
-        end = time.monotonic() + seconds
-        while not self.answers():
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
-        return True
-
     def id(self) -> dict[str, str]:
         """Who the probe is: uid, gid, groups, pid, start, host."""
         return dict(line.split("=", 1) for line in self.get("/id").decode().splitlines())
@@ -111,5 +101,4 @@ class Inside:
         if self.endpoint.kind != "unix":
             return None
         with endpoints.connect(self.endpoint, self.owner_uid, self.timeout) as sock:
-            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int.from_bytes(credentials[4:8], "little", signed=False)
+            return peer_credentials(sock)[1]

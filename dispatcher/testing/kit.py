@@ -64,17 +64,17 @@ class Kit:
         self._uids = iter(range(random.randrange(300_000, 2_000_000) * 1000, 2**31))  # noqa: S311 - no secret
         self.proxy_gid = next(self._uids) if self.privileged else os.getegid()
         self.context = self.make_context(self.installation)
-        self._driver: Driver | None = None
+        self.sibling: Driver | None = None
         self._specs: dict[tuple[str, str], AgentSpec] = {}
         self._shared: dict[str, Agent] = {}
         self._fresh: list[Handle] = []
         self._lock = threading.Lock()
 
-    def driver(self, provider: Provider) -> Driver:
+    def use(self, provider: Provider) -> Driver:
         """Return the driver that starts shared agents and removes all: of an instance like `provider`."""
-        if self._driver is None:
-            self._driver = self.contract.drive(self.contract.another(provider))
-        return self._driver
+        if self.sibling is None:
+            self.sibling = self.contract.drive(self.contract.another(provider))
+        return self.sibling
 
     def make_context(self, installation: str) -> ProviderContext:
         """Return what the core would give to a provider, for one installation."""
@@ -93,8 +93,8 @@ class Kit:
 
     def app(self, options: Mapping[str, Any] | None = None, **changes: Any) -> App:
         """Return an app that runs the probe; `changes` are fields of `App` (limits, network, ...)."""
-        assert self._driver
-        provider = self._driver.provider
+        assert self.sibling
+        provider = self.sibling.provider
         chosen = provider.AppOptions.model_validate(
             dict(self.contract.app_options() if options is None else options)
         )
@@ -232,13 +232,13 @@ class Kit:
         with self._lock:
             handles = {handle.name: handle for handle in self._fresh}
             self._fresh.clear()
-        if driver := self._driver:
+        if driver := self.sibling:
             self.together([partial(driver.destroy, handle) for handle in handles.values()])
 
     def close(self) -> None:
         """Destroy everything, and the directories."""
         try:
-            if driver := self._driver:
+            if driver := self.sibling:
                 with contextlib.suppress(DispatcherError):
                     for handle, _ in driver.list().values():
                         with contextlib.suppress(NotFound):

@@ -17,9 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from dispatcher.plugin.model import Network
 from dispatcher.testing.driver import Driver
-from dispatcher.testing.kit import Kit, Settings
+from dispatcher.testing.base import Contract
+from dispatcher.testing.kit import Kit
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.provider import DockerProvider
 
@@ -308,8 +308,9 @@ class DockerWorld(Kit):
     """Agents of the Docker provider, and what the tests ask of them; everything is gone after `close`."""
 
     def __init__(self, url: str = "", patience: float = 30.0, **options) -> None:
-        settings = Settings(patience=patience, slack=2.0, network=Network.NONE, app_options=lambda: dict(PROBE))
-        super().__init__(settings)
+        contract = Contract()
+        contract.patience, contract.app_options = patience, lambda: dict(PROBE)
+        super().__init__(contract)
         self.host = url
         self.options = DockerOptions.model_validate({"url": url or "unix:///var/run/docker.sock", **options})
         self.driver = self.sibling = self.another()
@@ -317,12 +318,12 @@ class DockerWorld(Kit):
     def another(self) -> Driver:
         """Return a fresh instance, as a restarted manager makes one."""
         provider = DockerProvider(context=self.context, options=self.options)
-        return Driver(provider, patience=self.settings.patience, slack=self.settings.slack)
+        return self.contract.drive(provider)
 
     def make(self, agent: str, *, options=None, **changes):
         """Return a spec; `options` are added to the probe's."""
         base = options if options and ("image" in options or "build" in options) else {**PROBE, **(options or {})}
-        return self.spec(self.driver.provider, agent, options=base, **changes)
+        return self.spec(agent, options=base, **changes)
 
     def run(self, agent: str, *, options=None, **changes):
         """Start an agent and wait for its probe."""

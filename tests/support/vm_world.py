@@ -16,6 +16,7 @@ from dispatcher.plugin.errors import Unsupported
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
 from dispatcher.plugin.provider import ProviderContext
 from dispatcher.testing.inside import Inside
+from dispatcher.testing.kit import eventually
 from tests.support import vm
 
 
@@ -162,7 +163,7 @@ class World:
             assert time.monotonic() < end, self.logs(handle)[-10:]
             time.sleep(0.1)
         inside = Inside(endpoint, timeout=20)
-        assert inside.wait(end - time.monotonic()), self.logs(handle)[-10:]
+        assert eventually(inside.answers, end - time.monotonic()), self.logs(handle)[-10:]
         return inside
 
     def fresh_directory(self) -> Path:
