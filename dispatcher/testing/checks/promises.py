@@ -25,16 +25,9 @@ class PromiseChecks(Contract):
     def test_memory_limit(self, driver: Driver, kit: Kit) -> None:
         """MEMORY_LIMIT: an app cannot exceed its limit; the cause is reported."""
         limits = Limits(memory=self.memory_limit, swap=0)
-<<<<<<< HEAD
-        if not driver.can(Capability.MEMORY_LIMIT):
-            self._undeclared(driver, kit, Capability.MEMORY_LIMIT, limits)
-            return
-        agent = kit.start(driver, kit.spec(driver.provider, "trent", limits=limits))
+        agent = kit.start(driver, kit.spec("trent", limits=limits))
         told = agent.inside.environment().get("DISPATCHER_MEMORY_LIMIT")
         expect(told == str(self.memory_limit), f"DISPATCHER_MEMORY_LIMIT is {told!r}: use AgentSpec.variables")
-=======
-        agent = kit.start(driver, kit.spec("trent", limits=limits))
->>>>>>> 2e71dcc (Cut the conformance kit: one check for what is not declared, one for what destroy leaves; the kit knows its provider)
         try:
             agent.inside.post("/memory", bytes=2 * self.memory_limit)
         except Refused:
