@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -87,7 +88,8 @@ class PromiseChecks(Contract):
         capability = Capability(f"{limit.removesuffix('s') if limit == 'cpus' else limit}-limit")
         if driver.can(capability):
             return
-        limits = Limits(**{limit: 1 if limit == "cpus" else self.memory_limit})
+        bound: dict[str, Any] = {limit: 1 if limit == "cpus" else self.memory_limit}
+        limits = Limits(**bound)
         app = kit.app(limits=limits)
         said = any(one.level in {Level.WARNING, Level.ERROR} for one in driver.provider.explain(app))
         spec = kit.spec("undeclared", limits=limits)
