@@ -3,7 +3,8 @@ r"""The log collector: one small process per installation that writes agents' ou
 Run as ``python -I -S -E log_collector.py`` with its listening socket as standard input.  It outlives the
 manager, so that agents can write while there is none.  It imports few modules, to save memory.  A manager connects
 (SOCK_SEQPACKET) and sends, with one pipe's read end each: ``PATH\0SIZE\0FILES``; there is no answer.  When a
-file cannot be written (disk full) output is dropped: an agent is never blocked by its log.
+file cannot be written (disk full) output is dropped: an agent is never blocked by its log, unless all together
+write faster than RATE: then writers wait, so that a flood costs neither the processor nor the disk.
 It ends by itself when no manager is connected and no agent has its pipe open.
 """
 
@@ -11,8 +12,10 @@ import _socket
 import os
 import select
 import sys
+import time
 
 CHUNK = 65536
+RATE = 16 << 20  # bytes per second, of all agents
 IDLE = 5.0  # seconds without managers and agents until it ends
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -82,6 +85,7 @@ class Collector:
         self.managers: dict[int, _socket.socket] = {}
         self.pipes: dict[int, tuple[int, Log]] = {}  # descriptor -> inode, log
         self.logs: dict[str, list[int]] = {}  # path -> descriptors that write there
+        self.unpaid = 0  # bytes taken since the last pause
 
     def run(self) -> None:
         """Serve until there are no managers and no agents."""
@@ -96,6 +100,9 @@ class Collector:
                     self._command(self.managers[fd])
                 elif fd in self.pipes:
                     self._drain(fd)
+            if self.unpaid > CHUNK:
+                time.sleep(self.unpaid / RATE)
+                self.unpaid = 0
 
     def _accept(self) -> None:
         try:
@@ -151,6 +158,7 @@ class Collector:
         except OSError:
             data = b""
         if data:
+            self.unpaid += len(data)
             log.write(data)
             return
         self.poll.unregister(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from dispatcher.plugin import (
     Variable,
     check_environment,
     matching,
+    slug,
 )
 from dispatcher.plugin import Argument as Text
 
 SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Of agents: the host's /usr is theirs too.
+SHELL = "/bin/bash" if os.access("/bin/bash", os.X_OK) else "/bin/sh"
 _PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
 
 
@@ -105,11 +109,15 @@ def options_of(app: App) -> AppOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inside:
-    """Paths and port, as an agent sees them."""
+    """Paths and port, as an agent sees them.
+
+    :ivar tmp: directory for large temporary files, "" for the system's.
+    """
 
     socket: str
     data: str
     port: int = 0
+    tmp: str = ""
 
     def fill(self, text: str) -> str:
         """Return `text` with the placeholders replaced; any other use of braces stays as it is."""
@@ -140,11 +148,17 @@ def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], sec
 
     :param secrets: the directory of the secrets as seen from inside, "" when there are none.
     """
+    name = slug(spec.user)
     variables = {
         "PATH": SEARCH_PATH,
         "LANG": "C.UTF-8",
         "HOME": inside.data,
+        "USER": name,
+        "LOGNAME": name,
+        "SHELL": SHELL,
     }
+    if inside.tmp:
+        variables["TMPDIR"] = inside.tmp
     variables |= {name: manager[name] for name in options_of(spec.app).pass_environment if name in manager}
     variables |= {name: inside.fill(value) for name, value in spec.app.environment.items()}
     variables |= spec.variables(inside.data, secrets)

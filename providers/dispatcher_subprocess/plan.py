@@ -104,7 +104,9 @@ class Planner:
         _verify_shown(app, files.shown, (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir))
         port = self.ports.choose(taken) if kind == "tcp" else 0
         if self.host.sandboxed:
-            inside = Inside(socket=f"{sandbox.RUN}/{spec.socket.name}", data=sandbox.DATA, port=port)
+            inside = Inside(
+                socket=f"{sandbox.RUN}/{spec.socket.name}", data=sandbox.DATA, port=port, tmp=sandbox.TMP
+            )
             secrets = sandbox.SECRETS
         else:
             inside = Inside(socket=str(spec.socket), data=str(spec.data_dir), port=port)

@@ -46,7 +46,7 @@ from dispatcher_subprocess.events import Watcher
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.logs import LogCollector
-from dispatcher_subprocess.observe import Observer, usage
+from dispatcher_subprocess.observe import Observer, listeners, usage
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.plan import Planner
@@ -270,6 +270,10 @@ class SubprocessProvider(Provider):
             if record and not (run := self._parts.stopper.run(record)).gone:
                 found[handle.name] = usage(run)
         return found
+
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
+        record = self._journals.read(handle.name)
+        return listeners(self._parts.stopper.run(record)) if record else ()
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         self._callbacks.append(on_change)

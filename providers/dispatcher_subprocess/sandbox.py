@@ -8,16 +8,18 @@ is that user.  Why so: docs/adr/0004-sandbox-without-user-namespace.md.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.plugin import AgentSpec, Network, slug
 from dispatcher_subprocess import procfs, seccomp
-from dispatcher_subprocess.options import AppOptions, options_of
+from dispatcher_subprocess.options import SHELL, AppOptions, options_of
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 DATA = "/data"
 RUN = "/run/agent"
+TMP = f"{DATA}/.tmp"
 SECRETS = "/run/secrets"
 ENVIRONMENT = "/run/environment"
 #: Variables that the dynamic loader or libc obeys.  A program of root's must never see those of an app.
@@ -47,18 +49,44 @@ def loader_script(variables: Mapping[str, str]) -> bytes:
     return "".join(lines).encode("utf-8", "surrogateescape")
 
 
-def become(uid: int, gid: int, setpriv: str) -> list[str]:
+def become(uid: int, gid: int, setpriv: str, groups: Iterable[int] = ()) -> list[str]:
     """Return the command that becomes an agent's user, without privileges and without new ones later."""
     return [
         setpriv,
         f"--reuid={uid}",
         f"--regid={gid}",
-        "--clear-groups",
+        f"--groups={','.join(map(str, groups))}" if groups else "--clear-groups",
         "--no-new-privs",
         "--bounding-set=-all",
         "--inh-caps=-all",
         "--",
     ]
+
+
+def groups(options: AppOptions) -> list[int]:
+    """Return the groups beyond its own that an app's agents are in, never root's.
+
+    They are those of its devices, and those of its writable directories that pass their group on (setgid).
+    """
+    found = set()
+    for path in options.writable:
+        status = path.stat()
+        if status.st_mode & stat.S_ISGID and status.st_mode & stat.S_IWGRP:
+            found.add(status.st_gid)
+    for device in devices(options):
+        status = os.stat(device)
+        if status.st_mode & stat.S_IRGRP:
+            found.add(status.st_gid)
+    return sorted(found - {0})
+
+
+def devices(options: AppOptions) -> Iterator[str]:
+    """Yield the devices of an app, those below directories such as /dev/dri included."""
+    for path in options.devices:
+        if path.is_dir():
+            yield from (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+        else:
+            yield str(path)
 
 
 def gated(command: Sequence[str]) -> list[str]:
@@ -122,6 +150,14 @@ def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> 
     for how, paths in (("--ro-bind", shown), ("--bind", options.writable), ("--dev-bind", options.devices)):
         for path in paths:
             tree.bind(how, str(path), str(path))
+    for name in devices(options):  # libraries find what a device is in its directory of /sys
+        device = os.stat(name)
+        kind = "block" if stat.S_ISBLK(device.st_mode) else "char"
+        link = f"/sys/dev/{kind}/{os.major(device.st_rdev)}:{os.minor(device.st_rdev)}"
+        if device.st_rdev and os.path.exists(link) and link not in tree.made:
+            bus = os.path.realpath(f"{link}/device" if os.path.exists(f"{link}/device") else link)
+            tree.bind("--ro-bind", bus, bus)
+            tree.bind("--symlink", os.path.realpath(link), link)
     for path in hidden:
         cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
         tree.words += [*cover, str(path)]
@@ -167,7 +203,7 @@ def arguments(
         tree.file(memory(resolver), _resolver())
     if own_uid:  # the agent is in the user and group databases, so that programs find its name
         name = slug(spec.user)
-        user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:/bin/sh\n"  # a user's name holds no colon
+        user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:{SHELL}\n"  # a user's name holds no colon
         tree.file(memory(procfs.read("/etc/passwd") + user.encode()), "/etc/passwd")
         tree.file(memory(procfs.read("/etc/group") + f"{name}:x:{spec.gid}:\n".encode()), "/etc/group")
     words += [*tree.words, "--remount-ro", "/", "--chdir", workdir]

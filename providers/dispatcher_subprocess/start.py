@@ -35,6 +35,7 @@ from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNDO = 10.0  # seconds to remove a start that failed
 _PIPE = 32768  # bytes that a pipe holds without a reader
 _AGENT_OOM = 100  # agents are killed before the host's own services when memory is short
@@ -88,9 +89,12 @@ class Start:
         status = self._pass(self.journals.begin(self._record))
         user: list[str] = []
         if host.own_uid:
-            user = sandbox.become(spec.uid, spec.gid, host.setpriv)
+            groups = sandbox.groups(options_of(spec.app))
+            user = sandbox.become(spec.uid, spec.gid, host.setpriv, groups)
         elif not host.sandboxed and host.setpriv:
             user = [host.setpriv, "--no-new-privs", "--"]
+        if host.sandboxed:
+            make_tmp(spec)
         plain, loader = sandbox.split_environment(self.plan.variables)
         prepare = self._prepare_sandboxed if host.sandboxed else self._prepare_unsandboxed
         self._spawn = prepare(user, plain, loader, status) | {
@@ -255,7 +259,10 @@ class Start:
 
     def add_output_to(self, error: DispatcherError) -> None:
         """Add bubblewrap's last output to an error."""
-        text = _last_line(self._output) if self._output >= 0 else ""
+        text = ""
+        with contextlib.suppress(OSError):  # nothing there
+            os.set_blocking(self._output, False)
+            text = _last_line(os.read(self._output, 65536))
         if text:
             error.why = f"{error.why}; {text}" if error.why else text
 
@@ -314,7 +321,7 @@ def clear_run_dir(run_dir: Path) -> None:
     :raises ProviderError: something cannot be removed.
     """
     try:
-        directory = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        directory = os.open(run_dir, _DIRECTORY)
         try:
             for name in os.listdir(directory):
                 remove_tree(name, dir_fd=directory)
@@ -322,6 +329,19 @@ def clear_run_dir(run_dir: Path) -> None:
             os.close(directory)
     except OSError as error:
         raise failed(f"Cannot clear {run_dir}", error, fix="check its content, and remove it by hand") from error
+
+
+def make_tmp(spec: AgentSpec) -> None:
+    """Make an agent's directory for large temporary files anew; where that fails, programs use /tmp."""
+    name = os.path.basename(sandbox.TMP)
+    with contextlib.suppress(OSError, DispatcherError), contextlib.ExitStack() as stack:
+        data = os.open(spec.data_dir, _DIRECTORY)
+        stack.callback(os.close, data)
+        remove_tree(name, dir_fd=data)
+        os.mkdir(name, 0o700, dir_fd=data)
+        directory = os.open(name, _DIRECTORY, dir_fd=data)
+        stack.callback(os.close, directory)
+        os.fchown(directory, spec.uid, spec.gid)
 
 
 def _input_pipe(content: bytes) -> tuple[int, int]:
@@ -372,12 +392,7 @@ def _limit(pid: int, kind: int, value: int) -> None:
         resource.prlimit(pid, kind, (hard, hard))
 
 
-def _last_line(fd: int) -> str:
-    """Return the last line of what a pipe holds, safe to print."""
-    os.set_blocking(fd, False)
-    try:
-        text = os.read(fd, 65536)
-    except OSError:
-        return ""
+def _last_line(text: bytes) -> str:
+    """Return the last line of a program's output, safe to print."""
     lines = text.decode("utf-8", "replace").strip().splitlines()
     return "".join(char if char.isprintable() else "?" for char in lines[-1])[:500] if lines else ""

@@ -100,7 +100,7 @@ def test_output_stays_bounded_while_the_manager_is_down(world):
     subprocess.run([sys.executable, "-c", program, str(world.base), world.installation], cwd=ROOTED, timeout=30)
     spec = writer(world)
     eventually(spec.socket.exists)
-    say(spec, "flood 300")
+    say(spec, "flood 60")
     provider_log = spec.log_dir / "output.log"
     eventually(lambda: b"flooded" in last_bytes(provider_log), 60)
     assert 65536 < size(spec) <= 3 * 65536
@@ -108,6 +108,28 @@ def test_output_stays_bounded_while_the_manager_is_down(world):
     handle = provider.handle(spec)
     assert lines(provider, handle, 2) == [b"x" * 99, b"flooded"]
     assert len(lines(provider, handle, 100_000)) > 1000, "rotated files count too"
+
+
+def test_a_flood_is_slowed_down_and_others_are_not(world):
+    """32 MiB at 16 MiB a second: the writer waits; what the collector takes of a processor stays small."""
+    provider = world.provider()
+    provider.watch(lambda name: None)
+    flooder, other = writer(world, "alice"), writer(world, "bob")
+    handles = [world.start(provider, spec, ready=False)[0] for spec in (flooder, other)]
+    for spec in (flooder, other):
+        eventually(spec.socket.exists)
+    began = time.monotonic()
+    say(flooder, "flood 32")
+    say(other, "say meanwhile")
+    eventually(lambda: b"meanwhile" in lines(provider, handles[1]), 1.0)
+    fields = Path(f"/proc/{collector_of(world)}/stat").read_text().rpartition(")")[2].split()
+    before = int(fields[11]) + int(fields[12])
+    eventually(lambda: b"flooded" in last_bytes(flooder.log_dir / "output.log"), 30)
+    seconds = time.monotonic() - began
+    assert seconds > 1.5
+    fields = Path(f"/proc/{collector_of(world)}/stat").read_text().rpartition(")")[2].split()
+    used = (int(fields[11]) + int(fields[12]) - before) / os.sysconf("SC_CLK_TCK")
+    assert used < seconds / 2
 
 
 def test_a_killed_collector_is_replaced_and_gets_every_agent_again(world):

@@ -14,7 +14,7 @@ from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import AgentSpec, App
 from dispatcher.config.plugins import Plugins
 
-INSIDE = Inside(socket="/run/agent/s", data="/data", port=20001)
+INSIDE = Inside(socket="/run/agent/s", data="/data", port=20001, tmp="/data/.tmp")
 
 
 def app(command=("app", "{socket}"), env=None, **options):
@@ -160,6 +160,10 @@ def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LANG": "C.UTF-8",
         "HOME": "/data",
+        "USER": "alice",
+        "LOGNAME": "alice",
+        "SHELL": "/bin/bash",
+        "TMPDIR": "/data/.tmp",
         "TZ": "Europe/Rome",
         "WHERE": "/data/x",
         "ODD": "it's $HOME\n`id`",
