@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
@@ -28,6 +29,7 @@ WORKER = "worker"
 PORTAL = "portal"
 
 
+@dataclass(slots=True, eq=False)
 class Child:
     """One child process.
 
@@ -35,17 +37,14 @@ class Child:
     :ivar leaving: it was ordered to end; :ivar deadline: boot time after which it is killed.
     """
 
-    __slots__ = ("control", "deadline", "generation", "kind", "leaving", "pid", "ready", "started")
-
-    def __init__(self, kind: str, generation: int, pid: int, control: socket.socket) -> None:
-        self.kind = kind
-        self.generation = generation
-        self.pid = pid
-        self.control = control
-        self.started = boottime()
-        self.ready = False
-        self.leaving = False
-        self.deadline = float("inf")
+    kind: str
+    generation: int
+    pid: int
+    control: socket.socket
+    started: float = field(default_factory=boottime)
+    ready: bool = False
+    leaving: bool = False
+    deadline: float = float("inf")
 
     def tell(self, order: bytes) -> None:
         """Send an order; a child that cannot receive it is ending already."""

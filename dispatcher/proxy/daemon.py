@@ -30,7 +30,7 @@ from dispatcher.proxy.children import PORTAL, WORKER, BackOff, Child
 from dispatcher.proxy.edge import process as edge
 from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.listeners import Listeners, bind_unix
-from dispatcher.proxy.portal import server as portal
+from dispatcher.proxy.portal import app as portal
 
 PID_FILE = "proxy.pid"
 _READY_PATIENCE = 30.0  # seconds until a new worker must serve

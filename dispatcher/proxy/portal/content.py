@@ -127,11 +127,10 @@ def error_page(error: DispatcherError, status: int | None = None) -> Response:
 
 
 def _from_http(error: HTTPException) -> DispatcherError:
-    classes: dict[int, type[DispatcherError]] = {
-        404: NotFound, 403: Forbidden, 429: TooManyRequests, 503: Unavailable
-    }  # fmt: skip
     number = error.code or 500
-    cls = classes.get(number, BadRequest if number < 500 else DispatcherError)
+    known = (NotFound, Forbidden, TooManyRequests, Unavailable)
+    other = BadRequest if number < 500 else DispatcherError
+    cls: type[DispatcherError] = next((cls for cls in known if cls.status == number), other)
     texts = {
         404: ("Page not found", "check the address"),
         405: (f"{request.method} is not possible here", "open the page in a browser"),

@@ -92,7 +92,7 @@ def child(monkeypatch):
     ours, theirs = socket.socketpair()
 
     def child(lived):
-        made = Child(PORTAL, 1, os.getpid(), ours)
+        made = Child(PORTAL, 1, os.getpid(), ours, started=now[0])
         now[0] += lived
         return made
 

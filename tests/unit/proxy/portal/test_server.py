@@ -16,8 +16,8 @@ import pytest
 PROGRAM = """
 import socket, sys
 from dispatcher.config.load import parse
-from dispatcher.proxy.portal import server
-server.serve(parse({"manager": {"run_dir": sys.argv[1]}}), socket.socket(fileno=int(sys.argv[2])))
+from dispatcher.proxy.portal import app
+app.serve(parse({"manager": {"run_dir": sys.argv[1]}}), socket.socket(fileno=int(sys.argv[2])))
 """
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.proxy import cookies
 from dispatcher.proxy.edge.http.cookie import split_cookie
-from dispatcher.proxy.portal import assets, forms, targets, words
+from dispatcher.proxy.portal import app, forms, targets, words
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 
@@ -157,9 +157,9 @@ class TestTokens:
 def test_static_files_have_names_that_change_with_them(tmp_path) -> None:
     (tmp_path / "a.css").write_text("a {}")
     (tmp_path / "notes.txt").write_text("not served")
-    first = assets.read(tmp_path)
+    first = app.read_assets(tmp_path)
     (tmp_path / "a.css").write_text("b {}")
-    second = assets.read(tmp_path)
+    second = app.read_assets(tmp_path)
     assert list(second) == ["a.css"]
     assert first["a.css"].name != second["a.css"].name
     assert second["a.css"].body == b"b {}"
