@@ -57,7 +57,7 @@ class Feed:
         self._gone_sessions: dict[str, None] = {}
         self._scheduled = False
         self._flushed_at = 0.0
-        self._stop: asyncio.Event | None = None
+        self._stop = asyncio.Event()
         self._serving = threading.Event()
 
     def start(self) -> None:
@@ -74,13 +74,9 @@ class Feed:
     def close(self) -> None:
         """Close all connections; the edge continues with its last tables."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._request_stop)
+            self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join(10)
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _request_stop(self) -> None:
-        if self._stop is not None:
-            self._stop.set()
 
     def connections(self) -> int:
         """How many workers are connected."""
@@ -176,21 +172,18 @@ class Feed:
         """Return rows, removed agents, and users whose set of agents changed."""
         rows, gone, touched = [], [], set()
         for name in names:
+            user = name.partition(":")[0]
+            mine = self._agents_of.setdefault(user, {})
+            known = name in mine
             try:
-                view = self._supervisor.queries.view(name)
+                rows.append(self._supervisor.queries.view(name).to_feed())
+                mine[name] = None
             except NotFound:
                 gone.append(name)
-                user = name.partition(":")[0]
-                if self._agents_of.get(user, {}).pop(name, name) is None:
-                    touched.add(user)
-                continue
-            rows.append(view.to_feed())
-            mine = self._agents_of.setdefault(view.user, {})
-            if name not in mine:
-                mine[name] = None
-                touched.add(view.user)
-        for user in touched:
-            if not self._agents_of.get(user, True):
+                mine.pop(name, None)
+            if known != (name in mine):
+                touched.add(user)
+            if not mine:
                 del self._agents_of[user]
         return rows, gone, touched
 
@@ -217,7 +210,6 @@ class Feed:
             self._loop.close()
 
     async def _main(self) -> None:
-        self._stop = asyncio.Event()
         server = await asyncio.start_unix_server(self._accept, sock=self._sock, backlog=MAX_WORKERS)
         self._serving.set()
         pings = asyncio.ensure_future(self._ping())

@@ -62,8 +62,7 @@ def change_password() -> Response:
     except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:
         if not content.for_people():
             return content.problem(error)
-        wait = humanize.duration(error.retry_after, up=True) if error.retry_after else ""
-        return content.retry(_page(error.status, error=error, wait=wait), error.retry_after)
+        return _page(error.status, error=error)
     done = content.data({"user": someone.user}) if content.for_programs() else _back("password")
     context.set_session(done, answer["token"], answer["session"])
     return done

@@ -1,4 +1,4 @@
-"""The portal as a WSGI application: `create_app` puts settings, pages, headers and errors together; and its server.
+"""The portal as a WSGI application, and its server: puts settings, pages, headers and errors together.
 
 Static files have names that hold their hash: a name that changes with its content may be cached without expiry
 (RFC 8246).  They and the templates are read when this module is imported, because the proxy's user may have no
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import socket
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from werkzeug.exceptions import NotFound
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 from dispatcher.client.manager_client import ManagerClient
+from dispatcher.common import humanize
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.proxy import process
@@ -75,7 +77,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     app.jinja_env.loader = DictLoader(_TEMPLATES)
     app.jinja_env.undefined = StrictUndefined
     app.jinja_env.trim_blocks = app.jinja_env.lstrip_blocks = True
-    app.jinja_env.filters["sentence"] = words.sentence
+    app.jinja_env.filters |= {"sentence": words.sentence, "wait": partial(humanize.duration, up=True)}
     portal = context.Portal(config, client, login_client or client)
     app.extensions[context.EXTENSION] = portal
     for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
@@ -103,8 +105,10 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
             "request_id": content.request_id,
             "asset": lambda name: context.local(f"/static/{_STATIC[name].name}"),
             # What a template does not get is not an error: most values have a usual absence.
-            **dict.fromkeys(("someone", "signed_in", "error")),
-            **dict.fromkeys(("notice", "wait", "user"), ""),
+            "someone": None,
+            "signed_in": None,
+            "notice": "",
+            "user": "",
         }
 
     content.install(app)

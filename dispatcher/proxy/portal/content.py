@@ -12,7 +12,6 @@ from typing import Any
 from flask import Flask, Response, g, jsonify, make_response, render_template, request
 from werkzeug.exceptions import HTTPException
 
-from dispatcher.common import humanize
 from dispatcher.common import problem as problems
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound, TooManyRequests, Unavailable
@@ -60,9 +59,10 @@ def inside_another_page() -> bool:
     return request.headers.get("Sec-Fetch-Dest", "document") != "document"
 
 
-def page(template: str, status: int = 200, **values: Any) -> Response:
+def page(template: str, status: int = 200, *, error: DispatcherError | None = None, **values: Any) -> Response:
     """Return a page.
 
+    :param error: shown on it; says when to try again.
     :raises Forbidden: a script or a frame requests it.
     """
     if inside_another_page():
@@ -72,9 +72,9 @@ def page(template: str, status: int = 200, **values: Any) -> Response:
             fix="open it in a browser window",
         )
     g.nonce = secrets.token_urlsafe(16)
-    response = make_response(render_template(template, **values), status)
+    response = make_response(render_template(template, error=error, **values), status)
     response.mimetype = "text/html"
-    return response
+    return retry(response, error.retry_after if error else None)
 
 
 def data(value: object, status: int = 200) -> Response:
@@ -120,10 +120,7 @@ def error_page(error: DispatcherError, status: int | None = None) -> Response:
         return problem(error, status)
     number = status or error.status
     heading = _HEADINGS.get(number, "Something went wrong")
-    wait = humanize.duration(error.retry_after, up=True) if error.retry_after else ""
-    return retry(
-        page("error.html", number, error=error, heading=heading, number=number, wait=wait), error.retry_after
-    )
+    return page("error.html", number, error=error, heading=heading, number=number)
 
 
 def _from_http(error: HTTPException) -> DispatcherError:

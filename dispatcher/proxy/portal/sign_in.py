@@ -8,7 +8,6 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.common import humanize
 from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, Forbidden, TooManyRequests
 from dispatcher.proxy.portal import content, context, handover, targets
 
@@ -106,8 +105,7 @@ def _again(error: DispatcherError, user: str, target: str) -> Response:
     """Show the form once more, with the reason."""
     if not content.for_people():
         return content.problem(error)
-    wait = humanize.duration(error.retry_after, up=True) if error.retry_after else ""
-    return content.retry(_form(target, error.status, user=user[:255], error=error, wait=wait), error.retry_after)
+    return _form(target, error.status, user=user[:255], error=error)
 
 
 def _form(target: str, status: int = 200, **values: Any) -> Response:

@@ -27,11 +27,9 @@ _log = logger("portal")
 def waiting() -> Response:
     """Show the progress of the start, or that it failed."""
     target = targets.own_path(_header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix)
-    someone = context.person()
-    if someone is None:
-        if content.for_people():
-            return context.go(context.local("/login", next=target))
-        raise context.NotSignedIn("You are not signed in", fix="sign in and try again")
+    if content.for_people() and context.person() is None:
+        return context.go(context.local("/login", next=target))
+    someone = context.signed_in()
     agent = context.agent_of(someone, _header("X-Dispatcher-Agent") or someone.agent)
     return _failed(agent, target) if agent["state"] == "failed" else _under_way(agent, target)
 
@@ -44,20 +42,19 @@ def _header(name: str) -> str:
 def _under_way(agent: dict[str, Any], target: str) -> Response:
     title = context.portal().title(agent["app"])
     label, _ = words.state(agent["state"])
+    error = Unavailable(f"{title} is not ready", why=label.lower(), fix="try again soon", retry_after=REFRESH)
     if not content.for_people():
-        error = Unavailable(f"{title} is not ready", why=label.lower(), fix="try again soon", retry_after=REFRESH)
         return content.problem(error, 503, agent=words.public_agent(agent))
-    response = content.page(
-        "waiting.html",
-        503,
-        agent=agent,
-        title=title,
-        label=label,
-        target=target,
-        refresh=REFRESH,
-        asleep=agent["state"] in words.ASLEEP,
-    )
-    return content.retry(response, REFRESH)
+    asleep = agent["state"] in words.ASLEEP
+    shown = {
+        "agent": agent,
+        "title": title,
+        "label": label,
+        "target": target,
+        "refresh": REFRESH,
+        "asleep": asleep,
+    }
+    return content.page("waiting.html", 503, error=error, **shown)
 
 
 def _failed(agent: dict[str, Any], target: str) -> Response:
@@ -70,5 +67,4 @@ def _failed(agent: dict[str, Any], target: str) -> Response:
     if not content.for_people():
         return content.problem(error, 503, agent=words.public_agent(agent))
     since = humanize.ago(agent.get("since"))
-    response = content.page("failed.html", 503, agent=agent, title=title, error=error, target=target, since=since)
-    return content.retry(response, RETRY_FAILED)
+    return content.page("failed.html", 503, agent=agent, title=title, error=error, target=target, since=since)
