@@ -415,7 +415,7 @@ def test_events_tell_the_owner_what_happens():
         )
         event = json.loads(sock.recv(4000).removeprefix(b"data: "))
         assert event == {
-            "agent": "alice", "state": "starting", "stage": "start", "detail": "pulling", "fraction": 0.25, "failed": None,
+            "agent": "alice", "state": "starting", "stage": "start", "detail": "pulling", "fraction": 0.25, "failed": False,
         }  # fmt: skip
         edge.feed.remove(agents=("alice",))
         assert b'"gone"' in read_all(sock)

@@ -111,7 +111,7 @@ class Agent:
             "stage": self.stage,
             "detail": self.detail,
             "fraction": self.fraction,
-            "failed": self.failed,
+            "failed": bool(self.failed),  # the sentence is for operators
         }
 
 
