@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from dispatcher.plugin.names import backend_name, printable, slug
-    from dispatcher.plugin.networks import METADATA_NETWORKS, denied_networks
+    from dispatcher.plugin.networks import METADATA_NETWORKS, denied_networks, listeners
     from dispatcher.plugin.options import (
         AbsolutePath,
         Address,
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from dispatcher.plugin.removal import remove_tree
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
+    from dispatcher.plugin.temporary import make_temporary
 
 #: In the order in which a name is looked for: those that import little come first.
 _MODULES = (
@@ -103,6 +104,7 @@ _MODULES = (
     "removal",
     "secret_files",
     "ssh",
+    "temporary",
 )
 
 __all__ = [
@@ -183,7 +185,9 @@ __all__ = [
     "denied_networks",
     "hookimpl",
     "in_memory",
+    "listeners",
     "make_owned",
+    "make_temporary",
     "matching",
     "no_progress",
     "owned",

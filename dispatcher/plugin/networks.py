@@ -1,12 +1,16 @@
-"""What an agent with ``network = "private"`` must not reach, the same with every provider."""
+"""What an agent with ``network = "private"`` must not reach, and where an agent listens."""
 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
+from collections.abc import Container, Iterable
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 from pathlib import Path
 
+from dispatcher.plugin.model import Endpoint
+
+_LISTEN = "0A"  # state in /proc/net/tcp
+_ACCEPTS = 0x10000  # flag of a listening socket in /proc/net/unix
 IpNetwork = IPv4Network | IPv6Network
 
 #: Clouds' metadata services, which give the machine's credentials to any process on it, and link-local networks.
@@ -48,6 +52,27 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
     return list(dict.fromkeys([*found, *map(ip_network, extra)]))
 
 
+def listeners(pid: int, sockets: Container[str] | None = None, proc: Path = Path("/proc")) -> list[str]:
+    """Return where the processes in a process's network namespace listen, such as ``tcp:127.0.0.1:8888``.
+
+    :param sockets: only these, by their links in ``/proc/PID/fd``, such as ``socket:[123]``.
+    """
+    found = []
+    for table in ("tcp", "tcp6", "unix"):
+        for fields in map(str.split, _lines(proc / f"{pid}/net/{table}")[1:]):
+            if table == "unix":
+                inode, accepts = fields[6], int(fields[3], 16) & _ACCEPTS and len(fields) > 7
+                where = f"unix:{' '.join(fields[7:])}"
+            else:
+                inode, accepts = fields[9], fields[3] == _LISTEN
+                address, _, port = fields[1].partition(":")
+                words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
+                where = str(Endpoint.tcp(str(ip_address(b"".join(words))), int(port, 16)))
+            if accepts and (sockets is None or f"socket:[{inode}]" in sockets):
+                found.append(where)
+    return list(dict.fromkeys(found))
+
+
 def _outgoing(proc: Path) -> set[str]:
     """Return the interfaces with a default route."""
     v4 = [line.split() for line in _lines(proc / "net/route")[1:]]
@@ -59,9 +84,9 @@ def _outgoing(proc: Path) -> set[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="ascii").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return []  # IPv6 is off
+        return []  # IPv6 is off, or the process has ended
 
 
 def _bits(netmask: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,20 @@ PROVIDER = "docker"
 INSIDE_RUN = "/run/dispatcher"
 INSIDE_SOCKET = f"{INSIDE_RUN}/s"
 INSIDE_SECRETS = "/run/secrets"
+#: Directory in the data for temporary files of any size.
+TEMPORARY = ".tmp"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """The user of a container's app.
+
+    :ivar directory: has the container's `passwd` and `group`; None where the image's own are used.
+    """
+
+    name: str
+    shell: str = "/bin/sh"
+    directory: Path | None = None
 
 
 def options_of(app: App) -> DockerAppOptions:
@@ -67,19 +82,22 @@ def container(
     image_id: str,
     own_volume: bool,
     secrets_dir: Path | None,
+    user: User,
     seccomp: str,
     host_user_namespace: bool,
+    groups: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Return the body that creates an agent's container.
 
     :param image_id: id of the image at its lookup; :param own_volume: data is a volume;
-    :param secrets_dir: directory in memory with the secrets; :param seccomp: "", "unconfined" or a profile.
+    :param secrets_dir: directory in memory with the secrets; :param seccomp: "", "unconfined" or a profile;
+    :param groups: additional groups of the app's processes.
     """
     options = options_of(spec.app)
     body: dict[str, Any] = {
         "Image": image_id,
         "User": "0:0" if options.user == "root" else f"{spec.uid}:{spec.gid}",
-        "Env": [f"{name}={value}" for name, value in environment(spec).items()],
+        "Env": [f"{name}={value}" for name, value in environment(spec, user).items()],
         "WorkingDir": options.workdir or options.data_path,
         "Labels": labels(spec, image_id),
         "Tty": False,
@@ -91,7 +109,8 @@ def container(
             **_limits(spec, options),
             **_isolation(options, seccomp),
             **_network(spec, options, backend),
-            "Mounts": mounts(spec, own_volume=own_volume, secrets_dir=secrets_dir),
+            "Mounts": mounts(spec, user, own_volume=own_volume, secrets_dir=secrets_dir),
+            "GroupAdd": [str(gid) for gid in groups],
             "Tmpfs": {path: f"rw,exec,nosuid,nodev,mode=1777,size={size}" for path, size in options.tmpfs.items()},
             "Init": options.init,
             "RestartPolicy": {"Name": "no"},
@@ -127,10 +146,14 @@ def fill(text: str, options: DockerAppOptions) -> str:
     return text
 
 
-def environment(spec: AgentSpec) -> dict[str, str]:
+def environment(spec: AgentSpec, user: User) -> dict[str, str]:
     """Return the app's environment, besides the image's own."""
     options = options_of(spec.app)
     return {
+        "USER": user.name,
+        "LOGNAME": user.name,
+        "SHELL": user.shell,
+        "TMPDIR": f"{options.data_path}/{TEMPORARY}",
         **{key: fill(value, options) for key, value in spec.app.environment.items()},
         "HOME": options.data_path,
         **spec.variables(options.data_path, INSIDE_SECRETS),
@@ -155,7 +178,7 @@ def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
     return {f"{LABEL}{name}": value for name, value in known.items()}
 
 
-def mounts(spec: AgentSpec, *, own_volume: bool, secrets_dir: Path | None) -> list[dict[str, Any]]:
+def mounts(spec: AgentSpec, user: User, *, own_volume: bool, secrets_dir: Path | None) -> list[dict[str, Any]]:
     """Return the mounts: data, run_dir, secrets and those in the app's options."""
     options = options_of(spec.app)
     if own_volume:
@@ -172,6 +195,8 @@ def mounts(spec: AgentSpec, *, own_volume: bool, secrets_dir: Path | None) -> li
         found.append(_bind(str(spec.run_dir), INSIDE_RUN))
     if secrets_dir:
         found.append(_bind(str(secrets_dir), INSIDE_SECRETS, read_only=True))
+    if user.directory:
+        found += [_bind(str(user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")]
     found += [_bind(one.source, one.target, read_only=one.read_only) for one in options.mounts]
     return found
 

@@ -19,13 +19,39 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Handle, Progress, ProviderError
-from dispatcher_docker.containers import volume_name
+from dispatcher_docker.containers import TEMPORARY, volume_name
 from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Client, Engine
 from dispatcher_docker.options import LABEL
+from dispatcher_docker.stop import remove
 
 _MOUNT = "/dispatcher-data"
 _BLOCK = 1024 * 1024
+
+
+@contextmanager
+def helper(
+    engine: Engine, installation: str, image: str, name: str, mounts: list[dict[str, Any]], deadline: Deadline
+) -> Iterator[tuple[Client, str]]:
+    """Yield client and id of a container that is never started: a way into an image or a volume."""
+    body = {
+        "Image": image,
+        "Cmd": ["never-run"],
+        "Labels": {f"{LABEL}helper": installation},
+        "HostConfig": {"NetworkMode": "none", "Mounts": mounts},
+    }
+    remove(engine, name, deadline)  # a crash may have left one
+    with engine.call("create a helper", deadline) as client:
+        container = client.make(body, name)
+    try:
+        with engine.call("copy files", deadline) as client:
+            yield client, container
+    finally:
+        remove(engine, container, Deadline(max(5.0, deadline.remaining())))
+
+
+def _helper_name(handle: Handle) -> str:
+    return f"{handle.name}-helper"
 
 
 class Volumes:
@@ -68,43 +94,23 @@ class Volumes:
 
     @contextmanager
     def helper(self, handle: Handle, deadline: Deadline) -> Iterator[tuple[Client, str]]:
-        """Yield client and id of a container with the volume at `_MOUNT`, which is never started."""
-        body = {
-            "Image": handle.data.get("image", ""),
-            "Cmd": ["never-run"],
-            "Labels": {f"{LABEL}helper": self._installation},
-            "HostConfig": {
-                "NetworkMode": "none",
-                "Mounts": [
-                    {
-                        "Type": "volume",
-                        "Source": volume_name(handle.name),
-                        "Target": _MOUNT,
-                        "VolumeOptions": {"NoCopy": True},
-                    }
-                ],
-            },
+        """Yield client and id of a helper with the volume at `_MOUNT`."""
+        mount = {
+            "Type": "volume",
+            "Source": volume_name(handle.name),
+            "Target": _MOUNT,
+            "VolumeOptions": {"NoCopy": True},
         }
-        with self._engine.call("create a helper for the data volume", deadline) as client:
-            container = client.make(body, f"{handle.name}-helper")
-        try:
-            with self._engine.call("copy the data", deadline) as client:
-                yield client, container
-        finally:
-            with self._engine.call("remove the helper", Deadline(max(5.0, deadline.remaining()))) as client:
-                client.remove_container(container, force=True)
+        image = str(handle.data.get("image", ""))
+        with helper(self._engine, self._installation, image, _helper_name(handle), [mount], deadline) as found:
+            yield found
 
     def remove_helper(self, handle: Handle, deadline: Deadline) -> None:
         """Remove a helper that a crash left behind."""
-        try:
-            with self._engine.call("remove the helper", deadline) as client:
-                client.remove_container(f"{handle.name}-helper", force=True)
-        except NoSuchObject:
-            pass
+        remove(self._engine, _helper_name(handle), deadline)
 
     def export(self, handle: Handle, directory: Path, deadline: Deadline, progress: Progress) -> None:
         """Copy the volume's content into `directory`."""
-        self.remove_helper(handle, deadline)
         if self._privileged:
             os.chown(directory, int(handle.data["uid"]), int(handle.data["gid"]), follow_symlinks=False)
         with self.helper(handle, deadline) as (client, container), self._tar(handle, directory, "-x") as tar:
@@ -198,12 +204,13 @@ def _tar_failed(tar: subprocess.Popen[bytes]) -> ProviderError:
 
 
 def _root(handle: Handle) -> bytes:
-    """Return a tar whose one entry gives the mount point to the agent's user."""
+    """Return a tar that gives the mount point, and its directory for temporary files, to the agent's user."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        entry = tarfile.TarInfo(_MOUNT.lstrip("/"))
-        entry.type = tarfile.DIRTYPE
-        entry.mode, entry.mtime = 0o700, int(time.time())
-        entry.uid, entry.gid = int(handle.data["uid"]), int(handle.data["gid"])
-        tar.addfile(entry)
+        for path in (_MOUNT, f"{_MOUNT}/{TEMPORARY}"):
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.type = tarfile.DIRTYPE
+            entry.mode, entry.mtime = 0o700, int(time.time())
+            entry.uid, entry.gid = int(handle.data["uid"]), int(handle.data["gid"])
+            tar.addfile(entry)
     return buffer.getvalue()

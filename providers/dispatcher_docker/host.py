@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import docker.errors
 import docker.utils
 import requests
 from docker.api.client import APIClient
@@ -122,6 +123,15 @@ class Client(APIClient):
         """Create a container from the body of `POST /containers/create`; return its id."""
         made = self.create_container_from_config(body, name=name, platform=platform or None)  # type: ignore[no-untyped-call]
         return str(made["Id"])
+
+    def archive(self, container: str, path: str, most: int) -> bytes:
+        """Return a file of a container as a tar; b"" if there is none, or if it has more than `most` bytes."""
+        try:
+            stream, status = self.get_archive(container, path)
+        except docker.errors.NotFound:
+            return b""
+        with contextlib.closing(stream):
+            return b"" if int(status["size"]) > most else b"".join(stream)
 
     def image(self, reference: str) -> dict[str, Any]:
         """Return the inspection of an image."""

@@ -33,6 +33,8 @@ STATES = {
 }
 #: Ended containers that one `list` inspects at most.
 _INSPECT_AT_ONCE = 32
+#: What an image's own init (s6-overlay, runit) prints when it is not the first process.
+_NEEDS_PID_1 = re.compile(r"\b(only|must)\b.*\bas (pid|process)( no)? 1\b", re.IGNORECASE)
 _EXITED = re.compile(r"Exited \((\d+)\)")
 
 
@@ -207,7 +209,10 @@ class ExitReasons:
         """Add the last lines of its output to an ended container's observation."""
         if self._was_stopped(handle, container):
             return replace(observation, exit_reason="")
-        return replace(observation, detail=observation.detail or " | ".join(self.last_lines(handle, deadline)))
+        lines = self.last_lines(handle, deadline)
+        if any(_NEEDS_PID_1.search(line) for line in lines):
+            lines.append("its image has an init of its own: set init = false in the app's table [apps.X.docker]")
+        return replace(observation, detail=observation.detail or " | ".join(lines))
 
     def complete_many(
         self, ended: Iterable[tuple[Handle, str, Observation]], deadline: Deadline

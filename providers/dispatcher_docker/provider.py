@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ from dispatcher.plugin import (
     SpecConflict,
     Unsupported,
     Usage,
+    listeners,
 )
 from dispatcher_docker import containers, explain, logs, observe
 from dispatcher_docker.data import Volumes
@@ -43,7 +45,8 @@ from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 from dispatcher_docker.stop import remove, stop
-from dispatcher_docker.usage import EngineUsage, from_cgroup
+from dispatcher_docker.usage import EngineUsage, from_cgroup, oom_kills
+from dispatcher_docker.users import Users
 
 _OLDEST_API = (1, 41)
 
@@ -68,6 +71,7 @@ class DockerProvider(Provider):
             [context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")],  # noqa: S108
         )
         self._volumes = Volumes(self._engine, context.installation, privileged=context.privileged)
+        self._users = Users(self._engine, context.installation, context.run_dir / "users")
         self._own_volume = options.data == "volume" or (options.data == "auto" and not self._engine.is_local)
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
         self._exit_reasons = ExitReasons(self._engine, context.state_dir)
@@ -76,6 +80,7 @@ class DockerProvider(Provider):
             options,
             context.installation,
             secrets=self._secrets,
+            users=self._users,
             exit_reasons=self._exit_reasons,
             volumes=self._volumes if self._own_volume else None,
         )
@@ -206,7 +211,7 @@ class DockerProvider(Provider):
         observation = self._endpoint_here(handle, observation, deadline)
         if observation.state is BackendState.STOPPED:
             return self._exit_reasons.complete(handle, found["Id"], observation, deadline)
-        return observation
+        return replace(observation, oom_kills=oom_kills(found["Id"]) if self._engine.is_local else 0)
 
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
         progress("looking for the container")
@@ -224,6 +229,7 @@ class DockerProvider(Provider):
             self._networks.remove_unused(deadline)
         self._clear(handle, deadline)
         self._exit_reasons.forget(handle)
+        self._users.remove(handle.name)
         if self._own_volume:
             self._volumes.remove_helper(handle, deadline)
         if data and self._own_volume:
@@ -306,6 +312,13 @@ class DockerProvider(Provider):
         usages = {name: usage for one, name in local if (usage := from_cgroup(one))}
         others = {one: name for one, name in ids.items() if name not in usages}
         return usages | {others[one]: usage for one, usage in self._statistics.read(others, deadline).items()}
+
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
+        inspected = self._own(handle, deadline)
+        if not inspected or not self._engine.is_local or inspected["HostConfig"].get("NetworkMode") == "host":
+            return ()
+        found = listeners(int(inspected["State"].get("Pid") or 0))
+        return [one for one in found if not one.startswith("tcp:127.0.0.11:")]  # the engine's name server
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         watch = Watch(self._engine, self.context.installation, on_change, self.context.log)

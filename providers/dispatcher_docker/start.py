@@ -22,6 +22,7 @@ from dispatcher.plugin import (
     ProviderError,
     SecretFiles,
     Unavailable,
+    make_temporary,
 )
 from dispatcher_docker import containers, observe, seccomp
 from dispatcher_docker.data import Volumes
@@ -30,6 +31,7 @@ from dispatcher_docker.host import Client, Engine
 from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.stop import remove
+from dispatcher_docker.users import Users, groups_of
 
 
 class Starter:
@@ -45,11 +47,12 @@ class Starter:
         installation: str,
         *,
         secrets: SecretFiles,
+        users: Users,
         exit_reasons: ExitReasons,
         volumes: Volumes | None,
     ) -> None:
         self._engine, self._options, self._installation = engine, options, installation
-        self._secrets, self._exit_reasons, self._volumes = secrets, exit_reasons, volumes
+        self._secrets, self._users, self._exit_reasons, self._volumes = secrets, users, exit_reasons, volumes
 
     def find(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
         """Return an agent's container, None if there is none.
@@ -91,13 +94,16 @@ class Starter:
             if spec.secrets:
                 owner = containers.owner_uid(spec)
                 secrets = self._secrets.write(handle.name, spec.secrets, owner, -1)
+            user = self._users.prepare(spec, image, deadline)
+            if self._volumes is None:
+                make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid)
             if found and not self._fits(found, spec, image, secrets):
                 progress("removing the old container")
                 remove(self._engine, handle.name, deadline)
                 found = None
             if found is None:
                 progress("creating the container")
-                self._create(spec, handle, image, secrets, remapped=remapped, deadline=deadline)
+                self._create(spec, handle, image, user, secrets, remapped=remapped, deadline=deadline)
             progress("starting the container")
             self._exit_reasons.forget(handle)
             self._start(spec, handle, deadline)
@@ -131,6 +137,7 @@ class Starter:
         spec: AgentSpec,
         handle: Handle,
         image: str,
+        user: containers.User,
         secrets: Path | None,
         *,
         remapped: bool,
@@ -143,6 +150,8 @@ class Starter:
             image_id=image,
             own_volume=self._volumes is not None,
             secrets_dir=secrets,
+            user=user,
+            groups=groups_of(options) if self._engine.is_local else (),
             seccomp=seccomp.chosen(options.seccomp, options.cap_add),
             host_user_namespace=remapped,
         )

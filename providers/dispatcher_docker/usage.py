@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,30 @@ from dispatcher.plugin import Deadline, DispatcherError, Usage, boottime
 from dispatcher_docker.host import Engine
 
 _PARALLEL = 16
+_ROOT = Path("/sys/fs/cgroup")
 
 
-def from_cgroup(container: str, root: Path = Path("/sys/fs/cgroup")) -> Usage | None:
+def _groups(container: str, root: Path) -> Iterator[tuple[Path, Path, Path]]:
+    """Yield where its cgroups may be: that of version 2, and of version 1 those of memory and cpuacct."""
+    for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
+        yield root / path, root / "memory" / path, root / "cpuacct" / path
+
+
+def oom_kills(container: str, root: Path = _ROOT) -> int:
+    """Return how many processes of a container of this host the kernel has killed for memory; 0 if not known."""
+    for group, memory, _ in _groups(container, root):
+        for path in (group / "memory.events", memory / "memory.oom_control"):
+            with contextlib.suppress(OSError, ValueError):
+                return _field(path, "oom_kill")
+    return 0
+
+
+def from_cgroup(container: str, root: Path = _ROOT) -> Usage | None:
     """Return what a container of this host uses, from cgroup files of version 1 or 2.
 
     None if it is gone, or its cgroup is not where engines put it by default.
     """
-    for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
-        group, memory, cpu = root / path, root / "memory" / path, root / "cpuacct" / path
+    for group, memory, cpu in _groups(container, root):
         with contextlib.suppress(OSError, ValueError):
             used = _number(group / "memory.current") - _field(group / "memory.stat", "inactive_file")
             return Usage(memory=max(0, used), cpu_seconds=_field(group / "cpu.stat", "usage_usec") / 1e6)

@@ -1,5 +1,6 @@
 """The networks that no private network reaches."""
 
+import os
 import socket
 from collections import namedtuple
 from ipaddress import ip_address
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from dispatcher.plugin import METADATA_NETWORKS
-from dispatcher.plugin.networks import denied_networks
+from dispatcher.plugin.networks import denied_networks, listeners
 
 Address = namedtuple("Address", "family address netmask")
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -66,3 +67,24 @@ def test_a_host_without_routes_and_ipv6_denies_its_whole_networks(monkeypatch, t
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [Address(V4, "10.0.0.5", "255.255.255.0")]})
     denied = denied_networks(proc=tmp_path)
     assert {"10.0.0.5/32", "10.0.0.0/24"} <= {str(one) for one in denied}
+
+
+def test_listening_sockets_of_a_namespace_are_found(tmp_path):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as v4,
+        socket.create_server(("::1", 0), family=V6) as v6,
+        socket.socket(socket.AF_UNIX) as unix,
+        socket.create_connection(v4.getsockname()),
+    ):
+        path = str(tmp_path / "a socket")
+        unix.bind(path)
+        unix.listen()
+        own = {os.readlink(f"/proc/self/fd/{one.fileno()}") for one in (v4, v6, unix)}
+        expected = [f"tcp:127.0.0.1:{v4.getsockname()[1]}", f"tcp:[::1]:{v6.getsockname()[1]}", f"unix:{path}"]
+        assert listeners(os.getpid(), own) == expected
+        assert set(expected) <= set(listeners(os.getpid()))
+        assert listeners(os.getpid(), []) == []
+
+
+def test_a_process_that_has_ended_listens_nowhere(tmp_path):
+    assert listeners(1, proc=tmp_path) == []

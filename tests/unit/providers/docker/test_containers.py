@@ -40,7 +40,9 @@ def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", 
         own_volume=own_volume,
         secrets_dir=secrets_dir,
         seccomp=seccomp,
+        user=containers.User(name="alice", shell="/bin/bash", directory=Path("/run/x/users/a")),
         host_user_namespace=userns,
+        groups=[44],
     )
 
 
@@ -54,7 +56,14 @@ def test_the_walls_stand_by_default():
     assert (host["Devices"], host.get("DeviceRequests")) == ([], None)
     assert host["RestartPolicy"] == {"Name": "no"}
     assert made["Healthcheck"] == {"Test": ["NONE"]}
-    assert {one["Target"] for one in host["Mounts"]} == {"/data", "/run/dispatcher"}
+    assert {one["Target"] for one in host["Mounts"]} == {
+        "/data",
+        "/run/dispatcher",
+        "/etc/passwd",
+        "/etc/group",
+    }
+    assert all(one["ReadOnly"] for one in host["Mounts"] if one["Target"].startswith("/etc"))
+    assert host["GroupAdd"] == ["44"]
 
 
 def test_each_loosening_is_one_key():
@@ -112,7 +121,8 @@ def test_placeholders_are_replaced_in_commands_and_environment_alone():
 
 
 def test_an_app_cannot_pretend_to_be_somebody_else():
-    environment = containers.environment(spec(environment={"DISPATCHER_USER": "bob", "HOME": "/x"}))
+    user = containers.User(name="alice")
+    environment = containers.environment(spec(environment={"DISPATCHER_USER": "bob", "HOME": "/x"}), user)
     assert environment["DISPATCHER_USER"] == "alice"
 
 
