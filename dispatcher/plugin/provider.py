@@ -19,7 +19,7 @@ The environment of an app, the same with every provider, so that a move to anoth
 - `{socket}`, `{port}` and `{data}` in its command (and in values of `App.environment`) are replaced by the path of
   its Unix socket, its TCP port and its data directory, as seen from inside;
 - its environment is `App.environment` (byte for byte but for those placeholders), `HOME` (the data directory,
-  also the working directory, unless the options set another), `USER`, `LOGNAME`, `SHELL`, `TMPDIR` (in the data, as
+  also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`, `TMPDIR` (in the data, as
   `/tmp` is small) and `AgentSpec.variables`; nothing of the manager's own environment.  `DISPATCHER_SECRETS` is a
   directory in memory with one file per secret, readable by the agent alone;
 - its standard input is `AgentSpec.stdin` and then its end; empty without credentials.
