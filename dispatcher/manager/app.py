@@ -25,6 +25,7 @@ from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.runtime import Lock, make_directories
+from dispatcher.manager.files.space import free_space
 from dispatcher.manager.rest import Services, application, health, tls
 from dispatcher.manager.rest.listeners import (
     Tokens,
@@ -173,6 +174,10 @@ class Manager:
             gauges={
                 "sessions": ("Active sessions", self.sessions.count),
                 "feed_connections": ("Connected edge workers", self.feed.connections),
+                "state_disk_free_bytes": (
+                    "Free space on the disk of manager.state_dir",
+                    lambda: free_space(self.paths.state_dir),
+                ),
                 "hash_queue": ("Running and waiting password checks", lambda: pool.present),
             },
             workers=self.feed.counters,

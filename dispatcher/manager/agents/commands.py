@@ -3,7 +3,8 @@
 Each returns as soon as the desired state is written.  An agent is given by its name.
 
 :raises NotFound: (any command) there is no such agent.
-:raises Unavailable: (any command) the desired state cannot be written; nothing happened.
+:raises Unavailable: (any command) the desired state cannot be written; nothing happened.  Stops, resets and
+    removals are carried out on a full disk, too: they are the way out of it.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ class Commands:
 
         def decide(_: AgentRow) -> Change:
             fields = {"desired": Desired.ABSENT, "keep_data": keep_data, "pending": Pending.NONE}
-            return self._command(agent, fields)
+            return self._command(agent, fields, frees=True)
 
         self._engine.change(agent, decide)
 
@@ -174,7 +175,7 @@ class Commands:
             fields: dict[str, Any] = {"desired": desired, "pending": pending}
             if desired is Desired.RUNNING:
                 fields["attempts"] = ()
-            return self._command(agent, fields)
+            return self._command(agent, fields, frees=desired is Desired.STOPPED)
 
         self._engine.change(agent, decide)
 
@@ -205,16 +206,21 @@ class Commands:
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)
-            return self._command(agent, {"pending": Pending.RESET})
+            return self._command(agent, {"pending": Pending.RESET}, frees=True)
 
         self._engine.change(agent, decide)
 
     @staticmethod
-    def _command(agent: Agent, fields: dict[str, Any]) -> Change:
+    def _command(agent: Agent, fields: dict[str, Any], *, frees: bool = False) -> Change:
+        """Return the change of a command.
+
+        :param frees: it is the way out of a full disk, so it is carried out on one, too.
+        """
         agent.reason = ""
         if not agent.stuck:  # a call that hangs remains the reason why nothing happens
             fields |= CLEARED
-        return Change(fields, write=Write.REQUIRED, insist=True, urgent=True)
+        write = Write.UNLESS_FULL if frees else Write.REQUIRED
+        return Change(fields, write=write, insist=True, urgent=True)
 
     # --- from the edge; unknown agents are ignored, nothing is raised
 

@@ -34,6 +34,7 @@ from dispatcher.manager.agents.transitions import CLEARED, NO_OPERATION, Change,
 from dispatcher.manager.agents.views import AgentView, view_of
 from dispatcher.manager.backends.backend import Backend, Backends
 from dispatcher.manager.storage.agents import Store
+from dispatcher.manager.storage.database import DiskFull
 from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.manager.storage.write_buffer import WriteBuffer
@@ -183,7 +184,7 @@ class Engine:
     def change(self, agent: Agent, decide: Decide) -> bool:
         """Apply the change that `decide(row)` returns; return whether there was one.
 
-        :raises Unavailable: the change must be written (`Write.REQUIRED`) and cannot be; it did not happen.
+        :raises Unavailable: the change must be written and cannot be; it did not happen.
         """
         with agent.lock:
             if agent.gone:
@@ -253,10 +254,11 @@ class Engine:
             try:
                 self.store.save([row], events)
             except DispatcherError as error:
-                if change.write is Write.REQUIRED:
+                unwritten = change.write is Write.UNLESS_FULL and isinstance(error, DiskFull)
+                if change.write in {Write.REQUIRED, Write.UNLESS_FULL} and not unwritten:
                     raise
                 _log.error("%s: %s", names.printable(row.name), error)
-                if operation is not None:  # an operation that cannot be written does not begin
+                if operation is not None and not unwritten:  # what cannot be written does not begin
                     operation = None
                     row = dataclasses.replace(idle, version=row.version)
                     events = [(row.id, self.event(row, kind, detail)) for kind, detail in idle_reported]

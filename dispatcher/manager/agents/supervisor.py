@@ -29,6 +29,7 @@ from dispatcher.manager.agents.transitions import NO_OPERATION
 from dispatcher.manager.backends.backend import Backend, Backends, Contact
 from dispatcher.manager.backends.logs import LogCollector
 from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.files.space import low_space
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow
@@ -41,6 +42,7 @@ BOOT = 2.0  # seconds that a boot waits for slow backends
 LAST_USED = 30.0  # seconds between writes of when agents were last used
 TRIM = 3600.0  # seconds between deletions of old events
 OLD_PROVIDER = 60.0  # seconds until a provider whose options changed is closed
+DISK_FIRST, DISK = 3.0, 60.0  # seconds until and between checks of the free space
 CLOSE = 3.0  # seconds that a close waits for operations in progress
 
 _log = logging.getLogger("dispatcher.manager")
@@ -94,6 +96,7 @@ class Supervisor:
         self.queries = Queries(self.engine, self._log_collector, self.data.sockets)
         self.idle_monitor = IdleMonitor(self.engine)
         self._closed = threading.Event()
+        self._disk_is_low = False
 
     def _specs(self, config: Config) -> Specs:
         return Specs(
@@ -130,6 +133,7 @@ class Supervisor:
         self._slow_timers.every(LAST_USED, self.engine.write_last_used)
         self._slow_timers.every(TRIM, self.store.trim_events)
         self._slow_timers.after(1.0, self._empty_trash)
+        self._slow_timers.after(DISK_FIRST, self._check_disk)
         self._timers.after(self._interval, self.reconcile)
 
     def _wanted_providers(self) -> set[str]:
@@ -186,6 +190,19 @@ class Supervisor:
     def _empty_trash(self) -> None:
         for problem in self.data.empty_trash():
             _log.warning("The remains of an interrupted deletion cannot be deleted: %s", problem)
+
+    def _check_disk(self) -> None:
+        """Reserve space for the database while there is some, and warn before the disk is full; regularly."""
+        problem = low_space(self.data.paths.state_dir)
+        if problem and not self._disk_is_low:
+            _log.warning("%s: stop, reset or remove agents (`dispatcher top`), or add space", problem)
+        self._disk_is_low = bool(problem)
+        if not problem:
+            try:
+                self._database.reserve()
+            except DispatcherError as error:
+                _log.warning("%s", error)
+        self._slow_timers.after(DISK, self._check_disk)
 
     @property
     def _interval(self) -> float:

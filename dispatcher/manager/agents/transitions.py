@@ -85,6 +85,7 @@ class Write(enum.Enum):
 
     NOW = enum.auto()  # at once; if that fails, later: the change happens anyway
     REQUIRED = enum.auto()  # at once; if that fails, nothing happens and the error is raised
+    UNLESS_FULL = enum.auto()  # the same, but on a full disk the change happens and is written later
     LATER = enum.auto()  # with others in one transaction, unless an operation begins
 
 

@@ -7,6 +7,7 @@ from flask import Response
 
 from dispatcher import __version__
 from dispatcher.manager.agents.metrics import CONTENT_TYPE
+from dispatcher.manager.files.space import low_space
 from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
@@ -39,6 +40,8 @@ def report(services: Services) -> Json:
             connection.execute(sa.text("SELECT 1"))
     except Unavailable as error:
         problems.append(str(error))
+    if low := low_space(services.config.manager.state_dir):
+        problems.append(low)
     return {
         "status": "degraded" if problems else "ok",
         "version": __version__,

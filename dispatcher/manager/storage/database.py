@@ -6,6 +6,7 @@ mode; writers take turns through one lock, so that "database is locked" is not a
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from dispatcher.manager.files.space import free_space
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
 SCHEMA_VERSION = 2
+RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
+SMALLEST = 1 << 16  # bytes: with less free space a disk is full
+_FULL = ("is full", "No space left")  # SQLite, MySQL; PostgreSQL
+_FIXES = {  # by what SQLite says
+    "locked": "end the other program that uses it",
+    "readonly": "make it writable for the manager's user",
+    "unable to open": "check that its directory exists and is writable",
+    "disk I/O": "check the disk: the kernel's log names its errors",
+}
 metadata = sa.MetaData()
 
 meta = sa.Table(
@@ -25,6 +36,10 @@ meta = sa.Table(
     sa.Column("key", sa.String(64), primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
 )
+
+
+class DiskFull(Unavailable):
+    """The database cannot be written, as its disk is full."""
 
 
 class Database:
@@ -46,12 +61,14 @@ class Database:
             ) from error
         self._write_lock = threading.RLock()
         self.sqlite = self.engine.dialect.name == "sqlite"
+        self._file: Path | None = None
         if self.sqlite:
             sa.event.listen(self.engine, "connect", _configure_sqlite)
             path = self.engine.url.database
             if path and path != ":memory:":
+                self._file = Path(path)
                 try:
-                    Path(path).touch(mode=0o600, exist_ok=True)
+                    self._file.touch(mode=0o600, exist_ok=True)
                 except OSError as error:
                     raise Unavailable(
                         f"Cannot open the database {path}",
@@ -65,7 +82,14 @@ class Database:
         :raises ConfigError: it is not a database, or a newer release's; :raises Unavailable: not usable now.
         """
         try:
-            self._open()
+            try:
+                self._open()
+            except DiskFull:
+                if self._file is None:
+                    raise
+                self.engine.dispose()
+                self._reserve_file(self._file).unlink(missing_ok=True)
+                self._open()
         except Unavailable as error:
             # Only here: later errors may be shown to users, who must not see the path.
             where = self.engine.url.database if self.sqlite else self.engine.url.render_as_string()
@@ -111,7 +135,7 @@ class Database:
                 with self.engine.begin() as connection:
                     yield connection
             except sa.exc.OperationalError as error:
-                raise _unavailable(error) from error
+                raise self._unavailable(error) from error
 
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
@@ -123,7 +147,7 @@ class Database:
             with self.engine.connect() as connection:
                 yield connection
         except sa.exc.OperationalError as error:
-            raise _unavailable(error) from error
+            raise self._unavailable(error) from error
 
     def select(self, query: sa.Select[Any] | sa.CompoundSelect[Any]) -> Sequence[sa.RowMapping]:
         """Return the rows that a query finds.
@@ -157,6 +181,48 @@ class Database:
         """Keep `value` under `key`."""
         self.execute(meta.delete().where(meta.c.key == key), meta.insert().values(key=key, value=value))
 
+    def reserve(self) -> None:
+        """Keep room in SQLite's files, so that they can be written when the disk is full; cheap when there is.
+
+        Free pages stay in the file, and the write-ahead log keeps its size: it is written again from its start.
+        The log is deleted when the manager ends; a file beside it is the reserve for the next start.
+
+        :raises Unavailable: there is no space.
+        """
+        if self._file is None:
+            return
+        log = self._file.with_name(self._file.name + "-wal")
+        with self.read() as connection:
+            pages = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
+            size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+        if pages * size < RESERVE // 2 or log.stat().st_size < RESERVE // 2:
+            with self.write() as connection:
+                connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS reserve (bytes BLOB)")
+                connection.exec_driver_sql("INSERT INTO reserve VALUES (zeroblob(?))", (RESERVE,))
+            with self.write() as connection:
+                connection.exec_driver_sql("DROP TABLE reserve")
+            with self.read() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+        try:
+            with open(os.open(self._reserve_file(self._file), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE)
+        except OSError as error:
+            raise DiskFull("No space can be reserved for the database", why=str(error)) from error
+
+    @staticmethod
+    def _reserve_file(database: Path) -> Path:
+        return database.with_name(database.name + "-reserve")
+
+    def _unavailable(self, error: sa.exc.OperationalError) -> Unavailable:
+        what, why = "The database cannot be used now", str(error.orig)
+        full = any(words in why for words in _FULL)
+        if "disk I/O" in why and self._file and free_space(self._file.parent) < SMALLEST:
+            full, why = True, "the disk is full"  # SQLite's memory map cannot grow
+        if full:
+            return DiskFull(what, why=why, fix="free some space on its disk", retry_after=5)
+        fixes = [fix for words, fix in _FIXES.items() if words in why]
+        return Unavailable(what, why=why, fix=(*fixes, "check that its server answers")[0], retry_after=5)
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
@@ -167,12 +233,3 @@ def _configure_sqlite(connection: object, _record: object) -> None:
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=5000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
-
-
-def _unavailable(error: sa.exc.OperationalError) -> Unavailable:
-    return Unavailable(
-        "The database cannot be used now",
-        why=str(error.orig),
-        fix="check that its disk has space and is writable",
-        retry_after=5,
-    )

@@ -1,25 +1,29 @@
 """Disks that are full, databases that are locked, clocks that jump: nothing is lost."""
 
+import os
 import time
 
 import pytest
 
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.storage.database import DiskFull
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState
-from tests.support.manager_world import end, reach, running, until
+from tests.support.manager_world import end, gone, reach, running, until
 
 
 # --- disks, databases, clocks
 
 
-def fail_writes(supervisor):
-    def full(*_args, **_more):
-        raise Unavailable("The database cannot be used now", why="database or disk is full")
+def fail_writes(supervisor, error=None):
+    error = error or Unavailable("The database cannot be used now", why="attempt to write a readonly database")
+
+    def fail(*_args, **_more):
+        raise error
 
     saved = supervisor.store.save
-    supervisor.store.save = full
+    supervisor.store.save = fail
     return lambda: setattr(supervisor.store, "save", saved)
 
 
@@ -34,13 +38,45 @@ def test_a_wish_that_cannot_be_written_is_refused_and_nothing_happens(world):
         lambda: supervisor.commands.remove("alice", keep_data=False),
         lambda: supervisor.commands.reset_data("alice"),
     ):
-        with pytest.raises(Unavailable, match="disk is full"):
+        with pytest.raises(Unavailable, match="readonly"):
             wish()
     assert supervisor.queries.view("alice").state is State.RUNNING
     assert len(world.backend.calls) == calls
     heal()
     supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
+
+
+def test_on_a_full_disk_agents_can_be_stopped_reset_and_removed(world):
+    supervisor = world.supervisor()
+    for name in ("alice", "bob", "carol"):
+        running(supervisor, name)
+    (supervisor.data.data_dir("bob") / "much").write_text("x")
+    heal = fail_writes(supervisor, DiskFull("The database cannot be used now", why="database or disk is full"))
+    with pytest.raises(Unavailable):
+        supervisor.commands.restart("alice")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
+    supervisor.commands.reset_data("bob")
+    supervisor.commands.remove("carol", keep_data=False)
+    reach(supervisor, "alice", "stopped")
+    gone(supervisor, "carol")
+    until(lambda: not (supervisor.data.data_dir("bob") / "much").exists())
+    heal()
+    reach(supervisor, "bob", "running")
+    until(lambda: {row.name: row.desired.value for row in supervisor.store.agents()}["alice"] == "stopped")
+
+
+def test_a_disk_that_is_almost_full_is_told_before_it_is(world, monkeypatch, caplog):
+    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK_FIRST", 0.0)
+    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK", 0.01)
+    found = os.statvfs("/")
+    low = os.statvfs_result((*found[:3], 7, 7, *found[5:]))
+    monkeypatch.setattr("dispatcher.manager.files.space.os.statvfs", lambda _path: low)
+    world.supervisor()
+    until(lambda: "are free on the disk of" in caplog.text)
+    time.sleep(0.1)
+    assert caplog.text.count("are free on the disk of") == 1
+    assert "dispatcher top" in caplog.text
 
 
 def test_what_happens_while_nothing_can_be_written_is_written_later(world):

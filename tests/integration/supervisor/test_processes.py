@@ -330,11 +330,11 @@ def test_an_agent_s_socket_that_is_a_link_is_refused(place):
 
 
 @pytest.fixture
-def small_disk(place):
-    """The state directory on a file system of 4 MiB."""
+def small_disk(place, request):
+    """The state directory on a small file system."""
     state = place.directory / "state"
     made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0711", "tmpfs", str(state)], capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={request.param},mode=0711", "tmpfs", str(state)], capture_output=True
     )
     if made.returncode:
         pytest.skip(f"no tmpfs can be mounted: {made.stderr.decode()}")
@@ -349,7 +349,45 @@ def small_disk(place):
 
 
 @pytest.mark.root
-def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(place, small_disk):
+@pytest.mark.parametrize("small_disk", ["64m"], indirect=True)
+def test_who_fills_the_disk_can_be_stopped_and_removed_and_others_still_sign_in(place, small_disk, monkeypatch):
+    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK_FIRST", 0.0)
+    supervisor = place.supervisor()
+    running(supervisor)
+    running(supervisor, "bob")
+    log = small_disk / "dispatcher.db-wal"
+    until(
+        lambda: log.exists() and log.stat().st_size > 1 << 22 and (small_disk / "dispatcher.db-reserve").exists()
+    )
+    ballast = supervisor.data.data_dir("alice") / "much"
+
+    def fill():
+        with contextlib.suppress(OSError), open(ballast, "ab", buffering=0) as file:
+            while True:
+                file.write(b"x" * 512)
+
+    fill()
+    database = supervisor.store.database
+    for number in range(500):  # as many writes as sign-ins
+        database.set_meta(f"key{number}", "x" * 200)
+    supervisor.commands.create("carol", app=None, password_hash="hash")
+    assert supervisor.store.get_user("carol") is not None
+    fill()
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
+    reach(supervisor, "alice", "stopped", seconds=20)
+    place.end(supervisor)
+    fill()
+    new = place.supervisor()  # it starts on a full disk
+    assert {view.name for view in new.queries.views()} == {"alice", "bob", "carol"}
+    new.commands.remove("alice", keep_data=False)
+    until(lambda: "alice" not in new.engine.agents, 20)
+    assert not ballast.exists()
+    assert ask(new.queries.view("bob"))
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("small_disk", ["4m"], indirect=True)
+def test_a_disk_that_was_never_free_is_a_clear_error_and_nothing_is_lost(place, small_disk):
     from dispatcher.plugin.errors import DispatcherError
 
     supervisor = place.supervisor()
@@ -366,7 +404,7 @@ def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(place, small_disk):
             errors.append(error)
             break
     assert "disk is full" in str(errors[0])
-    assert "disk has space" in errors[0].fix
+    assert "free some space" in errors[0].fix
     assert ask(supervisor.queries.view("alice"))
     assert supervisor.queries.view("alice").state is State.RUNNING
     os.unlink(ballast)

@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 from dispatcher.plugin.errors import ConfigError, Unavailable
-from dispatcher.manager.storage.database import SCHEMA_VERSION, Database
+from dispatcher.manager.storage.database import RESERVE, SCHEMA_VERSION, Database
 
 
 def opened(url):
@@ -67,7 +67,38 @@ def test_the_error_names_a_database_that_cannot_be_opened(tmp_path):
     with pytest.raises((Unavailable, ConfigError)) as caught:
         opened(f"sqlite:///{tmp_path}/x.db")
     assert f"{tmp_path}/x.db" in str(caught.value)
-    assert "space" in caught.value.fix
+    assert "check that its directory" in caught.value.fix
+
+
+def test_space_is_reserved_once_and_kept(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    before = (tmp_path / "x.db").stat().st_size
+    for _ in range(2):
+        database.reserve()
+        sizes = [path.stat().st_size for path in sorted(tmp_path.iterdir()) if not path.name.endswith("-shm")]
+        assert all(RESERVE <= size < RESERVE + (1 << 20) for size in sizes), sizes
+    assert before < 1 << 20
+    database.set_meta("key", "value")
+    assert database.meta("key", "") == "value"
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        ("database or disk is full", "free some space on its disk"),
+        ("database is locked", "end the other program that uses it"),
+        ("attempt to write a readonly database", "make it writable for the manager's user"),
+        ("server closed the connection unexpectedly", "check that its server answers"),
+    ],
+)
+def test_an_error_blames_the_disk_only_when_it_is_the_disk(tmp_path, said, fix):
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    with pytest.raises(Unavailable) as caught, database.write():
+        raise sa.exc.OperationalError("INSERT", None, sqlite3.OperationalError(said))
+    assert (caught.value.why, caught.value.fix) == (said, fix)
+    database.close()
 
 
 def test_a_newer_schema_is_refused(tmp_path):
