@@ -1,6 +1,6 @@
 """Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it.
 
-The edge's HTTP modules are compiled with mypyc where a C compiler and Python's headers are found (docs/adr/0010);
+The path of a request through the edge is compiled with mypyc where a C compiler and Python's headers are found (docs/adr/0010);
 DISPATCHER_PURE=1 leaves that out.
 """
 
@@ -36,15 +36,14 @@ TESTING = [
     "lxml-stubs",
 ]
 
-#: Compiled: the parts of the edge that every request passes.
+#: Compiled is the path of a request through the edge; not these, which derive from classes that are not, or are seldom
+#: run.
+INTERPRETED = {"__init__", "connect", "decision", "handshakes", "listener", "pages"}
 COMPILED = [
-    f"dispatcher/proxy/edge/{folder}/{name}.py"
-    for folder, names in {
-        "http": "headers scan request head_reader response chunked cookie trusted_proxies websocket",
-        "routing": "activity router session_cookie table",
-        "net": "access_log bodies client_base clients connection context counters exchange tunnel upstream",
-    }.items()
-    for name in names.split()
+    str(path.relative_to(HERE))
+    for folder in ("http", "routing", "net")
+    for path in sorted((HERE / "dispatcher/proxy/edge" / folder).glob("*.py"))
+    if path.stem not in INTERPRETED
 ]
 MYPY = "mypy>=2.4,<3"
 BUILDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}

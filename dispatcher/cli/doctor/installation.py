@@ -261,12 +261,12 @@ def _sub_ids(first: int, last: int) -> Iterator[Finding]:
 
 
 def edge_modules() -> Finding:
-    """Tell whether the edge's HTTP modules are compiled (docs/adr/0010)."""
-    from dispatcher.proxy.edge.http.scan import COMPILED
+    """Tell whether the edge's modules are compiled (docs/adr/0010)."""
+    from dispatcher.proxy.edge.http.fields import COMPILED
 
     if COMPILED:
-        return info("the edge's HTTP modules are compiled")
+        return info("the edge's modules are compiled")
     return info(
-        "the edge's HTTP modules are interpreted, which costs about a third more CPU per request",
+        "the edge's modules are interpreted, which costs more than twice the CPU per request",
         "install a C compiler and Python's headers, then install dispatcher again",
     )

@@ -23,7 +23,7 @@ _RESTARTING = 10.0  # seconds that a manager may be away before connects become 
 _SHORT_PAUSE, _LONGEST_PAUSE = 0.1, 2.0
 
 
-class Feed:
+class Feed(asyncio.Protocol):
     """The connection to the feed, up or down.
 
     :ivar lost_at: boot time since which there is no complete feed; 0 while there is one.
@@ -49,6 +49,8 @@ class Feed:
         self._complained = False
         self.lost_at = boottime()
         self._first = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._decoder = protocol.Decoder()
 
     @property
     def complete(self) -> bool:
@@ -88,10 +90,11 @@ class Feed:
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._closed:
-            ended: asyncio.Future[None] = loop.create_future()
+            self._decoder = protocol.Decoder()
+            self._ended.clear()
             try:
-                await loop.create_unix_connection(lambda ended=ended: _Protocol(self, ended), self._path)  # type: ignore[misc]
-                await ended
+                await loop.create_unix_connection(lambda: self, self._path)
+                await self._ended.wait()
             except OSError as error:
                 if not self._complained:
                     self._log.warning("the manager's feed cannot be reached", path=self._path, error=str(error))
@@ -100,23 +103,30 @@ class Feed:
             away = self.lost_at and boottime() - self.lost_at > _RESTARTING
             self._pause = min(self._pause * 2, _LONGEST_PAUSE if away else _SHORT_PAUSE)
 
-    # For the protocol.
+    # The transport's callbacks.
 
-    def up(self, transport: asyncio.WriteTransport) -> None:
-        """The connection is open."""
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
         try:
             trust.check_peer(transport.get_extra_info("socket"), self._path)
         except ManagerUnreachable as error:
             self._log.error("the feed's socket does not belong to the manager", path=self._path, why=error.why)
-            transport.abort()
+            transport.abort()  # type: ignore[attr-defined]
             return
-        self._transport = transport
+        self._transport = transport  # type: ignore[assignment]
         self._last_message = boottime()
         hello = {"type": protocol.HELLO, "version": protocol.VERSION, "pid": os.getpid(), "sync": True}
         self.send(hello)
 
-    def message(self, message: dict[str, Any]) -> None:
-        """Handle one message."""
+    def data_received(self, data: bytes) -> None:
+        try:
+            for message in self._decoder.feed(data):
+                self._take(message)
+        except (protocol.FrameError, KeyError, TypeError, ValueError) as error:
+            self._log.error("invalid frame in the feed", error=repr(error))
+            if self._transport is not None:
+                self._transport.abort()
+
+    def _take(self, message: dict[str, Any]) -> None:
         self._last_message = boottime()
         kind = message["type"]
         if kind == protocol.ERROR or (kind == protocol.HELLO and message.get("version") != protocol.VERSION):
@@ -135,8 +145,9 @@ class Feed:
             self._first.set()
             self._on_up()
 
-    def down(self) -> None:
-        """The connection is closed."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._ended.set()
         self._transport = None
         if not self.lost_at:
             self.lost_at = boottime()
@@ -145,30 +156,3 @@ class Feed:
                 self._log.warning("the manager's feed is lost, serving the known sessions")
                 self._complained = True
             self._on_down()
-
-
-class _Protocol(asyncio.Protocol):
-    def __init__(self, feed: Feed, ended: asyncio.Future[None]) -> None:
-        self._feed = feed
-        self._ended = ended
-        self._decoder = protocol.Decoder()
-        self._transport: asyncio.WriteTransport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]
-        self._feed.up(transport)  # type: ignore[arg-type]
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for message in self._decoder.feed(data):
-                self._feed.message(message)
-        except (protocol.FrameError, KeyError, TypeError, ValueError) as error:
-            logger("edge").error("invalid frame in the feed", error=repr(error))
-            if self._transport is not None:
-                self._transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del exc
-        self._feed.down()
-        if not self._ended.done():
-            self._ended.set_result(None)

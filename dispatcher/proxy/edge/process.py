@@ -12,7 +12,7 @@ import gc
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,6 @@ from dispatcher.plugin.deadline import boottime
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.net.handshakes import Handshakes
 from dispatcher.proxy.edge.net.listener import Listener
-from dispatcher.proxy.edge.net.redirect import Redirect
 from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
 from dispatcher.proxy.process import keep_buffers, most_connections
@@ -72,7 +71,6 @@ class Process:
             str(paths.portal_socket),
             AccessLog(inherited.access_log),
         )
-        self._servers: list[asyncio.AbstractServer] = []
         self._acceptors: list[Listener] = []
         self._loop: asyncio.AbstractEventLoop
         self._finished: asyncio.Event
@@ -93,7 +91,7 @@ class Process:
         worker.start(loop)
         # The first request after a restart finds its session: connections wait in the queue meanwhile.
         await worker.feed.first(_FEED_TIMEOUT)
-        await self._listen()
+        self._listen()
         self._control.setblocking(False)
         loop.add_reader(self._control, self._on_order)
         gc.collect()
@@ -101,30 +99,21 @@ class Process:
         gc.set_threshold(20_000)  # requests leave no cycles behind
         self._control.send(READY)
         await self._finished.wait()
-        for server in self._servers:
-            server.close()
         worker.close()
         await asyncio.sleep(0)
 
-    async def _listen(self) -> None:
+    def _listen(self) -> None:
         worker, inherited = self._worker, self._inherited
         for sock in inherited.listeners:
             header = self._config.proxy.proxy_protocol
             if inherited.tls is not None or header:
-                acceptor: Listener = Handshakes(worker.clients, sock, inherited.tls, header=header)
+                self._acceptors.append(Handshakes(worker.clients, sock, inherited.tls, header=header))
             else:
-                acceptor = Listener(worker.clients, sock)
-            self._acceptors.append(acceptor)
-            acceptor.start()
+                self._acceptors.append(Listener(worker.clients, sock))
         for sock in inherited.redirects:
-            self._servers.append(await self._server(sock, lambda: Redirect(worker.clients)))
-
-    async def _server(
-        self, sock: socket.socket, factory: Callable[[], asyncio.Protocol]
-    ) -> asyncio.AbstractServer:
-        if sock.family == socket.AF_UNIX:
-            return await self._loop.create_unix_server(factory, sock=sock, backlog=_BACKLOG)
-        return await self._loop.create_server(factory, sock=sock, backlog=_BACKLOG)
+            self._acceptors.append(Listener(worker.clients, sock, to_https=True))
+        for acceptor in self._acceptors:
+            acceptor.start()
 
     def _on_order(self) -> None:
         try:
@@ -156,8 +145,6 @@ class Process:
         self._grace_until = now + min(grace, self._settings.drain_timeout / 2)
         for acceptor in self._acceptors:
             acceptor.close()
-        for server in self._servers:
-            server.close()
         self._worker.drain()
         self._tunnels_kept = keep_tunnels
         if not keep_tunnels:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from dispatcher.proxy.edge.http.headers import BadHead, trailer_lines
+from dispatcher.proxy.edge.http.field_names import BadHead
+from dispatcher.proxy.edge.http.fields import trailer_lines
 
 _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 _MAX_LINE: Final = 256
@@ -25,8 +26,6 @@ class Chunked:
     :ivar done: the last chunk and the trailer section were seen; :ivar rest: the bytes after them.
     :ivar size: bytes of data so far.
     """
-
-    __slots__ = ("_carry", "_extensions", "_left", "_plain", "_state", "done", "rest", "size")
 
     def __init__(self, *, plain: bool = False) -> None:
         """Begin before the first chunk.

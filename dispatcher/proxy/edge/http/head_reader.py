@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead
+from dispatcher.proxy.edge.http.fields import head_end
 from dispatcher.proxy.edge.http.request import Request, parse_request
-from dispatcher.proxy.edge.http.scan import head_end
 
 
 class HeadReader:
     """Reads the heads of one connection.
 
     :ivar kept: the beginning of a head, or bytes that wait for an earlier request; None for nothing.
-    :ivar rest: the bytes after the head that was read last; :ivar size: of that head in bytes.
+    :ivar rest: the bytes after the head that was read last.
     """
-
-    __slots__ = ("_max_bytes", "_max_fields", "kept", "rest", "size")
 
     def __init__(self, max_bytes: int, max_fields: int) -> None:
         self._max_bytes = max_bytes
         self._max_fields = max_fields
         self.kept: bytearray | None = None
         self.rest = b""
-        self.size = 0
 
     def keep(self, data: bytes) -> None:
         """Keep bytes that come before they can be read."""
@@ -69,7 +66,6 @@ class HeadReader:
                 return self._read(data[2:], skipped=True)
             raise
         self.rest = data[end:]
-        self.size = end
         return request
 
     def _begin(self, data: bytes) -> Request | None:

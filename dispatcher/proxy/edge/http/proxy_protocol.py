@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import struct
 
-from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 _HEAD = struct.Struct("!12sBBH")

@@ -9,9 +9,16 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.headers import REQUEST_NAMES, BadHead, read_fields
-from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
+from dispatcher.proxy.edge.http import field_names
+from dispatcher.proxy.edge.http.field_names import REQUEST_NAMES, BadHead
+from dispatcher.proxy.edge.http.fields import (
+    COMPILED,
+    MAX_DIGITS,
+    connection_options,
+    read_fields,
+    scan_fields,
+    without_named,
+)
 
 SAFE: Final = 1  # RFC 9110, 9.2.1
 IDEMPOTENT: Final = 2  # RFC 9110, 9.2.2
@@ -65,25 +72,6 @@ class Request:
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
 
-    __slots__ = (
-        "by_hand",
-        "close",
-        "expects",
-        "fields",
-        "framed",
-        "host",
-        "length",
-        "lines",
-        "machine",
-        "method",
-        "size",
-        "target",
-        "traits",
-        "upgrade",
-        "version",
-        "watched",
-    )
-
     method: bytes
     target: bytes
     version: int
@@ -121,14 +109,14 @@ class Request:
         """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
         if self.method not in {b"GET", b"HEAD"}:
             return False
-        mode = self.fields.get(headers.SEC_FETCH_MODE)
+        mode = self.fields.get(field_names.SEC_FETCH_MODE)
         if mode is not None:
             return mode == b"navigate"
-        return b"text/html" in self.fields.get(headers.ACCEPT, b"")
+        return b"text/html" in self.fields.get(field_names.ACCEPT, b"")
 
     def wants_html(self) -> bool:
         """Whether an error is better shown as a page than as a problem document."""
-        return b"text/html" in self.fields.get(headers.ACCEPT, b"")
+        return b"text/html" in self.fields.get(field_names.ACCEPT, b"")
 
     def path(self) -> bytes:
         """Return the target without its query."""
@@ -152,13 +140,13 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     for kind, value in read.special:
         kinds |= 1 << kind
         if kind in fields:
-            fields[kind] += (b"; " if kind == headers.COOKIE else b", ") + value
+            fields[kind] += (b"; " if kind == field_names.COOKIE else b", ") + value
         else:
             fields[kind] = value
     request.lines = read.lines
     request.fields = fields
     request.start(head[: begin - 2])
-    host = fields.get(headers.HOST)
+    host = fields.get(field_names.HOST)
     if host is None:
         if request.version:
             raise BadHead("no Host header")
@@ -172,19 +160,19 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     request.framed = bool(kinds & _FRAMING)
     if request.framed:
         _frame(request)
-    request.machine = bool(kinds & 1 << headers.SEC_PURPOSE)
+    request.machine = bool(kinds & 1 << field_names.SEC_PURPOSE)
     request.by_hand = not request.machine and request.navigation()
-    request.watched = request.upgrade or bool(kinds & 1 << headers.SERVICE_WORKER)
+    request.watched = request.upgrade or bool(kinds & 1 << field_names.SERVICE_WORKER)
     return request
 
 
 #: The kinds of fields about body and connection.
 _FRAMING: Final = (
-    1 << headers.CONTENT_LENGTH
-    | 1 << headers.TRANSFER_ENCODING
-    | 1 << headers.CONNECTION
-    | 1 << headers.EXPECT
-    | 1 << headers.TE
+    1 << field_names.CONTENT_LENGTH
+    | 1 << field_names.TRANSFER_ENCODING
+    | 1 << field_names.CONNECTION
+    | 1 << field_names.EXPECT
+    | 1 << field_names.TE
 )
 
 
@@ -213,7 +201,7 @@ def _other_target(request: Request, target: bytes) -> bytes:
     if not match:
         raise BadHead("a request target that is not a path")
     # RFC 9112, 3.2.2: absolute-form must be accepted.  It must name the same host as Host, or two readers differ.
-    if match[1].lower() != request.fields.get(headers.HOST, b"").lower():
+    if match[1].lower() != request.fields.get(field_names.HOST, b"").lower():
         raise BadHead("a request target of another host")
     rest = match[2] or b"/"
     return rest if rest[:1] == b"/" else b"/" + rest
@@ -222,35 +210,40 @@ def _other_target(request: Request, target: bytes) -> bytes:
 def _frame(request: Request) -> None:
     """Decide where the body ends (RFC 9112, 6.3) and whether the connection persists (9.3)."""
     fields = request.fields
-    if headers.TRANSFER_ENCODING in fields:
-        if headers.CONTENT_LENGTH in fields:
+    if field_names.TRANSFER_ENCODING in fields:
+        if field_names.CONTENT_LENGTH in fields:
             raise BadHead("both Transfer-Encoding and Content-Length")
         if not request.version:
             raise BadHead("Transfer-Encoding in HTTP/1.0")
-        coding = fields[headers.TRANSFER_ENCODING].lower()
+        coding = fields[field_names.TRANSFER_ENCODING].lower()
         if coding != b"chunked":
             raise BadHead("a Transfer-Encoding other than chunked", 400 if b"chunked" in coding else 501)
         request.length = CHUNKED
-    elif headers.CONTENT_LENGTH in fields:
-        text = fields[headers.CONTENT_LENGTH]
-        if not text.isdigit() or len(text) > headers.MAX_DIGITS:
+    elif field_names.CONTENT_LENGTH in fields:
+        text = fields[field_names.CONTENT_LENGTH]
+        if not text.isdigit() or len(text) > MAX_DIGITS:
             raise BadHead("an invalid Content-Length, or more than one")
         request.length = int(text)
-    if headers.CONNECTION in fields:
-        options = headers.connection_options(fields[headers.CONNECTION])
+    if field_names.CONNECTION in fields:
+        options = connection_options(fields[field_names.CONNECTION])
         if b"close" in options:
             request.close = True
         elif not request.version and b"keep-alive" in options:
             request.close = False
-        if b"upgrade" in options and headers.UPGRADE in fields and request.version and request.method == b"GET":
-            request.upgrade = fields[headers.UPGRADE].lower() == b"websocket"
+        if (
+            b"upgrade" in options
+            and field_names.UPGRADE in fields
+            and request.version
+            and request.method == b"GET"
+        ):
+            request.upgrade = fields[field_names.UPGRADE].lower() == b"websocket"
             if request.upgrade and request.length:
                 raise BadHead("a body with an upgrade")
         extra = options - _ORDINARY_OPTIONS
         if extra:
-            request.lines = headers.without_named(request.lines, extra)
-    if headers.EXPECT in fields and request.version:
-        if fields[headers.EXPECT].lower() != b"100-continue":
+            request.lines = without_named(request.lines, extra)
+    if field_names.EXPECT in fields and request.version:
+        if fields[field_names.EXPECT].lower() != b"100-continue":
             raise BadHead("an expectation that cannot be met", 417)
         request.expects = request.length != NO_BODY
 
@@ -299,12 +292,12 @@ def _framing_lines(request: Request) -> bytes:
         lines = b"Content-Length: %d\r\n" % request.length
     elif request.length == CHUNKED:
         lines = b"Transfer-Encoding: chunked\r\n"
-    elif headers.CONTENT_LENGTH in request.fields:
+    elif field_names.CONTENT_LENGTH in request.fields:
         lines = b"Content-Length: 0\r\n"
     if request.expects:
         lines += b"Expect: 100-continue\r\n"
     if request.upgrade:
         lines += b"Connection: Upgrade\r\nUpgrade: websocket\r\n"
-    elif b"trailers" in request.fields.get(headers.TE, b"").lower():
+    elif b"trailers" in request.fields.get(field_names.TE, b"").lower():
         lines += b"Connection: TE\r\nTE: trailers\r\n"
     return lines

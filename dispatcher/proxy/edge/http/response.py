@@ -10,9 +10,18 @@ import re
 from typing import Final
 
 from dispatcher.proxy.cookies import OWN_NAMES
-from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.headers import RESPONSE_NAMES, BadHead, read_fields
-from dispatcher.proxy.edge.http.scan import COMPILED, scan_fields
+from dispatcher.proxy.edge.http import field_names
+from dispatcher.proxy.edge.http.field_names import RESPONSE_NAMES, BadHead
+from dispatcher.proxy.edge.http.fields import (
+    COMPILED,
+    FIELD_BYTES,
+    KEEP_ALIVE,
+    MAX_DIGITS,
+    connection_options,
+    read_fields,
+    scan_fields,
+    without_named,
+)
 
 _STATUS: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
 _OWN: Final = frozenset(name.lower().encode() for name in OWN_NAMES)
@@ -34,8 +43,6 @@ class Response:
     :ivar dated: there is a Date.
     """
 
-    __slots__ = ("close", "dated", "length", "lines", "status", "upgraded")
-
     status: int
     lines: bytes
     length: int
@@ -51,8 +58,6 @@ class Policy:
         have origins of their own.
     :ivar host_only: cookies lose their ``Domain``, so that no agent sets one for a sibling.
     """
-
-    __slots__ = ("guarded", "host_only")
 
     def __init__(self, guarded: bytes = b"", *, host_only: bool = False) -> None:
         self.guarded = guarded
@@ -89,44 +94,40 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     chunked = False
     response.upgraded = False
     for kind, value in read.special:
-        if kind == headers.DATE:
+        if kind == field_names.DATE:
             response.dated = True
-        elif kind == headers.CONTENT_TYPE:
+        elif kind == field_names.CONTENT_TYPE:
             if policy is not None and policy.guarded and b"script" in value.lower():
                 # A copy in the browser's cache must not serve for a service worker that is refused here:
                 # browsers may take the script from there (Service Workers, "Update", updateViaCache).
                 lines += b"Vary: Service-Worker\r\n"
-        elif kind == headers.ANSWER_LENGTH:
-            if length != UNTIL_CLOSE or not value.isdigit() or len(value) > headers.MAX_DIGITS:
+        elif kind == field_names.ANSWER_LENGTH:
+            if length != UNTIL_CLOSE or not value.isdigit() or len(value) > MAX_DIGITS:
                 raise BadHead("an invalid Content-Length, or more than one")
             length = int(value)
-        elif kind == headers.CONNECTION:
-            options = (
-                headers.connection_options(value)
-                if options is None
-                else options | headers.connection_options(value)
-            )
-        elif kind == headers.TRANSFER_ENCODING:
+        elif kind == field_names.CONNECTION:
+            options = connection_options(value) if options is None else options | connection_options(value)
+        elif kind == field_names.TRANSFER_ENCODING:
             if chunked or value.lower() != b"chunked":
                 raise BadHead("a Transfer-Encoding other than chunked")
             chunked = True
-        elif kind == headers.UPGRADE:
+        elif kind == field_names.UPGRADE:
             response.upgraded = status == 101 and value.lower() == b"websocket"
         elif policy is not None:
-            if kind == headers.SET_COOKIE:
+            if kind == field_names.SET_COOKIE:
                 if sets_own_cookie(value) or (policy.host_only and _DOMAIN.search(value)):
                     allowed = False
-            elif kind == headers.CLEAR_SITE_DATA or (policy.guarded and widens(value, policy.guarded)):
+            elif kind == field_names.CLEAR_SITE_DATA or (policy.guarded and widens(value, policy.guarded)):
                 allowed = False
     if policy is not None and not allowed:
         lines = b"".join([_allowed(line, policy) for line in lines.splitlines(True)])
     if options is None:
         response.close = not version
-    elif options is headers.KEEP_ALIVE:
+    elif options is KEEP_ALIVE:
         response.close = False
     else:
         response.close = b"close" in options or (not version and b"keep-alive" not in options)
-        lines = headers.without_named(lines, options - _ORDINARY_OPTIONS)
+        lines = without_named(lines, options - _ORDINARY_OPTIONS)
     if chunked:
         if length != UNTIL_CLOSE:
             raise BadHead("both Transfer-Encoding and Content-Length")
@@ -137,7 +138,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of 0 is harmless.
         if chunked or length > 0:
             raise BadHead("a body in an answer that cannot have one")
-        lines = headers.without_named(lines, _LENGTH_NAME)
+        lines = without_named(lines, _LENGTH_NAME)
         length = NO_BODY
     if status == 304 or method == b"HEAD":
         length = NO_BODY
@@ -157,16 +158,16 @@ def _allowed(line: bytes, policy: Policy) -> bytes:
     name, _, value = line.partition(b":")
     kind = RESPONSE_NAMES.known.get(name)
     value = value.strip(b" \t\r\n")
-    if kind == headers.SET_COOKIE:
+    if kind == field_names.SET_COOKIE:
         return b"" if sets_own_cookie(value) else _DOMAIN.sub(b"", line) if policy.host_only else line
-    if kind == headers.SERVICE_WORKER_ALLOWED:
+    if kind == field_names.SERVICE_WORKER_ALLOWED:
         return b"" if policy.guarded and widens(value, policy.guarded) else line
-    return b"" if kind == headers.CLEAR_SITE_DATA else line
+    return b"" if kind == field_names.CLEAR_SITE_DATA else line
 
 
 def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     match = _STATUS.fullmatch(line)
-    if not match or line.translate(None, headers.FIELD_BYTES):
+    if not match or line.translate(None, FIELD_BYTES):
         raise BadHead("an invalid status line")
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 
-from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http import field_names
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -20,8 +20,6 @@ _MAX_CACHED = 4096
 
 class TrustedProxies:
     """The trusted networks, and a cache of the addresses checked against them."""
-
-    __slots__ = ("_networks", "_peers", "_scheme", "_unix_trusted")
 
     def __init__(self, networks: tuple[Network, ...], *, unix: bool, scheme: bytes) -> None:
         """Take the trusted networks.
@@ -61,23 +59,23 @@ class TrustedProxies:
     def client_of(self, peer: str, fields: dict[int, bytes]) -> tuple[bytes, bytes, bytes]:
         """Return the client's address, the scheme and the host (or nothing) that trusted proxies state."""
         remote = self.peer(peer)[0]
-        for text in reversed(fields.get(headers.X_FORWARDED_FOR, b"").split(b",")):
+        for text in reversed(fields.get(field_names.X_FORWARDED_FOR, b"").split(b",")):
             address = _address(text)
             if address is None:
                 break
             remote = str(address).encode("ascii")
             if not self._trusted(address):
                 break
-        proto = fields.get(headers.X_FORWARDED_PROTO, b"").rpartition(b",")[2].strip().lower()
+        proto = fields.get(field_names.X_FORWARDED_PROTO, b"").rpartition(b",")[2].strip().lower()
         if proto not in {b"http", b"https"}:
             proto = self._scheme
-        host = fields.get(headers.X_FORWARDED_HOST, b"").rpartition(b",")[2].strip()
+        host = fields.get(field_names.X_FORWARDED_HOST, b"").rpartition(b",")[2].strip()
         return remote, proto, host if _HOST.fullmatch(host) else b""
 
 
 def usable_request_id(fields: dict[int, bytes]) -> bytes:
     """Return the request id of a trusted proxy, or nothing where it must not be logged."""
-    number = fields.get(headers.X_REQUEST_ID, b"")
+    number = fields.get(field_names.X_REQUEST_ID, b"")
     return number if _REQUEST_ID.fullmatch(number) else b""
 
 

@@ -21,8 +21,6 @@ class Scanner:
     :ivar between: at a border of two frames; :ivar broken: the bytes are not WebSocket frames.
     """
 
-    __slots__ = ("_data", "_head", "_skip", "between", "broken")
-
     def __init__(self) -> None:
         self.between = True
         self.broken = False

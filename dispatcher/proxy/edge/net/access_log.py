@@ -35,8 +35,6 @@ class AccessLog:
     :ivar on: whether anything is logged; :ivar lost: lines that could not be written.
     """
 
-    __slots__ = ("_fd", "_lines", "_size", "_time", "_time_of", "lost", "on")
-
     def __init__(self, fd: int | None) -> None:
         self._fd = fd
         self.on = fd is not None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from enum import Enum
 
+from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.head_reader import HeadReader
-from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.routing.decision import Decision
 from dispatcher.proxy.edge.routing.pages import Failure
@@ -33,25 +33,9 @@ class Client:
     :ivar remote: the client's address, for agents and logs; :ivar trusted: its proxy headers are.
     :ivar deadline: when `expired` is called; :ivar closing: no request follows; :ivar eof: the client sent all.
     :ivar write_paused: the client reads too slowly; :ivar unsent: the bytes it had not taken at the last check.
+    :ivar to_https: each request is redirected to HTTPS.
     :ivar reading_paused: the client is not read, see `regulate_reading`.
     """
-
-    __slots__ = (
-        "address",
-        "closing",
-        "deadline",
-        "eof",
-        "reader",
-        "reading_paused",
-        "remote",
-        "scheme",
-        "session",
-        "state",
-        "transport",
-        "trusted",
-        "unsent",
-        "write_paused",
-    )
 
     address: str | None
     closing: bool
@@ -63,6 +47,7 @@ class Client:
     scheme: bytes
     session: Session | None
     state: State
+    to_https: bool
     transport: asyncio.Transport
     trusted: bool
     unsent: int

@@ -10,16 +10,16 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http import field_names
+from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.head_reader import HeadReader
-from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.trusted_proxies import usable_request_id
-from dispatcher.proxy.edge.net.bodies import BodyBuffer
 from dispatcher.proxy.edge.net.client_base import Client, State
 from dispatcher.proxy.edge.net.clients import Clients
 from dispatcher.proxy.edge.net.events import EventStreams
 from dispatcher.proxy.edge.net.exchange import Exchange
+from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import (
     PORTAL,
@@ -33,7 +33,14 @@ from dispatcher.proxy.edge.routing.decision import (
     Refuse,
     Wake,
 )
-from dispatcher.proxy.edge.routing.settings import FOREVER, LINGER, LINGER_BYTES, WRITE_HIGH
+from dispatcher.proxy.edge.routing.settings import (
+    FOREVER,
+    LINGER,
+    LINGER_BYTES,
+    PORTAL_BODY,
+    SMALL_BODY,
+    WRITE_HIGH,
+)
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
 # On the hot path:
@@ -46,14 +53,6 @@ _WAIT: Final = State.WAIT
 class Connection(Client):
     """A client's connection; the object serves one client after the other."""
 
-    __slots__ = (
-        "_buffer",
-        "clients",
-        "context",
-        "events",
-        "exchange",
-    )
-
     def __init__(self, clients: Clients, events: EventStreams) -> None:
         self.clients = clients
         self.context = clients.context
@@ -61,7 +60,7 @@ class Connection(Client):
         settings = self.context.settings
         self.exchange = Exchange(clients, self)
         self.reader = HeadReader(settings.head_bytes, settings.head_fields)
-        self._buffer: BodyBuffer | None = None
+        self._collecting: RequestBody | None = None
         self.address: str | None = None
         self.deadline = FOREVER
         self.session: Session | None = None
@@ -75,6 +74,7 @@ class Connection(Client):
         self.state = _HEAD
         self.write_paused = self.reading_paused = self.closing = self.eof = self.trusted = False
         self.scheme = self.context.settings.scheme
+        self.to_https = False
         self.reader.kept = None
         self.exchange.clear()
 
@@ -135,7 +135,7 @@ class Connection(Client):
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
         self.state, state = State.CLOSED, self.state
-        self._release_buffer()
+        self._end_collecting()
         exchange = self.exchange
         if exchange.agent is not None or state is _WAIT:
             exchange.client_lost()
@@ -181,7 +181,7 @@ class Connection(Client):
             self.exchange.waited()
         elif state is State.COLLECT or (state is _BODY and not answered):
             failure = pages.TOO_SLOW if state is _BODY and self.reading_paused else pages.SLOW_REQUEST
-            self._release_buffer()
+            self._end_collecting()
             self.exchange.abandon_upstream()
             self.closing = True
             self.refuse(failure)
@@ -250,7 +250,7 @@ class Connection(Client):
         reader = self.reader
         exchange.request = request
         exchange.body = reader.rest
-        exchange.bytes_in = reader.size
+        exchange.bytes_in = request.size
         exchange.bytes_out = 0
         exchange.held_until = 0.0
         context.serial = serial = context.serial + 1
@@ -262,18 +262,22 @@ class Connection(Client):
             if host:
                 request.host = host
             exchange.request_id = usable_request_id(request.fields) or exchange.request_id
-        self.route(request, True)
+        if self.to_https:
+            self.closing = True
+            self.exchange.poll = False
+            self.carry_out(context.router.to_https(request))
+        else:
+            self.route(request, True)
 
     def route(self, request: Request, may_look_up: bool) -> None:
         """Route the request, and carry out the decision."""
         context = self.context
         session = None
         digest = b""
-        field = request.fields.get(headers.COOKIE)
+        field = request.fields.get(field_names.COOKIE)
         if field is not None:
             cookie = self.exchange.cookie
-            if field != cookie.field:
-                cookie.read(field)
+            cookie.read(field)
             digest = cookie.digest
             session = context.tables.sessions.get(digest)
             if session is not None and session.expires <= context.now:
@@ -281,12 +285,8 @@ class Connection(Client):
         decision = context.router.route(request, session, context.now, self.scheme, digest if may_look_up else b"")
         if session is not self.session and session is not None and decision is not PORTAL:
             self.clients.bind(self, session)
-        if decision.__class__ is Pass:  # nearly always
-            self.exchange.poll = decision.poll
-            self.exchange.dispatch(decision.agent)
-        else:
-            self.exchange.poll = False
-            self.carry_out(decision)
+        self.exchange.poll = False
+        self.carry_out(decision)
 
     def carry_out(self, decision: Decision) -> None:
         """Do what the router has decided."""
@@ -307,13 +307,19 @@ class Connection(Client):
         elif isinstance(decision, Refuse):
             self.refuse(decision.failure, decision.link)
         elif isinstance(decision, Redirect):
-            self._redirect(decision.location)
+            self._redirect(decision)
         elif isinstance(decision, Events):
             self._stream(decision.agent)
         else:
             exchange.look_up(decision)
 
     def _to_portal(self) -> None:
+        """Send the request to the portal once its body is complete.
+
+        Any client may send to the portal, at any speed, and the portal has few slots.  Until a body is complete it
+        uses memory only, limited for each connection (`PORTAL_BODY`) and in total: above `most_collected` a
+        worker accepts only as much as a sign-in needs (`SMALL_BODY`), so a full buffer locks no user out.
+        """
         exchange = self.exchange
         exchange.poll = True
         request = exchange.request
@@ -322,7 +328,7 @@ class Connection(Client):
             return
         self.state = State.COLLECT
         self.deadline = self.context.now + self.context.settings.body_timeout  # for all of it
-        self._buffer = BodyBuffer(self.context, request.length)
+        self._collecting = RequestBody(request.length)
         expects, request.expects = request.expects, False  # the edge answers, not the portal
         early, exchange.body = exchange.body, b""
         if early:
@@ -332,26 +338,29 @@ class Connection(Client):
 
     def _collect(self, data: bytes) -> None:
         """Add a part of a body for the portal; forward the request when the body is complete."""
-        buffer = self._buffer
-        assert buffer is not None
-        self.exchange.bytes_in += len(data)
+        exchange, context, body = self.exchange, self.context, self._collecting
+        assert body is not None
+        exchange.bytes_in += len(data)
+        exchange.body += data
+        context.collected += len(data)
         try:
-            failure = buffer.add(data)
+            body.take(data)
         except BadHead as error:
-            self._release_buffer()
+            self._end_collecting()
             self.refuse_head(error)
             return
-        if failure is not None:
-            self._release_buffer()
-            self.refuse(failure)
-        elif buffer.complete:
-            self._release_buffer()
-            self.exchange.dispatch(self.context.portal)
+        size = len(exchange.body)
+        if not body.left:
+            self._end_collecting()
+            exchange.dispatch(context.portal)
+        elif size > PORTAL_BODY or (context.collected > context.most_collected and size > SMALL_BODY):
+            self._end_collecting()
+            self.refuse(pages.TOO_LARGE if size > PORTAL_BODY else pages.TOO_BUSY)
 
-    def _release_buffer(self) -> None:
-        buffer, self._buffer = self._buffer, None
-        if buffer is not None:
-            self.exchange.body = buffer.release()
+    def _end_collecting(self) -> None:
+        if self._collecting is not None:
+            self._collecting = None
+            self.context.collected -= len(self.exchange.body)
 
     def _stream(self, agent: Agent) -> None:
         """Become an event stream."""
@@ -393,7 +402,7 @@ class Connection(Client):
         clean = self.exchange.drop_body()
         answer = pages.failure(
             failure,
-            self.context.date_line + self.context.settings.hsts_line,
+            self._own_lines(),
             self.exchange.request_id.decode(),
             page=request is not None and request.wants_html(),
             close=self.closing,
@@ -402,10 +411,14 @@ class Connection(Client):
         )
         self._answer(answer, failure.status, clean=clean)
 
-    def _redirect(self, location: bytes) -> None:
+    def _own_lines(self) -> bytes:
+        lines = self.context.date_line
+        return lines if self.to_https else lines + self.context.settings.hsts_line  # RFC 6797, 7.2
+
+    def _redirect(self, decision: Redirect) -> None:
         clean = self.exchange.drop_body()
-        date = self.context.date_line + self.context.settings.hsts_line
-        self._answer(pages.redirect(location, date, close=self.closing), 303, clean=clean)
+        answer = pages.redirect(decision.location, self._own_lines(), close=self.closing, status=decision.status)
+        self._answer(answer, decision.status, clean=clean)
 
     def _answer(self, answer: bytes, status: int, *, clean: bool) -> None:
         exchange = self.exchange

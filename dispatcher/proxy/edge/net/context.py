@@ -46,27 +46,6 @@ class Context:
     :ivar connect: opens a connection to an agent for an exchange, see `connect.Connector`.
     """
 
-    __slots__ = (
-        "clock",
-        "collected",
-        "connect",
-        "counters",
-        "date_line",
-        "draining",
-        "log",
-        "logger",
-        "loop",
-        "manager",
-        "most_collected",
-        "now",
-        "portal",
-        "request_prefix",
-        "router",
-        "serial",
-        "settings",
-        "tables",
-    )
-
     loop: asyncio.AbstractEventLoop
     manager: Manager
     connect: Callable[[Agent, Any], None]

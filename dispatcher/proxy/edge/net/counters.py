@@ -14,8 +14,6 @@ class Counters:
     :ivar refused: requests that were not valid HTTP; :ivar invalid: answers that were not.
     """
 
-    __slots__ = ("_by_agent", "_edge", "_rows", "connections", "invalid", "refused", "wakes")
-
     def __init__(self, *, by_agent: bool) -> None:
         self._by_agent = by_agent
         self._rows: dict[str, list[int]] = {}

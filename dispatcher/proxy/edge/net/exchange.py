@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dispatcher.proxy.edge.http import headers
-from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http import field_names
+from dispatcher.proxy.edge.http.cookie import SessionCookie
+from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.request import IDEMPOTENT, SAFE, Request, upstream_head
 from dispatcher.proxy.edge.http.response import Response, client_head
-from dispatcher.proxy.edge.net.bodies import RequestBody
 from dispatcher.proxy.edge.net.client_base import Client, State
 from dispatcher.proxy.edge.net.clients import Clients
+from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
 from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import Hold, Lookup
-from dispatcher.proxy.edge.routing.session_cookie import SessionCookie
 from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT, FOREVER, FRESH_UPSTREAM, LOOKUP_TIMEOUT
 from dispatcher.proxy.edge.routing.table import Agent
 
@@ -39,28 +39,6 @@ class Exchange(Receiver):
     :ivar status: of the answer, 0 before its head was forwarded; :ivar replay: bytes for a retry.
     :ivar rechunk: the answer's body goes out in chunks; :ivar poll: the request does not count as use.
     """
-
-    __slots__ = (
-        "agent",
-        "body",
-        "bytes_in",
-        "bytes_out",
-        "client",
-        "clients",
-        "context",
-        "cookie",
-        "held_until",
-        "holding",
-        "lookup",
-        "poll",
-        "replay",
-        "request",
-        "request_id",
-        "sending",
-        "started",
-        "status",
-        "upstream",
-    )
 
     request: Any  # a Request, None before the first
 
@@ -187,13 +165,12 @@ class Exchange(Receiver):
     def _head(self, request: Request, agent: Agent) -> bytes:
         """Return the head for an upstream: the portal gets the whole Cookie field, an agent the other cookies."""
         client, cookie = self.client, self.cookie
-        field = request.fields.get(headers.COOKIE, b"")
+        field = request.fields.get(field_names.COOKIE, b"")
         identity = b""
         if agent.name:
             identity = agent.identity
             if field:
-                if field != cookie.field:
-                    cookie.read(field)
+                cookie.read(field)
                 field = cookie.others
         host = request.host or self.context.settings.public_host or b"localhost"
         return upstream_head(request, host, field, client.remote, client.scheme, identity, self.request_id)

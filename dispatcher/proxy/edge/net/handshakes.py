@@ -10,7 +10,7 @@ import os
 import socket
 import ssl
 
-from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
 from dispatcher.proxy.edge.net.clients import Clients, plain_address
 from dispatcher.proxy.edge.net.listener import Listener

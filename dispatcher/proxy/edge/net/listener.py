@@ -33,10 +33,11 @@ _NOTHING = b"\0\0\0\0"
 
 
 class Listener:
-    """Accepts the connections of one listening socket."""
+    """Accepts the connections of one listening socket; `to_https`: to redirect their requests."""
 
-    def __init__(self, clients: Clients, sock: socket.socket) -> None:
+    def __init__(self, clients: Clients, sock: socket.socket, *, to_https: bool = False) -> None:
         self.clients = clients
+        self._to_https = to_https
         self._closed_ones: list[PendingConnection] = []
         self._new: dict[PendingConnection, None] = {}
         self._older: dict[PendingConnection, None] = {}
@@ -78,6 +79,7 @@ class Listener:
 
     def _begin(self, fd: int, address: str) -> None:
         client = self.clients.client(address)
+        client.to_https = self._to_https
         pending = PendingConnection(self, fd, client)
         try:
             client.connection_made(pending)

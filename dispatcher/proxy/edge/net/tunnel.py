@@ -21,8 +21,6 @@ class End:
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
     """
 
-    __slots__ = ("agent", "clients", "closing", "eof", "lost", "other", "scanner", "transport")
-
     other: End
 
     def __init__(self, clients: Clients, transport: asyncio.Transport, agent: Agent) -> None:
@@ -70,8 +68,6 @@ class End:
 
 class ClientEnd(End):
     """The end that faces the web."""
-
-    __slots__ = ("address", "session")
 
     def __init__(
         self, clients: Clients, transport: asyncio.Transport, agent: Agent, session: Session | None, address: str
@@ -129,8 +125,6 @@ class ClientEnd(End):
 
 class UpstreamEnd(End):
     """The end that faces the agent."""
-
-    __slots__ = ()
 
     def data_received(self, data: bytes) -> None:
         """Forward the agent's bytes; above `TRICKLE` they are use."""

@@ -14,7 +14,8 @@ from typing import Final
 
 from dispatcher.proxy.edge.http import response as answers
 from dispatcher.proxy.edge.http.chunked import Chunked
-from dispatcher.proxy.edge.http.headers import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead
+from dispatcher.proxy.edge.http.fields import head_end
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.response import (
     CHUNKED,
@@ -23,7 +24,6 @@ from dispatcher.proxy.edge.http.response import (
     client_head,
     parse_response,
 )
-from dispatcher.proxy.edge.http.scan import head_end
 from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
 from dispatcher.proxy.edge.routing.table import Agent
@@ -54,8 +54,6 @@ class Receiver:
 
     :ivar rechunk: the answer's body goes out in chunks.
     """
-
-    __slots__ = ("rechunk",)
 
     rechunk: bool
 
@@ -90,26 +88,6 @@ class Upstream:
     :ivar request_sent: all of the request was passed on.
     :ivar used: it has served a request before, so that its end may be the upstream's time-out of idle connections.
     """
-
-    __slots__ = (
-        "_context",
-        "agent",
-        "client",
-        "decoder",
-        "generation",
-        "informational",
-        "left",
-        "mode",
-        "partial",
-        "reading_paused",
-        "request",
-        "request_sent",
-        "response",
-        "since",
-        "transport",
-        "used",
-        "write_paused",
-    )
 
     transport: asyncio.Transport
     request: Request

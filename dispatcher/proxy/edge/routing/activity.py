@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.request import SAFE, SILENT, Request
 
 TRICKLE: Final = 1024.0  # bytes per second up to which a flow is not use
@@ -22,8 +22,6 @@ _NUMBERS: Final = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
 
 class Traffic:
     """Counters of one agent since the last report."""
-
-    __slots__ = ("bulk", "bytes_in", "bytes_out", "poll", "stream", "use")
 
     def __init__(self) -> None:
         self.use = 0
@@ -52,8 +50,6 @@ class Traffic:
 
 class PollDetector:
     """Recognises requests to one agent that a script makes, not a person."""
-
-    __slots__ = ("_changes", "_seen")
 
     def __init__(self) -> None:
         # Target -> [time of the last request, longest pause so far].  The oldest entry goes first.
@@ -97,7 +93,7 @@ class PollDetector:
 
     def _by_timer(self, request: Request, now: float) -> bool:
         """Whether a page's script sends this change at regular intervals.  A program's changes are always use."""
-        mode = request.fields.get(headers.SEC_FETCH_MODE)
+        mode = request.fields.get(field_names.SEC_FETCH_MODE)
         if mode is None or mode == b"navigate":
             return False
         path = request.method + b" " + request.target.partition(b"?")[0]

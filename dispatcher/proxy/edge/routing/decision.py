@@ -42,6 +42,7 @@ class Redirect:
     """Redirect the browser."""
 
     location: bytes
+    status: int = 303
 
 
 @dataclass(frozen=True, slots=True)

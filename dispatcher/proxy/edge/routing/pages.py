@@ -39,9 +39,9 @@ def head(status: int, lines: bytes, length: int | None, *, close: bool) -> bytes
     return start + lines + framing + (b"Connection: close\r\n\r\n" if close else b"\r\n")
 
 
-def redirect(location: bytes, date: bytes, *, close: bool, status: int = 303) -> bytes:
-    """Return a redirect (RFC 9110, 15.4.4): the next request is a GET."""
-    return head(status, date + _COMMON + b"Location: " + location + b"\r\n", 0, close=close)
+def redirect(location: bytes, lines: bytes, *, close: bool, status: int) -> bytes:
+    """Return a redirect; after 303 the next request is a GET (RFC 9110, 15.4.4)."""
+    return head(status, lines + _COMMON + b"Location: " + location + b"\r\n", 0, close=close)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import parse_qs, quote_from_bytes
 
 from dispatcher.feed import protocol
-from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.request import NO_BODY, SAFE, Request
 from dispatcher.proxy.edge.http.response import covers
 from dispatcher.proxy.edge.routing import pages
@@ -41,8 +41,6 @@ _SLEEPY: Final = frozenset({protocol.ASLEEP, protocol.STOPPING})
 class _Memory:
     """The router's state for an agent: its requests so far, and the two decisions while it runs."""
 
-    __slots__ = ("detector", "poll", "use")
-
     def __init__(self, agent: Agent) -> None:
         self.detector = PollDetector()
         self.poll = Pass(agent, poll=True)
@@ -59,8 +57,6 @@ class Router:
 
     It also counts use: in the agents' rows, and as `used`, the sessions used since the last report.
     """
-
-    __slots__ = ("_prefix", "_settings", "_tables", "used")
 
     def __init__(self, settings: Settings, tables: Tables) -> None:
         self._settings = settings
@@ -113,6 +109,20 @@ class Router:
             return memory.use
         then = self._asleep(request, agent)
         return Wake(agent, then) if agent.state in _SLEEPY else then
+
+    def to_https(self, request: Request) -> Redirect | Refuse:
+        """Redirect a request that came over plain HTTP: 308 keeps method and body (RFC 9110, 15.4.9)."""
+        settings = self._settings
+        host = request.host.lower()
+        name = host.rpartition(b":")[0] if b":" in host.rpartition(b"]")[2] else host
+        if settings.subdomain and name.endswith(b"." + settings.domain):
+            host = name + settings.public_host[len(settings.domain) :]
+        else:
+            host = settings.public_host or name
+        if not host or request.target == b"*":
+            return Refuse(pages.bad_request(400, "no Host header"))
+        status = 301 if request.method in {b"GET", b"HEAD"} else 308
+        return Redirect(b"https://" + host + request.target, status)
 
     # The portal, and requests without a session.
 
@@ -246,17 +256,17 @@ class Router:
         """Return why the agent must not see a request: cross-origin, or a service worker above the portal."""
         settings = self._settings
         fields = request.fields
-        if not settings.subdomain and headers.SERVICE_WORKER in fields:
+        if not settings.subdomain and field_names.SERVICE_WORKER in fields:
             directory = request.path().rpartition(b"/")[0] + b"/"
             if covers(directory, settings.policy.guarded):
                 return pages.SERVICE_WORKER
         if not request.upgrade and (request.traits & SAFE or not settings.subdomain):
             return None
-        origin = fields.get(headers.ORIGIN)
+        origin = fields.get(field_names.ORIGIN)
         if origin is not None:
             good = origin.lower() == scheme + b"://" + request.host.lower()
         else:
             # Browsers send Origin with changes and with WebSockets; where it is missing, Fetch Metadata may stand
             # for it.  On a shared origin programs, which no page can attack, need neither.
-            good = fields.get(headers.SEC_FETCH_SITE) == b"same-origin" or not settings.subdomain
+            good = fields.get(field_names.SEC_FETCH_SITE) == b"same-origin" or not settings.subdomain
         return None if good else pages.CROSS_ORIGIN

@@ -25,32 +25,6 @@ class Agent:
     :ivar waiting: requests held until the agent runs; :ivar watchers: event streams of its state.
     """
 
-    __slots__ = (
-        "app",
-        "counters",
-        "detail",
-        "endpoint",
-        "failed",
-        "fraction",
-        "generation",
-        "gone",
-        "identity",
-        "idle",
-        "in_flight",
-        "label",
-        "memory",
-        "name",
-        "stage",
-        "state",
-        "traffic",
-        "tunnels",
-        "uid",
-        "user",
-        "waiting",
-        "watchers",
-        "woken",
-    )
-
     def __init__(self, name: str) -> None:
         self.name = name
         self.user = ""
@@ -123,8 +97,6 @@ class Session:
     :ivar connections: client connections that were last used with it, None while there is none.
     """
 
-    __slots__ = ("agent", "agents", "connections", "digest", "expires", "gone", "host", "target", "used", "user")
-
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.user = ""
@@ -141,8 +113,6 @@ class Session:
 class Changes:
     """The changes of one message."""
 
-    __slots__ = ("agents", "moved", "sessions_gone")
-
     def __init__(self) -> None:
         self.agents: list[Agent] = []
         self.moved: list[Agent] = []
@@ -151,8 +121,6 @@ class Changes:
 
 class Tables:
     """Agents by name and label, sessions by digest."""
-
-    __slots__ = ("_snapshot_agents", "_snapshot_sessions", "_tuples", "agents", "labels", "sessions")
 
     def __init__(self) -> None:
         self.agents: dict[str, Agent] = {}
@@ -230,13 +198,10 @@ class Tables:
         session.agent = agent.name if agent else row.get("agent") or ""
         session.user = agent.user if agent and agent.user == row["user"] else row["user"]
         names = tuple(row.get("agents", ()))
-        session.agents = self._tuples.setdefault(names, names) if len(names) > 1 else self._one(names)
+        session.agents = self._tuples.setdefault(names, names)
         ttl = row.get("ttl")
         session.expires = float("inf") if ttl is None else now + ttl
         session.host = row.get("host") or ""
-
-    def _one(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        return self._tuples.setdefault(names, names)
 
     def _drop_sessions(self, digests: Iterable[bytes], changes: Changes) -> None:
         for digest in digests:

@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatcher.proxy.edge.http import headers
+from dispatcher.proxy.edge.http.field_names import BadHead, REQUEST_NAMES
 from dispatcher.proxy.edge.http.chunked import Chunked
-from dispatcher.proxy.edge.http.headers import BadHead
 from dispatcher.proxy.edge.http.request import CHUNKED, parse_request, upstream_head
 from dispatcher.proxy.edge.http.response import Policy, client_head, parse_response, sets_own_cookie, widens
 
@@ -451,9 +450,9 @@ def test_noise_as_chunks_is_refused_alike_however_it_is_split(noise, cuts):
 
 
 def test_names_are_learned_in_bounds():
-    before = len(headers.REQUEST_NAMES.known)
+    before = len(REQUEST_NAMES.known)
     for number in range(5000):
         request(b"GET / HTTP/1.1\r\n" + HOST + b"Content-%d: a\r\nUser-Agent: %d\r\n\r\n" % (number, number))
-    assert len(headers.REQUEST_NAMES.known) <= before + 1024
+    assert len(REQUEST_NAMES.known) <= before + 1024
     # What is always known stays: a name of framing keeps its meaning after all that.
     assert request(b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\n").length == 5

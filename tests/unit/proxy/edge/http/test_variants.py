@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatcher.proxy.edge.http import headers, scan
+from dispatcher.proxy.edge.http import fields as field_lines
+from dispatcher.proxy.edge.http.field_names import REQUEST_NAMES, RESPONSE_NAMES, BadHead
+from dispatcher.proxy.edge.http.fields import COMPILED, read_fields, scan_fields
 from tests.unit.proxy.edge.http.test_http import BAD_ANSWERS, REFUSED
 
 ROOT = Path(__file__).resolve().parents[5]
@@ -46,7 +48,7 @@ VALUES = [
 def outcome(read, head: bytes, names) -> object:
     try:
         fields = read(head, head.find(b"\r\n") + 2, 20, names)
-    except headers.BadHead as error:
+    except BadHead as error:
         return error.status, error.why
     return fields.lines.split(b"\r\n")[:-1], fields.special
 
@@ -64,13 +66,13 @@ def heads() -> list[bytes]:
     return [head[: head.find(b"\r\n\r\n") + 4] for head in made]
 
 
-@pytest.mark.parametrize("names", [headers.REQUEST_NAMES, headers.RESPONSE_NAMES], ids=["requests", "answers"])
+@pytest.mark.parametrize("names", [REQUEST_NAMES, RESPONSE_NAMES], ids=["requests", "answers"])
 def test_both_readers_of_fields_say_the_same(names):
     # `scan_fields` is a loop over bytes, and right in the interpreter too, only slow.
     good = 0
     for head in heads():
-        expected = outcome(headers.read_fields, head, names)
-        assert outcome(scan.scan_fields, head, names) == expected, head
+        expected = outcome(read_fields, head, names)
+        assert outcome(scan_fields, head, names) == expected, head
         good += isinstance(expected[0], list) and len(expected[0]) > 0
     assert good > 100, "hardly a head was valid"
 
@@ -80,21 +82,21 @@ def test_both_readers_of_fields_say_the_same(names):
 def test_both_readers_say_the_same_about_noise(noise, named):
     head = b"GET / HTTP/1.1\r\n" + (b"Host: a\r\nX-" if named else b"") + noise + b"\r\n\r\n"
     head = head[: head.find(b"\r\n\r\n") + 4]
-    expected = outcome(headers.read_fields, head, headers.REQUEST_NAMES)
-    assert outcome(scan.scan_fields, head, headers.REQUEST_NAMES) == expected
+    expected = outcome(read_fields, head, REQUEST_NAMES)
+    assert outcome(scan_fields, head, REQUEST_NAMES) == expected
 
 
 def test_the_unit_tests_pass_on_the_interpreted_modules_too():
     folder = Path(__file__).parent
     environment = {**os.environ, "DISPATCHER_PURE": "1", "PYTEST_ADDOPTS": ""}
     said = subprocess.run(
-        [sys.executable, "-c", "from dispatcher.proxy.edge.http import request, scan; print(scan.COMPILED, request.__file__)"],
+        [sys.executable, "-c", "from dispatcher.proxy.edge.http import fields, request; print(fields.COMPILED, request.__file__)"],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert said.startswith("False ") and said.endswith(".py\n"), said
     if os.environ.get("CI") == "true" and "DISPATCHER_PURE" not in os.environ:
-        assert scan.COMPILED, "the compilation failed: see the output of `pip install -v -e .`"
-    if scan.COMPILED:
+        assert COMPILED, "the compilation failed: see the output of `pip install -v -e .`"
+    if COMPILED:
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", folder / "test_http.py"],
             env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
@@ -107,17 +109,17 @@ def test_modules_changed_after_they_were_compiled_are_interpreted(tmp_path):
     package.mkdir(parents=True)
     for folder in (package.parents[2], package.parents[1], package):
         (folder / "__init__.py").touch()
-    edge = Path(headers.__file__).parents[1] / "__init__.py"
+    edge = Path(field_lines.__file__).parents[1] / "__init__.py"
     (package.parent / "__init__.py").write_text(edge.read_text())
-    (package / "headers.py").write_text("VALUE = 'interpreted'\n")
+    (package / "fields.py").write_text("VALUE = 'interpreted'\n")
     from importlib.machinery import EXTENSION_SUFFIXES
 
-    compiled = package / f"headers{EXTENSION_SUFFIXES[0]}"
+    compiled = package / f"fields{EXTENSION_SUFFIXES[0]}"
     compiled.write_bytes(b"not a module of machine code: importing it fails")
     (tmp_path / "setup.py").touch()
 
     def value() -> subprocess.CompletedProcess[str]:
-        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from dispatcher.proxy.edge.http import headers; print(headers.VALUE)"
+        code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from dispatcher.proxy.edge.http import fields; print(fields.VALUE)"
         environment = {key: text for key, text in os.environ.items() if key != "DISPATCHER_PURE"}
         return subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
@@ -125,7 +127,7 @@ def test_modules_changed_after_they_were_compiled_are_interpreted(tmp_path):
 
     os.utime(compiled, (1, 1))
     assert value().stdout == "interpreted\n"
-    os.utime(package / "headers.py", (1, 1))
+    os.utime(package / "fields.py", (1, 1))
     os.utime(package / "__init__.py", (1, 1))
     os.utime(compiled, (2, 2))
     assert "ImportError" in value().stderr

@@ -8,19 +8,19 @@ import struct
 
 import pytest
 
+from dispatcher.proxy.edge.http.field_names import (
+    BadHead,
+    X_FORWARDED_FOR,
+    X_FORWARDED_HOST,
+    X_FORWARDED_PROTO,
+    X_REQUEST_ID,
+)
 from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.proxy.edge.http.cookie import split_cookie
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.activity import PollDetector, Traffic
 from dispatcher.proxy.edge.http.trusted_proxies import TrustedProxies, usable_request_id
-from dispatcher.proxy.edge.http.headers import (
-    X_FORWARDED_FOR,
-    X_FORWARDED_HOST,
-    X_FORWARDED_PROTO,
-    X_REQUEST_ID,
-    BadHead,
-)
 from dispatcher.proxy.edge.http.proxy_protocol import SIGNATURE, parse_address, parse_head
 from dispatcher.proxy.edge.http.request import parse_request
 from dispatcher.proxy.edge.routing.settings import Settings

@@ -1,11 +1,6 @@
-"""Field lines of HTTP/1.1 heads and trailers, strictly by RFC 9110 section 5 and RFC 9112 section 5.
+"""The names of HTTP fields, and what each means for the edge.
 
-Whatever two parsers could read differently is refused here once, for requests and answers: bare CR or LF, NUL and
-other controls, folded lines, space before the colon, invalid names, and names whose underscore spelling some
-applications take for a framing field (WSGI and CGI do not tell ``_`` from ``-``).
-
-Each name has a *kind*, a small number that decides the treatment of the line.  A head is checked in one pass over
-its bytes (`field_lines`) and then costs one dictionary lookup for each line, whether its value repeats or not.
+Each name has a *kind*, a small number that decides the treatment of its line.
 """
 
 from __future__ import annotations
@@ -13,10 +8,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-#: Bytes that a field value or a start line may hold: HTAB, SP, VCHAR and obs-text (RFC 9110, 5.5).
-FIELD_BYTES: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
-_TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-MAX_DIGITS: Final = 18  # of a Content-Length
+TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MAX_LEARNED: Final = 1024
 _MAX_LEARNED_NAME: Final = 64
 
@@ -98,7 +90,7 @@ _IDENTITY: Final = dict.fromkeys(
     ),
     DROP,
 )
-_IDENTITY_PREFIXES: Final = ("x-forwarded-", "x-dispatcher-")
+IDENTITY_PREFIXES: Final = ("x-forwarded-", "x-dispatcher-")
 
 _FRAMING: Final = {
     "content-length": CONTENT_LENGTH,
@@ -152,7 +144,7 @@ _RESPONSE: Final = {
 }
 
 #: Never taken from a trailer section (RFC 9110, 6.5.1): framing, routing, authentication, and cookies.
-_TRAILER_FORBIDDEN: Final = frozenset(
+TRAILER_FORBIDDEN: Final = frozenset(
     {
         *_REQUEST,
         *_RESPONSE,
@@ -213,7 +205,7 @@ class Names:
 
         :raises BadHead: an invalid name, or one that hides a framing field.
         """
-        if not _TOKEN.fullmatch(name):
+        if not TOKEN.fullmatch(name):
             if name[:1] in {b" ", b"\t"}:
                 raise BadHead("a folded header line")
             raise BadHead("an invalid header name")
@@ -248,80 +240,5 @@ def perhaps_index(length: int, first: int) -> int:
     return (length & 63) << 5 | (first & 31)
 
 
-REQUEST_NAMES: Final = Names(_REQUEST, _IDENTITY_PREFIXES)
+REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE)
-
-
-class Fields:
-    """The field lines of a head.
-
-    :ivar lines: those to pass on, each with its CRLF; :ivar special: kind and value of all but `KEEP` and `DROP`.
-    """
-
-    __slots__ = ("lines", "special")
-
-    def __init__(self) -> None:
-        self.lines = b""
-        self.special: list[tuple[int, bytes]] = []
-
-
-def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Fields:
-    """Return the field lines of a head.
-
-    :param head: up to and including the empty line; :param start: where the first field line begins.
-    :raises BadHead: an invalid line, or more than `max_fields` (431).
-    """
-    fields = Fields()
-    lines = head[start:].split(b"\r\n")
-    del lines[-2:]
-    if len(lines) > max_fields:
-        raise BadHead(f"more than {max_fields} header lines", 431)
-    known = names.known
-    kept = []
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon:
-            raise BadHead("a header line without a colon")
-        kind = known.get(name)
-        if kind is None:
-            kind = names.learn(name)
-        if kind == KEEP or kind >= LOOKED_AT:
-            kept.append(line + b"\r\n")
-        if kind >= SPECIAL:
-            fields.special.append((kind, value.strip(b" \t")))
-    # In one go: without the allowed bytes only the line ends are left.
-    if head[start:].translate(None, FIELD_BYTES) != b"\r\n" * (len(lines) + 1):
-        raise BadHead("a control character in a header")
-    fields.lines = b"".join(kept)
-    return fields
-
-
-def connection_options(value: bytes) -> frozenset[bytes]:
-    """Return the options of a `Connection` field, lower case (RFC 9110, 7.6.1)."""
-    if value == b"keep-alive":
-        return KEEP_ALIVE
-    return frozenset([option.strip(b" \t").lower() for option in value.split(b",")])
-
-
-KEEP_ALIVE: Final = frozenset({b"keep-alive"})
-
-
-def without_named(lines: bytes, names: frozenset[bytes]) -> bytes:
-    """Return `lines` without those of some names, in lower case."""
-    return b"".join([line for line in lines.splitlines(True) if line.partition(b":")[0].lower() not in names])
-
-
-def trailer_lines(lines: list[bytes]) -> list[bytes]:
-    """Return the lines of a trailer section that may be passed on.
-
-    :raises BadHead: an invalid line.
-    """
-    kept = []
-    for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not _TOKEN.fullmatch(name) or value.translate(None, FIELD_BYTES):
-            raise BadHead("an invalid trailer line")
-        text = name.decode("ascii").lower().replace("_", "-")
-        if text not in _TRAILER_FORBIDDEN and not text.startswith(_IDENTITY_PREFIXES):
-            kept.append(line)
-    return kept
