@@ -1,7 +1,7 @@
 """Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it.
 
-The path of a request through the edge is compiled with mypyc where a C compiler and Python's headers are found (docs/adr/0010);
-DISPATCHER_PURE=1 leaves that out.
+The path of a request through the edge is compiled with mypyc where a C compiler and Python's headers are found
+(docs/adr/0010); DISPATCHER_PURE=1 leaves that out.
 """
 
 import os
@@ -36,8 +36,8 @@ TESTING = [
     "lxml-stubs",
 ]
 
-#: Compiled is the path of a request through the edge; not these, which derive from classes that are not, or are seldom
-#: run.
+#: Compiled is the path of a request through the edge; not these, which derive from classes that are not, or are
+#: seldom run.
 INTERPRETED = {"__init__", "connect", "decision", "handshakes", "listener", "pages"}
 COMPILED = [
     str(path.relative_to(HERE))
