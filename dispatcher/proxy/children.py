@@ -46,7 +46,7 @@ class Child:
     leaving: bool = False
     deadline: float = float("inf")
 
-    def tell(self, order: bytes) -> None:
+    def order(self, order: bytes) -> None:
         """Send an order; a child that cannot receive it is ending already."""
         with contextlib.suppress(OSError):
             self.control.send(order)

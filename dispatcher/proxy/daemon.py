@@ -74,8 +74,6 @@ class Daemon:
         self._stopping = False
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    # Beginning.
-
     def prepare(self) -> None:
         """Do everything that needs privileges, then drop them."""
         proxy = self._config.proxy
@@ -126,8 +124,6 @@ class Daemon:
         self._portal_sock = bind_unix(str(fresh), 0o600)
         fresh.replace(path)
 
-    # The children.
-
     def _start_worker(self) -> None:
         config, paths, portal_sock = self._config, self._paths, self._portal_sock
         inherited = edge.Inherited(
@@ -163,8 +159,6 @@ class Daemon:
 
     def _of(self, kind: str, *, leaving: bool = False) -> list[Child]:
         return [child for child in self._children.values() if child.kind == kind and child.leaving == leaving]
-
-    # Running.
 
     def serve(self) -> int:
         """Keep the children running until a signal ends it."""
@@ -210,7 +204,10 @@ class Daemon:
         if self._wake in readable:
             with contextlib.suppress(BlockingIOError):
                 for number in set(os.read(self._wake, 512)):
-                    self._signalled(number)
+                    if number in {signal.SIGTERM, signal.SIGINT}:
+                        self._stop()
+                    elif number == signal.SIGHUP and not self._stopping:
+                        self._reload()
         self._reap()
         self._overdue()
         self._fill()
@@ -231,29 +228,22 @@ class Daemon:
             word = child.control.recv(1)
         except OSError:
             word = b""
-        if not word:
-            child.ready = True  # it is ending; waitpid gives the status
-            return
         child.ready = True
+        if not word:  # it is ending; waitpid gives the status
+            return
         child.deadline = float("inf")
         old = [each for each in self._of(WORKER) if each.generation < child.generation]
         current = [each for each in self._of(WORKER) if each.ready and each.generation == child.generation]
         if len(current) >= self._config.proxy.workers:
             for each in old:
-                self._let_go(each, b"D")
+                self._end(each, b"D")
         elif old:
-            self._let_go(old[0], b"D")
+            self._end(old[0], b"D")
 
-    def _let_go(self, child: Child, order: bytes) -> None:
+    def _end(self, child: Child, order: bytes) -> None:
         child.leaving = True
         child.deadline = boottime() + self._config.proxy.drain_timeout + _KILL_GRACE
-        child.tell(order)
-
-    def _signalled(self, number: int) -> None:
-        if number in {signal.SIGTERM, signal.SIGINT}:
-            self._stop()
-        elif number == signal.SIGHUP and not self._stopping:
-            self._read_again()
+        child.order(order)
 
     def _stop(self) -> None:
         systemd.notify("STOPPING=1")
@@ -267,7 +257,7 @@ class Daemon:
         self._listeners.close()
         for child in list(self._children.values()):
             if child.kind == WORKER:
-                self._let_go(child, b"S")
+                self._end(child, b"S")
 
     def _reap(self) -> None:
         while True:
@@ -301,19 +291,17 @@ class Daemon:
             for child in self._of(PORTAL, leaving=True):
                 child.signal(signal.SIGTERM)
 
-    # Reading the configuration again.
-
-    def _read_again(self) -> None:
+    def _reload(self) -> None:
         systemd.notify("RELOADING=1")
         try:
-            self._take(load())
+            self._apply(load())
         except DispatcherError as error:
             _log.error("the new configuration is not applied", error=str(error))
         systemd.notify("READY=1")
 
-    def _take(self, config: Config) -> None:
+    def _apply(self, config: Config) -> None:
         Settings(config)
-        if Paths.of(config) != self._paths or config.proxy.user != self._config.proxy.user:
+        if _fixed(config) != _fixed(self._config):
             raise ConfigError(
                 "manager.run_dir, manager.state_dir and proxy.user cannot change while the proxy runs",
                 fix="restart the proxy",
@@ -333,9 +321,7 @@ class Daemon:
             child.leaving = True
         self._portal_sock.close()
         self._open_portal()
-        self._start_portal()
-        for _ in range(config.proxy.workers):
-            self._start_worker()
+        self._fill()
         if old_log not in {None, self._access_log, 1}:
             os.close(old_log)
         _log.info("read the configuration again, replacing the workers", generation=self._generation)
@@ -354,6 +340,11 @@ class Daemon:
             if address.startswith("unix:"):
                 with contextlib.suppress(OSError):
                     os.unlink(address[5:])
+
+
+def _fixed(config: Config) -> tuple[object, ...]:
+    """Return the settings that cannot change while the proxy runs."""
+    return config.manager.run_dir.absolute(), config.manager.state_dir.absolute(), config.proxy.user
 
 
 def _open_access_log(target: str) -> int | None:
