@@ -3,13 +3,17 @@
 - A test that needs root, bubblewrap, Docker, libvirt or Chromium carries that marker.  Where the thing is
   absent the test is skipped with the reason; with CI=true *any* skip is a failure.
 - Under xdist (`--dist loadgroup`) everything that shares a heavy backend runs on one worker, one after the
-  other, and begins first: tests marked docker, libvirt or browser, and all of tests/chaos.  The rest is
-  spread test by test.  A test may choose a group of its own with `pytest.mark.xdist_group`.
+  other, and begins first: tests marked docker, libvirt or browser, and all of tests/chaos.  Emulated guests take
+  longest, so their tests are two groups: the conformance kit, and `machines` with all others.  A test that restarts
+  libvirtd (marker `libvirt_restart`) waits until no other uses it.  The rest is spread test by test.  A test may
+  choose a group of its own with `pytest.mark.xdist_group`.
 - Helpers that tests import live in `tests/` modules: `from tests.helpers import ...`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import os
 import shutil
@@ -21,7 +25,8 @@ import pytest
 
 CI = os.environ.get("CI") == "true"
 ROOT = Path(__file__).parent.parent
-HEAVY = ("libvirt", "docker", "browser", "chaos")
+HEAVY = ("libvirt", "machines", "docker", "browser", "chaos")  # groups, in the order in which they begin
+LIBVIRT_LOCK = Path("/tmp/dispatcher-tests-libvirt.lock")
 
 
 def _answers(path: str, request: bytes = b"", expect: bytes = b"") -> str:
@@ -69,6 +74,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         named = item.get_closest_marker("xdist_group")
         if named:
             return str(named.args[0] if named.args else named.kwargs.get("name"))
+        if item.get_closest_marker("libvirt") and "/tests/contract/" not in str(item.path):
+            item.add_marker(pytest.mark.xdist_group("machines"))
+            return "machines"
         for name in HEAVY:
             if item.get_closest_marker(name) or f"/tests/{name}/" in str(item.path):
                 item.add_marker(pytest.mark.xdist_group(name))
@@ -95,6 +103,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(f"needs {marker.name}: {why}", pytrace=False)
         elif why:
             pytest.skip(f"needs {marker.name}: {why}")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """Let a test that restarts libvirtd run while no other test with it does, on any worker."""
+    with contextlib.ExitStack() as stack:
+        if item.get_closest_marker("libvirt"):
+            gate, lock = (stack.enter_context(open(f"{LIBVIRT_LOCK}{name}", "w")) for name in (".gate", ""))
+            # Who waits for all others to end keeps the gate, so that no other begins meanwhile.
+            fcntl.flock(gate, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if item.get_closest_marker("libvirt_restart") else fcntl.LOCK_SH)
+            fcntl.flock(gate, fcntl.LOCK_UN)
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True)

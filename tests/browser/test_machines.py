@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.libvirt,
     pytest.mark.root,
     pytest.mark.slow,
-    pytest.mark.xdist_group("libvirt"),
+    pytest.mark.xdist_group("machines"),
 ]
 
 APPS = """

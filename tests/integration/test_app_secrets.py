@@ -135,7 +135,7 @@ def output(*words: str) -> str:
     params=[
         "subprocess",
         pytest.param("docker", marks=pytest.mark.docker),
-        pytest.param("libvirt", marks=[pytest.mark.libvirt, pytest.mark.xdist_group("libvirt")]),
+        pytest.param("libvirt", marks=[pytest.mark.libvirt, pytest.mark.xdist_group("machines")]),
     ],
 )
 def place(request):

@@ -164,6 +164,7 @@ def test_sleep_wakes_with_its_memory_on_another_port_if_it_must(world):
     assert (out / "saved").read_bytes() == b"signal 15\n"
 
 
+@pytest.mark.libvirt_restart
 def test_a_killed_qemu_and_a_stopped_libvirtd_are_distinguished(world):
     """kill -9 of QEMU ends the agent and is reported within a second; kill -9 of libvirtd ends none."""
     inside = world.probe("alice")

@@ -171,6 +171,7 @@ def test_a_machine_whose_app_never_listens_fails_and_is_removed(site):
     until("nothing is left", lambda: site.left() == set())
 
 
+@pytest.mark.libvirt_restart
 def test_libvirtd_may_die_and_the_manager_too_while_machines_go_on(site):
     def state() -> str:
         return site.admin("GET", "/agents/alice").json()["state"]

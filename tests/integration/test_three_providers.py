@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.root,
     pytest.mark.bubblewrap,
     pytest.mark.slow,
-    pytest.mark.xdist_group("libvirt"),
+    pytest.mark.xdist_group("machines"),
 ]
 
 APPS = f"""

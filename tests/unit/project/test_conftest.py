@@ -58,7 +58,7 @@ def test_light(): pass
 @pytest.mark.browser
 def test_browser(request): assert request.node.get_closest_marker("xdist_group").args == ("browser",)
 @pytest.mark.libvirt
-def test_libvirt(): pass
+def test_libvirt(request): assert request.node.get_closest_marker("xdist_group").args == ("machines",)
 """)
     result = suite.runpytest_subprocess("--collect-only", "-q")
     names = [line.split("::")[-1] for line in result.stdout.lines if "::" in line]
@@ -82,3 +82,39 @@ def test_spread(n): pass
     )
     result = suite.runpytest_subprocess("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
     result.assert_outcomes(passed=24)
+
+
+def test_a_restart_of_libvirtd_meets_no_other_test_with_it(suite, tmp_path):
+    from tests.conftest import LIBVIRT_LOCK, ROOT
+
+    text = (ROOT / "tests/conftest.py").read_text().replace(str(LIBVIRT_LOCK), str(tmp_path / "lock"))
+    suite.makeconftest(text + "\n\ndef missing(marker):\n    return ''\n")
+    work = f"""
+import time, pytest
+pytestmark = pytest.mark.libvirt
+def work(kind):
+    begin = time.monotonic()
+    time.sleep(0.15)
+    with open({str(tmp_path / "seen")!r}, "a") as file:
+        file.write(f"{{kind}} {{begin}} {{time.monotonic()}}\\n")
+@pytest.mark.parametrize("n", range(8))
+def test_uses(n): work("use")
+"""
+    restart = """
+@pytest.mark.libvirt_restart
+@pytest.mark.parametrize("n", range(3))
+def test_restarts(n): work("restart")
+"""
+    suite.mkpydir("tests")
+    for folder, content in (("tests/contract", work), ("tests/integration", restart.join([work, ""]))):
+        (suite.path / folder).mkdir()
+        (suite.path / folder / f"test_{folder[6:]}.py").write_text(content)
+    result = suite.runpytest_subprocess("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
+    result.assert_outcomes(passed=19)
+    lines = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    spans = [(kind, float(begin), float(end)) for kind, begin, end in lines]
+    uses = [span for span in spans if span[0] == "use"]
+    assert any(a[1] < b[1] < a[2] for a in uses for b in uses), "two workers use it at the same time"
+    for kind, begin, end in spans:
+        if kind == "restart":
+            assert not [span for span in spans if begin < span[1] < end or begin < span[2] < end]
