@@ -128,12 +128,14 @@ class Commands:
             created=now,
             since=now,
         )
+        detail, owner = "", self._data.owner(name)
         if kept is not None:
             row = dataclasses.replace(row, provider=kept.provider, handle=kept.handle, uid=kept.uid)
             detail = "with the data that was kept when the agent of this name was removed"
-        else:
-            aside = self._data.move_aside(name)
-            detail = f"data of unknown origin was in its place, and is now in {aside}" if aside else ""
+        elif owner is not None:  # the database was lost, or restored from an earlier time
+            row = dataclasses.replace(row, uid=owner if self._uids.may_have(owner) else -1)
+            detail = "with the data that lay in its place, of an agent that the database did not know"
+            _log.warning("%s is created %s", printable(name), detail)
         if row.uid == -1 or not self._uids.separate:
             row = dataclasses.replace(row, uid=self._uids.allocate())
         return row, detail

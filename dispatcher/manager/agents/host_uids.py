@@ -6,23 +6,31 @@ import os
 import pwd
 
 from dispatcher.config.host_users import HostAccounts
+from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.storage.agents import Store
 from dispatcher.plugin.errors import Conflict
 
 
 class HostUids:
-    """Allocates ids that no agent, no kept data and no account of the host has.  One thread at a time."""
+    """Allocates ids that no agent, no data and no account of the host has.  One thread at a time."""
 
-    def __init__(self, accounts: HostAccounts, store: Store, installation: str) -> None:
+    def __init__(self, accounts: HostAccounts, store: Store, data: AgentData, installation: str) -> None:
+        self._data = data
         self._range = accounts.agent_uids
         self._store = store
         self._installation = installation
         self._last = -1
+        self._owners: set[int] = set()  # of data on disk when the first id was allocated
 
     @property
     def separate(self) -> bool:
         """Whether each agent has an id of its own; else all have the manager's."""
         return self._range is not None
+
+    def may_have(self, uid: int) -> bool:
+        """Whether an agent that is not in the database can have an id, which owns its data."""
+        first, last = self._range or (0, -1)
+        return first <= uid <= last and not self._store.is_taken(uid)
 
     def allocate(self) -> int:
         """Return an id.
@@ -36,9 +44,10 @@ class HostUids:
         if self._last < first:  # two installations on one host should not begin at the same one
             begin = first + int(self._installation, 16) % span
             self._last = self._store.last_uid() or begin
+            self._owners = self._data.owners()
         for step in range(1, span + 1):
             uid = first + (self._last - first + step) % span
-            if not self._store.is_taken(uid) and not _is_account(uid):
+            if uid not in self._owners and not self._store.is_taken(uid) and not _is_account(uid):
                 self._last = uid
                 return uid
         raise Conflict(

@@ -101,6 +101,8 @@ class Migrator:
             self._step(task, "exporting")
             directory = self._data.empty_dir(row.name, SCRATCH)
             source.provider.export_data(old, directory, deadline=Deadline(TRANSFER), progress=task.progress)
+        elif task.agent.last_used is not None:
+            self._data.check_present(row.name)
         handle = target.provider.handle(spec)
         imports = imports and exists(directory)
         if imports:

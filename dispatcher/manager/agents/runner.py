@@ -36,7 +36,7 @@ from dispatcher.plugin.errors import (
     SpecConflict,
     StartFailed,
 )
-from dispatcher.plugin.model import BackendState, Depth, Handle, Observation
+from dispatcher.plugin.model import BackendState, Capability, Depth, Handle, Observation
 from dispatcher.plugin.names import printable
 
 SUSPEND_TIME = 60.0
@@ -165,6 +165,8 @@ class Runner:
                 fix="sign out and sign in again",
             )
         task.step("preparing")
+        if task.agent.last_used is not None and Capability.OWN_DATA not in task.backend.capabilities:
+            self._data.check_present(row.name)
         self._data.prepare(row.name, row.uid)
         task.backend.prepare(spec.app, seconds=policy.prepare_timeout, progress=progress)
         handle = provider.handle(spec)

@@ -91,7 +91,7 @@ class Supervisor:
         runner = Runner(self.engine, self.data, Migrator(self.engine, self.data), self.copies, accounts)
         self.engine.submit = runner.submit
         self.reconciler = Reconciler(self.engine, runner)
-        uids = HostUids(accounts, self.store, self.installation)
+        uids = HostUids(accounts, self.store, self.data, self.installation)
         self.commands = Commands(self.engine, self.data, uids)
         self.queries = Queries(self.engine, self._log_collector, self.data.sockets)
         self.idle_monitor = IdleMonitor(self.engine)

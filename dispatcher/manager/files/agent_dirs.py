@@ -7,9 +7,11 @@ belong to the agent and are not trusted (`safe_tree`).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from dispatcher.manager.files.safe_tree import change_owner, exists, make_direct
 from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DispatcherError
+from dispatcher.plugin.errors import Conflict, DispatcherError
 from dispatcher.plugin.removal import Tick, remove_tree
 
 TRAVERSE = 0o711  # others may traverse, not list
@@ -115,7 +117,8 @@ class AgentData:
         data = self.data_dir(agent)
         if exists(data):
             self._move_to_trash(agent, data)
-            make_directory(data, PRIVATE, self._owner(uid))
+        make_directory(self.paths.agent_dir(agent), TRAVERSE)
+        make_directory(data, PRIVATE, self._owner(uid))
         self._empty_trash_of(agent, tick)
 
     def remove(self, agent: str, *, keep_data: bool, tick: Tick | None = None) -> None:
@@ -138,15 +141,34 @@ class AgentData:
             if entry.name.startswith(f"{names.key(agent)}."):
                 remove_tree(entry.path, tick=tick)
 
-    def move_aside(self, agent: str) -> Path | None:
-        """Move a directory of unknown origin out of a new agent's way; return where to, None if there was none."""
-        home = self.paths.agent_dir(agent)
-        if not exists(home):
+    def owner(self, agent: str) -> int | None:
+        """Return the host user id that owns the data in the place of a new agent; None if there is none."""
+        try:
+            found = os.lstat(self.data_dir(agent))
+        except FileNotFoundError:
             return None
-        aside = home.with_name(f"{home.name}.found-{secrets.token_hex(4)}")
-        os.rename(home, aside)
-        os.chmod(aside, PRIVATE)
-        return aside
+        return found.st_uid if stat.S_ISDIR(found.st_mode) else None
+
+    def owners(self) -> set[int]:
+        """Return the host user ids that own data, of agents that the database does not know too."""
+        found = set()
+        for home in os.scandir(self._agents):
+            with contextlib.suppress(OSError):
+                found.add(os.lstat(f"{home.path}/data").st_uid)
+        return found
+
+    def check_present(self, agent: str) -> None:
+        """Check that the data of an agent that was in use is there: a disk may not be mounted, or not restored.
+
+        :raises Conflict: it is missing.
+        """
+        data = self.data_dir(agent)
+        if not exists(data):
+            raise Conflict(
+                f"The data of {names.printable(agent)} is missing",
+                why=f"the agent was in use, and {data} does not exist",
+                fix="mount or restore it and start the agent, or let it begin anew: `dispatcher reset-data`",
+            )
 
     def empty_dir(self, agent: str, name: str) -> Path:
         """Make an empty directory of the manager beside the data, in place of an earlier one; return it."""

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unavailable
 from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
-from tests.support.manager_world import gone, kinds, reach, running, until
+from tests.support.manager_world import end, gone, kinds, reach, running, until
 
 
 # --- coming and going
@@ -170,17 +171,54 @@ def test_kept_data_returns_to_the_same_name_only_and_is_reported(supervisor):
     assert not (supervisor.data.data_dir("alice") / "note").exists()
 
 
-def test_data_that_nobody_accounts_for_is_set_aside_and_it_is_said(supervisor):
-    leftover = supervisor.data.data_dir("alice")
-    leftover.mkdir(parents=True)
-    (leftover / "note").write_text("whose?")
+def test_a_lost_database_empties_no_home(world):
+    old = world.supervisor()
+    for name in ("alice", "bob"):
+        running(old, name)
+        (old.data.data_dir(name) / "note").write_text(name)
+    uids = {name: old.queries.runtime(name)["uid"] for name in ("alice", "bob")}
+    end(old)
+    for path in (world.directory / "state").glob("dispatcher.db*"):
+        path.unlink()
+    new = world.supervisor()
+    running(new, "carol")  # gets no id that owns data of others
+    running(new, "alice")
+    running(new, "bob")
+    for name in ("alice", "bob"):
+        note = new.data.data_dir(name) / "note"
+        assert note.read_text() == name
+        assert note.parent.stat().st_uid == new.queries.runtime(name)["uid"]
+        assert "the database did not know" in new.queries.events(name, 10)[0].detail
+        if os.geteuid() == 0:
+            assert new.queries.runtime(name)["uid"] == uids[name]
+    if os.geteuid() == 0:
+        assert new.queries.runtime("carol")["uid"] not in uids.values()
+
+
+def test_data_that_is_missing_is_told_and_not_replaced_by_an_empty_home(world):
+    supervisor = world.supervisor()
     running(supervisor)
-    assert list(supervisor.data.data_dir("alice").iterdir()) == []
-    detail = supervisor.queries.events("alice", 10)[0].detail
-    aside = detail.rpartition(" ")[2]
-    assert "unknown origin" in detail
-    with open(f"{aside}/data/note") as file:
-        assert file.read() == "whose?"
+    supervisor.commands.record_activity("alice", {"use": 1})
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
+    reach(supervisor, "alice", "stopped")
+    data = supervisor.data.data_dir("alice")
+    data.rename(data.with_name("elsewhere"))
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    failure = reach(supervisor, "alice", "failed").failure
+    assert failure.what == "The data of 'alice' is missing"
+    assert str(data) in failure.why
+    assert "reset-data" in failure.fix
+    assert not data.exists()
+    data.with_name("elsewhere").rename(data)
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    reach(supervisor, "alice", "running")
+    supervisor.commands.set_desired("alice", Desired.STOPPED)
+    reach(supervisor, "alice", "stopped")
+    shutil.rmtree(data)
+    supervisor.commands.reset_data("alice")
+    until(lambda: "reset" in kinds(supervisor))
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    reach(supervisor, "alice", "running")
 
 
 def test_reset_deletes_the_data_and_starts_again_what_ran(supervisor):
