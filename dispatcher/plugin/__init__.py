@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from dispatcher.plugin.hooks import hookimpl
+    from dispatcher.plugin.log_files import MAX_LINE, read_lines
     from dispatcher.plugin.model import (
         HANDLE_VERSION,
         AgentEvent,
@@ -84,10 +85,9 @@ if TYPE_CHECKING:
         matching,
     )
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
-    from dispatcher.plugin.removal import remove_tree
+    from dispatcher.plugin.removal import make_temporary, remove_tree
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
-    from dispatcher.plugin.temporary import make_temporary
 
 #: In the order in which a name is looked for: those that import little come first.
 _MODULES = (
@@ -104,12 +104,13 @@ _MODULES = (
     "removal",
     "secret_files",
     "ssh",
-    "temporary",
+    "log_files",
 )
 
 __all__ = [
     "API_VERSION",
     "HANDLE_VERSION",
+    "MAX_LINE",
     "METADATA_NETWORKS",
     "AbsolutePath",
     "Address",
@@ -192,6 +193,7 @@ __all__ = [
     "no_progress",
     "owned",
     "printable",
+    "read_lines",
     "remove_tree",
     "slug",
 ]

@@ -7,15 +7,17 @@ replaced.  At most three descriptors are open at a time, and nothing is recursiv
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
+from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -78,6 +80,19 @@ def remove_tree(
             why=shown,
             fix="remove what protects it (`chattr -R -i -a`, a mount), then repeat",
         )
+
+
+def make_temporary(path: Path, uid: int, gid: int) -> None:
+    """Make the directory for temporary files, in the data of an agent that does not run, anew.
+
+    The agent can have put anything there.  What fails is left as it is: programs then use `/tmp`.
+    """
+    with contextlib.suppress(OSError, DispatcherError), opened(os.fspath(path.parent), DIRECTORY) as parent:
+        remove_tree(path.name, dir_fd=parent)
+        os.mkdir(path.name, 0o700, dir_fd=parent)
+        with opened(path.name, DIRECTORY, parent) as directory:
+            if os.geteuid() == 0:
+                os.fchown(directory, uid, gid)
 
 
 class _Flattening:

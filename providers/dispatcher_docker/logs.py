@@ -6,11 +6,9 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dispatcher.plugin import Deadline, DispatcherError, ProviderError, Unavailable
+from dispatcher.plugin import MAX_LINE, Deadline, DispatcherError, ProviderError, Unavailable
 from dispatcher_docker.errors import NoSuchObject, translated
 from dispatcher_docker.host import Engine
-
-MAX_LINE = 65_536
 
 
 def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[bytes]:

@@ -6,52 +6,18 @@ The files are in the agent's log directory, which belongs to the manager: `conso
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import re
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.plugin import Deadline, ProviderError, printable
+from dispatcher.plugin import ProviderError, printable
 
 NAME = "console.log"
 START = b"dispatcher: the machine starts"
-MAX_LINE = 64 * 1024
-_BLOCK = 64 * 1024
-_PAUSE = 0.25
 _ENDED = re.compile(rb"dispatcher: the app ended: ([\x20-\x7e]{1,200})")
 _PREFIX = "dispatcher: "
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
-
-
-def lines(log_dir: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
-    """Yield the last `tail` lines, then with `follow` new ones until the deadline; none without a file."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(_open(log_dir / NAME))
-        text, number = file.read(), 0
-        while text.count(b"\n") <= tail and (older := log_dir / f"{NAME}.{number}").exists():
-            text, number = older.read_bytes() + text, number + 1
-        *whole, rest = text.split(b"\n")
-        if rest and not follow:
-            whole.append(rest)
-        if tail > 0:
-            yield from [piece for line in whole[-tail:] for piece in _pieces(line)][-tail:]
-        while follow and not deadline.expired:
-            block = file.read(_BLOCK)
-            new = None if block else _open(log_dir / NAME)
-            if new and not os.path.sameopenfile(new.fileno(), file.fileno()):
-                block = file.read()  # written between the last read and the rotation
-                file = stack.enter_context(new)
-            elif new:
-                new.close()
-                time.sleep(min(_PAUSE, deadline.remaining()))
-            *whole, rest = (rest + block).split(b"\n")
-            if len(rest) > MAX_LINE:
-                whole, rest = [*whole, rest], b""
-            for line in whole:
-                yield from _pieces(line)
 
 
 def begin(log_dir: Path) -> Path:
@@ -117,9 +83,3 @@ def _open(path: Path) -> io.FileIO:
         return path.open("rb", buffering=0)
     except OSError:
         return Path(os.devnull).open("rb", buffering=0)
-
-
-def _pieces(line: bytes) -> Iterator[bytes]:
-    line = line.rstrip(b"\r")
-    for at in range(0, max(1, len(line)), MAX_LINE):
-        yield line[at : at + MAX_LINE]

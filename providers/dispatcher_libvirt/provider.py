@@ -32,6 +32,7 @@ from dispatcher.plugin import (
     ProviderContext,
     Usage,
     no_progress,
+    read_lines,
 )
 from dispatcher_libvirt import domain_xml, errors, explain, host, logs, observe, stop
 from dispatcher_libvirt.connection import Backend
@@ -172,7 +173,7 @@ class LibvirtProvider(Provider):
         directory = domain_xml.log_dir_of(handle)
         if directory is None:
             return iter(())
-        return logs.lines(directory, tail=tail, follow=follow, deadline=deadline)
+        return read_lines(directory / logs.NAME, newest=0, tail=tail, follow=follow, deadline=deadline)
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
         return observe.usage(self._backend, [handle.name for handle in handles], deadline)

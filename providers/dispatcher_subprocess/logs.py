@@ -15,18 +15,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.plugin import Deadline, ProviderError
+from dispatcher.plugin import ProviderError
 from dispatcher_subprocess import log_collector
 from dispatcher_subprocess.errors import failed
 
 _TIMEOUT = 10.0  # seconds; the collector answers within a millisecond unless the host is overloaded
 FILE = "output.log"
-MAX_LINE = 65536
-_INTERVAL = 0.2  # seconds between checks for new output
 
 
 def log_file(log_dir: str | Path) -> Path:
@@ -163,94 +159,7 @@ class LogCollector:
         threading.Thread(target=process.wait, name="log-collector", daemon=True).start()
 
 
-def read_lines(path: Path, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
-    """Yield the last `tail` lines, rotated files included, then with `follow` new ones until the deadline."""
-    fd = _open(path)
-    try:
-        lines, rest = _tail(path, fd, tail)
-        while True:
-            for line in lines:
-                yield from split(line)
-            if not follow:
-                break
-            chunk = os.read(fd, MAX_LINE) if fd >= 0 else b""
-            if not chunk and (new := _renewed(path, fd)) >= 0:
-                chunk = _all(fd)  # what was written between the last read and the rotation
-                if fd >= 0:
-                    os.close(fd)
-                fd = new
-            elif not chunk:
-                if deadline.expired:
-                    break
-                time.sleep(min(_INTERVAL, deadline.remaining()))
-            *lines, rest = (rest + chunk).split(b"\n")
-            while len(rest) >= MAX_LINE:
-                lines.append(rest[:MAX_LINE])
-                rest = rest[MAX_LINE:]
-        if rest and (follow or tail > 0):
-            yield from split(rest)
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def split(line: bytes) -> Iterator[bytes]:
-    """Yield a line in pieces of at most 64 KiB."""
-    line = line.removesuffix(b"\r")
-    for at in range(0, max(1, len(line)), MAX_LINE):
-        yield line[at : at + MAX_LINE]
-
-
 def remove(path: Path) -> None:
     """Remove an agent's log files; absent is success."""
-    for file in (path, *(_rotated(path, number) for number in range(1, 101))):
+    for file in (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 101))):
         file.unlink(missing_ok=True)
-
-
-def _rotated(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}")
-
-
-def _open(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
-        return -1
-
-
-def _tail(path: Path, fd: int, tail: int) -> tuple[list[bytes], bytes]:
-    """Return the last whole lines and what follows the last newline, which counts as a line.
-
-    :param fd: of the current file, read to its end; -1 without one.
-    """
-    text = _all(fd)
-    number = 1
-    while text.count(b"\n") <= tail and (older := _open(_rotated(path, number))) >= 0:
-        try:
-            text = _all(older) + text
-        finally:
-            os.close(older)
-        number += 1
-    *lines, rest = text.split(b"\n")
-    count = tail - bool(rest)
-    return lines[-count:] if count > 0 else [], rest
-
-
-def _all(fd: int) -> bytes:
-    chunks = []
-    while fd >= 0 and (chunk := os.read(fd, 1 << 20)):
-        chunks.append(chunk)
-    return b"".join(chunks)
-
-
-def _renewed(path: Path, current: int) -> int:
-    """Return the new current file when it was rotated (or has just appeared), else -1; read the old one first."""
-    new = _open(path)
-    if new >= 0 and current >= 0:
-        newest, old = os.fstat(new), os.fstat(current)
-        if newest.st_ino == old.st_ino:
-            if newest.st_size < os.lseek(current, 0, os.SEEK_CUR):
-                os.lseek(current, 0, os.SEEK_SET)
-            os.close(new)
-            return -1
-    return new

@@ -40,6 +40,7 @@ from dispatcher.plugin import (
     SecretFiles,
     SpecConflict,
     Usage,
+    read_lines,
 )
 from dispatcher_subprocess import explain, logs, plan
 from dispatcher_subprocess.events import Watcher
@@ -240,7 +241,7 @@ class SubprocessProvider(Provider):
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         path = logs.log_file(handle.data["log_dir"])
-        return logs.read_lines(path, tail=tail, follow=follow, deadline=deadline)
+        return read_lines(path, newest=1, tail=tail, follow=follow, deadline=deadline)
 
     def _taken_ports(self) -> Iterable[int]:
         for record in self._journals.records():

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
+from dispatcher.plugin.log_files import MAX_LINE
 from dispatcher.plugin.model import (
     AgentSpec,
     App,
@@ -31,7 +32,6 @@ from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import Progress, Provider
 
 MAX_LISTED = 1_000_000
-MAX_LINE = 65536  # bytes of one log line
 USUAL_TIME = 30.0  # seconds for a call that has no deadline of its own
 _REPORT = "report this fault to the author of the plugin"
 

@@ -1,7 +1,8 @@
 """A container's output as lines."""
 
 import pytest
-from dispatcher_docker.logs import MAX_LINE, lines
+from dispatcher.plugin import MAX_LINE
+from dispatcher_docker.logs import lines
 
 
 @pytest.mark.parametrize(

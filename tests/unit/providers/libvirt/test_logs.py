@@ -8,11 +8,12 @@ import pytest
 pytest.importorskip("libvirt")
 
 from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin import read_lines
 from dispatcher_libvirt import logs
 
 
 def tail(directory, count):
-    return list(logs.lines(directory, tail=count, follow=False, deadline=Deadline(1)))
+    return list(read_lines(directory / logs.NAME, newest=0, tail=count, follow=False, deadline=Deadline(1)))
 
 
 def test_logs_are_the_last_lines_over_rotated_files(tmp_path):
@@ -45,7 +46,7 @@ def test_following_sees_new_lines_over_a_rotation_and_none_twice(tmp_path):
 
     writer = threading.Thread(target=write)
     writer.start()
-    lines = list(logs.lines(tmp_path, tail=1, follow=True, deadline=Deadline(1.6)))
+    lines = list(read_lines(tmp_path / logs.NAME, newest=0, tail=1, follow=True, deadline=Deadline(1.6)))
     writer.join()
     assert lines == [b"old", b"half a line", b"second", b"third"]
 

@@ -1,14 +1,14 @@
 """Log files of the provider `subprocess`: rotation by the log collector, reading from the end."""
 
 import pytest
-from dispatcher_subprocess.logs import log_file, read_lines, remove
+from dispatcher_subprocess.logs import log_file, remove
 from dispatcher_subprocess.log_collector import Log
 
-from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin import Deadline, read_lines
 
 
 def read(path, tail):
-    return list(read_lines(path, tail=tail, follow=False, deadline=Deadline(1)))
+    return list(read_lines(path, newest=1, tail=tail, follow=False, deadline=Deadline(1)))
 
 
 @pytest.fixture
