@@ -254,6 +254,16 @@ def test_the_units_have_least_rights(unit, most):
     assert float(found[1]) <= most
 
 
+@pytest.mark.parametrize("unit", ["dispatcher-proxy", "dispatcher-manager"])
+def test_the_units_have_a_ceiling_of_memory(unit):
+    settings = dict(
+        line.split("=", 1) for line in (PACKAGING / f"{unit}.service").read_text().splitlines() if "=" in line
+    )
+    high, most = (float(settings[key].removesuffix("%")) for key in ("MemoryHigh", "MemoryMax"))
+    assert 10 < high < most <= 50
+    assert settings["OOMPolicy"] == "continue"  # a worker that is ended does not end the whole unit
+
+
 @pytest.mark.bubblewrap
 def test_people_sign_in_over_https_and_agents_outlive_a_restart(installed, units, free_port_for_module):
     manager, proxy = units
