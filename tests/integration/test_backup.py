@@ -1,0 +1,56 @@
+"""The backup that docs/howto/install-as-a-service.md describes: taken from a running manager, restored into an empty place."""
+
+import re
+import shutil
+import sqlite3
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.installation import Installation, until
+
+pytestmark = [pytest.mark.root, pytest.mark.bubblewrap]
+
+
+def test_a_backup_of_a_running_manager_is_restored_with_everybodys_data(short_tmp):
+    page = (ROOT / "docs/howto/install-as-a-service.md").read_text()
+    commands = re.search(r"## Back up.*?```sh\n(.*?)```", page, re.DOTALL)[1].splitlines()
+    backup = short_tmp / "backup"
+    backup.mkdir()
+    short_tmp.chmod(0o755)
+    with Installation(short_tmp) as site:
+        state = short_tmp / "state"
+        site.start("manager")
+        site.add("alice")
+        site.admin("PUT", "/agents/alice/state?wait=30", {"state": "running"})
+        site.admin("PUT", "/agents/alice/state?wait=30", {"state": "stopped"})
+        data = next(state.glob("agents/*/data"))
+        (data / "work").write_text("hers")
+        owner = data.stat().st_uid
+
+        def here(command):
+            return command.replace("/var/lib/dispatcher", str(state)).replace("/srv/backup", str(backup))
+
+        # The command line of SQLite may be absent; Python's has the same backup.
+        assert here(commands[0]) == f"sqlite3 {state}/dispatcher.db \".backup '{backup}/dispatcher.db'\""
+        source, copy = sqlite3.connect(state / "dispatcher.db"), sqlite3.connect(backup / "dispatcher.db")
+        source.backup(copy)
+        source.close()
+        copy.close()
+        subprocess.run(here(commands[1]), shell=True, check=True)
+        site.processes["manager"].terminate()
+        site.processes["manager"].wait(20)
+        shutil.rmtree(state)
+        state.mkdir()
+        shutil.copy(backup / "dispatcher.db", state / "dispatcher.db")
+        subprocess.run(["tar", "-xpf", backup / "data.tar", "-C", state], check=True)
+        site.start("manager")
+        until(
+            "alice is there",
+            lambda: [one["name"] for one in site.admin("GET", "/agents").json()["agents"]] == ["alice"],
+        )
+        site.admin("PUT", "/agents/alice/state?wait=30", {"state": "running"})
+        assert (data / "work").read_text() == "hers"
+        assert data.stat().st_uid == owner
+        assert site.admin("GET", "/agents/alice/state").json()["state"] == "running"
