@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from dispatcher.plugin import ProviderError
@@ -57,8 +58,10 @@ class LogCollector:
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
 
-    def attach(self, read_end: int, path: Path) -> bool:
-        """Pass a copy of a pipe's read end; return whether the collector is new and needs all other pipes.
+    def attach(self, fds: Sequence[int], path: Path) -> bool:
+        """Pass copies of an agent's descriptors; return whether the collector is new and needs all others.
+
+        :param fds: the pipe's read end, then the sockets for DNS if there are any.
 
         :raises ProviderError: no collector can be started.
         """
@@ -68,7 +71,7 @@ class LogCollector:
                 new = self._connect()
                 assert self._connection is not None
                 try:
-                    socket.send_fds(self._connection, [message], [read_end])
+                    socket.send_fds(self._connection, [message], fds)
                     break
                 except OSError as error:
                     self._drop()

@@ -12,11 +12,13 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
+from typing import Any
 
 from dispatcher.plugin import (
     App,
@@ -32,9 +34,16 @@ from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.procfs import Process
 
-#: Addresses for the agent's name server, none of the Internet's (RFC 5737); the first that the host does not use.
-_NAME_SERVERS = (IPv4Address("198.51.100.53"), IPv4Address("203.0.113.53"), IPv4Address("192.0.2.53"))
-_SLIRP_NAME_SERVER = "10.0.2.3"
+#: Makes the sockets of an agent's name server, and passes them through its standard input.
+_NAME_SOCKETS = """
+import socket
+udp, tcp = (socket.socket(socket.AF_INET, kind) for kind in (socket.SOCK_DGRAM, socket.SOCK_STREAM))
+tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+for sock in (udp, tcp):
+    sock.bind(("127.0.0.1", 53))
+tcp.listen(16)
+socket.send_fds(socket.socket(fileno=0), [b"x"], [udp.fileno(), tcp.fileno()])
+"""
 
 
 def verify(app: App, kind: str, host: Host) -> None:
@@ -67,15 +76,28 @@ def no_ports(app: App) -> ConfigError:
     )
 
 
-def resolver(host: Host) -> bytes:
-    """Return a private network's /etc/resolv.conf: the carrier's name server and the host's search list."""
-    server = str(_name_server()) if host.pasta else _SLIRP_NAME_SERVER
+def resolver() -> bytes:
+    """Return a private network's /etc/resolv.conf: the log collector's name server and the host's search list."""
     kept = [
         line
         for line in procfs.read("/etc/resolv.conf").decode("utf-8", "replace").splitlines()
         if line.split(" ")[0] in {"search", "domain", "options"}
     ]
-    return "\n".join([f"nameserver {server}", *kept, ""]).encode()
+    return "\n".join(["nameserver 127.0.0.1", *kept, ""]).encode()
+
+
+def name_sockets(host: Host, inner: Process, deadline: Deadline) -> tuple[int, int]:
+    """Make the UDP and the TCP socket of a name server in an agent's network namespace.
+
+    :raises ProviderError: that fails; :raises DeadlineExceeded: not in time.
+    """
+    ours, theirs = socket.socketpair()
+    with contextlib.ExitStack() as stack, ours, theirs:
+        inside = _enter(stack, inner, own_user=not host.privileged)
+        _run([*inside.command, sys.executable, "-I", "-S", "-c", _NAME_SOCKETS], inside, theirs.fileno(), deadline)
+        ours.setblocking(False)
+        _, (udp, tcp), _, _ = socket.recv_fds(ours, 1, 2)
+    return udp, tcp
 
 
 def connect(host: Host, inner: Process, port: int, deny: Sequence[str], deadline: Deadline) -> Process:
@@ -104,6 +126,14 @@ class _Inside:
     user: int | None
 
     @property
+    def command(self) -> list[str]:
+        """The beginning of a command that runs there."""
+        command = [which("nsenter"), f"--net=/proc/self/fd/{self.network}"]
+        if self.user is not None:
+            command += [f"--user=/proc/self/fd/{self.user}", "--preserve-credentials"]
+        return command
+
+    @property
     def fds(self) -> tuple[int, ...]:
         return (self.network,) if self.user is None else (self.network, self.user)
 
@@ -127,7 +157,7 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         pid_file = Path(directory) / "pid"
         command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--pid", str(pid_file)]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
-        command += ["--dns-forward", str(_name_server()), "--netns", f"/proc/self/fd/{inside.network}"]
+        command += ["--netns", f"/proc/self/fd/{inside.network}"]
         if inside.user is None:
             # It cannot join the namespace as another user; it drops its privileges itself afterwards.
             command += ["--netns-only", "--runas", "0"]
@@ -180,9 +210,6 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
 
     For IPv6's link-local ones this takes a rule: a destination with a scope passes by an unreachable route.
     """
-    command = [which("nsenter"), f"--net=/proc/self/fd/{inside.network}"]
-    if inside.user is not None:
-        command += [f"--user=/proc/self/fd/{inside.user}", "--preserve-credentials"]
     for version in (4, 6) if procfs.read("/proc/net/if_inet6") else (4,):
         lines = "".join(
             f"rule add to {network} priority 1 unreachable\n"
@@ -191,15 +218,20 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
             for network in networks
             if network.version == version
         )
-        _run([*command, which("ip"), f"-{version}", "-batch", "-"], inside, lines.encode(), deadline)
+        _run([*inside.command, which("ip"), f"-{version}", "-batch", "-"], inside, lines.encode(), deadline)
 
 
-def _run(command: list[str], inside: _Inside, stdin: bytes, deadline: Deadline) -> None:
+def _run(command: list[str], inside: _Inside, stdin: bytes | int, deadline: Deadline) -> None:
+    """Run a program.
+
+    :param stdin: its standard input: content, or a descriptor.
+    """
+    source: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     try:
         done = subprocess.run(
             command,
             check=False,
-            input=stdin,
+            **source,
             capture_output=True,
             pass_fds=inside.fds,
             env={},
@@ -226,19 +258,3 @@ def outgoing_interface() -> str:
         if fields[1] == "00000000" and fields[7] == "00000000" and int(fields[3], 16) & 1:
             return fields[0]
     return ""
-
-
-def _name_server() -> IPv4Address:
-    return next((server for server in _NAME_SERVERS if not _near(server)), _NAME_SERVERS[0])
-
-
-def _near(server: IPv4Address) -> bool:
-    """Whether an address is in one of the networks that the host is in."""
-    import psutil
-
-    return any(
-        server in IPv4Network(f"{address.address}/{address.netmask}", strict=False)
-        for addresses in psutil.net_if_addrs().values()
-        for address in addresses
-        if address.family == socket.AF_INET and address.netmask
-    )

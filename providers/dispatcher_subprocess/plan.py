@@ -123,7 +123,7 @@ class Planner:
         """Find the files of an app, or return those found a moment ago."""
         options = options_of(app)
         search = app.environment.get("PATH", SEARCH_PATH)
-        key = (options.model_dump_json(), search)
+        key = (options.model_dump_json(), search, app.network)
         known = self._cache.get(key)
         if known and known.until > boottime():
             return known
@@ -134,7 +134,13 @@ class Planner:
             named = [str(path) for path in (*extra, *options.writable)]
             shown = frozenset([*named, *map(os.path.realpath, named), *SYSTEM])
             _verify_shown(app, shown, (self.context.state_dir, self.context.run_dir))
-            view = sandbox.view(options, extra, [path for path in (*options.hide, _HIDDEN) if path.exists()])
+            view = sandbox.view(
+                options,
+                extra,
+                [path for path in (*options.hide, _HIDDEN) if path.exists()],
+                own_uid=self.host.own_uid,
+                own_resolver=app.network is Network.PRIVATE,
+            )
         found = _Files(program=program, view=view, shown=shown, until=boottime() + _CACHED)
         self._cache[key] = found
         return found

@@ -42,7 +42,7 @@ from dispatcher.plugin import (
     Usage,
     read_lines,
 )
-from dispatcher_subprocess import explain, logs, plan
+from dispatcher_subprocess import explain, logs, network, plan
 from dispatcher_subprocess.events import Watcher
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
@@ -314,9 +314,9 @@ class SubprocessProvider(Provider):
         for callback in tuple(self._callbacks):
             callback(name)
 
-    def _attach(self, read_end: int, path: Path) -> None:
-        if self._collector.attach(read_end, path):
-            self._attach_all(self._running())
+    def _attach(self, fds: Sequence[int], path: Path) -> None:
+        if self._collector.attach(fds, path):
+            self._attach_all(self._running(), new=True)
         self._watch_collector()
 
     def _keep_collecting(self, running: Iterable[Record] | None = None) -> None:
@@ -325,8 +325,9 @@ class SubprocessProvider(Provider):
         :param running: the records of all agents that run, if they are known already.
         """
         try:
-            if self._collector.ensure() or not self._pipes_passed:
-                self._attach_all(self._running() if running is None else running)
+            new = self._collector.ensure()
+            if new or not self._pipes_passed:
+                self._attach_all(self._running() if running is None else running, new=new)
             self._watch_collector()
         except ProviderError as error:
             self.context.log.warning("agents' output is not written to their logs: %s", error)
@@ -334,14 +335,19 @@ class SubprocessProvider(Provider):
     def _running(self) -> Iterator[Record]:
         return (record for record in self._journals.records() if not self._parts.stopper.run(record).gone)
 
-    def _attach_all(self, running: Iterable[Record]) -> None:
+    def _attach_all(self, running: Iterable[Record], *, new: bool) -> None:
+        """Pass the pipes of all agents and, to a new collector, the sockets for DNS."""
         self._pipes_passed = True
         for record in running:
-            fd = self._parts.stopper.run(record).output()
-            if fd is not None:
-                try:
-                    self._collector.attach(fd, logs.log_file(record.log_dir))
-                finally:
+            fds = [fd for fd in (self._parts.stopper.run(record).output(),) if fd is not None]
+            try:
+                if fds and new and record.helper and record.init:
+                    with contextlib.suppress(ProviderError):  # those of an agent that starts exist
+                        fds += network.name_sockets(self._parts.host, record.init, Deadline(_EXAMINE))
+                if fds:
+                    self._collector.attach(fds, logs.log_file(record.log_dir))
+            finally:
+                for fd in fds:
                     os.close(fd)
 
 

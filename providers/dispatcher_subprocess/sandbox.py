@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.plugin import AgentSpec, Network, slug
@@ -17,11 +17,13 @@ from dispatcher_subprocess import procfs, seccomp
 from dispatcher_subprocess.options import SHELL, AppOptions, options_of
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
+HOST_ETC = "/.etc"  # as deep as /etc, so that relative links in it lead where they do on the host
 DATA = "/data"
 RUN = "/run/agent"
 TMP = f"{DATA}/.tmp"
 SECRETS = "/run/secrets"
 ENVIRONMENT = "/run/environment"
+_ACCOUNTS = ("passwd", "group")
 #: Variables that the dynamic loader or libc obeys.  A program of root's must never see those of an app.
 _LOADER = ("LD_", "GLIBC_", "MALLOC_", "GCONV_", "NLSPATH", "LOCPATH", "GETCONF_DIR", "RES_OPTIONS", "HOSTALIASES")
 # setpriv needs these to become the agent, bwrap to enter the agent's private working directory.
@@ -114,6 +116,17 @@ class Tree:
             self.words += ["--ro-bind", path, path]
         self.made.add(path)
 
+    def etc(self, own: Collection[str]) -> None:
+        """Show the host's /etc by links to a mount of it; the files `own` are the agent's and follow.
+
+        A file that is mounted over one of the host's vanishes when the host replaces its own by rename.
+        """
+        self.words += ["--ro-bind", "/etc", HOST_ETC]
+        self.directory("/etc")
+        for name in sorted({*os.listdir("/etc")} - {*own}):
+            path = f"/etc/{name}"
+            self.words += ["--symlink", os.readlink(path) if os.path.islink(path) else f"{HOST_ETC}/{name}", path]
+
     def directory(self, path: str) -> None:
         """Make a directory, unless it exists."""
         if path not in self.made:
@@ -122,25 +135,37 @@ class Tree:
 
     def bind(self, how: str, source: str, target: str) -> None:
         """Show a path of the host."""
-        if not below(Path(target), map(Path, SYSTEM)):
+        target = _place(target)
+        if not below(Path(target), map(Path, (*SYSTEM, HOST_ETC))):
             for parent in reversed(Path(target).parents):
                 self.directory(str(parent))
         self.words += [how, source, target]
         self.made.add(target)
 
     def file(self, fd: int, path: str) -> None:
-        """Show the content of a descriptor as a read-only file that everybody may read."""
-        self.words += ["--perms", "0444", "--ro-bind-data", str(fd), path]
+        """Make a file with the content of a descriptor, which everybody may read."""
+        self.words += ["--perms", "0444", "--file", str(fd), path]
 
 
-def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> Tree:
+def _place(path: str) -> str:
+    """Return where a path of the host is in a sandbox."""
+    return HOST_ETC + path.removeprefix("/etc") if path.startswith("/etc/") else path
+
+
+def view(
+    options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path], *, own_uid: bool, own_resolver: bool
+) -> Tree:
     """Return the host's files that every agent of an app sees.
 
     :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to hide.
+    :param own_uid: agents have files of users and groups of their own; :param own_resolver: and a resolv.conf.
     """
     tree = Tree(made=["/"])
     for name in SYSTEM:
-        tree.system(name)
+        if name == "/etc":
+            tree.etc([*_ACCOUNTS * own_uid, *["resolv.conf"] * own_resolver])
+        else:
+            tree.system(name)
     tree.words += ["--proc", "/proc", "--dev", "/dev"]
     size = ["--size", str(options.tmp_size), "--perms", "1777", "--tmpfs"]
     tree.words += [*size, "/tmp", *size, "/dev/shm"]  # noqa: S108  the agent's own
@@ -160,10 +185,10 @@ def view(options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path]) -> 
             tree.bind("--symlink", os.path.realpath(link), link)
     for path in hidden:
         cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
-        tree.words += [*cover, str(path)]
+        tree.words += [*cover, _place(str(path))]
     tree.directory("/run")
-    resolver = _resolver()
-    if not below(Path(resolver), map(Path, SYSTEM)):
+    resolver = os.path.realpath("/etc/resolv.conf")  # often a link to what a service writes below /run
+    if not own_resolver and not below(Path(resolver), map(Path, SYSTEM)):
         tree.bind("--ro-bind-try", resolver, resolver)
     return tree
 
@@ -200,18 +225,14 @@ def arguments(
     if loader:
         tree.file(memory(loader_script(loader)), ENVIRONMENT)
     if resolver:
-        tree.file(memory(resolver), _resolver())
+        tree.file(memory(resolver), "/etc/resolv.conf")
     if own_uid:  # the agent is in the user and group databases, so that programs find its name
         name = slug(spec.user)
         user = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{DATA}:{SHELL}\n"  # a user's name holds no colon
-        tree.file(memory(procfs.read("/etc/passwd") + user.encode()), "/etc/passwd")
-        tree.file(memory(procfs.read("/etc/group") + f"{name}:x:{spec.gid}:\n".encode()), "/etc/group")
+        group = f"{name}:x:{spec.gid}:\n"
+        for file, line in zip(_ACCOUNTS, (user, group), strict=True):
+            tree.file(memory(procfs.read(f"/etc/{file}") + line.encode()), f"/etc/{file}")
     words += [*tree.words, "--remount-ro", "/", "--chdir", workdir]
     if options_of(spec.app).seccomp and (program := seccomp.program()):
         words += ["--seccomp", str(memory(program))]
     return words
-
-
-def _resolver() -> str:
-    """Return the path of resolv.conf, which is often a link to what a service writes below /run."""
-    return os.path.realpath("/etc/resolv.conf")

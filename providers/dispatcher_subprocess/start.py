@@ -12,7 +12,7 @@ import os
 import resource
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ _AGENT_OOM = 100  # agents are killed before the host's own services when memory
 class Start:
     """A start: `prepare`, `spawn`, `confine`, `release` in this order; `undo` after a failure; always `close`.
 
-    :ivar attach: passes the output to the log collector.
+    :ivar attach: passes the output, and the sockets for DNS, to the log collector.
     """
 
     spec: AgentSpec
@@ -54,7 +54,7 @@ class Start:
     options: Options
     journals: Journals
     secret_files: SecretFiles
-    attach: Callable[[int, Path], None]
+    attach: Callable[[Sequence[int], Path], None]
     deadline: Deadline
 
     def __post_init__(self) -> None:
@@ -68,6 +68,7 @@ class Start:
         self._arguments = b""
         self._line = b"\n"  # what opens the gate
         self._groups: list[Path] = []
+        self._names: tuple[int, ...] = ()
         self._record: Record | None = None
 
     def prepare(self) -> None:
@@ -143,7 +144,7 @@ class Start:
             workdir=plan.workdir,
             secrets=self.secret_files.path(spec.backend_name) if spec.secrets else None,
             loader=loader,
-            resolver=network.resolver(host) if spec.app.network is Network.PRIVATE else b"",
+            resolver=network.resolver() if spec.app.network is Network.PRIVATE else b"",
         )
         words += ["--json-status-fd", str(status), "--block-fd", str(block), ""]
         self._arguments = os.fsencode("\0".join(words))
@@ -228,6 +229,9 @@ class Start:
             helper = network.connect(self.host, self.record.init, port, self.options.deny, self.deadline)
             self._record = replace(self.record, helper=helper)
             self._join(helper.pid)
+            self._names = network.name_sockets(self.host, self.record.init, self.deadline)
+            for fd in self._names:
+                self._keep(fd)
 
     def _limits(self) -> dict[int, int | None]:
         """Return the resource limits, which also stand in for missing controllers."""
@@ -248,7 +252,7 @@ class Start:
         """
         self._record = replace(self.record, started_at=time.time())
         self.journals.append(self.spec.backend_name, asdict(self._record))
-        self.attach(self._output, logs.log_file(self.spec.log_dir))
+        self.attach([self._output, *self._names], logs.log_file(self.spec.log_dir))
         gate, self._gate = self._gate, -1
         try:
             os.write(gate, self._line)

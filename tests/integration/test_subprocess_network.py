@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,40 @@ def test_ports_in_use_are_not_given_out(world):
     destroy(provider, handle)
 
 
+def serve_names(address, number):
+    """Answer DNS queries at an address, over UDP and TCP, with 203.0.113.NUMBER."""
+
+    def answer(query):
+        head = query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12 : query.index(b"\0", 12) + 5]
+        return head + b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xcb\0\x71" + bytes([number])
+
+    def serve_udp():
+        while True:
+            query, peer = udp.recvfrom(512)
+            udp.sendto(answer(query), peer)
+
+    def serve_tcp():
+        while True:
+            with tcp.accept()[0] as sock:
+                query = sock.recv(512)
+                sock.sendall(len(answer(query[2:])).to_bytes(2, "big") + answer(query[2:]))
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.bind((address, 53))
+    tcp = socket.create_server((address, 53), family=family)
+    for serve in (serve_udp, serve_tcp):
+        threading.Thread(target=serve, daemon=True).start()
+
+
 SETUP = textwrap.dedent(
     """
     set -e
     mount -t tmpfs tmpfs /mnt
-    printf 'nameserver 203.0.113.53\\nsearch example.org\\n' > /mnt/resolv.conf
-    mount --bind /mnt/resolv.conf "$(readlink -f /etc/resolv.conf)"
+    cp -a /etc /mnt/etc
+    rm /mnt/etc/resolv.conf
+    printf 'nameserver 203.0.113.53\\nsearch example.org\\n' > /mnt/etc/resolv.conf
+    mount --bind /mnt/etc /etc
     ip link set lo up
     unshare -n sleep 120 & outside=$!
     trap 'kill $outside $! 2>/dev/null || true' EXIT
@@ -107,7 +136,7 @@ SETUP = textwrap.dedent(
     nsenter -t $outside -n sh -c 'ip link set lo up; ip addr add 10.9.0.1/24 dev out; ip link set out up;
         ip addr add 203.0.113.5/32 dev lo; ip addr add 203.0.113.53/32 dev lo; ip addr add 169.254.169.254/32 dev lo;
         ip addr add 168.63.129.16/32 dev lo; ip addr add 100.100.100.200/32 dev lo; ip addr add fd00:ec2::254/128 dev lo;
-        ip addr add 2001:db8:5::5/128 dev lo; ip addr add 2001:db8:9::1/64 dev out nodad;
+        ip addr add 2001:db8:5::5/128 dev lo; ip addr add 2001:db8:5::53/128 dev lo nodad; ip addr add 2001:db8:9::1/64 dev out nodad;
         ip addr add fe80::a9fe:a9fe/64 dev out nodad'
     ip addr add 2001:db8:9::2/64 dev ext nodad
     ip route add default via 10.9.0.1
@@ -118,15 +147,10 @@ SETUP = textwrap.dedent(
 )
 SERVE = textwrap.dedent(
     """
-    import socket, threading
-    dns = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    dns.bind(("203.0.113.53", 53))
-    def answer():
-        while True:
-            q, peer = dns.recvfrom(512)
-            a = q[:2] + b"\\x81\\x80\\0\\1\\0\\1\\0\\0\\0\\0" + q[12:q.index(b"\\0", 12) + 5]
-            dns.sendto(a + b"\\xc0\\x0c\\0\\1\\0\\1\\0\\0\\0\\x3c\\0\\4\\xcb\\0\\x71\\5", peer)
-    threading.Thread(target=answer, daemon=True).start()
+    import socket
+    from tests.integration.test_subprocess_network import serve_names
+    serve_names("203.0.113.53", 5)
+    serve_names("2001:db8:5::53", 7)
     server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
     while True:
         server.accept()[0].close()
@@ -184,11 +208,91 @@ ASK = (
 )
 
 
-def in_namespaces(*arguments):
+RESOLVE = textwrap.dedent(
+    """
+    import os, pwd, socket, sys
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    print("the log collector opens its file", flush=True)
+    QUERY = b"ab\\1\\0\\0\\1\\0\\0\\0\\0\\0\\0\\4some\\0\\0\\1\\0\\1"
+    while True:
+        client = server.accept()[0]
+        try:
+            how = client.recv(9)
+            if how == b"user":
+                found = pwd.getpwuid(os.getuid()).pw_name
+            elif how == b"tcp":
+                sock = socket.create_connection(("127.0.0.1", 53), 5)
+                sock.sendall(len(QUERY).to_bytes(2, "big") + QUERY)
+                found = socket.inet_ntoa(sock.recv(512)[-4:])
+            else:
+                found = socket.gethostbyname("some.example.net")
+        except OSError as error:
+            found = repr(error)
+        client.sendall(found.encode())
+        client.close()
+    """
+)
+MOVING = textwrap.dedent(
+    """
+    import json, os, signal, socket, subprocess, time
+    from pathlib import Path
+    from dispatcher.plugin.model import Network
+    from tests.integration.test_subprocess_logs import collector_of
+    from tests.integration.test_subprocess_network import RESOLVE, serve_names
+    from tests.support.subprocess_world import PYTHON, World, eventually
+
+    def ask(spec, how="udp"):
+        with socket.socket(socket.AF_UNIX) as sock:
+            while sock.connect_ex(str(spec.socket)):
+                time.sleep(0.01)
+            sock.settimeout(20)
+            sock.sendall(how.encode())
+            return sock.recv(100).decode()
+
+    def replace(name, text):
+        Path(f"/etc/{name}.new").write_text(text)
+        os.rename(f"/etc/{name}.new", f"/etc/{name}")
+
+    world = World("7e570042")
+    provider = world.provider()
+    provider.watch(lambda name: None)
+    report = {}
+    try:
+        spec = world.spec("alice", [PYTHON, "-S", "-c", RESOLVE, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, spec, ready=False)
+        report["at first"] = ask(spec)
+        serve_names("127.0.0.53", 6)
+        replace("resolv.conf", "nameserver 127.0.0.53\\n")
+        report["a service of the host"] = ask(spec)
+        replace("passwd", Path("/etc/passwd").read_text())
+        report["its user"] = ask(spec, "user")
+        report["over TCP"] = ask(spec, "tcp")
+        replace("resolv.conf", "nameserver 203.0.113.99\\nnameserver 203.0.113.53\\n")
+        report["the second server"] = ask(spec)
+        os.kill(eventually(lambda: collector_of(world)), signal.SIGKILL)
+        time.sleep(1)
+        report["a new collector"] = ask(spec)
+        subprocess.run("ip addr flush dev ext scope global && ip -6 addr add 2001:db8:9::2/64 dev ext nodad &&"
+                       " ip -6 route replace default via 2001:db8:9::1 && ip -4 route flush all", shell=True, check=True)
+        replace("resolv.conf", "nameserver 2001:db8:5::53\\n")
+        report["IPv6"] = ask(spec)
+        late = world.spec("bob", [PYTHON, "-S", "-c", RESOLVE, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, late, ready=False)
+        report["a start with IPv6 alone"] = ask(late)
+    finally:
+        world.close()
+    print("REPORT", json.dumps(report))
+    """
+)
+
+
+def in_namespaces(*arguments, program=INSIDE):
     """Run a manager on a "host" of its own; return what its agents could reach."""
     done = subprocess.run(
         ["unshare", "--net", "--mount", "bash", "-c", SETUP, "bash", *arguments],
-        env=os.environ | {"PYTHON": sys.executable, "SERVE": SERVE, "INSIDE": INSIDE, "PYTHONPATH": str(HERE)},
+        env=os.environ | {"PYTHON": sys.executable, "SERVE": SERVE, "INSIDE": program, "PYTHONPATH": str(HERE)},
         capture_output=True,
         text=True,
         timeout=90,
@@ -233,3 +337,19 @@ def test_a_private_network_needs_a_carrier(world):
     found = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
     assert Capability.NETWORK_PRIVATE not in explain.capabilities(found)
     assert any("neither pasta nor slirp4netns" in finding.what for finding in explain.findings(found, None))
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_names_are_found_wherever_the_host_moves():
+    """Its resolv.conf is replaced by rename; the queries follow it, also to an address that only the host reaches."""
+    assert in_namespaces(program=MOVING) == {
+        "at first": "203.0.113.5",
+        "a service of the host": "203.0.113.6",
+        "its user": "alice",
+        "over TCP": "203.0.113.6",
+        "the second server": "203.0.113.5",
+        "a new collector": "203.0.113.5",
+        "IPv6": "203.0.113.7",
+        "a start with IPv6 alone": "203.0.113.7",
+    }
