@@ -371,7 +371,7 @@ class AgentEvent:
     """Something that happened to an agent, as observers and ``GET /agents/NAME/events`` see it.
 
     :ivar kind: created, starting, ready, suspended, hibernated, resumed, stopping, stopped, failed, died,
-        adopted, unreachable, reachable, outdated, moved, reset, removed.
+        out-of-memory, adopted, unreachable, reachable, outdated, moved, reset, removed.
     """
 
     time: float

@@ -239,7 +239,13 @@ class FakeProvider(Provider):
             started_at=known.started_at,
             spec_hash=known.labels["hash"],
             exit_reason=known.exit_reason,
+            oom_kills=known.oom_kills,
         )
+
+    @contained()
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
+        known = self.backend.containers.get(handle.name)
+        return known.listeners if known else ()
 
     @contained()
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:

@@ -63,6 +63,8 @@ class Container:
     started_at: float
     state: str = "running"  # running, paused, saved, exited
     exit_reason: str = ""
+    oom_kills: int = 0
+    listeners: tuple[str, ...] = ()
     log: deque[bytes] = field(default_factory=lambda: deque(maxlen=10_000))
 
 

@@ -81,6 +81,8 @@ class Agent:
         from an earlier epoch is stale.
     :ivar stdin: the credentials of the sign-in, until the agent is ready.
     :ivar reason: why the manager itself changed the desired state, for the event that follows.
+    :ivar oom_kills: processes of this run that the kernel killed for memory, as far as reported; None: unknown.
+    :ivar notice: what its user should know while it runs, and until which Unix time.
     :ivar last_used: newer than the row's, which is written in batches.
     """
 
@@ -97,6 +99,8 @@ class Agent:
         self.reason = ""
         self.last_used = row.last_used
         self.cpu = CpuActivity()
+        self.oom_kills: int | None = None
+        self.notice = ("", 0.0)
         self._checked = 0.0  # boot time of the last check of its endpoint
 
     @property

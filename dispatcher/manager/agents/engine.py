@@ -140,6 +140,7 @@ class Engine:
             self.backend(row),
             outdated=self.specs.outdated(row),
             last_used=agent.last_used,
+            notice=agent.notice[0] if self.clock.now() < agent.notice[1] else "",
             now=self.clock.now(),
         )
 

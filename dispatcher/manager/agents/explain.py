@@ -126,6 +126,13 @@ def _last(row: AgentRow, events: Sequence[AgentEvent]) -> list[str]:
             found.append(f"It last {verb} at {_time(event.time)}: {event.detail or 'reason unknown'}.")
             break
     for event in reversed(events):
+        if event.kind == EventKind.STARTING:
+            break
+        if event.kind == EventKind.OUT_OF_MEMORY:
+            found.append(f"At {_time(event.time)} {event.detail}.")
+            found.append(f"What to do: raise `memory` of the app {row.app}, or use less at once.")
+            break
+    for event in reversed(events):
         if event.kind in {EventKind.STOPPED, EventKind.SUSPENDED, EventKind.HIBERNATED}:
             if event.detail and row.desired is not Desired.RUNNING:
                 found.append(f"It was {event.kind} at {_time(event.time)}, because {event.detail}.")

@@ -19,7 +19,7 @@ from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent
 
 MAX_WAITING = 10_000
-_WARNINGS = frozenset({EventKind.FAILED, EventKind.DIED, EventKind.UNREACHABLE})
+_WARNINGS = frozenset({EventKind.FAILED, EventKind.DIED, EventKind.OUT_OF_MEMORY, EventKind.UNREACHABLE})
 
 _log = logging.getLogger("dispatcher.manager")
 

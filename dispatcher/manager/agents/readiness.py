@@ -34,6 +34,9 @@ MIN_PAUSE, MAX_PAUSE = 0.001, 0.1  # seconds between tries
 MAX_OTHER_FILES = 8  # files that may appear beside an app's socket before the directory is no longer watched
 SHARE = 0.2  # of the time that has passed: the most that polling may add to a start
 
+MAX_SHOWN = 5  # addresses in an error
+_LOOPBACK = ("tcp:127.", "tcp:[::1]")
+
 _thread = threading.local()
 _STATUS = re.compile(rb"HTTP/1\.[01] ([1-5]\d\d)[ \r]")
 
@@ -148,12 +151,30 @@ def await_ready(
             if deadline.expired:
                 if seen:  # raises with a better reason if the app ended just now
                     _observe(provider, handle, Deadline(OBSERVE), seen)
+                where, fix = _elsewhere(provider, handle, seen.endpoint if seen else None)
                 raise StartFailed(
                     "The app did not become ready in time",
-                    why=reason,
-                    fix="read its last lines; `health` and `start_timeout` configure the health check",
+                    why=reason + where,
+                    fix=fix or "read its last lines; `health` and `start_timeout` configure the health check",
                 )
             pauses.pause(seen.endpoint if seen else None)
+
+
+def _elsewhere(provider: ContainedProvider, handle: Handle, expected: Endpoint | None) -> tuple[str, str]:
+    """Return where an app listens instead, and what to change; two empty texts where that is unknown."""
+    try:
+        found = provider.listeners(handle, deadline=Deadline(OBSERVE))
+    except DispatcherError:
+        return "", ""
+    if not found:
+        return "", ""
+    fix = "let it listen on {socket}, which its command gets" if expected and expected.kind == "unix" else ""
+    if not fix:
+        fix = "let it listen on the port {port}, which its command gets"
+        if any(address.startswith(_LOOPBACK) for address in found):
+            fix += ", at 0.0.0.0 instead of a loopback address"
+    shown = ", ".join(printable(address, 100).strip("'") for address in found[:MAX_SHOWN])
+    return f"; it listens at {shown}", fix
 
 
 class PollPacer:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from dispatcher.common.humanize import size
 from dispatcher.manager.agents import transitions
 from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.engine import Engine
@@ -35,6 +36,8 @@ DESTROY = 300.0  # seconds to remove an unknown agent
 LIST_TIME = 30.0  # seconds for the list of all agents
 ENDING = (0.02, 0.1, 0.3)  # seconds between observations of an agent that refuses connections
 CHECK_INTERVAL = 0.25  # seconds between checks of one agent's endpoint
+
+NOTICE = 600.0  # seconds for which an agent's page says that processes were killed
 
 _ABSENT = Observation(state=BackendState.ABSENT)
 _log = logging.getLogger("dispatcher.manager")
@@ -111,7 +114,12 @@ class Reconciler:
         for agent, epoch in known:
             handle, seen = found.get(agent.row.name, (None, _ABSENT))
             row = agent.row
-            quiet = not first and row.failure is None and transitions.unchanged(row, seen)
+            quiet = (
+                not first
+                and seen.oom_kills == (agent.oom_kills or 0)
+                and row.failure is None
+                and transitions.unchanged(row, seen)
+            )
             if quiet and reached(engine.situation(row)):
                 continue
             if agent.operation is None and agent.epoch == epoch:
@@ -284,6 +292,7 @@ class Reconciler:
                 row, seen, now=engine.clock.now(), policy=policy, log=log, host_restarted=restarted
             )
             events, fields = (list(change.events), dict(change.fields)) if change else ([], {})
+            events += self._killed(agent, seen)
             if first and seen.state in ALIVE:
                 events.append((EventKind.ADOPTED, f"it is {seen.state.value}"))
             if handle is not None and not row.handle:
@@ -291,6 +300,18 @@ class Reconciler:
             return Change(fields, events, write=Write.LATER if bulk else Write.NOW, urgent=not bulk)
 
         engine.change(agent, decide)
+
+    def _killed(self, agent: Agent, seen: Observation) -> list[tuple[EventKind, str]]:
+        """Report processes that the kernel killed for memory while the app itself went on."""
+        before, agent.oom_kills = agent.oom_kills, seen.oom_kills
+        if before is None or seen.oom_kills <= before or seen.state not in ALIVE:
+            return []
+        killed = seen.oom_kills - before
+        limit = self._engine.specs.policy(agent.row.app).limits().memory
+        bound = f", as its memory reached its limit of {size(limit)}" if limit else ", as memory was used up"
+        detail = f"the kernel killed {killed} of its processes{bound}"
+        agent.notice = detail, self._engine.clock.now() + NOTICE
+        return [(EventKind.OUT_OF_MEMORY, detail)]
 
     # --- unknown agents
 

@@ -140,6 +140,8 @@ class Runner:
             provider, handle, probe, operation=task.operation, deadline=deadline, seen=seen, report=report
         )
         task.agent.stdin = None
+        if not resumed:
+            task.agent.oom_kills, task.agent.notice = seen.oom_kills, ("", 0.0)
         fields = {
             **transitions.observed(row, seen, self._engine.clock.now()),
             **CLEARED,

@@ -70,6 +70,7 @@ class EventKind(str, enum.Enum):
     STOPPING = "stopping"
     STOPPED = "stopped"
     DIED = "died"
+    OUT_OF_MEMORY = "out-of-memory"
     FAILED = "failed"
     ADOPTED = "adopted"
     REACHABLE = "reachable"

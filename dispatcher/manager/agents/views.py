@@ -111,6 +111,7 @@ def view_of(
     *,
     outdated: bool,
     last_used: float | None,
+    notice: str,
     now: float,
 ) -> AgentView:
     """Return an agent's view."""
@@ -120,6 +121,8 @@ def view_of(
         detail = f"the next try is in {max(0, round(row.retry_at - now))} s"
     elif state is State.UNKNOWN:
         detail = str(backend.problem)
+    elif state is State.RUNNING:
+        detail = notice
     observed_at = row.observed_at
     if backend.last_contact is not None and situation.reachable and row.operation is None:
         observed_at = max(backend.last_contact, observed_at or 0.0)

@@ -15,7 +15,7 @@ from dispatcher.plugin.endpoints import connect
 from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import gone, reach, until
-from tests.support.supervised import Place
+from tests.support.supervised import Place, python
 
 pytestmark = [pytest.mark.bubblewrap, pytest.mark.xdist_group("supervised")]
 
@@ -327,6 +327,19 @@ def test_an_agent_s_socket_that_is_a_link_is_refused(place):
         with pytest.raises(TimeoutError):
             manager.accept()
         assert os.stat(target).st_mode & 0o777 == 0o600
+
+
+def test_an_app_that_listens_on_the_wrong_address_is_told_so(place):
+    wrong = "import socket, time; s = socket.create_server(('127.0.0.1', 8888)); time.sleep(60)"
+    place.app |= {"start_timeout": 2, "max_restarts": 0}
+    place.app["subprocess"] = {"command": [python(), "-S", "-E", "-c", wrong, "{socket}"]}
+    supervisor = place.supervisor()
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    failure = reach(supervisor, "alice", "failed", seconds=20).failure
+    assert failure.why == "it does not listen yet; it listens at tcp:127.0.0.1:8888"
+    assert "{socket}" in failure.fix
+    assert any("tcp:127.0.0.1:8888" in sentence for sentence in supervisor.queries.why("alice"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.plugin.errors import NotFound
 from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
-from tests.support.manager_world import end, reach, running, until
+from tests.support.manager_world import end, kinds, reach, running, until
 
 
 # --- what is told
@@ -132,6 +132,40 @@ def test_providers_check_says_what_is_unlimited(world):
     world.app(memory="1G", pids=False, disk="1G")
     supervisor.apply_config(world.config())
     assert told(None) == ["demo: `pids` is unlimited: one agent can use up the processes of the host"]
+
+
+def test_a_process_killed_for_memory_is_told_while_the_app_goes_on(world):
+    world.app(memory="512M")
+    supervisor = world.supervisor()
+    running(supervisor)
+    told = "the kernel killed 2 of its processes, as its memory reached its limit of 512.0 MiB"
+    world.container(supervisor).oom_kills = 2
+    for _ in range(2):  # it is told once
+        supervisor.reconcile()
+        until(lambda: supervisor.queries.view("alice").detail == told)
+    assert [event.detail for event in supervisor.queries.events("alice", 20) if event.kind == "out-of-memory"] == [
+        told
+    ]
+    why = "\n".join(supervisor.queries.why("alice"))
+    assert told in why
+    assert "raise `memory` of the app demo" in why
+    supervisor.commands.restart("alice")
+    until(lambda: supervisor.queries.view("alice").detail == "" and reach(supervisor, "alice", "running"))
+    assert told not in "\n".join(supervisor.queries.why("alice"))
+
+
+def test_what_was_killed_before_the_manager_began_is_not_told_again(world):
+    old = world.supervisor()
+    running(old)
+    world.container(old).oom_kills = 1
+    end(old)
+    new = world.supervisor()
+    reach(new, "alice", "running")
+    new.reconcile()
+    world.container(new).oom_kills = 2
+    new.reconcile()
+    until(lambda: "the kernel killed 1 of its processes" in new.queries.view("alice").detail)
+    assert kinds(new).count("out-of-memory") == 1
 
 
 def test_every_state_can_be_explained(world, supervisor):

@@ -176,6 +176,12 @@ class ContainedProvider:
     def __init__(self, *seen):
         self.seen = list(seen)
         self.asked = 0
+        self.found = []
+
+    def listeners(self, _handle, *, deadline):
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
 
     def observe(self, _handle, *, deadline):
         self.asked += 1
@@ -252,6 +258,26 @@ def test_the_backend_s_report_makes_it_look_at_once(tmp_path):
     with pytest.raises(StartFailed):
         wait(provider, 30, operation)
     assert time.monotonic() - before < 0.9
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "listeners", "why", "fix"),
+    [
+        ("unix", ["tcp:127.0.0.1:8888"], "it does not listen yet; it listens at tcp:127.0.0.1:8888", "{socket}"),
+        ("tcp", ["tcp:127.0.0.1:80"], "it refuses connections; it listens at tcp:127.0.0.1:80", "at 0.0.0.0"),
+        ("tcp", ["tcp:0.0.0.0:81"], "it refuses connections; it listens at tcp:0.0.0.0:81", "on the port {port}"),
+        ("unix", [], "it does not listen yet", "read its last lines"),
+        ("unix", Unavailable("away"), "it does not listen yet", "read its last lines"),
+    ],
+)
+def test_an_app_that_listens_elsewhere_is_told_where_and_what_to_change(tmp_path, endpoint, listeners, why, fix):
+    expected = Endpoint.unix(tmp_path / "no") if endpoint == "unix" else Endpoint.tcp("127.0.0.1", 1)
+    provider = ContainedProvider(running(expected))
+    provider.found = listeners
+    with pytest.raises(StartFailed) as caught:
+        wait(provider, 0.1)
+    assert caught.value.why == why
+    assert fix in caught.value.fix
 
 
 def test_too_late_has_the_last_reason(serve, tmp_path):
