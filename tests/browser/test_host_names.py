@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -29,29 +30,32 @@ http {{
   access_log off;
   client_body_temp_path {base}/body; proxy_temp_path {base}/proxy; fastcgi_temp_path {base}/f; uwsgi_temp_path {base}/u;
   scgi_temp_path {base}/s;
-  map $http_upgrade $connection_upgrade {{ default upgrade; "" close; }}
-  server {{
-    listen 127.0.0.1:{port} ssl; ssl_certificate {cert}; ssl_certificate_key {key};
-    location / {{
-      proxy_pass http://127.0.0.1:{to}; proxy_http_version 1.1; proxy_buffering off;
-      proxy_set_header Host $http_host; proxy_set_header X-Forwarded-For $remote_addr; {headers}
-      proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection $connection_upgrade;
-    }}
-  }}
+  {documented}
 }}
 """
 
 
 @pytest.fixture(scope="module")
 def nginx(tmp_path_factory):
-    """Start nginx with TLS in front of a port; returns its URL by the name apps.test."""
+    """Start nginx as the documentation says in front of a port; returns its URL by the name apps.test."""
+    guide = (Path(__file__).parent.parent.parent / "docs/howto/use-a-front-proxy.md").read_text(encoding="utf-8")
     started = []
 
-    def start(port: int, to: int, headers: str) -> str:
+    def start(port: int, to: int, *, without: str = "no such line") -> str:
         base = tmp_path_factory.mktemp("nginx")
         cert, key = Authority(base).issue("apps.test", ["apps.test"])
-        text = NGINX.format(base=base, port=port, to=to, cert=cert, key=key, headers=headers)
-        (base / "nginx.conf").write_text(text)
+        text = guide.partition("```nginx\n")[2].partition("```")[0]
+        for there, here in (
+            ("listen 443", f"listen 127.0.0.1:{port}"),
+            ("/etc/ssl/apps.crt", str(cert)),
+            ("/etc/ssl/apps.key", str(key)),
+            ("127.0.0.1:8080", f"127.0.0.1:{to}"),
+            ("apps.example.org", "apps.test"),
+        ):
+            assert there in text
+            text = text.replace(there, here)
+        text = "\n".join(line for line in text.splitlines() if without not in line)
+        (base / "nginx.conf").write_text(NGINX.format(base=base, documented=text))
         process = subprocess.Popen(["nginx", "-c", base / "nginx.conf", "-p", base, "-e", base / "nginx.log"])
         started.append(process)
         until("nginx serves", lambda: (base / "nginx.pid").exists())
@@ -61,6 +65,14 @@ def nginx(tmp_path_factory):
     for process in started:
         process.terminate()
         process.wait(10)
+
+
+#: Over HTTP/1.1 a browser opens six connections to a host: the last request would wait forever.
+STREAMS = """async () => {
+  const streams = Array.from({length: 8}, () => new EventSource("/auth/events?agent=alice"));
+  await Promise.all(streams.map((stream) => new Promise((done) => { stream.onopen = done; })));
+  return (await fetch("/about")).status;
+}"""
 
 
 def sign_in(page: Page, name: str = "alice") -> None:
@@ -131,7 +143,7 @@ def test_cookies_that_are_switched_off_are_named(site, person) -> None:
 def test_https_behind_nginx(make_site, nginx, person, free_port, settings) -> None:
     url = f"https://apps.test:{free_port}"
     site = make_site(proxy=f'public_url = "{url}"\ntrusted_proxies = ["127.0.0.1"]')
-    nginx(free_port, site.port, "proxy_set_header X-Forwarded-Proto $scheme;")
+    nginx(free_port, site.port)
     page = person(ignore_https_errors=True, **settings)
     page.goto(f"{url}/?view=all#cell-7")
     sign_in(page)
@@ -139,6 +151,7 @@ def test_https_behind_nginx(make_site, nginx, person, free_port, settings) -> No
     expect(page.get_by_text("Live over a WebSocket")).to_be_visible()
     assert page.url == f"{url}/?view=all#cell-7"
     assert {cookie["name"] for cookie in page.context.cookies()} >= {"__Host-dispatcher"}
+    assert page.evaluate(STREAMS) == 200
     page.goto(f"{url}/auth/")
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_text("You are signed out")).to_be_visible()
@@ -152,7 +165,7 @@ def test_https_behind_nginx(make_site, nginx, person, free_port, settings) -> No
 
 
 def test_a_front_proxy_that_hides_https_is_named(site, nginx, person, free_port) -> None:
-    url = nginx(free_port, site.port, "")
+    url = nginx(free_port, site.port, without="X-Forwarded-Proto")
     page = person(ignore_https_errors=True)
     page.goto(f"{url}/auth/login")
     sign_in(page)
