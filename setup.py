@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
+POSTGRESQL = ["psycopg[binary]>=3.2"]
 TESTING = [
     "pytest>=8,<9.2",  # with 9.2 pytest-xdist 3.8 no longer keeps groups together
     "pytest-timeout",
@@ -138,8 +139,9 @@ setup(
     extras_require={
         "docker": DOCKER,
         "libvirt": LIBVIRT,
+        "postgresql": POSTGRESQL,
         "testing": TESTING,
-        "all": DOCKER + LIBVIRT,
+        "all": DOCKER + LIBVIRT + POSTGRESQL,
     },
     entry_points={
         "console_scripts": ["dispatcher = dispatcher.cli:main"],

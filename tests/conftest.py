@@ -61,6 +61,10 @@ def missing(marker: str) -> str:
         if not shutil.which("qemu-system-x86_64"):
             return "QEMU is not installed"
         return _answers("/var/run/libvirt/libvirt-sock")
+    if marker == "postgresql":
+        from tests.support.postgresql import programs
+
+        return "" if programs() else "PostgreSQL is not installed"
     if marker == "browser":
         return "" if shutil.which("chromium") else "chromium is not installed"
     return ""

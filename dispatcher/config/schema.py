@@ -72,7 +72,10 @@ class ManagerConfig(Table):
         default_factory=defaults.run_dir,
         description="directory of sockets; keep it short: the path of a socket has at most 107 bytes",
     )
-    database: str = Field(default="", description="SQLAlchemy URL; by default an SQLite file in state_dir")
+    database: str = Field(
+        default="",
+        description="`sqlite:///PATH` or `postgresql+psycopg://...`; by default a file in state_dir",
+    )
     tls_cert: Path | None = Field(default=None, description="certificate for listen; by default self-signed")
     tls_key: Path | None = Field(default=None, description="private key of tls_cert")
     client_ca: Path | None = Field(

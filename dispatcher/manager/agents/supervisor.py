@@ -129,6 +129,7 @@ class Supervisor:
             self._watch(backend)
         self._timers.every(1.0, self.backends.check_overdue)
         self._slow_timers.every(1.0, self.engine.flush)
+        self._slow_timers.every(60.0, self._database.checkpoint)
         self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)
         self._slow_timers.every(LAST_USED, self.engine.write_last_used)
         self._slow_timers.every(TRIM, self.store.trim_events)

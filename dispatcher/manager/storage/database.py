@@ -19,6 +19,8 @@ from dispatcher.manager.files.space import free_space
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
 SCHEMA_VERSION = 2
+TESTED = ("sqlite", "postgresql")
+RECYCLE = 1800.0  # seconds after which a connection to a database server is replaced
 RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
 SMALLEST = 1 << 16  # bytes: with less free space a disk is full
 _FULL = ("is full", "No space left")  # SQLite, MySQL; PostgreSQL
@@ -28,6 +30,8 @@ _FIXES = {  # by what SQLite says
     "unable to open": "check that its directory exists and is writable",
     "disk I/O": "check the disk: the kernel's log names its errors",
 }
+#: The database does not answer; other errors are faults of a statement.
+_UNUSABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
 metadata = sa.MetaData()
 
 meta = sa.Table(
@@ -52,7 +56,17 @@ class Database:
 
     def __init__(self, url: str) -> None:
         try:
-            self.engine = sa.create_engine(url, pool_size=20, max_overflow=20)
+            kind = sa.engine.make_url(url).get_backend_name()
+            if kind not in TESTED:
+                raise ConfigError(
+                    f"manager.database: {kind} is not supported",
+                    why=f"tested are: {', '.join(TESTED)}",
+                    fix="use sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME",
+                )
+            # A connection that the server has closed (a restart, a firewall) is replaced before it is used.
+            self.engine = sa.create_engine(
+                url, pool_size=20, max_overflow=20, pool_pre_ping=kind != "sqlite", pool_recycle=RECYCLE
+            )
         except sa.exc.ArgumentError as error:
             raise ConfigError("manager.database is not a SQLAlchemy URL", why=str(error)) from error
         except ImportError as error:
@@ -60,6 +74,7 @@ class Database:
                 "manager.database needs a driver that is not installed", why=str(error), fix="install it"
             ) from error
         self._write_lock = threading.RLock()
+        self._written = False  # since the last checkpoint
         self.sqlite = self.engine.dialect.name == "sqlite"
         self._file: Path | None = None
         if self.sqlite:
@@ -128,13 +143,15 @@ class Database:
     def write(self) -> Iterator[sa.Connection]:
         """Yield a connection inside a transaction; writers take turns.
 
-        :raises Unavailable: the disk is full, the file is read-only or locked by another program.
+        :raises Unavailable: the disk is full, the file is read-only or locked by another program, the database
+            server does not answer.
         """
         with self._write_lock:
             try:
                 with self.engine.begin() as connection:
+                    self._written = True
                     yield connection
-            except sa.exc.OperationalError as error:
+            except _UNUSABLE as error:
                 raise self._unavailable(error) from error
 
     @contextmanager
@@ -146,7 +163,7 @@ class Database:
         try:
             with self.engine.connect() as connection:
                 yield connection
-        except sa.exc.OperationalError as error:
+        except _UNUSABLE as error:
             raise self._unavailable(error) from error
 
     def select(self, query: sa.Select[Any] | sa.CompoundSelect[Any]) -> Sequence[sa.RowMapping]:
@@ -209,12 +226,19 @@ class Database:
         except OSError as error:
             raise DiskFull("No space can be reserved for the database", why=str(error)) from error
 
+    def checkpoint(self) -> None:
+        """Copy what was written since the last time from SQLite's log to its file."""
+        if self._file and self._written:
+            self._written = False
+            with self.read() as connection:
+                connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
+
     @staticmethod
     def _reserve_file(database: Path) -> Path:
         return database.with_name(database.name + "-reserve")
 
-    def _unavailable(self, error: sa.exc.OperationalError) -> Unavailable:
-        what, why = "The database cannot be used now", str(error.orig)
+    def _unavailable(self, error: sa.exc.SQLAlchemyError) -> Unavailable:
+        what, why = "The database cannot be used now", str(getattr(error, "orig", error)).strip()
         full = any(words in why for words in _FULL)
         if "disk I/O" in why and self._file and free_space(self._file.parent) < SMALLEST:
             full, why = True, "the disk is full"  # SQLite's memory map cannot grow

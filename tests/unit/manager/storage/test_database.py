@@ -32,7 +32,10 @@ def test_a_new_one_is_private_and_opens_again(tmp_path):
     ("url", "error", "words"),
     [
         ("nonsense", ConfigError, "not a SQLAlchemy URL"),
-        ("nodialect://x", ConfigError, "not a SQLAlchemy URL"),
+        ("nodialect://x", ConfigError, "nodialect is not supported"),
+        ("sqlite+nodriver://x", ConfigError, "not a SQLAlchemy URL"),
+        ("mysql://x", ConfigError, "mysql is not supported"),
+        ("oracle+oracledb://x", ConfigError, "use sqlite:///PATH or postgresql"),
         ("sqlite:////nonexistent/x.db", Unavailable, "Cannot open the database"),
     ],
 )
@@ -213,3 +216,17 @@ def test_a_full_disk_is_reported_and_written_data_stays(tmp_path):
     assert "full" in caught.value.why
     assert database.meta("before", "") == "kept"
     database.close()
+
+
+def test_a_copy_of_the_file_alone_has_what_was_written_before_the_last_checkpoint(tmp_path):
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    database.reserve()
+    database.set_meta("early", "there")
+    database.checkpoint()
+    (tmp_path / "copy.db").write_bytes((tmp_path / "x.db").read_bytes())
+    database.close()
+    copy = Database(f"sqlite:///{tmp_path}/copy.db")
+    copy.open()
+    assert copy.meta("early", "") == "there"
+    copy.close()

@@ -1,0 +1,127 @@
+"""The manager's rows in a PostgreSQL server, and a server that restarts."""
+
+import os
+import pwd
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from dispatcher.manager.storage.agents import AgentRow, CopyRow, KeptRow, Store
+from dispatcher.manager.storage.auth import Account, AuthStore, SessionRow, Visitor
+from dispatcher.manager.storage.database import Database
+from dispatcher.manager.storage.states import Desired
+from dispatcher.plugin.errors import Conflict, Unavailable
+from dispatcher.plugin.model import AgentEvent
+from tests.support.postgresql import programs
+
+pytestmark = pytest.mark.postgresql
+
+
+class Server:
+    """A server of its own, that listens on a Unix socket; it refuses to run as root."""
+
+    def __init__(self, home):
+        self.home = home
+        self.programs = programs()
+        self.user = {"user": pwd.getpwnam("nobody").pw_uid} if os.geteuid() == 0 else {}
+        if self.user:
+            os.chown(home, self.user["user"], -1)
+        self.run("initdb", "-D", home / "data", "-U", "dispatcher", "-A", "trust", "--no-sync")
+        self.start()
+
+    def run(self, program, *arguments):
+        command = [self.programs / program, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd="/", check=False, **self.user)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    def start(self):
+        options = f"-k {self.home} -c listen_addresses='' -c fsync=off"
+        self.run("pg_ctl", "-D", self.home / "data", "-l", self.home / "log", "-w", "-o", options, "start")
+
+    def stop(self):
+        self.run("pg_ctl", "-D", self.home / "data", "-w", "-m", "immediate", "stop")
+
+    @property
+    def url(self):
+        return f"postgresql+psycopg://dispatcher@/postgres?host={self.home}"
+
+
+@pytest.fixture(scope="module")
+def server():
+    home = Path("/tmp") / f"dispatcher-pg-{os.getpid()}"  # the path of a socket must be short
+    home.mkdir(mode=0o700)
+    server = Server(home)
+    yield server
+    server.stop()
+    shutil.rmtree(home)
+
+
+@pytest.fixture
+def database(server):
+    made = Database(server.url)
+    made.open()
+    yield made
+    with made.engine.begin() as connection:
+        connection.execute(sa.text("DROP SCHEMA public CASCADE; CREATE SCHEMA public"))
+    made.close()
+
+
+TIME = 1_900_000_000.123456
+
+
+def test_rows_come_back_as_they_were(database):
+    store, auth = Store(database), AuthStore(database)
+    row = AgentRow(
+        id=0,
+        version=1,
+        name="alice",
+        user="alice",
+        user_id=0,
+        app="demo",
+        provider="fake",
+        uid=200_000,
+        created=TIME,
+        since=TIME,
+    )
+    made = store.create(row, password_hash="hash", allocated=True, events=[])
+    assert store.agents() == [made]
+    with pytest.raises(Conflict):
+        store.create(row, password_hash="hash", allocated=False, events=[])
+    newer = AgentRow(
+        **{name: getattr(made, name) for name in made.__slots__} | {"version": 2, "desired": Desired.RUNNING}
+    )
+    event = AgentEvent(time=TIME, agent="alice", user="alice", app="demo", kind="ready", detail="")
+    store.save([newer], [(made.id, event)])
+    store.save([made])
+    assert store.agents() == [newer]
+    assert store.events(made.id, 5) == [event]
+    store.add_copy(CopyRow(id=0, agent="alice", provider="old", directory="d", handle="", time=TIME), newer)
+    assert store.copies("alice")[0].time == TIME
+    session = SessionRow(sha256="0" * 64, user="alice", agent="alice", created=TIME, last_used=TIME)
+    auth.add_session(session, Visitor(address="192.0.2.1", user_agent="Browser"), device="1" * 64)
+    assert auth.sessions() == [session]
+    assert auth.knows_device("1" * 64, "alice", TIME)
+    auth.keep({"name:alice": Account(1.5, TIME, TIME)})
+    assert auth.accounts() == {"name:alice": Account(1.5, TIME, TIME)}
+    kept = KeptRow(agent="alice", uid=200_000, app="demo", provider="fake", handle="", time=TIME)
+    assert store.remove(newer, kept=kept, events=[])
+    assert store.kept("alice") == kept
+    database.reserve()
+    database.checkpoint()
+
+
+def test_a_server_that_restarts_is_noticed_by_nobody(server, database):
+    database.set_meta("before", "there")
+    server.stop()
+    with pytest.raises(Unavailable) as caught:
+        database.meta("before", "")
+    assert caught.value.fix == "check that its server answers"
+    server.start()
+    assert database.meta("before", "") == "there"
+    server.stop()
+    server.start()
+    assert database.meta("before", "") == "there"
+    database.set_meta("after", "there")
