@@ -75,31 +75,34 @@ def owner_uid(spec: AgentSpec) -> int:
     return 0 if options_of(spec.app).user == "root" else spec.uid
 
 
-def container(
-    spec: AgentSpec,
-    *,
-    backend: DockerOptions,
-    image_id: str,
-    own_volume: bool,
-    secrets_dir: Path | None,
-    user: User,
-    seccomp: str,
-    host_user_namespace: bool,
-    groups: Sequence[int] = (),
-) -> dict[str, Any]:
-    """Return the body that creates an agent's container.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """What a container gets from this host and the engine, besides its spec.
 
-    :param image_id: id of the image at its lookup; :param own_volume: data is a volume;
-    :param secrets_dir: directory in memory with the secrets; :param seccomp: "", "unconfined" or a profile;
-    :param groups: additional groups of the app's processes.
+    :ivar image_id: of the image at its lookup; :ivar own_volume: data is a volume.
+    :ivar secrets_dir: directory in memory with the secrets; :ivar seccomp: "", "unconfined" or a profile.
+    :ivar groups: additional groups of the app's processes.
+    :ivar host_user_namespace: the engine maps user ids, which this container must not have.
     """
+
+    image_id: str
+    own_volume: bool = False
+    secrets_dir: Path | None = None
+    user: User
+    seccomp: str = ""
+    groups: Sequence[int] = ()
+    host_user_namespace: bool = False
+
+
+def container(spec: AgentSpec, backend: DockerOptions, given: Surroundings) -> dict[str, Any]:
+    """Return the body that creates an agent's container."""
     options = options_of(spec.app)
     body: dict[str, Any] = {
-        "Image": image_id,
+        "Image": given.image_id,
         "User": "0:0" if options.user == "root" else f"{spec.uid}:{spec.gid}",
-        "Env": [f"{name}={value}" for name, value in environment(spec, user).items()],
+        "Env": [f"{name}={value}" for name, value in environment(spec, given.user).items()],
         "WorkingDir": options.workdir or options.data_path,
-        "Labels": labels(spec, image_id),
+        "Labels": labels(spec, given.image_id),
         "Tty": False,
         "OpenStdin": spec.stdin is not None,
         "StdinOnce": spec.stdin is not None,
@@ -107,10 +110,10 @@ def container(
         "Healthcheck": {"Test": ["NONE"]},
         "HostConfig": {
             **_limits(spec, options),
-            **_isolation(options, seccomp),
+            **_isolation(options, given.seccomp),
             **_network(spec, options, backend),
-            "Mounts": mounts(spec, user, own_volume=own_volume, secrets_dir=secrets_dir),
-            "GroupAdd": [str(gid) for gid in groups],
+            "Mounts": mounts(spec, given),
+            "GroupAdd": [str(gid) for gid in given.groups],
             "Tmpfs": {path: f"rw,exec,nosuid,nodev,mode=1777,size={size}" for path, size in options.tmpfs.items()},
             "Init": options.init,
             "RestartPolicy": {"Name": "no"},
@@ -130,7 +133,7 @@ def container(
         body["StopSignal"] = options.stop_signal
     if options.port:
         body["ExposedPorts"] = {f"{options.port}/tcp": {}}
-    if host_user_namespace:
+    if given.host_user_namespace:
         body["HostConfig"]["UsernsMode"] = "host"
     return body
 
@@ -178,10 +181,10 @@ def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
     return {f"{LABEL}{name}": value for name, value in known.items()}
 
 
-def mounts(spec: AgentSpec, user: User, *, own_volume: bool, secrets_dir: Path | None) -> list[dict[str, Any]]:
+def mounts(spec: AgentSpec, given: Surroundings) -> list[dict[str, Any]]:
     """Return the mounts: data, run_dir, secrets and those in the app's options."""
     options = options_of(spec.app)
-    if own_volume:
+    if given.own_volume:
         data = {
             "Type": "volume",
             "Source": volume_name(spec.backend_name),
@@ -193,10 +196,12 @@ def mounts(spec: AgentSpec, user: User, *, own_volume: bool, secrets_dir: Path |
     found = [data]
     if not options.port:
         found.append(_bind(str(spec.run_dir), INSIDE_RUN))
-    if secrets_dir:
-        found.append(_bind(str(secrets_dir), INSIDE_SECRETS, read_only=True))
-    if user.directory:
-        found += [_bind(str(user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")]
+    if given.secrets_dir:
+        found.append(_bind(str(given.secrets_dir), INSIDE_SECRETS, read_only=True))
+    if given.user.directory:
+        found += [
+            _bind(str(given.user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")
+        ]
     found += [_bind(one.source, one.target, read_only=one.read_only) for one in options.mounts]
     return found
 

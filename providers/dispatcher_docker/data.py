@@ -41,8 +41,7 @@ def helper(
         "HostConfig": {"NetworkMode": "none", "Mounts": mounts},
     }
     remove(engine, name, deadline)  # a crash may have left one
-    with engine.call("create a helper", deadline) as client:
-        container = client.make(body, name)
+    container = engine.make(body, name, deadline)
     try:
         with engine.call("copy files", deadline) as client:
             yield client, container

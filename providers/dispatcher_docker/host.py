@@ -119,11 +119,6 @@ class Client(APIClient):
                 raise
             return super().request(method, url, *args, **kwargs)
 
-    def make(self, body: dict[str, Any], name: str, platform: str = "") -> str:
-        """Create a container from the body of `POST /containers/create`; return its id."""
-        made = self.create_container_from_config(body, name=name, platform=platform or None)  # type: ignore[no-untyped-call]
-        return str(made["Id"])
-
     def archive(self, container: str, path: str, most: int) -> bytes:
         """Return a file of a container as a tar; b"" if there is none, or if it has more than `most` bytes."""
         try:
@@ -204,6 +199,12 @@ class Engine:
                 filters={"label": [f"{LABEL}installation={installation}"]}, **options
             )
             return found
+
+    def make(self, body: dict[str, Any], name: str, deadline: Deadline, platform: str = "") -> str:
+        """Create a container from the body of `POST /containers/create`; return its id."""
+        with self.call("create the container", deadline) as client:
+            made = client.create_container_from_config(body, name=name, platform=platform or None)  # type: ignore[no-untyped-call]
+            return str(made["Id"])
 
     def _connected(self, doing: str, deadline: Deadline) -> Client:
         if deadline.expired:

@@ -29,7 +29,6 @@ from dispatcher.plugin import (
     Provider,
     ProviderContext,
     ProviderError,
-    SecretFiles,
     SpecConflict,
     Unsupported,
     Usage,
@@ -41,12 +40,10 @@ from dispatcher_docker.events import Watch
 from dispatcher_docker.host import Engine, as_numbers
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
-from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 from dispatcher_docker.stop import remove, stop
 from dispatcher_docker.usage import EngineUsage, from_cgroup, oom_kills
-from dispatcher_docker.users import Users
 
 _OLDEST_API = (1, 41)
 
@@ -66,24 +63,9 @@ class DockerProvider(Provider):
         self._engine = Engine(options, context.run_dir)
         self._images = Images(self._engine, options, context.installation)
         self._networks = Networks(self._engine, context, options.deny)
-        self._secrets = SecretFiles(
-            f"dispatcher-{context.installation}-secrets-docker",
-            [context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")],  # noqa: S108
-        )
-        self._volumes = Volumes(self._engine, context.installation, privileged=context.privileged)
-        self._users = Users(self._engine, context.installation, context.run_dir / "users")
-        self._own_volume = options.data == "volume" or (options.data == "auto" and not self._engine.is_local)
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
-        self._exit_reasons = ExitReasons(self._engine, context.state_dir)
-        self._starter = Starter(
-            self._engine,
-            options,
-            context.installation,
-            secrets=self._secrets,
-            users=self._users,
-            exit_reasons=self._exit_reasons,
-            volumes=self._volumes if self._own_volume else None,
-        )
+        self._starter = Starter(self._engine, options, context)
+        self._exit_reasons = self._starter.exit_reasons
         self._statistics = EngineUsage(self._engine, options.usage_cache)
         self._info: dict[str, Any] | None = None
         self._watches: list[Watch] = []
@@ -103,7 +85,7 @@ class DockerProvider(Provider):
         }
         if self._engine.is_local:
             found |= {Capability.NETWORK_NONE, Capability.NETWORK_HOST}
-        if self._own_volume:
+        if self._starter.volumes:
             found.add(Capability.OWN_DATA)
         for key, capability in (
             ("MemoryLimit", Capability.MEMORY_LIMIT),
@@ -156,7 +138,7 @@ class DockerProvider(Provider):
                 self._engine,
                 self._options,
                 self._info,
-                own_volume=self._own_volume,
+                own_volume=self._starter.volumes is not None,
                 protects_host=self._networks.can_protect,
             )
         )
@@ -229,12 +211,12 @@ class DockerProvider(Provider):
             self._networks.remove_unused(deadline)
         self._clear(handle, deadline)
         self._exit_reasons.forget(handle)
-        self._users.remove(handle.name)
-        if self._own_volume:
-            self._volumes.remove_helper(handle, deadline)
-        if data and self._own_volume:
-            progress("removing the data volume")
-            self._volumes.remove(handle, deadline)
+        self._starter.users.remove(handle.name)
+        if self._starter.volumes:
+            self._starter.volumes.remove_helper(handle, deadline)
+            if data:
+                progress("removing the data volume")
+                self._starter.volumes.remove(handle, deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = self._engine.containers(self.context.installation, deadline, all=True)
@@ -268,7 +250,7 @@ class DockerProvider(Provider):
 
     def _clear(self, handle: Handle, deadline: Deadline) -> None:
         """Remove the secrets and the socket of a container that does not run."""
-        self._secrets.remove(handle.name)
+        self._starter.secrets.remove(handle.name)
         if self._engine.ssh:
             self._engine.ssh.cancel(f"{handle.data['run_dir']}/s", deadline)
         with contextlib.suppress(OSError):
@@ -326,16 +308,16 @@ class DockerProvider(Provider):
         return watch
 
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        self._need_own_data()
         self._volumes.export(handle, directory, deadline, progress)
 
     def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        self._need_own_data()
         self._volumes.replace(handle, directory, deadline, progress)
 
-    def _need_own_data(self) -> None:
-        if not self._own_volume:
+    @property
+    def _volumes(self) -> Volumes:
+        if self._starter.volumes is None:
             raise self.unsupported(Capability.OWN_DATA)
+        return self._starter.volumes
 
     def close(self) -> None:
         while self._watches:

@@ -7,6 +7,7 @@ start, stop or removal finds it by its name.
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,14 @@ from dispatcher.plugin import (
     Handle,
     NotFound,
     Progress,
+    ProviderContext,
     ProviderError,
     SecretFiles,
     Unavailable,
     make_temporary,
 )
 from dispatcher_docker import containers, observe, seccomp
+from dispatcher_docker.containers import Surroundings
 from dispatcher_docker.data import Volumes
 from dispatcher_docker.errors import NameTaken, start_failed
 from dispatcher_docker.host import Client, Engine
@@ -35,24 +38,22 @@ from dispatcher_docker.users import Users, groups_of
 
 
 class Starter:
-    """Starts the agents of one installation.
+    """Starts the agents of one installation, and has what belongs to them outside of their containers.
 
-    :param volumes: where data is in volumes, else None.
+    :ivar volumes: None where data is in the core's own directories.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        options: DockerOptions,
-        installation: str,
-        *,
-        secrets: SecretFiles,
-        users: Users,
-        exit_reasons: ExitReasons,
-        volumes: Volumes | None,
-    ) -> None:
-        self._engine, self._options, self._installation = engine, options, installation
-        self._secrets, self._users, self._exit_reasons, self._volumes = secrets, users, exit_reasons, volumes
+    def __init__(self, engine: Engine, options: DockerOptions, context: ProviderContext) -> None:
+        self._engine, self._options, self._installation = engine, options, context.installation
+        self.secrets = SecretFiles(
+            f"dispatcher-{context.installation}-secrets-docker",
+            [context.run_dir, Path(f"/run/user/{os.geteuid()}"), Path("/dev/shm")],  # noqa: S108
+        )
+        self.users = Users(engine, context.installation, context.run_dir / "users")
+        self.exit_reasons = ExitReasons(engine, context.state_dir)
+        self.volumes: Volumes | None = None
+        if options.data == "volume" or (options.data == "auto" and not engine.is_local):
+            self.volumes = Volumes(engine, context.installation, privileged=context.privileged)
 
     def find(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
         """Return an agent's container, None if there is none.
@@ -86,35 +87,50 @@ class Starter:
         """Make the agent's container run.
 
         :param found: the one that exists and does not run; :param image: id of the image;
-        :param remapped: the engine maps user ids, which this container must not have.
+        :param remapped: the engine maps user ids.
         """
-        new_volume = self._volumes is not None and self._volumes.ensure(handle, deadline)
+        options = containers.options_of(spec.app)
+        new_volume = self.volumes is not None and self.volumes.ensure(handle, deadline)
         try:
-            secrets = None
-            if spec.secrets:
-                owner = containers.owner_uid(spec)
-                secrets = self._secrets.write(handle.name, spec.secrets, owner, -1)
-            user = self._users.prepare(spec, image, deadline)
-            if self._volumes is None:
+            if self.volumes is None:
                 make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid)
-            if found and not self._fits(found, spec, image, secrets):
+            owner = containers.owner_uid(spec)
+            given = Surroundings(
+                image_id=image,
+                own_volume=self.volumes is not None,
+                secrets_dir=self.secrets.write(handle.name, spec.secrets, owner, -1) if spec.secrets else None,
+                user=self.users.prepare(spec, image, deadline),
+                groups=groups_of(options) if self._engine.is_local else (),
+                seccomp=seccomp.chosen(options.seccomp, options.cap_add),
+                host_user_namespace=remapped,
+            )
+            if found and not _fits(found, spec, given):
                 progress("removing the old container")
                 remove(self._engine, handle.name, deadline)
                 found = None
             if found is None:
                 progress("creating the container")
-                self._create(spec, handle, image, user, secrets, remapped=remapped, deadline=deadline)
+                body = containers.container(spec, self._options, given)
+                try:
+                    self._engine.make(body, handle.name, deadline, options.platform)
+                except NameTaken:
+                    # An earlier start may have been carried out after its deadline: that container is ours to remove.
+                    if self.find(handle, deadline) is None:
+                        raise
+                    remove(self._engine, handle.name, deadline)
+                    self._engine.make(body, handle.name, deadline, options.platform)
             progress("starting the container")
-            self._exit_reasons.forget(handle)
+            self.exit_reasons.forget(handle)
             self._start(spec, handle, deadline)
             progress("started")
         except Unavailable:
             raise
         except BaseException:
-            _clean_up(self._engine, handle.name)
-            self._secrets.remove(handle.name)
-            if new_volume and self._volumes:
-                self._volumes.remove(handle, Deadline(10))
+            with contextlib.suppress(DispatcherError):  # if the engine does not answer, the next start does it
+                remove(self._engine, handle.name, Deadline(10))
+            self.secrets.remove(handle.name)
+            if new_volume and self.volumes:
+                self.volumes.remove(handle, Deadline(10))
             raise
 
     def _start(self, spec: AgentSpec, handle: Handle, deadline: Deadline) -> None:
@@ -130,57 +146,21 @@ class Starter:
         except (Unavailable, NotFound):
             raise
         except ProviderError as error:
-            raise start_failed(error, self._exit_reasons.last_lines(handle, deadline)) from error
+            raise start_failed(error, self.exit_reasons.last_lines(handle, deadline)) from error
 
-    def _create(
-        self,
-        spec: AgentSpec,
-        handle: Handle,
-        image: str,
-        user: containers.User,
-        secrets: Path | None,
-        *,
-        remapped: bool,
-        deadline: Deadline,
-    ) -> None:
-        options = containers.options_of(spec.app)
-        body = containers.container(
-            spec,
-            backend=self._options,
-            image_id=image,
-            own_volume=self._volumes is not None,
-            secrets_dir=secrets,
-            user=user,
-            groups=groups_of(options) if self._engine.is_local else (),
-            seccomp=seccomp.chosen(options.seccomp, options.cap_add),
-            host_user_namespace=remapped,
-        )
-        try:
-            self._make(body, handle, options.platform, deadline)
-        except NameTaken:
-            # An earlier start may have been carried out after its deadline: that container is ours to remove.
-            if self.find(handle, deadline) is None:
-                raise
-            remove(self._engine, handle.name, deadline)
-            self._make(body, handle, options.platform, deadline)
 
-    def _make(self, body: dict[str, Any], handle: Handle, platform: str, deadline: Deadline) -> None:
-        with self._engine.call("create the container", deadline) as client:
-            client.make(body, handle.name, platform)
-
-    @staticmethod
-    def _fits(found: Mapping[str, Any], spec: AgentSpec, image: str, secrets: Path | None) -> bool:
-        """Whether a container that does not run can be started for this spec."""
-        config = found["Config"]
-        mounts = found.get("Mounts") or ()
-        shown = [one.get("Source") for one in mounts if one.get("Destination") == containers.INSIDE_SECRETS]
-        return (
-            observe.status(found) == "exited"
-            and observe.label(config.get("Labels"), "hash") == spec.hash
-            and observe.label(config.get("Labels"), "image-id") == image
-            and bool(config.get("OpenStdin")) == (spec.stdin is not None)
-            and shown == ([str(secrets)] if secrets else [])
-        )
+def _fits(found: Mapping[str, Any], spec: AgentSpec, given: Surroundings) -> bool:
+    """Whether a container that does not run can be started for this spec."""
+    config = found["Config"]
+    mounts = found.get("Mounts") or ()
+    shown = [one.get("Source") for one in mounts if one.get("Destination") == containers.INSIDE_SECRETS]
+    return (
+        observe.status(found) == "exited"
+        and observe.label(config.get("Labels"), "hash") == spec.hash
+        and observe.label(config.get("Labels"), "image-id") == given.image_id
+        and bool(config.get("OpenStdin")) == (spec.stdin is not None)
+        and shown == ([str(given.secrets_dir)] if given.secrets_dir else [])
+    )
 
 
 @contextlib.contextmanager
@@ -204,9 +184,3 @@ def _send_all(sock: socket.socket, content: bytes, deadline: Deadline) -> None:
         sock.settimeout(min(2.0, max(0.1, deadline.remaining())))
         while sock.recv(4096):
             pass  # the engine closes the connection once it has forwarded everything
-
-
-def _clean_up(engine: Engine, name: str) -> None:
-    """Remove what a failed start has made; if the engine does not answer, the next start does it."""
-    with contextlib.suppress(DispatcherError):
-        remove(engine, name, Deadline(10))

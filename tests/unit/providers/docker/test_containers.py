@@ -33,9 +33,7 @@ def spec(options=None, *, secrets=None, stdin=None, **app):
 
 
 def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", userns=False):
-    return containers.container(
-        made,
-        backend=backend or DockerOptions(),
+    given = containers.Surroundings(
         image_id="sha256:1",
         own_volume=own_volume,
         secrets_dir=secrets_dir,
@@ -44,6 +42,7 @@ def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", 
         host_user_namespace=userns,
         groups=[44],
     )
+    return containers.container(made, backend or DockerOptions(), given)
 
 
 def test_the_walls_stand_by_default():
