@@ -76,7 +76,7 @@ def owner_uid(spec: AgentSpec) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Surroundings:
+class ContainerSettings:
     """What a container gets from this host and the engine, besides its spec.
 
     :ivar image_id: of the image at its lookup; :ivar own_volume: data is a volume.
@@ -94,15 +94,15 @@ class Surroundings:
     host_user_namespace: bool = False
 
 
-def container(spec: AgentSpec, backend: DockerOptions, given: Surroundings) -> dict[str, Any]:
+def container(spec: AgentSpec, backend: DockerOptions, settings: ContainerSettings) -> dict[str, Any]:
     """Return the body that creates an agent's container."""
     options = options_of(spec.app)
     body: dict[str, Any] = {
-        "Image": given.image_id,
+        "Image": settings.image_id,
         "User": "0:0" if options.user == "root" else f"{spec.uid}:{spec.gid}",
-        "Env": [f"{name}={value}" for name, value in environment(spec, given.user).items()],
+        "Env": [f"{name}={value}" for name, value in environment(spec, settings.user).items()],
         "WorkingDir": options.workdir or options.data_path,
-        "Labels": labels(spec, given.image_id),
+        "Labels": labels(spec, settings.image_id),
         "Tty": False,
         "OpenStdin": spec.stdin is not None,
         "StdinOnce": spec.stdin is not None,
@@ -110,10 +110,10 @@ def container(spec: AgentSpec, backend: DockerOptions, given: Surroundings) -> d
         "Healthcheck": {"Test": ["NONE"]},
         "HostConfig": {
             **_limits(spec, options),
-            **_isolation(options, given.seccomp),
+            **_isolation(options, settings.seccomp),
             **_network(spec, options, backend),
-            "Mounts": mounts(spec, given),
-            "GroupAdd": [str(gid) for gid in given.groups],
+            "Mounts": mounts(spec, settings),
+            "GroupAdd": [str(gid) for gid in settings.groups],
             "Tmpfs": {path: f"rw,exec,nosuid,nodev,mode=1777,size={size}" for path, size in options.tmpfs.items()},
             "Init": options.init,
             "RestartPolicy": {"Name": "no"},
@@ -133,7 +133,7 @@ def container(spec: AgentSpec, backend: DockerOptions, given: Surroundings) -> d
         body["StopSignal"] = options.stop_signal
     if options.port:
         body["ExposedPorts"] = {f"{options.port}/tcp": {}}
-    if given.host_user_namespace:
+    if settings.host_user_namespace:
         body["HostConfig"]["UsernsMode"] = "host"
     return body
 
@@ -181,10 +181,10 @@ def labels(spec: AgentSpec, image_id: str) -> dict[str, str]:
     return {f"{LABEL}{name}": value for name, value in known.items()}
 
 
-def mounts(spec: AgentSpec, given: Surroundings) -> list[dict[str, Any]]:
+def mounts(spec: AgentSpec, settings: ContainerSettings) -> list[dict[str, Any]]:
     """Return the mounts: data, run_dir, secrets and those in the app's options."""
     options = options_of(spec.app)
-    if given.own_volume:
+    if settings.own_volume:
         data = {
             "Type": "volume",
             "Source": volume_name(spec.backend_name),
@@ -196,11 +196,11 @@ def mounts(spec: AgentSpec, given: Surroundings) -> list[dict[str, Any]]:
     found = [data]
     if not options.port:
         found.append(_bind(str(spec.run_dir), INSIDE_RUN))
-    if given.secrets_dir:
-        found.append(_bind(str(given.secrets_dir), INSIDE_SECRETS, read_only=True))
-    if given.user.directory:
+    if settings.secrets_dir:
+        found.append(_bind(str(settings.secrets_dir), INSIDE_SECRETS, read_only=True))
+    if settings.user.directory:
         found += [
-            _bind(str(given.user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")
+            _bind(str(settings.user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")
         ]
     found += [_bind(one.source, one.target, read_only=one.read_only) for one in options.mounts]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Mapping
@@ -41,12 +42,8 @@ class Watch:
             self._thread.join(5)
 
     def _close_stream(self) -> None:
-        stream = self._stream
-        try:
-            if stream is not None:
-                stream.close()
-        except (OSError, AttributeError, ValueError):
-            pass  # closed already
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # closed already, or none
+            self._stream.close()
 
     def _run(self) -> None:
         pause = 0.1

@@ -73,21 +73,16 @@ def from_inspection(found: Mapping[str, Any], *, reach: str, current_image: str 
         if not known.
     """
     state = found["State"]
-    labels = found["Config"].get("Labels")
     ports = {
         key: [(one.get("HostIp", ""), int(one["HostPort"])) for one in bindings or [] if one.get("HostPort")]
         for key, bindings in (found.get("NetworkSettings", {}).get("Ports") or {}).items()
     }
-    backend_state = STATES.get(state.get("Status", ""), BackendState.STOPPED)
-    return _observation(
-        backend_state,
-        labels,
-        ports,
-        reach=reach,
-        current_image=current_image,
+    seen = _observation(status(found), found["Config"].get("Labels"), ports, reach, current_image)
+    return replace(
+        seen,
         started_at=unix_time(state.get("StartedAt", "")),
-        exit_reason=reason(state) if backend_state is BackendState.STOPPED else "",
-        detail=state.get("Error", ""),
+        exit_reason=reason(state) if seen.state is BackendState.STOPPED else "",
+        detail=state.get("Error", "") or seen.detail,
     )
 
 
@@ -99,59 +94,43 @@ def from_summary(found: Mapping[str, Any], *, reach: str, current_image: str = "
     ports: dict[str, list[tuple[str, int]]] = {}
     for one in found.get("Ports") or []:
         if one.get("PublicPort"):
-            ports.setdefault(f"{one['PrivatePort']}/{one['Type']}", []).append(
-                (one.get("IP", ""), one["PublicPort"])
-            )
+            key = f"{one['PrivatePort']}/{one['Type']}"
+            ports.setdefault(key, []).append((one.get("IP", ""), one["PublicPort"]))
+    seen = _observation(found.get("State", ""), found.get("Labels"), ports, reach, current_image)
     exited = _EXITED.match(found.get("Status", ""))
-    backend_state = STATES.get(found.get("State", ""), BackendState.STOPPED)
-    return _observation(
-        backend_state,
-        found.get("Labels"),
-        ports,
-        reach=reach,
-        current_image=current_image,
-        started_at=None,
-        exit_reason=code_reason(int(exited[1])) if exited and backend_state is BackendState.STOPPED else "",
-        detail="",
-    )
+    if exited and seen.state is BackendState.STOPPED:
+        return replace(seen, exit_reason=code_reason(int(exited[1])))
+    return seen
 
 
 def _observation(
-    state: BackendState,
+    state: str,
     labels: Mapping[str, str] | None,
     ports: Mapping[str, list[tuple[str, int]]],
-    *,
     reach: str,
     current_image: str,
-    started_at: float | None,
-    exit_reason: str,
-    detail: str,
 ) -> Observation:
-    reachable = state in {BackendState.RUNNING, BackendState.SUSPENDED}
-    spec_hash = label(labels, "hash")
+    """Return what state, labels and published ports tell."""
+    backend_state = STATES.get(state, BackendState.STOPPED)
+    spec_hash, detail = label(labels, "hash"), ""
     if spec_hash and current_image and current_image != label(labels, "image-id"):
         # Another image has the name now: no spec has this hash, so the core sees that the agent is outdated.
         spec_hash += "+image"
-        detail = detail or f"the image {label(labels, 'image')} has changed since it was started"
-    owner = label(labels, "owner")
+        detail = f"the image {label(labels, 'image')} has changed since it was started"
+    if backend_state not in {BackendState.RUNNING, BackendState.SUSPENDED}:
+        return Observation(state=backend_state, spec_hash=spec_hash, detail=detail)
+    where, owner = label(labels, "endpoint"), label(labels, "owner")
+    endpoint = Endpoint.unix(where.removeprefix("unix:")) if where.startswith("unix:") else None
+    if published := ports.get(where.removeprefix("port:")):
+        host, port = published[0]
+        endpoint = Endpoint.tcp(reach or host, port)
     return Observation(
-        state=state,
-        endpoint=_endpoint(label(labels, "endpoint"), ports, reach) if reachable else None,
-        owner_uid=int(owner) if owner and reachable else None,
-        started_at=started_at,
+        state=backend_state,
+        endpoint=endpoint,
+        owner_uid=int(owner) if owner else None,
         spec_hash=spec_hash,
-        exit_reason=exit_reason,
         detail=detail,
     )
-
-
-def _endpoint(text: str, ports: Mapping[str, list[tuple[str, int]]], reach: str) -> Endpoint | None:
-    if text.startswith("unix:"):
-        return Endpoint.unix(text.removeprefix("unix:"))
-    published = ports.get(text.removeprefix("port:")) or []
-    for host, port in published:
-        return Endpoint.tcp(reach or host, port)
-    return None
 
 
 def reason(state: Mapping[str, Any]) -> str:

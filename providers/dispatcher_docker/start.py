@@ -27,7 +27,7 @@ from dispatcher.plugin import (
     make_temporary,
 )
 from dispatcher_docker import containers, observe, seccomp
-from dispatcher_docker.containers import Surroundings
+from dispatcher_docker.containers import ContainerSettings
 from dispatcher_docker.data import Volumes
 from dispatcher_docker.errors import NameTaken, start_failed
 from dispatcher_docker.host import Client, Engine
@@ -95,7 +95,7 @@ class Starter:
             if self.volumes is None:
                 make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid)
             owner = containers.owner_uid(spec)
-            given = Surroundings(
+            settings = ContainerSettings(
                 image_id=image,
                 own_volume=self.volumes is not None,
                 secrets_dir=self.secrets.write(handle.name, spec.secrets, owner, -1) if spec.secrets else None,
@@ -104,17 +104,17 @@ class Starter:
                 seccomp=seccomp.chosen(options.seccomp, options.cap_add),
                 host_user_namespace=remapped,
             )
-            if found and not _fits(found, spec, given):
+            if found and not _fits(found, spec, settings):
                 progress("removing the old container")
                 remove(self._engine, handle.name, deadline)
                 found = None
             if found is None:
                 progress("creating the container")
-                body = containers.container(spec, self._options, given)
+                body = containers.container(spec, self._options, settings)
                 try:
                     self._engine.make(body, handle.name, deadline, options.platform)
                 except NameTaken:
-                    # An earlier start may have been carried out after its deadline: that container is ours to remove.
+                    # An earlier start may have been carried out after its deadline: its container goes.
                     if self.find(handle, deadline) is None:
                         raise
                     remove(self._engine, handle.name, deadline)
@@ -149,7 +149,7 @@ class Starter:
             raise start_failed(error, self.exit_reasons.last_lines(handle, deadline)) from error
 
 
-def _fits(found: Mapping[str, Any], spec: AgentSpec, given: Surroundings) -> bool:
+def _fits(found: Mapping[str, Any], spec: AgentSpec, settings: ContainerSettings) -> bool:
     """Whether a container that does not run can be started for this spec."""
     config = found["Config"]
     mounts = found.get("Mounts") or ()
@@ -157,9 +157,9 @@ def _fits(found: Mapping[str, Any], spec: AgentSpec, given: Surroundings) -> boo
     return (
         observe.status(found) == "exited"
         and observe.label(config.get("Labels"), "hash") == spec.hash
-        and observe.label(config.get("Labels"), "image-id") == given.image_id
+        and observe.label(config.get("Labels"), "image-id") == settings.image_id
         and bool(config.get("OpenStdin")) == (spec.stdin is not None)
-        and shown == ([str(given.secrets_dir)] if given.secrets_dir else [])
+        and shown == ([str(settings.secrets_dir)] if settings.secrets_dir else [])
     )
 
 

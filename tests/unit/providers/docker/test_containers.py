@@ -33,7 +33,7 @@ def spec(options=None, *, secrets=None, stdin=None, **app):
 
 
 def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", userns=False):
-    given = containers.Surroundings(
+    settings = containers.ContainerSettings(
         image_id="sha256:1",
         own_volume=own_volume,
         secrets_dir=secrets_dir,
@@ -42,7 +42,7 @@ def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", 
         host_user_namespace=userns,
         groups=[44],
     )
-    return containers.container(made, backend or DockerOptions(), given)
+    return containers.container(made, backend or DockerOptions(), settings)
 
 
 def test_the_walls_stand_by_default():
