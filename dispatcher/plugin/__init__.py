@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         Usage,
     )
     from dispatcher.plugin.names import backend_name, printable, slug
-    from dispatcher.plugin.networks import METADATA_NETWORKS, denied_networks, listeners
+    from dispatcher.plugin.networks import METADATA_NETWORKS, denied_networks, listening_endpoints
     from dispatcher.plugin.options import (
         AbsolutePath,
         Address,
@@ -186,7 +186,7 @@ __all__ = [
     "denied_networks",
     "hookimpl",
     "in_memory",
-    "listeners",
+    "listening_endpoints",
     "make_owned",
     "make_temporary",
     "matching",

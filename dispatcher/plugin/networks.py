@@ -52,25 +52,24 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
     return list(dict.fromkeys([*found, *map(ip_network, extra)]))
 
 
-def listeners(pid: int, sockets: Container[str] | None = None, proc: Path = Path("/proc")) -> list[str]:
+def listening_endpoints(pid: int, sockets: Container[str] | None = None, proc: Path = Path("/proc")) -> list[str]:
     """Return where the processes in a process's network namespace listen, such as ``tcp:127.0.0.1:8888``.
 
     :param sockets: only these, by their links in ``/proc/PID/fd``, such as ``socket:[123]``.
     """
     found = []
-    for table in ("tcp", "tcp6", "unix"):
+    for table in ("tcp", "tcp6"):
         for fields in map(str.split, _lines(proc / f"{pid}/net/{table}")[1:]):
-            if table == "unix":
-                inode, accepts = fields[6], int(fields[3], 16) & _ACCEPTS and len(fields) > 7
-                where = f"unix:{' '.join(fields[7:])}"
-            else:
-                inode, accepts = fields[9], fields[3] == _LISTEN
+            if fields[3] == _LISTEN:
                 address, _, port = fields[1].partition(":")
                 words = [bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8)]
-                where = str(Endpoint.tcp(str(ip_address(b"".join(words))), int(port, 16)))
-            if accepts and (sockets is None or f"socket:[{inode}]" in sockets):
-                found.append(where)
-    return list(dict.fromkeys(found))
+                found.append((fields[9], Endpoint.tcp(str(ip_address(b"".join(words))), int(port, 16))))
+    for line in _lines(proc / f"{pid}/net/unix")[1:]:
+        fields = line.split(maxsplit=7)
+        if len(fields) > 7 and int(fields[3], 16) & _ACCEPTS:
+            found.append((fields[6], Endpoint.unix(fields[7])))
+    own = [str(one) for inode, one in found if sockets is None or f"socket:[{inode}]" in sockets]
+    return list(dict.fromkeys(own))
 
 
 def _outgoing(proc: Path) -> set[str]:

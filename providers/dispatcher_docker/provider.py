@@ -32,7 +32,7 @@ from dispatcher.plugin import (
     SpecConflict,
     Unsupported,
     Usage,
-    listeners,
+    listening_endpoints,
 )
 from dispatcher_docker import containers, explain, logs, observe
 from dispatcher_docker.data import Volumes
@@ -299,7 +299,7 @@ class DockerProvider(Provider):
         inspected = self._own(handle, deadline)
         if not inspected or not self._engine.is_local or inspected["HostConfig"].get("NetworkMode") == "host":
             return ()
-        found = listeners(int(inspected["State"].get("Pid") or 0))
+        found = listening_endpoints(int(inspected["State"].get("Pid") or 0))
         return [one for one in found if not one.startswith("tcp:127.0.0.11:")]  # the engine's name server
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:

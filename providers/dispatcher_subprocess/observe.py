@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import replace
 
-from dispatcher.plugin import BackendState, Endpoint, Observation, Usage
+from dispatcher.plugin import BackendState, Endpoint, Observation, Usage, listening_endpoints
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.processes import Run
 from dispatcher_subprocess.stop import Stopper
 
 NOT_YET = "it does not listen yet"
-_ACCEPTS = 0x10000  # flag of a listening socket in /proc/net/unix
 _WAIT = 1.0  # seconds that an observation waits for an operation that holds the agent
 _LISTEN = b"0A"
 #: Addresses in /proc/net/tcp and tcp6 that a connection to 127.0.0.1 reaches: any, and loopback.
@@ -101,19 +99,7 @@ def listeners(run: Run) -> list[str]:
     """Return where the processes of an agent listen, as endpoints seen from inside."""
     pids = [process.pid for process in run.members()]
     own = {what for pid in pids for _, what in procfs.descriptors(pid)}
-    found = set()
-    for table in ("tcp", "tcp6", "unix") if pids else ():
-        for line in procfs.read(f"/proc/{pids[0]}/net/{table}").decode(errors="replace").splitlines()[1:]:
-            fields = line.split(maxsplit=7 if table == "unix" else -1)
-            if table == "unix":
-                if len(fields) > 7 and int(fields[3], 16) & _ACCEPTS and f"socket:[{fields[6]}]" in own:
-                    found.add(f"unix:{fields[7]}")
-            elif fields[3] == _LISTEN.decode() and f"socket:[{fields[9]}]" in own:
-                host, _, port = fields[1].partition(":")
-                words = b"".join(int(host[at : at + 8], 16).to_bytes(4, "little") for at in range(0, len(host), 8))
-                family = socket.AF_INET if table == "tcp" else socket.AF_INET6
-                found.add(str(Endpoint.tcp(socket.inet_ntop(family, words), int(port, 16))))
-    return sorted(found)
+    return listening_endpoints(pids[0], own) if pids else []
 
 
 def belongs(inodes: frozenset[int], pids: list[int]) -> bool:

@@ -25,6 +25,7 @@ from dispatcher.plugin import (
     Network,
     ProviderError,
     SecretFiles,
+    make_temporary,
     remove_tree,
 )
 from dispatcher_subprocess import logs, network, processes, procfs, sandbox
@@ -95,7 +96,7 @@ class Start:
         elif not host.sandboxed and host.setpriv:
             user = [host.setpriv, "--no-new-privs", "--"]
         if host.sandboxed:
-            make_tmp(spec)
+            make_temporary(spec.data_dir / os.path.basename(sandbox.TMP), spec.uid, spec.gid)
         plain, loader = sandbox.split_environment(self.plan.variables)
         prepare = self._prepare_sandboxed if host.sandboxed else self._prepare_unsandboxed
         self._spawn = prepare(user, plain, loader, status) | {
@@ -333,19 +334,6 @@ def clear_run_dir(run_dir: Path) -> None:
             os.close(directory)
     except OSError as error:
         raise failed(f"Cannot clear {run_dir}", error, fix="check its content, and remove it by hand") from error
-
-
-def make_tmp(spec: AgentSpec) -> None:
-    """Make an agent's directory for large temporary files anew; where that fails, programs use /tmp."""
-    name = os.path.basename(sandbox.TMP)
-    with contextlib.suppress(OSError, DispatcherError), contextlib.ExitStack() as stack:
-        data = os.open(spec.data_dir, _DIRECTORY)
-        stack.callback(os.close, data)
-        remove_tree(name, dir_fd=data)
-        os.mkdir(name, 0o700, dir_fd=data)
-        directory = os.open(name, _DIRECTORY, dir_fd=data)
-        stack.callback(os.close, directory)
-        os.fchown(directory, spec.uid, spec.gid)
 
 
 def _input_pipe(content: bytes) -> tuple[int, int]:

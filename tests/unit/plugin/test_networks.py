@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from dispatcher.plugin import METADATA_NETWORKS
-from dispatcher.plugin.networks import denied_networks, listeners
+from dispatcher.plugin.networks import denied_networks, listening_endpoints
 
 Address = namedtuple("Address", "family address netmask")
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -81,10 +81,10 @@ def test_listening_sockets_of_a_namespace_are_found(tmp_path):
         unix.listen()
         own = {os.readlink(f"/proc/self/fd/{one.fileno()}") for one in (v4, v6, unix)}
         expected = [f"tcp:127.0.0.1:{v4.getsockname()[1]}", f"tcp:[::1]:{v6.getsockname()[1]}", f"unix:{path}"]
-        assert listeners(os.getpid(), own) == expected
-        assert set(expected) <= set(listeners(os.getpid()))
-        assert listeners(os.getpid(), []) == []
+        assert listening_endpoints(os.getpid(), own) == expected
+        assert set(expected) <= set(listening_endpoints(os.getpid()))
+        assert listening_endpoints(os.getpid(), []) == []
 
 
 def test_a_process_that_has_ended_listens_nowhere(tmp_path):
-    assert listeners(1, proc=tmp_path) == []
+    assert listening_endpoints(1, proc=tmp_path) == []
