@@ -74,7 +74,7 @@ class Commands:
         chosen = suffix or (app_name(app) if app else engine.specs.default_app())
         engine.specs.check(chosen)
         with self._creating:
-            name = self._free_name(name, user, suffix, app)
+            name = self.check_name(name, app)
             with engine.name_reserved(name) as free:
                 if not free:
                     raise Conflict(
@@ -100,18 +100,26 @@ class Commands:
         row = engine.store.create(row, password_hash=password_hash, allocated=self._uids.separate, events=[event])
         return engine.add(row), event
 
-    def _free_name(self, name: str, user: str, suffix: str, app: str | None) -> str:
+    def check_name(self, name: str, app: str | None) -> str:
+        """Return the name of a new agent, as `create`; `name` is canonical.
+
+        :raises Conflict: there is such an agent, or it is being removed.
+        """
         known = self._engine.agents
+        user, _, suffix = name.partition(":")
         if name in known and not suffix and app and known[name].row.app != app:
             name = f"{user}:{app}"
-        if name in known:
-            removing = known[name].row.desired is Desired.ABSENT
+        if name not in known:
+            return name
+        row = known[name].row
+        if row.desired is Desired.ABSENT:
             raise Conflict(
-                f"The agent {printable(name)} {'is being removed' if removing else 'exists'}",
-                fix="try again in a moment" if removing else "choose another name, or another app with --app",
-                retry_after=1.0 if removing else None,
+                f"The agent {printable(name)} is being removed",
+                why=f"the last attempt failed: {row.failure.what}" if row.failure else "",
+                fix=f"add it again when it is gone; `dispatcher why {name}` says how far the removal is",
+                retry_after=1.0,
             )
-        return name
+        raise Conflict(f"The agent {printable(name)} exists", fix="choose another name, or another app with --app")
 
     def _new_row(self, name: str, user: str, app: str, kept: KeptRow | None) -> tuple[AgentRow, str]:
         engine = self._engine

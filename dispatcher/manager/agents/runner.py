@@ -24,6 +24,7 @@ from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.backends.logs import last_lines
 from dispatcher.manager.backends.pool import Job, hung_call
 from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.files.space import DISK_FIXES, disk_fix
 from dispatcher.manager.storage.rows import AgentRow, Failure, KeptRow
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.deadline import Deadline
@@ -355,13 +356,9 @@ def _is_hopeless(row: AgentRow, error: DispatcherError) -> bool:
 
 
 def _internal_error(error: Exception) -> DispatcherError:
-    """Translate an exception of the manager itself: mostly of the disk."""
-    if isinstance(error, OSError):
-        return ProviderError(
-            "The agent's directories cannot be used",
-            why=str(error),
-            fix="check that the disk of manager.state_dir has space and is writable",
-        )
+    """Translate an exception of the manager itself: mostly of the agent's directories."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FIXES):
+        return ProviderError("The agent's directories cannot be used", why=str(error), fix=disk_fix(error))
     _log.exception("An operation failed")
     return ProviderError(
         "The manager failed", why=f"{type(error).__name__}: {error}", fix="read its log, and report it"

@@ -11,6 +11,7 @@ from dispatcher.common.log import logger
 from dispatcher.config.defaults import MANAGER_LOCK
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
+from dispatcher.manager.files.space import disk_fix
 from dispatcher.plugin.errors import ConfigError, Conflict, Unavailable
 
 _log = logger("manager.directories")
@@ -33,7 +34,7 @@ def make_directories(paths: Paths, accounts: HostAccounts) -> None:
         raise Unavailable(
             f"Cannot make {error.filename or paths.state_dir}",
             why=error.strerror or str(error),
-            fix="check that the disk has space and is writable, or choose manager.state_dir and manager.run_dir",
+            fix=f"{disk_fix(error)}, or choose manager.state_dir and manager.run_dir",
         ) from error
 
 

@@ -1,7 +1,8 @@
-"""Free space on the disk of the manager's state, for a warning before it is full."""
+"""The disk of the manager's state: free space, a warning before it is full, and what to do after an error."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -9,6 +10,19 @@ from dispatcher.common.humanize import size
 
 LOW_SHARE = 0.1  # of a disk: less free space is low
 LOW_BYTES = 5 << 30  # but no more than so much
+
+#: What to do about errors that are of the disk.
+DISK_FIXES = {
+    errno.ENOSPC: "free some space on its disk",
+    errno.EDQUOT: "raise the quota, or free some space",
+    errno.EROFS: "mount its file system writable",
+    errno.EIO: "check its disk: the kernel's log names the errors",
+}
+
+
+def disk_fix(error: OSError) -> str:
+    """Return what to do about an error with a file: the disk is named only when it is the disk."""
+    return DISK_FIXES.get(error.errno or 0, "check that it exists, and its owner and mode")
 
 
 def free_space(directory: Path) -> int:

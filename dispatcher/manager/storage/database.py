@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from dispatcher.manager.files.space import free_space
+from dispatcher.manager.files.space import disk_fix, free_space
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
 SCHEMA_VERSION = 2
@@ -88,7 +88,7 @@ class Database:
                     raise Unavailable(
                         f"Cannot open the database {path}",
                         why=error.strerror or str(error),
-                        fix="check that its directory exists, has space and is writable",
+                        fix=disk_fix(error),
                     ) from error
 
     def open(self) -> None:

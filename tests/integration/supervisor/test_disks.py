@@ -1,5 +1,6 @@
 """Disks that are full, databases that are locked, clocks that jump: nothing is lost."""
 
+import errno
 import os
 import time
 
@@ -130,20 +131,28 @@ def test_a_locked_database_is_an_error_and_recovers(world):
     reach(supervisor, "alice", "stopped")
 
 
-def test_a_disk_that_is_full_fails_the_start_with_the_reason(world, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "free some space on its disk"),
+        (errno.EROFS, "mount its file system writable"),
+        (errno.EACCES, "check that it exists, and its owner and mode"),
+    ],
+)
+def test_a_directory_that_cannot_be_used_fails_the_start_with_the_reason(world, number, fix):
     world.app(max_restarts=5)
     supervisor = world.supervisor()
     supervisor.commands.create("alice", app=None, password_hash="h")
     prepare = supervisor.data.prepare
 
-    def full(*_agent):
-        raise OSError(28, "No space left on device", "/data")
+    def fail(*_agent):
+        raise OSError(number, os.strerror(number), "/data")
 
-    supervisor.data.prepare = full
+    supervisor.data.prepare = fail
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
-    assert "No space left" in view.failure.why
-    assert "disk" in view.failure.fix
+    assert os.strerror(number) in view.failure.why
+    assert view.failure.fix == fix
     supervisor.data.prepare = prepare
     reach(supervisor, "alice", "running", seconds=3)
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unavailable
+from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, ProviderError, Unavailable
 from dispatcher.manager.storage.states import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import end, gone, kinds, reach, running, until
@@ -132,7 +132,22 @@ def test_an_agent_that_is_being_removed_takes_no_other_wishes(world, supervisor)
     ):
         with pytest.raises(Conflict, match="being removed"):
             call()
+    with pytest.raises(Conflict) as caught:  # as `dispatcher add` with a password for a user who still exists
+        supervisor.commands.check_name("alice", None)
+    assert "`dispatcher why alice` says how far the removal is" in caught.value.fix
     supervisor.commands.wake("alice")
+    gone(supervisor, "alice")
+
+
+def test_a_removal_that_fails_is_the_reason_why_the_name_is_taken(world, supervisor):
+    running(supervisor)
+    world.backend.inject("stop", error=ProviderError("Device busy"), times=1)
+    supervisor.commands.remove("alice", keep_data=False)
+    until(lambda: supervisor.queries.view("alice").failure)
+    with pytest.raises(Conflict, match="being removed") as caught:
+        supervisor.commands.create("alice", app=None, password_hash=None)
+    assert "Device busy" in caught.value.why
+    supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
 
 

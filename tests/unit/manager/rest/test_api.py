@@ -48,6 +48,13 @@ def test_a_further_agent_of_a_user_needs_no_password(parts):
     assert parts.admin.get("/agents/alice%3Alab").json["app"] == "lab"
 
 
+def test_a_user_who_is_being_removed_is_not_said_to_exist(slow):
+    slow.admin.delete("/agents/alice")
+    answer = slow.add("alice")
+    assert (answer.status_code, answer.json["title"]) == (409, "The agent alice is being removed")
+    assert "again" in answer.json["fix"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
