@@ -12,6 +12,7 @@ It contains secrets, so the file is in memory, belongs to the machine's host use
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -28,6 +29,7 @@ from dispatcher_libvirt.options import environment, fill, options_of, secret_nam
 
 SECRETS = "/run/dispatcher/secrets"
 LABEL = "cidata"
+TEMPORARY = ".tmp"  # directory in the data for temporary files of any size
 _MAX_USER_DATA = 1 << 20
 
 
@@ -67,15 +69,25 @@ def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
 
 
 def start_script(spec: AgentSpec) -> str:
-    """Return the shell script that starts the app; every value is quoted."""
+    """Return the shell script that starts the app; every value is quoted.
+
+    Of programs it needs only a shell and `env`; with `mkdir` and `rm` it makes a directory for temporary files.
+    """
     options = options_of(spec.app)
     variables = [f"{name}={value}" for name, value in environment(spec, SECRETS).items()]
     words = " ".join(shlex.quote(word) for word in variables)
     command = " ".join(shlex.quote(fill(word, options)) for word in options.command) or '"$@"'
+    data, temporary = shlex.quote(options.data), shlex.quote(f"{options.data}/{TEMPORARY}")
     return (
         "# Start the app: `sh start.sh DEFAULT COMMAND...`\n"
-        f"cd {shlex.quote(options.data)} || exit 126\n"
-        f'exec env -i "PATH=$PATH" {words} {command}\n'
+        f"cd {data} || exit 126\n"
+        "USER=app SHELL=/bin/sh TMPDIR=/tmp\n"
+        "while IFS=: read -r name _ uid _ _ _ shell; do\n"
+        f'    [ "$uid" = {spec.uid} ] && USER=$name SHELL=${{shell:-/bin/sh}}\n'
+        "done 2>/dev/null </etc/passwd\n"
+        f"rm -rf {temporary} 2>/dev/null && mkdir -m 0700 {temporary} 2>/dev/null && TMPDIR={temporary}\n"
+        'exec env -i "PATH=$PATH" "USER=$USER" "LOGNAME=$USER" "SHELL=$SHELL" "TMPDIR=$TMPDIR" '
+        f"{words} {command}\n"
     )
 
 
@@ -145,8 +157,11 @@ def write_image(path: Path, data: bytes, owner: tuple[int, int] | None) -> None:
         temporary.rename(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
+        full = error.errno == errno.ENOSPC
         raise ProviderError(
-            f"Cannot write the cloud-init disk {path}", why=error.strerror or str(error), fix="free some memory"
+            f"Cannot write the cloud-init disk {path}",
+            why=error.strerror or str(error),
+            fix="free some memory: its file system is in memory" if full else f"check {path.parent}",
         ) from error
 
 

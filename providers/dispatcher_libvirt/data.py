@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, NotFound, Progress, ProviderError, printable
 from dispatcher_libvirt import sandbox
+from dispatcher_libvirt.errors import disk_errors
 from dispatcher_libvirt.ext4 import MAX_SPARSENESS
 from dispatcher_libvirt.options import MIB
 from dispatcher_libvirt.sandbox import Bind, Result, Tick
@@ -25,6 +26,7 @@ IMAGE, SOURCE, OUTPUT = "/image", "/source", "/out"  # paths in the sandbox
 _FICLONE = 0x40049409
 _CHUNK = 8 << 20
 _BYTES_PER_INODE = 8192
+_MAX_PATH = 2000  # with 2,040 characters mke2fs writes past the end of its buffer
 _LABEL = "dispatcher-data"
 
 User = tuple[int, int] | None
@@ -134,15 +136,24 @@ class DataDisk:
 
         :param size: of the new disk in bytes; :raises ProviderError: the data needs more, or is not readable.
         """
-        needed = count = 0
-        for folder, folders, files in os.walk(directory):
-            count += len(folders) + len(files)
-            for file in files:
-                try:
-                    needed += os.lstat(os.path.join(folder, file)).st_blocks * 512
-                except FileNotFoundError:
-                    continue
-            self._tick()
+        program, bind = sandbox.python("ext4.py")
+        result = sandbox.run(
+            [*program, "measure", "", SOURCE],
+            binds=[*bind, Bind(directory, SOURCE)],
+            user=self._user,
+            deadline=self._deadline,
+            tick=self._tick,
+            read_all=True,
+        )
+        if result.code:
+            raise _failed("The directory cannot be read", result, "check that its files are readable")
+        count, needed, longest = map(int, result.last_line.split()[1:])
+        if longest > _MAX_PATH:
+            raise ProviderError(
+                f"A path in the data is {longest} characters long",
+                why=f"mke2fs, which copies it, fails beyond {_MAX_PATH}",
+                fix="let the agent move or remove its deepest directories",
+            )
         if needed > size:
             raise ProviderError(
                 "The data does not fit on the data disk",
@@ -181,10 +192,10 @@ class DataDisk:
         result = self._run([*argv, *(["-d", SOURCE] if source else []), IMAGE], source)
         if result.code:
             small = "could not allocate" in result.output.lower() or "no free space" in result.output.lower()
-            raise ProviderError(
-                "The data does not fit on the data disk" if small else "The data disk cannot be created",
-                why=result.last_line,
-                fix="raise the app's disk limit" if small else "check that the host's disk has space",
+            if small:
+                raise _failed("The data does not fit on the data disk", result, "raise the app's disk limit")
+            raise _failed(
+                "The data disk cannot be created", result, f"check {self.path.parent} and its file system"
             )
         debugfs = sandbox.tool("debugfs")
         self._run([debugfs, "-w", "-R", "rmdir lost+found", IMAGE])  # e2fsck creates it again when it needs it
@@ -192,11 +203,8 @@ class DataDisk:
             program, bind = sandbox.python("ext4.py")
             result = self._run([*program, "times", IMAGE, SOURCE, debugfs], source, bind)
             if result.code:
-                raise ProviderError(
-                    "The times of files cannot be written to the data disk",
-                    why=result.last_line.removeprefix("error "),
-                    fix="check that the directory's files are readable, and that the host's disk has space",
-                )
+                fix = "check that the directory's files are readable"
+                raise _failed("The times of files cannot be written to the data disk", result, fix)
 
     def _run(self, argv: list[str], source: Path | None = None, binds: Sequence[Bind] = ()) -> Result:
         """Run a program in the sandbox on the disk; with `source`, it reads all files of that directory."""
@@ -217,18 +225,12 @@ class DataDisk:
                 os.chown(self.path, *self._user)
 
 
-@contextmanager
-def disk_errors(what: str, place: Path) -> Iterator[None]:
-    """Translate an OSError into a ProviderError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-        raise ProviderError(
-            f"{'The disk is full' if full else 'The host refused'} while {what}",
-            why=f"{error.strerror or error} ({error.filename or place})",
-            fix=f"free some space at {place}" if full else f"check the permissions of {place}",
-        ) from error
+def _failed(problem: str, result: Result, fix: str) -> ProviderError:
+    """Return the error for a program that failed; it blames the host's disk where the program does."""
+    why = result.last_line.removeprefix("error ")
+    if os.strerror(errno.ENOSPC).lower() in result.output.lower():
+        problem, fix = f"{problem}: the host's disk is full", "free some space on the host"
+    return ProviderError(problem, why=why, fix=fix)
 
 
 def _resize(path: Path, size: int, *, full: bool) -> None:

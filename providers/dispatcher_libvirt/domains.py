@@ -29,6 +29,7 @@ class DomainInfo:
 
     :ivar id: of the running domain, -1 otherwise; :ivar saved: its memory is saved on disk.
     :ivar state, reason: libvirt's codes.
+    :ivar no_space: it is paused because a disk's file cannot grow.
     :ivar host, cid: the app's address without a forwarded port; "" and 0 while it is unknown.
     """
 
@@ -39,6 +40,7 @@ class DomainInfo:
     reason: int
     saved: bool
     label: Label
+    no_space: bool = False
     host: str = ""
     cid: int = 0
 
@@ -191,6 +193,9 @@ class Domains:
         found = DomainInfo(
             name=domain.name(), uuid=key[0], id=key[1], state=state, reason=reason, saved=saved, label=label
         )
+        if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR):
+            full = libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in domain.diskErrors().values()
+            found = replace(found, no_space=full)
         return self._with_address(domain, key, found) if found.active and not label.port else found
 
     def _with_address(self, domain: libvirt.virDomain, key: Key, found: DomainInfo) -> DomainInfo:

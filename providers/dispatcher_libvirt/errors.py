@@ -6,6 +6,10 @@ answers refuses the request.
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import libvirt
@@ -60,6 +64,23 @@ _CAUSES: tuple[tuple[frozenset[int], tuple[str, ...], str, str], ...] = (
         "lower the app's memory, or stop other agents",
     ),
 )
+
+
+@contextmanager
+def disk_errors(what: str, place: Path) -> Iterator[None]:
+    """Translate an OSError into a ProviderError with a remedy; the disk is full only where the error says so."""
+    try:
+        yield
+    except OSError as error:
+        problem, fix = "The host refused", f"check {place} and its file system"
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            problem, fix = "The disk is full", f"free some space at {place}"
+        elif error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
+            fix = f"check the permissions of {place}, and that it is not read-only or immutable"
+        elif error.errno == errno.EFBIG:
+            fix = f"the file system at {place} takes no file of that size: choose a smaller `disk`"
+        why = f"{error.strerror or error} ({error.filename or place})"
+        raise ProviderError(f"{problem} while {what}", why=why, fix=fix) from error
 
 
 def is_remote(uri: str) -> bool:

@@ -63,7 +63,12 @@ def application(app: App, options: Options, host: Host | None) -> Iterator[Findi
     if why := unsupported_network(app, options):
         yield _finding(Level.ERROR, f"Its network {app.network.value!r} is not available: {why}")
     elif own.endpoint == "vsock":
-        yield _finding(Level.OK, "It is reached through vsock alone, and has no network")
+        yield _finding(
+            Level.WARNING,
+            "It is reached through vsock alone, and has no network,",
+            "but it reaches services of this host that listen on AF_VSOCK",
+            fix='let none listen there (ss --vsock -l), or set endpoint = "tcp"',
+        )
     elif app.network is Network.NONE:
         yield _finding(Level.OK, "It has no outgoing network: not to this host, the outside or other machines")
     else:

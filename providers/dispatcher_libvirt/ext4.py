@@ -2,9 +2,10 @@
 
     ext4.py unpack IMAGE DIRECTORY UID GID     copy the image's files into a directory
     ext4.py times IMAGE DIRECTORY DEBUGFS      set files' full times from the directory that mke2fs copied
+    ext4.py measure "" DIRECTORY               count entries, the bytes that they take, and the longest path's
 
 It needs only Python's standard library, and runs as the agent's user with access to nothing else.  It prints
-``progress VALUE`` repeatedly, and at the end ``done COUNT`` or ``error TEXT``.
+``progress VALUE`` repeatedly, and at the end ``done COUNT [BYTES PATH]`` or ``error TEXT``.
 
 The reader supports enough of the format (Documentation/filesystems/ext4 of Linux) to list directories and read
 files.  It terminates on any input: numbers are checked, loops are bounded, and unsupported features raise
@@ -454,24 +455,48 @@ def set_times(image: Image, path: str, debugfs: str) -> int:
     return len(changes)
 
 
+def measure() -> tuple[int, int, int]:
+    """Return the number of entries below the current directory, their bytes, and the longest path's length."""
+    count = size = longest = 0
+    levels = [(0, iter(os.listdir(b".")))]
+    while levels:
+        length, names = levels[-1]
+        name = next(names, None)
+        if name is None:
+            levels.pop()
+            if levels:
+                os.chdir("..")
+            continue
+        status = os.lstat(name)
+        length += 1 + len(name)
+        count, size, longest = count + 1, size + status.st_blocks * 512, max(longest, length)
+        if stat.S_ISDIR(status.st_mode):
+            os.chdir(name)
+            levels.append((length, iter(os.listdir(b"."))))
+    return count, size, longest
+
+
 def main(arguments: list[str]) -> int:
     """Run the program."""
     command, path, directory, *rest = arguments
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    size = os.lseek(fd, 0, os.SEEK_END)
     os.umask(0)
-    os.chdir(directory)
     try:
-        image = Image(lambda offset, length: os.pread(fd, length, offset), size)
-        if command == "unpack":
-            count = Unpacker(image, size, (int(rest[0]), int(rest[1])), Report()).run()
+        fd = os.open(path or os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        os.chdir(directory)
+        if command == "measure":
+            done = " ".join(map(str, measure()))
         else:
-            count = set_times(image, path, rest[0])
+            image = Image(lambda offset, length: os.pread(fd, length, offset), size)
+            if command == "unpack":
+                done = str(Unpacker(image, size, (int(rest[0]), int(rest[1])), Report()).run())
+            else:
+                done = str(set_times(image, path, rest[0]))
     except (Ext4Error, OSError, RecursionError, OverflowError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         print(f"error {text or type(error).__name__}", flush=True)
         return 1
-    print(f"done {count}", flush=True)
+    print(f"done {done}", flush=True)
     return 0
 
 

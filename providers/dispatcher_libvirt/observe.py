@@ -38,7 +38,7 @@ _GUEST_MAY_EXPLAIN = {
     libvirt.VIR_DOMAIN_SHUTOFF_DAEMON,
 }
 _PAUSE_DETAILS = {
-    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "paused by a disk error: is the host's disk full?",
+    libvirt.VIR_DOMAIN_PAUSED_IOERROR: "paused by an error of one of its disks",
     libvirt.VIR_DOMAIN_PAUSED_CRASHED: "the guest crashed",
     libvirt.VIR_DOMAIN_PAUSED_SAVE: "its memory is being saved",
     libvirt.VIR_DOMAIN_PAUSED_SHUTTING_DOWN: "shutting down",
@@ -64,7 +64,7 @@ def observation(found: DomainInfo | None) -> Observation:
             explained = logs.exit_reason(log_dir) if log_dir and found.reason in _GUEST_MAY_EXPLAIN else ""
             reason = explained or _EXIT_REASONS.get(found.reason, "ended")
     elif found.state == libvirt.VIR_DOMAIN_PAUSED:
-        detail = _PAUSE_DETAILS.get(found.reason, "")
+        detail = "paused: the host's disk is full" if found.no_space else _PAUSE_DETAILS.get(found.reason, "")
         if found.reason == libvirt.VIR_DOMAIN_PAUSED_STARTING_UP:
             state = BackendState.STARTING
         elif found.reason == libvirt.VIR_DOMAIN_PAUSED_CRASHED:
@@ -89,6 +89,7 @@ def observation(found: DomainInfo | None) -> Observation:
         spec_hash=label.spec,
         exit_reason=reason,
         detail=detail,
+        oom_kills=logs.oom_kills(log_dir) if log_dir and found.active else 0,
     )
 
 

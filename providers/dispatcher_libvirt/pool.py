@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,10 +23,20 @@ from typing import TypeVar
 import libvirt
 from lxml import etree
 
-from dispatcher.plugin import AgentSpec, App, Deadline, Handle, Progress, ProviderContext, ProviderError
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    Deadline,
+    Handle,
+    Progress,
+    ProviderContext,
+    ProviderError,
+    remove_tree,
+)
 from dispatcher_libvirt.connection import Backend, Lane, Tick
-from dispatcher_libvirt.data import DataDisk, data_ranges, disk_errors
+from dispatcher_libvirt.data import DataDisk, data_ranges
 from dispatcher_libvirt.domain_xml import disk_size_of, user_of
+from dispatcher_libvirt.errors import disk_errors
 from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
 from dispatcher_libvirt.storage import Storage, Undo
@@ -359,12 +368,12 @@ class PoolStorage(Storage):
         """Yield a temporary data disk of this host, which does not exist yet."""
         directory = self._context.state_dir / "scratch" / name
         with disk_errors("copying a data disk", directory):
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
             directory.mkdir(parents=True, mode=0o711)
         try:
             yield DataDisk(directory / "data.raw", user if self._context.privileged else None, deadline, tick)
         finally:
-            shutil.rmtree(directory)
+            remove_tree(directory)
 
 
 def current_data(volumes: Iterable[str]) -> str:

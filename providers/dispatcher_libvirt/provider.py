@@ -175,6 +175,10 @@ class LibvirtProvider(Provider):
             return iter(())
         return read_lines(directory / logs.NAME, newest=0, tail=tail, follow=follow, deadline=deadline)
 
+    def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
+        log_dir = domain_xml.log_dir_of(handle)
+        return logs.listeners(log_dir) if log_dir else ()
+
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
         return observe.usage(self._backend, [handle.name for handle in handles], deadline)
 

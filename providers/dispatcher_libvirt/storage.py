@@ -15,17 +15,26 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import shutil
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from dispatcher.plugin import AgentSpec, App, Deadline, Handle, Progress, ProviderContext, ProviderError
+from dispatcher.plugin import (
+    AgentSpec,
+    App,
+    Deadline,
+    Handle,
+    Progress,
+    ProviderContext,
+    ProviderError,
+    remove_tree,
+)
 from dispatcher_libvirt import cloud_init, images
-from dispatcher_libvirt.data import DataDisk, User, copy_sparse, disk_errors
+from dispatcher_libvirt.data import DataDisk, User, copy_sparse
 from dispatcher_libvirt.domain_xml import disk_size_of, user_of
+from dispatcher_libvirt.errors import disk_errors
 from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
 
@@ -100,7 +109,7 @@ class LocalStorage(Storage):
         user, options = self._user(spec.uid, spec.gid), options_of(spec.app)
         directory = self.top / spec.backend_name
         if self.make_directory(directory):
-            undo.append(lambda _: shutil.rmtree(directory))
+            undo.append(lambda deadline: remove_tree(directory, deadline=deadline))
         tick = partial(progress, "creating the disks")
         data = DataDisk(directory / "data.raw", user, deadline, tick)
         exists = data.path.exists()
@@ -159,7 +168,7 @@ class LocalStorage(Storage):
             if not directory.exists():
                 return
             if data:
-                shutil.rmtree(directory)
+                remove_tree(directory, deadline=deadline)
                 return
             for pattern in ("root-*.qcow2", "booted", ".*.new"):
                 for path in directory.glob(pattern):

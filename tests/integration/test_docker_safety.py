@@ -4,13 +4,13 @@ import errno
 import os
 import socket
 import subprocess
-import sys
 
 import pytest
 
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import Network
 from dispatcher.testing.inside import Refused
+from tests.support.outside import Outside
 from tests.support.docker_tools import PORTED, DockerWorld, docker, images, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
@@ -292,51 +292,6 @@ def test_a_hostile_volume_hurts_nobody_on_its_way_out(world, tmp_path):
         } == {uid}
     finally:
         volumes.close()
-
-
-class Outside:
-    """A network namespace that is routed behind this host, with one listener in it.
-
-    :param also: more addresses that it has.
-    """
-
-    address, port = "198.18.77.2", 7777
-
-    def __init__(self, *also):
-        self.also = also
-
-    def __enter__(self):
-        self.name = f"outside{os.getpid()}"
-        link = f"vo{os.getpid()}"
-        run = lambda *words: subprocess.run(words, check=True, capture_output=True, timeout=20)
-        run("ip", "netns", "add", self.name)
-        run("ip", "link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", self.name)
-        run("ip", "addr", "add", "198.18.77.1/30", "dev", link)
-        run("ip", "link", "set", link, "up")
-        run("ip", "-n", self.name, "addr", "add", f"{self.address}/30", "dev", "eth0")
-        run("ip", "-n", self.name, "link", "set", "eth0", "up")
-        run("ip", "-n", self.name, "link", "set", "lo", "up")
-        run("ip", "addr", "add", "fd77:2::1/64", "dev", link, "nodad")
-        run("ip", "-n", self.name, "addr", "add", "fd77:2::2/64", "dev", "eth0", "nodad")
-        run("ip", "-n", self.name, "route", "add", "default", "via", "198.18.77.1")
-        run("ip", "-n", self.name, "route", "add", "default", "via", "fd77:2::1")
-        for one in self.also:
-            run("ip", "-n", self.name, "addr", "add", one, "dev", "lo")
-            run("ip", "route", "add", one, "via", "fd77:2::2" if ":" in one else self.address)
-        code = f"import socket; s = socket.create_server(('::', {self.port}), family=socket.AF_INET6, dualstack_ipv6=True); print('up', flush=True)\nwhile True: s.accept()[0].close()"
-        self.server = subprocess.Popen(
-            ["ip", "netns", "exec", self.name, sys.executable, "-c", code], stdout=subprocess.PIPE
-        )
-        assert self.server.stdout.readline() == b"up\n"
-        self.link = link
-        return self
-
-    def __exit__(self, *error):
-        self.server.kill()
-        self.server.stdout.close()
-        self.server.wait()
-        subprocess.run(["ip", "netns", "del", self.name], check=False)
-        subprocess.run(["ip", "link", "del", self.link], check=False, capture_output=True)
 
 
 def test_ports_that_are_taken_at_once_stay_apart(world):

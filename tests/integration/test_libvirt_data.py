@@ -102,6 +102,41 @@ def test_data_goes_in_and_out_whole(world, agent):
     assert not disk.parent.exists()
 
 
+def test_a_tree_of_a_thousand_levels_goes_in_and_out_and_a_deeper_one_is_refused(world, agent):
+    _, handle = agent
+    source = world.fresh_directory()
+    script = "import os\nfor _ in range({}):\n    os.mkdir('d'); os.chdir('d')\nopen('end', 'w').write('x')\n"
+    subprocess.run([sys.executable, "-c", script.format(990)], cwd=source, check=True)
+    world.provider.import_data(handle, source, deadline=Deadline(60), progress=quiet)
+    out = world.fresh_directory()
+    world.provider.export_data(handle, out, deadline=Deadline(60), progress=quiet)
+    find = ["find", ".", "-name", "end", "-printf", "%d %s"]
+    assert subprocess.run(find, cwd=out, capture_output=True, text=True).stdout == "991 1"
+    deeper = world.fresh_directory()
+    subprocess.run([sys.executable, "-c", script.format(3000)], cwd=deeper, check=True)
+    with pytest.raises(ProviderError, match="is 6004 characters long") as caught:
+        world.provider.import_data(handle, deeper, deadline=Deadline(60), progress=quiet)
+    assert "deepest" in caught.value.fix
+    for top in (source, out, deeper):
+        subprocess.run(["rm", "-rf", top], check=True)
+
+
+def test_an_immutable_disk_is_named_and_goes_when_it_may(world, agent):
+    _, handle = agent
+    world.provider.import_data(handle, world.fresh_directory(), deadline=Deadline(60), progress=quiet)
+    disk = world.machines / handle.name / "data.raw"
+    if subprocess.run(["chattr", "+i", disk], capture_output=True).returncode:
+        pytest.skip("this file system has no immutable files")
+    try:
+        with pytest.raises(ProviderError, match="data.raw") as caught:
+            world.provider.destroy(handle, data=True, deadline=Deadline(20), progress=quiet)
+        assert "chattr" in caught.value.fix
+    finally:
+        subprocess.run(["chattr", "-i", disk], check=True)
+    world.provider.destroy(handle, data=True, deadline=Deadline(20), progress=quiet)
+    assert not disk.parent.exists()
+
+
 def test_many_small_files_fit(world, agent):
     spec, handle = agent
     source = world.fresh_directory()

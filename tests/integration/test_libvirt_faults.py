@@ -12,7 +12,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import NotFound, ProviderError
-from dispatcher.plugin.model import BackendState, Level
+from dispatcher.plugin.model import BackendState, Level, Limits
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
 from tests.support import vm
@@ -131,7 +131,7 @@ def test_a_full_host_stops_a_machine_with_the_reason_and_loses_nothing(world):
             writer = threading.Thread(target=ignore_errors, args=(inside.write, "/data/large", large))
             writer.start()
             assert eventually(lambda: world.state(handle) is BackendState.SUSPENDED, 90)
-            assert "is the host's disk full?" in world.observe(handle).detail
+            assert "the host's disk is full" in world.observe(handle).detail
             filler.unlink()
             world.provider.resume(handle, deadline=Deadline(30), progress=quiet)
             writer.join(60)
@@ -158,6 +158,41 @@ def test_a_guest_that_never_listens_is_stopped_and_leaves_nothing(world):
     assert time.monotonic() - began < 15
     world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
     assert vm.leftovers(world.installation, world.root) == set()
+
+
+APP = """import os, socket, subprocess, sys, time
+print("shell", os.environ["SHELL"], "user", os.environ["USER"], os.environ["LOGNAME"], flush=True)
+print("tmp", os.environ["TMPDIR"], os.access(os.environ["TMPDIR"], os.W_OK), flush=True)
+print("limits", os.environ["DISPATCHER_MEMORY_LIMIT"], os.environ["DISPATCHER_DISK_LIMIT"], flush=True)
+try:
+    print("vsock", socket.socket(socket.AF_VSOCK).connect((2, 22)), flush=True)
+except OSError as error:
+    print("vsock refused", flush=True)
+code = subprocess.run([sys.executable, "-I", "-S", "-c", "x = [bytearray(1 << 20) for _ in range(500)]"]).returncode
+print("child ended", code, flush=True)
+wrong = socket.create_server(("127.0.0.1", 8888))
+time.sleep(1000)
+"""
+
+
+def test_a_guest_tells_of_a_child_killed_for_memory_and_of_a_wrong_address(world):
+    """Also what the app finds in its environment, and that a machine has no vsock device."""
+    options = vm.app_options(
+        command=["/usr/bin/python3.11", "-I", "-S", "-c", APP],
+        cmdline="console=ttyS0 quiet panic=-1 cryptomgr.notests mitigations=off no_timer_check",
+        flush="1s",
+    )
+    handle = world.ensure(world.spec("alice", limits=Limits(disk=64 << 20), **options))
+    assert eventually(lambda: world.observe(handle).oom_kills == 1, 150, 0.5), world.logs(handle)[-20:]
+    wanted = ["tcp:127.0.0.1:8888"]
+    assert eventually(lambda: world.provider.listeners(handle, deadline=Deadline(5)) == wanted, 60, 0.5)
+    said = b"\n".join(world.logs(handle)).decode()
+    assert "shell /bin/sh user app app" in said
+    assert "tmp /data/.tmp True" in said
+    assert f"limits {160 << 20} {64 << 20}" in said
+    assert "vsock refused" in said
+    assert "child ended -9" in said
+    assert world.state(handle) is BackendState.RUNNING
 
 
 def test_the_check_reports_on_the_boot_files(world):

@@ -21,6 +21,7 @@ from dispatcher.plugin.model import BackendState, Capability, Depth, Limits, Net
 from dispatcher.testing.inside import Inside
 from dispatcher.testing.kit import eventually
 from tests.support import vm
+from tests.support.outside import Outside
 from tests.support.vm_world import World, get, quiet
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
@@ -214,6 +215,13 @@ def test_a_libvirt_network_reaches_the_outside_and_not_the_host(world, private_n
             assert inside.refused("/connect", to=f"tcp:{host}:{port}"), host
         with pytest.raises(TimeoutError):
             listener.accept()
+    metadata = ["169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254"]
+    with Outside("203.0.113.5", *metadata) as outside:
+        for host in metadata:
+            connect = ["ip", "netns", "exec", outside.name, "ip", "-o", "addr"]
+            assert host in subprocess.run(connect, capture_output=True, text=True).stdout
+            assert inside.refused("/connect", to=f"tcp:[{host}]:{outside.port}"), host
+        assert inside.refused("/connect", to=f"tcp:203.0.113.5:{outside.port}") == "", "the outside is reached"
     world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
     assert vm.leftovers(world.installation, world.root) == set()
 

@@ -195,6 +195,8 @@ def manifest(top: Path) -> dict[str, tuple]:
             content = hashlib.sha256(path.read_bytes()).hexdigest()
             same.setdefault(status.st_ino, []).append(name)
         mode = oct(status.st_mode)
+        if name.split("/")[0] == ".tmp":  # emptied at each start
+            continue
         found[name] = (mode, status.st_uid, status.st_gid, status.st_mtime_ns, same.get(status.st_ino), content)
     return found
 

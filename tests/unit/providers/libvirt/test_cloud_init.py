@@ -78,6 +78,31 @@ def test_the_start_script_hands_on_every_value_as_it_is(tmp_path):
     assert words == [ODD, "", "9000", str(tmp_path), "{other}", ODD, str(tmp_path), "9000"]
 
 
+def test_the_app_finds_a_user_a_shell_and_room_for_temporary_files(tmp_path):
+    def start(one, passwd):
+        (tmp_path / "passwd").write_text(passwd)
+        script = (
+            cloud_init.start_script(one)
+            .replace("/data", str(tmp_path))
+            .replace("/etc/passwd", f"{tmp_path}/passwd")
+        )
+        (tmp_path / "start.sh").write_text(script)
+        command = ["/bin/sh", tmp_path / "start.sh", "/usr/bin/env"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"})
+        return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+    (tmp_path / ".tmp").mkdir()
+    (tmp_path / ".tmp" / "old").write_bytes(b"")
+    found = start(spec(), "root:x:0:0::/root:/bin/bash\nalice:x:200123:200124::/data:/bin/zsh\n")
+    assert (found["USER"], found["LOGNAME"], found["SHELL"]) == ("alice", "alice", "/bin/zsh")
+    assert found["TMPDIR"] == str(tmp_path / ".tmp")
+    assert list((tmp_path / ".tmp").iterdir()) == [], "what an earlier start left is removed"
+    assert found["DISPATCHER_MEMORY_LIMIT"] == str(512 << 20)
+    assert "DISPATCHER_PIDS_LIMIT" not in found, "a machine does not bound them"
+    found = start(spec(environment={"SHELL": "/bin/fish", "TMPDIR": "/x"}), "")
+    assert (found["USER"], found["SHELL"], found["TMPDIR"]) == ("app", "/bin/fish", "/x")
+
+
 def test_without_a_command_the_images_own_runs(tmp_path):
     script = tmp_path / "start.sh"
     script.write_text(cloud_init.start_script(spec()).replace("/data", str(tmp_path)))

@@ -1,5 +1,8 @@
 """libvirt: translation of errors."""
 
+import errno
+import os
+
 import pytest
 
 libvirt = pytest.importorskip("libvirt")
@@ -50,3 +53,21 @@ def test_every_error_is_translated_with_a_remedy(error, wanted, words):
 
 def test_long_messages_are_cut():
     assert len(errors.message(error_of(libvirt.VIR_ERR_INTERNAL_ERROR, text="x\n" * 5000))) <= 400
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "fix"),
+    [
+        (errno.ENOSPC, "The disk is full", "free some space"),
+        (errno.EDQUOT, "The disk is full", "free some space"),
+        (errno.EFBIG, "The host refused", "takes no file of that size"),
+        (errno.EPERM, "The host refused", "immutable"),
+        (errno.EROFS, "The host refused", "read-only"),
+        (errno.EIO, "The host refused", "its file system"),
+    ],
+)
+def test_the_disk_is_full_only_where_the_error_says_so(tmp_path, number, words, fix):
+    with pytest.raises(ProviderError, match=words) as caught, errors.disk_errors("making a disk", tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert ("disk is full" in str(caught.value)) is (number in {errno.ENOSPC, errno.EDQUOT})
+    assert fix in caught.value.fix

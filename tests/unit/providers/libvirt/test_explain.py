@@ -20,5 +20,7 @@ def test_findings_name_the_limits_of_the_isolation():
     assert any(one.level is Level.ERROR for one in say(network=Network.HOST))
     assert any("limit of processes" in one.what for one in say(limits=Limits(pids=10)))
     assert any("adds to its machine" in one.what for one in say(own={"xml": ["<watchdog model='i6300esb'/>"]}))
+    (vsock,) = say(own={"endpoint": "vsock"})
+    assert (vsock.level, "AF_VSOCK" in vsock.what) == (Level.WARNING, True)
     assert any("127.0.0.1" in one.what and one.level is Level.WARNING for one in explain.backend(HOST))
     assert any("are unknown" in one.what for one in explain.backend(None))

@@ -73,3 +73,27 @@ def test_console_lines_are_shown_in_printable_form(tmp_path):
     shown = logs.last_line(tmp_path)
     assert shown.isprintable()
     assert len(shown) <= 120
+
+
+def test_kills_for_memory_are_counted_since_the_start(tmp_path):
+    log = tmp_path / "console.log"
+    assert logs.oom_kills(tmp_path) == 0
+    kill = b"[   9.1] Out of memory: Killed process 71 (python3) total-vm:1kB\r\n"
+    log.write_bytes(kill + b"dispatcher: the machine starts\n" + kill + b"noise\r\n")
+    assert logs.oom_kills(tmp_path) == 1
+    with log.open("ab") as file:
+        file.write(kill)
+    assert logs.oom_kills(tmp_path) == 2
+    log.rename(tmp_path / "console.log.0")
+    log.write_bytes(kill)
+    assert logs.oom_kills(tmp_path) == 3, "a rotation loses none"
+
+
+def test_the_guest_says_where_programs_listen(tmp_path):
+    said = b"dispatcher: nothing listens at the app's port, only at "
+    (tmp_path / "console.log").write_bytes(
+        said + b"tcp:127.0.0.1:1 \r\n" + said + b"tcp:127.0.0.1:8888 tcp:[::1]:9 \r\n"
+    )
+    assert logs.listeners(tmp_path) == ["tcp:127.0.0.1:8888", "tcp:[::1]:9"]
+    logs.begin(tmp_path)
+    assert logs.listeners(tmp_path) == []
