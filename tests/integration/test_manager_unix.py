@@ -312,6 +312,14 @@ def test_two_requests_in_one_packet_are_answered_in_order(manager):
     assert b'{"agents":[]}' in second
 
 
+def test_the_answer_to_head_has_the_length_of_the_answer_to_get(manager):
+    request = b"%b /agents HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    head, _, body = raw(manager.paths.manager_socket, request % b"HEAD").partition(b"\r\n\r\n")
+    assert body == b""
+    assert b"Content-Length: 13\r\n" in head + b"\r\n"
+    assert len(raw(manager.paths.manager_socket, request % b"GET").partition(b"\r\n\r\n")[2]) == 13
+
+
 def test_a_body_in_chunks_and_one_that_waits_for_100(manager):
     body = json.dumps({"name": "alice", "password": "correct horse"}).encode()
     head = b"POST /agents HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"

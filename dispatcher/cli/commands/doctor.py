@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import click
 
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.config import defaults
 from dispatcher.plugin.errors import ConfigError, DispatcherError
-
-if TYPE_CHECKING:
-    from dispatcher.plugin.model import Finding
+from dispatcher.plugin.model import Finding
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher doctor\n  dispatcher --config new.toml doctor --json")
@@ -34,7 +31,6 @@ def doctor(cli: Cli) -> int:
 def examine(cli: Cli) -> Iterator[Finding]:
     """Yield all findings: machine, configuration, manager, providers, then the rest of the installation."""
     from dispatcher.cli.doctor import installation, machine
-    from dispatcher.cli.doctor.findings import error
     from dispatcher.cli.doctor.providers import providers
     from dispatcher.config.layout import Paths
     from dispatcher.config.load import Config
@@ -51,7 +47,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
         config.validate_providers(plugins)
         paths = Paths.of(config)
     except ConfigError as problem:
-        yield error(str(problem), "correct it, then: dispatcher config check")
+        yield Finding.error(str(problem), "correct it, then: dispatcher config check")
     client = None
     try:
         serving, findings = installation.manager(cli.client(), cli.url)
@@ -59,7 +55,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
         yield from findings
         yield from providers(config, plugins, client)
     except DispatcherError as problem:
-        yield error(str(problem), "check the options, and the manager's log")
+        yield Finding.error(str(problem), "check the options, and the manager's log")
     if paths is None:
         return
     yield installation.edge_modules()

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from dispatcher.cli.doctor.findings import error, info, ok, warning
 from dispatcher.cli.serve import listen_endpoint
 from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
@@ -36,13 +35,15 @@ def manager(client: ManagerClient, url: str) -> tuple[bool, list[Finding]]:
     try:
         health = client.healthz()
     except ManagerUnreachable as problem:
-        return False, [info(f"no manager answers at {url}: {problem.why}", problem.fix)]
+        return False, [Finding.info(f"no manager answers at {url}: {problem.why}", problem.fix)]
     except DispatcherError as problem:
-        return True, [error(f"the manager answers with an error: {problem}", "see its log")]
+        return True, [Finding.error(f"the manager answers with an error: {problem}", "see its log")]
     status = str(health.get("status", "ok"))
     if status == "ok":
-        return True, [ok(f"the manager answers at {url}")]
-    return True, [warning(f"the manager answers; its status is {status}", f"read /healthz at {url}, and its log")]
+        return True, [Finding.ok(f"the manager answers at {url}")]
+    return True, [
+        Finding.warning(f"the manager answers; its status is {status}", f"read /healthz at {url}, and its log")
+    ]
 
 
 def config_file(path: Path) -> Iterator[Finding]:
@@ -50,12 +51,12 @@ def config_file(path: Path) -> Iterator[Finding]:
     try:
         status = path.stat()
     except OSError:
-        yield info(f"{path} does not exist: the demo app and the defaults are in force", f"write {path}")
+        yield Finding.info(f"{path} does not exist: the demo app and the defaults are in force", f"write {path}")
         return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {0, os.geteuid()}:
-        yield error(f"{path} is writable for other users", f"chown root {path}; chmod go-w {path}")
+        yield Finding.error(f"{path} is writable for other users", f"chown root {path}; chmod go-w {path}")
     else:
-        yield ok(f"the configuration is {path}")
+        yield Finding.ok(f"the configuration is {path}")
 
 
 def directories(paths: Paths) -> Iterator[Finding]:
@@ -67,19 +68,19 @@ def directories(paths: Paths) -> Iterator[Finding]:
             yield from _can_be_made(path, name)
             continue
         except OSError as problem:
-            yield error(f"the {name} directory {path}: {problem.strerror}", "see its parents' modes")
+            yield Finding.error(f"the {name} directory {path}: {problem.strerror}", "see its parents' modes")
             continue
         if not stat.S_ISDIR(status.st_mode):
-            yield error(f"{path} is not a directory", f"move it away, or change manager.{name}_dir")
+            yield Finding.error(f"{path} is not a directory", f"move it away, or change manager.{name}_dir")
         elif status.st_uid != os.geteuid():
-            yield warning(
+            yield Finding.warning(
                 f"the {name} directory {path} belongs to user id {status.st_uid}, you are {os.geteuid()}",
                 "run `dispatcher doctor` as the manager's user",
             )
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            yield error(f"the {name} directory {path} is writable for other users", f"chmod go-w {path}")
+            yield Finding.error(f"the {name} directory {path} is writable for other users", f"chmod go-w {path}")
         else:
-            yield ok(f"the {name} directory is {path}")
+            yield Finding.ok(f"the {name} directory is {path}")
     yield from _until_logout(paths.run_dir)
     yield from disk(paths.state_dir)
 
@@ -90,12 +91,12 @@ def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger"))
         return
     user = pwd.getpwuid(os.geteuid()).pw_name
     if run_dir.is_relative_to("/run/user") and not (linger / user).exists():
-        yield warning(
+        yield Finding.warning(
             f"the run directory {run_dir} is removed when you sign out: manager and agents become unreachable",
             f"loginctl enable-linger {user}, or set manager.run_dir",
         )
     elif not os.environ.get("XDG_RUNTIME_DIR") and run_dir.is_relative_to("/tmp"):  # noqa: S108 - compared
-        yield info(
+        yield Finding.info(
             f"$XDG_RUNTIME_DIR is not set: the run directory is {run_dir}, and clients need the same environment",
             "set manager.run_dir to a short path of your own",
         )
@@ -104,9 +105,11 @@ def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger"))
 def _can_be_made(path: Path, name: str) -> Iterator[Finding]:
     parent = _existing(path)
     if os.access(parent, os.W_OK | os.X_OK):
-        yield ok(f"the {name} directory {path} will be created")
+        yield Finding.ok(f"the {name} directory {path} will be created")
     else:
-        yield error(f"the {name} directory {path} cannot be created", f"make {parent} writable for the manager")
+        yield Finding.error(
+            f"the {name} directory {path} cannot be created", f"make {parent} writable for the manager"
+        )
 
 
 def disk(path: Path) -> Iterator[Finding]:
@@ -114,11 +117,11 @@ def disk(path: Path) -> Iterator[Finding]:
     parent = _existing(path)
     free = shutil.disk_usage(parent).free
     if free < VERY_LOW_DISK:
-        yield error(f"only {humanize.size(free)} free at {parent}", "free some space: agents cannot write")
+        yield Finding.error(f"only {humanize.size(free)} free at {parent}", "free some space: agents cannot write")
     elif free < LOW_DISK:
-        yield warning(f"only {humanize.size(free)} free at {parent}", "free some space")
+        yield Finding.warning(f"only {humanize.size(free)} free at {parent}", "free some space")
     else:
-        yield ok(f"{humanize.size(free)} free at {parent}")
+        yield Finding.ok(f"{humanize.size(free)} free at {parent}")
 
 
 def _existing(path: Path) -> Path:
@@ -140,18 +143,18 @@ def ports(config: Config, *, serving: bool) -> Iterator[Finding]:
             except OSError as problem:
                 yield from _bind_problem(address, problem, serving)
             else:
-                yield ok(f"{address} is free")
+                yield Finding.ok(f"{address} is free")
 
 
 def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Finding]:
     if problem.errno == errno.EADDRINUSE and serving:
-        yield ok(f"{address} is in use, probably by the proxy")
+        yield Finding.ok(f"{address} is in use, probably by the proxy")
     elif problem.errno == errno.EADDRINUSE:
-        yield error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
+        yield Finding.error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
     elif problem.errno == errno.EACCES:
-        yield error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
+        yield Finding.error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
     else:
-        yield error(f"cannot listen on {address}: {problem.strerror}", "change proxy.listen")
+        yield Finding.error(f"cannot listen on {address}: {problem.strerror}", "change proxy.listen")
 
 
 def encryption(config: Config) -> Iterator[Finding]:
@@ -160,7 +163,7 @@ def encryption(config: Config) -> Iterator[Finding]:
         return
     host = urlsplit(config.proxy.public_url).hostname if config.proxy.public_url else None
     if host is not None and not is_loopback(host):
-        yield warning(
+        yield Finding.warning(
             f"proxy.public_url is {config.proxy.public_url}: passwords cross the network unencrypted",
             "serve https, by proxy.tls_cert or a front proxy, and write https:// there",
         )
@@ -173,7 +176,7 @@ def encryption(config: Config) -> Iterator[Finding]:
             and not address.startswith(("127.", "[::1]", "localhost"))
         )
         if wide and not config.proxy.trusted_proxies:
-            yield warning(
+            yield Finding.warning(
                 f"{address} is reachable from other hosts without HTTPS: passwords cross the network unencrypted",
                 "set proxy.tls_cert and proxy.tls_key, or use a front proxy and set proxy.public_url",
             )
@@ -198,47 +201,47 @@ def certificate(key: str, path: Path) -> Iterator[Finding]:
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
     except OSError as problem:
-        yield error(f"{key}: {path}: {problem.strerror}", "check the path and its mode")
+        yield Finding.error(f"{key}: {path}: {problem.strerror}", "check the path and its mode")
         return
     except ValueError:
-        yield error(f"{key}: {path} is not a PEM certificate", "check the file")
+        yield Finding.error(f"{key}: {path} is not a PEM certificate", "check the file")
         return
     end = found.not_valid_after_utc.timestamp()
     left = end - time.time()
     day = time.strftime("%Y-%m-%d", time.gmtime(end))
     if left < 0:
-        yield error(f"{key}: {path} expired on {day}", "renew it, then: dispatcher reload")
+        yield Finding.error(f"{key}: {path} expired on {day}", "renew it, then: dispatcher reload")
     elif left < SOON:
-        yield warning(f"{key}: {path} expires on {day}", "renew it, then: dispatcher reload")
+        yield Finding.warning(f"{key}: {path} expires on {day}", "renew it, then: dispatcher reload")
     else:
-        yield ok(f"{key}: {path} is valid until {day}")
+        yield Finding.ok(f"{key}: {path} is valid until {day}")
 
 
 def accounts(config: Config) -> Iterator[Finding]:
     """Check the host's users and groups that the configuration names, and the range of agents' user ids."""
     if os.geteuid() != 0:
-        yield info(
+        yield Finding.info(
             "not root: all agents run with your user id; only the sandbox isolates them",
             "run the manager as root to give each agent a user id of its own",
         )
         return
     found = host_accounts(config)
     if found.made_up:
-        yield warning(
+        yield Finding.warning(
             f"the user {config.proxy.user} does not exist: the proxy gets the first id of manager.uid_range",
             f"useradd --system --no-create-home {config.proxy.user}",
         )
     else:
-        yield ok(f"the proxy runs as {config.proxy.user}")
+        yield Finding.ok(f"the proxy runs as {config.proxy.user}")
     if found.admin_gid is None:
-        yield info(
+        yield Finding.info(
             f"the group {config.manager.admin_group} does not exist: only root may administer",
             f"groupadd --system {config.manager.admin_group}",
         )
     first, last = config.manager.uid_range
     taken = [user.pw_name for user in pwd.getpwall() if first <= user.pw_uid <= last]
     if taken:
-        yield error(
+        yield Finding.error(
             f"manager.uid_range contains the user ids of {', '.join(sorted(taken)[:5])}", "choose a free range"
         )
     yield from _sub_ids(first, last)
@@ -254,7 +257,7 @@ def _sub_ids(first: int, last: int) -> Iterator[Finding]:
         if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
             start, count = int(fields[1]), int(fields[2])
             if start <= last and first < start + count:
-                yield warning(
+                yield Finding.warning(
                     f"manager.uid_range overlaps the subordinate ids of {fields[0]} in /etc/subuid",
                     "choose a free range",
                 )
@@ -265,8 +268,8 @@ def edge_modules() -> Finding:
     from dispatcher.proxy.edge.http.fields import COMPILED
 
     if COMPILED:
-        return info("the edge's modules are compiled")
-    return info(
+        return Finding.info("the edge's modules are compiled")
+    return Finding.info(
         "the edge's modules are interpreted, which costs more than twice the CPU per request",
         "install a C compiler and Python's headers, then install dispatcher again",
     )

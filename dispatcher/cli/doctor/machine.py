@@ -1,4 +1,4 @@
-"""Checks of `doctor` on the machine: Python, the clock, limits of the kernel."""
+"""Checks of `doctor` on the machine: the clock, limits of the kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dispatcher.cli.doctor.findings import error, ok, warning
 from dispatcher.plugin.model import Finding
 
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
@@ -24,25 +23,25 @@ _FORBIDDING = {
 def clock() -> Iterator[Finding]:
     """Check that the clock is not obviously wrong: certificates and sessions depend on it."""
     if time.time() < RELEASED:
-        yield error(
+        yield Finding.error(
             f"the clock shows {time.strftime('%Y-%m-%d')}, a day in the past", "set the clock (timedatectl)"
         )
     else:
-        yield ok(f"the clock shows {time.strftime('%Y-%m-%d %H:%M %Z')}")
+        yield Finding.ok(f"the clock shows {time.strftime('%Y-%m-%d %H:%M %Z')}")
 
 
 def open_files() -> Iterator[Finding]:
     """Check the limit of open files: each connection takes two."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < WANTED_FILES:
-        yield warning(
+        yield Finding.warning(
             f"at most {hard} open files",
             f"allow {WANTED_FILES} or more: LimitNOFILE= in the unit; for a shell, a line with nofile in "
             "/etc/security/limits.conf, then sign in again",
         )
     else:
         shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
-        yield ok(f"up to {shown} open files")
+        yield Finding.ok(f"up to {shown} open files")
 
 
 def user_namespaces(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
@@ -53,7 +52,7 @@ def user_namespaces(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
         path = settings / name
         if path.exists() and path.read_text(encoding="ascii").strip() == value:
             setting = name.replace("/", ".")
-            yield warning(
+            yield Finding.warning(
                 "unprivileged user namespaces are not allowed: an ordinary user's agents get no sandbox",
                 f"change the setting {setting}, which is {value} (sysctl), or run the manager as root",
             )

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.cli.doctor.findings import error, info, ok
 from dispatcher.manager.backends.contained import contained
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
@@ -81,13 +80,17 @@ def check(
         except DispatcherError as problem:
             yield _fault(problem, used=used)
         else:
-            yield ok("can be used")
+            yield Finding.ok("can be used")
             yield from explained
 
 
 def _fault(problem: DispatcherError, *, used: bool) -> Finding:
     what = f"{problem.what}: {problem.why}" if problem.why else problem.what
-    return error(what, problem.fix) if used else info(f"{what} (not used by the configuration)", problem.fix)
+    return (
+        Finding.error(what, problem.fix)
+        if used
+        else Finding.info(f"{what} (not used by the configuration)", problem.fix)
+    )
 
 
 def _of(name: str, finding: Finding) -> Finding:

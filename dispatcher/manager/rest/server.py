@@ -138,18 +138,19 @@ class Server:
     async def _connected(self, sock: socket.socket, address: str) -> None:
         """Serve one connection to its end."""
         stream = _Stream(self._loop, sock, self.context)
+        http = _Http(stream)
         environ: Environ = {"REMOTE_ADDR": address, "wsgi.url_scheme": "https" if self.context else "http"}
         if sock.family == socket.AF_UNIX:
             environ["dispatcher.peer"] = peer_credentials(sock)[1:]
         try:
             # With a certificate that is not signed by `client_ca` the handshake fails.
             environ["dispatcher.certified"] = await asyncio.wait_for(stream.handshake(), PATIENCE)
-            http = _Http(stream)
             while await self._exchange(http, environ):
                 pass
             await asyncio.wait_for(stream.end(), LINGER)
         except asyncio.TimeoutError:
-            _log.info("a connection sent no request in time", address=address, seconds=PATIENCE)
+            if not http.is_idle:
+                _log.info("a connection sent no request in time", address=address, seconds=PATIENCE)
         except ssl.SSLError as error:
             _log.info("a TLS handshake failed", address=address, why=str(error))
         except OSError as error:
@@ -305,8 +306,9 @@ class _Http:
     async def send(self, answer: Answer) -> None:
         """Send an answer."""
         status, headers, body = answer
-        fields = [(name, value) for name, value in headers if name.lower() != "content-length"]
-        fields += [("Date", formatdate(usegmt=True)), ("Content-Length", str(len(body)))]
+        fields = [*headers, ("Date", formatdate(usegmt=True))]
+        if not any(name.lower() == "content-length" for name, _ in headers):
+            fields.append(("Content-Length", str(len(body))))
         if self._state.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
             return  # the request broke off where no answer can follow
         await self._send(h11.Response(status_code=status, headers=fields, reason=HTTPStatus(status).phrase))
@@ -316,6 +318,11 @@ class _Http:
 
     async def _send(self, event: Any) -> None:
         await asyncio.wait_for(self._stream.send(self._state.send(event) or b""), PATIENCE)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing of the next request has arrived."""
+        return self._state.their_state is h11.IDLE and not self._state.trailing_data[0]
 
     def again(self) -> bool:
         """Whether another request can follow, then received by `receive`."""
