@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dispatcher.plugin import App, Capability, Finding, Network
+from dispatcher_subprocess import seccomp
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.options import endpoint_kind
+from dispatcher_subprocess.options import endpoint_kind, options_of
 
 _SANDBOX = "install bubblewrap, or allow it to make namespaces"
 _NO_QUOTA = "The limit disk is not enforced: data is a plain directory"
@@ -52,6 +53,11 @@ def _host(host: Host) -> Iterator[Finding]:
     else:
         what = f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network"
         yield Finding.warning(what, _SANDBOX)
+    if host.sandboxed and not seccomp.program():
+        yield Finding.warning(
+            "No system call is refused: there is no filter for this processor. AF_VSOCK is open to all agents",
+            f"use a processor among {', '.join(seccomp.MACHINES)}",
+        )
     if host.own_uid:
         yield Finding.ok("Each agent has a host user id of its own")
     else:
@@ -94,6 +100,11 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
     for what, (key, _, instead) in _LIMITS.items():
         if wanted[what] is not None and not host.limits(what):
             yield _unlimited(key, instead)
+    if host.sandboxed and not options_of(app).seccomp:
+        yield Finding.warning(
+            "Its system calls are not filtered: it may use AF_VSOCK, one space for all agents, keys and io_uring",
+            "set seccomp = true",
+        )
     if app.limits.disk is not None:
         yield Finding.warning(_NO_QUOTA, "use a quota")
     if app.network is Network.HOST:

@@ -1,5 +1,6 @@
 """Agents outlive the manager and are adopted; ends reach everything; nothing is ever taken for what it is not."""
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from tests.support.subprocess_world import (
     eventually,
     lines,
     observe,
+    shell,
     stop,
 )
 
@@ -476,3 +478,31 @@ def test_lookalikes_are_not_confused(world):
         destroy(provider, other)
     assert inside.answers()
     assert observe(provider, handle).state is BackendState.RUNNING
+
+
+@needs_root
+@pytest.mark.parametrize("world", EXTREMES, indirect=True)
+def test_a_full_disk_does_not_prevent_a_stop(world):
+    """Its journal cannot be written: the agent ends all the same, and is removed."""
+    journals = world.base / "state/providers"
+    journals.mkdir(parents=True)
+    shell("mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(journals))
+    try:
+        provider = world.provider()
+        spec = world.spec("alice")
+        handle, _ = world.start(provider, spec)
+        path = provider._journals.path(handle.name)
+        with path.open("ab") as file:  # up to the end of its last page: the next line finds no room
+            file.write(b" " * (4096 - path.stat().st_size % 4096 - 3) + b"{}\n")
+        with contextlib.suppress(OSError), (journals / "ballast").open("wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 4096)
+        with pytest.raises(ProviderError, match="No space left"):
+            provider._journals.append(handle.name, {"stop_requested": True})
+        stop(provider, handle)
+        assert not processes_of(spec.uid)
+        assert observe(provider, handle).state is BackendState.STOPPED
+        destroy(provider, handle)
+        assert observe(provider, handle).state is BackendState.ABSENT
+    finally:
+        shell("umount", "-l", str(journals))

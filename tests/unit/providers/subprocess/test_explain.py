@@ -1,17 +1,19 @@
 """Findings and capabilities."""
 
-from dispatcher_subprocess import cgroups
+import platform
+
+from dispatcher_subprocess import cgroups, seccomp
 from dispatcher_subprocess.explain import capabilities, findings
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import AppOptions
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
 
 
-def app(network=Network.NONE, command=("x", "{socket}"), **limits):
+def app(network=Network.NONE, command=("x", "{socket}"), seccomp=True, **limits):
     return App(
         name="notes",
         provider="subprocess",
-        options=AppOptions(command=list(command)),
+        options=AppOptions(command=list(command), seccomp=seccomp),
         network=network,
         limits=Limits(**limits),
     )
@@ -21,7 +23,7 @@ def warnings(machine, chosen=None):
     return [one.what for one in findings(machine, chosen) if one.level in {Level.WARNING, Level.ERROR}]
 
 
-def test_what_is_not_isolated_is_said_in_words(tmp_path):
+def test_what_is_not_isolated_is_said_in_words(monkeypatch):
     walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
     open_ = Host(privileged=False, reason="bubblewrap is not installed")
     assert not [one for one in warnings(walls) if "sandbox" in one or "same user" in one]
@@ -34,6 +36,11 @@ def test_what_is_not_isolated_is_said_in_words(tmp_path):
     assert any("limit memory is not enforced" in one for one in warnings(walls, app(memory=1)))
     assert any("limit disk is not enforced" in one for one in warnings(walls, app(disk=1)))
     assert warnings(walls, app(pids=5)) == [], "counted per user id"
+    assert any("AF_VSOCK" in one for one in warnings(walls, app(seccomp=False)))
+    monkeypatch.setattr(platform, "machine", lambda: "vax")
+    seccomp.program.cache_clear()
+    assert any("no filter for this processor" in one for one in warnings(walls))
+    seccomp.program.cache_clear()
     assert all(one.what and not one.what.endswith(".") for one in findings(open_, None))
 
 
