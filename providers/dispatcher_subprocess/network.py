@@ -141,15 +141,16 @@ class _Inside:
 def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _Inside:
     """Open the namespaces of a waiting agent, and check that it is the process that was started."""
     try:
-        fds = []
-        for kind in ("net", "user") if own_user else ("net",):
-            fds.append(os.open(f"/proc/{inner.pid}/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC))
-            stack.callback(os.close, fds[-1])
+        network = os.open(f"/proc/{inner.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        stack.callback(os.close, network)
+        user = procfs.owner(network) if own_user else None
+        if user is not None:
+            stack.callback(os.close, user)
     except OSError as error:
         raise ProviderError("The sandbox ended before it had a network", why=str(error)) from error
     if not inner.lives:
         raise ProviderError("The sandbox ended before it had a network")
-    return _Inside(fds[0], fds[1] if own_user else None)
+    return _Inside(network, user)
 
 
 def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:

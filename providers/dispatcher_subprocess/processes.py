@@ -8,7 +8,6 @@ parenthood, its output and a random token in the environment, which a process ca
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import stat
@@ -27,7 +26,6 @@ from dispatcher_subprocess.procfs import Process
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing against forks; each finds what the last one missed
-_OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
 _AT_ONCE = 10.0  # seconds for a signal to all processes at once
 _AFTER_MAIN = 1.0  # seconds for the other processes after the app's first one has ended
 _DYING = 1.0  # seconds until a killed process is gone
@@ -168,7 +166,7 @@ class Run:
                 stack.callback(os.close, fds[0])
                 command = [which("nsenter"), f"--pid=/proc/self/fd/{fds[0]}"]
                 if os.geteuid() != 0:  # the owner's user namespace, as the agent's own has no rights over it
-                    fds.append(fcntl.ioctl(fds[0], _OWNER))
+                    fds.append(procfs.owner(fds[0]))
                     stack.callback(os.close, fds[1])
                     command += [f"--user=/proc/self/fd/{fds[1]}", "--preserve-credentials"]
                 if not record.init.lives:

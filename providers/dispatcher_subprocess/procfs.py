@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import signal
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from dispatcher.plugin import deadline
 
 _DEAD = frozenset("ZXx")
+_OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
 #: The kernel's id of this boot; it does not change while a process lives.
 boot_id = functools.cache(deadline.boot_id)
 
@@ -127,6 +129,14 @@ def namespace(pid: int, kind: str) -> int:
         return os.stat(f"/proc/{pid}/ns/{kind}").st_ino
     except OSError:
         return 0
+
+
+def owner(namespace: int) -> int:
+    """Return a new descriptor of the user namespace that owns a namespace, which its processes may have left.
+
+    :raises OSError: it is not ours.
+    """
+    return fcntl.ioctl(namespace, _OWNER)
 
 
 def children(pid: int) -> list[int]:

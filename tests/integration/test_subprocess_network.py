@@ -241,7 +241,7 @@ MOVING = textwrap.dedent(
     from dispatcher.plugin.model import Network
     from tests.integration.test_subprocess_logs import collector_of
     from tests.integration.test_subprocess_network import RESOLVE, serve_names
-    from tests.support.subprocess_world import PYTHON, World, eventually
+    from tests.support.subprocess_world import PYTHON, ROOT, World, eventually
 
     def ask(spec, how="udp"):
         with socket.socket(socket.AF_UNIX) as sock:
@@ -263,19 +263,23 @@ MOVING = textwrap.dedent(
         spec = world.spec("alice", [PYTHON, "-S", "-c", RESOLVE, "{socket}"], network=Network.PRIVATE)
         world.start(provider, spec, ready=False)
         report["at first"] = ask(spec)
-        serve_names("127.0.0.53", 6)
-        replace("resolv.conf", "nameserver 127.0.0.53\\n")
-        report["a service of the host"] = ask(spec)
-        replace("passwd", Path("/etc/passwd").read_text())
-        report["its user"] = ask(spec, "user")
+        if ROOT:
+            serve_names("127.0.0.53", 6)
+            replace("resolv.conf", "nameserver 127.0.0.53\\n")
+            report["a service of the host"] = ask(spec)
+            replace("passwd", Path("/etc/passwd").read_text())
+            report["its user"] = ask(spec, "user")
         report["over TCP"] = ask(spec, "tcp")
         replace("resolv.conf", "nameserver 203.0.113.99\\nnameserver 203.0.113.53\\n")
         report["the second server"] = ask(spec)
         os.kill(eventually(lambda: collector_of(world)), signal.SIGKILL)
         time.sleep(1)
         report["a new collector"] = ask(spec)
-        subprocess.run("ip addr flush dev ext scope global && ip -6 addr add 2001:db8:9::2/64 dev ext nodad &&"
-                       " ip -6 route replace default via 2001:db8:9::1 && ip -4 route flush all", shell=True, check=True)
+        if ROOT:
+            steps = ("addr flush dev ext scope global", "-6 addr add 2001:db8:9::2/64 dev ext nodad",
+                     "-6 route replace default via 2001:db8:9::1", "-4 route flush all")
+            for step in steps:
+                subprocess.run(["ip", *step.split()], check=True)
         replace("resolv.conf", "nameserver 2001:db8:5::53\\n")
         report["IPv6"] = ask(spec)
         late = world.spec("bob", [PYTHON, "-S", "-c", RESOLVE, "{socket}"], network=Network.PRIVATE)
@@ -284,6 +288,19 @@ MOVING = textwrap.dedent(
     finally:
         world.close()
     print("REPORT", json.dumps(report))
+    """
+)
+
+
+#: Runs MOVING as an ordinary user who may change /etc, which is a copy.
+AS_USER = textwrap.dedent(
+    """
+    import os, sys
+    from tests.integration.test_subprocess_network import MOVING
+    from tests.integration.test_subprocess_user import OPEN_UP, private_prefixes
+    os.chmod("/etc", 0o777)
+    prefixes = private_prefixes()
+    os.execvp("sh", ["sh", "-c", OPEN_UP, "sh", *prefixes, "--", sys.executable, "-c", MOVING])
     """
 )
 
@@ -353,3 +370,11 @@ def test_names_are_found_wherever_the_host_moves():
         "IPv6": "203.0.113.7",
         "a start with IPv6 alone": "203.0.113.7",
     }
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_names_are_found_by_the_agents_of_an_ordinary_user():
+    found = in_namespaces(program=AS_USER)
+    assert found.pop("IPv6") == found.pop("a start with IPv6 alone") == "203.0.113.7"
+    assert found == dict.fromkeys(["at first", "over TCP", "the second server", "a new collector"], "203.0.113.5")
