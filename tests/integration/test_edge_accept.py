@@ -6,9 +6,11 @@ import errno
 import os
 import resource
 import socket
+import ssl
 import threading
 import time
 
+from tests.support.certificates import Authority
 from tests.support.edge_harness import (
     COOKIE,
     Connection,
@@ -231,3 +233,25 @@ def test_a_connection_that_the_loop_cannot_take_is_let_go():
         eventually(lambda: edge.worker.clients.open == 0)
         edge.worker.context.loop = rich
         assert edge.get().status == 200
+
+
+def test_plain_http_on_the_tls_port_is_redirected(tmp_path):
+    certificate, key = Authority(tmp_path).issue("server", ["127.0.0.1"])
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    with Edge(echo, tls=tls) as edge:
+        for method, status in ((b"GET", 301), (b"POST", 308)):
+            head = method + b" /a?b HTTP/1.1\r\nHost: apps.test:8443\r\n" + COOKIE + b"Content-Length: 0\r\n\r\n"
+            with socket.create_connection(("127.0.0.1", edge.port), 5) as sock:
+                sock.sendall(head[:1])
+                time.sleep(0.05)
+                sock.sendall(head[1:])
+                answer = read_all(sock)
+            assert answer.startswith(b"HTTP/1.1 %d " % status)
+            assert b"\r\nLocation: https://apps.test:8443/a?b\r\n" in answer and b"Connection: close" in answer
+        assert not edge.agent.heads
+        trusting = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
+        with trusting.wrap_socket(socket.create_connection(("127.0.0.1", edge.port), 5)) as sock:
+            sock.sendall(LAST)
+            assert read_all(sock).startswith(b"HTTP/1.1 200"), "and TLS is served"

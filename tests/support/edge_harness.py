@@ -19,6 +19,7 @@ import h11
 
 from dispatcher.config.load import parse
 from dispatcher.proxy.listeners import Listeners
+from dispatcher.proxy.edge.net.handshakes import Handshakes
 from dispatcher.proxy.edge.net.listener import Listener
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.routing.settings import Settings
@@ -203,14 +204,9 @@ class Edge:
         listeners.update({"proxy.listen": ["127.0.0.1:0"]})
         (sock,) = listeners.of("proxy.listen")
         self.port = sock.getsockname()[1]
-        server: asyncio.AbstractServer | Listener
-        if self._tls is None:
-            server = Listener(self.worker.clients, sock)
-            server.start()
-        else:
-            server = await self.loop.create_server(
-                self.worker.clients.client, sock=sock, ssl=self._tls, backlog=1024
-            )
+        clients = self.worker.clients
+        server = Handshakes(clients, sock, self._tls, header=False) if self._tls else Listener(clients, sock)
+        server.start()
         self._stop = asyncio.Event()
         self._ready.set()
         await self._stop.wait()

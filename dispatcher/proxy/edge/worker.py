@@ -165,11 +165,15 @@ class Worker:
         """Report the use since the last report, and the totals."""
         now = self.context.now
         seconds, self._reported = now - self._reported, now
+        self.clients.count_use()
         agents = {}
         for agent in self.context.tables.agents.values():
             values = agent.traffic.report(seconds, len(agent.tunnels))
             if values:
                 agents[agent.name] = values
+                for end in agent.tunnels if values.get("stream") else ():
+                    if end.session is not None:
+                        self.context.router.use(end.session)
         used, self.context.router.used = self.context.router.used, []
         for session in used:
             session.used = False

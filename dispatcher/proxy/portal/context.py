@@ -17,8 +17,8 @@ from urllib.parse import urlencode, urlsplit
 from flask import Response, current_app, g, request
 
 from dispatcher.plugin.errors import DispatcherError, Forbidden, NotFound
-from dispatcher.proxy import cookies
-from dispatcher.proxy.portal import forms, targets
+from dispatcher.proxy import cookies, origins
+from dispatcher.proxy.portal import forms
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
@@ -72,7 +72,7 @@ class Portal:
     @property
     def public_origin(self) -> str:
         """``SCHEME://HOST`` of `proxy.public_url`, or ""."""
-        return targets.origin(self.config.proxy.public_url)
+        return origins.origin(self.config.proxy.public_url)
 
     @property
     def public_host(self) -> str:
@@ -287,18 +287,18 @@ def check_form(purpose: str, *, session: bool = True) -> None:
     :raises Forbidden: a page of another origin, a frame or a script sent it.
     :raises StaleForm: the token is missing, another browser's or another session's.
     """
-    program, here, public = request.is_json, targets.origin(request.host_url), portal().public_origin
-    origins = [here] if on_agent_host() or not public else [here, public]
+    program, here, public = request.is_json, origins.origin(request.host_url), portal().public_origin
+    own = [here] if on_agent_host() or not public else [here, public]
     seeds = _sent_cookies(portal().cookies.form)
-    sender = targets.origin(request.headers.get("Origin", "" if seeds or program else here))
-    hosts = {urlsplit(origin).hostname for origin in origins}
+    sender = origins.origin(request.headers.get("Origin", "" if seeds or program else here))
+    hosts = {urlsplit(origin).hostname for origin in own}
     if portal().config.secure and sender.startswith("http://") and urlsplit(sender).hostname in hosts:
         raise StaleForm(
             "This page was opened without encryption",
             why="browsers keep the cookies of this service over https only",
             fix=f"open {public or 'this page over https'}",
         )
-    if refusal := forms.foreign(dict(request.headers), origins, program=program):
+    if refusal := forms.foreign(dict(request.headers), own, program=program):
         why, fix = refusal
         raise Forbidden("This request is refused", why=why, fix=fix)
     if program:

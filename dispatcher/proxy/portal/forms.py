@@ -20,7 +20,8 @@ import hmac
 import re
 import secrets
 from collections.abc import Collection, Iterable, Mapping
-from urllib.parse import urlsplit
+
+from dispatcher.proxy import origins
 
 SEED = re.compile(r"[A-Za-z0-9_-]{43}")
 _TOKEN = re.compile(r"[0-9a-f]{16}\.[0-9a-f]{64}")
@@ -49,43 +50,21 @@ def valid(given: str, seeds: Iterable[str], purpose: str, session: str = "") -> 
     return any(hmac.compare_digest(_sign(seed, purpose, session, nonce), signature) for seed in candidates)
 
 
-def foreign(headers: Mapping[str, str], origins: Collection[str], *, program: bool) -> tuple[str, str] | None:
+def foreign(headers: Mapping[str, str], own: Collection[str], *, program: bool) -> tuple[str, str] | None:
     """Return why a state-changing request cannot come from a form of the portal (or a program), and what to do.
 
-    :param origins: the portal's origins on this host, the one of this request first.
+    :param own: the portal's origins on this host, the one of this request first.
     :param program: the body is JSON.
     """
     site, mode, destination = (headers.get(f"Sec-Fetch-{name}", "") for name in ("Site", "Mode", "Dest"))
-    sender = headers.get("Origin")
+    if fault := origins.fault(headers.get("Origin"), site, own):
+        return fault
     why = ""
-    # A page with the policy `no-referrer` sends `Origin: null`; the browser still reports its site.
-    if sender is not None and sender not in origins and (sender, site) != ("null", "same-origin"):
-        if fix := _front_proxy_fix(sender, next(iter(origins)), site):
-            return "the browser reports another address of this page than the front proxy", fix
-        why = "it comes from another site" if sender != "null" else "the browser does not send its origin"
-    elif site not in {"", "same-origin", "none"}:
-        why = "it comes from another site"
-    elif (program and (mode or site)) or mode not in {"", "navigate"}:
+    if (program and (mode or site)) or mode not in {"", "navigate"}:
         why = "a page's script sent it"
     elif not program and destination not in {"", "document"}:
         why = "it comes from a frame in another page"
     return (why, "open the page yourself and try again") if why else None
-
-
-def _front_proxy_fix(sender: str, own: str, site: str) -> str:
-    """Return what to set in a front proxy that hides the address in the browser, "" if it is not at fault."""
-    try:
-        theirs, ours = urlsplit(sender), urlsplit(own)
-    except ValueError:
-        return ""
-    if not (site == "same-origin" or (not site and theirs.hostname == ours.hostname)):
-        return ""
-    named = {
-        "X-Forwarded-Proto": theirs.scheme if theirs.scheme != ours.scheme else "",
-        "X-Forwarded-Host": theirs.netloc if theirs.netloc != ours.netloc else "",
-    }
-    fields = " and ".join(f"{name}: {value}" for name, value in named.items() if value)
-    return f"let the front proxy send {fields} and list it in proxy.trusted_proxies, or set proxy.public_url"
 
 
 def _sign(seed: str, purpose: str, session: str, nonce: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 MAX_TARGET = 8192
 _ROUNDS = 4  # of percent-decoding; deeper nesting is refused
@@ -37,20 +37,6 @@ def own_path(raw: str | None, prefix: str) -> str:
     if path in {f"{prefix}/login", f"{prefix}/logout"}:
         return "/"
     return quote(raw, safe=_SAFE)
-
-
-def origin(url: str) -> str:
-    """Return ``SCHEME://HOST[:PORT]`` of a URL as browsers write it in `Origin`, or "" when it has none."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return ""
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        return ""
-    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    default = 443 if parts.scheme == "https" else 80
-    return f"{parts.scheme}://{host}" + (f":{port}" if port not in {None, default} else "")
 
 
 def agent_host(host: str, public_host: str) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+#: CGI and WSGI turn ``-`` into ``_``, some servers every byte that is neither letter nor digit.
+ODD: Final = re.compile(r"[^0-9a-z-]")
 TOKEN: Final = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _MAX_LEARNED: Final = 1024
 _MAX_LEARNED_NAME: Final = 64
@@ -31,6 +33,7 @@ X_FORWARDED_FOR: Final = 11
 X_FORWARDED_HOST: Final = 12
 X_FORWARDED_PROTO: Final = 13
 X_REQUEST_ID: Final = 14
+X_FORWARDED_PORT: Final = 15
 # The lines of kinds from LOOKED_AT on are passed on as well.
 LOOKED_AT: Final = 20
 ACCEPT: Final = 20
@@ -39,7 +42,7 @@ SEC_FETCH_SITE: Final = 22
 ORIGIN: Final = 23
 SERVICE_WORKER: Final = 24
 SEC_PURPOSE: Final = 25
-SEC_FETCH_DEST: Final = 26
+UPGRADE_INSECURE: Final = 26
 # Answers.
 DATE: Final = 27
 CONTENT_TYPE: Final = 28
@@ -110,11 +113,12 @@ _REQUEST: Final = {
     "x-forwarded-for": X_FORWARDED_FOR,
     "x-forwarded-host": X_FORWARDED_HOST,
     "x-forwarded-proto": X_FORWARDED_PROTO,
+    "x-forwarded-port": X_FORWARDED_PORT,
     "x-request-id": X_REQUEST_ID,
     "accept": ACCEPT,
     "sec-fetch-mode": SEC_FETCH_MODE,
     "sec-fetch-site": SEC_FETCH_SITE,
-    "sec-fetch-dest": SEC_FETCH_DEST,
+    "upgrade-insecure-requests": UPGRADE_INSECURE,
     "sec-purpose": SEC_PURPOSE,
     "origin": ORIGIN,
     "service-worker": SERVICE_WORKER,
@@ -208,13 +212,13 @@ class Names:
         if not TOKEN.fullmatch(name):
             if name[:1] in {b" ", b"\t"}:
                 raise BadHead("a folded header line")
-            raise BadHead("an invalid header name")
+            raise BadHead(f"an invalid header name ({name[:40].decode('latin-1')!r})")
         text = name.decode("ascii").lower()
         kind = self._kinds.get(text)
         if kind is None:
             kind = self._other(text)
         if kind == REFUSE:
-            raise BadHead("a framing header spelled with an underscore")
+            raise BadHead("another spelling of a framing header")
         if len(name) <= _MAX_LEARNED_NAME:
             if len(self.known) >= len(self._common) + _MAX_LEARNED:
                 self.known.clear()
@@ -223,14 +227,14 @@ class Names:
         return kind
 
     def _other(self, text: str) -> int:
-        plain = text.replace("_", "-")
+        plain = ODD.sub("-", text)
         if plain.startswith(self._prefixes):
             return DROP
-        if "_" not in text:
+        if plain == text:
             return KEEP
         if plain in _FRAMING:
             return REFUSE
-        # An application that reads X_Forwarded_For as X-Forwarded-For would trust the client.
+        # An application that reads X_Forwarded_For or X.Forwarded.For as X-Forwarded-For would trust the client.
         kind = self._kinds.get(plain, KEEP)
         return DROP if kind != KEEP and kind < LOOKED_AT else KEEP
 

@@ -17,6 +17,8 @@ from dispatcher.proxy.edge.http.field_names import (
     IDENTITY_PREFIXES,
     KEEP,
     LOOKED_AT,
+    ODD,
+    RESPONSE_NAMES,
     SPECIAL,
     TOKEN,
     TRAILER_FORBIDDEN,
@@ -32,11 +34,12 @@ COMPILED: Final = not __file__.endswith((".py", ".pyc"))
 
 #: Bytes that a field value or a start line may hold: HTAB, SP, VCHAR and obs-text (RFC 9110, 5.5).
 FIELD_BYTES: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
+_BLANKS: Final = frozenset({b" ", b"\t"})
 MAX_DIGITS: Final = 18  # of a Content-Length
-_TOKEN_BYTES: Final = b"!#$%&'*+.^`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-"
-#: What a byte may be part of: 1 a name, 2 a value.  The underscore is in no name here: it needs a closer look.
+_NAME_BYTES: Final = b"-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+#: What a byte may be part of: 1 a name, 2 a value.  Names with other bytes, which are valid, need a closer look.
 _CLASSES: Final = bytes(
-    (1 if byte in _TOKEN_BYTES else 0) | (2 if byte in FIELD_BYTES else 0) for byte in range(256)
+    (1 if byte in _NAME_BYTES else 0) | (2 if byte in FIELD_BYTES else 0) for byte in range(256)
 )
 
 
@@ -64,10 +67,14 @@ def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
         raise BadHead(f"more than {max_fields} header lines", 431)
     known = names.known
     kept = []
-    for line in lines:
+    for given in lines:
+        line = given
         name, colon, value = line.partition(b":")
         if not colon:
             raise BadHead("a header line without a colon")
+        if names is RESPONSE_NAMES and name[-1:] in _BLANKS:  # removed there, refused in requests (RFC 9112, 5.1)
+            name = name.rstrip(b" \t")
+            line = name + b":" + value
         kind = known.get(name)
         if kind is None:
             kind = names.learn(name)
@@ -182,7 +189,7 @@ def trailer_lines(lines: list[bytes]) -> list[bytes]:
         name, colon, value = line.partition(b":")
         if not colon or not TOKEN.fullmatch(name) or value.translate(None, FIELD_BYTES):
             raise BadHead("an invalid trailer line")
-        text = name.decode("ascii").lower().replace("_", "-")
+        text = ODD.sub("-", name.decode("ascii").lower())
         if text not in TRAILER_FORBIDDEN and not text.startswith(IDENTITY_PREFIXES):
             kept.append(line)
     return kept

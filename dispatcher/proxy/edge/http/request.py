@@ -27,7 +27,7 @@ SILENT: Final = 4  # without a visible result
 #: Methods that are passed on, of the IANA registry.  CONNECT would make a tunnel, TRACE an echo of credentials.
 METHODS: Final = {
     b"GET": SAFE | IDEMPOTENT,
-    b"HEAD": SAFE | IDEMPOTENT | SILENT,
+    b"HEAD": SAFE | IDEMPOTENT,
     b"POST": 0,
     b"PUT": IDEMPOTENT,
     b"DELETE": IDEMPOTENT,
@@ -110,9 +110,11 @@ class Request:
         if self.method not in {b"GET", b"HEAD"}:
             return False
         mode = self.fields.get(field_names.SEC_FETCH_MODE)
-        if mode is not None:
-            return mode == b"navigate"
-        return b"text/html" in self.fields.get(field_names.ACCEPT, b"")
+        return self.looks_like_page() if mode is None else mode == b"navigate"
+
+    def looks_like_page(self) -> bool:
+        """Whether it is a navigation by what browsers send over plain HTTP, where there is no Fetch Metadata."""
+        return field_names.UPGRADE_INSECURE in self.fields or self.wants_html()
 
     def wants_html(self) -> bool:
         """Whether an error is better shown as a page than as a problem document."""

@@ -91,6 +91,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     length = UNTIL_CLOSE
     options: frozenset[bytes] | None = None
     allowed = True
+    repeated = False
     chunked = False
     response.upgraded = False
     for kind, value in read.special:
@@ -103,8 +104,10 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
                 lines += b"Vary: Service-Worker\r\n"
         elif kind == field_names.ANSWER_LENGTH:
             if length != UNTIL_CLOSE or not value.isdigit() or len(value) > MAX_DIGITS:
-                raise BadHead("an invalid Content-Length, or more than one")
-            length = int(value)
+                length = _same_length(length, value)
+                repeated = True
+            else:
+                length = int(value)
         elif kind == field_names.CONNECTION:
             options = connection_options(value) if options is None else options | connection_options(value)
         elif kind == field_names.TRANSFER_ENCODING:
@@ -134,10 +137,14 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         if not version:
             raise BadHead("Transfer-Encoding in HTTP/1.0")
         length = CHUNKED
+    if repeated:
+        lines = without_named(lines, _LENGTH_NAME) + b"Content-Length: %d\r\n" % length
     if status < 200 or status == 204:
-        # RFC 9112, 6.1 and RFC 9110, 8.6: neither field may be there, but a length of 0 is harmless.
+        # Neither field may be there (RFC 9112, 6.1 and RFC 9110, 8.6), and there is no body (RFC 9112, 6.3).
         if chunked or length > 0:
-            raise BadHead("a body in an answer that cannot have one")
+            if status < 200:
+                raise BadHead("Transfer-Encoding or Content-Length in an informational answer")
+            response.close = True  # what follows would be taken for the next answer
         lines = without_named(lines, _LENGTH_NAME)
         length = NO_BODY
     if status == 304 or method == b"HEAD":
@@ -147,6 +154,16 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     response.lines = lines
     response.length = length
     return response
+
+
+def _same_length(length: int, value: bytes) -> int:
+    """Return the length that several equal values give (RFC 9112, 6.3), `length` one of them if it is known."""
+    parts = [part.strip(b" \t") for part in value.split(b",")]
+    if length != UNTIL_CLOSE:
+        parts.append(b"%d" % length)
+    if not all(part.isdigit() and len(part) <= MAX_DIGITS for part in parts) or len({int(p) for p in parts}) > 1:
+        raise BadHead("an invalid Content-Length, or different ones")
+    return int(parts[0])
 
 
 _LENGTH_NAME: Final = frozenset({b"content-length"})

@@ -1,7 +1,7 @@
 """The client's address behind trusted proxies.
 
 No peer is trusted by default.  From a trusted one the edge takes `X-Forwarded-For` (the last address that is not a
-trusted proxy itself), `-Proto`, `-Host` and `X-Request-ID`; from others it drops them.
+trusted proxy itself), `-Proto`, `-Host`, `-Port` and `X-Request-ID`; from others it drops them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,12 @@ class TrustedProxies:
         proto = fields.get(field_names.X_FORWARDED_PROTO, b"").rpartition(b",")[2].strip().lower()
         if proto not in {b"http", b"https"}:
             proto = self._scheme
-        host = fields.get(field_names.X_FORWARDED_HOST, b"").rpartition(b",")[2].strip()
+        host = fields.get(field_names.X_FORWARDED_HOST) or fields.get(field_names.HOST, b"")
+        host = host.rpartition(b",")[2].strip()
+        port = fields.get(field_names.X_FORWARDED_PORT, b"").rpartition(b",")[2].strip()
+        plain = b":" not in host.rpartition(b"]")[2]
+        if host and plain and port.isdigit() and port != (b"443" if proto == b"https" else b"80"):
+            host += b":" + port
         return remote, proto, host if _HOST.fullmatch(host) else b""
 
 

@@ -33,7 +33,7 @@ class Client:
     :ivar remote: the client's address, for agents and logs; :ivar trusted: its proxy headers are.
     :ivar deadline: when `expired` is called; :ivar closing: no request follows; :ivar eof: the client sent all.
     :ivar write_paused: the client reads too slowly; :ivar unsent: the bytes it had not taken at the last check.
-    :ivar to_https: each request is redirected to HTTPS.
+    :ivar to_https: each request is redirected to HTTPS, on the `same_port` if a plain one came to a TLS port.
     :ivar reading_paused: the client is not read, see `regulate_reading`.
     """
 
@@ -44,6 +44,7 @@ class Client:
     reader: HeadReader
     reading_paused: bool
     remote: bytes
+    same_port: bool
     scheme: bytes
     session: Session | None
     state: State
@@ -62,6 +63,7 @@ class Client:
     def expired(self) -> None: ...
     def close_if_idle(self) -> None: ...
     def revoke(self) -> None: ...
+    def count_use(self) -> None: ...
 
     # For the exchange.
 

@@ -215,6 +215,12 @@ class Clients:
         while closing and closing[0][0] <= now:
             closing.popleft()[1].transport.abort()
 
+    def count_use(self) -> None:
+        """Count the requests under way as use."""
+        for slot in self._wheel:
+            for client in slot:
+                client.count_use()
+
     def watch_writer(self, client: Client) -> None:
         """Abort a client that reads nothing before the time-out."""
         client.unsent = _unsent(client)

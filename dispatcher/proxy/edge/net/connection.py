@@ -74,7 +74,7 @@ class Connection(Client):
         self.state = _HEAD
         self.write_paused = self.reading_paused = self.closing = self.eof = self.trusted = False
         self.scheme = self.context.settings.scheme
-        self.to_https = False
+        self.to_https = self.same_port = False
         self.reader.kept = None
         self.exchange.clear()
 
@@ -120,7 +120,7 @@ class Connection(Client):
                 self.transport.abort()
 
     def eof_received(self) -> bool:
-        """The client closed its sending side; its request is answered (RFC 9112, 9.6), within `body_timeout`.
+        """The client closed its sending side; its request is answered (RFC 9112, 9.6), within `half_closed`.
 
         A client that closed both directions looks the same.  The reset that the first bytes of the answer cause
         reveals it, or this limit.
@@ -128,7 +128,7 @@ class Connection(Client):
         self.eof = True
         if self.is_answering() or self.state is State.STREAM:
             self.closing = True
-            self.deadline = min(self.deadline, self.context.now + self.context.settings.body_timeout)
+            self.deadline = min(self.deadline, self.context.now + self.context.settings.half_closed)
             return self.transport.can_write_eof()
         return False
 
@@ -265,7 +265,7 @@ class Connection(Client):
         if self.to_https:
             self.closing = True
             self.exchange.poll = False
-            self.carry_out(context.router.to_https(request))
+            self.carry_out(context.router.to_https(request, same_port=self.same_port))
         else:
             self.route(request, True)
 
@@ -305,6 +305,12 @@ class Connection(Client):
             exchange.request = decision.request
             self._to_portal()
         elif isinstance(decision, Refuse):
+            if decision.failure is pages.SERVICE_WORKER and self.session is not None:
+                self.context.warn_once(
+                    "an app's service worker is refused: it would cover the sign-in pages; see proxy.routing",
+                    self.session.agent,
+                    exchange.request.target,
+                )
             self.refuse(decision.failure, decision.link)
         elif isinstance(decision, Redirect):
             self._redirect(decision)
@@ -466,6 +472,19 @@ class Connection(Client):
         """Close the connection unless a request is in progress."""
         if self.state is _HEAD and self.reader.kept is None and not self.write_paused:
             self._finish(clean=True)
+
+    def count_use(self) -> None:
+        """Count a request under way as use, a download or an upload for example; called at each report."""
+        exchange = self.exchange
+        agent = exchange.agent
+        if agent is None or not agent.name:
+            return
+        if self.session is not None:
+            self.context.router.use(self.session)
+        # An event stream is open in every tab; it is use only by what flows.
+        events = b"text/event-stream" in exchange.request.fields.get(field_names.ACCEPT, b"")
+        if not exchange.poll and not events:
+            agent.traffic.use += 1
 
     def revoke(self) -> None:
         """The session has ended: end its work in progress, but not the sign-out itself."""

@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
@@ -16,6 +16,8 @@ from dispatcher.proxy.edge.net.counters import Counters
 from dispatcher.proxy.edge.routing.router import Router
 from dispatcher.proxy.edge.routing.settings import COLLECTED, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Tables
+
+_MAX_WARNED: Final = 1000
 
 
 class Manager(Protocol):
@@ -67,11 +69,18 @@ class Context:
         self.serial = 0
         self.collected = 0
         self.most_collected = COLLECTED
+        self._warned: set[tuple[str, str]] = set()
 
     def request_id(self) -> bytes:
         """Return a new id, unique over workers and restarts."""
         self.serial = serial = self.serial + 1
         return b"%b%08x" % (self.request_prefix, serial)
+
+    def warn_once(self, what: str, agent: str, target: bytes) -> None:
+        """Log for the operator what an app does in vain, once for each agent."""
+        if (what, agent) not in self._warned and len(self._warned) < _MAX_WARNED:
+            self._warned.add((what, agent))
+            self.logger.warning(what, agent=agent, path=target.partition(b"?")[0].decode("ascii"))
 
     def log_invalid(self, agent: Agent, request_id: bytes, why: str) -> None:
         """Log an answer that could not be forwarded."""

@@ -20,7 +20,12 @@ from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
 from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.decision import Hold, Lookup
-from dispatcher.proxy.edge.routing.settings import CONNECT_TIMEOUT, FOREVER, FRESH_UPSTREAM, LOOKUP_TIMEOUT
+from dispatcher.proxy.edge.routing.settings import (
+    CONNECT_TIMEOUT,
+    FOREVER,
+    FRESH_UPSTREAM,
+    LOOKUP_TIMEOUT,
+)
 from dispatcher.proxy.edge.routing.table import Agent
 
 _POLL_SECONDS: Final = 5  # an answer that lasts longer is a stream, even that of a poll
@@ -228,8 +233,9 @@ class Exchange(Receiver):
         """Wait for something that is not the client's to send."""
         client = self.client
         client.state = _WAIT
-        limit = self.context.now + self.context.settings.body_timeout
-        client.deadline = min(deadline, limit) if client.eof else deadline
+        client.deadline = (
+            min(deadline, self.context.now + self.context.settings.half_closed) if client.eof else deadline
+        )
 
     def await_answer(self) -> None:
         """Set the deadline of an answer: for its beginning only, except where the client may be gone."""
@@ -241,7 +247,7 @@ class Exchange(Receiver):
         elif not self.status:
             client.deadline = context.now + context.settings.upstream_timeout
         elif client.eof:
-            client.deadline = context.now + context.settings.body_timeout
+            client.deadline = context.now + context.settings.half_closed
         else:
             client.deadline = FOREVER
 
@@ -310,6 +316,14 @@ class Exchange(Receiver):
             # The body may never be read to its end: no further request can follow it.
             client.closing = True
         additions = context.settings.hsts_line
+        if self.agent is not None and self.agent.name:
+            additions += context.settings.agent_lines
+        elif response.status == 404 and client.session is not None:
+            context.warn_once(
+                "a path under proxy.prefix belongs to the portal: if an app uses it, choose another prefix",
+                client.session.agent,
+                self.request.target,
+            )
         if not response.dated:
             additions += context.date_line
         if response.length < 0:
@@ -348,7 +362,7 @@ class Exchange(Receiver):
             if not self.poll or now - self.started > _POLL_SECONDS:
                 traffic.bulk += size
         if client.eof:
-            client.deadline = now + self.context.settings.body_timeout
+            client.deadline = now + self.context.settings.half_closed
         client.transport.write(data)
 
     def inform(self, data: bytes) -> None:
@@ -400,7 +414,12 @@ class Exchange(Receiver):
         if untouched and self.replay is not None and not agent.gone:
             # A kept-alive connection ended just as the request was sent (RFC 9110, 9.2.2): once more, on another.
             self._connect(agent)
-        elif untouched and self.request.traits & SAFE and self.client.state is _ANSWER:
+        elif (
+            untouched
+            and self.request.traits & SAFE
+            and not self.request.length  # a body cannot be sent again
+            and self.client.state is _ANSWER
+        ):
             decision = self.context.router.dropped(agent, held=bool(self.held_until))
             if isinstance(decision, Hold):
                 self.context.manager.report_dead(agent)

@@ -12,6 +12,7 @@ import ssl
 
 from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
+from dispatcher.proxy.edge.net.client_base import Client
 from dispatcher.proxy.edge.net.clients import Clients, plain_address
 from dispatcher.proxy.edge.net.listener import Listener
 
@@ -40,17 +41,36 @@ class Handshakes(Listener):
         timeout = clients.context.settings.head_timeout
         try:
             client = await asyncio.wait_for(self._read_header(sock), timeout) if self._header else address
-            extra = {} if self._tls is None else {"ssl_handshake_timeout": timeout}
-            await clients.context.loop.connect_accepted_socket(
-                lambda: clients.client(client),  # type: ignore[type-var]  # it has a protocol's methods
-                sock,
-                ssl=self._tls,
-                **extra,
-            )
+            tls = self._tls
+            if tls is not None and await asyncio.wait_for(self._is_plain(sock), timeout):
+                tls = None
+            extra = {} if tls is None else {"ssl_handshake_timeout": timeout}
+
+            def protocol() -> Client:
+                found = clients.client(client)
+                found.to_https = found.same_port = tls is not self._tls
+                return found
+
+            await clients.context.loop.connect_accepted_socket(protocol, sock, ssl=tls, **extra)  # type: ignore[type-var]
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
         finally:
             clients.end_handshake(address)
+
+    async def _is_plain(self, sock: socket.socket) -> bool:
+        """Whether a connection begins with an HTTP method; a TLS record begins with 22."""
+        loop = self.clients.context.loop
+        try:
+            first = sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            ready = asyncio.Event()
+            loop.add_reader(sock, ready.set)
+            try:
+                await ready.wait()
+            finally:
+                loop.remove_reader(sock)
+            first = sock.recv(1, socket.MSG_PEEK)
+        return first.isalpha()
 
     async def _read_header(self, sock: socket.socket) -> str | None:
         """Return the client's address of the PROXY header; None if it contains none."""

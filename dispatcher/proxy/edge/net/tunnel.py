@@ -7,12 +7,17 @@ small objects beside the two transports.
 from __future__ import annotations
 
 import asyncio
+from typing import Final
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
 from dispatcher.proxy.edge.net.clients import Clients
 from dispatcher.proxy.edge.net.upstream import unread
+from dispatcher.proxy.edge.routing.activity import Timers
 from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
+
+_SMALL: Final = 256  # bytes of a message that may be a heartbeat
+_MAX_SIZES: Final = 16  # of such messages, whose pauses are observed
 
 
 class End:
@@ -75,9 +80,10 @@ class ClientEnd(End):
         super().__init__(clients, transport, agent)
         self.session = session
         self.address = address
+        self.timers: Timers | None = None  # with the first small message
 
     def data_received(self, data: bytes) -> None:
-        """Forward the client's bytes; its data frames are use, its pings and pongs are not."""
+        """Forward the client's bytes; its data frames are use, pings, pongs and a page's heartbeats are not."""
         if self.closing:
             return
         agent = self.agent
@@ -90,11 +96,20 @@ class ClientEnd(End):
             typed = 0 if data[0] & 0x08 else size
         else:
             typed = scanner.scan(data)
-        if typed:
+        if typed and not (size <= _SMALL and self._by_timer(size)):
+            context = self.clients.context
             traffic.stream += typed
+            if self.session is not None:
+                context.router.use(self.session)
             if agent.state != "running":
-                self.clients.context.manager.wake(agent)
+                context.manager.wake(agent)
         self.other.transport.write(data)
+
+    def _by_timer(self, size: int) -> bool:
+        """Whether small messages of this size come at even pauses: heartbeats of the app's page."""
+        if self.timers is None:
+            self.timers = Timers(_MAX_SIZES)
+        return self.timers.by_timer(size, self.clients.context.clock())
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)

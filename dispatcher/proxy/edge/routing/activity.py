@@ -17,6 +17,7 @@ _MAX_TARGETS: Final = 128  # remembered for each agent
 _SLACK: Final = 4.0  # a repetition up to that factor beyond the longest pause is still a poll: scripts back off
 _STEADY: Final = 0.2  # pauses that differ by less than this share of them count as equal
 _EQUAL_PAUSES: Final = 3  # so many equal pauses are a timer's
+_SELDOM: Final = 600.0  # seconds of pause from which on a program's repetition is use: a cron job's
 _NUMBERS: Final = re.compile(rb"[0-9]{5,}|[0-9a-fA-F]{16,}")
 
 
@@ -48,14 +49,47 @@ class Traffic:
         return {name: value for name, value in values.items() if value} or None
 
 
+class Intervals:
+    """The pauses between events of one kind."""
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+        self._pause = 0.0
+        self._equal = 0
+
+    def by_timer(self, now: float) -> bool:
+        """Add an event; return whether the last pauses were equal, as a timer's are and a person's are not."""
+        pause = now - self._last
+        equal = pause >= 1.0 and abs(pause - self._pause) <= _STEADY * pause
+        self._last, self._pause, self._equal = now, pause, self._equal + 1 if equal else 0
+        return self._equal >= _EQUAL_PAUSES - 1
+
+
+class Timers:
+    """Recognises a timer's events among others of many kinds."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kinds: dict[bytes | int, Intervals] = {}  # the oldest first
+
+    def by_timer(self, kind: bytes | int, now: float) -> bool:
+        """Add an event; see `Intervals.by_timer`."""
+        intervals = self._kinds.get(kind)
+        if intervals is None:
+            if len(self._kinds) >= self._most:
+                del self._kinds[next(iter(self._kinds))]
+            self._kinds[kind] = Intervals(now)
+            return False
+        return intervals.by_timer(now)
+
+
 class PollDetector:
     """Recognises requests to one agent that a script makes, not a person."""
 
     def __init__(self) -> None:
         # Target -> [time of the last request, longest pause so far].  The oldest entry goes first.
         self._seen: dict[bytes, list[float]] = {}
-        # The same for unsafe methods: [time of the last request, last pause, how many pauses were like it].
-        self._changes: dict[bytes, list[float]] = {}
+        self._changes = Timers(_MAX_TARGETS)
 
     def is_poll(self, request: Request, now: float) -> bool:
         """Whether a script made the request rather than a person; the request is recorded.
@@ -63,7 +97,8 @@ class PollDetector:
         A navigation is by a person, and so is an unsafe method, unless a page's script sends it on a timer: an
         open JupyterLab saves its layout every ten seconds.  The third GET of the same target, after a pause that
         is not much longer than those before, is a poll; the same holds for a WebSocket that is opened repeatedly.
-        Numbers in a query that only defeat caches do not make a new target.
+        Numbers in a query that only defeat caches do not make a new target.  A program that comes seldom, such as
+        a cron job, does not poll.
         """
         traits = request.traits
         if not traits & SAFE:
@@ -89,21 +124,23 @@ class PollDetector:
         longest = entry[1]
         if pause > longest:
             entry[1] = pause
-        return longest >= 0.0 and pause <= max(longest, 1.0) * _SLACK
+        if longest < 0.0 or pause > max(longest, 1.0) * _SLACK:
+            return False
+        return pause < _SELDOM or not _by_program(request)
 
     def _by_timer(self, request: Request, now: float) -> bool:
         """Whether a page's script sends this change at regular intervals.  A program's changes are always use."""
         mode = request.fields.get(field_names.SEC_FETCH_MODE)
-        if mode is None or mode == b"navigate":
+        if mode == b"navigate" or (mode is None and (_by_program(request) or request.looks_like_page())):
             return False
-        path = request.method + b" " + request.target.partition(b"?")[0]
-        entry = self._changes.get(path)
-        if entry is None:
-            if len(self._changes) >= _MAX_TARGETS:
-                del self._changes[next(iter(self._changes))]
-            self._changes[path] = [now, 0.0, 0.0]
-            return False
-        pause = now - entry[0]
-        equal = pause >= 1.0 and abs(pause - entry[1]) <= _STEADY * pause
-        entry[:] = [now, pause, entry[2] + 1.0 if equal else 0.0]
-        return entry[2] >= _EQUAL_PAUSES - 1
+        return self._changes.by_timer(request.method + b" " + request.target.partition(b"?")[0], now)
+
+
+def _by_program(request: Request) -> bool:
+    """Whether no browser sent it: over plain HTTP a page's script sends at least one of these."""
+    fields = request.fields
+    return not (
+        field_names.SEC_FETCH_MODE in fields
+        or field_names.ORIGIN in fields
+        or b"\r\nreferer:" in b"\r\n" + request.lines.lower()
+    )

@@ -162,10 +162,18 @@ TOO_LARGE = Failure(413, "too-large", "The request is too large", "The limit her
 CROSS_ORIGIN = Failure(
     403,
     "cross-origin",
-    "Refused: the request comes from another site",
+    "This request is refused",
     "Changes and WebSockets are accepted only from pages of this address.",
     "Open the application by its own address. Programs send an Origin header equal to it.",
 )
+
+
+def foreign(why: str, fix: str) -> Failure:
+    """Return the failure for a change that does not come from a page of this address; see `origins.fault`."""
+    detail, advice = (f"{text[:1].upper()}{text[1:]}." for text in (why, fix))
+    return Failure(403, "cross-origin", CROSS_ORIGIN.title, detail, advice)
+
+
 SERVICE_WORKER = Failure(
     403,
     "service-worker",

@@ -12,6 +12,7 @@ from typing import Final
 from urllib.parse import parse_qs, quote_from_bytes
 
 from dispatcher.feed import protocol
+from dispatcher.proxy import origins
 from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.request import NO_BODY, SAFE, Request
 from dispatcher.proxy.edge.http.response import covers
@@ -80,9 +81,7 @@ class Router:
         if session is None:
             refusal = self._no_session(request)
             return Lookup(digest, refusal) if digest else refusal
-        if not session.used:
-            session.used = True
-            self.used.append(session)
+        self.use(session)
         agent = session.target
         if agent is None or agent.gone:
             agent = self._tables.target(session)
@@ -96,7 +95,7 @@ class Router:
             return self._no_session(request)  # made for one host, while agents had hosts of their own
         if agent is None or agent.user != session.user:
             return Refuse(pages.NO_AGENT)
-        if request.watched or subdomain:
+        if request.watched or not request.traits & SAFE:
             failure = self._origin_fault(request, scheme)
             if failure is not None:
                 return Refuse(failure)
@@ -110,7 +109,13 @@ class Router:
         then = self._asleep(request, agent)
         return Wake(agent, then) if agent.state in _SLEEPY else then
 
-    def to_https(self, request: Request) -> Redirect | Refuse:
+    def use(self, session: Session) -> None:
+        """Note that a session was used."""
+        if not session.used:
+            session.used = True
+            self.used.append(session)
+
+    def to_https(self, request: Request, *, same_port: bool) -> Redirect | Refuse:
         """Redirect a request that came over plain HTTP: 308 keeps method and body (RFC 9110, 15.4.9)."""
         settings = self._settings
         host = request.host.lower()
@@ -118,7 +123,7 @@ class Router:
         if settings.subdomain and name.endswith(b"." + settings.domain):
             host = name + settings.public_host[len(settings.domain) :]
         else:
-            host = settings.public_host or name
+            host = settings.public_host or (host if same_port else name)
         if not host or request.target == b"*":
             return Refuse(pages.bad_request(400, "no Host header"))
         status = 301 if request.method in {b"GET", b"HEAD"} else 308
@@ -260,13 +265,20 @@ class Router:
             directory = request.path().rpartition(b"/")[0] + b"/"
             if covers(directory, settings.policy.guarded):
                 return pages.SERVICE_WORKER
-        if not request.upgrade and (request.traits & SAFE or not settings.subdomain):
+        if request.traits & SAFE and not request.upgrade:
             return None
-        origin = fields.get(field_names.ORIGIN)
-        if origin is not None:
-            good = origin.lower() == scheme + b"://" + request.host.lower()
-        else:
-            # Browsers send Origin with changes and with WebSockets; where it is missing, Fetch Metadata may stand
-            # for it.  On a shared origin programs, which no page can attack, need neither.
-            good = fields.get(field_names.SEC_FETCH_SITE) == b"same-origin" or not settings.subdomain
-        return None if good else pages.CROSS_ORIGIN
+        sender = fields.get(field_names.ORIGIN)
+        site = fields.get(field_names.SEC_FETCH_SITE, b"")
+        here = scheme + b"://" + request.host
+        if sender == here:
+            return None
+        if sender is None and not site:
+            # Browsers send one of them.  On a shared origin programs, which no page can attack, need neither.
+            return pages.CROSS_ORIGIN if settings.subdomain else None
+        own = [origins.origin(here.decode("ascii"))]
+        if settings.public_origin and not settings.subdomain:
+            own.append(settings.public_origin)
+        fault = origins.fault(
+            None if sender is None else sender.decode("latin-1").lower(), site.decode("latin-1"), own
+        )
+        return pages.foreign(*fault) if fault else None

@@ -12,6 +12,7 @@ from dispatcher.plugin.names import printable
 from dispatcher.proxy import cookies
 from dispatcher.proxy.edge.http.response import Policy
 from dispatcher.proxy.edge.http.trusted_proxies import Network
+from dispatcher.proxy.origins import origin
 
 FOREVER: Final = float("inf")
 
@@ -21,6 +22,7 @@ LOOKUP_TIMEOUT: Final = 2.0  # seconds that a request waits for the lookup of it
 LINGER: Final = 2.0  # seconds of reading after the last answer (RFC 9112, 9.6)
 LINGER_BYTES: Final = 1 << 20  # that are read and dropped meanwhile
 CLOSE_TIMEOUT: Final = 1.0  # seconds that a WebSocket's client has to take its Close frame
+HALF_CLOSED: Final = 10.0  # seconds that a client is answered which has closed its side: it may be gone
 LEAST_READ: Final = 1024  # bytes that a slow reader must take within `body_timeout`
 MAX_HELD: Final = 64  # requests held for one agent
 MAX_IDLE: Final = 64  # pooled connections to one agent
@@ -60,6 +62,7 @@ class Settings:
         self.head_fields = proxy.head_fields
         self.head_timeout = proxy.head_timeout
         self.hold = proxy.hold
+        self.half_closed = min(HALF_CLOSED, proxy.body_timeout)
         self.idle_timeout = proxy.idle_timeout
         self.in_flight = proxy.in_flight_per_agent
         self.handshakes_per_address = max(8, proxy.connections_per_address // 4)
@@ -75,10 +78,13 @@ class Settings:
         self.cookie_name = cookies.names(config.secure).session.encode()
         self.subdomain = proxy.routing == "subdomain"
         self.public_host, self.domain = _public(proxy.public_url, self.subdomain)
+        self.public_origin = origin(proxy.public_url)
         guarded = b"" if self.subdomain else self.prefix + b"/"
         self.policy = Policy(guarded, host_only=self.subdomain)
         hsts = proxy.hsts if config.secure and proxy.hsts is not False else None
         self.hsts_line = b"" if hsts is None else b"Strict-Transport-Security: max-age=%d\r\n" % int(hsts)
+        #: Agents share an origin: what a cache keeps of one is for its session alone.
+        self.agent_lines = b"" if self.subdomain else b"Cache-Control: private\r\nVary: Cookie\r\n"
         self.trusted_unix = "unix" in proxy.trusted_proxies
         self.trusted = tuple(_network(text) for text in proxy.trusted_proxies if text != "unix")
 

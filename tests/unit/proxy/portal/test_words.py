@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 
 import pytest
 
-from dispatcher.proxy import cookies
+from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.edge.http.cookie import split_cookie
 from dispatcher.proxy.portal import app, forms, targets, words
 
@@ -105,7 +105,7 @@ def test_signing_in_never_leads_back_to_signing_in(raw: str) -> None:
     ],
 )
 def test_origins(url: str, expected: str) -> None:
-    assert targets.origin(url) == expected
+    assert origins.origin(url) == expected
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 
 import h11
 import pytest
@@ -69,6 +70,7 @@ REFUSED = {
     "identity": (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: identity\r\n\r\n", 501),
     "quoted chunked": (b'POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: "chunked"\r\n\r\n', 400),
     "TE in HTTP/1.0": (b"POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "dotted TE": (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer.Encoding: chunked\r\n\r\n", 400),
     "underscored TE": (b"POST / HTTP/1.1\r\nHost: a\r\nTransfer_Encoding: chunked\r\n\r\n", 400),
     "obs-fold": (b"GET / HTTP/1.1\r\nHost: a\r\nX-A: b\r\n c\r\n\r\n", 400),
     "obs-fold with a tab": (b"GET / HTTP/1.1\r\nHost: a\r\nX-A: b\r\n\tc\r\n\r\n", 400),
@@ -273,7 +275,7 @@ def test_mutated_requests_never_break_the_parser(seed):
 
 BAD_ANSWERS = {
     "two CLs": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
-    "two equal CLs": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5\r\n\r\n",
+    "unequal CLs in one line": b"HTTP/1.1 200 OK\r\nContent-Length: 5, 6\r\n\r\n",
     "CL and TE": b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n",
     "negative length": b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\n",
     "junk length": b"HTTP/1.1 200 OK\r\nContent-Length: five\r\n\r\n",
@@ -292,9 +294,7 @@ BAD_ANSWERS = {
     "a NUL": b"HTTP/1.1 200 OK\r\nX-A: \0\r\n\r\n",
     "a folded line": b"HTTP/1.1 200 OK\r\nX-A: b\r\n c\r\n\r\n",
     "no colon": b"HTTP/1.1 200 OK\r\nX-A\r\n\r\n",
-    "space before the colon": b"HTTP/1.1 200 OK\r\nContent-Length : 5\r\n\r\n",
-    "204 with a length": b"HTTP/1.1 204 No Content\r\nContent-Length: 5\r\n\r\n",
-    "204 in chunks": b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "no name": b"HTTP/1.1 200 OK\r\n : 5\r\n\r\n",
     "100 with a length": b"HTTP/1.1 100 Continue\r\nContent-Length: 5\r\n\r\n",
     "underscored TE": b"HTTP/1.1 200 OK\r\nTransfer_Encoding: chunked\r\n\r\n",
     "too many fields": b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 101 + b"\r\n",
@@ -306,6 +306,37 @@ def test_answers_that_must_not_be_passed_on(name):
     for _ in range(2):
         with pytest.raises(BadHead):
             parse_response(BAD_ANSWERS[name], 100, b"GET", Policy())
+
+
+def test_the_reason_names_the_header_at_fault():
+    for name, word in (("two CLs", "Content-Length"), ("TE identity", "Transfer-Encoding"), ("no colon", "colon")):
+        with pytest.raises(BadHead) as raised:
+            parse_response(BAD_ANSWERS[name], 100, b"GET", Policy())
+        assert word in raised.value.why
+    with pytest.raises(BadHead, match=re.escape("('X@A')")):
+        parse_response(b"HTTP/1.1 200 OK\r\nX@A: b\r\n\r\n", 100, b"GET", Policy())
+
+
+@pytest.mark.parametrize("lines", [b"Content-Length: 5\r\ncontent-length: 5\r\n", b"Content-Length: 5, 5\r\n"])
+def test_equal_lengths_are_one(lines):
+    """RFC 9112, 6.3: replaced by the one value."""
+    parsed = parse_response(b"HTTP/1.1 200 OK\r\nA: b\r\n" + lines + b"\r\n", 100, b"GET", Policy())
+    assert parsed.length == 5
+    assert client_head(parsed, b"") == b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 5\r\n\r\n"
+
+
+def test_blanks_before_the_colon_are_removed_from_answers():
+    """RFC 9112, 5.1; in a request they are refused."""
+    head = b"HTTP/1.1 200 OK\r\nX-A \t: b\r\nContent-Length : 5\r\n\r\n"
+    parsed = parse_response(head, 100, b"GET", Policy())
+    assert parsed.length == 5 and client_head(parsed, b"") == head.replace(b" \t:", b":").replace(b" : 5", b": 5")
+
+
+@pytest.mark.parametrize("line", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_204_has_no_body_whatever_its_head_says(line):
+    """RFC 9112, 6.3; the connection to the app is not used again."""
+    parsed = parse_response(b"HTTP/1.1 204 No Content\r\n" + line + b"\r\n\r\n", 100, b"GET", Policy())
+    assert parsed.length == 0 and parsed.close and client_head(parsed, b"") == b"HTTP/1.1 204 No Content\r\n\r\n"
 
 
 OWN_COOKIES = [

@@ -52,7 +52,7 @@ def test_many_targets_are_bounded() -> None:
     detector = PollDetector()
     for at in range(1000):
         detector.is_poll(change(b"/%d" % at), float(at))
-    assert len(detector._changes) <= 128  # noqa: SLF001
+    assert len(detector._changes._kinds) <= 128  # noqa: SLF001
 
 
 def test_a_script_that_backs_off_while_its_app_sleeps_does_not_wake_it() -> None:
@@ -65,6 +65,19 @@ def test_reading_is_judged_as_before() -> None:
     request = change(b"/api/kernels?1795642178389", method=b"GET")
     assert request.traits & SAFE
     assert verdicts([request] * 4, [0, 10, 10, 10]) == [False, False, True, True]
+
+
+def test_a_scripts_clock_without_fetch_metadata() -> None:
+    """Over plain HTTP browsers send no `Sec-Fetch-*`; a script's change still has an Origin."""
+    head = b"PUT /state HTTP/1.1\r\nHost: a\r\nOrigin: http://a\r\n\r\n"
+    assert verdicts([parse_request(head, 100)] * 6, [0, 10, 10, 10, 10, 10]) == [False] * 3 + [True] * 3
+    form = head.replace(b"\r\n\r\n", b"\r\nUpgrade-Insecure-Requests: 1\r\n\r\n")
+    assert not any(verdicts([parse_request(form, 100)] * 6, [0, 10, 10, 10, 10, 10]))
+
+
+def test_a_navigation_is_recognised_by_what_browsers_send_over_plain_http() -> None:
+    head = b"GET / HTTP/1.1\r\nHost: a\r\nUpgrade-Insecure-Requests: 1\r\n\r\n"
+    assert not any(verdicts([parse_request(head, 100)] * 6, [0, 10, 10, 10, 10, 10]))
 
 
 BROWSER = b"Accept: text/html,application/xhtml+xml,*/*;q=0.8\r\n"

@@ -71,6 +71,54 @@ def test_without_a_session_people_sign_in_and_programs_get_401():
     assert rules.route(digest=b"d") == Lookup(b"d", Refuse(pages.BAD_SESSION))
 
 
+SAME = b"Origin: https://a\r\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "good"),
+    [
+        (SAME, True),
+        (b"Origin: https://a:443\r\n", True),
+        (b"Origin: https://apps.test:8443\r\n", True),  # public_url
+        (b"", True),  # a program
+        (b"Sec-Fetch-Site: same-origin\r\n", True),
+        (b"Origin: null\r\nSec-Fetch-Site: same-origin\r\n", True),  # a page with no-referrer
+        (b"Sec-Fetch-Site: none\r\n", True),
+        (b"Origin: null\r\n", False),
+        (b"Origin: https://evil.test\r\n", False),
+        (b"Origin: http://a\r\n", False),
+        (b"Origin: https://a:8443\r\n", False),
+        (b"Sec-Fetch-Site: cross-site\r\n", False),
+        (b"Sec-Fetch-Site: same-site\r\n", False),
+        (b"Origin: null\r\nSec-Fetch-Site: cross-site\r\n", False),
+    ],
+)
+def test_one_rule_for_the_origin_of_changes_and_websockets(lines, good):
+    rules = Rules(public_url="https://apps.test:8443")
+    for host in (b"a", b"a:443"):
+        for start, more in (
+            (b"POST", b"Content-Length: 0\r\n"),
+            (b"DELETE", b""),
+            (b"GET", b"Connection: Upgrade\r\nUpgrade: websocket\r\n"),
+        ):
+            head = start + b" / HTTP/1.1\r\nHost: " + host + b"\r\n" + more + lines + b"\r\n"
+            decision = rules.router.route(parse_request(head, 100), rules.session, 1.0, b"https", b"")
+            assert isinstance(decision, Pass) == good, (head, decision)
+            if not good:
+                assert isinstance(decision, Refuse) and decision.failure.status == 403
+    assert isinstance(rules.route("/", lines, session=rules.session), Pass), "reading is not checked"
+
+
+def test_a_refusal_names_what_the_front_proxy_should_send():
+    rules = Rules()
+    head = (
+        b"POST / HTTP/1.1\r\nHost: inner:8080\r\nOrigin: https://apps.test\r\nSec-Fetch-Site: same-origin\r\n\r\n"
+    )
+    decision = rules.router.route(parse_request(head, 100), rules.session, 1.0, b"http", b"")
+    assert isinstance(decision, Refuse)
+    assert "X-Forwarded-Proto: https and X-Forwarded-Host: apps.test" in decision.failure.fix
+
+
 def test_a_sleeping_agent_is_woken_and_the_request_held():
     rules = Rules("asleep", hold=7)
     assert rules.route(session=rules.session) == Wake(rules.agent, Hold(rules.agent, 7))

@@ -168,10 +168,22 @@ def test_a_long_pause_breaks_a_rhythm_once():
     assert not detector.is_poll(ask(b"GET /s", FETCH), 5000.0)
 
 
-def test_prefetches_heads_and_options_are_the_browsers():
+def test_prefetches_and_options_are_the_browsers():
     detector = PollDetector()
     assert detector.is_poll(ask(b"GET /a", b"Sec-Purpose: prefetch", b"Sec-Fetch-Mode: navigate"), 0.0)
-    assert detector.is_poll(ask(b"HEAD /a"), 0.0) and detector.is_poll(ask(b"OPTIONS /a"), 0.0)
+    assert detector.is_poll(ask(b"OPTIONS /a"), 0.0)
+
+
+def test_programs_wake_with_head_propfind_and_seldom_gets():
+    """A cron job comes once an hour, a monitor once a minute."""
+    for method in (b"HEAD", b"PROPFIND", b"GET"):
+        detector = PollDetector()
+        assert not any(detector.is_poll(ask(method + b" /a"), n * 3600.0) for n in range(6)), method
+        detector = PollDetector()
+        assert [detector.is_poll(ask(method + b" /a"), n * 60.0) for n in range(4)] == [False, False, True, True]
+    for line in (b"Referer: http://a/", b"Origin: http://a", FETCH):
+        detector = PollDetector()
+        assert [detector.is_poll(ask(b"GET /a", line), n * 3600.0) for n in range(4)] == [False, False, True, True]
 
 
 def test_a_websocket_that_is_opened_again_and_again_is_no_use():
@@ -198,6 +210,24 @@ def test_a_trickle_is_no_stream():
     traffic.stream = 9
     assert traffic.report(5.0, 0) == {"stream": 9}
     assert traffic.report(5.0, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "host"),
+    [
+        ((b"X-Forwarded-Host: apps.test",), b"apps.test"),
+        ((b"X-Forwarded-Host: apps.test", b"X-Forwarded-Port: 8443"), b"apps.test:8443"),
+        ((b"X-Forwarded-Port: 8443",), b"a:8443"),
+        ((b"X-Forwarded-Port: 443",), b"a"),
+        ((b"X-Forwarded-Host: apps.test:8080", b"X-Forwarded-Port: 8443"), b"apps.test:8080"),
+        ((b"X-Forwarded-Host: [::1]", b"X-Forwarded-Port: 8443"), b"[::1]:8443"),
+        ((b"X-Forwarded-Port: 8443x",), b"a"),
+    ],
+)
+def test_a_trusted_proxy_states_the_port_apart(lines, host):
+    proxies = TrustedProxies((), unix=True, scheme=b"https")
+    asked = ask(b"GET /", b"X-Forwarded-Proto: https", *lines)
+    assert proxies.client_of("", asked.fields)[2] == host
 
 
 # Tables.
