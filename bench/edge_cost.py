@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What one request costs the edge's own code: no sockets, no kernel, so a quiet machine is not needed.
+"""Measure what one request costs the edge's own code, without sockets, so that a busy machine does not matter.
 
     bench/edge_cost.py                    microseconds of CPU per request, best of several runs
     bench/edge_cost.py --instructions     instructions per request, by callgrind (valgrind must be installed)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the edge costs at scale: idle WebSockets on one worker, and large tables.
+"""Measure the edge at scale: idle WebSockets on one worker, and large tables.
 
     bench/edge_scale.py [--websockets 9000] [--sessions 100000] [--agents 10000]
 
@@ -38,7 +38,7 @@ def cpu(pid: int) -> float:
 
 
 class Silent(asyncio.Protocol):
-    """The application: takes the upgrade, then says nothing."""
+    """The application: accepts the upgrade, then sends nothing."""
 
     def connection_made(self, transport):
         self.transport = transport

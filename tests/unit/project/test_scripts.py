@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import ast
+import importlib.util
 import subprocess
 
 import pytest
@@ -55,3 +57,22 @@ def test_make_venv_says_what_is_missing(tmp_path):
     bare.chmod(0o755)
     assert "apt-get install python3-venv" in make(bare).stderr
     assert not (tmp_path / "v").exists()
+
+
+BENCHES = [
+    path
+    for path in sorted((ROOT / "bench").iterdir())
+    if path.is_file() and path.suffix != ".md" and path.name != "run"
+]
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=lambda path: path.name)
+def test_benchmarks_import_what_there_is(path):
+    missing = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in {"dispatcher", "tests"}:
+            module = importlib.import_module(node.module)
+            for each in node.names:
+                if not hasattr(module, each.name) and not importlib.util.find_spec(f"{node.module}.{each.name}"):
+                    missing.append(f"{node.module}.{each.name}")
+    assert missing == []
