@@ -17,7 +17,7 @@ from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.passwords import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
-from dispatcher.manager.auth.throttle import Throttle, address_key
+from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
 from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names
@@ -100,37 +100,39 @@ class SignIn:
         :param name: canonical; :param address: of the browser, None for a check by an administrator.
         :raises Forbidden: it is wrong; :raises TooManyRequests: as `sign_in`.
         """
-        now = self._clock.now()
         keys = [f"name:{name}", *([address_key(address)] if address is not None else [])]
-        if device is not None and self._store.knows_device(digest(device), name, now):
+        if device is not None and self._store.knows_device(digest(device), name, self._clock.now()):
             keys = [f"device:{digest(device)}"]
+        deadline = Deadline(TIMEOUT)
         try:
-            self._throttle.admit(keys, now)
-        except TooManyRequests:
-            self._metrics.login(LoginOutcome.THROTTLED)
-            _log.debug("throttled", user=name, address=address)
-            raise
-        try:
-            deadline = Deadline(TIMEOUT)
-            identity = self._pool.run(lambda: self._authenticate(name, password, deadline), deadline)
-        except BaseException as error:
-            self._throttle.released(keys)
-            busy = isinstance(error, TooManyRequests)
-            self._metrics.login(LoginOutcome.BUSY if busy else LoginOutcome.UNAVAILABLE)
+            self._throttle.refuse(keys, self._clock.now())
+            identity = self._pool.run(lambda: self._attempt(keys, name, password, deadline), deadline)
+        except DispatcherError as error:
+            self._metrics.login(
+                LoginOutcome.THROTTLED if isinstance(error, Throttled)
+                else LoginOutcome.BUSY if isinstance(error, TooManyRequests)
+                else LoginOutcome.UNAVAILABLE
+            )  # fmt: skip
             raise
         if identity is None:
-            self._keep(self._throttle.failed(keys, now))
             self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=name, address=address)
             raise wrong_credentials()
-        self._keep(self._throttle.succeeded(keys, now))
         return names.user_name(identity.user)
 
-    def _authenticate(self, name: str, password: str, deadline: Deadline) -> Identity | None:
+    def _attempt(self, keys: list[str], name: str, password: str, deadline: Deadline) -> Identity | None:
+        """Check a password and count the attempt.  Runs in the pool, few at a time, so most of a burst is late."""
+        now = self._clock.now()
+        self._throttle.admit(keys, now)
         try:
-            return self.authenticator.authenticate(name, password, deadline=deadline)
-        except SystemExit as error:  # it would end a thread of the REST server
-            raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
+            identity = self.authenticator.authenticate(name, password, deadline=deadline)
+        except BaseException as error:
+            self._throttle.released(keys)
+            if isinstance(error, SystemExit):  # it would end a thread of the REST server
+                raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
+            raise
+        self._keep(self._throttle.succeeded(keys, now) if identity else self._throttle.failed(keys, now))
+        return identity
 
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.

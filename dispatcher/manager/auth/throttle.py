@@ -2,7 +2,7 @@
 
 Wrong passwords are counted for a name (whether it exists or not) and for an address (an IPv6 address by its
 /64).  After a few free ones each further one costs a longer delay, and then one attempt is checked at a time.
-Attempts that are being checked count too: a burst gains nothing.
+An attempt is admitted when its check begins, and counts as a wrong one until it ends: a burst gains nothing.
 
 Many people may share an address: it has more free attempts for each name that has signed in from it, a right
 password gives back what the same name's wrong ones have cost, and a class that signs in at once is never delayed.
@@ -31,13 +31,11 @@ MAX_ACCOUNTS = 10_000
 class Rule:
     """When an account is delayed, and how much.
 
-    :ivar free: wrong passwords without a delay; :ivar at_once: attempts that may be checked at the same time.
-    :ivar step: wrong passwords that double the delay, from 1 second on; :ivar most: longest delay.
-    :ivar forgive: one wrong password is forgiven each so many seconds.
+    :ivar free: wrong passwords without a delay; :ivar step: those that double it, from 1 second on.
+    :ivar most: longest delay; :ivar forgive: one wrong password is forgiven each so many seconds.
     """
 
     free: int
-    at_once: int
     step: float
     most: float
     forgive: float
@@ -47,15 +45,11 @@ class Rule:
         over = failures - self.free
         return 0.0 if over < 0 else min(self.most, 2.0 ** min(over / self.step, 60.0))
 
-    def admits(self, failures: float, checked: int) -> bool:
-        """Whether one more attempt may be checked beside those that are being checked."""
-        return checked < (self.at_once - failures if failures < self.free else 1)
-
 
 #: Per name: five attempts, then 1, 2, 4, ... seconds, at most 15 minutes.
-NAME = Rule(free=5, at_once=5, step=1, most=900.0, forgive=1800.0)
+NAME = Rule(free=5, step=1, most=900.0, forgive=1800.0)
 #: Per address: more and shorter.
-ADDRESS = Rule(free=50, at_once=200, step=10, most=60.0, forgive=120.0)
+ADDRESS = Rule(free=50, step=10, most=60.0, forgive=120.0)
 MAX_NAMES = 1000  # that add to the free attempts of one address
 
 
@@ -70,6 +64,10 @@ def address_key(address: str) -> str:
             return f"address:{ipaddress.ip_network((found, 64), strict=False)}"
         found = found.ipv4_mapped
     return f"address:{found}"
+
+
+class Throttled(TooManyRequests):
+    """An attempt must wait; `retry_after` says how long."""
 
 
 class Throttle:
@@ -91,20 +89,30 @@ class Throttle:
     def __len__(self) -> int:
         return len(self._accounts)
 
+    def refuse(self, keys: Collection[str], now: float) -> None:
+        """Return if an attempt may be queued.
+
+        :raises Throttled: one of the keys must wait.
+        """
+        wait = max(self._accounts[key].until - now if key in self._accounts else 0.0 for key in keys)
+        if wait > 0:
+            raise Throttled(
+                "Too many attempts to sign in",
+                why="passwords were wrong several times for this name or from this address",
+                fix=f"wait {duration(wait, up=True)}, then try again",
+                retry_after=wait,
+            )
+
     def admit(self, keys: Collection[str], now: float) -> None:
         """Admit one attempt, for all `keys` or none.
 
-        :raises TooManyRequests: one of them must wait; `retry_after` says how long.
+        :raises Throttled: one of them must wait; `retry_after` says how long.
         """
         with self._lock:
-            wait = max(self._wait(key, now) for key in keys)
-            if wait > 0:
-                raise TooManyRequests(
-                    "Too many attempts to sign in",
-                    why="passwords were wrong several times for this name or from this address",
-                    fix=f"wait {duration(wait, up=True)}, then try again",
-                    retry_after=wait,
-                )
+            self.refuse(keys, now)
+            for key in keys:
+                if (checked := self._checked[key]) and self._failures(key, now) + checked >= self._rule(key).free:
+                    raise Throttled("Too many attempts to sign in at once", fix="try again soon", retry_after=1.0)
             self._checked.update(keys)
 
     def failed(self, keys: Collection[str], now: float) -> Changes:
@@ -162,16 +170,7 @@ class Throttle:
     def _rule(self, key: str) -> Rule:
         if not key.startswith("address:"):
             return NAME
-        people = len(self._names.get(key, ()))
-        return replace(ADDRESS, free=ADDRESS.free + people, at_once=ADDRESS.at_once + people)
-
-    def _wait(self, key: str, now: float) -> float:
-        account = self._accounts.get(key)
-        if account is not None and account.until > now:
-            return account.until - now
-        if self._rule(key).admits(self._failures(key, now), self._checked[key]):
-            return 0.0
-        return 1.0  # an attempt that is being checked decides
+        return replace(ADDRESS, free=ADDRESS.free + len(self._names.get(key, ())))
 
     def _failures(self, key: str, now: float) -> float:
         """Return the number of wrong passwords that still count."""
