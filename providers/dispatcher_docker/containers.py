@@ -199,9 +199,9 @@ def mounts(spec: AgentSpec, settings: ContainerSettings) -> list[dict[str, Any]]
     if settings.secrets_dir:
         found.append(_bind(str(settings.secrets_dir), INSIDE_SECRETS, read_only=True))
     if settings.user.directory:
-        found += [
-            _bind(str(settings.user.directory / one), f"/etc/{one}", read_only=True) for one in ("passwd", "group")
-        ]
+        own = {f"/etc/{name}": settings.user.directory / name for name in ("passwd", "group")}
+        taken = {one.target for one in options.mounts}
+        found += [_bind(str(file), path, read_only=True) for path, file in own.items() if path not in taken]
     found += [_bind(one.source, one.target, read_only=one.read_only) for one in options.mounts]
     return found
 

@@ -170,7 +170,7 @@ def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[
     else:
         yield Finding.info(f"{app.name} reaches the outside, and no other agent")
     if app.limits.disk is not None:
-        yield Finding.warning(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
+        yield Finding.error(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
     for what, fix in _loosened(options):
         yield Finding.warning(f"{app.name} loosens its isolation: {what}", fix)
 

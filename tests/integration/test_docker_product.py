@@ -11,7 +11,7 @@ from urllib.parse import quote
 import pytest
 
 from dispatcher.testing import PROBE
-from tests.support.docker_tools import ROOT, docker, images, leftovers, remove_all
+from tests.support.docker_tools import ROOT, docker, images, inspect, leftovers, remove_all
 from tests.support.installation import Installation, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
@@ -86,6 +86,10 @@ def test_one_line_moves_an_app_into_containers_and_back(site):
         )
         assert ask(site, cookie, f"/read?path={quote(environment['DISPATCHER_DATA'] + '/note')}") == b'"mine"'
         assert bool(containers_of(site)) == (provider == "docker")
+        if provider == "docker":  # limits by default, as the app is told them
+            host = inspect(containers_of(site)[0])["HostConfig"]
+            assert host["PidsLimit"] == int(environment["DISPATCHER_PIDS_LIMIT"]) == 4096
+            assert host["Memory"] == host["MemorySwap"] == int(environment["DISPATCHER_MEMORY_LIMIT"]) > 0
 
 
 def test_files_by_a_port_as_the_example_says(site):

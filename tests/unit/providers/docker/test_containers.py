@@ -125,6 +125,12 @@ def test_an_app_cannot_pretend_to_be_somebody_else():
     assert environment["DISPATCHER_USER"] == "alice"
 
 
+def test_an_operators_list_of_users_goes_before_ours():
+    options = DockerAppOptions(image="x", mounts=[Mount(source="/srv/passwd", target="/etc/passwd")])
+    mounts = body(spec(options))["HostConfig"]["Mounts"]
+    assert [one["Source"] for one in mounts if one["Target"] == "/etc/passwd"] == ["/srv/passwd"]
+
+
 def test_a_port_is_published_on_loopback_on_a_bridge_of_the_installation():
     made = body(spec(DockerAppOptions(image="x", port=8080), network=Network.PRIVATE))
     assert made["HostConfig"]["NetworkMode"] == "dispatcher-0123abcd"
