@@ -22,6 +22,7 @@ from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, Provider
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 DELETING = 3600.0  # seconds that the deletion of one tree may take
+_EMPTYING = 10.0  # seconds of a start for the removal of temporary files
 _AT_A_TIME = 10_000  # names read of a directory, so that a huge one does not fill the memory
 _SHOWN = 3  # of what remains
 
@@ -82,13 +83,13 @@ def remove_tree(
         )
 
 
-def make_temporary(path: Path, uid: int, gid: int) -> None:
+def make_temporary(path: Path, uid: int, gid: int, deadline: Deadline) -> None:
     """Make the directory for temporary files, in the data of an agent that does not run, anew.
 
     The agent can have put anything there.  What fails is left as it is: programs then use `/tmp`.
     """
     with contextlib.suppress(OSError, DispatcherError), opened(os.fspath(path.parent), DIRECTORY) as parent:
-        remove_tree(path.name, dir_fd=parent)
+        remove_tree(path.name, dir_fd=parent, deadline=deadline.bounded(_EMPTYING))
         os.mkdir(path.name, 0o700, dir_fd=parent)
         with opened(path.name, DIRECTORY, parent) as directory:
             if os.geteuid() == 0:

@@ -93,7 +93,7 @@ class Starter:
         new_volume = self.volumes is not None and self.volumes.ensure(handle, deadline)
         try:
             if self.volumes is None:
-                make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid)
+                make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid, deadline)
             owner = containers.owner_uid(spec)
             settings = ContainerSettings(
                 image_id=image,

@@ -96,7 +96,7 @@ class Start:
         elif not host.sandboxed and host.setpriv:
             user = [host.setpriv, "--no-new-privs", "--"]
         if host.sandboxed:
-            make_temporary(spec.data_dir / os.path.basename(sandbox.TMP), spec.uid, spec.gid)
+            make_temporary(spec.data_dir / os.path.basename(sandbox.TMP), spec.uid, spec.gid, self.deadline)
         plain, loader = sandbox.split_environment(self.plan.variables)
         prepare = self._prepare_sandboxed if host.sandboxed else self._prepare_unsandboxed
         self._spawn = prepare(user, plain, loader, status) | {
