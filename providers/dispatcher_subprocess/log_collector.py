@@ -129,7 +129,10 @@ class Names:
         servers = name_servers()
         for number in range(len(servers)):
             family, address = servers[(self.turn + number) % len(servers)]
-            upstream = _socket.socket(family, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+            try:
+                upstream = _socket.socket(family, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC)
+            except OSError:  # no descriptor is left: the client asks again
+                return
             try:
                 upstream.setblocking(False)
                 upstream.connect(address)
@@ -162,7 +165,11 @@ class Names:
             os.close(fd)
             return
         self.connections.add(fd)
-        _thread.start_new_thread(self._serve, (fd,))
+        try:
+            _thread.start_new_thread(self._serve, (fd,))
+        except RuntimeError:  # no thread can be had
+            self.connections.discard(fd)
+            os.close(fd)
 
     def _serve(self, fd: int) -> None:
         """Answer one query over TCP, in a thread of its own."""
@@ -272,20 +279,22 @@ class Collector:
             if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS
             for at in range(0, len(data), 4)
         ]
-        if message:
-            path, size, files = message.split(b"\0")
-            self._attach(fds, os.fsdecode(path), int(size), int(files))
-        else:
+        if not message:
             self.forget(manager)
             self.managers.pop(manager).close()
+        elif fds:  # none if no descriptor is left here
+            path, size, files = message.split(b"\0")
+            self._attach(fds, os.fsdecode(path), int(size), int(files))
 
     def _attach(self, fds: list[int], path: str, size: int, files: int) -> None:
         pipe, *sockets = fds
-        if sockets:
+        if len(sockets) == 2:
             if path in self.names:
                 self.names.pop(path).close()
             udp, tcp = (_socket.socket(fileno=fd) for fd in sockets)
             self.names[path] = Names(self, udp, tcp)
+        elif sockets:
+            os.close(sockets[0])
         inode = os.fstat(pipe).st_ino
         if any(inode == known for known, _ in self.pipes.values()):
             os.close(pipe)

@@ -295,10 +295,13 @@ MOVING = textwrap.dedent(
 #: Runs MOVING as an ordinary user who may change /etc, which is a copy.
 AS_USER = textwrap.dedent(
     """
-    import os, sys
+    import os, stat, subprocess, sys
     from tests.integration.test_subprocess_network import MOVING
     from tests.integration.test_subprocess_user import OPEN_UP, private_prefixes
     os.chmod("/etc", 0o777)
+    os.mknod("/mnt/tun", stat.S_IFCHR, os.makedev(10, 200))
+    os.chmod("/mnt/tun", 0o666)
+    subprocess.run(["mount", "--bind", "/mnt/tun", "/dev/net/tun"], check=True)
     prefixes = private_prefixes()
     os.execvp("sh", ["sh", "-c", OPEN_UP, "sh", *prefixes, "--", sys.executable, "-c", MOVING])
     """

@@ -1,6 +1,14 @@
 """Log files of the provider `subprocess`: rotation by the log collector, reading from the end."""
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+
 import pytest
+from dispatcher_subprocess import log_collector
 from dispatcher_subprocess.logs import log_file, remove
 from dispatcher_subprocess.log_collector import Log
 
@@ -89,3 +97,34 @@ def test_removal_takes_all_files(path, tmp_path):
     remove(path)
     remove(path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_collector_survives_without_descriptors(tmp_path):
+    """Of a message that arrives when it has no descriptor left it gets the text alone, or a part of the descriptors."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (10, 10)); import runpy, sys; "
+    address = str(tmp_path / "s")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(address)
+        listener.listen()
+        command = [sys.executable, "-c", f"{limit}runpy.run_path({log_collector.__file__!r}, run_name='__main__')"]
+        collector = subprocess.Popen(command, stdin=listener)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as manager, contextlib.ExitStack() as stack:
+        manager.connect(address)
+        ends = []
+        for name in ("a", "b"):
+            pipe = os.pipe()
+            for fd in pipe:
+                stack.callback(os.close, fd)
+            udp, tcp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM), socket.socket()
+            stack.callback(udp.close)
+            stack.callback(tcp.close)
+            message = os.fsencode(tmp_path / name) + b"\0001000\0002"
+            socket.send_fds(manager, [message], [pipe[0], udp.fileno(), tcp.fileno()])
+            ends.append(pipe[1])
+        os.write(ends[0], b"it lives\n")
+        end = time.monotonic() + 5
+        while not (tmp_path / "a").exists() or not (tmp_path / "a").read_bytes():
+            assert collector.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+    collector.kill()
+    collector.wait()
