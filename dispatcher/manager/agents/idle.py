@@ -7,6 +7,7 @@ use.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,9 +17,9 @@ from dispatcher.manager.agents.lifecycle import ASLEEP
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin.model import BackendState, Capability
 
-BUSY_SHARE = 0.05  # of one core: more than that is work
+BUSY_SHARE = 0.05  # of one core, on average: more than that is work
 MIN_INTERVAL = 5.0  # seconds between two samples
-MEMORY = 60.0  # seconds for which observed work counts
+MEMORY = 60.0  # seconds over which the average is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,28 +78,35 @@ def check_interval(policies: Iterable[AppDefaults]) -> float:
 
 
 class CpuActivity:
-    """Whether an agent uses the CPU, from samples of its CPU time on the boot clock."""
+    """Whether an agent uses the CPU, from samples of its CPU time on the boot clock.
+
+    Its average counts: an app's housekeeping, once a minute or in small steps, is no work.
+    """
 
     def __init__(self) -> None:
-        self._sample: tuple[float, float] | None = None  # boot time and CPU seconds
-        self._compared = float("-inf")  # when two samples were last compared
-        self._worked = float("-inf")  # when the agent was last seen to work
+        self._samples: deque[tuple[float, float]] = deque()  # boot time and CPU seconds, of the last minute
 
     def due(self, now: float) -> bool:
         """Whether the last sample is old enough for another one."""
-        return self._sample is None or now - self._sample[0] >= MIN_INTERVAL
+        return not self._samples or now - self._samples[-1][0] >= MIN_INTERVAL
 
     def sample(self, now: float, seconds: float) -> float | None:
         """Add a sample; return the share of one core since the last one, None if there was none."""
-        before, self._sample = self._sample, (now, seconds)
-        if before is None or now <= before[0] or seconds < before[1]:
-            return None
-        share = (seconds - before[1]) / (now - before[0])
-        self._compared = now
-        if share > BUSY_SHARE:
-            self._worked = now
-        return share
+        samples = self._samples
+        if samples and (now <= samples[-1][0] or seconds < samples[-1][1]):  # the app was started again
+            samples.clear()
+        samples.append((now, seconds))
+        while len(samples) > 2 and samples[1][0] <= now - MEMORY:
+            samples.popleft()
+        return _share(samples[-2], samples[-1]) if len(samples) > 1 else None
 
     def may_work(self, now: float) -> bool:
-        """Whether the agent worked recently, or was not sampled recently enough to know."""
-        return now - self._compared >= MEMORY or now - self._worked < MEMORY
+        """Whether the agent has worked within the last minute, or was not sampled recently enough to know."""
+        samples = self._samples
+        if len(samples) < 2 or now - samples[-1][0] >= MEMORY:
+            return True
+        return _share(samples[0], samples[-1]) > BUSY_SHARE
+
+
+def _share(first: tuple[float, float], last: tuple[float, float]) -> float:
+    return (last[1] - first[1]) / (last[0] - first[0])

@@ -83,3 +83,21 @@ def test_work_is_seen_from_two_samples():
     assert cpu.sample(40.0, 1.0) is None  # started again: its CPU time began at 0
     assert cpu.sample(50.0 + MEMORY, 1.0) == 0.0
     assert not cpu.may_work(50.0 + MEMORY)
+
+
+@pytest.mark.parametrize(
+    ("burst", "pause", "works"),
+    [
+        (0.6, 60.0, False),  # once a minute for a moment: housekeeping
+        (0.1, 5.0, False),  # often and little
+        (5.0, 60.0, True),  # a job that runs in steps
+        (1.0, 5.0, True),
+    ],
+)
+def test_small_periodic_use_of_the_cpu_is_no_work(burst, pause, works):
+    cpu, used = CpuActivity(), 0.0
+    for second in range(0, 600, 5):
+        used = burst * (1 + second // pause)
+        cpu.sample(float(second), used)
+        if second >= 2 * MEMORY:
+            assert cpu.may_work(float(second)) == works, second
