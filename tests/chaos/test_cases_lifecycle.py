@@ -202,7 +202,8 @@ def test_late_looping_and_never_ready_apps():
         page = site.web("GET", "/", Cookie=cookies["loop"], **HTML)
         assert page.status == 503
         assert page.headers["Location"] is None
-        assert b"no cheese is left &lt;b&gt;" in page.body
+        assert b"cheese" not in page.body  # the reason is for operators
+        assert b"no cheese is left <b>" in site.admin("GET", "/agents/loopperson/why").body
         document = site.web("GET", "/", Cookie=cookies["loop"], Accept="application/json")
         assert document.status == 503
         assert document.json()["agent"]["state"] == "failed"
@@ -218,7 +219,7 @@ def test_late_looping_and_never_ready_apps():
         assert failure["fix"]
         page = site.web("GET", "/", Cookie=cookies["never"], **HTML)
         assert page.status == 503
-        assert b"503" in page.body
+        assert b"Try again" in page.body
 
 
 @pytest.mark.slow
@@ -372,7 +373,8 @@ def test_output_is_bounded_while_the_manager_is_away(site, user):
     site.kill("manager")
     try:
         until("all is written", lambda: site.web("GET", "/quiet", Cookie=cookie).json()["done"], 60)
-        assert size_of(site.base / "state") + size_of(site.base / "run") < 12_000_000
+        reserved = sum(path.stat().st_size for path in (site.base / "state").glob("dispatcher.db*"))
+        assert size_of(site.base / "state") - reserved + size_of(site.base / "run") < 12_000_000
     finally:
         site.start("manager")
     site.reach(name, "running")

@@ -147,10 +147,9 @@ class FakeSupervisor:
         self._tell(name)
         return self.rows[name]
 
-    def check_name(self, name, app):
+    def check_not_being_removed(self, name):
         if name in self.rows and self.rows[name].desired is Desired.ABSENT:
             raise Conflict(f"The agent {name} is being removed", fix="add it again when it is gone")
-        return name
 
     def remove(self, agent, *, keep_data):
         user = self._find(agent).user

@@ -74,7 +74,7 @@ class Commands:
         chosen = suffix or (app_name(app) if app else engine.specs.default_app())
         engine.specs.check(chosen)
         with self._creating:
-            name = self.check_name(name, app)
+            name = self._free_name(name, user, suffix, app)
             with engine.name_reserved(name) as free:
                 if not free:
                     raise Conflict(
@@ -100,26 +100,31 @@ class Commands:
         row = engine.store.create(row, password_hash=password_hash, allocated=self._uids.separate, events=[event])
         return engine.add(row), event
 
-    def check_name(self, name: str, app: str | None) -> str:
-        """Return the name of a new agent, as `create`; `name` is canonical.
+    def check_not_being_removed(self, name: str) -> None:
+        """Check that no agent of a name is being removed; `name` is canonical.
 
-        :raises Conflict: there is such an agent, or it is being removed.
+        :raises Conflict: one is.
         """
-        known = self._engine.agents
-        user, _, suffix = name.partition(":")
-        if name in known and not suffix and app and known[name].row.app != app:
-            name = f"{user}:{app}"
-        if name not in known:
-            return name
-        row = known[name].row
-        if row.desired is Desired.ABSENT:
+        agent = self._engine.agents.get(name)
+        if agent is not None and agent.row.desired is Desired.ABSENT:
+            failure = agent.row.failure
             raise Conflict(
                 f"The agent {printable(name)} is being removed",
-                why=f"the last attempt failed: {row.failure.what}" if row.failure else "",
+                why=f"the last attempt failed: {failure.what}" if failure else "",
                 fix=f"add it again when it is gone; `dispatcher why {name}` says how far the removal is",
                 retry_after=1.0,
             )
-        raise Conflict(f"The agent {printable(name)} exists", fix="choose another name, or another app with --app")
+
+    def _free_name(self, name: str, user: str, suffix: str, app: str | None) -> str:
+        known = self._engine.agents
+        if name in known and not suffix and app and known[name].row.app != app:
+            name = f"{user}:{app}"
+        self.check_not_being_removed(name)
+        if name in known:
+            raise Conflict(
+                f"The agent {printable(name)} exists", fix="choose another name, or another app with --app"
+            )
+        return name
 
     def _new_row(self, name: str, user: str, app: str, kept: KeptRow | None) -> tuple[AgentRow, str]:
         engine = self._engine

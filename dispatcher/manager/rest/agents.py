@@ -52,7 +52,7 @@ def create_agent(
             fix='give one; it can be left out only when `auth.authenticator` is not "local"',
         )
     if not new and password is not None:
-        services.supervisor.commands.check_name(name, app)
+        services.supervisor.commands.check_not_being_removed(name)
         raise Conflict(
             f"{user} exists",
             why="the password was not changed, and no agent was created",

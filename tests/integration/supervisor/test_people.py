@@ -133,7 +133,7 @@ def test_an_agent_that_is_being_removed_takes_no_other_wishes(world, supervisor)
         with pytest.raises(Conflict, match="being removed"):
             call()
     with pytest.raises(Conflict) as caught:  # as `dispatcher add` with a password for a user who still exists
-        supervisor.commands.check_name("alice", None)
+        supervisor.commands.check_not_being_removed("alice")
     assert "`dispatcher why alice` says how far the removal is" in caught.value.fix
     supervisor.commands.wake("alice")
     gone(supervisor, "alice")
