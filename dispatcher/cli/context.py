@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dispatcher.cli.target import manager_url
 from dispatcher.cli.ui.output import Output
-from dispatcher.plugin.errors import BadRequest, DispatcherError, ManagerUnreachable, NotFound
+from dispatcher.config import defaults
+from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError, ManagerUnreachable, NotFound
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
     from dispatcher.config.load import Config
 
+SYSTEM_RUN_DIR = Path("/run/dispatcher")
 WHOLE = 30.0  # seconds beyond the timeout of a request for its whole answer
 PATIENCE = 3.0  # seconds to wait for a manager that is starting
 
@@ -44,9 +45,20 @@ class Cli:
 
     @property
     def url(self) -> str:
-        """The manager's URL."""
+        """The URL of the manager: ``unix:///PATH``, ``https://HOST:PORT`` or ``http://HOST:PORT``.
+
+        In order: ``--manager``, $DISPATCHER_MANAGER, ``manager.run_dir`` of the configuration, this user's own run
+        directory, the system's.  A bare ``HOST[:PORT]`` or a path is completed; the client checks the rest.
+
+        :raises ConfigError: the configuration cannot be read.
+        """
         given = self.manager or os.environ.get("DISPATCHER_MANAGER")
-        return manager_url(given=given, config=self.config_path, tls=self.tls)
+        if not given:
+            return f"unix://{_run_dir(self.config_path) / defaults.MANAGER_SOCKET}"
+        if given.startswith("/"):
+            return f"unix://{given}"
+        given = given.rstrip("/")
+        return given if ":/" in given else f"{'https' if self.tls else 'http'}://{given}"
 
     def client(self) -> ManagerClient:
         """Return the client of the manager.  Sends nothing yet.
@@ -126,6 +138,41 @@ class Cli:
         from dispatcher.config.load import load
 
         return load(self.config_path)
+
+
+def _run_dir(config: Path | None) -> Path:
+    if chosen := _configured(config):
+        return chosen
+    own = defaults.run_dir()
+    if (own / defaults.MANAGER_SOCKET).exists() or not (SYSTEM_RUN_DIR / defaults.MANAGER_SOCKET).exists():
+        return own
+    return SYSTEM_RUN_DIR
+
+
+def _configured(config: Path | None) -> Path | None:
+    """Return ``manager.run_dir`` of the configuration, read without its models, which are slow to import."""
+    path = config or defaults.config_file()
+    if not path.exists():
+        if config is not None or os.environ.get("DISPATCHER_CONFIG"):
+            raise ConfigError(f"Cannot read {path}", why="the file does not exist", fix="check --config")
+        return None
+    import sys
+
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8")).get("manager", {}).get("run_dir")
+    except PermissionError as error:
+        if config is None:
+            return None  # the system's file, which this user may not read
+        raise ConfigError(f"Cannot read {path}", why=error.strerror or str(error)) from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"Cannot read {path}", why=str(error), fix=f"dispatcher --config {path} config check"
+        ) from error
+    return Path(found).absolute() if isinstance(found, str) else None
 
 
 pass_cli = click.make_pass_decorator(Cli, ensure=True)

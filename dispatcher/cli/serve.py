@@ -16,23 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from dispatcher.cli.parent_death import ParentPipe
-from dispatcher.cli.sign_in_probe import sign_in_page_answers
 from dispatcher.config.app_secrets import secret_variables
 from dispatcher.config.layout import Paths
-from dispatcher.plugin.errors import Conflict, DispatcherError, ManagerUnreachable, Unavailable
+from dispatcher.plugin.endpoints import connect
+from dispatcher.plugin.errors import Conflict, DispatcherError, InsecureEndpoint, ManagerUnreachable, Unavailable
 from dispatcher.plugin.model import Endpoint
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
-    from dispatcher.config.load import Config
+    from dispatcher.config.load import Config, ProxyConfig
 
 STARTUP = 120.0  # seconds until a child must be ready
 GRACE = 20.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
 RESTARTS = 5  # within WINDOW, then the program gives up
 WINDOW = 60.0  # seconds
+PROBE = 1.0  # seconds for a request of the sign-in page
 PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
+_PROXY_LOCAL = b"\x20\0\0\0"  # PROXY protocol, version 2: LOCAL, a connection without an address
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -260,6 +263,38 @@ def listen_endpoint(address: str) -> Endpoint | None:
         return None
     plain = host.strip("[]")
     return Endpoint.tcp({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(plain, plain), int(port))  # noqa: S104 - compared, not bound
+
+
+def sign_in_page_answers(endpoint: Endpoint, proxy: ProxyConfig, url: str) -> bool:
+    """Request the sign-in page from one of the proxy's listeners.
+
+    An answer shows that a worker serves, a status below 500 that the portal does.
+
+    :param url: the address that people open.
+    """
+    host = urlsplit(url).netloc or "localhost"
+    request = f"GET {proxy.prefix}/login HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    try:
+        sock = connect(endpoint, None, PROBE)
+    except (OSError, InsecureEndpoint):
+        return False
+    try:
+        if proxy.proxy_protocol:
+            from dispatcher.proxy.edge.http.proxy_protocol import SIGNATURE
+
+            sock.sendall(SIGNATURE + _PROXY_LOCAL)
+        if proxy.tls_cert is not None:
+            from dispatcher.common.tls import client_context
+
+            # Not verified: this process has started the listener.
+            sock = client_context(verify=False).wrap_socket(sock)
+        sock.sendall(request.encode())
+        line = sock.recv(32)
+    except OSError:
+        return False
+    finally:
+        sock.close()
+    return line.startswith(b"HTTP/1.1 ") and line[9:12] < b"500"
 
 
 def browser_url(config: Config) -> str:

@@ -116,7 +116,7 @@ class Transport:
     :param verify: False accepts any certificate (``-k``): the connection is encrypted and not authenticated.
     :param fingerprint: SHA-256, in hexadecimal, of the certificate to trust, with any issuer.
     :param ca_file: PEM file of the certificates to trust instead of the system's.
-    :param cert_file: PEM file of the client's own certificate; :param key_file: its key, when not in there.
+    :param cert_file: PEM file of the client's own certificate and its key.
     :param patience: seconds to wait for a manager that is starting on this machine.
     :param whole: seconds beyond a request's timeout for its whole answer, however slow; None: no limit.
     :raises BadRequest: a parameter cannot be used.
@@ -131,7 +131,6 @@ class Transport:
         fingerprint: str | None = None,
         ca_file: str | Path | None = None,
         cert_file: str | Path | None = None,
-        key_file: str | Path | None = None,
         ssl: bool = True,
         patience: float = 0.0,
         whole: float | None = None,
@@ -148,9 +147,7 @@ class Transport:
         if encrypted:
             if not (verify or pinned):
                 warnings.simplefilter("ignore", InsecureRequestWarning)  # asked for; the caller says what it means
-            context = client_context(
-                verify=verify and not pinned, ca_file=ca_file, cert_file=cert_file, key_file=key_file
-            )
+            context = client_context(verify=verify and not pinned, ca_file=ca_file, cert_file=cert_file)
             self._pool: HTTPConnectionPool = HTTPSConnectionPool(
                 host, port, maxsize=_POOL, ssl_context=context, assert_fingerprint=pinned
             )

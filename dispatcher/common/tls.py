@@ -55,7 +55,6 @@ def client_context(
     verify: bool = True,
     ca_file: str | Path | None = None,
     cert_file: str | Path | None = None,
-    key_file: str | Path | None = None,
 ) -> ssl.SSLContext:
     """Return the context of a client.
 
@@ -75,7 +74,7 @@ def client_context(
         else:
             context.load_default_certs()
         if name := cert_file:
-            context.load_cert_chain(os.fspath(cert_file), os.fspath(key_file) if key_file else None)
+            context.load_cert_chain(os.fspath(cert_file))
     except (OSError, ValueError) as error:
         raise BadRequest(f"Cannot use the certificate {name}", why=reason(error), fix="give a PEM file") from error
     return context

@@ -88,9 +88,15 @@ def test_no_and_wrong_tokens_do_not(signed, authority, token):
         connection.close()
 
 
+def together(certificate, key):
+    path = certificate.with_suffix(".both")
+    path.write_bytes(certificate.read_bytes() + key.read_bytes())
+    return path
+
+
 def test_a_client_certificate_lets_in(signed, authority):
     certificate, key = authority.issue("administrator")
-    client = remote(signed, ca_file=authority.path, cert_file=certificate, key_file=key)
+    client = remote(signed, ca_file=authority.path, cert_file=together(certificate, key))
     assert client.agents() == {"agents": []}
     client.close()
 
@@ -101,7 +107,7 @@ def test_a_client_certificate_of_somebody_else_or_of_the_past_does_not(signed, a
         certificate, key = Authority(tmp_path, "another").issue("administrator")
     else:
         certificate, key = authority.issue("late", days=-1)
-    client = remote(signed, ca_file=authority.path, cert_file=certificate, key_file=key)
+    client = remote(signed, ca_file=authority.path, cert_file=together(certificate, key))
     with pytest.raises(ManagerUnreachable) as caught:
         client.agents()
     assert "certificate" in str(caught.value)

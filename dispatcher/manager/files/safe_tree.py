@@ -14,6 +14,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
@@ -27,23 +28,16 @@ def exists(path: str | os.PathLike[str]) -> bool:
     return os.path.lexists(path)
 
 
-def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, int] | None = None) -> bool:
-    """Make a directory, or give an existing one its mode and owner; return whether it was made.
+def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, int] | None = None) -> None:
+    """Make a directory, or give an existing one its mode and owner.
 
     Its parent must be trusted.
 
     :raises ProviderError: it is not a directory, but a symbolic link, say.
     """
-    made = False
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        try:
-            os.mkdir(path, 0o700)
-            made = True
-        except FileExistsError:
-            pass
-        found = os.lstat(path)
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise ProviderError(f"{path} is not a directory", why="it is another kind of file", fix="move it away")
     wrong_owner = owner is not None and (found.st_uid, found.st_gid) != owner
@@ -53,7 +47,6 @@ def make_directory(path: str | os.PathLike[str], mode: int, owner: tuple[int, in
             if wrong_owner and owner is not None:
                 os.chown(handle, *owner)
             os.chmod(handle, mode)
-    return made
 
 
 def walk(top: int) -> Iterator[tuple[str, str, int, os.stat_result]]:

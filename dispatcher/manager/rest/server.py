@@ -147,7 +147,8 @@ class Server:
             environ["dispatcher.certified"] = await asyncio.wait_for(stream.handshake(), PATIENCE)
             while await self._exchange(http, environ):
                 pass
-            await asyncio.wait_for(stream.end(), LINGER)
+            with suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(stream.end(), LINGER)
         except asyncio.TimeoutError:
             if not http.is_idle:
                 _log.info("a connection sent no request in time", address=address, seconds=PATIENCE)

@@ -226,7 +226,7 @@ def nowhere(monkeypatch, short_tmp):
     monkeypatch.setattr("os.geteuid", lambda: 1234)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_tmp / "run"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(short_tmp / "config"))
-    monkeypatch.setattr("dispatcher.cli.target.SYSTEM_RUN_DIR", short_tmp / "system")
+    monkeypatch.setattr("dispatcher.cli.context.SYSTEM_RUN_DIR", short_tmp / "system")
     return short_tmp
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.cli.sign_in_probe import sign_in_page_answers
+from dispatcher.cli.serve import sign_in_page_answers
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.plugin.model import Endpoint
 from dispatcher.proxy.children import FIRST_TRIES, PORTAL, BackOff, Child
