@@ -147,3 +147,19 @@ def test_a_restarted_manager_adopts_containers(site):
     site.start("manager")
     until("it is adopted", lambda: site.admin("GET", "/agents/alice/state").json()["state"] == "running")
     assert ask(site, cookie, "/id") == before
+
+
+def test_an_app_on_the_loopback_interface_is_told_where_it_listens_and_what_to_change(site):
+    site = site(
+        '[apps.probe]\nprovider = "docker"\nnetwork = "private"\nhealth = "/"\nstart_timeout = "4s"\n'
+        '[apps.probe.docker]\nimage = "dispatcher-test/probe"\nport = 8080\n'
+        'command = ["python3", "/probe.py", "--tcp", "127.0.0.1:{{port}}"]\n'
+    )
+    site.add("alice")
+
+    def reason():
+        events = site.admin("GET", "/agents/alice/events").json()["events"]
+        return next((event["detail"] for event in events if "127.0.0.1:8080" in event["detail"]), "")
+
+    site.admin("PUT", "/agents/alice/state", {"state": "running"})
+    assert "0.0.0.0 instead of a loopback address" in until("the start fails", reason, 30)
