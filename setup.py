@@ -65,7 +65,8 @@ def extensions() -> list[Extension]:
     try:
         from mypyc.build import mypycify
 
-        options = ["--config-file=", "--strict"]
+        # pip builds where the dependencies are not installed; `make check` checks the types.
+        options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
         made = mypycify([*options, *COMPILED], opt_level="3", debug_level="0", group_name="dispatcher_edge")
     except (ImportError, SystemExit) as error:
         sys.stderr.write(f"the edge's modules are not compiled: {error!r}\n")

@@ -7,16 +7,18 @@ import json
 import logging
 
 import pytest
+import structlog
 
 from dispatcher.common import log as logs
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def output():
+    """A stream for the log; afterwards logging is as it was before."""
     root, mine = logging.getLogger(), logging.getLogger("dispatcher")
     before = root.handlers[:], root.level, mine.level, logging.raiseExceptions
-    stream = io.StringIO()
-    yield stream
+    yield io.StringIO()
+    structlog.reset_defaults()
     root.handlers[:], logging.raiseExceptions = before[0], before[3]
     root.setLevel(before[1])
     mine.setLevel(before[2])
