@@ -77,7 +77,7 @@ def test_connections_that_never_finish_their_handshake_are_bounded(tmp_path, hea
     most = 16 if known else 8  # in all, or of one address
     with Edge(connections=64, connections_per_address=32, head_timeout=3) as edge, contextlib.ExitStack() as stack:
         if not known:
-            edge.worker.clients._proxies._peers["127.0.0.1"] = (b"192.0.2.1", False, False)
+            edge.worker.clients.proxies._peers["127.0.0.1"] = (b"192.0.2.1", False, False)
         sock = socket.socket()
         sock.bind(("127.0.0.1", 0))
         sock.listen(64)

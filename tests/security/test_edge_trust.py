@@ -376,7 +376,7 @@ def test_connections_are_bounded_in_all_and_by_address():
         socks = [edge.connect() for _ in range(10)]
         eventually(lambda: edge.worker.clients.open == 10)
         assert edge.get().status == 200, "loopback is exempt"
-        edge.worker.clients._proxies._peers["127.0.0.1"] = (b"1.2.3.4", False, False)
+        edge.worker.clients.proxies._peers["127.0.0.1"] = (b"1.2.3.4", False, False)
         assert edge.ask(GET, timeout=3).startswith(b"HTTP/1.1 503 ")
         for sock in socks:
             sock.close()

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from dispatcher.common.ip_limits import Tally
-from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.trusted_proxies import TrustedProxies
 from dispatcher.proxy.edge.net.client_base import Client
 from dispatcher.proxy.edge.net.context import Context
@@ -51,7 +50,7 @@ class Clients:
         self.context = context
         self._make_client = make_client
         settings = context.settings
-        self._proxies = TrustedProxies(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
+        self.proxies = TrustedProxies(settings.trusted, unix=settings.trusted_unix, scheme=settings.scheme)
         self._wheel: tuple[dict[Client, None], ...] = tuple({} for _ in range(_SLOTS))
         self._next_slot = 0
         self._ticks = 0
@@ -80,8 +79,8 @@ class Clients:
         if client.address is None:
             client.address = self.address_of(client.transport)
         address = client.address
-        remote, trusted, exempt = self._proxies.peer(address)
-        client.identify(remote, trusted=trusted)
+        remote, trusted, exempt = self.proxies.peer(address)
+        client.remote, client.trusted = remote, trusted
         within = self.opened(address, exempt=exempt)
         self._next_slot = (self._next_slot + 1) % _SLOTS
         self._wheel[self._next_slot][client] = None
@@ -96,7 +95,7 @@ class Clients:
 
     def exempt(self, address: str) -> bool:
         """Whether the limits do not apply to an address: this machine's, and those of trusted proxies."""
-        return self._proxies.peer(address)[2]
+        return self.proxies.peer(address)[2]
 
     def opened(self, address: str, *, exempt: bool) -> bool:
         """Count a connection; return whether it is within the limits.  Either way call `closed` at its end."""
@@ -105,10 +104,6 @@ class Clients:
         return self.open <= self.context.settings.connections and (
             exempt or count <= self.context.settings.connections_per_address
         )
-
-    def client_of(self, address: str, request: Request) -> tuple[bytes, bytes, bytes]:
-        """Return the client's address, the scheme and the host (or nothing) that a trusted proxy states."""
-        return self._proxies.client_of(address, request.fields)
 
     def forget(self, client: Client) -> None:
         """A connection has ended."""

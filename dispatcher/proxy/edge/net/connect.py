@@ -38,7 +38,10 @@ class Connector:
     async def _connect(self, agent: Agent, exchange: Receiver) -> None:
         problem: Exception
         try:
-            upstream = await open_upstream(self._context, agent)
+            upstream = Upstream(self._context, agent)
+            await asyncio.wait_for(_open(upstream, Endpoint.parse(agent.endpoint), agent.uid), CONNECT_TIMEOUT)
+        except asyncio.TimeoutError:
+            problem = TimeoutError(errno.ETIMEDOUT, "no connection in time")
         except (OSError, DispatcherError) as error:
             problem = error
         else:
@@ -54,20 +57,6 @@ class Connector:
             if not isinstance(problem, (ConnectionRefusedError, FileNotFoundError)):
                 self._context.logger.warning("no connection to the agent", agent=agent.name, error=str(problem))
             exchange.unreachable(agent)
-
-
-async def open_upstream(context: Context, agent: Agent) -> Upstream:
-    """Return a connection to an agent, or to the portal.
-
-    :raises OSError: nothing listens there, or it took too long (TimeoutError).
-    :raises InsecureEndpoint: the endpoint is not the agent's; :raises BadRequest: it is not an endpoint.
-    """
-    upstream = Upstream(context, agent)
-    try:
-        await asyncio.wait_for(_open(upstream, Endpoint.parse(agent.endpoint), agent.uid), CONNECT_TIMEOUT)
-    except asyncio.TimeoutError as error:
-        raise TimeoutError(errno.ETIMEDOUT, "no connection in time") from error
-    return upstream
 
 
 async def _open(upstream: Upstream, endpoint: Endpoint, uid: int | None) -> None:

@@ -78,10 +78,6 @@ class Connection(Client):
         self.reader.kept = None
         self.exchange.clear()
 
-    def identify(self, remote: bytes, *, trusted: bool) -> None:
-        """Take the peer's address, and whether its forwarding headers are trusted."""
-        self.remote, self.trusted = remote, trusted
-
     # The transport's callbacks.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -258,7 +254,7 @@ class Connection(Client):
         exchange.started = context.clock() if context.log.on else context.now
         self.closing = request.close or self.eof or context.draining
         if self.trusted:
-            self.remote, self.scheme, host = self.clients.client_of(self.address or "", request)
+            self.remote, self.scheme, host = self.clients.proxies.client_of(self.address or "", request.fields)
             if host:
                 request.host = host
             exchange.request_id = usable_request_id(request.fields) or exchange.request_id

@@ -86,7 +86,7 @@ class Exchange(Receiver):
         if idle and self.replay is None:
             upstream = idle.pop()
             if self.request.traits & IDEMPOTENT or context.now - upstream.since < FRESH_UPSTREAM:
-                self._send(upstream)
+                self.connected(upstream)
                 return
             idle.append(upstream)
         self._connect(agent)
@@ -99,10 +99,6 @@ class Exchange(Receiver):
         """Whether a connection to an agent is still wanted."""
         return self.client.state is _WAIT and self.agent is agent and self.upstream is None
 
-    def connected(self, upstream: Upstream) -> None:
-        """Use a new connection."""
-        self._send(upstream)
-
     def unreachable(self, agent: Agent) -> None:
         """Nothing listens at the agent's endpoint."""
         if not agent.name:
@@ -111,7 +107,7 @@ class Exchange(Receiver):
         self.context.manager.report_dead(agent)
         self.client.carry_out(self.context.router.unreachable(agent, held=bool(self.held_until)))
 
-    def _send(self, upstream: Upstream) -> None:
+    def connected(self, upstream: Upstream) -> None:
         """Send the request over a connection: in one write the head and the part of the body that is here."""
         context = self.context
         client = self.client
