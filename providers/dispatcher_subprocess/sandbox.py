@@ -71,7 +71,7 @@ def groups(options: AppOptions) -> list[int]:
     They are those of its devices, and those of its writable directories that pass their group on (setgid).
     """
     found = set()
-    for path in options.writable:
+    for path in filter(Path.exists, options.writable):  # of one that is missing bubblewrap tells
         status = path.stat()
         if status.st_mode & stat.S_ISGID and status.st_mode & stat.S_IWGRP:
             found.add(status.st_gid)
@@ -83,12 +83,10 @@ def groups(options: AppOptions) -> list[int]:
 
 
 def devices(options: AppOptions) -> Iterator[str]:
-    """Yield the devices of an app, those below directories such as /dev/dri included."""
+    """Yield the devices of an app that exist, those below directories such as /dev/dri included."""
     for path in options.devices:
-        if path.is_dir():
-            yield from (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
-        else:
-            yield str(path)
+        below_it = (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+        yield from filter(os.path.exists, (str(path),) if not path.is_dir() else below_it)
 
 
 def gated(command: Sequence[str]) -> list[str]:

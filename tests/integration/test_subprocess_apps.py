@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import ProviderError
 from dispatcher.plugin.model import BackendState, Capability, Limits, Network
 from tests.support.subprocess_world import PYTHON, ROOT, World, eventually, lines, observe, stop
 
@@ -115,6 +116,15 @@ def test_people_share_a_directory_by_its_group(world):
     assert told(world, f"cat {shared}/note", "alice", **options) == "hello\nfrom bob\n"
     assert "denied" in told(world, f"ls {private}", "alice", **options), "root's group is nobody's"
     assert "No such file" in told(world, f"cat {shared}/note", "carol"), "an app that does not name it"
+
+
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("key", ["writable", "devices"])
+def test_a_path_that_has_vanished_is_named(world, key):
+    provider = world.provider()
+    missing = str(world.base / "missing")
+    with pytest.raises(ProviderError, match=missing):
+        world.start(provider, world.spec("alice", options={key: [missing]}), ready=False)
 
 
 def test_where_an_app_listens_is_known(world):
