@@ -14,6 +14,7 @@ import libvirt
 from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_libvirt import errors, sandbox
 from dispatcher_libvirt.connection import Backend
+from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.options import Options
 from dispatcher_libvirt.xml_input import parse_xml
 
@@ -48,6 +49,13 @@ class Host:
     vsock: bool
     why_no_kvm: str = ""
     bounded_cache: bool = False
+
+    def reader(self, uid: int = -1) -> Reader | None:
+        """Return the user that a machine's QEMU reads images as; None where libvirt makes them readable.
+
+        :param uid: of the agent; by default a user that owns no image.
+        """
+        return Reader(uid, self.qemu[1]) if self.own_users and self.qemu else None
 
 
 def examine(backend: Backend, options: Options, *, privileged: bool, deadline: Deadline) -> Host:

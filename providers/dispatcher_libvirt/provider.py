@@ -38,7 +38,6 @@ from dispatcher_libvirt import domain_xml, errors, explain, host, logs, observe,
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.events import Watch
-from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.network import NetworkFilters, Tunnels
 from dispatcher_libvirt.options import AppOptions, Options
 from dispatcher_libvirt.pool import PoolStorage
@@ -113,15 +112,15 @@ class LibvirtProvider(Provider):
             return list(explain.backend(self._host))
         findings = list(explain.application(app, self._options, self._host))
         try:
-            self._starter.check_image(app, self._reader(), Deadline(60), no_progress)
+            reader = self._host.reader() if self._host else None
+            self._starter.check_image(app, reader, Deadline(60), no_progress)
             findings.append(Finding(level=Level.OK, what="The files that it boots from are present and valid"))
         except DispatcherError as error:
             findings.append(Finding(level=Level.ERROR, what=f"{error.what}: {error.why}", fix=error.fix))
         return findings
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
-        self._examined(deadline)
-        self._starter.check_image(app, self._reader(), deadline, progress)
+        self._starter.check_image(app, self._examined(deadline).reader(), deadline, progress)
 
     def handle(self, spec: AgentSpec) -> Handle:
         return domain_xml.handle_of(spec, remote=self._remote)
@@ -219,8 +218,3 @@ class LibvirtProvider(Provider):
                 why="it runs or sleeps",
                 fix="stop the agent first",
             )
-
-    def _reader(self) -> Reader | None:
-        """Return a user like those that machines read their files as; None where libvirt makes them readable."""
-        found = self._host
-        return Reader(-1, found.qemu[1]) if found and found.own_users and found.qemu else None

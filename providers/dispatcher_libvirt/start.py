@@ -72,9 +72,7 @@ class Starter:
                 progress("booting")
             return handle
         progress("checking the image")
-        # libvirt makes files readable where machines do not run as their agents' users.
-        reader = Reader(spec.uid, host.qemu[1]) if host.own_users and host.qemu else None
-        self.check_image(spec.app, reader, deadline, progress)
+        self.check_image(spec.app, host.reader(spec.uid), deadline, progress)
         network = self._options.network if spec.app.network is Network.PRIVATE else ""
         static = not network and options_of(spec.app).endpoint != "vsock"
         undo: Undo = []
