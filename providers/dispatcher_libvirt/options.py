@@ -22,6 +22,7 @@ from dispatcher.plugin import (
     Size,
     Table,
     check_environment,
+    matching,
     printable,
 )
 from dispatcher.plugin import Argument as Text
@@ -31,18 +32,16 @@ MIB = 1024**2
 SMALLEST_MEMORY = 64 * MIB
 SMALLEST_DISK = 16 * MIB
 MAX_TEXT = 64 * 1024  # bytes of command and environment together: one exec in the guest takes them
-_PLACEHOLDER = re.compile(r"\{(port|data)\}")
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
-def _word(value: str) -> str:
-    if value and not _WORD.fullmatch(value):
-        raise ValueError("a name of letters, digits and . _ + -")
-    return value
-
-
-Word = Annotated[str, AfterValidator(_word)]
+Word = Annotated[
+    str, AfterValidator(matching(r"([A-Za-z0-9][A-Za-z0-9._+-]{0,63})?", "a name of letters, digits and . _ + -"))
+]
+Directory = Annotated[
+    str,
+    AfterValidator(matching(r"(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+", "an absolute path of letters, digits and . _ -")),
+]
 Argument = Annotated[Text, Field(max_length=MAX_TEXT)]
 
 
@@ -109,7 +108,7 @@ class AppOptions(Table):
         description="console text that reports a working network in the guest; earlier connections are lost",
     )
     endpoint: Literal["tcp", "vsock"] = Field(default="tcp", description="transport to the port")
-    data: str = Field(default="/data", description="mount point of the data disk in the guest")
+    data: Directory = Field(default="/data", description="mount point of the data disk in the guest")
     data_size: Size = Field(
         default=1024 * MIB, ge=SMALLEST_DISK, description="size of the data disk if the app has no `disk` limit"
     )
@@ -152,13 +151,6 @@ class AppOptions(Table):
         default=5.0, le=300, description="time for the guest to write its disks, between the grace time and force"
     )
     xml: list[Argument] = Field(default=[], description="further elements of libvirt's domain XML")
-
-    @field_validator("data")
-    @classmethod
-    def _data(cls, value: str) -> str:
-        if not re.fullmatch(r"(/[A-Za-z0-9._-]+)+", value) or "/." in value:
-            raise ValueError("an absolute path of letters, digits and . _ -")
-        return value
 
     @field_validator("command")
     @classmethod
@@ -223,8 +215,7 @@ def vcpus_of(app: App) -> int:
 
 def fill(text: str, options: AppOptions) -> str:
     """Return `text` with ``{port}`` and ``{data}`` replaced; other braces stay."""
-    values = {"port": str(options.port), "data": options.data}
-    return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
+    return text.replace("{port}", str(options.port)).replace("{data}", options.data)
 
 
 def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:

@@ -102,18 +102,13 @@ def stop(
         progress("shutting down")
         if found.state == libvirt.VIR_DOMAIN_PAUSED:
             domains.act(handle.name, libvirt.virDomain.resume, what="waking", deadline=deadline)
-        for seconds in (grace, _flush_time(handle)):
+        for seconds in (grace, float(handle.data.get("flush", FLUSH))):
             domains.act(handle.name, _press_power_button, what="shutting down", deadline=deadline)
             if _ended(domains, handle, seconds, deadline, progress):
                 break
         else:
             progress("forcing it off")
     domains.remove(handle.name, deadline)
-
-
-def _flush_time(handle: Handle) -> float:
-    value = handle.data.get("flush", FLUSH)
-    return float(value) if isinstance(value, (int, float)) else FLUSH
 
 
 def _press_power_button(domain: libvirt.virDomain) -> None:

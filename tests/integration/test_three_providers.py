@@ -273,7 +273,7 @@ def test_one_person_uses_three_providers_and_a_move_keeps_everything(site):
             ],
             [
                 "a Unix socket that only its own user and the proxy can reach",
-                "no memory limit: one agent can use up",
+                "has no network at all",
             ],
         ),
         (
