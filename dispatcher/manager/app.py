@@ -15,7 +15,6 @@ from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.agents.metrics import Metrics
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth import local
@@ -26,6 +25,7 @@ from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.runtime import Lock, make_directories
 from dispatcher.manager.files.space import free_space
+from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.rest import Services, application, health, tls
 from dispatcher.manager.rest.listeners import (
     Tokens,

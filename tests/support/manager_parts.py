@@ -15,7 +15,7 @@ from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.auth.local import plugin
-from dispatcher.manager.agents.metrics import Metrics
+from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.passwords import Hasher, HashPool
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions

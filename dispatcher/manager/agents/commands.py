@@ -279,14 +279,10 @@ class Commands:
         if row.desired not in _NEEDS or not (agent.reason or row.failure):
             return
         if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._engine.is_served(row):
-            self.keep_awake(agent)
-
-    def keep_awake(self, agent: Agent) -> None:
-        """Withdraw the suspension of an agent: it is in use."""
-        try:
-            self._engine.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
-        except DispatcherError as error:
-            _log.error("%s: %s", printable(agent.row.name), error)
+            try:
+                self._engine.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
+            except DispatcherError as error:
+                _log.error("%s: %s", printable(name), error)
 
 
 def _run(*, urgent: bool = False) -> Change:

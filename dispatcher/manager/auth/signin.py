@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass
 
 from dispatcher.common.log import logger
-from dispatcher.manager.agents.metrics import LoginOutcome, Metrics
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.passwords import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
 from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
+from dispatcher.manager.metrics import LoginOutcome, Metrics
 from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
 from dispatcher.manager.storage.states import Desired
 from dispatcher.plugin import names

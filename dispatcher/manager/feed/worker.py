@@ -14,10 +14,10 @@ from typing import Any
 
 from dispatcher.common.log import logger
 from dispatcher.feed import protocol
-from dispatcher.manager.agents.metrics import clean_counters
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
+from dispatcher.manager.metrics import clean_counters
 from dispatcher.plugin.deadline import boottime
 
 HELLO_TIMEOUT = 10.0  # seconds for the worker's hello

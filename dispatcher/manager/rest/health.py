@@ -6,8 +6,8 @@ import sqlalchemy as sa
 from flask import Response
 
 from dispatcher import __version__
-from dispatcher.manager.agents.metrics import CONTENT_TYPE
 from dispatcher.manager.files.space import low_space
+from dispatcher.manager.metrics import CONTENT_TYPE
 from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services

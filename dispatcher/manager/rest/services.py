@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dispatcher.config.load import Config
-from dispatcher.manager.agents.metrics import Metrics
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.deadline import SteadyWallClock
 

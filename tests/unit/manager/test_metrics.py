@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dispatcher.manager.agents.observers import EventLog
-from dispatcher.manager.agents.metrics import Metrics, clean_counters
+from dispatcher.manager.metrics import Metrics, clean_counters
 from dispatcher.plugin.model import AgentEvent
 
 
