@@ -35,6 +35,9 @@ MAX_OTHER_FILES = 8  # files that may appear beside an app's socket before the d
 SHARE = 0.2  # of the time that has passed: the most that polling may add to a start
 
 MAX_SHOWN = 5  # addresses in an error
+_NOT_YET, _REFUSES = "it does not listen yet", "it refuses connections"
+_CLOSES = "it closes the connection without a response"
+_NOBODY_LISTENS = (_NOT_YET, _REFUSES, _CLOSES)  # the last one: a port that Docker publishes accepts for the app
 _LOOPBACK = ("tcp:127.", "tcp:[::1]")
 
 _thread = threading.local()
@@ -64,15 +67,15 @@ class Probe:
         :raises InsecureEndpoint: the endpoint is not the agent's own.
         """
         if endpoint.kind == "unix" and not os.path.lexists(endpoint.path):  # called very often: be cheap
-            return "it does not listen yet"
+            return _NOT_YET
         try:
             with self._connect(endpoint, owner_uid) as sock:
                 sock.sendall(self._request)
                 return self._answer(sock, deadline.bounded(RESPONSE_TIME), check)
         except FileNotFoundError:
-            return "it does not listen yet"
+            return _NOT_YET
         except ConnectionRefusedError:
-            return "it refuses connections"
+            return _REFUSES
         except OSError as error:
             return f"it cannot be reached: {error.strerror or error}"
 
@@ -105,7 +108,7 @@ class Probe:
                     return "it does not respond"
                 continue
             if not block:
-                return "it closes the connection without a response"
+                return _CLOSES
             head += block
         status = _STATUS.match(head)
         if status is None:
@@ -132,7 +135,7 @@ def await_ready(
     :raises Cancelled: the start is no longer wanted.
     :raises DispatcherError: as the provider's `observe`, or `InsecureEndpoint`.
     """
-    observed_at, reason = boottime(), "it does not listen yet"
+    observed_at, reason = boottime(), _NOT_YET
     with contextlib.closing(PollPacer(operation)) as pauses:
         while True:
             operation.check()
@@ -151,7 +154,9 @@ def await_ready(
             if deadline.expired:
                 if seen:  # raises with a better reason if the app ended just now
                     _observe(provider, handle, Deadline(OBSERVE), seen)
-                where, fix = _elsewhere(provider, handle, seen.endpoint if seen else None)
+                where, fix = "", ""
+                if reason in _NOBODY_LISTENS or not (seen and seen.endpoint):
+                    where, fix = _elsewhere(provider, handle, seen.endpoint if seen else None)
                 raise StartFailed(
                     "The app did not become ready in time",
                     why=reason + where,

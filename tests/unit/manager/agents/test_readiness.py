@@ -280,6 +280,15 @@ def test_an_app_that_listens_elsewhere_is_told_where_and_what_to_change(tmp_path
     assert fix in caught.value.fix
 
 
+def test_an_app_that_answers_with_an_error_is_not_told_to_listen_elsewhere(serve):
+    provider = ContainedProvider(running(serve(b"HTTP/1.1 503 Later\r\n\r\n")))
+    provider.found = ["tcp:127.0.0.1:8888"]
+    with pytest.raises(StartFailed) as caught:
+        wait(provider, 0.2)
+    assert caught.value.why == "it responds with status 503"
+    assert "last lines" in caught.value.fix
+
+
 def test_too_late_has_the_last_reason(serve, tmp_path):
     with pytest.raises(StartFailed, match="in time") as caught:
         wait(ContainedProvider(running(serve(b"HTTP/1.1 503 Later\r\n\r\n"))), 0.2)
