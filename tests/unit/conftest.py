@@ -1,6 +1,8 @@
-"""What tests of the command line share: the program, and a manager that answers by the book."""
+"""What unit tests share: the program, a manager that answers correctly, and a log."""
 
 import io
+import logging
+import sys
 
 import pytest
 
@@ -28,3 +30,15 @@ def run(capsys, monkeypatch):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def log_output():
+    """Return a stream for `log.configure`; afterwards logging is as it was before."""
+    root, mine = logging.getLogger(), logging.getLogger("dispatcher")
+    before = root.handlers[:], root.level, mine.level, logging.raiseExceptions
+    yield io.StringIO()
+    root.handlers[:], logging.raiseExceptions = before[0], before[3]
+    root.setLevel(before[1])
+    mine.setLevel(before[2])
+    sys.modules["structlog"].reset_defaults()

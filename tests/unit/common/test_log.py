@@ -7,21 +7,8 @@ import json
 import logging
 
 import pytest
-import structlog
 
 from dispatcher.common import log as logs
-
-
-@pytest.fixture(autouse=True)
-def output():
-    """A stream for the log; afterwards logging is as it was before."""
-    root, mine = logging.getLogger(), logging.getLogger("dispatcher")
-    before = root.handlers[:], root.level, mine.level, logging.raiseExceptions
-    yield io.StringIO()
-    structlog.reset_defaults()
-    root.handlers[:], logging.raiseExceptions = before[0], before[3]
-    root.setLevel(before[1])
-    mine.setLevel(before[2])
 
 
 NASTY = [
@@ -34,20 +21,20 @@ NASTY = [
 
 @pytest.mark.parametrize("format", ["console", "json"])
 @pytest.mark.parametrize("text", NASTY, ids=["newline", "ansi", "controls", "10MB"])
-def test_what_others_chose_stays_one_bounded_line(output, format, text):
-    logs.configure("info", format, output)
+def test_what_others_chose_stays_one_bounded_line(log_output, format, text):
+    logs.configure("info", format, log_output)
     logs.logger("manager").info("signing in", user=text)
     logging.getLogger("dispatcher.plugin.provider").warning("agent %s", text)
     logs.logger("manager").info(text)
-    lines = output.getvalue().splitlines()
+    lines = log_output.getvalue().splitlines()
     assert len(lines) == 3
     assert all(char.isprintable() for line in lines for char in line)
     assert all(len(line) < 5000 for line in lines)
 
 
 @pytest.mark.parametrize("format", ["console", "json"])
-def test_no_secret_is_written(output, format):
-    logs.configure("info", format, output)
+def test_no_secret_is_written(log_output, format):
+    logs.configure("info", format, log_output)
     log = logs.logger("manager")
     log.info("x", password="hunter22", new_password="hunter22", token="hunter22", Authorization="Bearer hunter22")
     log.info("x", body={"password": "hunter22", "deep": [{"cookie": "hunter22"}]}, device="hunter22")
@@ -58,29 +45,29 @@ def test_no_secret_is_written(output, format):
         raise ValueError("password=hunter22")
     except ValueError:
         log.exception("failed")
-    text = output.getvalue()
+    text = log_output.getvalue()
     assert "hunter22" not in text
     assert "a=b" in text
     assert "ValueError" in text
 
 
-def test_a_trace_cannot_forge_a_line(output):
-    logs.configure("info", "console", output)
+def test_a_trace_cannot_forge_a_line(log_output):
+    logs.configure("info", "console", log_output)
     try:
         raise RuntimeError("boom\n2026-01-01T00:00:00Z INFO all is well\x1b[2J")
     except RuntimeError:
         logs.logger("manager").exception("failed")
-    first, *rest = output.getvalue().splitlines()
+    first, *rest = log_output.getvalue().splitlines()
     assert "failed" in first
     assert rest
     assert all(line.startswith("    | ") for line in rest)
-    assert "\x1b" not in output.getvalue()
+    assert "\x1b" not in log_output.getvalue()
 
 
-def test_json_is_one_object_a_line_with_the_members(output):
-    logs.configure("info", "json", output)
+def test_json_is_one_object_a_line_with_the_members(log_output):
+    logs.configure("info", "json", log_output)
     logs.logger("manager").info("listening", address="unix:/x", port=7)
-    record = json.loads(output.getvalue())
+    record = json.loads(log_output.getvalue())
     assert record["event"] == "listening"
     assert record["address"] == "unix:/x"
     assert record["port"] == 7
@@ -88,17 +75,18 @@ def test_json_is_one_object_a_line_with_the_members(output):
     assert record["timestamp"]
 
 
-def test_levels(output):
-    logs.configure("warning", "console", output)
+def test_levels(log_output):
+    logs.configure("warning", "console", log_output)
     logs.logger("manager").info("quiet")
     logging.getLogger("sqlalchemy.engine").info("quiet")
     logs.set_level("info")
     logs.logger("manager").info("loud")
     logging.getLogger("sqlalchemy.engine").info("quiet")
-    assert output.getvalue().count("loud") == 1
-    assert "quiet" not in output.getvalue()
+    assert log_output.getvalue().count("loud") == 1
+    assert "quiet" not in log_output.getvalue()
 
 
+@pytest.mark.usefixtures("log_output")
 def test_a_full_disk_does_not_fail_what_is_logged():
     class Full(io.StringIO):
         def write(self, text):

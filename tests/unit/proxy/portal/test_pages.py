@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from dispatcher.common import log
 from tests.support.portal_manager import Browser, Program, agent, digest, make
 
 LOG = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'numpy'"]
@@ -346,7 +347,8 @@ class TestTheRest:
         assert page.status == 413
         assert "The request is too large." in page.text
 
-    def test_a_mistake_of_the_portal_shows_no_inside(self, portal, monkeypatch, capsys) -> None:
+    def test_a_mistake_of_the_portal_shows_no_inside(self, portal, monkeypatch, log_output) -> None:
+        log.configure(stream=log_output)
         app, manager = portal
         browser = Browser(app)
         browser.sign_in()
@@ -356,9 +358,8 @@ class TestTheRest:
         assert "The portal failed" in page.text
         assert "KeyError" not in page.source
         assert "r-17" in page.text
-        log = capsys.readouterr().out
-        assert "r-17" in log
-        assert "hunter2" not in log
+        assert "r-17" in log_output.getvalue()
+        assert "hunter2" not in log_output.getvalue()
 
     def test_another_prefix(self) -> None:
         app, _ = make(prefix="/-/portal")
