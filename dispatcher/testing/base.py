@@ -47,7 +47,7 @@ class Contract:
     #: Bytes of memory that the memory limit's check allows; the probe takes twice as much.
     memory_limit: ClassVar[int] = 64 * 1024 * 1024
     #: Promises of isolation that this provider does not make, each with words that `explain` must use to say
-    #: so.  Keys: endpoint, files, processes, uid, capabilities, network.
+    #: so.  Keys: endpoint, files, processes, uid, capabilities, network, sockets.
     unpromised: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
