@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, NotFound
@@ -39,44 +40,37 @@ class ConcurrencyChecks(Contract):
         """`observe`, `list`, `usage` and `logs` return correct results during starts and stops."""
         spec = kit.spec("busy")
         handle = driver.handle(spec)
-        faults: list[BaseException] = []
         done = threading.Event()
 
         def read() -> None:
-            while not done.is_set():
-                try:
-                    driver.observe(handle)
-                    driver.list()
-                    if driver.can(Capability.USAGE):
-                        driver.usage([handle, alice.handle])
-                    if driver.can(Capability.LOGS):
-                        driver.logs(handle, tail=3)
-                    expect(
-                        driver.state(alice.handle) is BackendState.RUNNING,
-                        "while another agent was started and stopped, a running one was observed as not running",
-                    )
-                except BaseException as error:  # carried to the main thread
-                    faults.append(error)
-                    return
-                time.sleep(0.02)
+            while not done.wait(0.02):
+                driver.observe(handle)
+                driver.list()
+                if driver.can(Capability.USAGE):
+                    driver.usage([handle, alice.handle])
+                if driver.can(Capability.LOGS):
+                    driver.logs(handle, tail=3)
+                expect(
+                    driver.state(alice.handle) is BackendState.RUNNING,
+                    "while another agent was started and stopped, a running one was observed as not running",
+                )
 
-        reader = threading.Thread(target=read)
-        reader.start()
+        with ThreadPoolExecutor(1) as pool:
+            reader = pool.submit(read)
+            try:
+                for _ in range(2):
+                    kit.start(driver, spec, ready=False)
+                    driver.stop(handle)
+                driver.destroy(handle)
+            finally:
+                done.set()
         try:
-            for _ in range(2):
-                kit.start(driver, spec, ready=False)
-                driver.stop(handle)
-            driver.destroy(handle)
-        finally:
-            done.set()
-            reader.join()
-        for fault in faults:
-            if isinstance(fault, DispatcherError):
-                raise AssertionError(
-                    f"reading beside a start or stop raised {type(fault).__name__} ({fault}): "
-                    "an agent that goes away meanwhile is ABSENT, or left out"
-                ) from fault
-            raise fault
+            reader.result()
+        except DispatcherError as error:
+            raise AssertionError(
+                f"reading beside a start or stop raised {type(error).__name__} ({error}): "
+                "an agent that goes away meanwhile is ABSENT, or left out"
+            ) from error
 
     def test_slow_start_delays_no_other(self, driver: Driver, kit: Kit, alice: Agent) -> None:
         """While one start is slow, other agents are observed, listed and started."""
@@ -88,35 +82,25 @@ class ConcurrencyChecks(Contract):
 
         spec = kit.spec("slow")
         kit.fresh(driver.handle(spec))
-        failure: list[BaseException] = []
         took: float | None = None
-
-        def start() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            start = pool.submit(driver.ensure, spec, progress=Steps(1, slow), seconds=3 * self.patience)
             try:
-                driver.ensure(spec, progress=Steps(1, slow), seconds=3 * self.patience)
-            except BaseException as error:  # carried to the main thread
-                failure.append(error)
-
-        thread = threading.Thread(target=start)
-        thread.start()
-        try:
-            expect(held.wait(self.patience), "ensure() never called progress")
-            began = time.monotonic()
-            driver.observe(alice.handle)
-            driver.list()
-            kit.start(driver, kit.spec("quick"))
-            took = time.monotonic() - began
-        except DeadlineExceeded:
-            took = None
-        finally:
-            hold.set()
-            thread.join()
+                expect(held.wait(self.patience), "ensure() never called progress")
+                began = time.monotonic()
+                driver.observe(alice.handle)
+                driver.list()
+                kit.start(driver, kit.spec("quick"))
+                took = time.monotonic() - began
+            except DeadlineExceeded:
+                pass
+            finally:
+                hold.set()
         expect(
             took is not None and took < self.patience * 0.9,
             "while one start was held up, others waited for it: hold no lock that all agents share",
         )
-        if failure:
-            raise failure[0]
+        start.result()
 
     def test_start_against_stop(self, driver: Driver, kit: Kit) -> None:
         """After a cancelled start, a stop and a start in quick succession, the state is that of the last call."""
