@@ -197,8 +197,8 @@ def test_a_full_disk_does_not_stop_an_agent(world):
         handle, _ = world.start(provider, spec, ready=False)
         eventually(spec.socket.exists)
         (spec.log_dir / "ballast").write_bytes(b"x" * 36864)
-        say(spec, "flood 2")
-        time.sleep(0.5)
+        say(spec, "flood 1")
+        time.sleep(1.5)  # until the log collector has taken it all
         say(spec, "say still-here")
         (spec.log_dir / "ballast").unlink()
         eventually(lambda: say(spec, "say again") or b"again" in lines(provider, handle))
