@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 ARGS ?=
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
-COMPILED = $(wildcard dispatcher/proxy/edge/http/*.py)
+COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
 .PHONY: help demo test check bench clean machine
 
@@ -52,4 +52,4 @@ $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf '$(VENV)' .venv-ci build dist *.egg-info *.so dispatcher/proxy/edge/http/*.so .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis
+	rm -rf '$(VENV)' .venv-ci build dist *.egg-info *.so dispatcher/proxy/edge/*/*.so .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis

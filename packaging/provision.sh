@@ -7,7 +7,7 @@
 #   --root DIR       install below DIR, with changed paths in the files; create users in DIR/etc only
 #   --no-packages    do not install Debian packages
 #   --no-systemd     install the units, but do not start them
-#   --extras LIST    also install these extras: docker, libvirt, all
+#   --extras LIST    also install these extras: docker, libvirt, postgresql, all
 #   --python PROGRAM create the virtual environment with this Python
 #   --wheel FILE     install this wheel instead of building one (a run leaves its own in /opt/dispatcher/share)
 set -euo pipefail

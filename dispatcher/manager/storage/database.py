@@ -7,6 +7,7 @@ mode; writers take turns through one lock, so that "database is locked" is not a
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ TESTED = ("sqlite", "postgresql")
 RECYCLE = 1800.0  # seconds after which a connection to a database server is replaced
 RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
 SMALLEST = 1 << 16  # bytes: with less free space a disk is full
-_FULL = ("is full", "No space left")  # SQLite, MySQL; PostgreSQL
+_FULL = ("is full", "No space left")  # SQLite; PostgreSQL
 _FIXES = {  # by what SQLite says
     "locked": "end the other program that uses it",
     "readonly": "make it writable for the manager's user",
@@ -71,7 +72,9 @@ class Database:
             raise ConfigError("manager.database is not a SQLAlchemy URL", why=str(error)) from error
         except ImportError as error:
             raise ConfigError(
-                "manager.database needs a driver that is not installed", why=str(error), fix="install it"
+                "manager.database needs a driver that is not installed",
+                why=str(error),
+                fix=f"{sys.executable} -m pip install 'agent-dispatcher[postgresql]'",
             ) from error
         self._write_lock = threading.RLock()
         self._written = False  # since the last checkpoint
