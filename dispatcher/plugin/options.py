@@ -213,7 +213,7 @@ def _size_or_unlimited(value: Any) -> Any:
 
 def _count_or_unlimited(value: Any) -> Any:
     if value is not False and (type(value) is not int or value < 1):
-        raise ValueError("a whole number from 1 on, or false")
+        raise ValueError("a whole number of at least 1, or false")
     return value
 
 

@@ -63,7 +63,7 @@ class Users:
 
     def _of_image(self, image: str, deadline: Deadline) -> tuple[bytes, bytes]:
         what = "The image's list of users was not read in time"
-        with deadline.holding(self._lock, what, why="another start reads that of an image"):
+        with deadline.holding(self._lock, what, why="another start is reading the list of an image"):
             if image not in self._images:
                 name = f"dispatcher-{self._installation}-users"
                 with helper(self._engine, self._installation, image, name, [], deadline) as (client, container):

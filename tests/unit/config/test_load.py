@@ -94,7 +94,7 @@ def test_no_apps_are_no_apps():
         ({"apps": {"a": {"cpus": float("nan")}}}, "apps.a.cpus: found NaN, expected a number above 0, or false"),
         (
             {"apps": {"a": {"pids": True}}},
-            "apps.a.pids: found true, expected a whole number from 1 on, or false",
+            "apps.a.pids: found true, expected a whole number of at least 1, or false",
         ),
         (
             {"apps": {"a": {"memory": True}}},
