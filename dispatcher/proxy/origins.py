@@ -43,13 +43,18 @@ def _front_proxy_fix(sender: str, own: str, site: str) -> str:
     """Return what to set in a front proxy that hides the address in the browser, "" if it is not at fault."""
     try:
         theirs, ours = urlsplit(sender), urlsplit(own)
+        other_port = theirs.port is None and ours.port is not None and theirs.hostname == ours.hostname
     except ValueError:
         return ""
     if not (site == "same-origin" or (not site and theirs.hostname == ours.hostname)):
         return ""
+    default = "443" if theirs.scheme == "https" else "80"
     named = {
         "X-Forwarded-Proto": theirs.scheme if theirs.scheme != ours.scheme else "",
         "X-Forwarded-Host": theirs.netloc if theirs.netloc != ours.netloc else "",
+        # The port of "X-Forwarded-Port" is added to a host without one.
+        "X-Forwarded-Port": default if other_port else "",
     }
-    fields = " and ".join(f"{name}: {value}" for name, value in named.items() if value)
+    *others, last = [f"{name}: {value}" for name, value in named.items() if value] or [""]
+    fields = f"{', '.join(others)} and {last}" if others else last
     return f"let the front proxy send {fields} and list it in proxy.trusted_proxies, or set proxy.public_url"

@@ -10,6 +10,7 @@ import threading
 import time
 
 import psutil
+
 import pytest
 
 from tests.support.edge_feed import agent_row
@@ -138,6 +139,41 @@ def test_bad_answers_become_502_and_the_connection_is_not_used_again(name):
             assert answer.status == 502 and answer.field(b"content-type") == b"application/problem+json"
         assert edge.agent.opened == 2
         assert edge.worker.context.tables.agents["alice"].in_flight == 0
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX-By: script\n", b"\r\nok"],
+        [b"HTTP/1.1 200 OK\nContent-Length: 2\n", b"\n", b"ok"],
+        [b"SSH-2.0-OpenSSH_9.2\r\n"],
+        [b"HTTP/2 200\r\n"],
+        [b"Content-Type: text/html\n\n<html>"],
+    ],
+)
+def test_nobody_waits_for_the_rest_of_an_answer_that_cannot_become_one(parts):
+    def script(connection: Connection) -> None:
+        while connection.head():
+            for part in parts:
+                connection.send(part)
+                time.sleep(0.05)
+
+    with Edge(script) as edge:
+        began = time.monotonic()
+        assert edge.get().status == 502
+        assert time.monotonic() - began < 4
+
+
+def test_an_answer_in_single_bytes_is_read():
+    def script(connection: Connection) -> None:
+        while connection.head():
+            for byte in b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok":
+                connection.send(bytes([byte]))
+                time.sleep(0.005)
+
+    with Edge(script) as edge:
+        assert edge.get().body == b"ok"
 
 
 def test_an_endless_head_is_cut():

@@ -24,6 +24,8 @@ from dispatcher.proxy.edge.http.fields import (
 )
 
 _STATUS: Final = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: .*)?")
+_PROTOCOL: Final = b"HTTP/1."
+_BARE_END: Final = re.compile(rb"\n\r?\n")  # the end of a head for parsers that accept a bare LF
 _OWN: Final = frozenset(name.lower().encode() for name in OWN_NAMES)
 _DOMAIN: Final = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;\r]*)?(?=[;\r]|$)", re.IGNORECASE)
 _MAX_CACHED: Final = 512
@@ -66,6 +68,18 @@ class Policy:
 
 #: For the portal, which is the dispatcher itself: it may set the dispatcher's cookies.
 TRUSTED: Final[None] = None
+
+
+def check_begun(part: bytearray, start: int) -> None:
+    """Check a head that is not complete, so that no client waits for the rest of what cannot become one.
+
+    :param start: where to look for the end of the head; what is before was checked.
+    :raises BadHead: it does not begin as an answer does, or lines end with a bare LF.
+    """
+    if not part.startswith(_PROTOCOL[: len(part)]):
+        raise BadHead("an invalid status line")
+    if _BARE_END.search(part, start):
+        raise BadHead("lines that end with a bare LF")
 
 
 def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy | None) -> Response:

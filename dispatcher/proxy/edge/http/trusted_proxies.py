@@ -73,7 +73,8 @@ class TrustedProxies:
         host = host.rpartition(b",")[2].strip()
         port = fields.get(field_names.X_FORWARDED_PORT, b"").rpartition(b",")[2].strip()
         plain = b":" not in host.rpartition(b"]")[2]
-        if host and plain and port.isdigit() and port != (b"443" if proto == b"https" else b"80"):
+        # The port of the other scheme is that of a connection between two proxies, not the browser's.
+        if host and plain and port.isdigit() and port not in {b"80", b"443"}:
             host += b":" + port
         return remote, proto, host if _HOST.fullmatch(host) else b""
 

@@ -21,6 +21,7 @@ from dispatcher.proxy.edge.http.response import (
     CHUNKED,
     UNTIL_CLOSE,
     Response,
+    check_begun,
     client_head,
     parse_response,
 )
@@ -139,6 +140,7 @@ class Upstream:
 
     def _head(self, client: Receiver, data: bytes) -> None:
         settings = self._context.settings
+        start = 0
         if self.partial is None:
             end = head_end(data)
             if end < 0:
@@ -156,6 +158,8 @@ class Upstream:
             if size > settings.head_bytes:
                 raise BadHead("a head that is too large")
             if end < 0:
+                if self.partial:
+                    check_begun(self.partial, start)
                 return
             head, rest = (data, b"") if size == len(data) else (data[:size], data[size:])
             method = self.request.method

@@ -119,6 +119,28 @@ def test_a_refusal_names_what_the_front_proxy_should_send():
     assert "X-Forwarded-Proto: https and X-Forwarded-Host: apps.test" in decision.failure.fix
 
 
+@pytest.mark.parametrize(
+    ("origin", "fix"),
+    [
+        (b"https://apps.test", "X-Forwarded-Host: apps.test and X-Forwarded-Port: 443 and list it"),
+        (b"http://apps.test", "X-Forwarded-Proto: http, X-Forwarded-Host: apps.test and X-Forwarded-Port: 80 and"),
+        (b"https://apps.test:8443", "send X-Forwarded-Host: apps.test:8443 and list it"),
+    ],
+)
+def test_a_refusal_names_the_port_of_a_front_proxy(origin, fix):
+    rules = Rules()
+    head = b"POST / HTTP/1.1\r\nHost: apps.test:8080\r\nOrigin: " + origin + b"\r\n\r\n"
+    decision = rules.router.route(parse_request(head, 100), rules.session, 1.0, b"https", b"")
+    assert isinstance(decision, Refuse)
+    assert fix in decision.failure.fix
+
+
+def test_an_origin_with_an_impossible_port_is_refused():
+    rules = Rules()
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nOrigin: https://a:99999\r\nSec-Fetch-Site: same-origin\r\n\r\n"
+    assert isinstance(rules.router.route(parse_request(head, 100), rules.session, 1.0, b"http", b""), Refuse)
+
+
 def test_a_sleeping_agent_is_woken_and_the_request_held():
     rules = Rules("asleep", hold=7)
     assert rules.route(session=rules.session) == Wake(rules.agent, Hold(rules.agent, 7))

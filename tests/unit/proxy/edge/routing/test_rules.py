@@ -222,6 +222,7 @@ def test_a_trickle_is_no_stream():
         ((b"X-Forwarded-Host: apps.test:8080", b"X-Forwarded-Port: 8443"), b"apps.test:8080"),
         ((b"X-Forwarded-Host: [::1]", b"X-Forwarded-Port: 8443"), b"[::1]:8443"),
         ((b"X-Forwarded-Port: 8443x",), b"a"),
+        ((b"X-Forwarded-Port: 80",), b"a"),  # between two proxies, of which the outer one ends TLS
     ],
 )
 def test_a_trusted_proxy_states_the_port_apart(lines, host):
