@@ -53,8 +53,8 @@ class Users:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
         home = options_of(spec.app).data_path
         line = f"{name}:x:{spec.uid}:{spec.gid}:{spec.user}:{home}:{shell}\n"  # a user's name has no colon
-        (directory / "passwd").write_bytes(_ended(passwd or _ROOT) + line.encode())
-        (directory / "group").write_bytes(_ended(group) + f"{name}:x:{spec.gid}:\n".encode())
+        _write(directory / "passwd", _ended(passwd or _ROOT) + line.encode())
+        _write(directory / "group", _ended(group) + f"{name}:x:{spec.gid}:\n".encode())
         return User(name=name, shell=shell, directory=directory)
 
     def remove(self, name: str) -> None:
@@ -81,6 +81,12 @@ def _file(client: Client, container: str, path: str) -> bytes:
         member = tar.next()
         file = tar.extractfile(member) if member and member.isfile() else None
         return file.read() if file else b""
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that the agent reads, whatever this process's umask is."""
+    path.write_bytes(content)
+    path.chmod(0o644)
 
 
 def _ended(text: bytes) -> bytes:
