@@ -67,7 +67,10 @@ def remove_tree(
                 flattening = _Flattening(top, deadline or Deadline(DELETING), tick, remaining)
                 flattening.run()
                 while not remaining and not _remove_directory(name, folder):
+                    flattening.check()
                     flattening.run()
+                    if not remaining and not _is_same(top, name, folder):
+                        remaining[name] = OSError(errno.EBUSY, "another was put in its place")
             finally:
                 os.close(top)
     except FileNotFoundError:
@@ -119,14 +122,19 @@ class _Flattening:
         _make_writable(self._top)
         while names := _names(self._top, stuck):
             for name in names:
-                if self._deadline.expired:
-                    raise DeadlineExceeded(
-                        "A directory cannot be deleted in time", why="a process keeps writing to it"
-                    )
-                if self._tick:
-                    self._tick()
+                self.check()
                 if not self._delete(name):
                     stuck.add(name)
+
+    def check(self) -> None:
+        """Call the tick.
+
+        :raises DeadlineExceeded: it takes too long.
+        """
+        if self._deadline.expired:
+            raise DeadlineExceeded("A directory cannot be deleted in time", why="a process keeps writing to it")
+        if self._tick:
+            self._tick()
 
     def _delete(self, name: str) -> bool:
         """Delete what is in a directory, then itself; return whether nothing remains that cannot be deleted."""
@@ -143,7 +151,8 @@ class _Flattening:
         stuck: set[str] = set()
         try:
             _make_writable(below)
-            while (inner := _names(below, stuck)) and not self._deadline.expired:
+            while inner := _names(below, stuck):
+                self.check()
                 for item in inner:
                     try:
                         if not _unlink(item, below):
@@ -204,6 +213,14 @@ def _remove_directory(name: str, folder: int) -> bool:
             return False
         raise
     return True
+
+
+def _is_same(fd: int, name: str, folder: int) -> bool:
+    """Whether a name is that of an open directory, or of nothing."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(name, dir_fd=folder, follow_symlinks=False))
+    except FileNotFoundError:
+        return True
 
 
 def _make_writable(folder: int) -> None:

@@ -211,3 +211,29 @@ def test_a_path_below_an_open_directory(tmp_path):
     finally:
         os.close(folder)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tree_that_is_renamed_away_and_replaced_ends_the_removal(tmp_path):
+    top = tmp_path / "tree"
+    top.mkdir()
+    (top / "file").write_text("x")
+
+    def replace():
+        if not (tmp_path / "away").exists():
+            top.rename(tmp_path / "away")
+            (top / "other").mkdir(parents=True)
+
+    with pytest.raises(ProviderError, match="cannot be deleted") as caught:
+        remove_tree(top, deadline=Deadline(20), tick=replace)
+    assert "another was put in its place" in caught.value.why
+
+
+def test_a_tree_that_is_never_empty_has_a_deadline_and_ticks(tmp_path, monkeypatch):
+    """Something is there whenever the directory is to be deleted, and gone when its names are read."""
+    top = tmp_path / "tree"
+    top.mkdir()
+    monkeypatch.setattr(removal, "_remove_directory", lambda *_: False)
+    ticks = []
+    with pytest.raises(DeadlineExceeded):
+        remove_tree(top, deadline=Deadline(0.1), tick=lambda: ticks.append(1))
+    assert ticks
