@@ -55,6 +55,7 @@ from dispatcher_subprocess.start import Start
 from dispatcher_subprocess.stop import Stopper
 
 _EXAMINE = 30.0  # seconds to examine the host
+_ATTEMPTS = 3  # to pass all pipes to the same log collector
 
 
 def _secret_places(context: ProviderContext) -> list[Path]:
@@ -92,6 +93,7 @@ class SubprocessProvider(Provider):
         self._callbacks: list[Callable[[str], None]] = []
         self._watcher: Watcher | None = None
         self._pipes_passed = False
+        self._names_passed = True
 
     # --- the backend
 
@@ -327,9 +329,10 @@ class SubprocessProvider(Provider):
         try:
             new = self._collector.ensure()
             if new or not self._pipes_passed:
+                new = new or not self._names_passed
                 self._attach_all(self._running() if running is None else running, new=new)
             self._watch_collector()
-        except ProviderError as error:
+        except DispatcherError as error:
             self.context.log.warning("agents' output is not written to their logs: %s", error)
 
     def _running(self) -> Iterator[Record]:
@@ -337,18 +340,43 @@ class SubprocessProvider(Provider):
 
     def _attach_all(self, running: Iterable[Record], *, new: bool) -> None:
         """Pass the pipes of all agents and, to a new collector, the sockets for DNS."""
-        self._pipes_passed = True
-        for record in running:
-            fds = [fd for fd in (self._parts.stopper.run(record).output(),) if fd is not None]
-            try:
-                if fds and new and record.helper and record.init:
-                    with contextlib.suppress(ProviderError):  # those of an agent that starts exist
-                        fds += network.name_sockets(self._parts.host, record.init, Deadline(_EXAMINE))
-                if fds:
-                    self._collector.attach(fds, logs.log_file(record.log_dir))
-            finally:
-                for fd in fds:
-                    os.close(fd)
+        records = list(running)
+        passed = False
+        for _ in range(_ATTEMPTS):
+            passed = True
+            for record in records:
+                try:
+                    if self._attach_one(record, new=new):
+                        break
+                except DispatcherError as error:
+                    passed = False
+                    self.context.log.warning("%s: its output or its DNS is not passed on: %s", record.agent, error)
+            else:
+                break
+            new, passed = True, False  # another collector needs all again
+        self._pipes_passed = passed
+        self._names_passed = passed or not new
+
+    def _attach_one(self, record: Record, *, new: bool) -> bool:
+        """Pass the pipe of an agent and, to a new collector, its sockets; return whether that was started anew."""
+        run = self._parts.stopper.run(record)
+        error = None
+        fds = [fd for fd in (run.output(),) if fd is not None]
+        try:
+            if fds and new and record.helper and record.init:
+                try:
+                    fds += network.name_sockets(self._parts.host, record.init, Deadline(_EXAMINE))
+                except ProviderError:
+                    pass  # those of an agent that starts exist
+                except DispatcherError as late:
+                    error = late
+            restarted = bool(fds) and self._collector.attach(fds, logs.log_file(record.log_dir))
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if error and not restarted:
+            raise error
+        return restarted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
