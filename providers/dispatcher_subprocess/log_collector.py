@@ -33,6 +33,8 @@ ANSWER = 5.0  # seconds for the answer to a query
 PENDING = 256  # queries per agent that wait for their answers
 CONNECTIONS = 16  # per agent that wait for theirs
 IDLE = 5.0  # seconds without managers and agents until it ends
+SWEEP = 1.0  # seconds between two looks for queries that expired
+RESOLV_CONF = "/etc/resolv.conf"
 FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -122,10 +124,9 @@ class Names:
             return
         self.collector.unpaid += QUERY
         now = time.monotonic()
-        late = [fd for fd, (_, _, expiry) in self.pending.items() if expiry < now]
-        self.turn += bool(late)  # the next server, as this one does not answer
-        for fd in late or list(self.pending)[:-PENDING]:
-            self._forget(fd)
+        self.sweep(now)
+        if len(self.pending) >= PENDING:
+            self._forget(next(iter(self.pending)))
         servers = name_servers()
         for number in range(len(servers)):
             family, address = servers[(self.turn + number) % len(servers)]
@@ -144,10 +145,25 @@ class Names:
             self.collector.watch(upstream.fileno(), self._answer)
             return
 
+    def sweep(self, now: float) -> None:
+        """Drop the queries that expired."""
+        late = [fd for fd, (_, _, expiry) in self.pending.items() if expiry < now]
+        self.turn += bool(late)  # the next server, as this one does not answer
+        for fd in late:
+            self._forget(fd)
+
     def _answer(self, fd: int) -> None:
         upstream, client, _ = self.pending[fd]
         try:
-            self.udp.sendto(upstream.recv(65535), client)
+            answer = upstream.recv(65535)
+        except BlockingIOError:  # it was damaged
+            return
+        except OSError:
+            self.turn += 1
+            self._forget(fd)
+            return
+        try:
+            self.udp.sendto(answer, client)
         except OSError:
             self.turn += 1
         self._forget(fd)
@@ -206,18 +222,21 @@ def receive(sock: _socket.socket) -> bytes:
 
 
 def name_servers() -> list[tuple[int, Any]]:
-    """Return family and address of the host's present name servers, 127.0.0.1 without any (resolv.conf(5))."""
+    """Return family and address of the host's present name servers, 127.0.0.1 without any (resolv.conf(5)).
+
+    Their words stay bytes: for text `getaddrinfo` imports the codec idna, which takes memory and raises errors.
+    """
     try:
-        with open("/etc/resolv.conf", "rb") as file:
-            lines = file.read(65536).decode("ascii", "replace").splitlines()
+        with open(RESOLV_CONF, "rb") as file:
+            lines = file.read(65536).splitlines()
     except OSError:
         lines = []
     found: list[tuple[int, Any]] = []
-    for words in map(str.split, lines):
-        if words[:1] == ["nameserver"] and words[1:]:
+    for words in map(bytes.split, lines):
+        if words[:1] == [b"nameserver"] and words[1:]:
             try:
                 info = _socket.getaddrinfo(words[1], 53, type=_socket.SOCK_DGRAM, flags=_socket.AI_NUMERICHOST)
-            except OSError:
+            except (OSError, ValueError):
                 continue
             found.append((int(info[0][0]), info[0][4]))
     return found or [(int(_socket.AF_INET), ("127.0.0.1", 53))]
@@ -235,6 +254,7 @@ class Collector:
         self.logs: dict[str, list[int]] = {}  # path -> descriptors that write there
         self.names: dict[str, Names] = {}  # path -> those of the same agent
         self.unpaid = 0  # bytes taken since the last pause
+        self.swept = 0.0  # when expired queries were looked for
         self.watch(listener.fileno(), self._accept)
 
     def watch(self, fd: int, handler: Callable[[int], None]) -> None:
@@ -249,7 +269,17 @@ class Collector:
 
     def run(self) -> None:
         """Serve until there are no managers and no agents."""
-        while events := self.poll.poll(IDLE if not self.managers and not self.pipes else -1):
+        while True:
+            idle = not self.managers and not self.pipes
+            asking = any(names.pending for names in self.names.values())
+            events = self.poll.poll(IDLE if idle else SWEEP if asking else -1)
+            if idle and not events:
+                return
+            now = time.monotonic()
+            if asking and now >= self.swept + SWEEP:
+                self.swept = now
+                for names in self.names.values():
+                    names.sweep(now)
             for fd, _ in events:
                 if handler := self.handlers.get(fd):
                     handler(fd)
