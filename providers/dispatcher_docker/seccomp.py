@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from dispatcher.plugin import ProviderError
+
 #: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK.
 FAMILIES = (1, 2, 10, 16)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
@@ -80,13 +82,23 @@ def profile(capabilities: frozenset[str] = frozenset()) -> str:
     return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules})
 
 
-def chosen(name: str, capabilities: Iterable[str]) -> str:
-    """Return what the engine takes for the option `seccomp`: a profile, "unconfined", or "" for its own."""
+def chosen(name: str, capabilities: Iterable[str], app: str) -> str:
+    """Return what the engine takes for the option `seccomp`: a profile, "unconfined", or "" for its own.
+
+    :param app: name of the app, for the error; :raises ProviderError: the named file cannot be read.
+    """
     if name == "default":
         return profile(frozenset(one.removeprefix("CAP_") for one in capabilities))
     if name in {"engine", "unconfined"}:
         return name.removeprefix("engine")
-    return Path(name).read_text(encoding="utf-8")
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ProviderError(
+            f"apps.{app}.docker.seccomp: {name!r} cannot be read",
+            why=getattr(error, "strerror", None) or str(error),
+            fix="expected default, engine, unconfined or the path of a profile",
+        ) from error
 
 
 def _rule(names: list[str], *arguments: dict[str, Any]) -> dict[str, Any]:
