@@ -105,7 +105,7 @@ class Networks:
         for version in (4, 6) if found.get("EnableIPv6") else (4,):
             firewall = _Firewall(version, self.interface, deadline)
             firewall.fill([one for one in denied if one.version == version])
-            firewall.enter("REJECT", "INPUT")
+            firewall.enter_input()
             firewall.enter(self.interface, *_FORWARD)
 
     def remove_unused(self, deadline: Deadline) -> None:
@@ -129,14 +129,18 @@ class _Firewall:
     """The rules of one bridge, in a chain that has the name of its interface, for one version of IP."""
 
     def __init__(self, version: int, interface: str, deadline: Deadline) -> None:
+        self._version = version
         self._program = "iptables" if version == 4 else "ip6tables"
         self._interface = interface
+        self._input = f"{interface}-in"
         self._deadline = deadline
         self._error = ""
 
     def fill(self, denied: Sequence[IpNetwork]) -> None:
-        """Replace the chain."""
-        rules = chain(self._interface, denied, list(_name_servers()))
+        """Replace the chains."""
+        servers = list(_name_servers())
+        own = [one for one in servers if one.version == self._version and not one.is_loopback]
+        rules = chain(self._interface, denied, servers) + input_chain(self._input, own)
         if not self._run(f"{self._program}-restore", "--noflush", stdin=rules):
             raise self._failed()
 
@@ -145,12 +149,18 @@ class _Firewall:
         if not any(self._rule("-C", one, target) or self._rule("-I", one, target) for one in chains):
             raise self._failed()
 
+    def enter_input(self) -> None:
+        """Make new connections to this host jump to their chain."""
+        self.enter(self._input, "INPUT")
+        self._rule("-D", "INPUT", "REJECT")  # of earlier versions: it rejected DNS as well
+
     def clear(self) -> None:
-        """Remove the chain and the jumps to it."""
-        if self._run(self._program, "-F", self._interface):
-            for target, chain in (("REJECT", "INPUT"), *((self._interface, one) for one in _FORWARD)):
-                self._rule("-D", chain, target)
-            self._run(self._program, "-X", self._interface)
+        """Remove the chains and the jumps to them."""
+        for name, chains in ((self._input, ("INPUT",)), (self._interface, _FORWARD)):
+            if self._run(self._program, "-F", name):
+                for one in chains:
+                    self._rule("-D", one, name)
+                self._run(self._program, "-X", name)
 
     def _rule(self, action: str, chain: str, target: str) -> bool:
         match = ["-i", self._interface, "-m", "conntrack", "--ctstate", "NEW,INVALID"]
@@ -189,6 +199,18 @@ def chain(name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address 
         for protocol in ("udp", "tcp")
     ]
     rules += [*(f"-d {network} -j REJECT" for network in denied), f"-o {name} -j REJECT"]
+    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+
+
+def input_chain(name: str, servers: Sequence[IPv4Address | IPv6Address]) -> str:
+    """Return a chain for iptables-restore: of what goes to this host, only DNS to its name servers passes.
+
+    What passes is then up to the host's own rules.
+    """
+    rules = [
+        f"-d {server} -p {protocol} --dport 53 -j RETURN" for server in servers for protocol in ("udp", "tcp")
+    ]
+    rules.append("-j REJECT")
     return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
 
 

@@ -2,7 +2,9 @@
 
 from ipaddress import ip_address, ip_network
 
-from dispatcher_docker.networks import chain
+from dispatcher.plugin import Deadline
+from dispatcher_docker import networks
+from dispatcher_docker.networks import _Firewall, chain, input_chain
 
 
 def test_dns_of_a_denied_network_passes_and_nothing_else_of_it():
@@ -19,3 +21,35 @@ def test_dns_of_a_denied_network_passes_and_nothing_else_of_it():
         "-A dsp-1 -o dsp-1 -j REJECT",
         "COMMIT",
     ]
+
+
+def test_of_what_goes_to_this_host_only_dns_to_its_name_servers_passes():
+    assert input_chain("dsp-1-in", [ip_address("192.0.2.53")]).splitlines() == [
+        "*filter",
+        ":dsp-1-in - [0:0]",
+        "-A dsp-1-in -d 192.0.2.53 -p udp --dport 53 -j RETURN",
+        "-A dsp-1-in -d 192.0.2.53 -p tcp --dport 53 -j RETURN",
+        "-A dsp-1-in -j REJECT",
+        "COMMIT",
+    ]
+
+
+def test_the_firewall_lets_dns_to_this_host_pass(monkeypatch, tmp_path):
+    """The host may run its own name server, which resolv.conf then names by an address of the host."""
+    (tmp_path / "resolv.conf").write_text("nameserver 127.0.0.53\nnameserver 192.0.2.1\nnameserver fd00::1\n")
+    monkeypatch.setattr(networks, "_RESOLVERS", (str(tmp_path / "resolv.conf"),))
+    firewall = _Firewall(4, "dsp-1", Deadline(5))
+    ran = []
+
+    def run(program, *arguments, stdin=""):
+        ran.append((arguments, stdin))
+        return arguments[0] != "-C"
+
+    monkeypatch.setattr(firewall, "_run", run)
+    firewall.fill([])
+    firewall.enter_input()
+    allowed = [line for line in ran[0][1].splitlines() if line.startswith("-A dsp-1-in")]
+    assert allowed[0] == "-A dsp-1-in -d 192.0.2.1 -p udp --dport 53 -j RETURN"
+    assert allowed[2:] == ["-A dsp-1-in -j REJECT"]
+    jumps = [(one[0], one[-1]) for one, _ in ran[1:]]
+    assert jumps == [("-C", "dsp-1-in"), ("-I", "dsp-1-in"), ("-D", "REJECT")]
