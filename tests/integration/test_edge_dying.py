@@ -119,6 +119,27 @@ def test_a_repeated_body_is_kept_while_the_agent_comes_back():
         other.close()
 
 
+def test_the_waiting_page_and_not_the_old_request_is_asked_of_the_portal_when_the_agent_stays_away():
+    """The kept connection ends under a GET, nobody listens, and the hold ends."""
+
+    def script(connection: Connection) -> None:
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        connection.head()
+
+    with Edge(script, hold=1) as edge, edge.connect() as sock:
+        reader = Reader(sock)
+        get = b"GET /page HTTP/1.1\r\n" + HOST + COOKIE + b"Sec-Fetch-Mode: navigate\r\nAccept: text/html\r\n\r\n"
+        sock.sendall(get)
+        assert reader.answer().body == b"ok"
+        edge.agent.sock.shutdown(socket.SHUT_RDWR)
+        edge.agent.sock.close()
+        sock.sendall(get)
+        edge.feed.wait_for(lambda frame: frame["type"] == "dead")
+        edge.feed.add(agents=(agent_row("alice", None, "starting"),))
+        assert reader.answer().body.startswith(b"GET /auth/waiting HTTP/1.1\r\n")
+
+
 def test_an_unsolicited_answer_is_not_used_for_the_next_request():
     said = threading.Event()
 

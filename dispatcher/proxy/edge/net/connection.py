@@ -324,6 +324,7 @@ class Connection(Client):
         """
         exchange = self.exchange
         exchange.poll = True
+        exchange.replay = None  # an agent's head
         request = exchange.request
         if not request.length:
             exchange.dispatch(self.context.portal)
