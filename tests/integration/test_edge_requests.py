@@ -443,3 +443,10 @@ def test_read_all_is_quick(edge):
         sock.sendall(b"GET / HTTP/1.1\r\n" + HOST + COOKIE + b"Connection: close\r\n\r\n")
         assert read_all(sock)
     assert time.monotonic() - start < 2
+
+
+def test_an_agents_answer_has_one_field_for_caches_and_none_is_shared():
+    said = b"HTTP/1.1 200 OK\r\nCache-Control: public, max-age=99999\r\nContent-Length: 0\r\n\r\n"
+    with Edge(saying(said)) as edge:
+        found = [value for name, value in edge.get().fields if name == b"cache-control"]
+    assert found == [b"private, max-age=99999"]

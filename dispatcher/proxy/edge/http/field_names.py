@@ -50,6 +50,7 @@ ANSWER_LENGTH: Final = 29
 SET_COOKIE: Final = 30
 SERVICE_WORKER_ALLOWED: Final = 31
 CLEAR_SITE_DATA: Final = 32
+CACHE_CONTROL: Final = 33
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP: Final = dict.fromkeys(
@@ -118,6 +119,7 @@ _RESPONSE: Final = {
     "nel": DROP,  # reports every request to the host, the portal's included, long after the session
     "report-to": DROP,
     "content-type": CONTENT_TYPE,
+    "cache-control": CACHE_CONTROL,
     # Commands to a front proxy, which would send its own files:
     "x-accel-redirect": DROP,
     "x-sendfile": DROP,
@@ -129,7 +131,7 @@ TRAILER_FORBIDDEN: Final = frozenset(
     {
         *_REQUEST,
         *_RESPONSE,
-        *("authorization", "content-encoding", "content-range", "content-type", "cache-control", "location"),
+        *("authorization", "content-encoding", "content-range", "content-type", "location"),
         *("max-forwards", "range", "retry-after", "trailer", "vary", "via", "www-authenticate"),
     }
 )

@@ -42,7 +42,8 @@ class Response:
     :ivar lines: the lines to pass on, each with its CRLF, the start line for an HTTP/1.1 client first.
     :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
-    :ivar dated: there is a Date.
+    :ivar dated: there is a Date; :ivar cached: the directives of an agent's Cache-Control, which is then not in
+        `lines`, on a shared origin and without those about shared caches.
     """
 
     status: int
@@ -51,6 +52,7 @@ class Response:
     close: bool
     upgraded: bool
     dated: bool
+    cached: bytes
 
 
 class Policy:
@@ -101,12 +103,14 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     response = Response()
     response.status = status
     response.dated = False
+    response.cached = b""
     lines = first + read.lines
     length = UNTIL_CLOSE
     options: frozenset[bytes] | None = None
     allowed = True
     repeated = False
     chunked = False
+    cached = b""
     response.upgraded = False
     for kind, value in read.special:
         if kind == field_names.DATE:
@@ -130,6 +134,9 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
             chunked = True
         elif kind == field_names.UPGRADE:
             response.upgraded = status == 101 and value.lower() == b"websocket"
+        elif kind == field_names.CACHE_CONTROL:
+            if policy is not None and policy.guarded:
+                cached += value + b","
         elif policy is not None:
             if kind == field_names.SET_COOKIE:
                 if sets_own_cookie(value) or (policy.host_only and _DOMAIN.search(value)):
@@ -138,6 +145,9 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
                 allowed = False
     if policy is not None and not allowed:
         lines = b"".join([_allowed(line, policy) for line in lines.splitlines(True)])
+    if cached:
+        lines = without_named(lines, _CACHE_NAME)
+        response.cached = _for_one(cached)
     if options is None:
         response.close = not version
     elif options is KEEP_ALIVE:
@@ -180,6 +190,25 @@ def _same_length(length: int, value: bytes) -> int:
     return int(parts[0])
 
 
+def _for_one(value: bytes) -> bytes:
+    """Return the directives of Cache-Control (RFC 9111, 5.2.2) but those about who may keep an answer.
+
+    Quoted arguments are rare: of ``no-cache="set-cookie"`` the name is left, which is stricter.
+    """
+    kept = []
+    for text in value.split(b","):
+        directive = text.strip(b" \t")
+        name = directive.partition(b"=")[0].lower()
+        if name == b"no-cache":
+            directive = name
+        if name not in _SHARING and _DIRECTIVE.fullmatch(directive):
+            kept.append(directive)
+    return b", ".join(kept)
+
+
+_CACHE_NAME: Final = frozenset({b"cache-control"})
+_DIRECTIVE: Final = re.compile(rb"[0-9A-Za-z-]+(?:=[0-9A-Za-z-]+)?")
+_SHARING: Final = frozenset({b"public", b"private", b"s-maxage"})
 _LENGTH_NAME: Final = frozenset({b"content-length"})
 _ORDINARY_OPTIONS: Final = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 

@@ -325,6 +325,24 @@ def test_equal_lengths_are_one(lines):
     assert client_head(parsed, b"") == b"HTTP/1.1 200 OK\r\nA: b\r\nContent-Length: 5\r\n\r\n"
 
 
+@pytest.mark.parametrize(
+    ("lines", "cached"),
+    [
+        (b"Cache-Control: public, max-age=99999\r\n", b"max-age=99999"),
+        (b"cache-control: PUBLIC\r\nCACHE-CONTROL: s-maxage=9,no-store\r\n", b"no-store"),
+        (b'Cache-Control: private="a, b", no-cache="c, d", x="public\r\n', b"no-cache"),
+        (b"Cache-Control: \r\n", b""),
+    ],
+)
+def test_what_an_agent_says_to_caches_is_joined_with_the_edges_own(lines, cached):
+    head = b"HTTP/1.1 200 OK\r\nA: b\r\n" + lines + b"Content-Length: 0\r\n\r\n"
+    parsed = parse_response(head, 100, b"GET", Policy(b"/auth/"))
+    assert parsed.cached == cached and b"cache-control" not in parsed.lines.lower()
+    for policy in (None, Policy()):  # the portal; an origin of its own
+        own = parse_response(head, 100, b"GET", policy)
+        assert not own.cached and lines in own.lines
+
+
 def test_blanks_before_the_colon_are_removed_from_answers():
     """RFC 9112, 5.1; in a request they are refused."""
     head = b"HTTP/1.1 200 OK\r\nX-A \t: b\r\nContent-Length : 5\r\n\r\n"
