@@ -119,7 +119,7 @@ setup(
         "flask>=3.1",
         "werkzeug>=3",
         "waitress>=3",
-        "h11>=0.14",
+        "h11>=0.16",
         "click>=8.2",
         "rich>=13",
         "pydantic>=2.7",
