@@ -194,16 +194,17 @@ class Supervisor:
 
     def _check_disk(self) -> None:
         """Reserve space for the database while there is some, and warn before the disk is full; regularly."""
-        problem = low_space(self.data.paths.state_dir)
-        if problem and not self._disk_is_low:
-            _log.warning("%s: stop, reset or remove agents (`dispatcher top`), or add space", problem)
-        self._disk_is_low = bool(problem)
-        if not problem:
-            try:
+        try:
+            problem = low_space(self.data.paths.state_dir)
+            if problem and not self._disk_is_low:
+                _log.warning("%s: stop, reset or remove agents (`dispatcher top`), or add space", problem)
+            self._disk_is_low = bool(problem)
+            if not problem:
                 self._database.reserve()
-            except DispatcherError as error:
-                _log.warning("%s", error)
-        self._slow_timers.after(DISK, self._check_disk)
+        except DispatcherError as error:
+            _log.warning("%s", error)
+        finally:
+            self._slow_timers.after(DISK, self._check_disk)
 
     @property
     def _interval(self) -> float:

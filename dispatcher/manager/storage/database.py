@@ -6,6 +6,7 @@ mode; writers take turns through one lock, so that "database is locked" is not a
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -207,7 +208,7 @@ class Database:
         Free pages stay in the file, and the write-ahead log keeps its size: it is written again from its start.
         The log is deleted when the manager ends; a file beside it is the reserve for the next start.
 
-        :raises Unavailable: there is no space.
+        :raises DiskFull: there is no space; :raises Unavailable: the file beside it cannot be written.
         """
         if self._file is None:
             return
@@ -215,7 +216,11 @@ class Database:
         with self.read() as connection:
             pages = connection.exec_driver_sql("PRAGMA freelist_count").scalar_one()
             size = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-        if pages * size < RESERVE // 2 or log.stat().st_size < RESERVE // 2:
+        try:
+            logged = log.stat().st_size
+        except FileNotFoundError:  # SQLite uses another journal where the file system cannot share memory
+            logged = RESERVE
+        if pages * size < RESERVE // 2 or logged < RESERVE // 2:
             with self.write() as connection:
                 connection.exec_driver_sql("CREATE TABLE IF NOT EXISTS reserve (bytes BLOB)")
                 connection.exec_driver_sql("INSERT INTO reserve VALUES (zeroblob(?))", (RESERVE,))
@@ -227,7 +232,10 @@ class Database:
             with open(os.open(self._reserve_file(self._file), os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE)
         except OSError as error:
-            raise DiskFull("No space can be reserved for the database", why=str(error)) from error
+            failure = DiskFull if error.errno in {errno.ENOSPC, errno.EDQUOT} else Unavailable
+            raise failure(
+                "No space can be reserved for the database", why=str(error), fix=disk_fix(error)
+            ) from error
 
     def checkpoint(self) -> None:
         """Copy what was written since the last time from SQLite's log to its file."""

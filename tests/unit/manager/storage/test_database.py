@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sqlite3
 import stat
 
@@ -9,7 +11,8 @@ import pytest
 import sqlalchemy as sa
 
 from dispatcher.plugin.errors import ConfigError, Unavailable
-from dispatcher.manager.storage.database import RESERVE, SCHEMA_VERSION, Database
+from dispatcher.manager.storage.database import RESERVE, SCHEMA_VERSION, Database, DiskFull
+from dispatcher.manager.files.space import disk_fix
 
 
 def opened(url):
@@ -230,3 +233,38 @@ def test_a_copy_of_the_file_alone_has_what_was_written_before_the_last_checkpoin
     copy.open()
     assert copy.meta("early", "") == "there"
     copy.close()
+
+
+def test_space_is_reserved_without_a_log_too(tmp_path):
+    """Where SQLite cannot share memory, on some network file systems, it uses another journal."""
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+
+    def without_log(connection, _record):
+        connection.execute("PRAGMA journal_mode=DELETE")
+
+    sa.event.listen(database.engine, "connect", without_log)
+    database.open()
+    database.reserve()
+    assert not (tmp_path / "x.db-wal").exists()
+    assert min((tmp_path / name).stat().st_size for name in ("x.db", "x.db-reserve")) >= RESERVE
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "full"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False), (errno.EROFS, False)]
+)
+def test_a_reserve_that_cannot_be_written_blames_a_full_disk_only_when_it_is_full(
+    tmp_path, monkeypatch, number, full
+):
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(Unavailable) as caught:
+        database.reserve()
+    assert isinstance(caught.value, DiskFull) is full
+    assert caught.value.fix == disk_fix(OSError(number, ""))
+    database.close()
