@@ -42,7 +42,7 @@ class Rule:
 
     def delay(self, failures: float) -> float:
         """Return the delay in seconds after so many wrong passwords."""
-        over = failures - self.free
+        over = round(failures) - self.free  # between two guesses a part of the first was forgiven
         return 0.0 if over < 0 else min(self.most, 2.0 ** min(over / self.step, 60.0))
 
 
@@ -94,7 +94,8 @@ class Throttle:
 
         :raises Throttled: one of the keys must wait.
         """
-        wait = max(self._accounts[key].until - now if key in self._accounts else 0.0 for key in keys)
+        found = [account for key in keys if (account := self._accounts.get(key))]  # others may change the table
+        wait = max([account.until - now for account in found], default=0.0)
         if wait > 0:
             raise Throttled(
                 "Too many attempts to sign in",
@@ -111,7 +112,8 @@ class Throttle:
         with self._lock:
             self.refuse(keys, now)
             for key in keys:
-                if (checked := self._checked[key]) and self._failures(key, now) + checked >= self._rule(key).free:
+                failures = round(self._failures(key, now))
+                if (checked := self._checked[key]) and failures + checked >= self._rule(key).free:
                     raise Throttled("Too many attempts to sign in at once", fix="try again soon", retry_after=1.0)
             self._checked.update(keys)
 

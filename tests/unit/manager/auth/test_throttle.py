@@ -178,3 +178,25 @@ def test_accounts_are_bounded_and_the_guilty_stay():
 )
 def test_addresses_are_counted_by_who_can_have_them(one, other, same):
     assert (address_key(one) == address_key(other)) is same
+
+
+def test_five_guesses_are_free_however_slowly_they_come():
+    for pause in (0.1, 1.0, 10.0):
+        throttle = Throttle()
+        waits = [attempt(throttle, ["name:alice"], number * pause) for number in range(NAME.free)]
+        assert waits == [0] * NAME.free
+        with pytest.raises(TooManyRequests):
+            throttle.refuse(["name:alice"], (NAME.free - 1) * pause + 0.05)
+
+
+def test_an_account_that_is_dropped_during_a_check_harms_nothing():
+    class Dropping(dict):
+        def __contains__(self, key):
+            found = super().__contains__(key)
+            self.pop(key, None)
+            return found
+
+    throttle = Throttle()
+    throttle.failed(["name:alice"], 0.0)
+    throttle._accounts = Dropping(throttle._accounts)
+    throttle.refuse(["name:alice"], 0.0)
