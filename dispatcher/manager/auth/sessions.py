@@ -296,8 +296,13 @@ class Sessions:
         with self._lock:
             used = {key: self._rows[key].last_used for key in self._used}
             self._used.clear()
-        self._write()
-        self._store.set_last_used(used)
+        try:
+            self._write()
+            self._store.set_last_used(used)
+        except BaseException:
+            with self._lock:
+                self._used.update(used.keys() & self._rows.keys())
+            raise
 
     def _end(self, sha256s: set[str]) -> int:
         """End sessions and their children; notify at once, whether or not the database can be written now."""
@@ -327,6 +332,8 @@ class Sessions:
                 except Unavailable as error:
                     _log.error("sessions cannot be written, retrying soon", why=str(error))
                     return
+                except Exception:  # it would be in the way of all that follow
+                    _log.exception("a change of sessions cannot be written")
                 self._unwritten.popleft()
 
     def _changed(self, changed: Collection[str], gone: Collection[str]) -> None:

@@ -307,3 +307,32 @@ def test_a_hundred_thousand_sessions_stay_quick(world):
         world.sessions.touch([f"{number:064x}"])
     world.sessions.all("u7")
     assert time.thread_time() - began < 0.5
+
+
+def test_use_that_could_not_be_written_is_written_later(world, monkeypatch):
+    _, row = world.begin()
+    world.clock.time += 10
+    world.sessions.touch([row.sha256])
+
+    def fail(*_):
+        raise Unavailable("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "set_last_used", fail)
+        with pytest.raises(Unavailable):
+            world.sessions.flush()
+    world.sessions.flush()
+    assert world.store.sessions()[0].last_used == world.clock.time
+
+
+def test_a_change_that_never_works_is_not_in_the_way_of_a_revocation(world, monkeypatch):
+    def fail(*_):
+        raise ValueError("no")
+
+    _, first = world.begin()
+    _, second = world.begin("bob")
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "remove_sessions", fail)
+        world.sessions.revoke(first.sha256)
+    world.sessions.revoke(second.sha256)
+    assert [row.sha256 for row in world.store.sessions()] == [first.sha256]
