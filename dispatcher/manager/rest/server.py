@@ -14,6 +14,8 @@ import socket
 import ssl
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from email.utils import formatdate
@@ -39,6 +41,7 @@ PATIENCE = (
 )
 LINGER = 1.0  # seconds for the client to close the connection after the last answer
 STOP_TIMEOUT = 3.0  # seconds for requests in flight when the manager ends
+QUIET = 10.0  # seconds between two lines of the log about the same, for each listener
 _CHUNK = 65536  # bytes
 
 Environ = dict[str, Any]
@@ -74,6 +77,7 @@ class Server:
         self.context = context
         self._app = app
         self._pool = Pool("dispatcher-http", threads)
+        self._seldom = _Seldom()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="dispatcher-accept", daemon=True)
         self._addresses = Tally()
@@ -119,10 +123,13 @@ class Server:
                 await asyncio.sleep(0.2)
                 continue
             address = str(where[0]) if self.context else ""
-            if self._addresses.of(address) >= (MAX_OF_ADDRESS if address else MAX_CONNECTIONS) or (
-                len(self._connections) >= MAX_CONNECTIONS
-            ):
-                _log.warning("too many connections", most=MAX_CONNECTIONS, address=address)
+            if len(self._connections) >= MAX_CONNECTIONS:
+                self._seldom(_log.warning, "too many connections", most=MAX_CONNECTIONS, address=address)
+                sock.close()
+                continue
+            if address and self._addresses.of(address) >= MAX_OF_ADDRESS:
+                event = "too many connections from one address"
+                self._seldom(_log.warning, event, most=MAX_OF_ADDRESS, address=address)
                 sock.close()
                 continue
             self._addresses.add(address)
@@ -140,9 +147,9 @@ class Server:
         stream = _Stream(self._loop, sock, self.context)
         http = _Http(stream)
         environ: Environ = {"REMOTE_ADDR": address, "wsgi.url_scheme": "https" if self.context else "http"}
-        if sock.family == socket.AF_UNIX:
-            environ["dispatcher.peer"] = peer_credentials(sock)[1:]
         try:
+            if sock.family == socket.AF_UNIX:
+                environ["dispatcher.peer"] = peer_credentials(sock)[1:]
             # With a certificate that is not signed by `client_ca` the handshake fails.
             environ["dispatcher.certified"] = await asyncio.wait_for(stream.handshake(), PATIENCE)
             while await self._exchange(http, environ):
@@ -151,20 +158,23 @@ class Server:
                 await asyncio.wait_for(stream.end(), LINGER)
         except asyncio.TimeoutError:
             if not http.is_idle:
-                _log.info("a connection sent no request in time", address=address, seconds=PATIENCE)
+                event = "a connection sent no request in time"
+                self._seldom(_log.info, event, address=address, seconds=PATIENCE)
         except ssl.SSLError as error:
-            _log.info("a TLS handshake failed", address=address, why=str(error))
+            self._seldom(_log.info, "a TLS handshake failed", address=address, why=str(error))
         except OSError as error:
             _log.debug("a connection broke", address=address, why=str(error))
+        except h11.ProtocolError as error:
+            self._seldom(_log.warning, "an answer cannot be sent", address=address, why=str(error))
+        except Exception:
+            self._seldom(_log.exception, "a connection failed", address=address)
 
     async def _exchange(self, http: _Http, environ: Environ) -> bool:
         """Receive a request and answer it; return whether the connection can be used again."""
         try:
             request = await asyncio.wait_for(http.receive(), PATIENCE)
         except _Refused as error:
-            document = problem.document(error.status, HTTPStatus(error.status).phrase, str(error))
-            headers = [("Content-Type", problem.MEDIA_TYPE), ("Connection", "close")]
-            await http.send((error.status, headers, json.dumps(document).encode()))
+            await http.send(_problem(error.status, str(error)))
             return False
         if request is None:
             return False
@@ -181,20 +191,37 @@ class Server:
         """Return the application's answer, from a thread."""
         future: asyncio.Future[Answer] = self._loop.create_future()
 
-        def finish(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        def finish(answer: Answer) -> None:
             if not future.done():
-                set_outcome(outcome)
+                future.set_result(answer)
 
         def run() -> None:
             try:
-                outcome: tuple[Callable[[Any], None], object] = future.set_result, _answer(self._app, environ)
-            except Exception as error:
-                outcome = future.set_exception, error
+                answer = _answer(self._app, environ)
+            except BaseException:  # SystemExit too: it would end the loop
+                _log.exception("a request failed")
+                answer = _problem(500, "the manager's log has the reason")
             with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(finish, *outcome)
+                self._loop.call_soon_threadsafe(finish, answer)
 
         self._pool.submit(run)
         return await future
+
+
+class _Seldom:
+    """Logs each event that strangers cause at most once in `QUIET` seconds, with how often it happened."""
+
+    def __init__(self) -> None:
+        self._logged: dict[str, float] = {}
+        self._count: Counter[str] = Counter()
+
+    def __call__(self, log: Callable[..., object], event: str, **values: object) -> None:
+        """Log an event, or count it."""
+        now = time.monotonic()
+        self._count[event] += 1
+        if now - self._logged.get(event, -QUIET) >= QUIET:
+            self._logged[event] = now
+            log(event, **values, count=self._count.pop(event))
 
 
 class _Stream:
@@ -273,6 +300,7 @@ class _Http:
     def __init__(self, stream: _Stream) -> None:
         self._stream = stream
         self._state = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_HEAD)
+        self._bodiless = False  # the answer to HEAD
 
     async def receive(self) -> Environ | None:
         """Return the next request; None: the client has closed the connection.
@@ -281,9 +309,11 @@ class _Http:
         """
         environ: Environ = {}
         body = bytearray()
+        self._bodiless = False
         while True:
             event = await self._event()
             if isinstance(event, h11.Request):
+                self._bodiless = event.method == b"HEAD"
                 environ = _environ(event)
             elif isinstance(event, h11.Data):
                 body += event.data
@@ -313,7 +343,7 @@ class _Http:
         if self._state.our_state not in {h11.IDLE, h11.SEND_RESPONSE}:
             return  # the request broke off where no answer can follow
         await self._send(h11.Response(status_code=status, headers=fields, reason=HTTPStatus(status).phrase))
-        for start in range(0, len(body), _CHUNK):
+        for start in range(0, 0 if self._bodiless else len(body), _CHUNK):
             await self._send(h11.Data(data=body[start : start + _CHUNK]))
         await self._send(h11.EndOfMessage())
 
@@ -333,6 +363,12 @@ class _Http:
         return True
 
 
+def _problem(status: int, why: str) -> Answer:
+    document = problem.document(status, HTTPStatus(status).phrase, why)
+    headers = [("Content-Type", problem.MEDIA_TYPE), ("Connection", "close")]
+    return status, headers, json.dumps(document).encode()
+
+
 def _too_large() -> _Refused:
     return _Refused(413, f"a body has at most {MAX_BODY} bytes")
 
@@ -340,8 +376,12 @@ def _too_large() -> _Refused:
 def _environ(request: h11.Request) -> Environ:
     """Return WSGI's environment (PEP 3333) of a request, without its body.
 
-    :raises _Refused: its target is not a path, or its body too long.
+    :raises _Refused: its target is not a path, its head or body too long, or the body's length said in two ways.
     """
+    if len(request.target) + sum(len(name) + len(value) + 4 for name, value in request.headers) > MAX_HEAD:
+        raise _Refused(431, f"a head has at most {MAX_HEAD} bytes")  # h11 checks only one that is not complete
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in request.headers}:
+        raise _Refused(400, "Content-Length and Transfer-Encoding exclude each other")
     if request.http_version not in {b"1.0", b"1.1"}:
         raise _Refused(505, "the version is not HTTP/1.0 or HTTP/1.1")
     path, _, query = request.target.partition(b"?")
