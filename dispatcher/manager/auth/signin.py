@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from dispatcher.common.log import logger
 from dispatcher.manager.agents.supervisor import Supervisor
@@ -27,6 +29,7 @@ from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forb
 
 TIMEOUT = 30.0  # seconds for a check of a password, waiting included
 
+_T = TypeVar("_T")
 _log = logger("manager.signin")
 
 
@@ -147,7 +150,7 @@ class SignIn:
             )
         check_length(password)
         deadline = Deadline(TIMEOUT)
-        return self._pool.run(lambda: self._hasher.hash(password), deadline)
+        return self._run(lambda: self._hasher.hash(password), deadline)
 
     def set_password(self, user: str, password: str) -> None:
         """Change a password.  The caller ends the sessions.
@@ -156,9 +159,16 @@ class SignIn:
         """
         check_length(password)
         deadline = Deadline(TIMEOUT)
-        self._pool.run(lambda: self.authenticator.set_password(user, password, deadline=deadline), deadline)
+        self._run(lambda: self.authenticator.set_password(user, password, deadline=deadline), deadline)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
+
+    def _run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
+        """Run something in the pool; SystemExit becomes an ordinary error."""
+        try:
+            return self._pool.run(work, deadline)
+        except SystemExit as error:  # it would end a thread of the REST server
+            raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
 
     def _name(self, raw: str) -> str:
         """Return the canonical name without blanks around it; an invalid one is refused like a wrong password."""

@@ -185,7 +185,7 @@ class Pool:
             _current.job = job
             try:
                 job.run()
-            except Exception:
+            except BaseException:  # SystemExit too: it would end the thread, which still counts
                 _log.exception("%s: a job failed", self._name)
             finally:
                 _current.job = None

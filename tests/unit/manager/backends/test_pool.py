@@ -146,3 +146,16 @@ def test_after_closing_nothing_begins(pool):
     time.sleep(0.02)
     assert began == []
     pool.join(1)
+
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_job_that_ends_the_program_ends_no_thread(error):
+    pool, done = Pool("test-pool", 1), threading.Event()
+
+    def fail():
+        raise error
+
+    pool.submit(fail)
+    pool.submit(done.set)
+    assert done.wait(5)
+    pool.close()
