@@ -25,6 +25,7 @@ from dispatcher.plugin import (
     SecretFiles,
     Unavailable,
     make_temporary,
+    remove_tree,
 )
 from dispatcher_docker import containers, observe, seccomp
 from dispatcher_docker.containers import ContainerSettings
@@ -120,6 +121,8 @@ class Starter:
                     remove(self._engine, handle.name, deadline)
                     self._engine.make(body, handle.name, deadline, options.platform)
             progress("starting the container")
+            if self._engine.is_local:
+                remove_tree(spec.socket, deadline=deadline)  # an agent that ended by itself can leave a link
             self.exit_reasons.forget(handle)
             self._start(spec, handle, deadline)
             progress("started")

@@ -75,9 +75,10 @@ class Start:
     def prepare(self) -> None:
         """Make the group and the descriptors, write the journal."""
         spec, host = self.spec, self.host
+        if self.group:
+            self.group.kill()  # a leftover process would share the agent's directories with the new one
         clear_run_dir(spec.run_dir)
         if self.group:
-            self.group.kill()  # a leftover process would share the data directory with the new one
             try:
                 self._groups = self.group.create(spec.app.limits)
             except OSError as error:

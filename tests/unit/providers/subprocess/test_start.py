@@ -7,10 +7,12 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from dispatcher_subprocess import start
 
+from dispatcher.plugin import Deadline
 from dispatcher.plugin.errors import ProviderError
 
 CAP_SYS_RESOURCE = 24  # linux/capability.h
@@ -68,3 +70,27 @@ def test_a_limit_the_kernel_refuses_is_told_with_a_remedy(monkeypatch):
         "Cannot limit the agent: Operation not permitted"
         " (give the manager CAP_SYS_RESOURCE and CAP_SYS_NICE (a container: --cap-add))"
     )
+
+
+def test_what_a_leftover_process_puts_in_place_of_the_socket_until_it_is_killed_is_removed(tmp_path):
+    """The health check would take a link for an attack, and the start would fail."""
+
+    def create(_):
+        raise OSError(1, "this test needs no group")
+
+    group = SimpleNamespace(kill=lambda: (tmp_path / "s").symlink_to("/etc/passwd"), create=create)
+    one = start.Start(
+        spec=SimpleNamespace(
+            backend_name="d-alice", run_dir=tmp_path, app=SimpleNamespace(limits=None), secrets={}
+        ),
+        plan=None,
+        host=SimpleNamespace(cgroups=SimpleNamespace(group=lambda _: group)),
+        options=None,
+        journals=None,
+        secret_files=None,
+        attach=None,
+        deadline=Deadline(5),
+    )
+    with pytest.raises(ProviderError, match="control group"):
+        one.prepare()
+    assert list(tmp_path.iterdir()) == []
