@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import time
+from functools import partial
 
 import pytest
 
@@ -19,8 +20,11 @@ class Log:
     def __init__(self):
         self.lines = []
 
-    def __getattr__(self, level):
-        return lambda event, **values: self.lines.append((level, event, values))
+        for level in ("debug", "info", "warning", "error", "exception"):
+            setattr(self, level, partial(self._add, level))
+
+    def _add(self, level, event, **values):
+        self.lines.append((level, event, values))
 
 
 @pytest.fixture
