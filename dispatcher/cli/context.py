@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dispatcher.cli.ui.output import Output
-from dispatcher.config import defaults
+from dispatcher.config import default_paths
 from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError, ManagerUnreachable, NotFound
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Cli:
         """
         given = self.manager or os.environ.get("DISPATCHER_MANAGER")
         if not given:
-            return f"unix://{_run_dir(self.config_path) / defaults.MANAGER_SOCKET}"
+            return f"unix://{_run_dir(self.config_path) / default_paths.MANAGER_SOCKET}"
         if given.startswith("/"):
             return f"unix://{given}"
         given = given.rstrip("/")
@@ -143,15 +143,17 @@ class Cli:
 def _run_dir(config: Path | None) -> Path:
     if chosen := _configured(config):
         return chosen
-    own = defaults.run_dir()
-    if (own / defaults.MANAGER_SOCKET).exists() or not (SYSTEM_RUN_DIR / defaults.MANAGER_SOCKET).exists():
+    own = default_paths.run_dir()
+    if (own / default_paths.MANAGER_SOCKET).exists() or not (
+        SYSTEM_RUN_DIR / default_paths.MANAGER_SOCKET
+    ).exists():
         return own
     return SYSTEM_RUN_DIR
 
 
 def _configured(config: Path | None) -> Path | None:
     """Return ``manager.run_dir`` of the configuration, read without its models, which are slow to import."""
-    path = config or defaults.config_file()
+    path = config or default_paths.config_file()
     if not path.exists():
         if config is not None or os.environ.get("DISPATCHER_CONFIG"):
             raise ConfigError(f"Cannot read {path}", why="the file does not exist", fix="check --config")

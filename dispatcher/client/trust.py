@@ -10,7 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from dispatcher.common.sockets import peer_credentials
-from dispatcher.config.defaults import MANAGER_LOCK
+from dispatcher.config.default_paths import MANAGER_LOCK
 from dispatcher.plugin.errors import BadRequest, ManagerUnreachable
 from dispatcher.plugin.names import printable
 

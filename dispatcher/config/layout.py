@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dispatcher.config.defaults import MANAGER_SOCKET
+from dispatcher.config.default_paths import MANAGER_SOCKET
 from dispatcher.config.load import Config
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError

@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
-from dispatcher.config import defaults
+from dispatcher.config import default_paths
 from dispatcher.config.messages import did_you_mean, nearest, printable_key, problems, shown, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
@@ -172,7 +172,7 @@ def read(path: Path | None = None) -> tuple[Config, list[str]]:
 
     :raises ConfigError: the file cannot be read, or is not TOML.
     """
-    chosen = path or defaults.config_file()
+    chosen = path or default_paths.config_file()
     try:
         data = tomllib.loads(chosen.read_bytes().decode("utf-8"))
     except FileNotFoundError as error:

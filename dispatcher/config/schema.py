@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
 
-from dispatcher.config import defaults
+from dispatcher.config import default_paths
 from dispatcher.plugin.model import Limits, Network
 from dispatcher.plugin.options import (
     Addresses,
@@ -66,10 +66,10 @@ class ManagerConfig(Table):
         default=[], description="TCP addresses for administration over TLS, such as 0.0.0.0:4443"
     )
     state_dir: Path = Field(
-        default_factory=defaults.state_dir, description="directory of the database, agents' data and logs"
+        default_factory=default_paths.state_dir, description="directory of the database, agents' data and logs"
     )
     run_dir: Path = Field(
-        default_factory=defaults.run_dir,
+        default_factory=default_paths.run_dir,
         description="directory of sockets; keep it short: the path of a socket has at most 107 bytes",
     )
     database: str = Field(

@@ -18,7 +18,7 @@ from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth import local
-from dispatcher.manager.auth.passwords import Hasher, HashPool
+from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn

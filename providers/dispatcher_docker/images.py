@@ -1,6 +1,8 @@
 """Images: pulled, built or verified.
 
 A pull holds a lock for its image only: other apps do not wait for it.
+
+How progress reaches a user's waiting page: docs/explanation/lifecycle.md.
 """
 
 from __future__ import annotations

@@ -278,7 +278,7 @@ BREAKS = {
     ),
     "its manager, later": (
         "manager",
-        "import os\nfrom dispatcher.manager.app import Manager\nfrom dispatcher.manager.auth.passwords import Hasher\n"
+        "import os\nfrom dispatcher.manager.app import Manager\nfrom dispatcher.manager.auth.hashing import Hasher\n"
         "real = Manager._listen\n"
         "def listen(self):\n    real(self)\n    Hasher.hash = lambda *_: (self.supervisor.close(), os._exit(7))\n"
         "Manager._listen = listen\n",

@@ -17,7 +17,7 @@ from dispatcher.manager.storage.database import Database
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.auth.removals import follow_removals
-from dispatcher.manager.auth.passwords import Hasher, HashPool
+from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from tests.support.fake_supervisor import FakeSupervisor

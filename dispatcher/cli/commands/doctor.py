@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import click
 
 from dispatcher.cli.context import Cli, pass_cli
-from dispatcher.config import defaults
+from dispatcher.config import default_paths
 from dispatcher.plugin.errors import ConfigError, DispatcherError
 from dispatcher.plugin.model import Finding
 
@@ -43,7 +43,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     config, paths = Config(), None
     try:
         config = cli.config()
-        yield from installation.config_file(cli.config_path or defaults.config_file())
+        yield from installation.config_file(cli.config_path or default_paths.config_file())
         config.validate_providers(plugins)
         paths = Paths.of(config)
     except ConfigError as problem:

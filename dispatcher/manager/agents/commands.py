@@ -19,7 +19,8 @@ from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.host_uids import HostUids
 from dispatcher.manager.agents.lifecycle import DEAD, reached
-from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind, Write, recent
+from dispatcher.manager.agents.restarts import recent
+from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind, Write
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.storage.rows import AgentRow, KeptRow
 from dispatcher.manager.storage.states import Desired, Kind, Pending

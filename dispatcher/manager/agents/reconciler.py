@@ -19,8 +19,9 @@ from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.lifecycle import ALIVE, reached
 from dispatcher.manager.agents.readiness import OBSERVE, refuses
+from dispatcher.manager.agents.restarts import backoff, recent
 from dispatcher.manager.agents.runner import Runner
-from dispatcher.manager.agents.transitions import Change, EventKind, Write, backoff, recent
+from dispatcher.manager.agents.transitions import Change, EventKind, Write
 from dispatcher.manager.backends.backend import Backend, Contact
 from dispatcher.manager.backends.logs import last_lines
 from dispatcher.manager.backends.pool import hung_call

@@ -13,8 +13,8 @@ from typing import Any
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.manager.agents import transitions
 from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
-from dispatcher.manager.agents.copies import Copies
 from dispatcher.manager.agents.engine import Engine
+from dispatcher.manager.agents.kept_data import Copies
 from dispatcher.manager.agents.lifecycle import ASLEEP, DEAD
 from dispatcher.manager.agents.migration import Migrator
 from dispatcher.manager.agents.readiness import OBSERVE, Probe, await_ready

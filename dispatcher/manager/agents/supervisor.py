@@ -12,11 +12,11 @@ from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.commands import Commands
-from dispatcher.manager.agents.copies import Copies
 from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.host_uids import HostUids
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
+from dispatcher.manager.agents.kept_data import Copies
 from dispatcher.manager.agents.lifecycle import DEAD
 from dispatcher.manager.agents.migration import Migrator
 from dispatcher.manager.agents.observers import ObserverQueue

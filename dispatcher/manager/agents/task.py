@@ -1,4 +1,7 @@
-"""An operation in flight as its steps see it: the agent, its backend, and what is reported and written."""
+"""An operation in flight as its steps see it: the agent, its backend, and what is reported and written.
+
+How progress reaches a user's waiting page: docs/explanation/lifecycle.md.
+"""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.lifecycle import ALIVE, DEAD
+from dispatcher.manager.agents.restarts import after_death, after_failure, backoff, recent
 from dispatcher.manager.storage.rows import AgentRow, Failure
 from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.errors import (
@@ -30,8 +31,6 @@ SAME_START = 2.0  # seconds by which two reports of one start may differ
 UNAVAILABLE_RETRY = 5.0  # seconds before an operation is retried whose backend did not answer
 MAX_RETRY = 300.0  # seconds between attempts to stop or remove
 LOG_LINES = 20
-RESTART_WINDOW = 600.0  # seconds in which automatic starts are counted
-MAX_BACKOFF = 60.0  # seconds
 
 _FAILED = {
     Kind.START: "could not be started",
@@ -249,30 +248,3 @@ def failed(
             retry_at = None
     fields |= {"failure": failure, "attempts": attempts, "retry_at": retry_at}
     return Change(fields, [(EventKind.FAILED, f"It {_FAILED[kind]}: {error}")])
-
-
-def recent(attempts: tuple[float, ...], now: float) -> tuple[float, ...]:
-    """Return the attempts within the last ten minutes."""
-    return tuple(time for time in attempts if now - time < RESTART_WINDOW)
-
-
-def after_death(attempts: tuple[float, ...], now: float, limit: int) -> tuple[tuple[float, ...], float | None]:
-    """Return the counted attempts and when to start an agent again that was ready and ended by itself.
-
-    :return: the time is None when all `limit` restarts within the window are used up.
-    """
-    counted = recent(attempts, now)
-    if len(counted) >= limit:
-        return counted, None
-    return (*counted, now), now + (backoff(len(counted)) if counted else 0.0)
-
-
-def after_failure(attempts: tuple[float, ...], now: float, limit: int) -> tuple[tuple[float, ...], float | None]:
-    """Return the attempts, this one included, and when to retry an operation that failed; None: give up."""
-    counted = (*recent(attempts, now), now)
-    return counted, None if len(counted) > limit else now + backoff(len(counted))
-
-
-def backoff(failures: int) -> float:
-    """Return the delay in seconds after so many failures: 1, 2, 4, ... up to a minute."""
-    return min(MAX_BACKOFF, 2.0 ** max(0, min(failures, 30) - 1))

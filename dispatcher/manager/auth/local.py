@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from dispatcher.manager.auth.passwords import Hasher, check_length
+from dispatcher.manager.auth.hashing import Hasher, check_length
 from dispatcher.manager.storage.agents import Store
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline

@@ -16,7 +16,7 @@ from dispatcher.common.log import logger
 from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.auth import local
-from dispatcher.manager.auth.passwords import Hasher, HashPool, check_length
+from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
 from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
 from dispatcher.manager.metrics import LoginOutcome, Metrics

@@ -1,4 +1,7 @@
-"""Preparing apps (image pulls and the like): one `prepare` per app, shared by all agents that wait for it."""
+"""Preparing apps (image pulls and the like): one `prepare` per app, shared by all agents that wait for it.
+
+How progress reaches a user's waiting page: docs/explanation/lifecycle.md.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from dispatcher.common.log import logger
-from dispatcher.config.defaults import MANAGER_LOCK
+from dispatcher.config.default_paths import MANAGER_LOCK
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.manager.files.space import disk_fix

@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.config import defaults
+from dispatcher.config import default_paths
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.config.layout import MAX_SOCKET_PATH, Paths
 
@@ -68,24 +68,24 @@ def ordinary(monkeypatch, tmp_path):
 
 
 def test_an_ordinary_user_s_places(ordinary, monkeypatch):
-    assert defaults.config_file() == ordinary / ".config/dispatcher/dispatcher.toml"
-    assert defaults.state_dir() == ordinary / ".local/state/dispatcher"
-    assert str(defaults.run_dir()) == "/tmp/dispatcher-1000/dispatcher"
+    assert default_paths.config_file() == ordinary / ".config/dispatcher/dispatcher.toml"
+    assert default_paths.state_dir() == ordinary / ".local/state/dispatcher"
+    assert str(default_paths.run_dir()) == "/tmp/dispatcher-1000/dispatcher"
     for name in ("XDG_CONFIG_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
         monkeypatch.setenv(name, f"/xdg/{name}")
-    assert str(defaults.config_file()) == "/xdg/XDG_CONFIG_HOME/dispatcher/dispatcher.toml"
-    assert str(defaults.run_dir()) == "/xdg/XDG_RUNTIME_DIR/dispatcher"
-    assert str(defaults.state_dir()) == "/xdg/XDG_STATE_HOME/dispatcher"
+    assert str(default_paths.config_file()) == "/xdg/XDG_CONFIG_HOME/dispatcher/dispatcher.toml"
+    assert str(default_paths.run_dir()) == "/xdg/XDG_RUNTIME_DIR/dispatcher"
+    assert str(default_paths.state_dir()) == "/xdg/XDG_STATE_HOME/dispatcher"
 
 
 def test_root_s_places(monkeypatch):
     monkeypatch.delenv("DISPATCHER_CONFIG", raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert str(defaults.config_file()) == "/etc/dispatcher/dispatcher.toml"
-    assert str(defaults.run_dir()) == "/run/dispatcher"
-    assert str(defaults.state_dir()) == "/var/lib/dispatcher"
+    assert str(default_paths.config_file()) == "/etc/dispatcher/dispatcher.toml"
+    assert str(default_paths.run_dir()) == "/run/dispatcher"
+    assert str(default_paths.state_dir()) == "/var/lib/dispatcher"
 
 
 def test_the_environment_names_the_configuration(monkeypatch):
     monkeypatch.setenv("DISPATCHER_CONFIG", "/x/d.toml")
-    assert str(defaults.config_file()) == "/x/d.toml"
+    assert str(default_paths.config_file()) == "/x/d.toml"

@@ -344,7 +344,7 @@ def test_a_missing_file_is_an_error_when_it_was_named(tmp_path, monkeypatch):
 
 def test_a_missing_default_file_means_the_defaults(tmp_path, monkeypatch):
     monkeypatch.delenv("DISPATCHER_CONFIG", raising=False)
-    monkeypatch.setattr("dispatcher.config.defaults.config_file", lambda: tmp_path / "none.toml")
+    monkeypatch.setattr("dispatcher.config.default_paths.config_file", lambda: tmp_path / "none.toml")
     assert list(load().apps) == ["demo"]
 
 

@@ -19,7 +19,7 @@ from dispatcher.manager.agents.lifecycle import (
     reached,
     superseded,
 )
-from dispatcher.manager.agents.transitions import (
+from dispatcher.manager.agents.restarts import (
     MAX_BACKOFF,
     RESTART_WINDOW,
     after_death,

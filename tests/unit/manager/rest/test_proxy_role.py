@@ -241,7 +241,7 @@ def test_an_external_directory_makes_the_user_at_the_first_sign_in(tmp_path):
 
 
 def test_weak_hashes_are_renewed_at_the_sign_in(parts):
-    from dispatcher.manager.auth.passwords import Hasher
+    from dispatcher.manager.auth.hashing import Hasher
 
     weak = Hasher(memory=8, passes=1).hash("correct horse")
     parts.supervisor.store.set_password_hash("alice", weak)

@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests
-from dispatcher.manager.auth.passwords import MEMORY_KIB, PASSES, Hasher, HashPool, check_length
+from dispatcher.manager.auth.hashing import MEMORY_KIB, PASSES, Hasher, HashPool, check_length
 
 CHEAP = Hasher(memory=64, passes=1)
 
