@@ -1,9 +1,9 @@
 """Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
 
 A private network's traffic leaves through a process of the host, which can reach everything that the host reaches.
-So the agent's network namespace gets *unreachable* routes for the denied networks: this host, those that only this
-host is in (containers, virtual machines), clouds' metadata and those in the options.  The agent has no privileges
-there and cannot remove them.  pasta is also bound to the outgoing interface.
+So in the agent's network namespace the denied networks are *local*, delivered there and never sent: this host, those
+that only this host is in (containers, virtual machines), clouds' metadata and those in the options.  The agent has no
+privileges there and cannot remove these routes.  pasta is also bound to the outgoing interface.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -33,6 +32,8 @@ from dispatcher.plugin import (
 from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.procfs import Process
+
+_INTERFACE = "eth0"  # of an agent, beside the loopback interface
 
 #: Makes the sockets of an agent's name server, and passes them through its standard input.
 _NAME_SOCKETS = """
@@ -154,9 +155,9 @@ def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _I
 
 
 def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
-    with tempfile.TemporaryDirectory(prefix="dispatcher-pasta-") as directory:
-        pid_file = Path(directory) / "pid"
-        command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--pid", str(pid_file)]
+    with open(os.memfd_create("pasta-pid"), "rb", closefd=True) as pid_file:
+        command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--ns-ifname", _INTERFACE]
+        command += ["--pid", f"/proc/self/fd/{pid_file.fileno()}"]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--netns", f"/proc/self/fd/{inside.network}"]
         if inside.user is None:
@@ -167,9 +168,10 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
         interface = outgoing_interface()
         if interface:
             command += ["--outbound-if4", interface]
-        _run(command, inside, b"", deadline)  # it goes to the background when the network is ready
+        # It goes to the background when the network is ready.
+        _run(command, inside, b"", deadline, inherited=(pid_file.fileno(),))
         try:
-            pid = int(pid_file.read_text(encoding="ascii"))
+            pid = int(pid_file.read())
         except (OSError, ValueError) as error:
             raise ProviderError("pasta did not write its process id", why=str(error)) from error
     found = procfs.stat(pid)
@@ -188,7 +190,7 @@ def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
             helper = processes.spawn(
-                [*command, f"/proc/self/fd/{inside.network}", "tap0"],
+                [*command, f"/proc/self/fd/{inside.network}", _INTERFACE],
                 environment={},
                 stdin=null,
                 output=null,
@@ -207,25 +209,31 @@ def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
 
 
 def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline) -> None:
-    """Make networks unreachable from inside.
+    """Deliver what is for some networks inside, so that it is never sent.
 
-    For IPv6's link-local ones this takes a rule: a destination with a scope passes by an unreachable route.
+    An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF, IP_PKTINFO)
+    passes by it.  A local route of that interface is found in this case, too; 127.0.0.0/8 needs one for the same
+    reason.  IPv6's link-local networks take a rule, as each interface has routes of its own for them.
     """
+    loopback = IPv4Network("127.0.0.0/8")
     for version in (4, 6) if procfs.read("/proc/net/if_inet6") else (4,):
         lines = "".join(
             f"rule add to {network} priority 1 unreachable\n"
             if version == 6 and network.is_link_local
-            else f"route replace unreachable {network}\n"
-            for network in networks
+            else f"route append local {network} dev {_INTERFACE} table local metric 9\n"
+            for network in (*networks, loopback)
             if network.version == version
         )
         _run([*inside.command, which("ip"), f"-{version}", "-batch", "-"], inside, lines.encode(), deadline)
 
 
-def _run(command: list[str], inside: _Inside, stdin: bytes | int, deadline: Deadline) -> None:
+def _run(
+    command: list[str], inside: _Inside, stdin: bytes | int, deadline: Deadline, inherited: tuple[int, ...] = ()
+) -> None:
     """Run a program.
 
     :param stdin: its standard input: content, or a descriptor.
+    :param inherited: descriptors beside those of the namespaces.
     """
     source: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     try:
@@ -234,7 +242,7 @@ def _run(command: list[str], inside: _Inside, stdin: bytes | int, deadline: Dead
             check=False,
             **source,
             capture_output=True,
-            pass_fds=inside.fds,
+            pass_fds=(*inside.fds, *inherited),
             env={},
             cwd="/",
             start_new_session=True,

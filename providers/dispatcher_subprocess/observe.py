@@ -85,7 +85,7 @@ class Observer:
         if self._own.get(record.token) != listeners:
             # With a private network the helper listens and forwards.
             pids = [record.helper.pid] if record.helper else [found.pid for found in run.members()]
-            if not belongs(listeners, pids):
+            if not belongs(listeners, pids) and not _holds_its_port(record.helper):
                 return None, "another process listens on its port"
             self._own[record.token] = listeners
         return endpoint, ""
@@ -108,6 +108,14 @@ def belongs(inodes: frozenset[int], pids: list[int]) -> bool:
     for pid in pids:
         missing.difference_update(what for _, what in procfs.descriptors(pid))
     return not missing
+
+
+def _holds_its_port(helper: Process | None) -> bool:
+    """Whether a helper lives whose descriptors an ordinary user may not read.
+
+    It has bound the port before it was taken as started, so while it lives nobody else can.
+    """
+    return bool(helper and helper.lives and not os.access(f"/proc/{helper.pid}/fd", os.R_OK))
 
 
 def usage(run: Run) -> Usage:

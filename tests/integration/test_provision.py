@@ -149,7 +149,9 @@ def installed(free_port_for_module):
     done = provision(root)
     assert done.returncode == 0, done.stdout + done.stderr
     config = root / "etc/dispatcher/dispatcher.toml"
-    config.write_text(config.read_text().replace("0.0.0.0:8080", f"127.0.0.1:{free_port_for_module}"))
+    text = config.read_text().replace("0.0.0.0:8080", f"127.0.0.1:{free_port_for_module}")
+    # A private network needs more of the unit than none: a capability for its name server, and no /tmp.
+    config.write_text(text.replace('title = "Demo"', 'title = "Demo"\nnetwork = "private"'))
     yield root
     shutil.rmtree(root)
 

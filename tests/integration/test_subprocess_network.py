@@ -160,11 +160,14 @@ INSIDE = textwrap.dedent(
     """
     import json, socket, sys, threading
     from dispatcher.plugin.model import Network
-    from tests.integration.test_subprocess_network import ASK, TCP
+    from tests.integration.test_subprocess_network import ASK, BYPASS, TCP
     from tests.support.subprocess_world import PYTHON, World, destroy, observe
 
     carrier, kind = sys.argv[1:3]
     servers = [socket.create_server(("0.0.0.0", 8000))]
+    heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    heard.bind(("0.0.0.0", 8001))
+    heard.settimeout(0.5)
     world = World("7e570041", private_network=carrier)
     provider = world.provider()
     report = {}
@@ -175,7 +178,22 @@ INSIDE = textwrap.dedent(
                         "127.0.0.1:8000", "10.9.0.1:8000", "169.254.169.254:80", "168.63.129.16:80",
                         "100.100.100.200:80", "[2001:db8:5::5]:80", "[fd00:ec2::254]:80", "[fe80::a9fe:a9fe%2]:80"):
             report[address] = inside.refused("/connect", to="tcp:" + address) or "reached"
+        bypass = world.spec("carol", [PYTHON, "-S", "-c", BYPASS, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, bypass, ready=False)
+        report["by interface"] = "nothing was tried"
+        for _ in range(3000):
+            import time
+            time.sleep(0.01)
+            if (bypass.data_dir / "reached").exists():
+                report["by interface"] = (bypass.data_dir / "reached").read_text()
+                break
         report["resolv"] = inside.read("/etc/resolv.conf").decode()
+        report["datagrams"] = []
+        try:
+            while True:
+                report["datagrams"].append(heard.recv(100).decode())
+        except TimeoutError:
+            pass
         name = world.spec("bob", [PYTHON, "-S", "-c", ASK, "{socket}"], network=Network.PRIVATE)
         world.start(provider, name, ready=False)
         report["name"] = ""
@@ -195,6 +213,51 @@ INSIDE = textwrap.dedent(
     finally:
         world.close()
     print("REPORT", json.dumps(report))
+    """
+)
+#: Names the interface in each way that the kernel has, TCP and UDP; writes what was reached.
+BYPASS = textwrap.dedent(
+    """
+    import os, socket, struct, sys
+    (index,) = [number for number, name in socket.if_nameindex() if name != "lo"]
+    device = socket.if_indextoname(index).encode()
+    reached = []
+
+    def bound(sock, how):
+        if how == "SO_BINDTODEVICE":
+            sock.setsockopt(socket.SOL_SOCKET, 25, device)
+        elif how == "UNICAST_IF" and sock.family == socket.AF_INET:
+            sock.setsockopt(socket.IPPROTO_IP, 50, struct.pack("!I", index))
+        elif how == "UNICAST_IF":
+            sock.setsockopt(socket.IPPROTO_IPV6, 76, struct.pack("!I", index))
+
+    for address in ("203.0.113.5", "169.254.169.254", "168.63.129.16", "100.100.100.200", "fd00:ec2::254",
+                    "10.9.0.2", "10.9.0.3", "172.20.0.1", "172.20.0.9", "127.0.0.1"):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for how in ("SO_BINDTODEVICE", "UNICAST_IF", "PKTINFO"):
+            with socket.socket(family) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
+                tcp.settimeout(0.4)
+                try:
+                    bound(tcp, how)
+                    tcp.connect((address, 8000 if address.startswith(("10.", "172.", "127.")) else 80))
+                    tcp.recv(1)
+                    reached.append(address + " " + how)
+                except OSError:
+                    pass
+                try:
+                    bound(udp, how)
+                    info = struct.pack("@iII", index, 0, 0)
+                    extra = [(socket.IPPROTO_IP, 8, info)] if how == "PKTINFO" and family == socket.AF_INET else []
+                    udp.sendmsg([f"{address} {how}".encode()], extra, 0, (address, 8001))
+                except OSError:
+                    pass
+    open("/data/reached.new", "w").write(" ".join(reached))
+    os.rename("/data/reached.new", "/data/reached")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    while True:
+        server.accept()[0].close()
     """
 )
 ASK = (
@@ -292,18 +355,37 @@ MOVING = textwrap.dedent(
 )
 
 
-#: Runs MOVING as an ordinary user who may change /etc, which is a copy.
+PORT = textwrap.dedent(
+    """
+    import json
+    from dispatcher.plugin.model import Network
+    from tests.integration.test_subprocess_network import TCP
+    from tests.support.subprocess_world import World, observe
+    world = World("7e570043", private_network="pasta")
+    provider = world.provider()
+    try:
+        handle, _ = world.start(provider, world.spec("alice", TCP, network=Network.PRIVATE))
+        endpoint = str(observe(provider, handle).endpoint)
+        print("REPORT", json.dumps({"endpoint": endpoint, "later": str(observe(world.provider(), handle).endpoint)}))
+    finally:
+        world.close()
+    """
+)
+
+
+#: Runs a program of this module as an ordinary user who may change /etc, which is a copy.
 AS_USER = textwrap.dedent(
     """
     import os, stat, subprocess, sys
-    from tests.integration.test_subprocess_network import MOVING
+    from tests.integration import test_subprocess_network
     from tests.integration.test_subprocess_user import OPEN_UP, private_prefixes
     os.chmod("/etc", 0o777)
     os.mknod("/mnt/tun", stat.S_IFCHR, os.makedev(10, 200))
     os.chmod("/mnt/tun", 0o666)
     subprocess.run(["mount", "--bind", "/mnt/tun", "/dev/net/tun"], check=True)
     prefixes = private_prefixes()
-    os.execvp("sh", ["sh", "-c", OPEN_UP, "sh", *prefixes, "--", sys.executable, "-c", MOVING])
+    os.execvp("sh", ["sh", "-c", OPEN_UP, "sh", *prefixes, "--", sys.executable, "-c",
+                       getattr(test_subprocess_network, sys.argv[1])])
     """
 )
 
@@ -344,6 +426,8 @@ def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier,
         "[fe80::a9fe:a9fe%2]:80",
     ):
         assert report[address] not in {"reached", ""}, address
+    assert set(report["by interface"].split()) == {"203.0.113.5", "SO_BINDTODEVICE", "UNICAST_IF", "PKTINFO"}
+    assert report["datagrams"] == []
     assert "search example.org" in report["resolv"]
     assert "203.0.113.53" not in report["resolv"]
     assert report["name"] == "203.0.113.5", "names are resolved"
@@ -378,6 +462,15 @@ def test_names_are_found_wherever_the_host_moves():
 @pytest.mark.root
 @pytest.mark.bubblewrap
 def test_names_are_found_by_the_agents_of_an_ordinary_user():
-    found = in_namespaces(program=AS_USER)
+    found = in_namespaces("MOVING", program=AS_USER)
     assert found.pop("IPv6") == found.pop("a start with IPv6 alone") == "203.0.113.7"
     assert found == dict.fromkeys(["at first", "over TCP", "the second server", "a new collector"], "203.0.113.5")
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_a_port_in_a_private_network_is_used_by_an_ordinary_user_too():
+    # pasta hides its descriptors from its own user.
+    report = in_namespaces("PORT", program=AS_USER)
+    assert report["endpoint"].startswith("tcp:127.0.0.1:")
+    assert report["later"] == report["endpoint"]

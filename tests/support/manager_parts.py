@@ -85,6 +85,7 @@ class Parts:
             reload=lambda: self.reloads.append(1) or ["The log level is debug."],
             feed_connections=lambda: 0,
             waiting=threading.BoundedSemaphore(2),
+            sync_edge=lambda: self.edge_waits.append(1),
         )
         self.metrics.watch(
             agents=self.supervisor.views,

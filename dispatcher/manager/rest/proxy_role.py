@@ -76,7 +76,9 @@ def select(services: Services, sha256: schemas.Sha256, agent: schemas.Name) -> J
     """Send a session's requests to another agent of its user."""
     row = _user_session(services, sha256)
     chosen = _own_agent(services, row, agent).name
-    return session_json(services, services.sessions.select(row.sha256, chosen))
+    session = services.sessions.select(row.sha256, chosen)
+    services.sync_edge()  # the browser's next request must not overtake the change
+    return session_json(services, session)
 
 
 @routes.add("POST", "/sessions/state", {202: schemas.Agent})

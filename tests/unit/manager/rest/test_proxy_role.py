@@ -278,7 +278,9 @@ def test_agents_of_the_own_user_only(parts):
         "alice",
         "alice:lab",
     ]
+    parts.edge_waits.clear()
     assert parts.post("/sessions/select", sha256=session, agent="alice:lab").json["agent"] == "alice:lab"
+    assert parts.edge_waits, "the browser's next request may still go to the other agent"
     assert parts.post("/sessions/lookup", sha256=session).json["agent"] == "alice:lab"
     answer = parts.post("/sessions/state", sha256=session, agent="alice:lab", state="running")
     assert (answer.status_code, answer.json["state"]) == (202, "running")
