@@ -1,9 +1,9 @@
 """Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
 
 A private network's traffic leaves through a process of the host, which can reach everything that the host reaches.
-So in the agent's network namespace the denied networks are *local*, delivered there and never sent: this host, those
-that only this host is in (containers, virtual machines), clouds' metadata and those in the options.  The agent has no
-privileges there and cannot remove these routes.  pasta is also bound to the outgoing interface.
+So in the agent's network namespace the denied networks are *local*, delivered there and never sent: this host,
+those that only this host is in (containers, virtual machines), clouds' metadata and those in the options.  The
+agent has no privileges there and cannot remove these routes.  pasta is also bound to the outgoing interface.
 """
 
 from __future__ import annotations
@@ -211,9 +211,9 @@ def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
 def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline) -> None:
     """Deliver what is for some networks inside, so that it is never sent.
 
-    An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF, IP_PKTINFO)
-    passes by it.  A local route of that interface is found in this case, too; 127.0.0.0/8 needs one for the same
-    reason.  IPv6's link-local networks take a rule, as each interface has routes of its own for them.
+    An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF,
+    IP_PKTINFO) passes by it.  A local route of that interface is found in this case, too; 127.0.0.0/8 needs one
+    for the same reason.  IPv6's link-local networks take a rule, as each interface has routes of its own for them.
     """
     loopback = IPv4Network("127.0.0.0/8")
     for version in (4, 6) if procfs.read("/proc/net/if_inet6") else (4,):
