@@ -36,9 +36,7 @@ MAX_CONNECTIONS = 1000  # of one listener, idle ones included
 MAX_OF_ADDRESS = 250  # of them from one address
 MAX_HEAD = 32768  # bytes
 MAX_BODY = 65536  # bytes
-PATIENCE = (
-    20.0  # seconds for a handshake, from there or the last answer to the end of a request, and for an answer
-)
+PATIENCE = 20.0  # seconds for a handshake, for a request after it or after the last answer, and to send an answer
 LINGER = 1.0  # seconds for the client to close the connection after the last answer
 STOP_TIMEOUT = 3.0  # seconds for requests in flight when the manager ends
 QUIET = 10.0  # seconds between two lines of the log about the same, for each listener
@@ -119,7 +117,7 @@ class Server:
             try:
                 sock, where = await self._loop.sock_accept(self.socket)
             except OSError as error:
-                _log.warning("cannot accept a connection", why=str(error))
+                self._seldom(_log.warning, "cannot accept a connection", why=str(error))
                 await asyncio.sleep(0.2)
                 continue
             address = str(where[0]) if self.context else ""
