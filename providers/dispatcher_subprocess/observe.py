@@ -114,7 +114,7 @@ def belongs(inodes: frozenset[int], pids: list[int]) -> bool:
 def _holds_its_port(helper: Process | None) -> bool:
     """Whether a helper lives whose descriptors an ordinary user may not read.
 
-    It has bound the port before it was taken as started, so while it lives nobody else can.
+    It has bound the port before its start is complete, so no other process can bind it while it lives.
     """
     return bool(helper and helper.lives and not os.access(f"/proc/{helper.pid}/fd", os.R_OK))
 
