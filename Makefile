@@ -42,12 +42,12 @@ $(VENV)/bin/python:
 	@tests/machine/make-venv '$(PYTHON)' '$(VENV)'
 
 $(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
-	@echo 'Installing dispatcher into $(VENV) (half a minute)'
+	@echo 'Installing dispatcher into $(VENV) (half a minute; up to two more while a C compiler builds the edge)'
 	@$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
-	@echo 'Installing dispatcher and what its tests need into $(VENV) (a minute)'
+	@echo 'Installing dispatcher and what its tests need into $(VENV) (a minute; up to two more while a C compiler builds the edge)'
 	@$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
 	@touch $@ $(VENV)/.demo
 
