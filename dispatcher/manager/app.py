@@ -15,8 +15,8 @@ from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
 from dispatcher.config.plugins import Plugins
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.agents.observers import EventLog
-from dispatcher.manager.agents.supervisor import Supervisor
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals

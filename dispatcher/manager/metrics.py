@@ -22,8 +22,8 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from dispatcher.manager.agents.transitions import EventKind
-from dispatcher.manager.agents.views import AgentView
+from dispatcher.manager.agents.agent import AgentView
+from dispatcher.manager.agents.lifecycle import EventKind
 from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent
 

@@ -17,8 +17,8 @@ from dispatcher.manager.feed import server
 from dispatcher.manager.feed import worker as feed_worker
 from dispatcher.manager.storage.auth import SessionRow
 from dispatcher.manager.agents.lifecycle import FeedState, State
-from dispatcher.manager.storage.states import Desired
-from dispatcher.manager.agents.views import AgentView
+from dispatcher.manager.storage.rows import Desired
+from dispatcher.manager.agents.agent import AgentView
 from tests.support.installation import UnixConnection, until
 from tests.support.manager_process import Worker, client_of, manager_in
 

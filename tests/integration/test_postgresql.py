@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from dispatcher.manager.storage.agents import AgentRow, CopyRow, KeptRow, Store
 from dispatcher.manager.storage.auth import Account, AuthStore, SessionRow, Visitor
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.errors import Conflict, Unavailable
 from dispatcher.plugin.model import AgentEvent
 from tests.support.postgresql import programs

@@ -9,9 +9,9 @@ from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock, boottime
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unsupported
 from dispatcher.manager.agents.lifecycle import FeedState, State
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.manager.storage.agents import Failure, UserRow
-from dispatcher.manager.agents.views import AgentView
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.plugin.model import AgentEvent, Endpoint, Finding, Level
 
 SETTLED = {
@@ -78,7 +78,7 @@ class FakeSupervisor:
         self.changed = threading.Condition(threading.RLock())
         self.subscribers = []
         self.removal_subscribers = []
-        self.commands = self.queries = self.engine = self.reconciler = self
+        self.commands = self.queries = self.registry = self.reconciler = self
         self.copies = FakeCopies(self)
         self.down = ""
 

@@ -22,12 +22,12 @@ from dispatcher.plugin.hooks import hookimpl
 from dispatcher.manager.storage import agents
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.plugin.names import backend_name
 from dispatcher.config.layout import Paths
 from dispatcher.config.plugins import GROUP, Plugins
 from dispatcher.testing.fake import FakeBackend, FakeProvider
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL, EngineDown
 
 _worlds = itertools.count()
@@ -212,7 +212,7 @@ class Crash:
         self.reached = threading.Event()
         self._go_on = threading.Event()
         self._world, self._supervisor, self._step, self._kind = world, supervisor, step, kind
-        supervisor.engine.on_step = self._on_step
+        supervisor.registry.on_step = self._on_step
 
     def _on_step(self, _agent, kind, step):
         if step == self._step and (self._kind is None or kind.value == self._kind) and not self.reached.is_set():

@@ -21,9 +21,9 @@ from dispatcher.config.host_users import host_accounts
 from dispatcher.config.load import parse
 from dispatcher.manager.storage import agents
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.config.layout import Paths
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.config.plugins import Plugins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -183,7 +183,7 @@ def main() -> None:
         if reached == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    supervisor.engine.on_step = die
+    supervisor.registry.on_step = die
     supervisor.start()
     print("started", flush=True)
     for line in sys.stdin:

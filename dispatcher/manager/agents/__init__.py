@@ -1,1 +1,1 @@
-"""The life of agents: desired state, transitions, operations, reconciliation."""
+"""The life of agents: desired state, states, operations, reconciliation."""

@@ -16,14 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.host_uids import HostUids
-from dispatcher.manager.agents.lifecycle import DEAD, reached
+from dispatcher.manager.agents.lifecycle import CLEARED, DEAD, Change, EventKind, Write, reached
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.restarts import recent
-from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind, Write
 from dispatcher.manager.files.agent_dirs import AgentData
-from dispatcher.manager.storage.rows import AgentRow, KeptRow
-from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.files.host_uids import HostUids
+from dispatcher.manager.storage.rows import AgentRow, Desired, KeptRow, Kind, Pending
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Unsupported
 from dispatcher.plugin.model import AgentEvent, Capability
 from dispatcher.plugin.names import agent_name, app_name, printable
@@ -47,8 +45,8 @@ def desired_state(text: str) -> Desired:
 class Commands:
     """Writes desired states."""
 
-    def __init__(self, engine: Engine, data: AgentData, uids: HostUids) -> None:
-        self._engine = engine
+    def __init__(self, registry: Registry, data: AgentData, uids: HostUids) -> None:
+        self._registry = registry
         self._data = data
         self._uids = uids
         self._creating = threading.Lock()
@@ -63,7 +61,7 @@ class Commands:
         :raises Conflict: it exists, is being removed, or a password was given for an existing user.
         :raises BadRequest: an invalid name, or no app was named and there is no default.
         """
-        engine = self._engine
+        registry = self._registry
         name = agent_name(name)
         user, _, suffix = name.partition(":")
         if suffix and app and suffix != app:
@@ -72,11 +70,11 @@ class Commands:
                 why=f"the request names the app {printable(app)}",
                 fix="leave one of them out",
             )
-        chosen = suffix or (app_name(app) if app else engine.specs.default_app())
-        engine.specs.check(chosen)
+        chosen = suffix or (app_name(app) if app else registry.specs.default_app())
+        registry.specs.check(chosen)
         with self._creating:
             name = self._free_name(name, user, suffix, app)
-            with engine.name_reserved(name) as free:
+            with registry.name_reserved(name) as free:
                 if not free:
                     raise Conflict(
                         f"The remains of an earlier agent {printable(name)} are being removed",
@@ -84,29 +82,31 @@ class Commands:
                         retry_after=1.0,
                     )
                 agent, event = self._insert(name, user, chosen, password_hash)
-        engine.notify(agent)
-        engine.observers.publish([event])
+        registry.notify(agent)
+        registry.observers.publish([event])
         return agent.row
 
     def _insert(self, name: str, user: str, app: str, password_hash: str | None) -> tuple[Agent, AgentEvent]:
-        engine = self._engine
-        if password_hash is not None and engine.store.get_user(user) is not None:
+        registry = self._registry
+        if password_hash is not None and registry.store.get_user(user) is not None:
             raise Conflict(
                 f"The user {printable(user)} exists",
                 why="a password was given, as for a new user",
                 fix="leave it out, or change it with `dispatcher passwd`",
             )
-        row, detail = self._new_row(name, user, app, engine.store.kept(name))
-        event = engine.event(row, EventKind.CREATED, detail)
-        row = engine.store.create(row, password_hash=password_hash, allocated=self._uids.separate, events=[event])
-        return engine.add(row), event
+        row, detail = self._new_row(name, user, app, registry.store.kept(name))
+        event = registry.event(row, EventKind.CREATED, detail)
+        row = registry.store.create(
+            row, password_hash=password_hash, allocated=self._uids.separate, events=[event]
+        )
+        return registry.add(row), event
 
     def check_not_being_removed(self, name: str) -> None:
         """Check that no agent of a name is being removed; `name` is canonical.
 
         :raises Conflict: one is.
         """
-        agent = self._engine.agents.get(name)
+        agent = self._registry.agents.get(name)
         if agent is not None and agent.row.desired is Desired.ABSENT:
             failure = agent.row.failure
             raise Conflict(
@@ -117,7 +117,7 @@ class Commands:
             )
 
     def _free_name(self, name: str, user: str, suffix: str, app: str | None) -> str:
-        known = self._engine.agents
+        known = self._registry.agents
         if name in known and not suffix and app and known[name].row.app != app:
             name = f"{user}:{app}"
         self.check_not_being_removed(name)
@@ -128,8 +128,8 @@ class Commands:
         return name
 
     def _new_row(self, name: str, user: str, app: str, kept: KeptRow | None) -> tuple[AgentRow, str]:
-        engine = self._engine
-        now = engine.clock.now()
+        registry = self._registry
+        now = registry.clock.now()
         row = AgentRow(
             id=0,
             version=0,
@@ -137,7 +137,7 @@ class Commands:
             user=user,
             user_id=0,
             app=app,
-            provider=engine.specs.config.apps[app].provider,
+            provider=registry.specs.config.apps[app].provider,
             uid=-1,
             created=now,
             since=now,
@@ -156,13 +156,13 @@ class Commands:
 
     def remove(self, name: str, *, keep_data: bool) -> None:
         """Remove an agent, and its user with the last one."""
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
 
         def decide(_: AgentRow) -> Change:
             fields = {"desired": Desired.ABSENT, "keep_data": keep_data, "pending": Pending.NONE}
             return self._command(agent, fields, frees=True)
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     def set_desired(self, name: str, desired: Desired, *, stdin: bytes | None = None) -> None:
         """Set the desired state; the newest command wins.  RUNNING also clears a failure and the restart count.
@@ -171,7 +171,7 @@ class Commands:
         :raises Unsupported: the provider has no such state.
         :raises Conflict: the agent is being removed, or is to be suspended and does not run.
         """
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
         self._check_capability(agent, desired)
 
         def decide(row: AgentRow) -> Change | None:
@@ -181,7 +181,7 @@ class Commands:
                     f"{printable(row.name)} is not running", why="only a running agent can be suspended"
                 )
             if row.desired is desired and row.pending is Pending.NONE:
-                if row.operation is None and row.failure is None and reached(self._engine.situation(row)):
+                if row.operation is None and row.failure is None and reached(self._registry.situation(row)):
                     return None  # no start follows: the credentials are not kept for a later one
                 if row.operation is not None:
                     agent.stdin = stdin or agent.stdin
@@ -193,11 +193,11 @@ class Commands:
                 fields["attempts"] = ()
             return self._command(agent, fields, frees=desired is Desired.STOPPED)
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     def _check_capability(self, agent: Agent, desired: Desired) -> None:
         needed = _NEEDS.get(desired)
-        backend = self._engine.backends.get(agent.row.provider)
+        backend = self._registry.backends.get(agent.row.provider)
         if needed and backend.usable and needed not in backend.capabilities:
             raise Unsupported(
                 f"{printable(agent.row.name)} cannot be {desired.value}",
@@ -207,24 +207,24 @@ class Commands:
 
     def restart(self, name: str) -> None:
         """Stop an agent, and start it with the present configuration."""
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)
             pending = row.pending if row.pending is Pending.RESET else Pending.RESTART
             return self._command(agent, {"desired": Desired.RUNNING, "pending": pending, "attempts": ()})
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     def reset_data(self, name: str) -> None:
         """Stop an agent, delete its data, and start it again if that is its desired state."""
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)
             return self._command(agent, {"pending": Pending.RESET}, frees=True)
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     @staticmethod
     def _command(agent: Agent, fields: dict[str, Any], *, frees: bool = False) -> Change:
@@ -245,7 +245,7 @@ class Commands:
 
         A failed agent is left alone until its back-off is over, or a person starts it.
         """
-        agent = self._engine.agents.get(name)
+        agent = self._registry.agents.get(name)
         if agent is None or (agent.row.desired is Desired.RUNNING and (agent.row.operation or agent.row.ready)):
             return
 
@@ -253,11 +253,11 @@ class Commands:
             if row.desired is Desired.ABSENT or (row.failure is not None and not self._may_retry(row)):
                 return None
             if row.desired is Desired.RUNNING and row.failure is None:
-                return None if row.operation or reached(self._engine.situation(row)) else Change(urgent=True)
+                return None if row.operation or reached(self._registry.situation(row)) else Change(urgent=True)
             return _run(urgent=True)
 
         try:
-            self._engine.change(agent, decide)
+            self._registry.change(agent, decide)
         except DispatcherError as error:
             _log.error("%s cannot be woken: %s", printable(name), error)
 
@@ -265,23 +265,23 @@ class Commands:
         """Whether a request starts a failed agent: not in back-off, nor given up a short while ago."""
         if row.failure is None or row.failure.final:
             return False
-        return row.retry_at is None and not recent(row.attempts, self._engine.clock.now())
+        return row.retry_at is None and not recent(row.attempts, self._registry.clock.now())
 
     def record_activity(self, name: str, activity: Mapping[str, int]) -> None:
         """Record activity by class (docs/reference/feed.md).  Use keeps an idle agent awake.
 
         A state that a person asked for stays: the use may be seconds older, and a later request wakes the agent.
         """
-        agent = self._engine.agents.get(name)
+        agent = self._registry.agents.get(name)
         if agent is None or not (activity.get("use", 0) > 0 or activity.get("stream", 0) > 0):
             return
-        agent.last_used = self._engine.clock.now()
+        agent.last_used = self._registry.clock.now()
         row = agent.row
         if row.desired not in _NEEDS or not (agent.reason or row.failure):
             return
-        if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._engine.is_served(row):
+        if row.operation in {Kind.SUSPEND, Kind.HIBERNATE} or self._registry.is_served(row):
             try:
-                self._engine.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
+                self._registry.change(agent, lambda row: _run() if row.desired in _NEEDS else None)
             except DispatcherError as error:
                 _log.error("%s: %s", printable(name), error)
 

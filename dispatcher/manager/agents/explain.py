@@ -7,13 +7,11 @@ from datetime import datetime
 
 from dispatcher.common.humanize import duration
 from dispatcher.config.schema import AppDefaults
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.idle import idle_action
-from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.agents.lifecycle import EventKind, State
 from dispatcher.manager.agents.restarts import recent
-from dispatcher.manager.agents.transitions import EventKind
-from dispatcher.manager.agents.views import AgentView
-from dispatcher.manager.storage.rows import AgentRow
-from dispatcher.manager.storage.states import Desired, Pending
+from dispatcher.manager.storage.rows import AgentRow, Desired, Pending
 from dispatcher.plugin.model import AgentEvent, App, Capability, Finding, Isolation
 
 _IS = {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from dispatcher.common.humanize import duration
 from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.lifecycle import ASLEEP
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import BackendState, Capability
 
 BUSY_SHARE = 0.05  # of one core, on average: more than that is work

@@ -8,13 +8,11 @@ from __future__ import annotations
 import logging
 
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.idle import IdleDecision, idle_decision
-from dispatcher.manager.agents.lifecycle import ASLEEP
-from dispatcher.manager.agents.transitions import Change, Write
+from dispatcher.manager.agents.lifecycle import ASLEEP, Change, Write
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
-from dispatcher.manager.storage.rows import AgentRow
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import AgentRow, Desired
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import BackendState, Capability
@@ -29,25 +27,25 @@ class IdleMonitor:
     Use while no manager ran was not counted: every agent counts as used when this manager began.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._began = engine.clock.now()
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._began = registry.clock.now()
 
     def check(self) -> None:
         """Check every agent once."""
-        engine = self._engine
-        now = engine.clock.now()
+        registry = self._registry
+        now = registry.clock.now()
         to_sample: dict[str, list[Agent]] = {}
-        for agent in list(engine.agents.values()):
+        for agent in list(registry.agents.values()):
             row = agent.row
             if row.operation is not None or row.failure is not None:
                 continue
             awake = row.observed is BackendState.RUNNING and row.ready and row.desired is Desired.RUNNING
             asleep = row.observed in ASLEEP and row.desired in {Desired.SUSPENDED, Desired.HIBERNATED}
-            backend = engine.backends.get(row.provider)
+            backend = registry.backends.get(row.provider)
             if not (awake or asleep) or not backend.reachable:
                 continue
-            policy = engine.specs.policy(row.app)
+            policy = registry.specs.policy(row.app)
             has_usage = Capability.USAGE in backend.capabilities
             unused = now - max(agent.last_used or 0.0, row.since, self._began)
             decision = idle_decision(
@@ -64,7 +62,7 @@ class IdleMonitor:
             if awake and half_idle and has_usage and policy.busy_grace is not False:
                 to_sample.setdefault(row.provider, []).append(agent)
         for provider, agents in to_sample.items():
-            self._sample(engine.backends.get(provider), agents)
+            self._sample(registry.backends.get(provider), agents)
 
     def _apply(self, agent: Agent, decision: IdleDecision) -> None:
         before = agent.row
@@ -76,7 +74,7 @@ class IdleMonitor:
             return Change({"desired": decision.desired}, write=Write.REQUIRED)
 
         try:
-            self._engine.change(agent, decide)
+            self._registry.change(agent, decide)
         except DispatcherError as error:
             _log.error("%s is idle and cannot be %s: %s", printable(agent.row.name), decision.desired.value, error)
 

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.views import iso
+from dispatcher.manager.agents.agent import Agent, iso
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.safe_tree import disk_usage
 from dispatcher.manager.storage.rows import CopyRow, KeptRow
@@ -33,8 +32,8 @@ _log = logging.getLogger("dispatcher.manager")
 class Copies:
     """Lists and deletes kept data, by the name of its agent."""
 
-    def __init__(self, engine: Engine, data: AgentData) -> None:
-        self._engine = engine
+    def __init__(self, registry: Registry, data: AgentData) -> None:
+        self._registry = registry
         self._data = data
 
     def list(self, name: str) -> list[dict[str, Any]]:
@@ -51,10 +50,10 @@ class Copies:
                 self._data.copy_dir(name, copy.directory) if copy.directory else None,
                 deadline,
             )
-            for copy in self._engine.store.copies(name)
+            for copy in self._registry.store.copies(name)
         ]
         if kept is not None:
-            own = Capability.OWN_DATA in self._engine.backends.get(kept.provider).capabilities
+            own = Capability.OWN_DATA in self._registry.backends.get(kept.provider).capabilities
             directory = None if own else self._data.data_dir(name)
             found.append(_json(kept, "the agent was removed and its data kept", directory, deadline))
         return found
@@ -66,14 +65,14 @@ class Copies:
         :raises Conflict: an operation on the agent is in progress.
         :raises DispatcherError: a copy cannot be deleted; it is still listed.
         """
-        agent = self._engine.agents.get(name)
+        agent = self._registry.agents.get(name)
         kept = self._kept(name)
         if agent is not None:
-            backend = self._engine.backends.get(agent.row.provider)
+            backend = self._registry.backends.get(agent.row.provider)
             return backend.call(lambda: self._purge_existing(agent), PURGE)
         if kept is None:
             raise _busy(name)
-        return self._engine.backends.get(kept.provider).call(lambda: self._purge_removed(name), PURGE)
+        return self._registry.backends.get(kept.provider).call(lambda: self._purge_removed(name), PURGE)
 
     def delete(self, name: str, provider: str, progress: Progress) -> int:
         """Delete an agent's old copies; return how many there were.  An operation on the agent is in progress.
@@ -81,22 +80,22 @@ class Copies:
         :param provider: the agent's own: its data under the agent's name is the live data.
         :raises DispatcherError: one cannot be deleted; those before it are gone.
         """
-        copies = self._engine.store.copies(name)
+        copies = self._registry.store.copies(name)
         for copy in copies:
             if copy.directory:
                 with _deleting(name):
                     self._data.remove_copy(name, copy.directory)
             elif copy.provider != provider:
                 self._destroy(copy, progress)
-            self._engine.store.remove_copy(copy.id)
+            self._registry.store.remove_copy(copy.id)
         return len(copies)
 
     def _kept(self, name: str) -> KeptRow | None:
-        if name in self._engine.agents:
+        if name in self._registry.agents:
             return None
-        kept = self._engine.store.kept(name)
+        kept = self._registry.store.kept(name)
         if kept is None:
-            self._engine.find(name)
+            self._registry.find(name)
         return kept
 
     def _purge_existing(self, agent: Agent) -> int:
@@ -105,15 +104,15 @@ class Copies:
                 if free:
                     return self.delete(agent.row.name, agent.row.provider, no_progress)
         finally:
-            self._engine.reevaluate(agent)
+            self._registry.reevaluate(agent)
         raise _busy(agent.row.name)
 
     def _purge_removed(self, name: str) -> int:
         """Delete the kept data of a removed agent.  Meanwhile no new agent can take the name."""
-        with self._engine.name_reserved(name) as free:
-            if not free or name in self._engine.agents:
+        with self._registry.name_reserved(name) as free:
+            if not free or name in self._registry.agents:
                 raise _busy(name)
-            kept = self._engine.store.kept(name)
+            kept = self._registry.store.kept(name)
             if kept is None:
                 raise NotFound(f"Nothing is kept of an agent {printable(name)}", why="it was purged meanwhile")
             purged = self.delete(name, kept.provider, no_progress)
@@ -121,12 +120,12 @@ class Copies:
                 self._destroy(kept, no_progress)
             with _deleting(name):
                 self._data.remove(name, keep_data=False)
-            self._engine.store.remove_kept(name)
+            self._registry.store.remove_kept(name)
         _log.info("Purged the data that was kept of the removed agent %s", printable(name))
         return purged + 1
 
     def _destroy(self, copy: CopyRow | KeptRow, progress: Progress) -> None:
-        self._engine.backends.get(copy.provider).provider.destroy(
+        self._registry.backends.get(copy.provider).provider.destroy(
             Handle.from_json(copy.handle), data=True, deadline=Deadline(DESTROY), progress=progress
         )
 

@@ -1,17 +1,21 @@
-"""The state machine of an agent.  Pure: no I/O, no clock, no thread.
+"""The state machine of an agent, and how an observation changes its row.  Pure: no I/O, no clock, no thread.
 
 From the desired state (`Desired`), the last observation and the operation in flight, three functions derive the
 next operation (`next_operation`), the public state (`public_state`) and the state in the feed (`feed_state`); a
-fourth, `superseded`, decides whether the operation in flight is still wanted.
+fourth, `superseded`, decides whether the operation in flight is still wanted.  Deaths and failures: `restarts`.
 """
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from dispatcher.manager.storage.states import Desired, Kind, Pending
-from dispatcher.plugin.model import BackendState
+from dispatcher.manager.storage.rows import AgentRow, Desired, Kind, Pending
+from dispatcher.plugin.model import BackendState, Observation
+
+SAME_START = 2.0  # seconds by which two reports of one start may differ
 
 
 class State(str, enum.Enum):
@@ -169,3 +173,110 @@ def feed_state(now: Situation) -> FeedState:
     if now.desired is Desired.RUNNING:
         return FeedState.STARTING
     return FeedState.ASLEEP if now.observed in ASLEEP | DEAD else FeedState.STOPPING
+
+
+#: No failure any more, and no retry.
+CLEARED: dict[str, Any] = {"failure": None, "retry_at": None}
+#: The operation in flight has ended.
+NO_OPERATION: dict[str, Any] = {"operation": None, "step": "", "operation_since": None}
+#: The agent does not run.
+ENDED: dict[str, Any] = {
+    "ready": False,
+    "endpoint": "",
+    "owner_uid": None,
+    "started_at": None,
+    "spec_hash": "",
+    "exit_reason": "",
+}
+
+
+class EventKind(str, enum.Enum):
+    """The kinds of `AgentEvent` (docs/reference/hooks.md)."""
+
+    CREATED = "created"
+    STARTING = "starting"
+    READY = "ready"
+    RESUMED = "resumed"
+    SUSPENDED = "suspended"
+    HIBERNATED = "hibernated"
+    STOPPING = "stopping"
+    STOPPED = "stopped"
+    DIED = "died"
+    OUT_OF_MEMORY = "out-of-memory"
+    FAILED = "failed"
+    ADOPTED = "adopted"
+    REACHABLE = "reachable"
+    UNREACHABLE = "unreachable"
+    RESET = "reset"
+    MOVED = "moved"
+    OUTDATED = "outdated"
+    REMOVED = "removed"
+
+
+class Write(enum.Enum):
+    """When a change is written to the database."""
+
+    NOW = enum.auto()  # at once; if that fails, later: the change happens anyway
+    REQUIRED = enum.auto()  # at once; if that fails, nothing happens and the error is raised
+    UNLESS_FULL = enum.auto()  # the same, but on a full disk the change happens and is written later
+    LATER = enum.auto()  # with others in one transaction, unless an operation begins
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """New values of an agent's row, with the events that report them.
+
+    :ivar insist: begin an operation although the backend was unreachable when last called.
+    :ivar urgent: a person waits for the operation that follows.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    events: Sequence[tuple[EventKind, str]] = ()
+    write: Write = Write.NOW
+    insist: bool = False
+    urgent: bool = False
+
+
+def observed(row: AgentRow, seen: Observation, now: float) -> dict[str, Any]:
+    """Return the fields of a row that an observation changes.
+
+    An agent that was ready and still runs since the same start stays ready; after another start the health check
+    decides again.
+    """
+    ran_on = (
+        row.observed is BackendState.RUNNING
+        and seen.state is BackendState.RUNNING
+        and (
+            row.started_at is None
+            or seen.started_at is None
+            or abs(row.started_at - seen.started_at) <= SAME_START
+        )
+    )
+    fields: dict[str, Any] = {"observed": seen.state, "ready": row.ready and ran_on}
+    if seen.state in DEAD:
+        fields |= {"endpoint": "", "owner_uid": None, "spec_hash": "", "started_at": None}
+        fields["exit_reason"] = seen.exit_reason or (row.exit_reason if row.observed in DEAD else "")
+    else:
+        fields |= {
+            "endpoint": str(seen.endpoint) if seen.endpoint else row.endpoint,
+            "owner_uid": seen.owner_uid if seen.endpoint else row.owner_uid,
+            "spec_hash": seen.spec_hash or row.spec_hash,
+            "exit_reason": "",
+        }
+        if not ran_on or row.started_at is None:
+            # A list may leave the start out: then the known one holds, as for an agent that was asleep.
+            fields["started_at"] = row.started_at if seen.started_at is None else seen.started_at
+    if any(getattr(row, name) != value for name, value in fields.items()):
+        fields["observed_at"] = now
+    return fields
+
+
+def unchanged(row: AgentRow, seen: Observation) -> bool:
+    """Whether an observation clearly contains no news: the cheap answer for most agents of a sweep."""
+    if seen.state is not row.observed:
+        return False
+    return seen.state in DEAD or (
+        seen.spec_hash in {"", row.spec_hash}
+        and (row.started_at == seen.started_at or seen.started_at is None)
+        and (seen.endpoint is None or (seen.owner_uid == row.owner_uid and str(seen.endpoint) == row.endpoint))
+    )

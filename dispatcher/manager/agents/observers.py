@@ -14,7 +14,7 @@ from typing import Any
 
 from dispatcher.common.log import logger
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.agents.transitions import EventKind
+from dispatcher.manager.agents.lifecycle import EventKind
 from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent
 

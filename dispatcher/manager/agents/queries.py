@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
+from dispatcher.manager.agents.agent import Agent, AgentView, iso
 from dispatcher.manager.agents.explain import explain, unlimited
 from dispatcher.manager.agents.lifecycle import ALIVE
-from dispatcher.manager.agents.views import AgentView, iso
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend, collect_usage
 from dispatcher.manager.backends.logs import NO_LINES, LogCollector
 from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
@@ -28,8 +27,8 @@ class Queries:
     :raises NotFound: (any query for one agent) there is no such agent.
     """
 
-    def __init__(self, engine: Engine, logs: LogCollector, sockets: SocketTmpfs) -> None:
-        self._engine = engine
+    def __init__(self, registry: Registry, logs: LogCollector, sockets: SocketTmpfs) -> None:
+        self._registry = registry
         self._logs = logs
         self._sockets = sockets
 
@@ -37,26 +36,26 @@ class Queries:
 
     def view(self, name: str) -> AgentView:
         """Return a snapshot of an agent; never blocks."""
-        return self._engine.view(self._engine.find(name))
+        return self._registry.view(self._registry.find(name))
 
     def views(self, *, user: str | None = None) -> list[AgentView]:
         """Return all agents, or a user's (the oldest first); never blocks."""
-        engine = self._engine
-        agents = [agent for _, agent in sorted(engine.agents.copy().items()) if user in {None, agent.row.user}]
+        registry = self._registry
+        agents = [agent for _, agent in sorted(registry.agents.copy().items()) if user in {None, agent.row.user}]
         if user is not None:
             agents.sort(key=lambda agent: agent.row.id)
-        return [engine.view(agent) for agent in agents]
+        return [registry.view(agent) for agent in agents]
 
     def wait(self, name: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:
         """Wait until `done(view)` is true (None: the agent is gone) or `seconds` are over; return the last view.
 
         `done` must be quick and lock-free; it is not called for mere progress (stage, detail).
         """
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
         deadline = Deadline(seconds)
         with agent.lock:
             while True:
-                view = None if agent.gone else self._engine.view(agent)
+                view = None if agent.gone else self._registry.view(agent)
                 if done(view) or deadline.expired:
                     return view
                 agent.changed.wait(deadline.remaining())
@@ -65,7 +64,7 @@ class Queries:
 
     def runtime(self, name: str) -> dict[str, Any]:
         """Return handle, endpoint, host user id, start, spec hash and resource usage."""
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
         row, handle = agent.row, agent.handle
         usage = self._usage([agent]).get(row.name)
         return {
@@ -83,40 +82,40 @@ class Queries:
 
         :raises Unsupported: the provider keeps no logs.
         """
-        agent = self._engine.find(name)
+        agent = self._registry.find(name)
         handle = agent.handle
         if handle is None:
             return [], NO_LINES
-        backend = self._engine.backends.get(agent.row.provider)
+        backend = self._registry.backends.get(agent.row.provider)
         return self._logs.lines(backend, handle, tail=tail, after=after, exists=lambda: not agent.gone)
 
     def events(self, name: str, limit: int) -> list[AgentEvent]:
         """Return the last events, newest last."""
-        return self._engine.store.events(self._engine.find(name).row.id, limit)
+        return self._registry.store.events(self._registry.find(name).row.id, limit)
 
     def why(self, name: str) -> list[str]:
         """Explain in sentences why an agent is in its state and what happens next."""
-        engine, agent = self._engine, self._engine.find(name)
+        registry, agent = self._registry, self._registry.find(name)
         row = agent.row
-        backend = engine.backends.get(row.provider)
+        backend = registry.backends.get(row.provider)
         return explain(
             row,
-            engine.view(agent),
-            now=engine.clock.now(),
-            policy=engine.specs.policy(row.app),
-            configured=row.app in engine.specs.config.apps,
+            registry.view(agent),
+            now=registry.clock.now(),
+            policy=registry.specs.policy(row.app),
+            configured=row.app in registry.specs.config.apps,
             capabilities=backend.capabilities,
             backend_since=backend.since,
             backend_problem=str(backend.problem),
             stuck=agent.stuck,
-            events=engine.store.events(row.id, RECENT),
+            events=registry.store.events(row.id, RECENT),
         )
 
     # --- usage
 
     def memory_usage(self) -> dict[str, Any]:
         """Return ``{"total", "average", "agents": [{"name", "memory"}]}`` in bytes."""
-        usage = self._usage(list(self._engine.agents.values()))
+        usage = self._usage(list(self._registry.agents.values()))
         memory = {name: each.memory for name, each in sorted(usage.items()) if each.memory is not None}
         total = sum(memory.values())
         return {
@@ -127,7 +126,7 @@ class Queries:
 
     def top(self) -> list[dict[str, Any]]:
         """Return every agent with its usage, the busiest first."""
-        agents = [agent for _, agent in sorted(self._engine.agents.copy().items())]
+        agents = [agent for _, agent in sorted(self._registry.agents.copy().items())]
         usage = self._usage(agents)
         rows = [self._top_row(agent, usage.get(agent.row.name, Usage())) for agent in agents]
         return sorted(rows, key=lambda row: (-(row["cpu_percent"] or 0.0), -(row["memory"] or 0)))
@@ -138,10 +137,10 @@ class Queries:
         if usage.cpu_seconds is not None:
             share = agent.cpu.sample(boottime(), usage.cpu_seconds)
             if share is None and row.started_at is not None:
-                share = usage.cpu_seconds / max(1.0, self._engine.clock.now() - row.started_at)
+                share = usage.cpu_seconds / max(1.0, self._registry.clock.now() - row.started_at)
         return {
             "name": row.name,
-            "state": self._engine.view(agent).state.value,
+            "state": self._registry.view(agent).state.value,
             "memory": usage.memory,
             "cpu_percent": None if share is None else round(100 * share, 1),
             "cpu_seconds": usage.cpu_seconds,
@@ -154,7 +153,7 @@ class Queries:
         for agent in agents:
             handle = agent.handle
             if agent.row.observed in ALIVE and handle is not None:
-                wanted.setdefault(self._engine.backends.get(agent.row.provider), []).append(handle)
+                wanted.setdefault(self._registry.backends.get(agent.row.provider), []).append(handle)
         return collect_usage(wanted)
 
     # --- providers
@@ -162,7 +161,7 @@ class Queries:
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``; never blocks."""
         found = []
-        for backend in sorted(self._engine.backends, key=lambda backend: backend.name):
+        for backend in sorted(self._registry.backends, key=lambda backend: backend.name):
             usable = backend.usable and backend.reachable
             found.append(
                 {
@@ -181,19 +180,19 @@ class Queries:
 
         :raises NotFound: there is no such provider or app.
         """
-        engine = self._engine
-        if name not in {backend.name for backend in engine.backends}:
+        registry = self._registry
+        if name not in {backend.name for backend in registry.backends}:
             raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
-        if app is not None and app not in engine.specs.config.apps:
+        if app is not None and app not in registry.specs.config.apps:
             raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
-        backend = engine.backends.get(name)
+        backend = registry.backends.get(name)
         found: list[Finding] = []
 
         def check() -> None:
             provider = backend.provider
-            found.extend(provider.explain(engine.specs.app(app) if app else None))
-            for each in [app] if app else engine.specs.apps_of(name):
-                found.extend(unlimited(engine.specs.app(each), provider.isolation, backend.capabilities))
+            found.extend(provider.explain(registry.specs.app(app) if app else None))
+            for each in [app] if app else registry.specs.apps_of(name):
+                found.extend(unlimited(registry.specs.app(each), provider.isolation, backend.capabilities))
             if provider.isolation < Isolation.VM:  # a virtual machine has no directory of the host
                 found.append(self._sockets.finding())
             provider.check(deadline=Deadline(CHECK))

@@ -14,14 +14,13 @@ import time
 from collections.abc import Callable
 
 from dispatcher.common.humanize import size
-from dispatcher.manager.agents import transitions
+from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.lifecycle import ALIVE, reached
+from dispatcher.manager.agents.lifecycle import ALIVE, Change, EventKind, Write, reached, unchanged
+from dispatcher.manager.agents.operations import Runner
 from dispatcher.manager.agents.readiness import OBSERVE, refuses
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.restarts import backoff, recent
-from dispatcher.manager.agents.runner import Runner
-from dispatcher.manager.agents.transitions import Change, EventKind, Write
 from dispatcher.manager.backends.backend import Backend, Contact
 from dispatcher.manager.backends.logs import last_lines
 from dispatcher.manager.backends.pool import hung_call
@@ -45,13 +44,13 @@ _log = logging.getLogger("dispatcher.manager")
 
 
 class Reconciler:
-    """Observes; `transitions` decides.
+    """Observes; `lifecycle` and `restarts` decide.
 
     :ivar host_restarted: this manager is the first one after a boot of the host.
     """
 
-    def __init__(self, engine: Engine, operations: Runner) -> None:
-        self._engine = engine
+    def __init__(self, registry: Registry, operations: Runner) -> None:
+        self._registry = registry
         self.host_restarted = False
         operations.on_unavailable = self.sweep_soon
         operations.on_changed = self.observe
@@ -96,12 +95,12 @@ class Reconciler:
             backend.retry.end()
             self.sweep_soon(backend)
 
-        interval = self._engine.specs.config.manager.reconcile_interval
-        self._engine.timers.after(min(interval, backoff(backend.losses)), run)
+        interval = self._registry.specs.config.manager.reconcile_interval
+        self._registry.timers.after(min(interval, backoff(backend.losses)), run)
 
     def _sweep(self, backend: Backend) -> None:
-        engine = self._engine
-        known = [(agent, agent.epoch) for agent in engine.of_provider(backend.name)]
+        registry = self._registry
+        known = [(agent, agent.epoch) for agent in registry.of_provider(backend.name)]
         try:
             listed = backend.provider.list(deadline=Deadline(LIST_TIME))
         except DispatcherError as error:
@@ -119,18 +118,18 @@ class Reconciler:
                 not first
                 and seen.oom_kills == (agent.oom_kills or 0)
                 and row.failure is None
-                and transitions.unchanged(row, seen)
+                and unchanged(row, seen)
             )
-            if quiet and reached(engine.situation(row)):
+            if quiet and reached(registry.situation(row)):
                 continue
             if agent.operation is None and agent.epoch == epoch:
                 self._apply(agent, epoch, seen, handle=handle, first=first, bulk=True)
         for handle, _ in found.values():
             self._check_unknown(backend, handle)
-        engine.flush()
+        registry.flush()
 
     def _answered(self, backend: Backend) -> None:
-        backend.last_contact = self._engine.clock.now()
+        backend.last_contact = self._registry.clock.now()
         if backend.reachable:
             return
         again = backend.contact is not Contact.NOT_CALLED
@@ -146,7 +145,7 @@ class Reconciler:
         _log.error("The backend of %s does not answer: %s", backend.name, error)
         self._set_contact(backend, Contact.LOST if backend.reachable else Contact.NEVER_ANSWERED)
         self._report(backend, EventKind.UNREACHABLE, str(error))
-        self._engine.flush()
+        self._registry.flush()
 
     def _report(self, backend: Backend, event: EventKind | None, detail: str = "") -> None:
         """Report that a backend answers, or not, to its agents: what was held back is tried again."""
@@ -154,21 +153,21 @@ class Reconciler:
         def decide(row: AgentRow) -> Change:
             retry = event is EventKind.REACHABLE and row.failure is not None and row.retry_at is not None
             return Change(
-                {"retry_at": self._engine.clock.now()} if retry else {},
+                {"retry_at": self._registry.clock.now()} if retry else {},
                 [(event, detail)] if event and row.observed in ALIVE else [],
                 write=Write.LATER,
             )
 
-        for agent in self._engine.of_provider(backend.name):
-            self._engine.change(agent, decide)
+        for agent in self._registry.of_provider(backend.name):
+            self._registry.change(agent, decide)
 
     def _set_contact(self, backend: Backend, contact: Contact) -> None:
-        backend.contact, backend.since = contact, self._engine.clock.now()
+        backend.contact, backend.since = contact, self._registry.clock.now()
         self._save(backend)
 
     def save(self) -> None:
         """Write when each backend last answered."""
-        for backend in self._engine.backends:
+        for backend in self._registry.backends:
             if backend.since is not None:
                 self._save(backend)
 
@@ -180,7 +179,7 @@ class Reconciler:
             contact=backend.last_contact,
         )
         try:
-            self._engine.store.save_backend(row)
+            self._registry.store.save_backend(row)
         except DispatcherError as error:
             _log.error("%s: %s", backend.name, error)
 
@@ -197,7 +196,7 @@ class Reconciler:
             return
         if not agent.observing.begin():
             return
-        backend = self._engine.backends.get(agent.row.provider)
+        backend = self._registry.backends.get(agent.row.provider)
 
         def run() -> None:
             try:
@@ -210,7 +209,7 @@ class Reconciler:
 
     def on_event(self, backend: Backend, backend_name: str) -> None:
         """Handle a provider's event: the agent of that handle name changed; "": any agent may have."""
-        agent = self._engine.by_backend_name.get(backend_name)
+        agent = self._registry.by_backend_name.get(backend_name)
         if agent is not None:
             self.observe(agent)
         elif not backend_name:
@@ -218,7 +217,7 @@ class Reconciler:
 
     def check_endpoint(self, name: str) -> None:
         """The edge could not connect to an agent: observe it.  Unknown agents are ignored."""
-        agent = self._engine.agents.get(name)
+        agent = self._registry.agents.get(name)
         if agent is not None and agent.operation is None and agent.may_check(CHECK_INTERVAL):
             self.observe(agent, connect=True)
 
@@ -260,12 +259,12 @@ class Reconciler:
             return
 
         def decide(row: AgentRow) -> Change | None:
-            if agent.epoch != epoch or not self._engine.is_served(row):
+            if agent.epoch != epoch or not self._registry.is_served(row):
                 return None
             events = [(EventKind.UNREACHABLE, "it runs, but its endpoint refuses connections")]
             return Change({"ready": False}, events, urgent=True)
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     def _apply(
         self,
@@ -277,20 +276,20 @@ class Reconciler:
         first: bool = False,
         bulk: bool = False,
     ) -> None:
-        engine, row = self._engine, agent.row
-        policy = engine.specs.policy(row.app)
+        registry, row = self._registry, agent.row
+        policy = registry.specs.policy(row.app)
         log: list[str] = []
-        if transitions.died(row, seen):
-            tries = len(recent(row.attempts, engine.clock.now()))
+        if restarts.died(row, seen):
+            tries = len(recent(row.attempts, registry.clock.now()))
             if tries >= policy.max_restarts or (tries and not bulk):  # else it is started again at once
-                log = last_lines(engine.backends.get(row.provider), agent.handle, transitions.LOG_LINES)
+                log = last_lines(registry.backends.get(row.provider), agent.handle, restarts.LOG_LINES)
 
         def decide(row: AgentRow) -> Change | None:
             if agent.epoch != epoch or agent.operation is not None or agent.stuck:
                 return None
             restarted = first and self.host_restarted
-            change = transitions.noticed(
-                row, seen, now=engine.clock.now(), policy=policy, log=log, host_restarted=restarted
+            change = restarts.noticed(
+                row, seen, now=registry.clock.now(), policy=policy, log=log, host_restarted=restarted
             )
             events, fields = (list(change.events), dict(change.fields)) if change else ([], {})
             events += self._killed(agent, seen)
@@ -300,7 +299,7 @@ class Reconciler:
                 fields["handle"] = handle.to_json()
             return Change(fields, events, write=Write.LATER if bulk else Write.NOW, urgent=not bulk)
 
-        engine.change(agent, decide)
+        registry.change(agent, decide)
 
     def _killed(self, agent: Agent, seen: Observation) -> list[tuple[EventKind, str]]:
         """Report processes that the kernel killed for memory while the app itself went on."""
@@ -308,27 +307,27 @@ class Reconciler:
         if before is None or seen.oom_kills <= before or seen.state not in ALIVE:
             return []
         killed = seen.oom_kills - before
-        limit = self._engine.specs.policy(agent.row.app).limits().memory
+        limit = self._registry.specs.policy(agent.row.app).limits().memory
         bound = f", as its memory reached its limit of {size(limit)}" if limit else ", as memory was used up"
         detail = f"the kernel killed {killed} of its processes{bound}"
-        agent.notice = detail, self._engine.clock.now() + NOTICE
+        agent.notice = detail, self._registry.clock.now() + NOTICE
         return [(EventKind.OUT_OF_MEMORY, detail)]
 
     # --- unknown agents
 
     def _check_unknown(self, backend: Backend, handle: Handle) -> None:
         """Remove an agent that has our label and is not in the store; its data stays with the provider."""
-        if names.backend_name(self._engine.installation, handle.agent) != handle.name:
+        if names.backend_name(self._registry.installation, handle.agent) != handle.name:
             _log.warning("%s lists %s, which is not of this installation", backend.name, printable(handle.name))
         elif self._is_unknown(backend, handle):
             backend.pool.submit(lambda: self._destroy_unknown(backend, handle), urgent=False)
 
     def _is_unknown(self, backend: Backend, handle: Handle) -> bool:
-        agent = self._engine.agents.get(handle.agent)
+        agent = self._registry.agents.get(handle.agent)
         return agent is None or (agent.row.provider != backend.name and agent.row.move is None)
 
     def _destroy_unknown(self, backend: Backend, handle: Handle) -> None:
-        with self._engine.name_reserved(handle.agent) as free:
+        with self._registry.name_reserved(handle.agent) as free:
             if not free or not self._is_unknown(backend, handle):
                 return
             _log.warning("%s has the unknown agent %s: removing it", backend.name, printable(handle.name))

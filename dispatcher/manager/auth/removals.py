@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 
 
 def follow_removals(supervisor: Supervisor, sessions: Sessions, wait_for_edge: Callable[[], object]) -> None:
@@ -30,7 +30,7 @@ def follow_removals(supervisor: Supervisor, sessions: Sessions, wait_for_edge: C
             others = [view.name for view in views if view.desired is not Desired.ABSENT]
             sessions.replace_agent(user, agent, others[0])
 
-    supervisor.engine.on_removal(removed)
+    supervisor.registry.on_removal(removed)
     for agent, user in {(row.agent, row.user) for row in sessions.all()}:
         views = supervisor.queries.views(user=user)
         if all(view.name != agent or view.desired is Desired.ABSENT for view in views):

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dispatcher.common.log import logger
-from dispatcher.manager.agents.supervisor import Supervisor
-from dispatcher.manager.agents.views import AgentView
+from dispatcher.manager.agents.agent import AgentView
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
 from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
 from dispatcher.manager.metrics import LoginOutcome, Metrics
 from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock

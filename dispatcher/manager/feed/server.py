@@ -17,7 +17,7 @@ from contextlib import suppress
 from dispatcher.common.log import logger
 from dispatcher.common.sockets import peer_credentials
 from dispatcher.feed import protocol
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
 from dispatcher.manager.feed.worker import Worker
@@ -64,7 +64,7 @@ class Feed:
         """Subscribe and listen; returns once the socket is served."""
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
-        self._supervisor.engine.subscribe(self.agent_changed)
+        self._supervisor.registry.subscribe(self.agent_changed)
         self._sessions.subscribe(self.sessions_changed)
         for view in self._supervisor.queries.views():
             self._agents_of.setdefault(view.user, {})[view.name] = None

@@ -14,7 +14,7 @@ from typing import Any
 
 from dispatcher.common.log import logger
 from dispatcher.feed import protocol
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
 from dispatcher.manager.metrics import clean_counters

@@ -7,14 +7,14 @@ from urllib.parse import quote
 
 from pydantic import Field
 
+from dispatcher.manager.agents.agent import AgentView, iso
 from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.agents.views import AgentView, iso
 from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.waiting import wait_for_state, wait_until
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound
 

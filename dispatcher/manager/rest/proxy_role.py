@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.commands import desired_state
-from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services

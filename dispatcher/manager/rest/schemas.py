@@ -11,7 +11,7 @@ from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import Capability, Level
 
 MAX_WAIT = 60.0  # seconds

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dispatcher.config.load import Config
-from dispatcher.manager.agents.supervisor import Supervisor
+from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dispatcher.manager.agents.views import AgentView, iso
+from dispatcher.manager.agents.agent import AgentView, iso
 from dispatcher.manager.auth.sessions import ID_LENGTH
 from dispatcher.manager.rest.routing import Json
 from dispatcher.manager.rest.services import Services

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.agents.views import AgentView
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Conflict, DispatcherError, NotFound, StartFailed

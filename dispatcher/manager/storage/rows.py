@@ -6,15 +6,45 @@ steady clock.
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from dispatcher.manager.storage.states import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState
 
 AgentName = Annotated[str, 300]
 UserName = Annotated[str, 255]
 Short = Annotated[str, 32]  # the name of an app or of a provider
+
+
+class Desired(str, enum.Enum):
+    """The desired state of an agent, written before anything is done to reach it."""
+
+    RUNNING = "running"
+    SUSPENDED = "suspended"
+    HIBERNATED = "hibernated"
+    STOPPED = "stopped"
+    ABSENT = "absent"
+
+
+class Pending(str, enum.Enum):
+    """A step to do once, on the way to the desired state."""
+
+    NONE = ""
+    RESTART = "restart"
+    RESET = "reset"
+
+
+class Kind(str, enum.Enum):
+    """An operation on an agent; one at a time."""
+
+    START = "start"  # also resumes
+    SUSPEND = "suspend"
+    HIBERNATE = "hibernate"
+    STOP = "stop"
+    RESET = "reset"
+    MOVE = "move"
+    REMOVE = "remove"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

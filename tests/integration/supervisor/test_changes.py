@@ -5,7 +5,7 @@ import pytest
 from dispatcher.plugin.errors import BadRequest
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import gone, kinds, reach, running, until
 
@@ -52,7 +52,9 @@ def test_an_app_that_ends_again_and_again_is_given_up_with_its_last_lines(world)
     assert view.failure.log == ("last words",)
     assert "next try" in view.detail
     until(
-        lambda: supervisor.engine.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure,
+        lambda: (
+            supervisor.registry.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure
+        ),
         10,
     )
     assert world.backend.calls.count(("ensure", "alice")) == 3
@@ -79,7 +81,7 @@ def test_an_agent_that_dies_in_a_loop_is_given_up(world):
     view = reach(supervisor, "alice", "failed")
     assert "3 times" in view.failure.what
     assert view.failure.log
-    assert supervisor.engine.find("alice").row.retry_at is None
+    assert supervisor.registry.find("alice").row.retry_at is None
 
 
 def test_an_app_that_stops_listening_is_started_again(world):
@@ -202,7 +204,7 @@ def test_a_sign_in_to_a_running_app_leaves_no_password_for_later(world):
     supervisor.commands.set_desired("alice", **running)
     reach(supervisor, "alice", "running")
     supervisor.commands.set_desired("alice", **running)
-    assert supervisor.engine.find("alice").stdin is None
+    assert supervisor.registry.find("alice").stdin is None
     world.kill(supervisor)
     view = reach(supervisor, "alice", "failed")
     assert "sign-in" in view.failure.what

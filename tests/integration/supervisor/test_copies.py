@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dispatcher.plugin.errors import Conflict, NotFound, Unavailable
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import Capability
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until

@@ -6,7 +6,7 @@ import pytest
 
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import Crash, World, cut_off, end, gone, reach, running, until
 
@@ -111,7 +111,7 @@ def test_killed_in_a_removal(world, step, keep):
     old.commands.remove("alice", keep_data=keep)
     crash.happen()
     new = world.supervisor()
-    until(lambda: "alice" not in new.engine.agents)
+    until(lambda: "alice" not in new.registry.agents)
     assert world.backend.containers == {}
     assert data.exists() == keep
     assert new.store.users() == []

@@ -9,7 +9,7 @@ import pytest
 from dispatcher.plugin.errors import Unavailable
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.storage.database import DiskFull
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import BackendState
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -68,8 +68,8 @@ def test_on_a_full_disk_agents_can_be_stopped_reset_and_removed(world):
 
 
 def test_a_disk_that_is_almost_full_is_told_before_it_is(world, monkeypatch, caplog):
-    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK_FIRST", 0.0)
-    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK", 0.01)
+    monkeypatch.setattr("dispatcher.manager.agents.composition.DISK_FIRST", 0.0)
+    monkeypatch.setattr("dispatcher.manager.agents.composition.DISK", 0.01)
     found = os.statvfs("/")
     low = os.statvfs_result((*found[:3], 7, 7, *found[5:]))
     monkeypatch.setattr("dispatcher.manager.files.space.os.statvfs", lambda _path: low)

@@ -13,9 +13,9 @@ from dispatcher.manager.backends import pool
 from dispatcher.manager.agents import readiness
 from dispatcher.manager.agents import reconciler
 from dispatcher.manager.agents import task
-from dispatcher.manager.agents.task import Task
+from dispatcher.manager.agents.operations import Task
 from dispatcher.manager.agents.lifecycle import State
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import BackendState, Handle, Observation
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -170,7 +170,7 @@ def test_a_list_that_hangs_makes_the_backend_unreachable_and_is_not_asked_twice(
 
 
 def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
-    from dispatcher.manager.agents import supervisor as module
+    from dispatcher.manager.agents import composition as module
 
     monkeypatch.setattr(module, "BOOT", 0.2)
     old = world.supervisor()
@@ -187,9 +187,9 @@ def test_a_backend_that_hangs_does_not_hold_up_a_boot(world, monkeypatch):
 
 
 def test_a_stop_that_fails_is_tried_again_until_it_works(world, monkeypatch):
-    from dispatcher.manager.agents import transitions
+    from dispatcher.manager.agents import restarts
 
-    monkeypatch.setattr(transitions, "MAX_RETRY", 0.1)
+    monkeypatch.setattr(restarts, "MAX_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("stop", error=ProviderError("Device busy"), times=3)
@@ -214,9 +214,9 @@ def test_a_failed_suspension_leaves_the_agent_served(world):
 
 
 def test_a_removal_that_fails_is_tried_again(world, monkeypatch):
-    from dispatcher.manager.agents import transitions
+    from dispatcher.manager.agents import restarts
 
-    monkeypatch.setattr(transitions, "MAX_RETRY", 0.1)
+    monkeypatch.setattr(restarts, "MAX_RETRY", 0.1)
     supervisor = world.supervisor()
     running(supervisor)
     world.backend.inject("destroy", error=ValueError("broken"), times=2)
@@ -253,10 +253,10 @@ def test_a_provider_that_cancels_by_itself_is_told_to_be_wrong(world):
 def test_progress_with_nonsense_harms_nothing(world):
     supervisor = world.supervisor()
     supervisor.commands.create("alice", app=None, password_hash="h")
-    agent = supervisor.engine.find("alice")
+    agent = supervisor.registry.find("alice")
     world.backend.inject("ensure", delay=0.5)
     supervisor.commands.set_desired("alice", Desired.RUNNING)
-    tell = Task(supervisor.engine, agent, until(lambda: agent.operation)).progress
+    tell = Task(supervisor.registry, agent, until(lambda: agent.operation)).progress
     tell(None, {"a": 1}, "half")
     tell("step\x1b[31m" * 100, "token=abc", float("nan"))
     assert "\x1b" not in supervisor.queries.view("alice").stage
@@ -323,7 +323,7 @@ def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, mon
 
 
 def test_a_provider_that_cannot_be_closed_does_not_hold_up_the_end(world, monkeypatch):
-    from dispatcher.manager.agents import supervisor as module
+    from dispatcher.manager.agents import composition as module
 
     monkeypatch.setattr(module, "CLOSE", 0.2)
     supervisor = world.supervisor()

@@ -10,7 +10,7 @@ from dispatcher.manager.agents import idle
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -169,7 +169,7 @@ def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
     """The agent dies after it was found ready and before that was written."""
     supervisor = world.supervisor()
     supervisor.commands.create("alice", app=None, password_hash="h")
-    finish = supervisor.engine.finish
+    finish = supervisor.registry.finish
     once = []
 
     def late(agent, operation, change):
@@ -178,7 +178,7 @@ def test_an_event_that_comes_just_before_the_end_of_a_start_is_not_lost(world):
             world.kill(supervisor)
         return finish(agent, operation, change)
 
-    supervisor.engine.finish = late
+    supervisor.registry.finish = late
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     until(lambda: "died" in [event.kind for event in supervisor.queries.events("alice", 20)], 2)
     reach(supervisor, "alice", "running")

@@ -6,13 +6,13 @@ import pytest
 
 from dispatcher.plugin.errors import Conflict, ProviderError
 from dispatcher.manager.agents import migration
-from dispatcher.manager.agents import transitions
+from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.files.manifest import differences
 from dispatcher.manager.files.manifest import manifest as whole_manifest
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
@@ -220,7 +220,7 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
 
 
 def test_a_move_whose_target_is_away_is_tried_again(world, monkeypatch):
-    monkeypatch.setattr(transitions, "UNAVAILABLE_RETRY", 0.3)
+    monkeypatch.setattr(restarts, "UNAVAILABLE_RETRY", 0.3)
     supervisor = world.supervisor()
     running(supervisor)
     (supervisor.data.data_dir("alice") / "note").write_text("mine")
@@ -322,10 +322,10 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
     crash.happen()
     world.app(provider="away")
     new = world.supervisor(start=False)
-    new.engine.on_step = lambda *_: None
+    new.registry.on_step = lambda *_: None
     import dataclasses
 
-    from dispatcher.manager.storage.states import Pending
+    from dispatcher.manager.storage.rows import Pending
 
     row = new.store.agents()[0]
     new.store.save([dataclasses.replace(row, pending=Pending.RESET, version=row.version + 1)])

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import end, reach, running, until
 
@@ -67,7 +67,7 @@ def test_a_start_during_an_outage_is_tried_again_when_it_is_over(world):
     world.backend.down = False
     supervisor.reconciler.sweep_soon(supervisor.backends.get("fake"))
     reach(supervisor, "alice", "running", seconds=2)
-    assert supervisor.engine.find("alice").row.attempts == ()
+    assert supervisor.registry.find("alice").row.attempts == ()
 
 
 def test_a_manager_that_boots_during_an_outage_changes_nothing_and_goes_on_serving(world):
@@ -159,12 +159,12 @@ def test_many_agents_cost_few_calls(world):
         running(supervisor, f"user{number}")
     calls = len(world.backend.calls)
     backend = supervisor.backends.get("fake")
-    versions = {name: agent.row.version for name, agent in supervisor.engine.agents.items()}
+    versions = {name: agent.row.version for name, agent in supervisor.registry.agents.items()}
     for _ in range(3):
         supervisor.reconciler.sweep_soon(backend)
         until(lambda: not backend.listing.running)
     assert world.backend.calls[calls:] == [("list", "")] * 3
-    assert {name: agent.row.version for name, agent in supervisor.engine.agents.items()} == versions
+    assert {name: agent.row.version for name, agent in supervisor.registry.agents.items()} == versions
     calls = len(world.backend.calls)
     supervisor.queries.top()
     assert world.backend.calls[calls:] == [("usage", "")]

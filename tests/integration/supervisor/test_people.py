@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, ProviderError, Unavailable
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import end, gone, kinds, reach, running, until
 
@@ -94,7 +94,7 @@ def test_a_removed_agent_is_gone_with_its_user_and_its_data(world, supervisor):
     data = supervisor.data.data_dir("alice")
     (data / "note").write_text("secret")
     told = []
-    supervisor.engine.subscribe(told.append)
+    supervisor.registry.subscribe(told.append)
     supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     assert supervisor.store.get_user("alice") is None
@@ -331,7 +331,7 @@ def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(sup
         stored = {row.name: row.desired for row in supervisor.store.agents()}
         reported.append((name, user, stored.get(name), world.container(supervisor) is not None))
 
-    supervisor.engine.on_removal(on_removal)
+    supervisor.registry.on_removal(on_removal)
     supervisor.commands.remove("alice", keep_data=False)
     gone(supervisor, "alice")
     until(lambda: len(reported) == 2)
@@ -341,7 +341,7 @@ def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(sup
 def test_a_removal_that_cannot_be_written_is_not_reported(supervisor, monkeypatch):
     running(supervisor)
     reported = []
-    supervisor.engine.on_removal(lambda *agent: reported.append(agent))
+    supervisor.registry.on_removal(lambda *agent: reported.append(agent))
 
     def full(*_args):
         raise Unavailable("The database cannot be used now", why="disk full")

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from dispatcher.plugin.endpoints import connect
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import gone, reach, until
 from tests.support.supervised import Place, python
@@ -28,7 +28,7 @@ def place():
 
 
 def running(supervisor, name="alice", seconds=30):
-    if name not in supervisor.engine.agents:
+    if name not in supervisor.registry.agents:
         supervisor.commands.create(name, app=None, password_hash="hash")
     supervisor.commands.set_desired(name, Desired.RUNNING)
     return reach(supervisor, name, "running", seconds=seconds)
@@ -241,7 +241,9 @@ def test_an_app_that_ends_in_a_loop_is_failed_with_its_last_lines(place):
     assert "exit code 3" in view.failure.why
     assert "cannot go on" in view.failure.log[-1]
     until(
-        lambda: supervisor.engine.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure,
+        lambda: (
+            supervisor.registry.find("alice").row.retry_at is None and supervisor.queries.view("alice").failure
+        ),
         20,
     )
     assert kinds(supervisor).count("starting") == 2
@@ -364,7 +366,7 @@ def small_disk(place, request):
 @pytest.mark.root
 @pytest.mark.parametrize("small_disk", ["64m"], indirect=True)
 def test_who_fills_the_disk_can_be_stopped_and_removed_and_others_still_sign_in(place, small_disk, monkeypatch):
-    monkeypatch.setattr("dispatcher.manager.agents.supervisor.DISK_FIRST", 0.0)
+    monkeypatch.setattr("dispatcher.manager.agents.composition.DISK_FIRST", 0.0)
     supervisor = place.supervisor()
     running(supervisor)
     running(supervisor, "bob")
@@ -393,7 +395,7 @@ def test_who_fills_the_disk_can_be_stopped_and_removed_and_others_still_sign_in(
     new = place.supervisor()  # it starts on a full disk
     assert {view.name for view in new.queries.views()} == {"alice", "bob", "carol"}
     new.commands.remove("alice", keep_data=False)
-    until(lambda: "alice" not in new.engine.agents, 20)
+    until(lambda: "alice" not in new.registry.agents, 20)
     assert not ballast.exists()
     assert ask(new.queries.view("bob"))
 

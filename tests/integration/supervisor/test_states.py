@@ -8,7 +8,7 @@ from dispatcher.plugin.errors import BadRequest, Conflict, Unsupported
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.agents.commands import desired_state
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.testing.fake_backend import ALL
 from tests.support.manager_world import gone, kinds, reach, running, until
 
@@ -85,10 +85,10 @@ def test_unknown_states_are_refused(state):
 
 def test_what_is_so_already_costs_nothing(world, supervisor):
     running(supervisor)
-    calls, before = len(world.backend.calls), supervisor.engine.find("alice").row.version
+    calls, before = len(world.backend.calls), supervisor.registry.find("alice").row.version
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     supervisor.commands.wake("alice")
-    assert supervisor.engine.find("alice").row.version == before
+    assert supervisor.registry.find("alice").row.version == before
     assert len(world.backend.calls) == calls
 
 

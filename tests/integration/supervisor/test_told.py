@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from dispatcher.plugin.errors import NotFound
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import end, kinds, reach, running, until
 
@@ -15,7 +15,7 @@ from tests.support.manager_world import end, kinds, reach, running, until
 
 def test_those_who_subscribe_and_wait_are_told(supervisor):
     told = []
-    supervisor.engine.subscribe(lambda name: told.append((name, supervisor.queries.view(name).feed_state)))
+    supervisor.registry.subscribe(lambda name: told.append((name, supervisor.queries.view(name).feed_state)))
     running(supervisor)
     states = [state for _, state in told]
     assert states[0] == "asleep"
@@ -29,8 +29,8 @@ def test_a_subscriber_that_fails_harms_nobody(supervisor):
         raise RuntimeError("broken")
 
     told = []
-    supervisor.engine.subscribe(broken)
-    supervisor.engine.subscribe(told.append)
+    supervisor.registry.subscribe(broken)
+    supervisor.registry.subscribe(told.append)
     running(supervisor)
     assert told
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from dispatcher.manager.agents.supervisor import DISK, Supervisor
+from dispatcher.manager.agents.composition import DISK, Supervisor
 
 
 def test_an_unexpected_error_does_not_end_the_checks(tmp_path):

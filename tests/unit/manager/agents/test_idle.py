@@ -5,7 +5,7 @@ import pytest
 from dispatcher.config.load import AppDefaults
 from dispatcher.manager.agents.idle import MEMORY, CpuActivity
 from dispatcher.manager.agents.idle import IdleDecision, check_interval, idle_action, idle_decision
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import BackendState as B
 from dispatcher.plugin.model import Capability
 

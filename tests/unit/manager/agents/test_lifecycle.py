@@ -27,7 +27,7 @@ from dispatcher.manager.agents.restarts import (
     backoff,
     recent,
 )
-from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.storage.rows import Desired, Kind, Pending
 from dispatcher.plugin.model import BackendState as B
 
 D, K, P = Desired, Kind, Pending

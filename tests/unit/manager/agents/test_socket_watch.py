@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dispatcher.manager.agents.readiness import watch_directory
-from dispatcher.manager.storage.states import Kind
+from dispatcher.manager.storage.rows import Kind
 from dispatcher.manager.agents.agent import Operation
 from dispatcher.manager.agents.readiness import MAX_OTHER_FILES, MAX_PAUSE, PollPacer
 from dispatcher.plugin.model import Endpoint

@@ -9,7 +9,7 @@ from dispatcher.plugin.deadline import boot_id
 from dispatcher.plugin.errors import Conflict, NotFound, Unavailable
 from dispatcher.manager.storage import agents as module
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.storage.rows import Desired, Kind, Pending
 from dispatcher.manager.storage.agents import (
     AgentRow,
     BackendRow,

@@ -1,4 +1,7 @@
-"""Runs operations on agents, step by step, in a thread of the provider's pool.
+"""Start, stop, suspension, reset, removal: each step by step, in a thread of the provider's pool.
+
+`Runner` has the steps; `Task` is an operation in flight as they see it, and passes its progress on
+(docs/explanation/lifecycle.md).  Moves to another provider: `provider_move`.
 
 Each step is written or idempotent, so that a manager that is killed at any point and started again continues: the
 reconciler observes, `lifecycle` decides, and the same operation runs again from its beginning.
@@ -10,24 +13,33 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from dispatcher.common.log import clean
 from dispatcher.config.host_users import HostAccounts
-from dispatcher.manager.agents import transitions
+from dispatcher.config.schema import AppDefaults
+from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
-from dispatcher.manager.agents.engine import Engine
 from dispatcher.manager.agents.kept_data import Copies
-from dispatcher.manager.agents.lifecycle import ASLEEP, DEAD
-from dispatcher.manager.agents.migration import Migrator
+from dispatcher.manager.agents.lifecycle import (
+    ASLEEP,
+    CLEARED,
+    DEAD,
+    ENDED,
+    NO_OPERATION,
+    Change,
+    EventKind,
+    Write,
+    observed,
+)
+from dispatcher.manager.agents.provider_move import Mover
 from dispatcher.manager.agents.readiness import OBSERVE, Probe, await_ready
-from dispatcher.manager.agents.task import Task
-from dispatcher.manager.agents.transitions import CLEARED, ENDED, LOG_LINES, NO_OPERATION, Change, EventKind
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.backends.logs import last_lines
 from dispatcher.manager.backends.pool import Job, hung_call
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.space import DISK_FIXES, disk_fix
-from dispatcher.manager.storage.rows import AgentRow, Failure, KeptRow
-from dispatcher.manager.storage.states import Desired, Kind, Pending
-from dispatcher.plugin.deadline import Deadline
+from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, KeptRow, Kind, Pending
+from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import (
     Cancelled,
     Conflict,
@@ -40,12 +52,102 @@ from dispatcher.plugin.errors import (
 from dispatcher.plugin.model import BackendState, Capability, Depth, Handle, Observation
 from dispatcher.plugin.names import printable
 
+PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
+STOP_SLACK = 30.0  # seconds beyond the time of grace
+WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
 SUSPEND_TIME = 60.0
 HIBERNATE_TIME = 600.0  # seconds; a guest's memory goes to disk
 DESTROY_TIME = 300.0
 WAITING = "waiting for the app"
 
 _log = logging.getLogger("dispatcher.manager")
+
+
+class Task:
+    """One run of an operation on an agent, in one thread: what it reports and writes."""
+
+    def __init__(self, registry: Registry, agent: Agent, operation: Operation) -> None:
+        self.registry = registry
+        self.agent = agent
+        self.operation = operation
+        self._published: tuple[str, str, float | None] = ("", "", None)
+        self._published_at = 0.0  # boot time
+
+    @property
+    def row(self) -> AgentRow:
+        """The agent's row at this moment."""
+        return self.agent.row
+
+    @property
+    def handle(self) -> Handle | None:
+        """The agent on its backend; None before its first start."""
+        return self.agent.handle
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that has the agent."""
+        return self.registry.backend(self.row)
+
+    @property
+    def policy(self) -> AppDefaults:
+        """Time-outs and limits of the agent's app."""
+        return self.registry.specs.policy(self.row.app)
+
+    def progress(self, step: str, detail: str = "", fraction: float | None = None) -> None:
+        """Report the progress of the operation, as `dispatcher.plugin.provider.Progress`.
+
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        operation = self.operation
+        operation.check()
+        now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
+        if now == self._published:
+            return
+        new_stage = now[0] != operation.stage
+        operation.stage, operation.detail, operation.fraction = now
+        if new_stage or boottime() - self._published_at > PROGRESS_INTERVAL:
+            self._published, self._published_at = now, boottime()
+            with self.agent.lock:
+                if self.agent.operation is not operation:
+                    return
+                if self.registry.clock.now() - operation.since > WRITE_STEP and self.row.step != operation.stage:
+                    self.registry.apply(self.agent, Change({"step": operation.stage}, write=Write.LATER))
+            self.registry.notify(self.agent)
+
+    def step(self, step: str) -> None:
+        """Go to the next step of the operation.
+
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        self.passed(step)
+        self.progress(step)
+
+    def passed(self, step: str) -> None:
+        """Note for `Registry.on_step` that the operation has come to a point that is no step of its own."""
+        self.registry.on_step(self.row.name, self.operation.kind, step)
+
+    def stop(self, handle: Handle, *, grace: float | None = None) -> None:
+        """Stop an agent on its backend; by default with the app's own time of grace.
+
+        :raises DispatcherError: as the provider's `stop`.
+        """
+        usual = self.policy.stop_grace
+        self.backend.provider.stop(
+            handle,
+            grace=usual if grace is None else min(grace, usual),
+            deadline=Deadline(usual + STOP_SLACK),
+            progress=self.progress,
+        )
+
+    def update(self, **fields: Any) -> None:
+        """Write fields in the middle of the operation, before it goes on.
+
+        :raises Unavailable: they cannot be written.
+        :raises Cancelled: the operation is no longer wanted.
+        """
+        with self.agent.lock:
+            self.operation.check()
+            self.registry.apply(self.agent, Change(fields, write=Write.REQUIRED))
 
 
 class Runner:
@@ -56,12 +158,12 @@ class Runner:
     """
 
     def __init__(
-        self, engine: Engine, data: AgentData, migrator: Migrator, copies: Copies, accounts: HostAccounts
+        self, registry: Registry, data: AgentData, mover: Mover, copies: Copies, accounts: HostAccounts
     ) -> None:
-        self._engine = engine
+        self._registry = registry
         self._data = data
         self._proxy_gid = accounts.proxy_gid if accounts.agent_uids is not None else None
-        self._migrator = migrator
+        self._mover = mover
         self._copies = copies
         self.on_unavailable: Callable[[Backend], None] = lambda _backend: None
         self.on_changed: Callable[[Agent], None] = lambda _agent: None
@@ -71,22 +173,22 @@ class Runner:
             Kind.HIBERNATE: lambda task: self._suspend(task, Depth.DISK),
             Kind.STOP: self._stop,
             Kind.RESET: self._reset,
-            Kind.MOVE: self._migrator.move,
+            Kind.MOVE: self._mover.move,
             Kind.REMOVE: self._remove,
         }
 
     def submit(self, agent: Agent, operation: Operation, urgent: bool) -> None:
         """Run an operation soon, and those that follow from it."""
         row = agent.row
-        provider = self._engine.specs.provider(row) if operation.kind is Kind.MOVE else row.provider
-        self._engine.backends.get(provider).pool.submit(
+        provider = self._registry.specs.provider(row) if operation.kind is Kind.MOVE else row.provider
+        self._registry.backends.get(provider).pool.submit(
             lambda: self._run(agent, operation), overdue=lambda job: self._overdue(agent, job), urgent=urgent
         )
 
     def _run(self, agent: Agent, first: Operation) -> None:
         operation: Operation | None = first
         while operation is not None:
-            task = Task(self._engine, agent, operation)
+            task = Task(self._registry, agent, operation)
             try:
                 operation.check()
                 change = self._steps[operation.kind](task)
@@ -101,7 +203,7 @@ class Runner:
                 return
             if change is None:
                 return
-            ended, operation = operation, self._engine.finish(agent, operation, change)
+            ended, operation = operation, self._registry.finish(agent, operation, change)
             if ended.observe_again and operation is None:
                 self.on_changed(agent)
 
@@ -144,7 +246,7 @@ class Runner:
         if not resumed:
             task.agent.oom_kills, task.agent.notice = seen.oom_kills, ("", 0.0)
         fields = {
-            **transitions.observed(row, seen, self._engine.clock.now()),
+            **observed(row, seen, self._registry.clock.now()),
             **CLEARED,
             "observed": BackendState.RUNNING,
             "ready": True,
@@ -154,13 +256,13 @@ class Runner:
 
     def _is_left_running(self, agent: Agent) -> bool:
         """Whether a running agent is only waited for, as it could not be started again as it is."""
-        row, specs = agent.row, self._engine.specs
+        row, specs = agent.row, self._registry.specs
         return specs.outdated(row) or (agent.stdin is None and specs.app(row.app).credentials == "stdin")
 
     def _ensure(self, task: Task) -> Handle:
         """Start an agent that is not asleep: prepare it, write its handle, ensure that it runs."""
         row, provider, policy, progress = task.row, task.backend.provider, task.policy, task.progress
-        spec = self._engine.specs.spec_to_start(row, task.agent.stdin)
+        spec = self._registry.specs.spec_to_start(row, task.agent.stdin)
         if spec.app.credentials == "stdin" and task.agent.stdin is None:
             raise Conflict(
                 "The app starts only at a sign-in",
@@ -193,20 +295,20 @@ class Runner:
         task.backend.provider.suspend(task.handle, depth=depth, deadline=deadline, progress=task.progress)
         state = BackendState.SUSPENDED if in_memory else BackendState.HIBERNATED
         return Change(
-            {"observed": state, "observed_at": self._engine.clock.now(), "ready": False, **CLEARED},
+            {"observed": state, "observed_at": self._registry.clock.now(), "ready": False, **CLEARED},
             [(EventKind.SUSPENDED if in_memory else EventKind.HIBERNATED, task.agent.reason)],
         )
 
     def _stop(self, task: Task) -> Change:
         self._stop_agent(task)
-        now = self._engine.clock.now()
+        now = self._registry.clock.now()
         fields = {**ENDED, **CLEARED, "observed": BackendState.STOPPED, "observed_at": now}
         if task.row.pending is Pending.RESTART:
             fields["pending"] = Pending.NONE
         return Change(fields, [(EventKind.STOPPED, task.agent.reason)])
 
     def _reset(self, task: Task) -> Change:
-        self._migrator.complete(task)
+        self._mover.complete(task)
         self._stop_agent(task)
         task.step("deleting the data")
         self._destroy(task, data=True)
@@ -215,13 +317,13 @@ class Runner:
         return Change(fields, [(EventKind.RESET, "its data was deleted")])
 
     def _remove(self, task: Task) -> None:
-        self._migrator.complete(task)
-        engine, agent, row = self._engine, task.agent, task.row
+        self._mover.complete(task)
+        registry, agent, row = self._registry, task.agent, task.row
         keep = row.keep_data
         self._stop_agent(task)
         task.step("removing")
         self._destroy(task, data=not keep)
-        self._migrator.clean_up(agent)
+        self._mover.clean_up(agent)
         if not keep:
             self._copies.delete(row.name, row.provider, task.progress)
         task.step("deleting the data")
@@ -233,14 +335,14 @@ class Runner:
             app=row.app,
             provider=row.provider,
             handle=row.handle,
-            time=engine.clock.now(),
+            time=registry.clock.now(),
         )
-        event = engine.event(row, EventKind.REMOVED, "its data was kept" if keep else "")
+        event = registry.event(row, EventKind.REMOVED, "its data was kept" if keep else "")
         with agent.lock:
             task.operation.check()
-            engine.store.remove(row, kept=kept if keep else None, events=[event])
-        engine.drop(agent)
-        engine.observers.publish([event])
+            registry.store.remove(row, kept=kept if keep else None, events=[event])
+        registry.drop(agent)
+        registry.observers.publish([event])
 
     def _destroy(self, task: Task, *, data: bool) -> None:
         if task.handle is not None:
@@ -270,20 +372,20 @@ class Runner:
         if operation.status is Status.ABANDONED:
             return Change()
         _log.warning("%s: %s failed: %s", printable(row.name), operation.kind.value, error)
-        if transitions.is_backend_away(error):
+        if restarts.is_backend_away(error):
             self.on_unavailable(task.backend)
         seen = self._observe(agent)
         log: list[str] = []
         if operation.kind in {Kind.START, Kind.MOVE}:
-            log = last_lines(task.backend, task.handle, LOG_LINES)
+            log = last_lines(task.backend, task.handle, restarts.LOG_LINES)
         if operation.kind is Kind.START and seen and seen.state not in DEAD and _is_hopeless(row, error):
             seen = self._stop_remains(task) or seen
-        change = transitions.failed(
+        change = restarts.failed(
             row,
             operation.kind,
             error,
             seen=seen,
-            now=self._engine.clock.now(),
+            now=self._registry.clock.now(),
             policy=task.policy,
             log=log,
         )
@@ -309,14 +411,14 @@ class Runner:
         if agent.handle is None:
             return None
         try:
-            return self._engine.backend(agent.row).provider.observe(agent.handle, deadline=Deadline(OBSERVE))
+            return self._registry.backend(agent.row).provider.observe(agent.handle, deadline=Deadline(OBSERVE))
         except DispatcherError:
             return None
 
     def _observed(self, agent: Agent) -> dict[str, Any]:
         """Return the fields that an observation changes; none if the backend does not answer."""
         seen = self._observe(agent)
-        return transitions.observed(agent.row, seen, self._engine.clock.now()) if seen else {}
+        return observed(agent.row, seen, self._registry.clock.now()) if seen else {}
 
     def _overdue(self, agent: Agent, job: Job) -> None:
         """A provider's call for the agent hangs: fail, and begin no operation until it returns."""
@@ -329,10 +431,10 @@ class Runner:
             agent.operation, agent.availability = None, Availability.STUCK
             agent.epoch += 1
             error = hung_call(*job.call.split(".", 1))
-            failure = Failure(what=error.what, why=error.why, fix=error.fix, time=self._engine.clock.now())
+            failure = Failure(what=error.what, why=error.why, fix=error.fix, time=self._registry.clock.now())
             return Change({**NO_OPERATION, "failure": failure, "retry_at": None}, [(EventKind.FAILED, str(error))])
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
     def _returned(self, agent: Agent) -> None:
         """A call that hung has returned: observe the agent and continue."""
@@ -342,7 +444,7 @@ class Runner:
             agent.availability = Availability.FREE
             return Change({**fields, **CLEARED})
 
-        self._engine.change(agent, decide)
+        self._registry.change(agent, decide)
 
 
 def _is_hopeless(row: AgentRow, error: DispatcherError) -> bool:
@@ -350,7 +452,7 @@ def _is_hopeless(row: AgentRow, error: DispatcherError) -> bool:
 
     An agent that ran or was asleep before is given a second chance: its memory may be worth it.
     """
-    if transitions.is_backend_away(error):
+    if restarts.is_backend_away(error):
         return False
     return row.observed in DEAD or bool(row.attempts) or not isinstance(error, StartFailed)
 
@@ -363,3 +465,7 @@ def _internal_error(error: Exception) -> DispatcherError:
     return ProviderError(
         "The manager failed", why=f"{type(error).__name__}: {error}", fix="read its log, and report it"
     )
+
+
+def _fraction(value: object) -> float | None:
+    return min(1.0, max(0.0, float(value))) if isinstance(value, (int, float)) and value == value else None  # noqa: PLR0124 - not a NaN

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dispatcher.manager.agents.agent import Agent
-from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.task import Task
-from dispatcher.manager.agents.transitions import CLEARED, Change, EventKind
+from dispatcher.manager.agents.lifecycle import CLEARED, Change, EventKind
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.manifest import differences, manifest
@@ -27,17 +27,20 @@ from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import no_progress
 from dispatcher.plugin.removal import remove_tree
 
+if TYPE_CHECKING:
+    from dispatcher.manager.agents.operations import Task
+
 TRANSFER = 6 * 3600.0  # seconds that one export or import may take
 SCRATCH, CHECK = "moving", "verifying"  # directories beside the agent's data
 
 _log = logging.getLogger("dispatcher.manager")
 
 
-class Migrator:
+class Mover:
     """Migrates agents."""
 
-    def __init__(self, engine: Engine, data: AgentData) -> None:
-        self._engine = engine
+    def __init__(self, registry: Registry, data: AgentData) -> None:
+        self._registry = registry
         self._data = data
 
     def move(self, task: Task) -> Change:
@@ -47,16 +50,16 @@ class Migrator:
         """
         if self.complete(task):
             return Change(_DONE)
-        engine, row = self._engine, task.row
+        registry, row = self._registry, task.row
         if row.move is not None:
             self.clean_up(task.agent)
-        target = engine.specs.provider(row)
+        target = registry.specs.provider(row)
         if target == row.provider:  # the configuration names the old provider again
             return Change(_DONE)
-        move = Move(source=row.provider, target=target, step="checking", since=engine.clock.now())
+        move = Move(source=row.provider, target=target, step="checking", since=registry.clock.now())
         task.update(move=move)
         try:
-            self._transfer(task, engine.backends.get(row.provider), engine.backends.get(target))
+            self._transfer(task, registry.backends.get(row.provider), registry.backends.get(target))
         except Exception:
             self.clean_up(task.agent)
             raise
@@ -85,8 +88,8 @@ class Migrator:
             task.update(move=dataclasses.replace(task.row.move, step=step))
 
     def _transfer(self, task: Task, source: Backend, target: Backend) -> None:
-        engine, row = self._engine, task.row
-        spec = engine.specs.spec(row)
+        registry, row = self._registry, task.row
+        spec = registry.specs.spec(row)
         self._step(task, "checking")
         target.provider.check(deadline=Deadline(60))
         target.prepare(spec.app, seconds=task.policy.prepare_timeout, progress=task.progress)
@@ -144,8 +147,8 @@ class Migrator:
 
     def _hand_over(self, task: Task, handle: Handle, *, exports: bool, imports: bool) -> None:
         """Make the agent the target's, in one transaction with the record of the old copy."""
-        engine = self._engine
-        now = engine.clock.now()
+        registry = self._registry
+        now = registry.clock.now()
         with task.agent.lock:
             task.operation.check()
             row = task.row
@@ -163,7 +166,7 @@ class Migrator:
                 endpoint="",
                 move=dataclasses.replace(move, settling=True, copy=copy, install=exports and not imports),
             )
-            event = engine.event(row, EventKind.MOVED, f"from {move.source} to {move.target}")
+            event = registry.event(row, EventKind.MOVED, f"from {move.source} to {move.target}")
             if exports or copy:
                 kept = CopyRow(
                     id=0,
@@ -173,15 +176,15 @@ class Migrator:
                     handle="" if copy else row.handle,
                     time=now,
                 )
-                engine.store.add_copy(kept, moved, [(row.id, event)])
+                registry.store.add_copy(kept, moved, [(row.id, event)])
             else:
-                engine.store.save([moved], [(row.id, event)])
+                registry.store.save([moved], [(row.id, event)])
             task.agent.row = moved
-        engine.observers.publish([event])
+        registry.observers.publish([event])
 
     def _save_older_copy(self, task: Task, target: Backend) -> None:
         """Export what the target still holds of an earlier move: the import would replace it."""
-        for copy in self._engine.store.copies(task.row.name):
+        for copy in self._registry.store.copies(task.row.name):
             if copy.provider == target.name and not copy.directory:
                 self._step(task, "saving an older copy")
                 name = f"{int(copy.time)}-{copy.provider}"
@@ -192,7 +195,7 @@ class Migrator:
                     deadline=Deadline(TRANSFER),
                     progress=task.progress,
                 )
-                self._engine.store.set_copy_directory(copy.id, name)
+                self._registry.store.set_copy_directory(copy.id, name)
 
     def clean_up(self, agent: Agent) -> None:
         """Remove what a failed migration left on its target and beside the data."""
@@ -203,7 +206,7 @@ class Migrator:
             for name in (SCRATCH, CHECK):
                 remove_tree(self._data.paths.agent_dir(row.name) / name, deadline=Deadline(TRANSFER))
             if move.handle:
-                self._engine.backends.get(move.target).provider.destroy(
+                self._registry.backends.get(move.target).provider.destroy(
                     Handle.from_json(move.handle), data=True, deadline=Deadline(300), progress=no_progress
                 )
         except (OSError, DispatcherError) as error:

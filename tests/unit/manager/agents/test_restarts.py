@@ -13,8 +13,8 @@ from dispatcher.plugin.errors import (
     Unavailable,
     Unsupported,
 )
-from dispatcher.manager.agents import transitions
-from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.agents import restarts
+from dispatcher.manager.storage.rows import Desired, Kind, Pending
 from dispatcher.manager.storage.agents import AgentRow
 from dispatcher.plugin.model import BackendState as B
 from dispatcher.plugin.model import Endpoint, Observation
@@ -45,7 +45,7 @@ def seen(state, **more):
 
 
 def notice(row, observation, *, policy=None, log=(), host_restarted=False):
-    return transitions.noticed(
+    return restarts.noticed(
         row, observation, now=NOW, policy=policy or AppDefaults(), log=log, host_restarted=host_restarted
     )
 
@@ -123,11 +123,11 @@ def test_an_end_that_nobody_minds_is_no_death(desired):
 
 def test_an_end_during_a_restart_is_no_death():
     row = dataclasses.replace(RUNNING, pending=Pending.RESTART)
-    assert not transitions.died(row, seen(B.STOPPED))
+    assert not restarts.died(row, seen(B.STOPPED))
 
 
 def failed(kind, error, *, row=RUNNING, observation=None, policy=None, log=()):
-    return transitions.failed(
+    return restarts.failed(
         row, kind, error, seen=observation, now=NOW, policy=policy or AppDefaults(), log=log
     ).fields
 
@@ -155,19 +155,19 @@ def test_what_can_never_work_is_not_tried_again(error):
 def test_a_backend_that_is_away_costs_no_try():
     fields = failed(Kind.START, Unavailable("Away"))
     assert fields["attempts"] == ()
-    assert fields["retry_at"] == NOW + transitions.UNAVAILABLE_RETRY
+    assert fields["retry_at"] == NOW + restarts.UNAVAILABLE_RETRY
     assert failed(Kind.START, DeadlineExceeded("Slow"))["attempts"] == (NOW,)
 
 
 @pytest.mark.parametrize("kind", [Kind.STOP, Kind.RESET, Kind.REMOVE])
 def test_ends_are_tried_for_ever(kind):
     row = dataclasses.replace(RUNNING, attempts=(NOW,) * 50)
-    assert failed(kind, ProviderError("No"), row=row)["retry_at"] == NOW + transitions.MAX_RETRY
+    assert failed(kind, ProviderError("No"), row=row)["retry_at"] == NOW + restarts.MAX_RETRY
 
 
 def test_every_operation_has_a_sentence_for_its_failure():
     for kind in Kind:
-        change = transitions.failed(
+        change = restarts.failed(
             RUNNING, kind, ProviderError("No"), seen=None, now=NOW, policy=AppDefaults(), log=()
         )
         assert change.events[0][1].startswith("It could not be ")

@@ -1,4 +1,4 @@
-"""The composition of the agents' lifecycle: starts and stops its threads, applies a new configuration."""
+"""Composes the modules of this package: starts and stops their threads, recovers stored agents, reloads."""
 
 from __future__ import annotations
 
@@ -7,33 +7,31 @@ import logging
 import secrets
 import threading
 
+from dispatcher.common.timers import Timers
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.commands import Commands
-from dispatcher.manager.agents.engine import Engine
-from dispatcher.manager.agents.host_uids import HostUids
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
 from dispatcher.manager.agents.kept_data import Copies
-from dispatcher.manager.agents.lifecycle import DEAD
-from dispatcher.manager.agents.migration import Migrator
+from dispatcher.manager.agents.lifecycle import DEAD, NO_OPERATION
 from dispatcher.manager.agents.observers import ObserverQueue
+from dispatcher.manager.agents.operations import Runner
+from dispatcher.manager.agents.provider_move import Mover
 from dispatcher.manager.agents.queries import Queries
 from dispatcher.manager.agents.reconciler import Reconciler
-from dispatcher.manager.agents.runner import Runner
+from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.specs import Specs, app_changes, provider_changes
-from dispatcher.manager.agents.timers import Timers
-from dispatcher.manager.agents.transitions import NO_OPERATION
 from dispatcher.manager.backends.backend import Backend, Backends, Contact
 from dispatcher.manager.backends.logs import LogCollector
 from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.files.host_uids import HostUids
 from dispatcher.manager.files.space import low_space
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.storage.rows import AgentRow
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import AgentRow, Desired
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock, boot_id
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.names import printable
@@ -78,7 +76,7 @@ class Supervisor:
         self.backends = Backends(
             config=config, plugins=plugins, paths=paths, accounts=accounts, installation=self.installation
         )
-        self.engine = Engine(
+        self.registry = Registry(
             store=self.store,
             clock=clock,
             specs=self._specs(config),
@@ -87,14 +85,14 @@ class Supervisor:
             timers=self._timers,
             installation=self.installation,
         )
-        self.copies = Copies(self.engine, self.data)
-        runner = Runner(self.engine, self.data, Migrator(self.engine, self.data), self.copies, accounts)
-        self.engine.submit = runner.submit
-        self.reconciler = Reconciler(self.engine, runner)
+        self.copies = Copies(self.registry, self.data)
+        runner = Runner(self.registry, self.data, Mover(self.registry, self.data), self.copies, accounts)
+        self.registry.submit = runner.submit
+        self.reconciler = Reconciler(self.registry, runner)
         uids = HostUids(accounts, self.store, self.data, self.installation)
-        self.commands = Commands(self.engine, self.data, uids)
-        self.queries = Queries(self.engine, self._log_collector, self.data.sockets)
-        self.idle_monitor = IdleMonitor(self.engine)
+        self.commands = Commands(self.registry, self.data, uids)
+        self.queries = Queries(self.registry, self._log_collector, self.data.sockets)
+        self.idle_monitor = IdleMonitor(self.registry)
         self._closed = threading.Event()
         self._disk_is_low = False
 
@@ -109,7 +107,7 @@ class Supervisor:
 
     def start(self) -> None:
         """Recover the stored agents, adopt those that run, begin to reconcile.  Returns once in control."""
-        config, boot = self.engine.specs.config, boot_id()
+        config, boot = self.registry.specs.config, boot_id()
         host_restarted = self._database.meta("boot", boot) != boot
         if host_restarted:
             self._database.set_meta("boot", boot)
@@ -128,10 +126,10 @@ class Supervisor:
         for backend in self.backends:
             self._watch(backend)
         self._timers.every(1.0, self.backends.check_overdue)
-        self._slow_timers.every(1.0, self.engine.flush)
+        self._slow_timers.every(1.0, self.registry.flush)
         self._slow_timers.every(60.0, self._database.checkpoint)
         self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)
-        self._slow_timers.every(LAST_USED, self.engine.write_last_used)
+        self._slow_timers.every(LAST_USED, self.registry.write_last_used)
         self._slow_timers.every(TRIM, self.store.trim_events)
         self._slow_timers.after(1.0, self._empty_trash)
         self._slow_timers.after(DISK_FIRST, self._check_disk)
@@ -139,12 +137,12 @@ class Supervisor:
 
     def _wanted_providers(self) -> set[str]:
         """Those of the configuration, and those that still have agents, kept data or old copies."""
-        config = self.engine.specs.config
+        config = self.registry.specs.config
         return {app.provider for app in config.apps.values()} | set(config.providers) | self.store.providers()
 
     def _recover(self, row: AgentRow, *, host_restarted: bool) -> None:
         """Take over an agent from an earlier manager: no operation is in flight; a boot forgets past attempts."""
-        engine, stored = self.engine, row
+        registry, stored = self.registry, row
         if row.operation is not None:
             _log.warning(
                 "%s: the manager ended at the step %r of a %s", printable(row.name), row.step, row.operation.value
@@ -153,12 +151,12 @@ class Supervisor:
         if host_restarted:
             row = dataclasses.replace(row, attempts=(), version=row.version + 1)
             if row.failure is not None and row.desired is Desired.RUNNING:
-                row = dataclasses.replace(row, retry_at=engine.clock.now())
-        agent = engine.add(row)
+                row = dataclasses.replace(row, retry_at=registry.clock.now())
+        agent = registry.add(row)
         if stored.operation is not None:
-            engine.buffer.add(row)
+            registry.buffer.add(row)
         if stored.retry_at is not None:
-            self._timers.after(stored.retry_at - engine.clock.now(), lambda: engine.reevaluate(agent))
+            self._timers.after(stored.retry_at - registry.clock.now(), lambda: registry.reevaluate(agent))
 
     def _sweep_all(self) -> None:
         """Sweep all backends at the same time; continue without those that are slow."""
@@ -208,7 +206,7 @@ class Supervisor:
 
     @property
     def _interval(self) -> float:
-        return max(0.1, self.engine.specs.config.manager.reconcile_interval)
+        return max(0.1, self.registry.specs.config.manager.reconcile_interval)
 
     def close(self) -> None:
         """Stop all threads.  Agents continue to run."""
@@ -216,13 +214,13 @@ class Supervisor:
         self._timers.close()
         self._slow_timers.close()
         self._log_collector.close()
-        self.engine.flush()
+        self.registry.flush()
         for backend in self.backends:
             backend.close(CLOSE)
-        self.engine.write_last_used()
+        self.registry.write_last_used()
         self.reconciler.save()
         self._observers.close()
-        agents = self.engine.agents.values()
+        agents = self.registry.agents.values()
         if all(agent.row.observed in DEAD and agent.operation is None for agent in agents):
             self.data.sockets.close()
 
@@ -234,7 +232,7 @@ class Supervisor:
         config.validate_providers(self._plugins)
         for name in config.plugins:
             self._plugins.load(name)
-        old = self.engine.specs.config
+        old = self.registry.specs.config
         changed = list(app_changes(old, config))
         self.backends.config = config
         for name in provider_changes(old, config):
@@ -242,7 +240,7 @@ class Supervisor:
             self._timers.after(OLD_PROVIDER, replaced)
             self._watch(self.backends.get(name))
             changed.append(f"The provider {name} has new options.")
-        outdated = self.engine.use_specs(self._specs(config))
+        outdated = self.registry.use_specs(self._specs(config))
         for name in self._wanted_providers():
             backend = self.backends.get(name)
             if backend.contact is Contact.NOT_CALLED:

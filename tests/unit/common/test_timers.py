@@ -6,7 +6,7 @@ import time
 import pytest
 
 from dispatcher.manager.agents.observers import ObserverQueue
-from dispatcher.manager.agents.timers import Timers
+from dispatcher.common.timers import Timers
 from dispatcher.plugin.model import AgentEvent
 
 

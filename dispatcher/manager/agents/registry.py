@@ -1,6 +1,6 @@
-"""The engine: has all agents in memory and applies every change to them.
+"""The registry: has all agents in memory and applies every change to them.
 
-A change goes through `Engine.change` or `Engine.finish`: under the agent's lock the new row and the next
+A change goes through `Registry.change` or `Registry.finish`: under the agent's lock the new row and the next
 operation are computed (`lifecycle`), written in one transaction, and made visible; afterwards waiting threads and
 subscribers are notified.  The only call to a provider is `handle`, which does no I/O.
 """
@@ -16,11 +16,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from dispatcher.common.log import clean
-from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
+from dispatcher.common.timers import Timers
+from dispatcher.manager.agents.agent import Agent, AgentView, Availability, Operation, Status, view_of
 from dispatcher.manager.agents.lifecycle import (
     ASLEEP,
+    CLEARED,
+    NO_OPERATION,
+    Change,
+    EventKind,
     FeedState,
     Situation,
+    Write,
     feed_state,
     next_operation,
     public_state,
@@ -29,14 +35,10 @@ from dispatcher.manager.agents.lifecycle import (
 )
 from dispatcher.manager.agents.observers import ObserverQueue
 from dispatcher.manager.agents.specs import Specs
-from dispatcher.manager.agents.timers import Timers
-from dispatcher.manager.agents.transitions import CLEARED, NO_OPERATION, Change, EventKind, Write
-from dispatcher.manager.agents.views import AgentView, view_of
 from dispatcher.manager.backends.backend import Backend, Backends
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import DiskFull
-from dispatcher.manager.storage.rows import AgentRow
-from dispatcher.manager.storage.states import Desired, Kind, Pending
+from dispatcher.manager.storage.rows import AgentRow, Desired, Kind, Pending
 from dispatcher.manager.storage.write_buffer import WriteBuffer
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock
@@ -49,7 +51,7 @@ Decide = Callable[[AgentRow], "Change | None"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class Engine:
+class Registry:
     """All agents of the installation.
 
     :ivar submit: runs an operation (set by `Runner`).
@@ -336,7 +338,7 @@ class Engine:
                     self.buffer.add(agent.row)
         self.flush()
 
-    # --- events and progress
+    # --- events
 
     def event(self, row: AgentRow, kind: EventKind, detail: str = "") -> AgentEvent:
         """Return an event of this moment."""
@@ -348,15 +350,6 @@ class Engine:
             kind=kind.value,
             detail=clean(detail, 1000) if detail else "",
         )
-
-    def progressed(self, agent: Agent, operation: Operation, *, write: bool) -> None:
-        """Publish the progress of an operation, and write its step."""
-        with agent.lock:
-            if agent.operation is not operation:
-                return
-            if write and agent.row.step != operation.stage:
-                self.apply(agent, Change({"step": operation.stage}, write=Write.LATER))
-        self.notify(agent)
 
 
 def _call_all(subscribers: Iterable[Callable[..., None]], *arguments: str) -> None:
