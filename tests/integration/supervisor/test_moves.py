@@ -5,7 +5,6 @@ import os
 import pytest
 
 from dispatcher.plugin.errors import Conflict, ProviderError
-from dispatcher.manager.agents import migration
 from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.files.manifest import differences
@@ -336,7 +335,3 @@ def test_a_reset_in_the_middle_of_tidying_up_keeps_the_old_copy(world):
     assert (new.data.copy_dir("alice", copy.directory) / "note").read_text() == "mine"
     assert manifest(volume(world, new)) == {}
     crash.release()
-
-
-def test_names_beside_the_data_are_those_of_the_paths():
-    assert migration.SCRATCH != migration.CHECK
