@@ -35,6 +35,7 @@ def checked_unix_path(path: str, owner_uid: int | None) -> Iterator[str]:
             raise InsecureEndpoint(
                 "The agent's endpoint is not a socket",
                 why=f"{path} is of type {stat.filemode(status.st_mode)[0]!r}",
+                fix="start the agent again; its app must listen on a plain socket at that path",
             )
         if owner_uid is not None and status.st_uid != owner_uid:
             raise InsecureEndpoint(

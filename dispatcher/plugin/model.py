@@ -9,8 +9,8 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +151,14 @@ class Limits:
         """Return a bound that the configuration sets; None for none, or for one of `defaults`."""
         value: float | None = None if name in self.defaults else getattr(self, name)
         return value
+
+    def enforced(self, capabilities: Container[Capability]) -> Limits:
+        """Return the bounds that a provider with these capabilities enforces."""
+        kinds = {"memory": "memory", "swap": "memory", "cpus": "cpu", "pids": "pids", "disk": "disk"}
+        off: dict[str, Any] = {
+            name: None for name, kind in kinds.items() if Capability(f"{kind}-limit") not in capabilities
+        }
+        return replace(self, **off)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -157,6 +157,7 @@ class DockerProvider(Provider):
         if self._info is None:
             self.check(deadline=deadline)
         explain.refuse(spec.app, self._engine, self.context, self.capabilities)
+        spec = replace(spec, app=replace(spec.app, limits=spec.app.limits.enforced(self.capabilities)))
         if spec.secrets and not self._engine.is_local:
             raise Unsupported(
                 f"{spec.agent} cannot be given its secrets",

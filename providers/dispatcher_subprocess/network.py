@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -155,21 +156,23 @@ def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _I
 
 
 def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
-    with open(os.memfd_create("pasta-pid"), "rb", closefd=True) as pid_file:
+    # It closes all inherited descriptors but the standard ones (since August 2024): these are the namespaces.
+    with tempfile.NamedTemporaryFile() as pid_file:
         command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--ns-ifname", _INTERFACE]
-        command += ["--pid", f"/proc/self/fd/{pid_file.fileno()}"]
+        command += ["--pid", pid_file.name]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
-        command += ["--netns", f"/proc/self/fd/{inside.network}"]
+        command += ["--netns", "/proc/self/fd/0"]
         if inside.user is None:
             # It cannot join the namespace as another user; it drops its privileges itself afterwards.
             command += ["--netns-only", "--runas", "0"]
         else:
-            command += ["--userns", f"/proc/self/fd/{inside.user}"]
+            command += ["--userns", "/proc/self/fd/1"]
         interface = outgoing_interface()
         if interface:
             command += ["--outbound-if4", interface]
         # It goes to the background when the network is ready.
-        _run(command, inside, b"", deadline, inherited=(pid_file.fileno(),))
+        output = subprocess.DEVNULL if inside.user is None else inside.user
+        _run(command, inside, inside.network, deadline, stdout=output)
         try:
             pid = int(pid_file.read())
         except (OSError, ValueError) as error:
@@ -228,12 +231,15 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
 
 
 def _run(
-    command: list[str], inside: _Inside, stdin: bytes | int, deadline: Deadline, inherited: tuple[int, ...] = ()
+    command: list[str],
+    inside: _Inside,
+    stdin: bytes | int,
+    deadline: Deadline,
+    stdout: int = subprocess.DEVNULL,
 ) -> None:
     """Run a program.
 
     :param stdin: its standard input: content, or a descriptor.
-    :param inherited: descriptors beside those of the namespaces.
     """
     source: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
     try:
@@ -241,8 +247,9 @@ def _run(
             command,
             check=False,
             **source,
-            capture_output=True,
-            pass_fds=(*inside.fds, *inherited),
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            pass_fds=inside.fds,
             env={},
             cwd="/",
             start_new_session=True,

@@ -16,6 +16,7 @@ from dispatcher.plugin import (
     App,
     ConfigError,
     IpNetworks,
+    Limits,
     PortRange,
     Size,
     Table,
@@ -143,10 +144,13 @@ def endpoint_kind(app: App) -> str:
     )
 
 
-def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], secrets: str) -> dict[str, str]:
+def environment(
+    spec: AgentSpec, inside: Inside, manager: Mapping[str, str], secrets: str, limits: Limits
+) -> dict[str, str]:
     """Return the whole environment of an agent; of the manager's it has the variables in `pass_environment` only.
 
     :param secrets: the directory of the secrets as seen from inside, "" when there are none.
+    :param limits: those that are enforced.
     """
     name = slug(spec.user)
     variables = {
@@ -161,6 +165,6 @@ def environment(spec: AgentSpec, inside: Inside, manager: Mapping[str, str], sec
         variables["TMPDIR"] = inside.tmp
     variables |= {name: manager[name] for name in options_of(spec.app).pass_environment if name in manager}
     variables |= {name: inside.fill(value) for name, value in spec.app.environment.items()}
-    variables |= spec.variables(inside.data, secrets)
+    variables |= spec.variables(inside.data, secrets, limits=limits)
     check_environment(spec.app.name, variables)
     return variables

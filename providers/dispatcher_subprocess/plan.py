@@ -28,6 +28,7 @@ from dispatcher.plugin import (
     boottime,
 )
 from dispatcher_subprocess import network, sandbox
+from dispatcher_subprocess.explain import capabilities
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import SEARCH_PATH, Inside, Options, endpoint_kind, environment, options_of
 from dispatcher_subprocess.sandbox import SYSTEM, below
@@ -114,7 +115,13 @@ class Planner:
         return Plan(
             endpoint=Endpoint.tcp("127.0.0.1", port) if kind == "tcp" else Endpoint.unix(spec.socket),
             command=[str(files.program), *map(inside.fill, options.command[1:])],
-            variables=environment(spec, inside, os.environ, secrets if spec.secrets else ""),
+            variables=environment(
+                spec,
+                inside,
+                os.environ,
+                secrets if spec.secrets else "",
+                app.limits.enforced(capabilities(self.host)),
+            ),
             workdir=inside.fill(options.workdir),
             view=files.view,
         )

@@ -195,16 +195,25 @@ class Start:
                 file.write(self._arguments)
         except OSError as error:
             raise ProviderError("bubblewrap ended at once", why=str(error)) from error
-        while not (pid := self.record.sandbox_status().get("child-pid")):
+        # bubblewrap reports what it cannot show before the root is in place; later the output is the app's.
+        while not (self.record.init and self._has_root(self.record.init.pid)):
+            pid = 0 if self.record.init else self.record.sandbox_status().get("child-pid", 0)
+            if pid and (found := procfs.stat(pid)):
+                self._record = replace(self.record, init=found.process)
             if not main.lives:
                 raise ProviderError("bubblewrap ended before the sandbox was made")
             if self.deadline.expired:
                 raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
             time.sleep(0.0005)
-        found = procfs.stat(pid)
-        if not found:
-            raise ProviderError("bubblewrap ended before the sandbox was made")
-        self._record = replace(self.record, init=found.process)
+
+    def _has_root(self, pid: int) -> bool:
+        """Whether a process has the sandbox's root already."""
+        try:
+            return os.path.samefile(f"/proc/{pid}/root{sandbox.RUN}", self.spec.run_dir)
+        except PermissionError:  # a security module hides it
+            return True
+        except FileNotFoundError:
+            return False
 
     @property
     def record(self) -> Record:

@@ -11,23 +11,14 @@ import pytest
 from dispatcher.plugin import BackendState, Deadline, Network, ProviderError
 from dispatcher.plugin.model import Limits
 from dispatcher.testing.inside import Refused
-from tests.support.docker_tools import PORTED, DockerWorld, docker, images, leftovers
+from tests.support.docker_tools import PORTED, DockerWorld, docker, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
 
-@pytest.fixture(scope="module")
-def world():
-    images()
-    world = DockerWorld()
-    yield world
-    world.close()
-
-
-@pytest.fixture(autouse=True)
-def clean(world):
-    yield
-    world.end_check()
+@pytest.fixture
+def world(docker_world):
+    return docker_world
 
 
 def run_in(agent, code):
@@ -125,6 +116,18 @@ def test_a_child_killed_for_memory_is_counted_and_reported(world):
         watch.close()
     seen = world.observe(agent)
     assert (seen.state, seen.oom_kills) == (BackendState.RUNNING, 1)
+
+
+def test_only_limits_that_the_engine_enforces_are_told(world, monkeypatch):
+    world.driver.check()
+    monkeypatch.setitem(world.driver.provider._info, "PidsLimit", False)  # an engine without that controller
+    limits = Limits(memory=256 << 20, pids=4096, defaults=frozenset({"memory", "pids"}))
+    agent = world.run("limited", limits=limits)
+    told = {name for name in agent.inside.environment() if name.endswith("_LIMIT")}
+    assert told == {"DISPATCHER_MEMORY_LIMIT"}
+    made = inspect(agent.handle.name)["HostConfig"]
+    assert (made["Memory"], made["PidsLimit"]) == (256 << 20, None)
+    world.driver.ensure(agent.spec)  # the same specification
 
 
 def test_an_app_that_listens_elsewhere_is_found(world):

@@ -7,23 +7,14 @@ import pytest
 from dispatcher.plugin.errors import ConfigError, NotFound, ProviderError, StartFailed
 from dispatcher.plugin.model import BackendState, Limits, Network
 from dispatcher.testing.kit import eventually
-from tests.support.docker_tools import DockerWorld, docker, images, inspect, leftovers
+from tests.support.docker_tools import docker, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
 
-@pytest.fixture(scope="module")
-def world():
-    images()
-    world = DockerWorld()
-    yield world
-    world.close()
-
-
-@pytest.fixture(autouse=True)
-def clean(world):
-    yield
-    world.end_check()
+@pytest.fixture
+def world(docker_world):
+    return docker_world
 
 
 def ended(world, agent, seconds=10):

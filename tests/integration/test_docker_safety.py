@@ -11,23 +11,14 @@ from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import Network
 from dispatcher.testing.inside import Refused
 from tests.support.outside import Outside
-from tests.support.docker_tools import PORTED, DockerWorld, docker, images, inspect, leftovers
+from tests.support.docker_tools import PORTED, DockerWorld, docker, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
 
-@pytest.fixture(scope="module")
-def world():
-    images()
-    world = DockerWorld()
-    yield world
-    world.close()
-
-
-@pytest.fixture(autouse=True)
-def clean(world):
-    yield
-    world.end_check()
+@pytest.fixture
+def world(docker_world):
+    return docker_world
 
 
 def test_the_walls_as_the_engine_shows_them(world):

@@ -122,6 +122,12 @@ SETUP = textwrap.dedent(
     rm /mnt/etc/resolv.conf
     printf 'nameserver 203.0.113.53\\nsearch example.org\\n' > /mnt/etc/resolv.conf
     mount --bind /mnt/etc /etc
+    # As later versions do, this pasta closes the descriptors that it inherits.
+    real=$(realpath /usr/bin/pasta)
+    cp $real /mnt/real-pasta
+    printf '#!/usr/bin/python3 -IS\nimport os, signal, sys\nos.closerange(3, 4096)\nsignal.signal(signal.SIGPIPE, signal.SIG_DFL)\nos.execv("/mnt/real-pasta", sys.argv)\n' > /mnt/pasta
+    chmod 755 /mnt/pasta
+    mount --bind /mnt/pasta $real
     ip link set lo up
     unshare -n sleep 120 & outside=$!
     trap 'kill $outside $! 2>/dev/null || true' EXIT

@@ -331,6 +331,47 @@ def test_an_agent_s_socket_that_is_a_link_is_refused(place):
         assert os.stat(target).st_mode & 0o777 == 0o600
 
 
+#: Serves at a socket, then replaces that by another one, which is a link if the second argument says so.
+REPLACES = """
+import os, socket, sys, threading, time
+def serve(path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    while True:
+        with listener.accept()[0] as client:
+            client.recv(4096)
+            client.sendall(b"HTTP/1.1 204 No Content\\r\\n\\r\\n")
+path, how = sys.argv[1:]
+threading.Thread(target=serve, args=(path,)).start()
+time.sleep(1)
+threading.Thread(target=serve, args=(path + ".new",)).start()
+time.sleep(0.2)
+if how == "link":
+    os.symlink(path + ".new", path + ".link")
+    os.rename(path + ".link", path)
+else:
+    os.rename(path + ".new", path)
+print("replaced", flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["socket", "link"])
+def test_an_agent_that_replaced_its_socket_is_restarted(place, how):
+    place.app |= {"start_timeout": 10, "max_restarts": 0}
+    place.app["subprocess"] = {"command": [python(), "-S", "-E", "-c", REPLACES, "{socket}", how]}
+    supervisor = place.supervisor()
+    supervisor.commands.create("alice", app=None, password_hash="hash")
+    supervisor.commands.set_desired("alice", Desired.RUNNING)
+    reach(supervisor, "alice", "running", seconds=20)
+    first = supervisor.queries.view("alice")
+    logs = place.directory / "state/agents"
+    until(lambda: any(b"replaced" in path.read_bytes() for path in logs.glob("*/*/output.log")), 10)
+    supervisor.commands.restart("alice")
+    until(lambda: supervisor.queries.view("alice").since > first.since, 20)
+    assert reach(supervisor, "alice", "running", seconds=20).failure is None
+
+
 def test_an_app_that_listens_on_the_wrong_address_is_told_so(place):
     wrong = "import socket, time; s = socket.create_server(('127.0.0.1', 8888)); time.sleep(60)"
     place.app |= {"start_timeout": 2, "max_restarts": 0}

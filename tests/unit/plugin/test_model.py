@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from dispatcher.plugin.errors import BadRequest
-from dispatcher.plugin.model import AgentSpec, App, Endpoint, Handle, Isolation, Limits, Network
+from dispatcher.plugin.model import AgentSpec, App, Capability, Endpoint, Handle, Isolation, Limits, Network
 
 
 class Options(BaseModel):
@@ -129,6 +129,15 @@ def test_an_app_finds_its_limits_in_its_environment():
     own = replace(spec, secrets={"key": "x"}).variables("/data", "/secrets", limits=Limits(disk=1))
     assert (own["DISPATCHER_SECRETS"], own["DISPATCHER_DISK_LIMIT"]) == ("/secrets", "1")
     assert "DISPATCHER_MEMORY_LIMIT" not in own
+
+
+def test_limits_without_their_capability_are_not_enforced():
+    limits = Limits(memory=1 << 30, swap=0, cpus=0.5, pids=4096, disk=1 << 20, defaults=frozenset({"pids"}))
+    kept = limits.enforced({Capability.MEMORY_LIMIT, Capability.DISK_LIMIT})
+    assert kept == Limits(memory=1 << 30, swap=0, disk=1 << 20, defaults=frozenset({"pids"}))
+    assert limits.enforced({Capability.CPU_LIMIT, Capability.PIDS_LIMIT}) == Limits(
+        cpus=0.5, pids=4096, defaults=frozenset({"pids"})
+    )
 
 
 def test_the_socket_of_a_spec_is_short():

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
-from dispatcher.plugin.model import AgentSpec, App
+from dispatcher.plugin.model import AgentSpec, App, Limits
 from dispatcher.config.plugins import Plugins
 
 INSIDE = Inside(socket="/run/agent/s", data="/data", port=20001, tmp="/data/.tmp")
@@ -155,6 +155,7 @@ def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
         INSIDE,
         manager,
         "",
+        Limits(pids=7),
     )
     assert found == {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -170,12 +171,13 @@ def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
         "DISPATCHER_AGENT": "alice:notes",
         "DISPATCHER_USER": "alice",
         "DISPATCHER_DATA": "/data",
+        "DISPATCHER_PIDS_LIMIT": "7",
     }
 
 
 def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
     made = replace(spec(tmp_path, env={"HOME": "/tmp", "DISPATCHER_USER": "mallory"}), secrets={"KEY": "value"})
-    found = environment(made, INSIDE, {}, "/run/secrets")
+    found = environment(made, INSIDE, {}, "/run/secrets", Limits())
     assert found["HOME"] == "/tmp"
     assert found["DISPATCHER_USER"] == "alice"
     assert found["DISPATCHER_SECRETS"] == "/run/secrets"
@@ -184,7 +186,7 @@ def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
 @pytest.mark.parametrize("env", [{"A B": "x"}, {"": "x"}, {"A=B": "x"}, {"1A": "x"}, {"A": "x\0y"}])
 def test_variables_that_cannot_be_are_refused(tmp_path, env):
     with pytest.raises(ConfigError, match="cannot be a variable"):
-        environment(spec(tmp_path, env=env), INSIDE, {}, "")
+        environment(spec(tmp_path, env=env), INSIDE, {}, "", Limits())
 
 
 def test_every_option_is_documented():
