@@ -21,13 +21,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
+from dispatcher.common.contained import contained
 from dispatcher.config import default_paths
 from dispatcher.config.messages import did_you_mean, nearest, printable_key, problems, shown, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import BadRequest, ConfigError
+from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError
 from dispatcher.plugin.model import App
 from dispatcher.plugin.options import Table
+from dispatcher.plugin.provider import Provider
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -133,7 +135,7 @@ class Config(Table):
             with contextlib.suppress(ConfigError):  # yielded above
                 template = self.template(name, plugins)
                 yield from _misspelt_placeholders(template)
-                yield from plugins.provider(app.provider).faults(template)
+                yield from _faults(plugins.provider(app.provider), template)
 
     def plugin_problems(self, plugins: Plugins) -> Iterator[str]:
         """Load every configured provider and yield the errors in the tables of plugins."""
@@ -267,6 +269,14 @@ def _caught(*calls: Callable[[], object]) -> Iterator[str]:
             call()
         except ConfigError as error:
             yield from error.details.get("problems", [str(error)])
+
+
+def _faults(provider: type[Provider], app: App) -> list[str]:
+    try:
+        with contained(f"provider {provider.name}", "faults", log=None):
+            return list(provider.faults(app))
+    except DispatcherError as error:
+        return [str(error)]
 
 
 def _misspelt_placeholders(app: App) -> Iterator[str]:

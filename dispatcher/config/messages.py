@@ -16,9 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dispatcher.common.contained import contained
 from dispatcher.common.redact import is_secret
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.errors import ConfigError, PluginError
 
 #: The expected value for each kind of pydantic error.
 _EXPECTED = {
@@ -62,15 +63,16 @@ _SYNONYMS = {
 def validate(
     model: type[BaseModel], data: Mapping[str, Any], path: str = "", file: Path | None = None
 ) -> BaseModel:
-    """Return `data` as `model`.
+    """Return `data` as a plugin's `model`.
 
     :param path: the key of `data` in the file; :param file: the file, for the error.
-    :raises ConfigError: names every error.
+    :raises ConfigError: names every error; :raises PluginError: the model raised anything else.
     """
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise wrong(problems(model, error, path), file) from error
+    with contained(f"plugin of the table {path}", "its validation", log=None, error=PluginError, secret=True):
+        try:
+            return model.model_validate(data)
+        except ValidationError as error:
+            raise wrong(problems(model, error, path), file) from error
 
 
 def wrong(found: Iterable[str], file: Path | None = None) -> ConfigError:

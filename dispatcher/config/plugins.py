@@ -94,7 +94,9 @@ class Plugins:
         origin = distribution(entry)
         try:
             plugin = entry.load()
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin may raise anything
             raise _not_importable(name, origin, error) from error
         self.register(name, plugin, origin)
 
@@ -169,7 +171,9 @@ class Plugins:
             classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
         except ImportError as error:  # plugins may import their libraries when the hook is called
             raise _not_importable(manager.list_name_plugin()[0][0], origin, error) from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
         for cls in classes:
             self._check_class(cls, base, version, origin)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, field_validator
@@ -200,7 +201,8 @@ class AppDefaults(Table):
     provider: str = Field(default="subprocess", description="name of the provider that isolates the agents")
     memory: MaybeSize | None = Field(
         default=None,
-        description="maximum memory of an agent; by default a quarter of the host's; false: unlimited",
+        description="maximum memory of an agent; by default a quarter of the host's, or of what the manager's "
+        "control group may use; false: unlimited",
     )
     swap: MaybeSize | None = Field(
         default=None,
@@ -258,10 +260,36 @@ class AppDefaults(Table):
         )
 
 
-def default_memory() -> int:
-    """Return the default limit of memory in bytes, for this host."""
+def default_memory(root: Path = Path("/")) -> int:
+    """Return the default limit of memory in bytes, for this host, container or service.
+
+    :param root: of the file system.
+    """
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(host // MEMORY_SHARE, min(LEAST_MEMORY, host // 2))
+    available = min([host, *_own_limits(root)])
+    return max(available // MEMORY_SHARE, min(LEAST_MEMORY, available // 2))
+
+
+def _own_limits(root: Path) -> Iterator[int]:
+    """Yield the limits of memory of the control groups that this process is in (cgroups(7)): 2 or 1."""
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            top, name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        elif not controllers:
+            top, name = root / "sys/fs/cgroup", "memory.max"
+        else:
+            continue
+        own = PurePath(path.strip("/"))
+        for group in (own, *own.parents):
+            yield from (int(text) for text in _lines(top / group / name) if text.isdigit())
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:
+        return []
 
 
 class AppConfig(AppDefaults):

@@ -7,10 +7,12 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dispatcher import __version__
 from dispatcher.common import log
+from dispatcher.common.contained import contained
 from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
@@ -42,6 +44,7 @@ from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.errors import DispatcherError
 
 #: Settings that are read at the start only.
 FIXED = (
@@ -133,7 +136,7 @@ class Manager:
         pool = HashPool(config.auth.hash_workers, config.auth.hash_queue)
         self._closers.append(pool.close)
         authenticator = self._authenticator(hasher)
-        self._closers.append(authenticator.close)
+        self._closers.append(lambda: _close(authenticator))
         signin = SignIn(
             authenticator=authenticator,
             supervisor=self.supervisor,
@@ -194,7 +197,8 @@ class Manager:
         name = self.config.auth.authenticator
         self._plugins.register(local.NAME, local.plugin(self.supervisor.store, hasher))
         cls = self._plugins.authenticator(name)
-        return cls(options=self.config.authenticator_options(name, cls.Options))
+        with contained(f"authenticator {name}", "__init__"):
+            return cls(options=self.config.authenticator_options(name, cls.Options))
 
     def _listen(self) -> None:
         threads = self.config.manager.threads
@@ -308,6 +312,11 @@ def _freeze_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+def _close(authenticator: Authenticator) -> None:
+    with suppress(DispatcherError), contained(f"authenticator {authenticator.name}", "close"):
+        authenticator.close()
 
 
 def _lifetimes(config: Config) -> Lifetimes:

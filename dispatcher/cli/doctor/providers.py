@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.manager.backends.contained import contained
+from dispatcher.common.contained import contained
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
 from dispatcher.plugin.model import App, Finding, Level
@@ -70,7 +70,7 @@ def check(
             privileged=os.geteuid() == 0,
         )
         try:
-            with contained(cls.name, "its check", log=None):
+            with contained(f"provider {cls.name}", "its check", log=None):
                 provider = cls(context=context, options=config.provider_options(cls.name, plugins))
                 try:
                     provider.check(deadline=Deadline(SECONDS))

@@ -45,6 +45,8 @@ from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentEvent
 
+REPEAT = 1.0  # seconds until a subscriber to removals that failed is called again
+
 _log = logging.getLogger("dispatcher.manager")
 
 Decide = Callable[[AgentRow], "Change | None"]
@@ -117,7 +119,7 @@ class Registry:
             agent.operation = None
             agent.changed.notify_all()
         self.notify(agent)
-        _call_all(self._on_removal, agent.row.name, agent.row.user)
+        self._removed(agent.row.name, agent.row.user)
 
     @contextmanager
     def name_reserved(self, name: str) -> Iterator[bool]:
@@ -153,8 +155,16 @@ class Registry:
         self._on_change.append(on_change)
 
     def on_removal(self, call: Callable[[str, str], None]) -> None:
-        """Call `call(name, user)` when a removal is written, before the agent is stopped, and when it is gone."""
+        """Call `call(name, user)` when a removal is written, before the agent is stopped, and when it is gone.
+
+        It must be idempotent: after an exception it is called again, until it succeeds.
+        """
         self._on_removal.append(call)
+
+    def _removed(self, name: str, user: str, calls: Iterable[Callable[[str, str], None]] | None = None) -> None:
+        failed = _call_all(self._on_removal if calls is None else calls, name, user)
+        if failed:
+            self.timers.after(REPEAT, lambda: self._removed(name, user, failed))
 
     def notify(self, agent: Agent) -> None:
         """Notify subscribers of a change.  The agent's lock is not held."""
@@ -201,7 +211,7 @@ class Registry:
             if after is not before:
                 agent.changed.notify_all()
         if after.desired is Desired.ABSENT and before.desired is not Desired.ABSENT:
-            _call_all(self._on_removal, agent.row.name, agent.row.user)
+            self._removed(agent.row.name, agent.row.user)
         if after is not before:
             self.notify(agent)
         if operation:
@@ -352,12 +362,16 @@ class Registry:
         )
 
 
-def _call_all(subscribers: Iterable[Callable[..., None]], *arguments: str) -> None:
+def _call_all(subscribers: Iterable[Callable[..., None]], *arguments: str) -> list[Callable[..., None]]:
+    """Call each, whether or not others fail; return those that did."""
+    failed = []
     for subscriber in subscribers:
         try:
             subscriber(*arguments)
         except Exception:
             _log.exception("A subscriber failed")
+            failed.append(subscriber)
+    return failed
 
 
 #: The fields of a row whose change is worth a write.

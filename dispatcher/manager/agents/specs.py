@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
+from dispatcher.common.contained import contained
 from dispatcher.config.app_secrets import read_secrets
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
@@ -76,7 +77,10 @@ class Specs:
         """
         app = self._apps.get(name)
         if app is None:
-            app = self._apps[name] = self.config.template(name, self._plugins)
+            with contained(f"provider of the app {name}", "AppOptions"):
+                app = self.config.template(name, self._plugins)
+                _ = app.fingerprint_text  # runs the serialisers of the plugin's options
+            self._apps[name] = app
         return app
 
     def spec(self, row: AgentRow) -> AgentSpec:

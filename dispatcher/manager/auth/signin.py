@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from types import NoneType
 
+from dispatcher.common.contained import contained
 from dispatcher.common.log import logger
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.composition import Supervisor
@@ -25,11 +26,18 @@ from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock
-from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, NotFound, TooManyRequests
+from dispatcher.plugin.errors import (
+    BadRequest,
+    Conflict,
+    DispatcherError,
+    Forbidden,
+    NotFound,
+    TooManyRequests,
+    Unavailable,
+)
 
 TIMEOUT = 30.0  # seconds for a check of a password, waiting included
 
-_T = TypeVar("_T")
 _log = logger("manager.signin")
 
 
@@ -128,11 +136,12 @@ class SignIn:
         now = self._clock.now()
         self._throttle.admit(keys, now)
         try:
-            identity = self.authenticator.authenticate(name, password, deadline=deadline)
-        except BaseException as error:
+            with self._contained("authenticate"):
+                identity = self.authenticator.authenticate(name, password, deadline=deadline)
+                if not isinstance(identity, (Identity, NoneType)):
+                    raise TypeError("it returned no Identity")
+        except BaseException:
             self._throttle.released(keys)
-            if isinstance(error, SystemExit):  # it would end a thread of the REST server
-                raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
             raise
         self._keep(self._throttle.succeeded(keys, now) if identity else self._throttle.failed(keys, now))
         return identity
@@ -150,7 +159,7 @@ class SignIn:
             )
         check_length(password)
         deadline = Deadline(TIMEOUT)
-        return self._run(lambda: self._hasher.hash(password), deadline)
+        return self._pool.run(lambda: self._hasher.hash(password), deadline)
 
     def set_password(self, user: str, password: str) -> None:
         """Change a password.  The caller ends the sessions.
@@ -159,16 +168,17 @@ class SignIn:
         """
         check_length(password)
         deadline = Deadline(TIMEOUT)
-        self._run(lambda: self.authenticator.set_password(user, password, deadline=deadline), deadline)
+
+        def change() -> None:
+            with self._contained("set_password"):
+                self.authenticator.set_password(user, password, deadline=deadline)
+
+        self._pool.run(change, deadline)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
 
-    def _run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
-        """Run something in the pool; SystemExit becomes an ordinary error."""
-        try:
-            return self._pool.run(work, deadline)
-        except SystemExit as error:  # it would end a thread of the REST server
-            raise RuntimeError(f"the authenticator {self.authenticator.name} raised SystemExit") from error
+    def _contained(self, call: str) -> AbstractContextManager[None]:
+        return contained(f"authenticator {self.authenticator.name}", call, error=Unavailable, secret=True)
 
     def _name(self, raw: str) -> str:
         """Return the canonical name without blanks around it; an invalid one is refused like a wrong password."""

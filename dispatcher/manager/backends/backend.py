@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
+from dispatcher.common.contained import contained
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.backends.contained import ContainedProvider, contained
+from dispatcher.manager.backends.contained import ContainedProvider
 from dispatcher.manager.backends.pool import Pool, SingleFlight, hung_call
 from dispatcher.manager.backends.preparation import Preparations
 from dispatcher.manager.files.agent_dirs import provider_dirs
@@ -89,7 +90,7 @@ class Backend:
         """Make the provider's instance, or note why that is impossible; return what closes an earlier one."""
         before, watched = self._provider, self._watch
         try:
-            with contained(self.name, "__init__"):
+            with contained(f"provider {self.name}", "__init__"):
                 options = config.provider_options(self.name, plugins)
                 provider = ContainedProvider(plugins.provider(self.name)(context=context, options=options))
         except DispatcherError as error:
@@ -156,7 +157,7 @@ class Backend:
             self._provider.close()
 
     def _end_watch(self, watch: Closeable | None) -> None:
-        with suppress(DispatcherError), contained(self.name, "watch"):
+        with suppress(DispatcherError), contained(f"provider {self.name}", "watch"):
             if watch:
                 watch.close()
 

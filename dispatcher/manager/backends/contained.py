@@ -7,12 +7,11 @@ and affects only the agent that the call was for.
 from __future__ import annotations
 
 import functools
-import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from dispatcher.common.contained import REPORT, contained
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
@@ -33,34 +32,9 @@ from dispatcher.plugin.provider import Progress, Provider
 
 MAX_LISTED = 1_000_000
 USUAL_TIME = 30.0  # seconds for a call that has no deadline of its own
-_REPORT = "report this fault to the author of the plugin"
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_log = logging.getLogger("dispatcher.manager")
-
-
-@contextmanager
-def contained(provider: str, method: str, log: logging.Logger | None = _log) -> Iterator[None]:
-    """Translate whatever the block's call of a plugin raises, SystemExit too; only Ctrl-C passes.
-
-    :param log: gets the traceback.
-    :raises DispatcherError: as the plugin, or `ProviderError` in place of any other exception.
-    """
-    try:
-        yield
-    except (DispatcherError, GeneratorExit):
-        raise
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-            raise
-        if log:
-            log.exception("The provider %s failed in %s", provider, method)
-        raise ProviderError(
-            f"The provider {provider} failed in {method}",
-            why=f"{type(error).__name__}: {printable(str(error), 300)}",
-            fix=f"{_REPORT}; the log has the details" if log else _REPORT,
-        ) from error
 
 
 def _forward(method: Callable[Concatenate[Provider, _P], _T]) -> Callable[Concatenate[ContainedProvider, _P], _T]:
@@ -98,7 +72,7 @@ class ContainedProvider:
     @property
     def capabilities(self) -> frozenset[Capability]:
         """The declared capabilities; none after an exception."""
-        with suppress(DispatcherError), contained(self.name, "capabilities"):
+        with suppress(DispatcherError), contained(f"provider {self.name}", "capabilities"):
             return frozenset(Capability(item) for item in self.wrapped.capabilities)
         return frozenset()
 
@@ -146,8 +120,14 @@ class ContainedProvider:
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         """`Provider.logs`, a line at a time."""
         with self._call("logs", deadline):
-            for line in self.wrapped.logs(handle, tail=tail, follow=follow, deadline=deadline):
-                yield self._checked("logs", line, bytes)[:MAX_LINE]
+            lines = iter(self.wrapped.logs(handle, tail=tail, follow=follow, deadline=deadline))
+        while True:
+            with self._call("logs", deadline):
+                line = next(lines, None)
+                if line is None:
+                    return
+                self._checked("logs", line, bytes)
+            yield line[:MAX_LINE]  # outside: the reader may end here
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> dict[str, Usage]:
         """`Provider.usage`"""
@@ -157,13 +137,13 @@ class ContainedProvider:
 
     def close(self) -> None:
         """`Provider.close`; exceptions are logged."""
-        with suppress(DispatcherError), contained(self.name, "close"):
+        with suppress(DispatcherError), contained(f"provider {self.name}", "close"):
             self.wrapped.close()
 
     @contextmanager
     def _call(self, method: str, deadline: Deadline) -> Iterator[None]:
         job = current_job()
-        with contained(self.name, method):
+        with contained(f"provider {self.name}", method):
             if job is None:
                 yield
             else:
@@ -200,5 +180,5 @@ class ContainedProvider:
         return ProviderError(
             f"The provider {self.name} returned an invalid value from {method}",
             why=f"it returned {printable(value, 200)}",
-            fix=_REPORT,
+            fix=REPORT,
         )

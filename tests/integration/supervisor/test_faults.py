@@ -282,24 +282,6 @@ def test_the_guard_checks_capabilities_that_are_nonsense(world):
     assert supervisor.backends.get("fake").provider.capabilities == frozenset()
 
 
-def test_a_plugin_that_exits_in_its_capabilities_or_its_end_ends_nothing_else(world):
-    provider = world.supervisor().backends.get("fake").provider
-
-    class Exits:
-        name = "fake"
-
-        @property
-        def capabilities(self):
-            raise SystemExit(3)
-
-        def close(self):
-            raise SystemExit(3)
-
-    provider.wrapped = Exits()
-    assert provider.capabilities == frozenset()
-    provider.close()
-
-
 @pytest.mark.parametrize("method", ["logs", "check"])
 def test_a_question_that_hangs_does_not_hold_the_one_who_asks(world, method, monkeypatch):
     from dispatcher.plugin.errors import DeadlineExceeded

@@ -8,6 +8,7 @@ import pytest
 
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, ProviderError, Unavailable
 from dispatcher.manager.storage.rows import Desired
+from dispatcher.manager.agents import registry
 from dispatcher.manager.agents.lifecycle import State
 from tests.support.manager_world import end, gone, kinds, reach, running, until
 
@@ -336,6 +337,25 @@ def test_a_removal_is_reported_when_it_is_written_and_when_the_agent_is_gone(sup
     gone(supervisor, "alice")
     until(lambda: len(reported) == 2)
     assert reported == [("alice", "alice", Desired.ABSENT, True), ("alice", "alice", None, False)]
+
+
+def test_a_subscriber_to_removals_that_fails_is_called_again_until_it_succeeds(supervisor, monkeypatch):
+    monkeypatch.setattr(registry, "REPEAT", 0.05)
+    running(supervisor)
+    calls, others = [], []
+
+    def fails_at_first(*agent):
+        calls.append(agent)
+        if len(calls) < 5:
+            raise RuntimeError("broken")
+
+    supervisor.registry.on_removal(fails_at_first)
+    supervisor.registry.on_removal(lambda *agent: others.append(agent))
+    supervisor.commands.remove("alice", keep_data=False)
+    gone(supervisor, "alice")
+    until(lambda: len(calls) >= 6)
+    assert set(calls) == {("alice", "alice")}
+    assert len(others) == 2, "only what failed is called again"
 
 
 def test_a_removal_that_cannot_be_written_is_not_reported(supervisor, monkeypatch):

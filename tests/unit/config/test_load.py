@@ -439,16 +439,42 @@ def limits_of(defaults=None, **app):
 
 
 def test_every_agent_is_limited_unless_the_configuration_says_false():
-    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     found = limits_of()
     assert (found.pids, found.swap, found.cpus, found.disk) == (4096, 0, None, None)
-    assert host / 4 <= found.memory <= host / 2 or found.memory <= 1 << 30
+    assert found.memory == schema.default_memory()
     assert found.demanded("memory") is None
     assert limits_of(memory=False).memory is None
     assert limits_of(memory=False).swap is None  # without a limit there is no "beyond memory"
     assert limits_of({"pids": False}).pids is None
     assert limits_of({"pids": 100}, memory="1G", swap="1G").demanded("pids") == 100
     assert limits_of({"pids": False}, pids=7, cpus=False).pids == 7
+
+
+GIB = 1 << 30
+HOST = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "available"),
+    [
+        ("", {}, HOST),
+        ("0::/system.slice/d.service\n", {"system.slice/d.service/memory.max": "max"}, HOST),
+        ("0::/system.slice/d.service\n", {"system.slice/d.service/memory.max": f"{GIB}"}, GIB),
+        ("0::/a.slice/d.service\n", {"a.slice/memory.max": f"{GIB}", "a.slice/d.service/memory.max": "max"}, GIB),
+        ("0::/\n", {"memory.max": f"{GIB}"}, GIB),  # a container, in a namespace of its own
+        ("4:memory:/docker/12\n0::/\n", {"memory/memory.limit_in_bytes": f"{GIB}"}, GIB),  # version 1
+        ("4:cpu,memory:/a\n", {"memory/a/memory.limit_in_bytes": "9223372036854771712"}, HOST),
+    ],
+)
+def test_the_default_of_memory_follows_the_smaller_of_host_and_control_group(tmp_path, groups, files, available):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{text}\n")
+    expected = max(available // 4, min(GIB, available // 2))
+    assert schema.default_memory(tmp_path) == expected
 
 
 def test_the_memory_of_another_host_does_not_make_an_agent_outdated(plugins, monkeypatch):
