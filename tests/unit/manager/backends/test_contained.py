@@ -179,7 +179,10 @@ def test_an_interrupt_passes_in_the_main_thread_alone():
 
 
 def test_a_secret_text_is_not_shown(caplog):
-    with pytest.raises(Unavailable) as caught, contained("authenticator x", "check", error=Unavailable, secret=True):
+    with (
+        pytest.raises(Unavailable) as caught,
+        contained("authenticator x", "check", error=Unavailable, secret=True),
+    ):
         raise ValueError("password hunter2")
     assert "hunter2" not in str(caught.value) + caplog.text
     assert "ValueError" in str(caught.value)
@@ -230,9 +233,7 @@ def test_the_options_of_an_app_raise_nothing_but_errors_of_the_tree(options, fau
         return  # pydantic's own way to refuse a value
     model, table = options(fault)
     config = parse({"apps": {"demo": {"provider": "faulty", "faulty": table}}})
-    specs = Specs(
-        config=config, plugins=plugins_with(model), data=None, installation="00000000", proxy_gid=1
-    )
+    specs = Specs(config=config, plugins=plugins_with(model), data=None, installation="00000000", proxy_gid=1)
     with pytest.raises((PluginError, ProviderError), match="failed in"):
         specs.check("demo")
     if options is validating:
