@@ -34,7 +34,8 @@ class Child:
     """One child process.
 
     :ivar generation: of the configuration it was started with; :ivar ready: it serves.
-    :ivar leaving: it was ordered to end; :ivar deadline: boot time after which it is killed.
+    :ivar leaving: it was ordered to end; :ivar accepts: a worker that may take new connections.
+    :ivar deadline: boot time after which it is killed.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Child:
     started: float = field(default_factory=boottime)
     ready: bool = False
     leaving: bool = False
+    accepts: bool = True
     deadline: float = float("inf")
 
     def order(self, order: bytes) -> None:

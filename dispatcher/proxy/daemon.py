@@ -72,6 +72,7 @@ class Daemon:
         self._back_off = {WORKER: BackOff(), PORTAL: BackOff()}
         self._generation = 1
         self._stopping = False
+        self._reloading = False
         self._wake, self._woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def prepare(self) -> None:
@@ -194,7 +195,9 @@ class Daemon:
 
     def _wait(self) -> None:
         controls = {
-            child.control: child for child in self._children.values() if child.kind == WORKER and not child.ready
+            child.control: child
+            for child in self._children.values()
+            if child.kind == WORKER and (not child.ready or (child.leaving and child.accepts))
         }
         watched: list[int | socket.socket] = [self._wake, *controls]
         readable, _, _ = select.select(watched, [], [], 0.2 if self._busy() else 5.0)
@@ -209,6 +212,7 @@ class Daemon:
                     elif number == signal.SIGHUP and not self._stopping:
                         self._reload()
         self._reap()
+        self._end_reload()
         self._overdue()
         self._fill()
 
@@ -229,7 +233,8 @@ class Daemon:
         except OSError:
             word = b""
         child.ready = True
-        if not word:  # it is ending; waitpid gives the status
+        child.accepts = word == edge.READY
+        if not child.accepts:  # or it is ending; waitpid gives the status
             return
         child.deadline = float("inf")
         old = [each for each in self._of(WORKER) if each.generation < child.generation]
@@ -297,7 +302,17 @@ class Daemon:
             self._apply(load())
         except DispatcherError as error:
             _log.error("the new configuration is not applied", error=str(error))
-        systemd.notify("READY=1")
+            systemd.notify("READY=1")
+
+    def _end_reload(self) -> None:
+        """Report the end of a reload: every new connection gets the new configuration and certificate."""
+        if self._reloading and not any(
+            child.kind == WORKER and child.accepts and child.generation < self._generation
+            for child in self._children.values()
+        ):
+            self._reloading = False
+            _log.info("the new configuration is in use", generation=self._generation)
+            systemd.notify("READY=1")
 
     def _apply(self, config: Config) -> None:
         Settings(config)
@@ -316,6 +331,7 @@ class Daemon:
         self._tls = context
         self._config = config
         self._generation += 1
+        self._reloading = True
         configure(config.proxy.log_level, config.proxy.log_format)
         for child in self._of(PORTAL):
             child.leaving = True

@@ -392,11 +392,13 @@ def test_tls():
             certificate(daemon.dir, "second")
             workers = daemon.workers()
             daemon.signal(signal.SIGHUP)
-            eventually(lambda: daemon.workers() and set(daemon.workers()) - set(workers), 15)
+            eventually(lambda: daemon.said("the new configuration is in use"), 15)
+            assert set(daemon.workers()) - set(workers)
             sock.sendall(request)
             assert Reader(sock).answer().status == 200
-        with tls(daemon) as sock:
-            assert sock.getpeercert(binary_form=True) != before
+        for _ in range(20):
+            with tls(daemon) as sock:
+                assert sock.getpeercert(binary_form=True) != before
         with tls(daemon, maximum_version=ssl.TLSVersion.TLSv1_2) as sock:
             assert sock.version() == "TLSv1.2"
         with pytest.raises((ssl.SSLError, OSError)), __import__("warnings").catch_warnings():

@@ -1,13 +1,14 @@
 """A worker process: loop, listeners, signals, drain.
 
 The parent controls it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
-to drain it while another worker takes the new connections, or `STOP` without one; end of file means that
-the parent has ended, and the worker ends too.
+to drain it while another worker takes the new connections, or `STOP` without one.  The worker answers `CLOSED` once
+it accepts no more.  End of file means that the parent has ended, and the worker ends too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import signal
 import socket
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from dispatcher.config.load import Config
 
 READY = b"R"
+CLOSED = b"C"
 DRAIN = b"D"
 STOP = b"S"
 
@@ -145,6 +147,8 @@ class Process:
         self._grace_until = now + min(grace, self._settings.drain_timeout / 2)
         for acceptor in self._acceptors:
             acceptor.close()
+        with contextlib.suppress(OSError):  # the parent may be gone
+            self._control.send(CLOSED)
         self._worker.drain()
         self._tunnels_kept = keep_tunnels
         if not keep_tunnels:
