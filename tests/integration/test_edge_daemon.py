@@ -416,9 +416,7 @@ def test_tls():
         with tls(daemon) as sock:
             # The agent answers after the whole body, so no second thread has to read while this one sends.
             body = os.urandom(3_000_000)
-            sock.sendall(
-                b"POST / HTTP/1.1\r\n" + HOST + cookie + b"Content-Length: %d\r\n\r\n" % len(body) + body
-            )
+            sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + cookie + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert Reader(sock).answer().body.endswith(body)
         (daemon.dir / "key.pem").write_text("nonsense")
         daemon.signal(signal.SIGHUP)

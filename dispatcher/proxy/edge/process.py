@@ -1,7 +1,7 @@
 """A worker process: loop, listeners, signals, drain.
 
 The parent controls it over a socket pair: the worker writes `READY` once it serves, the parent writes `DRAIN`
-to drain it while another worker takes the new connections, or `STOP` without one.  The worker answers `CLOSED` once
+to drain it while another worker takes the new connections, or `STOP` without one; the worker answers `CLOSED` when
 it accepts no more.  End of file means that the parent has ended, and the worker ends too.
 """
 

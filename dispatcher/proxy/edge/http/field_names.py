@@ -34,6 +34,8 @@ X_FORWARDED_HOST: Final = 12
 X_FORWARDED_PROTO: Final = 13
 X_REQUEST_ID: Final = 14
 X_FORWARDED_PORT: Final = 15
+# Answers.
+CACHE_CONTROL: Final = 16
 # The lines of kinds from LOOKED_AT on are passed on as well.
 LOOKED_AT: Final = 20
 ACCEPT: Final = 20
@@ -50,7 +52,6 @@ ANSWER_LENGTH: Final = 29
 SET_COOKIE: Final = 30
 SERVICE_WORKER_ALLOWED: Final = 31
 CLEAR_SITE_DATA: Final = 32
-CACHE_CONTROL: Final = 33
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP: Final = dict.fromkeys(
@@ -119,7 +120,6 @@ _RESPONSE: Final = {
     "nel": DROP,  # reports every request to the host, the portal's included, long after the session
     "report-to": DROP,
     "content-type": CONTENT_TYPE,
-    "cache-control": CACHE_CONTROL,
     # Commands to a front proxy, which would send its own files:
     "x-accel-redirect": DROP,
     "x-sendfile": DROP,
@@ -131,7 +131,7 @@ TRAILER_FORBIDDEN: Final = frozenset(
     {
         *_REQUEST,
         *_RESPONSE,
-        *("authorization", "content-encoding", "content-range", "content-type", "location"),
+        *("authorization", "cache-control", "content-encoding", "content-range", "content-type", "location"),
         *("max-forwards", "range", "retry-after", "trailer", "vary", "via", "www-authenticate"),
     }
 )
@@ -214,3 +214,5 @@ def perhaps_index(length: int, first: int) -> int:
 
 REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE)
+#: Of answers of agents that share an origin: their statement to caches is joined with the edge's own.
+SHARED_NAMES: Final = Names({**_RESPONSE, "cache-control": CACHE_CONTROL})

@@ -18,7 +18,7 @@ from dispatcher.proxy.edge.http.field_names import (
     KEEP,
     LOOKED_AT,
     ODD,
-    RESPONSE_NAMES,
+    REQUEST_NAMES,
     SPECIAL,
     TOKEN,
     TRAILER_FORBIDDEN,
@@ -36,11 +36,6 @@ COMPILED: Final = not __file__.endswith((".py", ".pyc"))
 FIELD_BYTES: Final = bytes([0x09, *range(0x20, 0x7F), *range(0x80, 0x100)])
 _BLANKS: Final = frozenset({b" ", b"\t"})
 MAX_DIGITS: Final = 18  # of a Content-Length
-_NAME_BYTES: Final = b"-0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-#: What a byte may be part of: 1 a name, 2 a value.  Names with other bytes, which are valid, need a closer look.
-_CLASSES: Final = bytes(
-    (1 if byte in _NAME_BYTES else 0) | (2 if byte in FIELD_BYTES else 0) for byte in range(256)
-)
 
 
 class Fields:
@@ -72,7 +67,9 @@ def read_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
         name, colon, value = line.partition(b":")
         if not colon:
             raise BadHead("a header line without a colon")
-        if names is RESPONSE_NAMES and name[-1:] in _BLANKS:  # removed there, refused in requests (RFC 9112, 5.1)
+        if (
+            names is not REQUEST_NAMES and name[-1:] in _BLANKS
+        ):  # removed there, refused in requests (RFC 9112, 5.1)
             name = name.rstrip(b" \t")
             line = name + b":" + value
         kind = known.get(name)
@@ -112,9 +109,9 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
     """Return the field lines of a head, as `read_fields`."""
     fields = Fields()
     special = fields.special
+    kept: list[bytes] = []
     known = names.known
     perhaps = names.perhaps
-    classes = _CLASSES
     position: i64 = start
     end: i64 = len(head) - 2
     begin: i64 = start  # of the lines that are passed on together
@@ -130,12 +127,13 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
         colon = position
         byte = head[colon]
         index = byte & 31
-        while classes[byte] & 1:
+        # The bytes of a plain name; names with other bytes, which are valid, need a closer look.
+        while 96 < byte < 123 or byte == 45 or 64 < byte < 91 or 47 < byte < 58:
             colon += 1
             byte = head[colon]
         stop = colon + 1
         byte = head[stop]
-        while classes[byte] & 2:
+        while (byte > 31 and byte != 127) or byte == 9:  # as `FIELD_BYTES`
             stop += 1
             byte = head[stop]
         if head[colon] != 58 or colon == position or byte != 13 or head[stop + 1] != 10 or left < 0:
@@ -156,11 +154,12 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
                 special.append((kind, head[first:last]))
             if KEEP < kind < LOOKED_AT:
                 if begin < position:
-                    fields.lines += head[begin:position]
+                    kept.append(head[begin:position])
                 begin = stop + 2
         position = stop + 2
     if begin < position:
-        fields.lines += head[begin:position]
+        kept.append(head[begin:position])
+    fields.lines = kept[0] if len(kept) == 1 else b"".join(kept)
     return fields
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from dispatcher.proxy.cookies import OWN_NAMES
 from dispatcher.proxy.edge.http import field_names
-from dispatcher.proxy.edge.http.field_names import RESPONSE_NAMES, BadHead
+from dispatcher.proxy.edge.http.field_names import RESPONSE_NAMES, SHARED_NAMES, BadHead, Names
 from dispatcher.proxy.edge.http.fields import (
     COMPILED,
     FIELD_BYTES,
@@ -29,7 +29,9 @@ _BARE_END: Final = re.compile(rb"\n\r?\n")  # the end of a head for parsers that
 _OWN: Final = frozenset(name.lower().encode() for name in OWN_NAMES)
 _DOMAIN: Final = re.compile(rb";[ \t]*domain[ \t]*(?:=[^;\r]*)?(?=[;\r]|$)", re.IGNORECASE)
 _MAX_CACHED: Final = 512
+_MAX_CACHED_VALUE: Final = 64
 _statuses: dict[bytes, tuple[int, int, bytes]] = {}
+_directives: dict[bytes, bytes] = {}  # what `_for_one` returned for a value
 
 NO_BODY: Final = 0
 CHUNKED: Final = -1
@@ -96,10 +98,8 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     if start is None:
         start = _learn_status(first)
     version, status, first = start
-    if COMPILED:
-        read = scan_fields(head, begin, max_fields, RESPONSE_NAMES)
-    else:
-        read = read_fields(head, begin, max_fields, RESPONSE_NAMES)
+    names = SHARED_NAMES if policy is not None and policy.guarded else RESPONSE_NAMES
+    read = scan_fields(head, begin, max_fields, names) if COMPILED else read_fields(head, begin, max_fields, names)
     response = Response()
     response.status = status
     response.dated = False
@@ -110,7 +110,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     allowed = True
     repeated = False
     chunked = False
-    cached = b""
+    cached: list[bytes] = []
     response.upgraded = False
     for kind, value in read.special:
         if kind == field_names.DATE:
@@ -135,8 +135,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         elif kind == field_names.UPGRADE:
             response.upgraded = status == 101 and value.lower() == b"websocket"
         elif kind == field_names.CACHE_CONTROL:
-            if policy is not None and policy.guarded:
-                cached += value + b","
+            cached.append(value)
         elif policy is not None:
             if kind == field_names.SET_COOKIE:
                 if sets_own_cookie(value) or (policy.host_only and _DOMAIN.search(value)):
@@ -144,10 +143,11 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
             elif kind == field_names.CLEAR_SITE_DATA or (policy.guarded and widens(value, policy.guarded)):
                 allowed = False
     if policy is not None and not allowed:
-        lines = b"".join([_allowed(line, policy) for line in lines.splitlines(True)])
+        lines = b"".join([_allowed(line, policy, names) for line in lines.splitlines(True)])
     if cached:
-        lines = without_named(lines, _CACHE_NAME)
-        response.cached = _for_one(cached)
+        value = b",".join(cached)
+        own = _directives.get(value)
+        response.cached = _for_one(value) if own is None else own
     if options is None:
         response.close = not version
     elif options is KEEP_ALIVE:
@@ -203,20 +203,24 @@ def _for_one(value: bytes) -> bytes:
             directive = name
         if name not in _SHARING and _DIRECTIVE.fullmatch(directive):
             kept.append(directive)
-    return b", ".join(kept)
+    own = b", ".join(kept)
+    if len(value) < _MAX_CACHED_VALUE:
+        if len(_directives) >= _MAX_CACHED:
+            _directives.clear()
+        _directives[value] = own
+    return own
 
 
-_CACHE_NAME: Final = frozenset({b"cache-control"})
 _DIRECTIVE: Final = re.compile(rb"[0-9A-Za-z-]+(?:=[0-9A-Za-z-]+)?")
 _SHARING: Final = frozenset({b"public", b"private", b"s-maxage"})
 _LENGTH_NAME: Final = frozenset({b"content-length"})
 _ORDINARY_OPTIONS: Final = frozenset({b"", b"close", b"keep-alive", b"upgrade"})
 
 
-def _allowed(line: bytes, policy: Policy) -> bytes:
+def _allowed(line: bytes, policy: Policy, names: Names) -> bytes:
     """Return a line of an answer as far as an upstream may set it for the origin."""
     name, _, value = line.partition(b":")
-    kind = RESPONSE_NAMES.known.get(name)
+    kind = names.known.get(name)
     value = value.strip(b" \t\r\n")
     if kind == field_names.SET_COOKIE:
         return b"" if sets_own_cookie(value) else _DOMAIN.sub(b"", line) if policy.host_only else line
@@ -232,7 +236,7 @@ def _learn_status(line: bytes) -> tuple[int, int, bytes]:
     status = int(match[2])
     # The version is this connection's own (RFC 9112, 2.3).
     learned = int(match[1]), status, b"HTTP/1.1" + line[8:] + (b" \r\n" if len(line) == 12 else b"\r\n")
-    if len(line) < 64:
+    if len(line) < _MAX_CACHED_VALUE:
         if len(_statuses) >= _MAX_CACHED:
             _statuses.clear()
         _statuses[line] = learned

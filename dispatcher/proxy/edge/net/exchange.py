@@ -28,7 +28,6 @@ from dispatcher.proxy.edge.routing.settings import (
 )
 from dispatcher.proxy.edge.routing.table import Agent
 
-_PRIVATE: Final = b"Cache-Control: private"
 _POLL_SECONDS: Final = 5  # an answer that lasts longer is a stream, even that of a poll
 # On the hot path:
 _BODY: Final = State.BODY
@@ -314,9 +313,10 @@ class Exchange(Receiver):
             client.closing = True
         additions = context.settings.hsts_line
         if self.agent is not None and self.agent.name:
-            additions += context.settings.agent_lines
             if response.cached:
-                additions = additions.replace(_PRIVATE, _PRIVATE + b", " + response.cached)
+                additions += b"Cache-Control: private, " + response.cached + b"\r\nVary: Cookie\r\n"
+            else:
+                additions += context.settings.agent_lines
         elif response.status == 404 and client.session is not None:
             context.warn_once(
                 "a path under proxy.prefix belongs to the portal: if an app uses it, choose another prefix",

@@ -19,6 +19,7 @@ from dispatcher.proxy.edge.http.response import Policy, client_head, parse_respo
 HOST = b"Host: app.test\r\n"
 #: How much longer to fuzz than in the tests of every day.
 LONGER = int(os.environ.get("EDGE_FUZZ", "1"))
+pytestmark = pytest.mark.timeout(300 * LONGER)
 
 
 def request(head: bytes):

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dispatcher.proxy.edge.http import fields as field_lines
-from dispatcher.proxy.edge.http.field_names import REQUEST_NAMES, RESPONSE_NAMES, BadHead
+from dispatcher.proxy.edge.http.field_names import REQUEST_NAMES, RESPONSE_NAMES, SHARED_NAMES, BadHead
 from dispatcher.proxy.edge.http.fields import COMPILED, read_fields, scan_fields
-from tests.unit.proxy.edge.http.test_http import BAD_ANSWERS, REFUSED
+from tests.unit.proxy.edge.http.test_http import BAD_ANSWERS, LONGER, REFUSED
+
+pytestmark = pytest.mark.timeout(300 * LONGER)
 
 ROOT = Path(__file__).resolve().parents[5]
 NAMES = [
@@ -66,7 +68,9 @@ def heads() -> list[bytes]:
     return [head[: head.find(b"\r\n\r\n") + 4] for head in made]
 
 
-@pytest.mark.parametrize("names", [REQUEST_NAMES, RESPONSE_NAMES], ids=["requests", "answers"])
+@pytest.mark.parametrize(
+    "names", [REQUEST_NAMES, RESPONSE_NAMES, SHARED_NAMES], ids=["requests", "answers", "shared"]
+)
 def test_both_readers_of_fields_say_the_same(names):
     # `scan_fields` is a loop over bytes, and right in the interpreter too, only slow.
     good = 0
@@ -77,7 +81,7 @@ def test_both_readers_of_fields_say_the_same(names):
     assert good > 100, "hardly a head was valid"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * LONGER, deadline=None)
 @given(st.binary(max_size=120), st.booleans())
 def test_both_readers_say_the_same_about_noise(noise, named):
     head = b"GET / HTTP/1.1\r\n" + (b"Host: a\r\nX-" if named else b"") + noise + b"\r\n\r\n"
@@ -88,7 +92,7 @@ def test_both_readers_say_the_same_about_noise(noise, named):
 
 def test_the_unit_tests_pass_on_the_interpreted_modules_too():
     folder = Path(__file__).parent
-    environment = {**os.environ, "DISPATCHER_PURE": "1", "PYTEST_ADDOPTS": ""}
+    environment = {**os.environ, "DISPATCHER_PURE": "1", "PYTEST_ADDOPTS": "", "EDGE_FUZZ": "1"}
     said = subprocess.run(
         [sys.executable, "-c", "from dispatcher.proxy.edge.http import fields, request; print(fields.COMPILED, request.__file__)"],
         env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
