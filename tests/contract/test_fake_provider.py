@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.plugin.model import Capability
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.kit.fake_contract import FakeContract
 
 

@@ -1,9 +1,11 @@
 """The kit over the reference provider, or over one that is broken on purpose."""
 
+import os
+
 import pytest
 
 from dispatcher.testing import ProviderContract
-from dispatcher.testing.fake import FakeBackend, FakeOptions, FakeProvider
+from tests.support.fake_provider import FakeBackend, FakeOptions, FakeProvider
 
 
 class FakeContract(ProviderContract):
@@ -42,7 +44,7 @@ class FakeContract(ProviderContract):
 
 
 class BrokenContract(FakeContract):
-    """Impatient: it fails anyway."""
+    """Impatient at first: it fails anyway."""
 
-    patience = 1.5
+    patience = float(os.environ.get("KIT_PATIENCE", "1.5"))
     silent_seconds = 0.3

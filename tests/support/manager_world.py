@@ -26,9 +26,9 @@ from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.plugin.names import backend_name
 from dispatcher.config.layout import Paths
 from dispatcher.config.plugins import GROUP, Plugins
-from dispatcher.testing.fake import FakeBackend, FakeProvider
+from tests.support.fake_provider import FakeBackend, FakeProvider
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL, EngineDown
+from tests.support.fake_backend import ALL, EngineDown
 
 _worlds = itertools.count()
 UIDS = (300_000, 300_999)

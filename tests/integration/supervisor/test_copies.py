@@ -7,7 +7,7 @@ import pytest
 from dispatcher.plugin.errors import Conflict, NotFound, Unavailable
 from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import Capability
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
 OWN = ALL | {Capability.OWN_DATA}

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import Crash, World, cut_off, end, gone, reach, running, until
 
 

@@ -11,7 +11,7 @@ from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
 
@@ -215,7 +215,7 @@ def test_a_provider_s_new_options_are_used_at_once(world):
     world.data["providers"] = {**world.data["providers"], "fake": {"backend": other}}
     changed = supervisor.apply_config(world.config())
     assert "The provider fake has new options." in changed
-    from dispatcher.testing.fake import FakeBackend
+    from tests.support.fake_provider import FakeBackend
 
     try:
         running(supervisor, "bob")

@@ -12,7 +12,7 @@ from dispatcher.manager.files.manifest import manifest as whole_manifest
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.names import backend_name
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import end, gone, reach, running, until
 
 OWN = ALL | {Capability.OWN_DATA}
@@ -198,7 +198,7 @@ def test_data_that_does_not_arrive_whole_is_noticed(world, monkeypatch):
     running(supervisor)
     data = supervisor.data.data_dir("alice")
     before = fill(data, supervisor.queries.runtime("alice")["uid"])
-    from dispatcher.testing.fake import FakeProvider
+    from tests.support.fake_provider import FakeProvider
 
     def lossy(self, handle, directory, *, deadline, progress):
         good(self, handle, directory, deadline=deadline, progress=progress)

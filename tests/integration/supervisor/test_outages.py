@@ -8,7 +8,7 @@ from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import end, reach, running, until
 
 

@@ -9,7 +9,7 @@ from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.testing.fake_backend import ALL
+from tests.support.fake_backend import ALL
 from tests.support.manager_world import gone, kinds, reach, running, until
 
 

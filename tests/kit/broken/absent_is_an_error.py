@@ -1,6 +1,6 @@
 """It cannot stop what is not there."""
 
-from dispatcher.testing.fake import FakeProvider, translated
+from tests.support.fake_provider import FakeProvider, translated
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_absent_stop_is_success"

@@ -2,8 +2,8 @@
 
 from pydantic import ConfigDict
 
-from dispatcher.testing.fake import FakeAppOptions
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeAppOptions
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_unknown_option_is_refused_with_its_path[app]"

@@ -2,7 +2,7 @@
 
 from dispatcher.plugin import Handle
 from dispatcher.plugin import slug
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_handles_do_not_collide"

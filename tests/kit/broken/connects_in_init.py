@@ -2,7 +2,7 @@
 
 import time
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_init_does_not_connect"

@@ -1,7 +1,7 @@
 """It tells memory in kilobytes."""
 
 from dataclasses import replace
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_usage_reports_memory_and_cpu"

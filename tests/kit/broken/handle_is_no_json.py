@@ -1,7 +1,7 @@
 """Its handles hold what JSON changes."""
 
 from dataclasses import replace
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_handle_survives_json"

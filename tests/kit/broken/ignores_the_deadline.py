@@ -1,7 +1,7 @@
 """It waits for a silent backend as long as it likes."""
 
 from dispatcher.plugin import Deadline
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_silent_backend_meets_the_deadline"

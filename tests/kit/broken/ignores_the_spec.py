@@ -1,6 +1,6 @@
 """It does not notice that the spec changed."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_other_spec_conflicts"

@@ -1,6 +1,6 @@
 """Agents keep capabilities."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_has_no_privileges"

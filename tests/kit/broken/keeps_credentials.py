@@ -1,7 +1,7 @@
 """A later start gets the credentials of an earlier one."""
 
 from dataclasses import replace
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_credentials_arrive_on_standard_input"

@@ -3,7 +3,7 @@
 import threading
 import time
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_instances_release_everything"

@@ -1,6 +1,6 @@
 """destroy() leaves something of every agent."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_destroy_leaves_nothing"

@@ -1,6 +1,6 @@
 """A cancelled start leaves its container."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_cancel_leaves_nothing[3]"

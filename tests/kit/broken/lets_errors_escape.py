@@ -1,6 +1,6 @@
 """The backend's own errors come out of it."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_absent_is_absent"

@@ -1,6 +1,6 @@
 """It declares a memory limit and enforces none."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_memory_limit"

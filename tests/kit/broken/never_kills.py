@@ -1,6 +1,6 @@
 """It never uses force."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_stop_kills_after_the_grace_time"

@@ -1,6 +1,6 @@
 """Agents reach each other's endpoints."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_cannot_reach_the_other_endpoint"

@@ -2,7 +2,7 @@
 
 import threading
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_slow_start_delays_no_other"

@@ -1,6 +1,6 @@
 """Secrets are environment variables."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_secrets_are_not_exposed"

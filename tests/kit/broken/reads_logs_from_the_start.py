@@ -1,6 +1,6 @@
 """It gives the first lines of the log for the last."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_logs_tail"

@@ -2,7 +2,7 @@
 
 from dispatcher.plugin import ProviderError
 from dispatcher.plugin import Capability
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_undeclared_is_unsupported[hibernate]"

@@ -1,6 +1,6 @@
 """It lists what this instance started."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_fresh_instance_finds_all"

@@ -1,6 +1,6 @@
 """It tells when the container was made for when it was started, though it starts a stopped one again."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_stop_and_start_again"

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from dispatcher.plugin import BackendState
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_exit_is_reported"

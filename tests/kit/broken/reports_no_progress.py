@@ -1,7 +1,7 @@
 """It never tells its progress, so nobody can cancel."""
 
 from dispatcher.plugin import no_progress
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_progress_is_reported"

@@ -2,7 +2,7 @@
 
 from dispatcher.plugin import Unavailable
 from dispatcher.plugin import BackendState, Observation
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_backend_down_is_unavailable"

@@ -1,6 +1,6 @@
 """ensure() restarts a running agent."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_ensure_twice_is_one_agent"

@@ -1,6 +1,6 @@
 """resume() starts the agent anew."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_sleep_keeps_memory[ram]"

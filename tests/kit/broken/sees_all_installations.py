@@ -1,6 +1,6 @@
 """It lists every agent of the backend."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_installations_are_separate"

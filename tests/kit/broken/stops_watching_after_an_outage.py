@@ -1,6 +1,6 @@
 """Its events end with the first outage."""
 
-from dispatcher.testing.fake import FakeProvider
+from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
 CHECK = "test_watch_survives_the_backend"

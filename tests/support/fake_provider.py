@@ -2,7 +2,7 @@
 
 For the kit's own tests and for tests of code that calls providers::
 
-    plugins.register("fake", dispatcher.testing.fake)
+    plugins.register("fake", tests.support.fake_provider)
     backend = FakeBackend.named("default")
     backend.inject("ensure", agent="alice", delay=2)      # or hang=True, error=..., result=...
 
@@ -43,8 +43,8 @@ from dispatcher.plugin.model import (
     Usage,
 )
 from dispatcher.plugin.provider import Closeable, Progress, Provider, ProviderContext, no_progress
-from dispatcher.testing.fake_app import FakeApp
-from dispatcher.testing.fake_backend import (
+from tests.support.fake_app import FakeApp
+from tests.support.fake_backend import (
     Container,
     EngineDown,
     EngineError,

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.model import Capability
 from dispatcher.plugin.provider import Progress
-from dispatcher.testing.fake_app import FakeApp
+from tests.support.fake_app import FakeApp
 
 ALL = frozenset(Capability) - {Capability.OWN_DATA}
 _UNSET: Any = object()
