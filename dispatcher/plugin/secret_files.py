@@ -20,11 +20,10 @@ from pathlib import Path
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.removal import remove_tree
+from dispatcher.plugin.removal import DIRECTORY, opened, remove_tree
 
 _log = logging.getLogger("dispatcher.plugin.secret_files")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -65,18 +64,15 @@ class SecretFiles:
             owner = (uid, gid) if os.geteuid() == 0 else (-1, -1)
             base = make_owned(self._parent(), self._stem, self._mode)
             try:
-                with contextlib.ExitStack() as stack:
-                    parent = os.open(base, _DIRECTORY)
-                    stack.callback(os.close, parent)
+                with opened(os.fspath(base), DIRECTORY) as parent:
                     os.mkdir(name, 0o700, dir_fd=parent)
-                    directory = os.open(name, _DIRECTORY, dir_fd=parent)
-                    stack.callback(os.close, directory)
-                    for key, value in values.items():
-                        with os.fdopen(os.open(key, _FILE, 0o400, dir_fd=directory), "wb") as file:
-                            file.write(value.encode())
-                            os.fchown(file.fileno(), *owner)
-                    os.fchown(directory, *owner)
-                    os.fchmod(directory, 0o500)
+                    with opened(name, DIRECTORY, parent) as directory:
+                        for key, value in values.items():
+                            with os.fdopen(os.open(key, _FILE, 0o400, dir_fd=directory), "wb") as file:
+                                file.write(value.encode())
+                                os.fchown(file.fileno(), *owner)
+                        os.fchown(directory, *owner)
+                        os.fchmod(directory, 0o500)
             except OSError as error:
                 self._remove(name)
                 raise ProviderError("Cannot write the secrets", why=error.strerror or str(error)) from error

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from dispatcher.manager.storage.agents import AgentRow, CopyRow, KeptRow, Store
+from dispatcher.manager.storage.agents import Store
+from dispatcher.manager.storage.rows import AgentRow, CopyRow, KeptRow
 from dispatcher.manager.storage.auth import Account, AuthStore, SessionRow, Visitor
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import Desired

@@ -10,7 +10,7 @@ from dispatcher.plugin.deadline import SteadyWallClock, boottime
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound, Unsupported
 from dispatcher.manager.agents.lifecycle import FeedState, State
 from dispatcher.manager.storage.rows import Desired
-from dispatcher.manager.storage.agents import Failure, UserRow
+from dispatcher.manager.storage.rows import Failure, UserRow
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.plugin.model import AgentEvent, Endpoint, Finding, Level
 

@@ -9,6 +9,8 @@ import enum
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from typing import TypeVar
 
@@ -122,25 +124,19 @@ class Backend:
         :raises DeadlineExceeded: it took too long; it is not waited for any more.
         :raises DispatcherError: as `work`.
         """
-        done = threading.Event()
-        results: list[_T] = []
-        errors: list[DispatcherError] = []
+        future: Future[_T] = Future()
 
         def run() -> None:
             try:
-                results.append(work())
-            except DispatcherError as error:
-                errors.append(error)
-            finally:
-                done.set()
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
         self.pool.submit(run)
-        done.wait(seconds)
-        if errors:
-            raise errors[0]
-        if not results:
-            raise hung_call(self.name, "answer")
-        return results[0]
+        try:
+            return future.result(seconds)
+        except FutureTimeout:
+            raise hung_call(self.name, "answer") from None
 
     def close(self, seconds: float) -> None:
         """Begin no more jobs, wait a little for those in progress, release the provider."""

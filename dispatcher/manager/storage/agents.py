@@ -13,23 +13,11 @@ import sqlalchemy as sa
 
 from dispatcher.manager.storage import tables
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move, UserRow
+from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, KeptRow, UserRow
 from dispatcher.manager.storage.tables import values
 from dispatcher.plugin.deadline import SteadyWallClock, boot_id
 from dispatcher.plugin.errors import Conflict, NotFound
 from dispatcher.plugin.model import AgentEvent
-
-__all__ = [
-    "AgentRow",
-    "BackendRow",
-    "CopyRow",
-    "Failure",
-    "KeptRow",
-    "Move",
-    "Store",
-    "UserRow",
-    "steady_clock",
-]
 
 MAX_EVENTS = 100_000
 

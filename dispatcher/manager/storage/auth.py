@@ -13,7 +13,7 @@ from typing import Annotated
 
 import sqlalchemy as sa
 
-from dispatcher.manager.storage.database import Database, metadata
+from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentName, UserName
 from dispatcher.manager.storage.tables import INDEX, KEY, table, values
 
@@ -62,27 +62,25 @@ class Account:
     until: float
 
 
+@dataclass(frozen=True, slots=True)
+class _Device:
+    sha256: Sha256
+    user: UserName
+    last_used: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    key: Annotated[str, 400]
+
+
 #: Accounts to be stored, by key; None: the account is deleted.
 Changes = dict[str, Account | None]
 
 
 _sessions = table("sessions", SessionRow, Visitor, sha256=KEY, user=INDEX, parent=INDEX)
-_devices = sa.Table(
-    "devices",
-    metadata,
-    sa.Column("sha256", sa.String(64), primary_key=True),
-    sa.Column("user", sa.String(255), nullable=False, index=True),
-    sa.Column("last_used", sa.Double, nullable=False),
-)
-
-_throttle = sa.Table(
-    "throttle",
-    metadata,
-    sa.Column("key", sa.String(400), primary_key=True),
-    sa.Column("failures", sa.Double, nullable=False),
-    sa.Column("last", sa.Double, nullable=False),
-    sa.Column("until", sa.Double, nullable=False),
-)
+_devices = table("devices", _Device, sha256=KEY, user=INDEX)
+_throttle = table("throttle", _Counted, Account, key=KEY)
 
 
 class AuthStore:

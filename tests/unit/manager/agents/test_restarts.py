@@ -15,7 +15,7 @@ from dispatcher.plugin.errors import (
 )
 from dispatcher.manager.agents import restarts
 from dispatcher.manager.storage.rows import Desired, Kind, Pending
-from dispatcher.manager.storage.agents import AgentRow
+from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.plugin.model import BackendState as B
 from dispatcher.plugin.model import Endpoint, Observation
 

@@ -10,16 +10,8 @@ from dispatcher.plugin.errors import Conflict, NotFound, Unavailable
 from dispatcher.manager.storage import agents as module
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import Desired, Kind, Pending
-from dispatcher.manager.storage.agents import (
-    AgentRow,
-    BackendRow,
-    CopyRow,
-    Failure,
-    KeptRow,
-    Move,
-    Store,
-    steady_clock,
-)
+from dispatcher.manager.storage.agents import Store, steady_clock
+from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, Failure, KeptRow, Move
 from dispatcher.plugin.model import AgentEvent, BackendState
 
 

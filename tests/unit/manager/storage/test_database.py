@@ -140,7 +140,8 @@ INSERT INTO agents (id, name, user_id, app, provider, uid, created, version, des
 
 
 def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
-    from dispatcher.manager.storage.agents import AgentRow, Failure, Store
+    from dispatcher.manager.storage.agents import Store
+    from dispatcher.manager.storage.rows import AgentRow, Failure
     from dispatcher.plugin.model import BackendState
 
     with sqlite3.connect(tmp_path / "x.db") as connection:
