@@ -99,15 +99,15 @@ def test_work_protects_an_idle_agent_for_its_time_of_grace(world, monkeypatch):
 
 
 def test_nobody_rests_because_a_manager_was_away(world):
-    world.app(idle_timeout=0.6)
+    world.app(idle_timeout=1.5)
     old = world.supervisor()
     running(old)
     end(old)
-    time.sleep(0.8)  # people went on using it, and nobody counted
+    time.sleep(1.7)  # people went on using it, and nobody counted
     new = world.supervisor()
     time.sleep(0.3)
     assert new.queries.view("alice").state is State.RUNNING
-    reach(new, "alice", "suspended", seconds=3)
+    reach(new, "alice", "suspended", seconds=6)
 
 
 def test_when_it_was_last_used_survives_a_restart(world):
