@@ -36,10 +36,10 @@ from dispatcher.plugin import (
 )
 from dispatcher_docker import containers, explain, logs, observe
 from dispatcher_docker.data import Volumes
-from dispatcher_docker.events import Watch
 from dispatcher_docker.host import Engine, as_numbers
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
+from dispatcher_docker.observe import Watch
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 from dispatcher_docker.stop import remove, stop

@@ -29,13 +29,12 @@ from dispatcher.plugin import (
 )
 from dispatcher_docker import containers, observe, seccomp
 from dispatcher_docker.containers import ContainerSettings
-from dispatcher_docker.data import Volumes
+from dispatcher_docker.data import Users, Volumes, groups_of
 from dispatcher_docker.errors import NameTaken, start_failed
 from dispatcher_docker.host import Client, Engine
 from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.stop import remove
-from dispatcher_docker.users import Users, groups_of
 
 
 class Starter:

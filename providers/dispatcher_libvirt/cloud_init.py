@@ -25,7 +25,7 @@ import pycdlib
 
 from dispatcher.plugin import AgentSpec, ConfigError, ProviderError, in_memory, make_owned, names
 from dispatcher_libvirt import domain_xml
-from dispatcher_libvirt.options import environment, fill, options_of, secret_name
+from dispatcher_libvirt.options import environment, fill, options_of
 
 SECRETS = "/run/dispatcher/secrets"
 LABEL = "cidata"
@@ -37,7 +37,7 @@ def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
     """Return the files of an agent's cloud-init disk by path.
 
     :param static: the guest has QEMU's fixed address and needs no DHCP.
-    :raises DispatcherError: user data, command, environment or a secret's name is invalid.
+    :raises DispatcherError: user data, command or environment is invalid.
     """
     options = options_of(spec.app)
     agent: dict[str, object] = {
@@ -62,7 +62,7 @@ def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
         "dispatcher/start.sh": start_script(spec).encode(),
     }
     for name, value in spec.secrets.items():
-        found[f"dispatcher/secrets/{secret_name(name)}"] = value.encode()
+        found[f"dispatcher/secrets/{name}"] = value.encode()
     if spec.stdin is not None:
         found["dispatcher/stdin"] = spec.stdin
     return found

@@ -44,7 +44,7 @@ def handle_of(spec: AgentSpec, *, remote: bool) -> Handle:
         "disk": disk_of(spec.app),
         "flush": options_of(spec.app).flush,
     }
-    data |= {"socket": str(spec.socket), "proxy": spec.proxy_gid} if remote else {"logs": str(spec.log_dir)}
+    data |= {"socket": str(spec.socket)} if remote else {"logs": str(spec.log_dir)}
     return Handle(provider=PROVIDER, agent=spec.agent, name=spec.backend_name, data=data)
 
 

@@ -1,4 +1,4 @@
-"""Networks of machines: forwarded ports, MAC addresses, libvirt networks with their filters, tunnels through ssh.
+"""Networks of machines: forwarded ports, MAC addresses, libvirt networks with their filters, arguments of ssh.
 
 One network filter per installation and libvirt network protects the host from the guests there.  The first
 machine that needs it defines it, the last one removes it.
@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import ipaddress
-import os
 import random
 import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
 import libvirt
@@ -25,13 +23,7 @@ from lxml import etree
 from dispatcher.plugin import (
     METADATA_NETWORKS,
     Deadline,
-    DeadlineExceeded,
-    Endpoint,
-    Handle,
-    Observation,
     ProviderError,
-    SshMultiplexer,
-    Unavailable,
     boottime,
     denied_networks,
 )
@@ -41,7 +33,6 @@ from dispatcher_libvirt.xml_input import element, parse_xml
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
-_SSH = 15.0  # seconds for a command of ssh
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
 
 
@@ -225,40 +216,6 @@ def _exists(connection: libvirt.virConnect, name: str) -> bool:
             return False
         raise
     return True
-
-
-class Tunnels:
-    """Tunnels to the machines on the host of a ``qemu+ssh://`` URI.
-
-    :param directory: for the control socket; private to the manager.
-    """
-
-    def __init__(self, uri: str, directory: Path) -> None:
-        program, options, host = ssh_arguments(uri)
-        self._ssh = SshMultiplexer(host, directory / "ssh", options=options, program=program)
-
-    def apply(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
-        """Return an observation with the local end of a tunnel as its endpoint.
-
-        :raises Unavailable: the host is unreachable.
-        """
-        local, gid = handle.data.get("socket"), handle.data.get("proxy")
-        if seen.endpoint is None or not isinstance(local, str):
-            return seen
-        new = self._ssh.forward(local, f"{seen.endpoint.host}:{seen.endpoint.port}", deadline.bounded(_SSH))
-        if new and os.geteuid() == 0 and isinstance(gid, int):
-            os.chown(local, -1, gid, follow_symlinks=False)
-        return replace(seen, endpoint=Endpoint.unix(local), owner_uid=os.geteuid())
-
-    def remove(self, handle: Handle) -> None:
-        """Remove an agent's tunnel, and with the last one the connection.  Absent is success."""
-        local = handle.data.get("socket")
-        if not isinstance(local, str):
-            return
-        with contextlib.suppress(Unavailable, DeadlineExceeded):
-            self._ssh.cancel(local, Deadline(_SSH))
-            if not self._ssh.forwards:
-                self._ssh.close(Deadline(_SSH))
 
 
 def ssh_arguments(uri: str) -> tuple[str, list[str], str]:

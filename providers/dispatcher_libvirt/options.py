@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
@@ -14,7 +13,6 @@ from dispatcher.plugin import (
     AbsolutePath,
     AgentSpec,
     App,
-    BadRequest,
     ConfigError,
     Duration,
     Network,
@@ -23,7 +21,6 @@ from dispatcher.plugin import (
     Table,
     check_environment,
     matching,
-    printable,
 )
 from dispatcher.plugin import Argument as Text
 from dispatcher_libvirt.xml_input import parse_extra
@@ -32,7 +29,6 @@ MIB = 1024**2
 SMALLEST_MEMORY = 64 * MIB
 SMALLEST_DISK = 16 * MIB
 MAX_TEXT = 64 * 1024  # bytes of command and environment together: one exec in the guest takes them
-_SECRET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
 Word = Annotated[
@@ -236,20 +232,6 @@ def environment(spec: AgentSpec, secrets: str) -> dict[str, str]:
             f"apps.{spec.app.name}: command and environment are over {MAX_TEXT} bytes", fix="shorten them"
         )
     return variables
-
-
-def secret_name(name: str) -> str:
-    """Return `name` if it is a valid file name for a secret.
-
-    :raises BadRequest: it is not.
-    """
-    if not _SECRET.fullmatch(name):
-        raise BadRequest(
-            f"Invalid name of a secret {printable(name)}",
-            why="it becomes a file name",
-            fix="use letters, digits and . _ -",
-        )
-    return name
 
 
 def unsupported_network(app: App, options: Options) -> str:

@@ -19,6 +19,7 @@ from dispatcher.plugin import (
     Closeable,
     Conflict,
     Deadline,
+    DeadlineExceeded,
     Depth,
     DispatcherError,
     Finding,
@@ -30,6 +31,8 @@ from dispatcher.plugin import (
     Progress,
     Provider,
     ProviderContext,
+    SshMultiplexer,
+    Unavailable,
     Usage,
     no_progress,
     read_lines,
@@ -37,13 +40,14 @@ from dispatcher.plugin import (
 from dispatcher_libvirt import domain_xml, errors, explain, host, logs, observe, stop
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.domains import DomainInfo, Domains
-from dispatcher_libvirt.events import Watch
-from dispatcher_libvirt.network import NetworkFilters, Tunnels
+from dispatcher_libvirt.network import NetworkFilters, ssh_arguments
+from dispatcher_libvirt.observe import Watch
 from dispatcher_libvirt.options import AppOptions, Options
 from dispatcher_libvirt.pool import PoolStorage
 from dispatcher_libvirt.start import Starter
 from dispatcher_libvirt.storage import LocalStorage, Storage
 
+_SSH = 15.0  # seconds for a command of ssh
 _EXAMINE = 10.0  # seconds for the first examination of the host in `explain`
 _ALWAYS = frozenset(
     {
@@ -77,7 +81,10 @@ class LibvirtProvider(Provider):
         self._remote = errors.is_remote(uri)
         self._backend = Backend(uri, connections=own.connections, keepalive=own.keepalive)
         self._domains = Domains(self._backend, context.installation)
-        self._tunnels = Tunnels(uri, context.run_dir) if self._remote else None
+        self._ssh: SshMultiplexer | None = None
+        if self._remote:
+            program, arguments, there = ssh_arguments(uri)
+            self._ssh = SshMultiplexer(there, context.run_dir / "ssh", options=arguments, program=program)
         self._storage: Storage = (
             PoolStorage(context, own, self._backend) if self._remote else LocalStorage(context, own)
         )
@@ -136,8 +143,7 @@ class LibvirtProvider(Provider):
             self._starter.wake(handle, found, deadline, progress)
 
         stop.stop(self._domains, handle, wake=wake, grace=grace, deadline=deadline, progress=progress)
-        if self._tunnels:
-            self._tunnels.remove(handle)
+        self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
 
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
@@ -146,8 +152,7 @@ class LibvirtProvider(Provider):
             self.stop(handle, grace=stop.FLUSH, deadline=deadline, progress=progress)
         progress("removing the machine")
         self._domains.remove(handle.name, deadline)
-        if self._tunnels:
-            self._tunnels.remove(handle)
+        self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
         self._storage.remove(handle.name, data=data, deadline=deadline)
         if found is not None and found.label.network:
@@ -197,7 +202,17 @@ class LibvirtProvider(Provider):
 
     def _tunneled(self, handle: Handle, seen: Observation, deadline: Deadline) -> Observation:
         """Return an observation with an endpoint of this host."""
-        return self._tunnels.apply(handle, seen, deadline) if self._tunnels else seen
+        if self._ssh is None or "socket" not in handle.data:
+            return seen
+        return self._ssh.redirect(seen, handle.data["socket"], deadline.bounded(_SSH))
+
+    def _remove_tunnel(self, handle: Handle) -> None:
+        """Remove an agent's tunnel, and with the last one the connection.  Absent is success."""
+        if self._ssh and "socket" in handle.data:
+            with contextlib.suppress(Unavailable, DeadlineExceeded):
+                self._ssh.cancel(handle.data["socket"], Deadline(_SSH))
+                if not self._ssh.forwards:
+                    self._ssh.close(Deadline(_SSH))
 
     def _examined(self, deadline: Deadline) -> host.Host:
         """Return the backend's capabilities, examined once, and again by each `check`."""

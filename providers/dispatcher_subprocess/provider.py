@@ -43,11 +43,10 @@ from dispatcher.plugin import (
     read_lines,
 )
 from dispatcher_subprocess import explain, logs, network, plan
-from dispatcher_subprocess.events import Watcher
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.logs import LogCollector
-from dispatcher_subprocess.observe import Observer, listeners, usage
+from dispatcher_subprocess.observe import Observer, Watcher, listeners, usage
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.plan import Planner

@@ -5,7 +5,7 @@ import logging
 import queue
 import threading
 import time
-from dispatcher_docker.events import Watch
+from dispatcher_docker.observe import Watch
 
 
 class SlowEngine:

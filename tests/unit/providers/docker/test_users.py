@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.plugin import AgentSpec, App, Deadline
 from dispatcher_docker.options import DockerAppOptions
-from dispatcher_docker.users import Users
+from dispatcher_docker.data import Users
 
 
 @pytest.fixture

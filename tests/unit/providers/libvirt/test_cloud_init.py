@@ -12,7 +12,7 @@ pytest.importorskip("libvirt")
 
 import pycdlib
 
-from dispatcher.plugin.errors import BadRequest, ConfigError, ProviderError
+from dispatcher.plugin.errors import ConfigError, ProviderError
 from dispatcher_libvirt import cloud_init
 from tests.unit.providers.libvirt.test_domain_xml import spec
 
@@ -110,12 +110,6 @@ def test_without_a_command_the_images_own_runs(tmp_path):
         ["/bin/sh", script, "/bin/echo", "a  b"], capture_output=True, check=True, env={"PATH": "/bin"}
     )
     assert done.stdout == b"a  b\n"
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "-x", "a b", "x" * 101, "a\n"])
-def test_names_of_secrets_that_cannot_be_files_are_refused(name):
-    with pytest.raises(BadRequest, match="name of a secret"):
-        cloud_init.files(replace(spec(), secrets={name: "v"}), static=True)
 
 
 @pytest.mark.parametrize(
