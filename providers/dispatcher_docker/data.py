@@ -198,12 +198,9 @@ def _finish(tar: subprocess.Popen[bytes], what: str, deadline: Deadline) -> None
 
 
 def _tar_failed(tar: subprocess.Popen[bytes]) -> ProviderError:
-    output = b""
-    if tar.stderr:
-        killer = threading.Timer(2, tar.kill)
-        killer.start()
-        output = tar.stderr.read(2000)
-        killer.cancel()
+    tar.kill()
+    assert tar.stderr
+    output = tar.stderr.read(2000)
     return ProviderError(
         "The data could not be copied",
         why=" ".join(output.decode(errors="replace").split())[:400] or "tar failed",

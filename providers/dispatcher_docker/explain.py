@@ -39,18 +39,12 @@ def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: fro
     problems = list(_problems(app, engine, context))
     if problems:
         raise ConfigError(f"The app {app.name} cannot run in a container", why="; ".join(problems))
-    wanted = {
-        Capability.MEMORY_LIMIT: app.limits.demanded("memory"),
-        Capability.CPU_LIMIT: app.limits.cpus,
-        Capability.PIDS_LIMIT: app.limits.demanded("pids"),
-        Capability.DISK_LIMIT: app.limits.disk,
-    }
-    for capability, value in wanted.items():
-        if value is not None and capability not in capabilities:
-            key = capability.value.removesuffix("-limit").replace("cpu", "cpus")
+    enforced = app.limits.enforced(capabilities)
+    for key in ("memory", "cpus", "pids", "disk"):
+        if app.limits.demanded(key) is not None and getattr(enforced, key) is None:
             raise Unsupported(
                 f"This Docker engine cannot limit {key}",
-                why=f"it has no capability {capability.value!r}",
+                why="it has no capability for that limit",
                 fix=f"remove `{key}` from the app {app.name}, or use another provider for it",
             )
     if Capability(f"network-{app.network.value}") not in capabilities:

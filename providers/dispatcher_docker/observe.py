@@ -33,16 +33,11 @@ from dispatcher_docker.errors import NoSuchObject
 from dispatcher_docker.host import Engine
 from dispatcher_docker.options import LABEL
 
-#: The engine's names of the states in which a container has processes.
-ALIVE = {"running", "paused", "restarting"}
-STATES = {
-    "created": BackendState.STOPPED,
+#: The states in which a container has processes, by the engine's names; in all others it is stopped.
+ALIVE = {
     "running": BackendState.RUNNING,
     "paused": BackendState.SUSPENDED,
     "restarting": BackendState.STARTING,
-    "removing": BackendState.STOPPED,
-    "exited": BackendState.STOPPED,
-    "dead": BackendState.STOPPED,
 }
 #: Ended containers that one `list` inspects at most.
 _INSPECT_AT_ONCE = 32
@@ -128,7 +123,7 @@ def _observation(
     current_image: str,
 ) -> Observation:
     """Return what state, labels and published ports tell."""
-    backend_state = STATES.get(state, BackendState.STOPPED)
+    backend_state = ALIVE.get(state, BackendState.STOPPED)
     spec_hash, detail = label(labels, "hash"), ""
     if spec_hash and current_image and current_image != label(labels, "image-id"):
         # Another image has the name now: no spec has this hash, so the core sees that the agent is outdated.

@@ -212,9 +212,12 @@ class Image:
 
     def extents(self, inode: Inode) -> Iterator[Extent]:
         """Yield the extents of a file in its order, each block once."""
+        if not inode.size:
+            return
+        if not inode.flags & _EXTENTS:
+            raise Ext4Error(f"inode {inode.number} has a block map, which a disk of the dispatcher's never has")
         last = 0
-        source = self._tree(inode.block, 6) if inode.flags & _EXTENTS else self._map(inode)
-        for count, extent in enumerate(source):
+        for count, extent in enumerate(self._tree(inode.block, 6)):
             if count > _MOST_EXTENTS or extent.logical < last:
                 raise Ext4Error(f"inode {inode.number} has blocks twice or too many")
             last = extent.logical + extent.length
@@ -237,29 +240,6 @@ class Image:
             blocks = length - 32768 if unwritten else length
             yield Extent(logical, blocks, None if unwritten else low | high << 32)
 
-    def _map(self, inode: Inode) -> Iterator[Extent]:
-        """Yield the blocks of a file without extents: twelve direct ones, then trees of one to three levels."""
-        needed = -(-inode.size // self.block_size)
-        per_block = self.block_size // 4
-        pointers = struct.unpack("<15I", inode.block)
-        logical = 0
-        for index, pointer in enumerate(pointers):
-            level = max(0, index - 11)
-            if logical >= needed:
-                return
-            yield from self._pointers(pointer, level, logical, needed)
-            logical += per_block**level
-
-    def _pointers(self, pointer: int, level: int, logical: int, needed: int) -> Iterator[Extent]:
-        if not pointer or logical >= needed:
-            return
-        if not level:
-            yield Extent(logical, 1, pointer)
-            return
-        below = (self.block_size // 4) ** (level - 1)
-        for index, inner in enumerate(struct.unpack(f"<{self.block_size // 4}I", self._block(pointer))):
-            yield from self._pointers(inner, level - 1, logical + index * below, needed)
-
     def _block_entries(self, block: bytes, directory: int) -> Iterator[tuple[bytes, int]]:
         at = 0
         while at + 8 <= len(block):
@@ -273,9 +253,6 @@ class Image:
                 if not name or b"/" in name or b"\0" in name:
                     raise Ext4Error(f"directory {directory} holds an invalid name")
                 yield name, number
-
-    def _block(self, number: int) -> bytes:
-        return self._bytes(self._offset(number), self.block_size)
 
     def _offset(self, block: int, count: int = 1) -> int:
         if block <= 0 or block + count > self.blocks:

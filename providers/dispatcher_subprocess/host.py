@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from dispatcher.plugin import Deadline, ProviderError, Unavailable
 from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Cgroups, discover
+from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.options import Options
 
 _SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
@@ -123,5 +124,4 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{bwrap} does not run: {error}"
-    lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-    return (lines[-1] if lines else f"bwrap ended with {done.returncode}") if done.returncode else ""
+    return (last_line(done.stderr) or f"bwrap ended with {done.returncode}") if done.returncode else ""

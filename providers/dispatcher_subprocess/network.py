@@ -31,6 +31,7 @@ from dispatcher.plugin import (
     denied_networks,
 )
 from dispatcher_subprocess import processes, procfs
+from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.procfs import Process
 
@@ -260,11 +261,8 @@ def _run(
     except OSError as error:
         raise ProviderError("Cannot make a private network", why=str(error)) from error
     if done.returncode:
-        lines = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        raise ProviderError(
-            "Cannot make a private network",
-            why=f"{Path(command[0]).name}: {lines[-1] if lines else done.returncode}",
-        )
+        why = f"{Path(command[0]).name}: {last_line(done.stderr) or done.returncode}"
+        raise ProviderError("Cannot make a private network", why=why)
 
 
 def outgoing_interface() -> str:

@@ -103,8 +103,7 @@ class AppOptions(Table):
 
 def options_of(app: App) -> AppOptions:
     """Return an app's options with their type."""
-    if not isinstance(app.options, AppOptions):  # a programming error of the caller
-        raise ConfigError(f"The app {app.name} has no options of the provider subprocess")
+    assert isinstance(app.options, AppOptions)
     return app.options
 
 

@@ -18,7 +18,6 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from dispatcher.plugin import (
-    API_VERSION,
     AgentSpec,
     App,
     BackendState,
@@ -71,7 +70,6 @@ class SubprocessProvider(Provider):
     """Agents as sandboxed processes of this host."""
 
     name: ClassVar[str] = "subprocess"
-    api_version: ClassVar[int] = API_VERSION
     isolation: ClassVar[Isolation] = Isolation.PROCESS
     Options: ClassVar[type[BaseModel]] = BackendOptions
     AppOptions: ClassVar[type[BaseModel]] = PerAppOptions

@@ -30,7 +30,7 @@ from dispatcher.plugin import (
 )
 from dispatcher_subprocess import logs, network, processes, procfs, sandbox
 from dispatcher_subprocess.cgroups import join
-from dispatcher_subprocess.errors import failed
+from dispatcher_subprocess.errors import failed, last_line
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.options import Options, options_of
@@ -277,7 +277,7 @@ class Start:
         text = ""
         with contextlib.suppress(OSError):  # nothing there
             os.set_blocking(self._output, False)
-            text = _last_line(os.read(self._output, 65536))
+            text = last_line(os.read(self._output, 65536))
         if text:
             error.why = f"{error.why}; {text}" if error.why else text
 
@@ -392,9 +392,3 @@ def _limit(pid: int, kind: int, value: int) -> None:
         if hard == resource.RLIM_INFINITY or hard >= value:
             raise
         resource.prlimit(pid, kind, (hard, hard))
-
-
-def _last_line(text: bytes) -> str:
-    """Return the last line of a program's output, safe to print."""
-    lines = text.decode("utf-8", "replace").strip().splitlines()
-    return "".join(char if char.isprintable() else "?" for char in lines[-1])[:500] if lines else ""
