@@ -106,6 +106,7 @@ setup(
     packages=[
         *find_packages(include=["dispatcher", "dispatcher.*"]),
         *(f"dispatcher_{name}" for name in PROVIDERS),
+        "dispatcher_libvirt.disks",
     ],
     package_dir={f"dispatcher_{name}": f"providers/dispatcher_{name}" for name in PROVIDERS},
     package_data={

@@ -12,9 +12,10 @@ from pathlib import Path
 import libvirt
 
 from dispatcher.plugin import Deadline, ProviderError
-from dispatcher_libvirt import errors, sandbox
+from dispatcher_libvirt import errors
 from dispatcher_libvirt.connection import Backend
-from dispatcher_libvirt.images import Reader
+from dispatcher_libvirt.disks import sandbox
+from dispatcher_libvirt.disks.images import Reader
 from dispatcher_libvirt.options import Options
 from dispatcher_libvirt.xml_input import parse_xml
 

@@ -39,13 +39,13 @@ from dispatcher.plugin import (
 )
 from dispatcher_libvirt import domain_xml, errors, explain, host, logs, observe, stop
 from dispatcher_libvirt.connection import Backend
+from dispatcher_libvirt.disks.pool import PoolStorage
+from dispatcher_libvirt.disks.storage import LocalStorage, Storage
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.network import NetworkFilters, ssh_arguments
 from dispatcher_libvirt.observe import Watch
 from dispatcher_libvirt.options import AppOptions, Options
-from dispatcher_libvirt.pool import PoolStorage
 from dispatcher_libvirt.start import Starter
-from dispatcher_libvirt.storage import LocalStorage, Storage
 
 _SSH = 15.0  # seconds for a command of ssh
 _EXAMINE = 10.0  # seconds for the first examination of the host in `explain`

@@ -26,14 +26,15 @@ from dispatcher.plugin import (
     SpecConflict,
     Unsupported,
 )
-from dispatcher_libvirt import cloud_init, domain_xml, errors, logs, observe
+from dispatcher_libvirt import domain_xml, errors, logs, observe
+from dispatcher_libvirt.disks import cloud_init
+from dispatcher_libvirt.disks.images import Reader
+from dispatcher_libvirt.disks.storage import Storage, Undo
 from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.host import Host
-from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.network import NetworkFilters, Ports
 from dispatcher_libvirt.options import Options, disk_of, memory_of, options_of, unsupported_network
-from dispatcher_libvirt.storage import Storage, Undo
 
 _PORT_ATTEMPTS = 8
 _CLEANUP = 20.0  # seconds for the cleanup after a failed start, independent of its deadline

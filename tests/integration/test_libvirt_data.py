@@ -17,9 +17,9 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, ProviderError
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import Limits
-from dispatcher_libvirt import sandbox
-from dispatcher_libvirt.data import DataDisk
-from dispatcher_libvirt.sandbox import Bind
+from dispatcher_libvirt.disks import sandbox
+from dispatcher_libvirt.disks.data import DataDisk
+from dispatcher_libvirt.disks.sandbox import Bind
 from tests.support import ordinary
 from tests.support import vm
 from tests.support.vm_world import World, quiet
@@ -317,7 +317,7 @@ def test_an_ordinary_user_reads_disks_in_a_user_namespace():
         f"sys.path[:0] = {[str(vm.ROOT), str(vm.ROOT / 'providers')]!r}\n"
         "from pathlib import Path\n"
         "from dispatcher.plugin.deadline import Deadline\n"
-        "from dispatcher_libvirt.data import DataDisk\n"
+        "from dispatcher_libvirt.disks.data import DataDisk\n"
         "quiet = lambda *a, **k: None\n"
         f"home = Path({str(home)!r})\n"
         "disk = DataDisk(home / 'data.raw', None, Deadline(30), quiet)\n"

@@ -13,7 +13,7 @@ pytest.importorskip("libvirt")
 import pycdlib
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
-from dispatcher_libvirt import cloud_init
+from dispatcher_libvirt.disks import cloud_init
 from tests.unit.providers.libvirt.test_domain_xml import spec
 
 ODD = "a b\t'c' \"d\" $HOME `e` \\n {x} <&> #; -rf é漢\nsecond line"

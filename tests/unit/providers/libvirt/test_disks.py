@@ -9,9 +9,9 @@ pytest.importorskip("libvirt")
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled
 from dispatcher.plugin.provider import ProviderContext
-from dispatcher_libvirt.data import copy_sparse
+from dispatcher_libvirt.disks.data import copy_sparse
 from dispatcher_libvirt.options import Options
-from dispatcher_libvirt.storage import LocalStorage, prune
+from dispatcher_libvirt.disks.storage import LocalStorage, prune
 
 
 def test_copies_keep_holes_owner_and_mode(tmp_path):

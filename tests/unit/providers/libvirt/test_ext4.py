@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("libvirt")
 
-from dispatcher_libvirt import ext4
-from dispatcher_libvirt.ext4 import Ext4Error, Image
+from dispatcher_libvirt.disks import ext4
+from dispatcher_libvirt.disks.ext4 import Ext4Error, Image
 
 MKE2FS = shutil.which("mke2fs", path="/usr/sbin:/sbin:/usr/bin:/bin")
 DEBUGFS = shutil.which("debugfs", path="/usr/sbin:/sbin:/usr/bin:/bin")

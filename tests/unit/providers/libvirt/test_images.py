@@ -11,8 +11,8 @@ pytest.importorskip("libvirt")
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
-from dispatcher_libvirt import images
-from dispatcher_libvirt.images import Images, Reader
+from dispatcher_libvirt.disks import images
+from dispatcher_libvirt.disks.images import Images, Reader
 from dispatcher_libvirt.options import AppOptions
 
 needs_qemu_img = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed")

@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, NotFound, Progress, ProviderError, printable
-from dispatcher_libvirt import sandbox
+from dispatcher_libvirt.disks import sandbox
+from dispatcher_libvirt.disks.ext4 import MAX_SPARSENESS
+from dispatcher_libvirt.disks.sandbox import Bind, Result, Tick
 from dispatcher_libvirt.errors import disk_errors
-from dispatcher_libvirt.ext4 import MAX_SPARSENESS
 from dispatcher_libvirt.options import MIB
-from dispatcher_libvirt.sandbox import Bind, Result, Tick
 
 IMAGE, SOURCE, OUTPUT = "/image", "/source", "/out"  # paths in the sandbox
 _FICLONE = 0x40049409

@@ -34,12 +34,12 @@ from dispatcher.plugin import (
     remove_tree,
 )
 from dispatcher_libvirt.connection import Backend, Lane, Tick
-from dispatcher_libvirt.data import DataDisk, data_ranges
+from dispatcher_libvirt.disks.data import DataDisk, data_ranges
+from dispatcher_libvirt.disks.images import Reader
+from dispatcher_libvirt.disks.storage import Storage, Undo
 from dispatcher_libvirt.domain_xml import disk_size_of, user_of
 from dispatcher_libvirt.errors import disk_errors
-from dispatcher_libvirt.images import Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
-from dispatcher_libvirt.storage import Storage, Undo
 from dispatcher_libvirt.xml_input import element, parse_xml
 
 _ROOT = re.compile(r"root-([0-9a-f]{12})\.qcow2")

@@ -31,11 +31,11 @@ from dispatcher.plugin import (
     ProviderError,
     remove_tree,
 )
-from dispatcher_libvirt import cloud_init, images
-from dispatcher_libvirt.data import DataDisk, User, copy_sparse
+from dispatcher_libvirt.disks import cloud_init, images
+from dispatcher_libvirt.disks.data import DataDisk, User, copy_sparse
+from dispatcher_libvirt.disks.images import Images, Reader
 from dispatcher_libvirt.domain_xml import disk_size_of, user_of
 from dispatcher_libvirt.errors import disk_errors
-from dispatcher_libvirt.images import Images, Reader
 from dispatcher_libvirt.options import SMALLEST_DISK, Options, disk_of, options_of
 
 #: Actions that remove what a start in progress has created, the newest last.

@@ -19,9 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError
-from dispatcher_libvirt import sandbox
+from dispatcher_libvirt.disks import sandbox
+from dispatcher_libvirt.disks.sandbox import Tick
 from dispatcher_libvirt.options import AppOptions
-from dispatcher_libvirt.sandbox import Tick
 
 _QCOW2 = b"QFI\xfb"
 _INITRD = {
