@@ -103,6 +103,22 @@ def test_an_app_cannot_lock_its_user_out_of_the_portal(demo, app: Page, where: s
     assert len([cookie for cookie in app.context.cookies() if cookie["name"] == "dispatcher"]) == 1
 
 
+def test_cookies_above_the_limit_lock_nobody_out(demo, app: Page) -> None:
+    """A browser sends every cookie of the host with every request, the sign-in's and the portal's too."""
+    app.evaluate("""() => { for (let i = 0; i < 80; i++) document.cookie = `big${i}=${'x'.repeat(1000)}; path=/`;
+        for (let i = 0; i < 80; i++) document.cookie = `deep${i}=${'x'.repeat(1000)}; path=/auth`; }""")
+    for path, heading in (("/auth/account", "Account"), ("/", "Notebook of alice")):
+        for _ in range(3):  # an answer expires a hundred cookies at most, and those of a path when it is asked for
+            answer = app.goto(demo.url + path)
+            if answer.status == 200:
+                break
+            assert answer.status == 431
+            expect(app.get_by_role("heading", level=1)).to_have_text("Too many cookies for this address")
+            expect(app.get_by_text("Load the page again")).to_be_visible()
+        expect(app.get_by_role("heading", name=heading)).to_be_visible()
+    assert "dispatcher" in {cookie["name"] for cookie in app.context.cookies()}, "still signed in"
+
+
 def test_the_next_person_finds_nothing_of_the_last(demo, app: Page) -> None:
     app.evaluate("localStorage.setItem('secret', 'of alice'); document.cookie = 'theirs=of-alice; path=/'")
     app.evaluate("caches.open('c').then(c => c.put('/x', new Response('of alice')))")

@@ -450,3 +450,17 @@ def test_an_agents_answer_has_one_field_for_caches_and_none_is_shared():
     with Edge(saying(said)) as edge:
         found = [value for name, value in edge.get().fields if name == b"cache-control"]
     assert found == [b"private, max-age=99999"]
+
+
+def test_a_browser_with_too_many_cookies_gets_a_page_that_expires_them():
+    with Edge(head_bytes=8192) as edge:
+        cookies = COOKIE[:-2] + b"".join(b"; app%d=%b" % (number, b"x" * 1000) for number in range(20)) + b"\r\n"
+        page = edge.get("/auth/login", cookie=b"Accept: text/html\r\n" + cookies)
+        assert page.status == 431 and b"Too many cookies for this address" in page.body
+        assert page.field(b"content-type").startswith(b"text/html")
+        expired = {value.partition(b"=")[0] for name, value in page.fields if name == b"set-cookie"}
+        assert {b"app0", b"app6"} <= expired <= {b"app%d" % number for number in range(20)}
+        for kind, path, field in ((b"application/json", "/", cookies), (b"text/html", "/" + "a" * 9000, COOKIE)):
+            answer = edge.get(path, cookie=b"Accept: " + kind + b"\r\n" + field)
+            assert answer.status == 431 and answer.field(b"set-cookie") is None
+        assert not edge.agent.heads and not edge.portal.heads

@@ -149,6 +149,14 @@ class BadHead(Exception):
         self.status = status
 
 
+class HeadTooLong(BadHead):
+    """A head above `proxy.head_bytes`; `part` is what was read of it."""
+
+    def __init__(self, limit: int, part: bytes) -> None:
+        super().__init__(f"a head of more than {limit} bytes", 431)
+        self.part = part[:limit]
+
+
 class Names:
     """Kinds of field names by exact bytes.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dispatcher.proxy.edge.http.field_names import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead, HeadTooLong
 from dispatcher.proxy.edge.http.fields import head_end
 from dispatcher.proxy.edge.http.request import Request, parse_request
 
@@ -39,7 +39,7 @@ class HeadReader:
             if kept.find(b"\r\n\r\n", start) >= 0:
                 return self.read_kept()
             if len(kept) > self._max_bytes:
-                raise self._too_long()
+                raise HeadTooLong(self._max_bytes, bytes(kept))
             return None
         return self._read(data)
 
@@ -57,7 +57,7 @@ class HeadReader:
             return self._begin(data)
         try:
             if end > self._max_bytes:
-                raise self._too_long()
+                raise HeadTooLong(self._max_bytes, data)
             head = data if end == len(data) else data[:end]
             request = parse_request(head, self._max_fields)
         except BadHead:
@@ -77,11 +77,8 @@ class HeadReader:
         if not 0x41 <= data[0] <= 0x5A:
             raise BadHead("no request line")
         if len(data) > self._max_bytes:
-            raise self._too_long()
+            raise HeadTooLong(self._max_bytes, data)
         if b"\r\n\r\n" in data:
             return self._read(data, skipped=True)
         self.kept = bytearray(data)
         return None
-
-    def _too_long(self) -> BadHead:
-        return BadHead(f"a head of more than {self._max_bytes} bytes", 431)

@@ -116,7 +116,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         if kind == field_names.DATE:
             response.dated = True
         elif kind == field_names.CONTENT_TYPE:
-            if policy is not None and policy.guarded and b"script" in value.lower():
+            if policy is not None and policy.guarded and value.lower().find(b"script") >= 0:
                 # A copy in the browser's cache must not serve for a service worker that is refused here:
                 # browsers may take the script from there (Service Workers, "Update", updateViaCache).
                 lines += b"Vary: Service-Worker\r\n"
@@ -249,7 +249,7 @@ def sets_own_cookie(value: bytes) -> bool:
     A browser takes ``=name=x`` for a cookie without a name and sends ``name=x`` back, and it ignores blanks
     around names; the comparison without case affects no legitimate cookie.
     """
-    if b"dispatcher" not in value.lower():
+    if value.lower().find(b"dispatcher") < 0:
         return False
     pair = value.partition(b";")[0].lstrip(b"= \t")
     return pair.partition(b"=")[0].rstrip(b" \t").lower() in _OWN

@@ -11,8 +11,9 @@ import asyncio
 from typing import Final
 
 from dispatcher.proxy.edge.http import field_names
-from dispatcher.proxy.edge.http.field_names import BadHead
+from dispatcher.proxy.edge.http.field_names import BadHead, HeadTooLong
 from dispatcher.proxy.edge.http.head_reader import HeadReader
+from dispatcher.proxy.edge.http.oversized import Oversized
 from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.trusted_proxies import usable_request_id
 from dispatcher.proxy.edge.net.client_base import Client, State
@@ -249,8 +250,7 @@ class Connection(Client):
         exchange.bytes_in = request.size
         exchange.bytes_out = 0
         exchange.held_until = 0.0
-        context.serial = serial = context.serial + 1
-        exchange.request_id = b"%b%08x" % (context.request_prefix, serial)
+        exchange.request_id = context.request_id()
         exchange.started = context.clock() if context.log.on else context.now
         self.closing = request.close or self.eof or context.draining
         if self.trusted:
@@ -392,9 +392,15 @@ class Connection(Client):
             self.transport.abort()
             return
         exchange.request_id = exchange.request_id or self.context.request_id()
-        failure = pages.bad_request(error.status, error.why)
-        date, request_id = self.context.date_line, exchange.request_id.decode()
-        answer = pages.failure(failure, date, request_id, page=False, close=True, body=True)
+        failure, page, lines = pages.bad_request(error.status, error.why), False, self.context.date_line
+        if isinstance(error, HeadTooLong):
+            found = Oversized(error.part)
+            page = found.page
+            if found.names:
+                failure = pages.too_many_cookies(len(error.part))
+                lines += found.lines(self.context.settings.domain if self.context.settings.subdomain else b"")
+        request_id = exchange.request_id.decode()
+        answer = pages.failure(failure, lines, request_id, page=page, close=True, body=True)
         self._answer(answer, error.status, clean=False)
 
     def refuse(self, failure: pages.Failure, link: str = "") -> None:

@@ -18,6 +18,7 @@ from dispatcher.proxy.edge.routing.settings import COLLECTED, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Tables
 
 _MAX_WARNED: Final = 1000
+_LAST_BYTES: Final = [b"%02x" % byte for byte in range(256)]
 
 
 class Manager(Protocol):
@@ -67,6 +68,7 @@ class Context:
         self.portal.update({"state": "running", "endpoint": f"unix:{portal_path}", "uid": os.geteuid()})
         self.request_prefix = secrets.token_hex(5).encode()
         self.serial = 0
+        self._block = self.request_prefix + b"000000"
         self.collected = 0
         self.most_collected = COLLECTED
         self._warned: set[tuple[str, str]] = set()
@@ -74,7 +76,9 @@ class Context:
     def request_id(self) -> bytes:
         """Return a new id, unique over workers and restarts."""
         self.serial = serial = self.serial + 1
-        return b"%b%08x" % (self.request_prefix, serial)
+        if not serial & 255:
+            self._block = b"%b%06x" % (self.request_prefix, serial >> 8)
+        return self._block + _LAST_BYTES[serial & 255]
 
     def warn_once(self, what: str, agent: str, target: bytes) -> None:
         """Log for the operator what an app does in vain, once for each agent."""

@@ -203,6 +203,18 @@ def bad_request(status: int, why: str) -> Failure:
     )
 
 
+def too_many_cookies(limit: int) -> Failure:
+    """Return the failure for a browser whose cookies are larger than heads may be; the answer expires them."""
+    return Failure(
+        431,
+        "too-many-cookies",
+        "Too many cookies for this address",
+        f"The browser sent more than {limit} bytes, most of them cookies of applications at this address.",
+        "They have been removed, except the sign-in's. Load the page again. If this page comes back, delete the "
+        "cookies of this address in the browser's settings.",
+    )
+
+
 def not_running(agent: dict[str, Any]) -> Failure:
     """Return the failure for a program's request to an agent that is not running; `agent` is `Agent.public`."""
     state = agent["state"]

@@ -76,7 +76,8 @@ class Router:
         """
         prefix = self._prefix
         target = request.target
-        if target.startswith(prefix) and target[len(prefix) : len(prefix) + 1] in _AFTER_PREFIX:
+        size = len(prefix)
+        if target[:size] == prefix and target[size : size + 1] in _AFTER_PREFIX:
             return self._to_portal(request, session, digest)
         if session is None:
             refusal = self._no_session(request)
