@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
+import functools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import click
 
 from dispatcher.cli.ui.output import Output
+from dispatcher.common.nearest import nearest
 from dispatcher.config import default_paths
-from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError, ManagerUnreachable, NotFound
+from dispatcher.config.default_paths import unreadable
+from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError, NotFound
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
@@ -50,15 +52,26 @@ class Cli:
         In order: ``--manager``, $DISPATCHER_MANAGER, ``manager.run_dir`` of the configuration, this user's own run
         directory, the system's.  A bare ``HOST[:PORT]`` or a path is completed; the client checks the rest.
 
-        :raises ConfigError: the configuration cannot be read.
+        :raises ConfigError: the file that ``--config`` names cannot be read.
         """
         given = self.manager or os.environ.get("DISPATCHER_MANAGER")
         if not given:
-            return f"unix://{_run_dir(self.config_path) / default_paths.MANAGER_SOCKET}"
+            return f"unix://{self._run_dir / default_paths.MANAGER_SOCKET}"
         if given.startswith("/"):
             return f"unix://{given}"
         given = given.rstrip("/")
         return given if ":/" in given else f"{'https' if self.tls else 'http'}://{given}"
+
+    @functools.cached_property
+    def _run_dir(self) -> Path:
+        if chosen := _configured(self.config_path, self.out.note):
+            return chosen
+        own = default_paths.run_dir()
+        if (own / default_paths.MANAGER_SOCKET).exists() or not (
+            SYSTEM_RUN_DIR / default_paths.MANAGER_SOCKET
+        ).exists():
+            return own
+        return SYSTEM_RUN_DIR
 
     def client(self) -> ManagerClient:
         """Return the client of the manager.  Sends nothing yet.
@@ -105,18 +118,10 @@ class Cli:
             agents = self.client().agents()["agents"]
         except DispatcherError:
             return error
-        near = did_you_mean(missing[1], sorted({agent[key] for agent in agents for key in ("name", "user")}))
+        known = sorted({agent[key] for agent in agents for key in ("name", "user")})
+        of_user = [name for name in known if name.startswith(f"{missing[1]}:")]
+        near = f": did you mean {of_user[0]!r}?" if of_user else did_you_mean(missing[1], known)
         return NotFound(f"{error.what}{near}", why=error.why, fix=error.fix)
-
-    def not_understood(self, error: Exception) -> Exception:
-        """Return the error about an answer of the manager that has another form than expected."""
-        if self._client is None:
-            return error
-        return ManagerUnreachable(
-            f"The answer of the manager at {self.url} is not understood",
-            why=f"{type(error).__name__}: {error}",
-            fix="check that it is a manager, of the same version as this program",
-        )
 
     def _token(self) -> str | None:
         if self.token_file is None:
@@ -140,19 +145,11 @@ class Cli:
         return load(self.config_path)
 
 
-def _run_dir(config: Path | None) -> Path:
-    if chosen := _configured(config):
-        return chosen
-    own = default_paths.run_dir()
-    if (own / default_paths.MANAGER_SOCKET).exists() or not (
-        SYSTEM_RUN_DIR / default_paths.MANAGER_SOCKET
-    ).exists():
-        return own
-    return SYSTEM_RUN_DIR
+def _configured(config: Path | None, note: Callable[[str], None]) -> Path | None:
+    """Return ``manager.run_dir`` of the configuration, read without its models, which are slow to import.
 
-
-def _configured(config: Path | None) -> Path | None:
-    """Return ``manager.run_dir`` of the configuration, read without its models, which are slow to import."""
+    :param note: gets a syntax error, with which a running manager can still be reached.
+    """
     path = config or default_paths.config_file()
     if not path.exists():
         if config is not None or os.environ.get("DISPATCHER_CONFIG"):
@@ -165,15 +162,20 @@ def _configured(config: Path | None) -> Path | None:
     else:
         import tomli as tomllib
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8")).get("manager", {}).get("run_dir")
+        text = path.read_bytes().decode("utf-8", "replace")
     except PermissionError as error:
         if config is None:
             return None  # the system's file, which this user may not read
-        raise ConfigError(f"Cannot read {path}", why=error.strerror or str(error)) from error
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"Cannot read {path}", why=str(error), fix=f"dispatcher --config {path} config check"
-        ) from error
+        raise unreadable(path, error) from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        table = tomllib.loads(text).get("manager")
+        found = table.get("run_dir") if isinstance(table, dict) else None
+    except ValueError as error:
+        note(f"{path} is not TOML: {error}; this command goes on without it (see `dispatcher config check`)")
+        line = re.search(r"^\s*run_dir\s*=\s*[\"']([^\"'\n]+)[\"']", text, re.MULTILINE)
+        found = line and line[1]
     return Path(found).absolute() if isinstance(found, str) else None
 
 
@@ -182,5 +184,5 @@ pass_cli = click.make_pass_decorator(Cli, ensure=True)
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return ``: did you mean 'X'?`` for the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(word, known, 1, cutoff=0.5)
-    return f": did you mean {near[0]!r}?" if near else ""
+    near = nearest(word, known)
+    return f": did you mean {near!r}?" if near else ""

@@ -114,8 +114,6 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except NotFound as error:
             raise ctx.ensure_object(Cli).with_nearest_name(error) from error
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ctx.ensure_object(Cli).not_understood(error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max((len(name) for name in self.lazy), default=0)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from dispatcher.client.transport import Reply, Transport, parse
+from dispatcher.client.transport import Reply, Transport, not_understood, parse
 from dispatcher.plugin import errors
 
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ class ManagerClient:
 
     def agents(self, state: str | None = None) -> Json:
         """``{"agents": [AGENT...]}``."""
-        return self._get("/agents", state=state)
+        return self._rows("agents", "/agents", state=state)
 
     def create_agent(self, name: str, password: str | None = None, app: str | None = None) -> Json:
         """Create an agent, and its user when new (then `password` is needed); AGENT."""
@@ -93,7 +93,7 @@ class ManagerClient:
 
     def copies(self, name: str) -> Json:
         """``{"copies": [COPY...]}``: the data kept of an agent, or of a removed agent of this name."""
-        return self._get(_agent(name, "copies"))
+        return self._rows("copies", _agent(name, "copies"))
 
     def purge_copies(self, name: str) -> Json:
         """Delete them; ``{"purged": N}``.  Takes minutes where they are large."""
@@ -103,7 +103,7 @@ class ManagerClient:
 
     def sessions(self, user: str | None = None) -> Json:
         """``{"sessions": [...]}``."""
-        return self._get("/sessions", user=user)
+        return self._rows("sessions", "/sessions", user=user)
 
     def revoke_session(self, id: str) -> Json:
         """End one session."""
@@ -115,19 +115,19 @@ class ManagerClient:
 
     def providers(self) -> Json:
         """``{"providers": [...]}``."""
-        return self._get("/providers")
+        return self._rows("providers", "/providers")
 
     def check_provider(self, name: str, app: str | None = None) -> Json:
         """``{"findings": [...]}``."""
-        return self._get(f"/providers/{quote(name, safe='')}/check", app=app)
+        return self._rows("findings", f"/providers/{quote(name, safe='')}/check", app=app)
 
     def memory_usage(self) -> Json:
         """``{"total", "average", "agents": [...]}`` in bytes."""
-        return self._get("/stats/memory_usage")
+        return self._rows("agents", "/stats/memory_usage")
 
     def top(self) -> Json:
         """``{"agents": [...]}`` with what each uses."""
-        return self._get("/stats/top")
+        return self._rows("agents", "/stats/top")
 
     def reload(self) -> Json:
         """Have the manager read its configuration again; ``{"changed": [sentence...]}``."""
@@ -184,6 +184,13 @@ class ManagerClient:
 
     def _get(self, path: str, **query: Any) -> Json:
         return self._request("GET", path, **query)
+
+    def _rows(self, key: str, path: str, **query: Any) -> Json:
+        """Return an answer whose member `key` is a list of objects."""
+        found = self._get(path, **query)
+        if not (isinstance(found[key], list) and all(isinstance(row, dict) for row in found[key])):
+            raise not_understood(f"{key!r} is not a list of objects")
+        return found
 
     def _post(self, path: str, body: Mapping[str, object], *, again: bool = False) -> Json:
         return self._request("POST", path, body, again=again)

@@ -265,16 +265,16 @@ class Transport:
         elif isinstance(cause, TimeoutError):
             why, fix = "timed out", "try again; its log shows what it is busy with"
         elif isinstance(cause, FileNotFoundError):
-            why, fix = "the socket does not exist", "start it with `dispatcher serve`, or name it with --manager"
+            why, fix = "the socket does not exist", trust.how_to_start()
         elif isinstance(cause, PermissionError):
-            why, fix = "no permission for its socket", "become root or a member of manager.admin_group"
+            why, fix = "no permission for its socket", trust.how_to_be_allowed(self._path)
         elif isinstance(cause, OSError) and len(os.fsencode(self._path)) > MAX_UNIX_PATH:
             why, fix = (
                 f"the path of a Unix socket has at most {MAX_UNIX_PATH} bytes",
                 "make a link with a shorter path",
             )
         elif isinstance(cause, ConnectionRefusedError):
-            why, fix = "connection refused", "start it with `dispatcher serve`, or name it with --manager"
+            why, fix = "connection refused", trust.how_to_start()
         elif isinstance(cause, socket.gaierror):
             why, fix = f"unknown host name ({cause.strerror})", "check the address"
         elif isinstance(cause, HTTPException) and not isinstance(cause, ConnectionError):
@@ -292,18 +292,34 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def parse(reply: Reply, url: str) -> dict[str, Any]:
+class Answer(dict[str, Any]):
+    """A JSON object of an answer; a member that is missing is an error of the manager's, not of this program's."""
+
+    def __missing__(self, key: str) -> Any:
+        raise not_understood(f"a member {key!r} is missing")
+
+
+def not_understood(why: str) -> ManagerUnreachable:
+    """Return the error about an answer that has another form than expected."""
+    return ManagerUnreachable(
+        "The answer of the manager is not understood",
+        why=why,
+        fix="check that it is a manager, of the same version as this program",
+    )
+
+
+def parse(reply: Reply, url: str) -> Answer:
     """Return the JSON object of an answer; an empty one when it has no body.
 
     :raises ManagerUnreachable: it is not a JSON object: another program answers there.
     """
     if not reply.body:
-        return {}
+        return Answer()
     try:
-        found = json.loads(reply.body)
+        found = json.loads(reply.body, object_hook=Answer)
     except (ValueError, RecursionError):
         found = None
-    if not isinstance(found, dict):
+    if not isinstance(found, Answer):
         raise ManagerUnreachable(
             f"Another program than the manager answers at {url}",
             why=f"status {reply.status} without a JSON object",

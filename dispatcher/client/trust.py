@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import ipaddress
 import os
 import re
 import socket
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,6 +17,11 @@ from dispatcher.plugin.errors import BadRequest, ManagerUnreachable
 from dispatcher.plugin.names import printable
 
 DEFAULT_PORT = 4443
+BEGINNING = 10.0  # seconds after which a process is no longer new
+UNIT = "dispatcher-manager.service"
+UNIT_DIRECTORIES = [
+    Path(name) for name in ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
+]
 _UNIX = re.compile(r"unix:(?://)?(/[^/].*)")
 
 
@@ -44,8 +51,11 @@ def check_peer(sock: socket.socket, path: str) -> None:
 def is_starting(path: str) -> bool:
     """Whether a manager holds the lock beside its socket: it is starting or ending.
 
-    Reads /proc/locks: taking the lock to test it could make a manager fail that starts at that moment.
+    Reads /proc/locks: taking the lock to test it could make a manager fail that starts at that moment.  One
+    that has just begun has no lock yet.
     """
+    if _has_just_begun():
+        return True
     try:
         lock = Path(path).with_name(MANAGER_LOCK).stat()
         held = Path("/proc/locks").read_text(encoding="ascii")
@@ -53,6 +63,41 @@ def is_starting(path: str) -> bool:
         return False
     where = f" {os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino} "
     return any(" FLOCK " in line and where in line for line in held.splitlines())
+
+
+def _has_just_begun() -> bool:
+    """Whether a manager was started a moment ago from the same shell or script (its session, setsid(2))."""
+    now = time.clock_gettime(time.CLOCK_BOOTTIME)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if not {b"serve", b"manager"} & {*words} or not any(b"dispatcher" in word for word in words[:4]):
+                continue
+            numbers = (process / "stat").read_bytes().rpartition(b")")[2].split()[1:]
+        except OSError:
+            continue
+        session, began = int(numbers[2]), int(numbers[18]) / os.sysconf("SC_CLK_TCK")
+        if session == os.getsid(0) and now - began < BEGINNING:
+            return True
+    return False
+
+
+def how_to_start() -> str:
+    """Return how to start a manager: the installed service where there is one."""
+    installed = any((directory / UNIT).exists() for directory in UNIT_DIRECTORIES)
+    command = f"systemctl start {UNIT.removesuffix('.service')}" if installed else "dispatcher serve"
+    return f"start it with `{command}`, or name it with --manager"
+
+
+def how_to_be_allowed(path: str) -> str:
+    """Return how to get access to a manager's socket, whose group may administer."""
+    try:
+        group = grp.getgrgid(os.stat(path).st_gid).gr_name
+    except (OSError, KeyError):
+        return "become root, or a member of the group that manager.admin_group names"
+    if group == "root":
+        return "become root: manager.admin_group does not exist on this host"
+    return f"become root, or a member of the group {group} (usermod -aG {group} USER), and sign in again"
 
 
 def token(token: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dispatcher.plugin.errors import ConfigError
+
 SYSTEM_CONFIG = Path("/etc/dispatcher/dispatcher.toml")
 MANAGER_SOCKET = "manager.sock"
 MANAGER_LOCK = "manager.lock"  # beside it, locked while a manager runs
@@ -21,6 +23,12 @@ def config_file() -> Path:
     if os.geteuid() == 0:
         return SYSTEM_CONFIG
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dispatcher/dispatcher.toml"
+
+
+def unreadable(path: Path, error: OSError) -> ConfigError:
+    """Return the error about a configuration file that cannot be read."""
+    fix = f"name the file, such as {path / SYSTEM_CONFIG.name}" if isinstance(error, IsADirectoryError) else ""
+    return ConfigError(f"Cannot read {path}", why=error.strerror or str(error), fix=fix)
 
 
 def run_dir() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -52,6 +53,14 @@ def host_accounts(config: Config) -> HostAccounts:
         agent_uids=(first + 1, last),
         made_up=made_up,
     )
+
+
+def proxy_uid(config: Config) -> int:
+    """Return the user id of the proxy; for an ordinary user, that of an installed proxy if there is one."""
+    if os.geteuid() != 0:
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(config.proxy.user).pw_uid
+    return host_accounts(config).proxy_uid
 
 
 def _gid(name: str) -> int | None:

@@ -7,29 +7,23 @@ of a file are reported at once.  `Config.validate_providers` validates the table
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
 import os
-import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
-from dispatcher.common.contained import contained
 from dispatcher.config import default_paths
 from dispatcher.config.messages import did_you_mean, nearest, printable_key, problems, shown, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import BadRequest, ConfigError, DispatcherError
+from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
 from dispatcher.plugin.model import App
 from dispatcher.plugin.options import Table
-from dispatcher.plugin.provider import Provider
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,9 +34,6 @@ if typing.TYPE_CHECKING:
     from dispatcher.config.plugins import Plugins
 
 __all__ = ["AppConfig", "AppDefaults", "AuthConfig", "Config", "ManagerConfig", "ProxyConfig"]
-
-
-PLACEHOLDERS = ("socket", "port", "data")  # in commands and environments, see `dispatcher.plugin.provider`
 
 
 class Config(Table):
@@ -116,6 +107,9 @@ class Config(Table):
         """
         return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
 
+    def _check_authenticator(self, name: str, plugins: Plugins) -> None:
+        self.authenticator_options(name, plugins.authenticator(name).Options)
+
     def _validate(self, model: type[BaseModel], table: Mapping[str, Any], path: str) -> BaseModel:
         return validate(model, table, path, self._file)
 
@@ -128,25 +122,28 @@ class Config(Table):
             raise wrong(found, self._file)
 
     def faults(self, plugins: Plugins) -> Iterator[str]:
-        """Load every plugin, and yield the errors in their tables and why no agent of an app could start."""
-        yield from self.plugin_problems(plugins)
-        yield from _caught(*(partial(plugins.load, name) for name in self.plugins))
-        for name, app in self.apps.items():
-            with contextlib.suppress(ConfigError):  # yielded above
-                template = self.template(name, plugins)
-                yield from _misspelt_placeholders(template)
-                yield from _faults(plugins.provider(app.provider), template)
+        """Yield every fault on this host, see `dispatcher.config.check`."""
+        from dispatcher.config.check import faults
+
+        yield from faults(self, plugins)
 
     def plugin_problems(self, plugins: Plugins) -> Iterator[str]:
-        """Load every configured provider and yield the errors in the tables of plugins."""
-        yield from _caught(*(partial(self.provider_options, name, plugins) for name in self.providers))
-        yield from _caught(*(partial(self.template, name, plugins) for name in self.apps))
-        if (chosen := self.auth.authenticator) != "local":
-            yield from _caught(lambda: self.authenticator_options(chosen, plugins.authenticator(chosen).Options))
-        known = plugins.available()
+        """Load every configured plugin and yield the errors in their tables."""
+        for name in self.plugins:
+            yield from caught("plugins", plugins.load, name)
+        for name in self.providers:
+            yield from caught(f"providers.{name}", self.provider_options, name, plugins)
+        for name in self.apps:
+            yield from caught(f"apps.{name}.provider", self.template, name, plugins)
+        known, chosen = plugins.available(), self.auth.authenticator
+        if chosen != "local" and chosen not in known:
+            hint = did_you_mean(chosen, ["local", *known], "install the distribution that provides it")
+            yield f"auth.authenticator: there is no plugin {names.printable(chosen)}, {hint}"
+        elif chosen != "local":
+            yield from caught("auth.authenticator", self._check_authenticator, chosen, plugins)
         for path, table in (*((f"apps.{name}", app) for name, app in self.apps.items()), ("auth", self.auth)):
-            for key in table.model_extra or {}:
-                if key not in known and key != "local":
+            for key, value in (table.model_extra or {}).items():
+                if key not in known and key != "local" and isinstance(value, Mapping):
                     words = [*known, *type(table).model_fields]
                     hint = did_you_mean(key, words, f"installed are: {', '.join(known)}")
                     yield f"{path}.{key}: there is no plugin of this name, {hint}"
@@ -188,7 +185,7 @@ def read(path: Path | None = None) -> tuple[Config, list[str]]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{chosen} is not TOML", why=str(error)) from error
     except OSError as error:
-        raise ConfigError(f"Cannot read {chosen}", why=error.strerror or str(error)) from error
+        raise default_paths.unreadable(chosen, error) from error
     config, found = _parse(data)
     config._file = chosen  # noqa: SLF001 - private to this module
     return config, found
@@ -262,34 +259,14 @@ def _inherited(where: tuple[str | int, ...], written: Any) -> bool:
     return False
 
 
-def _caught(*calls: Callable[[], object]) -> Iterator[str]:
-    """Yield the errors of the calls."""
-    for call in calls:
-        try:
-            call()
-        except ConfigError as error:
-            yield from error.details.get("problems", [str(error)])
-
-
-def _faults(provider: type[Provider], app: App) -> list[str]:
+def caught(key: str, call: Callable[..., object], *arguments: object) -> Iterator[str]:
+    """Yield the errors of a call; where they name no key of their own, `key` is named."""
     try:
-        with contained(f"provider {provider.name}", "faults", log=None):
-            return list(provider.faults(app))
-    except DispatcherError as error:
-        return [str(error)]
-
-
-def _misspelt_placeholders(app: App) -> Iterator[str]:
-    """Yield the words in braces that are nearly a placeholder; other braces may be the program's own."""
-    table = f"apps.{app.name}"
-    texts = {f"{table}.environment.{name}": text for name, text in app.environment.items()}
-    for key in ("command", "entrypoint"):
-        texts[f"{table}.{app.provider}.{key}"] = " ".join(getattr(app.options, key, None) or ())
-    for path, text in texts.items():
-        for word in re.findall(r"\{(\w+)\}", text):
-            near = difflib.get_close_matches(word.lower(), PLACEHOLDERS, 1, 0.7)
-            if near and word not in PLACEHOLDERS:
-                yield f"{path}: found '{{{word}}}', did you mean '{{{near[0]}}}'?"
+        call(*arguments)
+    except PluginError as error:
+        yield f"{key}: {str(error)[0].lower()}{str(error)[1:]}"
+    except ConfigError as error:
+        yield from error.details.get("problems", [str(error)])
 
 
 def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:

@@ -5,7 +5,6 @@ Each names the key's full path, the value found, the value expected and the near
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from dispatcher.common.contained import contained
+from dispatcher.common.nearest import nearest as nearest_name
 from dispatcher.common.redact import is_secret
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError, PluginError
@@ -105,8 +105,8 @@ def nearest(key: str, model: type[BaseModel] | None) -> str:
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
     """Return a question with the nearest of the known words, or `otherwise`."""
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"did you mean {near[0]!r}?" if near else otherwise
+    near = nearest_name(word, known)
+    return f"did you mean {near!r}?" if near else otherwise
 
 
 def shown(value: object, key: str = "") -> str:

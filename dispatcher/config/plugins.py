@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 from typing import Any, TypeVar
 
 import pluggy
@@ -33,11 +33,32 @@ def distribution(entry: EntryPoint) -> str:
 
 
 def _not_importable(name: str, origin: str, error: BaseException) -> PluginError:
+    what = f"The plugin {name!r} of {origin} cannot be imported"
+    if not isinstance(error, ModuleNotFoundError):
+        return PluginError(
+            what, why=f"{type(error).__name__}: {error}", fix="report this to the author of the plugin"
+        )
+    needed = _requirements(name, origin.split(" ", maxsplit=1)[0])
+    packages = " ".join(map(repr, needed)) or f"PACKAGE, the one that provides the module {error.name}"
     return PluginError(
-        f"The plugin {name!r} of {origin} cannot be imported",
-        why=f"{type(error).__name__}: {error}",
-        fix=f"install its requirements, often: {sys.executable} -m pip install 'agent-dispatcher[{name}]'",
+        what,
+        why=f"the Python module {error.name} is not installed",
+        fix=f"{sys.executable} -m pip install {packages}",
     )
+
+
+def _requirements(extra: str, distribution: str) -> list[str]:
+    """Return what an extra of an installed distribution requires."""
+    try:
+        lines = requires(distribution) or []
+    except PackageNotFoundError:
+        return []
+    parts = [line.partition(";") for line in lines]
+    return [
+        need.strip()
+        for need, _, marker in parts
+        if marker.strip() in {f"extra == '{extra}'", f'extra == "{extra}"'}
+    ]
 
 
 def _manager() -> pluggy.PluginManager:

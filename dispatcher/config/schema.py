@@ -38,6 +38,7 @@ from dispatcher.plugin.options import (
 
 PIDS = 4096  # processes and threads of an agent, by default
 MEMORY_SHARE = 4  # an agent has this part of the host's memory, by default
+SMALLEST_MEMORY = 8 << 20  # bytes: with less, not even a sandbox starts
 LEAST_MEMORY = 1 << 30  # bytes: the default on a small host, if that is at most half of its memory
 ENVIRONMENT = "env:"  # begins the name of a variable, where a secret may come from a file or a variable
 
@@ -246,6 +247,13 @@ class AppDefaults(Table):
         default="none",
         description="stdin: the app receives the name and password of the sign-in on its standard input",
     )
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value: float | None) -> float | None:
+        if value is not None and value is not False and value < SMALLEST_MEMORY:
+            raise ValueError(f'at least "{SMALLEST_MEMORY >> 20}M" (a sandbox needs some itself), or false')
+        return value
 
     def limits(self) -> Limits:
         """Return the limits of an agent, with the core's own where the configuration sets none."""

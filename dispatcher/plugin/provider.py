@@ -122,11 +122,11 @@ class Provider(ABC):
     def explain(self, app: App | None) -> Sequence[Finding]:
         """Describe what is isolated and what is not, for one app or for the backend as a whole."""
 
-    @classmethod
-    def faults(cls, app: App) -> Iterable[str]:  # noqa: ARG003 - of the contract
+    def faults(self, app: App) -> Iterable[str]:
         """Return why no agent of the app could start on this host, without a call to the backend.
 
-        Each begins with the full path of a key.  `dispatcher config check` reports them.
+        Each begins with the full path of a key.  `config check`, `providers check --app` and the manager's log
+        report them.
         """
         return ()
 

@@ -36,7 +36,7 @@ def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: fro
     :raises ConfigError: a mount that reaches the engine or the manager, or conflicting options.
     :raises Unsupported: a limit or network without its capability.
     """
-    problems = list(_problems(app, engine, context))
+    problems = list(faults(app, engine, context))
     if problems:
         raise ConfigError(f"The app {app.name} cannot run in a container", why="; ".join(problems))
     enforced = app.limits.enforced(capabilities)
@@ -55,19 +55,14 @@ def refuse(app: App, engine: Engine, context: ProviderContext, capabilities: fro
         )
 
 
-def _problems(app: App, engine: Engine, context: ProviderContext) -> Iterator[str]:
+def faults(app: App, engine: Engine, context: ProviderContext) -> Iterator[str]:
+    """Yield why no agent of the app could start."""
     options, path = options_of(app), f"apps.{app.name}.docker"
     for number, mount in enumerate(options.mounts):
         if reached := _reaches(mount.source, engine, context):
             yield f"{path}.mounts.{number}.source: {mount.source} reaches {reached}, which is forbidden"
     if not options.port and not engine.is_local:
         yield f"{path}.port: missing; a Unix socket cannot be shared with an engine on another host"
-    yield from faults(app)
-
-
-def faults(app: App) -> Iterator[str]:
-    """Yield why no agent of the app could start, whatever the engine."""
-    options, path = options_of(app), f"apps.{app.name}.docker"
     if options.port and app.network is not Network.PRIVATE:
         yield (
             f'{path}.port: a port can only be published with network = "private"; '
@@ -142,11 +137,9 @@ def explain_backend(
         yield Finding.warning("The engine's TLS certificate is not verified", "set tls_verify = true")
 
 
-def explain_app(app: App, engine: Engine, context: ProviderContext) -> Iterator[Finding]:
+def explain_app(app: App, engine: Engine) -> Iterator[Finding]:
     """Return findings for one app."""
     options = options_of(app)
-    for problem in _problems(app, engine, context):
-        yield Finding.error(f"The app {app.name} is refused: {problem}", "correct the key")
     if options.port and engine.ssh:
         yield Finding.info(f"The port of {app.name} is published on the engine's host, and reached through ssh")
     elif options.port:

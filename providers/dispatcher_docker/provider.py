@@ -126,13 +126,12 @@ class DockerProvider(Provider):
                 fix='set data = "volume", or local = true if the engine runs on this host',
             )
 
-    @classmethod
-    def faults(cls, app: App) -> Iterable[str]:
-        return explain.faults(app)
+    def faults(self, app: App) -> Iterable[str]:
+        return explain.faults(app, self._engine, self.context)
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         if app is not None:
-            return list(explain.explain_app(app, self._engine, self.context))
+            return list(explain.explain_app(app, self._engine))
         return list(
             explain.explain_backend(
                 self._engine,

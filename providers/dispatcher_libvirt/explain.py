@@ -50,8 +50,8 @@ def backend(host: Host | None) -> Iterator[Finding]:
 def application(app: App, options: Options, host: Host | None) -> Iterator[Finding]:
     """Yield findings for one app."""
     own = options_of(app)
-    if why := unsupported_network(app, options):
-        yield Finding.error(f"Its network {app.network.value!r} is not available: {why}", "set another `network`")
+    if unsupported_network(app, options):
+        pass  # told by `faults`
     elif own.endpoint == "vsock":
         yield Finding.warning(
             "It is reached through vsock alone, and has no network, but it reaches services of this host that "

@@ -44,7 +44,7 @@ from dispatcher_libvirt.disks.storage import LocalStorage, Storage
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.network import NetworkFilters, ssh_arguments
 from dispatcher_libvirt.observe import Watch
-from dispatcher_libvirt.options import AppOptions, Options
+from dispatcher_libvirt.options import AppOptions, Options, options_of, unsupported_network
 from dispatcher_libvirt.start import Starter
 
 _SSH = 15.0  # seconds for a command of ssh
@@ -125,6 +125,16 @@ class LibvirtProvider(Provider):
         except DispatcherError as error:
             findings.append(Finding(level=Level.ERROR, what=f"{error.what}: {error.why}", fix=error.fix))
         return findings
+
+    def faults(self, app: App) -> Iterator[str]:
+        own, key = options_of(app), f"apps.{app.name}"
+        if why := unsupported_network(app, self._options):
+            yield f"{key}.network: {app.network.value!r} is not available: {why}"
+        if not self._remote:
+            for name in ("image", "kernel", "initrd"):
+                path = getattr(own, name)
+                if path and not os.path.lexists(path) and os.access(path.parent, os.X_OK):
+                    yield f"{key}.libvirt.{name}: there is no {path}"
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
         self._starter.check_image(app, self._examined(deadline).reader(), deadline, progress)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator
 
 from dispatcher.plugin import App, Capability, Finding, Network
 from dispatcher_subprocess import seccomp
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.options import endpoint_kind, options_of
+from dispatcher_subprocess.options import AppOptions, endpoint_kind, options_of
 
 _SANDBOX = "install bubblewrap, or allow it to make namespaces"
 _NO_QUOTA = "The limit disk is not enforced: data is a plain directory"
@@ -88,6 +89,24 @@ def _unlimited(key: str, instead: str) -> Finding:
     )
 
 
+def _opened(options: AppOptions) -> Iterator[tuple[str, str]]:
+    """Yield what an app sees of the host by its options, and the option's name."""
+    for key, verb in (("read_only", "reads"), ("writable", "changes"), ("devices", "uses")):
+        for path in getattr(options, key):
+            what = f"It {verb} {path} of the host, as far as the modes there allow"
+            try:
+                mode = path.stat().st_mode
+            except OSError:
+                mode = 0
+            if stat.S_ISSOCK(mode):
+                what = (
+                    f"It sends commands to the host's service at {path}: an engine's socket gives the whole host"
+                )
+            elif stat.S_ISBLK(mode):
+                what = f"It uses the host's disk {path}: every file on it, whatever its mode"
+            yield what, key
+
+
 def _app(host: Host, app: App) -> Iterator[Finding]:
     if endpoint_kind(app) == "tcp":
         yield Finding.warning(
@@ -105,6 +124,8 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
             "Its system calls are not filtered: it may use AF_VSOCK, one space for all agents, keys and io_uring",
             "set seccomp = true",
         )
+    for what, key in _opened(options_of(app)):
+        yield Finding.warning(what, f"remove it from {key} if it is not needed")
     if app.limits.disk is not None:
         yield Finding.warning(_NO_QUOTA, "use a quota")
     if app.network is Network.HOST:

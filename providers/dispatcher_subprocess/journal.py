@@ -40,6 +40,7 @@ class Record:
     :ivar helper: the process that carries the network, None without one.
     :ivar pipe: inode of the pipe that its output goes to.
     :ivar status: path of the file that bubblewrap writes.
+    :ivar unseen: a file that its command names and its sandbox does not show, or "".
     :ivar stop_requested: the manager is stopping it.
     :ivar ended: why it ended by itself, "" if it was stopped, None if that is not recorded yet.
     """
@@ -61,6 +62,7 @@ class Record:
     main: Process | None = None
     init: Process | None = None
     helper: Process | None = None
+    unseen: str = ""
     stop_requested: bool = False
     ended: str | None = None
 

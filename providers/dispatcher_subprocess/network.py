@@ -61,10 +61,10 @@ def verify(app: App, kind: str, host: Host) -> None:
         return
     if host.private_fault:
         why, fix = host.private_fault
-        raise Unsupported(f'network = "private" of the app {app.name} does not work here', why=why, fix=fix)
+        raise Unsupported(f'apps.{app.name}.network: "private" does not work here', why=why, fix=fix)
     if kind == "tcp" and not host.pasta:
         raise Unsupported(
-            f'apps.{app.name}: {{port}} with network = "private" does not work here',
+            f'apps.{app.name}.network: {{port}} with network = "private" does not work here',
             why="slirp4netns cannot forward to the loopback interface",
             fix="install passt, or use {socket} in the command",
         )
@@ -73,7 +73,7 @@ def verify(app: App, kind: str, host: Host) -> None:
 def no_ports(app: App) -> ConfigError:
     """Return the error of an app that listens on a port in a sandbox without a network."""
     return ConfigError(
-        f'apps.{app.name}: {{port}} cannot be reached with network = "none"',
+        f'apps.{app.name}.network: {{port}} cannot be reached with network = "none"',
         why="a sandbox without a network has no ports",
         fix='use {socket} in the command, or network = "private"',
     )

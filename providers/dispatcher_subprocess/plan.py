@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shutil
 import socket
 import sys
@@ -25,17 +26,28 @@ from dispatcher.plugin import (
     ProviderContext,
     ProviderError,
     SecretFiles,
+    Unsupported,
     boottime,
 )
 from dispatcher_subprocess import network, sandbox
 from dispatcher_subprocess.explain import capabilities
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.options import SEARCH_PATH, Inside, Options, endpoint_kind, environment, options_of
+from dispatcher_subprocess.options import (
+    SEARCH_PATH,
+    AppOptions,
+    Inside,
+    Options,
+    endpoint_kind,
+    environment,
+    options_of,
+)
 from dispatcher_subprocess.sandbox import SYSTEM, below
 
 _HIDDEN = Path("/etc/dispatcher")
 _NEVER_SHOWN = frozenset(["/", "/proc", "/dev", "/run", "/var/run", "/sys", "/tmp"])  # noqa: S108
 _CACHED = 10.0  # seconds for which what was found on the disk is reused
+_OWN = ("/proc", "/dev", sandbox.DATA, sandbox.RUN, sandbox.SECRETS)
+_FILE_NAME = re.compile(r"(?<![^\s='\":,])/[^\s'\":,;]+")  # an absolute path in an argument
 _SHEBANG = 256  # bytes, as much as the kernel reads
 
 
@@ -45,6 +57,7 @@ class Plan:
 
     :ivar endpoint: where the host reaches it; :ivar command: the app's, placeholders filled.
     :ivar workdir: as seen from inside; :ivar view: the host's files that it sees, None without a sandbox.
+    :ivar unseen: a file of the host that the command names and the agent does not see, or "".
     """
 
     endpoint: Endpoint
@@ -52,6 +65,7 @@ class Plan:
     variables: Mapping[str, str]
     workdir: str
     view: sandbox.Tree | None
+    unseen: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,14 +96,49 @@ class Planner:
 
         :raises ConfigError: its options cannot work on this host; :raises ProviderError: its program is absent.
         """
-        options = options_of(app)
-        network.verify(app, endpoint_kind(app), self.host)
         self._cache.clear()
-        self._files(app)
-        for path in (*options.read_only, *options.writable, *options.devices):
-            if not path.exists():
-                raise ConfigError(
-                    f"apps.{app.name}.subprocess: there is no {path}", why="its options name that path"
+        for error in self.faults(app):
+            raise error
+
+    def faults(self, app: App, *, likely: bool = False) -> Iterator[ConfigError | ProviderError | Unsupported]:
+        """Yield why no agent of an app could start, each with its key.
+
+        :param likely: also that its command names a file which its sandbox hides; not that this user finds no
+            program where it may not look.
+        """
+        options, key = options_of(app), f"apps.{app.name}.subprocess"
+        try:
+            network.verify(app, endpoint_kind(app), self.host)
+        except (ConfigError, Unsupported) as error:
+            yield error
+        for name in ("read_only", "writable", "devices"):
+            for path in getattr(options, name):
+                if _missing(path):
+                    yield ConfigError(f"{key}.{name}: there is no {path}", fix="create it, or correct the path")
+        try:
+            program = find_program(options.command[0], app.environment.get("PATH", SEARCH_PATH), app.name)
+        except ProviderError as error:
+            if not likely or _missing(Path(options.command[0])):
+                yield error
+            shown = visible(options, ())
+        else:
+            shown = visible(options, needed(program))
+        workdir, hidden = Path(options.workdir), False
+        if self.host.sandboxed:
+            yield from _forbidden(app, shown, (self.context.state_dir, self.context.run_dir))
+            hidden = not any(below(workdir, [one]) or workdir in one.parents for one in map(Path, shown))
+            if likely and (unseen := unseen_file(app, shown)):
+                yield ConfigError(
+                    f"{key}.command: {unseen} exists on this host, but is not visible in the sandbox",
+                    fix=f'add "{unseen}", or its directory, to {key}.read_only',
+                )
+
+        if workdir.is_absolute() and not below(workdir, map(Path, (*_OWN, "/tmp"))):  # noqa: S108
+            if _missing(workdir):
+                yield ConfigError(f"{key}.workdir: there is no {workdir}", fix="create it, or correct the path")
+            elif hidden:
+                yield ConfigError(
+                    f"{key}.workdir: {workdir} is not visible in the sandbox", fix=f"add it to {key}.read_only"
                 )
 
     def plan(self, spec: AgentSpec, taken: Callable[[], Iterable[int]]) -> Plan:
@@ -102,7 +151,8 @@ class Planner:
         kind = endpoint_kind(app)
         network.verify(app, kind, self.host)
         files = self._files(app)
-        _verify_shown(app, files.shown, (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir))
+        for error in _forbidden(app, files.shown, (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir)):
+            raise error
         port = self.ports.choose(taken) if kind == "tcp" else 0
         if self.host.sandboxed:
             inside = Inside(
@@ -124,6 +174,7 @@ class Planner:
             ),
             workdir=inside.fill(options.workdir),
             view=files.view,
+            unseen=unseen_file(app, files.shown) if self.host.sandboxed else "",
         )
 
     def _files(self, app: App) -> _Files:
@@ -138,9 +189,9 @@ class Planner:
         view, shown = None, frozenset[str]()
         if self.host.sandboxed:
             extra = tuple(dict.fromkeys([*needed(program), *options.read_only]))
-            named = [str(path) for path in (*extra, *options.writable)]
-            shown = frozenset([*named, *map(os.path.realpath, named), *SYSTEM])
-            _verify_shown(app, shown, (self.context.state_dir, self.context.run_dir))
+            shown = visible(options, extra)
+            for error in _forbidden(app, shown, (self.context.state_dir, self.context.run_dir)):
+                raise error
             view = sandbox.view(
                 options,
                 extra,
@@ -153,39 +204,54 @@ class Planner:
         return found
 
 
-def _verify_shown(app: App, shown: Iterable[str], private: Iterable[Path]) -> None:
-    """Check that no path that an agent sees contains one of the dispatcher's own.
+def visible(options: AppOptions, extra: Iterable[Path]) -> frozenset[str]:
+    """Return every path of the host that an agent sees, as named and with links resolved.
 
-    :raises ConfigError: one does.
+    :param extra: those that its program needs.
     """
+    named = [str(path) for path in (*extra, *options.read_only, *options.writable)]
+    return frozenset([*named, *map(os.path.realpath, named), *SYSTEM])
+
+
+def _forbidden(app: App, shown: Iterable[str], private: Iterable[Path]) -> Iterator[ConfigError]:
+    """Yield an error for each path that an agent sees, and that contains one of the dispatcher's own."""
     hidden = [*map(os.path.realpath, private)]
-    for path in shown:
+    options = options_of(app)
+    for path in sorted(shown):
         if path in _NEVER_SHOWN or any(one == path or one.startswith(f"{path}/") for one in hidden):
-            raise ConfigError(
-                f"apps.{app.name}.subprocess: {path} cannot be shown to an agent",
+            lists = {"read_only": options.read_only, "writable": options.writable}
+            key = next((key for key, paths in lists.items() if _among(path, paths)), "command")
+            yield ConfigError(
+                f"apps.{app.name}.subprocess.{key}: {path} cannot be shown to an agent",
                 why="the dispatcher's own files, or other agents', lie below it",
                 fix="name just the directories that the app needs",
             )
 
 
-def faults(app: App) -> Iterator[str]:
-    """Yield why no agent of the app could start, as far as that shows without examining the host."""
+def _among(path: str, paths: Iterable[Path]) -> bool:
+    return any(path in {str(one), os.path.realpath(one)} for one in paths)
+
+
+def unseen_file(app: App, shown: Iterable[str]) -> str:
+    """Return a file of this host that the app's arguments or variables name and its agents do not see, or ""."""
+    text: str
+    for text in (*options_of(app).command[1:], *app.environment.values()):
+        for name in _FILE_NAME.findall(text):
+            for path in map(Path, (os.path.normpath(name), os.path.realpath(name))):
+                if os.path.isfile(path) and not below(path, map(Path, (*shown, *_OWN))):
+                    return str(path)
+    return ""
+
+
+def _missing(path: Path) -> bool:
+    """Whether a path does not exist, as far as this user may know."""
     try:
-        if endpoint_kind(app) == "tcp" and app.network is Network.NONE and shutil.which("bwrap"):
-            yield str(network.no_ports(app))
-    except ConfigError as error:
-        yield str(error)
-    program = options_of(app).command[0]
-    try:
-        Path(program).stat()
+        path.stat()
     except PermissionError:
-        return  # another user may run it
+        return False
     except OSError:
-        pass
-    try:
-        find_program(program, app.environment.get("PATH", SEARCH_PATH), app.name)
-    except ProviderError as error:
-        yield str(error)
+        return True
+    return False
 
 
 def find_program(name: str, search: str, app: str) -> Path:

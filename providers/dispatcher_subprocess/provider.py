@@ -41,7 +41,7 @@ from dispatcher.plugin import (
     Usage,
     read_lines,
 )
-from dispatcher_subprocess import explain, logs, network, plan
+from dispatcher_subprocess import explain, logs, network
 from dispatcher_subprocess.host import Host, examine, verify
 from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.logs import LogCollector
@@ -108,9 +108,8 @@ class SubprocessProvider(Provider):
     def explain(self, app: App | None) -> Sequence[Finding]:
         return explain.findings(self._parts.host, app)
 
-    @classmethod
-    def faults(cls, app: App) -> Iterable[str]:
-        return plan.faults(app)
+    def faults(self, app: App) -> Iterable[str]:
+        return [str(error) for error in self._parts.planner.faults(app, likely=True)]
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
         verify(self._parts.host, self._options)

@@ -122,6 +122,7 @@ class Start:
             sandboxed=self.host.sandboxed,
             status=str(self.journals.status_path(spec.backend_name)),
             pipe=os.fstat(self._output).st_ino,
+            unseen=self.plan.unseen,
         )
 
     def _prepare_sandboxed(

@@ -62,7 +62,10 @@ class Stopper:
         if record.sandboxed:
             known = record.sandbox_status().get("exit-code")  # the app's, also if bubblewrap itself was killed
             code = known if known is not None or code is None or code < 0 else code
-        return self._record_end(record, "" if record.stop_requested else exit_reason(code, out_of_memory=oom))
+        reason = "" if record.stop_requested else exit_reason(code, out_of_memory=oom)
+        if record.unseen and code:
+            reason += f"; its command names {record.unseen}, which the sandbox does not show: add it to read_only"
+        return self._record_end(record, reason)
 
     def stop(self, record: Record, grace: float, deadline: Deadline, on_wait: Callable[[], None]) -> None:
         """End every process: TERM, then after `grace` seconds KILL.  The caller holds the lock.

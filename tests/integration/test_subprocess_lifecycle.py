@@ -426,6 +426,19 @@ def test_a_program_that_cannot_begin_says_why(world):
         world.start(provider, world.spec("alice", ["/nonexistent", "{socket}"]), ready=False)
 
 
+def test_a_script_that_the_sandbox_hides_is_named_in_the_reason(world):
+    script = world.base / "script.sh"
+    script.write_text("exit 3")
+    provider = world.provider()
+    spec = world.spec("alice", ["sh", str(script), "{socket}"])
+    handle, _ = world.start(provider, spec, ready=False)
+    seen = eventually(lambda: (one := observe(provider, handle)).state is BackendState.STOPPED and one)
+    hidden = provider._parts.host.sandboxed
+    assert (f"its command names {script}, which the sandbox does not show" in seen.exit_reason) is hidden
+    told = [one for one in provider.faults(spec.app) if f"{script} exists on this host, but is not visible" in one]
+    assert bool(told) is hidden
+
+
 def test_a_leftover_socket_is_in_nobodys_way(world):
     provider = world.provider()
     spec = world.spec("alice", [*PROBE_COMMAND])

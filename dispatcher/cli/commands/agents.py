@@ -190,7 +190,7 @@ def purge(cli: Cli, name: str, yes: bool) -> None:
         return
     for copy in copies:
         cli.out.line(describe_copy(copy))
-    confirm(f"Delete this data of {name}?", "no data was deleted", yes=yes)
+    confirm(f"Delete this data of {name}?", "nothing was purged", yes=yes)
     purged = client.purge_copies(name)["purged"]
     text = f"{purged} {'copy' if purged == 1 else 'copies'} deleted"
     cli.out.result({"purged": purged, "copies": copies}, text)

@@ -29,18 +29,14 @@ def config() -> None:
 def check(cli: Cli) -> None:
     """Read the configuration, including the plugins' tables, and report every fault."""
     from dispatcher.config.app_secrets import check_secrets
-    from dispatcher.config.layout import Paths
+    from dispatcher.config.check import faults as faults_here
     from dispatcher.config.load import read
     from dispatcher.config.messages import wrong
     from dispatcher.config.plugins import Plugins
     from dispatcher.plugin.model import Level
 
     found, faults = read(cli.config_path)
-    try:
-        Paths.of(found)
-    except ConfigError as error:
-        faults.append(str(error))
-    faults += found.faults(Plugins())
+    faults += faults_here(found, Plugins())
     findings = [each for name, app in found.apps.items() for each in check_secrets(name, app.secrets)]
     faults += [each.what for each in findings if each.level is Level.ERROR]
     if faults:

@@ -25,7 +25,15 @@ def serve(cli: Cli) -> int:
 
     _same_configuration(cli)
     daemons = Daemons(cli.config(), global_options(cli.config_path), cli.out.note)
-    return daemons.run(lambda: click.echo(f"Open {daemons.url}"))
+
+    def ready() -> None:
+        from dispatcher.cli.doctor.installation import encryption
+
+        click.echo(f"Open {daemons.url}")
+        for finding in encryption(daemons.config):
+            cli.out.note(f"warning: {finding.what} ({finding.fix})")
+
+    return daemons.run(ready)
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml manager")

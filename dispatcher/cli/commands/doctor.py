@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import click
@@ -32,6 +33,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     """Yield all findings: machine, configuration, manager, providers, then the rest of the installation."""
     from dispatcher.cli.doctor import installation, machine
     from dispatcher.cli.doctor.providers import providers
+    from dispatcher.config.check import access_log_faults, tls_faults
     from dispatcher.config.layout import Paths
     from dispatcher.config.load import Config
     from dispatcher.config.plugins import Plugins
@@ -39,6 +41,11 @@ def examine(cli: Cli) -> Iterator[Finding]:
     yield from machine.clock()
     yield from machine.open_files()
     yield from machine.user_namespaces()
+    if os.geteuid() != 0 and default_paths.SYSTEM_CONFIG.exists() and cli.config_path is None:
+        yield Finding.info(
+            f"{default_paths.SYSTEM_CONFIG} configures the installation of this host; this checks one of your own",
+            "sudo dispatcher doctor",
+        )
     plugins = Plugins()
     config, paths = Config(), None
     try:
@@ -64,3 +71,4 @@ def examine(cli: Cli) -> Iterator[Finding]:
     yield from installation.ports(config, serving=client is not None)
     yield from installation.encryption(config)
     yield from installation.certificates(config)
+    yield from map(Finding.error, (*tls_faults(config), *access_log_faults(config)))

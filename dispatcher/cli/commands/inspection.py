@@ -111,10 +111,12 @@ def info(cli: Cli, name: str) -> None:
     failure = agent.get("failure") or {}
     values |= {"failure": failure.get("what"), "why": failure.get("why"), "what to do": failure.get("fix")}
     cli.out.pairs(values)
+    if failure.get("log"):
+        cli.out.line("\nlast lines of its log:")
     for line in failure.get("log") or ():
         cli.out.line(f"  | {line}")
     if copies:
-        cli.out.line(f"kept data (`dispatcher purge {name}` deletes it):")
+        cli.out.line(f"\nkept data (`dispatcher purge {name}` deletes it):")
     for copy in copies:
         cli.out.line(f"  {describe_copy(copy)}")
 
@@ -175,8 +177,20 @@ def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:
 @pass_cli
 def why(cli: Cli, name: str) -> None:
     """Explain the state of the agent NAME: cause, history, what comes next."""
-    answer = cli.client().why(name)
-    cli.out.result(answer, "\n".join(answer["sentences"]))
+    client = cli.client()
+    copies = client.copies(name)["copies"]
+    try:
+        answer = client.why(name)
+    except NotFound as error:
+        if not copies:
+            raise
+        answer = {"agent": name, "sentences": [f"{error.what}."]}
+    kept = [f"Data is kept: {describe_copy(copy)}." for copy in copies]
+    if kept:
+        kept.append(f"`dispatcher purge {name}` deletes the kept data.")
+    cli.out.result(
+        {**answer, "sentences": [*answer["sentences"], *kept]}, "\n".join([*answer["sentences"], *kept])
+    )
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher top\n  dispatcher top --once --sort cpu")

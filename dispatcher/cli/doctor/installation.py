@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from dispatcher.cli.serve import listen_endpoint
 from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
+from dispatcher.config import default_paths
 from dispatcher.config.host_users import host_accounts
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
 from dispatcher.plugin.model import Finding
@@ -95,7 +96,7 @@ def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger"))
             f"the run directory {run_dir} is removed when you sign out: manager and agents become unreachable",
             f"loginctl enable-linger {user}, or set manager.run_dir",
         )
-    elif not os.environ.get("XDG_RUNTIME_DIR") and run_dir.is_relative_to("/tmp"):  # noqa: S108 - compared
+    elif not os.environ.get("XDG_RUNTIME_DIR") and run_dir == default_paths.run_dir():
         yield Finding.info(
             f"$XDG_RUNTIME_DIR is not set: the run directory is {run_dir}, and clients need the same environment",
             "set manager.run_dir to a short path of your own",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatcher.common.contained import contained
+from dispatcher.config.check import app_faults
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError
 from dispatcher.plugin.model import App, Finding, Level
@@ -75,6 +76,8 @@ def check(
                 try:
                     provider.check(deadline=Deadline(SECONDS))
                     explained = list(provider.explain(app)) if used else []
+                    if app is not None:
+                        explained += map(Finding.error, app_faults(config, plugins, [app.name]))
                 finally:
                     provider.close()
         except DispatcherError as problem:

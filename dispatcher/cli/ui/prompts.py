@@ -36,7 +36,16 @@ def confirm(question: str, refusal: str, *, yes: bool) -> None:
 
     :raises click.ClickException: the answer is no; its text is `refusal`.
     """
-    if not yes and sys.stdin.isatty() and not click.confirm(question, err=True):
+    if yes or not sys.stdin.isatty():
+        return
+    try:
+        agreed = click.confirm(question, err=True)
+    except click.Abort as error:
+        if not isinstance(error.__context__, EOFError):
+            raise
+        agreed = False  # the end of the input is no agreement
+        click.echo("", err=True)
+    if not agreed:
         raise click.ClickException(refusal)
 
 

@@ -236,6 +236,7 @@ def test_info_lists_kept_data(run, manager):
     manager.add("alice", "running")
     assert "kept data" not in run("info", "alice")[1]
     manager.keep("alice", why="an old copy")
+    assert "\n\nkept data (" in run("info", "alice")[1]
     assert "3.0 MiB in subprocess, kept since 2026-01-02 (" in run("info", "alice")[1]
     assert json.loads(run("info", "alice", "--json")[1])["copies"][0]["why"] == "an old copy"
 
@@ -279,6 +280,29 @@ def test_purge_of_a_removed_agent_as_json(run, manager):
     manager.keep("alice")
     found = json.loads(run("purge", "alice", "--json")[1])
     assert (found["purged"], len(found["copies"])) == (1, 1)
+
+
+def test_why_mentions_kept_data_also_of_a_removed_agent(run, manager):
+    manager.add("alice")
+    manager.keep("alice", why="an old copy")
+    manager.keep("bob")
+    for name, reason in (("alice", "an old copy"), ("bob", "the agent was removed and its data kept")):
+        code, out, _ = run("why", name)
+        assert code == 0
+        assert re.search(rf"Data is kept: 3.0 MiB in subprocess, kept since .*: {reason}\.\n", out)
+        assert f"`dispatcher purge {name}` deletes the kept data." in out
+    assert "There is no agent bob." in out
+    assert run("why", "carol")[0] == 3
+
+
+def test_a_fault_of_this_program_is_not_blamed_on_the_manager(run, manager, monkeypatch):
+    def broken(*_):
+        raise TypeError("a fault of this program")
+
+    manager.add("alice")
+    monkeypatch.setattr("dispatcher.cli.commands.inspection.remark", broken)
+    with pytest.raises(TypeError, match="of this program"):
+        run("list")
 
 
 def test_why_is_sentences(run, manager):
@@ -380,6 +404,8 @@ def test_a_misspelt_name_of_an_agent_is_answered_with_the_nearest(run, manager, 
     manager.add("alice")
     assert "There is no agent alcie: did you mean 'alice'?" in run(command, "alcie")[2]
     assert "did you mean" not in run(command, "zzzzzz")[2]
+    manager.add("bob:notebook")
+    assert "There is no agent bob: did you mean 'bob:notebook'?" in run(command, "bob")[2]
 
 
 @pytest.mark.parametrize("answer", [{"agents": 5}, {"agents": [5]}, {"agents": [{}]}, {}, {"agents": {"a": None}}])

@@ -98,9 +98,13 @@ def test_show_and_check_through_the_program(tmp_path, capsys):
     [
         ("[manager]\nthreads = 0", "manager.threads: found 0, expected at least 2"),
         ("[apps.a.subprocess]\ncomand = []", "apps.a.subprocess.comand: unknown key, did you mean 'command'?"),
-        ('[apps.a]\nprovider = "dokcer"', "There is no plugin 'dokcer'"),
+        ('[apps.a]\nprovider = "dokcer"', "apps.a.provider: there is no plugin 'dokcer'"),
         (f'[manager]\nrun_dir = "/{"x" * 120}"', "manager.run_dir is too long"),
-        ('plugins = ["dokcer"]', "There is no plugin 'dokcer'"),
+        ('plugins = ["dokcer"]', "plugins: there is no plugin 'dokcer'"),
+        ('[auth]\nauthenticator = "locl"', "auth.authenticator: there is no plugin 'locl', did you mean 'local'?"),
+        ("[defaults]\nmemory = 1", 'defaults.memory: found 1, expected at least "8M"'),
+        ("[proxy]\naccess_log = '/'", "proxy.access_log: / is a directory"),
+        ("[proxy]\naccess_log = '/no/where/log'", "proxy.access_log: there is no directory /no/where"),
         ("[", "is not TOML"),
     ],
 )
@@ -117,16 +121,30 @@ NEVER_STARTS = """
 port = 8443
 [manager]
 threads = "many"
+state_dir = "{tmp_path}/state"
 [apps.gone.subprocess]
-command = ["/no/such/program", "{socket}"]
+command = ["/no/such/program", "{{socket}}"]
 [apps.typo.subprocess]
-command = ["sh", "-c", "listen {sockt} {other} {SOCKET} ${HOME}"]
+command = ["sh", "-c", "listen {{sockt}} {{other}} {{SOCKET}} ${{HOME}}"]
 [apps.mute.subprocess]
 command = ["sh"]
 [apps.cut]
 network = "none"
 [apps.cut.subprocess]
-command = ["sh", "{port}"]
+command = ["sh", "{{port}}"]
+[apps.blind.subprocess]
+command = ["sh", "{{socket}}"]
+read_only = ["/no/such/directory", "{tmp_path.parent}"]
+writable = ["/"]
+[apps.away.subprocess]
+command = ["sh", "{{socket}}"]
+workdir = "/no/such/directory"
+[apps.script.subprocess]
+command = ["sh", "{tmp_path}/app.py", "{{socket}}"]
+[apps.title]
+titel = "A"
+[apps.title.subprocess]
+command = ["sh", "{{socket}}"]
 [apps.box]
 provider = "docker"
 network = "none"
@@ -139,7 +157,8 @@ port = 80
 @pytest.mark.bubblewrap
 def test_check_finds_apps_that_can_never_start_and_reports_all_in_one_round_one_a_line(tmp_path, capsys):
     path = tmp_path / "d.toml"
-    path.write_text(NEVER_STARTS)
+    (tmp_path / "app.py").touch()
+    path.write_text(NEVER_STARTS.format(tmp_path=tmp_path))
     code, out, err = run(capsys, "--config", str(path), "config", "check")
     assert (code, out) == (2, "")
     first, *lines = err.splitlines()
@@ -147,12 +166,18 @@ def test_check_finds_apps_that_can_never_start_and_reports_all_in_one_round_one_
     begins = (
         "  manager.threads: found 'many', expected a whole number",
         "  proxy.port: unknown key, did you mean 'listen'?",
+        "  apps.title.titel: unknown key, did you mean 'title'?",
         "  apps.gone.subprocess.command: there is no program '/no/such/program'",
         "  apps.typo.subprocess.command: found '{sockt}', did you mean '{socket}'?",
         "  apps.typo.subprocess.command: found '{SOCKET}', did you mean '{socket}'?",
         "  apps.typo.subprocess.command: the app does not get an address to listen on",
         "  apps.mute.subprocess.command: the app does not get an address to listen on",
-        '  apps.cut: {port} cannot be reached with network = "none"',
+        '  apps.cut.network: {port} cannot be reached with network = "none"',
+        "  apps.blind.subprocess.read_only: there is no /no/such/directory",
+        "  apps.blind.subprocess.writable: / cannot be shown to an agent",
+        f"  apps.blind.subprocess.read_only: {tmp_path.parent} cannot be shown to an agent",
+        "  apps.away.subprocess.workdir: there is no /no/such/directory",
+        f"  apps.script.subprocess.command: {tmp_path}/app.py exists on this host, but is not visible in",
         '  apps.box.docker.port: a port can only be published with network = "private"',
     )
     assert len(lines) == len(begins), err

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from dispatcher.config import default_paths
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.cli.doctor import installation
@@ -322,7 +323,8 @@ def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):
     assert levels(installation._until_logout(Path("/run/user/1000/dispatcher"), tmp_path)) == []
     assert levels(installation._until_logout(Path("/srv/run"), tmp_path)) == []
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    found = only(installation._until_logout(Path("/tmp/dispatcher-1000/dispatcher"), tmp_path))
+    assert levels(installation._until_logout(Path("/tmp/own"), tmp_path)) == [], "it was chosen"
+    found = only(installation._until_logout(default_paths.run_dir(), tmp_path))
     assert found.level is Level.INFO
     assert "manager.run_dir" in found.fix
 

@@ -1,5 +1,6 @@
 """The frame of the command line: help, usage, where the manager is, and what is said when it is not."""
 
+import grp
 import json
 import os
 import socket
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import click
 import pytest
 
 from dispatcher import cli
+from dispatcher.client import trust
 from dispatcher.cli import ALIASES, SECTIONS, program
 from tests.support.fake_manager import FakeManager, problem
 
@@ -263,9 +266,74 @@ def test_options_of_the_program_may_follow_the_command(nowhere, run):
 
 def test_a_broken_configuration_is_one_line(nowhere, run):
     (nowhere / "x.toml").write_text("[")
-    code, _, err = run("--config", str(nowhere / "x.toml"), "list")
+    code, _, err = run("--config", str(nowhere / "x.toml"), "config", "check")
     assert code == 2
     assert err.count("\n") == 1
+    code, _, err = run("--config", str(nowhere), "list")
+    assert code == 2
+    assert f"Cannot read {nowhere}: Is a directory (name the file, such as {nowhere}/dispatcher.toml)" in err
+
+
+@pytest.mark.parametrize("manager_table", ["", '[manager]\nrun_dir = "{run}"\n'])
+def test_a_syntax_error_in_the_configuration_stops_no_command_that_needs_none(nowhere, run, manager_table):
+    path, sockets = nowhere / "x.toml", nowhere / "run/dispatcher" if not manager_table else nowhere / "own"
+    sockets.mkdir(parents=True)
+    path.write_text(manager_table.format(run=sockets) + "[proxy\n")
+    with FakeManager(sockets / "manager.sock") as manager:
+        manager.add("alice", "running")
+        for words in (["list"], ["stop", "alice"], ["why", "alice"]):
+            code, _, err = run("--config", str(path), *words)
+            assert code == 0, err
+            assert err.startswith(f"dispatcher: {path} is not TOML: ")
+            assert err.count("\n") == 1
+        code, _, err = run("--config", str(path), "--manager", manager.url, "list")
+        assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["strat", "x"], "start"), (["LIST"], "list"), (["prov"], "providers"), (["frobnicate"], "")],
+)
+def test_a_misspelt_command_is_answered_with_the_nearest(run, words, meant):
+    code, _, err = run(*words)
+    assert code == 2
+    assert (f"did you mean '{meant}'?" in err) if meant else "did you mean" not in err
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_installed_service_is_named_where_there_is_one(run, short_tmp, monkeypatch, installed):
+    monkeypatch.setattr("dispatcher.client.trust.UNIT_DIRECTORIES", [short_tmp])
+    if installed:
+        (short_tmp / "dispatcher-manager.service").touch()
+    err = run("--manager", f"unix://{short_tmp}/none.sock", "list")[2]
+    assert ("start it with `systemctl start dispatcher-manager`" in err) is installed
+    assert ("start it with `dispatcher serve`" in err) is not installed
+
+
+def test_who_may_not_connect_is_told_which_group_may(short_tmp, monkeypatch):
+    path = short_tmp / "m.sock"
+    path.touch()
+    group = grp.getgrgid(path.stat().st_gid).gr_name
+    told = trust.how_to_be_allowed(str(path))
+    assert ("become root:" in told) if group == "root" else f"usermod -aG {group}" in told
+    monkeypatch.setattr(grp, "getgrgid", lambda _: SimpleNamespace(gr_name="dispatcher-admin"))
+    assert "a member of the group dispatcher-admin (usermod -aG dispatcher-admin USER)" in trust.how_to_be_allowed(
+        str(path)
+    )
+    assert "manager.admin_group" in trust.how_to_be_allowed(f"{path}/none")
+
+
+def test_a_manager_that_was_started_at_the_same_moment_is_waited_for(run, short_tmp, monkeypatch):
+    monkeypatch.setattr("dispatcher.cli.context.PATIENCE", 0.5)
+    command = [sys.executable, "-c", "import time; time.sleep(20)", "dispatcher", "serve"]
+    with subprocess.Popen(command) as process:
+        try:
+            began = time.monotonic()
+            code, _, err = run("--manager", f"unix://{short_tmp}/none.sock", "list")
+            assert (code, time.monotonic() - began > 0.5) == (5, True)
+            assert "it is still starting (try again" in err
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_purge_asks_on_a_terminal_and_shows_what_would_go(forked_manager):
     forked_manager.keep("alice")
     code, out = on_a_terminal(["purge", "alice"], where, [b"n\n"])
     assert code == 1
-    assert out.endswith("dispatcher: no data was deleted\n")
+    assert out.endswith("dispatcher: nothing was purged\n")
+    code, out = on_a_terminal(["purge", "alice"], where, [b"\x04"])
+    assert (code, out.endswith("dispatcher: nothing was purged\n")) == (1, True), "the end of the input is a no"
     assert "3.0 MiB in subprocess" in out
     assert "Delete this data of alice?" in out
     assert "alice" in forked_manager.copies

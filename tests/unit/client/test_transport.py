@@ -31,7 +31,10 @@ class Server:
 
     def _serve(self):
         for number, answers in enumerate(self._script):
-            sock, _ = self._listener.accept()
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # the test is over
+                return
             with sock:
                 for answer in answers:
                     head = b""
@@ -45,8 +48,10 @@ class Server:
             self.closed[number].set()
 
     def close(self):
-        self._listener.close()
+        self._listener.shutdown(socket.SHUT_RDWR)  # closing does not end an `accept`
         self._thread.join(10)
+        assert not self._thread.is_alive()
+        self._listener.close()
 
 
 @pytest.fixture

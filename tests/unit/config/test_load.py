@@ -419,7 +419,7 @@ def test_a_table_of_no_plugin_is_a_fault(plugins):
 
 def test_a_provider_that_is_not_installed_is_a_fault(plugins):
     found = parse({"apps": {"a": {"provider": "dokcer"}}})
-    with pytest.raises(ConfigError, match="There is no plugin 'dokcer'"):
+    with pytest.raises(ConfigError, match="apps.a.provider: there is no plugin 'dokcer'"):
         found.validate_providers(plugins)
     with pytest.raises(PluginError):
         found.template("a", plugins)

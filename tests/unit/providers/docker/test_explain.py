@@ -115,11 +115,11 @@ def test_limits_that_cannot_be_kept_are_refused(context, limits, key):
 )
 def test_each_loosening_is_explained(context, options, words):
     made = app(on=Network.PRIVATE, **options)
-    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
+    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir)))
     assert [one for one in found if words in one.what and one.level is Level.WARNING and one.fix]
 
 
 def test_a_safe_app_has_no_warning(context):
     made = app(limits=Limits(memory=1 << 28, pids=100))
-    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
+    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir)))
     assert {one.level for one in found} == {Level.INFO}

@@ -1,6 +1,7 @@
 """Findings and capabilities."""
 
 import platform
+import socket
 
 from dispatcher_subprocess import cgroups, seccomp
 from dispatcher_subprocess.explain import capabilities, findings
@@ -42,6 +43,23 @@ def test_what_is_not_isolated_is_said_in_words(monkeypatch):
     assert any("no filter for this processor" in one for one in warnings(walls))
     seccomp.program.cache_clear()
     assert all(one.what and not one.what.endswith(".") for one in findings(open_, None))
+
+
+def test_what_an_app_sees_of_the_host_by_its_options_is_said(tmp_path):
+    walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
+    path = tmp_path / "docker.sock"
+    with socket.socket(socket.AF_UNIX) as service:
+        service.bind(str(path))
+        options = AppOptions(
+            command=["x", "{socket}"], read_only=["/root"], writable=["/", str(path)], devices=["/dev/null"]
+        )
+        said = warnings(walls, App(name="notes", provider="subprocess", options=options))
+    assert [one.split(" of the host")[0].split(": ")[0] for one in said] == [
+        "It reads /root",
+        "It changes /",
+        f"It sends commands to the host's service at {path}",
+        "It uses /dev/null",
+    ]
 
 
 def test_capabilities_follow_the_host(tmp_path):

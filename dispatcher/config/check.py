@@ -1,0 +1,132 @@
+"""Checks of a configuration on this host: plugins, apps that could never start, certificates, the access log."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from dispatcher.common.contained import contained
+from dispatcher.common.tls import server_context
+from dispatcher.config.host_users import proxy_uid
+from dispatcher.config.layout import Paths
+from dispatcher.config.load import Config, caught
+from dispatcher.config.plugins import Plugins
+from dispatcher.plugin.errors import ConfigError, DispatcherError
+from dispatcher.plugin.model import App
+from dispatcher.plugin.provider import Provider, ProviderContext
+
+PLACEHOLDERS = ("socket", "port", "data")  # in commands and environments, see `dispatcher.plugin.provider`
+_SILENT = logging.getLogger(f"{__name__}.silent")
+_SILENT.disabled = True
+
+
+def faults(config: Config, plugins: Plugins) -> Iterator[str]:
+    """Yield every fault of a configuration whose own values are valid, each with its key."""
+    yield from caught("manager.run_dir", Paths.of, config)
+    yield from tls_faults(config)
+    yield from access_log_faults(config)
+    yield from config.plugin_problems(plugins)
+    yield from app_faults(config, plugins, config.apps)
+
+
+def app_faults(config: Config, plugins: Plugins, apps: Iterable[str]) -> Iterator[str]:
+    """Yield why no agent of these apps could start; what `Config.plugin_problems` yields is left out."""
+    made: dict[str, Provider] = {}
+    with contextlib.ExitStack() as stack:
+        for name in apps:
+            try:
+                app = config.template(name, plugins)
+                if app.provider not in made:
+                    made[app.provider] = stack.enter_context(_provider(app.provider, config, plugins))
+            except ConfigError:
+                continue
+            except DispatcherError as error:
+                yield f"apps.{name}.provider: {error}"
+            else:
+                yield from faults_of(app, made[app.provider].faults)
+
+
+def faults_of(app: App, provider_faults: Callable[[App], Iterable[str]]) -> Iterator[str]:
+    """Yield why no agent of an app could start, by its texts and by `Provider.faults`."""
+    yield from _misspelt_placeholders(app)
+    try:
+        with contained(f"provider {app.provider}", "faults", log=None):
+            found = list(provider_faults(app))
+    except DispatcherError as error:
+        found = [f"apps.{app.name}.provider: {error}"]
+    yield from found
+
+
+@contextlib.contextmanager
+def _provider(name: str, config: Config, plugins: Plugins) -> Iterator[Provider]:
+    """Yield a provider as the manager would make it, for questions that need no backend."""
+    paths = Paths(config.manager.run_dir.absolute(), config.manager.state_dir.absolute())
+    context = ProviderContext(
+        installation=secrets.token_hex(4),
+        state_dir=paths.provider_state(name),
+        run_dir=paths.provider_run(name),
+        proxy_gid=os.getegid(),
+        privileged=os.geteuid() == 0,
+        log=_SILENT,
+    )
+    options = config.provider_options(name, plugins)
+    with contained(f"provider {name}", "__init__", log=None):
+        provider = plugins.provider(name)(context=context, options=options)
+    try:
+        yield provider
+    finally:
+        with contextlib.suppress(DispatcherError), contained(f"provider {name}", "close", log=None):
+            provider.close()
+
+
+def _misspelt_placeholders(app: App) -> Iterator[str]:
+    """Yield the words in braces that are nearly a placeholder; other braces may be the program's own."""
+    table = f"apps.{app.name}"
+    texts = {f"{table}.environment.{name}": text for name, text in app.environment.items()}
+    for key in ("command", "entrypoint"):
+        texts[f"{table}.{app.provider}.{key}"] = " ".join(getattr(app.options, key, None) or ())
+    for path, text in texts.items():
+        for word in re.findall(r"\{(\w+)\}", text):
+            near = difflib.get_close_matches(word.lower(), PLACEHOLDERS, 1, 0.7)
+            if near and word not in PLACEHOLDERS:
+                yield f"{path}: found '{{{word}}}', did you mean '{{{near[0]}}}'?"
+
+
+def tls_faults(config: Config) -> Iterator[str]:
+    """Yield why the certificates of the listeners cannot be used, as far as this user may read them."""
+    for table, own, client_ca in (
+        ("proxy", config.proxy, None),
+        ("manager", config.manager, config.manager.client_ca),
+    ):
+        if own.tls_cert is None or own.tls_key is None:
+            continue
+        try:
+            server_context(own.tls_cert, own.tls_key, table, client_ca=client_ca)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                yield str(error)
+
+
+def access_log_faults(config: Config) -> Iterator[str]:
+    """Yield why the proxy could not write or rotate its access log."""
+    if config.proxy.access_log in {"", "-"}:
+        return
+    path = Path(config.proxy.access_log).absolute()
+    if path.is_dir():
+        yield f"proxy.access_log: {path} is a directory, expected the path of a file"
+    elif not path.parent.is_dir():
+        yield f"proxy.access_log: there is no directory {path.parent}, create it for the user {config.proxy.user}"
+    else:
+        found, uid = path.parent.stat(), proxy_uid(config)
+        if uid and found.st_uid != uid and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            yield (
+                f"proxy.access_log: {path.parent} belongs to another user than the proxy, which cannot rotate the "
+                f"log there (run `chown {uid} {path.parent}`, or choose another directory)"
+            )
