@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from dispatcher import __version__
-from dispatcher.cli.context import Cli
+from dispatcher.cli.context import Cli, did_you_mean
 from dispatcher.cli.lazy import Lazy, LazyGroup
 from dispatcher.cli.ui.output import Output, clean
 from dispatcher.plugin.errors import BadRequest, DispatcherError
@@ -209,6 +209,10 @@ def _open_standard_streams() -> None:
 def _usage(error: click.UsageError) -> int:
     command = error.ctx.command_path if error.ctx else "dispatcher"
     message = error.format_message().rstrip(".")
+    if isinstance(error, click.NoSuchOption) and error.ctx:
+        parameters = [*error.ctx.command.params, *program.params]
+        known = [name for parameter in parameters for name in parameter.opts if name.startswith("--")]
+        message = f"No such option {error.option_name!r}{did_you_mean(error.option_name, known)}"
     return _fail(f"{message} (see `{command} --help`)", BadRequest.exit_code)
 
 

@@ -121,12 +121,6 @@ class Config(Table):
         if found := list(self.plugin_problems(plugins)):
             raise wrong(found, self._file)
 
-    def faults(self, plugins: Plugins) -> Iterator[str]:
-        """Yield every fault on this host, see `dispatcher.config.check`."""
-        from dispatcher.config.check import faults
-
-        yield from faults(self, plugins)
-
     def plugin_problems(self, plugins: Plugins) -> Iterator[str]:
         """Load every configured plugin and yield the errors in their tables."""
         for name in self.plugins:

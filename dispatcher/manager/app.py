@@ -13,9 +13,11 @@ from pathlib import Path
 from dispatcher import __version__
 from dispatcher.common import log
 from dispatcher.common.contained import contained
+from dispatcher.config.check import tls_faults
 from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
+from dispatcher.config.messages import wrong
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.agents.observers import EventLog
@@ -98,6 +100,7 @@ class Manager:
             self.close()
             raise
         _log.info("the manager is ready", seconds=round(boottime() - began, 3), version=__version__)
+        self._report_faults()
 
     def close(self) -> None:
         """Stop listening, then stop all threads, in reverse order of the start; agents continue to run."""
@@ -265,6 +268,15 @@ class Manager:
         """The addresses served with TLS, as ``HOST:PORT``."""
         return [_shown(server.socket) for server in self._servers if server.context]
 
+    def _report_faults(self) -> None:
+        """Log which apps could never start, without a delay for the caller."""
+
+        def report() -> None:
+            for app, reasons in self.supervisor.queries.app_faults().items():
+                _log.warning("no agent of this app can start", app=app, why="; ".join(reasons))
+
+        threading.Thread(target=report, name="app-faults", daemon=True).start()
+
     # --- reload
 
     def reload(self) -> list[str]:
@@ -281,6 +293,8 @@ class Manager:
         fingerprint = ""
         if old.manager.listen:
             context, fingerprint = tls.server_context(new.manager, self.paths.secrets_dir)
+        if unusable := list(tls_faults(new)):
+            raise wrong(unusable, self._config_path)
         tokens = Tokens(new.manager.token_file)
         changed = self.supervisor.apply_config(new)
         self.config = self.services.config = new
@@ -304,6 +318,7 @@ class Manager:
         if old.plugins != new.plugins or old.auth.model_extra != new.auth.model_extra:
             changed.append("plugins and the tables below auth take effect after a restart.")
         _log.info("read the configuration again", changed=changed)
+        self._report_faults()
         return changed
 
 

@@ -81,7 +81,10 @@ class Daemon:
         accounts = host_accounts(self._config)
         self._tls = _tls_context(self._config)
         self._listen(proxy)
-        self._access_log = _open_access_log(proxy.access_log)
+        try:
+            self._access_log = _open_access_log(proxy.access_log)
+        except Unavailable as error:  # not a reason to serve nobody
+            _log.error("the access log cannot be opened, requests are not logged", error=str(error))
         if os.geteuid() == 0 and self._access_log not in {None, 1}:
             os.fchown(self._access_log, accounts.proxy_uid, accounts.proxy_gid)
         directory = self._paths.proxy_dir

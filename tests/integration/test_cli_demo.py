@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.manager.rest.tls import make_certificate
 from tests.support import ordinary
 from tests.conftest import ROOT
 from tests.support.installation import until
@@ -393,6 +394,16 @@ def test_the_proxy_of_serve_has_no_secret_of_an_app(start, config):
     assert b"for-both" in seen["proxy"] and b"for-agents-alone" not in seen["proxy"]
 
 
+def test_serve_logs_which_apps_can_never_start(start, config):
+    with config.open("a") as file:
+        file.write('[apps.gone.subprocess]\ncommand = ["/no/such/program", "{socket}"]\n')
+    run = start([*PROGRAM, "--config", str(config), "serve"])
+    run.line(r".*WARNING no agent of this app can start app=gone .*there is no program '/no/such/program'.*")
+    done = cli(config, "providers", "check", "subprocess", "--app", "gone")
+    assert done.returncode == 1
+    assert "apps.gone.subprocess.command: there is no program '/no/such/program'" in done.stdout
+
+
 def test_serve_says_so_when_a_half_dies_and_starts_it_again(start, config):
     run = start([*PROGRAM, "--config", str(config), "serve"])
     url = run.line(r"Open (.*)")[1]
@@ -469,6 +480,16 @@ def test_reload_reaches_both(start, config):
     assert wrong.returncode == 2
     config.write_text(good)
     assert "nonsense" in wrong.stderr
+    for name in ("one", "two"):
+        make_certificate(config.parent / f"{name}.pem", config.parent / f"{name}.key", ["localhost"])
+    pair = f'[proxy]\ntls_cert = "{config.parent}/one.pem"\ntls_key = "{config.parent}/two.key"'
+    config.write_text(good.replace("[proxy]", pair))
+    for command in (["reload"], ["config", "check"]):
+        unusable = cli(config, *command)
+        assert unusable.returncode == 2
+        assert "proxy.tls_cert and proxy.tls_key cannot be used" in unusable.stderr
+    assert "proxy.tls_cert and proxy.tls_key cannot be used" in cli(config, "doctor").stdout
+    config.write_text(good)
     assert ask(url, Cookie=cookie)[0] in {200, 503}
     time.sleep(0.2)
     assert run.process.poll() is None

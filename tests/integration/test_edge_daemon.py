@@ -234,13 +234,23 @@ def test_two_proxies_on_one_address():
 @pytest.mark.parametrize("proxy,words", [
     ({"listen": ["nonsense"]}, "proxy.listen"), ({"listen": ["::1:80"]}, "proxy.listen"), ({"listen": ["systemd"]}, "systemd passes no socket"),
     ({"lisen": ["127.0.0.1:1"]}, "did you mean 'listen'?"), ({"tls_cert": "/nowhere", "tls_key": "/nowhere"}, "proxy.tls_cert"),
-    ({"trusted_proxies": ["x"]}, "trusted_proxies"), ({"access_log": "/nowhere/log"}, "access log"), ({"listen": ["unix:relative"]}, "unix:/PATH"),
+    ({"trusted_proxies": ["x"]}, "trusted_proxies"), ({"listen": ["unix:relative"]}, "unix:/PATH"),
 ])  # fmt: skip
 def test_bad_configuration_is_one_clear_error(proxy, words):
     with Daemon(start=False, **proxy) as daemon:
         daemon.start(wait=False)
         assert daemon.process.wait(20) in {1, 2}
         assert words in daemon.text() and "Traceback" not in daemon.text()
+
+
+def test_an_access_log_that_cannot_be_opened_keeps_nobody_out():
+    with Daemon(access_log="/nowhere/log") as daemon:
+        with socket.create_connection(("127.0.0.1", daemon.port), 5) as sock:
+            assert get(sock) == 200
+        assert (
+            "requests are not logged" in daemon.text()
+            and "Cannot open the access log /nowhere/log" in daemon.text()
+        )
 
 
 # Listeners.

@@ -62,7 +62,7 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
     """
     if app is not None and name is None:
         raise click.UsageError("--app needs the NAME of its provider")
-    client = cli.client()
+    client, answers = cli.client(), None
     try:
         chosen = [name] if name else [provider["name"] for provider in client.providers()["providers"]]
         answers = {provider: client.check_provider(provider, app)["findings"] for provider in chosen}
@@ -70,6 +70,7 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
         if not cli.url.startswith("unix:"):
             raise
         cli.out.note(f"{error.what}: {error.why}; checking without it")
+    if answers is None:  # not while that error is handled: it would count as the cause of the next one
         answers = _checked_here(cli, name, app)
     bad = any(finding["level"] == "error" for findings in answers.values() for finding in findings)
     if cli.out.json:

@@ -208,6 +208,7 @@ class Commands:
     def restart(self, name: str) -> None:
         """Stop an agent, and start it with the present configuration."""
         agent = self._registry.find(name)
+        self._registry.specs.spec_to_start(agent.row, None)  # what cannot start again must not be stopped
 
         def decide(row: AgentRow) -> Change:
             _check_not_removed(row)

@@ -72,18 +72,16 @@ def explain(
     return found
 
 
-def unlimited(app: App, isolation: Isolation, capabilities: frozenset[Capability]) -> Iterator[Finding]:
-    """Say which resources of the host one agent of an app can use up."""
-    bounds = [("disk", app.limits.disk, "the disk", Capability.DISK_LIMIT)]
+def unlimited(apps: Sequence[App], isolation: Isolation, capabilities: frozenset[Capability]) -> Iterator[Finding]:
+    """Say which resources of the host one agent of these apps can use up."""
+    bounds = {"disk": ("the disk", Capability.DISK_LIMIT)}
     if isolation < Isolation.VM:  # a machine has a memory and processes of its own
-        bounds += [
-            ("memory", app.limits.memory, "the memory", Capability.MEMORY_LIMIT),
-            ("pids", app.limits.pids, "the processes", Capability.PIDS_LIMIT),
-        ]
-    for key, bound, what, capability in bounds:
-        if bound is None:
+        bounds["memory"] = ("the memory", Capability.MEMORY_LIMIT)
+        bounds["pids"] = ("the processes", Capability.PIDS_LIMIT)
+    for key, (what, capability) in bounds.items():
+        if names := [app.name for app in apps if getattr(app.limits, key) is None]:
             yield Finding.warning(
-                f"{app.name}: `{key}` is unlimited: one agent can use up {what} of the host",
+                f"{', '.join(names)}: `{key}` is unlimited: one agent can use up {what} of the host",
                 f"set `{key}`" if capability in capabilities else "use another provider, or a quota of the system",
             )
 

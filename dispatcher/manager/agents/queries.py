@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
+from dispatcher.config.check import faults_of
+from dispatcher.config.messages import did_you_mean
 from dispatcher.manager.agents.agent import Agent, AgentView, iso
 from dispatcher.manager.agents.explain import explain, unlimited
 from dispatcher.manager.agents.lifecycle import ALIVE
@@ -158,6 +161,20 @@ class Queries:
 
     # --- providers
 
+    def app_faults(self) -> dict[str, list[str]]:
+        """Return, for each app of which no agent could start, why not; apps of unusable providers are left out."""
+        registry, found = self._registry, {}
+        for name, app in registry.specs.config.apps.items():
+            backend = registry.backends.get(app.provider)
+
+            def faults(name: str = name, backend: Backend = backend) -> list[str]:
+                return list(faults_of(registry.specs.app(name), backend.provider.faults))
+
+            with contextlib.suppress(DispatcherError):
+                if reasons := backend.call(faults, CHECK):
+                    found[name] = reasons
+        return found
+
     def providers(self) -> list[dict[str, Any]]:
         """Return ``[{"name", "isolation", "capabilities", "distribution", "usable", "error"}]``; never blocks."""
         found = []
@@ -182,17 +199,22 @@ class Queries:
         """
         registry = self._registry
         if name not in {backend.name for backend in registry.backends}:
-            raise NotFound(f"There is no provider {printable(name)} in use", fix="see `dispatcher providers list`")
+            known = [backend.name for backend in registry.backends]
+            fix = did_you_mean(name, known, "see `dispatcher providers list`")
+            raise NotFound(f"There is no provider {printable(name)} in use", fix=fix)
         if app is not None and app not in registry.specs.config.apps:
-            raise NotFound(f"There is no app {printable(app)}", fix="see the configuration")
+            fix = did_you_mean(app, registry.specs.config.apps, "see the configuration")
+            raise NotFound(f"There is no app {printable(app)}", fix=fix)
         backend = registry.backends.get(name)
         found: list[Finding] = []
 
         def check() -> None:
             provider = backend.provider
             found.extend(provider.explain(registry.specs.app(app) if app else None))
-            for each in [app] if app else registry.specs.apps_of(name):
-                found.extend(unlimited(registry.specs.app(each), provider.isolation, backend.capabilities))
+            apps = [registry.specs.app(each) for each in ([app] if app else registry.specs.apps_of(name))]
+            for each in apps:
+                found.extend(map(Finding.error, faults_of(each, provider.faults)))
+            found.extend(unlimited(apps, provider.isolation, backend.capabilities))
             if provider.isolation < Isolation.VM:  # a virtual machine has no directory of the host
                 found.append(self._sockets.finding())
             provider.check(deadline=Deadline(CHECK))

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dispatcher.common import humanize
 from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.lifecycle import ALIVE, CLEARED, DEAD, Change, EventKind, observed
 from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, Kind, Pending
@@ -28,6 +29,7 @@ MAX_BACKOFF = 60.0  # seconds
 UNAVAILABLE_RETRY = 5.0  # seconds before an operation is retried whose backend did not answer
 MAX_RETRY = 300.0  # seconds between attempts to stop or remove
 LOG_LINES = 20
+_NO_MEMORY = ("out of memory", "MemoryError", "Cannot allocate memory", "std::bad_alloc")
 
 _FAILED = {
     Kind.START: "could not be started",
@@ -79,17 +81,27 @@ def _after_death(
     attempts, retry_at = after_death(row.attempts, now, policy.max_restarts)
     if retry_at == now:
         return {"attempts": attempts, **CLEARED}
-    failure = Failure(what="The app exited unexpectedly", why=reason, log=tuple(log), time=now)
+    what = "The app exited unexpectedly"
+    failure = Failure(what=what, why=reason, log=tuple(log), time=now, fix=_more_memory(reason, log, policy))
     if retry_at is None:
         failure = dataclasses.replace(
             failure,
             what=f"The app exited unexpectedly {len(attempts) + 1} times within ten minutes"
             if attempts
             else failure.what,
-            fix="read its last lines, then start it again",
+            fix=failure.fix or "read its last lines, then start it again",
         )
         events.append((EventKind.FAILED, f"{failure.what}: {reason}"))
     return {"attempts": attempts, "failure": failure, "retry_at": retry_at}
+
+
+def _more_memory(reason: str, log: Sequence[str], policy: AppDefaults) -> str:
+    """Return what to do about an end for want of memory, which an app often reports itself; "" for another end."""
+    limit = policy.limits().memory
+    if limit is None or not any(words in text for words in _NO_MEMORY for text in (reason, *log)):
+        return ""
+    default = "" if policy.memory is not None else ", by default"
+    return f"raise `memory` of the app (it is {humanize.size(limit)}{default}), or use less at once"
 
 
 def is_final(error: DispatcherError) -> bool:
@@ -121,7 +133,7 @@ def failed(
     failure = Failure(
         what=error.what,
         why=error.why,
-        fix=error.fix,
+        fix=_more_memory(error.why, lines, policy) or error.fix,
         log=tuple(str(line) for line in lines)[-LOG_LINES:],
         time=now,
         final=is_final(error),

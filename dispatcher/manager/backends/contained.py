@@ -81,6 +81,11 @@ class ContainedProvider:
         with self._call("explain", Deadline(USUAL_TIME)):
             return [self._checked("explain", item, Finding) for item in self.wrapped.explain(app)]
 
+    def faults(self, app: App) -> list[str]:
+        """`Provider.faults`"""
+        with self._call("faults", Deadline(USUAL_TIME)):
+            return [self._checked("faults", item, str) for item in self.wrapped.faults(app)]
+
     def handle(self, spec: AgentSpec) -> Handle:
         """`Provider.handle`"""
         with self._call("handle", Deadline(5)):

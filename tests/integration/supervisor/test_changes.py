@@ -2,7 +2,7 @@
 
 import pytest
 
-from dispatcher.plugin.errors import BadRequest
+from dispatcher.plugin.errors import BadRequest, ConfigError
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.storage.rows import Desired
@@ -140,6 +140,9 @@ def test_an_app_that_goes_can_be_stopped_and_removed_but_not_started(world, supe
     assert any("demo was removed" in sentence for sentence in changed)
     assert supervisor.queries.view("alice").state is State.RUNNING
     assert any("no longer configured" in sentence for sentence in supervisor.queries.why("alice"))
+    with pytest.raises(ConfigError, match="There is no app 'demo'"):
+        supervisor.commands.restart("alice")
+    assert supervisor.queries.view("alice").state is State.RUNNING, "what cannot start again is not stopped"
     supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
     supervisor.commands.set_desired("alice", Desired.RUNNING)

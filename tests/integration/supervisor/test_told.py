@@ -129,6 +129,10 @@ def test_providers_check_says_what_is_unlimited(world):
         "demo: `memory` is unlimited: one agent can use up the memory of the host",
     ]
     assert told(None) == told("demo")
+    world.data["apps"]["second"] = world.data["apps"]["demo"]
+    supervisor.apply_config(world.config())
+    assert told(None) == [each.replace("demo:", "demo, second:") for each in told("demo")], "said once"
+    del world.data["apps"]["second"]
     world.app(memory="1G", pids=False, disk="1G")
     supervisor.apply_config(world.config())
     assert told(None) == ["demo: `pids` is unlimited: one agent can use up the processes of the host"]

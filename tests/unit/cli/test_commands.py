@@ -397,6 +397,11 @@ def test_providers_are_checked_without_a_manager_too(run, short_tmp, monkeypatch
     assert code == int(any(finding["level"] == "error" for finding in found))
     assert found[0]["what"]
     assert run(*words, "docker", "--app", "demoo")[0] == 2
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{short_tmp}/docker.sock")
+    code, out, _ = run(*words, "docker")
+    assert code == 1
+    assert f"The Docker engine cannot be reached: unix://{short_tmp}/docker.sock: No such file or directory" in out
+    assert "-> start it (systemctl start docker)" in out
 
 
 @pytest.mark.parametrize("command", ["info", "start", "why", "logs", "remove", "purge"])

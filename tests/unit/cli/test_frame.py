@@ -300,6 +300,16 @@ def test_a_misspelt_command_is_answered_with_the_nearest(run, words, meant):
     assert (f"did you mean '{meant}'?" in err) if meant else "did you mean" not in err
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [(["list", "--jsn"], "--json"), (["logs", "x", "--tial", "3"], "--tail"), (["list", "--zzz"], "")],
+)
+def test_a_misspelt_option_is_answered_with_the_nearest(run, words, meant):
+    code, _, err = run(*words)
+    assert code == 2
+    assert (f"did you mean '{meant}'? (see" in err) if meant else "No such option '--zzz' (see" in err
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_the_installed_service_is_named_where_there_is_one(run, short_tmp, monkeypatch, installed):
     monkeypatch.setattr("dispatcher.client.trust.UNIT_DIRECTORIES", [short_tmp])

@@ -100,6 +100,23 @@ def test_a_second_death_waits_and_says_why():
     assert change.fields["failure"].log == ("last words",)
 
 
+@pytest.mark.parametrize(
+    ("reason", "log", "memory", "fix"),
+    [
+        ("out of memory", [], "512M", "raise `memory` of the app (it is 512.0 MiB), or"),
+        ("exit code 1", ["Traceback", "numpy._ArrayMemoryError: Unable"], "1G", "raise `memory` of the app (it is 1.0 GiB), or"),
+        ("exit code 1", ["MemoryError"], None, "iB, by default), or"),
+        ("exit code 1", ["MemoryError"], False, ""),
+        ("exit code 1", ["ValueError"], "1G", ""),
+    ],
+)  # fmt: skip
+def test_an_end_for_want_of_memory_names_the_limit(reason, log, memory, fix):
+    row = dataclasses.replace(RUNNING, attempts=(NOW - 10,))
+    found = notice(row, seen(B.STOPPED, exit_reason=reason), log=log, policy=AppDefaults(memory=memory))
+    told = found.fields["failure"].fix
+    assert fix in told if fix else told == ""
+
+
 def test_one_death_too_many_is_the_end():
     row = dataclasses.replace(RUNNING, attempts=(NOW - 10, NOW - 5))
     change = notice(row, seen(B.ABSENT), policy=AppDefaults(max_restarts=2))

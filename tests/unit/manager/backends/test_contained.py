@@ -11,6 +11,7 @@ import pytest
 from pydantic import BaseModel, field_validator, model_serializer
 
 from dispatcher.common.contained import contained
+from dispatcher.config.check import app_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.specs import Specs
@@ -244,8 +245,8 @@ def test_the_options_of_an_app_raise_nothing_but_errors_of_the_tree(options, fau
 @EACH
 def test_a_check_of_the_configuration_names_a_provider_that_fails(fault):
     plugins = plugins_with(LocalOptions)
-    plugins.provider("faulty").faults = classmethod(lambda _cls, _app: raising(fault).faults())
-    found = list(parse({"apps": {"demo": {"provider": "faulty"}}}).faults(plugins))
+    plugins.provider("faulty").faults = lambda _self, _app: raising(fault).faults()
+    found = list(app_faults(parse({"apps": {"demo": {"provider": "faulty"}}}), plugins, ["demo"]))
     assert [text for text in found if "The provider faulty failed in faults" in text]
 
 
