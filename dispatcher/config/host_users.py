@@ -7,6 +7,7 @@ import grp
 import os
 import pwd
 from dataclasses import dataclass
+from pathlib import Path
 
 from dispatcher.config.load import Config
 
@@ -18,6 +19,7 @@ class HostAccounts:
     :ivar proxy_uid: user id of the proxy; :ivar proxy_gid: its group, which can connect to agents.
     :ivar admin_gid: group with access to manager.sock; None where it does not exist (then root only).
     :ivar agent_uids: first and last host user id for agents; None for an ordinary user (all are that user).
+    :ivar delegated: ranges of ids that accounts of this host may use in user namespaces (subuid(5), subgid(5)).
     :ivar made_up: the configured proxy user does not exist; the first id of `uid_range` replaces it.
     """
 
@@ -26,6 +28,7 @@ class HostAccounts:
     admin_gid: int | None
     agent_uids: tuple[int, int] | None
     made_up: bool
+    delegated: tuple[range, ...] = ()
 
 
 def host_accounts(config: Config) -> HostAccounts:
@@ -52,6 +55,7 @@ def host_accounts(config: Config) -> HostAccounts:
         admin_gid=_gid(config.manager.admin_group),
         agent_uids=(first + 1, last),
         made_up=made_up,
+        delegated=tuple(ids for _, ids in subordinate_ids()),
     )
 
 
@@ -61,6 +65,25 @@ def proxy_uid(config: Config) -> int:
         with contextlib.suppress(KeyError):
             return pwd.getpwnam(config.proxy.user).pw_uid
     return host_accounts(config).proxy_uid
+
+
+def subordinate_ids(directory: Path = Path("/etc")) -> list[tuple[str, range]]:
+    """Return the ids that accounts may use in user namespaces, with account and file: subuid(5), subgid(5).
+
+    Who holds such an id of an agent can act as the agent, with newuidmap(1).
+    """
+    found = []
+    for file in (directory / "subuid", directory / "subgid"):
+        try:
+            lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in lines:
+            name, *numbers = line.split(":")
+            if len(numbers) == 2 and all(number.isdecimal() for number in numbers):
+                start, count = map(int, numbers)
+                found.append((f"{name} in {file}", range(start, start + count)))
+    return found
 
 
 def _gid(name: str) -> int | None:

@@ -93,7 +93,9 @@ class ManagerConfig(Table):
         default="dispatcher-proxy", description="group with access to proxy.sock and to agents' sockets"
     )
     uid_range: UidRange = Field(
-        default=(200000, 265535), description="first and last host user id for agents, when started as root"
+        default=(1900000000, 1900065535),
+        description="first and last host user id for agents, when started as root; no id of an account, of "
+        "/etc/subuid or of /etc/subgid is given to an agent",
     )
     threads: Count = Field(default=48, ge=2, le=256, description="maximum threads of the REST API")
     provider_threads: Count = Field(default=32, ge=1, le=512, description="maximum threads of each provider")

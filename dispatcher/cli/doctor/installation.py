@@ -18,7 +18,7 @@ from dispatcher.cli.serve import listen_endpoint
 from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
 from dispatcher.config import default_paths
-from dispatcher.config.host_users import host_accounts
+from dispatcher.config.host_users import host_accounts, subordinate_ids
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
 from dispatcher.plugin.model import Finding
 
@@ -245,23 +245,12 @@ def accounts(config: Config) -> Iterator[Finding]:
         yield Finding.error(
             f"manager.uid_range contains the user ids of {', '.join(sorted(taken)[:5])}", "choose a free range"
         )
-    yield from _sub_ids(first, last)
-
-
-def _sub_ids(first: int, last: int) -> Iterator[Finding]:
-    try:
-        lines = Path("/etc/subuid").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        fields = line.split(":")
-        if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-            start, count = int(fields[1]), int(fields[2])
-            if start <= last and first < start + count:
-                yield Finding.warning(
-                    f"manager.uid_range overlaps the subordinate ids of {fields[0]} in /etc/subuid",
-                    "choose a free range",
-                )
+    for where, ids in subordinate_ids():
+        if ids.start <= last and first < ids.stop:
+            yield Finding.warning(
+                f"manager.uid_range overlaps the subordinate ids of {where}; agents get none of these",
+                "choose a free range: agents that have such an id already keep it until their removal",
+            )
 
 
 def edge_modules() -> Finding:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from functools import cached_property
 from typing import TypeVar
@@ -78,7 +79,9 @@ class Hasher:
 
 
 class HashPool:
-    """Runs password checks, with a bounded queue.
+    """Runs password checks, with a bounded queue that no single source can fill.
+
+    Of all places one address may take half, and one name or device an eighth.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
     :ivar present: checks that run or wait.
@@ -89,24 +92,27 @@ class HashPool:
         self._lock = threading.Lock()
         self._size = workers + queue
         self.present = 0
+        self._taken: Counter[str] = Counter()  # places, by source
 
-    def run(self, work: Callable[[], _T], deadline: Deadline) -> _T:
+    def run(self, work: Callable[[], _T], deadline: Deadline, sources: Collection[str] = ()) -> _T:
         """Return what `work` returns, run in the pool.
 
-        :raises TooManyRequests: the queue is full.
+        :param sources: what asks for it: ``address:...``, ``name:...``, ``device:...``.
+        :raises TooManyRequests: the queue is full, or one of the sources has taken its share.
         :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
         """
         with self._lock:
-            if self.present >= self._size:
+            if self.present >= self._size or any(self._taken[key] >= self._share(key) for key in sources):
                 raise TooManyRequests(
                     "Too many sign-ins at once",
-                    why=f"{self._size} passwords are being checked or wait",
+                    why=f"{self.present} passwords are being checked or wait",
                     fix="try again in a moment",
                     retry_after=2,
                 )
             future = self._executor.submit(work)
             self.present += 1
-        future.add_done_callback(self._left)
+            self._taken.update(sources)
+        future.add_done_callback(lambda _: self._left(sources))
         try:
             return future.result(deadline.remaining())
         except FutureTimeout as error:
@@ -123,6 +129,10 @@ class HashPool:
         """Finish running checks, drop waiting ones."""
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    def _left(self, _future: Future[_T]) -> None:
+    def _share(self, source: str) -> int:
+        return max(2, self._size // (2 if source.startswith("address:") else 8))
+
+    def _left(self, sources: Collection[str]) -> None:
         with self._lock:
             self.present -= 1
+            self._taken -= Counter(sources)  # drops what is zero

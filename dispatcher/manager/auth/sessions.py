@@ -279,7 +279,7 @@ class Sessions:
     def user_removed(self, user: str) -> None:
         """End the sessions of a removed user and forget the known browsers."""
         self.revoke_user(user)
-        self._write(partial(self._store.forget_user, user))
+        self._write(partial(self._store.forget_devices, user))
 
     def end_expired(self) -> float:
         """End expired sessions; return the seconds until the next check."""

@@ -117,7 +117,7 @@ class SignIn:
         deadline = Deadline(TIMEOUT)
         try:
             self._throttle.refuse(keys, self._clock.now())
-            identity = self._pool.run(lambda: self._attempt(keys, name, password, deadline), deadline)
+            identity = self._pool.run(lambda: self._attempt(keys, name, password, deadline), deadline, keys)
         except DispatcherError as error:
             self._metrics.login(
                 LoginOutcome.THROTTLED if isinstance(error, Throttled)
@@ -174,6 +174,7 @@ class SignIn:
                 self.authenticator.set_password(user, password, deadline=deadline)
 
         self._pool.run(change, deadline)
+        self._store.forget_devices(user)  # each known browser would have free attempts at the new password
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
 

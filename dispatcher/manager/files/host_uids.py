@@ -12,11 +12,12 @@ from dispatcher.plugin.errors import Conflict
 
 
 class HostUids:
-    """Allocates ids that no agent, no data and no account of the host has.  One thread at a time."""
+    """Allocates ids that no agent, no data and no account of the host has, nor may use.  One thread at a time."""
 
     def __init__(self, accounts: HostAccounts, store: Store, data: AgentData, installation: str) -> None:
         self._data = data
         self._range = accounts.agent_uids
+        self._delegated = accounts.delegated
         self._store = store
         self._installation = installation
         self._last = -1
@@ -47,13 +48,21 @@ class HostUids:
             self._owners = self._data.owners()
         for step in range(1, span + 1):
             uid = first + (self._last - first + step) % span
-            if uid not in self._owners and not self._store.is_taken(uid) and not _is_account(uid):
+            if self._free(uid):
                 self._last = uid
                 return uid
         raise Conflict(
             "No host user id is left for a new agent",
-            why=f"all of {first} to {last} are taken",
+            why=f"all of {first} to {last} are taken, or delegated to accounts in /etc/subuid or /etc/subgid",
             fix="widen manager.uid_range",
+        )
+
+    def _free(self, uid: int) -> bool:
+        return not (
+            uid in self._owners
+            or any(uid in ids for ids in self._delegated)
+            or self._store.is_taken(uid)
+            or _is_account(uid)
         )
 
 

@@ -141,7 +141,7 @@ class AuthStore:
         query = sa.select(_devices).where(_devices.c.sha256 == sha256, _devices.c.user == user)
         return any(now - row["last_used"] < DEVICE_LIFETIME for row in self._database.select(query))
 
-    def forget_user(self, user: str) -> None:
+    def forget_devices(self, user: str) -> None:
         """Forget a user's browsers."""
         self._database.execute(_devices.delete().where(_devices.c.user == user))
 

@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 
 from flask import Response, current_app, g, request
 
+from dispatcher.common.ip_limits import Tally
 from dispatcher.plugin.errors import DispatcherError, Forbidden, NotFound
 from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.portal import forms
@@ -47,6 +48,31 @@ class StaleForm(Forbidden):
     code = "stale-form"
 
 
+class LoginSlots:
+    """The places of sign-ins in progress; one address takes at most half of them."""
+
+    def __init__(self, size: int) -> None:
+        self._lock = threading.Lock()
+        self._size = size
+        self._taken = 0
+        self._by_address = Tally()
+
+    def take(self, address: str) -> bool:
+        """Take a place, if there is one; then it must be given back."""
+        with self._lock:
+            if self._taken >= self._size or self._by_address.of(address) >= self._size // 2:
+                return False
+            self._taken += 1
+            self._by_address.add(address)
+            return True
+
+    def give_back(self, address: str) -> None:
+        """Free a place."""
+        with self._lock:
+            self._taken -= 1
+            self._by_address.drop(address)
+
+
 @dataclass(frozen=True, slots=True)
 class Portal:
     """Settings of the application.
@@ -57,7 +83,7 @@ class Portal:
     config: Config
     client: ManagerClient
     login_client: ManagerClient
-    logins: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(LOGIN_SLOTS))
+    logins: LoginSlots = field(default_factory=lambda: LoginSlots(LOGIN_SLOTS))
 
     @property
     def cookies(self) -> cookies.Names:

@@ -80,18 +80,18 @@ def _login(user: str, password: str) -> dict[str, Any]:
 def _slot() -> Iterator[None]:
     """Reserve threads for other requests while many passwords are checked.
 
-    :raises TooManyRequests: all slots are taken, or the manager did not answer in time.
+    :raises TooManyRequests: all slots are taken, or those of the address, or the manager did not answer in time.
     """
-    slots = context.portal().logins
+    slots, address = context.portal().logins, context.address()
     busy = TooManyRequests("Too many sign-ins at once", fix="try again in a moment", retry_after=2)
-    if not slots.acquire(blocking=False):
+    if not slots.take(address):
         raise busy
     try:
         yield
     except DeadlineExceeded as error:  # it was waited for as long as makes sense
         raise busy from error
     finally:
-        slots.release()
+        slots.give_back(address)
 
 
 def _welcome(session: dict[str, Any], target: str) -> Response:

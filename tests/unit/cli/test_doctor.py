@@ -191,8 +191,8 @@ def test_certificates_that_are_none(tmp_path):
 
 
 def test_accounts(monkeypatch, tmp_path):
-    monkeypatch.setattr(installation, "Path", lambda _: tmp_path / "subuid")
-    (tmp_path / "subuid").write_text("carol:5500:65536\nbroken line\n")
+    found = [("carol in /etc/subuid", range(5500, 71036)), ("erin in /etc/subgid", range(100000, 165536))]
+    monkeypatch.setattr(installation, "subordinate_ids", lambda: found)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(pwd, "getpwall", lambda: [SimpleNamespace(pw_name="dave", pw_uid=5100)])
 
@@ -206,7 +206,7 @@ def test_accounts(monkeypatch, tmp_path):
         "the user dispatcher-proxy does not exist: the proxy gets the first id of manager.uid_range",
         "the group dispatcher-admin does not exist: only root may administer",
         "manager.uid_range contains the user ids of dave",
-        "manager.uid_range overlaps the subordinate ids of carol in /etc/subuid",
+        "manager.uid_range overlaps the subordinate ids of carol in /etc/subuid; agents get none of these",
     ]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert "not root" in only(installation.accounts(parse({}))).what

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.config.host_users import host_accounts
+from dispatcher.config.host_users import host_accounts, subordinate_ids
 
 
 @pytest.fixture
@@ -56,3 +56,19 @@ def test_root_without_one_makes_it_up_and_never_gives_that_id_to_an_agent(host):
     assert found.made_up
     assert found.proxy_uid == found.proxy_gid == 5000
     assert found.agent_uids == (5001, 5999)
+
+
+def test_ids_of_user_namespaces_are_read_from_both_files(tmp_path):
+    (tmp_path / "subuid").write_text("carol:165536:65536\nbroken line\n1000:9:x\n")
+    (tmp_path / "subgid").write_text("carol:231072:65536\n")
+    assert subordinate_ids(tmp_path) == [
+        (f"carol in {tmp_path}/subuid", range(165536, 231072)),
+        (f"carol in {tmp_path}/subgid", range(231072, 296608)),
+    ]
+    assert subordinate_ids(tmp_path / "none") == []
+
+
+def test_the_default_range_is_no_range_that_useradd_or_systemd_gives_away():
+    first, last = parse({}).manager.uid_range
+    assert first > 1879048191, "containers of systemd-nspawn; SUB_UID_MAX of login.defs is 600100000"
+    assert last < 2**31, "Docker's engine takes no larger id"

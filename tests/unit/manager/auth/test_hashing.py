@@ -113,6 +113,41 @@ def test_the_pool_runs_so_many_and_lets_so_many_wait():
     pool.close()
 
 
+def test_no_address_and_no_name_fills_the_queue():
+    pool, go = HashPool(2, 62), threading.Event()
+    refused, threads = [], []
+
+    def check(name, address):
+        try:
+            pool.run(lambda: go.wait(10), Deadline(20), [f"name:{name}", f"address:{address}"])
+        except TooManyRequests:
+            refused.append((name, address))
+
+    def start(name, address):
+        before = pool.present, len(refused)
+        threads.append(threading.Thread(target=check, args=(name, address)))
+        threads[-1].start()
+        while (pool.present, len(refused)) == before:
+            time.sleep(0.001)
+
+    for number in range(40):
+        start(f"guess{number}", "203.0.113.1")
+    assert len(refused) == 8, "an address has half"
+    for number in range(10):
+        start("mallory", f"198.51.100.{number}")
+    assert len(refused) == 10, "a name has an eighth"
+    start("alice", "192.0.2.1")
+    assert len(refused) == 10
+    go.set()
+    for thread in threads:
+        thread.join()
+    refused.clear()
+    start("guess", "203.0.113.1")
+    threads[-1].join()
+    assert (refused, pool.present) == ([], 0), "places are given back"
+    pool.close()
+
+
 def test_who_waits_too_long_is_told_and_frees_the_place_in_the_end():
     pool, go = HashPool(1, 1), threading.Event()
     with pytest.raises(DeadlineExceeded):

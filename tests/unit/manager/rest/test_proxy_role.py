@@ -133,6 +133,18 @@ def test_the_owner_gets_in_from_a_known_browser_while_others_guess(parts):
     assert answer.json["device"] == device
 
 
+def test_no_known_browser_has_free_guesses_at_a_new_password(parts):
+    devices = [parts.login().json["device"] for _ in range(8)]
+    parts.admin.put("/agents/alice/password", json={"password": "a new password"})
+    codes = [
+        parts.login(password="wrong password", address=f"198.51.{number}.{guess}", device=device).status_code
+        for number, device in enumerate(devices)
+        for guess in range(5)
+    ]
+    assert codes[:5] == [403] * 5
+    assert set(codes[5:]) == {429}
+
+
 def test_a_device_token_is_worth_nothing_for_another_name_and_is_slowed_itself(parts):
     device = parts.login("bob").json["device"]
     for _ in range(10):
@@ -156,7 +168,9 @@ def test_two_hundred_right_sign_ins_from_one_address_are_not_slowed(parts):
 
 def test_too_many_at_once_get_429_and_the_others_their_turn(tmp_path):
     parts = Parts(tmp_path, queue=3)
-    parts.add("alice")
+    users = [f"user{number}" for number in range(40)]
+    for user in users:
+        parts.add(user)
     go = threading.Event()
     real = parts.authenticator.authenticate
 
@@ -167,13 +181,12 @@ def test_too_many_at_once_get_429_and_the_others_their_turn(tmp_path):
     parts.authenticator.authenticate = slow
     codes = []
 
-    def ask():
-        answer = parts.proxy.application.test_client().post(
-            "/sessions", json={"user": "alice", "password": "correct horse", "address": "192.0.2.1"}
-        )
+    def ask(number):
+        body = {"user": users[number], "password": "correct horse", "address": f"192.0.2.{number}"}
+        answer = parts.proxy.application.test_client().post("/sessions", json=body)
         codes.append((answer.status_code, answer.headers.get("Retry-After")))
 
-    threads = [threading.Thread(target=ask) for _ in range(40)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(40)]
     for thread in threads:
         thread.start()
     while len(codes) < 35:
@@ -184,7 +197,7 @@ def test_too_many_at_once_get_429_and_the_others_their_turn(tmp_path):
         thread.join()
     assert sorted(code for code, _ in codes) == [201] * 5 + [429] * 35
     assert all(retry for code, retry in codes if code == 429)
-    assert parts.login().status_code == 201  # refused ones were not counted as wrong
+    assert {parts.login(user).status_code for user in users} == {201}, "refused ones were not counted as wrong"
     parts.close()
 
 

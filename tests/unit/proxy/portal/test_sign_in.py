@@ -140,7 +140,7 @@ class TestSignIn:
 
     def test_many_at_once_are_told_to_wait_and_others_are_served(self, portal, monkeypatch) -> None:
         app, manager = portal
-        app.extensions[context.EXTENSION].logins._value = 1  # noqa: SLF001
+        app.extensions[context.EXTENSION].logins._size = 2  # noqa: SLF001 - one for each address
         entered, leave = threading.Event(), threading.Event()
         real = manager.login
 
