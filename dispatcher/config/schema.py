@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from dispatcher.config import default_paths
 from dispatcher.plugin.model import Limits, Network
@@ -58,6 +58,16 @@ def secret_source(value: str) -> str:
     return value
 
 
+def unprivileged(user: str) -> str:
+    """Return the name of the proxy's user, which must not be root.
+
+    :raises ValueError: it is root, by name or number.
+    """
+    if user in {"root", "0"}:
+        raise ValueError("a user without privileges; the proxy faces the web")
+    return user
+
+
 Secrets = dict[Variable, Annotated[str, AfterValidator(secret_source)]]
 
 
@@ -92,6 +102,14 @@ class ManagerConfig(Table):
     proxy_group: str = Field(
         default="dispatcher-proxy", description="group with access to proxy.sock and to agents' sockets"
     )
+
+    @field_validator("proxy_group")
+    @classmethod
+    def _not_administrators(cls, value: str, info: ValidationInfo) -> str:
+        if value == info.data.get("admin_group"):
+            raise ValueError("another group than admin_group; the proxy may not administer")
+        return value
+
     uid_range: UidRange = Field(
         default=(1900000000, 1900065535),
         description="first and last host user id for agents, when started as root; no id of an account, of "
@@ -126,7 +144,9 @@ class ProxyConfig(Table):
     workers: Count = Field(
         default=1, ge=1, le=256, description="worker processes; one for each CPU core at most makes sense"
     )
-    user: str = Field(default="dispatcher-proxy", description="user of the proxy when started as root")
+    user: Annotated[str, AfterValidator(unprivileged)] = Field(
+        default="dispatcher-proxy", description="user of the proxy when started as root"
+    )
     routing: Literal["session", "subdomain"] = Field(
         default="session",
         description="one host for all agents, or a subdomain (a separate origin) for each: AGENT.DOMAIN",

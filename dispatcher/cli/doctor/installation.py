@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import re
 import shutil
 import socket
 import stat
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dispatcher.config.load import Config
 
 LOW_DISK, VERY_LOW_DISK = 2 * 1024**3, 200 * 1024**2  # bytes
+_DATABASE_PASSWORD = re.compile(rb"(?m)^\s*database\s*=.*://[^\s/@:]*:[^\s/@]+@")
 SOON = 30 * 86400  # seconds until a certificate expires
 
 
@@ -56,6 +58,10 @@ def config_file(path: Path) -> Iterator[Finding]:
         return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {0, os.geteuid()}:
         yield Finding.error(f"{path} is writable for other users", f"chown root {path}; chmod go-w {path}")
+    elif status.st_mode & stat.S_IROTH and _DATABASE_PASSWORD.search(path.read_bytes()):
+        yield Finding.error(
+            f"{path} is readable for all users, and holds the password of the database", f"chmod o-r {path}"
+        )
     else:
         yield Finding.ok(f"the configuration is {path}")
 
@@ -159,7 +165,12 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
 
 
 def encryption(config: Config) -> Iterator[Finding]:
-    """Check that passwords do not cross a network unencrypted."""
+    """Check that passwords do not cross a network unencrypted, and who may say where a client is."""
+    if any(network.endswith("/0") for network in config.proxy.trusted_proxies):
+        yield Finding.warning(
+            "proxy.trusted_proxies contains every address: clients can claim any address, and evade limits",
+            "name the front proxy's address alone",
+        )
     if config.secure:
         return
     host = urlsplit(config.proxy.public_url).hostname if config.proxy.public_url else None

@@ -341,3 +341,24 @@ def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):
 def test_a_public_url_without_encryption_is_told(url, warned):
     found = list(installation.encryption(parse({"proxy": {"listen": ["127.0.0.1:80"], "public_url": url}})))
     assert [url in finding.what for finding in found] == [True] * warned
+
+
+def test_trusting_every_address_is_told():
+    for networks, told in (["0.0.0.0/0"], True), (["10.0.0.0/8", "::/0"], True), (["10.0.0.1"], False):
+        config = parse({"proxy": {"listen": ["127.0.0.1:80"], "trusted_proxies": networks}})
+        assert any("trusted_proxies" in finding.what for finding in installation.encryption(config)) is told
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "level"),
+    [
+        ('[manager]\ndatabase = "postgresql+psycopg://d:secret@db/d"\n', 0o644, "error"),
+        ('[manager]\ndatabase = "postgresql+psycopg://d:secret@db/d"\n', 0o640, "ok"),
+        ('[manager]\ndatabase = "postgresql+psycopg://d@/d?host=/run/postgresql"\n', 0o644, "ok"),
+    ],
+)
+def test_a_password_in_a_file_that_all_may_read_is_told(tmp_path, text, mode, level):
+    path = tmp_path / "d.toml"
+    path.write_text(text)
+    path.chmod(mode)
+    assert levels(installation.config_file(path)) == [level]

@@ -51,6 +51,14 @@ def test_no_apps_are_no_apps():
             {"manager": {"uid_range": [7000]}},
             "manager.uid_range.1: is missing, expected one more element of the list",
         ),
+        (
+            {"proxy": {"user": "root"}},
+            "proxy.user: found 'root', expected a user without privileges; the proxy faces the web",
+        ),
+        (
+            {"manager": {"admin_group": "staff", "proxy_group": "staff"}},
+            "manager.proxy_group: found 'staff', expected another group than admin_group; the proxy may not administer",
+        ),
         ({"manager": {"uid_range": 7000}}, "manager.uid_range: found 7000, expected a list in square brackets"),
         (
             {"manager": {"uid_range": [9000, 8000]}},
