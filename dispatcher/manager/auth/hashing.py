@@ -81,7 +81,7 @@ class Hasher:
 class HashPool:
     """Runs password checks, with a bounded queue that no single source can fill.
 
-    Of all places one address may take half, and one name or device an eighth.
+    Of all places one address may take half, and one name or device a quarter.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
     :ivar present: checks that run or wait.
@@ -130,7 +130,7 @@ class HashPool:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _share(self, source: str) -> int:
-        return max(2, self._size // (2 if source.startswith("address:") else 8))
+        return max(2, self._size // (2 if source.startswith("address:") else 4))
 
     def _left(self, sources: Collection[str]) -> None:
         with self._lock:

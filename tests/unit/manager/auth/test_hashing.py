@@ -133,9 +133,9 @@ def test_no_address_and_no_name_fills_the_queue():
     for number in range(40):
         start(f"guess{number}", "203.0.113.1")
     assert len(refused) == 8, "an address has half"
-    for number in range(10):
+    for number in range(18):
         start("mallory", f"198.51.100.{number}")
-    assert len(refused) == 10, "a name has an eighth"
+    assert len(refused) == 10, "a name has a quarter"
     start("alice", "192.0.2.1")
     assert len(refused) == 10
     go.set()

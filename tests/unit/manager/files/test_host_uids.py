@@ -11,7 +11,12 @@ from dispatcher.plugin.errors import Conflict
 
 def uids(first, last, *, delegated=(), taken=(), owners=()):
     accounts = HostAccounts(
-        proxy_uid=1, proxy_gid=1, admin_gid=None, agent_uids=(first, last), made_up=False, delegated=tuple(delegated)
+        proxy_uid=1,
+        proxy_gid=1,
+        admin_gid=None,
+        agent_uids=(first, last),
+        made_up=False,
+        delegated=tuple(delegated),
     )
     store = SimpleNamespace(is_taken=lambda uid: uid in taken, last_uid=lambda: None)
     return HostUids(accounts, store, SimpleNamespace(owners=lambda: set(owners)), "0")
