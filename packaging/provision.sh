@@ -112,7 +112,7 @@ step "Configuration"
 "$venv/bin/dispatcher" --config "$etc/dispatcher.toml" config check
 
 step "Units"
-for unit in dispatcher-manager dispatcher-proxy; do
+for unit in dispatcher-agents dispatcher-manager dispatcher-proxy; do
     place "$here/$unit.service" "$root/etc/systemd/system/$unit.service" 644
 done
 if [ $systemd = yes ]; then

@@ -1,6 +1,7 @@
 """Control groups of agents: limits, usage, freezing, finding and killing.
 
 Each agent has one group of its own name in the version 2 hierarchy, below one directory of the installation.
+That is in the group of systemd's unit UNIT, which is delegated to us, if the manager runs beside it.
 Where the host's memory, cpu or pids controller belongs to version 1, as it may beside version 2, the agent has a
 group of the same name there too, for that limit alone.  Without a version 2 hierarchy no control groups are used.
 Nothing is kept in this process: another instance finds an agent's groups by its name.
@@ -22,6 +23,7 @@ _ROOT = Path("/sys/fs/cgroup")
 _WANTED = ("memory", "cpu", "pids")
 _PERIOD = 100_000  # microseconds, the kernel's default
 _ROUNDS = 64  # of killing against forks
+UNIT = "dispatcher-agents.service"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,15 +32,24 @@ class Cgroups:
 
     :ivar directory: in version 2, None if control groups cannot be used; :ivar controllers: of version 2.
     :ivar legacy: version 1 controller -> directory.
+    :ivar helpers: group of the processes that outlive the manager but are of no agent; None: they stay in its own.
     """
 
     directory: Path | None = None
     controllers: frozenset[str] = frozenset()
     legacy: dict[str, Path] = field(default_factory=dict)
+    helpers: Path | None = None
 
     def limits(self, controller: str) -> bool:
         """Whether memory, cpu or pids can be limited by a controller."""
         return controller in self.controllers or controller in self.legacy
+
+    def adopt(self, pid: int) -> None:
+        """Move a helper out of the manager's group, as systemd warns of what is left there."""
+        if self.helpers:
+            with contextlib.suppress(OSError):
+                self.helpers.mkdir(exist_ok=True)
+                join([self.helpers], pid)
 
     def tidy(self) -> None:
         """Remove the installation's directories when no agent is in them."""
@@ -199,7 +210,8 @@ def join(paths: Iterable[Path], pid: int) -> None:
 def discover(base: str, own: str, root: Path = _ROOT) -> Cgroups:
     """Make the directory `base` in every hierarchy that is used, and say what can be done there.
 
-    As root that is at the top of each hierarchy; an ordinary user gets the highest group that was delegated.
+    It is in the group of UNIT if there is one.  Otherwise, as root, it is at the top of each hierarchy; an
+    ordinary user gets the highest group that was delegated.
 
     :param base: name of the installation's directory; :param own: content of ``/proc/self/cgroup``.
     """
@@ -209,7 +221,11 @@ def discover(base: str, own: str, root: Path = _ROOT) -> Cgroups:
         for name in names.split(",")
     }
     mount = next((path for path in (root, root / "unified") if (path / "cgroup.controllers").exists()), None)
-    directory = _claim(mount, membership.get("", "/"), base) if mount else None
+    group = membership.get("", "/")
+    unit = mount / group.strip("/") / ".." / UNIT if mount else None
+    if unit and unit.exists() and (directory := _make(unit.resolve() / base)):
+        return Cgroups(directory=directory, controllers=_enable(directory), helpers=directory.parent / "helpers")
+    directory = _claim(mount, group, base) if mount else None
     if directory is None:
         return Cgroups()
     controllers = _enable(directory)
@@ -225,14 +241,20 @@ def _claim(mount: Path, own: str, base: str) -> Path | None:
     group = mount
     for part in Path(own).parts:  # the first one is "/"
         group = group / part if part != "/" else mount
-        if os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK):
-            directory = group / base
-            with contextlib.suppress(OSError):
-                directory.mkdir(exist_ok=True)
-                probe = directory / "probe"
-                probe.mkdir(exist_ok=True)
-                probe.rmdir()
-                return directory
+        writable = os.access(group, os.W_OK) and os.access(group / "cgroup.procs", os.W_OK)
+        if writable and (directory := _make(group / base)):
+            return directory
+    return None
+
+
+def _make(directory: Path) -> Path | None:
+    """Make a group that others can be made in; None if the kernel refuses."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(exist_ok=True)
+        probe = directory / "probe"
+        probe.mkdir(exist_ok=True)
+        probe.rmdir()
+        return directory
     return None
 
 

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dispatcher.plugin import ProviderError
@@ -50,10 +50,14 @@ def output_pipe(uid: int, gid: int) -> tuple[int, int]:
 
 
 class LogCollector:
-    """A connection to the installation's log collector, which is started if it does not run."""
+    """A connection to the installation's log collector, which is started if it does not run.
 
-    def __init__(self, run_dir: Path, size: int, files: int) -> None:
+    :param started: called with the process id of a new collector.
+    """
+
+    def __init__(self, run_dir: Path, size: int, files: int, started: Callable[[int], None]) -> None:
         self._run_dir = run_dir
+        self._started = started
         self._limits = b"%d\0%d" % (size, files)
         self._lock = threading.Lock()
         self._connection: socket.socket | None = None
@@ -143,8 +147,7 @@ class LogCollector:
         self._connection = connection
         return True
 
-    @staticmethod
-    def _start(address: str) -> None:
+    def _start(self, address: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(address)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
@@ -159,6 +162,7 @@ class LogCollector:
                 env={},
                 start_new_session=True,
             )
+        self._started(process.pid)
         threading.Thread(target=process.wait, name="log-collector", daemon=True).start()
 
 

@@ -86,7 +86,7 @@ class SubprocessProvider(Provider):
             _secret_places(context),
             mode=0o711,
         )
-        self._collector = LogCollector(context.run_dir, options.log_size, options.log_files)
+        self._collector = LogCollector(context.run_dir, options.log_size, options.log_files, self._adopt)
         self._callbacks: list[Callable[[str], None]] = []
         self._watcher: Watcher | None = None
         self._pipes_passed = False
@@ -295,6 +295,9 @@ class SubprocessProvider(Provider):
             app = self._parts.stopper.run(record).app_without_main()
             if app is None or not watcher.add_process(app, ended):
                 ended()
+
+    def _adopt(self, helper: int) -> None:
+        self._parts.host.cgroups.adopt(helper)
 
     def _watch_collector(self) -> None:
         fd = self._collector.fileno()
