@@ -4,9 +4,9 @@
   absent the test is skipped with the reason; with CI=true *any* skip is a failure.
 - Under xdist (`--dist loadgroup`) everything that shares a heavy backend runs on one worker, one after the
   other, and begins first: tests marked docker, libvirt or browser, and all of tests/chaos.  Emulated guests take
-  longest, so their tests are two groups: the conformance kit, and `machines` with all others.  A test that restarts
-  libvirtd (marker `libvirt_restart`) waits until no other uses it.  The rest is spread test by test.  A test may
-  choose a group of its own with `pytest.mark.xdist_group`.
+  longest, so their tests are two groups: the conformance kit, and `machines` with all others; so does the group
+  `machine`, a whole machine.  A test that restarts libvirtd (marker `libvirt_restart`) waits until no other uses it.
+  The rest is spread test by test.  A test may choose a group of its own with `pytest.mark.xdist_group`.
 - Helpers that tests import live in `tests/` modules: `from tests.helpers import ...`.
 """
 
@@ -25,7 +25,7 @@ import pytest
 
 CI = os.environ.get("CI") == "true"
 ROOT = Path(__file__).parent.parent
-HEAVY = ("libvirt", "machines", "docker", "browser", "chaos")  # groups, in the order in which they begin
+HEAVY = ("machine", "libvirt", "machines", "docker", "browser", "chaos")  # groups in the order of their begin
 LIBVIRT_LOCK = Path("/tmp/dispatcher-tests-libvirt.lock")
 
 

@@ -222,8 +222,8 @@ def discover(base: str, own: str, root: Path = _ROOT) -> Cgroups:
     }
     mount = next((path for path in (root, root / "unified") if (path / "cgroup.controllers").exists()), None)
     group = membership.get("", "/")
-    unit = mount / group.strip("/") / ".." / UNIT if mount else None
-    if unit and unit.exists() and (directory := _make(unit.resolve() / base)):
+    unit = (mount / group.strip("/")).parent / UNIT if mount else None
+    if unit and unit.exists() and (directory := _make(unit / base)):
         return Cgroups(directory=directory, controllers=_enable(directory), helpers=directory.parent / "helpers")
     directory = _claim(mount, group, base) if mount else None
     if directory is None:

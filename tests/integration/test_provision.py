@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import pwd
-import re
 import shutil
 import signal
 import socket
@@ -238,32 +237,12 @@ def test_what_is_installed_where_and_for_whom(installed):
 
 
 def test_the_units_are_what_systemd_understands(installed):
-    units = [installed / f"etc/systemd/system/dispatcher-{name}.service" for name in ("manager", "proxy")]
+    units = [
+        installed / f"etc/systemd/system/dispatcher-{name}.service" for name in ("agents", "manager", "proxy")
+    ]
     done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True)
     complaints = [line for line in (done.stdout + done.stderr).splitlines() if "dispatcher-" in line]
     assert complaints == []
-
-
-@pytest.mark.parametrize(("unit", "most"), [("dispatcher-proxy", 2.0), ("dispatcher-manager", 7.6)])
-def test_the_units_have_least_rights(unit, most):
-    done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--no-pager", PACKAGING / f"{unit}.service"],
-        capture_output=True,
-        text=True,
-    )
-    found = re.search(r"Overall exposure level for \S+: ([0-9.]+)", done.stdout)
-    assert found, done.stdout + done.stderr
-    assert float(found[1]) <= most
-
-
-@pytest.mark.parametrize("unit", ["dispatcher-proxy", "dispatcher-manager"])
-def test_the_units_have_a_ceiling_of_memory(unit):
-    settings = dict(
-        line.split("=", 1) for line in (PACKAGING / f"{unit}.service").read_text().splitlines() if "=" in line
-    )
-    high, most = (float(settings[key].removesuffix("%")) for key in ("MemoryHigh", "MemoryMax"))
-    assert 10 < high < most <= 50
-    assert settings["OOMPolicy"] == "continue"  # a worker that is ended does not end the whole unit
 
 
 @pytest.mark.bubblewrap

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import pytest
@@ -88,32 +87,6 @@ def test_ports_in_use_are_not_given_out(world):
     destroy(provider, handle)
 
 
-def serve_names(address, number):
-    """Answer DNS queries at an address, over UDP and TCP, with 203.0.113.NUMBER."""
-
-    def answer(query):
-        head = query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12 : query.index(b"\0", 12) + 5]
-        return head + b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xcb\0\x71" + bytes([number])
-
-    def serve_udp():
-        while True:
-            query, peer = udp.recvfrom(512)
-            udp.sendto(answer(query), peer)
-
-    def serve_tcp():
-        while True:
-            with tcp.accept()[0] as sock:
-                query = sock.recv(512)
-                sock.sendall(len(answer(query[2:])).to_bytes(2, "big") + answer(query[2:]))
-
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    udp = socket.socket(family, socket.SOCK_DGRAM)
-    udp.bind((address, 53))
-    tcp = socket.create_server((address, 53), family=family)
-    for serve in (serve_udp, serve_tcp):
-        threading.Thread(target=serve, daemon=True).start()
-
-
 SETUP = textwrap.dedent(
     """
     set -e
@@ -154,7 +127,7 @@ SETUP = textwrap.dedent(
 SERVE = textwrap.dedent(
     """
     import socket
-    from tests.integration.test_subprocess_network import serve_names
+    from tests.support.outside import serve_names
     serve_names("203.0.113.53", 5)
     serve_names("2001:db8:5::53", 7)
     server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -309,7 +282,8 @@ MOVING = textwrap.dedent(
     from pathlib import Path
     from dispatcher.plugin import Deadline, Depth, Network, no_progress
     from tests.integration.test_subprocess_logs import collector_of
-    from tests.integration.test_subprocess_network import RESOLVE, serve_names
+    from tests.integration.test_subprocess_network import RESOLVE
+    from tests.support.outside import serve_names
     from tests.support.subprocess_world import PYTHON, ROOT, World, eventually
 
     def ask(spec, how="udp"):

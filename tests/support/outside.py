@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 
 
 class Outside:
@@ -50,3 +52,29 @@ class Outside:
         self.server.wait()
         subprocess.run(["ip", "netns", "del", self.name], check=False)
         subprocess.run(["ip", "link", "del", self.link], check=False, capture_output=True)
+
+
+def serve_names(address, number):
+    """Answer DNS queries at an address, over UDP and TCP, with 203.0.113.NUMBER."""
+
+    def answer(query):
+        head = query[:2] + b"\x81\x80\0\1\0\1\0\0\0\0" + query[12 : query.index(b"\0", 12) + 5]
+        return head + b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4\xcb\0\x71" + bytes([number])
+
+    def serve_udp():
+        while True:
+            query, peer = udp.recvfrom(512)
+            udp.sendto(answer(query), peer)
+
+    def serve_tcp():
+        while True:
+            with tcp.accept()[0] as sock:
+                query = sock.recv(512)
+                sock.sendall(len(answer(query[2:])).to_bytes(2, "big") + answer(query[2:]))
+
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    udp = socket.socket(family, socket.SOCK_DGRAM)
+    udp.bind((address, 53))
+    tcp = socket.create_server((address, 53), family=family)
+    for serve in (serve_udp, serve_tcp):
+        threading.Thread(target=serve, daemon=True).start()

@@ -86,6 +86,19 @@ def test_an_ordinary_user_gets_the_highest_group_that_is_theirs(tmp_path):
     assert found.directory == slice_ / "dispatcher-x"
 
 
+def test_agents_are_in_the_group_of_their_unit_where_the_manager_runs_beside_it(tmp_path):
+    (tmp_path / "cgroup.controllers").touch()
+    unit = tmp_path / "dispatcher.slice/dispatcher-agents.service"
+    unit.mkdir(parents=True)
+    own = "0::/dispatcher.slice/dispatcher-manager.service\n"
+    found = cgroups.discover("dispatcher-x", own, tmp_path)
+    assert found.directory == unit / "dispatcher-x"
+    (unit / "helpers").mkdir()
+    (unit / "helpers/cgroup.procs").touch()
+    found.adopt(77)
+    assert (unit / "helpers/cgroup.procs").read_text() == "77"
+
+
 def test_no_control_groups_at_all(tmp_path):
     assert cgroups.discover("dispatcher-x", "0::/\n", tmp_path).group("a") is None
     assert cgroups.discover("dispatcher-x", "", tmp_path / "gone").group("a") is None
