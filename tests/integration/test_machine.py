@@ -89,7 +89,7 @@ class Service:
         socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
         method = "" if data is None else f"--data-binary '{data}'"
         return self.run(
-            f"curl -sS -m 60 {method} --unix-socket {socket} 'http://localhost{path}'", check=False
+            f"curl -g -sS -m 60 {method} --unix-socket {socket} 'http://localhost{path}'", check=False
         ).out
 
     def group(self, name):
@@ -250,6 +250,71 @@ def test_the_agents_end_with_their_unit_and_come_back_with_the_manager(service):
     assert service.run("systemctl is-active dispatcher-manager", check=False).out.strip() == "inactive"
     service.run("systemctl start dispatcher-manager", timeout=200)
     service.until("alice is back", lambda: service.state("alice") == "running")
+
+
+#: Answers behind the machine: what an agent with a private network reaches, and what it must not.
+OUTSIDE = {"198.18.77.2": True, "[fd77:2::2]": True, "name.example": True}
+DENIED = ("169.254.169.254", "[fd00:ec2::254]", "198.18.99.1", "[fd77:99::1]", "198.18.77.1", "[fd77:2::1]")
+INTERNET = """
+import pathlib, subprocess, sys, time
+from tests.support.outside import Outside
+outside = Outside("203.0.113.7", "169.254.169.254", "fd00:ec2::254", "198.18.99.1", "fd77:99::1")
+with outside:
+    code = "from tests.support.outside import serve_names; serve_names('198.18.77.2', 7); import time; time.sleep(1e6)"
+    subprocess.Popen(["ip", "netns", "exec", outside.name, sys.executable, "-c", code])
+    own = "import socket; s = socket.create_server(('::', 7777), family=socket.AF_INET6, dualstack_ipv6=True); s.listen()"
+    subprocess.Popen([sys.executable, "-c", own + "\\nwhile True: s.accept()"])
+    pathlib.Path("/etc/resolv.conf").write_text("nameserver 198.18.77.2\\n")
+    subprocess.run(["ip", "route", "add", "default", "via", "198.18.77.2"], check=True)
+    subprocess.run(["ip", "-6", "route", "add", "default", "via", "fd77:2::2"], check=True)
+    time.sleep(1e6)
+"""
+
+
+def private_network(service, helper):
+    """Let the agent carol have a private network by that program, with an outside behind the machine."""
+    if service.helper == helper:
+        return
+    if not service.helper:
+        service.run(
+            'systemctl is-active internet || systemd-run --unit=internet -E PYTHONPATH=/srv/project python3 -c "$(cat)"',
+            stdin=INTERNET,
+        )
+        reachable = " && ".join(f"exec 3<>/dev/tcp/{host.strip('[]')}/7777" for host in (*OUTSIDE, *DENIED))
+        service.until("the outside", lambda: service.run(reachable, check=False).code == 0)
+    config = "/etc/dispatcher/dispatcher.toml"
+    service.run(
+        f"sed -i 's/^private_network = .*/private_network = \"{helper}\"/' {config} && systemctl restart dispatcher-manager",
+        timeout=300,
+    )
+    service.helper = helper
+    if any(agent["name"] == "carol" for agent in service.api("GET", "/agents")["agents"]):
+        service.want("carol", "stopped")
+        service.want("carol", "running")
+    else:
+        service.add("carol", "net")
+
+
+@pytest.mark.parametrize(
+    ("helper", "host"),
+    [
+        (helper, host)
+        for helper in ("pasta", "slirp4netns")
+        for host in OUTSIDE
+        if (helper, host[0]) != ("slirp4netns", "[")
+    ],
+)
+def test_a_private_network_leads_outside(service, helper, host):
+    private_network(service, helper)
+    assert service.ask("carol", f"/connect?to=tcp:{host}:7777") == "connected\n"
+
+
+@pytest.mark.parametrize(
+    ("helper", "host"), [(helper, host) for helper in ("pasta", "slirp4netns") for host in DENIED]
+)
+def test_a_private_network_does_not_lead_to_what_is_denied(service, helper, host):
+    private_network(service, helper)
+    assert re.fullmatch("E[A-Z]+", service.ask("carol", f"/connect?to=tcp:{host}:7777").strip())
 
 
 def test_an_upgrade_keeps_the_agents_running(service):
