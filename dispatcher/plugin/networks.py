@@ -33,7 +33,8 @@ METADATA_NETWORKS: tuple[IpNetwork, ...] = tuple(
 def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> list[IpNetwork]:
     """Return `METADATA_NETWORKS`, this host's addresses, the networks that only this host is in, and `extra`.
 
-    An interface with a default route leads outside: of its network only this host's own address is denied.
+    An interface with a default route leads outside: of its network only this host's own address and the
+    broadcast address, at which this host listens too, are denied.
     """
     import psutil  # imported here, as it would slow down every start of the manager
 
@@ -47,8 +48,12 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
             if ip_interface(address).is_loopback or ip_interface(address).is_link_local:
                 continue
             found.append(ip_network(address))
-            if name not in outgoing and one.netmask:
-                found.append(ip_interface(f"{address}/{_bits(one.netmask)}").network)
+            if one.netmask:
+                network = ip_interface(f"{address}/{_bits(one.netmask)}").network
+                if name not in outgoing:
+                    found.append(network)
+                elif network.version == 4:
+                    found.append(ip_network(network.broadcast_address))
     return list(dict.fromkeys([*found, *map(ip_network, extra)]))
 
 

@@ -14,7 +14,7 @@ from lxml import etree
 
 from dispatcher.plugin import AgentSpec, App, Handle, ProviderError
 from dispatcher_libvirt.host import Host
-from dispatcher_libvirt.network import mac_address
+from dispatcher_libvirt.network import Interface
 from dispatcher_libvirt.options import AppOptions, disk_of, memory_of, options_of, vcpus_of
 from dispatcher_libvirt.xml_input import DEVICE_ELEMENTS, element, parse_extra, parse_xml
 
@@ -78,6 +78,7 @@ class Label:
     :ivar port: forwarded port on 127.0.0.1, 0 without one; :ivar guest_port: the app's port in the guest.
     :ivar data: `Handle.data`; :ivar announce: console text that reports a working network, "" not to wait for it.
     :ivar guest_agent: the guest runs the QEMU guest agent.
+    :ivar address: of the guest on a libvirt network, "" without one.
     """
 
     installation: str
@@ -90,6 +91,7 @@ class Label:
     network: str
     announce: str
     guest_agent: bool
+    address: str = ""
 
     def handle(self, name: str) -> Handle:
         """Return the handle of the agent.
@@ -106,8 +108,7 @@ class Start:
     :ivar root, data, cloud_init: paths of the disks on QEMU's host.
     :ivar console: file for the serial console's output, None on another host.
     :ivar port: forwarded port on 127.0.0.1 with QEMU's user network, else 0.
-    :ivar network: libvirt network, "" without one; :ivar filter: name of the network filter that protects the host
-        and prevents forged addresses.
+    :ivar interface: on a libvirt network, None without one.
     """
 
     host: Host
@@ -117,8 +118,7 @@ class Start:
     console: Path | None = None
     started: float = 0.0
     port: int = 0
-    network: str = ""
-    filter: str = ""
+    interface: Interface | None = None
 
 
 def build(spec: AgentSpec, start: Start) -> str:
@@ -153,8 +153,8 @@ def build(spec: AgentSpec, start: Start) -> str:
         label = element("label", f"+{spec.uid}:+{host.qemu[1]}")
         domain.append(element("seclabel", label, type="static", model="dac", relabel="no"))
     _add_extra(domain, options.xml)
-    if options.endpoint == "tcp" and not start.network:
-        domain.append(_user_network(spec, start.port))
+    if options.endpoint == "tcp" and start.interface is None:
+        domain.append(_user_network(options, start.port))
     return etree.tostring(domain, encoding="unicode", pretty_print=True)
 
 
@@ -169,7 +169,8 @@ def _label(spec: AgentSpec, start: Start) -> Label:
         data=dict(handle.data),
         port=start.port,
         guest_port=options.port,
-        network=start.network,
+        network=start.interface.network if start.interface else "",
+        address=str(start.interface.address.ip) if start.interface else "",
         announce=options.announce if start.port and start.console else "",
         guest_agent=options.guest_agent,
     )
@@ -263,7 +264,7 @@ def _devices(spec: AgentSpec, start: Start) -> etree._Element:
         element("serial", source, element("target", port=0), type="file" if start.console else "pty"),
         element("channel", channel, type="unix") if options.guest_agent else None,
         element("vsock", element("cid", auto="yes"), model="virtio") if options.endpoint == "vsock" else None,
-        _interface(spec, start) if start.network else None,
+        _interface(options, start.interface) if start.interface else None,
         element(
             "memballoon", element("stats", period=10), model="virtio", autodeflate="on", freePageReporting="on"
         ),
@@ -300,27 +301,26 @@ def _disks(options: AppOptions, start: Start) -> Iterator[etree._Element]:
         yield disk
 
 
-def _interface(spec: AgentSpec, start: Start) -> etree._Element:
-    """Return an interface on a libvirt network, isolated from the other guests there."""
-    bandwidth = options_of(spec.app).network_bandwidth or 0
+def _interface(options: AppOptions, interface: Interface) -> etree._Element:
+    """Return an interface on a libvirt network, isolated from the other guests there, with one address."""
+    bandwidth = options.network_bandwidth or 0
     rates = [element(way, average=max(1, bandwidth // 1024)) for way in ("inbound", "outbound")]
     return element(
         "interface",
-        element("mac", address=mac_address(spec.backend_name)),
-        element("source", network=start.network),
+        element("mac", address=interface.mac),
+        element("source", network=interface.network),
         element("port", isolated="yes"),
-        element("filterref", filter=start.filter),
+        element("filterref", element("parameter", name="IP", value=interface.address.ip), filter=interface.filter),
         element("model", type="virtio"),
         element("bandwidth", *rates) if bandwidth else None,
         type="network",
     )
 
 
-def _user_network(spec: AgentSpec, port: int) -> etree._Element:
-    options = options_of(spec.app)
+def _user_network(options: AppOptions, port: int) -> etree._Element:
     bus = "pci.0" if options.machine.startswith("pc") and "q35" not in options.machine else "pcie.0"
     # An explicit slot: libvirt numbers its own devices from 1 upwards and does not see this one.
-    device = f"virtio-net-pci,netdev=dispatcher0,mac={mac_address(spec.backend_name)},bus={bus},addr=0x10"
+    device = f"virtio-net-pci,netdev=dispatcher0,bus={bus},addr=0x10"
     command = etree.Element(f"{{{QEMU}}}commandline", nsmap={"qemu": QEMU})
     for argument in ("-netdev", _netdev(port, options.port), "-device", device):
         etree.SubElement(command, f"{{{QEMU}}}arg", {"value": argument})

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import libvirt
 
 from dispatcher.plugin import Deadline, Handle, ProviderError
-from dispatcher_libvirt import domain_xml, errors, network
+from dispatcher_libvirt import domain_xml, errors
 from dispatcher_libvirt.connection import Backend, Lane, Tick
 from dispatcher_libvirt.domain_xml import Label
 
@@ -30,7 +30,7 @@ class DomainInfo:
     :ivar id: of the running domain, -1 otherwise; :ivar saved: its memory is saved on disk.
     :ivar state, reason: libvirt's codes.
     :ivar no_space: it is paused because a disk's file cannot grow.
-    :ivar host, cid: the app's address without a forwarded port; "" and 0 while it is unknown.
+    :ivar cid: vsock context id of the running domain, 0 without one.
     """
 
     name: str
@@ -41,7 +41,6 @@ class DomainInfo:
     saved: bool
     label: Label
     no_space: bool = False
-    host: str = ""
     cid: int = 0
 
     @property
@@ -65,7 +64,7 @@ class Domains:
         self._lock = threading.Lock()
         # Neither changes under one UUID and id: each start defines a new UUID, each wake has another id.
         self._labels: dict[Key, Label | None] = {}
-        self._addresses: dict[Key, tuple[str, int]] = {}
+        self._cids: dict[Key, int] = {}
 
     def find(self, name: str, deadline: Deadline, *, refuse_foreign: bool = False) -> DomainInfo | None:
         """Return a domain by its name, None when there is none or it is foreign.
@@ -196,19 +195,16 @@ class Domains:
         if (state, reason) == (libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_IOERROR):
             full = libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in domain.diskErrors().values()
             found = replace(found, no_space=full)
-        return self._with_address(domain, key, found) if found.active and not label.port else found
+        reached_by_vsock = found.active and not label.port and not label.network
+        return self._with_cid(domain, key, found) if reached_by_vsock else found
 
-    def _with_address(self, domain: libvirt.virDomain, key: Key, found: DomainInfo) -> DomainInfo:
+    def _with_cid(self, domain: libvirt.virDomain, key: Key, found: DomainInfo) -> DomainInfo:
         with self._lock:
-            address = self._addresses.get(key)
-        if address is None:
-            if found.label.network:
-                address = (_leased_address(domain, network.mac_address(found.name)), 0)
-            else:
-                address = ("", domain_xml.vsock_cid(domain.XMLDesc()))
-            if address != ("", 0):
-                self._cache(self._addresses, key, address)
-        return replace(found, host=address[0], cid=address[1])
+            cid = self._cids.get(key, 0)
+        if not cid:
+            cid = domain_xml.vsock_cid(domain.XMLDesc())
+            self._cache(self._cids, key, cid)
+        return replace(found, cid=cid)
 
     def _cache(self, cache: dict[Key, Any], key: Key, value: object) -> None:
         with self._lock:
@@ -262,19 +258,3 @@ def _undefine(domain: libvirt.virDomain) -> None:
             | libvirt.VIR_DOMAIN_UNDEFINE_NVRAM
             | libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA
         )
-
-
-def _leased_address(domain: libvirt.virDomain, mac: str) -> str:
-    """Return the IPv4 address of a MAC, from the DHCP server's leases and never from the guest."""
-    try:
-        interfaces = domain.interfaceAddresses(libvirt.VIR_DOMAIN_INTERFACE_ADDRESSES_SRC_LEASE)
-    except libvirt.libvirtError as error:
-        if errors.connection_lost(error):
-            raise
-        return ""  # for example, this machine's network is gone; the others are still observed
-    for interface in interfaces.values():
-        if interface.get("hwaddr") == mac:
-            for address in interface.get("addrs") or ():
-                if address["type"] == libvirt.VIR_IP_ADDR_TYPE_IPV4:
-                    return str(address["addr"])
-    return ""

@@ -63,7 +63,7 @@ def application(app: App, options: Options, host: Host | None) -> Iterator[Findi
     else:
         yield Finding.info(
             f"It reaches the outside through the libvirt network {options.network}; a network filter blocks "
-            "access to this host (except DHCP and DNS) and to other machines, and prevents forged addresses"
+            "access to this host (except DNS) and to other machines, and prevents forged addresses"
         )
     if app.limits.demanded("pids"):
         yield Finding.warning(

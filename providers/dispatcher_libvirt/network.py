@@ -1,4 +1,8 @@
-"""Networks of machines: forwarded ports, MAC addresses, libvirt networks with their filters, arguments of ssh.
+"""Networks of machines: forwarded ports, addresses on libvirt networks and their filters, arguments of ssh.
+
+The provider chooses each machine's addresses, and a DHCP reservation in the libvirt network records them: libvirt
+refuses a second one of the same address, whichever process asks, and dnsmasq gives it to nobody else.  The guest
+finds its address on its cloud-init disk and may use no other; DHCP does not pass the filter.
 
 One network filter per installation and libvirt network protects the host from the guests there.  The first
 machine that needs it defines it, the last one removes it.
@@ -12,8 +16,7 @@ import ipaddress
 import random
 import socket
 import threading
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
 
@@ -34,12 +37,32 @@ from dispatcher_libvirt.xml_input import element, parse_xml
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
+#: This network, loopback, multicast, reserved and broadcast: services of this host listen at some of them.
+_SPECIAL_NETWORKS = tuple(map(Network4, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
+_RESERVATIONS = libvirt.VIR_NETWORK_SECTION_IP_DHCP_HOST
 
 
-def mac_address(name: str) -> str:
-    """Return an agent's MAC address, in QEMU's range, always the same for one backend name."""
-    digest = hashlib.sha256(name.encode()).digest()
-    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in digest[:3])
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """A machine's interface on a libvirt network.
+
+    :ivar filter: name of the network filter that protects the host and prevents forged addresses.
+    """
+
+    network: str
+    filter: str
+    address: ipaddress.IPv4Interface
+    gateway: ipaddress.IPv4Address
+
+    @property
+    def mac(self) -> str:
+        """The MAC address."""
+        return mac_address(self.address)
+
+
+def mac_address(address: ipaddress.IPv4Interface) -> str:
+    """Return the MAC address of a machine with an IP address: nobody can choose another's."""
+    return "52:54:" + address.ip.packed.hex(":")
 
 
 class Ports:
@@ -105,25 +128,44 @@ def parse_network(text: str) -> NetworkInfo:
     root = parse_xml(text)
     forward = root.find("forward")
     mode = "" if forward is None else forward.get("mode", "nat")
-    for one in root.iterfind("ip[@address]"):
-        if one.get("family", "ipv4") == "ipv4":
-            mask = one.get("netmask") or one.get("prefix") or "24"
-            interface = ipaddress.IPv4Interface(f"{one.get('address')}/{mask}")
-            return NetworkInfo(forward=mode, gateway=interface.ip, subnet=interface.network)
-    return NetworkInfo(forward=mode, gateway=None, subnet=None)
+    found = [one for one in root.iterfind("ip[@address]") if one.get("family", "ipv4") == "ipv4"]
+    if not found:
+        return NetworkInfo(forward=mode, gateway=None, subnet=None)
+    one = next((one for one in found if one.find("dhcp") is not None), found[0])  # as libvirt takes reservations
+    mask = one.get("netmask") or one.get("prefix") or "24"
+    interface = ipaddress.IPv4Interface(f"{one.get('address')}/{mask}")
+    return NetworkInfo(forward=mode, gateway=interface.ip, subnet=interface.network)
+
+
+def free_address(name: str, network: NetworkInfo, taken: Container[str]) -> ipaddress.IPv4Interface:
+    """Return a free address of a network, for one name the same if possible.
+
+    :raises ProviderError: there is none.
+    """
+    assert network.subnet is not None
+    size = network.subnet.num_addresses - 2
+    first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+    for step in range(size):
+        address = network.subnet[1 + (first + step) % size]
+        if address != network.gateway and str(address) not in taken:
+            return ipaddress.IPv4Interface(f"{address}/{network.subnet.prefixlen}")
+    raise ProviderError(
+        f"No address of {network.subnet} is free",
+        why="each machine on a libvirt network has its own",
+        fix="stop machines, or use a larger network",
+    )
 
 
 def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ipaddress.IPv6Network]) -> str:
-    """Return the network filter for guests: no forged addresses, and of the host only DHCP and DNS.
+    """Return the network filter for guests: no forged addresses, and of the host only DNS.
 
     Connections into a guest come from the host alone: the bridge isolates its ports.  IPv6 does not pass at all.
     """
     dns = {"dstipaddr": network.gateway, "dstportstart": 53}
-    refused = {one for one in denied if one.version == 4} | ({network.subnet} if network.subnet else set())
+    refused = {one for one in denied if one.version == 4} | {*_SPECIAL_NETWORKS}
+    refused |= {network.subnet} if network.subnet else set()
     rules = [
         _rule("accept", "inout", 100, "all", state="ESTABLISHED,RELATED"),
-        _rule("accept", "out", 200, "udp", srcportstart=68, dstportstart=67),
-        _rule("accept", "in", 200, "udp", srcportstart=67, dstportstart=68),
         _rule("accept", "in", 300, "tcp", state="NEW"),
         *[_rule("accept", "out", 400, protocol, **dns) for protocol in ("udp", "tcp") if network.gateway],
         *[
@@ -142,70 +184,108 @@ def _rule(action: str, direction: str, priority: int, protocol: str, **match: ob
 
 
 class NetworkFilters:
-    """The filters of one installation."""
+    """The filters of one installation, and its machines' addresses."""
 
     def __init__(self, backend: Backend, installation: str) -> None:
         self._backend = backend
         self._prefix = f"dispatcher-{installation}-"
         self._lock = threading.Lock()
-        self._starting: Counter[str] = Counter()  # by network: machines that are starting on it
         self._defined: dict[str, str] = {}  # by name: the last definition from this instance
 
-    @contextlib.contextmanager
-    def active(self, name: str, deadline: Deadline) -> Iterator[str]:
-        """Start a network, update its filter, and yield the filter's name; "" for no network.
+    def claim(self, name: str, machine: str, avoid: Collection[str], deadline: Deadline) -> Interface:
+        """Start a network, reserve an address for a machine, update the filter; return the machine's interface.
 
-        :raises ProviderError: there is no such network, or it cannot isolate guests.
+        :param avoid: addresses of other machines, which may be saved and absent from the network's definition.
+        :raises ProviderError: there is no such network, it cannot isolate guests, or it has no free address.
         """
-        if not name:
-            yield ""
-            return
-        with self._lock:
-            self._starting[name] += 1
-        try:
-            yield self._prepare(name, deadline)
-        finally:
-            with self._lock:
-                self._starting[name] -= 1
-
-    def remove(self, name: str, deadline: Deadline) -> None:
-        """Remove a network's filter unless a machine uses it."""
-        filter_name = self._prefix + name
-
-        def remove(connection: libvirt.virConnect) -> None:
-            with self._lock:
-                if self._starting[name]:
-                    return
-                with contextlib.suppress(libvirt.libvirtError):  # in use, or absent
-                    connection.nwfilterLookupByName(filter_name).undefine()
-
-        self._backend.call(remove, what=f"removing the filter {filter_name}", deadline=deadline)
-
-    def _prepare(self, name: str, deadline: Deadline) -> str:
         filter_name = self._prefix + name
         denied = METADATA_NETWORKS if errors.is_remote(self._backend.uri) else denied_networks()
 
-        def prepare(connection: libvirt.virConnect) -> NetworkInfo:
+        def claim(connection: libvirt.virConnect) -> Interface:
             found = connection.networkLookupByName(name)
             if not found.isActive():
                 found.create()
             info = parse_network(found.XMLDesc())
+            if info.forward not in _FORWARD_MODES or info.gateway is None:
+                raise ProviderError(
+                    f"The libvirt network {name} cannot be used",
+                    why=f"its mode is {info.forward or 'isolated'!r}, and libvirt has no IPv4 address on it",
+                    fix='use one with forward mode "nat" or "route" and an IPv4 address',
+                )
+            address = _reserve(found, machine, info, avoid, deadline)
             wanted = guest_filter(filter_name, info, denied)
             with self._lock:
                 if self._defined.get(filter_name) != wanted or not _exists(connection, filter_name):
                     connection.nwfilterDefineXML(wanted)
                     self._defined[filter_name] = wanted
-            return info
+            return Interface(network=name, filter=filter_name, address=address, gateway=info.gateway)
 
         what = f"preparing the network {name}"
-        info = self._backend.call(prepare, what=what, deadline=deadline, lane=Lane.WORK)
-        if info.forward not in _FORWARD_MODES or info.gateway is None:
-            raise ProviderError(
-                f"The libvirt network {name} cannot be used",
-                why=f"its mode is {info.forward or 'isolated'!r}, and libvirt assigns no addresses on it",
-                fix='use one with forward mode "nat" or "route" and DHCP',
-            )
-        return filter_name
+        return self._backend.call(claim, what=what, deadline=deadline, lane=Lane.WORK)
+
+    def release(self, name: str, machine: str, deadline: Deadline) -> None:
+        """Free a machine's address, and remove the filter with the last one.  Absent is success."""
+
+        def release(connection: libvirt.virConnect) -> None:
+            with self._lock:
+                try:
+                    network = connection.networkLookupByName(name)
+                    used = _cancel(network, machine, self._prefix)
+                except libvirt.libvirtError as error:
+                    if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK:
+                        raise
+                    used = False
+                if not used:
+                    with contextlib.suppress(libvirt.libvirtError):  # in use, or absent
+                        connection.nwfilterLookupByName(self._prefix + name).undefine()
+
+        what = f"freeing the address of {machine}"
+        self._backend.call(release, what=what, deadline=deadline, lane=Lane.WORK)
+
+
+def _reserve(
+    network: libvirt.virNetwork, machine: str, info: NetworkInfo, avoid: Collection[str], deadline: Deadline
+) -> ipaddress.IPv4Interface:
+    """Reserve a free address for a machine, in place of the one that it had."""
+    _cancel(network, machine)
+    taken = {*avoid, *(one["ipaddr"] for one in network.DHCPLeases())}
+    taken |= {one.get("ip", "") for one in _reservations(network)}
+    flags = libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE
+    flags |= libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG if network.isPersistent() else 0
+    while True:
+        address = free_address(machine, info, taken)
+        host = element("host", mac=mac_address(address), name=machine, ip=address.ip)
+        text = etree.tostring(host, encoding="unicode")
+        try:
+            network.update(libvirt.VIR_NETWORK_UPDATE_COMMAND_ADD_LAST, _RESERVATIONS, -1, text, flags)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_OPERATION_INVALID or deadline.expired:
+                raise
+            taken.add(str(address.ip))  # another process was faster
+        else:
+            return address
+
+
+def _cancel(network: libvirt.virNetwork, machine: str, prefix: str = "") -> bool:
+    """Remove a machine's reservation, also from the network's next start; whether others of the prefix remain."""
+    others = False
+    places = []
+    if network.isActive():
+        places.append((0, libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE))
+    if network.isPersistent():
+        places.append((libvirt.VIR_NETWORK_XML_INACTIVE, libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG))
+    for shown, flags in places:
+        for one in _reservations(network, shown):
+            if one.get("name") == machine:
+                text = etree.tostring(one, encoding="unicode")
+                network.update(libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE, _RESERVATIONS, -1, text, flags)
+            else:
+                others |= one.get("name", "").startswith(prefix)
+    return others
+
+
+def _reservations(network: libvirt.virNetwork, flags: int = 0) -> Iterator[etree._Element]:
+    return parse_xml(network.XMLDesc(flags)).iterfind("ip/dhcp/host")
 
 
 def _exists(connection: libvirt.virConnect, name: str) -> bool:

@@ -109,8 +109,8 @@ def endpoint(found: DomainInfo) -> Endpoint | None:
         return Endpoint.tcp("127.0.0.1", label.port)
     if found.cid:
         return Endpoint.vsock(found.cid, label.guest_port)
-    if found.host:
-        return Endpoint.tcp(found.host, label.guest_port)
+    if label.address:
+        return Endpoint.tcp(label.address, label.guest_port)
     return None
 
 

@@ -152,7 +152,10 @@ class LibvirtProvider(Provider):
         def wake(found: DomainInfo) -> None:
             self._starter.wake(handle, found, deadline, progress)
 
+        network = self._network(self._domains.find(handle.name, deadline))
         stop.stop(self._domains, handle, wake=wake, grace=grace, deadline=deadline, progress=progress)
+        if network:
+            self._filters.release(network, handle.name, deadline)
         self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
 
@@ -162,11 +165,11 @@ class LibvirtProvider(Provider):
             self.stop(handle, grace=stop.FLUSH, deadline=deadline, progress=progress)
         progress("removing the machine")
         self._domains.remove(handle.name, deadline)
+        if network := self._network(found):
+            self._filters.release(network, handle.name, deadline)
         self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
         self._storage.remove(handle.name, data=data, deadline=deadline)
-        if found is not None and found.label.network:
-            self._filters.remove(found.label.network, deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = [(one.handle, observe.observation(one)) for one in self._domains.all(deadline)]
@@ -223,6 +226,10 @@ class LibvirtProvider(Provider):
                 self._ssh.cancel(handle.data["socket"], Deadline(_SSH))
                 if not self._ssh.forwards:
                     self._ssh.close(Deadline(_SSH))
+
+    def _network(self, found: DomainInfo | None) -> str:
+        """Return the libvirt network where a machine may have an address, "" for none."""
+        return found.label.network if found else self._options.network
 
     def _examined(self, deadline: Deadline) -> host.Host:
         """Return the backend's capabilities, examined once, and again by each `check`."""

@@ -72,26 +72,28 @@ class Starter:
             if state is BackendState.STARTING:
                 progress("booting")
             return handle
+        if found is not None and found.label.network:  # it has ended, and its next network may be another
+            self._filters.release(found.label.network, handle.name, deadline)
         progress("checking the image")
         self.check_image(spec.app, host.reader(spec.uid), deadline, progress)
         network = self._options.network if spec.app.network is Network.PRIVATE else ""
-        static = not network and options_of(spec.app).endpoint != "vsock"
         undo: Undo = []
         try:
             progress("creating the disks")
             root, data = self._storage.prepare(spec, undo, deadline, progress)
             undo.append(partial(self._storage.remove_cloud_init, handle.name))
-            image = cloud_init.iso_image(cloud_init.files(spec, static=static))
-            iso = self._storage.write_cloud_init(spec, image, deadline)
             progress("defining the machine")
+            interface = None
             if network:
-                undo.append(partial(self._filters.remove, network))
+                undo.append(partial(self._filters.release, network, handle.name))
+                others = {one.label.address for one in self._domains.all(deadline) if one.name != handle.name}
+                interface = self._filters.claim(network, handle.name, others, deadline)
+            image = cloud_init.iso_image(cloud_init.files(spec, interface))
+            iso = self._storage.write_cloud_init(spec, image, deadline)
             undo.append(partial(self._domains.remove, handle.name))
-            with self._filters.active(network, deadline) as network_filter:
-                start = Start(
-                    host=host, root=root, data=data, cloud_init=iso, network=network, filter=network_filter
-                )
-                self._start(spec, start, deadline, progress, forwarded=static)
+            start = Start(host=host, root=root, data=data, cloud_init=iso, interface=interface)
+            forwarded = interface is None and options_of(spec.app).endpoint != "vsock"
+            self._start(spec, start, deadline, progress, forwarded=forwarded)
         except BaseException:
             _undo(handle.name, undo)
             raise

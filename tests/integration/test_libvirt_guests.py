@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import websockets
 
@@ -224,6 +225,93 @@ def test_a_libvirt_network_reaches_the_outside_and_not_the_host(world, private_n
         assert inside.refused("/connect", to=f"tcp:203.0.113.5:{outside.port}") == "", "the outside is reached"
     world.provider.destroy(handle, data=True, deadline=Deadline(60), progress=quiet)
     assert vm.leftovers(world.installation, world.root) == set()
+
+
+#: Sent from vera's machine: DHCP messages in her own name and in others'.
+FORGED = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+server = socket.inet_aton("192.168.237.1")
+def dhcp(kind, mac, address="0.0.0.0", want=None):
+    mac = bytes.fromhex(mac.replace(":", ""))
+    head = bytes([1, 1, 6, 0]) + mac[2:] + bytes([0, 0, 0x80, 0]) + socket.inet_aton(address)
+    message = head + bytes(12) + mac + bytes(10 + 64 + 128) + bytes.fromhex("63825363") + bytes([53, 1, kind])
+    message += bytes([54, 4]) + server + (bytes([50, 4]) + socket.inet_aton(want) if want else b"") + bytes([255])
+    for to in ("255.255.255.255", "192.168.237.255", "192.168.237.1"):
+        sock.sendto(message.ljust(300, bytes(1)), (to, 67))
+dhcp(7, VERA_MAC, VERA)
+dhcp(7, VLAD_MAC, VLAD)
+dhcp(4, VLAD_MAC, want=VLAD)
+dhcp(3, VLAD_MAC, want=VERA)
+for n in range(10, 100):
+    dhcp(3, f"52:54:00:09:09:{n:02x}", want=f"192.168.237.{n}")
+print("sent")
+"""
+KNOCK = """
+import socket
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+for address in ADDRESSES:
+    for _ in range(3):
+        sock.sendto(address.encode(), (address, PORT))
+print("sent")
+"""
+
+
+def run(endpoint, code, **values):
+    """Run Python code in a machine with `vm_shell`."""
+    assigned = "".join(f"{name} = {value!r}\n" for name, value in values.items())
+    assert get(endpoint, "/", "POST", (assigned + code).encode()) == b"sent\n"
+
+
+def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, private_network):
+    """Neither forged DHCP nor multicast nor broadcast leave a machine, whose address the provider chose."""
+    shell = vm.IMAGES / "shell.img"
+    vm.images()
+    vm.with_app(shell, vm.IMAGES / "initrd.img", Path(vm.__file__).with_name("vm_shell.py"))
+    world.restart_provider(network=private_network)
+    specs = [
+        world.spec(name, network=Network.PRIVATE, **vm.app_options(initrd=str(shell))) for name in ("vera", "vlad")
+    ]
+    handles = [world.ensure(spec) for spec in specs]
+    vera, vlad = (world.ready(handle) for handle in handles)
+    assert get(vlad, "/") == b"vlad"
+    macs = [re.search(r"52:54:\S+", vm.virsh("domiflist", one.name)).group() for one in handles]
+    assert len({vera.host, vlad.host, *macs}) == 4
+    run(vera, FORGED, VERA=vera.host, VLAD=vlad.host, VERA_MAC=macs[0], VLAD_MAC=macs[1])
+    assert vm.virsh("net-dhcp-leases", private_network).strip() == ""
+    world.provider.stop(handles[1], grace=20, deadline=Deadline(60), progress=quiet)
+    world.ensure(specs[1])
+    vlad = world.ready(handles[1])
+    assert vlad.host != vera.host
+    assert (get(vera, "/"), get(vlad, "/")) == (b"vera", b"vlad")
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as listener:
+        listener.settimeout(5)
+        listener.bind(("", 0))
+        port, group = listener.getsockname()[1], "239.255.255.250"
+        membership = socket.inet_aton(group) + socket.inet_aton("192.168.237.1")
+        listener.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, membership)
+        every = [one for found in psutil.net_if_addrs().values() for one in found if one.family == socket.AF_INET]
+        own = {one.broadcast for one in every if one.broadcast}
+        run(vera, KNOCK, PORT=port, ADDRESSES=[group, "224.0.0.1", "255.255.255.255", "192.168.237.1", *own])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"host", ("192.168.237.1", port))
+        assert listener.recv(100) == b"host", "nothing arrived before"
+
+    world.provider.suspend(handles[1], depth=Depth.DISK, deadline=Deadline(60), progress=quiet)
+    world.provider.destroy(handles[0], data=True, deadline=Deadline(60), progress=quiet)
+    world.provider.resume(handles[1], deadline=Deadline(60), progress=quiet)
+    fresh = world.another(network=private_network)
+    ((_, seen),) = fresh.list(deadline=Deadline(20))
+    fresh.close()
+    assert seen.endpoint == vlad, "the address stays over sleep and a restart of the manager"
+    assert get(world.ready(handles[1]), "/") == b"vlad"
+    world.provider.stop(handles[1], grace=20, deadline=Deadline(60), progress=quiet)
+    assert not {one for one in vm.leftovers(world.installation) if not one.startswith("file")}, (
+        "its address is free"
+    )
 
 
 def test_usage_and_list_cost_a_few_calls_however_many_there_are(world):

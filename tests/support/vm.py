@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -172,6 +173,8 @@ def leftovers(installation: str, *roots: Path) -> set[str]:
     prefix = f"dispatcher-{installation}"
     found = {f"domain {name}" for name in virsh("list", "--all", "--name").split() if name.startswith(prefix)}
     found |= {f"filter {name}" for name in virsh("nwfilter-list").split() if name.startswith(prefix)}
+    for network in virsh("net-list", "--name").split():
+        found |= {f"address {name}" for name in re.findall(rf"{prefix}[^']*", virsh("net-dumpxml", network))}
     places = [
         Path("/dev/shm", f"dispatcher-seeds-{installation}"),
         Path("/run", f"dispatcher-seeds-{installation}"),

@@ -1,7 +1,7 @@
 """The cloud-init disk: the configuration of a guest, for cloud-init (NoCloud) and as plain files.
 
     meta-data user-data network-config     cloud-init, "NoCloud" (the volume label is cidata)
-    dispatcher/agent                       KEY=VALUE lines: agent user uid gid port data address gateway
+    dispatcher/agent                       KEY=VALUE lines: agent user uid gid port data address gateway dns
     dispatcher/start.sh                    POSIX shell: changes to the data directory, sets the environment, runs
                                            the command, or its own arguments where the app has no command
     dispatcher/secrets/NAME                one file per secret
@@ -25,6 +25,7 @@ import pycdlib
 
 from dispatcher.plugin import AgentSpec, ConfigError, ProviderError, in_memory, make_owned, names
 from dispatcher_libvirt import domain_xml
+from dispatcher_libvirt.network import Interface
 from dispatcher_libvirt.options import environment, fill, options_of
 
 SECRETS = "/run/dispatcher/secrets"
@@ -33,10 +34,10 @@ TEMPORARY = ".tmp"  # directory in the data for temporary files of any size
 _MAX_USER_DATA = 1 << 20
 
 
-def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
+def files(spec: AgentSpec, interface: Interface | None) -> dict[str, bytes]:
     """Return the files of an agent's cloud-init disk by path.
 
-    :param static: the guest has QEMU's fixed address and needs no DHCP.
+    :param interface: on a libvirt network, None without one.
     :raises DispatcherError: user data, command or environment is invalid.
     """
     options = options_of(spec.app)
@@ -48,11 +49,26 @@ def files(spec: AgentSpec, *, static: bool) -> dict[str, bytes]:
         "port": options.port,
         "data": options.data,
     }
-    if static:
+    ethernets: dict[str, object] = {"all": {"match": {"name": "e*"}, "dhcp4": True}}
+    instance = f"{spec.backend_name}-{spec.hash[:12]}"
+    if interface:
+        address, gateway = str(interface.address), str(interface.gateway)
+        agent |= {"address": address, "gateway": gateway, "dns": gateway}
+        ethernets = {
+            "eth0": {
+                "match": {"macaddress": interface.mac},
+                "set-name": "eth0",
+                "addresses": [address],
+                "routes": [{"to": "0.0.0.0/0", "via": gateway}],
+                "nameservers": {"addresses": [gateway]},
+            }
+        }
+        instance += f"-{interface.address.ip}"
+    elif options.endpoint != "vsock":
         agent |= {"address": f"{domain_xml.GUEST_ADDRESS}/24", "gateway": domain_xml.GUEST_GATEWAY}
     # A new instance id makes cloud-init configure the guest again.
-    about = {"instance-id": f"{spec.backend_name}-{spec.hash[:12]}", "local-hostname": names.key(spec.agent)}
-    network = {"version": 2, "ethernets": {"all": {"match": {"name": "e*"}, "dhcp4": True}}}
+    about = {"instance-id": instance, "local-hostname": names.key(spec.agent)}
+    network = {"version": 2, "ethernets": ethernets}
     found = {
         # JSON is YAML, and quotes every value.
         "meta-data": json.dumps(about).encode(),

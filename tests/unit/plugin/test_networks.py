@@ -53,6 +53,7 @@ def test_this_host_and_networks_that_only_it_is_in_are_denied(monkeypatch, tmp_p
     assert set(METADATA_NETWORKS) <= set(denied)
     assert [str(one) for one in denied if one not in METADATA_NETWORKS] == [
         "10.0.0.5/32",
+        "10.0.0.255/32",
         "fd00::5/128",
         "2001:db8::5/128",
         "172.17.0.1/32",

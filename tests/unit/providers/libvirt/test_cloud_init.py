@@ -13,8 +13,9 @@ pytest.importorskip("libvirt")
 import pycdlib
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
+from dispatcher.plugin.model import Network
 from dispatcher_libvirt.disks import cloud_init
-from tests.unit.providers.libvirt.test_domain_xml import spec
+from tests.unit.providers.libvirt.test_domain_xml import interface, spec
 
 ODD = "a b\t'c' \"d\" $HOME `e` \\n {x} <&> #; -rf é漢\nsecond line"
 
@@ -37,7 +38,7 @@ def read(data):
 
 def test_the_files_of_the_cloud_init_disk():
     one = replace(spec(environment={"A": ODD}), secrets={"token": "s-1", "a.b_c-D": "l1\nl2\n"}, stdin=b"in\n")
-    files = cloud_init.files(one, static=True)
+    files = cloud_init.files(one, None)
     label, found = read(cloud_init.iso_image(files))
     assert label == "cidata"
     assert found == files
@@ -56,10 +57,25 @@ def test_the_files_of_the_cloud_init_disk():
 
 def test_without_secrets_there_are_no_files_for_them(tmp_path):
     (tmp_path / "user").write_bytes(b"#cloud-config\nx: 1\n")
-    files = cloud_init.files(spec(user_data=str(tmp_path / "user")), static=False)
+    files = cloud_init.files(spec(user_data=str(tmp_path / "user"), endpoint="vsock"), None)
     assert not [name for name in files if "secrets" in name or "stdin" in name]
     assert b"address" not in files["dispatcher/agent"]
     assert files["user-data"] == b"#cloud-config\nx: 1\n"
+
+
+def test_on_a_libvirt_network_the_guest_is_told_its_address():
+    files = cloud_init.files(spec(network=Network.PRIVATE), interface())
+    about = dict(line.split("=", 1) for line in files["dispatcher/agent"].decode().splitlines())
+    told = {"address": "192.0.2.7/24", "gateway": "192.0.2.1", "dns": "192.0.2.1"}
+    assert about.items() >= told.items()
+    assert json.loads(files["network-config"])["ethernets"]["eth0"] == {
+        "match": {"macaddress": "52:54:c0:00:02:07"},
+        "set-name": "eth0",
+        "addresses": ["192.0.2.7/24"],
+        "routes": [{"to": "0.0.0.0/0", "via": "192.0.2.1"}],
+        "nameservers": {"addresses": ["192.0.2.1"]},
+    }
+    assert json.loads(files["meta-data"])["instance-id"].endswith("-192.0.2.7"), "another address configures anew"
 
 
 def test_the_start_script_hands_on_every_value_as_it_is(tmp_path):

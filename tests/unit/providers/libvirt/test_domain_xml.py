@@ -1,6 +1,7 @@
 """libvirt: domain XML of a specification.  Names and options stay data; libvirt's schema validates the whole."""
 
 import dataclasses
+import ipaddress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dispatcher.plugin.model import AgentSpec, App, Limits, Network
 from dispatcher_libvirt import domain_xml, xml_input
 from dispatcher_libvirt.domain_xml import Start
 from dispatcher_libvirt.host import Host
+from dispatcher_libvirt.network import Interface
 from dispatcher_libvirt.options import AppOptions
 
 SCHEMA = Path("/usr/share/libvirt/schemas/domain.rng")
@@ -55,9 +57,17 @@ def xml(one, **changes):
         "console": Path("/l/console.log"),
         "started": 1234.5,
         "port": 18_123,
-        "filter": "dispatcher-f",
     }
     return domain_xml.build(one, Start(**values | changes))
+
+
+def interface(network="n"):
+    return Interface(
+        network=network,
+        filter="dispatcher-f",
+        address=ipaddress.IPv4Interface("192.0.2.7/24"),
+        gateway=ipaddress.IPv4Address("192.0.2.1"),
+    )
 
 
 def tree(one, **changes):
@@ -75,7 +85,7 @@ SHAPES = {
     "bandwidth": (spec(disk_bandwidth="10M", disk_iops=100), {}),
     "image": (spec(image="/base.qcow2", kernel=None, initrd=None), {}),
     "raw image": (spec(image="/base.raw", format="raw", firmware="efi", kernel=None, initrd=None), {}),
-    "network": (spec(network=Network.PRIVATE, network_bandwidth="1M"), {"network": "default", "port": 0}),
+    "network": (spec(network=Network.PRIVATE, network_bandwidth="1M"), {"interface": interface("default"), "port": 0}),
     "vsock": (spec(endpoint="vsock"), {"port": 0}),
     "kvm": (spec(guest_agent=True), {"host": dataclasses.replace(HOST, kind="kvm", own_users=False)}),
     "emulated": (spec(), {"host": dataclasses.replace(HOST, bounded_cache=True)}),
@@ -110,7 +120,7 @@ def test_the_translation_cache_of_emulation_is_bounded():
 
 @pytest.mark.parametrize("field", ["agent", "cmdline", "console", "root", "network"])
 def test_every_value_stays_data(field):
-    given = {"network": "n", "port": 0}
+    given = {"interface": interface(), "port": 0}
     path = Path("/" + EVIL.replace("/", "_"))
     before = tree(spec(image="/base.qcow2"), **given)
     after = {
@@ -118,7 +128,7 @@ def test_every_value_stays_data(field):
         "cmdline": lambda: tree(spec(cmdline=EVIL, image="/base.qcow2"), **given),
         "console": lambda: tree(spec(image="/base.qcow2"), **given | {"console": path}),
         "root": lambda: tree(spec(image="/base.qcow2"), **given | {"root": path}),
-        "network": lambda: tree(spec(image="/base.qcow2"), **given | {"network": EVIL}),
+        "network": lambda: tree(spec(image="/base.qcow2"), **given | {"interface": interface(EVIL)}),
     }[field]()
     assert [one.tag for one in before.iter()] == [one.tag for one in after.iter()]
     if field == "agent":
@@ -137,6 +147,15 @@ def test_qemu_gets_numbers_only_and_the_guest_no_way_out():
     assert arguments[0:3:2] == ["-netdev", "-device"]
     assert arguments[1] == ("user,id=dispatcher0,restrict=on,ipv6=off,hostfwd=tcp:127.0.0.1:18123-10.0.2.15:9000")
     assert root.find("devices/interface") is None
+
+
+def test_a_machine_on_a_network_has_the_address_that_was_chosen_for_it():
+    root = tree(spec(network=Network.PRIVATE), interface=interface(), port=0)
+    shown = root.find("devices/interface")
+    assert shown.find("mac").get("address") == "52:54:c0:00:02:07"
+    parameters = {one.get("name"): one.get("value") for one in shown.iterfind("filterref/parameter")}
+    assert (shown.find("filterref").get("filter"), parameters) == ("dispatcher-f", {"IP": "192.0.2.7"})
+    assert (label_of(root).network, label_of(root).address) == ("n", "192.0.2.7")
 
 
 def test_identity_and_labels():

@@ -62,7 +62,7 @@ def test_endpoints_of_other_networks():
     found = DomainInfo(name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0), cid=7)
     assert str(observe.endpoint(found)) == "vsock:7:8080"
     found = DomainInfo(
-        name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0), host="192.0.2.7"
+        name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0, address="192.0.2.7")
     )
     assert str(observe.endpoint(found)) == "tcp:192.0.2.7:8080"
     found = DomainInfo(name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0))
