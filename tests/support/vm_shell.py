@@ -1,7 +1,7 @@
 """An app for guests that runs Python code of requests, as a hostile user's app could.
 
-    GET  /   the user's name
-    POST /   run the body; its output
+GET  /   the user's name
+POST /   run the body; its output
 """
 
 import http.server

@@ -85,7 +85,10 @@ SHAPES = {
     "bandwidth": (spec(disk_bandwidth="10M", disk_iops=100), {}),
     "image": (spec(image="/base.qcow2", kernel=None, initrd=None), {}),
     "raw image": (spec(image="/base.raw", format="raw", firmware="efi", kernel=None, initrd=None), {}),
-    "network": (spec(network=Network.PRIVATE, network_bandwidth="1M"), {"interface": interface("default"), "port": 0}),
+    "network": (
+        spec(network=Network.PRIVATE, network_bandwidth="1M"),
+        {"interface": interface("default"), "port": 0},
+    ),
     "vsock": (spec(endpoint="vsock"), {"port": 0}),
     "kvm": (spec(guest_agent=True), {"host": dataclasses.replace(HOST, kind="kvm", own_users=False)}),
     "emulated": (spec(), {"host": dataclasses.replace(HOST, bounded_cache=True)}),

@@ -89,7 +89,9 @@ class Libvirt:
             for flag, hosts in self.hosts.items():
                 if not flags & flag:
                     continue
-                same = [one for one in hosts if etree.fromstring(one).get("ip") == etree.fromstring(text).get("ip")]
+                same = [
+                    one for one in hosts if etree.fromstring(one).get("ip") == etree.fromstring(text).get("ip")
+                ]
                 if command == libvirt.VIR_NETWORK_UPDATE_COMMAND_DELETE:
                     hosts.remove(same[0])
                 elif same:
@@ -177,7 +179,15 @@ def test_the_filter_protects_the_host():
         for one in rule
         if one.get("dstipaddr")
     }
-    assert {"0.0.0.0/8", "224.0.0.0/3", "192.0.2.0/24", "198.51.100.7/32", "169.254.0.0/16", "168.63.129.16/32", "100.100.100.200/32"} <= drops
+    assert {
+        "0.0.0.0/8",
+        "224.0.0.0/3",
+        "192.0.2.0/24",
+        "198.51.100.7/32",
+        "169.254.0.0/16",
+        "168.63.129.16/32",
+        "100.100.100.200/32",
+    } <= drops
     dns = [rule for rule in rules if rule[0].get("dstportstart") == "53"]
     assert {rule[0].get("dstipaddr") for rule in dns} == {"192.0.2.1"}
     assert not [rule for rule in rules if rule[0].get("dstportstart") in {"67", "68"}], "no DHCP"
