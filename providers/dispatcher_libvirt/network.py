@@ -16,6 +16,7 @@ import ipaddress
 import random
 import socket
 import threading
+import uuid
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import parse_qs, urlsplit
@@ -175,7 +176,8 @@ def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ip
         _rule("accept", "out", 600, "all"),
         _rule("drop", "inout", 1000, "all"),
     ]
-    root = element("filter", element("filterref", filter="clean-traffic"), *rules, name=name, chain="root")
+    same = element("uuid", uuid.uuid5(uuid.NAMESPACE_OID, name))  # libvirt updates no filter with another
+    root = element("filter", same, element("filterref", filter="clean-traffic"), *rules, name=name, chain="root")
     return etree.tostring(root, encoding="unicode", pretty_print=True)
 
 
@@ -203,8 +205,12 @@ class NetworkFilters:
 
         def claim(connection: libvirt.virConnect) -> Interface:
             found = connection.networkLookupByName(name)
-            if not found.isActive():
-                found.create()
+            try:
+                if not found.isActive():
+                    found.create()
+            except libvirt.libvirtError:
+                if not found.isActive():  # no other start was faster
+                    raise
             info = parse_network(found.XMLDesc())
             if info.forward not in _FORWARD_MODES or info.gateway is None:
                 raise ProviderError(

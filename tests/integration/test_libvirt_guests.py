@@ -9,7 +9,9 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 
 import psutil
@@ -24,6 +26,11 @@ from dispatcher.testing.kit import eventually
 from tests.support import vm
 from tests.support.outside import Outside
 from tests.support.vm_world import World, get, quiet
+
+pytest.importorskip("libvirt")
+
+from dispatcher_libvirt.connection import Backend
+from dispatcher_libvirt.network import NetworkFilters
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 
@@ -312,6 +319,41 @@ def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, p
     assert not {one for one in vm.leftovers(world.installation) if not one.startswith("file")}, (
         "its address is free"
     )
+
+
+def test_two_installations_on_one_network_share_its_addresses():
+    """libvirt itself refuses a second reservation; a persistent network keeps them when it starts again."""
+    name, path = "dispatcher-shared", Path("/tmp", f"dispatcher-shared-{os.getpid()}.xml")
+    path.write_text(
+        f"<network><name>{name}</name><forward mode='nat'/><bridge name='virbr-dispsh' stp='off'/>"
+        "<ip address='192.168.236.1' netmask='255.255.255.224'/></network>"
+    )
+    backend = Backend("qemu:///system", connections=4, keepalive=5)
+    both = [NetworkFilters(backend, installation) for installation in ("aaaa0001", "aaaa0002")]
+    machines = [(both[n % 2], f"dispatcher-aaaa000{n % 2 + 1}-m{n}") for n in range(29)]
+
+    def claim(machine):
+        return str(machine[0].claim(name, machine[1], (), Deadline(60)).address.ip)
+
+    vm.virsh("net-define", str(path))
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            given = list(pool.map(claim, machines))
+        assert sorted(given, key=ip_address) == [f"192.168.236.{n}" for n in range(2, 31)]
+        vm.virsh("net-destroy", name)
+        with pytest.raises(ProviderError, match=r"No address of 192\.168\.236\.0/27 is free"):
+            claim((both[0], "dispatcher-aaaa0001-late"))
+        restarted = NetworkFilters(backend, "aaaa0002")
+        assert claim((restarted, machines[3][1])) == given[3], "also after a restart of the manager"
+        vm.virsh("net-destroy", name)
+        for filters, machine in machines:
+            filters.release(name, machine, Deadline(60))
+        assert "aaaa000" not in vm.virsh("net-dumpxml", name) + vm.virsh("nwfilter-list")
+    finally:
+        path.unlink()
+        backend.close()
+        vm.virsh("net-destroy", name)
+        vm.virsh("net-undefine", name)
 
 
 def test_usage_and_list_cost_a_few_calls_however_many_there_are(world):

@@ -106,7 +106,9 @@ class Libvirt:
         return self
 
     def nwfilterDefineXML(self, text):
-        self.filters[etree.fromstring(text).get("name")] = text
+        name, identity = (root := etree.fromstring(text)).get("name"), root.findtext("uuid")
+        if self.filters.setdefault(name, identity) != identity:
+            raise refused(libvirt.VIR_ERR_OPERATION_FAILED)
 
     def undefine(self):
         del self.filters[self.name]
