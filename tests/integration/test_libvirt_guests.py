@@ -255,6 +255,15 @@ for n in range(10, 100):
     dhcp(3, f"52:54:00:09:09:{n:02x}", want=f"192.168.237.{n}")
 print("sent")
 """
+RESOLVE = """
+import socket
+assert open("/etc/resolv.conf").read() == "nameserver 192.168.237.1\\n"
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.settimeout(5)
+sock.sendto(bytes.fromhex("00070100000100000000000001780000010001"), ("192.168.237.1", 53))
+assert sock.recv(512).startswith(bytes([0, 7]))
+print("sent")
+"""
 KNOCK = """
 import socket
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -286,6 +295,7 @@ def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, p
     assert get(vlad, "/") == b"vlad"
     macs = [re.search(r"52:54:\S+", vm.virsh("domiflist", one.name)).group() for one in handles]
     assert len({vera.host, vlad.host, *macs}) == 4
+    run(vera, RESOLVE)
     run(vera, FORGED, VERA=vera.host, VLAD=vlad.host, VERA_MAC=macs[0], VLAD_MAC=macs[1])
     assert vm.virsh("net-dhcp-leases", private_network).strip() == ""
     world.provider.stop(handles[1], grace=20, deadline=Deadline(60), progress=quiet)
