@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Container, Iterable
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from pathlib import Path
 
 from dispatcher.plugin.model import Endpoint
@@ -26,15 +26,20 @@ METADATA_NETWORKS: tuple[IpNetwork, ...] = tuple(
         "fd00:42::42/128",  # Scaleway
         "fe80::a9fe:a9fe/128",  # OpenStack; named alone, as a route to fe80::/64 is narrower than the next one
         "fe80::/10",
+        "2002::/16",  # 6to4, and NAT64 with a prefix of the site's own: IPv4 addresses are in these
+        "64:ff9b:1::/48",
     )
 )
+_NAT64 = ip_network("64:ff9b::/96")  # leads to all of IPv4, so it is denied as far as IPv4 is
+_NEIGHBOURS = 1024  # of all network namespaces together, by the kernel's defaults (gc_thresh3)
 
 
 def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> list[IpNetwork]:
     """Return `METADATA_NETWORKS`, this host's addresses, the networks that only this host is in, and `extra`.
 
     An interface with a default route leads outside: of its network only this host's own address and the
-    broadcast address, at which this host listens too, are denied.
+    broadcast address, at which this host listens too, are denied.  An IPv6 network is denied as a whole: a packet to each of many addresses there would
+    fill the kernel's table of neighbours, for the whole host.
     """
     import psutil  # imported here, as it would slow down every start of the manager
 
@@ -50,11 +55,19 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
             found.append(ip_network(address))
             if one.netmask:
                 network = ip_interface(f"{address}/{_bits(one.netmask)}").network
-                if name not in outgoing:
+                if name not in outgoing or (network.version == 6 and network.num_addresses >= _NEIGHBOURS):
                     found.append(network)
-                elif network.version == 4:
+                elif network.version == 4 and network.num_addresses > 2:
                     found.append(ip_network(network.broadcast_address))
-    return list(dict.fromkeys([*found, *map(ip_network, extra)]))
+    found += map(ip_network, extra)
+    found += [_embedded(one) for one in found if one.version == 4]
+    return list(dict.fromkeys(found))
+
+
+def _embedded(network: IPv4Network) -> IPv6Network:
+    """Return an IPv4 network as NAT64 reaches it."""
+    address = IPv6Address(int(_NAT64.network_address) + int(network.network_address))
+    return IPv6Network((address, _NAT64.prefixlen + network.prefixlen))
 
 
 def listening_endpoints(pid: int, sockets: Container[str] | None = None, proc: Path = Path("/proc")) -> list[str]:

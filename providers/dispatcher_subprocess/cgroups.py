@@ -115,6 +115,8 @@ class Group:
             yield memory / "memory.limit_in_bytes", limits.memory or -1
             if limits.memory and limits.swap is not None and both.exists():
                 yield both, limits.memory + limits.swap
+            if (tcp := memory / "memory.kmem.tcp.limit_in_bytes").exists():  # version 2 counts buffers as memory
+                yield tcp, limits.memory or -1
         if "cpu" in legacy:
             yield legacy["cpu"] / "cpu.cfs_quota_us", quota or -1
         if "pids" in legacy:

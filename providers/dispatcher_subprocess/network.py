@@ -1,9 +1,11 @@
 """Networks of agents: none, private (outbound through pasta or slirp4netns) or the host's.
 
 A private network's traffic leaves through a process of the host, which can reach everything that the host reaches.
-So in the agent's network namespace the denied networks are *local*, delivered there and never sent: this host,
-those that only this host is in (containers, virtual machines), clouds' metadata and those in the options.  The
-agent has no privileges there and cannot remove these routes.  pasta is also bound to the outgoing interface.
+So the agent's network namespace never sends to the denied networks: this host, those that only this host is in
+(containers, virtual machines), clouds' metadata and those in the options; nor to multicast and broadcast, where
+this host listens, too.  All else goes to the gateway: the kernel's tables of neighbours are one for all
+namespaces, and a subnet of an agent's own would fill them.  The agent has no privileges there to change this.
+pasta is also bound to the outgoing interface.  It runs in the agent's control group, which counts its sockets.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from dispatcher_subprocess.host import Host, which
 from dispatcher_subprocess.procfs import Process
 
 _INTERFACE = "eth0"  # of an agent, beside the loopback interface
+#: Joins control groups before a program runs: a socket is counted where it was made.
+_JOIN = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
 
 #: Makes the sockets of an agent's name server, and passes them through its standard input.
 _NAME_SOCKETS = """
@@ -103,15 +107,19 @@ def name_sockets(host: Host, inner: Process, deadline: Deadline) -> tuple[int, i
     return udp, tcp
 
 
-def connect(host: Host, inner: Process, port: int, deny: Sequence[str], deadline: Deadline) -> Process:
+def connect(
+    host: Host, inner: Process, port: int, deny: Sequence[str], groups: Sequence[Path], deadline: Deadline
+) -> Process:
     """Connect a waiting agent's network namespace with the outside; return the process that carries its traffic.
 
     :param port: TCP port of the host's loopback interface that leads to the agent, 0 for none.
+    :param groups: control groups of that process.
     :raises ProviderError: that fails; :raises DeadlineExceeded: not in time.
     """
     with contextlib.ExitStack() as stack:
         inside = _enter(stack, inner, own_user=not host.privileged)
-        helper = _pasta(host, inside, port, deadline) if host.pasta else _slirp(host, inside, deadline)
+        join = ["/bin/sh", "-c", _JOIN, "join", *map(str, groups), "--"]
+        helper = _pasta(host, inside, port, join, deadline) if host.pasta else _slirp(host, inside, join, deadline)
         try:
             _block(inside, denied_networks(deny), deadline)
         except BaseException:
@@ -156,15 +164,16 @@ def _enter(stack: contextlib.ExitStack, inner: Process, *, own_user: bool) -> _I
     return _Inside(network, user)
 
 
-def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Process:
+def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: Deadline) -> Process:
     # It closes all inherited descriptors but the standard ones (since August 2024): these are the namespaces.
     with tempfile.NamedTemporaryFile() as pid_file:
-        command = [host.pasta, "--quiet", "--config-net", "--no-map-gw", "--ns-ifname", _INTERFACE]
+        command = [*join, host.pasta, "--quiet", "--config-net", "--no-map-gw", "--ns-ifname", _INTERFACE]
+        command += ["--no-ra"]  # each would add a route to the subnet
         command += ["--pid", pid_file.name]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--netns", "/proc/self/fd/0"]
         if inside.user is None:
-            # It cannot join the namespace as another user; it drops its privileges itself afterwards.
+            # It cannot join the namespace as another user, and keeps CAP_SYS_ADMIN for that.
             command += ["--netns-only", "--runas", "0"]
         else:
             command += ["--userns", "/proc/self/fd/1"]
@@ -184,10 +193,10 @@ def _pasta(host: Host, inside: _Inside, port: int, deadline: Deadline) -> Proces
     return found.process
 
 
-def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
+def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> Process:
     ready, notify = os.pipe()
     try:
-        command = [host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
+        command = [*join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
         command += ["--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
         if inside.user is not None:
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]
@@ -213,22 +222,34 @@ def _slirp(host: Host, inside: _Inside, deadline: Deadline) -> Process:
 
 
 def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline) -> None:
-    """Deliver what is for some networks inside, so that it is never sent.
+    """Let nothing but what is for the gateway's side of the world leave the namespace.
 
-    An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF,
+    IPv4: An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF,
     IP_PKTINFO) passes by it.  A local route of that interface is found in this case, too; 127.0.0.0/8 needs one
-    for the same reason.  IPv6's link-local networks take a rule, as each interface has routes of its own for them.
+    for the same reason.  One for everything, after all other tables, is found with MSG_DONTROUTE, which passes by
+    the default route.  Multicast and broadcast look up no route at all with an interface: a policy of IPsec's
+    refuses them.  IPv6: rules hold for each socket, while each address of a local route would be a neighbour.
     """
-    loopback = IPv4Network("127.0.0.0/8")
-    for version in (4, 6) if procfs.read("/proc/net/if_inet6") else (4,):
-        lines = "".join(
-            f"rule add to {network} priority 1 unreachable\n"
-            if version == 6 and network.is_link_local
-            else f"route append local {network} dev {_INTERFACE} table local metric 9\n"
-            for network in (*networks, loopback)
-            if network.version == version
-        )
-        _run([*inside.command, which("ip"), f"-{version}", "-batch", "-"], inside, lines.encode(), deadline)
+    here = [*_of(4, networks), IPv4Network("127.0.0.0/8")]
+    v4 = [
+        f"route flush dev {_INTERFACE} table main scope link",
+        f"route flush dev {_INTERFACE} table local type broadcast",
+        *(f"route append local {one} dev {_INTERFACE} table local metric 9" for one in here),
+        f"route append local default dev {_INTERFACE} table default",
+        *(f"xfrm policy add dst {one} dir out action block" for one in ("224.0.0.0/4", "255.255.255.255/32")),
+    ]
+    v6 = [
+        f"route flush dev {_INTERFACE} table main proto kernel",
+        f"route flush dev {_INTERFACE} table local type multicast",
+        *(f"rule add to {one} priority 1 unreachable" for one in (*_of(6, networks), "ff00::/8")),
+    ]
+    for version, lines in ((4, v4), (6, v6)) if procfs.read("/proc/net/if_inet6") else ((4, v4),):
+        text = "".join(f"{line}\n" for line in lines)
+        _run([*inside.command, which("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)
+
+
+def _of(version: int, networks: Sequence[IPv4Network | IPv6Network]) -> list[IPv4Network | IPv6Network]:
+    return [one for one in networks if one.version == version]
 
 
 def _run(

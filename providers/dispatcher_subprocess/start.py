@@ -238,9 +238,9 @@ class Start:
         if self.spec.app.network is Network.PRIVATE:
             assert self.record.init is not None
             port = self.plan.endpoint.port
-            helper = network.connect(self.host, self.record.init, port, self.options.deny, self.deadline)
+            deny, groups = self.options.deny, self._groups
+            helper = network.connect(self.host, self.record.init, port, deny, groups, self.deadline)
             self._record = replace(self.record, helper=helper)
-            self._join(helper.pid)
             self._names = network.name_sockets(self.host, self.record.init, self.deadline)
             for fd in self._names:
                 self._keep(fd)

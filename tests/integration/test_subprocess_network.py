@@ -147,6 +147,10 @@ INSIDE = textwrap.dedent(
     heard = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     heard.bind(("0.0.0.0", 8001))
     heard.settimeout(0.5)
+    heard6 = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    heard6.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    heard6.bind(("::", 8001))
+    heard6.settimeout(0.5)
     world = World("7e570041", private_network=carrier)
     provider = world.provider()
     report = {}
@@ -168,11 +172,14 @@ INSIDE = textwrap.dedent(
                 break
         report["resolv"] = inside.read("/etc/resolv.conf").decode()
         report["datagrams"] = []
-        try:
-            while True:
-                report["datagrams"].append(heard.recv(100).decode())
-        except TimeoutError:
-            pass
+        for sock in (heard, heard6):
+            try:
+                while True:
+                    report["datagrams"].append(sock.recv(100).decode())
+            except TimeoutError:
+                pass
+        tables = bypass.data_dir / "neighbours"
+        report["neighbours"] = tables.read_text() if tables.exists() else "nothing was tried"
         name = world.spec("bob", [PYTHON, "-S", "-c", ASK, "{socket}"], network=Network.PRIVATE)
         world.start(provider, name, ready=False)
         report["name"] = ""
@@ -230,6 +237,58 @@ BYPASS = textwrap.dedent(
                     udp.sendmsg([f"{address} {how}".encode()], extra, 0, (address, 8001))
                 except OSError:
                     pass
+    # Multicast and broadcast, with and without an interface.
+    own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    own.connect(("203.0.113.5", 9))
+    source = socket.inet_aton(own.getsockname()[0])
+    for address in ("224.0.0.1", "239.1.2.3", "255.255.255.255", "10.9.0.255", "ff02::1", "ff05::1", "ff0e::1"):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for how in ("", "SO_BINDTODEVICE", "UNICAST_IF", "PKTINFO", "MULTICAST_IF", "bind"):
+            with socket.socket(family, socket.SOCK_DGRAM) as udp:
+                extra = []
+                to = (address, 8001, 0, index) if family == socket.AF_INET6 else (address, 8001)
+                try:
+                    if family == socket.AF_INET:
+                        udp.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+                        if how == "MULTICAST_IF":
+                            udp.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, source)
+                        elif how == "bind":
+                            udp.bind((socket.inet_ntoa(source), 0))
+                        elif how == "PKTINFO":
+                            extra = [(socket.IPPROTO_IP, 8, struct.pack("@iII", index, 0, 0))]
+                    elif how == "MULTICAST_IF":
+                        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, index)
+                    elif how == "PKTINFO":
+                        extra = [(socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, bytes(16) + struct.pack("@I", index))]
+                    bound(udp, how)
+                    udp.sendmsg([f"{address} {how}".encode()], extra, 0, to)
+                except OSError:
+                    pass
+    # Each address that is a neighbour takes an entry of a table that all namespaces share.
+    for number in range(1, 101):
+        for address in (f"10.9.0.{number}", f"10.0.2.{number}", f"2001:db8:9::aa:{number}", f"ff05::{number}",
+                        f"fe80::{number}", f"fd00:ec2::{number}", f"169.254.7.{number}", f"224.0.0.{number}"):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            for how in ("", "SO_BINDTODEVICE"):
+                for flags in (0, socket.MSG_DONTROUTE):
+                    with socket.socket(family, socket.SOCK_DGRAM) as udp:
+                        try:
+                            bound(udp, how)
+                            udp.sendto(b"x", flags, (address, 9, 0, index) if ":" in address else (address, 9))
+                        except OSError:
+                            pass
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+    netlink.bind((0, 0))
+    netlink.send(struct.pack("=IHHII B3xiHBB", 28, 30, 0x301, 1, 0, 0, 0, 0, 0, 0))  # RTM_GETNEIGH, dump
+    count, done = 0, False
+    while not done:
+        data = netlink.recv(65536)
+        while data:
+            length, kind = struct.unpack_from("=IH", data)
+            done = done or kind == 3
+            count += kind == 28
+            data = data[(length + 3) & ~3 :]
+    open("/data/neighbours", "w").write(str(count))
     open("/data/reached.new", "w").write(" ".join(reached))
     os.rename("/data/reached.new", "/data/reached")
     server = socket.socket(socket.AF_UNIX)
@@ -410,7 +469,8 @@ def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier,
     ):
         assert report[address] not in {"reached", ""}, address
     assert set(report["by interface"].split()) == {"203.0.113.5", "SO_BINDTODEVICE", "UNICAST_IF", "PKTINFO"}
-    assert report["datagrams"] == []
+    assert report["datagrams"] == [], "also by multicast and broadcast"
+    assert int(report["neighbours"]) < 10, "the gateway, and few of the kernel's own"
     assert "search example.org" in report["resolv"]
     assert "203.0.113.53" not in report["resolv"]
     assert report["name"] == "203.0.113.5", "names are resolved"

@@ -27,6 +27,8 @@ ROUTE6 = "{0} 00 {0} 00 {0} 00000400 0 0 3 wan6\n{0} 00 {0} 00 {0} ffffffff 1 0 
         "fd00:ec2::254",
         "fe80::a9fe:a9fe",
         "fe80::1",
+        "2002:a9fe:a9fe::1",  # 6to4 and NAT64 of a site: with IPv4 addresses inside
+        "64:ff9b:1::a9fe:a9fe",
     ],
 )
 def test_metadata_services_are_denied(address):
@@ -51,17 +53,29 @@ def test_this_host_and_networks_that_only_it_is_in_are_denied(monkeypatch, tmp_p
     (tmp_path / "net/ipv6_route").write_text(ROUTE6)
     denied = denied_networks(["192.0.2.0/24"], proc=tmp_path)
     assert set(METADATA_NETWORKS) <= set(denied)
-    assert [str(one) for one in denied if one not in METADATA_NETWORKS] == [
+    own = [str(one) for one in denied if one not in METADATA_NETWORKS]
+    assert [one for one in own if not one.startswith("64:ff9b::")] == [
         "10.0.0.5/32",
         "10.0.0.255/32",
         "fd00::5/128",
+        "fd00::/64",  # large enough to fill the kernel's table of neighbours
         "2001:db8::5/128",
+        "2001:db8::/64",
         "172.17.0.1/32",
         "172.17.0.0/16",
         "fd17::1/128",
         "fd17::/64",
         "192.0.2.0/24",
     ]
+    for v4, embedded in (
+        ("169.254.169.254", "64:ff9b::a9fe:a9fe"),
+        ("10.0.0.5", "64:ff9b::a00:5"),
+        ("172.17.3.4", "64:ff9b::ac11:304"),
+        ("192.0.2.1", "64:ff9b::c000:201"),
+    ):
+        for address in (v4, embedded):
+            assert any(ip_address(address) in network for network in denied), address
+    assert not any(ip_address("64:ff9b::cb00:7105") in network for network in denied), "all of IPv4 else"
 
 
 def test_a_host_without_routes_and_ipv6_denies_its_whole_networks(monkeypatch, tmp_path):
