@@ -38,6 +38,7 @@ class Manager:
         self.agents = {name: agent(name) for name in self.users}
         self.rows = {}
         self.codes = {}
+        self.devices = {}
         self.calls = []
         self.down = False
         self.slowed = None
@@ -72,7 +73,10 @@ class Manager:
         if self.users.get(user) != password:
             raise Forbidden("Wrong name or password")
         token, row = self._begin(user, user_agent=user_agent, address=address)
-        return {"token": token, "device": secrets.token_urlsafe(32), "session": row}
+        if self.devices.get(device) != user:
+            device = secrets.token_urlsafe(32)
+            self.devices[device] = user
+        return {"token": token, "device": device, "session": row}
 
     def lookup(self, sha256):
         self._called("lookup", sha256)

@@ -31,6 +31,12 @@ def dashboard() -> Response:
     return content.page("dashboard.html", someone=someone, agents=shown, ask_administrator=ask)
 
 
+@pages.get("/replaced")
+def replaced() -> Response:
+    """Say why a page of an app was replaced by this one."""
+    return content.page("replaced.html")
+
+
 @pages.get("/status")
 def status() -> Response:
     """Return the states of a user's apps, for the pages' scripts and for programs."""
@@ -46,15 +52,31 @@ def act() -> Response:
     name, action = context.sent("agent", names.MAX_NAME * 2), context.sent("action")
     target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
     client = context.portal().client
-    if action == "open":
+    if action == "open" and content.for_people() and (question := _ask(someone, name, target)):
+        return question
+    if action in {"open", "switch"}:
         client.select(someone.sha256, name)
-        return context.go(target) if not content.for_programs() else content.data({"agent": name})
+        if content.for_programs():
+            return content.data({"agent": name})
+        response = context.go(target)
+        response.headers["Clear-Site-Data"] = '"cache"'  # the last app's pages are of the same address
+        return response
     if action not in ACTIONS:
         raise BadRequest("Nothing to do", why="valid actions are open, start, stop, restart")
     agent = client.my_state(someone.sha256, name, ACTIONS[action])
     if content.for_programs():
         return content.data(words.public_agent(agent), 202)
     return context.go(target if context.sent("next") else context.local("/"))
+
+
+def _ask(someone: context.Person, name: str, target: str) -> Response | None:
+    """Ask before another app takes over the address, None if there is none before it."""
+    agents = {each["name"]: each for each in context.portal().client.my_agents(someone.sha256)["agents"]}
+    if context.portal().subdomains or name == someone.agent or not {name, someone.agent} <= agents.keys():
+        return None
+    before, after = (context.portal().title(agents[each]["app"]) for each in (someone.agent, name))
+    heading = f"Open {after}?"
+    return content.page("others.html", heading=heading, agent=name, before=before, after=after, target=target)
 
 
 def _status(someone: context.Person, agents: list[dict[str, Any]]) -> Response:

@@ -95,6 +95,8 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
             raise NotFound
         response = Response(asset.body, content_type=asset.type)
         response.headers["Cache-Control"] = "public, max-age=31536000, immutable"
+        if asset == _STATIC["windows.js"]:
+            response.headers["Service-Worker-Allowed"] = "/"
         return response
 
     @app.context_processor

@@ -188,6 +188,7 @@ def _policy() -> str:
         # By nonce and not 'self': everything that an app serves would be 'self'.
         rules += [f"script-src 'nonce-{nonce}'", f"style-src 'nonce-{nonce}'", "img-src 'self' data:"]
         rules += ["connect-src 'self'", f"form-action {_form_targets()}"]
+        rules += [f"worker-src {request.host_url.rstrip('/')}{context.local('/static/')}"]
     return "; ".join(rules)
 
 

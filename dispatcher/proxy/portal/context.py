@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 EXTENSION = "dispatcher-portal"
 LOGIN_SLOTS = 64
-_TOKEN = re.compile(r"[\x21-\x7e]{16,256}")
+TOKEN = re.compile(r"[\x21-\x7e]{16,256}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LONGEST = 400 * 86400  # browsers keep no cookie longer (RFC 6265bis, 5.5)
 _EXPIRED_AT_MOST = 50
@@ -151,7 +151,7 @@ def address() -> str:
 
 def session_digest() -> str:
     """Return the SHA-256 of the session's token, "" without one."""
-    token = only_cookie(portal().cookies.session, _TOKEN)
+    token = only_cookie(portal().cookies.session, TOKEN)
     return sha256(token) if token else ""
 
 
@@ -228,7 +228,7 @@ def set_session(response: Response, token: str, session: dict[str, Any]) -> None
 
 def device_token() -> str | None:
     """Return the token that proves an earlier sign-in from this browser."""
-    return only_cookie(portal().cookies.device, _TOKEN) or None
+    return only_cookie(portal().cookies.device, TOKEN) or None
 
 
 def forget_session(response: Response) -> None:
@@ -239,21 +239,21 @@ def forget_session(response: Response) -> None:
     cookie that the browser sent (an app's, if it shares the portal's origin) is expired by name.
     """
     set_cookie(response, portal().cookies.session, "", 0)
-    _forget_apps(response)
+    forget_apps(response)
 
 
-def forget_others(response: Response, device: str | None) -> None:
-    """Clear the data of the previous user of this browser, unless it is the same user.
+def is_other_person(device: str | None) -> bool:
+    """Whether apps of another person may have left data in this browser.  In subdomain routing nothing is shared.
 
-    A session may end without a sign-out.  In subdomain routing nothing is shared.
+    A session may end without a sign-out.
 
     :param device: from the sign-in: the browser's own token if this user has signed in from it before.
     """
-    if not portal().subdomains and (device is None or device != device_token()):
-        _forget_apps(response)
+    return not portal().subdomains and (device is None or device != device_token())
 
 
-def _forget_apps(response: Response) -> None:
+def forget_apps(response: Response) -> None:
+    """Clear what apps have left in the browser; in subdomain routing their cookies are not here."""
     shown = [] if portal().subdomains else list(request.cookies)[:_EXPIRED_AT_MOST]
     for name in shown:
         if name not in cookies.OWN_NAMES and _NAME.fullmatch(name):

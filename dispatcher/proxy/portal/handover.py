@@ -17,7 +17,7 @@ from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, Not
 from dispatcher.proxy.portal import content, context, forms, targets
 
 pages = Blueprint("handover", __name__)
-_NONCE_AGE = 600  # seconds
+NONCE_AGE = 600  # seconds
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -30,7 +30,7 @@ def begin(target: str) -> Response:
     nonce = _nonce() or forms.new_seed()  # two tabs that begin at once share one
     query = urlencode({"host": request.host.lower(), "nonce": context.sha256(nonce), "next": target})
     response = context.go(f"{context.portal().public_origin}{context.local('/handover')}?{query}")
-    context.set_cookie(response, context.portal().cookies.nonce, nonce, _NONCE_AGE)
+    context.set_cookie(response, context.portal().cookies.nonce, nonce, NONCE_AGE)
     return response
 
 

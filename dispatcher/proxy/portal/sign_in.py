@@ -8,7 +8,14 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, Forbidden, TooManyRequests
+from dispatcher.plugin.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    DispatcherError,
+    Forbidden,
+    NotFound,
+    TooManyRequests,
+)
 from dispatcher.proxy.portal import content, context, handover, targets
 
 pages = Blueprint("sign_in", __name__)
@@ -53,11 +60,41 @@ def sign_in() -> Response:
         return _again(Forbidden("Name and password do not match", fix="check both and try again"), user, target)
     except TooManyRequests as error:
         return _again(error, user, target)
-    response = _welcome(answer["session"], target)
-    context.forget_others(response, answer.get("device"))
-    context.set_session(response, answer["token"], answer["session"])
-    if answer.get("device"):
-        context.set_cookie(response, context.portal().cookies.device, answer["device"], _DEVICE_AGE)
+    token, session, device = (answer[name] for name in ("token", "session", "device"))
+    other = context.is_other_person(device)
+    if other and context.device_token() and content.for_people():
+        response = _replace_pages(token, target)
+    else:
+        response = _welcome(session, target)
+        context.set_session(response, token, session)
+    if other:
+        context.forget_apps(response)
+    context.set_cookie(response, context.portal().cookies.device, device, _DEVICE_AGE)
+    return response
+
+
+def _replace_pages(token: str, target: str) -> Response:
+    """Return the page that replaces the open pages of the previous user, before the session's cookie is set.
+
+    What they sent with that cookie would arrive at the next user's app.
+    """
+    values = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
+    response = content.page("others.html", heading="Somebody else used this browser before", **values)
+    context.set_cookie(response, context.portal().cookies.session, "", 0)
+    context.set_cookie(response, context.portal().cookies.nonce, token, handover.NONCE_AGE)
+    return response
+
+
+@pages.post("/welcome")
+def welcome() -> Response:
+    """Begin the session of `_replace_pages`."""
+    context.check_form("welcome", session=False)
+    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    token = context.only_cookie(context.portal().cookies.nonce, context.TOKEN)
+    response = context.go(target)
+    with suppress(NotFound):  # too late, or twice: the target leads to the sign-in
+        context.set_session(response, token, context.portal().client.lookup(context.sha256(token)))
+    context.set_cookie(response, context.portal().cookies.nonce, "", 0)
     return response
 
 

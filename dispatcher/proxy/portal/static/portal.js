@@ -101,6 +101,43 @@
   }
   all("[data-wait]", wait);
 
+  // Before another app is opened or another person goes on: all apps share one address, and what their open pages send
+  // would arrive there.  `ask` waits for the user if there are such pages, `replace` does not.
+  async function others(card, replacement) {
+    const registration = await navigator.serviceWorker.register(card.dataset.worker, { scope: "/" });
+    const worker = registration.installing || registration.waiting || registration.active;
+    await new Promise((done) => {
+      const look = () => { if (worker.state === "activated") done(); };
+      worker.addEventListener("statechange", look);
+      look();
+    });
+    const channel = new MessageChannel();
+    const count = new Promise((done) => { channel.port1.onmessage = ({ data }) => done(data); });
+    worker.postMessage({ replacement }, [channel.port2]);
+    const left = await count;
+    await registration.unregister();
+    return left;
+  }
+
+  async function replace(card, show) {
+    const form = card.querySelector("form"), button = form.querySelector("button");
+    async function work(event) {
+      event?.preventDefault();
+      button.removeEventListener("click", work);
+      if (await others(card, card.dataset.replacement) === 0) form.submit(); else show("left");
+    }
+    show("");
+    if (card.dataset.pages === "replace") { await work(); return; }
+    if (await others(card) === 0) { form.submit(); return; }
+    button.addEventListener("click", work);
+    show("open");
+  }
+  // Only over HTTPS and on localhost; elsewhere, and if it fails, the page says what to do by hand.
+  if (navigator.serviceWorker) all("[data-pages]", (card) => {
+    const show = (when) => card.querySelectorAll("[data-when]").forEach((part) => { part.hidden = part.dataset.when !== when; });
+    replace(card, show).catch(() => show("hand"));
+  });
+
   // The failed page and the list of apps: reload when a state has changed, but not while the browser is on its way to
   // another page: a reload would cancel that.
   let leaving = false;

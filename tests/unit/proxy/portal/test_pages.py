@@ -157,15 +157,32 @@ class TestDashboard:
         assert "Never used" in page.text
         assert "bob" not in page.text
 
-    def test_opening_another_app_selects_it(self, portal) -> None:
+    def test_opening_another_app_is_asked_first_and_clears_the_cache(self, portal) -> None:
         app, manager = portal
         manager.agents["alice:lab"] = agent("alice:lab", "suspended")
         browser = Browser(app)
         browser.sign_in()
-        form = browser.get("/auth/").form("/agents")
-        answer = browser.post(form["action"], form["fields"] | {"agent": "alice:lab", "action": "open"})
+        page = browser.submit(browser.get("/auth/"), "/agents", {"agent": "alice:lab", "action": "open"})
+        assert page.status == 200
+        assert "Open lab? Save your work in the open pages of Notebook first." in page.text
+        assert "Close the open pages of Notebook in this browser" in page.text
+        assert manager.rows[digest(browser.cookie())]["agent"] == "alice"
+        answer = browser.submit(page, "/agents")
         assert (answer.status, answer.location) == (303, "/")
+        assert answer.headers["Clear-Site-Data"] == '"cache"'
         assert manager.rows[digest(browser.cookie())]["agent"] == "alice:lab"
+
+    def test_nothing_is_asked_without_another_app_before_or_by_programs(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice:lab"] = agent("alice:lab", "suspended")
+        browser, program = Browser(app), Program(app)
+        browser.sign_in()
+        fields = browser.get("/auth/").form("/agents")["fields"]
+        assert browser.post("/auth/agents", fields | {"agent": "alice", "action": "open"}).status == 303
+        del manager.agents["alice"]
+        assert browser.post("/auth/agents", fields | {"agent": "alice:lab", "action": "open"}).status == 303
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        assert program.post("/auth/agents", {"agent": "alice:lab", "action": "open"}).status == 200
 
     @pytest.mark.parametrize(
         ("action", "asked"), [("start", "running"), ("stop", "stopped"), ("restart", "restart")]
