@@ -44,9 +44,10 @@ class Queries:
     def views(self, *, user: str | None = None) -> list[AgentView]:
         """Return all agents, or a user's (the oldest first); never blocks."""
         registry = self._registry
-        agents = [agent for _, agent in sorted(registry.agents.copy().items()) if user in {None, agent.row.user}]
         if user is not None:
-            agents.sort(key=lambda agent: agent.row.id)
+            agents = registry.of_user(user)
+        else:
+            agents = [agent for _, agent in sorted(registry.agents.copy().items())]
         return [registry.view(agent) for agent in agents]
 
     def wait(self, name: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:

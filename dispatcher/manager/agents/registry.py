@@ -71,6 +71,7 @@ class Registry:
     def __post_init__(self) -> None:
         self.buffer = WriteBuffer(self.store)
         self.agents: dict[str, Agent] = {}
+        self._by_user: dict[str, dict[str, Agent]] = {}
         self.by_backend_name: dict[str, Agent] = {}
         self._names_lock = threading.Lock()
         self._reserved_names: set[str] = set()
@@ -99,12 +100,17 @@ class Registry:
         """Return the agents that a provider has now."""
         return [agent for agent in list(self.agents.values()) if agent.row.provider == provider]
 
+    def of_user(self, user: str) -> list[Agent]:
+        """Return a user's agents, the oldest first."""
+        return sorted(self._by_user.get(user, {}).copy().values(), key=lambda agent: agent.row.id)
+
     def add(self, row: AgentRow) -> Agent:
         """Take an agent that is in the store into memory."""
         agent = Agent(row)
         agent.state = public_state(self.situation(row, insist=True))
         with self._names_lock:
             self.agents[row.name] = agent
+            self._by_user.setdefault(row.user, {})[row.name] = agent
             self.by_backend_name[names.backend_name(self.installation, row.name)] = agent
         return agent
 
@@ -113,6 +119,9 @@ class Registry:
         with self._names_lock:
             if self.agents.get(agent.row.name) is agent:
                 del self.agents[agent.row.name]
+                del self._by_user[agent.row.user][agent.row.name]
+                if not self._by_user[agent.row.user]:
+                    del self._by_user[agent.row.user]
                 del self.by_backend_name[names.backend_name(self.installation, agent.row.name)]
         with agent.lock:
             agent.availability = Availability.GONE

@@ -15,13 +15,14 @@ from dispatcher.manager.auth.sessions import digest, new_token
 from dispatcher.plugin.errors import Forbidden
 
 LIFETIME = 30.0  # seconds
-MAX_CODES = 10_000
+MAX_CODES = 20  # of one user: nobody can push out another's
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
     """The sign-in that a code transfers."""
 
+    user: str
     parent: str  # SHA-256 of the session
     agent: str
     host: str
@@ -36,16 +37,15 @@ class HandoverCodes:
         self._codes: dict[str, Handover] = {}
         self._lock = threading.Lock()
 
-    def issue(self, parent: str, agent: str, host: str, nonce_sha256: str, now: float) -> str:
+    def issue(self, user: str, parent: str, agent: str, host: str, nonce_sha256: str, now: float) -> str:
         """Return a new code."""
         code = new_token()
         with self._lock:
-            while self._codes:  # in the order of their expiry
-                oldest = next(iter(self._codes))
-                if self._codes[oldest].until > now and len(self._codes) < MAX_CODES:
-                    break
-                del self._codes[oldest]
-            self._codes[digest(code)] = Handover(parent, agent, host, nonce_sha256, now + LIFETIME)
+            self._codes = {key: each for key, each in self._codes.items() if each.until > now}
+            own = [key for key, each in self._codes.items() if each.user == user]
+            for key in own[: 1 - MAX_CODES]:  # all but the newest
+                del self._codes[key]
+            self._codes[digest(code)] = Handover(user, parent, agent, host, nonce_sha256, now + LIFETIME)
         return code
 
     def redeem(self, code: str, nonce: str, host: str, now: float) -> Handover:

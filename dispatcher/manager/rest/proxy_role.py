@@ -132,7 +132,7 @@ def handover(
     if agent is None or row.parent:
         raise Forbidden("That host does not belong to one of your agents", fix="open the app from the dashboard")
     now = services.clock.now()
-    return {"code": services.handovers.issue(row.sha256, agent, host, nonce_sha256, now)}, 201
+    return {"code": services.handovers.issue(row.user, row.sha256, agent, host, nonce_sha256, now)}, 201
 
 
 @routes.add("POST", "/sessions/redeem", {201: schemas.Renewed})

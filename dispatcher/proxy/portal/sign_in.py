@@ -78,7 +78,7 @@ def _replace_pages(token: str, target: str) -> Response:
 
     What they sent with that cookie would arrive at the next user's app.
     """
-    values = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
+    values: dict[str, Any] = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
     response = content.page("others.html", heading="Somebody else used this browser before", **values)
     context.set_cookie(response, context.portal().cookies.session, "", 0)
     context.set_cookie(response, context.portal().cookies.nonce, token, handover.NONCE_AGE)

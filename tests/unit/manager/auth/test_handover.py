@@ -16,8 +16,8 @@ def codes():
     return HandoverCodes()
 
 
-def issue(codes, now=0.0):
-    return codes.issue("parent", "alice", HOST, digest("nonce"), now)
+def issue(codes, now=0.0, user="alice"):
+    return codes.issue(user, "parent", "alice", HOST, digest("nonce"), now)
 
 
 def test_it_works_once(codes):
@@ -44,12 +44,10 @@ def test_whatever_is_wrong_uses_it_up_and_looks_alike(codes, nonce, host, now):
         codes.redeem(code, "nonce", HOST, 1.0)
 
 
-def test_codes_are_bounded_and_the_old_go(codes):
-    old = issue(codes)
-    for _ in range(MAX_CODES + 5):
-        issue(codes, 1.0)
-    assert len(codes._codes) == MAX_CODES
+def test_a_user_has_few_codes_and_pushes_out_nobody_elses(codes):
+    theirs = issue(codes, user="bob")
+    old, *others = [issue(codes) for _ in range(MAX_CODES + 1)]
     with pytest.raises(Forbidden):
         codes.redeem(old, "nonce", HOST, 1.0)
-    issue(codes, LIFETIME + 2.0)
-    assert len(codes._codes) == 1
+    for code in [theirs, *others]:
+        assert codes.redeem(code, "nonce", HOST, 1.0).parent == "parent"
