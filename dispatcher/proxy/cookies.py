@@ -15,12 +15,14 @@ class Names(NamedTuple):
     :ivar session: holds a session's token; :ivar device: proves an earlier sign-in from this browser.
     :ivar nonce: binds a handed-over sign-in to the host that requested it.
     :ivar form: binds the portal's forms to the browser that displayed them.
+    :ivar app: differs for each app that was opened: caches heed `Vary: Cookie` (session routing).
     """
 
     session: str = "dispatcher"
     device: str = "dispatcher-device"
     nonce: str = "dispatcher-nonce"
     form: str = "dispatcher-form"
+    app: str = "dispatcher-app"
 
 
 _PLAIN = Names()

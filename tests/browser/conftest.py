@@ -129,6 +129,20 @@ def demo(make_site):
     return make_site()
 
 
+def certificate(base: Path) -> str:
+    """Make a certificate for localhost; return the proxy's settings for it."""
+    subprocess.run(
+        [
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+            "-keyout", str(base / "key.pem"), "-out", str(base / "cert.pem"),
+        ],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    return f'tls_cert = "{base}/cert.pem"\ntls_key = "{base}/key.pem"'
+
+
 @pytest.fixture(scope="session")
 def real_apps() -> Path:
     """A virtual environment with real applications, made once and kept in the clone's cache."""

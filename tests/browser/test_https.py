@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import pytest
 from playwright.sync_api import expect
+
+from tests.browser.conftest import certificate
 
 pytestmark = pytest.mark.browser
 
@@ -14,16 +14,7 @@ pytestmark = pytest.mark.browser
 def site(make_site, tmp_path_factory):
     base = tmp_path_factory.mktemp("tls")
     base.chmod(0o755)
-    subprocess.run(
-        [
-            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-            "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
-            "-keyout", str(base / "key.pem"), "-out", str(base / "cert.pem"),
-        ],
-        check=True,
-        capture_output=True,
-    )  # fmt: skip
-    site = make_site(proxy=f'tls_cert = "{base}/cert.pem"\ntls_key = "{base}/key.pem"', tls=True)
+    site = make_site(proxy=certificate(base), tls=True)
     site.url = f"https://localhost:{site.port}"
     return site
 

@@ -6,8 +6,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
+from tests.browser.conftest import ARGUMENTS, certificate
 from tests.support.installation import PASSWORD
 
 pytestmark = pytest.mark.browser
@@ -36,6 +37,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         name = os.environ["NAME"] + "-" + self.headers.get("X-Dispatcher-User", "")
         if self.path.startswith("/socket"):
             self.note(self.path)
+        if self.path == "/quiet":  # without open requests a browser may remember it
+            return self.answer(("<h1>Quiet " + name + "</h1>").encode(), Content_Type="text/html")
         if self.path == "/cached":
             text = ("cached " + name).encode()
             return self.answer(text, Content_Type="text/html", Cache_Control="max-age=3600")
@@ -56,22 +59,27 @@ Server(sys.argv[1], Handler).serve_forever()
 
 
 @pytest.fixture(scope="module")
-def site(make_site):
-    """Alice has the apps `one` and `two`, bob has `one`."""
+def apps():
+    """The apps `one` and `two`."""
     with tempfile.TemporaryDirectory(prefix="d-", dir="/tmp") as directory:
         program = Path(directory, "app.py")
         program.write_text(APP)
         program.parent.chmod(0o755)
-        apps = "".join(
+        yield "".join(
             f'[apps.{name}.environment]\nNAME = "{name}"\n[apps.{name}.subprocess]\nread_only = ["{program}"]\n'
             f'command = ["{{python}}", "{program}", "{{{{socket}}}}"]\n'
             for name in ("one", "two")
         )
-        site = make_site(apps, people=())
-        for name in ("alice", "bob"):
-            site.add(name, "one")
-        assert site.admin("POST", "/agents", {"name": "alice", "app": "two"}).status == 201
-        yield site
+
+
+@pytest.fixture(scope="module")
+def site(make_site, apps):
+    """Alice has both apps, bob has `one`."""
+    site = make_site(apps, people=())
+    for name in ("alice", "bob"):
+        site.add(name, "one")
+    assert site.admin("POST", "/agents", {"name": "alice", "app": "two"}).status == 201
+    return site
 
 
 def received(site, agent: str) -> list[str]:
@@ -156,17 +164,109 @@ def test_an_old_tab_of_another_person_reaches_nobody(site, person) -> None:
     assert not [line for line in received(site, "bob") if "alice" in line]
 
 
-def test_without_service_workers_the_page_says_what_to_do(site, person) -> None:
+def test_without_service_workers_the_page_says_what_to_do(site, person, monkeypatch) -> None:
     """Over plain HTTP at a host name a browser has none."""
-    site.url, local = site.url.replace("127.0.0.1", "apps.test"), site.url
-    try:
-        old = person()
-        open_editor(site, old, "alice")
-        new = old.context.new_page()
-        begin_switch(site, new, "two")
-        expect(new.get_by_text("Close the open pages of one in this browser")).to_be_visible()
-        old.close()
-        new.get_by_role("button", name="Open two").click()
-        expect(new.get_by_role("heading")).to_have_text("Editor of two-alice")
-    finally:
-        site.url = local
+    monkeypatch.setattr(site, "url", site.url.replace("127.0.0.1", "apps.test"))
+    old = person()
+    open_editor(site, old, "alice")
+    new = old.context.new_page()
+    begin_switch(site, new, "two")
+    expect(new.get_by_text("Close the open pages of one in this browser")).to_be_visible()
+    old.close()
+    new.get_by_role("button", name="Open two").click()
+    expect(new.get_by_role("heading")).to_have_text("Editor of two-alice")
+
+
+@pytest.fixture
+def secure(site_with, apps, tmp_path):
+    tmp_path.chmod(0o755)
+    proxy = certificate(tmp_path)
+    site = site_with(apps, people=(), proxy=proxy, tls=True)
+    site.url = f"https://127.0.0.1:{site.port}"
+    site.add("alice", "one")
+    return site
+
+
+# What caches keep: the app's `/cached` may be kept for an hour.
+
+
+@pytest.fixture(params=["127.0.0.1", "apps.test"], ids=["localhost", "plain HTTP"])
+def host(site, request, monkeypatch):
+    """Browsers obey Clear-Site-Data over HTTPS and on localhost only."""
+    monkeypatch.setattr(site, "url", site.url.replace("127.0.0.1", request.param))
+    return request.param
+
+
+def visit_cached(site, page: Page, text: str) -> None:
+    for _ in range(2):
+        page.goto(f"{site.url}/")
+        page.get_by_role("link", name="cached").click()
+        expect(page.locator("body")).to_have_text(f"cached {text}")
+
+
+def test_no_cached_page_of_one_app_is_shown_for_another(site, host, person) -> None:
+    page = person()
+    open_editor(site, page, "alice")
+    visit_cached(site, page, "one-alice")
+    begin_switch(site, page, "two")
+    if host == "apps.test":
+        page.get_by_role("button", name="Open two").click()
+    expect(page.get_by_role("heading")).to_have_text("Editor of two-alice")
+    visit_cached(site, page, "two-alice")
+
+
+def test_no_cached_page_of_one_person_is_shown_to_another(site, host, person) -> None:
+    page = person()
+    open_editor(site, page, "alice")
+    visit_cached(site, page, "one-alice")
+    page.context.clear_cookies(name="dispatcher")  # her session ends without a sign-out
+    site.sign_in(page, "bob")
+    if host == "apps.test":
+        page.get_by_role("button", name="Open your app").click()
+    expect(page.get_by_role("heading")).to_have_text("Editor of one-bob")
+    visit_cached(site, page, "one-bob")
+
+
+@pytest.fixture
+def remembering(chromium: Browser):
+    """A page with the back-forward cache, which Playwright switches off."""
+    ignored = ["--disable-back-forward-cache"]
+    browser = chromium.browser_type.launch(
+        executable_path="/usr/bin/chromium", args=ARGUMENTS, ignore_default_args=ignored
+    )
+    page = browser.new_context(ignore_https_errors=True).new_page()
+    page.set_default_timeout(15_000)
+    yield page
+    browser.close()
+
+
+def test_back_after_a_sign_out_shows_nothing_private(secure, remembering) -> None:
+    page, site = remembering, secure
+    site.sign_in(page, "alice", "/quiet")
+    expect(page.get_by_role("heading")).to_have_text("Quiet one-alice")
+    page.evaluate("addEventListener('pageshow', (event) => { if (event.persisted) window.restored = true; })")
+    page.goto(f"{site.url}/cached")
+    page.go_back(wait_until="commit")
+    expect(page.get_by_role("heading")).to_have_text("Quiet one-alice")
+    assert page.evaluate("window.restored") is True  # the browser does remember pages
+    page.goto(f"{site.url}/cached")
+    sign_out_and_go_back(site, page)
+
+
+def test_back_over_plain_http_shows_nothing_of_the_disk_cache(site, person, monkeypatch) -> None:
+    monkeypatch.setattr(site, "url", site.url.replace("127.0.0.1", "apps.test"))
+    page = person()
+    site.sign_in(page, "alice", "/quiet")
+    expect(page.get_by_role("heading")).to_have_text("Quiet one-alice")
+    page.goto(f"{site.url}/cached")
+    sign_out_and_go_back(site, page)
+
+
+def sign_out_and_go_back(site, page: Page) -> None:
+    page.goto(f"{site.url}/auth/account")
+    page.get_by_role("button", name="Sign out", exact=True).click()
+    expect(page.get_by_text("You are signed out")).to_be_visible()
+    for _ in range(4):
+        page.go_back(wait_until="commit")
+        page.wait_for_timeout(500)
+        assert "alice" not in page.inner_text("body")

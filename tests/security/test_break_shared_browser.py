@@ -21,10 +21,10 @@ def test_the_second_finds_nothing_that_an_app_of_the_first_left(portal) -> None:
     manager.rows.clear()  # the session ends by itself
     browser.set_cookie("lab-token", "of-alice")
     page = browser.sign_in("bob", "battery staple")
-    assert page.status == 200
+    assert (page.status, page.location) == (303, "/auth/welcome?next=%2F")
     assert page.headers["Clear-Site-Data"] == '"cache", "storage"'
     assert browser.cookie("lab-token") is None
-    assert browser.submit(page, "/welcome").status == 303
+    assert browser.submit(browser.get(page.location), "/welcome").status == 303
     assert browser.cookie("dispatcher")
     assert browser.cookie("dispatcher-device")
 
@@ -45,7 +45,7 @@ def test_the_session_begins_once_the_pages_of_the_first_are_replaced(portal) -> 
     browser = Browser(app)
     assert browser.sign_in().location == "/"
     alice = browser.cookie()
-    page = browser.sign_in("bob", "battery staple", next="/x")
+    page = browser.get(browser.sign_in("bob", "battery staple").location)
     assert "Somebody else used this browser before" in page.text
     assert browser.cookie() is None  # what an old page sends reaches nobody
     assert digest(alice) not in manager.rows
@@ -58,13 +58,14 @@ def test_the_session_begins_once_the_pages_of_the_first_are_replaced(portal) -> 
     assert browser.cookie("dispatcher-nonce") is None
     browser.submit(page, "/welcome")  # sent twice
     assert manager.rows[digest(browser.cookie())]["user"] == "bob"
+    assert browser.get("/auth/welcome?next=/x").location == "/x"  # Back, or a link on another site
     assert "another person signed in" in browser.get("/auth/replaced").text
 
 
 def test_a_session_begins_for_nobody_without_its_cookie(portal) -> None:
     browser = Browser(portal[0])
     browser.sign_in()
-    page = browser.sign_in("bob", "battery staple")
+    page = browser.get(browser.sign_in("bob", "battery staple").location)
     assert browser.post("/auth/welcome", {"token": "x"}).status == 403
     browser.set_cookie("dispatcher-nonce", "x" * 43)
     assert browser.submit(page, "/welcome").location == "/"

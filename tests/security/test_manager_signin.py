@@ -172,6 +172,33 @@ def test_two_hundred_sign_ins_at_once_are_bounded_and_affect_no_other_user(site)
     bystander.close()
 
 
+def test_a_class_behind_one_address_gets_in_within_seconds(short_tmp):
+    """As in `test_throttle.py` with 200 students; here each password is checked."""
+    app = '[apps.web]\nmax_restarts = 0\n[apps.web.subprocess]\ncommand = ["/usr/bin/false", "{{socket}}"]\n'
+    delays = []
+
+    def sign_in(number):
+        client, name = proxy_of(site), f"student{number}"
+        if number < 40:
+            assert outcome(lambda: client.login(name, "a typo", ADDRESS)) in {"Forbidden", "TooManyRequests"}
+        while True:
+            try:
+                return client.login(name, PASSWORD, ADDRESS)["session"]["user"]
+            except TooManyRequests as error:
+                delays.append(error.retry_after)
+                time.sleep(error.retry_after)
+            finally:
+                client.close()
+
+    with Installation(short_tmp, app) as site:
+        site.start("manager")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(site.add, (f"student{number}" for number in range(200))))
+        with ThreadPoolExecutor(20) as pool:
+            assert list(pool.map(sign_in, range(50))) == [f"student{number}" for number in range(50)]
+    assert sum(delays) < 10, delays
+
+
 NASTY = [
     "alice\n2026-01-01T00:00:00Z INFO    signed in user=root",
     "\x1b[2J\x1b[31malice",

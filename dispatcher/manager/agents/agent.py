@@ -227,7 +227,7 @@ class AgentView:
             "endpoint": str(self.endpoint) if self.endpoint else None,
             "uid": self.owner_uid,
             "stage": self.stage,
-            "detail": self.detail,
+            "detail": "" if self.state is State.UNKNOWN else self.detail,  # the backend's error
             "fraction": self.fraction,
             "failed": self.failure.what if self.failure else None,
         }

@@ -60,6 +60,8 @@ def act() -> Response:
             return content.data({"agent": name})
         response = context.go(target)
         response.headers["Clear-Site-Data"] = '"cache"'  # the last app's pages are of the same address
+        # Over plain HTTP browsers ignore that, but the agents' answers have `Vary: Cookie`.
+        context.set_cookie(response, context.portal().cookies.app, context.sha256(name)[:16], None)
         return response
     if action not in ACTIONS:
         raise BadRequest("Nothing to do", why="valid actions are open, start, stop, restart")
@@ -88,23 +90,23 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
     """Return an agent's values for the dashboard's template."""
     label, tone = words.state(agent["state"])
     since = words.since(agent.get("since"), event=agent["state"] == "failed")
+    portal = context.portal()
+    own = agent["name"] == someone.agent
     facts = [
+        "Selected" if own and not portal.subdomains and len(someone.agents) > 1 else "",
         agent["name"] if agent["name"] != someone.user else "",
         f"{label} {since}" if since else "",
         f"Used {humanize.ago(agent['last_used'])}" if agent.get("last_used") else "Never used",
         "A restart applies the new configuration" if agent.get("outdated") else "",
     ]
-    portal = context.portal()
     scheme, _, host = portal.public_origin.partition("://")
-    own = agent["name"] == someone.agent
     address = f"{scheme}://{names.key(agent['name'])}.{host}/" if portal.subdomains else "/" if own else ""
     return {
-        "agent": agent,
+        "agent": words.public_agent(agent),
         "title": portal.title(agent["app"]),
         "label": label,
         "tone": tone,
         "address": address,
-        "current": own and not portal.subdomains,
         "asleep": agent["state"] in words.ASLEEP,
         "stopped": agent["state"] in {"stopped", "failed"},
         "facts": [fact for fact in facts if fact],

@@ -63,7 +63,10 @@ def sign_in() -> Response:
     token, session, device = (answer[name] for name in ("token", "session", "device"))
     other = context.is_other_person(device)
     if other and context.device_token() and content.for_people():
-        response = _replace_pages(token, target)
+        # What the previous user's pages sent with the session's cookie would arrive at this user's app.
+        response = context.go(context.local("/welcome", next=target))
+        context.set_cookie(response, context.portal().cookies.session, "", 0)
+        context.set_cookie(response, context.portal().cookies.nonce, token, handover.NONCE_AGE)
     else:
         response = _welcome(session, target)
         context.set_session(response, token, session)
@@ -73,26 +76,23 @@ def sign_in() -> Response:
     return response
 
 
-def _replace_pages(token: str, target: str) -> Response:
-    """Return the page that replaces the open pages of the previous user, before the session's cookie is set.
-
-    What they sent with that cookie would arrive at the next user's app.
-    """
+@pages.get("/welcome")
+def replace_pages() -> Response:
+    """Replace the open pages of the previous user of this browser."""
+    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    if not context.only_cookie(context.portal().cookies.nonce, context.TOKEN):
+        return context.go(target)
     values: dict[str, Any] = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
-    response = content.page("others.html", heading="Somebody else used this browser before", **values)
-    context.set_cookie(response, context.portal().cookies.session, "", 0)
-    context.set_cookie(response, context.portal().cookies.nonce, token, handover.NONCE_AGE)
-    return response
+    return content.page("others.html", heading="Somebody else used this browser before", **values)
 
 
 @pages.post("/welcome")
 def welcome() -> Response:
-    """Begin the session of `_replace_pages`."""
+    """Set the session's cookie, now that the pages are replaced."""
     context.check_form("welcome", session=False)
-    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    response = context.go(targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix))
     token = context.only_cookie(context.portal().cookies.nonce, context.TOKEN)
-    response = context.go(target)
-    with suppress(NotFound):  # too late, or twice: the target leads to the sign-in
+    with suppress(NotFound):  # too late, or sent twice: the target leads to the sign-in
         context.set_session(response, token, context.portal().client.lookup(context.sha256(token)))
     context.set_cookie(response, context.portal().cookies.nonce, "", 0)
     return response

@@ -47,7 +47,7 @@ def _under_way(agent: dict[str, Any], target: str) -> Response:
         return content.problem(error, 503, agent=words.public_agent(agent))
     asleep = agent["state"] in words.ASLEEP
     shown = {
-        "agent": agent,
+        "agent": words.public_agent(agent),
         "title": title,
         "label": label,
         "target": target,

@@ -81,4 +81,5 @@ def browser(user_agent: str | None) -> str:
 def public_agent(agent: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of an agent's view for its user, without details of the host."""
     shown = ("name", "app", "state", "stage", "detail", "fraction", "since", "last_used", "outdated")
-    return {name: agent.get(name) for name in shown}
+    # The detail of an agent whose backend does not answer is the backend's error.
+    return {name: agent.get(name) for name in shown} | ({"detail": ""} if agent["state"] == "unknown" else {})

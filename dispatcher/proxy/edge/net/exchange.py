@@ -317,6 +317,8 @@ class Exchange(Receiver):
                 additions += b"Cache-Control: private, " + response.cached + b"\r\nVary: Cookie\r\n"
             else:
                 additions += context.settings.agent_lines
+            if self.request.by_hand:
+                additions += context.settings.page_lines
         elif response.status == 404 and client.session is not None:
             context.warn_once(
                 "a path under proxy.prefix belongs to the portal: if an app uses it, choose another prefix",

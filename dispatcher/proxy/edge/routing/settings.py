@@ -85,6 +85,8 @@ class Settings:
         self.hsts_line = b"" if hsts is None else b"Strict-Transport-Security: max-age=%d\r\n" % int(hsts)
         #: Agents share an origin: what a cache keeps of one is for its session alone.
         self.agent_lines = b"" if self.subdomain else b"Cache-Control: private\r\nVary: Cookie\r\n"
+        #: Over plain HTTP a sign-out cannot clear the browser's cache, and Back would show a page.
+        self.page_lines = b"" if self.subdomain or config.secure else b"Cache-Control: no-store\r\n"
         self.trusted_unix = "unix" in proxy.trusted_proxies
         self.trusted = tuple(_network(text) for text in proxy.trusted_proxies if text != "unix")
 

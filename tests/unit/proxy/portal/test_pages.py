@@ -214,6 +214,25 @@ class TestDashboard:
         assert "secret" not in page.source
         assert "Start Notebook" in text
 
+    def test_the_error_of_a_backend_is_for_operators(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice"] |= {"state": "unknown", "detail": "cannot connect to /run/docker.sock"}
+        browser = Browser(app)
+        browser.sign_in()
+        for path in ("/auth/", "/auth/status", "/auth/waiting"):
+            page = browser.get(path)
+            assert "nreachable" in page.source or "unknown" in page.source
+            assert "docker.sock" not in page.source
+
+    def test_which_of_several_apps_the_address_leads_to(self, portal) -> None:
+        app, manager = portal
+        browser = Browser(app)
+        browser.sign_in()
+        assert "Selected" not in browser.get("/auth/").text
+        manager.agents["alice:lab"] = agent("alice:lab")
+        browser.sign_in()
+        assert browser.get("/auth/").text.count("Selected") == 1
+
     def test_nobody_is_led_to_the_form_and_back(self, portal) -> None:
         app, _ = portal
         page = Browser(app).get("/auth/")
@@ -386,3 +405,9 @@ class TestTheRest:
         assert browser.submit(page, "/login", {"user": "alice", "password": "correct horse"}).location == "/"
         assert browser.get("/-/portal/").status == 200
         assert browser.get("/auth/login").status == 404
+
+
+def test_a_missing_page_says_so_once(portal) -> None:
+    page = Browser(portal[0]).get("/auth/nothing")
+    assert page.source.count("Page not found") == 2  # the title and the heading
+    assert "Check the address." in page.text
