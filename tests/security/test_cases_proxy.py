@@ -162,6 +162,17 @@ def test_all_that_is_open_ends_with_the_session_within_two_seconds(site, how):
         _ends(site, how, 2)
 
 
+def test_a_stream_that_is_read_prolongs_its_session_up_to_the_lifetime():
+    with Site(extra='[auth]\nsession_idle = "8s"\nsession_lifetime = "18s"\n') as site:
+        site.add("carol")
+        cookie, began = site.login("carol"), time.monotonic()
+        site.app(cookie)
+        with site.open("/sse", cookie, "Connection: close") as stream:
+            ended(stream, 30)
+        assert 15 < time.monotonic() - began < 22
+        assert site.web("GET", "/", Cookie=cookie).status == 401
+
+
 def _ends(site, how, seconds):
     site.add("carol")
     try:
