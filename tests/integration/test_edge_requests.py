@@ -448,8 +448,9 @@ def test_read_all_is_quick(edge):
 def test_an_agents_answer_has_one_field_for_caches_and_none_is_shared():
     said = b"HTTP/1.1 200 OK\r\nCache-Control: public, max-age=99999\r\nContent-Length: 0\r\n\r\n"
     with Edge(saying(said)) as edge:
-        found = [value for name, value in edge.get().fields if name == b"cache-control"]
-    assert found == [b"private, max-age=99999"]
+        for lines, expected in (((), b"max-age=99999"), ((b"Accept: text/html",), b"no-store")):
+            found = [value for name, value in edge.get("/", *lines).fields if name == b"cache-control"]
+            assert found == [b"private, " + expected]  # over plain HTTP no sign-out clears a cached page
 
 
 def test_a_browser_with_too_many_cookies_gets_a_page_that_expires_them():

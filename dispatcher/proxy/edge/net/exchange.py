@@ -313,12 +313,11 @@ class Exchange(Receiver):
             client.closing = True
         additions = context.settings.hsts_line
         if self.agent is not None and self.agent.name:
-            if response.cached:
-                additions += b"Cache-Control: private, " + response.cached + b"\r\nVary: Cookie\r\n"
+            cached = (self.request.by_hand and context.settings.page_cache) or response.cached
+            if cached:
+                additions += b"Cache-Control: private, " + cached + b"\r\nVary: Cookie\r\n"
             else:
                 additions += context.settings.agent_lines
-            if self.request.by_hand:
-                additions += context.settings.page_lines
         elif response.status == 404 and client.session is not None:
             context.warn_once(
                 "a path under proxy.prefix belongs to the portal: if an app uses it, choose another prefix",

@@ -86,7 +86,7 @@ class Settings:
         #: Agents share an origin: what a cache keeps of one is for its session alone.
         self.agent_lines = b"" if self.subdomain else b"Cache-Control: private\r\nVary: Cookie\r\n"
         #: Over plain HTTP a sign-out cannot clear the browser's cache, and Back would show a page.
-        self.page_lines = b"" if self.subdomain or config.secure else b"Cache-Control: no-store\r\n"
+        self.page_cache = b"" if self.subdomain or config.secure else b"no-store"
         self.trusted_unix = "unix" in proxy.trusted_proxies
         self.trusted = tuple(_network(text) for text in proxy.trusted_proxies if text != "unix")
 
