@@ -64,7 +64,8 @@ def sign_in() -> Response:
     other = context.is_other_person(device)
     if other and context.device_token() and content.for_people():
         # What the previous user's pages sent with the session's cookie would arrive at this user's app.
-        response = context.go(context.local("/welcome", next=target))
+        proof = context.form_token(_purpose(token), session=False)
+        response = context.go(context.local("/welcome", next=target, proof=proof))
         context.set_cookie(response, context.portal().cookies.session, "", 0)
         context.set_cookie(response, context.portal().cookies.nonce, token, handover.NONCE_AGE)
     else:
@@ -83,19 +84,25 @@ def replace_pages() -> Response:
     if not context.only_cookie(context.portal().cookies.nonce, context.TOKEN):
         return context.go(target)
     values: dict[str, Any] = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
+    values["proof"] = request.args.get("proof", "")
     return content.page("others.html", heading="Somebody else used this browser before", **values)
 
 
 @pages.post("/welcome")
 def welcome() -> Response:
     """Set the session's cookie, now that the pages are replaced."""
-    context.check_form("welcome", session=False)
-    response = context.go(targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix))
     token = context.only_cookie(context.portal().cookies.nonce, context.TOKEN)
+    context.check_form(_purpose(token), session=False)
+    response = context.go(targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix))
     with suppress(NotFound):  # too late, or sent twice: the target leads to the sign-in
         context.set_session(response, token, context.portal().client.lookup(context.sha256(token)))
     context.set_cookie(response, context.portal().cookies.nonce, "", 0)
     return response
+
+
+def _purpose(token: str) -> str:
+    """Bind the form to a session: a page of an app could plant the cookie of another."""
+    return f"welcome {context.sha256(token)}"
 
 
 def _login(user: str, password: str) -> dict[str, Any]:
