@@ -2,7 +2,7 @@
 
 Before Docker 23 the engine's own profile lets AF_VSOCK pass, which no network namespace separates: its addresses
 are one space for all agents, the host and its virtual machines.  Here only listed families pass.  Also refused are
-kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring and 32-bit programs.
+kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio and 32-bit programs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FAMILIES = (1, 2, 10, 16)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 _NEW_NAMESPACES = 0x7E020000  # the flags CLONE_NEW* of clone(2)
 #: Refused with ENOSYS, so that programs fall back to older calls.
-_ABSENT = ["clone3", "io_uring_setup", "io_uring_enter", "io_uring_register"]
+_ABSENT = ["clone3", "io_setup", "io_uring_setup", "io_uring_enter", "io_uring_register"]
 #: More calls for those that have a capability.
 _PRIVILEGED = {
     "SYS_ADMIN": "fsconfig fsmount fsopen fspick mount mount_setattr move_mount open_tree pivot_root quotactl "
@@ -42,7 +42,7 @@ _ALLOWED = """
     getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
     getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr getxattrat
     inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
-    io_pgetevents io_setup io_submit ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    io_pgetevents io_submit ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
     landlock_restrict_self lchown lgetxattr link linkat listen listxattr listxattrat llistxattr lremovexattr
     lseek lsetxattr lsm_get_self_attr lsm_list_modules lstat madvise map_shadow_stack membarrier memfd_create
     memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap modify_ldt mprotect

@@ -2,7 +2,7 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring.  Sockets are the exception: just the families that network namespaces and modes of files
+modules, io_uring, libaio.  Sockets are the exception: just the families that network namespaces and modes of files
 separate are allowed, as AF_VSOCK is one space for the host and all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
@@ -62,8 +62,14 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "iopl": (172, None),
     "ioperm": (173, None),
 }
-#: Refused with ENOSYS, so that programs fall back to older calls; the numbers are the same on all machines.
-ABSENT = {"clone3": 435, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427}
+#: Refused with ENOSYS, so that programs fall back to older calls.
+_ABSENT = {
+    "clone3": (435, 435),
+    "io_setup": (206, 0),  # takes from fs.aio-max-nr, one number for the whole host
+    "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+}
 #: Refused with EAFNOSUPPORT, as a kernel without the family does, unless the first argument is one of FAMILIES.
 SOCKET_MAKERS = {"socket": (41, 198), "socketpair": (53, 199)}
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
@@ -76,6 +82,11 @@ def refused(machine: str) -> dict[str, int]:
     column = MACHINES[machine][1]
     found = {name: numbers[column] for name, numbers in _REFUSED.items()}
     return {name: number for name, number in found.items() if number is not None}
+
+
+def absent(machine: str) -> dict[str, int]:
+    """Return the system calls that are refused with ENOSYS, and their numbers."""
+    return {name: numbers[MACHINES[machine][1]] for name, numbers in _ABSENT.items()}
 
 
 @functools.cache
@@ -93,7 +104,7 @@ def program(machine: str = "") -> bytes:
     body = [_load(_ARCHITECTURE), _jump(_JUMP_EQUAL, architecture, 1, 0), _return(pretend), _load(_NUMBER)]
     if machine == "x86_64":
         body += [_jump(_JUMP_GREATER_EQUAL, _X32, 0, 1), _return(pretend)]
-    for answer, numbers in ((pretend, ABSENT), (refuse, refused(machine))):
+    for answer, numbers in ((pretend, absent(machine)), (refuse, refused(machine))):
         for number in numbers.values():
             body += [_jump(_JUMP_EQUAL, number, 0, 1), _return(answer)]
     for maker in NAMESPACE_MAKERS.values():

@@ -53,6 +53,19 @@ def test_sockets_of_other_families_are_refused(world):
     )
 
 
+def test_asynchronous_io_of_the_kernel_is_refused(world):
+    """Its requests are limited for the whole host (fs.aio-max-nr), and one agent could take all."""
+    agent = world.run("aio")
+    numbers = {"x86_64": 206, "aarch64": 0}
+    script = (
+        "import ctypes, platform\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"number = {numbers}[platform.machine()]\n"
+        "print(libc.syscall(number, 64, ctypes.byref(ctypes.c_ulong(0))), ctypes.get_errno())\n"
+    )
+    assert docker("exec", agent.handle.name, "python3", "-c", script).split() == ["-1", str(errno.ENOSYS)]
+
+
 def test_ordinary_programs_run_under_the_profile(world):
     """Threads, processes, timers, files and names: what the C library asks for first, and falls back from."""
     agent = world.run("ordinary")

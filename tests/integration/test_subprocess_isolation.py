@@ -122,7 +122,7 @@ def system_calls():
     machine = platform.machine()
     column = seccomp.MACHINES[machine][1]
     makers = {name: numbers[column] for name, numbers in seccomp.NAMESPACE_MAKERS.items()}
-    return seccomp.refused(machine) | seccomp.ABSENT | makers | {"ptrace": (101, 117)[column]}
+    return seccomp.refused(machine) | seccomp.absent(machine) | makers | {"ptrace": (101, 117)[column]}
 
 
 def gave_up(provider, handle):

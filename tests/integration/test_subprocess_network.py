@@ -6,6 +6,7 @@ The private networks live in namespaces that the test makes: one is "this host",
 import json
 import os
 import re
+import selectors
 import socket
 import subprocess
 import sys
@@ -87,6 +88,28 @@ def test_ports_in_use_are_not_given_out(world):
     destroy(provider, handle)
 
 
+def flood(server):
+    """Send as much as each client's side takes."""
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    clients = []
+    while True:
+        with selectors.DefaultSelector() as ready:
+            for sock in (server, *clients):
+                ready.register(sock, selectors.EVENT_READ if sock is server else selectors.EVENT_WRITE)
+            found = [key.fileobj for key, _ in ready.select()]
+        for sock in found:
+            if sock is server:
+                clients.append(server.accept()[0])
+                clients[-1].setblocking(False)
+            else:
+                try:
+                    sock.send(bytes(65536))
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    clients.remove(sock)
+
+
 SETUP = textwrap.dedent(
     """
     set -e
@@ -126,10 +149,12 @@ SETUP = textwrap.dedent(
 )
 SERVE = textwrap.dedent(
     """
-    import socket
+    import socket, threading
+    from tests.integration.test_subprocess_network import flood
     from tests.support.outside import serve_names
     serve_names("203.0.113.53", 5)
     serve_names("2001:db8:5::53", 7)
+    threading.Thread(target=flood, args=(socket.create_server(("203.0.113.5", 81), backlog=64),)).start()
     server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
     while True:
         server.accept()[0].close()
@@ -415,6 +440,50 @@ PORT = textwrap.dedent(
 )
 
 
+#: Opens connections and reads nothing.
+UNREAD = textwrap.dedent(
+    """
+    import os, socket, sys
+    kept = []
+    for _ in range(40):
+        kept.append(socket.socket())
+        kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        kept[-1].connect(("203.0.113.5", 81))
+    os.mkdir("/data/connected")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    while True:
+        server.accept()[0].close()
+    """
+)
+BUFFERS = textwrap.dedent(
+    """
+    import json, re, subprocess, sys, time
+    from dispatcher.plugin import Limits, Network
+    from tests.integration.test_subprocess_network import UNREAD
+    from tests.support.subprocess_world import PYTHON, World, eventually
+
+    world = World("7e570045", private_network=sys.argv[1])
+    provider = world.provider()
+    try:
+        spec = world.spec("alice", [PYTHON, "-S", "-c", UNREAD, "{socket}"], network=Network.PRIVATE,
+                          limits=Limits(memory=64 << 20, swap=0))
+        world.start(provider, spec, ready=False)
+        eventually((spec.data_dir / "connected").exists)
+        most = 0
+        for _ in range(40):
+            time.sleep(0.1)
+            told = subprocess.run(["ss", "-tmnH", "dst", "203.0.113.5"], capture_output=True, text=True).stdout
+            sizes = [int(size) for size in re.findall(r"skmem:[(]r([0-9]+)", told)]
+            most = max(most, sum(sizes))
+        print("REPORT", json.dumps({"sockets": len(sizes), "bytes": most}))
+    finally:
+        world.close()
+    """
+)
+
+
 #: Runs a program of this module as an ordinary user who may change /etc, which is a copy.
 AS_USER = textwrap.dedent(
     """
@@ -519,3 +588,12 @@ def test_a_port_in_a_private_network_is_used_by_an_ordinary_user_too():
     report = in_namespaces("PORT", program=AS_USER)
     assert report["endpoint"].startswith("tcp:127.0.0.1:")
     assert report["later"] == report["endpoint"]
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_what_an_agent_does_not_read_counts_as_its_memory():
+    """It waits in sockets of the process that carries the traffic; the agent's limit is 64 MiB."""
+    report = in_namespaces("pasta", program=BUFFERS)
+    assert report["sockets"] == 40
+    assert report["bytes"] < 80 << 20
