@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import grp
 import stat
 from collections.abc import Iterator
 
 from dispatcher.plugin import App, Capability, Finding, Network
-from dispatcher_subprocess import seccomp
+from dispatcher_subprocess import sandbox, seccomp
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import AppOptions, endpoint_kind, options_of
 
@@ -126,6 +127,15 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
         )
     for what, key in _opened(options_of(app)):
         yield Finding.warning(what, f"remove it from {key} if it is not needed")
+    for gid in sandbox.groups(options_of(app)) if host.own_uid else ():
+        try:
+            group = grp.getgrgid(gid).gr_name
+        except KeyError:
+            group = str(gid)
+        yield Finding.warning(
+            f"Its agents are in the group {group}: they may do what the modes of files allow that group",
+            "give the devices and the setgid directories that it names a group of their own",
+        )
     if app.limits.disk is not None:
         yield Finding.warning(_NO_QUOTA, "use a quota")
     if app.network is Network.HOST:

@@ -38,10 +38,12 @@ class Output:
     json: bool = False
 
     def data(self, value: Any) -> None:
-        """Print `value` as JSON."""
+        """Print `value` as JSON, with what may control a terminal escaped: C1 and directions of writing, too."""
         import json
 
-        click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        plain = (char if char.isprintable() or char == "\n" else _escaped(char) for char in text)
+        click.echo("".join(plain))
 
     def result(self, value: Any, text: str) -> None:
         """Print `value` when JSON is asked for, else `text`."""
@@ -157,6 +159,12 @@ def _block(headings: Sequence[str], row: Sequence[str]) -> str:
         f"  {heading.ljust(wide)}  {cell}" for heading, cell in zip(headings[1:], row[1:], strict=True) if cell
     ]
     return "\n".join([row[0], *rest])
+
+
+def _escaped(char: str) -> str:
+    """Return JSON's escape of a character, which has two parts beyond U+FFFF."""
+    units = char.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2))
 
 
 def clean(text: str) -> str:

@@ -1,10 +1,12 @@
 """The command line's small parts: how states and addresses are shown; passwords that can be read aloud."""
 
+import json
+
 import pytest
 
 from dispatcher.config.load import parse
 from dispatcher.cli.commands.demo import pronounceable
-from dispatcher.cli.ui.output import clean, columns
+from dispatcher.cli.ui.output import Output, clean, columns
 from dispatcher.cli.serve import browser_url, listen_endpoint
 from dispatcher.cli.ui.progress import describe
 
@@ -22,6 +24,15 @@ from dispatcher.cli.ui.progress import describe
 )
 def test_control_characters_are_shown_not_sent(text, shown):
     assert clean(text) == shown
+
+
+def test_json_controls_no_terminal(capsys):
+    value = {"lines": ["plain ünï 李", "\x1b[2J \x9b31m \x7f a\u202eb \U000e0001 \ud800 \t"]}
+    Output(json=True).data(value)
+    shown = capsys.readouterr().out
+    assert "plain ünï 李" in shown
+    assert shown.replace("\n", "").isprintable()
+    assert json.loads(shown) == value
 
 
 def test_columns_line_up():

@@ -1,7 +1,11 @@
 """Findings and capabilities."""
 
 import platform
+import grp
+import os
 import socket
+
+import pytest
 
 from dispatcher_subprocess import cgroups, seccomp
 from dispatcher_subprocess.explain import capabilities, findings
@@ -45,13 +49,21 @@ def test_what_is_not_isolated_is_said_in_words(monkeypatch):
     assert all(one.what and not one.what.endswith(".") for one in findings(open_, None))
 
 
+@pytest.mark.root
 def test_what_an_app_sees_of_the_host_by_its_options_is_said(tmp_path):
     walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
     path = tmp_path / "docker.sock"
+    disk = tmp_path / "sdz"
+    disk.touch()
+    os.chown(disk, -1, grp.getgrnam("disk").gr_gid)
+    disk.chmod(0o660)
     with socket.socket(socket.AF_UNIX) as service:
         service.bind(str(path))
         options = AppOptions(
-            command=["x", "{socket}"], read_only=["/root"], writable=["/", str(path)], devices=["/dev/null"]
+            command=["x", "{socket}"],
+            read_only=["/root"],
+            writable=["/", str(path)],
+            devices=["/dev/null", str(disk)],
         )
         said = warnings(walls, App(name="notes", provider="subprocess", options=options))
     assert [one.split(" of the host")[0].split(": ")[0] for one in said] == [
@@ -59,6 +71,8 @@ def test_what_an_app_sees_of_the_host_by_its_options_is_said(tmp_path):
         "It changes /",
         f"It sends commands to the host's service at {path}",
         "It uses /dev/null",
+        f"It uses {disk}",
+        "Its agents are in the group disk",
     ]
 
 
