@@ -31,15 +31,8 @@ from dispatcher.manager.files.runtime import Lock, make_directories
 from dispatcher.manager.files.space import free_space
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.rest import Services, application, health, tls
-from dispatcher.manager.rest.listeners import (
-    Tokens,
-    credentials,
-    may_administer,
-    may_proxy,
-    peers,
-    tcp_socket,
-    unix_socket,
-)
+from dispatcher.manager.rest.access import Tokens, credentials, may_administer, may_proxy, peers
+from dispatcher.manager.rest.listeners import tcp_socket, unix_socket
 from dispatcher.manager.rest.server import Server, WsgiApp
 from dispatcher.manager.storage.agents import steady_clock
 from dispatcher.manager.storage.auth import AuthStore

@@ -1,5 +1,6 @@
 """Checks all agents regularly, applies `idle_decision`, and samples CPU usage where `busy_grace` is set.
 
+It writes the desired state; `operations` carries it out.
 Times are of the steady clock: a jump of the wall clock makes no agent idle.
 """
 

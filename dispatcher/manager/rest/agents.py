@@ -11,9 +11,9 @@ from dispatcher.manager.agents.agent import AgentView, iso
 from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.rest import schemas
+from dispatcher.manager.rest.long_poll import wait_for_state, wait_until
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
-from dispatcher.manager.rest.waiting import wait_for_state, wait_until
 from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest, Conflict, NotFound

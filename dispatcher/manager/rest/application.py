@@ -16,15 +16,15 @@ from werkzeug.routing import Rule
 
 from dispatcher.common import problem
 from dispatcher.common.log import logger
-from dispatcher.manager.rest import admin, agents, health, openapi, proxy_role
+from dispatcher.manager.rest import admin_requests, agents, health, openapi, proxy_requests
 from dispatcher.manager.rest.routing import Json, Route, Routes
 from dispatcher.manager.rest.server import MAX_BODY, Environ
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.errors import DispatcherError
 
 ROLES = {
-    "admin": Routes([*health.routes, *agents.routes, *admin.routes]),
-    "proxy": Routes([*health.routes, *proxy_role.routes]),
+    "admin": Routes([*health.routes, *agents.routes, *admin_requests.routes]),
+    "proxy": Routes([*health.routes, *proxy_requests.routes]),
 }
 for _role, _routes in ROLES.items():
     openapi.describe(_role, _routes)

@@ -2,7 +2,8 @@
 
 The edge requests it under the app's own address; two header fields (which clients cannot send) name the agent and
 the path.  Never cached, 503, HTML for browsers and JSON for programs.  The page follows the start by the edge's
-event stream, by polling the status if that breaks, and by reloading without scripts.
+event stream, by polling the status if that breaks, and by reloading without scripts.  The modules
+through which progress reaches it are listed in docs/explanation/lifecycle.md.
 """
 
 from __future__ import annotations

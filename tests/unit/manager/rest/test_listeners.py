@@ -8,15 +8,8 @@ import pytest
 
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.plugin.errors import ConfigError
-from dispatcher.manager.rest.listeners import (
-    Tokens,
-    credentials,
-    may_administer,
-    may_proxy,
-    peers,
-    tcp_socket,
-    unix_socket,
-)
+from dispatcher.manager.rest.access import Tokens, credentials, may_administer, may_proxy, peers
+from dispatcher.manager.rest.listeners import tcp_socket, unix_socket
 
 from tests.support.manager_parts import Parts, described
 

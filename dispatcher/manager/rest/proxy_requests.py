@@ -13,10 +13,10 @@ from pydantic import Field
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.commands import desired_state
 from dispatcher.manager.rest import schemas
+from dispatcher.manager.rest.long_poll import view_or_none
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import agents_of, listed, session_json
-from dispatcher.manager.rest.waiting import view_or_none
 from dispatcher.manager.storage.auth import SessionRow, Visitor
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import Forbidden, NotFound
