@@ -119,7 +119,7 @@ def test_no_address_and_no_name_fills_the_queue():
 
     def check(name, address):
         try:
-            pool.run(lambda: go.wait(10), Deadline(20), [f"name:{name}", f"address:{address}"])
+            pool.run(lambda: go.wait(120), Deadline(240), [f"name:{name}", f"address:{address}"])
         except TooManyRequests:
             refused.append((name, address))
 
