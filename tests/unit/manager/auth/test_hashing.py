@@ -142,8 +142,7 @@ def test_no_address_and_no_name_fills_the_queue():
     for thread in threads:
         thread.join()
     refused.clear()
-    start("guess", "203.0.113.1")
-    threads[-1].join()
+    check("guess", "203.0.113.1")
     assert (refused, pool.present) == ([], 0), "places are given back"
     pool.close()
 
