@@ -20,6 +20,13 @@ def size(count: float | None) -> str:
     return f"{count:.1f} TiB"
 
 
+def share(used: int | None, limit: int | None) -> str:
+    """Return what is used of a limit: ``1.2 GiB of 5.0 GiB``, ``1.2 GiB`` without one; "" if unknown."""
+    if used is None:
+        return ""
+    return size(used) if limit is None else f"{size(used)} of {size(limit)}"
+
+
 def duration(seconds: float, *, up: bool = False) -> str:
     """Return a duration in one unit: ``3 minutes``; ``a moment`` below a second.
 

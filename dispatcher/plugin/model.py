@@ -40,7 +40,7 @@ class Capability(str, enum.Enum):
     MEMORY_LIMIT = "memory-limit"
     CPU_LIMIT = "cpu-limit"
     PIDS_LIMIT = "pids-limit"
-    DISK_LIMIT = "disk-limit"
+    DISK_LIMIT = "disk-limit"  # limits data itself; without it, the core limits data in the canonical directory
     EVENTS = "events"  # `watch` reports changes
     OWN_DATA = "own-data"  # data is not the canonical directory: `export_data` and `import_data` work
     CREDENTIALS = "credentials"  # passes the credentials of the sign-in to the app on its standard input
@@ -333,7 +333,8 @@ class Usage:
 
     memory: int | None = None  # bytes
     cpu_seconds: float | None = None  # since its start
-    disk: int | None = None  # bytes
+    disk: int | None = None  # bytes of data; the core adds them for data in the canonical directory
+    disk_limit: int | None = None  # bytes that the data can take
 
 
 class Level(str, enum.Enum):

@@ -226,6 +226,8 @@ def _limits(spec: AgentSpec, options: DockerAppOptions) -> dict[str, Any]:
         found["NanoCpus"] = int(limits.cpus * 1e9)
     if limits.pids is not None:
         found["PidsLimit"] = limits.pids
+    if options.changes_size is not None:
+        found["StorageOpt"] = {"size": str(options.changes_size)}
     if options.shm is not None:
         found["ShmSize"] = options.shm
     return found

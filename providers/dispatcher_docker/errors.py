@@ -114,6 +114,7 @@ def _advice(why: str) -> str:
         ("no such file or directory", "create the path on the engine's host, or correct the configuration"),
         ("minimum memory limit", "raise `memory`: the engine requires at least 6M"),
         ("unauthorized", "check the credentials of the registry"),
+        ("storage-opt", "remove `changes_size`, or put the engine's data on xfs mounted with pquota (overlay2)"),
         ("seccomp", "correct `seccomp`"),
     ):
         if words in text:

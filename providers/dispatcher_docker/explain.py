@@ -68,6 +68,8 @@ def faults(app: App, engine: Engine, context: ProviderContext) -> Iterator[str]:
             f'{path}.port: a port can only be published with network = "private"; '
             "let the app listen on {socket}, or set the network"
         )
+    if options.changes_size is not None and options.read_only:
+        yield f"{path}.changes_size: the image's files cannot change; remove it, or set read_only = false"
     if options.network and app.network is not Network.PRIVATE:
         yield f'{path}.network: a named network requires network = "private"'
     if options.seccomp not in {"default", "engine", "unconfined"} and not Path(options.seccomp).is_file():
@@ -156,8 +158,15 @@ def explain_app(app: App, engine: Engine) -> Iterator[Finding]:
         yield Finding.info(f"{app.name} has no network at all")
     else:
         yield Finding.info(f"{app.name} reaches the outside, and no other agent")
-    if app.limits.disk is not None:
-        yield Finding.error(f"{app.name} has a disk limit, which Docker cannot enforce on data", "remove `disk`")
+    if app.limits.disk is not None and not engine.is_local:
+        yield Finding.error(
+            f"{app.name} has a disk limit, and engines elsewhere cannot enforce it", "remove `disk`"
+        )
+    elif app.limits.disk is not None and options.seccomp != "default":
+        yield Finding.warning(
+            f"{app.name} can leave the quota of its data, unless its seccomp profile refuses FS_IOC_FSSETXATTR",
+            'set seccomp = "default"',
+        )
     for what, fix in _loosened(options):
         yield Finding.warning(f"{app.name} loosens its isolation: {what}", fix)
 
@@ -167,7 +176,11 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
         names = ", ".join(ROOT_CAPABILITIES)
         yield f"it runs as root with the capabilities {names}, and what it writes is root's", 'set user = "agent"'
     if not options.read_only:
-        yield "it can change the image's files (its own copy of them)", "set read_only = true"
+        bound = "" if options.changes_size else ", and so fill the disk of the engine"
+        yield (
+            f"it can change the image's files (its own copy of them){bound}",
+            "set read_only = true or changes_size",
+        )
     for one in options.cap_add:
         yield f"it has the capability {one}", f"remove {one} from cap_add"
     if not options.no_new_privileges:

@@ -165,6 +165,9 @@ class DockerAppOptions(Strict):
         default="agent", description="root: with the capabilities that services need"
     )
     read_only: bool = Field(default=True, description="read-only root file system")
+    changes_size: Size | None = Field(
+        default=None, description="maximum size of the changes to the image's files; not every engine can limit it"
+    )
     cap_add: list[OneCapability] = Field(
         default=[], description="capabilities to keep, such as NET_BIND_SERVICE; all others are dropped"
     )

@@ -2,7 +2,8 @@
 
 Before Docker 23 the engine's own profile lets AF_VSOCK pass, which no network namespace separates: its addresses
 are one space for all agents, the host and its virtual machines.  Here only listed families pass.  Also refused are
-kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio and 32-bit programs.
+kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio, 32-bit programs and what would
+leave the quota of the data directory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import errno
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from dispatcher.plugin import ProviderError
 #: AF_UNIX, AF_INET, AF_INET6, AF_NETLINK.
 FAMILIES = (1, 2, 10, 16)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+#: Low halves of FS_IOC_FSSETXATTR and FS_IOC_SETFLAGS: the owner of a file may change its project.
+_QUOTA_IOCTLS = (0x5820, 0x6602)
 _NEW_NAMESPACES = 0x7E020000  # the flags CLONE_NEW* of clone(2)
 #: Refused with ENOSYS, so that programs fall back to older calls.
 _ABSENT = ["clone3", "io_setup", "io_uring_setup", "io_uring_enter", "io_uring_register"]
@@ -42,7 +45,7 @@ _ALLOWED = """
     getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
     getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr getxattrat
     inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
-    io_pgetevents io_submit ioctl ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
+    io_pgetevents io_submit ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
     landlock_restrict_self lchown lgetxattr link linkat listen listxattr listxattrat llistxattr lremovexattr
     lseek lsetxattr lsm_get_self_attr lsm_list_modules lstat madvise map_shadow_stack membarrier memfd_create
     memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap modify_ldt mprotect
@@ -77,6 +80,10 @@ def profile(capabilities: frozenset[str] = frozenset()) -> str:
         _rule(["clone"], *namespaces),
         *(_rule(["personality"], _argument("EQ", value)) for value in _PERSONALITIES),
         *(_rule(["socket", "socketpair"], _argument("EQ", family)) for family in FAMILIES),
+        *(
+            _rule(["ioctl"], _argument("MASKED_EQ", mask, value, index=1))
+            for mask, value in all_but(_QUOTA_IOCTLS)
+        ),
         {"names": _ABSENT, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
     ]
     return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules})
@@ -105,6 +112,20 @@ def _rule(names: list[str], *arguments: dict[str, Any]) -> dict[str, Any]:
     return {"names": names, "action": "SCMP_ACT_ALLOW", "args": list(arguments)}
 
 
-def _argument(comparison: str, value: int) -> dict[str, Any]:
-    """Compare the first argument; for MASKED_EQ these bits must be 0."""
-    return {"index": 0, "value": value, "valueTwo": 0, "op": f"SCMP_CMP_{comparison}"}
+def _argument(comparison: str, value: int, value_two: int = 0, *, index: int = 0) -> dict[str, Any]:
+    """Compare an argument; for MASKED_EQ the bits `value` of it must be `value_two`."""
+    return {"index": index, "value": value, "valueTwo": value_two, "op": f"SCMP_CMP_{comparison}"}
+
+
+def all_but(refused: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield masks and values that together match each number of 16 bits but those.
+
+    Two rules for one call with different answers would depend on libseccomp's version.
+    """
+    mask = 0
+    for bit in reversed([1 << position for position in range(16)]):
+        prefixes = {each & mask for each in refused}
+        mask |= bit
+        taken = {each & mask for each in refused}
+        for prefix in sorted(prefixes):
+            yield from ((mask, value) for value in (prefix, prefix | bit) if value not in taken)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import libvirt
@@ -53,6 +56,7 @@ _PAUSE_DETAILS = {
     libvirt.VIR_DOMAIN_PAUSED_SHUTTING_DOWN: "shutting down",
 }
 
+_DATA_DISK = re.compile(r"[/.]data(-\d+)?\.raw$")
 _KINDS = libvirt.VIR_DOMAIN_STATS_CPU_TOTAL | libvirt.VIR_DOMAIN_STATS_BALLOON | libvirt.VIR_DOMAIN_STATS_BLOCK
 # NOWAIT leaves out a domain that is busy (being saved, for example).
 _FLAGS = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE | libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
@@ -114,25 +118,35 @@ def endpoint(found: DomainInfo) -> Endpoint | None:
     return None
 
 
-def usage(backend: Backend, names: Iterable[str], deadline: Deadline) -> Mapping[str, Usage]:
-    """Return the usage of running domains by name."""
+def usage(backend: Backend, names: Iterable[str], deadline: Deadline, *, local: bool) -> Mapping[str, Usage]:
+    """Return the usage of running domains by name.
+
+    :param local: their disks are files of this host.
+    """
     wanted = set(names)
 
     def query(connection: libvirt.virConnect) -> dict[str, Usage]:
         stats = ((domain.name(), values) for domain, values in connection.getAllDomainStats(_KINDS, _FLAGS))
-        return {name: _usage(values) for name, values in stats if name in wanted}
+        return {name: usage_of(values, local=local) for name, values in stats if name in wanted}
 
     return backend.call(query, what="reading machines' usage", deadline=deadline) if wanted else {}
 
 
-def _usage(stats: Mapping[str, Any]) -> Usage:
+def usage_of(stats: Mapping[str, Any], *, local: bool) -> Usage:
+    """Return what a domain's statistics say; of its disks, the data disk counts."""
     memory = stats.get("balloon.rss") or stats.get("balloon.current")
-    disks = range(int(stats.get("block.count", 0)))
+    disks = (f"block.{index}" for index in range(int(stats.get("block.count", 0))))
+    data = next((disk for disk in disks if _DATA_DISK.search(stats.get(f"{disk}.path", ""))), "")
+    used, limit = stats.get(f"{data}.allocation"), stats.get(f"{data}.capacity")
+    if local and data:
+        with suppress(OSError):  # libvirt counts up to the highest byte that QEMU has written
+            used = os.stat(stats[f"{data}.path"]).st_blocks * 512
     cpu = stats.get("cpu.time")
     return Usage(
         memory=None if memory is None else int(memory) * 1024,
         cpu_seconds=None if cpu is None else int(cpu) / 1e9,
-        disk=sum(int(stats.get(f"block.{index}.allocation", 0)) for index in disks),
+        disk=None if used is None else int(used),
+        disk_limit=None if limit is None else int(limit),
     )
 
 

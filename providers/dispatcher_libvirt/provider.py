@@ -197,7 +197,8 @@ class LibvirtProvider(Provider):
         return logs.listeners(log_dir) if log_dir else ()
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> Mapping[str, Usage]:
-        return observe.usage(self._backend, [handle.name for handle in handles], deadline)
+        names = [handle.name for handle in handles]
+        return observe.usage(self._backend, names, deadline, local=not self._remote)
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         return Watch(self._backend, f"dispatcher-{self.context.installation}-", on_change)

@@ -12,7 +12,6 @@ from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import AppOptions, endpoint_kind, options_of
 
 _SANDBOX = "install bubblewrap, or allow it to make namespaces"
-_NO_QUOTA = "The limit disk is not enforced: data is a plain directory"
 #: Controller -> key of the configuration, capability, and the effect of a limit that is not enforced.
 _LIMITS = {
     "memory": ("memory", Capability.MEMORY_LIMIT, "each process of an agent is limited, not their sum"),
@@ -75,7 +74,6 @@ def _host(host: Host) -> Iterator[Finding]:
             yield Finding.ok(f"The limit {key} is enforced by counting the processes of each agent's own user id")
         else:
             yield _unlimited(key, instead)
-    yield Finding.info(_NO_QUOTA, "use a quota")
     if host.cgroups.directory is None:
         yield Finding.info("Agents are suspended by SIGSTOP, as there are no control groups")
     if host.sandboxed and host.private_fault:
@@ -136,8 +134,8 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
             f"Its agents are in the group {group}: they may do what the modes of files allow that group",
             "give the devices and the setgid directories that it names a group of their own",
         )
-    if app.limits.disk is not None:
-        yield Finding.warning(_NO_QUOTA, "use a quota")
+    if app.limits.disk is not None and not (host.sandboxed and options_of(app).seccomp and seccomp.program()):
+        yield Finding.warning("It can leave its quota: its system calls are not filtered", "set seccomp = true")
     if app.network is Network.HOST:
         yield Finding.warning(
             "It shares the host's network: services on the loopback interface and abstract sockets too",

@@ -2,8 +2,9 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring, libaio.  Sockets are the exception: just the families that network namespaces and modes of files
-separate are allowed, as AF_VSOCK is one space for the host and all that runs on it.
+modules, io_uring, libaio, and what would leave the quota of the data directory.  Sockets are the exception: just the
+families that network namespaces and modes of files separate are allowed, as AF_VSOCK is one space for the host and
+all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
@@ -17,7 +18,12 @@ import socket
 import struct
 
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data, little endian
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = (
+    0,
+    4,
+    16,
+    24,
+)  # offsets in struct seccomp_data, little endian
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NEW_USER = 0x10000000  # CLONE_NEWUSER
 _X32 = 0x40000000
@@ -55,6 +61,7 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "acct": (163, 89),
     "quotactl": (179, 60),
     "quotactl_fd": (443, 443),
+    "file_setattr": (469, 469),
     "open_by_handle_at": (304, 265),
     "syslog": (103, 116),
     "vhangup": (153, 58),
@@ -73,6 +80,9 @@ _ABSENT = {
 #: Refused with EAFNOSUPPORT, as a kernel without the family does, unless the first argument is one of FAMILIES.
 SOCKET_MAKERS = {"socket": (41, 198), "socketpair": (53, 199)}
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
+IOCTL = (16, 29)
+#: Commands of ioctl that are refused: the owner of a file may change its project, and so leave its quota.
+QUOTA_IOCTLS = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
 #: Refused if their first argument asks for a user namespace.
 NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}
 
@@ -124,6 +134,14 @@ def program(machine: str = "") -> bytes:
             _return(_REFUSE | errno.EAFNOSUPPORT),
             _return(_ALLOW),
         ]
+    matches = [_jump(_JUMP_EQUAL, one, len(QUOTA_IOCTLS) - at, 0) for at, one in enumerate(QUOTA_IOCTLS.values())]
+    body += [
+        _jump(_JUMP_EQUAL, IOCTL[column], 0, len(QUOTA_IOCTLS) + 3),
+        _load(_SECOND_ARGUMENT),
+        *matches,
+        _return(_ALLOW),
+        _return(refuse),
+    ]
     return b"".join([*body, _return(_ALLOW)])
 
 

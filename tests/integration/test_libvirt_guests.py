@@ -150,6 +150,7 @@ def test_sleep_wakes_with_its_memory_on_another_port_if_it_must(world):
     inside.post("/count")
     usage = world.provider.usage([handle], deadline=Deadline(10))[handle.name]
     assert usage.memory > 50 << 20
+    assert 0 < usage.disk <= usage.disk_limit, "of the data disk"
     world.provider.suspend(handle, depth=Depth.DISK, deadline=Deadline(60), progress=quiet)
     assert world.state(handle) is BackendState.HIBERNATED
     assert world.provider.usage([handle], deadline=Deadline(10)) == {}, "its memory is free"

@@ -94,6 +94,7 @@ class FakeManager:
             "created": "2026-01-01T00:00:00+00:00",
             "reachable": True,
             "observed_at": "2026-01-02T03:04:05+00:00",
+            "disk": None,
             "move": None,
         } | more
         return self.agents[name]
@@ -175,7 +176,12 @@ class FakeManager:
             return 200, {
                 "endpoint": "unix:/run/d/a/x/s",
                 "uid": 200001,
-                "usage": {"memory": 3 * 1024**2, "cpu_seconds": 1.5, "disk": None},
+                "usage": {
+                    "memory": 3 * 1024**2,
+                    "cpu_seconds": 1.5,
+                    "disk": 5 * 1024**2,
+                    "disk_limit": 64 * 1024**2,
+                },
             }
         if what == "why":
             return 200, {"agent": agent["name"], "sentences": ["It was asked to stop.", "It stopped."]}

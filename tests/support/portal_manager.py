@@ -26,7 +26,7 @@ def agent(name, state="running", **more):
         "name": name, "user": user, "app": app or "demo", "provider": "subprocess", "state": state,
         "desired": "running", "stage": "", "detail": "", "fraction": None, "since": "2026-01-01T10:00:00+00:00",
         "failure": None, "outdated": False, "last_used": None, "created": "2026-01-01T09:00:00+00:00",
-        "reachable": True, "observed_at": "2026-01-01T10:00:00+00:00", "move": None,
+        "reachable": True, "observed_at": "2026-01-01T10:00:00+00:00", "disk": None, "move": None,
     } | more  # fmt: skip
 
 

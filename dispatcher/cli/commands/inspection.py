@@ -106,7 +106,7 @@ def info(cli: Cli, name: str) -> None:
         "started": runtime.get("started_at"),
         "memory": humanize.size(usage["memory"]) if usage.get("memory") is not None else "",
         "CPU": f"{usage['cpu_seconds']:.1f} s" if usage.get("cpu_seconds") is not None else "",
-        "disk": humanize.size(usage["disk"]) if usage.get("disk") is not None else "",
+        "data": humanize.share(usage.get("disk"), usage.get("disk_limit")),
     }
     failure = agent.get("failure") or {}
     values |= {"failure": failure.get("what"), "why": failure.get("why"), "what to do": failure.get("fix")}
@@ -212,7 +212,7 @@ def why(cli: Cli, name: str) -> None:
 )
 @pass_cli
 def top(cli: Cli, once: bool, interval: float, sort: str) -> None:
-    """Show the memory and CPU use of agents, refreshed until Ctrl-C."""
+    """Show the memory, CPU time and data of agents, refreshed until Ctrl-C."""
     client = cli.client()
     live = sys.stdout.isatty() and not once and not cli.out.json
     while True:
@@ -235,7 +235,7 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
 
     out.table(
         found,
-        ["NAME", "STATE", "MEMORY>", "CPU %>", "CPU TIME>", "LAST USED"],
+        ["NAME", "STATE", "MEMORY>", "CPU %>", "CPU TIME>", "DATA>", "LAST USED"],
         (
             [
                 agent["name"],
@@ -243,12 +243,13 @@ def _usage_table(out: Output, found: Json, sort: str) -> None:
                 humanize.size(agent.get("memory")),
                 "-" if agent.get("cpu_percent") is None else f"{agent['cpu_percent']:.1f}",
                 humanize.short_duration(agent.get("cpu_seconds")),
+                humanize.share(agent.get("disk"), agent.get("disk_limit")) or "-",
                 humanize.ago(agent.get("last_used")),
             ]
             for agent in sorted(found["agents"], key=key)
         ),
         empty="no agent is running",
-        least=("LAST USED", "CPU TIME", "STATE"),
+        least=("LAST USED", "CPU TIME", "DATA", "STATE"),
     )
 
 

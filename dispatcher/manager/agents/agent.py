@@ -17,6 +17,7 @@ from dispatcher.manager.agents.idle import CpuActivity
 from dispatcher.manager.agents.lifecycle import FeedState, Situation, State, feed_state, public_state
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.backends.pool import SingleFlight
+from dispatcher.manager.files.quota import DiskUse
 from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, Kind, Move
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import boottime
@@ -90,6 +91,7 @@ class Agent:
     :ivar reason: why the manager itself changed the desired state, for the event that follows.
     :ivar oom_kills: processes of this run that the kernel killed for memory, as far as reported; None: unknown.
     :ivar notice: what its user should know while it runs, and until which Unix time.
+    :ivar disk: what its data took when it was last measured; None: unknown.
     :ivar last_used: newer than the row's, which is written in batches.
     """
 
@@ -108,6 +110,7 @@ class Agent:
         self.cpu = CpuActivity()
         self.oom_kills: int | None = None
         self.notice = ("", 0.0)
+        self.disk: DiskUse | None = None
         self._checked = 0.0  # boot time of the last check of its endpoint
 
     @property
@@ -161,6 +164,7 @@ class AgentView:
     :ivar stage: of the operation in flight, "" without one; :ivar fraction: 0 to 1 if known.
     :ivar since: when `state` began; :ivar reachable: whether the backend answers; :ivar observed_at: when the
         agent was last observed.  Times are Unix seconds.
+    :ivar disk: what its data takes, None if unknown.
     :ivar endpoint: while the agent runs and is ready.
     :ivar owner_uid: host user id that must own a Unix endpoint's socket; None: not checked.
     :ivar label: the agent's DNS label.
@@ -185,6 +189,7 @@ class AgentView:
     reachable: bool = True
     observed_at: float | None = None
     move: Move | None = None
+    disk: DiskUse | None = None
     endpoint: Endpoint | None = None
     owner_uid: int | None = None
 
@@ -207,6 +212,7 @@ class AgentView:
             "created": iso(self.created),
             "reachable": self.reachable,
             "observed_at": iso(self.observed_at),
+            "disk": self.disk and {"used": self.disk.used, "limit": self.disk.limit, "full": self.disk.full},
             "move": self.move
             and {
                 "from": self.move.source,
@@ -242,6 +248,7 @@ def view_of(
     outdated: bool,
     last_used: float | None,
     notice: str,
+    disk: DiskUse | None,
     now: float,
 ) -> AgentView:
     """Return an agent's view."""
@@ -277,6 +284,7 @@ def view_of(
         reachable=situation.reachable,
         observed_at=observed_at,
         move=row.move,
+        disk=disk,
         endpoint=Endpoint.parse(row.endpoint) if fed is FeedState.RUNNING and row.endpoint else None,
         owner_uid=row.owner_uid,
     )

@@ -84,6 +84,7 @@ class Supervisor:
             observers=self._observers,
             timers=self._timers,
             installation=self.installation,
+            data=self.data,
         )
         self.copies = Copies(self.registry, self.data)
         runner = Runner(self.registry, self.data, Mover(self.registry, self.data), self.copies, accounts)
@@ -91,7 +92,7 @@ class Supervisor:
         self.reconciler = Reconciler(self.registry, runner)
         uids = HostUids(accounts, self.store, self.data, self.installation)
         self.commands = Commands(self.registry, self.data, uids)
-        self.queries = Queries(self.registry, self._log_collector, self.data.sockets)
+        self.queries = Queries(self.registry, self._log_collector)
         self.idle_monitor = IdleMonitor(self.registry)
         self._closed = threading.Event()
         self._disk_is_low = False
@@ -131,6 +132,7 @@ class Supervisor:
         self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)
         self._slow_timers.every(LAST_USED, self.registry.write_last_used)
         self._slow_timers.every(TRIM, self.store.trim_events)
+        self._slow_timers.every(DISK, self.queries.measure_machines)
         self._slow_timers.after(1.0, self._empty_trash)
         self._slow_timers.after(DISK_FIRST, self._check_disk)
         self._timers.after(self._interval, self.reconcile)

@@ -11,6 +11,7 @@ from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.idle import idle_action
 from dispatcher.manager.agents.lifecycle import EventKind, State
 from dispatcher.manager.agents.restarts import recent
+from dispatcher.manager.files.quota import DiskUse
 from dispatcher.manager.storage.rows import AgentRow, Desired, Pending
 from dispatcher.plugin.model import AgentEvent, App, Capability, Finding, Isolation
 
@@ -40,11 +41,13 @@ def explain(
     backend_problem: str,
     stuck: bool,
     events: Sequence[AgentEvent],
+    disk: DiskUse | None,
 ) -> list[str]:
     """Return the state of an agent, since when, why, the last failure, and what happens next.
 
     :param configured: its app is in the configuration; :param backend_since: since when the backend answers, or
-        does not; :param stuck: a provider's call for it hangs; :param events: its last ones.
+        does not; :param stuck: a provider's call for it hangs; :param events: its last ones;
+        :param disk: what its data takes.
     """
     found = [f"{view.name} {_IS[view.state]}, since {_time(view.since)} ({duration(now - view.since)})."]
     found.append(f"It is an agent of {view.user}, app {view.app}, on the provider {view.provider}.")
@@ -58,6 +61,11 @@ def explain(
         since = f" since {_time(backend_since)}" if backend_since else ""
         found.append(f"The backend of {view.provider} does not answer{since}: {backend_problem}.")
         found.append("The last observed state is kept and requests are still routed; the backend is called again.")
+    if disk and disk.full:
+        found.append(
+            f"Its data is full ({disk}): writes fail until files are deleted, or `disk` is raised and the agent "
+            "restarted."
+        )
     found += _failure(row, now, policy, stuck=stuck)
     found += _last(row, events)
     if not configured:
@@ -80,9 +88,11 @@ def unlimited(apps: Sequence[App], isolation: Isolation, capabilities: frozenset
         bounds["pids"] = ("the processes", Capability.PIDS_LIMIT)
     for key, (what, capability) in bounds.items():
         if names := [app.name for app in apps if getattr(app.limits, key) is None]:
+            instead = "another provider, or project quotas (docs/howto/limit-disk-space.md)"
+            instead = f"use {instead if key == 'disk' else 'another provider'}"
             yield Finding.warning(
                 f"{', '.join(names)}: `{key}` is unlimited: one agent can use up {what} of the host",
-                f"set `{key}`" if capability in capabilities else "use another provider, or a quota of the system",
+                f"set `{key}`" if capability in capabilities else instead,
             )
 
 

@@ -273,6 +273,10 @@ class Runner:
         if task.agent.last_used is not None and Capability.OWN_DATA not in task.backend.capabilities:
             self._data.check_present(row.name)
         self._data.prepare(row.name, row.uid)
+        if Capability.OWN_DATA not in task.backend.capabilities:
+            task.step("setting the limit of data")
+            own = Capability.DISK_LIMIT in task.backend.capabilities
+            self._data.limit(row.name, row.uid, None if own else spec.app.limits.disk, task.operation.check)
         task.backend.prepare(spec.app, seconds=policy.prepare_timeout, progress=progress)
         handle = provider.handle(spec)
         if handle.to_json() != row.handle:
@@ -374,6 +378,9 @@ class Runner:
         _log.warning("%s: %s failed: %s", printable(row.name), operation.kind.value, error)
         if restarts.is_backend_away(error):
             self.on_unavailable(task.backend)
+        disk = self._registry.measure(agent)
+        if disk and disk.full and isinstance(error, StartFailed):
+            error.why = f"{error.why}; its data is full: {disk}".removeprefix("; ")
         seen = self._observe(agent)
         log: list[str] = []
         if operation.kind in {Kind.START, Kind.MOVE}:

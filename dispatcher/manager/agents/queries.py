@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -14,10 +15,10 @@ from dispatcher.manager.agents.lifecycle import ALIVE
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend, collect_usage
 from dispatcher.manager.backends.logs import NO_LINES, LogCollector
-from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
+from dispatcher.manager.files.quota import DiskUse
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DispatcherError, NotFound
-from dispatcher.plugin.model import AgentEvent, Finding, Handle, Isolation, Level, Usage
+from dispatcher.plugin.model import AgentEvent, Capability, Finding, Handle, Isolation, Level, Usage
 from dispatcher.plugin.names import printable
 
 CHECK = 10.0  # seconds
@@ -30,10 +31,9 @@ class Queries:
     :raises NotFound: (any query for one agent) there is no such agent.
     """
 
-    def __init__(self, registry: Registry, logs: LogCollector, sockets: SocketTmpfs) -> None:
+    def __init__(self, registry: Registry, logs: LogCollector) -> None:
         self._registry = registry
         self._logs = logs
-        self._sockets = sockets
 
     # --- views
 
@@ -46,6 +46,8 @@ class Queries:
         registry = self._registry
         if user is not None:
             agents = registry.of_user(user)
+            for agent in agents:
+                registry.measure(agent)
         else:
             agents = [agent for _, agent in sorted(registry.agents.copy().items())]
         return [registry.view(agent) for agent in agents]
@@ -78,7 +80,7 @@ class Queries:
             "provider": row.provider,
             "started_at": iso(row.started_at),
             "spec_hash": row.spec_hash or None,
-            "usage": usage and {"memory": usage.memory, "cpu_seconds": usage.cpu_seconds, "disk": usage.disk},
+            "usage": usage and dataclasses.asdict(usage),
         }
 
     def logs(self, name: str, *, tail: int, after: str | None) -> tuple[list[str], str]:
@@ -113,6 +115,7 @@ class Queries:
             backend_problem=str(backend.problem),
             stuck=agent.stuck,
             events=registry.store.events(row.id, RECENT),
+            disk=registry.measure(agent),
         )
 
     # --- usage
@@ -148,17 +151,33 @@ class Queries:
             "memory": usage.memory,
             "cpu_percent": None if share is None else round(100 * share, 1),
             "cpu_seconds": usage.cpu_seconds,
+            "disk": usage.disk,
+            "disk_limit": usage.disk_limit,
             "last_used": iso(agent.last_used),
         }
 
     def _usage(self, agents: list[Agent]) -> dict[str, Usage]:
-        """Return the usage of those agents that run or are asleep, as far as their backends answer."""
+        """Return the usage of agents, as far as it is known: of those that run or are asleep by their backends."""
         wanted: dict[Backend, list[Handle]] = {}
         for agent in agents:
             handle = agent.handle
             if agent.row.observed in ALIVE and handle is not None:
                 wanted.setdefault(self._registry.backends.get(agent.row.provider), []).append(handle)
-        return collect_usage(wanted)
+        found = collect_usage(wanted)
+        for agent in agents:
+            row, usage = agent.row, found.get(agent.row.name)
+            if usage is not None and usage.disk is not None:
+                agent.disk = DiskUse(usage.disk, usage.disk_limit)
+            elif disk := self._registry.measure(agent):
+                found[row.name] = dataclasses.replace(usage or Usage(), disk=disk.used, disk_limit=disk.limit)
+        return found
+
+    def measure_machines(self) -> None:
+        """Measure the data that backends limit themselves; called regularly."""
+        registry = self._registry
+        both = {Capability.DISK_LIMIT, Capability.OWN_DATA}
+        own = {each.name for each in registry.backends if each.reachable and both <= each.capabilities}
+        self._usage([agent for agent in list(registry.agents.values()) if agent.row.provider in own])
 
     # --- providers
 
@@ -215,9 +234,13 @@ class Queries:
             apps = [registry.specs.app(each) for each in ([app] if app else registry.specs.apps_of(name))]
             for each in apps:
                 found.extend(map(Finding.error, faults_of(each, provider.faults)))
-            found.extend(unlimited(apps, provider.isolation, backend.capabilities))
+            capabilities, quotas = backend.capabilities, registry.data.quotas
+            if not capabilities & {Capability.OWN_DATA, Capability.DISK_LIMIT}:
+                found.append(quotas.finding(wanted=any(each.limits.disk is not None for each in apps)))
+                capabilities |= {Capability.DISK_LIMIT} if quotas.enforced else frozenset()
+            found.extend(unlimited(apps, provider.isolation, capabilities))
             if provider.isolation < Isolation.VM:  # a virtual machine has no directory of the host
-                found.append(self._sockets.finding())
+                found.append(registry.data.sockets.finding())
             provider.check(deadline=Deadline(CHECK))
 
         try:

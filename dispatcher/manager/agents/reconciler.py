@@ -8,6 +8,7 @@ connection of the edge (`observe`).  A backend that does not answer is *unreacha
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -280,6 +281,10 @@ class Reconciler:
         policy = registry.specs.policy(row.app)
         log: list[str] = []
         if restarts.died(row, seen):
+            disk = registry.measure(agent)
+            if disk and disk.full:
+                why = f"{seen.exit_reason or 'reason unknown'}; its data is full: {disk}"
+                seen = dataclasses.replace(seen, exit_reason=why)
             tries = len(recent(row.attempts, registry.clock.now()))
             if tries >= policy.max_restarts or (tries and not bulk):  # else it is started again at once
                 log = last_lines(registry.backends.get(row.provider), agent.handle, restarts.LOG_LINES)

@@ -36,6 +36,8 @@ from dispatcher.manager.agents.lifecycle import (
 from dispatcher.manager.agents.observers import ObserverQueue
 from dispatcher.manager.agents.specs import Specs
 from dispatcher.manager.backends.backend import Backend, Backends
+from dispatcher.manager.files.agent_dirs import AgentData
+from dispatcher.manager.files.quota import DiskUse
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import DiskFull
 from dispatcher.manager.storage.rows import AgentRow, Desired, Kind, Pending
@@ -43,7 +45,7 @@ from dispatcher.manager.storage.write_buffer import WriteBuffer
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import DispatcherError, NotFound
-from dispatcher.plugin.model import AgentEvent
+from dispatcher.plugin.model import AgentEvent, Capability
 
 REPEAT = 1.0  # seconds until a subscriber to removals that failed is called again
 
@@ -67,6 +69,7 @@ class Registry:
     observers: ObserverQueue
     timers: Timers
     installation: str
+    data: AgentData
 
     def __post_init__(self) -> None:
         self.buffer = WriteBuffer(self.store)
@@ -154,8 +157,15 @@ class Registry:
             outdated=self.specs.outdated(row),
             last_used=agent.last_used,
             notice=agent.notice[0] if self.clock.now() < agent.notice[1] else "",
+            disk=agent.disk,
             now=self.clock.now(),
         )
+
+    def measure(self, agent: Agent) -> DiskUse | None:
+        """Return what an agent's data takes, as it was last measured where that needs a backend."""
+        if Capability.OWN_DATA not in self.backend(agent.row).capabilities:
+            agent.disk = self.data.usage(agent.row.name, agent.row.uid)
+        return agent.disk
 
     # --- subscriptions
 

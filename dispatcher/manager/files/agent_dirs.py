@@ -17,6 +17,7 @@ from pathlib import Path
 
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
+from dispatcher.manager.files.quota import DiskUse, Quotas
 from dispatcher.manager.files.safe_tree import change_owner, exists, make_directory
 from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
 from dispatcher.plugin import names
@@ -52,6 +53,7 @@ class AgentData:
         self._agents = paths.state_dir / "agents"
         self._socket_dirs = paths.run_dir / "a"
         self.sockets = SocketTmpfs(self._socket_dirs, privileged=self._privileged)
+        self.quotas = Quotas(self._agents, privileged=self._privileged)
         self._leftovers: list[str] = []  # of interrupted deletions of an earlier manager
 
     def begin(self, *, new_boot: bool) -> None:
@@ -94,6 +96,17 @@ class AgentData:
         make_directory(data, PRIVATE, owner)
         self._prepare_socket_dir(agent, owner)
 
+    def limit(self, agent: str, uid: int, limit: int | None, tick: Tick) -> None:
+        """Limit and count an agent's data; None: only count, where that is possible.
+
+        :raises Unsupported: the file system cannot.
+        """
+        self.quotas.apply(self.data_dir(agent), self.ids(uid)[0], limit, tick)
+
+    def usage(self, agent: str, uid: int) -> DiskUse | None:
+        """Return what an agent's data takes; None where it is not counted."""
+        return self.quotas.usage(self.data_dir(agent), self.ids(uid)[0])
+
     def _prepare_socket_dir(self, agent: str, owner: tuple[int, int]) -> None:
         directory = self.paths.endpoint_dir(agent)
         if not self._privileged:
@@ -124,6 +137,7 @@ class AgentData:
     def remove(self, agent: str, *, keep_data: bool, tick: Tick | None = None) -> None:
         """Delete all directories of an agent; with `keep_data` its data and old copies stay."""
         remove_tree(self.paths.endpoint_dir(agent), tick=tick)
+        owner = self.owner(agent)
         home = self.paths.agent_dir(agent)
         if keep_data:
             remove_tree(home / "log", tick=tick)
@@ -131,6 +145,8 @@ class AgentData:
             if exists(home):
                 self._move_to_trash(agent, home)
             self._empty_trash_of(agent, tick)
+            if owner is not None:
+                self.quotas.forget(owner)
 
     def _move_to_trash(self, agent: str, directory: Path) -> None:
         os.rename(directory, self._agents / TRASH / f"{names.key(agent)}.{secrets.token_hex(8)}")
@@ -190,6 +206,7 @@ class AgentData:
         copy = self.copy_dir(agent, name)
         make_directory(copy.parent, PRIVATE)
         if not exists(copy):
+            self.quotas.release(self.data_dir(agent), uid)
             os.rename(self.data_dir(agent), copy)
         make_directory(self.data_dir(agent), PRIVATE, self._owner(uid))
 

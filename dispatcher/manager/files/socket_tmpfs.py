@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dispatcher.common.log import logger
+from dispatcher.manager.files.space import file_system
 from dispatcher.plugin.errors import ProviderError
 from dispatcher.plugin.model import Finding, Level
 
@@ -46,7 +47,7 @@ class SocketTmpfs:
     def open(self) -> None:
         """Mount, unless it is mounted already or need not be.  The directory exists."""
         directory = self._directory
-        if not self._privileged or directory.is_mount() or _kind(directory)[0] not in _IN_MEMORY:
+        if not self._privileged or directory.is_mount() or file_system(directory)[0] not in _IN_MEMORY:
             return
         if next(directory.iterdir(), None) is not None:
             self._why = "it contains sockets of agents of an earlier version; it is limited from the next boot on"
@@ -69,7 +70,7 @@ class SocketTmpfs:
 
     def finding(self) -> Finding:
         """Return how much an agent can write to its socket directory."""
-        kind, options = _kind(self._directory)
+        kind, _, options = file_system(self._directory)
         if self._directory.is_mount() and "usrquota" in options:
             what = (
                 f"an agent's files beside its socket take at most {SHARE_BYTES >> 10} KiB and {SHARE_FILES} files"
@@ -145,16 +146,3 @@ def _machine() -> str:
             if pid == 1 or Path(f"/proc/{pid}/comm").read_text() == "kthreadd\n":
                 return path
     return ""
-
-
-def _kind(directory: Path) -> tuple[str, str]:
-    """Return type and options of the file system that a directory is in; empty when the kernel does not say."""
-    device = directory.stat().st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            mount, _, rest = line.partition(" - ")
-            if mount.split(" ", 3)[2] == wanted:
-                kind, _, options = rest.strip().split(" ", 2)
-                return kind, options
-    return "", ""

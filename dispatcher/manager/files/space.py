@@ -43,3 +43,16 @@ def low_space(directory: Path) -> str:
     if found.f_files and found.f_favail < LOW_SHARE / 2 * found.f_files:
         return f"Only {found.f_favail} of {found.f_files} inodes are free on the disk of {directory}"
     return ""
+
+
+def file_system(directory: Path) -> tuple[str, str, str]:
+    """Return type, device and options of a directory's file system; empty when the kernel does not say."""
+    device = directory.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            mount, _, rest = line.partition(" - ")
+            if mount.split(" ", 3)[2] == wanted:
+                kind, source, options = rest.strip().split(" ", 2)
+                return kind, source, options
+    return "", "", ""

@@ -50,6 +50,7 @@ AgentState = TypedDict(
     },
 )
 Move = TypedDict("Move", {"from": str, "to": str, "step": str, "since": Time})
+Disk = TypedDict("Disk", {"used": int, "limit": int | None, "full": bool})
 
 
 class Agent(AgentState):
@@ -63,11 +64,14 @@ class Agent(AgentState):
     created: Time
     reachable: bool
     observed_at: Time | None
+    disk: Disk | None
     move: Move | None
 
 
 AgentList = TypedDict("AgentList", {"agents": list[Agent]})
-Usage = TypedDict("Usage", {"memory": int | None, "cpu_seconds": float | None, "disk": int | None})
+Usage = TypedDict(
+    "Usage", {"memory": int | None, "cpu_seconds": float | None, "disk": int | None, "disk_limit": int | None}
+)
 Runtime = TypedDict(
     "Runtime",
     {
@@ -160,6 +164,8 @@ AgentUsage = TypedDict(
         "memory": int | None,
         "cpu_percent": float | None,
         "cpu_seconds": float | None,
+        "disk": int | None,
+        "disk_limit": int | None,
         "last_used": Time | None,
     },
 )

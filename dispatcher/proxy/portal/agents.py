@@ -97,6 +97,7 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
         agent["name"] if agent["name"] != someone.user else "",
         f"{label} {since}" if since else "",
         f"Used {humanize.ago(agent['last_used'])}" if agent.get("last_used") else "Never used",
+        _data(agent.get("disk")),
         "A restart applies the new configuration" if agent.get("outdated") else "",
     ]
     scheme, _, host = portal.public_origin.partition("://")
@@ -111,3 +112,11 @@ def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:
         "stopped": agent["state"] in {"stopped", "failed"},
         "facts": [fact for fact in facts if fact],
     }
+
+
+def _data(disk: dict[str, Any] | None) -> str:
+    """Return what an agent's data takes, in words; "" if unknown."""
+    if not disk:
+        return ""
+    text = f"Data: {humanize.share(disk['used'], disk['limit'])}"
+    return f"{text}, full: delete files to go on" if disk["full"] else text

@@ -68,6 +68,7 @@ def test_a_view_has_the_form_of_the_documents(supervisor):
         "created",
         "reachable",
         "observed_at",
+        "disk",
         "move",
     }
     assert set(view.to_feed()) >= {

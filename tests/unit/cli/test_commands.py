@@ -330,11 +330,13 @@ def test_logs_follow_asks_again_with_the_cursor(run, manager, monkeypatch):
 
 def test_top_and_memory_usage(run, manager):
     manager.answers["GET /stats/top"] = 200, {"agents": [
-        {"name": "small", "state": "running", "memory": 1024, "cpu_percent": 50.0, "cpu_seconds": 4, "last_used": None},
+        {"name": "small", "state": "running", "memory": 1024, "cpu_percent": 50.0, "cpu_seconds": 4, "last_used": None,
+         "disk": 1 << 20, "disk_limit": 64 << 20},
         {"name": "big", "state": "running", "memory": 2048, "cpu_percent": None, "cpu_seconds": None, "last_used": None},
     ]}  # fmt: skip
     lines = run("top")[1].splitlines()
     assert [line.split()[0] for line in lines[1:]] == ["big", "small"]
+    assert "1.0 MiB of 64.0 MiB" in lines[2]
     assert [line.split()[0] for line in run("top", "--sort", "cpu")[1].splitlines()[1:]] == ["small", "big"]
     manager.answers["GET /stats/memory_usage"] = (
         200,

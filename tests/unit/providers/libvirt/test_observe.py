@@ -67,3 +67,20 @@ def test_endpoints_of_other_networks():
     assert str(observe.endpoint(found)) == "tcp:192.0.2.7:8080"
     found = DomainInfo(name=NAME, uuid="u", id=1, state=1, reason=0, saved=False, label=label(port=0))
     assert observe.endpoint(found) is None
+
+
+def test_the_data_disk_is_the_one_that_is_counted(tmp_path):
+    data = tmp_path / "data.raw"
+    data.write_bytes(b"x" * 8192)
+    stats = {
+        "block.count": 3,
+        "block.0.path": "/pool/root-data.qcow2",
+        "block.0.allocation": 7,
+        "block.1.path": str(data),
+        "block.1.allocation": 9,
+        "block.1.capacity": 1 << 30,
+    }
+    here = observe.usage_of(stats, local=True)
+    assert here.disk == data.stat().st_blocks * 512 and here.disk_limit == 1 << 30
+    assert observe.usage_of(stats | {"block.1.path": "NAME.data-3.raw"}, local=False).disk == 9
+    assert observe.usage_of({"block.count": 0}, local=True).disk is None

@@ -39,7 +39,8 @@ def test_what_is_not_isolated_is_said_in_words(monkeypatch):
     assert any("host's network" in one for one in warnings(walls, app(Network.HOST)))
     assert any("not enforced without a sandbox" in one for one in warnings(open_, app()))
     assert any("limit memory is not enforced" in one for one in warnings(walls, app(memory=1)))
-    assert any("limit disk is not enforced" in one for one in warnings(walls, app(disk=1)))
+    assert warnings(walls, app(disk=1)) == [], "the core limits the data"
+    assert any("leave its quota" in one for one in warnings(walls, app(disk=1, seccomp=False)))
     assert warnings(walls, app(pids=5)) == [], "counted per user id"
     assert any("AF_VSOCK" in one for one in warnings(walls, app(seccomp=False)))
     monkeypatch.setattr(platform, "machine", lambda: "vax")

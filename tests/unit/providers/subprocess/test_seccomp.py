@@ -6,10 +6,10 @@ import pytest
 from dispatcher_subprocess import seccomp
 
 
-def run(program, machine, number, argument=0, architecture=None):
+def run(program, machine, number, argument=0, architecture=None, second=0):
     """Interpret a classic BPF program as the kernel would; return the errno, 0 when the call is allowed."""
     word = architecture if architecture is not None else seccomp.MACHINES[machine][0]
-    data = struct.pack("<IIQQ", number, word, 0, argument)
+    data = struct.pack("<IIQQQ", number, word, 0, argument, second)
     at = accumulator = 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("<HBBI", program, at * 8)
@@ -48,6 +48,16 @@ def test_the_filter_refuses_its_list_and_allows_the_rest(machine):
     if machine == "x86_64":
         assert run(program, machine, 0x40000000 | 56) == errno.ENOSYS
     assert len(program) // 8 < 4096
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_an_agent_cannot_leave_its_quota(machine):
+    program, number = seccomp.program(machine), seccomp.IOCTL[seccomp.MACHINES[machine][1]]
+    for command in (0x401C5820, 0x40086602, 0x40046602, 1 << 32 | 0x401C5820):
+        assert run(program, machine, number, 3, second=command) == errno.EPERM, hex(command)
+    for command in (0x801C581F, 0x80086601, 0x5401, 0x5413):  # reading them, terminals
+        assert run(program, machine, number, 3, second=command) == 0, hex(command)
+    assert run(program, machine, 469) == errno.EPERM, "file_setattr"
 
 
 def test_no_filter_for_unknown_processors():

@@ -155,7 +155,18 @@ class TestDashboard:
         assert "Notebook Running" in page.text
         assert "lab Asleep" in page.text
         assert "Never used" in page.text
+        assert "Data" not in page.text, "unknown"
         assert "bob" not in page.text
+
+    def test_it_shows_what_the_data_takes(self, portal) -> None:
+        app, manager = portal
+        manager.agents["alice"]["disk"] = {"used": 1288490189, "limit": 5 << 30, "full": False}
+        manager.agents["alice:lab"] = agent("alice:lab", disk={"used": 64 << 20, "limit": 64 << 20, "full": True})
+        browser = Browser(app)
+        browser.sign_in()
+        page = browser.get("/auth/")
+        assert "Data: 1.2 GiB of 5.0 GiB" in page.text
+        assert "Data: 64.0 MiB of 64.0 MiB, full: delete files to go on" in page.text
 
     def test_opening_another_app_is_asked_first_and_clears_the_cache(self, portal) -> None:
         app, manager = portal
