@@ -153,11 +153,13 @@ class Limits:
         return value
 
     def enforced(self, capabilities: Container[Capability]) -> Limits:
-        """Return the bounds that a provider with these capabilities enforces."""
+        """Return the bounds that a provider with these capabilities enforces, or the core for data on the host."""
         kinds = {"memory": "memory", "swap": "memory", "cpus": "cpu", "pids": "pids", "disk": "disk"}
         off: dict[str, Any] = {
             name: None for name, kind in kinds.items() if Capability(f"{kind}-limit") not in capabilities
         }
+        if Capability.OWN_DATA not in capabilities:
+            off.pop("disk", None)
         return replace(self, **off)
 
 

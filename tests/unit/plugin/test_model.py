@@ -135,9 +135,9 @@ def test_limits_without_their_capability_are_not_enforced():
     limits = Limits(memory=1 << 30, swap=0, cpus=0.5, pids=4096, disk=1 << 20, defaults=frozenset({"pids"}))
     kept = limits.enforced({Capability.MEMORY_LIMIT, Capability.DISK_LIMIT})
     assert kept == Limits(memory=1 << 30, swap=0, disk=1 << 20, defaults=frozenset({"pids"}))
-    assert limits.enforced({Capability.CPU_LIMIT, Capability.PIDS_LIMIT}) == Limits(
-        cpus=0.5, pids=4096, defaults=frozenset({"pids"})
-    )
+    own_data = {Capability.CPU_LIMIT, Capability.PIDS_LIMIT, Capability.OWN_DATA}
+    assert limits.enforced(own_data) == Limits(cpus=0.5, pids=4096, defaults=frozenset({"pids"}))
+    assert limits.enforced(own_data - {Capability.OWN_DATA}).disk == 1 << 20, "by the core"
 
 
 def test_the_socket_of_a_spec_is_short():
