@@ -1,4 +1,7 @@
-"""Limits of data by project quotas, the system calls simulated; tests/machine tries them on ext4 and xfs."""
+"""Limits of data by project quotas, with simulated system calls.
+
+The real ones need a kernel and a file system with project quotas: docs/howto/limit-disk-space.md, "Try it".
+"""
 
 from __future__ import annotations
 
