@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.manager.files.quota import DiskUse
-from dispatcher.manager.storage.states import Desired
+from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.errors import StartFailed, Unsupported
 from dispatcher.plugin.model import Capability
 from tests.support.manager_world import kinds, reach, running, until
@@ -38,7 +38,7 @@ def supervisor(world):
 
 @pytest.fixture
 def quotas(supervisor):
-    backend = supervisor.engine.backends.get("fake")
+    backend = supervisor.registry.backends.get("fake")
     backend.capabilities -= {Capability.OWN_DATA, Capability.DISK_LIMIT}
     supervisor.data.quotas = Quotas()
     return supervisor.data.quotas

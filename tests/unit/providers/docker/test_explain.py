@@ -100,11 +100,10 @@ def test_limits_that_cannot_be_kept_are_refused(context, limits, key):
 def test_data_on_this_host_is_limited_by_the_core(context):
     refuse(app(limits=Limits(disk=1)), context, frozenset({Capability.NETWORK_NONE}))
     made = app(limits=Limits(disk=1), seccomp="unconfined")
-    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir), context))
+    found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir)))
     assert any("can leave the quota" in one.what and one.level is Level.WARNING for one in found)
-    found = list(
-        explain.explain_app(made, Engine(DockerOptions(url="tcp://10.0.0.1:2376"), context.run_dir), context)
-    )
+    elsewhere = Engine(DockerOptions(url="tcp://10.0.0.1:2376"), context.run_dir)
+    found = list(explain.explain_app(made, elsewhere))
     assert any("disk limit" in one.what and one.level is Level.ERROR for one in found)
 
 
