@@ -2,9 +2,9 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring, libaio, and what would leave the quota of the data directory.  Sockets are the exception: just the
-families that network namespaces and modes of files separate are allowed, as AF_VSOCK is one space for the host and
-all that runs on it.
+modules, io_uring, libaio, and what would leave the quota of the data directory.  Sockets are the exception: just
+the families that network namespaces and modes of files separate are allowed, as AF_VSOCK is one space for the host
+and all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
