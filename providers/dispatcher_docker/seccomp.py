@@ -2,8 +2,8 @@
 
 Before Docker 23 the engine's own profile lets AF_VSOCK pass, which no network namespace separates: its addresses
 are one space for all agents, the host and its virtual machines.  Here only listed families pass.  Also refused are
-kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio, 32-bit programs and what would
-leave the quota of the data directory.
+kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio, 32-bit programs and what
+would leave the quota of the data directory.
 """
 
 from __future__ import annotations
