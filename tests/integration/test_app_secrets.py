@@ -169,10 +169,15 @@ def test_a_rotated_file_is_used_at_the_next_start_and_makes_nothing_outdated(pla
 
 
 def test_a_start_without_its_secret_fails_and_says_which(place):
+    until("it runs", lambda: place.site.admin("GET", "/agents/alice").json()["state"] == "running", 60)
     place.key.rename(place.key.with_suffix(".away"))
     try:
         answer = place.site.admin("POST", "/agents/alice/restart?wait=60")
-        assert answer.status in {202, 502}, answer.body
+        assert answer.status == 400, answer.body
+        assert answer.json()["detail"] == "there is no such file"
+        assert place.site.admin("GET", "/agents/alice").json()["state"] == "running", "it was not stopped for nothing"
+        assert place.site.admin("PUT", "/agents/alice/state?wait=60", {"state": "stopped"}).status in {200, 202}
+        place.site.admin("PUT", "/agents/alice/state?wait=60", {"state": "running"})
         row = until("it fails", lambda: failed(place), 60)
         text = json.dumps(row["failure"])
         assert "apps.probe.secrets.FILE_KEY: cannot read" in text

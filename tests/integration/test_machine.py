@@ -253,12 +253,12 @@ def test_the_agents_end_with_their_unit_and_come_back_with_the_manager(service):
 
 
 #: Answers behind the machine: what an agent with a private network reaches, and what it must not.
-OUTSIDE = ("198.18.77.2", "[fd77:2::2]", "name.example")
-DENIED = ("169.254.169.254", "[fd00:ec2::254]", "198.18.99.1", "[fd77:99::1]", "198.18.77.1", "[fd77:2::1]")
+OUTSIDE = ("198.18.77.2", "[fd77:3::2]", "name.example")
+DENIED = ("169.254.169.254", "[fd00:ec2::254]", "198.18.99.1", "[fd77:99::1]", "198.18.77.1", "[fd77:2::1]", "[fd77:2::2]")
 INTERNET = """
 import pathlib, subprocess, sys, time
 from tests.support.outside import Outside
-outside = Outside("203.0.113.7", "169.254.169.254", "fd00:ec2::254", "198.18.99.1", "fd77:99::1")
+outside = Outside("203.0.113.7", "169.254.169.254", "fd00:ec2::254", "198.18.99.1", "fd77:99::1", "fd77:3::2")
 with outside:
     code = "from tests.support.outside import serve_names; serve_names('198.18.77.2', 7); import time; time.sleep(1e6)"
     subprocess.Popen(["ip", "netns", "exec", outside.name, sys.executable, "-c", code])
@@ -301,7 +301,7 @@ def private_network(service, helper):
         (helper, host)
         for helper in ("pasta", "slirp4netns")
         for host in (*OUTSIDE, *DENIED)
-        if (helper, host) != ("slirp4netns", "[fd77:2::2]")  # it speaks IPv4 only
+        if (helper, host) != ("slirp4netns", "[fd77:3::2]")  # it speaks IPv4 only
     ],
 )
 def test_a_private_network_leads_outside_but_not_to_what_is_denied(service, helper, host):

@@ -259,7 +259,7 @@ def test_people_sign_in_over_https_and_agents_outlive_a_restart(installed, units
 
     assert until("alice's app answers", about)["user"] == "alice", proxy.log
     before = json.loads(cli(installed, "info", "alice", "--json").stdout)["runtime"]
-    assert 200_000 <= before["uid"] <= 265_535
+    assert 1_900_000_000 <= before["uid"] <= 1_900_065_535
     manager.stop()
     assert browser.ask("/about")["user"] == "alice"
     manager.start()

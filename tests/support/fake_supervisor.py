@@ -82,6 +82,9 @@ class FakeSupervisor:
         self.copies = FakeCopies(self)
         self.down = ""
 
+    def app_faults(self):
+        return {}
+
     def start(self):
         pass
 
