@@ -175,7 +175,9 @@ def test_a_start_without_its_secret_fails_and_says_which(place):
         answer = place.site.admin("POST", "/agents/alice/restart?wait=60")
         assert answer.status == 400, answer.body
         assert answer.json()["detail"] == "there is no such file"
-        assert place.site.admin("GET", "/agents/alice").json()["state"] == "running", "it was not stopped for nothing"
+        assert place.site.admin("GET", "/agents/alice").json()["state"] == "running", (
+            "it was not stopped for nothing"
+        )
         assert place.site.admin("PUT", "/agents/alice/state?wait=60", {"state": "stopped"}).status in {200, 202}
         place.site.admin("PUT", "/agents/alice/state?wait=60", {"state": "running"})
         row = until("it fails", lambda: failed(place), 60)

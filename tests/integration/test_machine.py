@@ -254,7 +254,15 @@ def test_the_agents_end_with_their_unit_and_come_back_with_the_manager(service):
 
 #: Answers behind the machine: what an agent with a private network reaches, and what it must not.
 OUTSIDE = ("198.18.77.2", "[fd77:3::2]", "name.example")
-DENIED = ("169.254.169.254", "[fd00:ec2::254]", "198.18.99.1", "[fd77:99::1]", "198.18.77.1", "[fd77:2::1]", "[fd77:2::2]")
+DENIED = (
+    "169.254.169.254",
+    "[fd00:ec2::254]",
+    "198.18.99.1",
+    "[fd77:99::1]",
+    "198.18.77.1",
+    "[fd77:2::1]",
+    "[fd77:2::2]",
+)
 INTERNET = """
 import pathlib, subprocess, sys, time
 from tests.support.outside import Outside
