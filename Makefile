@@ -9,13 +9,14 @@ ARGS ?=
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
 COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
-.PHONY: help demo test check bench clean machine
+.PHONY: help demo test check bench deb clean machine
 
 help:
 	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
 	@echo 'make test    all tests; as root it first installs and starts their requirements'
 	@echo 'make check   style, types and unit tests, in under a minute'
 	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
+	@echo 'make deb     build a package for this Debian or Ubuntu release, in dist/'
 	@echo 'make clean   remove generated files'
 
 demo: $(VENV)/.demo
@@ -34,6 +35,9 @@ test: machine $(VENV)/.test
 
 bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
+
+deb:
+	@packaging/build-deb $(ARGS)
 
 machine:
 	@tests/machine/install
