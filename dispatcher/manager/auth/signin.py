@@ -98,8 +98,7 @@ class SignIn:
             epoch = self._sessions.epoch(user)
         agent = self._default_agent(user)
         self._start(agent, user, password, stdin_apps)
-        known = device is not None and self._store.knows_device(digest(device), user, self._clock.now())
-        kept = device if known and device else new_token()
+        kept = device if device and self._store.has_device(digest(device), user) else new_token()
         token, row = self._sessions.create(user, agent.name, visitor, epoch=epoch, device=digest(kept))
         self._metrics.login(LoginOutcome.SUCCESS)
         _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8])
@@ -173,8 +172,8 @@ class SignIn:
             with self._contained("set_password"):
                 self.authenticator.set_password(user, password, deadline=deadline)
 
+        self._store.distrust_devices(user)  # each known browser would have free attempts at the new password
         self._pool.run(change, deadline)
-        self._store.forget_devices(user)  # each known browser would have free attempts at the new password
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
 

@@ -137,9 +137,20 @@ class AuthStore:
     # Known browsers.
 
     def knows_device(self, sha256: str, user: str, now: float) -> bool:
-        """Whether `user` has signed in from the browser that holds this token."""
+        """Whether `user` has signed in from the browser with this token, lately and with the same password."""
+        return any(now - used < DEVICE_LIFETIME for used in self._uses(sha256, user))
+
+    def has_device(self, sha256: str, user: str) -> bool:
+        """Whether `user` has ever signed in from the browser that holds this token."""
+        return bool(self._uses(sha256, user))
+
+    def _uses(self, sha256: str, user: str) -> list[float]:
         query = sa.select(_devices).where(_devices.c.sha256 == sha256, _devices.c.user == user)
-        return any(now - row["last_used"] < DEVICE_LIFETIME for row in self._database.select(query))
+        return [row["last_used"] for row in self._database.select(query)]
+
+    def distrust_devices(self, user: str) -> None:
+        """Let none of a user's browsers be known until it signs in again."""
+        self._database.execute(_devices.update().where(_devices.c.user == user).values(last_used=0.0))
 
     def forget_devices(self, user: str) -> None:
         """Forget a user's browsers."""

@@ -145,6 +145,15 @@ def test_no_known_browser_has_free_guesses_at_a_new_password(parts):
     assert set(codes[5:]) == {429}
 
 
+def test_a_browser_stays_its_users_after_a_new_password(parts):
+    device = parts.login().json["device"]
+    parts.admin.put("/agents/alice/password", json={"password": "a new password"})
+    assert parts.login(password="a new password", device=device).json["device"] == device
+    for number in range(50):
+        parts.login(password="wrong password", address=f"198.51.100.{number}")
+    assert parts.login(password="a new password", address="203.0.113.9", device=device).status_code == 201
+
+
 def test_a_device_token_is_worth_nothing_for_another_name_and_is_slowed_itself(parts):
     device = parts.login("bob").json["device"]
     for _ in range(10):
