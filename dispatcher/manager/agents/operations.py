@@ -10,6 +10,7 @@ reconciler observes, `lifecycle` decides, and the same operation runs again from
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -475,4 +476,6 @@ def _internal_error(error: Exception) -> DispatcherError:
 
 
 def _fraction(value: object) -> float | None:
-    return min(1.0, max(0.0, float(value))) if isinstance(value, (int, float)) and value == value else None  # noqa: PLR0124 - not a NaN
+    if not isinstance(value, (int, float)) or math.isnan(value):
+        return None
+    return min(1.0, max(0.0, float(value)))

@@ -1,4 +1,4 @@
-"""The work for a byte does not grow with the number of bytes, and nothing learned from strangers is kept for ever."""
+"""The edge's work is linear in the size of a request, and what it caches of clients' input is bounded."""
 
 from __future__ import annotations
 
