@@ -50,6 +50,7 @@ SECTIONS = {
         "sessions": Lazy("inspection", "sessions", "List and end sign-ins."),
     },
     "Installation": {
+        "init": Lazy("init", "init", "Write a first configuration."),
         "providers": Lazy("providers", "providers", "List, check and describe providers."),
         "config": Lazy("configuration", "config", "Check and show the configuration."),
         "doctor": Lazy("doctor", "doctor", "Check machine, providers and installation."),

@@ -28,6 +28,15 @@ def config() -> None:
 @pass_cli
 def check(cli: Cli) -> None:
     """Read the configuration, including the plugins' tables, and report every fault."""
+    apps = ", ".join(sorted(checked(cli).apps)) or "none"
+    cli.out.line(f"the configuration is valid (apps: {apps})")
+
+
+def checked(cli: Cli) -> Config:
+    """Return the configuration after all checks; warnings are noted.
+
+    :raises ConfigError: names every fault.
+    """
     from dispatcher.config.app_secrets import check_secrets
     from dispatcher.config.check import faults as faults_here
     from dispatcher.config.load import read
@@ -43,8 +52,7 @@ def check(cli: Cli) -> None:
         raise wrong(faults, cli.config_path)
     for finding in findings:
         cli.out.note(f"warning: {finding.what} ({finding.fix})")
-    apps = ", ".join(sorted(found.apps)) or "none"
-    cli.out.line(f"the configuration is valid (apps: {apps})")
+    return found
 
 
 @config.command(epilog="\b\nExamples:\n  dispatcher config show\n  dispatcher config show --json")

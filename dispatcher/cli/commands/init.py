@@ -1,0 +1,201 @@
+"""init: writes a first configuration, checks it, and says what to do next."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dispatcher.cli.commands.configuration import checked
+from dispatcher.cli.context import Cli, pass_cli
+from dispatcher.config import default_paths
+from dispatcher.plugin.errors import BadRequest, ConfigError, Conflict
+
+LISTEN = "127.0.0.1:8080"
+DEMO = "demo"  # the name of the app that is built in
+_EPILOG = """\b
+Examples:
+  dispatcher init                            asks
+  dispatcher init --yes                      the built-in demo app on 127.0.0.1:8080
+  dispatcher --config lab.toml init --app lab --command \\
+      '/opt/apps/bin/jupyter-lab --ServerApp.sock={socket} --ServerApp.root_dir={data}'
+  dispatcher init --provider docker --image busybox:1.36 --port 8080 \\
+      --app files --command 'httpd -f -p {port} -h {data}'"""
+
+
+@click.command(epilog=_EPILOG)
+@click.option("--app", metavar="NAME", help="Name of the app.")
+@click.option("--title", metavar="TEXT", help="Title of the app in the portal.")
+@click.option("--provider", metavar="NAME", help="What isolates agents: subprocess, docker or libvirt.")
+@click.option("--command", metavar="TEXT", help="The app's command, with {socket} or {port}, and {data}.")
+@click.option("--image", metavar="IMAGE", help="The app's image (docker, libvirt).")
+@click.option("--port", type=click.IntRange(1, 65535), help="The app's TCP port in its container or machine.")
+@click.option("--listen", metavar="HOST:PORT", help=f"Where the proxy listens [{LISTEN}].")
+@click.option("--public-url", metavar="URL", help="The address in browsers, such as https://apps.example.org.")
+@click.option("--tls-cert", metavar="FILE", help="The proxy's certificate.")
+@click.option("--tls-key", metavar="FILE", help="The certificate's private key.")
+@click.option("-y", "--yes", is_flag=True, help="Ask nothing, take the defaults (only terminals are asked).")
+@pass_cli
+def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
+    """Write a commented configuration, and check it.
+
+    The file is the one of --config, by default that of this user.  An existing file is never changed.
+    """
+    path = cli.config_path or default_paths.config_file()
+    if os.path.lexists(path):
+        raise Conflict(
+            f"There is already a file {path}", fix="edit it, or choose another: dispatcher --config FILE init"
+        )
+    if sys.stdin.isatty() and not yes:
+        _ask(chosen)
+    _create(path, configuration(**chosen))
+    cli.config_path = path
+    try:
+        checked(cli)
+    except ConfigError as error:
+        found = error.details.get("problems") or [str(error)]
+        many = len(found) > 1
+        raise ConfigError(
+            f"{path} was written, but needs corrections",
+            why="" if many else found[0],
+            fix="" if many else "then run `dispatcher config check`",
+            details={"problems": found},
+        ) from error
+    program = "dispatcher"
+    if path != default_paths.config_file():
+        program += f" --config {shlex.quote(str(path))}"
+    steps = {
+        f"{program} doctor": "check this machine",
+        f"{program} serve": "run manager and proxy, until Ctrl-C",
+        f"{program} add NAME": "add a user, in another terminal; it asks for a password",
+    }
+    width = max(map(len, steps))
+    lines = [f"  {step.ljust(width)}  # {purpose}" for step, purpose in steps.items()]
+    cli.out.result(
+        {"path": str(path), "next": list(steps)}, "\n".join([f"{path} was written and is valid.  Next:", *lines])
+    )
+
+
+def _ask(chosen: dict[str, Any]) -> None:
+    """Ask for what no option has given, the most important only."""
+
+    def ask(key: str, question: str, default: str) -> None:
+        if chosen[key] is None:
+            chosen[key] = click.prompt(question, default=default, show_default=bool(default), err=True) or None
+
+    ask("app", "Name of the app (the demo is built in)", DEMO)
+    if chosen["app"] != DEMO:
+        ask("provider", "Isolation: subprocess (sandbox), docker or libvirt (virtual machine)", "subprocess")
+        if chosen["provider"] != "subprocess":
+            ask("image", "Image of the app", "")
+        if chosen["provider"] != "libvirt":
+            ask("command", "Command of the app; {socket} or {port} and {data} are filled in", "")
+    ask("listen", "Address of the proxy; 0.0.0.0:8080 is for everybody on the network", LISTEN)
+    ask("public_url", "Address in browsers, if it is another (such as https://apps.example.org)", "")
+
+
+def configuration(
+    *,
+    app: str | None = None,
+    title: str | None = None,
+    provider: str | None = None,
+    command: str | None = None,
+    image: str | None = None,
+    port: int | None = None,
+    listen: str | None = None,
+    public_url: str | None = None,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+) -> str:
+    """Return the text of a configuration; what is None has a default, or is shown as a comment.
+
+    :raises BadRequest: `command` cannot be split into words.
+    """
+    provider = provider or ("docker" if image else "subprocess")
+    app = app or ("app" if command or image else DEMO)
+    words = _words(command)
+    if app == DEMO and not words and not image:
+        words = [sys.executable, "-m", "dispatcher.demo", "--unix", "{socket}"]
+    needs_network = port is not None or any("{port}" in word for word in words)
+    table = _key(app)
+    lines = [
+        "# The configuration of dispatcher: docs/reference/configuration.md describes all keys.",
+        "# `dispatcher config check` checks a change, `dispatcher reload` applies it.",
+        "",
+        "[proxy]",
+        _line("listen", [listen or LISTEN]),
+        _line("public_url", public_url, "https://apps.example.org"),
+        _line("tls_cert", tls_cert and str(Path(tls_cert).absolute()), "/etc/dispatcher/tls/cert.pem"),
+        _line("tls_key", tls_key and str(Path(tls_key).absolute()), "/etc/dispatcher/tls/key.pem"),
+        "",
+        "# Every app has these values, unless its own table has others.",
+        "[defaults]",
+        _line("provider", provider),
+        "# By default a quarter of the memory.",
+        _line("memory", None, "2G"),
+        "# An agent that nobody uses for this time is suspended, which keeps its memory; or: stop.",
+        _line("idle_timeout", "30m"),
+        _line("idle_action", "suspend"),
+        "# none; private: other hosts, but not this one; host: everything that this host reaches.",
+        _line("network", "private" if needs_network else "none"),
+        "",
+        f"[apps.{table}]",
+        _line("title", title or app.capitalize()),
+        "# The app is ready when this path has a status below 500.",
+        _line("health", None, "/"),
+        "",
+        f"[apps.{table}.{_key(provider)}]",
+    ]
+    lines += [_line(key, value) for key, value in (("image", image), ("command", words), ("port", port)) if value]
+    if provider == "subprocess":
+        lines += ["# Further paths of this host that the app may read.", _line("read_only", None, ["/opt/apps"])]
+    return "\n".join([*lines, ""])
+
+
+def _words(command: str | None) -> list[str]:
+    """Return the words of a command.
+
+    :raises BadRequest: a quotation mark is not closed.
+    """
+    try:
+        words = shlex.split(command or "")
+    except ValueError as error:
+        raise BadRequest("Cannot read --command", why=str(error), fix="close the quotation mark") from error
+    return words
+
+
+def _line(key: str, value: object, example: object = None) -> str:
+    """Return `key = value` in TOML; without a value an example, as a comment."""
+    import tomli_w
+
+    text = tomli_w.dumps({key: example if value is None else value}, multiline_strings=False).strip()
+    text = " ".join(text.split("\n    ")).replace(",\n]", "]").replace("[ ", "[")
+    return f"# {text}" if value is None else text
+
+
+def _key(name: str) -> str:
+    """Return a name as a part of a table's name in TOML."""
+    import tomli_w
+
+    return tomli_w.dumps({name: 0}).partition(" = ")[0]
+
+
+def _create(path: Path, text: str) -> None:
+    """Write a new file, and its directory where that is missing.
+
+    :raises BadRequest: the path cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise BadRequest(
+            f"Cannot write {path}",
+            why=error.strerror or str(error),
+            fix="choose another: dispatcher --config FILE init",
+        ) from error

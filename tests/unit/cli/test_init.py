@@ -1,0 +1,98 @@
+"""`dispatcher init`: a first configuration that is valid, commented, and never takes the place of another."""
+
+import json
+
+import pytest
+
+from dispatcher.cli import main
+from dispatcher.config.load import load
+from tests.support.terminal import on_a_terminal
+
+JUPYTER = "/bin/sh -c 'exec x --sock={socket}' {data}"
+
+
+def init(path, *arguments):
+    return main(["--config", str(path), "init", *arguments])
+
+
+def test_without_choices_it_is_the_demo(tmp_path, capsys):
+    path = tmp_path / "new" / "dispatcher.toml"
+    assert init(path, "--yes") == 0
+    out = capsys.readouterr().out
+    assert f"dispatcher --config {path} serve" in out
+    assert f"dispatcher --config {path} add NAME" in out
+    config = load(path)
+    assert list(config.apps) == ["demo"]
+    assert config.proxy.listen == ["127.0.0.1:8080"]
+    assert "# tls_cert = " in path.read_text()
+
+
+def test_a_command_is_split_like_in_a_shell(tmp_path):
+    path = tmp_path / "a.toml"
+    assert init(path, "--app", "lab-x", "--title", 'My "lab"', "--command", JUPYTER, "--listen", "0.0.0.0:80") == 0
+    config = load(path)
+    app = config.apps["lab-x"]
+    assert app.title == 'My "lab"'
+    assert app.provider_table("subprocess")["command"] == ["/bin/sh", "-c", "exec x --sock={socket}", "{data}"]
+    assert app.network == "none"
+    assert config.proxy.listen == ["0.0.0.0:80"]
+
+
+def test_an_app_with_a_port_gets_a_network(tmp_path, capsys):
+    path = tmp_path / "a.toml"
+    arguments = ("--app", "files", "--image", "busybox:1.36", "--port", "8080", "--command", "httpd -p {port}")
+    assert init(path, "--json", *arguments) == 0
+    app = load(path).apps["files"]
+    assert app.provider == "docker"
+    assert app.network == "private"
+    assert app.provider_table("docker") == {
+        "image": "busybox:1.36",
+        "port": 8080,
+        "command": ["httpd", "-p", "{port}"],
+    }
+    assert json.loads(capsys.readouterr().out)["path"] == str(path)
+
+
+@pytest.mark.parametrize("what", ["file", "dangling link"])
+def test_an_existing_file_stays(tmp_path, capsys, what):
+    path = tmp_path / "a.toml"
+    if what == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "elsewhere")
+    assert init(path, "--yes") == 4
+    assert "already" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+    assert what != "file" or path.read_text() == "mine"
+
+
+def test_faults_are_told_and_the_file_can_be_corrected(tmp_path, capsys):
+    path = tmp_path / "a.toml"
+    assert init(path, "--app", "lab", "--command", "/bin/nothing {sokcet}", "--public-url", "apps.example") == 2
+    err = capsys.readouterr().err
+    assert "proxy.public_url" in err
+    assert str(path) in err
+    assert "/bin/nothing" in path.read_text()
+
+
+def test_a_quotation_mark_that_is_not_closed(tmp_path, capsys):
+    assert init(tmp_path / "a.toml", "--command", "x '") == 2
+    assert "quotation" in capsys.readouterr().err
+    assert not (tmp_path / "a.toml").exists()
+
+
+def test_a_path_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert init(tmp_path / "file" / "a.toml", "--yes") == 2
+    assert "Cannot write" in capsys.readouterr().err
+
+
+def test_on_a_terminal_it_asks(tmp_path):
+    path = tmp_path / "a.toml"
+    answers = [b"lab\n", b"\n", JUPYTER.encode() + b"\n", b"127.0.0.1:9000\n", b"https://apps.example.org\n"]
+    code, out = on_a_terminal(["--config", str(path), "init"], {}, answers)
+    assert code == 0, out
+    config = load(path)
+    assert config.proxy.listen == ["127.0.0.1:9000"]
+    assert config.proxy.public_url == "https://apps.example.org"
+    assert list(config.apps) == ["lab"]
