@@ -39,7 +39,7 @@ TESTING = [
 
 #: Compiled is the path of a request through the edge; not these, which derive from classes that are not, or are
 #: seldom run.
-INTERPRETED = {"__init__", "connect", "decision", "handshakes", "listener", "pages"}
+INTERPRETED = {"__init__", "connect", "actions", "handshakes", "listener", "pages"}
 COMPILED = [
     str(path.relative_to(HERE))
     for folder in ("http", "routing", "net")

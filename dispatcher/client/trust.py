@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from dispatcher.common.sockets import peer_credentials
+from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.config.default_paths import MANAGER_LOCK
 from dispatcher.plugin.errors import BadRequest, ManagerUnreachable
 from dispatcher.plugin.names import printable

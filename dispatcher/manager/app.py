@@ -27,10 +27,10 @@ from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.feed.server import Feed
-from dispatcher.manager.files.runtime import Lock, make_directories
+from dispatcher.manager.files.manager_dirs import Lock, make_directories
 from dispatcher.manager.files.space import free_space
 from dispatcher.manager.metrics import Metrics
-from dispatcher.manager.rest import Services, application, health, tls
+from dispatcher.manager.rest import Services, application, certificate, health
 from dispatcher.manager.rest.access import Tokens, credentials, may_administer, may_proxy, peers
 from dispatcher.manager.rest.listeners import tcp_socket, unix_socket
 from dispatcher.manager.rest.server import Server, WsgiApp
@@ -217,7 +217,7 @@ class Manager:
         ]
         self._tokens = Tokens(self.config.manager.token_file)
         if self.config.manager.listen:
-            context, fingerprint = tls.server_context(self.config.manager, self.paths.secrets_dir)
+            context, fingerprint = certificate.server_context(self.config.manager, self.paths.secrets_dir)
             remote = credentials(self._tokens, lambda: str(health.report(self.services)["status"]))
             guarded = application("admin", self.services, remote)
             for address in self.config.manager.listen:
@@ -285,7 +285,7 @@ class Manager:
         context: ssl.SSLContext | None = None
         fingerprint = ""
         if old.manager.listen:
-            context, fingerprint = tls.server_context(new.manager, self.paths.secrets_dir)
+            context, fingerprint = certificate.server_context(new.manager, self.paths.secrets_dir)
         if unusable := list(tls_faults(new)):
             raise wrong(unusable, self._config_path)
         tokens = Tokens(new.manager.token_file)

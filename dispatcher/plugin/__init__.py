@@ -85,9 +85,9 @@ if TYPE_CHECKING:
         matching,
     )
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
-    from dispatcher.plugin.removal import make_temporary, remove_tree
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
+    from dispatcher.plugin.tree_removal import make_temporary, remove_tree
 
 #: In the order in which a name is looked for: those that import little come first.
 _MODULES = (

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from dispatcher.plugin.errors import ConfigError, ProviderError
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.removal import DIRECTORY, opened, remove_tree
+from dispatcher.plugin.tree_removal import DIRECTORY, opened, remove_tree
 
 _log = logging.getLogger("dispatcher.plugin.secret_files")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")

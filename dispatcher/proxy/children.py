@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from dispatcher.common.log import logger
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import Unavailable
-from dispatcher.proxy.process import die_with_parent
+from dispatcher.proxy.privileges import die_with_parent
 
 FIRST_PAUSE = 0.1
 LONGEST_PAUSE = 10.0

@@ -25,9 +25,9 @@ from dispatcher.config.load import Config, load
 from dispatcher.config.schema import ProxyConfig
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ConfigError, DispatcherError, Unavailable
-from dispatcher.proxy import children, process
+from dispatcher.proxy import children, privileges
 from dispatcher.proxy.children import PORTAL, WORKER, BackOff, Child
-from dispatcher.proxy.edge import process as edge
+from dispatcher.proxy.edge import worker_process as edge
 from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.listeners import Listeners, bind_unix
 from dispatcher.proxy.portal import app as portal
@@ -96,10 +96,10 @@ class Daemon:
             raise Unavailable(
                 f"Cannot make {directory}", why=error.strerror or str(error), fix="start the manager first"
             ) from error
-        wanted = 2 * proxy.connections + process.SPARE_DESCRIPTORS
-        limit = process.raise_descriptor_limit(wanted)
+        wanted = 2 * proxy.connections + privileges.SPARE_DESCRIPTORS
+        limit = privileges.raise_descriptor_limit(wanted)
         if limit < wanted:
-            most = process.most_connections(proxy.connections)
+            most = privileges.most_connections(proxy.connections)
             _log.info(
                 "the limit of open files is low", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE"
             )
@@ -107,7 +107,7 @@ class Daemon:
             _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
         for module in _NEEDED:
             importlib.import_module(module)
-        process.drop(accounts)
+        privileges.drop(accounts)
         self._open_portal()
         if proxy.tls_key is not None and not os.access(proxy.tls_key, os.R_OK):
             _log.warning(

@@ -24,8 +24,8 @@ from dispatcher.testing.checks.lifecycle import LifecycleChecks
 from dispatcher.testing.checks.promises import PromiseChecks
 from dispatcher.testing.checks.secrecy import SecrecyChecks
 from dispatcher.testing.driver import Driver, expect
-from dispatcher.testing.inside import Inside, Refused
 from dispatcher.testing.kit import Agent, Kit
+from dispatcher.testing.probe_client import Inside, Refused
 
 #: The app that every agent of the kit runs: Python, standard library only.
 PROBE = Path(__file__).with_name("probe.py")

@@ -26,7 +26,7 @@ from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle
 from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.plugin.secret_files import in_memory
 from dispatcher.testing.driver import Driver, expect
-from dispatcher.testing.inside import Inside
+from dispatcher.testing.probe_client import Inside
 
 if TYPE_CHECKING:
     from dispatcher.testing.base import Contract

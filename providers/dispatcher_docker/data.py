@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import AgentSpec, Deadline, DeadlineExceeded, Handle, Progress, ProviderError, slug
-from dispatcher_docker.containers import TEMPORARY, User, options_of, volume_name
+from dispatcher_docker.container_config import TEMPORARY, User, options_of, volume_name
+from dispatcher_docker.engine import Client, Engine
 from dispatcher_docker.errors import NoSuchObject
-from dispatcher_docker.host import Client, Engine
 from dispatcher_docker.options import LABEL, DockerAppOptions
 from dispatcher_docker.stop import remove
 

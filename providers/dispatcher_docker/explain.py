@@ -17,8 +17,8 @@ from dispatcher.plugin import (
     ProviderContext,
     Unsupported,
 )
-from dispatcher_docker.containers import options_of
-from dispatcher_docker.host import Engine
+from dispatcher_docker.container_config import options_of
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions
 
 _SOCKETS = (

@@ -20,9 +20,9 @@ from typing import Any
 from docker.types import CancellableStream
 
 from dispatcher.plugin import App, Deadline, DeadlineExceeded, Progress, ProviderError
-from dispatcher_docker.containers import image_reference, options_of
+from dispatcher_docker.container_config import image_reference, options_of
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
-from dispatcher_docker.host import Engine
 from dispatcher_docker.options import LABEL, DockerAppOptions, DockerOptions
 
 _BUILD_LABEL = f"{LABEL}build"

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dispatcher.plugin import MAX_LINE, Deadline, DispatcherError, ProviderError, Unavailable
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject, translated
-from dispatcher_docker.host import Engine
 
 
 def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[bytes]:

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, ProviderContext, ProviderError, denied_networks
-from dispatcher_docker.containers import network_name
+from dispatcher_docker.container_config import network_name
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
-from dispatcher_docker.host import Engine
 from dispatcher_docker.options import LABEL
 
 IpNetwork = IPv4Network | IPv6Network

@@ -29,8 +29,8 @@ from dispatcher.plugin import (
     boottime,
 )
 from dispatcher_docker import logs
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
-from dispatcher_docker.host import Engine
 from dispatcher_docker.options import LABEL
 
 #: The states in which a container has processes, by the engine's names; in all others it is stopped.

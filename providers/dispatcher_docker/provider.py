@@ -34,9 +34,9 @@ from dispatcher.plugin import (
     Usage,
     listening_endpoints,
 )
-from dispatcher_docker import containers, explain, logs, observe
+from dispatcher_docker import container_config, explain, logs, observe
 from dispatcher_docker.data import Volumes
-from dispatcher_docker.host import Engine, as_numbers
+from dispatcher_docker.engine import Engine, as_numbers
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
 from dispatcher_docker.observe import Watch
@@ -149,7 +149,7 @@ class DockerProvider(Provider):
     # -- agents ------------------------------------------------------------------------------------------
 
     def handle(self, spec: AgentSpec) -> Handle:
-        return containers.handle_of(spec)
+        return container_config.handle_of(spec)
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         handle = self.handle(spec)
@@ -176,7 +176,7 @@ class DockerProvider(Provider):
                 self.resume(handle, deadline=deadline, progress=progress)
             return handle
         image = self._images.resolve(spec.app, deadline=deadline, progress=progress)
-        private = spec.app.network.value == "private" and not containers.options_of(spec.app).network
+        private = spec.app.network.value == "private" and not container_config.options_of(spec.app).network
         with self._networks.in_use(deadline) if private else contextlib.nullcontext():
             self._starter.run(
                 spec, handle, found, image=image, remapped=self._remapped, deadline=deadline, progress=progress

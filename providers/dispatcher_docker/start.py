@@ -27,11 +27,11 @@ from dispatcher.plugin import (
     make_temporary,
     remove_tree,
 )
-from dispatcher_docker import containers, observe, seccomp
-from dispatcher_docker.containers import ContainerSettings
+from dispatcher_docker import container_config, observe, seccomp
+from dispatcher_docker.container_config import ContainerSettings
 from dispatcher_docker.data import Users, Volumes, groups_of
+from dispatcher_docker.engine import Client, Engine
 from dispatcher_docker.errors import NameTaken, start_failed
-from dispatcher_docker.host import Client, Engine
 from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.stop import remove
@@ -89,12 +89,12 @@ class Starter:
         :param found: the one that exists and does not run; :param image: id of the image;
         :param remapped: the engine maps user ids.
         """
-        options = containers.options_of(spec.app)
+        options = container_config.options_of(spec.app)
         new_volume = self.volumes is not None and self.volumes.ensure(handle, deadline)
         try:
             if self.volumes is None:
-                make_temporary(spec.data_dir / containers.TEMPORARY, spec.uid, spec.gid, deadline)
-            owner = containers.owner_uid(spec)
+                make_temporary(spec.data_dir / container_config.TEMPORARY, spec.uid, spec.gid, deadline)
+            owner = container_config.owner_uid(spec)
             settings = ContainerSettings(
                 image_id=image,
                 own_volume=self.volumes is not None,
@@ -110,7 +110,7 @@ class Starter:
                 found = None
             if found is None:
                 progress("creating the container")
-                body = containers.container(spec, self._options, settings)
+                body = container_config.container(spec, self._options, settings)
                 try:
                     self._engine.make(body, handle.name, deadline, options.platform)
                 except NameTaken:
@@ -155,7 +155,7 @@ def _fits(found: Mapping[str, Any], spec: AgentSpec, settings: ContainerSettings
     """Whether a container that does not run can be started for this spec."""
     config = found["Config"]
     mounts = found.get("Mounts") or ()
-    shown = [one.get("Source") for one in mounts if one.get("Destination") == containers.INSIDE_SECRETS]
+    shown = [one.get("Source") for one in mounts if one.get("Destination") == container_config.INSIDE_SECRETS]
     return (
         observe.status(found) == "exited"
         and observe.label(config.get("Labels"), "hash") == spec.hash

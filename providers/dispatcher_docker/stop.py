@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Progress, ProviderError
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
-from dispatcher_docker.host import Engine
 from dispatcher_docker.observe import ALIVE, inspect, status
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, DispatcherError, Usage, boottime
-from dispatcher_docker.host import Engine
+from dispatcher_docker.engine import Engine
 
 _PARALLEL = 16
 _ROOT = Path("/sys/fs/cgroup")

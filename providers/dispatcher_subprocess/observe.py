@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from dispatcher.plugin import BackendState, Endpoint, Observation, Usage, listening_endpoints
 from dispatcher_subprocess import procfs
-from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.processes import Run
 from dispatcher_subprocess.procfs import Process
+from dispatcher_subprocess.run_record import Journals, Record
 from dispatcher_subprocess.stop import Stopper
 
 NOT_YET = "it does not listen yet"

@@ -21,8 +21,8 @@ from dispatcher_subprocess import procfs
 from dispatcher_subprocess.cgroups import Group
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.host import which
-from dispatcher_subprocess.journal import Record
 from dispatcher_subprocess.procfs import Process
+from dispatcher_subprocess.run_record import Record
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing against forks; each finds what the last one missed

@@ -43,12 +43,12 @@ from dispatcher.plugin import (
 )
 from dispatcher_subprocess import explain, logs, network
 from dispatcher_subprocess.host import Host, examine, verify
-from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.logs import LogCollector
 from dispatcher_subprocess.observe import Observer, Watcher, listeners, usage
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.plan import Planner
+from dispatcher_subprocess.run_record import Journals, Record
 from dispatcher_subprocess.start import Start
 from dispatcher_subprocess.stop import Stopper
 

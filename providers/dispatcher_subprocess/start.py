@@ -32,9 +32,9 @@ from dispatcher_subprocess import logs, network, processes, procfs, sandbox
 from dispatcher_subprocess.cgroups import join
 from dispatcher_subprocess.errors import failed, last_line
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.journal import Journals, Record
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
+from dispatcher_subprocess.run_record import Journals, Record
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNDO = 10.0  # seconds to remove a start that failed

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.manager.rest.tls import make_certificate
+from dispatcher.manager.rest.certificate import make_certificate
 from tests.support import ordinary
 from tests.conftest import ROOT
 from tests.support.installation import until
@@ -269,7 +269,7 @@ BREAKS = {
     ),
     "its workers": (
         "proxy",
-        "from dispatcher.proxy.edge import process\nprocess.run = None\n",
+        "from dispatcher.proxy.edge import worker_process\nworker_process.run = None\n",
         "The proxy cannot start: its worker ended",
     ),
     "its manager": (

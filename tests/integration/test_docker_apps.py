@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.plugin import BackendState, Deadline, Network, ProviderError
 from dispatcher.plugin.model import Limits
-from dispatcher.testing.inside import Refused
+from dispatcher.testing.probe_client import Refused
 from tests.support.docker_tools import PORTED, DockerWorld, docker, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]

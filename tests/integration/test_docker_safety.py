@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import Network
-from dispatcher.testing.inside import Refused
+from dispatcher.testing.probe_client import Refused
 from tests.support.outside import Outside
 from tests.support.docker_tools import PORTED, DockerWorld, docker, inspect, leftovers
 

@@ -13,7 +13,7 @@ import pytest
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import NotFound, ProviderError
 from dispatcher.plugin.model import BackendState, Level, Limits
-from dispatcher.testing.inside import Inside
+from dispatcher.testing.probe_client import Inside
 from dispatcher.testing.kit import eventually
 from tests.support import vm
 from tests.support.vm_world import World, quiet

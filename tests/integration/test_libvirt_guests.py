@@ -21,7 +21,7 @@ import websockets
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Conflict, ProviderError
 from dispatcher.plugin.model import BackendState, Capability, Depth, Limits, Network
-from dispatcher.testing.inside import Inside
+from dispatcher.testing.probe_client import Inside
 from dispatcher.testing.kit import eventually
 from tests.support import vm
 from tests.support.outside import Outside

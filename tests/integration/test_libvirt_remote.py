@@ -17,7 +17,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError, Unavailable
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import BackendState, Capability, Depth, Limits
-from dispatcher.testing.inside import Inside
+from dispatcher.testing.probe_client import Inside
 from dispatcher_libvirt import network
 from tests.support import vm
 from tests.support.vm_world import World, quiet

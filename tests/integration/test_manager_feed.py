@@ -14,7 +14,7 @@ import pytest
 from dispatcher.plugin import names
 from dispatcher.feed.protocol import encode
 from dispatcher.manager.feed import server
-from dispatcher.manager.feed import worker as feed_worker
+from dispatcher.manager.feed import worker_connection as feed_worker
 from dispatcher.manager.storage.auth import SessionRow
 from dispatcher.manager.agents.lifecycle import FeedState, State
 from dispatcher.manager.storage.rows import Desired

@@ -15,7 +15,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Unsupported
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
 from dispatcher.plugin.provider import ProviderContext
-from dispatcher.testing.inside import Inside
+from dispatcher.testing.probe_client import Inside
 from dispatcher.testing.kit import eventually
 from tests.support import vm
 

@@ -15,7 +15,7 @@ import click
 
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError
-from dispatcher.plugin.removal import remove_tree
+from dispatcher.plugin.tree_removal import remove_tree
 
 if TYPE_CHECKING:
     from dispatcher.cli.serve import Daemons

@@ -25,7 +25,7 @@ from dispatcher.plugin.errors import DispatcherError, ProviderError
 from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import no_progress
-from dispatcher.plugin.removal import remove_tree
+from dispatcher.plugin.tree_removal import remove_tree
 
 if TYPE_CHECKING:
     from dispatcher.manager.agents.operations import Task

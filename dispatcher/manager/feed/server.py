@@ -15,12 +15,12 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 
 from dispatcher.common.log import logger
-from dispatcher.common.sockets import peer_credentials
+from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.feed import protocol
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.feed import frames
-from dispatcher.manager.feed.worker import Worker
+from dispatcher.manager.feed.worker_connection import Worker
 from dispatcher.plugin.errors import NotFound
 
 DEBOUNCE = 0.004  # seconds between two frames of changes

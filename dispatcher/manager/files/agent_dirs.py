@@ -23,7 +23,7 @@ from dispatcher.manager.files.socket_tmpfs import SocketTmpfs
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Conflict, DispatcherError
-from dispatcher.plugin.removal import Tick, remove_tree
+from dispatcher.plugin.tree_removal import Tick, remove_tree
 
 TRAVERSE = 0o711  # others may traverse, not list
 PRIVATE = 0o700

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from dispatcher.manager.files.safe_tree import bounded, walk
-from dispatcher.plugin.removal import DIRECTORY, Tick, opened
+from dispatcher.plugin.tree_removal import DIRECTORY, Tick, opened
 
 _CHUNK = 1 << 20
 _MAX_DIFFERENCES = 5

@@ -23,7 +23,7 @@ from dispatcher.manager.files.safe_tree import walk
 from dispatcher.manager.files.space import file_system
 from dispatcher.plugin.errors import Unsupported
 from dispatcher.plugin.model import Finding
-from dispatcher.plugin.removal import DIRECTORY, Tick, opened
+from dispatcher.plugin.tree_removal import DIRECTORY, Tick, opened
 
 ACCOUNTED, ENFORCED = 1 << 4, 1 << 5  # of projects, FS_QUOTA_PDQ_* in linux/dqblk_xfs.h
 BYTES_PER_FILE = 8192  # a limit of 1 GiB allows 131,072 files, twice the usual density of inodes

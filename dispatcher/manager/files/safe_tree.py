@@ -1,6 +1,6 @@
 """Directory trees that an attacker may write to: make, walk and change owners safely.
 
-`dispatcher.plugin.removal` deletes them.
+`dispatcher.plugin.tree_removal` deletes them.
 
 An agent owns its data directory and may change it while the manager, often as root, works there.  So no function
 here opens a path inside a tree: each step goes from an open directory to one name in it, with ``O_NOFOLLOW``, and
@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
-from dispatcher.plugin.removal import DIRECTORY, PATH, Tick, opened
+from dispatcher.plugin.tree_removal import DIRECTORY, PATH, Tick, opened
 
 _MAX_CHARACTERS = 1 << 29  # of paths in memory at a time: some millions of files, or a very deep tree
 

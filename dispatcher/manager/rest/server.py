@@ -28,7 +28,7 @@ import h11
 from dispatcher.common import problem
 from dispatcher.common.ip_limits import Tally
 from dispatcher.common.log import logger
-from dispatcher.common.sockets import peer_credentials
+from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.manager.backends.pool import Pool
 
 BACKLOG = 256

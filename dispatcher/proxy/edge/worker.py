@@ -14,7 +14,7 @@ from dispatcher.proxy.edge.net.clients import TICK, Clients
 from dispatcher.proxy.edge.net.connect import Connector
 from dispatcher.proxy.edge.net.connection import Connection
 from dispatcher.proxy.edge.net.context import Context
-from dispatcher.proxy.edge.net.events import EventStreams
+from dispatcher.proxy.edge.net.event_streams import EventStreams
 from dispatcher.proxy.edge.net.upstream import Receiver
 from dispatcher.proxy.edge.routing.settings import IDLE_UPSTREAM, LOOKUP_TIMEOUT, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Changes

@@ -9,7 +9,7 @@ from flask import Blueprint, Response, request
 
 from dispatcher.common import humanize
 from dispatcher.plugin.errors import BadRequest, Forbidden, NotFound, TooManyRequests, Unsupported
-from dispatcher.proxy.portal import content, context, sign_in, words
+from dispatcher.proxy.portal import context, responses, sign_in, words
 
 pages = Blueprint("account", __name__)
 
@@ -30,8 +30,8 @@ def account() -> Response:
 def _page(status: int = 200, **values: Any) -> Response:
     someone = context.signed_in()
     sessions = context.portal().client.my_sessions(someone.sha256)["sessions"]
-    if content.for_programs():
-        return content.data({"user": someone.user, "sessions": sessions})
+    if responses.for_programs():
+        return responses.data({"user": someone.user, "sessions": sessions})
     shown = [
         {
             "id": session["id"],
@@ -44,7 +44,7 @@ def _page(status: int = 200, **values: Any) -> Response:
         for session in sessions
     ]
     shown.sort(key=lambda session: not session["own"])
-    return content.page("account.html", status, someone=someone, sessions=shown, **values)
+    return responses.page("account.html", status, someone=someone, sessions=shown, **values)
 
 
 @pages.post("/account/password")
@@ -60,10 +60,10 @@ def change_password() -> Response:
             someone.sha256, context.sent("password"), new, context.address()
         )
     except (BadRequest, Forbidden, TooManyRequests, Unsupported) as error:
-        if not content.for_people():
-            return content.problem(error)
+        if not responses.for_people():
+            return responses.problem(error)
         return _page(error.status, error=error)
-    done = content.data({"user": someone.user}) if content.for_programs() else _back("password")
+    done = responses.data({"user": someone.user}) if responses.for_programs() else _back("password")
     context.set_session(done, answer["token"], answer["session"])
     return done
 
@@ -77,7 +77,7 @@ def revoke() -> Response:
     which = context.sent("id")
     if which != "all":
         client.logout(someone.sha256, which)
-        return content.data({"revoked": 1}) if content.for_programs() else _back("revoked")
+        return responses.data({"revoked": 1}) if responses.for_programs() else _back("revoked")
     for session in client.my_sessions(someone.sha256)["sessions"]:
         if not someone.sha256.startswith(session["id"]):
             with suppress(NotFound):  # ended by itself meanwhile

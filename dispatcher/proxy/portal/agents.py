@@ -9,7 +9,7 @@ from flask import Blueprint, Response
 from dispatcher.common import humanize
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest
-from dispatcher.proxy.portal import content, context, targets, words
+from dispatcher.proxy.portal import context, redirect_targets, responses, words
 
 pages = Blueprint("agents", __name__)
 
@@ -24,17 +24,17 @@ def dashboard() -> Response:
         return context.go(context.portal().public_origin + context.local("/"))
     someone = context.signed_in()
     agents = context.portal().client.my_agents(someone.sha256)["agents"]
-    if content.for_programs():
+    if responses.for_programs():
         return _status(someone, agents)
     shown = [_shown(agent, someone) for agent in agents]
-    ask = content.ask_administrator()
-    return content.page("dashboard.html", someone=someone, agents=shown, ask_administrator=ask)
+    ask = responses.ask_administrator()
+    return responses.page("dashboard.html", someone=someone, agents=shown, ask_administrator=ask)
 
 
 @pages.get("/replaced")
 def replaced() -> Response:
     """Say why a page of an app was replaced by this one."""
-    return content.page("replaced.html")
+    return responses.page("replaced.html")
 
 
 @pages.get("/status")
@@ -50,14 +50,14 @@ def act() -> Response:
     context.check_form("agents")
     someone = context.signed_in()
     name, action = context.sent("agent", names.MAX_NAME * 2), context.sent("action")
-    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    target = redirect_targets.own_path(context.sent("next", redirect_targets.MAX_TARGET), context.portal().prefix)
     client = context.portal().client
-    if action == "open" and content.for_people() and (question := _ask(someone, name, target)):
+    if action == "open" and responses.for_people() and (question := _ask(someone, name, target)):
         return question
     if action in {"open", "switch"}:
         client.select(someone.sha256, name)
-        if content.for_programs():
-            return content.data({"agent": name})
+        if responses.for_programs():
+            return responses.data({"agent": name})
         response = context.go(target)
         response.headers["Clear-Site-Data"] = '"cache"'  # the last app's pages are of the same address
         # Over plain HTTP browsers ignore that, but the agents' answers have `Vary: Cookie`.
@@ -66,8 +66,8 @@ def act() -> Response:
     if action not in ACTIONS:
         raise BadRequest("Nothing to do", why="valid actions are open, start, stop, restart")
     agent = client.my_state(someone.sha256, name, ACTIONS[action])
-    if content.for_programs():
-        return content.data(words.public_agent(agent), 202)
+    if responses.for_programs():
+        return responses.data(words.public_agent(agent), 202)
     return context.go(target if context.sent("next") else context.local("/"))
 
 
@@ -78,12 +78,12 @@ def _ask(someone: context.Person, name: str, target: str) -> Response | None:
         return None
     before, after = (context.portal().title(agents[each]["app"]) for each in (someone.agent, name))
     heading = f"Open {after}?"
-    return content.page("others.html", heading=heading, agent=name, before=before, after=after, target=target)
+    return responses.page("others.html", heading=heading, agent=name, before=before, after=after, target=target)
 
 
 def _status(someone: context.Person, agents: list[dict[str, Any]]) -> Response:
     shown = [words.public_agent(agent) for agent in agents]
-    return content.data({"user": someone.user, "agent": someone.agent, "agents": shown})
+    return responses.data({"user": someone.user, "agent": someone.agent, "agents": shown})
 
 
 def _shown(agent: dict[str, Any], someone: context.Person) -> dict[str, Any]:

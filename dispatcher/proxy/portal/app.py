@@ -24,8 +24,8 @@ from dispatcher.client.manager_client import ManagerClient
 from dispatcher.common import humanize
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
-from dispatcher.proxy import process
-from dispatcher.proxy.portal import account, agents, content, context, handover, sign_in, waiting, words
+from dispatcher.proxy import privileges
+from dispatcher.proxy.portal import account, agents, context, handover, responses, sign_in, waiting_page, words
 
 MAX_BODY = 64 * 1024  # bytes; the longest form holds two passwords and a target
 #: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
@@ -80,7 +80,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     app.jinja_env.filters |= {"sentence": words.sentence, "wait": partial(humanize.duration, up=True)}
     portal = context.Portal(config, client, login_client or client)
     app.extensions[context.EXTENSION] = portal
-    for blueprint in (sign_in.pages, agents.pages, waiting.pages, account.pages, handover.pages):
+    for blueprint in (sign_in.pages, agents.pages, waiting_page.pages, account.pages, handover.pages):
         app.register_blueprint(blueprint, url_prefix=portal.prefix)
 
     @app.get(portal.prefix)
@@ -104,7 +104,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
         return {
             "local": context.local,
             "form_token": context.form_token,
-            "request_id": content.request_id,
+            "request_id": responses.request_id,
             "asset": lambda name: context.local(f"/static/{_STATIC[name].name}"),
             # What a template does not get is not an error: most values have a usual absence.
             "someone": None,
@@ -113,7 +113,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
             "user": "",
         }
 
-    content.install(app)
+    responses.install(app)
     # The edge is the only peer: its socket is private to the proxy.
     app.wsgi_app = ProxyFix(app.wsgi_app, x_for=1, x_proto=1, x_host=1)  # type: ignore[method-assign]
     return app
@@ -124,7 +124,7 @@ def serve(config: Config, sock: socket.socket) -> None:
 
     :param sock: bound Unix socket, private to the proxy; the edge is its only client.
     """
-    process.share_one_heap()
+    privileges.share_one_heap()
     # Waitress warns of each request that finds no idle thread, as the first ones do: no news for an operator.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
     url = f"unix://{Paths.of(config).proxy_socket}"

@@ -19,7 +19,7 @@ from flask import Response, current_app, g, request
 from dispatcher.common.ip_limits import Tally
 from dispatcher.plugin.errors import DispatcherError, Forbidden, NotFound
 from dispatcher.proxy import cookies, origins
-from dispatcher.proxy.portal import forms
+from dispatcher.proxy.portal import csrf
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
@@ -294,10 +294,10 @@ def drop_doubles(response: Response) -> Response:
 def form_token(purpose: str, *, session: bool = True) -> str:
     """Return a token for a form of this page; the browser gets the cookie it belongs to if it has none."""
     sent_seeds = _sent_cookies(portal().cookies.form)
-    seed = next((value for value in sent_seeds if forms.SEED.fullmatch(value)), "")
+    seed = next((value for value in sent_seeds if csrf.SEED.fullmatch(value)), "")
     if not seed:
-        seed = g.setdefault("new_seed", forms.new_seed())
-    return forms.token(seed, purpose, session_digest() if session else "")
+        seed = g.setdefault("new_seed", csrf.new_seed())
+    return csrf.token(seed, purpose, session_digest() if session else "")
 
 
 def keep_seed(response: Response) -> Response:
@@ -324,7 +324,7 @@ def check_form(purpose: str, *, session: bool = True) -> None:
             why="browsers keep the cookies of this service over https only",
             fix=f"open {public or 'this page over https'}",
         )
-    if refusal := forms.foreign(dict(request.headers), own, program=program):
+    if refusal := csrf.foreign(dict(request.headers), own, program=program):
         why, fix = refusal
         raise Forbidden("This request is refused", why=why, fix=fix)
     if program:
@@ -335,7 +335,7 @@ def check_form(purpose: str, *, session: bool = True) -> None:
             why="cookies are switched off for this page, or were deleted since it was opened",
             fix="allow cookies for this site, then try again",
         )
-    if not forms.valid(request.form.get("token", ""), seeds, purpose, session_digest() if session else ""):
+    if not csrf.valid(request.form.get("token", ""), seeds, purpose, session_digest() if session else ""):
         raise StaleForm(
             "This page was out of date",
             why="it was opened before the browser's cookies or the session changed",

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from flask import Blueprint, Response, request
 
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound
-from dispatcher.proxy.portal import content, context, forms, targets
+from dispatcher.proxy.portal import context, csrf, redirect_targets, responses
 
 pages = Blueprint("handover", __name__)
 NONCE_AGE = 600  # seconds
@@ -23,11 +23,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 def begin(target: str) -> Response:
     """Send the browser from an agent's host to the portal's for a code."""
-    if not content.for_people():
+    if not responses.for_people():
         raise context.NotSignedIn("You are not signed in", fix="sign in at " + context.portal().public_origin)
-    if not targets.agent_host(request.host, context.portal().public_host):
+    if not redirect_targets.agent_host(request.host, context.portal().public_host):
         return context.go(context.portal().public_origin + context.local("/login"))
-    nonce = _nonce() or forms.new_seed()  # two tabs that begin at once share one
+    nonce = _nonce() or csrf.new_seed()  # two tabs that begin at once share one
     query = urlencode({"host": request.host.lower(), "nonce": context.sha256(nonce), "next": target})
     response = context.go(f"{context.portal().public_origin}{context.local('/handover')}?{query}")
     context.set_cookie(response, context.portal().cookies.nonce, nonce, NONCE_AGE)
@@ -40,13 +40,13 @@ def issue() -> Response:
     portal = context.portal()
     if not portal.subdomains or context.on_agent_host():
         raise NotFound("Page not found")
-    host = targets.agent_host(request.args.get("host", ""), portal.public_host)
+    host = redirect_targets.agent_host(request.args.get("host", ""), portal.public_host)
     nonce = request.args.get("nonce", "")
     if not host or not _SHA256.fullmatch(nonce):
         raise BadRequest("This link is incomplete", fix="open the app from your list of apps")
     someone = context.signed_in()
     code = portal.client.handover(someone.sha256, host, nonce)["code"]
-    target = targets.own_path(request.args.get("next"), portal.prefix)
+    target = redirect_targets.own_path(request.args.get("next"), portal.prefix)
     scheme = portal.public_origin.partition("://")[0]
     query = urlencode({"code": code, "next": target})
     return context.go(f"{scheme}://{host}{context.local('/handover/redeem')}?{query}")
@@ -57,7 +57,7 @@ def redeem() -> Response:
     """Exchange the code for a session of this host."""
     if not context.on_agent_host():
         raise NotFound("Page not found")
-    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    target = redirect_targets.own_path(request.args.get("next"), context.portal().prefix)
     nonce = _nonce()
     try:
         if not nonce:
@@ -74,13 +74,13 @@ def redeem() -> Response:
 
 
 def _nonce() -> str:
-    return context.only_cookie(context.portal().cookies.nonce, forms.SEED)
+    return context.only_cookie(context.portal().cookies.nonce, csrf.SEED)
 
 
 def _not_redeemed(error: DispatcherError, target: str) -> Response:
     if context.person() is not None:  # another tab was first
         return context.go(target)
-    if not content.for_people():
-        return content.problem(error, 403)
+    if not responses.for_people():
+        return responses.problem(error, 403)
     # Never automatically: the same failure would repeat without end.
-    return content.page("again.html", 403, error=error, target=target)
+    return responses.page("again.html", 403, error=error, target=target)

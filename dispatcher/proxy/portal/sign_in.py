@@ -16,7 +16,7 @@ from dispatcher.plugin.errors import (
     NotFound,
     TooManyRequests,
 )
-from dispatcher.proxy.portal import content, context, handover, targets
+from dispatcher.proxy.portal import context, handover, redirect_targets, responses
 
 pages = Blueprint("sign_in", __name__)
 
@@ -31,12 +31,14 @@ NOTICES = {
 @pages.get("/login")
 def form() -> Response:
     """Show the sign-in form; on an agent's own host begin the hand-over instead."""
-    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    target = redirect_targets.own_path(request.args.get("next"), context.portal().prefix)
     if context.on_agent_host():
         return handover.begin(target)
-    if content.for_programs():
+    if responses.for_programs():
         fields = {"user": "string", "password": "string"}
-        return content.data({"sign_in": {"method": "POST", "content_type": "application/json", "fields": fields}})
+        return responses.data(
+            {"sign_in": {"method": "POST", "content_type": "application/json", "fields": fields}}
+        )
     return _form(target, notice=NOTICES.get(request.args.get("notice", ""), ""), signed_in=context.person())
 
 
@@ -47,7 +49,7 @@ def sign_in() -> Response:
         raise Forbidden(
             "There is no sign-in on the host of an app", fix=f"sign in at {context.portal().public_origin}"
         )
-    target = targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix)
+    target = redirect_targets.own_path(context.sent("next", redirect_targets.MAX_TARGET), context.portal().prefix)
     user = context.sent("user")
     try:
         context.check_form("login", session=False)
@@ -62,7 +64,7 @@ def sign_in() -> Response:
         return _again(error, user, target)
     token, session, device = (answer[name] for name in ("token", "session", "device"))
     other = context.is_other_person(device)
-    if other and context.device_token() and content.for_people():
+    if other and context.device_token() and responses.for_people():
         # What the previous user's pages sent with the session's cookie would arrive at this user's app.
         proof = context.form_token(_purpose(token), session=False)
         response = context.go(context.local("/welcome", next=target, proof=proof))
@@ -80,12 +82,12 @@ def sign_in() -> Response:
 @pages.get("/welcome")
 def replace_pages() -> Response:
     """Replace the open pages of the previous user of this browser."""
-    target = targets.own_path(request.args.get("next"), context.portal().prefix)
+    target = redirect_targets.own_path(request.args.get("next"), context.portal().prefix)
     if not context.only_cookie(context.portal().cookies.nonce, context.TOKEN):
         return context.go(target)
     values: dict[str, Any] = {"agent": "", "before": "other people's apps", "after": "your app", "target": target}
     values["proof"] = request.args.get("proof", "")
-    return content.page("others.html", heading="Somebody else used this browser before", **values)
+    return responses.page("others.html", heading="Somebody else used this browser before", **values)
 
 
 @pages.post("/welcome")
@@ -93,7 +95,9 @@ def welcome() -> Response:
     """Set the session's cookie, now that the pages are replaced."""
     token = context.only_cookie(context.portal().cookies.nonce, context.TOKEN)
     context.check_form(_purpose(token), session=False)
-    response = context.go(targets.own_path(context.sent("next", targets.MAX_TARGET), context.portal().prefix))
+    response = context.go(
+        redirect_targets.own_path(context.sent("next", redirect_targets.MAX_TARGET), context.portal().prefix)
+    )
     with suppress(NotFound):  # too late, or sent twice: the target leads to the sign-in
         context.set_session(response, token, context.portal().client.lookup(context.sha256(token)))
     context.set_cookie(response, context.portal().cookies.nonce, "", 0)
@@ -139,21 +143,21 @@ def _slot() -> Iterator[None]:
 
 
 def _welcome(session: dict[str, Any], target: str) -> Response:
-    if content.for_programs():
+    if responses.for_programs():
         shown = {name: session.get(name) for name in ("user", "agent", "agents", "ttl")}
-        return content.data({**shown, "next": target})
+        return responses.data({**shown, "next": target})
     return context.go(target)
 
 
 def _again(error: DispatcherError, user: str, target: str) -> Response:
     """Show the form once more, with the reason."""
-    if not content.for_people():
-        return content.problem(error)
+    if not responses.for_people():
+        return responses.problem(error)
     return _form(target, error.status, user=user[:255], error=error)
 
 
 def _form(target: str, status: int = 200, **values: Any) -> Response:
-    return content.page("login.html", status, target=target, **values)
+    return responses.page("login.html", status, target=target, **values)
 
 
 @pages.get("/logout")
@@ -162,9 +166,9 @@ def ask() -> Response:
     if context.on_agent_host():
         return context.go(context.portal().public_origin + context.local("/logout"))
     someone = context.person()
-    if someone is None and content.for_people():
+    if someone is None and responses.for_people():
         return context.go(context.local("/login"))
-    return content.page("logout.html", someone=context.signed_in())
+    return responses.page("logout.html", someone=context.signed_in())
 
 
 @pages.post("/logout")
@@ -178,7 +182,7 @@ def sign_out() -> Response:
 
 def signed_out(notice: str) -> Response:
     """Return the response after the session has ended."""
-    response = content.data({"signed_out": True}) if not content.for_people() else None
+    response = responses.data({"signed_out": True}) if not responses.for_people() else None
     response = response or context.go(context.local("/login", notice=notice))
     context.forget_session(response)
     return response

@@ -13,8 +13,8 @@ from dispatcher.plugin.model import Capability, Isolation, Level
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
-from dispatcher.testing.inside import Refused
 from dispatcher.testing.kit import Agent, Kit
+from dispatcher.testing.probe_client import Refused
 
 
 class IsolationChecks(Contract):

@@ -15,8 +15,8 @@ from dispatcher.plugin.errors import DispatcherError, StartFailed, Unsupported
 from dispatcher.plugin.model import BackendState, Capability, Level, Limits, Network
 from dispatcher.testing.base import Contract, needs
 from dispatcher.testing.driver import Driver, expect, unsupported
-from dispatcher.testing.inside import Refused
 from dispatcher.testing.kit import Agent, Kit, eventually
+from dispatcher.testing.probe_client import Refused
 
 
 class PromiseChecks(Contract):

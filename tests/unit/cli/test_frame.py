@@ -145,7 +145,7 @@ def test_no_manager_is_exit_code_5_and_says_what_to_do(run, short_tmp):
 @pytest.fixture
 def starting(short_tmp):
     """A manager that has its lock and does not listen yet: what makes it, and its socket."""
-    from dispatcher.manager.files.runtime import Lock
+    from dispatcher.manager.files.manager_dirs import Lock
 
     lock = Lock(short_tmp)
     yield FakeManager, short_tmp / "manager.sock"

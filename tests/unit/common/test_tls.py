@@ -5,7 +5,7 @@ import ssl
 import pytest
 
 from dispatcher.common.tls import client_context, server_context
-from dispatcher.manager.rest.tls import make_certificate
+from dispatcher.manager.rest.certificate import make_certificate
 from dispatcher.plugin.errors import BadRequest, ConfigError
 
 

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.config.check import access_log_faults, faults, faults_of, tls_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.rest.tls import make_certificate
+from dispatcher.manager.rest.certificate import make_certificate
 from dispatcher.plugin.model import App
 from tests.unit.config.test_plugins import FakeProvider, plugin
 

@@ -8,7 +8,7 @@ from enum import Enum
 from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.head_reader import HeadReader
 from dispatcher.proxy.edge.http.request import Request
-from dispatcher.proxy.edge.routing.decision import Decision
+from dispatcher.proxy.edge.routing.actions import Decision
 from dispatcher.proxy.edge.routing.pages import Failure
 from dispatcher.proxy.edge.routing.table import Session
 

@@ -18,11 +18,11 @@ from dispatcher.proxy.edge.http.request import Request
 from dispatcher.proxy.edge.http.trusted_proxies import usable_request_id
 from dispatcher.proxy.edge.net.client_base import Client, State
 from dispatcher.proxy.edge.net.clients import Clients
-from dispatcher.proxy.edge.net.events import EventStreams
+from dispatcher.proxy.edge.net.event_streams import EventStreams
 from dispatcher.proxy.edge.net.exchange import Exchange
 from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.decision import (
+from dispatcher.proxy.edge.routing.actions import (
     PORTAL,
     Decision,
     Events,

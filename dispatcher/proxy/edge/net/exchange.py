@@ -19,7 +19,7 @@ from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
 from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.decision import Hold, Lookup
+from dispatcher.proxy.edge.routing.actions import Hold, Lookup
 from dispatcher.proxy.edge.routing.settings import (
     CONNECT_TIMEOUT,
     FOREVER,

@@ -17,8 +17,7 @@ from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.request import NO_BODY, SAFE, Request
 from dispatcher.proxy.edge.http.response import covers
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.activity import PollDetector
-from dispatcher.proxy.edge.routing.decision import (
+from dispatcher.proxy.edge.routing.actions import (
     PORTAL,
     Decision,
     Events,
@@ -30,6 +29,7 @@ from dispatcher.proxy.edge.routing.decision import (
     Refuse,
     Wake,
 )
+from dispatcher.proxy.edge.routing.activity import PollDetector
 from dispatcher.proxy.edge.routing.settings import MAX_HELD, PORTAL_BODY, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
 

@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
-from dispatcher.plugin.removal import remove_tree
+from dispatcher.plugin.tree_removal import remove_tree
 from dispatcher.manager.files import safe_tree
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.manager.files.safe_tree import change_owner, disk_usage, make_directory

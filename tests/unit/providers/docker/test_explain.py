@@ -7,7 +7,7 @@ from dispatcher.plugin.errors import ConfigError, Unsupported
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
 from dispatcher.plugin.provider import ProviderContext
 from dispatcher_docker import explain
-from dispatcher_docker.host import Engine
+from dispatcher_docker.engine import Engine
 from dispatcher_docker.options import DockerAppOptions, DockerOptions, Mount
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from dispatcher.plugin import AgentSpec, App, Deadline, Handle, ProviderContext
-from dispatcher_docker.containers import User
+from dispatcher_docker.container_config import User
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 

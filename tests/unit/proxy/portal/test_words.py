@@ -8,7 +8,7 @@ import pytest
 
 from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.edge.http.cookie import split_cookie
-from dispatcher.proxy.portal import app, forms, targets, words
+from dispatcher.proxy.portal import app, csrf, redirect_targets, words
 
 NOW = datetime(2026, 5, 1, 12, 0, tzinfo=timezone.utc)
 
@@ -75,7 +75,7 @@ def test_every_state_of_the_interface_has_a_word() -> None:
     ],
 )
 def test_own_paths_stay_as_they_are(path: str) -> None:
-    assert targets.own_path(path, "/auth") == path
+    assert redirect_targets.own_path(path, "/auth") == path
 
 
 @pytest.mark.parametrize(
@@ -83,12 +83,12 @@ def test_own_paths_stay_as_they_are(path: str) -> None:
     [("/a b", "/a%20b"), ("/é", "/%C3%A9"), ('/"><script>', "/%22%3E%3Cscript%3E")],
 )
 def test_own_paths_are_encoded(raw: str, expected: str) -> None:
-    assert targets.own_path(raw, "/auth") == expected
+    assert redirect_targets.own_path(raw, "/auth") == expected
 
 
 @pytest.mark.parametrize("raw", ["/auth/login", "/auth/logout", "/auth/login?next=/x", "/auth/%6cogin"])
 def test_signing_in_never_leads_back_to_signing_in(raw: str) -> None:
-    assert targets.own_path(raw, "/auth") == "/"
+    assert redirect_targets.own_path(raw, "/auth") == "/"
 
 
 @pytest.mark.parametrize(
@@ -125,33 +125,33 @@ def test_origins(url: str, expected: str) -> None:
     ],
 )
 def test_hosts_of_agents(host: str, expected: str) -> None:
-    assert targets.agent_host(host, "apps.example:8443") == expected
+    assert redirect_targets.agent_host(host, "apps.example:8443") == expected
 
 
 class TestTokens:
-    seed = forms.new_seed()
+    seed = csrf.new_seed()
 
     def test_it_is_valid_for_its_purpose_session_and_seed_alone(self) -> None:
-        token = forms.token(self.seed, "agents", "session")
-        assert forms.valid(token, [self.seed], "agents", "session")
-        assert not forms.valid(token, [self.seed], "account", "session")
-        assert not forms.valid(token, [self.seed], "agents", "another")
-        assert not forms.valid(token, [forms.new_seed()], "agents", "session")
-        assert not forms.valid(token, [], "agents", "session")
+        token = csrf.token(self.seed, "agents", "session")
+        assert csrf.valid(token, [self.seed], "agents", "session")
+        assert not csrf.valid(token, [self.seed], "account", "session")
+        assert not csrf.valid(token, [self.seed], "agents", "another")
+        assert not csrf.valid(token, [csrf.new_seed()], "agents", "session")
+        assert not csrf.valid(token, [], "agents", "session")
 
     def test_it_differs_each_time(self) -> None:
-        assert forms.token(self.seed, "login") != forms.token(self.seed, "login")
+        assert csrf.token(self.seed, "login") != csrf.token(self.seed, "login")
 
     def test_a_cookie_tossed_beside_the_right_one_does_no_harm(self) -> None:
-        token = forms.token(self.seed, "login")
-        assert forms.valid(token, ["x", forms.new_seed(), self.seed], "login")
+        token = csrf.token(self.seed, "login")
+        assert csrf.valid(token, ["x", csrf.new_seed(), self.seed], "login")
 
     @pytest.mark.parametrize("given", ["", "x", "0" * 16 + "." + "0" * 64, "0" * 81, "é" * 81])
     def test_made_up_tokens(self, given: str) -> None:
-        assert not forms.valid(given, [self.seed], "login")
+        assert not csrf.valid(given, [self.seed], "login")
 
     def test_a_weak_seed_counts_for_nothing(self) -> None:
-        assert not forms.valid(forms.token("a", "login"), ["a"], "login")
+        assert not csrf.valid(csrf.token("a", "login"), ["a"], "login")
 
 
 def test_static_files_have_names_that_change_with_them(tmp_path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.config.load import parse
 from dispatcher.proxy.edge.http.request import Request, parse_request
 from dispatcher.proxy.edge.routing import pages
-from dispatcher.proxy.edge.routing.decision import (
+from dispatcher.proxy.edge.routing.actions import (
     PORTAL,
     Decision,
     Events,

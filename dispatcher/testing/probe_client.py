@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 from urllib.parse import urlencode
 
-from dispatcher.common.sockets import peer_credentials
+from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.plugin import endpoints
 from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import Endpoint

@@ -24,7 +24,7 @@ from dispatcher.proxy.edge.net.handshakes import Handshakes
 from dispatcher.proxy.edge.net.listener import Listener
 from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.edge.worker import Worker
-from dispatcher.proxy.process import keep_buffers, most_connections
+from dispatcher.proxy.privileges import keep_buffers, most_connections
 
 if TYPE_CHECKING:
     from dispatcher.config.layout import Paths

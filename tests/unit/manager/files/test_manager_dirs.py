@@ -9,7 +9,7 @@ import pytest
 
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.plugin.errors import ConfigError, Conflict, Unavailable
-from dispatcher.manager.files.runtime import Lock, make_directories
+from dispatcher.manager.files.manager_dirs import Lock, make_directories
 from dispatcher.config.layout import Paths
 
 ME = HostAccounts(proxy_uid=os.geteuid(), proxy_gid=os.getegid(), admin_gid=None, agent_uids=None, made_up=False)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pytest
 from dispatcher_subprocess.procfs import Process
-from dispatcher_subprocess.journal import Journals, Record, parse
+from dispatcher_subprocess.run_record import Journals, Record, parse
 
 
 FIRST = Record(

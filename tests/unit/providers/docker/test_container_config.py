@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.plugin.model import AgentSpec, App, Limits, Network
-from dispatcher_docker import containers
+from dispatcher_docker import container_config
 from dispatcher_docker.options import ROOT_CAPABILITIES, DockerAppOptions, DockerOptions, Mount
 
 
@@ -33,16 +33,16 @@ def spec(options=None, *, secrets=None, stdin=None, **app):
 
 
 def body(made, *, backend=None, own_volume=False, secrets_dir=None, seccomp="", userns=False):
-    settings = containers.ContainerSettings(
+    settings = container_config.ContainerSettings(
         image_id="sha256:1",
         own_volume=own_volume,
         secrets_dir=secrets_dir,
         seccomp=seccomp,
-        user=containers.User(name="alice", shell="/bin/bash", directory=Path("/run/x/users/a")),
+        user=container_config.User(name="alice", shell="/bin/bash", directory=Path("/run/x/users/a")),
         host_user_namespace=userns,
         groups=[44],
     )
-    return containers.container(made, backend or DockerOptions(), settings)
+    return container_config.container(made, backend or DockerOptions(), settings)
 
 
 def test_the_walls_stand_by_default():
@@ -120,8 +120,8 @@ def test_placeholders_are_replaced_in_commands_and_environment_alone():
 
 
 def test_an_app_cannot_pretend_to_be_somebody_else():
-    user = containers.User(name="alice")
-    environment = containers.environment(spec(environment={"DISPATCHER_USER": "bob", "HOME": "/x"}), user)
+    user = container_config.User(name="alice")
+    environment = container_config.environment(spec(environment={"DISPATCHER_USER": "bob", "HOME": "/x"}), user)
     assert environment["DISPATCHER_USER"] == "alice"
 
 
@@ -164,11 +164,11 @@ def test_nothing_secret_is_in_the_description():
 
 def test_the_labels_are_enough_to_adopt():
     made = spec()
-    labels = containers.labels(made, "sha256:1")
+    labels = container_config.labels(made, "sha256:1")
     assert labels["dispatcher.installation"] == "0123abcd"
     assert labels["dispatcher.hash"] == made.hash
     assert labels["dispatcher.endpoint"] == f"unix:{made.socket}"
-    assert labels["dispatcher.handle"] == containers.handle_of(made).to_json()
+    assert labels["dispatcher.handle"] == container_config.handle_of(made).to_json()
 
 
 @pytest.mark.parametrize("name", ["a b", 'a"b', "<x>", "ä" * 100])
@@ -176,5 +176,5 @@ def test_odd_agent_names_stay_data(name):
     from dataclasses import replace
 
     made = replace(spec(), agent=name)
-    assert containers.labels(made, "sha256:1")["dispatcher.agent"] == name
-    assert containers.handle_of(made).name.isascii()
+    assert container_config.labels(made, "sha256:1")["dispatcher.agent"] == name
+    assert container_config.handle_of(made).name.isascii()

@@ -15,7 +15,7 @@ from flask import Blueprint, Response, request
 from dispatcher.common import humanize
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import StartFailed, Unavailable
-from dispatcher.proxy.portal import content, context, targets, words
+from dispatcher.proxy.portal import context, redirect_targets, responses, words
 
 pages = Blueprint("waiting", __name__)
 REFRESH = 2  # seconds
@@ -27,8 +27,10 @@ _log = logger("portal")
 @pages.get("/waiting")
 def waiting() -> Response:
     """Show the progress of the start, or that it failed."""
-    target = targets.own_path(_header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix)
-    if content.for_people() and context.person() is None:
+    target = redirect_targets.own_path(
+        _header("X-Dispatcher-Target") or request.args.get("next"), context.portal().prefix
+    )
+    if responses.for_people() and context.person() is None:
         return context.go(context.local("/login", next=target))
     someone = context.signed_in()
     agent = context.agent_of(someone, _header("X-Dispatcher-Agent") or someone.agent)
@@ -44,8 +46,8 @@ def _under_way(agent: dict[str, Any], target: str) -> Response:
     title = context.portal().title(agent["app"])
     label, _ = words.state(agent["state"])
     error = Unavailable(f"{title} is not ready", why=label.lower(), fix="try again soon", retry_after=REFRESH)
-    if not content.for_people():
-        return content.problem(error, 503, agent=words.public_agent(agent))
+    if not responses.for_people():
+        return responses.problem(error, 503, agent=words.public_agent(agent))
     asleep = agent["state"] in words.ASLEEP
     shown = {
         "agent": words.public_agent(agent),
@@ -55,17 +57,17 @@ def _under_way(agent: dict[str, Any], target: str) -> Response:
         "refresh": REFRESH,
         "asleep": asleep,
     }
-    return content.page("waiting.html", 503, error=error, **shown)
+    return responses.page("waiting.html", 503, error=error, **shown)
 
 
 def _failed(agent: dict[str, Any], target: str) -> Response:
     """Say that the start failed; the reason is for operators: in the log, in `dispatcher why`, in REST."""
     failure = agent.get("failure") or {}
     reason = {name: failure.get(name) for name in ("what", "why", "fix")}
-    _log.warning("a start has failed", agent=agent["name"], request_id=content.request_id(), **reason)
+    _log.warning("a start has failed", agent=agent["name"], request_id=responses.request_id(), **reason)
     title = context.portal().title(agent["app"])
-    error = StartFailed(f"{title} could not start", fix=content.ask_administrator(), retry_after=RETRY_FAILED)
-    if not content.for_people():
-        return content.problem(error, 503, agent=words.public_agent(agent))
+    error = StartFailed(f"{title} could not start", fix=responses.ask_administrator(), retry_after=RETRY_FAILED)
+    if not responses.for_people():
+        return responses.problem(error, 503, agent=words.public_agent(agent))
     since = humanize.ago(agent.get("since"))
-    return content.page("failed.html", 503, agent=agent, title=title, error=error, target=target, since=since)
+    return responses.page("failed.html", 503, agent=agent, title=title, error=error, target=target, since=since)

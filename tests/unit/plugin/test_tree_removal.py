@@ -6,10 +6,10 @@ import threading
 
 import pytest
 
-from dispatcher.plugin import removal
+from dispatcher.plugin import tree_removal
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, ProviderError
-from dispatcher.plugin.removal import remove_tree
+from dispatcher.plugin.tree_removal import remove_tree
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_a_tree_deeper_than_any_path_or_descriptor_table(tmp_path):
 
 
 def test_names_that_collide_with_those_used_while_deleting(tmp_path, monkeypatch):
-    monkeypatch.setattr(removal.secrets, "token_hex", lambda _: "taken")
+    monkeypatch.setattr(tree_removal.secrets, "token_hex", lambda _: "taken")
     top = tmp_path / "tree"
     (top / "a/b/c").mkdir(parents=True)
     (top / "taken-1").write_text("x")
@@ -172,7 +172,7 @@ def immutable(monkeypatch):
             raise PermissionError(errno.EPERM, "Operation not permitted", name)
         unlink(name, **options)
 
-    monkeypatch.setattr(removal.os, "unlink", refuse)
+    monkeypatch.setattr(tree_removal.os, "unlink", refuse)
     return names
 
 
