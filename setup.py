@@ -107,6 +107,7 @@ setup(
         *find_packages(include=["dispatcher", "dispatcher.*"]),
         *(f"dispatcher_{name}" for name in PROVIDERS),
         "dispatcher_libvirt.disks",
+        "dispatcher_subprocess.processes",
     ],
     package_dir={f"dispatcher_{name}": f"providers/dispatcher_{name}" for name in PROVIDERS},
     package_data={

@@ -1,1 +1,1 @@
-"""Small things that several parts need; imports nothing else of the project."""
+"""Small things that both daemons and the command line need; imports `dispatcher.plugin` alone."""

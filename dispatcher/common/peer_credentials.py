@@ -1,4 +1,4 @@
-"""Unix sockets."""
+"""Who connected to a Unix socket."""
 
 from __future__ import annotations
 

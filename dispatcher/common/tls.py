@@ -1,6 +1,7 @@
 """TLS contexts: one policy for everything that listens, one for everything that connects.
 
 TLS 1.2 is the oldest version; with it only ciphers with forward secrecy and authenticated encryption are offered.
+The daemons reload certificates: `manager/app.py` and `proxy/daemon.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Checks of a configuration on this host: plugins, apps that could never start, certificates, the access log."""
+"""Checks of a configuration on this host: plugins, apps that could never start, certificates, the access log.
+
+Types and ranges of values are checked by the models in `schema`.
+"""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ _MODULES = (
     "networks",
     "authenticator",
     "provider",
-    "removal",
+    "tree_removal",
     "secret_files",
     "ssh",
     "log_files",

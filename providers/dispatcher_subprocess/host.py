@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from dataclasses import dataclass, field
 
 from dispatcher.plugin import Deadline, ProviderError, Unavailable
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.cgroups import Cgroups, discover
 from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.options import Options
+from dispatcher_subprocess.processes import procfs
+from dispatcher_subprocess.processes.cgroups import Cgroups, discover
+from dispatcher_subprocess.processes.procfs import which
 
-_SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--ro-bind", "/", "/"]
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
 _PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
@@ -61,11 +60,6 @@ class Host:
         if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
             return "/dev/net/tun cannot be used", "load the kernel's module tun, and give its device the mode 0666"
         return None
-
-
-def which(name: str) -> str:
-    """Return the path of a system program, "" if it is absent; users' own directories are not searched."""
-    return shutil.which(name, path=_SEARCH) or ""
 
 
 def examine(options: Options, installation: str, deadline: Deadline) -> Host:

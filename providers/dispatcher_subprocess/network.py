@@ -32,10 +32,10 @@ from dispatcher.plugin import (
     Unsupported,
     denied_networks,
 )
-from dispatcher_subprocess import processes, procfs
 from dispatcher_subprocess.errors import last_line
-from dispatcher_subprocess.host import Host, which
-from dispatcher_subprocess.procfs import Process
+from dispatcher_subprocess.host import Host
+from dispatcher_subprocess.processes import procfs, run
+from dispatcher_subprocess.processes.procfs import Process
 
 _INTERFACE = "eth0"  # of an agent, beside the loopback interface
 #: Joins control groups before a program runs: a socket is counted where it was made.
@@ -124,7 +124,7 @@ def connect(
             _block(inside, denied_networks(deny), deadline)
         except BaseException:
             helper.send(9)
-            processes.reap(helper)
+            run.reap(helper)
             raise
     return helper
 
@@ -139,7 +139,7 @@ class _Inside:
     @property
     def command(self) -> list[str]:
         """The beginning of a command that runs there."""
-        command = [which("nsenter"), f"--net=/proc/self/fd/{self.network}"]
+        command = [procfs.which("nsenter"), f"--net=/proc/self/fd/{self.network}"]
         if self.user is not None:
             command += [f"--user=/proc/self/fd/{self.user}", "--preserve-credentials"]
         return command
@@ -202,7 +202,7 @@ def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> 
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            helper = processes.spawn(
+            helper = run.spawn(
                 [*command, f"/proc/self/fd/{inside.network}", _INTERFACE],
                 environment={},
                 stdin=null,
@@ -212,10 +212,10 @@ def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> 
         finally:
             os.close(null)
             os.close(notify)
-        if processes.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
+        if run.wait_readable(ready, deadline) and os.read(ready, 1) == b"1":
             return helper
         helper.send(9)
-        processes.reap(helper)
+        run.reap(helper)
         raise ProviderError("slirp4netns does not connect the agent", fix="install passt, which is used instead")
     finally:
         os.close(ready)
@@ -245,7 +245,7 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
     ]
     for version, lines in ((4, v4), (6, v6)) if procfs.read("/proc/net/if_inet6") else ((4, v4),):
         text = "".join(f"{line}\n" for line in lines)
-        _run([*inside.command, which("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)
+        _run([*inside.command, procfs.which("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)
 
 
 def _of(version: int, networks: Sequence[IPv4Network | IPv6Network]) -> list[IPv4Network | IPv6Network]:

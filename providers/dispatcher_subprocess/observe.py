@@ -10,10 +10,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from dispatcher.plugin import BackendState, Endpoint, Observation, Usage, listening_endpoints
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.processes import Run
-from dispatcher_subprocess.procfs import Process
-from dispatcher_subprocess.run_record import Journals, Record
+from dispatcher_subprocess.processes import procfs
+from dispatcher_subprocess.processes.procfs import Process
+from dispatcher_subprocess.processes.run import Run
+from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.stop import Stopper
 
 NOT_YET = "it does not listen yet"

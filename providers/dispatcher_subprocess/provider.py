@@ -48,7 +48,7 @@ from dispatcher_subprocess.observe import Observer, Watcher, listeners, usage
 from dispatcher_subprocess.options import AppOptions as PerAppOptions
 from dispatcher_subprocess.options import Options as BackendOptions
 from dispatcher_subprocess.plan import Planner
-from dispatcher_subprocess.run_record import Journals, Record
+from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.start import Start
 from dispatcher_subprocess.stop import Stopper
 

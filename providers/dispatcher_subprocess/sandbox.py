@@ -1,4 +1,4 @@
-"""An agent's sandbox, as arguments for bubblewrap and setpriv.
+"""An agent's sandbox, as arguments for bubblewrap and setpriv, which `start` runs.
 
 As root, bubblewrap runs without a user namespace and setpriv inside becomes the agent's own host user: with a user
 namespace the agent would still be root on the host.  As an ordinary user there is a user namespace, and the agent
@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 
 from dispatcher.plugin import AgentSpec, Network, slug
-from dispatcher_subprocess import procfs, seccomp
+from dispatcher_subprocess import seccomp
 from dispatcher_subprocess.options import SHELL, AppOptions, options_of
+from dispatcher_subprocess.processes import procfs
 
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc")
 HOST_ETC = "/.etc"  # as deep as /etc, so that relative links in it lead where they do on the host

@@ -28,13 +28,14 @@ from dispatcher.plugin import (
     make_temporary,
     remove_tree,
 )
-from dispatcher_subprocess import logs, network, processes, procfs, sandbox
-from dispatcher_subprocess.cgroups import join
+from dispatcher_subprocess import logs, network, sandbox
 from dispatcher_subprocess.errors import failed, last_line
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
-from dispatcher_subprocess.run_record import Journals, Record
+from dispatcher_subprocess.processes import procfs, run
+from dispatcher_subprocess.processes.cgroups import join
+from dispatcher_subprocess.processes.run_record import Journals, Record
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNDO = 10.0  # seconds to remove a start that failed
@@ -167,7 +168,7 @@ class Start:
         self._line = b"\n" + self._credentials()
         program, environment = self.plan.command, plain
         if not self.host.own_uid:
-            environment = plain | loader | {processes.TOKEN: self.record.token}
+            environment = plain | loader | {run.TOKEN: self.record.token}
         elif loader:
             program = sandbox.with_loader(program, f"/proc/self/fd/{self._memory(sandbox.loader_script(loader))}")
         return {
@@ -182,7 +183,7 @@ class Start:
 
         :raises ProviderError: it does not come up.
         """
-        main = processes.spawn(**self._spawn)
+        main = run.spawn(**self._spawn)
         self._record = replace(self.record, main=main)
         self._passed.close()
         # bubblewrap forks after it has read its arguments: what is set now holds for all its processes.
@@ -287,8 +288,8 @@ class Start:
         self._passed.close()
         name = self.spec.backend_name
         if self._record and self._record.main:
-            processes.Run(self._record, self.group).kill(Deadline(_UNDO))
-            processes.reap(self._record.main)
+            run.Run(self._record, self.group).kill(Deadline(_UNDO))
+            run.reap(self._record.main)
         if self.group:
             self.group.remove()
         self.secret_files.remove(name)

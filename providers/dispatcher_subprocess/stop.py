@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError, SecretFiles
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.cgroups import Cgroups
 from dispatcher_subprocess.errors import failed
-from dispatcher_subprocess.processes import Run, reap
-from dispatcher_subprocess.procfs import Process
-from dispatcher_subprocess.run_record import Journals, Record
+from dispatcher_subprocess.processes import procfs
+from dispatcher_subprocess.processes.cgroups import Cgroups
+from dispatcher_subprocess.processes.procfs import Process
+from dispatcher_subprocess.processes.run import Run, reap
+from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.start import clear_run_dir
 
 REBOOTED = "the machine was restarted"

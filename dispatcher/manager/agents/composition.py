@@ -15,11 +15,11 @@ from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
-from dispatcher.manager.agents.kept_data import Copies
 from dispatcher.manager.agents.lifecycle import DEAD, NO_OPERATION
 from dispatcher.manager.agents.observers import ObserverQueue
-from dispatcher.manager.agents.operations import Runner
-from dispatcher.manager.agents.provider_move import Mover
+from dispatcher.manager.agents.operations.kept_data import Copies
+from dispatcher.manager.agents.operations.provider_move import Mover
+from dispatcher.manager.agents.operations.runner import Runner
 from dispatcher.manager.agents.queries import Queries
 from dispatcher.manager.agents.reconciler import Reconciler
 from dispatcher.manager.agents.registry import Registry

@@ -1,6 +1,6 @@
-"""Checks all agents regularly, applies `idle_decision`, and samples CPU usage where `busy_grace` is set.
+"""Puts idle agents to sleep: checks all agents regularly by the rules of `idle`.
 
-It writes the desired state; `operations` carries it out.
+It writes the desired state; `operations.runner` carries it out.  Where `busy_grace` is set it samples CPU usage.
 Times are of the steady clock: a jump of the wall clock makes no agent idle.
 """
 

@@ -18,8 +18,8 @@ from dispatcher.common.humanize import size
 from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.lifecycle import ALIVE, Change, EventKind, Write, reached, unchanged
-from dispatcher.manager.agents.operations import Runner
-from dispatcher.manager.agents.readiness import OBSERVE, refuses
+from dispatcher.manager.agents.operations.readiness import OBSERVE, refuses
+from dispatcher.manager.agents.operations.runner import Runner
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.restarts import backoff, recent
 from dispatcher.manager.backends.backend import Backend, Contact

@@ -1,1 +1,1 @@
-"""Providers, contained: threads, deadlines, usage, logs."""
+"""A backend is a provider with its threads, its deadlines, and whether it answers; also agents' usage and logs."""

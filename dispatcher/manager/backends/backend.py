@@ -44,7 +44,7 @@ class Contact(enum.Enum):
 
 
 class Backend:
-    """One provider.
+    """One provider, its threads, and whether it answers.
 
     :ivar contact: whether it answers; :ivar since: when that began; :ivar last_contact: when it last answered;
         :ivar problem: why it does not.

@@ -1,1 +1,1 @@
-"""Agents' directories, safe directory trees, runtime directories."""
+"""Directories of agents and of the manager, safe directory trees, quotas, host user ids, free space."""

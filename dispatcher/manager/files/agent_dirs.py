@@ -1,5 +1,4 @@
-"""The directories of agents below STATE_DIR/agents and RUN_DIR/a: data, logs, old copies, sockets, with their
-modes.
+"""The directories of agents and their modes: data, logs and old copies in STATE_DIR/agents, sockets in RUN_DIR/a.
 
 Parents belong to the manager and can only be traversed; the contents of an agent's data and socket directories
 belong to the agent and are not trusted (`safe_tree`).

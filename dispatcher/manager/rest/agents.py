@@ -1,4 +1,4 @@
-"""Role *admin*: agents."""
+"""Role *admin*: `/agents` and `/agents/NAME/...` (state, logs, events, copies)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The objects that handlers use."""
+"""The parts of the manager that the handlers of requests call."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The database: schema and one module for each kind of row."""
+"""The database: its schema, and modules that read and write rows of agents and of sign-ins."""

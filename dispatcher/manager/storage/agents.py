@@ -1,4 +1,4 @@
-"""Reads and writes users, agents and what belongs to them, as typed rows.
+"""Reads and writes users, agents, their events, host user ids and old copies of data, as typed rows.
 
 An agent's row is written whole, and only over an older version of it: the newest row wins.
 """

@@ -1,5 +1,6 @@
-"""Tier *isolation*: an agent cannot reach another's endpoint, files, environment, or the sockets of the manager
-and the backend.  Tested from inside, through the probe.  `explain` must state what a provider does not isolate.
+"""Tier *isolation*: no agent reaches what belongs to another, to the manager or to the backend.
+
+Tested from inside, through the probe.  `explain` must state what a provider does not isolate.
 """
 
 from __future__ import annotations

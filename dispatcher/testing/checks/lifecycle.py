@@ -1,4 +1,4 @@
-"""Tier *core*, second part: what running agents do.  No opt-out."""
+"""The life of running agents (tier *core*, no opt-out)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tier *capability*, second part: limits, network, credentials, own data."""
+"""Limits, network, credentials and own data, as far as a provider promises them (tier *capability*)."""
 
 from __future__ import annotations
 

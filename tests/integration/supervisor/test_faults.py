@@ -10,9 +10,9 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
 from dispatcher.manager.agents import operations
 from dispatcher.manager.backends import pool
-from dispatcher.manager.agents import readiness
+from dispatcher.manager.agents.operations import readiness
 from dispatcher.manager.agents import reconciler
-from dispatcher.manager.agents.operations import Task
+from dispatcher.manager.agents.operations.task import Task
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin.model import BackendState, Handle, Observation

@@ -95,7 +95,7 @@ def test_directories_without_permissions(tmp_path):
 
 
 def test_many_files_in_one_directory(tmp_path, monkeypatch):
-    monkeypatch.setattr(removal, "_AT_A_TIME", 50)
+    monkeypatch.setattr(tree_removal, "_AT_A_TIME", 50)
     top = tmp_path / "tree"
     (top / "a").mkdir(parents=True)
     for number in range(300):
@@ -232,7 +232,7 @@ def test_a_tree_that_is_never_empty_has_a_deadline_and_ticks(tmp_path, monkeypat
     """Something is there whenever the directory is to be deleted, and gone when its names are read."""
     top = tmp_path / "tree"
     top.mkdir()
-    monkeypatch.setattr(removal, "_remove_directory", lambda *_: False)
+    monkeypatch.setattr(tree_removal, "_remove_directory", lambda *_: False)
     ticks = []
     with pytest.raises(DeadlineExceeded):
         remove_tree(top, deadline=Deadline(0.1), tick=lambda: ticks.append(1))

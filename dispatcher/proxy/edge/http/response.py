@@ -1,4 +1,4 @@
-"""Answers of upstreams: strict parsing, and the head for the client.
+"""Answers of upstreams: strict parsing, and the head for the client; `net.exchange` adds the edge's own fields.
 
 An agent is not trusted to frame its answers well.  Any answer that could desynchronise this connection or the
 client's (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the client then gets 502.

@@ -1,4 +1,4 @@
-"""The router's decisions about a request: values that `net` carries out."""
+"""What can be done with a request: values that `router` returns and `net` carries out."""
 
 from __future__ import annotations
 

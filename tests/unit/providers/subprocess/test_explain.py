@@ -7,7 +7,8 @@ import socket
 
 import pytest
 
-from dispatcher_subprocess import cgroups, seccomp
+from dispatcher_subprocess import seccomp
+from dispatcher_subprocess.processes import cgroups
 from dispatcher_subprocess.explain import capabilities, findings
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import AppOptions

@@ -3,7 +3,8 @@
 import os
 import socket
 
-from dispatcher_subprocess import observe, procfs
+from dispatcher_subprocess import observe
+from dispatcher_subprocess.processes import procfs
 
 
 TCP = """  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode

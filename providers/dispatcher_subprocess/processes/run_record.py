@@ -20,7 +20,7 @@ from typing import Any
 
 from dispatcher.plugin import Deadline, DeadlineExceeded
 from dispatcher_subprocess.errors import failed, unreadable
-from dispatcher_subprocess.procfs import Process
+from dispatcher_subprocess.processes.procfs import Process
 
 VERSION = 1
 SUFFIX = ".agent"

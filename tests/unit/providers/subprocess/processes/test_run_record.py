@@ -3,8 +3,8 @@
 import dataclasses
 import os
 import pytest
-from dispatcher_subprocess.procfs import Process
-from dispatcher_subprocess.run_record import Journals, Record, parse
+from dispatcher_subprocess.processes.procfs import Process
+from dispatcher_subprocess.processes.run_record import Journals, Record, parse
 
 
 FIRST = Record(

@@ -6,12 +6,14 @@ import contextlib
 import fcntl
 import functools
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from dispatcher.plugin import deadline
 
+_SEARCH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
 _DEAD = frozenset("ZXx")
 _OWNER = 0xB701  # the request NS_GET_USERNS of ioctl_nsfs(2)
 #: The kernel's id of this boot; it does not change while a process lives.
@@ -166,3 +168,8 @@ def descriptors(pid: int) -> Iterator[tuple[int, str]]:
         for name in os.listdir(f"/proc/{pid}/fd"):
             with contextlib.suppress(OSError):
                 yield int(name), os.readlink(f"/proc/{pid}/fd/{name}")
+
+
+def which(name: str) -> str:
+    """Return the path of a system program, "" if it is absent; users' own directories are not searched."""
+    return shutil.which(name, path=_SEARCH) or ""

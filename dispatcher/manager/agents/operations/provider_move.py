@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dispatcher.manager.agents.agent import Agent
 from dispatcher.manager.agents.lifecycle import CLEARED, Change, EventKind
+from dispatcher.manager.agents.operations.task import Task
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.files.agent_dirs import AgentData
@@ -26,9 +26,6 @@ from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import no_progress
 from dispatcher.plugin.tree_removal import remove_tree
-
-if TYPE_CHECKING:
-    from dispatcher.manager.agents.operations import Task
 
 TRANSFER = 6 * 3600.0  # seconds that one export or import may take
 SCRATCH, CHECK = "moving", "verifying"  # directories beside the agent's data

@@ -17,12 +17,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dispatcher.plugin import Deadline
-from dispatcher_subprocess import procfs
-from dispatcher_subprocess.cgroups import Group
 from dispatcher_subprocess.errors import failed
-from dispatcher_subprocess.host import which
-from dispatcher_subprocess.procfs import Process
-from dispatcher_subprocess.run_record import Record
+from dispatcher_subprocess.processes import procfs
+from dispatcher_subprocess.processes.cgroups import Group
+from dispatcher_subprocess.processes.procfs import Process
+from dispatcher_subprocess.processes.run_record import Record
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
 _ROUNDS = 64  # of killing against forks; each finds what the last one missed
@@ -164,7 +163,7 @@ class Run:
             if record.init:
                 fds = [os.open(f"/proc/{record.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)]
                 stack.callback(os.close, fds[0])
-                command = [which("nsenter"), f"--pid=/proc/self/fd/{fds[0]}"]
+                command = [procfs.which("nsenter"), f"--pid=/proc/self/fd/{fds[0]}"]
                 if os.geteuid() != 0:  # the owner's user namespace, as the agent's own has no rights over it
                     fds.append(procfs.owner(fds[0]))
                     stack.callback(os.close, fds[1])
@@ -172,7 +171,7 @@ class Run:
                 if not record.init.lives:
                     return
             elif os.geteuid() == 0 and record.uid >= 1000:
-                command = [which("setpriv"), f"--reuid={record.uid}", "--clear-groups"]
+                command = [procfs.which("setpriv"), f"--reuid={record.uid}", "--clear-groups"]
             else:
                 return
             subprocess.run(

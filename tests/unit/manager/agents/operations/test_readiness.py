@@ -12,7 +12,7 @@ import pytest
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, InsecureEndpoint, StartFailed, Unavailable
 from dispatcher.manager.storage.rows import Kind
-from dispatcher.manager.agents.readiness import Probe, await_ready, refuses
+from dispatcher.manager.agents.operations.readiness import Probe, await_ready, refuses
 from dispatcher.manager.agents.agent import Operation
 from dispatcher.plugin.model import BackendState, Endpoint, Handle, Observation
 

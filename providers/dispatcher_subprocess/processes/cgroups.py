@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dispatcher.plugin import Deadline, Limits, Usage
-from dispatcher_subprocess import procfs
+from dispatcher_subprocess.processes import procfs
 
 _ROOT = Path("/sys/fs/cgroup")
 _WANTED = ("memory", "cpu", "pids")

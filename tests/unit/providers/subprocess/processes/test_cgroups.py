@@ -1,7 +1,7 @@
 """Control groups, with plain directories in their place."""
 
 import pytest
-from dispatcher_subprocess import cgroups
+from dispatcher_subprocess.processes import cgroups
 from dispatcher.plugin.model import Limits
 
 

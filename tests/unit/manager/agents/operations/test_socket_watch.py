@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from dispatcher.manager.agents.readiness import watch_directory
+from dispatcher.manager.agents.operations.readiness import watch_directory
 from dispatcher.manager.storage.rows import Kind
 from dispatcher.manager.agents.agent import Operation
-from dispatcher.manager.agents.readiness import MAX_OTHER_FILES, MAX_PAUSE, PollPacer
+from dispatcher.manager.agents.operations.readiness import MAX_OTHER_FILES, MAX_PAUSE, PollPacer
 from dispatcher.plugin.model import Endpoint
 
 

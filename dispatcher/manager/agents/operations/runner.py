@@ -1,7 +1,7 @@
 """Start, stop, suspension, reset, removal: each step by step, in a thread of the provider's pool.
 
-`Runner` has the steps; `Task` is an operation in flight as they see it, and passes its progress on
-(docs/explanation/lifecycle.md).  Moves to another provider: `provider_move`.
+`task` is an operation in flight as the steps see it, and passes its progress on (docs/explanation/lifecycle.md).
+Moves to another provider: `provider_move`.
 
 Each step is written or idempotent, so that a manager that is killed at any point and started again continues: the
 reconciler observes, `lifecycle` decides, and the same operation runs again from its beginning.
@@ -10,16 +10,12 @@ reconciler observes, `lifecycle` decides, and the same operation runs again from
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
-from dispatcher.common.log import clean
 from dispatcher.config.host_users import HostAccounts
-from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
-from dispatcher.manager.agents.kept_data import Copies
 from dispatcher.manager.agents.lifecycle import (
     ASLEEP,
     CLEARED,
@@ -28,11 +24,12 @@ from dispatcher.manager.agents.lifecycle import (
     NO_OPERATION,
     Change,
     EventKind,
-    Write,
     observed,
 )
-from dispatcher.manager.agents.provider_move import Mover
-from dispatcher.manager.agents.readiness import OBSERVE, Probe, await_ready
+from dispatcher.manager.agents.operations.kept_data import Copies
+from dispatcher.manager.agents.operations.provider_move import Mover
+from dispatcher.manager.agents.operations.readiness import OBSERVE, Probe, await_ready
+from dispatcher.manager.agents.operations.task import Task
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.backends.logs import last_lines
@@ -40,7 +37,7 @@ from dispatcher.manager.backends.pool import Job, hung_call
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.space import DISK_FIXES, disk_fix
 from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, KeptRow, Kind, Pending
-from dispatcher.plugin.deadline import Deadline, boottime
+from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import (
     Cancelled,
     Conflict,
@@ -53,102 +50,12 @@ from dispatcher.plugin.errors import (
 from dispatcher.plugin.model import BackendState, Capability, Depth, Handle, Observation
 from dispatcher.plugin.names import printable
 
-PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
-STOP_SLACK = 30.0  # seconds beyond the time of grace
-WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
 SUSPEND_TIME = 60.0
 HIBERNATE_TIME = 600.0  # seconds; a guest's memory goes to disk
 DESTROY_TIME = 300.0
 WAITING = "waiting for the app"
 
 _log = logging.getLogger("dispatcher.manager")
-
-
-class Task:
-    """One run of an operation on an agent, in one thread: what it reports and writes."""
-
-    def __init__(self, registry: Registry, agent: Agent, operation: Operation) -> None:
-        self.registry = registry
-        self.agent = agent
-        self.operation = operation
-        self._published: tuple[str, str, float | None] = ("", "", None)
-        self._published_at = 0.0  # boot time
-
-    @property
-    def row(self) -> AgentRow:
-        """The agent's row at this moment."""
-        return self.agent.row
-
-    @property
-    def handle(self) -> Handle | None:
-        """The agent on its backend; None before its first start."""
-        return self.agent.handle
-
-    @property
-    def backend(self) -> Backend:
-        """The backend that has the agent."""
-        return self.registry.backend(self.row)
-
-    @property
-    def policy(self) -> AppDefaults:
-        """Time-outs and limits of the agent's app."""
-        return self.registry.specs.policy(self.row.app)
-
-    def progress(self, step: str, detail: str = "", fraction: float | None = None) -> None:
-        """Report the progress of the operation, as `dispatcher.plugin.provider.Progress`.
-
-        :raises Cancelled: the operation is no longer wanted.
-        """
-        operation = self.operation
-        operation.check()
-        now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
-        if now == self._published:
-            return
-        new_stage = now[0] != operation.stage
-        operation.stage, operation.detail, operation.fraction = now
-        if new_stage or boottime() - self._published_at > PROGRESS_INTERVAL:
-            self._published, self._published_at = now, boottime()
-            with self.agent.lock:
-                if self.agent.operation is not operation:
-                    return
-                if self.registry.clock.now() - operation.since > WRITE_STEP and self.row.step != operation.stage:
-                    self.registry.apply(self.agent, Change({"step": operation.stage}, write=Write.LATER))
-            self.registry.notify(self.agent)
-
-    def step(self, step: str) -> None:
-        """Go to the next step of the operation.
-
-        :raises Cancelled: the operation is no longer wanted.
-        """
-        self.passed(step)
-        self.progress(step)
-
-    def passed(self, step: str) -> None:
-        """Note for `Registry.on_step` that the operation has come to a point that is no step of its own."""
-        self.registry.on_step(self.row.name, self.operation.kind, step)
-
-    def stop(self, handle: Handle, *, grace: float | None = None) -> None:
-        """Stop an agent on its backend; by default with the app's own time of grace.
-
-        :raises DispatcherError: as the provider's `stop`.
-        """
-        usual = self.policy.stop_grace
-        self.backend.provider.stop(
-            handle,
-            grace=usual if grace is None else min(grace, usual),
-            deadline=Deadline(usual + STOP_SLACK),
-            progress=self.progress,
-        )
-
-    def update(self, **fields: Any) -> None:
-        """Write fields in the middle of the operation, before it goes on.
-
-        :raises Unavailable: they cannot be written.
-        :raises Cancelled: the operation is no longer wanted.
-        """
-        with self.agent.lock:
-            self.operation.check()
-            self.registry.apply(self.agent, Change(fields, write=Write.REQUIRED))
 
 
 class Runner:
@@ -473,9 +380,3 @@ def _internal_error(error: Exception) -> DispatcherError:
     return ProviderError(
         "The manager failed", why=f"{type(error).__name__}: {error}", fix="read its log, and report it"
     )
-
-
-def _fraction(value: object) -> float | None:
-    if not isinstance(value, (int, float)) or math.isnan(value):
-        return None
-    return min(1.0, max(0.0, float(value)))

@@ -1,0 +1,1 @@
+"""Operations on agents: start, suspension, stop, reset, removal and moves, each step by step."""
