@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 
@@ -485,3 +487,55 @@ def test_the_access_log_is_json_without_secrets(tmp_path):
     assert lines[1]["agent"] is None and lines[2]["user"] is None and lines[3]["path"] == "/\"quote'"
     assert "hunter2" not in text and TOKEN not in text
     assert re.fullmatch(r"[0-9a-f]{18}", first["id"])
+
+
+NGINX = """
+daemon off; pid {base}/pid; error_log {base}/log; user {user};
+events {{}}
+http {{
+  access_log off;
+  client_body_temp_path {base}/body; proxy_temp_path {base}/proxy; fastcgi_temp_path {base}/f; uwsgi_temp_path {base}/u;
+  scgi_temp_path {base}/s; proxy_cache_path {base}/cache keys_zone=all:1m;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://127.0.0.1:{edge}; proxy_set_header Host $http_host; proxy_cache all; proxy_cache_key $uri;
+    }}
+    location /operators/ {{ internal; alias {base}/operators/; }}
+  }}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "field",
+    [b"X-Accel-Redirect: /operators/secret", b"X-Accel-Expires: 600", b"CDN-Cache-Control: max-age=600"],
+)
+def test_an_agent_cannot_command_nginx(field, tmp_path, free_port):
+    """It reads no location of the operator's, and no cache keeps its pages longer than the session."""
+    if not shutil.which("nginx"):
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("nginx is not installed")
+    (tmp_path / "operators").mkdir()
+    (tmp_path / "operators/secret").write_text("of the operator")
+    user = "root" if os.geteuid() == 0 else str(os.geteuid())
+    answer = saying(b"HTTP/1.1 200 OK\r\n" + field + b"\r\nContent-Length: 5\r\n\r\nhello")
+
+    def page() -> bytes:
+        try:
+            with socket.create_connection(("127.0.0.1", free_port), 10) as sock:
+                sock.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+                return read_all(sock).partition(b"\r\n\r\n")[2]
+        except ConnectionRefusedError:
+            return b""
+
+    with Edge(answer) as edge:
+        (tmp_path / "conf").write_text(NGINX.format(base=tmp_path, user=user, port=free_port, edge=edge.port))
+        command = ["nginx", "-c", tmp_path / "conf", "-p", tmp_path, "-e", tmp_path / "log"]
+        nginx = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            pages = [eventually(page, 20), page(), page()]
+        finally:
+            nginx.terminate()
+            nginx.wait(10)
+    assert pages == [b"hello"] * 3
+    assert len(edge.agent.heads) == 3, "a cache answered"

@@ -120,11 +120,18 @@ _RESPONSE: Final = {
     "nel": DROP,  # reports every request to the host, the portal's included, long after the session
     "report-to": DROP,
     "content-type": CONTENT_TYPE,
-    # Commands to a front proxy, which would send its own files:
-    "x-accel-redirect": DROP,
-    "x-sendfile": DROP,
-    "x-lighttpd-send-file": DROP,
+    # Statements to front proxies, besides those with `_COMMANDS`.  Pages with ESI include what a proxy can read.
+    "surrogate-control": DROP,
+    "edge-control": DROP,
+    "x-accel-buffering": KEEP,  # streams of events need it
+    "x-accel-expires": KEEP,
 }
+
+#: Commands to a front proxy: it would send its own files, ask other servers, or take the edge for unhealthy.
+_COMMANDS: Final = ("x-accel-", "x-sendfile", "x-lighttpd-", "x-litespeed-", "x-reproxy-", "x-envoy-")
+
+#: Cache-Control for one kind of caches (RFC 9213): they ignore the plain one.
+_TARGETED: Final = "-cache-control"
 
 #: Never taken from a trailer section (RFC 9110, 6.5.1): framing, routing, authentication, and cookies.
 TRAILER_FORBIDDEN: Final = frozenset(
@@ -135,6 +142,7 @@ TRAILER_FORBIDDEN: Final = frozenset(
         *("max-forwards", "range", "retry-after", "trailer", "vary", "via", "www-authenticate"),
     }
 )
+TRAILER_PREFIXES: Final = (*IDENTITY_PREFIXES, *_COMMANDS)
 
 
 class BadHead(Exception):
@@ -164,9 +172,10 @@ class Names:
     :ivar perhaps: whether a name of some length and first letter may have another kind than `KEEP`; see `scan`.
     """
 
-    def __init__(self, kinds: dict[str, int], prefixes: tuple[str, ...] = ()) -> None:
+    def __init__(self, kinds: dict[str, int], prefixes: tuple[str, ...], suffixes: tuple[str, ...] = ()) -> None:
         self._kinds = kinds
-        self._prefixes = prefixes
+        self._prefixes = prefixes  # of names that are dropped, as are those with a suffix
+        self._suffixes = suffixes
         # The two usual spellings stay; other names are forgotten when there are too many of them.
         self._common = {
             spelling.encode("ascii"): kind for name, kind in kinds.items() for spelling in (name, name.title())
@@ -176,8 +185,11 @@ class Names:
         for name in kinds:
             perhaps[perhaps_index(len(name), ord(name[0]))] = 1
         for prefix in prefixes:
-            for length in range(64):
+            for length in range(len(prefix), 64):
                 perhaps[perhaps_index(length, ord(prefix[0]))] = 1
+        for suffix in suffixes:
+            for index in range(perhaps_index(len(suffix), 0), len(perhaps)):
+                perhaps[index] = 1
         self.perhaps: bytes = bytes(perhaps)
 
     def learn(self, name: bytes) -> int:
@@ -204,7 +216,7 @@ class Names:
 
     def _other(self, text: str) -> int:
         plain = ODD.sub("-", text)
-        if plain.startswith(self._prefixes):
+        if plain.startswith(self._prefixes) or plain.endswith(self._suffixes):
             return DROP
         if plain == text:
             return KEEP
@@ -217,10 +229,12 @@ class Names:
 
 def perhaps_index(length: int, first: int) -> int:
     """Return where `Names.perhaps` tells about names of a length and a first letter in either case."""
-    return (length & 63) << 5 | (first & 31)
+    return min(length, 63) << 5 | (first & 31)
 
 
 REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
-RESPONSE_NAMES: Final = Names(_RESPONSE)
+RESPONSE_NAMES: Final = Names(_RESPONSE, _COMMANDS)
 #: Of answers of agents that share an origin: their statement to caches is joined with the edge's own.
-SHARED_NAMES: Final = Names({**_RESPONSE, "cache-control": CACHE_CONTROL})
+SHARED_NAMES: Final = Names(
+    {**_RESPONSE, "cache-control": CACHE_CONTROL, "x-accel-expires": DROP}, _COMMANDS, (_TARGETED,)
+)

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from dispatcher.proxy.edge.http.field_names import (
-    IDENTITY_PREFIXES,
     KEEP,
     LOOKED_AT,
     ODD,
@@ -22,6 +21,7 @@ from dispatcher.proxy.edge.http.field_names import (
     SPECIAL,
     TOKEN,
     TRAILER_FORBIDDEN,
+    TRAILER_PREFIXES,
     BadHead,
     Names,
 )
@@ -122,6 +122,7 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
     last: i64
     byte: i64
     index: i64
+    length: i64
     while position < end:
         left -= 1
         colon = position
@@ -138,8 +139,9 @@ def scan_fields(head: bytes, start: int, max_fields: int, names: Names) -> Field
             byte = head[stop]
         if head[colon] != 58 or colon == position or byte != 13 or head[stop + 1] != 10 or left < 0:
             return read_fields(head, start, max_fields, names)
-        index = ((colon - position) & 63) << 5 | index
-        if perhaps[index]:
+        length = colon - position
+        length = min(length, 63)
+        if perhaps[length << 5 | index]:
             name = head[position:colon]
             kind = known.get(name)
             if kind is None:
@@ -189,6 +191,6 @@ def trailer_lines(lines: list[bytes]) -> list[bytes]:
         if not colon or not TOKEN.fullmatch(name) or value.translate(None, FIELD_BYTES):
             raise BadHead("an invalid trailer line")
         text = ODD.sub("-", name.decode("ascii").lower())
-        if text not in TRAILER_FORBIDDEN and not text.startswith(IDENTITY_PREFIXES):
+        if text not in TRAILER_FORBIDDEN and not text.startswith(TRAILER_PREFIXES):
             kept.append(line)
     return kept

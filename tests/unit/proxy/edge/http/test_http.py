@@ -344,6 +344,53 @@ def test_what_an_agent_says_to_caches_is_joined_with_the_edges_own(lines, cached
         assert not own.cached and lines in own.lines
 
 
+SHARED, SEPARATE = Policy(b"/auth/"), Policy(host_only=True)
+
+
+def passed(name: str, policy: Policy) -> bool:
+    head = b"HTTP/1.1 200 OK\r\nA: b\r\n%b: 1\r\nContent-Length: 0\r\n\r\n" % name.encode()
+    lines = parse_response(head, 100, b"GET", policy).lines
+    return b"\r\n%b: 1\r\n" % name.encode() in lines
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("CDN-Cache-Control", "cdn-cache-control", "Cloudflare-CDN-Cache-Control", "Vercel-CDN-Cache-Control"),
+        *("Some-Cache-Control", "SOME_CDN_CACHE_CONTROL", "A" * 70 + "-Cache-Control", "X-Accel-Expires"),
+    ],
+)
+def test_on_a_shared_origin_an_agent_says_nothing_to_one_kind_of_caches(name):
+    assert not passed(name, SHARED)
+    assert passed(name, SEPARATE), "an origin of its own"
+
+
+@pytest.mark.parametrize("policy", [SHARED, SEPARATE], ids=["session", "subdomain"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("X-Accel-Redirect", "X_Accel_Redirect", "x-accel-redirect", "X-Accel-Limit-Rate", "X-Accel-Charset"),
+        *("X-Sendfile", "X-Sendfile2", "X-Sendfile-Temporary", "X-LIGHTTPD-send-file", "X-Lighttpd-Send-Tempfile"),
+        *(
+            "X-LiteSpeed-Location",
+            "X-LiteSpeed-Cache-Control",
+            "X-LiteSpeed-Purge",
+            "X-Reproxy-URL",
+            "X-Reproxy-File",
+        ),
+        *("X-Envoy-Immediate-Health-Check-Fail", "Surrogate-Control", "surrogate-control", "Edge-Control"),
+    ],
+)
+def test_an_agent_commands_no_front_proxy(name, policy):
+    assert not passed(name, policy)
+
+
+@pytest.mark.parametrize("policy", [SHARED, SEPARATE], ids=["session", "subdomain"])
+@pytest.mark.parametrize("name", ["X-Accel-Buffering", "X-Accelerated", "Cache-Control-Hint", "X-Cache", "A" * 70])
+def test_fields_of_similar_names_pass(name, policy):
+    assert passed(name, policy)
+
+
 def test_blanks_before_the_colon_are_removed_from_answers():
     """RFC 9112, 5.1; in a request they are refused."""
     head = b"HTTP/1.1 200 OK\r\nX-A \t: b\r\nContent-Length : 5\r\n\r\n"

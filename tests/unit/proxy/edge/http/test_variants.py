@@ -25,6 +25,7 @@ NAMES = [
     *("X-Forwarded-For", "x_forwarded_for", "X-Forwarded-Anything", "X-Dispatcher-User", "Remote_User", "Sec-Fetch-Mode"),
     *("X-A", "X_A", "a", "Set-Cookie", "Date", "date", "Content-Type", "Connection", "Keep-Alive", "NEL", "Proxy", "X" * 70),
     *("X-Forwarded-" + "y" * 60, "Upgrade", "Strict-Transport-Security", "Client-Ip", "Origin", "User-Agent", "", " a", "a "),
+    *("CDN-Cache-Control", "cdn_cache_control", "x" * 70 + "-cache-control", "X-Accel-Redirect", "X-Accel-Buffering"),
 ]  # fmt: skip
 VALUES = [
     "",
