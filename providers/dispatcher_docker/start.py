@@ -31,7 +31,7 @@ from dispatcher_docker import container_config, observe, seccomp
 from dispatcher_docker.container_config import ContainerSettings
 from dispatcher_docker.data import Users, Volumes, groups_of
 from dispatcher_docker.engine import Client, Engine
-from dispatcher_docker.errors import NameTaken, start_failed
+from dispatcher_docker.errors import NameTaken, NoSuchObject, start_failed
 from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.stop import remove
@@ -108,22 +108,21 @@ class Starter:
                 progress("removing the old container")
                 remove(self._engine, handle.name, deadline)
                 found = None
-            if found is None:
-                progress("creating the container")
-                body = container_config.container(spec, self._options, settings)
-                try:
-                    self._engine.make(body, handle.name, deadline, options.platform)
-                except NameTaken:
-                    # An earlier start may have been carried out after its deadline: its container goes.
-                    if self.find(handle, deadline) is None:
-                        raise
-                    remove(self._engine, handle.name, deadline)
-                    self._engine.make(body, handle.name, deadline, options.platform)
-            progress("starting the container")
             if self._engine.is_local:
                 remove_tree(spec.socket, deadline=deadline)  # an agent that ended by itself can leave a link
             self.exit_reasons.forget(handle)
-            self._start(spec, handle, deadline)
+            if found is None:
+                self._create(spec, handle, settings, deadline, progress)
+            progress("starting the container")
+            try:
+                self._start(spec, handle, deadline)
+            except NoSuchObject:
+                if found is None:
+                    raise
+                # It refers to a network by its id, and that was removed, or made again, while nothing used it.
+                remove(self._engine, handle.name, deadline)
+                self._create(spec, handle, settings, deadline, progress)
+                self._start(spec, handle, deadline)
             progress("started")
         except Unavailable:
             raise
@@ -134,6 +133,21 @@ class Starter:
             if new_volume and self.volumes:
                 self.volumes.remove(handle, Deadline(10))
             raise
+
+    def _create(
+        self, spec: AgentSpec, handle: Handle, settings: ContainerSettings, deadline: Deadline, progress: Progress
+    ) -> None:
+        progress("creating the container")
+        body = container_config.container(spec, self._options, settings)
+        platform = container_config.options_of(spec.app).platform
+        try:
+            self._engine.make(body, handle.name, deadline, platform)
+        except NameTaken:
+            # An earlier start may have been carried out after its deadline: its container goes.
+            if self.find(handle, deadline) is None:
+                raise
+            remove(self._engine, handle.name, deadline)
+            self._engine.make(body, handle.name, deadline, platform)
 
     def _start(self, spec: AgentSpec, handle: Handle, deadline: Deadline) -> None:
         """Start the container; write its standard input, then close that."""

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.plugin.errors import ConfigError, NotFound, ProviderError, StartFailed
 from dispatcher.plugin.model import BackendState, Limits, Network
 from dispatcher.testing.kit import eventually
-from tests.support.docker_tools import docker, inspect, leftovers
+from tests.support.docker_tools import PORTED, docker, inspect, leftovers
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
@@ -77,6 +77,29 @@ def test_a_stopped_container_is_used_again_and_keeps_its_log(world):
     agent = world.run("again")
     assert inspect(agent.handle.name)["Id"] == first
     assert b"before the stop" in world.driver.logs(agent.handle)
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_network_that_was_removed_while_nothing_used_it(world, anew):
+    """`docker network prune`, or `docker compose down` and `up`: the stopped container names an id that is gone."""
+    name = f"kit-{world.installation}" if anew else ""
+    options = PORTED | ({"network": name} if anew else {})
+    if anew:
+        docker("network", "create", name)
+    try:
+        agent = world.run("pruned", options=options, network=Network.PRIVATE)
+        agent.inside.write(agent.within("kept"), b"kept\n")
+        world.driver.stop(agent.handle, grace=5)
+        (network,) = inspect(agent.handle.name)["NetworkSettings"]["Networks"]
+        docker("network", "rm", network)
+        if anew:
+            docker("network", "create", name)
+        again = world.run("pruned", options=options, network=Network.PRIVATE)
+        assert again.inside.read(again.within("kept")) == b"kept\n"
+        world.end_check()
+    finally:
+        if anew:
+            docker("network", "rm", name)
 
 
 def test_a_foreign_container_under_the_name_is_never_touched(world):
