@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Iterable, Mapping
 
+from dispatcher.common.bind import bind
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.plugin.names import printable
@@ -117,7 +118,7 @@ def _bind(sock: socket.socket, where: tuple[object, ...], address: str) -> None:
     said = False
     while True:
         try:
-            sock.bind(where)
+            bind(sock, where, address)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or time.monotonic() > end:
                 raise

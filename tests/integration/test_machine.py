@@ -194,6 +194,23 @@ def test_daemon_reload_changes_no_limit_of_agents(service):
     service.want("alice", "running")
 
 
+@pytest.mark.parametrize("unit", ["manager", "proxy"])
+def test_a_service_is_started_until_it_works(service, unit):
+    """A database server that boots for minutes, a certificate that is missing: systemd does not give up."""
+    folder = f"/run/systemd/system/dispatcher-{unit}.service.d"
+    failing = "[Service]\nExecStart=\nExecStart=/bin/false\nRestartSec=50ms\n"
+    service.run(f"mkdir -p {folder} && cat >{folder}/failing.conf && systemctl daemon-reload", stdin=failing)
+    service.run(f"systemctl restart --no-block dispatcher-{unit}")
+    restarts = f"systemctl show -P NRestarts dispatcher-{unit}"
+    service.until("twenty attempts", lambda: int(service.run(restarts).out) >= 20)
+    service.run(f"rm -r {folder} && systemctl daemon-reload")
+    service.until(
+        f"{unit} works",
+        lambda: service.run(f"systemctl is-active dispatcher-{unit}", check=False).out.strip() == "active",
+    )
+    assert service.state("alice") == "running"
+
+
 def test_the_limits_of_an_agent_are_the_kernels(service):
     found = {file: service.read("bob", file) for file in ("memory.max", "cpu.max", "pids.max")}
     assert found == {"memory.max": str(64 << 20), "cpu.max": "20000 100000", "pids.max": "30"}

@@ -393,7 +393,7 @@ def test_token_files_that_protect_nothing_are_refused(short_tmp, monkeypatch, tm
         ({"client_ca": "/nonexistent.pem"}, "manager.client_ca"),
         ({"listen": ["nonsense"]}, "manager.listen"),
         ({"listen": ["127.0.0.1:99999"]}, "manager.listen"),
-        ({"listen": ["192.0.2.1:0"]}, "Cannot listen"),
+        ({"listen": ["[fe80::1]:0"]}, "Cannot listen"),
     ],
 )
 def test_settings_that_cannot_be_are_named_and_nothing_is_left(short_tmp, monkeypatch, tables, words):

@@ -160,6 +160,11 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
         yield Finding.error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
     elif problem.errno == errno.EACCES:
         yield Finding.error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
+    elif problem.errno == errno.EADDRNOTAVAIL:
+        yield Finding.warning(
+            f"this host does not have the address of {address}: nobody reaches the proxy there",
+            "give this host the address, or change proxy.listen",
+        )
     else:
         yield Finding.error(f"cannot listen on {address}: {problem.strerror}", "change proxy.listen")
 

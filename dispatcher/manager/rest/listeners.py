@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable
 from pathlib import Path
 
+from dispatcher.common.bind import bind
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.options import takes_ipv4
@@ -67,7 +68,7 @@ def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not takes_ipv4(address, beside))
-            sock.bind(where)
+            bind(sock, where, address)
         except BaseException:
             sock.close()
             raise

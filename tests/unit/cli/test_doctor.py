@@ -135,7 +135,12 @@ def test_ports_free_taken_and_ours(free_port):
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(errno.EACCES, "may not listen"), (errno.EADDRNOTAVAIL, "cannot listen")]
+    ("number", "word"),
+    [
+        (errno.EACCES, "may not listen"),
+        (errno.EADDRNOTAVAIL, "does not have the address"),
+        (errno.EINVAL, "cannot listen"),
+    ],
 )
 def test_ports_that_cannot_be_had(number, word):
     problem = OSError(number, os.strerror(number))
