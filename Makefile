@@ -9,13 +9,14 @@ ARGS ?=
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
 COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
-.PHONY: help demo test check bench deb clean machine
+.PHONY: help demo test check bench docs deb clean machine
 
 help:
 	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
 	@echo 'make test    all tests; as root it first installs and starts their requirements'
 	@echo 'make check   style, types and unit tests, in under a minute'
 	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
+	@echo 'make docs    build the documentation as a site, in build/site/'
 	@echo 'make deb     build a package for this Debian or Ubuntu release, in dist/'
 	@echo 'make clean   remove generated files'
 
@@ -36,6 +37,10 @@ test: machine $(VENV)/.test
 bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
 
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
+	@echo 'Open build/site/index.html'
+
 deb:
 	@packaging/build-deb $(ARGS)
 
@@ -53,7 +58,11 @@ $(VENV)/.demo: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 	@echo 'Installing dispatcher and what its tests need into $(VENV) (a minute; up to two more while a C compiler builds the edge)'
 	@$(PIP) install -c constraints.txt -e ".[$$(tests/machine/extras)]"
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.docs
+
+$(VENV)/.docs: $(VENV)/bin/python setup.py constraints.txt
+	@$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
 
 clean:
 	rm -rf '$(VENV)' .venv-ci build dist *.egg-info *.so dispatcher/proxy/edge/*/*.so .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* .hypothesis

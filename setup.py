@@ -18,6 +18,7 @@ PROVIDERS = ("subprocess", "docker", "libvirt")
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
 POSTGRESQL = ["psycopg[binary]>=3.2"]
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo"]
 TESTING = [
     "pytest>=8,<9.2",  # with 9.2 pytest-xdist 3.8 no longer keeps groups together
     "pytest-timeout",
@@ -144,6 +145,7 @@ setup(
         "libvirt": LIBVIRT,
         "postgresql": POSTGRESQL,
         "testing": TESTING,
+        "docs": DOCS,
         "all": DOCKER + LIBVIRT + POSTGRESQL,
     },
     entry_points={
