@@ -4,6 +4,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -124,5 +125,53 @@ def test_a_server_that_restarts_is_noticed_by_nobody(server, database):
     assert database.meta("before", "") == "there"
     server.stop()
     server.start()
+    assert database.meta("before", "") == "there"
+    database.set_meta("after", "there")
+
+
+def test_a_server_that_becomes_read_only_is_told_and_needs_no_restart(server, database):
+    """As managed servers do when their disk is full."""
+    database.set_meta("before", "there")
+
+    def read_only(setting):
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f"ALTER SYSTEM SET default_transaction_read_only = {setting}"))
+            connection.execute(sa.text("SELECT pg_reload_conf()"))
+
+    read_only("on")
+    try:
+        with pytest.raises(Unavailable) as caught:
+            for _ in range(100):  # the server reads its configuration soon
+                database.set_meta("meanwhile", "lost")
+        assert "read-only" in caught.value.why and "primary" in caught.value.fix
+        with pytest.raises(Unavailable) as caught:
+            database.meta("before", "")
+        assert "read-only" in caught.value.why
+    finally:
+        server.run("psql", "-h", server.home, "-U", "dispatcher", "-d", "postgres", "-c",
+                   "SET default_transaction_read_only = off", "-c",
+                   "ALTER SYSTEM RESET default_transaction_read_only", "-c", "SELECT pg_reload_conf()")  # fmt: skip
+    end = time.monotonic() + 20
+    while True:
+        try:
+            database.set_meta("after", "there")
+            break
+        except Unavailable:
+            assert time.monotonic() < end
+    assert database.meta("before", "") == "there"
+
+
+def test_a_standby_is_not_used_and_the_manager_goes_on_with_its_promotion(server, database):
+    database.set_meta("before", "there")
+    server.stop()
+    (server.home / "data/standby.signal").touch()
+    server.start()
+    for _ in range(2):
+        with pytest.raises(Unavailable) as caught:
+            database.set_meta("meanwhile", "lost")
+        assert "read-only" in caught.value.why and "primary" in caught.value.fix
+    with pytest.raises(Unavailable, match="cannot be used now"):
+        Database(server.url).open()
+    server.run("pg_ctl", "-D", server.home / "data", "-w", "promote")
     assert database.meta("before", "") == "there"
     database.set_meta("after", "there")

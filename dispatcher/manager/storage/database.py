@@ -26,14 +26,15 @@ RECYCLE = 1800.0  # seconds after which a connection to a database server is rep
 RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
 SMALLEST = 1 << 16  # bytes: with less free space a disk is full
 _FULL = ("is full", "No space left")  # SQLite; PostgreSQL
-_FIXES = {  # by what SQLite says
+_FIXES = {  # by what SQLite says, and PostgreSQL
+    "read-only": "let manager.database name the primary server; a full disk makes some servers read-only",
     "locked": "end the other program that uses it",
     "readonly": "make it writable for the manager's user",
     "unable to open": "check that its directory exists and is writable",
     "disk I/O": "check the disk: the kernel's log names its errors",
 }
 #: The database does not answer; other errors are faults of a statement.
-_UNUSABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+_UNUSABLE = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.InternalError, sa.exc.TimeoutError)
 metadata = sa.MetaData()
 
 meta = sa.Table(
@@ -58,16 +59,19 @@ class Database:
 
     def __init__(self, url: str) -> None:
         try:
-            kind = sa.engine.make_url(url).get_backend_name()
+            parsed = sa.engine.make_url(url)
+            kind = parsed.get_backend_name()
             if kind not in TESTED:
                 raise ConfigError(
                     f"manager.database: {kind} is not supported",
                     why=f"tested are: {', '.join(TESTED)}",
                     fix="use sqlite:///PATH or postgresql+psycopg://USER@HOST/NAME",
                 )
+            if parsed.drivername.startswith("postgresql+psycopg"):  # not a standby, which can only be read
+                parsed = parsed.update_query_dict({"target_session_attrs": "read-write"} | dict(parsed.query))
             # A connection that the server has closed (a restart, a firewall) is replaced before it is used.
             self.engine = sa.create_engine(
-                url, pool_size=20, max_overflow=20, pool_pre_ping=kind != "sqlite", pool_recycle=RECYCLE
+                parsed, pool_size=20, max_overflow=20, pool_pre_ping=kind != "sqlite", pool_recycle=RECYCLE
             )
         except sa.exc.ArgumentError as error:
             raise ConfigError("manager.database is not a SQLAlchemy URL", why=str(error)) from error
@@ -255,6 +259,8 @@ class Database:
             full, why = True, "the disk is full"  # SQLite's memory map cannot grow
         if full:
             return DiskFull(what, why=why, fix="free some space on its disk", retry_after=5)
+        if "read-only" in why:  # after a failover the pool has connections to what was the primary server
+            self.engine.dispose()
         fixes = [fix for words, fix in _FIXES.items() if words in why]
         return Unavailable(what, why=why, fix=(*fixes, "check that its server answers")[0], retry_after=5)
 
