@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 
 import pytest
@@ -12,19 +15,22 @@ from playwright.sync_api import TimeoutError, expect
 from tests.browser.test_host_names import sign_in
 from tests.conftest import ROOT
 from tests.support.certificates import Authority
-from tests.support.installation import until
+from tests.support.installation import PASSWORD, until
 
 pytestmark = pytest.mark.browser
 TABS = 8  # browsers open six connections to one host over HTTP/1.1
 
 STREAMS = """
-import os, socketserver, sys, time
+import base64, hashlib, os, socketserver, sys, time
 from http.server import BaseHTTPRequestHandler
 
-PAGE = b'''<!doctype html><title>Streams</title><h1>Streams</h1><p id="ticks">none</p><p id="echo"></p><script>
+PAGE = b'''<!doctype html><title>Streams</title><h1>Streams</h1><p id="ticks">none</p><p id="echo"></p><p id="socket"></p><script>
 new EventSource("/stream").onmessage = (event) => { document.getElementById("ticks").textContent = event.data; };
 fetch("/echo", {method: "POST", body: "x".repeat(300000)}).then((answer) => answer.text())
   .then((text) => { document.getElementById("echo").textContent = "sent " + text; });
+const socket = new WebSocket("wss://" + location.host + "/socket");
+socket.onopen = () => socket.send("hello");
+socket.onmessage = (event) => { document.getElementById("socket").textContent = "got " + event.data; };
 </script>'''
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,7 +46,23 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.answer(str(len(body)).encode(), "text/plain")
+    def echo(self):
+        key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.send_response(101)
+        self.send_header("Upgrade", "websocket")
+        self.send_header("Connection", "Upgrade")
+        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.end_headers()
+        while head := self.rfile.read(2):  # short masked frames
+            mask, body = self.rfile.read(4), self.rfile.read(head[1] & 127)
+            text = bytes(byte ^ mask[place % 4] for place, byte in enumerate(body))
+            self.wfile.write(bytes([head[0], len(text)]) + text)
+        self.close_connection = True
     def do_GET(self):
+        if self.path == "/socket":
+            return self.echo()
+        if self.path == "/client":
+            return self.answer(self.headers["X-Forwarded-For"].encode(), "text/plain")
         if self.path != "/stream":
             return self.answer(PAGE, "text/html")
         self.close_connection = True
@@ -85,6 +107,9 @@ def front(name, base, config, port):
     if name == "nginx":
         (base / "conf").write_text(NGINX.format(base=base, config=config))
         command = ["nginx", "-c", base / "conf", "-p", base, "-e", base / "log"]
+    elif name == "haproxy":
+        (base / "conf").write_text(config)
+        command = ["haproxy", "-db", "-f", base / "conf"]
     else:
         (base / "conf").write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{config}")
         command = ["caddy", "run", "--adapter", "caddyfile", "--config", base / "conf"]
@@ -99,18 +124,26 @@ def streams(site_with, free_port):
     return site_with(APP, people=("alice",), proxy=f'public_url = "{url}"\ntrusted_proxies = ["127.0.0.1"]'), url
 
 
-@pytest.mark.parametrize(("name", "file"), [("nginx", "nginx.conf"), ("caddy", "Caddyfile")])
+FRONTS = [("nginx", "nginx.conf"), ("caddy", "Caddyfile"), ("haproxy", "haproxy.cfg")]
+
+
+@pytest.mark.parametrize(("name", "file"), FRONTS)
 def test_many_tabs_with_streams_work_over_http_2(streams, name, file, free_port, person, tmp_path):
     if not shutil.which(name):
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(f"{name} is not installed")
     site, url = streams
-    cert, key = Authority(tmp_path).issue("apps.test", ["apps.test"])
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("apps.test", ["apps.test"])
+    both = tmp_path / "both.pem"
+    both.write_bytes(cert.read_bytes() + key.read_bytes())
     config = (ROOT / "examples" / file).read_text()
     for old, new in (
         ("/etc/ssl/apps.example.org.pem", str(cert)),
         ("/etc/ssl/apps.example.org.key", str(key)),
+        ("/etc/ssl/apps.example.org.both.pem", str(both)),
         ("127.0.0.1:8080", f"127.0.0.1:{site.port}"),
         ("listen 443", f"listen {free_port}"),
+        ("bind :443", f"bind :{free_port}"),
         ("apps.example.org {", f"apps.test:{free_port} {{"),
         ("apps.example.org", "apps.test"),
     ):
@@ -127,15 +160,62 @@ def test_many_tabs_with_streams_work_over_http_2(streams, name, file, free_port,
         for tab in page.context.pages:
             expect(tab.locator("#ticks")).to_contain_text("tick")
             expect(tab.locator("#echo")).to_have_text("sent 300000")
+            expect(tab.locator("#socket")).to_have_text("got hello")
             protocols.append(tab.evaluate("performance.getEntriesByType('navigation')[0].nextHopProtocol"))
         assert set(protocols) <= {"h2", "h3"}
         seen = [tab.locator("#ticks").inner_text() for tab in page.context.pages]
         until("every stream goes on", lambda: all(
             tab.locator("#ticks").inner_text() != old for tab, old in zip(page.context.pages, seen, strict=True)
         ))  # fmt: skip
+        assert ask_from_elsewhere(url, authority.path, tmp_path / "cookies") == "127.0.0.2 over HTTP/2"
     finally:
         process.kill()  # when asked politely, Caddy waits for its connections to end
         process.wait(10)
+
+
+def test_haproxy_passes_tls_on_with_the_proxy_protocol(site_with, free_port, tmp_path):
+    if not shutil.which("haproxy"):
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)("haproxy is not installed")
+    authority = Authority(tmp_path)
+    cert, key = authority.issue("apps.test", ["apps.test"])
+    settings = f'proxy_protocol = true\ntls_cert = "{cert}"\ntls_key = "{key}"'
+    site = site_with(APP, people=("alice",), tls=True, proxy=settings)
+    page = (ROOT / "docs/howto/front-proxy.md").read_text()
+    config = re.search(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1]
+    config = config.replace(":443", f":{free_port}", 1).replace("127.0.0.1:8443", f"127.0.0.1:{site.port}")
+    process = front("haproxy", tmp_path, config, free_port)
+    try:
+        until("HAProxy accepts", lambda: accepts(free_port))
+        asked = ask_from_elsewhere(f"https://apps.test:{free_port}", authority.path, tmp_path / "cookies")
+        assert asked == "127.0.0.2 over HTTP/1.1"
+    finally:
+        process.kill()
+        process.wait(10)
+
+
+def accepts(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def ask_from_elsewhere(url, authority, cookies):
+    """Sign in as a program at another address that claims a third one; return the client's address that the app got."""
+    command = [
+        "curl", "-sSf", "--http2", "--interface", "127.0.0.2", "--noproxy", "*", "--cacert", authority,
+        "--resolve", url.removeprefix("https://") + ":127.0.0.1", "-b", cookies, "-c", cookies,
+        "-H", "X-Forwarded-For: 192.0.2.66",
+    ]  # fmt: skip
+    who = json.dumps({"user": "alice", "password": PASSWORD})
+    subprocess.run(
+        [*command, "-H", "Content-Type: application/json", "-d", who, f"{url}/auth/login"],
+        check=True,
+        capture_output=True,
+    )
+    asked = [*command, "-w", " over HTTP/%{http_version}", f"{url}/client"]
+    return subprocess.run(asked, check=True, capture_output=True, text=True).stdout
 
 
 def answers(page, url):
