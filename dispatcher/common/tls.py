@@ -32,7 +32,9 @@ def server_context(cert: Path, key: Path, table: str, *, client_ca: Path | None 
             raise ConfigError(
                 f"{table}.{name}: cannot read {path}",
                 why=error.strerror or str(error),
-                fix=f"let the {table}'s user or group read it",
+                fix=f"let the {table}'s user or group read it"
+                + "; the installed service sees no home directories"
+                * path.as_posix().startswith(("/root/", "/home/")),
             ) from error
     try:
         context.load_cert_chain(cert, key)

@@ -57,6 +57,15 @@ def run(config: Config) -> int:
         daemon.clean_up()
 
 
+def check(config: Config) -> None:
+    """Check that a proxy of this process's user could use the configuration: systemd asks before a reload.
+
+    :raises ConfigError: it could not.
+    """
+    Settings(config)
+    _tls_context(config)
+
+
 class Daemon:
     """The parent."""
 

@@ -335,6 +335,30 @@ def test_a_private_network_leads_outside_but_not_to_what_is_denied(service, help
     assert found == "connected" if host in OUTSIDE else re.fullmatch("E[A-Z]+", found)
 
 
+def test_a_renewed_certificate_is_served_after_a_reload_that_fails_if_it_cannot_be(service):
+    """With certbot's deploy hook of the documentation, and without it: a key that only root can read."""
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=new -keyout {} -out {}"
+    tls = "/etc/dispatcher/tls"
+    served = lambda: (
+        service.run("openssl s_client -connect localhost:8080 </dev/null 2>&1 | openssl x509 -noout -subject").out
+    )
+    service.run(
+        f"cp -a {tls} /root/tls; {made.format(f'{tls}/key.pem', f'{tls}/cert.pem')}; chmod 600 {tls}/key.pem; chown root:root {tls}/key.pem"
+    )
+    done = service.run("systemctl reload dispatcher-proxy", check=False, timeout=200)
+    assert done.code != 0
+    assert "proxy.tls_key: cannot read" in service.run("journalctl -b --no-pager -u dispatcher-proxy -n 20").out
+    assert service.run("systemctl is-active dispatcher-proxy").out.strip() == "active" and "new" not in served()
+    hook = (ROOT / "docs/howto/install-as-a-service.md").read_text()
+    hook = hook.partition("renewal-hooks/deploy/dispatcher`")[2].partition("```sh\n")[2].partition("```")[0]
+    service.run(f"mkdir -m 700 /root/live; cd /root/live; {made.format('privkey.pem', 'fullchain.pem')}")
+    service.run(
+        "cat >/root/hook && chmod +x /root/hook && RENEWED_LINEAGE=/root/live /root/hook", stdin=hook, timeout=200
+    )
+    service.until("the new certificate", lambda: "new" in served())
+    service.run(f"rm -r {tls}; cp -a /root/tls {tls}; systemctl reload dispatcher-proxy", timeout=200)
+
+
 def test_an_upgrade_keeps_the_agents_running(service):
     before = service.processes("alice")
     done = service.run(

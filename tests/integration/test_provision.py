@@ -283,7 +283,8 @@ def test_the_daemons_have_the_rights_of_their_units_and_no_more(installed, units
 
 def test_reload_keeps_connections_and_takes_the_new_configuration(installed, units, free_port_for_module):
     manager, proxy = units
-    assert proxy.one("ExecReload") == "/bin/kill -HUP $MAINPID"
+    check, signal_it = proxy.settings["ExecReload"]
+    assert check.endswith("proxy --check") and signal_it == "/bin/kill -HUP $MAINPID"
     proxy.process.send_signal(signal.SIGHUP)
     browser = Browser(installed, free_port_for_module)
     until("the proxy serves", lambda: browser.ask("/auth/login", {"user": "alice", "password": PASSWORD}))

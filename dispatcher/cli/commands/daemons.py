@@ -53,14 +53,20 @@ def manager(cli: Cli) -> int:
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml proxy")
+@click.option(
+    "--check", is_flag=True, help="Run nothing: fail if this user's proxy could not use the configuration."
+)
 @pass_cli
-def proxy(cli: Cli) -> int:
+def proxy(cli: Cli, *, check: bool) -> int:
     """Run the proxy in the foreground.  It serves the web; started as root, it changes to proxy.user."""
     end_with_parent()
     _same_configuration(cli)
     config = cli.config()
     from dispatcher.proxy import daemon
 
+    if check:
+        daemon.check(config)
+        return 0
     return daemon.run(config)
 
 
@@ -71,8 +77,12 @@ def reload(cli: Cli) -> None:
 
     An invalid configuration changes nothing.
     """
+    from dispatcher.config.check import renewal_faults
+
     url = cli.url
     changed = cli.client().reload().get("changed", [])
+    if url.startswith("unix:") and (faults := list(renewal_faults(cli.config()))):
+        raise Unavailable("The manager has reloaded the configuration, the proxy has not", why="; ".join(faults))
     reloaded = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
     lines = changed or ["the manager: no changes"]
     lines += ["the proxy reloads the configuration" if reloaded else "no proxy is running on this machine"]

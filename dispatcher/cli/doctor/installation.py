@@ -8,6 +8,7 @@ import pwd
 import re
 import shutil
 import socket
+import ssl
 import stat
 import time
 from collections.abc import Iterator
@@ -232,6 +233,30 @@ def certificate(key: str, path: Path) -> Iterator[Finding]:
         yield Finding.warning(f"{key}: {path} expires on {day}", "renew it, then: dispatcher reload")
     else:
         yield Finding.ok(f"{key}: {path} is valid until {day}")
+
+
+def served_certificate(config: Config) -> Iterator[Finding]:
+    """Check that the running proxy serves the certificate that is on the disk: a reload may have failed."""
+    from cryptography import x509
+
+    path = config.proxy.tls_cert
+    if path is None or config.proxy.proxy_protocol:
+        return
+    for address in config.proxy.listen:
+        endpoint = listen_endpoint(address)
+        if endpoint is None or endpoint.kind != "tcp":
+            continue
+        try:
+            served = ssl.get_server_certificate((endpoint.host, endpoint.port), timeout=3).encode()
+            own, used = (x509.load_pem_x509_certificate(pem) for pem in (path.read_bytes(), served))
+        except (OSError, ValueError):
+            continue  # other checks name what does not answer, and what cannot be read
+        if used != own:
+            yield Finding.error(
+                f"{address} serves another certificate than {path}",
+                "dispatcher reload; if it remains so, the proxy's log says why",
+            )
+        return
 
 
 def accounts(config: Config) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """`doctor`: each thing that can be wrong with a machine or an installation has its sentence and its remedy."""
 
+import contextlib
 import datetime
 import errno
 import grp
@@ -9,12 +10,14 @@ import resource
 import shutil
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dispatcher.common.tls import server_context
 from dispatcher.config import default_paths
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
@@ -25,6 +28,7 @@ from dispatcher.cli import main
 from dispatcher.plugin.errors import ManagerUnreachable, Unavailable
 from dispatcher.plugin.model import Finding, Level
 from dispatcher.config.layout import Paths
+from tests.support.certificates import Authority
 from tests.unit.config.test_plugins import FakeAuthenticator, FakeProvider, entry, plugin
 
 
@@ -193,6 +197,32 @@ def test_certificates_that_are_none(tmp_path):
     (tmp_path / "c.pem").write_text("nonsense")
     assert "is not a PEM certificate" in only(installation.certificate("proxy.tls_cert", tmp_path / "c.pem")).what
     assert "No such file" in only(installation.certificate("proxy.tls_cert", tmp_path / "none")).what
+
+
+def test_a_certificate_that_is_not_the_one_on_the_disk_is_told(tmp_path):
+    served, renewed = (Authority(tmp_path).issue(name, ["127.0.0.1"]) for name in ("served", "renewed"))
+    context = server_context(*served, "proxy")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve():
+            for _ in range(2):
+                with contextlib.suppress(OSError), context.wrap_socket(listener.accept()[0], server_side=True):
+                    pass
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        address = "{}:{}".format(*listener.getsockname())
+        told = [
+            list(
+                installation.served_certificate(
+                    parse({"proxy": {"listen": [address], "tls_cert": str(certificate), "tls_key": str(key)}})
+                )
+            )
+            for certificate, key in (served, renewed)
+        ]
+        thread.join()
+    assert told[0] == []
+    assert only(told[1]).level.value == "error" and "another certificate" in only(told[1]).what
 
 
 def test_accounts(monkeypatch, tmp_path):
