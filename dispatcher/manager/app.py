@@ -127,7 +127,7 @@ class Manager:
             clock=clock,
         )
         auth_store = AuthStore(database)
-        self.sessions = Sessions(auth_store, clock, _lifetimes(config))
+        self.sessions = Sessions(auth_store, clock, _lifetimes(config), self.supervisor.queries.user_id)
         hasher = Hasher()
         pool = HashPool(config.auth.hash_workers, config.auth.hash_queue)
         self._closers.append(pool.close)
@@ -145,7 +145,7 @@ class Manager:
         )
         self._closers.append(self.supervisor.close)
         self.supervisor.start()
-        self.sessions.load({user.name: user.created for user in self.supervisor.store.users()})
+        self.sessions.load()
         self._closers.append(self.sessions.close)
         self.sessions.start()
         # All sockets are made before any is served: one that cannot be made fails the start.

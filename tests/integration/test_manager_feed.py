@@ -299,6 +299,7 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
         supervisor.rows[name] = AgentView(
             name=name,
             user=name,
+            user_id=number + 1000,
             app="demo",
             provider="fake",
             state=State.RUNNING,
@@ -311,7 +312,14 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
     for number in range(100_000):
         user = f"user{number % 10_000}"
         manager.sessions._insert(
-            SessionRow(sha256=f"{number:064x}", user=user, agent=user, created=now, last_used=now)
+            SessionRow(
+                sha256=f"{number:064x}",
+                user=user,
+                user_id=int(user[4:]) + 1000,
+                agent=user,
+                created=now,
+                last_used=now,
+            )
         )
     times = []
     for _ in range(3):
@@ -326,10 +334,12 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
 
 
 def test_a_session_that_ends_while_the_snapshot_is_sent_is_gone_in_the_end(manager):
-    now = manager.sessions._clock.now()
+    now, alices = manager.sessions._clock.now(), manager.supervisor.user_id("alice")
     for number in range(30_000):
         manager.sessions._insert(
-            SessionRow(sha256=f"{number:064x}", user="alice", agent="alice", created=now, last_used=now)
+            SessionRow(
+                sha256=f"{number:064x}", user="alice", user_id=alices, agent="alice", created=now, last_used=now
+            )
         )
     worker = Worker(manager.paths.feed_socket)
     worker.read()  # hello; the snapshot is on its way, stuck behind a full buffer

@@ -102,14 +102,17 @@ def test_rows_come_back_as_they_were(database):
     assert store.events(made.id, 5) == [event]
     store.add_copy(CopyRow(id=0, agent="alice", provider="old", directory="d", handle="", time=TIME), newer)
     assert store.copies("alice")[0].time == TIME
-    session = SessionRow(sha256="0" * 64, user="alice", agent="alice", created=TIME, last_used=TIME)
+    session = SessionRow(
+        sha256="0" * 64, user="alice", user_id=made.user_id, agent="alice", created=TIME, last_used=TIME
+    )
     auth.add_session(session, Visitor(address="192.0.2.1", user_agent="Browser"), device="1" * 64)
     assert auth.sessions() == [session]
-    assert auth.knows_device("1" * 64, "alice", TIME)
+    assert auth.knows_device("1" * 64, made.user_id, TIME)
     auth.keep({"name:alice": Account(1.5, TIME, TIME)})
     assert auth.accounts() == {"name:alice": Account(1.5, TIME, TIME)}
     kept = KeptRow(agent="alice", uid=200_000, app="demo", provider="fake", handle="", time=TIME)
     assert store.remove(newer, kept=kept, events=[])
+    assert not auth.has_device("1" * 64, made.user_id)
     assert store.kept("alice") == kept
     database.reserve()
     database.checkpoint()

@@ -19,6 +19,10 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def user_id(user: str) -> int:
+    return int(digest(user)[:6], 16)
+
+
 def agent_row(name: str, endpoint: str | None, state: str = "running", **more: Any) -> dict[str, Any]:
     row = {
         "name": name,
@@ -33,12 +37,13 @@ def agent_row(name: str, endpoint: str | None, state: str = "running", **more: A
         "fraction": None,
         "failed": None,
     }
-    return {**row, **more}
+    return {"user_id": user_id(more.get("user", row["user"])), **row, **more}
 
 
 def session_row(token: str, agent: str, ttl: float | None = 3600.0, **more: Any) -> dict[str, Any]:
     user = agent.partition(":")[0]
-    return {"sha256": digest(token), "user": user, "agent": agent, "agents": [agent], "ttl": ttl, **more}
+    row = {"sha256": digest(token), "user": user, "agent": agent, "agents": [agent], "ttl": ttl, **more}
+    return {"user_id": user_id(row["user"]), **row}
 
 
 class FeedServer:

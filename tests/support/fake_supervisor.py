@@ -27,6 +27,7 @@ class FakeStore:
         self.rows: dict[str, UserRow] = {}
         self.kept_copies, self.kept_data = {}, {}
         self.clock = clock
+        self.last_id = 0
 
     def get_user(self, name):
         return self.rows.get(name)
@@ -46,8 +47,9 @@ class FakeStore:
         self.rows[name] = replace(self.rows[name], password_hash=password_hash)
 
     def add(self, name, password_hash=None):
+        self.last_id += 1
         self.rows[name] = UserRow(
-            id=len(self.rows) + 1, name=name, password_hash=password_hash, created=self.clock.now()
+            id=self.last_id, name=name, password_hash=password_hash, created=self.clock.now()
         )
 
 
@@ -138,6 +140,7 @@ class FakeSupervisor:
         self.rows[name] = AgentView(
             name=name,
             user=user,
+            user_id=self.store.rows[user].id,
             app=app or "demo",
             provider="fake",
             state=State.STOPPED,
@@ -211,6 +214,10 @@ class FakeSupervisor:
     def views(self, *, user=None):
         with self.changed:
             return [view for view in self.rows.values() if user in {None, view.user}]
+
+    def user_id(self, user):
+        found = [self.rows[user]] if user in self.rows else self.views(user=user)
+        return found[0].user_id if found else None
 
     def wait(self, agent, done, seconds):
         end = boottime() + seconds

@@ -66,7 +66,7 @@ class Parts:
         self.hasher = Hasher(memory=64, passes=1)
         self.pool = HashPool(2, queue)
         self.lifetimes = lifetimes or Lifetimes(lifetime=7 * 86400.0, idle=86400.0)
-        self.sessions = Sessions(self.store, self.clock, self.lifetimes)
+        self.sessions = Sessions(self.store, self.clock, self.lifetimes, self.supervisor.user_id)
         if authenticator is None:
             cls = plugin(self.supervisor.store, self.hasher).dispatcher_register_authenticators()[0]
             authenticator = cls(options=cls.Options())

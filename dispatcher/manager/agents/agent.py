@@ -172,6 +172,7 @@ class AgentView:
 
     name: str
     user: str
+    user_id: int
     app: str
     provider: str
     state: State
@@ -227,6 +228,7 @@ class AgentView:
         return {
             "name": self.name,
             "user": self.user,
+            "user_id": self.user_id,
             "app": self.app,
             "label": self.label,
             "state": self.feed_state.value,
@@ -267,6 +269,7 @@ def view_of(
     return AgentView(
         name=row.name,
         user=row.user,
+        user_id=row.user_id,
         app=row.app,
         provider=row.provider,
         state=state,

@@ -52,6 +52,10 @@ class Queries:
             agents = [agent for _, agent in sorted(registry.agents.copy().items())]
         return [registry.view(agent) for agent in agents]
 
+    def user_id(self, user: str) -> int | None:
+        """Return the id of the user who has a name now; never blocks."""
+        return self._registry.user_id(user)
+
     def wait(self, name: str, done: Callable[[AgentView | None], bool], seconds: float) -> AgentView | None:
         """Wait until `done(view)` is true (None: the agent is gone) or `seconds` are over; return the last view.
 

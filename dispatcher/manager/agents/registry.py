@@ -107,6 +107,10 @@ class Registry:
         """Return a user's agents, the oldest first."""
         return sorted(self._by_user.get(user, {}).copy().values(), key=lambda agent: agent.row.id)
 
+    def user_id(self, user: str) -> int | None:
+        """Return the id of the user who has a name now."""
+        return next((agent.row.user_id for agent in self._by_user.get(user, {}).copy().values()), None)
+
     def add(self, row: AgentRow) -> Agent:
         """Take an agent that is in the store into memory."""
         agent = Agent(row)

@@ -24,7 +24,7 @@ def follow_removals(supervisor: Supervisor, sessions: Sessions, wait_for_edge: C
         """An agent is gone, or its removal was written."""
         views = supervisor.queries.views(user=user)
         if all(view.desired is Desired.ABSENT for view in views):
-            sessions.user_removed(user)
+            sessions.revoke_user(user)
             wait_for_edge()
         elif all(view.name != agent for view in views):
             others = [view.name for view in views if view.desired is not Desired.ABSENT]

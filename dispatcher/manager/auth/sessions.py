@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from dispatcher.common.log import logger
 from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
@@ -51,17 +52,37 @@ class Lifetimes:
     idle: float
 
 
-class Sessions:
-    """All sessions of one installation.  Every method may be called from any thread."""
+class Standing(NamedTuple):
+    """What must stay the same while a password is checked: a user's id, and how often all its sessions ended."""
 
-    def __init__(self, store: AuthStore, clock: SteadyWallClock, lifetimes: Lifetimes) -> None:
+    user_id: int | None
+    ended: int
+
+
+class Sessions:
+    """All sessions of one installation.  Every method may be called from any thread.
+
+    A session belongs to a user's id, which nobody gets again: when the end of a removed user's sessions fails,
+    they are not those of the next user with the same name.
+
+    :param user_id: returns the id that a name has now, None for an unknown one; quick.
+    """
+
+    def __init__(
+        self,
+        store: AuthStore,
+        clock: SteadyWallClock,
+        lifetimes: Lifetimes,
+        user_id: Callable[[str], int | None],
+    ) -> None:
+        self.user_id = user_id
         self._store = store
         self._clock = clock
         self._lifetimes = lifetimes
         self._subscribers: list[OnChange] = []
         self._rows: dict[str, SessionRow] = {}
         self._of_user: dict[str, dict[str, SessionRow]] = {}
-        self._epochs: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
         self._published: dict[str, float] = {}  # last use that was published
         self._used: set[str] = set()  # since the last write
         self._lock = threading.RLock()  # of all these tables
@@ -71,13 +92,10 @@ class Sessions:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def load(self, users: dict[str, float]) -> None:
-        """Read the stored sessions; drop those of users who were removed, or created again since.
-
-        :param users: when each user was created, by name.
-        """
+    def load(self) -> None:
+        """Read the stored sessions; drop those of users who were removed."""
         rows = {row.sha256: row for row in self._store.sessions()}
-        known = {key for key, row in rows.items() if row.created >= users.get(row.user, float("inf"))}
+        known = {key for key, row in rows.items() if self._is_of_user(row)}
         known -= {key for key in known if (parent := rows[key].parent) and parent not in known}
         self._store.remove_sessions(rows.keys() - known)
         for key in known:
@@ -109,33 +127,35 @@ class Sessions:
 
     # --- creation
 
-    def epoch(self, user: str) -> int:
-        """Return how often all sessions of a user were ended, for `create`."""
-        return self._epochs.get(user, 0)
+    def standing(self, user: str) -> Standing:
+        """Return the standing of a user, for `create`."""
+        return Standing(self.user_id(user), self._ended.get(user, 0))
 
     def create(
-        self, user: str, agent: str, visitor: Visitor, *, epoch: int, device: str | None = None
+        self, user: str, agent: str, visitor: Visitor, *, standing: Standing, device: str | None = None
     ) -> tuple[str, SessionRow]:
         """Return a new token and its session.
 
-        :param epoch: from before the password was checked, so that a sign-in that overlaps a change of the
-            password does not outlive it.
+        :param standing: from before the password was checked, so that a sign-in that overlaps a change of the
+            password, or a removal, does not outlive it.
         :param device: SHA-256 of the token that identifies this browser from now on.
-        :raises Forbidden: all sessions of the user were ended meanwhile.
+        :raises Forbidden: all sessions of the user were ended meanwhile, or the user was removed.
         """
+        if standing.user_id is None:
+            raise _ended_meanwhile()
         now = self._clock.now()
-        row = SessionRow(sha256="", user=user, agent=agent, created=now, last_used=now)
-        return self._add(row, visitor, epoch, device)
+        row = SessionRow(sha256="", user=user, user_id=standing.user_id, agent=agent, created=now, last_used=now)
+        return self._add(row, visitor, standing, device)
 
     def child(self, parent: SessionRow, host: str, agent: str) -> tuple[str, SessionRow]:
         """Return a new token and its session for one host, which ends with `parent`.
 
         :raises Forbidden: the parent has ended.
         """
-        epoch = self.epoch(parent.user)
+        standing = self.standing(parent.user)
         visitor = self._store.visitors([parent.sha256]).get(parent.sha256, Visitor())
         row = replace(parent, agent=agent, last_used=self._clock.now(), host=host, parent=parent.sha256)
-        return self._add(row, visitor, epoch, None)
+        return self._add(row, visitor, standing, None)
 
     def renew(self, sha256: str) -> tuple[str, SessionRow]:
         """Replace a session by a new one of the same user, and end all others: the password was changed.
@@ -144,21 +164,27 @@ class Sessions:
         """
         old = self.require(sha256)
         visitor = self._store.visitors([sha256]).get(sha256, Visitor())
-        token, row = self.create(old.user, old.agent, visitor, epoch=self.epoch(old.user))
+        token, row = self.create(old.user, old.agent, visitor, standing=self.standing(old.user))
         self.revoke_user(old.user, spare=row.sha256)
         return token, row
 
-    def _add(self, row: SessionRow, visitor: Visitor, epoch: int, device: str | None) -> tuple[str, SessionRow]:
+    def _add(
+        self, row: SessionRow, visitor: Visitor, standing: Standing, device: str | None
+    ) -> tuple[str, SessionRow]:
         token = new_token()
         row = replace(row, sha256=digest(token))
         self._store.add_session(row, visitor, device=device)
         with self._lock:
-            valid = epoch == self.epoch(row.user) and (row.parent is None or row.parent in self._rows)
+            valid = (
+                standing == self.standing(row.user)
+                and self._is_of_user(row)
+                and (row.parent is None or row.parent in self._rows)
+            )
             if valid:
                 self._insert(row)
         if not valid:
             self._store.remove_sessions([row.sha256])
-            raise Forbidden("The sign-in was ended meanwhile", fix="sign in again")
+            raise _ended_meanwhile()
         self._changed([row.sha256], ())
         mine = self.all(row.user)
         if len(mine) > MAX_PER_USER:
@@ -175,7 +201,7 @@ class Sessions:
     def get(self, sha256: str) -> SessionRow | None:
         """Return a session, None if it has ended."""
         row = self._rows.get(sha256)
-        return row if row and self.expires(row) > self._clock.now() else None
+        return row if row and self._is_valid(row, self._clock.now()) else None
 
     def require(self, sha256: str) -> SessionRow:
         """Return a session.
@@ -202,7 +228,14 @@ class Sessions:
         now = self._clock.now()
         with self._lock:
             rows = list((self._rows if user is None else self._of_user.get(user, {})).values())
-        return [row for row in rows if self.expires(row) > now]
+        return [row for row in rows if self._is_valid(row, now)]
+
+    def _is_valid(self, row: SessionRow, now: float) -> bool:
+        return self.expires(row) > now and self._is_of_user(row)
+
+    def _is_of_user(self, row: SessionRow) -> bool:
+        """Whether a session is of the user that has the name now, not of an earlier one."""
+        return self.user_id(row.user) == row.user_id
 
     def count(self) -> int:
         """Return the number of sessions."""
@@ -272,20 +305,15 @@ class Sessions:
     def revoke_user(self, user: str, *, spare: str | None = None) -> int:
         """End all sessions of a user but one; return how many."""
         with self._lock:  # sign-ins in progress fail
-            self._epochs[user] = self.epoch(user) + 1
+            self._ended[user] = self._ended.get(user, 0) + 1
             keys = set(self._of_user.get(user, ())) - {spare}
         return self._end(keys)
 
-    def user_removed(self, user: str) -> None:
-        """End the sessions of a removed user and forget the known browsers."""
-        self.revoke_user(user)
-        self._write(partial(self._store.forget_devices, user))
-
     def end_expired(self) -> float:
-        """End expired sessions; return the seconds until the next check."""
+        """End expired sessions, and those of removed users; return the seconds until the next check."""
         now = self._clock.now()
         with self._lock:
-            ends = {key: self.expires(row) for key, row in self._rows.items()}
+            ends = {key: self.expires(row) if self._is_of_user(row) else now for key, row in self._rows.items()}
         self._end({key for key, end in ends.items() if end <= now})
         # A session created later expires at the earliest after four such pauses.
         pause = min(MAX_PAUSE, self._lifetimes.idle / 4, self._lifetimes.lifetime / 4)
@@ -355,3 +383,7 @@ class Sessions:
                     self.flush()
             except Exception:
                 _log.exception("sessions cannot be written, retrying soon")
+
+
+def _ended_meanwhile() -> Forbidden:
+    return Forbidden("The sign-in was ended meanwhile", fix="sign in again")

@@ -92,14 +92,17 @@ class SignIn:
         :raises Unavailable: the authenticator's backend does not answer.
         """
         name = self._name(raw_name)
-        epoch = self._sessions.epoch(name)
+        standing = self._sessions.standing(name)
         user = self.check(name, password, visitor.address, device)
         if user != name:  # the directory's spelling
-            epoch = self._sessions.epoch(user)
+            standing = self._sessions.standing(user)
         agent = self._default_agent(user)
+        if standing.user_id is None:  # new: of an external authenticator
+            standing = self._sessions.standing(user)
         self._start(agent, user, password, stdin_apps)
-        kept = device if device and self._store.has_device(digest(device), user) else new_token()
-        token, row = self._sessions.create(user, agent.name, visitor, epoch=epoch, device=digest(kept))
+        known = device and standing.user_id and self._store.has_device(digest(device), standing.user_id)
+        kept = device if device and known else new_token()
+        token, row = self._sessions.create(user, agent.name, visitor, standing=standing, device=digest(kept))
         self._metrics.login(LoginOutcome.SUCCESS)
         _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8])
         return SignedIn(token=token, device=kept, session=row)
@@ -111,7 +114,8 @@ class SignIn:
         :raises Forbidden: it is wrong; :raises TooManyRequests: as `sign_in`.
         """
         keys = [f"name:{name}", *([address_key(address)] if address is not None else [])]
-        if device is not None and self._store.knows_device(digest(device), name, self._clock.now()):
+        user_id = self._sessions.user_id(name)
+        if device and user_id and self._store.knows_device(digest(device), user_id, self._clock.now()):
             keys = [f"device:{digest(device)}"]
         deadline = Deadline(TIMEOUT)
         try:
@@ -172,7 +176,10 @@ class SignIn:
             with self._contained("set_password"):
                 self.authenticator.set_password(user, password, deadline=deadline)
 
-        self._store.distrust_devices(user)  # each known browser would have free attempts at the new password
+        if user_id := self._sessions.user_id(user):
+            self._store.distrust_devices(
+                user_id
+            )  # each known browser would have free attempts at the new password
         self._pool.run(change, deadline)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)

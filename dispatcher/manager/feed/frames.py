@@ -36,6 +36,7 @@ def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
     found: Row = {
         "sha256": row.sha256,
         "user": row.user,
+        "user_id": row.user_id,
         "agent": row.agent,
         "agents": [row.agent] if row.host else agents,
         "ttl": round(ttl, 3),

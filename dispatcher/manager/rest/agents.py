@@ -60,8 +60,6 @@ def create_agent(
         )
     password_hash = services.signin.hash_new(password) if password is not None else None
     row = services.supervisor.commands.create(name, app=app, password_hash=password_hash)
-    if new:
-        services.sessions.user_removed(user)  # sessions of an earlier user of that name are not the new user's
     location = {"Location": f"/agents/{quote(row.name, safe='')}"}
     return services.supervisor.queries.view(row.name).to_json(), 201, location
 

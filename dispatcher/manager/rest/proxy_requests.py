@@ -164,7 +164,7 @@ def _own_agent(services: Services, row: SessionRow, name: str) -> AgentView:
     """
     agent = names.agent_name(name)
     view = view_or_none(services, agent)
-    if view is None or view.user != row.user or (row.parent and agent != row.agent):
+    if view is None or view.user_id != row.user_id or (row.parent and agent != row.agent):
         raise NotFound(f"There is no agent {agent}", fix="see the dashboard for your agents")
     return view
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 
 from dispatcher.manager.storage import tables
+from dispatcher.manager.storage.auth import devices
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import AgentRow, BackendRow, CopyRow, KeptRow, UserRow
 from dispatcher.manager.storage.tables import values
@@ -108,7 +109,7 @@ class Store:
             _add_events(connection, events)
 
     def remove(self, row: AgentRow, *, kept: KeptRow | None, events: Sequence[AgentEvent]) -> bool:
-        """Delete an agent, and its user with the last one; return whether the user went.
+        """Delete an agent, and its user and the known browsers with the last one; return whether the user went.
 
         Its user id stays taken when data is kept.
         """
@@ -123,6 +124,7 @@ class Store:
             others = sa.select(tables.agents.c.id).where(tables.agents.c.user_id == row.user_id).limit(1)
             if connection.execute(others).first():
                 return False
+            connection.execute(devices.delete().where(devices.c.user_id == row.user_id))
             connection.execute(tables.users.delete().where(tables.users.c.id == row.user_id))
             return True
 

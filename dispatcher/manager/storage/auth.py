@@ -29,11 +29,13 @@ class SessionRow:
     """One session as it is stored.
 
     :ivar sha256: of the token, hexadecimal; :ivar agent: whose requests it makes.
+    :ivar user_id: of `UserRow`: a later user of the same name has another one.
     :ivar host: the one host of a child session; :ivar parent: SHA-256 of its parent.
     """
 
     sha256: Sha256
     user: UserName
+    user_id: int
     agent: AgentName
     created: float
     last_used: float
@@ -65,7 +67,7 @@ class Account:
 @dataclass(frozen=True, slots=True)
 class _Device:
     sha256: Sha256
-    user: UserName
+    user_id: int
     last_used: float
 
 
@@ -79,7 +81,7 @@ Changes = dict[str, Account | None]
 
 
 _sessions = table("sessions", SessionRow, Visitor, sha256=KEY, user=INDEX, parent=INDEX)
-_devices = table("devices", _Device, sha256=KEY, user=INDEX)
+devices = table("devices", _Device, sha256=KEY, user_id=INDEX)
 _throttle = table("throttle", _Counted, Account, key=KEY)
 
 
@@ -101,7 +103,7 @@ class AuthStore:
         with self._database.write() as connection:
             connection.execute(_sessions.insert(), values(row, _sessions) | values(visitor, _sessions))
             if device:
-                self._add_device(connection, device, row.user, row.created)
+                self._add_device(connection, device, row.user_id, row.created)
 
     def visitors(self, sha256s: Iterable[str]) -> dict[str, Visitor]:
         """Return where sessions were made."""
@@ -136,32 +138,29 @@ class AuthStore:
 
     # Known browsers.
 
-    def knows_device(self, sha256: str, user: str, now: float) -> bool:
-        """Whether `user` has signed in from the browser with this token, lately and with the same password."""
-        return any(now - used < DEVICE_LIFETIME for used in self._uses(sha256, user))
+    def knows_device(self, sha256: str, user_id: int, now: float) -> bool:
+        """Whether a user has signed in from the browser with this token, lately and with the same password."""
+        return any(now - used < DEVICE_LIFETIME for used in self._uses(sha256, user_id))
 
-    def has_device(self, sha256: str, user: str) -> bool:
-        """Whether `user` has ever signed in from the browser that holds this token."""
-        return bool(self._uses(sha256, user))
+    def has_device(self, sha256: str, user_id: int) -> bool:
+        """Whether a user has ever signed in from the browser that holds this token."""
+        return bool(self._uses(sha256, user_id))
 
-    def _uses(self, sha256: str, user: str) -> list[float]:
-        query = sa.select(_devices).where(_devices.c.sha256 == sha256, _devices.c.user == user)
+    def _uses(self, sha256: str, user_id: int) -> list[float]:
+        query = sa.select(devices).where(devices.c.sha256 == sha256, devices.c.user_id == user_id)
         return [row["last_used"] for row in self._database.select(query)]
 
-    def distrust_devices(self, user: str) -> None:
+    def distrust_devices(self, user_id: int) -> None:
         """Let none of a user's browsers be known until it signs in again."""
-        self._database.execute(_devices.update().where(_devices.c.user == user).values(last_used=0.0))
+        self._database.execute(devices.update().where(devices.c.user_id == user_id).values(last_used=0.0))
 
-    def forget_devices(self, user: str) -> None:
-        """Forget a user's browsers."""
-        self._database.execute(_devices.delete().where(_devices.c.user == user))
-
-    def _add_device(self, connection: sa.Connection, sha256: str, user: str, now: float) -> None:
-        connection.execute(_devices.delete().where(_devices.c.sha256 == sha256))
-        connection.execute(_devices.insert().values(sha256=sha256, user=user, last_used=now))
-        mine = sa.select(_devices.c.sha256).where(_devices.c.user == user).order_by(_devices.c.last_used.desc())
+    def _add_device(self, connection: sa.Connection, sha256: str, user_id: int, now: float) -> None:
+        connection.execute(devices.delete().where(devices.c.sha256 == sha256))
+        connection.execute(devices.insert().values(sha256=sha256, user_id=user_id, last_used=now))
+        mine = sa.select(devices.c.sha256).where(devices.c.user_id == user_id)
+        mine = mine.order_by(devices.c.last_used.desc())
         if extra := connection.execute(mine.offset(MAX_DEVICES)).scalars().all():
-            connection.execute(_devices.delete().where(_devices.c.sha256.in_(extra)))
+            connection.execute(devices.delete().where(devices.c.sha256.in_(extra)))
 
     # Failed sign-in attempts.
 

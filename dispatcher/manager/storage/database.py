@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from dispatcher.manager.files.space import disk_fix, free_space
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 TESTED = ("sqlite", "postgresql")
 RECYCLE = 1800.0  # seconds after which a connection to a database server is replaced
 RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
@@ -144,6 +144,10 @@ class Database:
         """Bring a database of an earlier schema to `SCHEMA_VERSION`."""
         if found < 2 and "disabled" in {column["name"] for column in sa.inspect(connection).get_columns("users")}:
             connection.execute(sa.text("ALTER TABLE users DROP COLUMN disabled"))
+        if found < 3:
+            for name in ("sessions", "devices"):  # of names: a row may be of an earlier user of its name
+                connection.execute(sa.text(f"DROP TABLE IF EXISTS {name}"))
+            metadata.create_all(connection)
         if found < SCHEMA_VERSION:
             connection.execute(meta.update().where(meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
 

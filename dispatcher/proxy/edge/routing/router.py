@@ -94,7 +94,7 @@ class Router:
             agent = found
         elif session.host:
             return self._no_session(request)  # made for one host, while agents had hosts of their own
-        if agent is None or agent.user != session.user:
+        if agent is None or agent.user_id != session.user_id:
             return Refuse(pages.NO_AGENT)
         if request.watched or not request.traits & SAFE:
             failure = self._origin_fault(request, scheme)
@@ -153,7 +153,7 @@ class Router:
             return Refuse(pages.bad_request(400, "a query of too many fields"))
         name = query.get("agent", [session.agent])[0]
         agent = self._tables.agents.get(name)
-        if agent is None or name not in session.agents or agent.user != session.user:
+        if agent is None or name not in session.agents or agent.user_id != session.user_id:
             return Refuse(pages.NO_AGENT)
         return Events(agent)
 

@@ -28,6 +28,7 @@ class Agent:
     def __init__(self, name: str) -> None:
         self.name = name
         self.user = ""
+        self.user_id = 0
         self.app = ""
         self.label = ""
         self.state = ""
@@ -60,6 +61,7 @@ class Agent:
             self.user = sys.intern(row.get("user", ""))
             # Names may hold any letter; a header field holds ASCII (RFC 9110, 5.5): percent-encoded UTF-8.
             self.identity = b"X-Dispatcher-User: %b\r\n" % quote(self.user, safe="@+._-").encode("ascii")
+        self.user_id = row.get("user_id", 0)
         if row.get("app", "") != self.app:
             self.app = sys.intern(row.get("app", ""))
             self.counters = None
@@ -92,6 +94,7 @@ class Agent:
 class Session:
     """One session's row.
 
+    :ivar user_id: only agents with the same one are the session's: a name may be another person's by now.
     :ivar digest: SHA-256 of the token, 32 bytes; :ivar expires: on the caller's clock, infinite without end.
     :ivar target: the agent of its requests, once it was looked up.
     :ivar connections: client connections that were last used with it, None while there is none.
@@ -100,6 +103,7 @@ class Session:
     def __init__(self, digest: bytes) -> None:
         self.digest = digest
         self.user = ""
+        self.user_id = 0
         self.agent = ""
         self.agents = _NO_AGENTS
         self.expires = 0.0
@@ -197,6 +201,7 @@ class Tables:
         session.target = agent
         session.agent = agent.name if agent else row.get("agent") or ""
         session.user = agent.user if agent and agent.user == row["user"] else row["user"]
+        session.user_id = row["user_id"]
         names = tuple(row.get("agents", ()))
         session.agents = self._tuples.setdefault(names, names)
         ttl = row.get("ttl")

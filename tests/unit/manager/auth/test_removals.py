@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dispatcher.manager.auth.removals import follow_removals
+from dispatcher.manager.auth.sessions import digest
+from dispatcher.plugin import names
 from dispatcher.plugin.errors import Unavailable
 from tests.support.manager_parts import Parts
 
@@ -52,6 +54,25 @@ def test_a_removal_that_cannot_be_written_ends_no_session(parts, monkeypatch):
     monkeypatch.setattr(parts.supervisor, "remove", full)
     assert parts.admin.delete("/agents/alice").status_code == 503
     assert parts.sessions.get(session), "the user stays, and so does the sign-in"
+
+
+def test_a_removal_that_nothing_is_told_of_leaves_nothing_to_the_next_user_of_the_name(parts):
+    parts.supervisor.removal_subscribers.clear()
+    old = parts.login().json
+    session = old["session"]["sha256"]
+    host = f"{names.key('alice')}.apps.example"
+    code = parts.post("/sessions/handover", sha256=session, host=host, nonce_sha256=digest("n")).json["code"]
+    parts.supervisor.vanish("alice:lab")
+    parts.supervisor.vanish("alice")
+    assert parts.post("/sessions/lookup", sha256=session).status_code == 404
+    assert parts.add("alice", "another password").status_code == 201
+    assert parts.post("/sessions/lookup", sha256=session).status_code == 404
+    assert parts.post("/sessions/state", sha256=session, agent="alice", state="running").status_code == 404
+    assert parts.post("/sessions/redeem", code=code, nonce="n", host=host).status_code == 403
+    assert parts.login().status_code == 403
+    new = parts.login(password="another password", device=old["device"]).json
+    assert new["device"] != old["device"], "the browser that the earlier user had is not known"
+    assert [row.sha256 for row in parts.sessions.all("alice")] == [new["session"]["sha256"]]
 
 
 def test_removals_while_no_manager_ran_are_handled_at_the_start(parts):

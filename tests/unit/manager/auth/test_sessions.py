@@ -23,16 +23,17 @@ class World:
         self.database.open()
         self.store = AuthStore(self.database)
         self.changed, self.gone = [], []
+        self.users = {"alice": 1, "bob": 2}
         self.sessions = self.restarted()
 
-    def restarted(self, users=("alice", "bob"), lifetimes=LIFETIMES):
-        sessions = Sessions(self.store, self.clock, lifetimes)
-        sessions.load(dict.fromkeys(users, 0.0))
+    def restarted(self, lifetimes=LIFETIMES):
+        sessions = Sessions(self.store, self.clock, lifetimes, self.users.get)
+        sessions.load()
         sessions.subscribe(lambda changed, gone: (self.changed.extend(changed), self.gone.extend(gone)))
         return sessions
 
     def begin(self, user="alice", agent=None):
-        return self.sessions.create(user, agent or user, HERE, epoch=self.sessions.epoch(user))
+        return self.sessions.create(user, agent or user, HERE, standing=self.sessions.standing(user))
 
 
 @pytest.fixture
@@ -67,11 +68,36 @@ def test_a_session_survives_a_restart(world):
 def test_sessions_of_users_who_are_gone_or_made_anew_do_not_survive_a_restart(world):
     _, alices = world.begin("alice")
     _, bobs = world.begin("bob")
-    sessions = Sessions(world.store, world.clock, LIFETIMES)
-    sessions.load({"alice": world.clock.now() + 1})  # made anew; bob is gone
+    world.users.clear()
+    world.users["alice"] = 3  # made anew; bob is gone
+    sessions = world.restarted()
     assert sessions.get(alices.sha256) is None
     assert sessions.get(bobs.sha256) is None
     assert world.store.sessions() == []
+
+
+def test_no_session_and_no_browser_of_a_removed_user_is_the_next_ones_of_that_name(world):
+    """Even when nothing told of the removal, or what it did could not be written."""
+    standing = world.sessions.standing("alice")
+    _, old = world.sessions.create("alice", "alice", HERE, standing=standing, device="d" * 64)
+    _, bobs = world.begin("bob")
+    world.users["alice"] = 3
+    assert world.sessions.get(old.sha256) is None
+    assert world.sessions.all("alice") == [] and world.sessions.all() == [bobs]
+    for make in (
+        lambda: world.sessions.child(old, "h", "alice"),
+        lambda: world.sessions.create("alice", "alice", HERE, standing=standing),
+    ):
+        with pytest.raises(Forbidden):
+            make()
+    assert not world.store.has_device("d" * 64, 3)
+    assert not world.store.knows_device("d" * 64, 3, world.clock.now())
+    _, new = world.begin("alice")
+    assert world.sessions.all("alice") == [new]
+    world.gone.clear()
+    world.sessions.end_expired()
+    assert world.gone == [old.sha256], "the edge closes what it has open"
+    assert {row.sha256 for row in world.store.sessions()} == {new.sha256, bobs.sha256}
 
 
 def test_it_ends_without_use(world):
@@ -152,10 +178,10 @@ def test_all_of_a_user_end_but_one(world):
 
 
 def test_a_sign_in_that_overlaps_the_end_of_all_sessions_comes_to_nothing(world):
-    epoch = world.sessions.epoch("alice")
+    standing = world.sessions.standing("alice")
     world.sessions.revoke_user("alice")
     with pytest.raises(Forbidden):
-        world.sessions.create("alice", "alice", HERE, epoch=epoch)
+        world.sessions.create("alice", "alice", HERE, standing=standing)
     assert world.sessions.all("alice") == []
     assert world.store.sessions() == []
 
@@ -237,7 +263,7 @@ def test_a_removal_ends_and_moves_sessions_even_while_the_disk_is_full(world, re
     freed = request.getfixturevalue("full_disk")
     world.sessions.replace_agent("alice", "alice:lab", "alice")
     assert world.sessions.require(row.sha256).agent == "alice"
-    world.sessions.user_removed("bob")
+    world.sessions.revoke_user("bob")
     assert set(world.gone) == {child.sha256, bobs.sha256}
     freed()
     world.sessions.flush()
@@ -250,7 +276,7 @@ def test_the_thread_ends_sessions_by_itself(tmp_path):
     sessions = world.restarted(lifetimes=Lifetimes(lifetime=1000.0, idle=0.4))
     sessions.subscribe(lambda _changed, gone: gone and ended.set())
     sessions.start()
-    sessions.create("alice", "alice", HERE, epoch=0)
+    sessions.create("alice", "alice", HERE, standing=sessions.standing("alice"))
     world.clock.time += 0.5
     assert ended.wait(2)
     sessions.close()
@@ -261,13 +287,12 @@ def test_known_browsers_are_of_one_user_bounded_and_forgotten(world):
     now = world.clock.now()
     for number in range(25):
         world.clock.time += 1
-        world.sessions.create("alice", "alice", HERE, epoch=0, device=f"{number:064}")
-    assert not world.store.knows_device(f"{0:064}", "alice", now)
-    assert world.store.knows_device(f"{24:064}", "alice", now)
-    assert not world.store.knows_device(f"{24:064}", "bob", now)
-    assert not world.store.knows_device(f"{24:064}", "alice", now + 200 * 86400)
-    world.sessions.user_removed("alice")
-    assert not world.store.knows_device(f"{24:064}", "alice", now)
+        standing = world.sessions.standing("alice")
+        world.sessions.create("alice", "alice", HERE, standing=standing, device=f"{number:064}")
+    assert not world.store.knows_device(f"{0:064}", 1, now)
+    assert world.store.knows_device(f"{24:064}", 1, now)
+    assert not world.store.knows_device(f"{24:064}", 2, now)
+    assert not world.store.knows_device(f"{24:064}", 1, now + 200 * 86400)
 
 
 def test_a_jump_of_the_wall_clock_ends_nothing(tmp_path, monkeypatch):
@@ -278,14 +303,17 @@ def test_a_jump_of_the_wall_clock_ends_nothing(tmp_path, monkeypatch):
     database = Database(f"sqlite:///{tmp_path}/x.db")
     database.open()
     store, real = AuthStore(database), time.time
-    sessions = Sessions(store, steady_clock(database), LIFETIMES)
-    _, row = sessions.create("alice", "alice", HERE, epoch=0)
+    users = {"alice": 1}
+    sessions = Sessions(store, steady_clock(database), LIFETIMES, users.get)
+    _, row = sessions.create("alice", "alice", HERE, standing=sessions.standing("alice"))
     for jump in (36_000.0, -36_000.0):
         monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
         sessions.end_expired()
         assert sessions.ttl(row) == pytest.approx(100, abs=5)
-        again = Sessions(store, steady_clock(database), LIFETIMES)  # a restarted manager, the clock still wrong
-        again.load({"alice": 0.0})
+        again = Sessions(
+            store, steady_clock(database), LIFETIMES, users.get
+        )  # a restarted manager, the clock still wrong
+        again.load()
         assert again.ttl(again.require(row.sha256)) == pytest.approx(100, abs=5)
     database.close()
 
@@ -299,8 +327,11 @@ def test_a_hundred_thousand_sessions_stay_quick(world):
     for number in range(100_000):
         key = f"{number:064x}"
         table._insert(
-            SessionRow(sha256=key, user=f"u{number % 10000}", agent="a", created=1000.0, last_used=1000.0)
+            SessionRow(
+                sha256=key, user=f"u{number % 10000}", user_id=1, agent="a", created=1000.0, last_used=1000.0
+            )
         )
+    world.users.update((f"u{number}", 1) for number in range(10000))
     began = time.thread_time()
     for number in range(1000):
         world.sessions.get(f"{number:064x}")

@@ -70,15 +70,18 @@ def test_changes_hold_only_what_there_is_and_are_cut():
 
 
 def test_rows_of_sessions():
-    row = SessionRow(sha256="s", user="alice", agent="alice", created=1.0, last_used=1.0)
+    row = SessionRow(sha256="s", user="alice", user_id=7, agent="alice", created=1.0, last_used=1.0)
     assert feed_frames.session_row(row, ["alice"], 12.34567) == {
         "sha256": "s",
         "user": "alice",
+        "user_id": 7,
         "agent": "alice",
         "agents": ["alice"],
         "ttl": 12.346,
     }
-    child = SessionRow(sha256="s", user="u", agent="u", created=1.0, last_used=1.0, host="h", parent="p")
+    child = SessionRow(
+        sha256="s", user="u", user_id=8, agent="u", created=1.0, last_used=1.0, host="h", parent="p"
+    )
     assert feed_frames.session_row(child, ["u"], 1.0)["host"] == "h"
 
 

@@ -8,6 +8,7 @@ import pytest
 from dispatcher.plugin.deadline import boot_id
 from dispatcher.plugin.errors import Conflict, NotFound, Unavailable
 from dispatcher.manager.storage import agents as module
+from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import Desired, Kind, Pending
 from dispatcher.manager.storage.agents import Store, steady_clock
@@ -108,6 +109,19 @@ def test_the_user_is_made_once_and_goes_with_the_last_agent(store):
     assert store.get_user("alice") is not None
     assert store.remove(two, kept=None, events=[]) is True
     assert store.get_user("alice") is None
+
+
+def test_a_user_of_an_old_name_has_a_new_id_and_no_known_browser(store):
+    auth = AuthStore(store.database)
+    first = made(store)
+    session = SessionRow(
+        sha256="0" * 64, user="alice", user_id=first.user_id, agent="alice", created=1.0, last_used=1.0
+    )
+    auth.add_session(session, Visitor(), device="1" * 64)
+    assert auth.has_device("1" * 64, first.user_id)
+    assert store.remove(first, kept=None, events=[])
+    assert not auth.has_device("1" * 64, first.user_id)
+    assert made(store).user_id != first.user_id
 
 
 def test_passwords(store):

@@ -136,11 +136,16 @@ INSERT INTO agents (id, name, user_id, app, provider, uid, created, version, des
   observed, ready, endpoint, spec_hash, exit_reason, operation, step, since, failure, attempts, move) VALUES
   (3, 'alice', 7, 'demo', 'fake', 1000, 1.5, 9, 'running', 0, 'restart', '', 'stopped', 0, '', '', '', 'start',
   '', 2.0, '{"what": "w", "why": "y", "fix": "f", "log": ["a"], "time": 1.0, "final": true}', '[1.0, 2.0]', 'null');
+CREATE TABLE sessions (sha256 VARCHAR(64) NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL);
+CREATE INDEX ix_sessions_user ON sessions (user);
+INSERT INTO sessions VALUES ('s', 'alice');
+CREATE TABLE devices (sha256 VARCHAR(64) NOT NULL PRIMARY KEY, user VARCHAR(255) NOT NULL, last_used FLOAT NOT NULL);
 """
 
 
 def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
     from dispatcher.manager.storage.agents import Store
+    from dispatcher.manager.storage.auth import AuthStore
     from dispatcher.manager.storage.rows import AgentRow, Failure
     from dispatcher.plugin.model import BackendState
 
@@ -151,6 +156,8 @@ def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
         database = Database(f"sqlite:///{tmp_path}/x.db")
         database.open()
         store = Store(database)
+        auth = AuthStore(database)  # sessions were of names, which says too little
+        assert auth.sessions() == [] and not auth.has_device("d", 7)
         user, (agent,) = store.get_user("alice"), store.agents()
         assert (user.id, user.password_hash, user.created) == (7, "hash", 1.5)
         assert agent.failure == Failure(what="w", why="y", fix="f", log=("a",), time=1.0, final=True)

@@ -59,6 +59,21 @@ def test_a_session_leads_to_its_agent_and_counts_as_use():
     assert rules.agent.traffic.use == 1 and rules.router.used == [rules.session]
 
 
+@pytest.mark.parametrize("routing", ["session", "subdomain"])
+def test_a_session_of_a_removed_user_opens_nothing_of_the_next_one_of_that_name(routing):
+    subdomain = {"routing": routing, "public_url": "https://example.org"} if routing == "subdomain" else {}
+    rules = Rules(**subdomain)
+    host = "l.example.org"
+    rows = {"sessions": [session_row(TOKEN, "alice", **({"host": host} if subdomain else {}))]}
+    agent = agent_row("alice", "tcp:127.0.0.1:9", label="l")
+    rules.tables.apply({"type": "change", "agents": [agent], **rows}, 0.0)
+    asked = parse_request(b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host.encode(), 100)
+    assert isinstance(rules.router.route(asked, rules.session, 1.0, b"https", b""), Pass)
+    rules.tables.apply({"type": "change", "agents": [{**agent, "user_id": agent["user_id"] + 1}]}, 0.0)
+    assert rules.router.route(asked, rules.session, 1.0, b"https", b"") == Refuse(pages.NO_AGENT)
+    assert rules.route("/auth/events?agent=alice", session=rules.session) == Refuse(pages.NO_AGENT)
+
+
 @pytest.mark.parametrize("target", ["/auth", "/auth/login", "/auth?x"])
 def test_the_portals_paths_need_no_session(target):
     assert Rules().route(target) is PORTAL
