@@ -108,7 +108,7 @@ def front(name, base, config, port):
         (base / "conf").write_text(NGINX.format(base=base, config=config))
         command = ["nginx", "-c", base / "conf", "-p", base, "-e", base / "log"]
     elif name == "haproxy":
-        (base / "conf").write_text(config)
+        (base / "conf").write_text(f"global\n    stats socket {base}/stats\n{config}")
         command = ["haproxy", "-db", "-f", base / "conf"]
     else:
         (base / "conf").write_text(f"{{\n\tadmin off\n\tauto_https disable_redirects\n}}\n{config}")
@@ -168,9 +168,18 @@ def test_many_tabs_with_streams_work_over_http_2(streams, name, file, free_port,
             tab.locator("#ticks").inner_text() != old for tab, old in zip(page.context.pages, seen, strict=True)
         ))  # fmt: skip
         assert ask_from_elsewhere(url, authority.path, tmp_path / "cookies") == "127.0.0.2 over HTTP/2"
+        if name == "haproxy":
+            until("its health check succeeds", lambda: "L7OK" in stats_of(tmp_path / "stats"))
     finally:
         process.kill()  # when asked politely, Caddy waits for its connections to end
         process.wait(10)
+
+
+def stats_of(path):
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        sock.sendall(b"show stat\n")
+        return sock.makefile().read()
 
 
 def test_haproxy_passes_tls_on_with_the_proxy_protocol(site_with, free_port, tmp_path):

@@ -87,6 +87,11 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     def without_slash() -> Response:
         return context.go(context.local("/"))
 
+    @app.get(f"{portal.prefix}/health")
+    def health() -> Response:
+        """For balancers and monitors: no session, no cookie, and no question to the manager, which may restart."""
+        return Response("ok\n", content_type="text/plain; charset=utf-8")
+
     by_hash = {asset.name: asset for asset in _STATIC.values()}
 
     @app.get(f"{portal.prefix}/static/<name>")

@@ -347,6 +347,13 @@ class TestAccount:
 
 
 class TestTheRest:
+    def test_a_balancers_check_needs_no_session_no_cookie_and_no_manager(self, portal) -> None:
+        app, manager = portal
+        manager.down = True
+        answer = Browser(app).get("/auth/health")
+        assert (answer.status, answer.source) == (200, "ok\n")
+        assert "Set-Cookie" not in answer.headers and answer.headers["Cache-Control"] == "no-store"
+
     def test_static_files_are_cached_for_ever_under_their_hash(self, portal) -> None:
         app, _ = portal
         browser = Browser(app)
