@@ -89,6 +89,45 @@ def test_signing_out_ends_the_session_on_every_host(site, person) -> None:
     expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
 
 
+CACHED = """
+import os, socketserver, sys
+from http.server import BaseHTTPRequestHandler
+class Handler(BaseHTTPRequestHandler):
+    def address_string(self): return "-"
+    def log_message(self, *_): pass
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Cache-Control", "max-age=3600")
+        self.end_headers()
+        self.wfile.write(b"<h1>Private</h1>")
+class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    daemon_threads = True
+os.umask(0o007)
+Server(sys.argv[1], Handler).serve_forever()
+"""
+
+
+def test_the_sign_in_clears_what_the_browser_keeps_of_an_agents_host(site_with, person) -> None:
+    command = f"[apps.one.subprocess]\ncommand = [\"{{python}}\", \"-c\", '''{CACHED}''', \"{{{{socket}}}}\"]\n"
+    site = site_with(
+        command, people=("alice",), proxy='routing = "subdomain"\npublic_url = "http://apps.localhost:PORT"'
+    )
+    site.url = f"http://apps.localhost:{site.port}"
+    page = person()
+    site.sign_in(page, "alice", "/auth/")
+    page.get_by_role("link", name="Open").click()
+    expect(page.get_by_role("heading", name="Private")).to_be_visible()
+    page.goto(f"{host(site, 'alice')}/page")
+    page.goto(f"{host(site, 'alice')}/auth/logout")
+    page.locator("main").get_by_role("button", name="Sign out").click()
+    expect(page.get_by_text("You are signed out")).to_be_visible()
+    page.goto(f"{host(site, 'alice')}/other")
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+    page.goto(f"{host(site, 'alice')}/page")
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
 def test_a_sibling_hosts_page_cannot_post_or_open_a_socket(site, person) -> None:
     """Sibling hosts are the same site: SameSite cookies do not help, the Origin does."""
     page = person(bypass_csp=True)  # the attacker's page has no policy against itself

@@ -426,7 +426,9 @@ class Connection(Client):
 
     def _redirect(self, decision: Redirect) -> None:
         clean = self.exchange.drop_body()
-        answer = pages.redirect(decision.location, self._own_lines(), close=self.closing, status=decision.status)
+        answer = pages.redirect(
+            decision.location, self._own_lines() + decision.lines, close=self.closing, status=decision.status
+        )
         self._answer(answer, decision.status, clean=clean)
 
     def _answer(self, answer: bytes, status: int, *, clean: bool) -> None:

@@ -39,10 +39,11 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Redirect:
-    """Redirect the browser."""
+    """Redirect the browser; `lines` are further fields, each ended by CRLF."""
 
     location: bytes
     status: int = 303
+    lines: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import Final
 from urllib.parse import parse_qs, quote_from_bytes
 
 from dispatcher.feed import protocol
-from dispatcher.proxy import origins
+from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.request import NO_BODY, SAFE, Request
 from dispatcher.proxy.edge.http.response import covers
@@ -35,6 +35,8 @@ from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
 
 DYING_PAUSE: Final = 0.3  # seconds in which the end of an agent that drops requests is noticed
 RUNNING: Final = protocol.RUNNING
+_CLEAR_CACHE: Final = b'Clear-Site-Data: "cache"\r\n'
+_SESSION_COOKIE: Final = cookies.names(secure=False).session.encode() + b"="  # in `__Host-dispatcher=`, too
 _AFTER_PREFIX: Final = frozenset({b"", b"/", b"?"})
 _SLEEPY: Final = frozenset({protocol.ASLEEP, protocol.STOPPING})
 
@@ -163,7 +165,10 @@ class Router:
         if request.upgrade or not request.navigation():
             link = f'<a href="{settings.prefix.decode()}/login">Sign in</a>' if request.wants_html() else ""
             return Refuse(pages.BAD_SESSION, link)
-        return Redirect(settings.login + quote_from_bytes(request.target, safe="/").encode("ascii"))
+        # A sign-out at the portal cannot clear the cache of an agent's host, nor the session's cookie there.
+        ended = settings.subdomain and request.fields.get(field_names.COOKIE, b"").find(_SESSION_COOKIE) >= 0
+        location = settings.login + quote_from_bytes(request.target, safe="/").encode("ascii")
+        return Redirect(location, lines=_CLEAR_CACHE if ended else b"")
 
     # Agents that do not run.
 

@@ -86,6 +86,18 @@ def test_without_a_session_people_sign_in_and_programs_get_401():
     assert rules.route(digest=b"d") == Lookup(b"d", Refuse(pages.BAD_SESSION))
 
 
+@pytest.mark.parametrize("name", [b"dispatcher", b"__Host-dispatcher"])
+def test_the_cache_of_an_agents_host_is_cleared_once_its_session_has_ended(name):
+    rules = Rules(routing="subdomain", public_url="https://example.org")
+    cookie = b"Cookie: a=b; " + name + b"=x\r\n"
+    first, ended = rules.route("/", NAVIGATION), rules.route("/", NAVIGATION + cookie)
+    assert isinstance(first, Redirect) and isinstance(ended, Redirect)
+    assert ended.location == first.location
+    assert (first.lines, ended.lines) == (b"", b'Clear-Site-Data: "cache"\r\n')
+    shared = Rules().route("/", NAVIGATION + cookie)
+    assert isinstance(shared, Redirect) and not shared.lines, "there the sign-out and the sign-in do"
+
+
 SAME = b"Origin: https://a\r\n"
 
 
