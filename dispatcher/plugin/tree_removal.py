@@ -7,8 +7,8 @@ replaced.  At most three descriptors are open at a time, and nothing is recursiv
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import logging
 import os
 import secrets
 import stat
@@ -22,9 +22,11 @@ from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, Provider
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 DELETING = 3600.0  # seconds that the deletion of one tree may take
-_EMPTYING = 10.0  # seconds of a start for the removal of temporary files
+_EMPTYING = 60.0  # seconds of a start for the removal of temporary files, at most half of what it has left
 _AT_A_TIME = 10_000  # names read of a directory, so that a huge one does not fill the memory
 _SHOWN = 3  # of what remains
+
+_log = logging.getLogger("dispatcher.plugin")
 
 Tick = Callable[[], None]
 
@@ -89,14 +91,21 @@ def remove_tree(
 def make_temporary(path: Path, uid: int, gid: int, deadline: Deadline) -> None:
     """Make the directory for temporary files, in the data of an agent that does not run, anew.
 
-    The agent can have put anything there.  What fails is left as it is: programs then use `/tmp`.
+    The agent can have put anything there.  What fails is logged and left as it is: the agent starts with the rest,
+    the next start goes on with the removal, and without the directory programs use `/tmp`.
     """
-    with contextlib.suppress(OSError, DispatcherError), opened(os.fspath(path.parent), DIRECTORY) as parent:
-        remove_tree(path.name, dir_fd=parent, deadline=deadline.bounded(_EMPTYING))
-        os.mkdir(path.name, 0o700, dir_fd=parent)
-        with opened(path.name, DIRECTORY, parent) as directory:
-            if os.geteuid() == 0:
-                os.fchown(directory, uid, gid)
+    time = min(_EMPTYING, deadline.remaining() / 2)
+    try:
+        with opened(os.fspath(path.parent), DIRECTORY) as parent:
+            remove_tree(path.name, dir_fd=parent, deadline=Deadline(time))
+            os.mkdir(path.name, 0o700, dir_fd=parent)
+            with opened(path.name, DIRECTORY, parent) as directory:
+                if os.geteuid() == 0:
+                    os.fchown(directory, uid, gid)
+    except DeadlineExceeded:
+        _log.warning("%s: not all temporary files could be removed within %.0f s of the start", path, time)
+    except (OSError, DispatcherError) as error:
+        _log.warning("%s: the directory for temporary files cannot be made anew: %s", path, error)
 
 
 class _Flattening:
