@@ -13,21 +13,21 @@ from dispatcher.config import schema
 from dispatcher.plugin import hooks
 from dispatcher.config.plugins import Plugins
 from tests.conftest import ROOT
+from tests.support.documentation import PAGES, blocks
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 HOOKS = [
     function for name, function in inspect.getmembers(hooks, inspect.isfunction) if name.startswith("dispatcher_")
 ]
 HOOKS_PAGE = (ROOT / "docs/reference/hooks.md").read_text()
 
 
-def blocks(text, language):
-    return re.findall(rf"^```{language}(?: title=\"[^\"]*\")?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+def texts(page, language):
+    return [block.text for block in blocks(page, language)]
 
 
 def test_the_references_are_made_from_this_code():
@@ -53,7 +53,9 @@ def test_each_hook_has_a_test(hook):
 
 
 @pytest.mark.parametrize(
-    "code", blocks(HOOKS_PAGE, "python"), ids=lambda code: re.search(r"def (dispatcher_\w+)", code)[1]
+    "code",
+    texts(ROOT / "docs/reference/hooks.md", "python"),
+    ids=lambda code: re.search(r"def (dispatcher_\w+)", code)[1],
 )
 def test_the_hooks_examples_register(code):
     from tests.unit.config.test_plugins import FakeProvider
@@ -96,9 +98,7 @@ def test_pages_speak_of_the_project_alone(page):
 TOML = [
     (page, number, block)
     for page in [*PAGES, *ROOT.glob("examples/**/*.toml"), ROOT / "packaging/dispatcher.toml"]
-    for number, block in enumerate(
-        blocks(page.read_text(), "toml") if page.suffix == ".md" else [page.read_text()]
-    )
+    for number, block in enumerate(texts(page, "toml") if page.suffix == ".md" else [page.read_text()])
     if "[project]" not in block
 ]
 
@@ -124,13 +124,32 @@ def test_commands_in_the_documentation_exist():
     known = {*program.lazy, *program.aliases}
     wrong = []
     for page in PAGES:
-        for block in [*blocks(page.read_text(), "sh"), *re.findall(r"`(dispatcher [^`\n]+)`", page.read_text())]:
+        for block in [*texts(page, "sh"), *re.findall(r"`(dispatcher [^`\n]+)`", page.read_text())]:
             for line in block.splitlines():
                 match = re.search(
                     r"(?:^|\s|/)dispatcher((?: --?[a-z-]+(?:[ =][^-\s]\S*)?)*) ([a-z][a-z_-]+)", line
                 )
                 if match and match[2] not in known and "pip install" not in line and "adduser" not in line:
                     wrong.append(f"{page.name}: {line.strip()}")
+    assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_block_of_commands_is_run_or_says_why_not(page):
+    """Those of `sh` without a mark are run by tests/integration/test_docs_commands.py."""
+    wrong = []
+    for block in blocks(page):
+        run, where = re.fullmatch(r"run by (tests/\S+\.py)::(test_\w+)", block.mark), block.text.splitlines()[0]
+        if run and f"def {run[2]}(" not in (ROOT / run[1]).read_text():
+            wrong.append(f"{block.mark}: there is no such test")
+        elif block.mark and not run and not re.fullmatch(r"not run: .{10,}", block.mark):
+            wrong.append(f"{block.mark}: neither a test nor a reason")
+        elif not block.mark and block.language in {"console", "ini", "yaml"}:
+            wrong.append(f"{where}: say which test runs it, or why none does")
+        elif block.language not in {"console", "ini", "json", "python", "sh", "text", "toml", "yaml"}:
+            wrong.append(f"{where}: unknown language {block.language!r}")
+        elif block.language == "text" and re.search(r"^(?:[$#] |\S*dispatcher [a-z])", block.text, re.MULTILINE):
+            wrong.append(f"{where}: commands are blocks of the language sh")
     assert wrong == []
 
 
@@ -160,5 +179,5 @@ def test_every_page_of_the_documentation_can_be_found_from_its_index():
 
 
 def test_the_readme_begins_with_its_two_commands():
-    first = blocks((ROOT / "README.md").read_text(), "sh")[0].splitlines()
+    first = texts(ROOT / "README.md", "sh")[0].splitlines()
     assert [line.partition("#")[0].strip() for line in first] == ["make demo", "make test"]
