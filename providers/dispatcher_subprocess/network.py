@@ -29,6 +29,7 @@ from dispatcher.plugin import (
     DeadlineExceeded,
     Network,
     ProviderError,
+    Unavailable,
     Unsupported,
     denied_networks,
 )
@@ -38,6 +39,8 @@ from dispatcher_subprocess.processes import procfs, run
 from dispatcher_subprocess.processes.procfs import Process
 
 _INTERFACE = "eth0"  # of an agent, beside the loopback interface
+#: Of an agent where it cannot have those of the host: the addresses that slirp4netns gives.
+_ADDRESS, _GATEWAY, _MAC = "10.0.2.100", "10.0.2.2", "52:55:0a:00:02:02"
 #: Joins control groups before a program runs: a socket is counted where it was made.
 _JOIN = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
 
@@ -177,9 +180,11 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
             command += ["--netns-only", "--runas", "0"]
         else:
             command += ["--userns", "/proc/self/fd/1"]
-        interface = outgoing_interface()
-        if interface:
-            command += ["--outbound-if4", interface]
+        route = default_route()
+        if route:
+            command += ["--outbound-if4", route.interface]
+            if not route.gateway:  # of a tunnel, and of many rented servers; pasta wants one, and a MAC address
+                command += ["--address", _ADDRESS, "--netmask", "24", "--gateway", _GATEWAY, "--mac-addr", _MAC]
         # It goes to the background when the network is ready.
         output = subprocess.DEVNULL if inside.user is None else inside.user
         _run(command, inside, inside.network, deadline, stdout=output)
@@ -282,14 +287,41 @@ def _run(
     except OSError as error:
         raise ProviderError("Cannot make a private network", why=str(error)) from error
     if done.returncode:
-        why = f"{Path(command[0]).name}: {last_line(done.stderr) or done.returncode}"
+        program = command[command.index("--") + 1] if "--" in command else command[0]
+        why = f"{Path(program).name}: {last_line(done.stderr) or done.returncode}"
         raise ProviderError("Cannot make a private network", why=why)
 
 
-def outgoing_interface() -> str:
-    """Return the interface of the host's default route, "" when there is none."""
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The host's default route for IPv4: its interface, and whether it names a gateway."""
+
+    interface: str
+    gateway: bool
+
+
+def default_route() -> Route | None:
+    """Return the host's default route for IPv4, None when there is none."""
     for line in procfs.read("/proc/net/route").decode().splitlines()[1:]:
         fields = line.split()
         if fields[1] == "00000000" and fields[7] == "00000000" and int(fields[3], 16) & 1:
-            return fields[0]
-    return ""
+            return Route(fields[0], fields[2] != "00000000")
+    return None
+
+
+def require_route(app: App, host: Host) -> None:
+    """Check that the host has a network, without which pasta makes none: at boot it may come after the agents.
+
+    :raises Unavailable: it has no default route.
+    """
+    if app.network is not Network.PRIVATE or not host.pasta or default_route():
+        return
+    for line in procfs.read("/proc/net/ipv6_route").decode().splitlines():
+        fields = line.split()
+        if fields[0] == "0" * 32 and fields[1] == "00" and fields[9] != "lo":
+            return
+    raise Unavailable(
+        f'apps.{app.name}.network: "private" waits for this host\'s network',
+        why="it has no default route",
+        fix='connect it; without one, slirp4netns works: providers.subprocess.private_network = "slirp4netns"',
+    )

@@ -146,10 +146,12 @@ class Planner:
 
         :param taken: returns the ports of other agents.
         :raises ConfigError: the app's options cannot work here; :raises ProviderError: no port is free.
+        :raises Unavailable: this host has no network now.
         """
         app, options = spec.app, options_of(spec.app)
         kind = endpoint_kind(app)
         network.verify(app, kind, self.host)
+        network.require_route(app, self.host)
         files = self._files(app)
         for error in _forbidden(app, files.shown, (spec.data_dir.parent, spec.run_dir.parent, spec.log_dir)):
             raise error

@@ -144,6 +144,7 @@ SETUP = textwrap.dedent(
     ip route add default via 10.9.0.1
     ip -6 route add default via 2001:db8:9::1
     nsenter -t $outside -n "$PYTHON" -c "$SERVE" &
+    until (exec 3<>/dev/tcp/203.0.113.5/80) 2>/dev/null; do sleep 0.1; done
     "$PYTHON" -c "$INSIDE" "$@"
     """
 )
@@ -484,6 +485,37 @@ BUFFERS = textwrap.dedent(
 )
 
 
+#: A host that has no network yet, and then a default route without a gateway, as of a tunnel or of rented servers.
+ROUTES = textwrap.dedent(
+    """
+    import json, socket, subprocess
+    from dispatcher.plugin.errors import Unavailable
+    from dispatcher.plugin.model import Network
+    from tests.support.subprocess_world import World
+
+    server = socket.create_server(("0.0.0.0", 8000))
+    world = World("7e570045", private_network="pasta")
+    provider = world.provider()
+    ip = lambda words: subprocess.run(["ip", *words.split()], check=True)
+    report = {}
+    try:
+        ip("route del default")
+        ip("-6 route del default")
+        try:
+            world.start(provider, world.spec("alice", network=Network.PRIVATE), ready=False)
+        except Unavailable as error:
+            report["without a network"] = error.why
+        ip("route add default dev ext scope link")
+        handle, inside = world.start(provider, world.spec("alice", network=Network.PRIVATE))
+        for address in ("203.0.113.5:80", "10.9.0.2:8000", "10.9.0.3:8000", "172.20.0.1:8000", "127.0.0.1:8000"):
+            report[address] = inside.refused("/connect", to="tcp:" + address) or "reached"
+        print("REPORT", json.dumps(report))
+    finally:
+        world.close()
+    """
+)
+
+
 #: Runs a program of this module as an ordinary user who may change /etc, which is a copy.
 AS_USER = textwrap.dedent(
     """
@@ -569,6 +601,16 @@ def test_names_are_found_wherever_the_host_moves():
         "IPv6": "203.0.113.7",
         "a start with IPv6 alone": "203.0.113.7",
     }
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_a_host_whose_network_comes_late_or_has_no_gateway():
+    """The manager tries again as long as a provider is unavailable: at boot the network may come after the agents."""
+    report = in_namespaces(program=ROUTES)
+    assert report.pop("without a network") == "it has no default route"
+    assert report.pop("203.0.113.5:80") == "reached"
+    assert len(report) == 4 and not {"reached", ""} & set(report.values()), report
 
 
 @pytest.mark.root
