@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Container, Iterable
-from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
+from ipaddress import (
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    collapse_addresses,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
 from pathlib import Path
 
 from dispatcher.plugin.model import Endpoint
@@ -60,8 +68,9 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
                 elif network.version == 4 and network.num_addresses > 2:
                     found.append(ip_network(network.broadcast_address))
     found += map(ip_network, extra)
-    found += [_embedded(one) for one in found if one.version == 4]
-    return list(dict.fromkeys(found))
+    v4 = list(collapse_addresses(one for one in found if one.version == 4))  # each container may have a bridge
+    v6 = [one for one in found if one.version == 6]
+    return list(dict.fromkeys([*v6, *map(_embedded, v4), *v4]))
 
 
 def _embedded(network: IPv4Network) -> IPv6Network:

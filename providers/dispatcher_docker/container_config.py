@@ -66,7 +66,7 @@ def volume_name(name: str) -> str:
 
 
 def network_name(installation: str) -> str:
-    """Return the name of the bridge that an installation's agents share."""
+    """Return what the names of an installation's networks begin with."""
     return f"dispatcher-{installation}"
 
 
@@ -262,12 +262,15 @@ def _device(text: str) -> Mapping[str, str]:
     return {"PathOnHost": outside, "PathInContainer": inside or outside, "CgroupPermissions": rights or "rwm"}
 
 
+def network_mode(spec: AgentSpec) -> str:
+    """Return the engine's name of an agent's network: a private one of its own is named as its container."""
+    if spec.app.network is Network.PRIVATE:
+        return options_of(spec.app).network or spec.backend_name
+    return str(spec.app.network.value)
+
+
 def _network(spec: AgentSpec, options: DockerAppOptions, backend: DockerOptions) -> dict[str, Any]:
-    if spec.app.network is Network.NONE:
-        return {"NetworkMode": "none"}
-    if spec.app.network is Network.HOST:
-        return {"NetworkMode": "host"}
-    found: dict[str, Any] = {"NetworkMode": options.network or network_name(spec.installation)}
-    if options.port:
+    found: dict[str, Any] = {"NetworkMode": network_mode(spec)}
+    if options.port and spec.app.network is Network.PRIVATE:
         found["PortBindings"] = {f"{options.port}/tcp": [{"HostIp": backend.publish, "HostPort": ""}]}
     return found

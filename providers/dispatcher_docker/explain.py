@@ -127,11 +127,6 @@ def explain_backend(
             if engine.is_local
             else f"set rules there: iptables -I DOCKER-USER -d {METADATA_NETWORKS[0]} -j REJECT, and the like",
         )
-    if info and not info.get("BridgeNfIptables", True):
-        yield Finding.warning(
-            'Agents with network "private" can reach each other on their bridge',
-            "load the kernel module br_netfilter and set net.bridge.bridge-nf-call-iptables = 1",
-        )
     for key, what in (("MemoryLimit", "memory"), ("CPUCfsQuota", "processor time"), ("PidsLimit", "processes")):
         if info and not info.get(key, True):
             yield Finding.warning(f"This engine cannot limit {what}", "enable the cgroup controllers on its host")

@@ -1,22 +1,25 @@
-"""The bridge network that an installation's agents share.
+"""The bridge networks of agents: one each, of eight addresses.
 
-Agents on it cannot reach each other (`enable_icc=false`).  Docker does let containers connect to the host's own
-services and to all that the host reaches.  Where the manager is root on the engine's host, firewall rules for the
-bridge reject new connections to the host and to the networks of `denied_networks`, clouds' metadata among them.
+On a shared network an agent could ask the engine's name server for all others' names, and have the kernel look for
+as many neighbours as the network has addresses.  Agents cannot reach each other's networks.  Docker does let
+containers connect to the host's own services and to all that the host reaches.  Where the manager is root on the
+engine's host, firewall rules for all bridges of the installation reject new connections to the host and to the
+networks of `denied_networks`, clouds' metadata among them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, ProviderContext, ProviderError, denied_networks
+from dispatcher.plugin import Deadline, DispatcherError, ProviderContext, ProviderError, denied_networks
 from dispatcher_docker.container_config import network_name
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
@@ -24,13 +27,19 @@ from dispatcher_docker.options import LABEL
 
 IpNetwork = IPv4Network | IPv6Network
 
+_BRIDGE = "com.docker.network.bridge.name"
+_RANGE = f"{LABEL}range"  # label: what a network's subnet is a part of
+_PREFIX = 29  # a container, the bridge, and room for an address that the engine has not freed yet
+_MOST = 4096  # networks: three digits of an interface's name
+_TRIES = 10  # while other installations take networks at the same time
+
 #: Chains that forwarded packets pass before the engine's own; the first exists if the engine manages rules.
 _FORWARD = ("DOCKER-USER", "FORWARD")
 _RESOLVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 
 
 class Networks:
-    """Makes and removes the bridge of one installation.
+    """Makes and removes the bridges of one installation.
 
     :param denied: networks that its agents must not reach, besides those of `denied_networks`.
     """
@@ -40,9 +49,7 @@ class Networks:
         self._context = context
         self._denied = denied
         self._lock = threading.Lock()
-        self._starting = 0
-        self.name = network_name(context.installation)
-        #: Name of the bridge's interface, at most 15 characters, and of its chain.
+        #: Beginning of the names of the bridges' interfaces, which have at most 15 characters, and of the chains.
         self.interface = f"dsp-{context.installation}"
 
     @property
@@ -51,82 +58,142 @@ class Networks:
         return self._engine.is_local and self._context.privileged and shutil.which("iptables") is not None
 
     @contextmanager
-    def in_use(self, deadline: Deadline) -> Iterator[None]:
-        """Make the bridge and its rules, and keep it for the length of a start."""
+    def in_use(self, name: str, deadline: Deadline) -> Iterator[None]:
+        """Make the bridge of an agent and the rules; remove it if the block, which starts the agent, fails.
+
+        :param name: of the agent's container, and of its network.
+        """
         with self._locked(deadline):
-            self._protect(self._inspect(deadline) or self._create(deadline), deadline)
-            self._starting += 1
+            ours = self._ours(deadline)
+            if name not in ours:
+                ours[name] = self._create(name, ours, deadline)
+            self._protect(ours, deadline)
         try:
             yield
-        finally:
-            with self._lock:
-                self._starting -= 1
+        except BaseException:
+            with contextlib.suppress(DispatcherError):
+                self.remove(name, Deadline(10))
+            raise
 
     def protect(self, deadline: Deadline) -> None:
-        """Set the rules again if the bridge exists: a reload of the host's firewall removes them."""
+        """Set the rules again if there are bridges: a reload of the host's firewall removes them."""
         with self._locked(deadline):
-            if self.can_protect and (found := self._inspect(deadline)):
-                self._protect(found, deadline)
+            if self.can_protect and (ours := self._ours(deadline)):
+                self._protect(ours, deadline)
+
+    def remove(self, name: str, deadline: Deadline) -> None:
+        """Remove the bridge of an agent, if there is one, and the rules with the last bridge."""
+        with self._locked(deadline):
+            ours = self._ours(deadline)
+            if ours.pop(name, None) is None:
+                return
+            self._delete(name, deadline)
+            if not ours and self.can_protect:
+                for version in (4, 6):
+                    _Firewall(version, self.interface, deadline).clear()
 
     def _locked(self, deadline: Deadline) -> AbstractContextManager[None]:
         return deadline.holding(
             self._lock,
-            "The network of this installation was not ready in time",
-            why="another start or removal holds it",
+            "The agent's network was not ready in time",
+            why="another start or removal holds the networks of this installation",
             fix="check whether the engine hangs (docker info)",
         )
 
-    def _inspect(self, deadline: Deadline) -> dict[str, Any]:
-        try:
-            with self._engine.call("look for the network of this installation", deadline) as client:
-                found: dict[str, Any] = client.inspect_network(self.name)
-                return found
-        except NoSuchObject:
-            return {}
+    def _ours(self, deadline: Deadline) -> dict[str, dict[str, Any]]:
+        """Return this installation's networks by name."""
+        label = f"{LABEL}installation={self._context.installation}"
+        with self._engine.call("list the networks of this installation", deadline) as client:
+            return {one["Name"]: one for one in client.networks(filters={"label": label})}
 
-    def _create(self, deadline: Deadline) -> dict[str, Any]:
-        with self._engine.call("create the network of this installation", deadline) as client:
+    def _create(self, name: str, ours: Mapping[str, dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
+        interfaces = {(one.get("Options") or {}).get(_BRIDGE) for one in ours.values()}
+        names = (f"{self.interface}{number:03x}" for number in range(_MOST))
+        interface = next((one for one in names if one not in interfaces), None)
+        if interface is None:
+            raise ProviderError(f"There are {_MOST} agents with private networks", why="the engine takes no more")
+        ranges = dict.fromkeys(
+            ip_network(text) for one in ours.values() if (text := (one.get("Labels") or {}).get(_RANGE))
+        )
+        taken = {ip_network(text) for one in ours.values() for text in _subnets(one)}
+        for attempt in range(_TRIES):
+            found = _free(ranges, taken)
+            if found is None:
+                ranges = {self._new_range(deadline): None}
+                found = _free(ranges, taken)
+            try:
+                return self._make(name, interface, found, deadline)
+            except ProviderError as error:
+                if found is None or attempt == _TRIES - 1 or "overlap" not in f"{error} {error.why}".lower():
+                    raise
+                taken.add(found[1])
+        raise AssertionError("unreachable")
+
+    def _new_range(self, deadline: Deadline) -> IpNetwork:
+        """Return a range of addresses that the engine would give to a network: one that this host does not use."""
+        name = f"{network_name(self._context.installation)}-range"
+        self._delete(name, deadline)
+        made = self._make(name, f"{self.interface}new", None, deadline)
+        self._delete(name, deadline)
+        return ip_network(next(text for text in _subnets(made) if ":" not in text))
+
+    def _make(
+        self, name: str, interface: str, place: tuple[IpNetwork, IpNetwork] | None, deadline: Deadline
+    ) -> dict[str, Any]:
+        """Make a network.
+
+        :param place: its range and its subnet; None: the engine chooses.
+        """
+        labels = {f"{LABEL}installation": self._context.installation}
+        ipam: Any = None
+        if place:
+            labels[_RANGE] = str(place[0])
+            ipam = {"Driver": "default", "Config": [{"Subnet": str(place[1])}]}
+        options = {_BRIDGE: interface}
+        with self._engine.call("create the agent's network", deadline) as client:
             client.create_network(
-                self.name,
-                driver="bridge",
-                options={
-                    "com.docker.network.bridge.enable_icc": "false",
-                    "com.docker.network.bridge.name": self.interface,
-                },
-                labels={f"{LABEL}installation": self._context.installation},
-                check_duplicate=True,
+                name, driver="bridge", options=options, labels=labels, ipam=ipam, check_duplicate=True
             )
-        return self._inspect(deadline)
+            made: dict[str, Any] = client.inspect_network(name)
+            return made
 
-    def _protect(self, found: dict[str, Any], deadline: Deadline) -> None:
+    def _delete(self, name: str, deadline: Deadline) -> None:
+        try:
+            with self._engine.call("remove the agent's network", deadline) as client:
+                client.remove_network(name)
+        except NoSuchObject:
+            pass
+
+    def _protect(self, ours: Mapping[str, dict[str, Any]], deadline: Deadline) -> None:
         if not self.can_protect:
             return
         denied = denied_networks(self._denied)
-        for version in (4, 6) if found.get("EnableIPv6") else (4,):
+        for version in (4, 6) if any(one.get("EnableIPv6") for one in ours.values()) else (4,):
             firewall = _Firewall(version, self.interface, deadline)
             firewall.fill([one for one in denied if one.version == version])
             firewall.enter_input()
             firewall.enter(self.interface, *_FORWARD)
 
-    def remove_unused(self, deadline: Deadline) -> None:
-        """Remove the bridge and its rules if the installation has no containers left."""
-        with self._locked(deadline):
-            if self._starting:
-                return
-            if self._engine.containers(self._context.installation, deadline, all=True, limit=1):
-                return
-            try:
-                with self._engine.call("remove the network of this installation", deadline) as client:
-                    client.remove_network(self.name)
-            except NoSuchObject:
-                return
-            if self.can_protect:
-                for version in (4, 6):
-                    _Firewall(version, self.interface, deadline).clear()
+
+def _free(ranges: Iterable[IpNetwork], taken: Container[IpNetwork]) -> tuple[IpNetwork, IpNetwork] | None:
+    """Return the first small network that is free, after its range; None if there is none."""
+    for one in ranges:
+        for subnet in one.subnets(new_prefix=max(_PREFIX, one.prefixlen)):
+            if subnet not in taken:
+                return one, subnet
+    return None
+
+
+def _subnets(network: Mapping[str, Any]) -> list[str]:
+    """Return the subnets of a network as the engine describes it."""
+    return [one["Subnet"] for one in (network.get("IPAM") or {}).get("Config") or () if one.get("Subnet")]
 
 
 class _Firewall:
-    """The rules of one bridge, in a chain that has the name of its interface, for one version of IP."""
+    """The rules of an installation's bridges for one version of IP.
+
+    :param interface: the beginning of their names, and the name of the chain.
+    """
 
     def __init__(self, version: int, interface: str, deadline: Deadline) -> None:
         self._version = version
@@ -145,14 +212,13 @@ class _Firewall:
             raise self._failed()
 
     def enter(self, target: str, *chains: str) -> None:
-        """Make new connections from the bridge jump to `target`, in the first of the chains that exists."""
+        """Make new connections from the bridges jump to `target`, in the first of the chains that exists."""
         if not any(self._rule("-C", one, target) or self._rule("-I", one, target) for one in chains):
             raise self._failed()
 
     def enter_input(self) -> None:
         """Make new connections to this host jump to their chain."""
         self.enter(self._input, "INPUT")
-        self._rule("-D", "INPUT", "REJECT")  # of earlier versions: it rejected DNS as well
 
     def clear(self) -> None:
         """Remove the chains and the jumps to them."""
@@ -163,7 +229,7 @@ class _Firewall:
                 self._run(self._program, "-X", name)
 
     def _rule(self, action: str, chain: str, target: str) -> bool:
-        match = ["-i", self._interface, "-m", "conntrack", "--ctstate", "NEW,INVALID"]
+        match = ["-i", f"{self._interface}+", "-m", "conntrack", "--ctstate", "NEW,INVALID"]
         return self._run(self._program, action, chain, *match, "-j", target)
 
     def _run(self, program: str, *arguments: str, stdin: str = "") -> bool:
@@ -198,7 +264,7 @@ def chain(name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address 
         if any(server in network for network in denied)
         for protocol in ("udp", "tcp")
     ]
-    rules += [*(f"-d {network} -j REJECT" for network in denied), f"-o {name} -j REJECT"]
+    rules += [*(f"-d {network} -j REJECT" for network in denied), f"-o {name}+ -j REJECT"]
     return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
 
 

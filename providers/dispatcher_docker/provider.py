@@ -177,7 +177,7 @@ class DockerProvider(Provider):
             return handle
         image = self._images.resolve(spec.app, deadline=deadline, progress=progress)
         private = spec.app.network.value == "private" and not container_config.options_of(spec.app).network
-        with self._networks.in_use(deadline) if private else contextlib.nullcontext():
+        with self._networks.in_use(handle.name, deadline) if private else contextlib.nullcontext():
             self._starter.run(
                 spec, handle, found, image=image, remapped=self._remapped, deadline=deadline, progress=progress
             )
@@ -208,7 +208,7 @@ class DockerProvider(Provider):
         if self._own(handle, deadline):
             progress("removing the container")
             remove(self._engine, handle.name, deadline)
-            self._networks.remove_unused(deadline)
+        self._networks.remove(handle.name, deadline)
         self._clear(handle, deadline)
         self._exit_reasons.forget(handle)
         self._starter.users.remove(handle.name)
@@ -220,7 +220,8 @@ class DockerProvider(Provider):
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = self._engine.containers(self.context.installation, deadline, all=True)
-        if any((one.get("HostConfig") or {}).get("NetworkMode") == self._networks.name for one in found):
+        modes = ((one.get("HostConfig") or {}).get("NetworkMode") or "" for one in found)
+        if any(mode.startswith(container_config.network_name(self.context.installation)) for mode in modes):
             try:
                 self._networks.protect(deadline)
             except ProviderError as error:

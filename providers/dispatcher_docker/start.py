@@ -175,6 +175,7 @@ def _fits(found: Mapping[str, Any], spec: AgentSpec, settings: ContainerSettings
         and observe.label(config.get("Labels"), "hash") == spec.hash
         and observe.label(config.get("Labels"), "image-id") == settings.image_id
         and bool(config.get("OpenStdin")) == (spec.stdin is not None)
+        and (found.get("HostConfig") or {}).get("NetworkMode") == container_config.network_mode(spec)
         and shown == ([str(settings.secrets_dir)] if settings.secrets_dir else [])
     )
 

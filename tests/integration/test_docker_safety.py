@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from dispatcher.plugin.errors import ConfigError
+from dispatcher.plugin.errors import ConfigError, DispatcherError
 from dispatcher.plugin.model import Network
 from dispatcher.testing.probe_client import Refused
 from tests.support.outside import Outside
@@ -171,7 +171,7 @@ def reached(agent, address, port=7777):
 @pytest.fixture
 def dual(world):
     """The installation's bridge with IPv6, as a daemon with `default-network-opts` makes it."""
-    name, interface = f"dispatcher-{world.installation}", f"dsp-{world.installation}"
+    name, interface = world.make("curious").backend_name, f"dsp-{world.installation}fff"
     docker(
         *("network", "create", "--ipv6", "--subnet", "fd77::/64", "--label"),
         *(
@@ -192,7 +192,7 @@ def test_private_networks_do_not_reach_clouds_metadata(world, dual):
             assert any(reached(agent, control) for _ in range(5)), "IPv6 needs a moment on a new link"
         assert [one for one in METADATA if reached(agent, one)] == []
         subprocess.run(
-            ["ip", "addr", "add", "fe80::a9fe:a9fe/64", "dev", f"dsp-{world.installation}", "nodad"], check=True
+            ["ip", "addr", "add", "fe80::a9fe:a9fe/64", "dev", f"dsp-{world.installation}fff", "nodad"], check=True
         )
         with socket.create_server(("::", 7777), family=socket.AF_INET6):
             for address in ("fe80::a9fe:a9fe%eth0", settings["IPv6Gateway"] or "fd77::1"):
@@ -219,16 +219,101 @@ def test_networks_of_the_operator_s_choice_are_denied(world):
 def test_the_rules_go_with_the_network(world):
     agent = world.run("last", options=PORTED, network=Network.PRIVATE)
     rules = lambda: subprocess.run(["iptables-save"], capture_output=True, text=True, check=True).stdout
-    assert f"dsp-{world.installation}" in rules()
+    other = world.run("other", options=PORTED, network=Network.PRIVATE)
+    world.driver.destroy(other.handle)
+    assert f"dsp-{world.installation}" in rules(), "an agent needs them still"
     world.driver.destroy(agent.handle)
     assert f"dsp-{world.installation}" not in rules()
 
 
-def test_networks_go_with_the_last_agent(world):
+def test_a_network_goes_with_its_agent(world):
     agent = world.run("last", options=PORTED, network=Network.PRIVATE)
-    assert leftovers(world.installation) >= {f"network dispatcher-{world.installation}"}
+    assert leftovers(world.installation) >= {f"network {agent.handle.name}"}
+    world.driver.stop(agent.handle)
+    again = world.run("last", options=PORTED, network=Network.PRIVATE)
+    assert again.inside.read("/etc/hostname"), "it runs again"
     world.driver.destroy(agent.handle)
     assert not leftovers(world.installation)
+
+
+def test_a_start_that_fails_leaves_no_network(world):
+    with pytest.raises(DispatcherError):
+        world.run(
+            "absent", options={**PORTED, "command": ["/nothing/there"], "init": False}, network=Network.PRIVATE
+        )
+    assert not leftovers(world.installation)
+
+
+#: Ask the engine's name server, as a resolver library does: whose address is that, what is the address of a name?
+ASK = """
+import socket, struct, sys
+def ask(name, kind):
+    labels = b"".join(bytes([len(one)]) + one.encode() for one in name.split("."))
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    sock.settimeout(10)
+    sock.sendto(struct.pack(">6H", 7, 0x100, 1, 0, 0, 0) + labels + b"\\0" + struct.pack(">2H", kind, 1), ("127.0.0.11", 53))
+    try:
+        return struct.unpack(">6H", sock.recv(4096)[:12])[3]  # answers
+    except TimeoutError:
+        return 0
+print([ask(name, kind) for name, kind in zip(sys.argv[1::2], map(int, sys.argv[2::2]))])
+"""
+
+#: Send to many addresses around one's own; print how many neighbours the kernel has looked for.
+KNOCK = """
+import ipaddress, pathlib, socket, sys
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+own = int(ipaddress.ip_address(sys.argv[1]))
+for number in range(-400, 400):
+    try:
+        sock.sendto(b"x", (str(ipaddress.ip_address(own + number)), 9))
+    except OSError:
+        pass
+print(len(pathlib.Path("/proc/net/arp").read_text().splitlines()) - 1)
+"""
+
+
+def address_of(agent):
+    (settings,) = inspect(agent.handle.name)["NetworkSettings"]["Networks"].values()
+    return settings["IPAddress"]
+
+
+def test_the_engines_name_server_tells_an_agent_of_no_other(world):
+    """Container names hold user names."""
+    alice = world.run("alice", options=PORTED, network=Network.PRIVATE)
+    bob = world.run("bob", options=PORTED, network=Network.PRIVATE)
+
+    def questions(agent):
+        backwards = ".".join(reversed(address_of(agent).split("."))) + ".in-addr.arpa"
+        return backwards, "12", agent.handle.name, "1"
+
+    command = ("exec", alice.handle.name, "python3", "-c", ASK)
+    assert docker(*command, *questions(alice), *questions(bob)).strip() == "[1, 1, 0, 0]"
+
+
+def test_an_agent_has_few_neighbours(world):
+    """The kernel's table of neighbours is one for the host and all namespaces, and has 1,024 entries."""
+    agent = world.run("neighbour", options=PORTED, network=Network.PRIVATE)
+    found = docker("exec", agent.handle.name, "python3", "-c", KNOCK, address_of(agent))
+    assert int(found) < 8
+
+
+def test_networks_are_made_beside_each_other_and_beside_those_of_other_installations(world):
+    """Each installation takes the range that the engine would, so both may take the same one."""
+    other = DockerWorld()
+    try:
+        agents = world.together(
+            [
+                lambda n=n, where=where: where.run(f"side{n}", options=PORTED, network=Network.PRIVATE)
+                for n in range(3)
+                for where in (world, other)
+            ]
+        )
+        assert len({address_of(agent) for agent in agents}) == 6
+        assert not reached(agents[0], address_of(agents[1]), 8080)
+        assert not reached(agents[0], address_of(agents[2]), 8080)
+    finally:
+        other.close()
 
 
 def test_a_named_network_is_joined(world):

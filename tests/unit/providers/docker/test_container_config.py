@@ -131,9 +131,9 @@ def test_an_operators_list_of_users_goes_before_ours():
     assert [one["Source"] for one in mounts if one["Target"] == "/etc/passwd"] == ["/srv/passwd"]
 
 
-def test_a_port_is_published_on_loopback_on_a_bridge_of_the_installation():
+def test_a_port_is_published_on_loopback_on_a_bridge_of_the_agent():
     made = body(spec(DockerAppOptions(image="x", port=8080), network=Network.PRIVATE))
-    assert made["HostConfig"]["NetworkMode"] == "dispatcher-0123abcd"
+    assert made["HostConfig"]["NetworkMode"] == spec().backend_name
     assert made["HostConfig"]["PortBindings"] == {"8080/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]}
     assert "/run/dispatcher" not in {one["Target"] for one in made["HostConfig"]["Mounts"]}
 
