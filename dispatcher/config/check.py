@@ -146,18 +146,20 @@ def renewal_faults(config: Config) -> Iterator[str]:
 
 
 def access_log_faults(config: Config) -> Iterator[str]:
-    """Yield why the proxy could not write or rotate its access log."""
+    """Yield why the proxy could not write its access log."""
     if config.proxy.access_log in {"", "-"}:
         return
     path = Path(config.proxy.access_log).absolute()
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path's, False where this user may not look
         yield f"proxy.access_log: {path} is a directory, expected the path of a file"
-    elif not path.parent.is_dir():
+    elif not os.path.isdir(path.parent):
         yield f"proxy.access_log: there is no directory {path.parent}, create it for the user {config.proxy.user}"
     else:
-        found, uid = path.parent.stat(), proxy_uid(config)
+        # A file of the proxy's in a directory of another user is enough for logrotate's copytruncate.
+        place = path if os.path.exists(path) else path.parent
+        found, uid = place.stat(), proxy_uid(config)
         if uid and found.st_uid != uid and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             yield (
-                f"proxy.access_log: {path.parent} belongs to another user than the proxy, which cannot rotate the "
-                f"log there (run `chown {uid} {path.parent}`, or choose another directory)"
+                f"proxy.access_log: {place} belongs to another user than the proxy, which cannot write the log "
+                f"there (run `chown {uid} {place}`, or choose another directory)"
             )

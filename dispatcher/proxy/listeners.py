@@ -1,7 +1,7 @@
 """Opening the proxy's listeners, before privileges are dropped.
 
-An address is HOST:PORT, [IPv6]:PORT, unix:/PATH, or ``systemd`` for the sockets that the service manager
-passes (sd_listen_fds(3)).
+An address is HOST:PORT, [IPv6]:PORT, unix:/PATH, or ``systemd`` for the sockets of a .socket unit.  systemd keeps
+the TCP sockets open while the proxy restarts (FileDescriptorStoreMax=): connections wait for the new one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import socket
 import stat
 import time
 from collections.abc import Iterable, Mapping
+from urllib.parse import quote
 
+from dispatcher.common import systemd
 from dispatcher.common.bind import bind
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError, Unavailable
@@ -21,16 +23,19 @@ from dispatcher.plugin.names import printable
 from dispatcher.plugin.options import takes_ipv4
 
 BACKLOG = 4096
-_FIRST_FD = 3
+_STORED, _IPV4_TOO = "tcp-", "+ipv4"  # names of the sockets that systemd keeps for the proxy
 _DEFER = 1  # seconds
 _PATIENCE = 5.0  # seconds to wait until workers of a killed proxy have released an address
 
 
 class Listeners:
-    """The open sockets, by the configuration's key and the address in it."""
+    """The open sockets, by the configuration's key, the address in it, and their name in systemd."""
 
     def __init__(self) -> None:
-        self._open: dict[tuple[str, str], list[socket.socket]] = {}
+        self._open: dict[tuple[str, str, str], list[socket.socket]] = {}
+        passed = systemd.passed()
+        self._activated = [sock for name, sock in passed if not name.startswith(_STORED)]
+        self._stored = {name: sock for name, sock in passed if name.startswith(_STORED)}
 
     def update(self, wanted: Mapping[str, list[str]]) -> None:
         """Open the addresses of all keys that are not open yet, then close the others.
@@ -38,29 +43,49 @@ class Listeners:
         :raises ConfigError: it is not an address of this host; :raises Unavailable: it cannot be used.  Nothing
             has changed then.
         """
-        sockets: dict[tuple[str, str], list[socket.socket]] = {}
+        places = [(key, address, _name(address, beside)) for key, beside in wanted.items() for address in beside]
+        for name in self._stored.keys() - {name for _, _, name in places}:  # of another configuration
+            systemd.forget(name)
+            self._stored.pop(name).close()
+        sockets: dict[tuple[str, str, str], list[socket.socket]] = {}
         with contextlib.ExitStack() as opened:
-            for key, addresses in wanted.items():
-                for address in addresses:
-                    where = key, address
-                    if where in self._open:
-                        sockets[where] = self._open[where]
-                    elif where not in sockets:
-                        sockets[where] = _opened(address, key, addresses)
-                        opened.callback(_close, sockets[where])
+            for where in dict.fromkeys(places):
+                if where in self._open:
+                    sockets[where] = self._open[where]
+                else:
+                    sockets[where] = self._opened(*where)
+                    opened.callback(_close, sockets[where])
             opened.pop_all()
-        for where, old in self._open.items():
-            if where not in sockets:  # open in old workers until they end
-                _close(old)
+        for where in self._open.keys() - sockets.keys():
+            if name := where[2]:
+                systemd.forget(name)
+            _close(self._open[where])  # open in old workers until they end
+        for where in sockets.keys() - self._open.keys():
+            if name := where[2]:
+                systemd.store(name, sockets[where][0])
         self._open = sockets
+
+    def _opened(self, key: str, address: str, name: str) -> list[socket.socket]:
+        if address == "systemd":
+            if not self._activated:
+                raise ConfigError(
+                    f"{key}: systemd passes no socket",
+                    why="LISTEN_FDS is not set for this process",
+                    fix="start the proxy through its .socket unit",
+                )
+            return [_activated(sock, key) for sock in self._activated]
+        if address.startswith("unix:"):
+            return [bind_unix(address[5:], 0o666)]
+        stored = self._stored.pop(name, None)
+        return [stored or _tcp(address, key, ipv4_too=name.endswith(_IPV4_TOO))]
 
     def of(self, key: str) -> list[socket.socket]:
         """Return the sockets of a key."""
-        return [sock for (of, _), sockets in self._open.items() if of == key for sock in sockets]
+        return [sock for (of, _, _), sockets in self._open.items() if of == key for sock in sockets]
 
     def addresses(self) -> list[str]:
         """Return the addresses of all keys."""
-        return [address for _, address in self._open]
+        return [address for _, address, _ in self._open]
 
     def close(self) -> None:
         """Close all sockets in this process."""
@@ -68,23 +93,22 @@ class Listeners:
             _close(sockets)
 
 
+def _name(address: str, beside: list[str]) -> str:
+    """Return the name under which systemd keeps a socket; empty when it does not."""
+    if address == "systemd" or address.startswith("unix:"):
+        return ""
+    return _STORED + quote(address, safe="[]") + (_IPV4_TOO if takes_ipv4(address, beside) else "")
+
+
 def _close(sockets: Iterable[socket.socket]) -> None:
     for sock in sockets:
         sock.close()
 
 
-def _opened(address: str, key: str, beside: list[str]) -> list[socket.socket]:
-    if address == "systemd":
-        return _from_systemd(key)
-    if address.startswith("unix:"):
-        return [bind_unix(address[5:], 0o666)]
+def _tcp(address: str, key: str, *, ipv4_too: bool) -> socket.socket:
     host, _, port = address.rpartition(":")
-    return [_tcp(host.strip("[]"), int(port), address, key, ipv4_too=takes_ipv4(address, beside))]
-
-
-def _tcp(host: str, port: int, address: str, key: str, *, ipv4_too: bool) -> socket.socket:
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise ConfigError(f"{key}: {printable(address)} is not an address of this host", why=str(error)) from error
     family, kind, protocol, _, where = found[0]
@@ -107,7 +131,8 @@ def _tcp(host: str, port: int, address: str, key: str, *, ipv4_too: bool) -> soc
         sock.close()
         fix = {
             errno.EADDRINUSE: f"stop what listens there, or change {key}",
-            errno.EACCES: "ports below 1024 need root, or CAP_NET_BIND_SERVICE, or systemd's socket activation",
+            errno.EACCES: "ports below 1024 need root, or AmbientCapabilities=CAP_NET_BIND_SERVICE (systemctl "
+            "edit dispatcher-proxy) and a restart",
         }.get(error.errno or 0, f"change {key}")
         raise Unavailable(f"Cannot listen on {address}", why=error.strerror or str(error), fix=fix) from error
     return sock
@@ -162,18 +187,8 @@ def bind_unix(path: str, mode: int) -> socket.socket:
     return sock
 
 
-def _from_systemd(key: str) -> list[socket.socket]:
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not os.environ.get("LISTEN_FDS", "").isdecimal():
-        raise ConfigError(
-            f"{key}: systemd passes no socket",
-            why="LISTEN_FDS is not set for this process",
-            fix="start the proxy through its .socket unit",
-        )
-    sockets = []
-    for fd in range(_FIRST_FD, _FIRST_FD + int(os.environ["LISTEN_FDS"])):
-        os.set_inheritable(fd, False)
-        sock = socket.socket(fileno=os.dup(fd))
-        if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            raise ConfigError(f"{key}: descriptor {fd} of systemd is not a listening stream socket")
-        sockets.append(sock)
-    return sockets
+def _activated(sock: socket.socket, key: str) -> socket.socket:
+    """Return a copy of a socket of a .socket unit."""
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise ConfigError(f"{key}: descriptor {sock.fileno()} of systemd is not a listening stream socket")
+    return sock.dup()

@@ -295,18 +295,92 @@ def _command(daemon: Daemon) -> list[str]:
     return [sys.executable, "-c", MAIN, str(daemon.dir / "dispatcher.toml")]
 
 
-def test_systemd_is_told_when_it_is_ready():
-    with Daemon(start=False) as daemon, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        path = str(daemon.dir / "notify")
-        notify.bind(path)
-        os.chmod(path, 0o777)
-        notify.settimeout(20)
-        daemon.start(env={**os.environ, "NOTIFY_SOCKET": path})
-        assert notify.recv(100) == b"READY=1"
-        daemon.signal(signal.SIGHUP)
-        assert notify.recv(100) == b"RELOADING=1" and notify.recv(100) == b"READY=1"
+class ServiceManager:
+    """systemd's part: gets notifications, keeps the descriptors of the service, and passes them to the next process."""
+
+    def __init__(self, directory):
+        self.path = str(directory / "notify")
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.sock.bind(self.path)
+        os.chmod(self.path, 0o777)
+        self.sock.settimeout(20)
+        self.stored = {}
+
+    def next(self):
+        """Return the next notification that is not about descriptors."""
+        while True:
+            data, fds, _, _ = socket.recv_fds(self.sock, 1000, 4)
+            kind, _, rest = data.decode().partition("\n")
+            name = rest.removeprefix("FDNAME=")
+            if kind == "FDSTORE=1":
+                (self.stored[name],) = fds
+            elif kind == "FDSTOREREMOVE=1":
+                os.close(self.stored.pop(name))
+            else:
+                return kind
+
+    def start(self, daemon):
+        names, fds = list(self.stored), list(self.stored.values())
+        script = f"export LISTEN_PID=$$ LISTEN_FDS={len(fds)} LISTEN_FDNAMES='{':'.join(names)}'; exec \"$@\""
+        script = "".join(f"exec {3 + at}<&{fd} {fd}<&-; " for at, fd in enumerate(fds)) + script
+        daemon.process = subprocess.Popen(
+            ["bash", "-c", script, "-", *_command(daemon)], pass_fds=fds, cwd=ROOT, start_new_session=True,
+            stdout=daemon.log, stderr=daemon.log, env={**os.environ, "NOTIFY_SOCKET": self.path},
+        )  # fmt: skip
+        assert self.next() == "READY=1"
+
+    def stop(self, daemon):
         daemon.signal(signal.SIGTERM)
-        assert notify.recv(100) == b"STOPPING=1"
+        assert self.next() == "STOPPING=1"
+        daemon.process.wait(20)
+
+    def close(self):
+        for fd in self.stored.values():
+            os.close(fd)
+        self.sock.close()
+
+
+@pytest.fixture
+def supervised():
+    with Daemon(start=False) as daemon, contextlib.closing(ServiceManager(daemon.dir)) as manager:
+        manager.start(daemon)
+        yield daemon, manager
+
+
+def test_systemd_is_told_when_it_is_ready(supervised):
+    daemon, manager = supervised
+    daemon.signal(signal.SIGHUP)
+    assert manager.next() == "RELOADING=1" and manager.next() == "READY=1"
+    manager.stop(daemon)
+
+
+def test_a_restart_by_systemd_refuses_no_connection(supervised):
+    daemon, manager = supervised
+    manager.stop(daemon)
+    with daemon.connect() as waits:
+        manager.start(daemon)
+        assert get(waits) == 200
+
+
+def test_systemd_keeps_the_addresses_of_the_configuration_and_no_other(supervised):
+    daemon, manager = supervised
+    first, second = daemon.port, free_port()
+    daemon.write(listen=[f"127.0.0.1:{second}"])
+    daemon.signal(signal.SIGHUP)
+    assert manager.next() == "RELOADING=1" and manager.next() == "READY=1"
+    daemon.port = second
+    assert len(manager.stored) == 1
+    with daemon.connect() as sock:
+        assert get(sock) == 200
+    manager.stop(daemon)
+    daemon.write(listen=[f"127.0.0.1:{first}"])
+    daemon.port = first
+    manager.start(daemon)
+    assert len(manager.stored) == 1
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", second), 20)
+    with daemon.connect() as sock:
+        assert get(sock) == 200
 
 
 def test_proxy_protocol_says_who_the_client_is():

@@ -1,19 +1,19 @@
-"""The installed service on a whole machine: Debian with its own kernel, systemd and cgroup version 2, emulated.
+"""The Debian package on a whole machine: Debian with its own kernel, systemd and cgroup version 2, emulated.
 
-One machine serves all tests, in their order.  Agents run the kit's probe, which does in an agent what it is asked to.
+One machine serves all tests, in their order, from the installation to the removal.  Agents run the kit's probe, which
+does in an agent what it is asked to.  The data is on a file system with project quotas.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.support.real_machine import PYTHON, ROOT, Machine
+from tests.support.package import newer, package
+from tests.support.real_machine import ROOT, Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.xdist_group("machine"), pytest.mark.timeout(900)]
 
@@ -33,19 +33,37 @@ idle_timeout = "1h"
 [apps.probe.subprocess]
 command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{{socket}}"]
 
+[apps.small]
+disk = "16M"
+
+[apps.small.subprocess]
+command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{{socket}}"]
+
 [apps.net]
 network = "private"
 
 [apps.net.subprocess]
 command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{{socket}}"]
 """
-INSTALL = """
-export PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/wheels
-/srv/project/packaging/provision.sh --no-systemd --wheel /srv/wheels/agent_dispatcher-*.whl
-cp /srv/project/dispatcher/testing/probe.py /usr/local/lib/
-cp /etc/dispatcher/dispatcher.toml /etc/dispatcher/own.toml
-cat /srv/extra.toml >>/etc/dispatcher/dispatcher.toml
+DOCKER = """
+[apps.box]
+provider = "docker"
+disk = "16M"
+
+[apps.box.docker]
+image = "skeleton"
+command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{socket}"]
+mounts = [{ source = "/usr", target = "/usr" }]
 """
+INSTALL = """
+truncate -s 256M /srv/data && mkfs.ext4 -q -O quota,project /srv/data
+echo "/srv/data /var/lib/dispatcher ext4 loop,prjquota 0 0" >>/etc/fstab
+/srv/project/packaging/provision.sh --no-systemd --package /srv/package.deb >/srv/provision.out
+cp /srv/project/dispatcher/testing/probe.py /usr/local/lib/
+cat /srv/extra.toml >>/etc/dispatcher/dispatcher.toml
+sed -i 's/^# access_log/access_log/' /etc/dispatcher/dispatcher.toml
+"""
+CONFIG_FILE = "/etc/dispatcher/dispatcher.toml"
 
 
 class Service:
@@ -84,6 +102,19 @@ class Service:
             time.sleep(1)
         return found
 
+    def fill(self, name, mebibytes, start=0):
+        """Let an agent write files of 1 MiB; return the answers, a word for each."""
+        directory = re.search(r"DISPATCHER_DATA=([^\0]+)", self.ask(name, "/env"))[1]
+        socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
+        return self.run(
+            "head -c 1M /dev/zero >/tmp/mebibyte; "
+            f"for n in $(seq {start} {start + mebibytes - 1}); do curl -sS -m 60 --data-binary @/tmp/mebibyte"
+            f" --unix-socket {socket} http://localhost/write?path={directory}/$n; echo; done"
+        ).out.split()
+
+    def disk(self, name):
+        return self.api("GET", f"/agents/{name}")["disk"]
+
     def ask(self, name, path, data=None):
         """Send the probe of an agent a request, past the proxy, as root may."""
         socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
@@ -110,40 +141,69 @@ class Service:
         return self.run("sleep 1; date +%s").out.strip()
 
 
-def build(work):
-    """Return what the machine gets: the project, and wheels for its Python, pure ones of the project itself."""
-    project, wheels = work / "project", work / "wheels"
-    ignored = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("dispatcher", "providers", "packaging", "tests/machine", "tests/support", "docs/howto"):
-        shutil.copytree(ROOT / name, project / name, ignore=ignored)
-    for name in "setup.py pyproject.toml README.md LICENSE CHANGELOG.md constraints.txt".split():
-        shutil.copy(ROOT / name, project)
-    pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
-    environment = os.environ | {"DISPATCHER_PURE": "1"}
-    subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, project], check=True, env=environment)
-    shutil.rmtree(project / "build", ignore_errors=True)
-    target = ["--only-binary", ":all:", "--python-version", PYTHON, "--implementation", "cp"]
-    target += [f"--abi={abi}" for abi in (f"cp{PYTHON.replace('.', '')}", "abi3", "none")]
-    target += [f"--platform={name}" for name in ("manylinux2014_x86_64", "manylinux_2_28_x86_64", "any")]
-    (wheel,) = wheels.glob("*.whl")
-    subprocess.run([*pip, "download", *target, "-c", ROOT / "constraints.txt", "-d", wheels, wheel], check=True)
-    (work / "extra.toml").write_text(CONFIG.format(network="pasta"))
-    return {path.name: path for path in (project, wheels, work / "extra.toml")}
-
-
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
-    machine = Machine(build(tmp_path_factory.mktemp("machine")), install=INSTALL)
+    work = tmp_path_factory.mktemp("machine")
+    project = work / "project"
+    for name in ("dispatcher/testing", "packaging", "tests/support"):
+        shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    (work / "extra.toml").write_text(CONFIG.format(network="pasta"))
+    files = {path.name: path for path in (project, work / "extra.toml")}
+    files |= {"package.deb": package(), "newer.deb": newer(package(), work / "newer.deb")}
+    machine = Machine(files, install=INSTALL)
     try:
-        machine.run(
-            "systemctl daemon-reload; systemctl enable --now dispatcher-manager dispatcher-proxy", timeout=300
-        )
+        machine.run("systemctl start dispatcher-manager dispatcher-proxy", timeout=300)
         made = Service(machine)
         made.add("alice", "demo")
         made.add("bob", "probe")
         yield made
     finally:
         machine.close()
+
+
+def test_what_was_not_started_is_not_announced(service):
+    told = service.run("cat /srv/provision.out").out
+    assert "Open" not in told
+    assert "systemctl start dispatcher-manager dispatcher-proxy" in told
+
+
+def test_the_package_gives_each_file_to_its_owner(service):
+    paths = (
+        f"/etc/dispatcher/tls /etc/dispatcher/tls/key.pem {CONFIG_FILE} /var/lib/dispatcher /run/dispatcher/proxy"
+    )
+    found = service.run(f"stat -c '%a %U %G' {paths} /var/log/dispatcher").out.splitlines()
+    assert found == [
+        "750 root dispatcher-proxy",
+        "640 root dispatcher-proxy",
+        "644 root root",
+        "711 root root",
+        "700 dispatcher-proxy dispatcher-proxy",
+        "750 dispatcher-proxy dispatcher-proxy",
+    ]
+    assert service.run("getent group dispatcher-admin").out
+
+
+def test_the_units_are_what_systemd_understands(service):
+    done = service.run("systemd-analyze verify /lib/systemd/system/dispatcher-*.service", check=False)
+    assert not done.all
+
+
+def test_the_daemons_have_the_rights_of_their_units_and_no_more(service):
+    def status(unit):
+        text = service.run(f"cat /proc/$(systemctl show -P MainPID dispatcher-{unit})/status").out
+        return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+    manager, proxy = status("manager"), status("proxy")
+    assert manager["NoNewPrivs"] == proxy["NoNewPrivs"] == "1"
+    assert 0 < int(manager["CapBnd"], 16).bit_count() <= 15
+    assert "0" not in proxy["Uid"].split()
+    assert {int(proxy[key], 16) for key in ("CapEff", "CapPrm", "CapBnd", "CapAmb", "CapInh")} == {0}
+
+
+def test_the_doctor_finds_no_error(service):
+    findings = json.loads(service.run("dispatcher doctor --json", check=False).out)["findings"]
+    assert [finding for finding in findings if finding["level"] == "error"] == []
+    assert any("tls/cert.pem is valid until" in finding["what"] for finding in findings)
 
 
 @pytest.mark.parametrize(("unit", "most"), [("manager", 5.0), ("proxy", 1.5), ("agents", 5.0)])
@@ -163,6 +223,19 @@ def test_people_sign_in_through_the_proxy(service):
     assert service.read("alice", "cgroup.events").splitlines()[1] == "frozen 1"
     assert json.loads(service.run(f"{ask} https://localhost:8080/about").out)["user"] == "alice"
     assert service.state("alice") == "running"
+
+
+def test_the_access_log_is_rotated_while_the_proxy_goes_on(service):
+    def lines(file):
+        return service.run(f"grep -c /auth/login /var/log/dispatcher/{file}", check=False).out.strip()
+
+    main = service.run("systemctl show -P MainPID dispatcher-proxy").out
+    service.until("sign-in is logged", lambda: lines("access.log") == "1")
+    service.run("logrotate --force /etc/logrotate.d/agent-dispatcher")
+    assert lines("access.log.1") == "1"
+    service.run("curl -sS -o /dev/null --insecure https://localhost:8080/auth/login")
+    service.until("the next request is logged", lambda: lines("access.log") == "1")
+    assert service.run("systemctl show -P MainPID dispatcher-proxy").out == main
 
 
 def test_each_process_is_in_the_group_of_its_unit(service):
@@ -359,16 +432,124 @@ def test_a_renewed_certificate_is_served_after_a_reload_that_fails_if_it_cannot_
     service.run(f"rm -r {tls}; cp -a /root/tls {tls}; systemctl reload dispatcher-proxy", timeout=200)
 
 
-def test_an_upgrade_keeps_the_agents_running(service):
-    before = service.processes("alice")
-    done = service.run(
-        "PIP_NO_INDEX=1 PIP_FIND_LINKS=/srv/wheels"
-        " /srv/project/packaging/provision.sh --wheel /srv/wheels/agent_dispatcher-*.whl",
-        timeout=600,
+def fills_its_data_alone(service, name):
+    """An agent with disk = "16M" is refused more, and another goes on."""
+    answers = service.fill(name, 18)
+    assert answers[:12] == ["done"] * 12
+    assert answers[-1] == "EDQUOT"
+    assert service.disk(name) == {"used": service.disk(name)["used"], "limit": 16 << 20, "full": True}
+    assert service.fill("bob", 1) == ["done"]
+
+
+def test_a_project_quota_limits_the_data_of_an_agent(service):
+    service.add("dora", "small")
+    fills_its_data_alone(service, "dora")
+    assert "full" in service.run("dispatcher why dora").out
+
+
+def test_a_limit_of_data_is_raised_and_lowered(service):
+    def limited(size):
+        service.run(f"sed -i 's/^disk = .*/disk = \"{size}\"/' {CONFIG_FILE}")
+        service.run("systemctl reload dispatcher-manager")
+        service.api("POST", "/agents/dora/restart?wait=60")
+        service.want("dora", "running")
+
+    limited("24M")
+    assert service.fill("dora", 4, start=20) == ["done"] * 4
+    limited("16M")
+    assert service.fill("dora", 1, start=30) == ["EDQUOT"]
+    assert service.disk("dora")["used"] > 16 << 20, "nothing is deleted"
+
+
+def test_data_that_is_reset_or_purged_is_counted_no_more(service):
+    uid = service.api("GET", "/agents/dora/runtime")["uid"]
+    service.api("PUT", "/agents/dora/reset_data?wait=60")
+    service.want("dora", "running")
+    assert service.fill("dora", 4) == ["done"] * 4
+    service.api("DELETE", "/agents/dora?data=keep&wait=60")
+    code = (
+        "import os, sys; from dispatcher.manager.files.quota import Kernel;"
+        "print(Kernel().read(os.open('/var/lib/dispatcher/agents', os.O_RDONLY), int(sys.argv[1])).used >> 20)"
     )
-    assert "Open https://" in done.out
-    assert service.processes("alice") == before
-    assert service.state("alice") == "running"
+    used = lambda: int(service.run(f'/usr/lib/agent-dispatcher/bin/python -c "{code}" {uid}').out)
+    assert used() == 4
+    assert service.api("DELETE", "/agents/dora/copies") == {"purged": 1}
+    assert used() == 0
+
+
+def test_a_project_quota_limits_the_data_of_a_container(service):
+    service.run(
+        "mkdir -p /tmp/i/{dev,etc,proc,run,sys,tmp,usr,var} && ln -s usr/bin usr/lib usr/lib64 /tmp/i"
+        " && tar -C /tmp/i -c . | docker import - skeleton",
+        timeout=300,
+    )
+    service.run(f"cat >>{CONFIG_FILE}", stdin=DOCKER)
+    service.api("POST", "/reload")
+    service.add("erin", "box")
+    fills_its_data_alone(service, "erin")
+
+
+def test_a_port_below_1024_needs_a_capability_which_is_told(service):
+    since = service.now()
+    listen = 'listen = ["0.0.0.0:443"]\\nredirect_listen = ["0.0.0.0:80"]'
+    service.run(
+        f"sed -i 's/^listen = .*/{listen}/' {CONFIG_FILE} && systemctl reload dispatcher-proxy", timeout=300
+    )
+    service.until("the reload", lambda: "not applied" in service.journal(since))
+    assert "systemctl edit dispatcher-proxy" in service.journal(since)
+    assert service.run("curl -sS -o /dev/null --insecure https://localhost:8080/auth/login").code == 0
+    text = (ROOT / "docs/howto/install-as-a-service.md").read_text()
+    unit = text.partition("## Port 443\n")[2].partition("```ini\n")[2].partition("```")[0]
+    service.run(
+        "mkdir -p /etc/systemd/system/dispatcher-proxy.service.d"
+        " && cat >/etc/systemd/system/dispatcher-proxy.service.d/override.conf"
+        " && systemctl daemon-reload && systemctl restart dispatcher-proxy",
+        stdin=unit,
+        timeout=300,
+    )
+    found = service.run(
+        "curl -sS -o /dev/null -w '%{http_code} ' --insecure https://localhost/auth/login;"
+        " curl -sS -o /dev/null -w '%{http_code} %{redirect_url}' http://localhost/auth/login"
+    ).out
+    assert re.fullmatch(r"200 30[18] https://localhost/auth/login", found)
+    assert service.run("curl -sS --insecure https://localhost:8080/", check=False).code == 7, "refused"
+
+
+#: Opens one connection after the other, and says for each what was answered.
+VISITOR = """
+import socket, ssl, time
+context = ssl._create_unverified_context()
+while True:
+    try:
+        with socket.create_connection(("127.0.0.1", 443), 200) as raw, context.wrap_socket(raw) as sock:
+            sock.sendall(b"GET /auth/login HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n")
+            print(sock.recv(20)[9:12].decode() or "nothing", flush=True)
+    except OSError as error:
+        print(error, flush=True)
+    time.sleep(0.1)
+"""
+
+
+def test_an_upgrade_keeps_the_agents_running_and_refuses_no_connection(service):
+    before = {name: service.processes(name) for name in ("alice", "bob")}
+    mains = "systemctl show -P MainPID dispatcher-manager dispatcher-proxy dispatcher-agents"
+    old = service.run(mains).out.split()
+    service.run(
+        'systemd-run --unit=visitor -p StandardOutput=file:/tmp/answers python3 -c "$(cat)"', stdin=VISITOR
+    )
+    service.until("a visitor", lambda: service.run("cat /tmp/answers", check=False).out)
+    done = service.run("/srv/project/packaging/provision.sh --package /srv/newer.deb", timeout=600)
+    assert re.search(r"Open https://machine/\nSHA-256 of its certificate: ([0-9A-F]{2}:){31}", done.out)
+    time.sleep(2)
+    service.run("systemctl stop visitor")
+    answers = service.run("cat /tmp/answers").out.splitlines()
+    assert set(answers) == {"200"}, answers
+    assert len(answers) > 10
+    new = service.run(mains).out.split()
+    assert (new[0] != old[0], new[1] != old[1], new[2] == old[2]) == (True, True, True)
+    assert {name: service.processes(name) for name in ("alice", "bob")} == before
+    assert service.state("alice") == service.state("bob") == "running"
+    assert service.run("dpkg-query -Wf '${Version}' agent-dispatcher").out.startswith("1:")
 
 
 def test_after_a_reboot_agents_are_in_their_desired_state(service):
@@ -382,15 +563,40 @@ def test_after_a_reboot_agents_are_in_their_desired_state(service):
     assert service.run("systemctl --failed --plain --no-legend").out == ""
 
 
-def test_the_removal_as_documented_leaves_nothing(service):
+def processes(service):
+    return service.run("pgrep -af '[d]ispatcher|[b]wrap' | grep -v networkd-dispatcher", check=False).out
+
+
+def test_the_removal_of_the_package_ends_everything_and_keeps_configuration_and_data(service):
+    service.run("DEBIAN_FRONTEND=noninteractive apt-get remove -y -qq agent-dispatcher", timeout=300)
+    assert not processes(service)
+    assert not service.run("docker ps -q").out
+    assert not service.run("systemctl list-units --all --plain --no-legend 'dispatcher*'").out
+    service.run(f"ls {CONFIG_FILE} /etc/dispatcher/tls/key.pem /var/lib/dispatcher/dispatcher.db")
+
+
+def test_what_cannot_start_is_told_at_the_installation(service):
+    service.run(f"sed -i 's/^listen = .*/listen = [\"203.0.113.99:443\"]/' {CONFIG_FILE}")
+    done = service.run("/srv/project/packaging/provision.sh --package /srv/newer.deb", check=False, timeout=600)
+    assert done.code == 1
+    assert "Open" not in done.out
+    assert "Cannot listen on 203.0.113.99:443" in done.err
+
+
+def test_a_purge_as_documented_keeps_users_data_until_it_is_deleted(service):
+    done = service.run("DEBIAN_FRONTEND=noninteractive apt-get purge -y -qq agent-dispatcher", timeout=300)
+    assert "rm -r /var/lib/dispatcher" in done.out
+    assert service.run("ls /var/lib/dispatcher/agents /var/lib/dispatcher/dispatcher.db").out
     text = (ROOT / "docs/howto/install-as-a-service.md").read_text()
     commands = text.partition("## Remove\n")[2].partition("```sh\n")[2].partition("```")[0]
-    assert "disable" in commands
-    service.run(commands, timeout=200)
+    assert "apt purge agent-dispatcher" in commands
+    service.run("umount /var/lib/dispatcher")
+    service.run(commands.replace("apt purge", "apt-get -y -qq purge"), timeout=300)
     rest = service.run(
-        "pgrep -af 'dispatcher|bwrap' | grep -v pgrep; ls -d /sys/fs/cgroup/dispatcher* /dev/shm/dispatcher*;"
-        " find / -xdev -path /srv -prune -o -iname '*dispatcher*' -not -path '/var/log/*' -not -path '/proc/*' -print;"
-        " grep dispatcher /etc/passwd /etc/group; systemctl list-units --all --plain --no-legend 'dispatcher*'",
+        "ls -d /sys/fs/cgroup/dispatcher* /dev/shm/dispatcher*; grep dispatcher /etc/passwd /etc/group;"
+        " find / -xdev \\( -path /srv -o -path /proc -o -path /var/log/journal -o -path /var/lib/docker \\) -prune"
+        " -o -iname '*dispatcher*' -print; systemctl list-units --all --plain --no-legend 'dispatcher*'",
         check=False,
     )
+    assert processes(service) == ""
     assert [line for line in rest.out.splitlines() if "networkd-dispatcher" not in line] == []

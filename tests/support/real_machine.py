@@ -20,7 +20,6 @@ from pathlib import Path
 from shlex import quote
 
 ROOT = Path(__file__).parent.parent.parent
-PYTHON = "3.11"  # of the machine
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT = 240  # seconds until it runs commands
 

@@ -63,8 +63,14 @@ def test_an_access_log_needs_a_directory_of_the_proxys_user(tmp_path):
 def test_a_directory_of_another_user_is_named_with_what_to_do(tmp_path):
     config = parse({"proxy": {"access_log": f"{tmp_path}/log", "user": "nobody-at-all"}})
     (fault,) = access_log_faults(config)
-    assert "which cannot rotate the log there" in fault
+    assert "which cannot write the log there" in fault
     assert f"`chown {config.manager.uid_range[0]} {tmp_path}`" in fault
+    log = tmp_path / "log"
+    log.touch(mode=0o640)
+    (fault,) = access_log_faults(config)
+    assert f"`chown {config.manager.uid_range[0]} {log}`" in fault
+    os.chown(log, config.manager.uid_range[0], -1)
+    assert list(access_log_faults(config)) == []
 
 
 def test_a_provider_whose_check_fails_is_named_and_the_others_are_checked():

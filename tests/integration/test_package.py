@@ -1,0 +1,69 @@
+"""The contents of the Debian package, and provision.sh as far as it changes nothing.  The rest: test_machine.py."""
+
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.support.package import HOME, package
+
+PROVISION = ROOT / "packaging/provision.sh"
+SETUP = {"__file__": str(ROOT / "setup.py")}
+exec((ROOT / "setup.py").read_text().partition("\nMYPY = ")[0], SETUP)
+COMPILED = sorted(SETUP["COMPILED"])
+pytestmark = pytest.mark.xdist_group("machine")  # which has the package, too
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    target = tmp_path_factory.mktemp("package")
+    subprocess.run(["dpkg-deb", "--extract", package(), target], check=True)
+    return target
+
+
+def test_every_file_of_the_program_is_in_the_package(tree):
+    (site,) = (tree / HOME / "lib").glob("python3.*/site-packages")
+    when = package().stat().st_mtime  # somebody may be at work in the clone
+    missing = [
+        str(path.relative_to(ROOT))
+        for top in (ROOT / "dispatcher", *(ROOT / "providers").glob("dispatcher_*"))
+        for path in top.rglob("*")
+        if path.is_file() and path.parent.name != "__pycache__" and path.suffix not in {".pyc", ".so"}
+        if path.stat().st_mtime < when and not (site / path.relative_to(top.parent)).exists()
+    ]
+    assert missing == []
+    for path in COMPILED:
+        assert list((site / path).parent.glob(f"{(site / path).stem}.*.so")), f"{path} is not compiled"
+
+
+def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
+    for path in (
+        "usr/share/man/man1/dispatcher.1.gz",
+        "usr/share/man/man1/dispatcher-add.1.gz",
+        "usr/share/bash-completion/completions/dispatcher",
+        "usr/share/doc/agent-dispatcher/README.md",
+        "usr/share/doc/agent-dispatcher/docs/howto/install-as-a-service.md",
+        "etc/logrotate.d/agent-dispatcher",
+    ):
+        assert (tree / path).is_file() or (tree / f"{path}.gz").is_file(), path
+    assert (tree / "usr/bin/dispatcher").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--nonsense"], "unknown option --nonsense"),
+        (["--package", "/no/package.deb"], "there is no file /no/package.deb"),
+    ],
+)
+@pytest.mark.root
+def test_wrong_usage_is_told(options, complaint):
+    done = subprocess.run([PROVISION, *options], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert complaint in done.stderr
+
+
+def test_the_vagrant_machine_runs_the_same_script():
+    text = (ROOT / "Vagrantfile").read_text()
+    assert "/vagrant/packaging/provision.sh" in text
+    assert "guest: 8080" in text
