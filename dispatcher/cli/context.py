@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SYSTEM_RUN_DIR = Path("/run/dispatcher")
 WHOLE = 30.0  # seconds beyond the timeout of a request for its whole answer
-PATIENCE = 3.0  # seconds to wait for a manager that is starting
+PATIENCE = 10.0  # seconds to wait for a manager that is starting
 
 
 @dataclass

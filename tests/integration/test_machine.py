@@ -56,7 +56,7 @@ command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{sock
 mounts = [{ source = "/usr", target = "/usr" }]
 """
 INSTALL = """
-truncate -s 256M /srv/data && mkfs.ext4 -q -O quota,project /srv/data
+truncate -s 2G /srv/data && mkfs.ext4 -q -O quota,project /srv/data
 echo "/srv/data /var/lib/dispatcher ext4 loop,prjquota 0 0" >>/etc/fstab
 /srv/project/packaging/provision.sh --no-systemd --package /srv/package.deb >/srv/provision.out
 cp /srv/project/dispatcher/testing/probe.py /usr/local/lib/
