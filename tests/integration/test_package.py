@@ -49,6 +49,23 @@ def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
     assert (tree / "usr/bin/dispatcher").is_symlink()
 
 
+@pytest.mark.root
+def test_an_installation_that_does_not_start_says_why_and_announces_nothing(tmp_path):
+    for program, code in {
+        "apt-get": "exit 0",
+        "journalctl": "echo 'Cannot listen on 203.0.113.99:443'",
+        "systemctl": "exit 1",
+    }.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / program).chmod(0o755)
+    machine = f'mount -t tmpfs tmpfs /run; mkdir -p /run/systemd/system; PATH={tmp_path}:$PATH; exec "$@"'
+    command = ["unshare", "--mount", "sh", "-ec", machine, "-", PROVISION, "--package", PROVISION]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Open" not in done.stdout
+    assert "Cannot listen on 203.0.113.99:443" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
