@@ -445,7 +445,7 @@ def fills_its_data_alone(service, name):
 def test_a_project_quota_limits_the_data_of_an_agent(service):
     service.add("dora", "small")
     fills_its_data_alone(service, "dora")
-    assert "full" in service.run("dispatcher why dora").out
+    assert "full" in json.dumps(service.api("GET", "/agents/dora/why"))
 
 
 def test_a_limit_of_data_is_raised_and_lowered(service):
