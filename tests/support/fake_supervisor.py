@@ -211,6 +211,8 @@ class FakeSupervisor:
         with self.changed:
             return self._find(agent)
 
+    measured = view
+
     def views(self, *, user=None):
         with self.changed:
             return [view for view in self.rows.values() if user in {None, view.user}]

@@ -41,6 +41,11 @@ class Queries:
         """Return a snapshot of an agent; never blocks."""
         return self._registry.view(self._registry.find(name))
 
+    def measured(self, name: str) -> AgentView:
+        """Return a snapshot with what the data takes now."""
+        self._registry.measure(self._registry.find(name))
+        return self.view(name)
+
     def views(self, *, user: str | None = None) -> list[AgentView]:
         """Return all agents, or a user's (the oldest first); never blocks."""
         registry = self._registry

@@ -67,7 +67,7 @@ def create_agent(
 @routes.add("GET", "/agents/<agent>", {200: schemas.Agent})
 def get_agent(services: Services, agent: str) -> Json:
     """Show one agent."""
-    return services.supervisor.queries.view(agent).to_json()
+    return services.supervisor.queries.measured(agent).to_json()
 
 
 @routes.add("DELETE", "/agents/<agent>", {202: schemas.Agent, 204: None})

@@ -50,6 +50,9 @@ def test_a_start_sets_the_limit_and_use_is_shown(supervisor, quotas):
     (view,) = supervisor.queries.views(user="alice")
     assert view.to_json()["disk"] == {"used": 5 * MIB, "limit": 64 * MIB, "full": False}
     assert supervisor.queries.runtime("alice")["usage"]["disk_limit"] == 64 * MIB
+    quotas.used = 6 * MIB
+    assert supervisor.queries.measured("alice").to_json()["disk"]["used"] == 6 * MIB
+    quotas.used = 5 * MIB
     assert [(row["disk"], row["disk_limit"]) for row in supervisor.queries.top()] == [(5 * MIB, 64 * MIB)]
     supervisor.commands.set_desired("alice", Desired.STOPPED)
     reach(supervisor, "alice", "stopped")
