@@ -526,7 +526,7 @@ while True:
             print(sock.recv(20)[9:12].decode() or "nothing", flush=True)
     except OSError as error:
         print(error, flush=True)
-    time.sleep(0.1)
+    time.sleep(0.5)
 """
 
 
