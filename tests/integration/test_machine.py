@@ -573,7 +573,7 @@ def test_the_removal_of_the_package_as_documented(service):
     """It ends everything and keeps configuration and data, the purge keeps data; then nothing is left."""
     left = lambda: (
         service.run(
-            "pgrep -af '[d]ispatcher|[b]wrap'; ls -d /sys/fs/cgroup/dispatcher* /dev/shm/dispatcher*;"
+            "pgrep -af 'agent-dispatche[r]|bwra[p]|prob[e].py'; ls -d /sys/fs/cgroup/dispatcher* /dev/shm/dispatcher*;"
             " systemctl list-units --all --plain --no-legend 'dispatcher*' | grep -v not-found",
             check=False,
         ).out
