@@ -2,8 +2,8 @@
 
 Before Docker 23 the engine's own profile lets AF_VSOCK pass, which no network namespace separates: its addresses
 are one space for all agents, the host and its virtual machines.  Here only listed families pass.  Also refused are
-kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio, 32-bit programs and what
-would leave the quota of the data directory.
+kernel keys, BPF, performance counters, namespaces, mounts, modules, io_uring, libaio, 32-bit programs, filters of
+sockets and what would leave the quota of the data directory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ FAMILIES = (1, 2, 10, 16)
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 #: Low halves of FS_IOC_FSSETXATTR and FS_IOC_SETFLAGS: the owner of a file may change its project.
 _QUOTA_IOCTLS = (0x5820, 0x6602)
+#: SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF at the level SOL_SOCKET: no limit counts their memory.
+_SOL_SOCKET = 1
+_SOCKET_FILTERS = (26, 50, 51)
 _NEW_NAMESPACES = 0x7E020000  # the flags CLONE_NEW* of clone(2)
 #: Refused with ENOSYS, so that programs fall back to older calls.
 _ABSENT = ["clone3", "io_setup", "io_uring_setup", "io_uring_enter", "io_uring_register"]
@@ -60,7 +63,7 @@ _ALLOWED = """
     sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam
     sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop sendfile sendmmsg sendmsg
     sendto set_robust_list set_thread_area set_tid_address setfsgid setfsuid setgid setgroups setitimer setpgid
-    setpriority setregid setresgid setresuid setreuid setrlimit setsid setsockopt setuid setxattr setxattrat
+    setpriority setregid setresgid setresuid setreuid setrlimit setsid setuid setxattr setxattrat
     shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink symlinkat
     sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime
     timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname unlink
@@ -83,6 +86,11 @@ def profile(capabilities: frozenset[str] = frozenset()) -> str:
         *(
             _rule(["ioctl"], _argument("MASKED_EQ", mask, value, index=1))
             for mask, value in all_but(_QUOTA_IOCTLS)
+        ),
+        *(
+            _rule(["setsockopt"], _argument("MASKED_EQ", mask, value, index=index))
+            for index, refused in ((1, [_SOL_SOCKET]), (2, _SOCKET_FILTERS))
+            for mask, value in all_but(refused)
         ),
         {"names": _ABSENT, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
     ]

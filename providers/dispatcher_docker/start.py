@@ -35,6 +35,7 @@ from dispatcher_docker.errors import NameTaken, NoSuchObject, start_failed
 from dispatcher_docker.observe import ExitReasons
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.stop import remove
+from dispatcher_docker.usage import counts_socket_buffers_apart, limit_socket_buffers
 
 
 class Starter:
@@ -123,6 +124,7 @@ class Starter:
                 remove(self._engine, handle.name, deadline)
                 self._create(spec, handle, settings, deadline, progress)
                 self._start(spec, handle, deadline)
+            self._limit_socket_buffers(spec, handle, deadline)
             progress("started")
         except Unavailable:
             raise
@@ -148,6 +150,13 @@ class Starter:
                 raise
             remove(self._engine, handle.name, deadline)
             self._engine.make(body, handle.name, deadline, platform)
+
+    def _limit_socket_buffers(self, spec: AgentSpec, handle: Handle, deadline: Deadline) -> None:
+        limit = spec.app.limits.memory
+        if limit and self._engine.is_local and counts_socket_buffers_apart():
+            found = self.find(handle, deadline)
+            if found is not None:
+                limit_socket_buffers(found["Id"], limit)
 
     def _start(self, spec: AgentSpec, handle: Handle, deadline: Deadline) -> None:
         """Start the container; write its standard input, then close that."""

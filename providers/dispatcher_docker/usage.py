@@ -52,6 +52,22 @@ def from_cgroup(container: str, root: Path = _ROOT) -> Usage | None:
     return None
 
 
+def counts_socket_buffers_apart(root: Path = _ROOT) -> bool:
+    """Whether this host counts the buffers of sockets apart from other memory: control groups of version 1."""
+    return (root / "memory/memory.kmem.tcp.limit_in_bytes").exists()
+
+
+def limit_socket_buffers(container: str, limit: int, root: Path = _ROOT) -> None:
+    """Limit the buffers of the sockets that a container of this host opens from now on.
+
+    With control groups of version 2 they count as memory; of version 1 runc does not set this limit.
+    """
+    for _, memory, _ in _groups(container, root):
+        if (path := memory / "memory.kmem.tcp.limit_in_bytes").exists():
+            with contextlib.suppress(OSError):
+                path.write_text(str(limit), encoding="ascii")
+
+
 def _number(path: Path) -> int:
     return int(path.read_text(encoding="ascii"))
 

@@ -83,7 +83,8 @@ class AppOptions(Table):
     devices: list[AbsolutePath] = Field(default=[], description="additional devices, such as /dev/dri")
     seccomp: bool = Field(
         default=True,
-        description="refuse system calls that apps seldom use: keys, BPF, namespaces, mounts, io_uring, libaio",
+        description="refuse system calls that apps seldom use: keys, BPF, namespaces, mounts, io_uring, libaio, "
+        "filters of sockets",
     )
     umask: Umask = Field(
         default="007", description="three octal digits; the proxy's group needs write access to the socket"

@@ -2,9 +2,9 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring, libaio, and what would leave the quota of the data directory.  Sockets are the exception: just
-the families that network namespaces and modes of files separate are allowed, as AF_VSOCK is one space for the host
-and all that runs on it.
+modules, io_uring, libaio, filters of sockets, and what would leave the quota of the data directory.  Sockets are
+the exception: just the families that network namespaces and modes of files separate are allowed, as AF_VSOCK is
+one space for the host and all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
@@ -18,11 +18,12 @@ import socket
 import struct
 
 _LOAD_WORD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT = (
+_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT, _THIRD_ARGUMENT = (
     0,
     4,
     16,
     24,
+    32,
 )  # offsets in struct seccomp_data, little endian
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NEW_USER = 0x10000000  # CLONE_NEWUSER
@@ -83,6 +84,9 @@ FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
 IOCTL = (16, 29)
 #: Commands of ioctl that are refused: the owner of a file may change its project, and so leave its quota.
 QUOTA_IOCTLS = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
+SETSOCKOPT = (54, 208)
+#: Options of the level SOL_SOCKET that are refused: filters of sockets, which no limit of memory counts.
+SOCKET_FILTERS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_BPF": 50, "SO_ATTACH_REUSEPORT_CBPF": 51}
 #: Refused if their first argument asks for a user namespace.
 NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}
 
@@ -139,6 +143,16 @@ def program(machine: str = "") -> bytes:
         _jump(_JUMP_EQUAL, IOCTL[column], 0, len(QUOTA_IOCTLS) + 3),
         _load(_SECOND_ARGUMENT),
         *matches,
+        _return(_ALLOW),
+        _return(refuse),
+    ]
+    options = SOCKET_FILTERS.values()
+    body += [
+        _jump(_JUMP_EQUAL, SETSOCKOPT[column], 0, len(options) + 5),
+        _load(_SECOND_ARGUMENT),
+        _jump(_JUMP_EQUAL, socket.SOL_SOCKET, 0, len(options) + 1),
+        _load(_THIRD_ARGUMENT),
+        *(_jump(_JUMP_EQUAL, one, len(options) - at, 0) for at, one in enumerate(options)),
         _return(_ALLOW),
         _return(refuse),
     ]

@@ -90,6 +90,7 @@ class Agent:
     :ivar stdin: the credentials of the sign-in, until the agent is ready.
     :ivar reason: why the manager itself changed the desired state, for the event that follows.
     :ivar oom_kills: processes of this run that the kernel killed for memory, as far as reported; None: unknown.
+    :ivar killed_because: why this manager killed the processes of this run, "" if it did not.
     :ivar notice: what its user should know while it runs, and until which Unix time.
     :ivar disk: what its data took when it was last measured; None: unknown.
     :ivar last_used: newer than the row's, which is written in batches.
@@ -109,6 +110,7 @@ class Agent:
         self.last_used = row.last_used
         self.cpu = CpuActivity()
         self.oom_kills: int | None = None
+        self.killed_because = ""
         self.notice = ("", 0.0)
         self.disk: DiskUse | None = None
         self._checked = 0.0  # boot time of the last check of its endpoint

@@ -16,6 +16,7 @@ from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
 from dispatcher.manager.agents.lifecycle import DEAD, NO_OPERATION
+from dispatcher.manager.agents.netlink_guard import INTERVAL, NetlinkGuard
 from dispatcher.manager.agents.observers import ObserverQueue
 from dispatcher.manager.agents.operations.kept_data import Copies
 from dispatcher.manager.agents.operations.provider_move import Mover
@@ -70,6 +71,7 @@ class Supervisor:
         self._accounts = accounts
         self._timers = Timers("dispatcher-timers")  # quick calls
         self._slow_timers = Timers("dispatcher-slow-timers")  # idle checks, writes, trimming
+        self._guard_timers = Timers("dispatcher-netlink-guard")  # nothing else may delay it
         self._observers = ObserverQueue(plugins)
         self._log_collector = LogCollector()
         self.data = AgentData(paths, accounts)
@@ -121,12 +123,14 @@ class Supervisor:
                 backend.last_contact = known[name].contact
         for row in self.store.agents():
             self._recover(row, host_restarted=host_restarted)
-        for part in (self._timers, self._slow_timers, self._observers):
+        for part in (self._timers, self._slow_timers, self._guard_timers, self._observers):
             part.start()
         self._sweep_all()
         for backend in self.backends:
             self._watch(backend)
         self._timers.every(1.0, self.backends.check_overdue)
+        if self._accounts.agent_uids is not None:
+            self._guard_timers.every(INTERVAL, NetlinkGuard(self.registry).check)
         self._slow_timers.every(1.0, self.registry.flush)
         self._slow_timers.every(60.0, self._database.checkpoint)
         self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)
@@ -214,6 +218,7 @@ class Supervisor:
         """Stop all threads.  Agents continue to run."""
         self._closed.set()
         self._timers.close()
+        self._guard_timers.close()
         self._slow_timers.close()
         self._log_collector.close()
         self.registry.flush()

@@ -281,6 +281,8 @@ class Reconciler:
         policy = registry.specs.policy(row.app)
         log: list[str] = []
         if restarts.died(row, seen):
+            if agent.killed_because:
+                seen = dataclasses.replace(seen, exit_reason=agent.killed_because)
             disk = registry.measure(agent)
             if disk and disk.full:
                 why = f"{seen.exit_reason or 'reason unknown'}; its data is full: {disk}"

@@ -152,7 +152,7 @@ class Runner:
         )
         task.agent.stdin = None
         if not resumed:
-            task.agent.oom_kills, task.agent.notice = seen.oom_kills, ("", 0.0)
+            task.agent.oom_kills, task.agent.notice, task.agent.killed_because = seen.oom_kills, ("", 0.0), ""
         fields = {
             **observed(row, seen, self._registry.clock.now()),
             **CLEARED,

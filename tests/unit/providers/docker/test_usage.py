@@ -1,7 +1,7 @@
 """Usage from cgroup files and from the engine's statistics."""
 
 import pytest
-from dispatcher_docker.usage import from_cgroup, from_statistics
+from dispatcher_docker.usage import counts_socket_buffers_apart, from_cgroup, from_statistics, limit_socket_buffers
 
 
 def test_cgroup_files_version_1(tmp_path):
@@ -34,3 +34,14 @@ def test_the_engine_s_statistics():
     }
     assert (from_statistics(found).memory, from_statistics(found).cpu_seconds) == (4000, 2.0)
     assert from_statistics({"memory_stats": {}}) is None
+
+
+def test_buffers_of_sockets_are_limited_where_they_are_counted_apart(tmp_path):
+    assert not counts_socket_buffers_apart(tmp_path)
+    for name in ("", "docker/c1"):
+        (tmp_path / "memory" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "memory" / name / "memory.kmem.tcp.limit_in_bytes").write_text("9223372036854771712")
+    assert counts_socket_buffers_apart(tmp_path)
+    limit_socket_buffers("c1", 4096, tmp_path)
+    assert (tmp_path / "memory/docker/c1/memory.kmem.tcp.limit_in_bytes").read_text() == "4096"
+    limit_socket_buffers("gone", 4096, tmp_path)

@@ -6,10 +6,10 @@ import pytest
 from dispatcher_subprocess import seccomp
 
 
-def run(program, machine, number, argument=0, architecture=None, second=0):
+def run(program, machine, number, argument=0, architecture=None, second=0, third=0):
     """Interpret a classic BPF program as the kernel would; return the errno, 0 when the call is allowed."""
     word = architecture if architecture is not None else seccomp.MACHINES[machine][0]
-    data = struct.pack("<IIQQQ", number, word, 0, argument, second)
+    data = struct.pack("<IIQQQQ", number, word, 0, argument, second, third)
     at = accumulator = 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("<HBBI", program, at * 8)
@@ -58,6 +58,18 @@ def test_an_agent_cannot_leave_its_quota(machine):
     for command in (0x801C581F, 0x80086601, 0x5401, 0x5413):  # reading them, terminals
         assert run(program, machine, number, 3, second=command) == 0, hex(command)
     assert run(program, machine, 469) == errno.EPERM, "file_setattr"
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_filters_of_sockets_are_refused_at_their_level_alone(machine):
+    program, number = seccomp.program(machine), seccomp.SETSOCKOPT[seccomp.MACHINES[machine][1]]
+
+    def answer(level, option):
+        return run(program, machine, number, 3, second=level, third=option)
+
+    assert {option for option in range(1 << 12) if answer(1, option) == errno.EPERM} == {26, 50, 51}
+    assert answer(1 << 32 | 1, 26) == answer(1, 1 << 32 | 26) == errno.EPERM, "the kernel takes 32 bits"
+    assert not any(answer(level, option) for level in (0, 2, 6, 17, 41, 270) for option in (26, 50, 51))
 
 
 def test_no_filter_for_unknown_processors():

@@ -1,0 +1,118 @@
+"""Memory that the kernel keeps for an agent's sockets is bounded, whatever its provider."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.support.docker_tools import images
+from tests.support.installation import Installation, until
+
+pytestmark = [pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
+
+#: /netlink: fill the queues of sockets with errors that repeat the request.  /udp: those of datagrams.
+APP = """
+import http.server, json, os, socket, socketserver, struct, sys, time
+os.umask(0o007)
+kept = []
+def netlink():
+    body = b"x" * 30000
+    for _ in range(200):
+        kept.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0))
+        kept[-1].setblocking(False)
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            kept[-1].setsockopt(socket.SOL_SOCKET, option, 8 << 20)
+        try:
+            for number in range(400):
+                kept[-1].send(struct.pack("=IHHII", 16 + len(body), 0x7f0, 5, number, 0) + body)
+        except OSError:
+            pass
+    time.sleep(5)
+def udp():
+    for _ in range(150):
+        kept.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        kept[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        kept[-1].bind(("127.0.0.1", 0))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.connect(kept[-1].getsockname())
+            sender.setblocking(False)
+            try:
+                for _ in range(100):
+                    sender.send(b"x" * 60000)
+            except OSError:
+                pass
+def filter():
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
+            made.setsockopt(socket.SOL_SOCKET, 26, bytes(16))
+    except OSError as error:
+        return error.errno
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps([socket.if_nameindex(), globals().get(self.path[1:], str)()]).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+    def address_string(self):
+        return "proxy"
+socketserver.ThreadingUnixStreamServer(sys.argv[1], Handler).serve_forever()
+"""
+APPS = f"""
+[defaults]
+memory = "256M"
+[apps.bubble.subprocess]
+command = ["{sys.executable}", "-c", '''{APP.replace("{", "{{").replace("}", "}}")}''', "{{{{socket}}}}"]
+[apps.box]
+provider = "docker"
+[apps.box.docker]
+image = "dispatcher-test/probe"
+command = ["python3", "-c", '''{APP.replace("{", "{{").replace("}", "}}")}''', "{{{{socket}}}}"]
+"""
+
+
+@pytest.fixture(params=["bubble", pytest.param("box", marks=pytest.mark.docker)])
+def site(request):
+    base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
+    base.chmod(0o755)
+    if request.param == "box":
+        images()
+    with Installation(base, APPS) as made:
+        made.start("manager")
+        made.start("proxy")
+        made.add("alice", request.param)
+        made.cookie = made.login("alice")
+        until("the app answers", lambda: ask(made, "/").status == 200, 60)
+        yield made
+
+
+def ask(site, path):
+    return site.web("GET", path, Cookie=site.cookie, Accept="*/*")
+
+
+def test_an_agent_whose_netlink_queues_grow_is_killed_and_told_why(site):
+    answer = ask(site, "/netlink")
+    assert answer.status != 200, "it was killed before it had answered"
+
+    def told():
+        return "its netlink sockets held" in " ".join(site.admin("GET", "/agents/alice/why").json()["sentences"])
+
+    until("the reason is told", told)
+    until("it runs again", lambda: ask(site, "/").status == 200, 60)
+
+
+def test_datagrams_in_queues_are_below_the_limit_of_memory(site):
+    assert ask(site, "/udp").status == 200
+    lines = Path("/proc/net/sockstat").read_text().splitlines()
+    (pages,) = [line.split()[-1] for line in lines if line.startswith("UDP: ")]
+    assert int(pages) * 4096 < 300 << 20
+
+
+def test_filters_of_sockets_are_refused_and_interfaces_are_listed(site):
+    interfaces, errno = json.loads(ask(site, "/filter").body)
+    assert errno == 1, "EPERM"
+    assert [1, "lo"] in interfaces
