@@ -127,6 +127,7 @@ class Manager:
             clock=clock,
         )
         auth_store = AuthStore(database)
+        auth_store.pull_back(clock.now())
         self.sessions = Sessions(auth_store, clock, _lifetimes(config), self.supervisor.queries.user_id)
         hasher = Hasher()
         pool = HashPool(config.auth.hash_workers, config.auth.hash_queue)

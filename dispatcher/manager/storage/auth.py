@@ -162,6 +162,18 @@ class AuthStore:
         if extra := connection.execute(mine.offset(MAX_DEVICES)).scalars().all():
             connection.execute(devices.delete().where(devices.c.sha256.in_(extra)))
 
+    def pull_back(self, now: float) -> None:
+        """Let no stored time be later than `now`: the clock was ahead once, or this boot began without the time.
+
+        Otherwise a delay of seconds would last for as long as the clock was wrong, and so would a session.
+        """
+        last = _throttle.c.last
+        later = [(_sessions, "created"), (_sessions, "last_used"), (devices, "last_used")]
+        self._database.execute(
+            _throttle.update().where(last > now).values(until=_throttle.c.until - last + now, last=now),
+            *(each.update().where(each.c[name] > now).values({name: now}) for each, name in later),
+        )
+
     # Failed sign-in attempts.
 
     def accounts(self) -> dict[str, Account]:
