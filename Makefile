@@ -9,12 +9,13 @@ ARGS ?=
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
 COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
-.PHONY: help demo test check bench docs deb clean machine
+.PHONY: help demo test check gallery bench docs deb clean machine
 
 help:
 	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
 	@echo 'make test    all tests; as root it first installs and starts their requirements'
 	@echo 'make check   style, types and unit tests, in under a minute'
+	@echo 'make gallery try all apps of examples/gallery in Chromium (installs 3 GB into .cache)'
 	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
 	@echo 'make docs    build the documentation as a site, in build/site/'
 	@echo 'make deb     build a package for this Debian or Ubuntu release, in dist/'
@@ -33,6 +34,9 @@ check: $(VENV)/.test
 
 test: machine $(VENV)/.test
 	@VENV='$(VENV)' tests/machine/run $(ARGS)
+
+gallery: $(VENV)/.test
+	$(BIN)/pytest -n0 -m gallery tests/browser/test_gallery.py $(ARGS)
 
 bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -55,7 +56,7 @@ class Site(Installation):
     def __init__(self, base: Path, apps: str = DEMO, *, people=("alice", "bob"), tls=False, **more: str) -> None:
         super().__init__(base, apps, **more)
         self.tls = tls
-        self.config.write_text(self.config.read_text().replace("PORT", str(self.port)))
+        self.config.write_text(re.sub(r"(?<!_)PORT", str(self.port), self.config.read_text()))
         self.url = f"http://127.0.0.1:{self.port}"
         try:
             self.start("manager")

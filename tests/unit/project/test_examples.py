@@ -12,13 +12,13 @@ from dispatcher.config.plugins import Plugins
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.toml")), ids=lambda path: path.stem)
 def test_an_example_is_valid_and_told_of(path: Path) -> None:
     loaded = load(path)
     loaded.validate_providers(Plugins())
     assert loaded.apps
     assert all(app.title for app in loaded.apps.values())
-    assert f"({path.name})" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert f"({path.name})" in (path.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_there_are_examples() -> None:
