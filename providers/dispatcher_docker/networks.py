@@ -51,6 +51,7 @@ class Networks:
         self._lock = threading.Lock()
         #: Beginning of the names of the bridges' interfaces, which have at most 15 characters, and of the chains.
         self.interface = f"dsp-{context.installation}"
+        self._probe = f"{network_name(context.installation)}-range"  # exists for a moment; longer after a crash
 
     @property
     def can_protect(self) -> bool:
@@ -88,9 +89,11 @@ class Networks:
             if ours.pop(name, None) is None:
                 return
             self._delete(name, deadline)
-            if not ours and self.can_protect:
-                for version in (4, 6):
-                    _Firewall(version, self.interface, deadline).clear()
+            if ours:
+                return
+            self._delete(self._probe, deadline)
+            for version in (4, 6) if self.can_protect else ():
+                _Firewall(version, self.interface, deadline).clear()
 
     def _locked(self, deadline: Deadline) -> AbstractContextManager[None]:
         return deadline.holding(
@@ -104,7 +107,8 @@ class Networks:
         """Return this installation's networks by name."""
         label = f"{LABEL}installation={self._context.installation}"
         with self._engine.call("list the networks of this installation", deadline) as client:
-            return {one["Name"]: one for one in client.networks(filters={"label": label})}
+            found = client.networks(filters={"label": label})
+        return {one["Name"]: one for one in found if one["Name"] != self._probe}
 
     def _create(self, name: str, ours: Mapping[str, dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
         interfaces = {(one.get("Options") or {}).get(_BRIDGE) for one in ours.values()}
@@ -131,10 +135,9 @@ class Networks:
 
     def _new_range(self, deadline: Deadline) -> IpNetwork:
         """Return a range of addresses that the engine would give to a network: one that this host does not use."""
-        name = f"{network_name(self._context.installation)}-range"
-        self._delete(name, deadline)
-        made = self._make(name, f"{self.interface}new", None, deadline)
-        self._delete(name, deadline)
+        self._delete(self._probe, deadline)
+        made = self._make(self._probe, f"{self.interface}new", None, deadline)
+        self._delete(self._probe, deadline)
         return ip_network(next(text for text in _subnets(made) if ":" not in text))
 
     def _make(

@@ -226,6 +226,15 @@ def test_the_rules_go_with_the_network(world):
     assert f"dsp-{world.installation}" not in rules()
 
 
+def test_a_manager_that_ended_while_it_asked_for_a_range_leaves_nothing(world):
+    probe = f"dispatcher-{world.installation}-range"
+    docker("network", "create", "--label", f"dispatcher.installation={world.installation}", probe)
+    agent = world.run("last", options=PORTED, network=Network.PRIVATE)
+    docker("network", "create", "--label", f"dispatcher.installation={world.installation}", probe, check=False)
+    world.driver.destroy(agent.handle)
+    assert not leftovers(world.installation)
+
+
 def test_a_network_goes_with_its_agent(world):
     agent = world.run("last", options=PORTED, network=Network.PRIVATE)
     assert leftovers(world.installation) >= {f"network {agent.handle.name}"}
