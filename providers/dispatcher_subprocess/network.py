@@ -201,7 +201,9 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
 def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> Process:
     ready, notify = os.pipe()
     try:
-        command = [*join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
+        # It confines itself by unmounting the root of a mount namespace, and leaves shared mounts below as they are.
+        own = [procfs.which("unshare"), "--mount", "--propagation", "private"] if inside.user is None else []
+        command = [*own, *join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
         command += ["--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
         if inside.user is not None:
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]

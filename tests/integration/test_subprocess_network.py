@@ -516,6 +516,32 @@ ROUTES = textwrap.dedent(
 )
 
 
+#: The host's mounts are shared, as systemd's are: what a program unmounts in a copy of them goes in all.
+MOUNTS = textwrap.dedent(
+    """
+    import json, subprocess, sys
+    from pathlib import Path
+    from dispatcher.plugin.model import Network
+    from tests.support.subprocess_world import World, destroy
+
+    mounted = lambda: sorted(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    for step in ("mount --make-rshared /", "mkdir /mnt/user", "mount -t tmpfs tmpfs /mnt/user"):
+        subprocess.run(step.split(), check=True)
+    world = World("7e570046", private_network=sys.argv[1])
+    provider = world.provider()
+    before, report = mounted(), {}
+    try:
+        handle, _ = world.start(provider, world.spec("alice", None, network=Network.PRIVATE))
+        report["while it runs"] = [one for one in before if one not in mounted()]
+        destroy(provider, handle)
+    finally:
+        world.close()
+    report["afterwards"] = [one for one in before if one not in mounted()]
+    print("REPORT", json.dumps(report))
+    """
+)
+
+
 #: Runs a program of this module as an ordinary user who may change /etc, which is a copy.
 AS_USER = textwrap.dedent(
     """
@@ -578,6 +604,13 @@ def test_a_private_network_reaches_the_outside_and_nothing_of_this_host(carrier,
     assert report["helper lives"] is False
     if kind == "tcp":
         assert 20000 <= report["port"] <= 29999
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("carrier", ["pasta", "slirp4netns"])
+def test_a_private_network_unmounts_nothing_of_the_host(carrier):
+    assert in_namespaces(carrier, program=MOUNTS) == {"while it runs": [], "afterwards": []}
 
 
 @pytest.mark.bubblewrap
