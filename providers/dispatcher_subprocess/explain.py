@@ -79,6 +79,11 @@ def _host(host: Host) -> Iterator[Finding]:
     if host.sandboxed and host.private_fault:
         why, fix = host.private_fault
         yield Finding.info(f'network = "private" does not work: {why}', fix)
+    elif host.pasta:
+        yield Finding.ok('network = "private" carries TCP and DNS, for each agent a bounded number of connections')
+    elif host.sandboxed:
+        what = 'network = "private" carries UDP: its ports are open to the outside, and thirty agents can take all'
+        yield Finding.warning(what, "install passt, unless apps need UDP")
 
 
 def _unlimited(key: str, instead: str) -> Finding:

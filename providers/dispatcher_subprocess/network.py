@@ -6,6 +6,7 @@ So the agent's network namespace never sends to the denied networks: this host, 
 this host listens, too.  All else goes to the gateway: the kernel's tables of neighbours are one for all
 namespaces, and a subnet of an agent's own would fill them.  The agent has no privileges there to change this.
 pasta is also bound to the outgoing interface.  It runs in the agent's control group, which counts its sockets.
+It would bind the port that an agent sends a datagram from on this host: so with pasta no UDP leaves the namespace.
 """
 
 from __future__ import annotations
@@ -42,7 +43,12 @@ _INTERFACE = "eth0"  # of an agent, beside the loopback interface
 #: Of an agent where it cannot have those of the host: the addresses that slirp4netns gives.
 _ADDRESS, _GATEWAY, _MAC = "10.0.2.100", "10.0.2.2", "52:55:0a:00:02:02"
 #: Joins control groups before a program runs: a socket is counted where it was made.
-_JOIN = 'while [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit; shift; done; shift; exec "$@"'
+_JOIN = """ulimit -n "$1"
+while shift && [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit; done
+shift; exec "$@" """
+#: Descriptors of the process that carries an agent's traffic.  pasta has two for each connection, and raises its
+#: limit as far as it may; each connection also takes an entry of the host's connection tracking.
+_DESCRIPTORS = {"pasta": 4096, "slirp4netns": 1024}
 
 #: Makes the sockets of an agent's name server, and passes them through its standard input.
 _NAME_SOCKETS = """
@@ -121,10 +127,11 @@ def connect(
     """
     with contextlib.ExitStack() as stack:
         inside = _enter(stack, inner, own_user=not host.privileged)
-        join = ["/bin/sh", "-c", _JOIN, "join", *map(str, groups), "--"]
+        most = str(_DESCRIPTORS["pasta" if host.pasta else "slirp4netns"])
+        join = ["/bin/sh", "-c", _JOIN, "join", most, *map(str, groups), "--"]
         helper = _pasta(host, inside, port, join, deadline) if host.pasta else _slirp(host, inside, join, deadline)
         try:
-            _block(inside, denied_networks(deny), deadline)
+            _block(inside, denied_networks(deny), deadline, udp=not host.pasta)
         except BaseException:
             helper.send(9)
             run.reap(helper)
@@ -201,10 +208,10 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
 def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> Process:
     ready, notify = os.pipe()
     try:
-        # It confines itself by unmounting the root of a mount namespace, and leaves shared mounts below as they are.
+        # It confines itself by unmounting a copy of all mounts, and does not care which of them are shared.
         own = [procfs.which("unshare"), "--mount", "--propagation", "private"] if inside.user is None else []
-        command = [*own, *join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback", "--enable-sandbox"]
-        command += ["--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
+        command = [*own, *join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback"]
+        command += ["--enable-sandbox", "--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
         if inside.user is not None:
             command += [f"--userns-path=/proc/self/fd/{inside.user}"]
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -228,7 +235,9 @@ def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> 
         os.close(ready)
 
 
-def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline) -> None:
+def _block(
+    inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadline: Deadline, *, udp: bool
+) -> None:
     """Let nothing but what is for the gateway's side of the world leave the namespace.
 
     IPv4: An unreachable route is not enough: a socket that names its interface (SO_BINDTODEVICE, IP_UNICAST_IF,
@@ -236,6 +245,8 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
     for the same reason.  One for everything, after all other tables, is found with MSG_DONTROUTE, which passes by
     the default route.  Multicast and broadcast look up no route at all with an interface: a policy of IPsec's
     refuses them.  IPv6: rules hold for each socket, while each address of a local route would be a neighbour.
+
+    :param udp: let datagrams pass.
     """
     here = [*_of(4, networks), IPv4Network("127.0.0.0/8")]
     v4 = [
@@ -250,6 +261,10 @@ def _block(inside: _Inside, networks: Sequence[IPv4Network | IPv6Network], deadl
         f"route flush dev {_INTERFACE} table local type multicast",
         *(f"rule add to {one} priority 1 unreachable" for one in (*_of(6, networks), "ff00::/8")),
     ]
+    if not udp:
+        v4.append("xfrm policy add dst 0.0.0.0/0 proto udp dir out action block")
+        v6.append("xfrm policy add dst ::/0 proto udp dir out priority 2 action block")
+        v6.append("xfrm policy add dst ::1/128 proto udp dir out priority 1 action allow")
     for version, lines in ((4, v4), (6, v6)) if procfs.read("/proc/net/if_inet6") else ((4, v4),):
         text = "".join(f"{line}\n" for line in lines)
         _run([*inside.command, procfs.which("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)

@@ -150,12 +150,21 @@ SETUP = textwrap.dedent(
 )
 SERVE = textwrap.dedent(
     """
-    import socket, threading
+    import asyncio, resource, socket, threading
     from tests.integration.test_subprocess_network import flood
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     from tests.support.outside import serve_names
     serve_names("203.0.113.53", 5)
     serve_names("2001:db8:5::53", 7)
     threading.Thread(target=flood, args=(socket.create_server(("203.0.113.5", 81), backlog=64),)).start()
+    async def keep(reader, writer):
+        await reader.read()
+        writer.close()
+
+    async def keeping():
+        await (await asyncio.start_server(keep, "203.0.113.5", 82, backlog=4096)).serve_forever()
+
+    threading.Thread(target=lambda: asyncio.run(keeping()), daemon=True).start()
     server = socket.create_server(("::", 80), family=socket.AF_INET6, dualstack_ipv6=True)
     while True:
         server.accept()[0].close()
@@ -264,8 +273,7 @@ BYPASS = textwrap.dedent(
                 except OSError:
                     pass
     # Multicast and broadcast, with and without an interface.
-    own = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    own.connect(("203.0.113.5", 9))
+    own = socket.create_connection(("203.0.113.5", 80))
     source = socket.inet_aton(own.getsockname()[0])
     for address in ("224.0.0.1", "239.1.2.3", "255.255.255.255", "10.9.0.255", "ff02::1", "ff05::1", "ff0e::1"):
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -485,6 +493,212 @@ BUFFERS = textwrap.dedent(
 )
 
 
+#: Opens all the connections that it can.
+MANY = textwrap.dedent(
+    """
+    import os, socket, sys, time
+    kept, refused = [], 0
+    while len(kept) < 6000:
+        kept.append(socket.socket())
+        kept[-1].setblocking(False)
+        kept[-1].connect_ex(("203.0.113.5", 82))
+        if len(kept) % 50 == 0:
+            time.sleep(0.02)
+    time.sleep(3)
+    os.mkdir("/data/connected")
+    while not os.path.exists("/data/counted"):
+        time.sleep(0.1)
+    for sock in kept:
+        sock.close()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            socket.create_connection(("203.0.113.5", 80), 3).close()
+            os.mkdir("/data/again")
+            break
+        except OSError:
+            time.sleep(0.1)
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    while True:
+        server.accept()[0].close()
+    """
+)
+CROWD = textwrap.dedent(
+    """
+    import json, subprocess, sys
+    from dispatcher.plugin.model import Network
+    from tests.integration.test_subprocess_network import MANY
+    from tests.support.subprocess_world import PYTHON, World, eventually
+
+    world = World("7e570048", private_network=sys.argv[1])
+    provider = world.provider()
+    try:
+        spec = world.spec("alice", [PYTHON, "-S", "-c", MANY, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, spec, ready=False)
+        eventually((spec.data_dir / "connected").exists, 60)
+        told = subprocess.run(["ss", "-tanH", "dst", "203.0.113.5"], capture_output=True, text=True).stdout
+        (spec.data_dir / "counted").mkdir()
+        eventually((spec.data_dir / "again").exists, 60)
+        print("REPORT", json.dumps(len(told.splitlines())))
+    finally:
+        world.close()
+    """
+)
+
+
+#: Sends datagrams from ports of its choice, in each way that the kernel has; writes what it received there.
+DATAGRAMS = textwrap.dedent(
+    """
+    import os, select, socket, struct, sys, time
+    device, index = b"eth0", socket.if_nametoindex("eth0")
+    OUT = {socket.AF_INET: "203.0.113.5", socket.AF_INET6: "2001:db8:5::5"}
+    socks, notes, port = [], [], 5990
+    for family, host in OUT.items():
+        ip = socket.IPPROTO_IP if family == socket.AF_INET else socket.IPPROTO_IPV6
+        for how in ("", "connect", "device", "unicast", "info", "policy", "dontroute", "mapped", "tos", "udplite"):
+            try:
+                kind = socket.AF_INET6 if how == "mapped" else family
+                sock = socket.socket(kind, socket.SOCK_DGRAM, 136 if how == "udplite" else 0)
+                to = "::ffff:" + OUT[socket.AF_INET] if how == "mapped" else host
+                if kind == socket.AF_INET6 and how != "mapped":
+                    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                sock.bind(("", port))
+                socks.append(sock)
+                port += 1
+                extra, flags = [], 0
+                if how == "connect":
+                    sock.connect((to, 9))
+                elif how == "device":
+                    sock.setsockopt(socket.SOL_SOCKET, 25, device)
+                elif how == "unicast":
+                    sock.setsockopt(ip, 50 if ip == 0 else 76, struct.pack("!I", index))
+                elif how == "info" and ip == 0:
+                    extra = [(ip, 8, struct.pack("@iII", index, 0, 0))]
+                elif how == "info":
+                    extra = [(ip, socket.IPV6_PKTINFO, bytes(16) + struct.pack("@I", index))]
+                elif how == "policy":  # a policy of its own: allow
+                    policy = bytearray(168)
+                    struct.pack_into("=H", policy, 40, family)
+                    policy[160] = 1  # XFRM_POLICY_OUT
+                    sock.setsockopt(ip, 17 if ip == 0 else 35, bytes(policy))
+                elif how == "dontroute":
+                    flags = socket.MSG_DONTROUTE
+                sock.sendmsg([b"from the agent"], extra, flags, None if how == "connect" else (to, 9))
+                notes.append(f"sent:{family.name}:{how}")
+            except OSError as error:
+                pass
+        try:
+            ping = socket.socket(family, socket.SOCK_DGRAM, 1 if ip == 0 else 58)
+            ping.sendto(bytes([8 if ip == 0 else 128, 0, 0, 0, 0, 7, 0, 1]), (host, 0))
+            notes.append("ping")
+        except OSError:
+            pass
+        # Within the agent's own network it may do what it likes.
+        own = "127.0.0.1" if ip == 0 else "::1"
+        with socket.socket(family, socket.SOCK_DGRAM) as one:
+            one.bind((own, 0))
+            one.settimeout(5)
+            with socket.socket(family, socket.SOCK_DGRAM) as other:
+                other.sendto(b"x", one.getsockname())
+            notes.append("own:" + one.recv(9).decode())
+    os.mkdir("/data/sent")
+    end = time.monotonic() + 60
+    while time.monotonic() < end and not os.path.exists("/data/asked"):
+        for sock in select.select(socks, [], [], 0.2)[0]:
+            try:
+                notes.append("stole:" + sock.recv(99).decode().replace(" ", "_"))
+            except OSError:
+                pass
+    open("/data/notes.new", "w").write(" ".join(notes))
+    os.rename("/data/notes.new", "/data/notes")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    while True:
+        server.accept()[0].close()
+    """
+)
+THEFT = textwrap.dedent(
+    """
+    import json, socket, subprocess, sys, time
+    from dispatcher.plugin.model import Network
+    from tests.integration.test_subprocess_network import DATAGRAMS
+    from tests.support.subprocess_world import PYTHON, World, eventually
+
+    services = []
+    for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        for port in range(5990, 6010):
+            sock = socket.socket(family, socket.SOCK_DGRAM)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port))
+            sock.settimeout(0.2)
+            services.append(sock)
+    sockets = lambda: subprocess.run(["ss", "-uanH"], capture_output=True, text=True).stdout.splitlines()
+    before = len(sockets())
+    world = World("7e570047", private_network=sys.argv[1])
+    provider = world.provider()
+    report = {}
+    try:
+        spec = world.spec("alice", [PYTHON, "-S", "-c", DATAGRAMS, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, spec, ready=False)
+        eventually((spec.data_dir / "sent").exists)
+        time.sleep(1)
+        report["more sockets"] = len(sockets()) - before
+        stranger = "import socket; s = {4: socket.socket(2, 2), 6: socket.socket(10, 2)}"
+        stranger += "; [s[v].sendto(b'to the service', (a, p)) for p in range(5990, 6010) for v, a in "
+        local = stranger + "((4, '127.0.0.1'), (4, '10.9.0.2'), (6, '::1'), (6, '2001:db8:9::2'))]"
+        for _ in range(3):
+            subprocess.run([sys.executable, "-c", local], check=True)
+        received = 0
+        for sock in services:
+            try:
+                while True:
+                    sock.recv(99)
+                    received += 1
+                    sock.settimeout(0.05)
+            except TimeoutError:
+                pass
+        report["received"] = received
+        (spec.data_dir / "asked").mkdir()
+        eventually((spec.data_dir / "notes").exists)
+        report["notes"] = (spec.data_dir / "notes").read_text().split()
+    finally:
+        world.close()
+    print("REPORT", json.dumps(report))
+    """
+)
+
+
+#: The host's mounts are shared, as systemd's are: what a program unmounts in a copy of them goes in all.
+MOUNTS = textwrap.dedent(
+    """
+    import json, subprocess, sys
+    from pathlib import Path
+    from dispatcher.plugin.model import Network
+    from tests.support.subprocess_world import World, destroy
+
+    mounted = lambda: sorted(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
+    for step in ("mount --make-rshared /", "mkdir /mnt/user", "mount -t tmpfs tmpfs /mnt/user"):
+        subprocess.run(step.split(), check=True)
+    world = World("7e570046", private_network=sys.argv[1])
+    provider = world.provider()
+    before, report = mounted(), {}
+    try:
+        handle, _ = world.start(provider, world.spec("alice", None, network=Network.PRIVATE))
+        report["while it runs"] = [one for one in before if one not in mounted()]
+        destroy(provider, handle)
+    finally:
+        world.close()
+    report["afterwards"] = [one for one in before if one not in mounted()]
+    print("REPORT", json.dumps(report))
+    """
+)
+
+
 #: A host that has no network yet, and then a default route without a gateway, as of a tunnel or of rented servers.
 ROUTES = textwrap.dedent(
     """
@@ -512,32 +726,6 @@ ROUTES = textwrap.dedent(
         print("REPORT", json.dumps(report))
     finally:
         world.close()
-    """
-)
-
-
-#: The host's mounts are shared, as systemd's are: what a program unmounts in a copy of them goes in all.
-MOUNTS = textwrap.dedent(
-    """
-    import json, subprocess, sys
-    from pathlib import Path
-    from dispatcher.plugin.model import Network
-    from tests.support.subprocess_world import World, destroy
-
-    mounted = lambda: sorted(line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines())
-    for step in ("mount --make-rshared /", "mkdir /mnt/user", "mount -t tmpfs tmpfs /mnt/user"):
-        subprocess.run(step.split(), check=True)
-    world = World("7e570046", private_network=sys.argv[1])
-    provider = world.provider()
-    before, report = mounted(), {}
-    try:
-        handle, _ = world.start(provider, world.spec("alice", None, network=Network.PRIVATE))
-        report["while it runs"] = [one for one in before if one not in mounted()]
-        destroy(provider, handle)
-    finally:
-        world.close()
-    report["afterwards"] = [one for one in before if one not in mounted()]
-    print("REPORT", json.dumps(report))
     """
 )
 
@@ -613,6 +801,29 @@ def test_a_private_network_unmounts_nothing_of_the_host(carrier):
     assert in_namespaces(carrier, program=MOUNTS) == {"while it runs": [], "afterwards": []}
 
 
+@pytest.mark.root
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("carrier", ["pasta", "slirp4netns"])
+def test_an_agent_gets_no_datagrams_of_the_host(carrier):
+    """pasta would bind each port that an agent sends from on this host, beside a service with SO_REUSEADDR."""
+    report = in_namespaces(carrier, program=THEFT)
+    assert report["received"] == 3 * 4 * 20, "the host's services get theirs"
+    notes = report["notes"]
+    assert [note for note in notes if note.startswith("stole") or note == "ping"] == []
+    assert notes.count("own:x") == 2
+    if carrier == "pasta":
+        assert "sent:AF_INET:" not in notes and "sent:AF_INET6:" not in notes, "an error tells the app"
+        assert report["more sockets"] == 0, "whatever an agent sends, and how"
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("carrier", ["pasta", "slirp4netns"])
+def test_an_agent_has_a_bounded_number_of_connections(carrier):
+    """Each takes an entry of the host's connection tracking; those that it closes are free again."""
+    assert 900 < in_namespaces(carrier, program=CROWD) < 4096
+
+
 @pytest.mark.bubblewrap
 def test_a_private_network_needs_a_carrier(world):
     found = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
@@ -634,16 +845,6 @@ def test_names_are_found_wherever_the_host_moves():
         "IPv6": "203.0.113.7",
         "a start with IPv6 alone": "203.0.113.7",
     }
-
-
-@pytest.mark.root
-@pytest.mark.bubblewrap
-def test_a_host_whose_network_comes_late_or_has_no_gateway():
-    """The manager tries again as long as a provider is unavailable: at boot the network may come after the agents."""
-    report = in_namespaces(program=ROUTES)
-    assert report.pop("without a network") == "it has no default route"
-    assert report.pop("203.0.113.5:80") == "reached"
-    assert len(report) == 4 and not {"reached", ""} & set(report.values()), report
 
 
 @pytest.mark.root
@@ -672,3 +873,13 @@ def test_what_an_agent_does_not_read_counts_as_its_memory():
     report = in_namespaces("pasta", program=BUFFERS)
     assert report["sockets"] == 40
     assert report["bytes"] < 80 << 20
+
+
+@pytest.mark.root
+@pytest.mark.bubblewrap
+def test_a_host_whose_network_comes_late_or_has_no_gateway():
+    """The manager tries again as long as a provider is unavailable: at boot the network may come after the agents."""
+    report = in_namespaces(program=ROUTES)
+    assert report.pop("without a network") == "it has no default route"
+    assert report.pop("203.0.113.5:80") == "reached"
+    assert len(report) == 4 and not {"reached", ""} & set(report.values()), report
