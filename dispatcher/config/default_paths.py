@@ -15,14 +15,24 @@ SYSTEM_CONFIG = Path("/etc/dispatcher/dispatcher.toml")
 MANAGER_SOCKET = "manager.sock"
 MANAGER_LOCK = "manager.lock"  # beside it, locked while a manager runs
 
+_kept: Path | None = None
+
 
 def config_file() -> Path:
     """Return the path of the configuration: $DISPATCHER_CONFIG, else the default of this user."""
     if path := os.environ.get("DISPATCHER_CONFIG"):
         return Path(path)
+    if _kept is not None:
+        return _kept
     if os.geteuid() == 0:
         return SYSTEM_CONFIG
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dispatcher/dispatcher.toml"
+
+
+def keep_config_file() -> None:
+    """Let `config_file` return the same path when this process has changed its user."""
+    global _kept
+    _kept = config_file()
 
 
 def unreadable(path: Path, error: OSError) -> ConfigError:

@@ -162,7 +162,7 @@ class ProxyConfig(Table):
     )
     hold: Duration = Field(default=5.0, description="how long a request waits for an agent that resumes")
     access_log: str = Field(default="", description="path of a file, or - for standard output; empty: none")
-    metrics_by_agent: Flag = Field(default=False, description="label metrics with the agent as well as the app")
+    metrics_by_agent: Flag = Field(default=False, description="label requests with the agent in place of the app")
     head_bytes: Size = Field(default=65536, description="maximum size of the request line and header fields")
     head_fields: Count = Field(default=100, ge=10, description="maximum number of header fields of a request")
     head_timeout: Duration = Field(

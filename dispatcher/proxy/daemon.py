@@ -109,9 +109,8 @@ class Daemon:
         limit = privileges.raise_descriptor_limit(wanted)
         if limit < wanted:
             most = privileges.most_connections(proxy.connections)
-            _log.info(
-                "the limit of open files is low", limit=limit, connections_per_worker=most, fix="raise LimitNOFILE"
-            )
+            fix = "raise LimitNOFILE= in the unit, or the shell's `ulimit -n` (dispatcher doctor)"
+            _log.info("the limit of open files is low", limit=limit, connections_per_worker=most, fix=fix)
         if accounts.made_up:
             _log.info("there is no proxy user, using a spare id", user=proxy.user, uid=accounts.proxy_uid)
         for module in _NEEDED:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import subprocess
 import sys
@@ -20,13 +21,8 @@ import tomli_w
 
 from tests.conftest import ROOT
 from tests.support.certificates import Authority
-from tests.support.documentation import PAGES, blocks
+from tests.support.documentation import PAGES, blocks, configuration, merged, tomllib
 from tests.support.installation import APP, PASSWORD
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 pytestmark = [pytest.mark.root, pytest.mark.bubblewrap]
 
@@ -51,7 +47,7 @@ ip link set lo up
 repository=$PWD inputs=$1
 mount -t tmpfs -o mode=755 tmpfs /opt
 cp -a "$inputs" /opt/inputs
-for directory in /srv /var/lib /run; do mount -t tmpfs -o mode=755 tmpfs "$directory"; done
+for directory in /home /srv /var/lib /run; do mount -t tmpfs -o mode=755 tmpfs "$directory"; done
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 cp -a /etc /opt/etc
 mount --bind /opt/etc /etc
@@ -84,6 +80,7 @@ sign_in() {
     curl -sSf -c /tmp/jar -H 'Content-Type: application/json' -d "{\"user\": \"$1\", \"password\": \"$PASSWORD\"}" http://localhost:8080/auth/login
     retry curl -sf -b /tmp/jar http://localhost:8080/
 }
+metrics_of_workers() { curl -s --unix-socket /run/dispatcher/manager.sock http://manager/metrics | grep dispatcher_edge_; }
 service() { systemctl start dispatcher-manager; systemctl start dispatcher-proxy; }
 finish() {
     local code=$? name
@@ -101,8 +98,13 @@ BEFORE = {
     "docs/explanation/portal.md": "service; user alice",
     "docs/howto/administer-from-elsewhere.md": "touch /etc/dispatcher/tokens; chmod 600 /etc/dispatcher/tokens; service",
     "docs/howto/copy-the-database.md": "service; user alice",
+    "docs/howto/from-jupyterhub.md": "service; install -D /etc/passwd /home/alice/papers/notes",
     "docs/howto/give-secrets-to-an-app.md": "export LAB_API_TOKEN=secret; service",
     "docs/howto/jupyterlab.md": "service; cat examples/jupyterlab.toml >> /etc/dispatcher/dispatcher.toml",
+    "docs/howto/limit-resources.md": "service; user alice; dispatcher start alice",
+    "docs/howto/monitor.md": "service; user alice; sign_in alice; retry metrics_of_workers",
+    "docs/howto/share-folders.md": "service",
+    "docs/howto/upgrade.md": "service; user alice",
     "docs/reference/rest.md": "openssl rand -hex 32 > token; chmod 600 token; service; user alice",
 }
 INSTEAD = {
@@ -115,7 +117,6 @@ INSTEAD = {
     "docs/howto/give-secrets-to-an-app.md": [("secrets/lab-db  ", "secrets/lab-db <<< secret  ")],
     "docs/tutorial/quick-start.md": [
         ('make demo ARGS="--directory /tmp/try"', "dispatcher demo --directory /tmp/try & retry proxy_up"),
-        ("dispatcher.toml top", "dispatcher.toml top | cat"),  # on a terminal it goes on
         ("config check\n", "config check\nkill %1; wait %1\n"),
         ("dispatcher running ", "sign_in alice; dispatcher running "),
         ("dispatcher logs -f alice ", "timeout 2 dispatcher logs -f alice || [ $? = 124 ] "),
@@ -134,12 +135,6 @@ tls_cert = "/opt/inputs/host.crt"
 tls_key = "/opt/inputs/host.key"
 """,
 }
-
-
-def merged(one, two):
-    """Return two tables of a configuration as one."""
-    both = isinstance(one, dict) and isinstance(two, dict)
-    return {**one, **{key: merged(one.get(key), value) for key, value in two.items()}} if both else two
 
 
 def commands(page, name):
@@ -184,6 +179,24 @@ def run(script: str, arguments: list[str], environment: dict[str, str]) -> tuple
     return process.wait(), output.decode(errors="replace").replace("\r\n", "\n")
 
 
+def machine(inputs: Path, page: dict, settings: str, script: str) -> str:
+    """Run a script in a machine with the configuration BASE, `settings` and that of a page; return its output."""
+    whole = merged(merged(tomllib.loads(BASE), tomllib.loads(settings)), page)
+    (inputs / "dispatcher.toml").write_text(tomli_w.dumps(whole))
+    (inputs / "page.toml").write_text(tomli_w.dumps(page))
+    (inputs / "program").write_text(PROGRAM)
+    authority = Authority(inputs)
+    authority.path.rename(inputs / "authority.pem")
+    authority.issue("host", ["host", "apps.example.org", "localhost"])
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": "/root", "TERM": "dumb", "LANG": "C.UTF-8",
+        "PASSWORD": PASSWORD, "PYTHON_PREFIX": sys.prefix,
+    }  # fmt: skip
+    code, output = run(SHELL.replace("PROGRAMS", " ".join(PROGRAMS)) + script, [str(inputs)], environment)
+    assert code == 0, output
+    return output
+
+
 @pytest.mark.parametrize(
     "page",
     [page for page in PAGES if any(not block.mark for block in blocks(page, "sh"))],
@@ -191,28 +204,37 @@ def run(script: str, arguments: list[str], environment: dict[str, str]) -> tuple
 )
 def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
     name = str(page.relative_to(ROOT))
-    shown = [tomllib.loads(block.text) for block in blocks(page, "toml")]
-    whole = merged(tomllib.loads(BASE), tomllib.loads(SETTINGS.get(name, "")))
-    own: dict = {}
-    for table in shown:
-        whole, own = merged(whole, table), merged(own, table)
-    (tmp_path / "dispatcher.toml").write_text(tomli_w.dumps(whole))
-    (tmp_path / "page.toml").write_text(tomli_w.dumps(own))
-    (tmp_path / "program").write_text(PROGRAM)
-    authority = Authority(tmp_path)
-    authority.path.rename(tmp_path / "authority.pem")
-    authority.issue("host", ["host", "apps.example.org", "localhost"])
-    script = "\n".join(
-        (
-            SHELL.replace("PROGRAMS", " ".join(PROGRAMS)),
-            BEFORE.get(name, ""),
-            "PS4='+ $SECONDS: '; set -x",
-            commands(page, name),
-        )
+    script = f"{BEFORE.get(name, '')}\nPS4='+ $SECONDS: '; set -x\n{commands(page, name)}"
+    output = machine(tmp_path, configuration(page), SETTINGS.get(name, ""), script)
+    if page.name == "monitor.md":
+        named = re.findall(r"(?<!/)\bdispatcher_[a-z_]+", page.read_text())
+        assert [metric for metric in named if metric not in output and metric != "dispatcher_agent_event"] == []
+
+
+def test_a_proxy_that_root_started_reloads_root_s_file_and_needs_a_restart_for_port_443(tmp_path: Path) -> None:
+    """docs/howto/install-as-a-service.md, Port 443."""
+    output = machine(
+        tmp_path,
+        {},
+        "",
+        """
+service
+listen() { sed -i '/^\\[proxy/,$d' /etc/dispatcher/dispatcher.toml; printf '[proxy]\\nlisten = ["127.0.0.1:%s"]\\n' "$@" >> /etc/dispatcher/dispatcher.toml; }
+says() { grep -q "$1" /tmp/proxy.log; }
+serves() { curl -sf "http://127.0.0.1:$1/auth/health"; }
+listen 8081
+dispatcher reload
+retry serves 8081
+listen 443
+dispatcher reload
+retry says 'Cannot listen on 127.0.0.1:443: Permission denied'
+serves 8081
+kill "$(cat /tmp/proxy.pid)"
+wait "$(cat /tmp/proxy.pid)"
+dispatcher proxy 2> /dev/null &
+retry serves 443
+kill $!
+wait $!
+""",
     )
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": "/root", "TERM": "dumb", "LANG": "C.UTF-8",
-        "PASSWORD": PASSWORD, "PYTHON_PREFIX": sys.prefix,
-    }  # fmt: skip
-    code, output = run(script, [str(tmp_path)], environment)
-    assert code == 0, output
+    assert "the proxy reloads the configuration" in output

@@ -7,10 +7,16 @@ says `<!-- run by tests/FILE.py::TEST -->` or `<!-- not run: REASON -->`.
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.conftest import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "examples/README.md"])
 _BLOCK = re.compile(
@@ -31,3 +37,18 @@ def blocks(page: Path, *languages: str) -> list[Block]:
         Block(match["mark"] or "", match["language"], match["text"]) for match in _BLOCK.finditer(page.read_text())
     ]
     return [block for block in found if not languages or block.language in languages]
+
+
+def configuration(page: Path) -> dict:
+    """Return the configuration that all `toml` blocks of a page are together."""
+    whole: dict = {}
+    for block in blocks(page, "toml"):
+        table = tomllib.loads(block.text)
+        whole = whole if "project" in table else merged(whole, table)
+    return whole
+
+
+def merged(one, two):
+    """Return two tables of a configuration as one."""
+    both = isinstance(one, dict) and isinstance(two, dict)
+    return {**one, **{key: merged(one.get(key), value) for key, value in two.items()}} if both else two

@@ -11,6 +11,7 @@ import click
 
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.parent_death import end_with_parent
+from dispatcher.config import default_paths
 from dispatcher.plugin.errors import Unavailable
 
 
@@ -122,6 +123,7 @@ def _reload_proxy(run_dir: Path) -> bool:
 
 
 def _same_configuration(cli: Cli) -> None:
-    """Make a reload in this process find the file that ``--config`` named."""
+    """Make a reload in this process find the same file: that of ``--config``, or the default of its first user."""
     if cli.config_path is not None:
         os.environ["DISPATCHER_CONFIG"] = str(cli.config_path.absolute())
+    default_paths.keep_config_file()

@@ -13,12 +13,7 @@ from dispatcher.config import schema
 from dispatcher.plugin import hooks
 from dispatcher.config.plugins import Plugins
 from tests.conftest import ROOT
-from tests.support.documentation import PAGES, blocks
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from tests.support.documentation import PAGES, blocks, configuration, tomllib
 
 HOOKS = [
     function for name, function in inspect.getmembers(hooks, inspect.isfunction) if name.startswith("dispatcher_")
@@ -95,23 +90,20 @@ def test_pages_speak_of_the_project_alone(page):
     assert text.startswith("# ")
 
 
-TOML = [
-    (page, number, block)
-    for page in [*PAGES, *ROOT.glob("examples/**/*.toml"), ROOT / "packaging/dispatcher.toml"]
-    for number, block in enumerate(texts(page, "toml") if page.suffix == ".md" else [page.read_text()])
-    if "[project]" not in block
-]
-
-
 @pytest.mark.parametrize(
-    ("page", "block"),
-    [(page, block) for page, _, block in TOML],
-    ids=[f"{page.relative_to(ROOT)}-{number}" for page, number, _ in TOML],
+    "path",
+    [
+        *(page for page in PAGES if configuration(page)),
+        *ROOT.glob("examples/**/*.toml"),
+        ROOT / "packaging/dispatcher.toml",
+    ],
+    ids=lambda path: str(path.relative_to(ROOT)),
 )
-def test_configurations_in_the_documentation_are_good(page, block):
-    found = parse(tomllib.loads(block))
+def test_configurations_in_the_documentation_are_good(path):
+    found = parse(configuration(path) if path.suffix == ".md" else tomllib.loads(path.read_text()))
     names = {app.provider for app in found.apps.values()} | set(found.providers)
-    if names <= set(Plugins().available()) and all(app.model_extra for app in found.apps.values()):
+    assert names <= {*Plugins().available(), "bare"}
+    if "bare" not in names and all(app.model_extra for app in found.apps.values()):
         found.validate_providers(Plugins())
 
 
