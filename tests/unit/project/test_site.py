@@ -39,7 +39,7 @@ def site(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", *command.split(), out], cwd=ROOT, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     return out
 
 
