@@ -128,6 +128,10 @@ def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metr
     yield from families.values()
 
 
+#: No counter comes near; a larger number is no float, or becomes infinite where values are added.
+LARGEST = 1e300
+
+
 def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
     """Return the valid counters of a worker: plain names, possibly with labels, and numbers; not too many."""
     if not isinstance(values, dict):
@@ -135,7 +139,7 @@ def clean_counters(values: object, limit: int = 200) -> dict[str, float]:
     good: dict[str, float] = {}
     for name, value in list(values.items())[:limit]:
         number: Any = value
-        if not isinstance(name, str) or type(number) not in {int, float} or not number >= 0:
+        if not isinstance(name, str) or type(number) not in {int, float} or not 0 <= number < LARGEST:
             continue
         plain, brace, labels = name.partition("{")
         if _NAME.fullmatch(plain) and (not brace or _LABELS.fullmatch(labels)):

@@ -70,6 +70,26 @@ SPOOFED = [
     b"Remote_User: root",
     b"X-Remote-User: root",
     b"X-Original-URL: /evil",
+    *(
+        b"%b: evil" % name
+        for name in (
+            *(
+                b"X-Auth-User",
+                b"X_Auth_User",
+                b"Front-End-Https",
+                b"X-Forwarded-User",
+                b"X-Auth-Request-Preferred",
+            ),
+            *(
+                b"X-WEBAUTH-USER",
+                b"X-Webauth-Role",
+                b"X-Authentik-Username",
+                b"Remote-Groups",
+                b"X-SSL-Client-S-DN",
+            ),
+            *(b"Client-Cert", b"X-Goog-Authenticated-User-Email", b"X-MS-Client-Principal", b"X-Sendfile-Type"),
+        )
+    ),
     b"Proxy: http://evil",
     b"Proxy-Authorization: Basic evil",
     b"Keep-Alive: timeout=666",

@@ -213,6 +213,19 @@ class TestForgery:
         assert response.status_code == 403
         assert not manager.rows
 
+    @pytest.mark.parametrize("body", ["user=alice&password=correct+horse", "[1]", "{", "1" * 5000])
+    @pytest.mark.parametrize("accept", ["text/html", "application/json"])
+    def test_json_that_is_none_is_a_bad_request_and_no_wrong_password(
+        self, portal, body: str, accept: str
+    ) -> None:
+        app, manager = portal
+        response = app.test_client().post(
+            "/auth/login", data=body, headers={"Content-Type": "application/json", "Accept": accept}
+        )
+        assert response.status_code == 400
+        assert "Name and password" not in response.text
+        assert not manager.rows
+
     @pytest.mark.parametrize("method", ["GET", "HEAD"])
     def test_get_changes_nothing(self, portal, method: str) -> None:
         app, manager = portal

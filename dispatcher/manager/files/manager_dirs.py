@@ -41,8 +41,10 @@ def make_directories(paths: Paths, accounts: HostAccounts) -> None:
 def _own_directory(path: Path, mode: int) -> None:
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     for directory in reversed(missing):
+        _check_parent(directory.parent)  # nothing is made where it is refused
         directory.mkdir(mode=mode if directory == path else 0o755, exist_ok=True)
-    _check_parent(path.parent)
+    if not missing:
+        _check_parent(path.parent)
     _check_own(path)
     if stat.S_IMODE(path.stat().st_mode) != mode:
         path.chmod(mode)
@@ -67,6 +69,8 @@ def _check_parent(path: Path) -> None:
         raise ConfigError(
             f"{path} is writable for all users", why="they could replace its contents", fix=f"chmod o-w {path}"
         )
+    if path.is_symlink() and path.lstat().st_uid not in {0, os.geteuid()}:
+        found = path.lstat()
     if found.st_uid in {0, os.geteuid()}:
         return
     if path.parent.stat().st_mode & stat.S_IWOTH:

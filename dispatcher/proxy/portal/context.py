@@ -17,7 +17,7 @@ from urllib.parse import urlencode, urlsplit
 from flask import Response, current_app, g, request
 
 from dispatcher.common.ip_limits import Tally
-from dispatcher.plugin.errors import DispatcherError, Forbidden, NotFound
+from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound
 from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.portal import csrf
 
@@ -328,6 +328,12 @@ def check_form(purpose: str, *, session: bool = True) -> None:
         why, fix = refusal
         raise Forbidden("This request is refused", why=why, fix=fix)
     if program:
+        if request.content_length and not isinstance(_json(), Mapping):
+            raise BadRequest(
+                "The request is not understood",
+                why="its content type is JSON, and its body is no JSON object",
+                fix="send an object, or a form as application/x-www-form-urlencoded",
+            )
         return
     if not seeds:
         raise StaleForm(

@@ -38,6 +38,7 @@ def test_every_outcome_of_a_sign_in_shows_from_the_beginning():
         ({"requests": 3, "bytes_total": 4.5}, {"requests": 3.0, "bytes": 4.5}),
         ({"Bad": 1, "a b": 1, 'x{y="z"} 1\n': 1, "": 1, "x" * 65: 1}, {}),
         ({"a": "1", "b": None, "c": True, "d": -1, "e": float("nan"), "f": [1]}, {}),
+        ({"a": 2**2000, "b": float("inf"), "c": 1e301, "d": 2**70}, {"d": float(2**70)}),
         ({f"n{n}": n for n in range(1000)}, {f"n{n}": float(n) for n in range(200)}),
         (
             {'r_total{app="a:b",class="2xx"}': 2, 'r{app="a': 1, 'r{a="\n"}': 1, "r{}": 1},

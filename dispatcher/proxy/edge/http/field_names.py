@@ -62,17 +62,29 @@ _HOP_BY_HOP: Final = dict.fromkeys(
 #: Identity and origin of a client: only the edge or a trusted proxy states them.
 _IDENTITY: Final = dict.fromkeys(
     (
-        *("forwarded", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip", "cf-connecting-ip"),
-        *("fastly-client-ip", "client-ip", "x-host", "x-original-url", "x-original-uri", "x-original-host"),
-        *("x-rewrite-url", "x-url-scheme", "x-scheme", "x-script-name", "remote-user", "remote-addr"),
-        *("x-remote-user", "x-remote-groups", "x-authenticated-user", "x-auth-request-user"),
-        *("x-auth-request-email", "x-webauth-user", "x-ssl-client-dn", "x-ssl-client-verify", "x-client-cert"),
-        *("ssl-client-cert", "http2-settings"),
+        *("forwarded", "x-forwarded", "x-real-ip", "x-client-ip", "x-cluster-client-ip", "true-client-ip"),
+        *("cf-connecting-ip", "cf-connecting-ipv6", "fastly-client-ip", "client-ip", "proxy-client-ip"),
+        *("wl-proxy-client-ip", "x-azure-clientip", "x-host", "x-http-host-override", "x-rewrite-url"),
+        *("x-url-scheme", "x-scheme", "x-https", "https", "front-end-https", "x-script-name", "x-ingress-path"),
+        *("remote-addr", "remote-user", "remote-name", "remote-email", "remote-groups", "x-original-url"),
+        *("x-original-uri", "x-original-host", "x-original-proto", "x-original-forwarded-for"),
+        *("x-auth-user", "x-auth-username", "x-auth-name", "x-auth-email", "x-auth-groups", "x-auth-roles"),
+        *("x-jwt-assertion", "cf-access-authenticated-user-email", "cf-access-jwt-assertion"),
+        *("tailscale-user-login", "tailscale-user-name", "tailscale-user-profile-pic"),
+        *("ssl-client-cert", "ssl-client-verify", "ssl-client-s-dn", "client-cert", "client-cert-chain"),
+        *("x-sendfile-type", "x-accel-mapping"),  # how some apps name files to a front proxy
+        "http2-settings",
         "proxy",  # becomes HTTP_PROXY in CGI (CVE-2016-5385)
     ),
     DROP,
 )
-IDENTITY_PREFIXES: Final = ("x-forwarded-", "x-dispatcher-")
+#: X-Auth-Token and X-Auth-Key are credentials of apps' own clients, so not all of X-Auth- is dropped.
+IDENTITY_PREFIXES: Final = (
+    *("x-forwarded-", "x-dispatcher-", "x-remote-", "x-authenticated-", "x-auth-request-"),
+    *("x-webauth-", "x-authentik-", "x-pomerium-", "x-vouch-", "x-consumer-", "x-goog-authenticated-"),
+    *("x-goog-iap-", "x-amzn-oidc-", "x-ms-client-principal", "x-appengine-", "x-envoy-", "x-ssl-"),
+    *("x-client-cert", "x-client-verify"),
+)
 
 _FRAMING: Final = {
     "content-length": CONTENT_LENGTH,
@@ -115,6 +127,7 @@ _RESPONSE: Final = {
     # These concern the whole host, which belongs to the dispatcher and not to the agent:
     "strict-transport-security": DROP,
     "public-key-pins": DROP,
+    "expect-ct": DROP,
     "alt-svc": DROP,
     "clear-site-data": CLEAR_SITE_DATA,
     "nel": DROP,  # reports every request to the host, the portal's included, long after the session
@@ -236,5 +249,13 @@ REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE, _COMMANDS)
 #: Of answers of agents that share an origin: their statement to caches is joined with the edge's own.
 SHARED_NAMES: Final = Names(
-    {**_RESPONSE, "cache-control": CACHE_CONTROL, "x-accel-expires": DROP}, _COMMANDS, (_TARGETED,)
+    {
+        **_RESPONSE,
+        "cache-control": CACHE_CONTROL,
+        "x-accel-expires": DROP,
+        # Browsers keep these for the whole origin, and for paths of it that the agent names:
+        **dict.fromkeys(("accept-ch", "critical-ch", "use-as-dictionary"), DROP),
+    },
+    _COMMANDS,
+    (_TARGETED,),
 )

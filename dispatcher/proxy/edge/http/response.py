@@ -121,7 +121,13 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
                 # browsers may take the script from there (Service Workers, "Update", updateViaCache).
                 lines += b"Vary: Service-Worker\r\n"
         elif kind == field_names.ANSWER_LENGTH:
-            if length != UNTIL_CLOSE or not value.isdigit() or len(value) > MAX_DIGITS:
+            # A leading zero is rewritten as well: some read it as octal.
+            if (
+                length != UNTIL_CLOSE
+                or not value.isdigit()
+                or len(value) > MAX_DIGITS
+                or value[:1] == b"0" != value
+            ):
                 length = _same_length(length, value)
                 repeated = True
             else:

@@ -74,11 +74,28 @@ def test_a_directory_of_somebody_else_is_refused(paths):
 @pytest.mark.root
 def test_a_parent_that_somebody_made_in_tmp_is_refused(tmp_path):
     tmp_path.chmod(0o1777)
-    (tmp_path / "dispatcher-0").mkdir()
-    os.chown(tmp_path / "dispatcher-0", 54321, 54321)
-    with pytest.raises(ConfigError) as caught:
+    theirs = tmp_path / "dispatcher-0"
+    for run_dir in (theirs / "dispatcher", theirs / "a/dispatcher"):
+        theirs.mkdir()
+        os.chown(theirs, 54321, 54321)
+        with pytest.raises(ConfigError) as caught:
+            make_directories(Paths(run_dir, tmp_path / "state"), ME)
+        assert "belongs to another user" in caught.value.what
+        theirs.rmdir()  # nothing was made in it
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("target_owner", [54321, os.geteuid()])
+def test_a_link_that_somebody_made_in_tmp_is_refused(tmp_path, target_owner):
+    tmp_path.chmod(0o1777)
+    target = tmp_path / "target"
+    target.mkdir()
+    os.chown(target, target_owner, 54321)
+    (tmp_path / "dispatcher-0").symlink_to(target)
+    os.chown(tmp_path / "dispatcher-0", 54321, 54321, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="belongs to another user"):
         make_directories(Paths(tmp_path / "dispatcher-0/dispatcher", tmp_path / "state"), ME)
-    assert "belongs to another user" in caught.value.what
+    assert not list(target.iterdir())
 
 
 def test_a_file_in_the_way_is_said(paths):

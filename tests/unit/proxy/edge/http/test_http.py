@@ -445,6 +445,13 @@ def test_an_agent_says_nothing_about_the_whole_host():
         b"X-Accel-Redirect: /x",
         b"X-Sendfile: /etc/passwd",
         b"Keep-Alive: timeout=5",
+        b"X-Sendfile2: /x 0-1",
+        b"X-Reproxy-URL: http://x",
+        b"X-Reproxy-File: /etc/passwd",
+        b"Expect-CT: max-age=1",
+        b"Accept-CH: Sec-CH-UA",
+        b"Critical-CH: Sec-CH-UA",
+        b'Use-As-Dictionary: match="/auth/*"',
         b"Upgrade: h2c",
         b"Connection: X-Hop",
         b"X-Hop: 1",
@@ -452,6 +459,13 @@ def test_an_agent_says_nothing_about_the_whole_host():
     head = b"HTTP/1.1 200 OK\r\n" + b"\r\n".join(lines) + b"\r\nX-Ok: 1\r\nContent-Length: 0\r\n\r\n"
     answer = client_head(parse_response(head, 100, b"GET", Policy(b"/auth/")), b"")
     assert answer == b"HTTP/1.1 200 OK\r\nX-Ok: 1\r\nContent-Length: 0\r\n\r\n"
+
+
+def test_a_length_with_leading_zeros_is_written_anew():
+    for text, length in ((b"02", 2), (b"000", 0), (b"0", 0), (b"10", 10)):
+        parsed = parse_response(b"HTTP/1.1 200 OK\r\nContent-Length: %b\r\n\r\n" % text, 100, b"GET", None)
+        assert parsed.length == length
+        assert client_head(parsed, b"") == b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length
 
 
 @pytest.mark.parametrize("value,wide", [
