@@ -49,6 +49,18 @@ def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
     assert (tree / "usr/bin/dispatcher").is_symlink()
 
 
+def test_needrestart_leaves_the_agents_alone(tree):
+    """After an upgrade of a library it restarts all services that use the old one, agents' processes included."""
+    never = (
+        "our %nrconf; defined(do shift) or die; my $rules = $nrconf{override_rc};"
+        "for my $unit (@ARGV) { for (keys %$rules) { print qq($unit ) if $unit =~ /$_/ && !$rules->{$_} } }"
+    )
+    units = [f"dispatcher-{name}.service" for name in ("agents", "manager", "proxy")]
+    file = tree / "etc/needrestart/conf.d/agent-dispatcher.conf"
+    done = subprocess.run(["perl", "-we", never, file, *units], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["dispatcher-agents.service"], "")
+
+
 @pytest.mark.root
 def test_an_installation_that_does_not_start_says_why_and_announces_nothing(tmp_path):
     for program, code in {
