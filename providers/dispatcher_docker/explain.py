@@ -94,7 +94,13 @@ def _inside(path: str, directory: str) -> bool:
 
 
 def explain_backend(
-    engine: Engine, options: DockerOptions, info: dict[str, Any] | None, *, own_volume: bool, protects_host: bool
+    engine: Engine,
+    options: DockerOptions,
+    info: dict[str, Any] | None,
+    *,
+    own_volume: bool,
+    protects_host: bool,
+    bounds_connections: bool,
 ) -> Iterator[Finding]:
     """Return findings for all agents of this engine."""
     where = "this host" if engine.is_local else "another host"
@@ -126,6 +132,11 @@ def explain_backend(
             "run the manager as root with iptables installed"
             if engine.is_local
             else f"set rules there: iptables -I DOCKER-USER -d {METADATA_NETWORKS[0]} -j REJECT, and the like",
+        )
+    if protects_host and not bounds_connections:
+        yield Finding.warning(
+            'An agent with network "private" can fill the table of tracked connections (nf_conntrack_max)',
+            "load the kernel modules xt_connlimit and xt_hashlimit",
         )
     for key, what in (("MemoryLimit", "memory"), ("CPUCfsQuota", "processor time"), ("PidsLimit", "processes")):
         if info and not info.get(key, True):

@@ -4,7 +4,8 @@ On a shared network an agent could ask the engine's name server for all others' 
 as many neighbours as the network has addresses.  Agents cannot reach each other's networks.  Docker does let
 containers connect to the host's own services and to all that the host reaches.  Where the manager is root on the
 engine's host, firewall rules for all bridges of the installation reject new connections to the host and to the
-networks of `denied_networks`, clouds' metadata among them.
+networks of `denied_networks`, clouds' metadata among them, and bound how much of the host's table of tracked
+connections an agent takes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,13 @@ _PREFIX = 29  # a container, the bridge, and room for an address that the engine
 _MOST = 4096  # networks: three digits of an interface's name
 _TRIES = 10  # while other installations take networks at the same time
 
+#: New connections of an agent that are dropped: the table of tracked connections is one for the host and all its
+#: containers.  The second match does not count TCP connections that have ended, which stay there for two minutes.
+_BOUNDS = (
+    "-m hashlimit --hashlimit-name {name} --hashlimit-mode srcip --hashlimit-above 50/sec --hashlimit-burst 1000",
+    "-m connlimit --connlimit-above 1024 --connlimit-mask {bits} --connlimit-saddr",
+)
+
 #: Chains that forwarded packets pass before the engine's own; the first exists if the engine manages rules.
 _FORWARD = ("DOCKER-USER", "FORWARD")
 _RESOLVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
@@ -57,6 +65,10 @@ class Networks:
     def can_protect(self) -> bool:
         """Whether the firewall rules can be set here."""
         return self._engine.is_local and self._context.privileged and shutil.which("iptables") is not None
+
+    def bounds(self, deadline: Deadline) -> bool:
+        """Whether the kernel has what bounds the number of an agent's connections."""
+        return self.can_protect and _Firewall(4, self.interface, deadline).can_bound()
 
     @contextmanager
     def in_use(self, name: str, deadline: Deadline) -> Iterator[None]:
@@ -173,6 +185,7 @@ class Networks:
         denied = denied_networks(self._denied)
         for version in (4, 6) if any(one.get("EnableIPv6") for one in ours.values()) else (4,):
             firewall = _Firewall(version, self.interface, deadline)
+            firewall.bound()
             firewall.fill([one for one in denied if one.version == version])
             firewall.enter_input()
             firewall.enter(self.interface, *_FORWARD)
@@ -203,15 +216,40 @@ class _Firewall:
         self._program = "iptables" if version == 4 else "ip6tables"
         self._interface = interface
         self._input = f"{interface}-in"
+        self._bounds = f"{interface}-new"
         self._deadline = deadline
         self._error = ""
+
+    def bound(self) -> None:
+        """Make the chain that bounds each agent's connections; empty if the kernel cannot.
+
+        A new rule would begin to count at 0, so a chain that is complete stays.
+        """
+        rules = self._bound_rules()
+        if not all(self._run(self._program, "-C", self._bounds, *rule.split()) for rule in rules):
+            self._restore(restored(self._bounds, rules)) or self._restore(restored(self._bounds, ()))
+
+    def can_bound(self) -> bool:
+        """Whether the kernel takes the rules of `bound`."""
+        name = f"{self._interface}-try"
+        done = self._restore(restored(name, self._bound_rules()))
+        self._run(self._program, "-F", name)
+        self._run(self._program, "-X", name)
+        return done
+
+    def _bound_rules(self) -> list[str]:
+        bits = 32 if self._version == 4 else 128
+        return [f"{match.format(name=self._interface, bits=bits)} -j DROP" for match in _BOUNDS]
+
+    def _restore(self, rules: str) -> bool:
+        return self._run(f"{self._program}-restore", "--noflush", stdin=rules)
 
     def fill(self, denied: Sequence[IpNetwork]) -> None:
         """Replace the chains."""
         servers = list(_name_servers())
         own = [one for one in servers if one.version == self._version and not one.is_loopback]
-        rules = chain(self._interface, denied, servers) + input_chain(self._input, own)
-        if not self._run(f"{self._program}-restore", "--noflush", stdin=rules):
+        rules = chain(self._interface, denied, servers, first=self._bounds)
+        if not self._restore(rules + input_chain(self._input, own, first=self._bounds)):
             raise self._failed()
 
     def enter(self, target: str, *chains: str) -> None:
@@ -225,7 +263,7 @@ class _Firewall:
 
     def clear(self) -> None:
         """Remove the chains and the jumps to them."""
-        for name, chains in ((self._input, ("INPUT",)), (self._interface, _FORWARD)):
+        for name, chains in ((self._input, ("INPUT",)), (self._interface, _FORWARD), (self._bounds, ())):
             if self._run(self._program, "-F", name):
                 for one in chains:
                     self._rule("-D", one, name)
@@ -256,31 +294,37 @@ class _Firewall:
         )
 
 
-def chain(name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address | IPv6Address]) -> str:
+def restored(name: str, rules: Iterable[str]) -> str:
+    """Return a chain for iptables-restore."""
+    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+
+
+def chain(
+    name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address | IPv6Address], *, first: str
+) -> str:
     """Return a chain for iptables-restore: it rejects other agents and denied networks.
 
     DNS passes to those of the host's name servers that lie in denied networks, as clouds' ones do.
+
+    :param first: the chain that new connections pass before.
     """
-    rules = [
+    rules = [f"-j {first}"]
+    rules += [
         f"-d {server} -p {protocol} --dport 53 -j RETURN"
         for server in servers
         if any(server in network for network in denied)
         for protocol in ("udp", "tcp")
     ]
-    rules += [*(f"-d {network} -j REJECT" for network in denied), f"-o {name}+ -j REJECT"]
-    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+    return restored(name, [*rules, *(f"-d {network} -j REJECT" for network in denied), f"-o {name}+ -j REJECT"])
 
 
-def input_chain(name: str, servers: Sequence[IPv4Address | IPv6Address]) -> str:
+def input_chain(name: str, servers: Sequence[IPv4Address | IPv6Address], *, first: str) -> str:
     """Return a chain for iptables-restore: of what goes to this host, only DNS to its name servers passes.
 
     What passes is then up to the host's own rules.
     """
-    rules = [
-        f"-d {server} -p {protocol} --dport 53 -j RETURN" for server in servers for protocol in ("udp", "tcp")
-    ]
-    rules.append("-j REJECT")
-    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+    dns = [f"-d {server} -p {protocol} --dport 53 -j RETURN" for server in servers for protocol in ("udp", "tcp")]
+    return restored(name, [f"-j {first}", *dns, "-j REJECT"])
 
 
 def _name_servers() -> Iterator[IPv4Address | IPv6Address]:

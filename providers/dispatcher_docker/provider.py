@@ -139,6 +139,7 @@ class DockerProvider(Provider):
                 self._info,
                 own_volume=self._starter.volumes is not None,
                 protects_host=self._networks.can_protect,
+                bounds_connections=self._networks.bounds(Deadline(10)),
             )
         )
 

@@ -37,6 +37,7 @@ from dispatcher_libvirt.xml_input import element, parse_xml
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
+_CONNECTIONS = 1024  # of a machine at once: the table of tracked connections is one for the host and all machines
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
 #: This network, loopback, multicast, reserved and broadcast: services of this host listen at some of them.
 _SPECIAL_NETWORKS = tuple(map(Network4, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
@@ -168,6 +169,7 @@ def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ip
     rules = [
         _rule("accept", "inout", 100, "all", state="ESTABLISHED,RELATED"),
         _rule("accept", "in", 300, "tcp", state="NEW"),
+        _rule("drop", "out", 350, "all", **{"connlimit-above": _CONNECTIONS}),
         *[_rule("accept", "out", 400, protocol, **dns) for protocol in ("udp", "tcp") if network.gateway],
         *[
             _rule("drop", "out", 500, "all", dstipaddr=one.network_address, dstipmask=one.prefixlen)

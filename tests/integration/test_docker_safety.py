@@ -307,6 +307,53 @@ def test_an_agent_has_few_neighbours(world):
     assert int(found) < 8
 
 
+#: Send a datagram to many places.
+SPREAD = """
+import socket, time
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for number in range(5000):
+    try:
+        sock.sendto(b"x", (f"198.18.100.{number % 250 + 1}", 2000 + number // 250))
+    except OSError:
+        pass
+    if number % 100 == 0:
+        time.sleep(0.002)
+"""
+
+#: Connect for ten seconds, one after the other; print how many times.
+HURRY = """
+import socket, sys, time
+count, end = 0, time.monotonic() + 10
+while time.monotonic() < end:
+    try:
+        socket.create_connection((sys.argv[1], int(sys.argv[2])), 3).close()
+        count += 1
+    except OSError:
+        pass
+print(count)
+"""
+
+
+def tracked(address):
+    """Count the connections that the host tracks for an address."""
+    with open("/proc/net/nf_conntrack", encoding="ascii") as lines:
+        return sum(f"src={address} " in line.partition("dst=")[0] for line in lines)
+
+
+def test_an_agent_does_not_fill_the_hosts_table_of_connections(world):
+    spreader, hurrier = (world.run(n, options=PORTED, network=Network.PRIVATE) for n in ("spreader", "hurrier"))
+    run = lambda agent, *words: docker("exec", agent.handle.name, "python3", "-c", *words)
+    with Outside("198.18.100.0/24") as outside:
+        for _ in range(3):
+            run(spreader, SPREAD)
+            assert 500 < tracked(address_of(spreader)) <= 1024
+            world.driver.list()  # renews the rules, which go on counting
+            world.run("another", options=PORTED, network=Network.PRIVATE)
+        assert 500 < int(run(hurrier, HURRY, "198.18.100.1", str(outside.port))) < 3000
+        assert reached(world.run("quiet", options=PORTED, network=Network.PRIVATE), "198.18.100.1")
+    assert not [one for one in world.driver.explain(None) if "tracked connections" in one.what]
+
+
 def test_networks_are_made_beside_each_other_and_beside_those_of_other_installations(world):
     """Each installation takes the range that the engine would, so both may take the same one."""
     other = DockerWorld()

@@ -133,3 +133,14 @@ def test_a_safe_app_has_no_warning(context):
     made = app(limits=Limits(memory=1 << 28, pids=100))
     found = list(explain.explain_app(made, Engine(DockerOptions(url="unix:///x"), context.run_dir)))
     assert {one.level for one in found} == {Level.INFO}
+
+
+@pytest.mark.parametrize("bounds", [False, True])
+def test_connections_without_a_bound_are_a_warning(context, bounds):
+    options = DockerOptions()
+    engine = Engine(options, context.run_dir)
+    found = explain.explain_backend(
+        engine, options, None, own_volume=False, protects_host=True, bounds_connections=bounds
+    )
+    told = [one for one in found if one.level is Level.WARNING and "tracked connections" in one.what]
+    assert bool(told) is not bounds

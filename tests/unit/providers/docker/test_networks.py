@@ -11,9 +11,10 @@ def test_dns_of_a_denied_network_passes_and_nothing_else_of_it():
     """A name server may lie beside the metadata service, as on Azure and Google."""
     servers = [ip_address(one) for one in ("168.63.129.16", "192.0.2.53", "fd00::53")]
     denied = [ip_network("168.63.129.16/32"), ip_network("169.254.0.0/16")]
-    assert chain("dsp-1", denied, servers).splitlines() == [
+    assert chain("dsp-1", denied, servers, first="dsp-1-new").splitlines() == [
         "*filter",
         ":dsp-1 - [0:0]",
+        "-A dsp-1 -j dsp-1-new",
         "-A dsp-1 -d 168.63.129.16 -p udp --dport 53 -j RETURN",
         "-A dsp-1 -d 168.63.129.16 -p tcp --dport 53 -j RETURN",
         "-A dsp-1 -d 168.63.129.16/32 -j REJECT",
@@ -24,9 +25,10 @@ def test_dns_of_a_denied_network_passes_and_nothing_else_of_it():
 
 
 def test_of_what_goes_to_this_host_only_dns_to_its_name_servers_passes():
-    assert input_chain("dsp-1-in", [ip_address("192.0.2.53")]).splitlines() == [
+    assert input_chain("dsp-1-in", [ip_address("192.0.2.53")], first="dsp-1-new").splitlines() == [
         "*filter",
         ":dsp-1-in - [0:0]",
+        "-A dsp-1-in -j dsp-1-new",
         "-A dsp-1-in -d 192.0.2.53 -p udp --dport 53 -j RETURN",
         "-A dsp-1-in -d 192.0.2.53 -p tcp --dport 53 -j RETURN",
         "-A dsp-1-in -j REJECT",
@@ -49,7 +51,28 @@ def test_the_firewall_lets_dns_to_this_host_pass(monkeypatch, tmp_path):
     firewall.fill([])
     firewall.enter_input()
     allowed = [line for line in ran[0][1].splitlines() if line.startswith("-A dsp-1-in")]
-    assert allowed[0] == "-A dsp-1-in -d 192.0.2.1 -p udp --dport 53 -j RETURN"
-    assert allowed[2:] == ["-A dsp-1-in -j REJECT"]
+    assert allowed[1] == "-A dsp-1-in -d 192.0.2.1 -p udp --dport 53 -j RETURN"
+    assert allowed[3:] == ["-A dsp-1-in -j REJECT"]
     jumps = [(one[0], one[-1]) for one, _ in ran[1:]]
     assert jumps == [("-C", "dsp-1-in"), ("-I", "dsp-1-in")]
+
+
+def test_bounds_stay_in_place_and_a_kernel_without_them_gets_an_empty_chain(monkeypatch):
+    """A new rule counts from 0."""
+    firewall = _Firewall(4, "dsp-1", Deadline(5))
+    ran = []
+    missing = {"hashlimit"}
+
+    def run(program, *arguments, stdin=""):
+        ran.append((program, arguments, stdin))
+        return not any(one in " ".join([*arguments, stdin]) for one in missing)
+
+    monkeypatch.setattr(firewall, "_run", run)
+    firewall.bound()
+    assert ran[-1] == ("iptables-restore", ("--noflush",), "*filter\n:dsp-1-new - [0:0]\nCOMMIT\n")
+    assert not firewall.can_bound()
+    missing.clear()
+    assert firewall.can_bound()
+    ran.clear()
+    firewall.bound()
+    assert [arguments[:2] for _, arguments, _ in ran] == [("-C", "dsp-1-new")] * 2

@@ -174,6 +174,15 @@ def test_the_filter_protects_the_host():
     root = etree.fromstring(network.guest_filter("f", info, denied))
     assert root.find("filterref").get("filter") == "clean-traffic"
     rules = sorted(root.iterfind("rule"), key=lambda rule: int(rule.get("priority")))
+    bound = next(rule for rule in rules if rule.find("all[@connlimit-above]") is not None)
+    accepted = [
+        int(rule.get("priority"))
+        for rule in rules
+        if rule.get("action") == "accept" and rule[0].get("state") is None
+    ]
+    assert bound.get("direction") == "out" and int(bound.get("priority")) < min(accepted), (
+        "the host's table of connections"
+    )
     drops = {
         f"{one.get('dstipaddr')}/{one.get('dstipmask')}"
         for rule in rules
