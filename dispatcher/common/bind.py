@@ -1,4 +1,4 @@
-"""Binding listeners to addresses that this host has, or will have."""
+"""Binds listeners, also to addresses that this host gets later."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FREE = {socket.AF_INET: (socket.IPPROTO_IP, 15), socket.AF_INET6: (socket.IPPRO
 
 
 def bind(sock: socket.socket, where: tuple[object, ...], address: str) -> None:
-    """Bind a listener, also to an address that comes later: by DHCP after the start, by a failover, by a VPN.
+    """Bind a listener, also to an address that this host gets later (DHCP, failover, VPN).
 
     :param address: for the log.
     :raises OSError: it cannot be bound.
@@ -24,4 +24,6 @@ def bind(sock: socket.socket, where: tuple[object, ...], address: str) -> None:
             raise
         sock.setsockopt(*_FREE[sock.family], 1)
         sock.bind(where)
-        logger("listeners").warning("this host does not have the address now", address=address)
+        logger("listeners").warning(
+            "this host does not have the address yet; it is served once the host has it", address=address
+        )

@@ -1,7 +1,7 @@
 """The service manager's protocols: notifications (sd_notify(3)), and sockets that it passes and keeps.
 
-What a service stores there is open in systemd, too, and comes back at the next start (FileDescriptorStoreMax=), so
-that a restart refuses no connection.
+A socket that a service stores there (FileDescriptorStoreMax=) stays open and is passed to the next start, so that
+a restart refuses no connection.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def server_context(cert: Path, key: Path, table: str, *, client_ca: Path | None 
                 f"{table}.{name}: cannot read {path}",
                 why=error.strerror or str(error),
                 fix=f"let the {table}'s user or group read it"
-                + "; the installed service sees no home directories"
+                + "; the installed service cannot read home directories"
                 * path.as_posix().startswith(("/root/", "/home/")),
             ) from error
     try:

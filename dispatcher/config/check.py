@@ -119,7 +119,7 @@ def tls_faults(config: Config) -> Iterator[str]:
 
 
 def renewal_faults(config: Config) -> Iterator[str]:
-    """Yield which files of its certificate the proxy's user cannot read: it then keeps the old one at a reload."""
+    """Yield which files of the certificate the proxy's user cannot read, so that a reload keeps the old one."""
     if os.geteuid() != 0:
         return
     accounts = host_accounts(config)
@@ -140,8 +140,8 @@ def renewal_faults(config: Config) -> Iterator[str]:
         )
         if readable.returncode:
             yield (
-                f"proxy.{key}: {config.proxy.user} cannot read {path}: a reload keeps the old certificate, "
-                "let that user read the file and enter its directories"
+                f"proxy.{key}: {config.proxy.user} cannot read {path}, so a reload keeps the old certificate "
+                "(let that user read the file and enter its directories)"
             )
 
 
@@ -160,6 +160,6 @@ def access_log_faults(config: Config) -> Iterator[str]:
         found, uid = place.stat(), proxy_uid(config)
         if uid and found.st_uid != uid and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             yield (
-                f"proxy.access_log: {place} belongs to another user than the proxy, which cannot write the log "
-                f"there (run `chown {uid} {place}`, or choose another directory)"
+                f"proxy.access_log: the proxy cannot write to {place}, which belongs to another user "
+                f"(run `chown {uid} {place}`, or choose another directory)"
             )

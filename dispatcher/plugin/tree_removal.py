@@ -22,7 +22,7 @@ from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, Provider
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 PATH = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 DELETING = 3600.0  # seconds that the deletion of one tree may take
-_EMPTYING = 60.0  # seconds of a start for the removal of temporary files, at most half of what it has left
+_EMPTYING = 60.0  # seconds to remove temporary files at a start; at most half of its remaining time
 _AT_A_TIME = 10_000  # names read of a directory, so that a huge one does not fill the memory
 _SHOWN = 3  # of what remains
 
@@ -89,10 +89,10 @@ def remove_tree(
 
 
 def make_temporary(path: Path, uid: int, gid: int, deadline: Deadline) -> None:
-    """Make the directory for temporary files, in the data of an agent that does not run, anew.
+    """Recreate the directory for temporary files in the data of an agent that does not run.
 
-    The agent can have put anything there.  What fails is logged and left as it is: the agent starts with the rest,
-    the next start goes on with the removal, and without the directory programs use `/tmp`.
+    The agent can have put anything there.  Failures are logged only: the agent starts with the remaining files,
+    the next start continues the removal, and without the directory programs use `/tmp`.
     """
     time = min(_EMPTYING, deadline.remaining() / 2)
     try:
@@ -105,7 +105,7 @@ def make_temporary(path: Path, uid: int, gid: int, deadline: Deadline) -> None:
     except DeadlineExceeded:
         _log.warning("%s: not all temporary files could be removed within %.0f s of the start", path, time)
     except (OSError, DispatcherError) as error:
-        _log.warning("%s: the directory for temporary files cannot be made anew: %s", path, error)
+        _log.warning("%s: the directory for temporary files cannot be recreated: %s", path, error)
 
 
 class _Flattening:

@@ -58,7 +58,7 @@ def run(config: Config) -> int:
 
 
 def check(config: Config) -> None:
-    """Check that a proxy of this process's user could use the configuration: systemd asks before a reload.
+    """Check that a proxy of this process's user could use the configuration; the unit runs this before a reload.
 
     :raises ConfigError: it could not.
     """

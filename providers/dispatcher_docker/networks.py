@@ -1,7 +1,7 @@
 """The bridge networks of agents: one each, of eight addresses.
 
-On a shared network an agent could ask the engine's name server for all others' names, and have the kernel look for
-as many neighbours as the network has addresses.  Agents cannot reach each other's networks.  Docker does let
+On a shared network an agent could get the names of all others from the engine's name server, and fill the kernel's
+neighbour table with the addresses of the network.  Agents cannot reach each other's networks.  Docker does let
 containers connect to the host's own services and to all that the host reaches.  Where the manager is root on the
 engine's host, firewall rules for all bridges of the installation reject new connections to the host and to the
 networks of `denied_networks`, clouds' metadata among them, and bound how much of the host's table of tracked
@@ -111,7 +111,7 @@ class Networks:
         return deadline.holding(
             self._lock,
             "The agent's network was not ready in time",
-            why="another start or removal holds the networks of this installation",
+            why="another start or removal is changing the networks of this installation",
             fix="check whether the engine hangs (docker info)",
         )
 
@@ -127,7 +127,9 @@ class Networks:
         names = (f"{self.interface}{number:03x}" for number in range(_MOST))
         interface = next((one for one in names if one not in interfaces), None)
         if interface is None:
-            raise ProviderError(f"There are {_MOST} agents with private networks", why="the engine takes no more")
+            raise ProviderError(
+                f"There are {_MOST} agents with private networks", why="an installation takes no more"
+            )
         ranges = dict.fromkeys(
             ip_network(text) for one in ours.values() if (text := (one.get("Labels") or {}).get(_RANGE))
         )

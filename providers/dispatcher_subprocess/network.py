@@ -327,7 +327,7 @@ def default_route() -> Route | None:
 
 
 def require_route(app: App, host: Host) -> None:
-    """Check that the host has a network, without which pasta makes none: at boot it may come after the agents.
+    """Check that the host has a default route, which pasta needs; at boot it may come after the agents.
 
     :raises Unavailable: it has no default route.
     """
@@ -338,7 +338,7 @@ def require_route(app: App, host: Host) -> None:
         if fields[0] == "0" * 32 and fields[1] == "00" and fields[9] != "lo":
             return
     raise Unavailable(
-        f'apps.{app.name}.network: "private" waits for this host\'s network',
+        f'apps.{app.name}.network: "private" needs a network of this host',
         why="it has no default route",
-        fix='connect it; without one, slirp4netns works: providers.subprocess.private_network = "slirp4netns"',
+        fix='connect it, or set providers.subprocess.private_network = "slirp4netns", which needs none',
     )

@@ -54,9 +54,7 @@ def manager(cli: Cli) -> int:
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml proxy")
-@click.option(
-    "--check", is_flag=True, help="Run nothing: fail if this user's proxy could not use the configuration."
-)
+@click.option("--check", is_flag=True, help="Only check that a proxy of this user could use the configuration.")
 @pass_cli
 def proxy(cli: Cli, *, check: bool) -> int:
     """Run the proxy in the foreground.  It serves the web; started as root, it changes to proxy.user."""

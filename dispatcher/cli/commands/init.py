@@ -19,7 +19,7 @@ LISTEN = "127.0.0.1:8080"
 DEMO = "demo"  # the name of the app that is built in
 _EPILOG = """\b
 Examples:
-  dispatcher init                            asks
+  dispatcher init                            ask
   dispatcher init --yes                      the built-in demo app on 127.0.0.1:8080
   dispatcher --config lab.toml init --app lab --command \\
       '/opt/apps/bin/jupyter-lab --ServerApp.sock={socket} --ServerApp.root_dir={data}'
@@ -30,20 +30,21 @@ Examples:
 @click.command(epilog=_EPILOG)
 @click.option("--app", metavar="NAME", help="Name of the app.")
 @click.option("--title", metavar="TEXT", help="Title of the app in the portal.")
-@click.option("--provider", metavar="NAME", help="What isolates agents: subprocess, docker or libvirt.")
-@click.option("--command", metavar="TEXT", help="The app's command, with {socket} or {port}, and {data}.")
+@click.option("--provider", metavar="NAME", help="Isolation of agents: subprocess, docker or libvirt.")
+@click.option("--command", metavar="TEXT", help="The app's command; {socket}, {port} and {data} are replaced.")
 @click.option("--image", metavar="IMAGE", help="The app's image (docker, libvirt).")
 @click.option("--port", type=click.IntRange(1, 65535), help="The app's TCP port in its container or machine.")
-@click.option("--listen", metavar="HOST:PORT", help=f"Where the proxy listens [{LISTEN}].")
+@click.option("--listen", metavar="HOST:PORT", help=f"Address of the proxy [{LISTEN}].")
 @click.option("--public-url", metavar="URL", help="The address in browsers, such as https://apps.example.org.")
 @click.option("--tls-cert", metavar="FILE", help="The proxy's certificate.")
 @click.option("--tls-key", metavar="FILE", help="The certificate's private key.")
-@click.option("-y", "--yes", is_flag=True, help="Ask nothing, take the defaults (only terminals are asked).")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask, use the defaults.")
 @pass_cli
 def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     """Write a commented configuration, and check it.
 
-    The file is the one of --config, by default that of this user.  An existing file is never changed.
+    The file is that of --config, otherwise this user's own.  Existing files are not changed.  Without a terminal
+    nothing is asked.
     """
     path = cli.config_path or default_paths.config_file()
     if os.path.lexists(path):
@@ -54,6 +55,9 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
         _ask(chosen)
     _create(path, configuration(**chosen))
     cli.config_path = path
+    program = "dispatcher"
+    if path != default_paths.config_file():
+        program += f" --config {shlex.quote(str(path))}"
     try:
         checked(cli)
     except ConfigError as error:
@@ -62,12 +66,9 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
         raise ConfigError(
             f"{path} was written, but needs corrections",
             why="" if many else found[0],
-            fix="" if many else "then run `dispatcher config check`",
+            fix="" if many else f"correct the file, then run `{program} config check`",
             details={"problems": found},
         ) from error
-    program = "dispatcher"
-    if path != default_paths.config_file():
-        program += f" --config {shlex.quote(str(path))}"
     steps = {
         f"{program} doctor": "check this machine",
         f"{program} serve": "run manager and proxy, until Ctrl-C",
@@ -81,7 +82,7 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
 
 
 def _ask(chosen: dict[str, Any]) -> None:
-    """Ask for what no option has given, the most important only."""
+    """Ask for the most important values that no option has given."""
 
     def ask(key: str, question: str, default: str) -> None:
         if chosen[key] is None:
@@ -89,13 +90,17 @@ def _ask(chosen: dict[str, Any]) -> None:
 
     ask("app", "Name of the app (the demo is built in)", DEMO)
     if chosen["app"] != DEMO:
-        ask("provider", "Isolation: subprocess (sandbox), docker or libvirt (virtual machine)", "subprocess")
+        ask(
+            "provider",
+            "Isolation: subprocess (sandbox), docker (container) or libvirt (virtual machine)",
+            "subprocess",
+        )
         if chosen["provider"] != "subprocess":
             ask("image", "Image of the app", "")
         if chosen["provider"] != "libvirt":
-            ask("command", "Command of the app; {socket} or {port} and {data} are filled in", "")
-    ask("listen", "Address of the proxy; 0.0.0.0:8080 is for everybody on the network", LISTEN)
-    ask("public_url", "Address in browsers, if it is another (such as https://apps.example.org)", "")
+            ask("command", "Command of the app; {socket}, {port} and {data} are replaced", "")
+    ask("listen", "Address of the proxy; 0.0.0.0:8080 admits the whole network", LISTEN)
+    ask("public_url", "Address in browsers, if it differs (such as https://apps.example.org)", "")
 
 
 def configuration(
@@ -132,27 +137,27 @@ def configuration(
         _line("tls_cert", tls_cert and str(Path(tls_cert).absolute()), "/etc/dispatcher/tls/cert.pem"),
         _line("tls_key", tls_key and str(Path(tls_key).absolute()), "/etc/dispatcher/tls/key.pem"),
         "",
-        "# Every app has these values, unless its own table has others.",
+        "# Values for all apps; the table of an app can change them.",
         "[defaults]",
         _line("provider", provider),
-        "# By default a quarter of the memory.",
+        "# Default: a quarter of this host's memory.",
         _line("memory", None, "2G"),
-        "# An agent that nobody uses for this time is suspended, which keeps its memory; or: stop.",
+        '# After this time without use an agent is suspended, which keeps its memory, or stopped ("stop").',
         _line("idle_timeout", "30m"),
         _line("idle_action", "suspend"),
-        "# none; private: other hosts, but not this one; host: everything that this host reaches.",
+        '# "none"; "private": other hosts, but not this one; "host": everything that this host reaches.',
         _line("network", "private" if needs_network else "none"),
         "",
         f"[apps.{table}]",
         _line("title", title or app.capitalize()),
-        "# The app is ready when this path has a status below 500.",
+        "# The app is ready when a request for this path gets a status below 500.",
         _line("health", None, "/"),
         "",
         f"[apps.{table}.{_key(provider)}]",
     ]
     lines += [_line(key, value) for key, value in (("image", image), ("command", words), ("port", port)) if value]
     if provider == "subprocess":
-        lines += ["# Further paths of this host that the app may read.", _line("read_only", None, ["/opt/apps"])]
+        lines += ["# More paths of this host that the app may read.", _line("read_only", None, ["/opt/apps"])]
     return "\n".join([*lines, ""])
 
 

@@ -160,10 +160,12 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
     elif problem.errno == errno.EADDRINUSE:
         yield Finding.error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
     elif problem.errno == errno.EACCES:
-        yield Finding.error(f"you may not listen on {address}", "ports below 1024 need root, or systemd's sockets")
+        yield Finding.error(
+            f"you may not listen on {address}", "ports below 1024 need root or CAP_NET_BIND_SERVICE"
+        )
     elif problem.errno == errno.EADDRNOTAVAIL:
         yield Finding.warning(
-            f"this host does not have the address of {address}: nobody reaches the proxy there",
+            f"this host does not have the address of {address}: the proxy cannot be reached there",
             "give this host the address, or change proxy.listen",
         )
     else:
@@ -250,11 +252,11 @@ def served_certificate(config: Config) -> Iterator[Finding]:
             served = ssl.get_server_certificate((endpoint.host, endpoint.port), timeout=3).encode()
             own, used = (x509.load_pem_x509_certificate(pem) for pem in (path.read_bytes(), served))
         except (OSError, ValueError):
-            continue  # other checks name what does not answer, and what cannot be read
+            continue  # other checks report these
         if used != own:
             yield Finding.error(
                 f"{address} serves another certificate than {path}",
-                "dispatcher reload; if it remains so, the proxy's log says why",
+                "dispatcher reload; if that does not help, read the proxy's log",
             )
         return
 

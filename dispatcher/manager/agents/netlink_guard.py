@@ -1,7 +1,7 @@
-"""Kills agents whose netlink sockets hold much of the kernel's memory, which no control group counts.
+"""Kills agents whose netlink sockets hold too much kernel memory, which no control group counts.
 
-An error that the kernel answers on a netlink socket repeats the whole request and waits in the socket's receive
-queue.  Programs need the family (getifaddrs(3)), so it cannot be refused, and no limit counts its sockets.
+An error reply on a netlink socket repeats the whole request and waits in the socket's receive queue.  Programs
+need such sockets (getifaddrs(3)), so they cannot be refused.
 The queues are read from /proc/PID/net/netlink, for every network namespace in which an agent runs, as soon as the
 host's unreclaimable memory has grown.  Agents share no namespace but the host's, which is left out.
 """
@@ -22,10 +22,10 @@ from dispatcher.manager.agents.registry import Registry
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.names import printable
 
-INTERVAL = 0.05  # seconds between two looks at the host's memory: a thread queues gigabytes a second
+INTERVAL = 0.05  # seconds between checks of the host's memory: one thread can queue gigabytes a second
 ALLOWED = 64 << 20  # bytes in the queues of an agent
-GROWTH = 64 << 20  # bytes of the host's unreclaimable memory since the last search, until the next one
-REGULARLY = 10.0  # seconds until a search without that
+GROWTH = 64 << 20  # growth of the host's unreclaimable memory, in bytes, that starts a search
+REGULARLY = 10.0  # seconds between searches without such growth
 
 _log = logging.getLogger("dispatcher.manager")
 
@@ -60,7 +60,7 @@ class NetlinkGuard:
                 self._end(found[0], pids, queued)
 
     def _namespaces(self) -> list[list[int]]:
-        """Return the processes in each network namespace but our own."""
+        """Return the processes of each network namespace except the manager's own."""
         found: dict[int, list[int]] = {}
         for name in os.listdir(self._proc):
             if name.isdigit():
@@ -70,8 +70,8 @@ class NetlinkGuard:
         return list(found.values())
 
     def _end(self, agent: Agent, pids: list[int], queued: int) -> None:
-        """Kill all processes; with the first one of their namespace the kernel kills those that come meanwhile."""
-        detail = f"the manager killed it, as its netlink sockets held {size(queued)} outside its limit of memory"
+        """Kill all processes; when the first one of a PID namespace ends, the kernel kills the others in it."""
+        detail = f"killed by the manager: its netlink sockets held {size(queued)} of memory beyond its limit"
         agent.killed_because = detail
         for pid in pids:
             with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ class NetlinkGuard:
 
 
 def _unreclaimable(proc: Path) -> int:
-    """Return the bytes that the kernel has for itself and cannot drop."""
+    """Return the size of the kernel's unreclaimable memory, in bytes."""
     for line in (proc / "meminfo").read_bytes().splitlines():
         if line.startswith(b"SUnreclaim:"):
             return int(line.split()[1]) << 10

@@ -53,7 +53,7 @@ class Lifetimes:
 
 
 class Standing(NamedTuple):
-    """What must stay the same while a password is checked: a user's id, and how often all its sessions ended."""
+    """A user's id and the number of times that all its sessions were ended; a sign-in fails if either changes."""
 
     user_id: int | None
     ended: int
@@ -62,10 +62,10 @@ class Standing(NamedTuple):
 class Sessions:
     """All sessions of one installation.  Every method may be called from any thread.
 
-    A session belongs to a user's id, which nobody gets again: when the end of a removed user's sessions fails,
-    they are not those of the next user with the same name.
+    A session belongs to a user's id, and ids are not reused.  So sessions of a removed user that could not be
+    ended are not valid for a later user of the same name.
 
-    :param user_id: returns the id that a name has now, None for an unknown one; quick.
+    :param user_id: returns the id that a name has now, None for an unknown one; must not block.
     """
 
     def __init__(
@@ -386,4 +386,4 @@ class Sessions:
 
 
 def _ended_meanwhile() -> Forbidden:
-    return Forbidden("The sign-in was ended meanwhile", fix="sign in again")
+    return Forbidden("All sessions of this user were ended during the sign-in", fix="sign in again")

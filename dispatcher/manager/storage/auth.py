@@ -163,9 +163,9 @@ class AuthStore:
             connection.execute(devices.delete().where(devices.c.sha256.in_(extra)))
 
     def pull_back(self, now: float) -> None:
-        """Let no stored time be later than `now`: the clock was ahead once, or this boot began without the time.
+        """Set stored times later than `now` to `now`: the clock was ahead before, or is behind since the boot.
 
-        Otherwise a delay of seconds would last for as long as the clock was wrong, and so would a session.
+        Otherwise a delay of seconds would last as long as the difference, and a session would not expire.
         """
         last = _throttle.c.last
         later = [(_sessions, "created"), (_sessions, "last_used"), (devices, "last_used")]

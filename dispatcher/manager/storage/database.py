@@ -27,7 +27,7 @@ RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, 
 SMALLEST = 1 << 16  # bytes: with less free space a disk is full
 _FULL = ("is full", "No space left")  # SQLite; PostgreSQL
 _FIXES = {  # by what SQLite says, and PostgreSQL
-    "read-only": "let manager.database name the primary server; a full disk makes some servers read-only",
+    "read-only": "set manager.database to the primary server, and check its disk: a full one makes some read-only",
     "locked": "end the other program that uses it",
     "readonly": "make it writable for the manager's user",
     "unable to open": "check that its directory exists and is writable",

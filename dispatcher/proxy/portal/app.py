@@ -89,7 +89,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
 
     @app.get(f"{portal.prefix}/health")
     def health() -> Response:
-        """For balancers and monitors: no session, no cookie, and no question to the manager, which may restart."""
+        """Answer load balancers and monitors: without a session, a cookie or a request to the manager."""
         return Response("ok\n", content_type="text/plain; charset=utf-8")
 
     by_hash = {asset.name: asset for asset in _STATIC.values()}

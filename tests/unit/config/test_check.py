@@ -63,7 +63,7 @@ def test_an_access_log_needs_a_directory_of_the_proxys_user(tmp_path):
 def test_a_directory_of_another_user_is_named_with_what_to_do(tmp_path):
     config = parse({"proxy": {"access_log": f"{tmp_path}/log", "user": "nobody-at-all"}})
     (fault,) = access_log_faults(config)
-    assert "which cannot write the log there" in fault
+    assert "the proxy cannot write to" in fault
     assert f"`chown {config.manager.uid_range[0]} {tmp_path}`" in fault
     log = tmp_path / "log"
     log.touch(mode=0o640)

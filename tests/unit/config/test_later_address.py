@@ -44,4 +44,4 @@ def test_it_is_served_once_it_is_there(who, address, length):
         ["unshare", "--net", sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert "before: OSError\nafter: b'x'" in done.stdout, done.stdout + done.stderr
-    assert "does not have the address now" in done.stdout
+    assert "does not have the address yet" in done.stdout

@@ -54,4 +54,4 @@ def test_on_a_slow_host_the_removal_may_take_half_of_the_start(tmp_path, monkeyp
 
 def test_what_cannot_be_made_anew_is_logged(tmp_path, caplog):
     make_temporary(tmp_path / "missing" / ".tmp", os.geteuid(), os.getegid(), Deadline(5))
-    assert "cannot be made anew" in caplog.text
+    assert "cannot be recreated" in caplog.text

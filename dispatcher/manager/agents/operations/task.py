@@ -1,4 +1,4 @@
-"""An operation in flight, as its steps see it: what it reports and what it writes."""
+"""A running operation, for its steps: reports progress, writes fields, stops the agent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dispatcher.manager.storage.rows import AgentRow
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.model import Handle
 
-PROGRESS_INTERVAL = 0.25  # seconds between notifications of mere progress
+PROGRESS_INTERVAL = 0.25  # seconds between notifications of progress within a stage
 STOP_SLACK = 30.0  # seconds beyond the time of grace
 WRITE_STEP = 2.0  # seconds after which the step of a long operation is written
 
 
 class Task:
-    """One run of an operation on an agent, in one thread: what it reports and writes."""
+    """One run of an operation on an agent, in one thread."""
 
     def __init__(self, registry: Registry, agent: Agent, operation: Operation) -> None:
         self.registry = registry
@@ -80,7 +80,7 @@ class Task:
         self.progress(step)
 
     def passed(self, step: str) -> None:
-        """Note for `Registry.on_step` that the operation has come to a point that is no step of its own."""
+        """Tell `Registry.on_step` that the operation has reached a point."""
         self.registry.on_step(self.row.name, self.operation.kind, step)
 
     def stop(self, handle: Handle, *, grace: float | None = None) -> None:

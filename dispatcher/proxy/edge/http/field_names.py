@@ -140,7 +140,7 @@ _RESPONSE: Final = {
     "x-accel-expires": KEEP,
 }
 
-#: Commands to a front proxy: it would send its own files, ask other servers, or take the edge for unhealthy.
+#: Commands to a front proxy: to send its own files, to ask other servers, or to treat the edge as unhealthy.
 _COMMANDS: Final = ("x-accel-", "x-sendfile", "x-lighttpd-", "x-litespeed-", "x-reproxy-", "x-envoy-")
 
 #: Cache-Control for one kind of caches (RFC 9213): they ignore the plain one.

@@ -1,4 +1,4 @@
-"""What can be done with a request: values that `router` returns and `net` carries out."""
+"""The decisions about a request: values that `router` returns and `net` carries out."""
 
 from __future__ import annotations
 
