@@ -14,7 +14,7 @@ LISTEN = {
 }
 #: In a network namespace of its own.
 CODE = """
-import socket, subprocess
+import socket, subprocess, time
 ip = lambda words: subprocess.run(["ip", *words.split()], check=True)
 ip("link set lo up")
 ADDRESS = {listen!r}
@@ -25,7 +25,15 @@ try:
 except OSError as error:
     print("before:", type(error).__name__)
 ip("address add {address}/{length} dev lo" + " nodad" * (":" in host))
-client = socket.create_connection((host, port), 10)
+end = time.monotonic() + 20
+while True:  # the kernel's route to a new address may come a moment later
+    try:
+        client = socket.create_connection((host, port), 10)
+        break
+    except OSError:
+        if time.monotonic() > end:
+            raise
+        time.sleep(0.05)
 client.sendall(b"x")
 sock.settimeout(10)
 print("after:", sock.accept()[0].recv(1))
