@@ -589,7 +589,7 @@ def test_the_removal_of_the_package_as_documented(service):
     done = service.run(purge.replace("apt", apt), timeout=300)
     assert "rm -r /var/lib/dispatcher" in done.out
     service.run(f"ls {data}; umount /var/lib/dispatcher")
-    service.run(rest)
+    service.run(f"{rest}\nrm -r /etc/systemd/system/dispatcher-proxy.service.d")  # as of `systemctl edit`
     found = service.run(
         "grep dispatcher /etc/passwd /etc/group;"
         " find / -xdev \\( -path /srv -o -path /proc -o -path /var/log/journal -o -path /var/lib/docker \\) -prune"
