@@ -211,6 +211,6 @@ def _loosened(options: DockerAppOptions) -> Iterator[tuple[str, str]]:
         yield f"it {how} {mount.source} of the host", "remove it from mounts"
     if options.network:
         yield (
-            f"it shares the network {options.network}, on which nothing is denied, clouds' metadata included",
+            f"it shares the network {options.network}, which denies and bounds nothing, not even clouds' metadata",
             "remove network",
         )

@@ -63,7 +63,13 @@ def application(app: App, options: Options, host: Host | None) -> Iterator[Findi
     else:
         yield Finding.info(
             f"It reaches the outside through the libvirt network {options.network}; a network filter blocks "
-            "access to this host (except DNS) and to other machines, and prevents forged addresses"
+            "access to this host (except DNS) and to other machines, prevents forged addresses, and bounds "
+            "the number of connections"
+        )
+        yield Finding.info(
+            "A machine that opens and closes thousands of connections a second can fill the host's table of "
+            "tracked connections, where those that have ended stay for a while",
+            "raise net.netfilter.nf_conntrack_max on the host",
         )
     if app.limits.demanded("pids"):
         yield Finding.warning(

@@ -24,6 +24,7 @@ class Host:
 
     :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason: why not.
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
+    :ivar tracks_connections: the kernel has a table of the host's connections, for its firewall.
     """
 
     privileged: bool
@@ -32,6 +33,7 @@ class Host:
     setpriv: str = ""
     pasta: str = ""
     slirp: str = ""
+    tracks_connections: bool = False
     cgroups: Cgroups = field(default_factory=Cgroups)
 
     @property
@@ -80,6 +82,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         setpriv=which("setpriv"),
         pasta=which("pasta") if options.private_network != "slirp4netns" else "",
         slirp=which("slirp4netns") if options.private_network != "pasta" else "",
+        tracks_connections=os.path.exists("/proc/sys/net/netfilter/nf_conntrack_max"),
         cgroups=cgroups,
     )
 

@@ -91,3 +91,12 @@ def test_capabilities_follow_the_host(tmp_path):
         Capability.PIDS_LIMIT,
     } <= full
     assert Capability.DISK_LIMIT not in full and Capability.HIBERNATE not in full
+
+
+@pytest.mark.parametrize("program", ["pasta", "slirp"])
+def test_what_a_private_network_does_not_bound_is_told(monkeypatch, program):
+    monkeypatch.setattr(Host, "private_fault", None)
+    made = dict(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv") | {program: "/usr/bin/x"}
+    told = " ".join(one.what for one in findings(Host(**made, tracks_connections=True), None))
+    assert "can fill the table of tracked connections" in told
+    assert ("UDP" in " ".join(warnings(Host(**made)))) is (program == "slirp")
