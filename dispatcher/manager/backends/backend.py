@@ -19,7 +19,7 @@ from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
-from dispatcher.manager.backends.contained import ContainedProvider
+from dispatcher.manager.backends.contained_provider import ContainedProvider
 from dispatcher.manager.backends.pool import Pool, SingleFlight, hung_call
 from dispatcher.manager.backends.preparation import Preparations
 from dispatcher.manager.files.agent_dirs import provider_dirs

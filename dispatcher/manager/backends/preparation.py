@@ -1,13 +1,14 @@
 """Preparing apps (image pulls and the like): one `prepare` per app, shared by all agents that wait for it.
 
-How progress reaches a user's waiting page: docs/explanation/lifecycle.md.
+Each agent's operation gets the progress (`agents.operations.task`).  How it reaches a user's waiting page:
+docs/explanation/lifecycle.md.
 """
 
 from __future__ import annotations
 
 import threading
 
-from dispatcher.manager.backends.contained import ContainedProvider
+from dispatcher.manager.backends.contained_provider import ContainedProvider
 from dispatcher.manager.backends.pool import Pool, hung_call
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError

@@ -1,8 +1,8 @@
 """The REST interface (docs/reference/rest.md): one WSGI application for each role, and its listeners.
 
-`agents`, `admin_requests` and `proxy_requests` hold the handlers, `schemas` and `answers` the forms of requests
-and answers; `access` determines the role of a caller, `routing` validates requests, `application` builds the Flask
-application, `openapi` describes it.
+`agents`, `sessions`, `health`, `admin_requests` and `proxy_requests` hold the handlers, `schemas` the forms of
+requests and answers; `access` determines the role of a caller, `routing` validates requests, `application` builds
+the Flask application, `openapi` describes it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The worker's connection to the manager's feed.
+"""The worker's connection to the manager's feed, whose messages `routing.table` applies.
 
 It reconnects by itself, with a back-off.  While it is down the worker keeps its tables; nothing is queued for the
 manager, because the next report contains the totals.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dispatcher.manager.agents.agent import Operation
-from dispatcher.manager.backends.contained import ContainedProvider
+from dispatcher.manager.backends.contained_provider import ContainedProvider
 from dispatcher.plugin import endpoints
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DispatcherError, StartFailed, Unavailable

@@ -16,7 +16,7 @@ from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.specs import Specs
 from dispatcher.manager.auth.local import LocalOptions
-from dispatcher.manager.backends.contained import ContainedProvider
+from dispatcher.manager.backends.contained_provider import ContainedProvider
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError, PluginError, ProviderError, Unavailable
 from dispatcher.plugin.hooks import hookimpl
