@@ -9,6 +9,7 @@ import socket
 import ssl
 import threading
 import time
+from pathlib import Path
 
 from tests.support.certificates import Authority
 from tests.support.edge_harness import (
@@ -255,3 +256,32 @@ def test_plain_http_on_the_tls_port_is_redirected(tmp_path):
         with trusting.wrap_socket(socket.create_connection(("127.0.0.1", edge.port), 5)) as sock:
             sock.sendall(LAST)
             assert read_all(sock).startswith(b"HTTP/1.1 200"), "and TLS is served"
+
+
+def test_little_waits_in_the_kernel_for_a_client_that_does_not_read():
+    """Without a bound the kernel takes `net.ipv4.tcp_wmem` for each connection, 4 MiB by default."""
+
+    def endless(connection):
+        connection.head()
+        connection.send(b"HTTP/1.1 200 OK\r\nContent-Length: 900000000\r\n\r\n")
+        while True:
+            connection.send(b"x" * 262144)
+
+    def queued(port):
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, here, there, _, queues, *_ = line.split()
+            if int(here[-4:], 16) == edge.port and int(there[-4:], 16) == port:
+                return int(queues.partition(":")[0], 16)
+        return 0
+
+    with Edge(endless) as edge, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.connect(("127.0.0.1", edge.port))
+        port = sock.getsockname()[1]
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: app.test\r\n" + COOKIE + b"\r\n")
+        before, now = -1, 0
+        while now != before or not now:
+            before = now
+            time.sleep(0.5)
+            now = queued(port)
+        assert now < 1 << 20

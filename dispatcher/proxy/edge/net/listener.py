@@ -22,6 +22,7 @@ from typing import Any
 from dispatcher.common.log import logger
 from dispatcher.proxy.edge.net.client_base import Client
 from dispatcher.proxy.edge.net.clients import Clients
+from dispatcher.proxy.edge.routing.settings import UNSENT
 
 _BATCH = 8  # connections taken in one turn: others, and other workers, get theirs in between
 _FIRST = 16384  # bytes of the first read; the loop reads a longer head or a body
@@ -50,7 +51,9 @@ class Listener:
         """Begin."""
         self._sock.setblocking(False)
         if self._sock.family != socket.AF_UNIX:
-            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted ones inherit it
+            # Accepted ones inherit both.
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
         self.clients.context.loop.add_reader(self._sock, self._accept)
 
     def close(self) -> None:

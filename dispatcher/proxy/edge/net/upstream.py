@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Iterator
 from enum import Enum
 from typing import Final
@@ -26,7 +27,7 @@ from dispatcher.proxy.edge.http.response import (
     parse_response,
 )
 from dispatcher.proxy.edge.net.context import Context
-from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL
+from dispatcher.proxy.edge.routing.settings import MAX_IDLE, MAX_INFORMATIONAL, UNSENT
 from dispatcher.proxy.edge.routing.table import Agent
 
 _JOIN: Final = 32768  # a head is joined with a body of up to that many bytes; larger ones are written beside it
@@ -114,6 +115,9 @@ class Upstream:
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport  # type: ignore[assignment]
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in {socket.AF_INET, socket.AF_INET6}:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT)
 
     def data_received(self, data: bytes) -> None:
         client = self.client

@@ -35,6 +35,7 @@ PORTAL_BODY: Final = 1 << 16  # bytes of a body for the portal, as it comes: chu
 COLLECTED: Final = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
 SMALL_BODY: Final = 4096  # bytes of one that are accepted even above that
 WRITE_HIGH: Final = 256 * 1024  # bytes that may wait in memory for a slow reader
+UNSENT: Final = 512 * 1024  # the same in the kernel, besides what is on its way to the reader
 EVENTS_PING: Final = 15.0  # seconds between comments on a silent event stream
 MAX_EVENTS: Final = 16  # event streams of one session
 
