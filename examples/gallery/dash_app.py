@@ -1,4 +1,4 @@
-"""A small Dash application: a slider and what is computed from it."""
+"""A small Dash application: a number and its square."""
 
 from dash import Dash, Input, Output, callback, dcc, html
 

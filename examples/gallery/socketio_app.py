@@ -1,4 +1,4 @@
-"""A small Flask-SocketIO application that sends back what it gets.  Engine.IO's protocol is spoken by hand in the page."""
+"""A small Flask-SocketIO application that sends back what it gets.  The page speaks Engine.IO's protocol without a library."""
 
 import flask
 import flask_socketio
