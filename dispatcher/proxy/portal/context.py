@@ -331,7 +331,7 @@ def check_form(purpose: str, *, session: bool = True) -> None:
         if request.content_length and not isinstance(_json(), Mapping):
             raise BadRequest(
                 "The request is not understood",
-                why="its content type is JSON, and its body is no JSON object",
+                why="the content type is JSON, but the body is not a JSON object",
                 fix="send an object, or a form as application/x-www-form-urlencoded",
             )
         return
