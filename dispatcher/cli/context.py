@@ -153,7 +153,11 @@ def _configured(config: Path | None, note: Callable[[str], None]) -> Path | None
     path = config or default_paths.config_file()
     if not path.exists():
         if config is not None or os.environ.get("DISPATCHER_CONFIG"):
-            raise ConfigError(f"Cannot read {path}", why="the file does not exist", fix="check --config")
+            raise ConfigError(
+                f"Cannot read {path}",
+                why="the file does not exist",
+                fix="check --config, or run `dispatcher init`",
+            )
         return None
     import sys
 

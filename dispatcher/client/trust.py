@@ -86,7 +86,7 @@ def how_to_start() -> str:
     """Return how to start a manager: the installed service where there is one."""
     installed = any((directory / UNIT).exists() for directory in UNIT_DIRECTORIES)
     command = f"systemctl start {UNIT.removesuffix('.service')}" if installed else "dispatcher serve"
-    return f"start it with `{command}`, or name it with --manager"
+    return f"start it with `{command}`, or give the --config that it has, or --manager"
 
 
 def how_to_be_allowed(path: str) -> str:

@@ -171,7 +171,9 @@ def read(path: Path | None = None) -> tuple[Config, list[str]]:
     except FileNotFoundError as error:
         if path is not None or os.environ.get("DISPATCHER_CONFIG"):
             raise ConfigError(
-                f"Cannot read {chosen}", why="there is no such file", fix="check --config"
+                f"Cannot read {chosen}",
+                why="there is no such file",
+                fix="check --config, or run `dispatcher init`",
             ) from error
         return _parse({})
     except UnicodeDecodeError as error:

@@ -43,7 +43,7 @@ def run(config: Config, path: Path | None = None) -> int:
                 if number != signal.SIGHUP:
                     break
                 _reload(manager)
-            _log.info("stopping; agents continue to run")
+            _log.info("stopping; agents continue to run until `dispatcher stop NAME`")
             notify("STOPPING=1")
         finally:
             manager.close()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import click
 
 from dispatcher.cli.commands.configuration import checked
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.config import default_paths
-from dispatcher.plugin.errors import BadRequest, ConfigError, Conflict
+from dispatcher.plugin.errors import BadRequest, ConfigError, Conflict, DispatcherError
 
 LISTEN = "127.0.0.1:8080"
 DEMO = "demo"  # the name of the app that is built in
@@ -82,25 +83,49 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
 
 
 def _ask(chosen: dict[str, Any]) -> None:
-    """Ask for the most important values that no option has given."""
+    """Ask for what no option has given, the most important only; an answer that cannot be right is asked again."""
+    from pydantic import AfterValidator
 
-    def ask(key: str, question: str, default: str) -> None:
+    from dispatcher.config.plugins import Plugins
+    from dispatcher.plugin.names import app_name
+    from dispatcher.plugin.options import Address, Origin
+
+    def ask(key: str, question: str, default: str, kind: Any = str) -> None:
         if chosen[key] is None:
-            chosen[key] = click.prompt(question, default=default, show_default=bool(default), err=True) or None
+            check = _checked_by(kind)
+            shown = bool(default)
+            chosen[key] = (
+                click.prompt(question, default=default, show_default=shown, value_proc=check, err=True) or None
+            )
 
-    ask("app", "Name of the app (the demo is built in)", DEMO)
+    providers = click.Choice(sorted(Plugins().available()))
+    ask("app", "Name of the app (the demo is built in)", DEMO, Annotated[str, AfterValidator(app_name)])
     if chosen["app"] != DEMO:
-        ask(
-            "provider",
-            "Isolation: subprocess (sandbox), docker (container) or libvirt (virtual machine)",
-            "subprocess",
-        )
+        if chosen["provider"] is None:
+            chosen["provider"] = click.prompt("Isolation", type=providers, default="subprocess", err=True)
         if chosen["provider"] != "subprocess":
             ask("image", "Image of the app", "")
         if chosen["provider"] != "libvirt":
-            ask("command", "Command of the app; {socket}, {port} and {data} are replaced", "")
-    ask("listen", "Address of the proxy; 0.0.0.0:8080 admits the whole network", LISTEN)
-    ask("public_url", "Address in browsers, if it differs (such as https://apps.example.org)", "")
+            ask("command", "Command of the app; {socket} or {port} and {data} are filled in", "")
+    ask("listen", "Address of the proxy; 0.0.0.0:8080 is for everybody on the network", LISTEN, Address)
+    ask("public_url", "Address in browsers, if it is another (such as https://apps.example.org)", "", Origin)
+
+
+def _checked_by(kind: Any) -> Callable[[str], str]:
+    """Return a function for `click.prompt` that refuses what is not of a type of the configuration."""
+    from pydantic import TypeAdapter, ValidationError
+
+    def check(text: str) -> str:
+        if text:
+            try:
+                TypeAdapter(kind).validate_python(text)
+            except ValidationError as error:
+                raise click.UsageError(error.errors()[0]["msg"].removeprefix("Value error, expected ")) from error
+            except DispatcherError as error:
+                raise click.UsageError(str(error)) from error
+        return text
+
+    return check
 
 
 def configuration(

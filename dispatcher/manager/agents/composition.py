@@ -254,5 +254,5 @@ class Supervisor:
                 self.reconciler.sweep_soon(backend)
                 self._watch(backend)
         if outdated:
-            changed.append(f"{outdated} agents are outdated: a restart renews each.")
+            changed.append(f"outdated agents, which a restart renews: {outdated}")
         return changed

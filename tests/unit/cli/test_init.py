@@ -96,3 +96,18 @@ def test_on_a_terminal_it_asks(tmp_path):
     assert config.proxy.listen == ["127.0.0.1:9000"]
     assert config.proxy.public_url == "https://apps.example.org"
     assert list(config.apps) == ["lab"]
+
+
+def test_an_answer_that_cannot_be_right_is_asked_again(tmp_path):
+    path = tmp_path / "a.toml"
+    answers = [b"my lab\n", b"lab\n", b"Files\n", b"subprocess\n", JUPYTER.encode() + b"\n", b"localhost\n"]
+    code, out = on_a_terminal(
+        ["--config", str(path), "init"], {}, [*answers, b"127.0.0.1:9000\n", b"lab.lan\n", b"\n"]
+    )
+    assert code == 0, out
+    assert "use 1 to 32 of a-z" in out
+    assert "an address such as 127.0.0.1:8080" in out
+    config = load(path)
+    assert list(config.apps) == ["lab"]
+    assert config.proxy.listen == ["127.0.0.1:9000"]
+    assert config.proxy.public_url == ""

@@ -175,11 +175,11 @@ def _elsewhere(provider: ContainedProvider, handle: Handle, expected: Endpoint |
         return "", ""
     fix = "let it listen on {socket}, which its command gets" if expected and expected.kind == "unix" else ""
     if not fix:
-        fix = "let it listen on the port {port}, which its command gets"
+        fix = "let it listen on the port that {port} stands for"
         if any(address.startswith(_LOOPBACK) for address in found):
-            fix += ", at 0.0.0.0 instead of a loopback address"
+            fix += ", and at 0.0.0.0 where it has a network of its own"
     shown = ", ".join(printable(address, 100).strip("'") for address in found[:MAX_SHOWN])
-    return f"; it listens at {shown}", fix
+    return f"; it listens at {shown} instead", fix
 
 
 class PollPacer:

@@ -263,9 +263,24 @@ def test_the_backend_s_report_makes_it_look_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("endpoint", "listeners", "why", "fix"),
     [
-        ("unix", ["tcp:127.0.0.1:8888"], "it does not listen yet; it listens at tcp:127.0.0.1:8888", "{socket}"),
-        ("tcp", ["tcp:127.0.0.1:80"], "it refuses connections; it listens at tcp:127.0.0.1:80", "at 0.0.0.0"),
-        ("tcp", ["tcp:0.0.0.0:81"], "it refuses connections; it listens at tcp:0.0.0.0:81", "on the port {port}"),
+        (
+            "unix",
+            ["tcp:127.0.0.1:8888"],
+            "it does not listen yet; it listens at tcp:127.0.0.1:8888 instead",
+            "{socket}",
+        ),
+        (
+            "tcp",
+            ["tcp:127.0.0.1:80"],
+            "it refuses connections; it listens at tcp:127.0.0.1:80 instead",
+            "at 0.0.0.0",
+        ),
+        (
+            "tcp",
+            ["tcp:0.0.0.0:81"],
+            "it refuses connections; it listens at tcp:0.0.0.0:81 instead",
+            "on the port that {port} stands for",
+        ),
         ("unix", [], "it does not listen yet", "read its last lines"),
         ("unix", Unavailable("away"), "it does not listen yet", "read its last lines"),
     ],
