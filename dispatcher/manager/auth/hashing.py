@@ -81,7 +81,7 @@ class Hasher:
 class HashPool:
     """Runs password checks, with a bounded queue that no single source can fill.
 
-    Of all places one address may take half, and one name or device a quarter.
+    Of all places one address may take half, and one name or device a quarter.  An eighth is for known devices.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
     :ivar present: checks that run or wait.
@@ -102,7 +102,9 @@ class HashPool:
         :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
         """
         with self._lock:
-            if self.present >= self._size or any(self._taken[key] >= self._share(key) for key in sources):
+            stranger = bool(sources) and not any(key.startswith("device:") for key in sources)
+            size = self._size - self._size // 8 if stranger else self._size
+            if self.present >= size or any(self._taken[key] >= self._share(key) for key in sources):
                 raise TooManyRequests(
                     "Too many sign-ins at once",
                     why=f"{self.present} passwords are being checked or wait",

@@ -165,3 +165,28 @@ def test_what_the_work_raises_comes_through():
         pool.run(lambda: 1 / 0, Deadline(5))
     assert pool.present == 0
     pool.close()
+
+
+def test_strangers_leave_places_for_known_browsers():
+    pool, go, threads, refused = HashPool(2, 62), threading.Event(), [], []
+
+    def check(number):
+        try:
+            pool.run(lambda: go.wait(10), Deadline(10), [f"name:{number}", f"address:{number}"])
+        except TooManyRequests:
+            refused.append(number)
+
+    for number in range(100):
+        threads.append(threading.Thread(target=check, args=(number,)))
+        threads[-1].start()
+    while len(refused) < 44:
+        time.sleep(0.001)
+    assert pool.present == 56
+    known = threading.Thread(target=lambda: pool.run(lambda: None, Deadline(10), ["device:a"]))
+    known.start()
+    while pool.present < 57:
+        time.sleep(0.001)
+    go.set()
+    for thread in (*threads, known):
+        thread.join()
+    pool.close()
