@@ -380,7 +380,7 @@ def test_an_app_that_listens_on_the_wrong_address_is_told_so(place):
     supervisor.commands.create("alice", app=None, password_hash="hash")
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     failure = reach(supervisor, "alice", "failed", seconds=20).failure
-    assert failure.why == "it does not listen yet; it listens at tcp:127.0.0.1:8888"
+    assert failure.why == "it does not listen yet; it listens at tcp:127.0.0.1:8888 instead"
     assert "{socket}" in failure.fix
     assert any("tcp:127.0.0.1:8888" in sentence for sentence in supervisor.queries.why("alice"))
 
