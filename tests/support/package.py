@@ -23,7 +23,11 @@ def package() -> Path:
     directory = tempfile.mkdtemp(prefix="package-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     command = [ROOT / "packaging/build-deb", "--no-check", "--output", directory]
-    built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
+    # As from a make that was given a variable of the same name as one of debian/rules.
+    environment = os.environ | {"MAKEFLAGS": " -- VENV=elsewhere"}
+    built = subprocess.run(
+        command, stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True, timeout=800
+    )
     assert built.returncode == 0, built.stdout + built.stderr
     return Path(built.stdout.splitlines()[-1])
 
