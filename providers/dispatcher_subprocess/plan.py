@@ -118,7 +118,7 @@ class Planner:
         try:
             program = find_program(options.command[0], app.environment.get("PATH", SEARCH_PATH), app.name)
         except ProviderError as error:
-            if not likely or _missing(Path(options.command[0])):
+            if not likely or not _unknown(Path(options.command[0])):
                 yield error
             shown = visible(options, ())
         else:
@@ -243,6 +243,17 @@ def unseen_file(app: App, shown: Iterable[str]) -> str:
                 if os.path.isfile(path) and not below(path, map(Path, (*shown, *_OWN))):
                     return str(path)
     return ""
+
+
+def _unknown(path: Path) -> bool:
+    """Whether this user may not know what is at a path."""
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _missing(path: Path) -> bool:

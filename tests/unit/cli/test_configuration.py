@@ -223,3 +223,10 @@ def test_secrets_are_checked_and_their_contents_never_shown(tmp_path, capsys):
         "OTHER": "env:NO_SUCH_VARIABLE_HERE",
     }
     assert "hunter2" not in out + err + shown
+
+
+def test_a_directory_is_no_program(tmp_path, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text('[apps.x.subprocess]\ncommand = ["/usr/bin/", "{socket}"]\n')
+    assert main(["--config", str(file), "config", "check"]) == 2
+    assert "there is no program '/usr/bin/'" in capsys.readouterr().err
