@@ -225,7 +225,7 @@ def test_late_looping_and_never_ready_apps():
 @pytest.mark.slow
 def test_streams_and_typing_keep_an_app_and_open_tabs_do_not():
     people = ("stream", "typing", "pings", "polls")
-    with Site(app("web", 'idle_timeout = "7s"')) as site:
+    with Site(app("web", 'idle_timeout = "12s"')) as site:
         for name in people:
             site.add(name)
         cookies = {name: site.login(name) for name in people}
@@ -236,7 +236,7 @@ def test_streams_and_typing_keep_an_app_and_open_tabs_do_not():
         pings, _ = site.upgrade("/ws", cookies["pings"])
         before = {name: each[1] for name, each in handles(site).items()}
         begin, slept, tick = time.monotonic(), {}, 0
-        while (past := time.monotonic() - begin) < 16 or (len(slept) < 2 and past < 60):
+        while (past := time.monotonic() - begin) < 24 or (len(slept) < 2 and past < 90):
             tick += 1
             if tick % 4 == 0:
                 typing.sendall(frame(b"a"))

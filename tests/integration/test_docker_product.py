@@ -162,4 +162,4 @@ def test_an_app_on_the_loopback_interface_is_told_where_it_listens_and_what_to_c
         return next((event["detail"] for event in events if "127.0.0.1:8080" in event["detail"]), "")
 
     site.admin("PUT", "/agents/alice/state", {"state": "running"})
-    assert "0.0.0.0 instead of a loopback address" in until("the start fails", reason, 30)
+    assert "at 0.0.0.0 where it has a network of its own" in until("the start fails", reason, 30)
