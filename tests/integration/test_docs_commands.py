@@ -45,10 +45,18 @@ set -euo pipefail
 mount --make-rprivate /
 ip link set lo up
 repository=$PWD inputs=$1
+# The clone and its Python environment stay visible, wherever they are.
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/repository /mnt/prefix
+mount --bind "$repository" /mnt/repository
+mount --bind "$PYTHON_PREFIX" /mnt/prefix
 mount -t tmpfs -o mode=755 tmpfs /opt
 cp -a "$inputs" /opt/inputs
 for directory in /home /srv /var/lib /run; do mount -t tmpfs -o mode=755 tmpfs "$directory"; done
 mount -t tmpfs -o mode=1777 tmpfs /tmp
+mkdir -p "$repository" "$PYTHON_PREFIX"
+mount --bind /mnt/repository "$repository"
+mount --bind /mnt/prefix "$PYTHON_PREFIX"
 cp -a /etc /opt/etc
 mount --bind /opt/etc /etc
 mkdir -p /etc/dispatcher /srv/backup /opt/clone

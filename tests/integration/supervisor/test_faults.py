@@ -8,9 +8,8 @@ import pytest
 
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import ProviderError
-from dispatcher.manager.agents import operations
 from dispatcher.manager.backends import pool
-from dispatcher.manager.agents.operations import readiness
+from dispatcher.manager.agents.operations import readiness, runner, task
 from dispatcher.manager.agents import reconciler
 from dispatcher.manager.agents.operations.task import Task
 from dispatcher.manager.agents.lifecycle import State
@@ -23,11 +22,11 @@ from tests.support.manager_world import end, gone, reach, running, until
 def hasty(monkeypatch):
     """Calls that hang are noticed soon."""
     monkeypatch.setattr(pool, "SLACK", 0.1)
-    monkeypatch.setattr(operations, "STOP_SLACK", 0.3)
-    monkeypatch.setattr(operations, "SUSPEND_TIME", 0.3)
-    monkeypatch.setattr(operations, "DESTROY_TIME", 0.3)
+    monkeypatch.setattr(task, "STOP_SLACK", 0.3)
+    monkeypatch.setattr(runner, "SUSPEND_TIME", 0.3)
+    monkeypatch.setattr(runner, "DESTROY_TIME", 0.3)
     monkeypatch.setattr(reconciler, "LIST_TIME", 0.3)
-    for module in (readiness, operations, reconciler):
+    for module in (readiness, runner, reconciler):
         monkeypatch.setattr(module, "OBSERVE", 0.3)
 
 
