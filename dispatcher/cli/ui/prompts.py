@@ -64,12 +64,8 @@ def new_password(*, from_stdin: bool) -> str:
     if from_stdin:
         password = _read_line()
     elif sys.stdin.isatty():
-        password = click.prompt(
-            f"Password (at least {MIN_PASSWORD} characters)",
-            hide_input=True,
-            confirmation_prompt="Repeat password",
-            err=True,
-        )
+        click.echo(f"At least {MIN_PASSWORD} characters.", err=True)
+        password = click.prompt("Password", hide_input=True, confirmation_prompt="Repeat password", err=True)
     else:
         raise BadRequest(
             "No password", why="standard input is not a terminal", fix="give it with --password-stdin"
