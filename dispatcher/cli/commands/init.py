@@ -202,8 +202,12 @@ def _line(key: str, value: object, example: object = None) -> str:
     """Return `key = value` in TOML; without a value an example, as a comment."""
     import tomli_w
 
-    text = tomli_w.dumps({key: example if value is None else value}, multiline_strings=False).strip()
-    text = " ".join(text.split("\n    ")).replace(",\n]", "]").replace("[ ", "[")
+    shown = example if value is None else value
+    if isinstance(shown, list):  # tomli_w writes each element on a line of its own
+        words = [tomli_w.dumps({"": word}).partition(" = ")[2].strip() for word in shown]
+        text = f"{key} = [{', '.join(words)}]"
+    else:
+        text = tomli_w.dumps({key: shown}).strip()
     return f"# {text}" if value is None else text
 
 

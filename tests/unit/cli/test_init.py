@@ -111,3 +111,10 @@ def test_an_answer_that_cannot_be_right_is_asked_again(tmp_path):
     assert list(config.apps) == ["lab"]
     assert config.proxy.listen == ["127.0.0.1:9000"]
     assert config.proxy.public_url == ""
+
+
+def test_the_words_of_a_command_stay_as_they_are(tmp_path):
+    path, script = tmp_path / "a.toml", "[ -n x ] && exec y {socket} 'a,  b' # [ c ]"
+    assert init(path, "--app", "lab", "--command", f'/bin/sh -c "{script}"') == 0
+    command = load(path).apps["lab"].provider_table("subprocess")["command"]
+    assert command == ["/bin/sh", "-c", script]
