@@ -60,13 +60,18 @@ class NetlinkGuard:
                 self._end(found[0], pids, queued)
 
     def _namespaces(self) -> list[list[int]]:
-        """Return the processes of each network namespace except the manager's own."""
+        """Return the processes of each network namespace except the manager's own and the host's.
+
+        The host's is another one where the manager runs in a container that sees the host's processes.
+        """
         found: dict[int, list[int]] = {}
         for name in os.listdir(self._proc):
             if name.isdigit():
                 with contextlib.suppress(OSError):
                     found.setdefault(os.stat(self._proc / name / "ns/net").st_ino, []).append(int(name))
-        found.pop(os.stat(self._proc / "self/ns/net").st_ino, None)
+        for name in ("self", "1"):
+            with contextlib.suppress(OSError):
+                found.pop(os.stat(self._proc / name / "ns/net").st_ino, None)
         return list(found.values())
 
     def _end(self, agent: Agent, pids: list[int], queued: int) -> None:

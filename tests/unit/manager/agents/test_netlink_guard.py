@@ -49,6 +49,14 @@ def guard(tmp_path, registry, killed, slab=1000):
     return NetlinkGuard(registry, proc=tmp_path, kill=lambda pid, _: killed.append(pid))
 
 
+def test_the_hosts_namespace_is_left_alone_though_the_manager_is_in_another(host, tmp_path):
+    host(1, "the real host", 0)
+    host(5, "the real host", 900, [1 << 30])  # an agent with the host's network
+    registry, killed = Agents(900), []
+    guard(tmp_path, registry, killed).check()
+    assert killed == [] and registry.events == []
+
+
 def test_all_processes_of_the_namespace_are_killed_and_its_agent_is_named(host, tmp_path):
     big = [40 << 20, 30 << 20]
     host(1, "host", 0, [1 << 30])
