@@ -113,12 +113,12 @@ class Planner:
             yield error
         for name in ("read_only", "writable", "devices"):
             for path in getattr(options, name):
-                if _missing(path):
+                if _exists(path) is False:
                     yield ConfigError(f"{key}.{name}: there is no {path}", fix="create it, or correct the path")
         try:
             program = find_program(options.command[0], app.environment.get("PATH", SEARCH_PATH), app.name)
         except ProviderError as error:
-            if not likely or not _unknown(Path(options.command[0])):
+            if not likely or _exists(Path(options.command[0])) is not None:
                 yield error
             shown = visible(options, ())
         else:
@@ -134,7 +134,7 @@ class Planner:
                 )
 
         if workdir.is_absolute() and not below(workdir, map(Path, (*_OWN, "/tmp"))):  # noqa: S108
-            if _missing(workdir):
+            if _exists(workdir) is False:
                 yield ConfigError(f"{key}.workdir: there is no {workdir}", fix="create it, or correct the path")
             elif hidden:
                 yield ConfigError(
@@ -245,26 +245,15 @@ def unseen_file(app: App, shown: Iterable[str]) -> str:
     return ""
 
 
-def _unknown(path: Path) -> bool:
-    """Whether this user may not know what is at a path."""
+def _exists(path: Path) -> bool | None:
+    """Whether there is something at a path; None where this user may not look."""
     try:
         path.stat()
     except PermissionError:
-        return True
+        return None
     except OSError:
         return False
-    return False
-
-
-def _missing(path: Path) -> bool:
-    """Whether a path does not exist, as far as this user may know."""
-    try:
-        path.stat()
-    except PermissionError:
-        return False
-    except OSError:
-        return True
-    return False
+    return True
 
 
 def find_program(name: str, search: str, app: str) -> Path:
