@@ -29,12 +29,11 @@ def server_context(cert: Path, key: Path, table: str, *, client_ca: Path | None 
         try:
             path.read_bytes()
         except OSError as error:
+            fix = f"let the {table}'s user or group read it"
+            if path.is_relative_to("/root") or path.is_relative_to("/home"):
+                fix += "; the installed service cannot read home directories"
             raise ConfigError(
-                f"{table}.{name}: cannot read {path}",
-                why=error.strerror or str(error),
-                fix=f"let the {table}'s user or group read it"
-                + "; the installed service cannot read home directories"
-                * path.as_posix().startswith(("/root/", "/home/")),
+                f"{table}.{name}: cannot read {path}", why=error.strerror or str(error), fix=fix
             ) from error
     try:
         context.load_cert_chain(cert, key)

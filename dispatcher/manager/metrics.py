@@ -128,7 +128,7 @@ def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metr
     yield from families.values()
 
 
-#: No counter comes near; a larger number is no float, or becomes infinite where values are added.
+#: No counter reaches this.  A larger number does not fit into a float, or a sum overflows to infinity.
 LARGEST = 1e300
 
 

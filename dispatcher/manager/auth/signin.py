@@ -177,9 +177,8 @@ class SignIn:
                 self.authenticator.set_password(user, password, deadline=deadline)
 
         if user_id := self._sessions.user_id(user):
-            self._store.distrust_devices(
-                user_id
-            )  # each known browser would have free attempts at the new password
+            # Otherwise each known browser would have free attempts at the new password.
+            self._store.distrust_devices(user_id)
         self._pool.run(change, deadline)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
