@@ -14,6 +14,7 @@ class FakeManager:
     """Serves a Unix socket.
 
     :ivar agents: name -> AGENT; :ivar users: who exists, with the password; :ivar requests: what was asked.
+    :ivar apps: what may be named; None for the default app.
     :ivar copies: name -> COPY..., of agents that may have been removed.
     :ivar script: what `GET /agents/NAME/state` says next, one after the other.
     """
@@ -22,6 +23,7 @@ class FakeManager:
         self.path = str(path)
         self.agents, self.users, self.requests, self.script = {}, {}, [], []
         self.answers, self.copies = {}, {}
+        self.apps = {None, "demo", "notebook", "x"}
         self.slow = 0.0
         outer = self
 
@@ -128,12 +130,15 @@ class FakeManager:
         if not path:
             name, password = body["name"], body.get("password")
             app = body.get("app")
-            if name in self.users:
+            new = name not in self.users
+            if not new:
                 name = f"{name}:{app}" if app else name
-            elif password is None:
-                return problem(400, "bad-request", "A new user needs a password")
             if name in self.agents:
                 return problem(409, "conflict", f"{name} exists")
+            if app not in self.apps:
+                return problem(400, "bad-request", f"There is no app {app}")
+            if new and password is None:
+                return problem(400, "bad-request", f"The user {name} is new", missing="password")
             if password is not None:
                 self.users[name] = password
             return 201, self.add(name, app=app or "demo")

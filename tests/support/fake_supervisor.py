@@ -126,7 +126,7 @@ class FakeSupervisor:
         for subscriber in self.subscribers:
             subscriber(name)
 
-    def create(self, name, *, app, password_hash):
+    def check_new(self, name, app):
         user = name.partition(":")[0]
         if app not in {None, "demo", "lab"}:
             raise BadRequest(f"There is no app {names.printable(app)}", fix="see the configuration")
@@ -134,6 +134,11 @@ class FakeSupervisor:
             name = f"{user}:{app}"
         if name in self.rows:
             raise Conflict(f"The agent {name} exists")
+        return name, app or "demo"
+
+    def create(self, name, *, app, password_hash):
+        user = name.partition(":")[0]
+        name, app = self.check_new(name, app)
         if user not in self.store.rows:
             self.store.add(user, password_hash)
         now = self.clock.now()
@@ -141,7 +146,7 @@ class FakeSupervisor:
             name=name,
             user=user,
             user_id=self.store.rows[user].id,
-            app=app or "demo",
+            app=app,
             provider="fake",
             state=State.STOPPED,
             desired=Desired.STOPPED,

@@ -11,7 +11,7 @@ from dispatcher.cli.commands.inspection import describe_copy
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.ui.progress import follow
 from dispatcher.cli.ui.prompts import agent_argument, confirm, new_password, password_option, yes_option
-from dispatcher.plugin.errors import Conflict, NotFound
+from dispatcher.plugin.errors import BadRequest, NotFound
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json, ManagerClient
@@ -36,34 +36,24 @@ def wait_option(function: _F) -> _F:
 @click.option("--no-password", is_flag=True, help="Add no password, for users of an external directory.")
 @pass_cli
 def add(cli: Cli, name: str, app: str | None, password_stdin: bool, no_password: bool) -> None:
-    """Add the user NAME and an agent; asks for a password.
+    """Add the user NAME and an agent; asks for a password if all else is right.
 
     For an existing user, --app adds another agent, named NAME:APP, without asking for a password.
     """
     if password_stdin and no_password:
         raise click.UsageError("--password-stdin and --no-password exclude each other")
     client = cli.client()
-    known = not password_stdin and _known(client, name, app)
-    password = None if known or no_password else new_password(from_stdin=password_stdin)
-    agent = client.create_agent(name, password, app)
+    if password_stdin:
+        agent = client.create_agent(name, new_password(from_stdin=True), app)
+    else:
+        try:
+            agent = client.create_agent(name, None, app)
+        except BadRequest as error:
+            # The manager checks everything else first, so nobody types a password in vain.
+            if no_password or error.details.get("missing") != "password":
+                raise
+            agent = client.create_agent(name, new_password(from_stdin=False), app)
     cli.out.result(agent, f"{agent.get('name', name)} was added")
-
-
-def _known(client: ManagerClient, name: str, app: str | None) -> bool:
-    """Whether the user exists and no password is needed.
-
-    :raises Conflict: the agent exists.
-    """
-    user, _, named_app = name.partition(":")
-    try:
-        client.agent(name)
-    except NotFound:
-        if named_app or app:
-            return any(agent.get("user") == user for agent in client.agents()["agents"])
-        return False
-    if app is None:
-        raise Conflict(f"{name} exists", fix="add another agent with --app, or choose another name")
-    return True
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher remove alice\n  dispatcher remove --keep-data --yes alice")

@@ -62,18 +62,9 @@ class Commands:
         :raises BadRequest: an invalid name, or no app was named and there is no default.
         """
         registry = self._registry
-        name = agent_name(name)
-        user, _, suffix = name.partition(":")
-        if suffix and app and suffix != app:
-            raise BadRequest(
-                f"The name {printable(name)} stands for the app {suffix}",
-                why=f"the request names the app {printable(app)}",
-                fix="leave one of them out",
-            )
-        chosen = suffix or (app_name(app) if app else registry.specs.default_app())
-        registry.specs.check(chosen)
         with self._creating:
-            name = self._free_name(name, user, suffix, app)
+            name, chosen = self.check_new(name, app)
+            user = name.partition(":")[0]
             with registry.name_reserved(name) as free:
                 if not free:
                     raise Conflict(
@@ -85,6 +76,21 @@ class Commands:
         registry.notify(agent)
         registry.observers.publish([event])
         return agent.row
+
+    def check_new(self, name: str, app: str | None) -> tuple[str, str]:
+        """Return the name and the app that an agent would get; the parameters and errors are those of `create`."""
+        name = agent_name(name)
+        user, _, suffix = name.partition(":")
+        if suffix and app and suffix != app:
+            raise BadRequest(
+                f"The name {printable(name)} stands for the app {suffix}",
+                why=f"the request names the app {printable(app)}",
+                fix="leave one of them out",
+            )
+        specs = self._registry.specs
+        chosen = suffix or (app_name(app) if app else specs.default_app())
+        specs.check(chosen)
+        return self._free_name(name, user, suffix, app), chosen
 
     def _insert(self, name: str, user: str, app: str, password_hash: str | None) -> tuple[Agent, AgentEvent]:
         registry = self._registry

@@ -44,22 +44,25 @@ def create_agent(
     """Create an agent, and its user when that is new."""
     name = names.agent_name(name)
     user = name.partition(":")[0]
+    commands = services.supervisor.commands
     new = services.supervisor.store.get_user(user) is None
-    if new and password is None and services.signin.local:
-        raise BadRequest(
-            f"The user {user} is new",
-            why="no password was given",
-            fix='give one; it can be left out only when `auth.authenticator` is not "local"',
-        )
     if not new and password is not None:
-        services.supervisor.commands.check_not_being_removed(name)
+        commands.check_not_being_removed(name)
         raise Conflict(
             f"{user} exists",
             why="the password was not changed, and no agent was created",
             fix="leave the password out to add an agent, or change it with `dispatcher passwd`",
         )
+    commands.check_new(name, app)
+    if new and password is None and services.signin.local:
+        raise BadRequest(
+            f"The user {user} is new",
+            why="no password was given",
+            fix='give one; it can be left out only when `auth.authenticator` is not "local"',
+            details={"missing": "password"},
+        )
     password_hash = services.signin.hash_new(password) if password is not None else None
-    row = services.supervisor.commands.create(name, app=app, password_hash=password_hash)
+    row = commands.create(name, app=app, password_hash=password_hash)
     location = {"Location": f"/agents/{quote(row.name, safe='')}"}
     return services.supervisor.queries.view(row.name).to_json(), 201, location
 

@@ -50,7 +50,7 @@ def test_add_of_somebody_who_exists_is_a_conflict_and_asks_nothing(run, manager)
     manager.add("alice")
     code, _, err = run("add", "Alice")
     assert code == 4
-    assert err == "dispatcher: alice exists (add another agent with --app, or choose another name)\n"
+    assert err == "dispatcher: alice exists\n"
 
 
 def test_a_further_agent_needs_no_password(run, manager):
@@ -62,6 +62,12 @@ def test_a_further_agent_needs_no_password(run, manager):
 def test_add_for_another_directory_s_people_needs_no_password(run, manager):
     manager.answers["POST /agents"] = lambda _query, body: (201, manager.add(body["name"]))
     assert run("add", "alice", "--no-password")[0] == 0
+    assert manager.requests[-1][3] == {"name": "alice"}
+
+
+def test_add_asks_for_no_password_where_the_manager_wants_none(run, manager):
+    manager.answers["POST /agents"] = lambda _query, body: (201, manager.add(body["name"]))
+    assert run("add", "alice", stdin=b"")[0] == 0
     assert manager.requests[-1][3] == {"name": "alice"}
 
 

@@ -27,6 +27,18 @@ def test_add_asks_twice_on_a_terminal(forked_manager):
     assert forked_manager.users == {"alice": "secret-horse"}
 
 
+def test_add_checks_everything_else_before_it_asks(forked_manager, short_tmp):
+    where = {"DISPATCHER_MANAGER": forked_manager.url}
+    code, out = on_a_terminal(["add", "alice", "--app", "nope"], where)
+    assert (code, out) == (2, "dispatcher: There is no app nope\n")
+    forked_manager.apps.remove(None)
+    assert on_a_terminal(["add", "alice"], where) == (2, "dispatcher: There is no app None\n")
+    code, out = on_a_terminal(["add", "a/b"], where)
+    assert (code, "Password" in out) == (2, False)
+    code, out = on_a_terminal(["add", "alice"], {"DISPATCHER_MANAGER": f"unix://{short_tmp}/none"})
+    assert (code, "Password" in out) == (5, False)
+
+
 def test_remove_asks_on_a_terminal_and_no_is_no(forked_manager):
     forked_manager.add("alice")
     code, out = on_a_terminal(["remove", "alice"], {"DISPATCHER_MANAGER": forked_manager.url}, [b"n\n"])
