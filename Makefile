@@ -42,7 +42,8 @@ bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
 
 docs: $(VENV)/.docs
-	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
+	@echo 'Building the pages (a quarter of a minute)'
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
 	@echo 'Open build/site/index.html'
 
 deb:
@@ -65,6 +66,7 @@ $(VENV)/.test: $(VENV)/bin/python setup.py constraints.txt $(COMPILED)
 	@touch $@ $(VENV)/.demo $(VENV)/.docs
 
 $(VENV)/.docs: $(VENV)/bin/python setup.py constraints.txt
+	@echo 'Installing dispatcher and Sphinx into $(VENV) (a minute; up to two more while a C compiler builds the edge)'
 	@$(PIP) install -c constraints.txt -e ".[docs]"
 	@touch $@
 

@@ -12,13 +12,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+import click
+
 from dispatcher.cli.parent_death import ParentPipe
+from dispatcher.client.trust import is_loopback
+from dispatcher.common import humanize
 from dispatcher.config.app_secrets import secret_variables
 from dispatcher.config.layout import Paths
 from dispatcher.plugin.endpoints import connect
@@ -36,6 +40,7 @@ WINDOW = 60.0  # seconds
 PROBE = 1.0  # seconds for a request of the sign-in page
 PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
 _PROXY_LOCAL = b"\x20\0\0\0"  # PROXY protocol, version 2: LOCAL, a connection without an address
+_ENDED = frozenset({"stopped", "hibernated", "failed"})  # states of agents without a process
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -76,6 +81,22 @@ class Daemons:
         from dispatcher.client.manager_client import ManagerClient
 
         return ManagerClient(f"unix://{self.paths.manager_socket}")
+
+    def live_agents(self) -> list[str]:
+        """Return the names of the agents that outlive this program; empty where the manager does not answer."""
+        client = self.client()
+        try:
+            return [agent["name"] for agent in client.agents()["agents"] if agent["state"] not in _ENDED]
+        except DispatcherError:
+            return []
+        finally:
+            client.close()
+
+    def say_where(self) -> None:
+        """Print the address that people open; on a remote host also how to reach it from here."""
+        click.echo(f"Open {self.url}")
+        if command := tunnel(self.url):
+            click.echo(f"From your own computer, first: {command}")
 
     def run(self, ready: Callable[[], None], *, before_stop: Callable[[], None] = lambda: None) -> int:
         """Start both, call `ready` when users can sign in, and run until a signal.
@@ -125,6 +146,8 @@ class Daemons:
         while True:
             for number in received(1.0):
                 if number in {signal.SIGTERM, signal.SIGINT}:
+                    drain = humanize.duration(self.config.proxy.drain_timeout)
+                    self._say(f"ending; requests in progress have {drain} at most")
                     return 0
                 if number == signal.SIGHUP:
                     self._signal_all(signal.SIGHUP)
@@ -308,6 +331,26 @@ def browser_url(config: Config) -> str:
             host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
             return f"{scheme}://{host}:{endpoint.port}/"
     return ", ".join(config.proxy.listen)
+
+
+def tunnel(url: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return the command that brings an address of this host's loopback to the computer of who is here by ssh.
+
+    "" where that is not needed.
+
+    :param environment: $SSH_CONNECTION is of sshd(8): the client's address and port, the server's address and port.
+    """
+    host, port, connection = (
+        urlsplit(url).hostname,
+        urlsplit(url).port,
+        environment.get("SSH_CONNECTION", "").split(),
+    )
+    if len(connection) != 4 or not host or not port or not is_loopback(host):
+        return ""
+    _, _, server, ssh_port = connection
+    there = f"[{host}]" if ":" in host else host
+    other = "" if ssh_port == "22" else f"-p {ssh_port} "
+    return f"ssh {other}-L {port}:{there}:{port} {environment.get('USER', 'USER')}@{server}"
 
 
 def _ending(code: int) -> str:

@@ -12,13 +12,12 @@ import os
 import re
 import secrets
 import stat
-import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dispatcher.common.contained import contained
 from dispatcher.common.tls import server_context
-from dispatcher.config.host_users import host_accounts, proxy_uid
+from dispatcher.config.host_users import proxy_uid
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, caught
 from dispatcher.config.plugins import Plugins
@@ -116,33 +115,6 @@ def tls_faults(config: Config) -> Iterator[str]:
         except ConfigError as error:
             if not isinstance(error.__cause__, PermissionError):
                 yield str(error)
-
-
-def renewal_faults(config: Config) -> Iterator[str]:
-    """Yield which files of the certificate the proxy's user cannot read, so that a reload keeps the old one."""
-    if os.geteuid() != 0:
-        return
-    accounts = host_accounts(config)
-    groups = {accounts.proxy_gid}
-    if not accounts.made_up:
-        groups |= set(os.getgrouplist(config.proxy.user, accounts.proxy_gid))
-    for key in ("tls_cert", "tls_key"):
-        path: Path | None = getattr(config.proxy, key)
-        if path is None or not path.exists():
-            continue
-        readable = subprocess.run(
-            ["/usr/bin/test", "-r", path.absolute()],
-            user=accounts.proxy_uid,
-            group=accounts.proxy_gid,
-            extra_groups=sorted(groups),
-            cwd="/",
-            check=False,
-        )
-        if readable.returncode:
-            yield (
-                f"proxy.{key}: {config.proxy.user} cannot read {path}, so a reload keeps the old certificate "
-                "(let that user read the file and enter its directories)"
-            )
 
 
 def access_log_faults(config: Config) -> Iterator[str]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from urllib.parse import quote
 
 from dispatcher.common import systemd
-from dispatcher.common.bind import bind
+from dispatcher.common.bind import bind, low_port_fix
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError, Unavailable
 from dispatcher.plugin.names import printable
@@ -131,8 +131,7 @@ def _tcp(address: str, key: str, *, ipv4_too: bool) -> socket.socket:
         sock.close()
         fix = {
             errno.EADDRINUSE: f"stop what listens there, or change {key}",
-            errno.EACCES: "ports below 1024 need root, or AmbientCapabilities=CAP_NET_BIND_SERVICE (systemctl "
-            "edit dispatcher-proxy) and a restart",
+            errno.EACCES: low_port_fix(int(port)),
         }.get(error.errno or 0, f"change {key}")
         raise Unavailable(f"Cannot listen on {address}", why=error.strerror or str(error), fix=fix) from error
     return sock

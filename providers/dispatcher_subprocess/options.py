@@ -84,7 +84,7 @@ class AppOptions(Table):
     seccomp: bool = Field(
         default=True,
         description="refuse system calls that apps seldom use: keys, BPF, namespaces, mounts, io_uring, libaio, "
-        "filters of sockets",
+        "socket filters",
     )
     umask: Umask = Field(
         default="007", description="three octal digits; the proxy's group needs write access to the socket"

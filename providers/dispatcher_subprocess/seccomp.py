@@ -2,7 +2,7 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring, libaio, filters of sockets, and what would leave the quota of the data directory.  Sockets are
+modules, io_uring, libaio, socket filters, and what would leave the quota of the data directory.  Sockets are
 the exception: just the families that network namespaces and modes of files separate are allowed, as AF_VSOCK is
 one space for the host and all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
@@ -85,7 +85,7 @@ IOCTL = (16, 29)
 #: Commands of ioctl that are refused: the owner of a file may change its project, and so leave its quota.
 QUOTA_IOCTLS = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
 SETSOCKOPT = (54, 208)
-#: Options of the level SOL_SOCKET that are refused: filters of sockets, which no limit of memory counts.
+#: Options of the level SOL_SOCKET that are refused: socket filters, which no limit of memory counts.
 SOCKET_FILTERS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_BPF": 50, "SO_ATTACH_REUSEPORT_CBPF": 51}
 #: Refused if their first argument asks for a user namespace.
 NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}

@@ -70,6 +70,11 @@ class Run:
         return code
 
 
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+
+
 @pytest.fixture
 def start():
     """Start programs that are ended afterwards."""
@@ -169,6 +174,10 @@ def test_demo_runs_and_leaves_nothing(start, monkeypatch, tmp_path):
     name = json.loads(cli(made / "dispatcher.toml", "info", "alice", "--json").stdout)["runtime"]["handle"]["name"]
     groups = f"*/{'-'.join(name.split('-')[:2])}"
     assert run.end() == 0
+    assert run.lines[-2:] == [
+        "dispatcher: ending; requests in progress have 30 seconds at most",
+        "dispatcher: manager, proxy and agents have ended; their files are removed",
+    ]
     assert not [*Path("/sys/fs/cgroup").glob(groups), *Path("/sys/fs/cgroup").glob(groups.removeprefix("*/"))]
     assert processes_with(str(made)) == []
     assert list(tmp_path.iterdir()) == []
@@ -257,6 +266,7 @@ def test_demo_takes_the_next_port_when_8080_is_taken_and_can_be_kept(start, tmp_
             sign_in(url, "alice", passwords[-1])
             run.line("Ctrl-C ends it")
             assert run.end(signal.SIGTERM) == 0
+            assert f"go on with `dispatcher demo --keep --directory {tmp_path}/d`" in run.lines[-1]
             assert (tmp_path / "d/dispatcher.toml").exists()
         assert passwords[0] != passwords[1]
 
@@ -377,6 +387,11 @@ def test_serve_runs_both_and_agents_outlive_it(start, config):
     until("alice's app answers", lambda: ask(url, Cookie=cookie)[0] == 200)
     started = json.loads(cli(config, "info", "alice", "--json").stdout)["runtime"]["started_at"]
     assert run.end(signal.SIGTERM) == 0
+    program = f"dispatcher --config {config}"
+    assert run.lines[-1] == (
+        "dispatcher: manager and proxy have ended; 1 agent keeps running: alice "
+        f"(`{program} serve` serves it again, then `{program} stop NAME` stops one)"
+    )
     again = start([*PROGRAM, "--config", str(config), "serve"])
     again.line(r"Open .*")
     assert ask(url, Cookie=cookie)[0] == 200

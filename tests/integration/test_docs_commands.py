@@ -74,7 +74,8 @@ cp /opt/inputs/page.toml dispatcher.toml
 
 retry() { local - tries=0; set +x; until "$@" > /dev/null 2>&1; do [ $((tries += 1)) -lt 200 ]; sleep 0.1; done; }
 manager_up() { curl -sf --unix-socket "${1:-/run/dispatcher}/manager.sock" http://manager/healthz; }
-proxy_up() { curl -sk http://localhost:8080/auth/login || curl -sk https://localhost/auth/login; }
+SITE=http://localhost:8080
+proxy_up() { curl -sk "$SITE/auth/login" || curl -sk https://localhost/auth/login; }
 systemctl() {
     local - verb=$1 unit; set +x; shift
     for unit; do
@@ -85,8 +86,8 @@ systemctl() {
 }
 journalctl() { cat /tmp/manager.log; }
 sign_in() {
-    curl -sSf -c /tmp/jar -H 'Content-Type: application/json' -d "{\"user\": \"$1\", \"password\": \"$PASSWORD\"}" http://localhost:8080/auth/login
-    retry curl -sf -b /tmp/jar http://localhost:8080/
+    curl -sSf -c /tmp/jar -H 'Content-Type: application/json' -d "{\"user\": \"$1\", \"password\": \"$PASSWORD\"}" "$SITE/auth/login"
+    retry curl -sf -b /tmp/jar "$SITE/"
 }
 metrics_of_workers() { curl -s --unix-socket /run/dispatcher/manager.sock http://manager/metrics | grep dispatcher_edge_; }
 service() { systemctl start dispatcher-manager; systemctl start dispatcher-proxy; }
@@ -110,7 +111,7 @@ BEFORE = {
     "docs/howto/give-secrets-to-an-app.md": "export LAB_API_TOKEN=secret; service",
     "docs/howto/jupyterlab.md": "service; cat examples/jupyterlab.toml >> /etc/dispatcher/dispatcher.toml",
     "docs/howto/limit-resources.md": "service; user alice; dispatcher start alice",
-    "docs/howto/monitor.md": "service; user alice; sign_in alice; retry metrics_of_workers",
+    "docs/howto/monitor.md": "SITE=https://localhost:8080; service; user alice; sign_in alice; retry metrics_of_workers",
     "docs/howto/share-folders.md": "service",
     "docs/howto/upgrade.md": "service; user alice",
     "docs/reference/rest.md": "openssl rand -hex 32 > token; chmod 600 token; service; user alice",
@@ -131,6 +132,11 @@ INSTEAD = {
     ],
 }  # fmt: skip
 SETTINGS = {
+    "docs/howto/monitor.md": """
+[proxy]
+tls_cert = "/opt/inputs/host.crt"
+tls_key = "/opt/inputs/host.key"
+""",
     "docs/reference/rest.md": """
 [manager]
 listen = ["127.0.0.1:4443"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shlex
 import signal
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.parent_death import end_with_parent
 from dispatcher.config import default_paths
 from dispatcher.plugin.errors import Unavailable
+
+_NAMED = 5  # agents by name in a message
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher serve\n  dispatcher --config dispatcher.toml serve")
@@ -30,11 +33,27 @@ def serve(cli: Cli) -> int:
     def ready() -> None:
         from dispatcher.cli.doctor.installation import encryption
 
-        click.echo(f"Open {daemons.url}")
+        daemons.say_where()
         for finding in encryption(daemons.config):
             cli.out.note(f"warning: {finding.what} ({finding.fix})")
 
-    return daemons.run(ready)
+    live: list[str] = []
+    code = daemons.run(ready, before_stop=lambda: live.extend(daemons.live_agents()))
+    if code == 0:
+        program = shlex.join(["dispatcher", *global_options(cli.config_path)])
+        cli.out.note(f"manager and proxy have ended; {_what_goes_on(live, program)}")
+    return code
+
+
+def _what_goes_on(agents: list[str], program: str) -> str:
+    if not agents:
+        return "no agent is running"
+    many = len(agents) > 1
+    named = ", ".join(agents[:_NAMED]) + (", ..." if len(agents) > _NAMED else "")
+    return (
+        f"{len(agents)} agent{'s keep' if many else ' keeps'} running: {named} "
+        f"(`{program} serve` serves {'them' if many else 'it'} again, then `{program} stop NAME` stops one)"
+    )
 
 
 @click.command(epilog="\b\nExample:\n  dispatcher --config /etc/dispatcher/dispatcher.toml manager")
@@ -76,7 +95,7 @@ def reload(cli: Cli) -> None:
 
     An invalid configuration changes nothing.
     """
-    from dispatcher.config.check import renewal_faults
+    from dispatcher.cli.doctor.installation import renewal_faults
 
     url = cli.url
     changed = cli.client().reload().get("changed", [])

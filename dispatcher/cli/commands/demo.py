@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -55,7 +56,18 @@ def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
                 click.echo(f"Everything is kept in {home}")
             click.echo("Ctrl-C ends it")
 
-        return daemons.run(ready, before_stop=lambda: _stop_agents(daemons, cli))
+        stopped = True
+
+        def before_stop() -> None:
+            nonlocal stopped
+            stopped = _stop_agents(daemons, cli)
+
+        code = daemons.run(ready, before_stop=before_stop)
+    if code == 0:
+        again = shlex.join(["dispatcher", "demo", "--keep", "--directory", str(home)])
+        files = f"go on with `{again}`" if keep else "their files are removed"
+        cli.out.note(f"{'manager, proxy and agents' if stopped else 'manager and proxy'} have ended; {files}")
+    return code
 
 
 def _add_users(daemons: Daemons) -> None:
@@ -67,13 +79,13 @@ def _add_users(daemons: Daemons) -> None:
         except Conflict:  # kept from an earlier demo
             client.set_password(name, password)
     client.close()
-    click.echo(f"Open {daemons.url}")
+    daemons.say_where()
     for name, password in passwords.items():
         click.echo(f"Sign in {name} / {password}")
 
 
-def _stop_agents(daemons: Daemons, cli: Cli) -> None:
-    """Stop the agents, which would outlive the manager."""
+def _stop_agents(daemons: Daemons, cli: Cli) -> bool:
+    """Stop the agents, which would outlive the manager; return whether all have stopped."""
     client = daemons.client()
     try:
         agents = [agent["name"] for agent in client.agents()["agents"]]
@@ -83,8 +95,10 @@ def _stop_agents(daemons: Daemons, cli: Cli) -> None:
             client.set_state(name, "stopped", wait=30.0)
     except DispatcherError as error:
         cli.out.note(f"agents may still run: {error}")
+        return False
     finally:
         client.close()
+    return True
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     """Yield all findings: machine, configuration, manager, providers, then the rest of the installation."""
     from dispatcher.cli.doctor import installation, machine
     from dispatcher.cli.doctor.providers import providers
-    from dispatcher.config.check import access_log_faults, renewal_faults, tls_faults
+    from dispatcher.config.check import access_log_faults, tls_faults
     from dispatcher.config.layout import Paths
     from dispatcher.config.load import Config
     from dispatcher.config.plugins import Plugins
@@ -73,4 +73,4 @@ def examine(cli: Cli) -> Iterator[Finding]:
     yield from installation.certificates(config)
     yield from installation.served_certificate(config)
     yield from map(Finding.error, (*tls_faults(config), *access_log_faults(config)))
-    yield from map(Finding.warning, renewal_faults(config))
+    yield from map(Finding.warning, installation.renewal_faults(config))

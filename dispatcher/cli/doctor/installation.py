@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from urllib.parse import urlsplit
 from dispatcher.cli.serve import listen_endpoint
 from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
+from dispatcher.common.bind import low_port_fix
 from dispatcher.config import default_paths
 from dispatcher.config.host_users import host_accounts, subordinate_ids
 from dispatcher.plugin.errors import DispatcherError, ManagerUnreachable
@@ -160,9 +162,7 @@ def _bind_problem(address: str, problem: OSError, serving: bool) -> Iterator[Fin
     elif problem.errno == errno.EADDRINUSE:
         yield Finding.error(f"{address} is in use", "stop what listens there (ss -ltnp), or change proxy.listen")
     elif problem.errno == errno.EACCES:
-        yield Finding.error(
-            f"you may not listen on {address}", "ports below 1024 need root or CAP_NET_BIND_SERVICE"
-        )
+        yield Finding.error(f"you may not listen on {address}", low_port_fix(int(address.rpartition(":")[2])))
     elif problem.errno == errno.EADDRNOTAVAIL:
         yield Finding.warning(
             f"this host does not have the address of {address}: the proxy cannot be reached there",
@@ -259,6 +259,33 @@ def served_certificate(config: Config) -> Iterator[Finding]:
                 "dispatcher reload; if that does not help, read the proxy's log",
             )
         return
+
+
+def renewal_faults(config: Config) -> Iterator[str]:
+    """Yield which files of the certificate the proxy's user cannot read, so that a reload keeps the old one."""
+    if os.geteuid() != 0:
+        return
+    accounts = host_accounts(config)
+    groups = {accounts.proxy_gid}
+    if not accounts.made_up:
+        groups |= set(os.getgrouplist(config.proxy.user, accounts.proxy_gid))
+    for key in ("tls_cert", "tls_key"):
+        path: Path | None = getattr(config.proxy, key)
+        if path is None or not path.exists():
+            continue
+        readable = subprocess.run(
+            ["/usr/bin/test", "-r", path.absolute()],
+            user=accounts.proxy_uid,
+            group=accounts.proxy_gid,
+            extra_groups=sorted(groups),
+            cwd="/",
+            check=False,
+        )
+        if readable.returncode:
+            yield (
+                f"proxy.{key}: {config.proxy.user} cannot read {path}, so a reload keeps the old certificate "
+                "(let that user read the file and enter its directories)"
+            )
 
 
 def accounts(config: Config) -> Iterator[Finding]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
 
-from dispatcher.common.bind import bind
+from dispatcher.common.bind import bind, low_port_fix
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.options import takes_ipv4
@@ -73,8 +74,8 @@ def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
             sock.close()
             raise
     except OSError as error:
-        raise ConfigError(
-            f"Cannot listen on {address}", why=error.strerror or str(error), fix="see manager.listen"
-        ) from error
+        refused = error.errno == errno.EACCES
+        fix = low_port_fix(port, "dispatcher-manager") if refused else "see manager.listen"
+        raise ConfigError(f"Cannot listen on {address}", why=error.strerror or str(error), fix=fix) from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock

@@ -28,6 +28,7 @@ from dispatcher.cli import main
 from dispatcher.plugin.errors import ManagerUnreachable, Unavailable
 from dispatcher.plugin.model import Finding, Level
 from dispatcher.config.layout import Paths
+from dispatcher.manager.rest.certificate import make_certificate as self_signed
 from tests.support.certificates import Authority
 from tests.unit.config.test_plugins import FakeAuthenticator, FakeProvider, entry, plugin
 
@@ -151,6 +152,17 @@ def test_ports_that_cannot_be_had(number, word):
     assert word in only(installation._bind_problem("x:1", problem, False)).what
 
 
+def test_the_remedy_for_a_low_port_is_one_for_the_reader(monkeypatch):
+    refused = OSError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    remedy = only(installation._bind_problem("127.0.0.1:443", refused, False)).fix
+    assert "net.ipv4.ip_unprivileged_port_start=443" in remedy
+    assert "front proxy" in remedy
+    assert "systemctl" not in remedy
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+    assert "systemctl edit dispatcher-proxy" in only(installation._bind_problem("[::]:80", refused, False)).fix
+
+
 @pytest.mark.parametrize(
     ("proxy", "levels_"),
     [
@@ -163,6 +175,28 @@ def test_ports_that_cannot_be_had(number, word):
 )
 def test_passwords_in_the_clear_are_warned_of(proxy, levels_):
     assert levels(installation.encryption(parse({"proxy": proxy}))) == levels_
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: an ordinary user's proxy reads what the user reads")
+def test_a_key_that_the_proxys_user_cannot_read_is_a_fault_of_the_next_renewal(tmp_path):
+    """As certbot leaves it: links to files below directories of root's own."""
+    archive = tmp_path / "archive"
+    archive.mkdir(mode=0o700)
+    self_signed(archive / "cert1.pem", archive / "key1.pem", ["localhost"])
+    for name in ("cert", "key"):
+        (tmp_path / f"{name}.pem").symlink_to(f"archive/{name}1.pem")
+    proxy = {"tls_cert": f"{tmp_path}/cert.pem", "tls_key": f"{tmp_path}/key.pem", "user": "nobody"}
+    found = lambda: [fault.partition(":")[0] for fault in installation.renewal_faults(parse({"proxy": proxy}))]
+    for path in tmp_path.parents:
+        path.chmod(path.stat().st_mode | 0o111)
+    tmp_path.chmod(0o755)
+    assert found() == ["proxy.tls_cert", "proxy.tls_key"]
+    archive.chmod(0o755)
+    (archive / "cert1.pem").chmod(0o644)
+    assert found() == ["proxy.tls_key"]
+    os.chown(archive / "key1.pem", 0, pwd.getpwnam("nobody").pw_gid)
+    (archive / "key1.pem").chmod(0o640)
+    assert found() == []
 
 
 def make_certificate(path, days):

@@ -7,7 +7,7 @@ import pytest
 from dispatcher.config.load import parse
 from dispatcher.cli.commands.demo import pronounceable
 from dispatcher.cli.ui.output import Output, clean, columns
-from dispatcher.cli.serve import browser_url, listen_endpoint
+from dispatcher.cli.serve import browser_url, listen_endpoint, tunnel
 from dispatcher.cli.ui.progress import describe
 
 
@@ -91,3 +91,17 @@ def test_demo_passwords_differ_and_can_be_read_aloud():
         for half in password.split("-"):
             assert set(half[1::2]) <= set("aeiou")
             assert not set(half[::2]) & set("aeiou")
+
+
+@pytest.mark.parametrize(
+    ("url", "connection", "command"),
+    [
+        ("http://127.0.0.1:8080/", "192.0.2.7 51000 192.0.2.1 22", "ssh -L 8080:127.0.0.1:8080 eve@192.0.2.1"),
+        ("http://[::1]:80/", "2001:db8::7 51000 2001:db8::1 2222", "ssh -p 2222 -L 80:[::1]:80 eve@2001:db8::1"),
+        ("http://192.0.2.1:8080/", "192.0.2.7 51000 192.0.2.1 22", ""),
+        ("/run/proxy.sock", "192.0.2.7 51000 192.0.2.1 22", ""),
+        ("http://127.0.0.1:8080/", "", ""),
+    ],
+)
+def test_the_tunnel_to_a_remote_host(url, connection, command):
+    assert tunnel(url, {"SSH_CONNECTION": connection, "USER": "eve"}) == command

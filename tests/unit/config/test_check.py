@@ -1,11 +1,10 @@
 """Checks of a configuration on this host."""
 
 import os
-import pwd
 
 import pytest
 
-from dispatcher.config.check import access_log_faults, faults, faults_of, renewal_faults, tls_faults
+from dispatcher.config.check import access_log_faults, faults, faults_of, tls_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.rest.certificate import make_certificate
@@ -23,28 +22,6 @@ def test_a_certificate_with_the_key_of_another_is_a_fault_of_its_table(tmp_path)
         assert fault.startswith(f"{table}.tls_cert and {table}.tls_key cannot be used")
         (fault,) = tls_faults(parse({table: pair | {"tls_key": f"{tmp_path}/none"}}))
         assert fault.startswith(f"{table}.tls_key: cannot read {tmp_path}/none")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: an ordinary user's proxy reads what the user reads")
-def test_a_key_that_the_proxys_user_cannot_read_is_a_fault_of_the_next_renewal(tmp_path):
-    """As certbot leaves it: links to files below directories of root's own."""
-    archive = tmp_path / "archive"
-    archive.mkdir(mode=0o700)
-    make_certificate(archive / "cert1.pem", archive / "key1.pem", ["localhost"])
-    for name in ("cert", "key"):
-        (tmp_path / f"{name}.pem").symlink_to(f"archive/{name}1.pem")
-    proxy = {"tls_cert": f"{tmp_path}/cert.pem", "tls_key": f"{tmp_path}/key.pem", "user": "nobody"}
-    found = lambda: [fault.partition(":")[0] for fault in renewal_faults(parse({"proxy": proxy}))]
-    for path in tmp_path.parents:
-        path.chmod(path.stat().st_mode | 0o111)
-    tmp_path.chmod(0o755)
-    assert found() == ["proxy.tls_cert", "proxy.tls_key"]
-    archive.chmod(0o755)
-    (archive / "cert1.pem").chmod(0o644)
-    assert found() == ["proxy.tls_key"]
-    os.chown(archive / "key1.pem", 0, pwd.getpwnam("nobody").pw_gid)
-    (archive / "key1.pem").chmod(0o640)
-    assert found() == []
 
 
 def test_an_access_log_needs_a_directory_of_the_proxys_user(tmp_path):
