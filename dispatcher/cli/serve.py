@@ -338,7 +338,7 @@ def tunnel(url: str, environment: Mapping[str, str] = os.environ) -> str:
 
     "" where that is not needed.
 
-    :param environment: $SSH_CONNECTION is of sshd(8): the client's address and port, the server's address and port.
+    :param environment: holds $SSH_CONNECTION of ssh(1): addresses and ports of client and server.
     """
     host, port, connection = (
         urlsplit(url).hostname,

@@ -1,4 +1,4 @@
-"""Binds listeners, also to addresses that this host gets later; says what to do where the kernel refuses a port."""
+"""Binds listeners, also to addresses that this host gets later; what to do about a port that is refused."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def low_port_fix(port: int, unit: str = "dispatcher-proxy") -> str:
             f"ports below 1024 need AmbientCapabilities=CAP_NET_BIND_SERVICE (systemctl edit {unit}) and a restart"
         )
     return (
-        "ports below 1024 are root's: choose a higher one, with a front proxy before it (docs/howto/front-proxy.md), "
-        f"or as root allow this one to all users, sysctl net.ipv4.ip_unprivileged_port_start={port}; "
+        "ports below 1024 are root's: choose a higher one, with a front proxy before it "
+        "(docs/howto/front-proxy.md), or as root allow this one to all users, "
+        f"sysctl net.ipv4.ip_unprivileged_port_start={port}; "
         "what root has started needs a restart"
     )
