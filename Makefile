@@ -43,7 +43,7 @@ bench: $(VENV)/.test
 
 docs: $(VENV)/.docs
 	@echo 'Building the pages (a quarter of a minute)'
-	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
 	@echo 'Open build/site/index.html'
 
 deb:
