@@ -72,12 +72,13 @@ class Plan:
 class _Files:
     """The files of an app, the same for all its agents.
 
-    :ivar shown: every visible path, as named and with links resolved.
+    :ivar shown: every visible path, as named and with links resolved; :ivar unseen: as in Plan.
     """
 
     program: Path
     view: sandbox.Tree | None
     shown: frozenset[str]
+    unseen: str
     until: float
 
 
@@ -89,6 +90,7 @@ class Planner:
         self.host = host
         self.secret_files = secret_files
         self.ports = Ports(*options.ports)
+        self._capabilities = capabilities(host)
         self._cache: dict[Hashable, _Files] = {}
 
     def verify(self, app: App) -> None:
@@ -126,14 +128,14 @@ class Planner:
         workdir, hidden = Path(options.workdir), False
         if self.host.sandboxed:
             yield from _forbidden(app, shown, (self.context.state_dir, self.context.run_dir))
-            hidden = not any(below(workdir, [one]) or workdir in one.parents for one in map(Path, shown))
+            hidden = not any(below(workdir, [one]) or below(one, [workdir]) for one in shown)
             if likely and (unseen := unseen_file(app, shown)):
                 yield ConfigError(
                     f"{key}.command: {unseen} exists on this host, but is not visible in the sandbox",
                     fix=f'add "{unseen}", or its directory, to {key}.read_only',
                 )
 
-        if workdir.is_absolute() and not below(workdir, map(Path, (*_OWN, "/tmp"))):  # noqa: S108
+        if workdir.is_absolute() and not below(workdir, (*_OWN, "/tmp")):  # noqa: S108
             if _exists(workdir) is False:
                 yield ConfigError(f"{key}.workdir: there is no {workdir}", fix="create it, or correct the path")
             elif hidden:
@@ -172,18 +174,18 @@ class Planner:
                 inside,
                 os.environ,
                 secrets if spec.secrets else "",
-                app.limits.enforced(capabilities(self.host)),
+                app.limits.enforced(self._capabilities),
             ),
             workdir=inside.fill(options.workdir),
             view=files.view,
-            unseen=unseen_file(app, files.shown) if self.host.sandboxed else "",
+            unseen=files.unseen,
         )
 
     def _files(self, app: App) -> _Files:
         """Find the files of an app, or return those found a moment ago."""
         options = options_of(app)
         search = app.environment.get("PATH", SEARCH_PATH)
-        key = (options.model_dump_json(), search, app.network)
+        key = (options.model_dump_json(), tuple(app.environment.items()), app.network)
         known = self._cache.get(key)
         if known and known.until > boottime():
             return known
@@ -201,7 +203,8 @@ class Planner:
                 own_uid=self.host.own_uid,
                 own_resolver=app.network is Network.PRIVATE,
             )
-        found = _Files(program=program, view=view, shown=shown, until=boottime() + _CACHED)
+        unseen = unseen_file(app, shown) if self.host.sandboxed else ""
+        found = _Files(program=program, view=view, shown=shown, unseen=unseen, until=boottime() + _CACHED)
         self._cache[key] = found
         return found
 
@@ -240,7 +243,7 @@ def unseen_file(app: App, shown: Iterable[str]) -> str:
     for text in (*options_of(app).command[1:], *app.environment.values()):
         for name in _FILE_NAME.findall(text):
             for path in map(Path, (os.path.normpath(name), os.path.realpath(name))):
-                if os.path.isfile(path) and not below(path, map(Path, (*shown, *_OWN))):
+                if os.path.isfile(path) and not below(path, (*shown, *_OWN)):
                     return str(path)
     return ""
 
@@ -277,8 +280,7 @@ def needed(program: Path) -> tuple[Path, ...]:
     """Return the paths beyond SYSTEM that a program needs, none of them below another."""
     found: list[Path] = []
     for path in dict.fromkeys(_closure(program)):
-        roots = [Path(name) for name in SYSTEM]
-        inside = below(path, roots) or below(Path(os.path.realpath(path)), roots) or path == Path("/")
+        inside = below(path, SYSTEM) or below(os.path.realpath(path), SYSTEM) or path == Path("/")
         if not inside and path.exists():  # a missing interpreter is reported by the app's start
             found.append(path)
     return tuple(path for path in found if not below(path, [other for other in found if other != path]))

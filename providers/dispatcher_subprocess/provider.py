@@ -194,9 +194,7 @@ class SubprocessProvider(Provider):
             raise
         finally:
             start.close()
-        record = self._journals.read(spec.backend_name)
-        if record:
-            self._watch(record)
+        self._watch(start.record)
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
         return self._parts.observer.observe(self._journals.read(handle.name))

@@ -35,9 +35,10 @@ _SET_LOADER = '. "$0" && exec "$@"'
 _GATE = 'read -r _ && exec "$@"'
 
 
-def below(path: Path, roots: Iterable[Path]) -> bool:
-    """Whether `path` is one of `roots` or lies below one."""
-    return any(path == root or root in path.parents for root in roots)
+def below(path: Path | str, roots: Iterable[Path | str]) -> bool:
+    """Whether `path` is one of `roots` or lies below one; all are absolute and normal."""
+    inside = f"{path}/"
+    return any(inside.startswith(f"{root}/") or str(root) == "/" for root in roots)
 
 
 def split_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -135,9 +136,10 @@ class Tree:
     def bind(self, how: str, source: str, target: str) -> None:
         """Show a path of the host."""
         target = _place(target)
-        if not below(Path(target), map(Path, (*SYSTEM, HOST_ETC))):
-            for parent in reversed(Path(target).parents):
-                self.directory(str(parent))
+        if not below(target, (*SYSTEM, HOST_ETC)):
+            for end in range(1, len(target)):
+                if target[end] == "/":
+                    self.directory(target[:end])
         self.words += [how, source, target]
         self.made.add(target)
 
@@ -187,7 +189,7 @@ def view(
         tree.words += [*cover, _place(str(path))]
     tree.directory("/run")
     resolver = os.path.realpath("/etc/resolv.conf")  # often a link to what a service writes below /run
-    if not own_resolver and not below(Path(resolver), map(Path, SYSTEM)):
+    if not own_resolver and not below(resolver, SYSTEM):
         tree.bind("--ro-bind-try", resolver, resolver)
     return tree
 

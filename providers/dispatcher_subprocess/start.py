@@ -13,7 +13,7 @@ import resource
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from dispatcher_subprocess.processes.run_record import Journals, Record
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNDO = 10.0  # seconds to remove a start that failed
 _PIPE = 32768  # bytes that a pipe holds without a reader
+_POLL, _SHARE = 0.0005, 0.1  # shortest pause while bubblewrap works, and the pause's share of the time so far
 _AGENT_OOM = 100  # agents are killed before the host's own services when memory is short
 
 
@@ -198,6 +199,7 @@ class Start:
         except OSError as error:
             raise ProviderError("bubblewrap ended at once", why=str(error)) from error
         # bubblewrap reports what it cannot show before the root is in place; later the output is the app's.
+        began = time.monotonic()
         while not (self.record.init and self._has_root(self.record.init.pid)):
             pid = 0 if self.record.init else self.record.sandbox_status().get("child-pid", 0)
             if pid and (found := procfs.stat(pid)):
@@ -206,7 +208,7 @@ class Start:
                 raise ProviderError("bubblewrap ended before the sandbox was made")
             if self.deadline.expired:
                 raise DeadlineExceeded("bubblewrap did not make the sandbox in time")
-            time.sleep(0.0005)
+            time.sleep(max(_POLL, _SHARE * (time.monotonic() - began)))
 
     def _has_root(self, pid: int) -> bool:
         """Whether a process has the sandbox's root already."""
@@ -264,7 +266,7 @@ class Start:
         :raises ProviderError: it has ended already.
         """
         self._record = replace(self.record, started_at=time.time())
-        self.journals.append(self.spec.backend_name, asdict(self._record))
+        self.journals.append(self.spec.backend_name, self._record.fields())
         self.attach([self._output, *self._names], logs.log_file(self.spec.log_dir))
         gate, self._gate = self._gate, -1
         try:

@@ -68,7 +68,7 @@ class NetlinkGuard:
         for name in os.listdir(self._proc):
             if name.isdigit():
                 with contextlib.suppress(OSError):
-                    found.setdefault(os.stat(self._proc / name / "ns/net").st_ino, []).append(int(name))
+                    found.setdefault(os.stat(f"{self._proc}/{name}/ns/net").st_ino, []).append(int(name))
         for name in ("self", "1"):
             with contextlib.suppress(OSError):
                 found.pop(os.stat(self._proc / name / "ns/net").st_ino, None)
@@ -87,10 +87,8 @@ class NetlinkGuard:
 
 def _unreclaimable(proc: Path) -> int:
     """Return the size of the kernel's unreclaimable memory, in bytes."""
-    for line in (proc / "meminfo").read_bytes().splitlines():
-        if line.startswith(b"SUnreclaim:"):
-            return int(line.split()[1]) << 10
-    return 0
+    _, _, rest = (proc / "meminfo").read_bytes().partition(b"\nSUnreclaim:")
+    return int(rest.split(None, 1)[0]) << 10 if rest else 0
 
 
 def _queued(proc: Path, pids: list[int]) -> int:

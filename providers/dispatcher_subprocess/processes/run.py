@@ -243,7 +243,8 @@ class Run:
                         return
                     time.sleep(min(0.02, left))
                 else:
-                    poll.poll(min(0.2, left) * 1000)
+                    for fd, _ in poll.poll(min(0.2, left) * 1000):
+                        poll.unregister(fd)  # it would be ready from now on, while the other one still ends
 
     def output(self) -> int | None:
         """Return a new read end of the agent's output pipe, None if it cannot be opened.

@@ -66,6 +66,10 @@ class Record:
     stop_requested: bool = False
     ended: str | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """Return the content of its line in the journal."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
     def sandbox_status(self) -> dict[str, int]:
         """Return what bubblewrap wrote: ``child-pid`` (the init), ``pid-namespace``, at the end ``exit-code``."""
         try:
@@ -157,7 +161,7 @@ class Journals:
         with self._writing(path), contextlib.ExitStack() as undo:
             for old in (new, status, self.suspended_path(record.name)):
                 old.unlink(missing_ok=True)
-            _append(os.open(new, _NEW, 0o600), {"version": VERSION} | asdict(record))
+            _append(os.open(new, _NEW, 0o600), {"version": VERSION} | record.fields())
             fd = os.open(status, _NEW, 0o600)
             undo.callback(os.close, fd)
             new.rename(path)
@@ -216,7 +220,7 @@ class Journals:
 def _append(fd: int, document: dict[str, Any]) -> None:
     """Write a line to a descriptor, and close it."""
     try:
-        line = json.dumps(document).encode() + b"\n"
+        line = json.dumps(document, default=asdict).encode() + b"\n"
         if os.write(fd, line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
