@@ -87,6 +87,14 @@ if TYPE_CHECKING:
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
+    from dispatcher.plugin.tracked_connections import (
+        MAX_CONNECTIONS,
+        NEW_CONNECTIONS,
+        NEW_CONNECTIONS_BURST,
+        NFT_EXCESS,
+        find_nft,
+        nft_fault,
+    )
     from dispatcher.plugin.tree_removal import make_temporary, remove_tree
 
 #: In the order in which a name is looked for: those that import little come first.
@@ -99,6 +107,7 @@ _MODULES = (
     "endpoints",
     "options",
     "networks",
+    "tracked_connections",
     "authenticator",
     "provider",
     "tree_removal",
@@ -110,8 +119,12 @@ _MODULES = (
 __all__ = [
     "API_VERSION",
     "HANDLE_VERSION",
+    "MAX_CONNECTIONS",
     "MAX_LINE",
     "METADATA_NETWORKS",
+    "NEW_CONNECTIONS",
+    "NEW_CONNECTIONS_BURST",
+    "NFT_EXCESS",
     "AbsolutePath",
     "Address",
     "Addresses",
@@ -184,12 +197,14 @@ __all__ = [
     "checked_unix_path",
     "connect",
     "denied_networks",
+    "find_nft",
     "hookimpl",
     "in_memory",
     "listening_endpoints",
     "make_owned",
     "make_temporary",
     "matching",
+    "nft_fault",
     "no_progress",
     "owned",
     "printable",

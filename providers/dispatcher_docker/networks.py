@@ -20,7 +20,16 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, DispatcherError, ProviderContext, ProviderError, denied_networks
+from dispatcher.plugin import (
+    MAX_CONNECTIONS,
+    NEW_CONNECTIONS,
+    NEW_CONNECTIONS_BURST,
+    Deadline,
+    DispatcherError,
+    ProviderContext,
+    ProviderError,
+    denied_networks,
+)
 from dispatcher_docker.container_config import network_name
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject
@@ -36,9 +45,10 @@ _TRIES = 10  # while other installations take networks at the same time
 
 #: New connections of an agent that are dropped: the table of tracked connections is one for the host and all its
 #: containers.  The second match does not count TCP connections that have ended, which stay there for two minutes.
+_RATE = f"--hashlimit-above {NEW_CONNECTIONS}/sec --hashlimit-burst {NEW_CONNECTIONS_BURST}"
 _BOUNDS = (
-    "-m hashlimit --hashlimit-name {name} --hashlimit-mode srcip --hashlimit-above 50/sec --hashlimit-burst 1000",
-    "-m connlimit --connlimit-above 1024 --connlimit-mask {bits} --connlimit-saddr",
+    f"-m hashlimit --hashlimit-name {{name}} --hashlimit-mode srcip {_RATE}",
+    f"-m connlimit --connlimit-above {MAX_CONNECTIONS} --connlimit-mask {{bits}} --connlimit-saddr",
 )
 
 #: Chains that forwarded packets pass before the engine's own; the first exists if the engine manages rules.

@@ -47,8 +47,13 @@ def backend(host: Host | None) -> Iterator[Finding]:
     yield Finding.info("The host reads machines' disks as the agent's user, in a sandbox without network")
 
 
-def application(app: App, options: Options, host: Host | None) -> Iterator[Finding]:
-    """Yield findings for one app."""
+def application(
+    app: App, options: Options, host: Host | None, unbounded: tuple[str, str] | None = None
+) -> Iterator[Finding]:
+    """Yield findings for one app.
+
+    :param unbounded: why the rate of machines' new connections is not bounded, and the fix; None if it is.
+    """
     own = options_of(app)
     if unsupported_network(app, options):
         pass  # told by `faults`
@@ -66,11 +71,13 @@ def application(app: App, options: Options, host: Host | None) -> Iterator[Findi
             "access to this host (except DNS) and to other machines, prevents forged addresses, and bounds "
             "the number of connections"
         )
-        yield Finding.info(
-            "A machine that opens and closes thousands of connections a second can fill the host's table of "
-            "tracked connections, where those that have ended stay for a while",
-            "raise net.netfilter.nf_conntrack_max on the host",
-        )
+        if unbounded:
+            why, fix = unbounded
+            yield Finding.warning(
+                "A machine can fill the table of tracked connections (nf_conntrack_max) by connections that it "
+                f"opens and closes: {why}",
+                fix,
+            )
     if app.limits.demanded("pids"):
         yield Finding.warning(
             "Its limit of processes is not enforced: they exist only in the machine and are bounded by its memory",

@@ -5,7 +5,8 @@ refuses a second one of the same address, whichever process asks, and dnsmasq gi
 finds its address on its cloud-init disk and may use no other; DHCP does not pass the filter.
 
 One network filter per installation and libvirt network protects the host from the guests there.  The first
-machine that needs it defines it, the last one removes it.
+machine that needs it defines it, the last one removes it.  It bounds the number of connections, and
+`new_connections` their rate.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import threading
 import uuid
 from collections.abc import Collection, Container, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import parse_qs, urlsplit
 
 import libvirt
 from lxml import etree
 
 from dispatcher.plugin import (
+    MAX_CONNECTIONS,
     METADATA_NETWORKS,
     Deadline,
     ProviderError,
@@ -33,11 +36,11 @@ from dispatcher.plugin import (
 )
 from dispatcher_libvirt import errors
 from dispatcher_libvirt.connection import Backend, Lane
+from dispatcher_libvirt.new_connections import NewConnections
 from dispatcher_libvirt.xml_input import element, parse_xml
 
 Network4 = ipaddress.IPv4Network
 _RESERVED = 30.0  # seconds before an allocated port is allocated again
-_CONNECTIONS = 1024  # of a machine at once: the table of tracked connections is one for the host and all machines
 _FORWARD_MODES = frozenset({"nat", "route", "open", ""})
 #: This network, loopback, multicast, reserved and broadcast: services of this host listen at some of them.
 _SPECIAL_NETWORKS = tuple(map(Network4, ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/3")))
@@ -169,7 +172,7 @@ def guest_filter(name: str, network: NetworkInfo, denied: Iterable[Network4 | ip
     rules = [
         _rule("accept", "inout", 100, "all", state="ESTABLISHED,RELATED"),
         _rule("accept", "in", 300, "tcp", state="NEW"),
-        _rule("drop", "out", 350, "all", **{"connlimit-above": _CONNECTIONS}),
+        _rule("drop", "out", 350, "all", **{"connlimit-above": MAX_CONNECTIONS}),
         *[_rule("accept", "out", 400, protocol, **dns) for protocol in ("udp", "tcp") if network.gateway],
         *[
             _rule("drop", "out", 500, "all", dstipaddr=one.network_address, dstipmask=one.prefixlen)
@@ -188,10 +191,13 @@ def _rule(action: str, direction: str, priority: int, protocol: str, **match: ob
 
 
 class NetworkFilters:
-    """The filters of one installation, and its machines' addresses."""
+    """The filters of one installation, and its machines' addresses.
 
-    def __init__(self, backend: Backend, installation: str) -> None:
-        self._backend = backend
+    :param rates: the bounds of machines' new connections.
+    """
+
+    def __init__(self, backend: Backend, installation: str, rates: NewConnections) -> None:
+        self._backend, self._rates = backend, rates
         self._prefix = f"dispatcher-{installation}-"
         self._lock = threading.Lock()
         self._defined: dict[str, str] = {}  # by name: the last definition from this instance
@@ -229,10 +235,20 @@ class NetworkFilters:
             return Interface(network=name, filter=filter_name, address=address, gateway=info.gateway)
 
         what = f"preparing the network {name}"
-        return self._backend.call(claim, what=what, deadline=deadline, lane=Lane.WORK)
+        interface = self._backend.call(claim, what=what, deadline=deadline, lane=Lane.WORK)
+        self._rates.add([str(interface.address.ip)], deadline)
+        return interface
 
     def release(self, name: str, machine: str, deadline: Deadline) -> None:
         """Free a machine's address, and remove the filter with the last one.  Absent is success."""
+
+        def addresses(connection: libvirt.virConnect) -> set[str]:
+            try:
+                return _addresses(connection.networkLookupByName(name), machine)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK:
+                    raise
+                return set()
 
         def release(connection: libvirt.virConnect) -> None:
             with self._lock:
@@ -248,7 +264,9 @@ class NetworkFilters:
                         connection.nwfilterLookupByName(self._prefix + name).undefine()
 
         what = f"freeing the address of {machine}"
-        self._backend.call(release, what=what, deadline=deadline, lane=Lane.WORK)
+        call = partial(self._backend.call, what=what, deadline=deadline, lane=Lane.WORK)
+        self._rates.remove(call(addresses), deadline)
+        call(release)
 
 
 def _reserve(
@@ -277,12 +295,7 @@ def _reserve(
 def _cancel(network: libvirt.virNetwork, machine: str, prefix: str = "") -> bool:
     """Remove a machine's reservation, also from the network's next start; whether others of the prefix remain."""
     others = False
-    places = []
-    if network.isActive():
-        places.append((0, libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE))
-    if network.isPersistent():
-        places.append((libvirt.VIR_NETWORK_XML_INACTIVE, libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG))
-    for shown, flags in places:
+    for shown, flags in _definitions(network):
         for one in _reservations(network, shown):
             if one.get("name") == machine:
                 text = etree.tostring(one, encoding="unicode")
@@ -290,6 +303,20 @@ def _cancel(network: libvirt.virNetwork, machine: str, prefix: str = "") -> bool
             else:
                 others |= one.get("name", "").startswith(prefix)
     return others
+
+
+def _addresses(network: libvirt.virNetwork, machine: str) -> set[str]:
+    """Return the addresses that are reserved for a machine."""
+    found = (one for shown, _ in _definitions(network) for one in _reservations(network, shown))
+    return {one.get("ip", "") for one in found if one.get("name") == machine}
+
+
+def _definitions(network: libvirt.virNetwork) -> list[tuple[int, int]]:
+    """Return the flags that show and that change the running network, and the one of its next start."""
+    found = [(0, libvirt.VIR_NETWORK_UPDATE_AFFECT_LIVE)] if network.isActive() else []
+    if network.isPersistent():
+        found.append((libvirt.VIR_NETWORK_XML_INACTIVE, libvirt.VIR_NETWORK_UPDATE_AFFECT_CONFIG))
+    return found
 
 
 def _reservations(network: libvirt.virNetwork, flags: int = 0) -> Iterator[etree._Element]:

@@ -31,6 +31,7 @@ from dispatcher.plugin import (
     Progress,
     Provider,
     ProviderContext,
+    ProviderError,
     SshMultiplexer,
     Unavailable,
     Usage,
@@ -43,6 +44,7 @@ from dispatcher_libvirt.disks.pool import PoolStorage
 from dispatcher_libvirt.disks.storage import LocalStorage, Storage
 from dispatcher_libvirt.domains import DomainInfo, Domains
 from dispatcher_libvirt.network import NetworkFilters, ssh_arguments
+from dispatcher_libvirt.new_connections import NewConnections
 from dispatcher_libvirt.observe import Watch
 from dispatcher_libvirt.options import AppOptions, Options, options_of, unsupported_network
 from dispatcher_libvirt.start import Starter
@@ -88,7 +90,8 @@ class LibvirtProvider(Provider):
         self._storage: Storage = (
             PoolStorage(context, own, self._backend) if self._remote else LocalStorage(context, own)
         )
-        self._filters = NetworkFilters(self._backend, context.installation)
+        self._rates = NewConnections(context.installation, local=not self._remote, privileged=context.privileged)
+        self._filters = NetworkFilters(self._backend, context.installation, self._rates)
         self._starter = Starter(own, self._domains, self._storage, self._filters)
         self._host: host.Host | None = None
         self._examining = threading.Lock()
@@ -111,13 +114,16 @@ class LibvirtProvider(Provider):
             self._host = host.examine(
                 self._backend, self._options, privileged=self.context.privileged, deadline=deadline
             )
+            if self._options.network:
+                self._rates.fault(deadline, again=True)
 
     def explain(self, app: App | None) -> Sequence[Finding]:
         with contextlib.suppress(DispatcherError):  # `check` reports a backend that does not answer
             self._examined(Deadline(_EXAMINE))
         if app is None:
             return list(explain.backend(self._host))
-        findings = list(explain.application(app, self._options, self._host))
+        unbounded = self._rates.fault(Deadline(_EXAMINE)) if self._options.network else None
+        findings = list(explain.application(app, self._options, self._host, unbounded))
         try:
             reader = self._host.reader() if self._host else None
             self._starter.check_image(app, reader, Deadline(60), no_progress)
@@ -172,8 +178,15 @@ class LibvirtProvider(Provider):
         self._storage.remove(handle.name, data=data, deadline=deadline)
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
-        found = [(one.handle, observe.observation(one)) for one in self._domains.all(deadline)]
-        return [(handle, self._tunneled(handle, seen, deadline)) for handle, seen in found]
+        # Read before the machines: one that ends meanwhile is not added again.
+        bounded = self._rates.addresses(deadline) if self._bounds_rates(deadline) else None
+        found = list(self._domains.all(deadline))
+        if bounded is not None:
+            try:
+                self._rates.add({one.label.address for one in found if one.label.address} - bounded, deadline)
+            except ProviderError as error:
+                self.context.log.warning("%s", error)
+        return [(one.handle, self._tunneled(one.handle, observe.observation(one), deadline)) for one in found]
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         stop.suspend(self._domains, handle, depth, deadline, progress)
@@ -227,6 +240,10 @@ class LibvirtProvider(Provider):
                 self._ssh.cancel(handle.data["socket"], Deadline(_SSH))
                 if not self._ssh.forwards:
                     self._ssh.close(Deadline(_SSH))
+
+    def _bounds_rates(self, deadline: Deadline) -> bool:
+        """Whether there may be machines whose new connections are bounded by rules of this host."""
+        return bool(self._options.network) and self._rates.fault(deadline) is None
 
     def _network(self, found: DomainInfo | None) -> str:
         """Return the libvirt network where a machine may have an address, "" for none."""

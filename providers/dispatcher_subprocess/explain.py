@@ -84,11 +84,12 @@ def _host(host: Host) -> Iterator[Finding]:
     elif host.sandboxed:
         what = 'network = "private" carries UDP: its ports are open to the outside, and thirty agents can take all'
         yield Finding.warning(what, "install passt, unless apps need UDP")
-    if host.tracks_connections and host.sandboxed and not host.private_fault:
-        yield Finding.info(
-            'An agent with network "private" that opens and closes thousands of connections a second can fill the '
-            "table of tracked connections, where those that have ended stay for two minutes",
-            "raise net.netfilter.nf_conntrack_max, or use docker, where the rate is bounded",
+    if host.unbounded and host.tracks_connections and host.sandboxed and not host.private_fault:
+        why, fix = host.unbounded
+        yield Finding.warning(
+            'An agent with network "private" can fill the table of tracked connections (nf_conntrack_max) by '
+            f"connections that it opens and closes: {why}",
+            fix,
         )
 
 

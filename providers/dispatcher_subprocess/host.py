@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from dispatcher.plugin import Deadline, ProviderError, Unavailable
+from dispatcher.plugin import Deadline, ProviderError, Unavailable, nft_fault
+from dispatcher_subprocess import new_connections
 from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.options import Options
 from dispatcher_subprocess.processes import procfs
@@ -25,6 +26,7 @@ class Host:
     :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason: why not.
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
     :ivar tracks_connections: the kernel has a table of the host's connections, for its firewall.
+    :ivar unbounded: why the rate of an agent's new connections is not bounded, and the fix; None if it is.
     """
 
     privileged: bool
@@ -34,6 +36,7 @@ class Host:
     pasta: str = ""
     slirp: str = ""
     tracks_connections: bool = False
+    unbounded: tuple[str, str] | None = None
     cgroups: Cgroups = field(default_factory=Cgroups)
 
     @property
@@ -75,7 +78,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     cgroups = Cgroups()
     if options.cgroups == "auto":
         cgroups = discover(f"dispatcher-{installation}", procfs.read("/proc/self/cgroup").decode())
-    return Host(
+    found = Host(
         privileged=os.geteuid() == 0,
         bwrap="" if reason else bwrap,
         reason=reason,
@@ -85,6 +88,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         tracks_connections=os.path.exists("/proc/sys/net/netfilter/nf_conntrack_max"),
         cgroups=cgroups,
     )
+    return found if found.private_fault else replace(found, unbounded=nft_fault(new_connections.RULES, deadline))
 
 
 def verify(host: Host, options: Options) -> None:

@@ -31,6 +31,8 @@ RATE = 16 << 20  # bytes per second, of all agents
 QUERY = 16384  # bytes of output that a DNS query is worth, as it costs about as much time
 ANSWER = 5.0  # seconds for the answer to a query
 PENDING = 256  # queries per agent that wait for their answers
+QUERIES = 50  # per second and agent: each takes an entry of the host's table of tracked connections
+BURST = 1000  # queries before that rate applies
 CONNECTIONS = 16  # per agent that wait for theirs
 IDLE = 5.0  # seconds without managers and agents until it ends
 SWEEP = 1.0  # seconds between two looks for queries that expired
@@ -105,6 +107,7 @@ class Names:
         self.pending: dict[int, tuple[_socket.socket, Any, float]] = {}  # descriptor -> upstream, client, expiry
         self.connections: set[int] = set()
         self.turn = 0  # of the name servers
+        self.allowance, self.renewed = float(BURST), time.monotonic()  # queries that may pass
         for sock, handler in ((udp, self._query), (tcp, self._connection)):
             sock.setblocking(False)
             collector.watch(sock.fileno(), handler)
@@ -124,6 +127,8 @@ class Names:
             return
         self.collector.unpaid += QUERY
         now = time.monotonic()
+        if not self._allowed(now):
+            return
         self.sweep(now)
         if len(self.pending) >= PENDING:
             self._forget(next(iter(self.pending)))
@@ -144,6 +149,15 @@ class Names:
             self.pending[upstream.fileno()] = upstream, client, now + ANSWER
             self.collector.watch(upstream.fileno(), self._answer)
             return
+
+    def _allowed(self, now: float) -> bool:
+        """Whether one more query may pass (a token bucket); a client repeats one that is dropped."""
+        self.allowance = min(BURST, self.allowance + (now - self.renewed) * QUERIES)
+        self.renewed = now
+        if self.allowance < 1:
+            return False
+        self.allowance -= 1
+        return True
 
     def sweep(self, now: float) -> None:
         """Drop the queries that expired."""
@@ -177,7 +191,7 @@ class Names:
             fd, _address = self.tcp._accept()  # type: ignore[attr-defined]  # noqa: SLF001
         except OSError:
             return
-        if len(self.connections) >= CONNECTIONS:
+        if len(self.connections) >= CONNECTIONS or not self._allowed(time.monotonic()):
             os.close(fd)
             return
         self.connections.add(fd)

@@ -7,6 +7,7 @@ this host listens, too.  All else goes to the gateway: the kernel's tables of ne
 namespaces, and a subnet of an agent's own would fill them.  The agent has no privileges there to change this.
 pasta is also bound to the outgoing interface.  It runs in the agent's control group, which counts its sockets.
 It would bind the port that an agent sends a datagram from on this host: so with pasta no UDP leaves the namespace.
+The rate of new connections is bounded there, too, as each takes an entry of the host's connection tracking.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from dispatcher.plugin import (
     Unavailable,
     Unsupported,
     denied_networks,
+    find_nft,
 )
+from dispatcher_subprocess import new_connections
 from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.processes import procfs, run
@@ -47,7 +50,7 @@ _JOIN = """ulimit -n "$1"
 while shift && [ "$1" != -- ]; do echo 0 > "$1/cgroup.procs" || exit; done
 shift; exec "$@" """
 #: Descriptors of the process that carries an agent's traffic.  pasta has two for each connection, and raises its
-#: limit as far as it may; each connection also takes an entry of the host's connection tracking.
+#: limit as far as it may.
 _DESCRIPTORS = {"pasta": 4096, "slirp4netns": 1024}
 
 #: Makes the sockets of an agent's name server, and passes them through its standard input.
@@ -132,6 +135,9 @@ def connect(
         helper = _pasta(host, inside, port, join, deadline) if host.pasta else _slirp(host, inside, join, deadline)
         try:
             _block(inside, denied_networks(deny), deadline, udp=not host.pasta)
+            if host.unbounded is None:
+                rules = new_connections.RULES.encode()
+                _run([*inside.command, find_nft(), "-f", "-"], inside, rules, deadline)
         except BaseException:
             helper.send(9)
             run.reap(helper)

@@ -31,6 +31,7 @@ pytest.importorskip("libvirt")
 
 from dispatcher_libvirt.connection import Backend
 from dispatcher_libvirt.network import NetworkFilters
+from dispatcher_libvirt.new_connections import NewConnections
 
 pytestmark = [pytest.mark.libvirt, pytest.mark.root, pytest.mark.slow]
 
@@ -274,6 +275,47 @@ for address in ADDRESSES:
         sock.sendto(address.encode(), (address, PORT))
 print("sent")
 """
+#: Connects for four seconds, one after the other, and asks for a name meanwhile; sends datagrams to many ports.
+HURRY = """
+import socket, threading, time
+question = bytes.fromhex("00070100000100000000000001780000010001")
+names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+names.settimeout(0.005)
+def connect():
+    try:
+        socket.create_connection(("203.0.113.5", PORT), 0.02).close()
+    except OSError:
+        pass
+def ask():
+    names.sendto(question, ("192.168.237.1", 53))
+    try:
+        names.recv(512)
+    except OSError:
+        pass
+def keep_on(what):
+    while time.monotonic() < end:
+        what()
+end = time.monotonic() + 4
+threads = [threading.Thread(target=keep_on, args=(what,)) for what in (connect, ask)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+for port in range(2000, 4000):
+    try:
+        datagrams.sendto(b"x", ("203.0.113.5", port))
+    except OSError:
+        pass
+print("sent")
+"""
+CROWD = """
+import socket, time
+begin = time.monotonic()
+kept = [socket.create_connection(("203.0.113.5", PORT), 5) for _ in range(100)]
+assert time.monotonic() - begin < 3
+print("sent")
+"""
 
 
 def run(endpoint, code, **values):
@@ -282,7 +324,15 @@ def run(endpoint, code, **values):
     assert get(endpoint, "/", "POST", (assigned + code).encode()) == b"sent\n"
 
 
-def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, private_network):
+def tracked(address):
+    """Count the connections that the host tracks for an address; one of TCP stays for two minutes after its end."""
+    with open("/proc/net/nf_conntrack", encoding="ascii") as lines:
+        return sum(f"src={address} " in line.partition("dst=")[0] for line in lines)
+
+
+def test_a_guest_gets_neither_anothers_traffic_nor_services_nor_all_connections_of_the_host(
+    world, private_network
+):
     """Neither forged DHCP nor multicast nor broadcast leave a machine, whose address the provider chose."""
     shell = vm.IMAGES / "shell.img"
     vm.images()
@@ -318,6 +368,15 @@ def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, p
             sender.sendto(b"host", ("192.168.237.1", port))
         assert listener.recv(100) == b"host", "nothing arrived before"
 
+    with Outside("203.0.113.5") as outside:
+        begin = time.monotonic()
+        run(vera, CROWD, PORT=outside.port)
+        run(vera, HURRY, PORT=outside.port)
+        assert 200 < tracked(vera.host) < 1000 + 50 * (time.monotonic() - begin)
+    assert not [one for one in world.provider.explain(specs[0].app) if "tracked connections" in one.what]
+    table = ["table", "ip", f"dispatcher-{world.installation}"]
+    subprocess.run(["nft", "delete", *table], check=True)
+
     world.provider.suspend(handles[1], depth=Depth.DISK, deadline=Deadline(60), progress=quiet)
     world.provider.destroy(handles[0], data=True, deadline=Deadline(60), progress=quiet)
     world.provider.resume(handles[1], deadline=Deadline(60), progress=quiet)
@@ -325,6 +384,8 @@ def test_a_guest_gets_neither_anothers_traffic_nor_services_of_the_host(world, p
     ((_, seen),) = fresh.list(deadline=Deadline(20))
     fresh.close()
     assert seen.endpoint == vlad, "the address stays over sleep and a restart of the manager"
+    rules = subprocess.run(["nft", "list", *table], check=True, capture_output=True, text=True).stdout
+    assert f"{{ {vlad.host} }}" in rules, "rules that somebody has removed are set again"
     assert get(world.ready(handles[1]), "/") == b"vlad"
     world.provider.stop(handles[1], grace=20, deadline=Deadline(60), progress=quiet)
     assert not {one for one in vm.leftovers(world.installation) if not one.startswith("file")}, (
@@ -340,7 +401,8 @@ def test_two_installations_on_one_network_share_its_addresses():
         "<ip address='192.168.236.1' netmask='255.255.255.224'/></network>"
     )
     backend = Backend("qemu:///system", connections=4, keepalive=5)
-    both = [NetworkFilters(backend, installation) for installation in ("aaaa0001", "aaaa0002")]
+    rates = {name: NewConnections(name, local=True, privileged=True) for name in ("aaaa0001", "aaaa0002")}
+    both = [NetworkFilters(backend, *one) for one in rates.items()]
     machines = [(both[n % 2], f"dispatcher-aaaa000{n % 2 + 1}-m{n}") for n in range(29)]
 
     def claim(machine):
@@ -354,12 +416,13 @@ def test_two_installations_on_one_network_share_its_addresses():
         vm.virsh("net-destroy", name)
         with pytest.raises(ProviderError, match=r"No address of 192\.168\.236\.0/27 is free"):
             claim((both[0], "dispatcher-aaaa0001-late"))
-        restarted = NetworkFilters(backend, "aaaa0002")
+        restarted = NetworkFilters(backend, "aaaa0002", rates["aaaa0002"])
         assert claim((restarted, machines[3][1])) == given[3], "also after a restart of the manager"
         vm.virsh("net-destroy", name)
         for filters, machine in machines:
             filters.release(name, machine, Deadline(60))
         assert "aaaa000" not in vm.virsh("net-dumpxml", name) + vm.virsh("nwfilter-list")
+        assert not vm.leftovers("aaaa0001") | vm.leftovers("aaaa0002")
     finally:
         path.unlink()
         backend.close()

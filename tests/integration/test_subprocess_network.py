@@ -442,7 +442,9 @@ PORT = textwrap.dedent(
     try:
         handle, _ = world.start(provider, world.spec("alice", TCP, network=Network.PRIVATE))
         endpoint = str(observe(provider, handle).endpoint)
-        print("REPORT", json.dumps({"endpoint": endpoint, "later": str(observe(world.provider(), handle).endpoint)}))
+        told = [one.what for one in provider.explain(None) if "tracked connections" in one.what]
+        later = str(observe(world.provider(), handle).endpoint)
+        print("REPORT", json.dumps({"endpoint": endpoint, "later": later, "told": told}))
     finally:
         world.close()
     """
@@ -542,6 +544,91 @@ CROWD = textwrap.dedent(
         (spec.data_dir / "counted").mkdir()
         eventually((spec.data_dir / "again").exists, 60)
         print("REPORT", json.dumps(len(told.splitlines())))
+    finally:
+        world.close()
+    """
+)
+
+
+#: Opens a hundred connections at once; then makes and ends as many as it can, flows of datagrams and DNS queries, too.
+FLEETING = textwrap.dedent(
+    """
+    import os, select, socket, sys, threading, time
+    begin = time.monotonic()
+    first = [socket.create_connection(("203.0.113.5", 82), 5) for _ in range(100)]
+    took = time.monotonic() - begin
+    question = bytes.fromhex("00070100000100000000000001780000010001")
+    udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    udp.connect(("127.0.0.1", 53))
+
+    def attempt(address, data=b""):
+        try:
+            with socket.create_connection(address, 0.02) as sock:
+                sock.sendall(data)
+                sock.recv(1)
+        except OSError:
+            pass
+
+    def datagrams():
+        for port in range(2000, 2100):
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                try:
+                    other.sendto(b"x", ("203.0.113.5", port))
+                except OSError:
+                    pass
+        time.sleep(0.01)
+
+    def ask():
+        udp.send(question)
+        if select.select([udp], [], [], 0.005)[0]:
+            udp.recv(512)
+
+    def keep_on(what, *arguments):
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            what(*arguments)
+
+    jobs = [(attempt, ("203.0.113.5", 80)), (datagrams,), (ask,)]
+    jobs.append((attempt, ("127.0.0.1", 53), len(question).to_bytes(2, "big") + question))
+    threads = [threading.Thread(target=keep_on, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    open("/data/took.new", "w").write(str(took))
+    os.rename("/data/took.new", "/data/took")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(sys.argv[1])
+    server.listen()
+    while True:
+        server.accept()[0].close()
+    """
+)
+TRACKED = textwrap.dedent(
+    """
+    import json, subprocess, sys
+    from collections import Counter
+    from pathlib import Path
+    from dispatcher.plugin.model import Network
+    from tests.integration.test_subprocess_network import FLEETING
+    from tests.support.subprocess_world import PYTHON, World, eventually
+
+    rules = "table inet tracks { chain out { type filter hook output priority filter; ct state new accept; }; }"
+    subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+    world = World("7e570049", private_network=sys.argv[1])
+    provider = world.provider()
+    try:
+        spec = world.spec("alice", [PYTHON, "-S", "-c", FLEETING, "{socket}"], network=Network.PRIVATE)
+        world.start(provider, spec, ready=False)
+        eventually((spec.data_dir / "took").exists, 60)
+        found = Counter()
+        for line in Path("/proc/net/nf_conntrack").read_text().splitlines():
+            words = line.partition(" src=")
+            (kind,) = {"tcp", "udp"} & set(words[0].split()) or {"other"}
+            found["names" if " dport=53 " in words[2] else kind] += "dst=203.0.113.5" in words[2]
+        told = [one.what for one in provider.explain(None) if "tracked connections" in one.what]
+        took = float((spec.data_dir / "took").read_text())
+        print("REPORT", json.dumps({"entries": found, "told": told, "the first hundred": took}))
     finally:
         world.close()
     """
@@ -824,6 +911,20 @@ def test_an_agent_has_a_bounded_number_of_connections(carrier):
     assert 900 < in_namespaces(carrier, program=CROWD) < 4096
 
 
+@pytest.mark.root
+@pytest.mark.bubblewrap
+@pytest.mark.parametrize("carrier", ["pasta", "slirp4netns"])
+def test_an_agent_does_not_fill_the_hosts_table_of_connections(carrier):
+    """There a TCP connection stays for two minutes after its end."""
+    report = in_namespaces(carrier, program=TRACKED)
+    entries = report["entries"]
+    assert 100 < entries["tcp"] + entries.get("udp", 0) < 1000 + 50 * 10
+    assert 100 < entries["names"] < 1000 + 50 * 10
+    assert ("udp" in entries) is (carrier == "slirp4netns")
+    assert report["the first hundred"] < 2
+    assert report["told"] == []
+
+
 @pytest.mark.bubblewrap
 def test_a_private_network_needs_a_carrier(world):
     found = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv")
@@ -864,6 +965,7 @@ def test_a_port_in_a_private_network_is_used_by_an_ordinary_user_too():
     report = in_namespaces("PORT", program=AS_USER)
     assert report["endpoint"].startswith("tcp:127.0.0.1:")
     assert report["later"] == report["endpoint"]
+    assert report["told"] == [], "the rate of its connections is bounded"
 
 
 @pytest.mark.root

@@ -173,6 +173,8 @@ def leftovers(installation: str, *roots: Path) -> set[str]:
     prefix = f"dispatcher-{installation}"
     found = {f"domain {name}" for name in virsh("list", "--all", "--name").split() if name.startswith(prefix)}
     found |= {f"filter {name}" for name in virsh("nwfilter-list").split() if name.startswith(prefix)}
+    tables = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True).stdout
+    found |= {f"rules {name}" for name in tables.split() if name.startswith(prefix)}
     for network in virsh("net-list", "--name").split():
         found |= {f"address {name}" for name in re.findall(rf"{prefix}[^']*", virsh("net-dumpxml", network))}
     places = [

@@ -51,6 +51,19 @@ def test_each_machine_on_a_network_has_its_own_addresses():
     assert "larger network" in caught.value.fix
 
 
+class Rates:
+    """The rules for new connections: the addresses that they hold for."""
+
+    def __init__(self):
+        self.bounded = set()
+
+    def add(self, addresses, _):
+        self.bounded |= set(addresses)
+
+    def remove(self, addresses, _):
+        self.bounded -= set(addresses)
+
+
 class Libvirt:
     """A libvirt with one network; it refuses a second reservation of an address, as libvirt does."""
 
@@ -60,6 +73,7 @@ class Libvirt:
         self.uri = "qemu:///system"
         self.lock = threading.Lock()
         self.filters = {}
+        self.rates = Rates()
 
     def call(self, function, **_):
         return function(self)
@@ -121,7 +135,7 @@ def refused(code):
 
 
 def filters_of(backend, installation="0123abcd"):
-    return network.NetworkFilters(backend, installation)
+    return network.NetworkFilters(backend, installation, backend.rates)
 
 
 def claim(filters, name, *avoid):
@@ -141,10 +155,11 @@ def test_addresses_are_unique_under_concurrency_and_free_after_removal():
     both[1].release("n", "dispatcher-0123abcd-c", Deadline(5))
     both[1].release("n", "dispatcher-0123abcd-c", Deadline(5))
     assert claim(both[0], "f") == given[2]
+    assert backend.rates.bounded == set(given)
     for name in "abcdef":
         assert backend.filters, "a sleeping machine needs the filter too"
         both[0].release("n", f"dispatcher-0123abcd-{name}", Deadline(5))
-    assert (backend.filters, backend.hosts) == ({}, {1: [], 2: []})
+    assert (backend.filters, backend.hosts, backend.rates.bounded) == ({}, {1: [], 2: []}, set())
 
 
 def test_addresses_in_use_by_others_are_not_given():

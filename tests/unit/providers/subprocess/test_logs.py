@@ -13,7 +13,7 @@ from dispatcher_subprocess import log_collector
 from dispatcher_subprocess.logs import log_file, remove
 from dispatcher_subprocess.log_collector import Log
 
-from dispatcher.plugin import Deadline, read_lines
+from dispatcher.plugin import NEW_CONNECTIONS, NEW_CONNECTIONS_BURST, Deadline, read_lines
 
 
 def read(path, tail):
@@ -200,3 +200,8 @@ def test_a_readiness_without_an_answer_keeps_the_query(asking):
     ask(names, agent, 1)
     names._answer(next(iter(names.pending)))
     assert len(names.pending) == 1
+
+
+def test_queries_are_bounded_as_connections_are():
+    """The collector imports nothing of the project, to save memory."""
+    assert (log_collector.QUERIES, log_collector.BURST) == (NEW_CONNECTIONS, NEW_CONNECTIONS_BURST)
