@@ -42,7 +42,7 @@ bench: $(VENV)/.test
 	PATH="$(abspath $(BIN)):$$PATH" bench/run $(ARGS)
 
 docs: $(VENV)/.docs
-	@echo 'Building the pages (a quarter of a minute)'
+	@echo 'Building the pages (ten seconds)'
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -E -c docs . build/site
 	@echo 'Open build/site/index.html'
 

@@ -8,6 +8,7 @@ import time
 import pytest
 from playwright.sync_api import Page, expect
 
+from tests.support.broken_words import BROKEN_WORDS
 from tests.support.installation import PASSWORD
 
 pytestmark = pytest.mark.browser
@@ -188,6 +189,8 @@ def test_pages_fit_a_phone_and_can_be_read(demo, person, scheme: str) -> None:
         page.wait_for_load_state("networkidle" if path != "/" else "load")
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= 320, f"{path} scrolls sideways at {width} px"
+        page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true })")
+        assert page.evaluate(BROKEN_WORDS, "h1, h2, h3, p, a, button, label, li, dt, td:first-child") == [], path
         unnamed = page.evaluate(
             """[...document.querySelectorAll('input:not([type=hidden]):not([hidden]), button, a, textarea')]
             .filter(e => !(e.labels?.length || e.textContent.trim() || e.getAttribute('aria-label'))).length"""

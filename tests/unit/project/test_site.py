@@ -9,9 +9,15 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.broken_words import BROKEN_WORDS
+
+pytestmark = pytest.mark.xdist_group("site")  # which is built once
 
 for name in ("sphinx", "myst_parser", "furo"):
     pytest.importorskip(name, reason="the extra [docs] is not installed")
+
+
+LONG_HEADING = re.compile(r"<h[123]>[^<]*\w{12}")  # others have room
 
 
 class References(HTMLParser):
@@ -85,3 +91,24 @@ def test_links_lead_to_pages_anchors_and_files_of_the_site(site, pages):
             ):
                 dead.append(f"{page.relative_to(site)}: {link}")
     assert dead == []
+
+
+@pytest.mark.browser
+def test_no_word_of_a_heading_is_broken_on_a_phone(site):
+    playwright = pytest.importorskip("playwright.sync_api", reason="the extra [testing] is not installed")
+    broken = []
+    with playwright.sync_playwright() as tools:
+        browser = tools.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox", "--disable-gpu"]
+        )
+        page = browser.new_page()
+        for path in sorted(site.glob("docs/**/*.html")):
+            if not LONG_HEADING.search(path.read_text()):
+                continue
+            page.goto(path.as_uri(), wait_until="domcontentloaded")
+            for width in (390, 320):
+                page.set_viewport_size({"width": width, "height": 800})
+                found = page.evaluate(BROKEN_WORDS, "h1, h2, h3")
+                broken += [f"{path.relative_to(site)} at {width} px: {word}" for word in found]
+        browser.close()
+    assert broken == []
