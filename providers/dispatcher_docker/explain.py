@@ -68,6 +68,13 @@ def faults(app: App, engine: Engine, context: ProviderContext) -> Iterator[str]:
             f'{path}.port: a port can only be published with network = "private"; '
             "let the app listen on {socket}, or set the network"
         )
+    texts = [*options.command, *(options.entrypoint or ()), *app.environment.values()]
+    for own, other in (("{port}", "{socket}"), ("{socket}", "{port}")):
+        if any(own in text for text in texts) and bool(options.port) != (own == "{port}"):
+            yield (
+                f"{path}.port: {own} has no value {'with' if options.port else 'without'} a port; "
+                f"{'remove' if options.port else 'set'} port, or write {other}"
+            )
     if options.changes_size is not None and options.read_only:
         yield f"{path}.changes_size: the image's files cannot change; remove it, or set read_only = false"
     if options.network and app.network is not Network.PRIVATE:

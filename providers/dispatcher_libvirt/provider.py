@@ -136,6 +136,8 @@ class LibvirtProvider(Provider):
         own, key = options_of(app), f"apps.{app.name}"
         if why := unsupported_network(app, self._options):
             yield f"{key}.network: {app.network.value!r} is not available: {why}"
+        if any("{socket}" in text for text in (*own.command, *app.environment.values())):
+            yield f"{key}.libvirt.command: a machine has no {{socket}}; write {{port}}, the port of the app in it"
         if not self._remote:
             for name in ("image", "kernel", "initrd"):
                 path = getattr(own, name)

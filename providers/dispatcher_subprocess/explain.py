@@ -78,7 +78,10 @@ def _host(host: Host) -> Iterator[Finding]:
         yield Finding.info("Agents are suspended by SIGSTOP, as there are no control groups")
     if host.sandboxed and host.private_fault:
         why, fix = host.private_fault
-        yield Finding.info(f'network = "private" does not work: {why}', fix)
+        yield Finding.info(
+            f'network = "private" does not work: {why}',
+            f'{fix}; apps can have network = "none" or "host", or provider = "docker"',
+        )
     elif host.pasta:
         yield Finding.ok('network = "private" carries TCP and DNS, for each agent a bounded number of connections')
     elif host.sandboxed:
@@ -156,6 +159,6 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
     elif not host.sandboxed:
         what = f'network = "{app.network.value}" is not enforced without a sandbox: it has the host\'s network'
         yield Finding.warning(what, _SANDBOX)
-    else:
+    elif app.network is Network.NONE or host.private_fault is None:  # else it cannot start, see `faults`
         what = "no network" if app.network is Network.NONE else "the outside, but nothing of this host"
         yield Finding.ok(f"It reaches {what}")

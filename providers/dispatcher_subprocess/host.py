@@ -17,6 +17,7 @@ from dispatcher_subprocess.processes.procfs import which
 _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--ro-bind", "/", "/"]
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
 _PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
+_TUN = "/dev/net/tun"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +63,10 @@ class Host:
             return "neither pasta nor slirp4netns is installed", "install passt"
         if not (which("ip") and which("nsenter")):
             return "ip or nsenter is not installed", "install iproute2 and util-linux"
-        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
-            return "/dev/net/tun cannot be used", "load the kernel's module tun, and give its device the mode 0666"
+        if not os.path.exists(_TUN):
+            return f"there is no {_TUN}", "load the kernel's module tun (in a container: --device /dev/net/tun)"
+        if not os.access(_TUN, os.R_OK | os.W_OK):
+            return f"this user may not open {_TUN}", f"give it the mode 0666: chmod 0666 {_TUN}"
         return None
 
 

@@ -77,7 +77,13 @@ def verify(app: App, kind: str, host: Host) -> None:
         return
     if host.private_fault:
         why, fix = host.private_fault
-        raise Unsupported(f'apps.{app.name}.network: "private" does not work here', why=why, fix=fix)
+        none = 'network = "none"' if kind == "unix" else 'network = "none" and {socket} in the command'
+        raise Unsupported(
+            f'apps.{app.name}.network: "private" does not work here',
+            why=why,
+            fix=f'{fix}; or set {none} for an app that needs no network, network = "host" for one that may reach '
+            'this host too, or provider = "docker"',
+        )
     if kind == "tcp" and not host.pasta:
         raise Unsupported(
             f'apps.{app.name}.network: {{port}} with network = "private" does not work here',

@@ -127,12 +127,18 @@ class Inside:
 
 
 def endpoint_kind(app: App) -> str:
-    """Return ``unix`` or ``tcp``, as the app uses {socket} or {port}; a socket is preferred.
+    """Return ``unix`` or ``tcp``, as the app uses {socket} or {port}.
 
-    :raises ConfigError: neither ``{socket}`` nor ``{port}`` is in the command or the environment.
+    :raises ConfigError: not exactly one of them is in the command or the environment.
     """
     text = [*options_of(app).command, *app.environment.values()]
     found = {match for part in text for match in _PLACEHOLDER.findall(part)}
+    if {"socket", "port"} <= found:
+        raise ConfigError(
+            f"apps.{app.name}.subprocess.command: {{socket}} and {{port}} exclude each other",
+            why="an app listens at one address, and both are in the command or the environment",
+            fix="remove {port}; or remove {socket} if the app cannot listen on a Unix socket",
+        )
     if "socket" in found:
         return "unix"
     if "port" in found:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 from tests.support.edge_feed import agent_row
 from tests.support.edge_harness import COOKIE, Agent, Connection, Edge, Reader, echo, eventually, saying
@@ -87,6 +89,21 @@ def test_an_agent_that_never_answers_a_request_is_not_waited_for_long():
         assert answer.status == 502
         assert b"closed the connection" in answer.body
         assert time.monotonic() - began < 3
+
+
+def test_the_id_on_a_page_about_a_failure_is_in_the_log_with_the_reason():
+    told: list[tuple[str, dict]] = []
+    with Edge(lambda connection: connection.head() and None, hold=0) as edge:
+        edge.worker.context.logger = SimpleNamespace(warning=lambda what, **fields: told.append((what, fields)))
+        asked = b"GET / HTTP/1.1\r\n" + HOST + COOKIE
+        page = edge.ask(asked + b"Accept: text/html\r\nConnection: close\r\n\r\n", timeout=5).decode()
+        edge.ask(asked + b"Connection: close\r\n\r\n", timeout=5)  # a program's, without a page
+        shown = re.search(r"502 · request ([0-9a-f]{18})<", page)[1]
+        why = "The application closed the connection"
+        assert told == [("a request failed", {"agent": "alice", "request": shown, "why": why})]
+        for _ in range(100):
+            edge.ask(asked + b"Accept: text/html\r\nConnection: close\r\n\r\n", timeout=5)
+        assert 60 <= len(told) < 100, "a bounded number"
 
 
 def test_an_agent_that_lets_go_of_connections_at_once_hangs_nobody():

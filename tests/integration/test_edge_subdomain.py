@@ -57,6 +57,13 @@ def test_each_host_reaches_its_agent(edge):
     assert b"X-Dispatcher-User: bob" in get(edge, BOBS, BOB).body
 
 
+def test_a_dot_at_the_end_of_a_host_leads_to_the_host_without_it(edge):
+    edge.agent.heads.clear()
+    answer = get(edge, "alice-1.apps.localhost.:8080", TOKEN, NAVIGATE, path="/x?y")
+    assert (answer.status, answer.field(b"location")) == (308, b"http://alice-1.apps.localhost:8080/x?y")
+    assert not edge.agent.heads
+
+
 def test_a_session_of_one_host_opens_no_other(edge):
     edge.agent.heads.clear()
     edge.bobs.heads.clear()

@@ -205,7 +205,7 @@ def test_signing_out_leaves_other_hosts_cookies_alone(portal) -> None:
 def test_programs_are_told_where_to_sign_in(portal) -> None:
     app, _ = portal
     answer = Program(app, HOST).get("/auth/login", X_Forwarded_Host="alice-2bd806c97f0e.apps.example")
-    assert (answer.status, answer.json["fix"]) == (401, f"sign in at {PORTAL}")
+    assert (answer.status, answer.json["fix"]) == (401, f"sign in at {PORTAL}/auth/login")
 
 
 def test_another_name_of_the_server_leads_to_the_portals(portal) -> None:

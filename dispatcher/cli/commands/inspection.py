@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from dispatcher.plugin.errors import NotFound
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json
 
+#: Of a request: the edge's own, or of a front proxy; an agent may have such a name.
+_REQUEST_ID = re.compile(r"(?=.*[0-9])[0-9a-f-]{16,64}")
 INTERVAL = 0.5  # seconds between two requests of `logs -f`
 
 
@@ -176,12 +179,24 @@ def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:
 @agent_argument
 @pass_cli
 def why(cli: Cli, name: str) -> None:
-    """Explain the state of the agent NAME: cause, history, what comes next."""
+    """Explain the state of the agent NAME: cause, history, what comes next.
+
+    For the ID of a request, which pages about failures show, it says where to look.
+    """
     client = cli.client()
-    copies = client.copies(name)["copies"]
+    copies: list[Json] = []
     try:
+        copies = client.copies(name)["copies"]
         answer = client.why(name)
     except NotFound as error:
+        if not copies and _REQUEST_ID.fullmatch(name):
+            raise NotFound(
+                error.what,
+                why="it looks like the ID of a request",
+                fix="the proxy's log names it next to the reason: "
+                f"`journalctl -u dispatcher-proxy --grep {name}`, or the output of `dispatcher serve`; "
+                "the file proxy.access_log has all requests",
+            ) from error
         if not copies:
             raise
         answer = {"agent": name, "sentences": [f"{error.what}."]}

@@ -172,8 +172,13 @@ def signed_in() -> Person:
     """
     found = person()
     if found is None:
-        raise NotSignedIn("You are not signed in", fix="sign in and try again")
+        raise NotSignedIn("You are not signed in", fix=f"sign in at {login_url()} and try again")
     return found
+
+
+def login_url() -> str:
+    """Return the address of the sign-in, a path where that is on this host."""
+    return (portal().public_origin if on_agent_host() else "") + local("/login")
 
 
 def _look_up() -> Person | None:

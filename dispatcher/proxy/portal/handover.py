@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def begin(target: str) -> Response:
     """Send the browser from an agent's host to the portal's for a code."""
     if not responses.for_people():
-        raise context.NotSignedIn("You are not signed in", fix="sign in at " + context.portal().public_origin)
+        raise context.NotSignedIn("You are not signed in", fix=f"sign in at {context.login_url()}")
     if not redirect_targets.agent_host(request.host, context.portal().public_host):
         return context.go(context.portal().public_origin + context.local("/login"))
     nonce = _nonce() or csrf.new_seed()  # two tabs that begin at once share one

@@ -46,9 +46,7 @@ def form() -> Response:
 def sign_in() -> Response:
     """Check name and password, and begin a new session, independent of any cookie."""
     if context.on_agent_host():
-        raise Forbidden(
-            "There is no sign-in on the host of an app", fix=f"sign in at {context.portal().public_origin}"
-        )
+        raise Forbidden("There is no sign-in on the host of an app", fix=f"sign in at {context.login_url()}")
     target = redirect_targets.own_path(context.sent("next", redirect_targets.MAX_TARGET), context.portal().prefix)
     user = context.sent("user")
     try:

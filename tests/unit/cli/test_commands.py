@@ -71,6 +71,17 @@ def test_add_asks_for_no_password_where_the_manager_wants_none(run, manager):
     assert manager.requests[-1][3] == {"name": "alice"}
 
 
+@pytest.mark.parametrize("identifier", ["0f3a9be21c0000002a", "5e2c1b7e-08cc-4a53-9b1e-2f6d6f8a7d11"])
+def test_why_says_where_the_id_of_a_request_is_found(run, manager, identifier):
+    code, _, err = run("why", identifier)
+    assert code == 3
+    assert f"There is no agent {identifier}: it looks like the ID of a request" in err
+    assert f"journalctl -u dispatcher-proxy --grep {identifier}" in err
+    assert "request" not in run("why", "nobody")[2]
+    manager.add(identifier)
+    assert run("why", identifier)[0] == 0, "an agent may have such a name"
+
+
 def test_remove_waits_and_tells(run, manager):
     manager.add("alice")
     code, out, _ = run("remove", "alice", "--yes")

@@ -408,12 +408,15 @@ class Connection(Client):
         request = self.exchange.request
         if request is None or self.context.draining:
             self.closing = True
+        page = request is not None and request.wants_html()
+        if page and failure.status in {502, 504} and failure is not pages.BAD_ANSWER:  # which is logged
+            self.context.log_failure(self.exchange.agent, self.exchange.request_id, failure.title)
         clean = self.exchange.drop_body()
         answer = pages.failure(
             failure,
             self._own_lines(),
             self.exchange.request_id.decode(),
-            page=request is not None and request.wants_html(),
+            page=page,
             close=self.closing,
             body=request is None or request.method != b"HEAD",
             link=link,

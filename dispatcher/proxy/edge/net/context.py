@@ -18,6 +18,7 @@ from dispatcher.proxy.edge.routing.settings import COLLECTED, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Tables
 
 _MAX_WARNED: Final = 1000
+_FAILURES: Final = 60.0  # failed requests that are logged at once; further ones, one a second
 _LAST_BYTES: Final = [b"%02x" % byte for byte in range(256)]
 
 
@@ -72,6 +73,7 @@ class Context:
         self.collected = 0
         self.most_collected = COLLECTED
         self._warned: set[tuple[str, str]] = set()
+        self._next_failure = 0.0
 
     def request_id(self) -> bytes:
         """Return a new id, unique over workers and restarts."""
@@ -85,6 +87,14 @@ class Context:
         if (what, agent) not in self._warned and len(self._warned) < _MAX_WARNED:
             self._warned.add((what, agent))
             self.logger.warning(what, agent=agent, path=target.partition(b"?")[0].decode("ascii"))
+
+    def log_failure(self, agent: Agent | None, request_id: bytes, title: str) -> None:
+        """Log why a person got a page with a request's id and no answer of an agent, a bounded number of times."""
+        if self.now >= self._next_failure:
+            self._next_failure = max(self._next_failure, self.now - _FAILURES) + 1.0
+            self.logger.warning(
+                "a request failed", agent=agent.name if agent else "", request=request_id.decode(), why=title
+            )
 
     def log_invalid(self, agent: Agent, request_id: bytes, why: str) -> None:
         """Log an answer that could not be forwarded."""

@@ -92,9 +92,21 @@ def failure(
     return answer + text if body else answer
 
 
-BAD_SESSION = Failure(
-    401, "unauthenticated", "Sign in first", "There is no session, or it has ended.", "Sign in, then try again."
-)
+def not_signed_in(login: str) -> Failure:
+    """Return the failure for a request without a session.
+
+    :param login: path or URL of the sign-in.
+    """
+    return Failure(
+        401,
+        "unauthenticated",
+        "Sign in first",
+        "There is no session, or it has ended.",
+        f"Sign in at {login}, which tells programs how, then try again with its cookies.",
+        extra={"login": login},
+    )
+
+
 TOO_BUSY = Failure(
     503,
     "too-many-requests",

@@ -64,6 +64,9 @@ class Router:
     def __init__(self, settings: Settings, tables: Tables) -> None:
         self._settings = settings
         self._prefix = settings.prefix
+        # Agents' hosts have no sign-in of their own.
+        login = (settings.public_origin if settings.subdomain else "") + settings.prefix.decode() + "/login"
+        self._unauthenticated = pages.not_signed_in(login)
         self._tables = tables
         self.used: list[Session] = []
 
@@ -76,6 +79,10 @@ class Router:
         :param scheme: as seen by the browser.
         :param digest: of a token that the manager may know, empty without one or after a lookup.
         """
+        if self._settings.domain and (request.host[-1:] == b"." or b".:" in request.host):
+            canonical = self._without_dot(request)
+            if canonical is not None:
+                return canonical
         prefix = self._prefix
         target = request.target
         size = len(prefix)
@@ -132,6 +139,16 @@ class Router:
         status = 301 if request.method in {b"GET", b"HEAD"} else 308
         return Redirect(b"https://" + host + request.target, status)
 
+    def _without_dot(self, request: Request) -> Redirect | None:
+        """Redirect from a host with a dot at its end (RFC 1034, 3.1), which to browsers is another one."""
+        settings = self._settings
+        name, colon, port = request.host.lower().partition(b":")
+        name = name.removesuffix(b".")
+        known = name == settings.domain or (settings.subdomain and name.endswith(b"." + settings.domain))
+        if not known or request.target == b"*":
+            return None
+        return Redirect(settings.scheme + b"://" + name + colon + port + request.target, 308)
+
     # The portal, and requests without a session.
 
     def _to_portal(self, request: Request, session: Session | None, digest: bytes) -> Decision:
@@ -145,7 +162,7 @@ class Router:
     def _to_events(self, request: Request, session: Session | None, digest: bytes) -> Decision:
         """Give the same answer for another user's agent as for a missing one."""
         if session is None:
-            refusal = Refuse(pages.BAD_SESSION)
+            refusal = Refuse(self._unauthenticated)
             return Lookup(digest, refusal) if digest else refusal
         if request.method != b"GET" or request.length != NO_BODY:
             return Refuse(pages.bad_request(405, "a method other than GET"))
@@ -164,7 +181,7 @@ class Router:
         settings = self._settings
         if request.upgrade or not request.navigation():
             link = f'<a href="{settings.prefix.decode()}/login">Sign in</a>' if request.wants_html() else ""
-            return Refuse(pages.BAD_SESSION, link)
+            return Refuse(self._unauthenticated, link)
         # A sign-out at the portal cannot clear the cache of an agent's host, nor the session's cookie there.
         ended = settings.subdomain and request.fields.get(field_names.COOKIE, b"").find(_SESSION_COOKIE) >= 0
         location = settings.login + quote_from_bytes(request.target, safe="/").encode("ascii")

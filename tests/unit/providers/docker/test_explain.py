@@ -144,3 +144,20 @@ def test_connections_without_a_bound_are_a_warning(context, bounds):
     )
     told = [one for one in found if one.level is Level.WARNING and "tracked connections" in one.what]
     assert bool(told) is not bounds
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"command": ["x", "{port}"]}, "{port} has no value without a port; set port, or write {socket}"),
+        (
+            {"command": ["x", "{socket}"], "port": 80},
+            "{socket} has no value with a port; remove port, or write {port}",
+        ),
+        ({"entrypoint": ["x", "{port}"], "command": ["{socket}"]}, "{port} has no value without a port"),
+    ],
+)
+def test_each_placeholder_of_a_command_has_a_value(context, options, told):
+    made = app(on=Network.PRIVATE, **options)
+    found = list(explain.faults(made, Engine(DockerOptions(), context.run_dir), context))
+    assert [one for one in found if one.startswith(f"apps.web.docker.port: {told}")] == found != []

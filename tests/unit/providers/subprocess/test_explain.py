@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 
-from dispatcher_subprocess import seccomp
+from dispatcher_subprocess import host, network, seccomp
 from dispatcher_subprocess.processes import cgroups
 from dispatcher_subprocess.explain import capabilities, findings
 from dispatcher_subprocess.host import Host
-from dispatcher_subprocess.options import AppOptions
+from dispatcher_subprocess.options import AppOptions, endpoint_kind
+from dispatcher.plugin.errors import Unsupported
 from dispatcher.plugin.model import App, Capability, Level, Limits, Network
 
 
@@ -104,3 +105,29 @@ def test_what_a_private_network_does_not_bound_is_told(monkeypatch, program):
     told = " ".join(warnings(replace(tracks, unbounded=("nft is not installed", "install nftables"))))
     assert "can fill the table of tracked connections" in told and "nft is not installed" in told
     assert ("UDP" in " ".join(warnings(Host(**made)))) is (program == "slirp")
+
+
+@pytest.mark.parametrize(
+    ("device", "why"), [("none", "there is no "), ("closed", "this user may not open ")], ids=["missing", "closed"]
+)
+def test_without_the_kernels_tunnels_the_alternatives_are_told(monkeypatch, tmp_path, device, why):
+    (tmp_path / "closed").touch()
+    monkeypatch.setattr(host, "_TUN", str(tmp_path / device))
+    monkeypatch.setattr(host, "which", lambda name: f"/usr/bin/{name}")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != host._TUN and real(path, mode))
+    walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv", pasta="/usr/bin/pasta")
+    (told,) = [one for one in findings(walls, None) if "private" in one.what]
+    assert why in told.what
+    assert 'network = "none" or "host"' in told.fix
+    for command, none in (
+        (("x", "{socket}"), '"none" for'),
+        (("x", "{port}"), '"none" and {socket} in the command'),
+    ):
+        chosen = app(Network.PRIVATE, command)
+        with pytest.raises(Unsupported, match=why) as caught:
+            network.verify(chosen, endpoint_kind(chosen), walls)
+        assert f"network = {none}" in caught.value.fix
+        assert 'network = "host"' in caught.value.fix
+        assert 'provider = "docker"' in caught.value.fix
+        assert not [one for one in findings(walls, chosen) if "It reaches the outside" in one.what]

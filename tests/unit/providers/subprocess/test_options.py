@@ -69,13 +69,20 @@ def test_what_is_filled_in_is_not_filled_again():
     [
         (["app", "{socket}"], {}, "unix"),
         (["app", "{port}"], {}, "tcp"),
-        (["app", "{port}", "{socket}"], {}, "unix"),
         (["app"], {"LISTEN": "unix:{socket}"}, "unix"),
         (["app"], {"PORT": "{port}"}, "tcp"),
     ],
 )
 def test_the_endpoint_is_what_the_command_asks_for(command, env, kind):
     assert endpoint_kind(app(command, env)) == kind
+
+
+@pytest.mark.parametrize(
+    ("command", "env"), [(["app", "{port}", "{socket}"], {}), (["app", "--uds={socket}"], {"PORT": "{port}"})]
+)
+def test_an_app_has_one_address(command, env):
+    with pytest.raises(ConfigError, match="{socket} and {port} exclude each other"):
+        endpoint_kind(app(command, env))
 
 
 @pytest.mark.parametrize("command", [["app"], ["app", "{sokcet}"], ["app", "{data}"], ["app", "{ socket }"]])

@@ -24,6 +24,7 @@ from dispatcher.proxy.edge.routing.settings import MAX_HELD, Settings
 from dispatcher.proxy.edge.routing.table import Agent, Session, Tables
 from tests.support.edge_feed import agent_row, session_row
 
+NOT_SIGNED_IN = pages.not_signed_in("/auth/login")
 TOKEN = "token-of-alice-0123456789abcdefghijklmnopqr"
 NAVIGATION = b"Accept: text/html\r\nSec-Fetch-Mode: navigate\r\n"
 
@@ -82,8 +83,49 @@ def test_the_portals_paths_need_no_session(target):
 def test_without_a_session_people_sign_in_and_programs_get_401():
     rules = Rules()
     assert rules.route("/a?b", NAVIGATION) == Redirect(b"/auth/login?next=/a%3Fb")
-    assert rules.route() == Refuse(pages.BAD_SESSION)
-    assert rules.route(digest=b"d") == Lookup(b"d", Refuse(pages.BAD_SESSION))
+    assert rules.route() == Refuse(NOT_SIGNED_IN)
+    assert rules.route(digest=b"d") == Lookup(b"d", Refuse(NOT_SIGNED_IN))
+
+
+@pytest.mark.parametrize(
+    ("proxy", "login"),
+    [
+        ({}, "/auth/login"),
+        ({"prefix": "/enter"}, "/enter/login"),
+        ({"public_url": "https://example.org"}, "/auth/login"),
+        ({"public_url": "https://example.org", "routing": "subdomain"}, "https://example.org/auth/login"),
+    ],
+)
+def test_a_program_without_a_session_is_told_where_to_sign_in(proxy, login):
+    refused = Rules(**proxy).route()
+    assert isinstance(refused, Refuse) and refused.failure.status == 401
+    assert f"Sign in at {login}," in refused.failure.fix
+    assert refused.failure.extra == {"login": login}
+
+
+@pytest.mark.parametrize(
+    ("host", "canonical"),
+    [
+        (b"example.org.", b"https://example.org"),
+        (b"Example.ORG.:8443", b"https://example.org:8443"),
+        (b"l.example.org.", b"https://l.example.org"),
+        (b"evil.test.", None),
+        (b"evilexample.org.", None),
+    ],
+)
+def test_a_host_with_a_dot_at_the_end_is_the_same_host(host, canonical):
+    """To a browser it is another one, which has no cookies."""
+    both = {
+        routing: Rules(routing=routing, public_url="https://example.org") for routing in ("session", "subdomain")
+    }
+    for routing, rules in both.items():
+        for target in (b"/a?b", b"/auth/login"):
+            asked = parse_request(b"POST %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host), 100)
+            found = rules.router.route(asked, rules.session, 1.0, b"https", b"")
+            if canonical is None or (routing, host) == ("session", b"l.example.org."):
+                assert not isinstance(found, Redirect)
+            else:
+                assert found == Redirect(canonical + target, 308)
 
 
 @pytest.mark.parametrize("name", [b"dispatcher", b"__Host-dispatcher"])
@@ -188,7 +230,7 @@ def test_events_are_the_owners_alone():
     rules = Rules()
     assert rules.route("/auth/events", session=rules.session) == Events(rules.agent)
     assert rules.route("/auth/events?agent=bob", session=rules.session) == Refuse(pages.NO_AGENT)
-    assert rules.route("/auth/events") == Refuse(pages.BAD_SESSION)
+    assert rules.route("/auth/events") == Refuse(NOT_SIGNED_IN)
 
 
 def test_what_becomes_of_a_held_request():
@@ -200,7 +242,7 @@ def test_what_becomes_of_a_held_request():
     assert router.waited(held, agent, paused=False) == Refuse(pages.UNREACHABLE)
     assert router.waited(held, agent, paused=True) == Refuse(pages.GONE_AWAY)
     rules.session.gone = True
-    assert router.changed(held, rules.session, agent, poll=False) == Refuse(pages.BAD_SESSION)
+    assert router.changed(held, rules.session, agent, poll=False) == Refuse(NOT_SIGNED_IN)
 
 
 def test_a_request_is_held_once_for_an_agent_that_cannot_be_reached():
