@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dispatcher.plugin import system_calls
     from dispatcher.plugin.authenticator import Authenticator, Identity
     from dispatcher.plugin.deadline import Deadline, boot_id, boottime
     from dispatcher.plugin.endpoints import checked_unix_path, connect
@@ -115,6 +116,8 @@ _MODULES = (
     "ssh",
     "log_files",
 )
+#: Modules that are public as a whole.
+_WHOLE = ("system_calls",)
 
 __all__ = [
     "API_VERSION",
@@ -211,11 +214,14 @@ __all__ = [
     "read_lines",
     "remove_tree",
     "slug",
+    "system_calls",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
+    if name in _WHOLE:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:
         for module in _MODULES:
             found = vars(importlib.import_module(f"{__name__}.{module}"))

@@ -18,6 +18,7 @@ from dispatcher.plugin import (
     Deadline,
     DispatcherError,
     Handle,
+    Network,
     NotFound,
     Progress,
     ProviderContext,
@@ -102,7 +103,12 @@ class Starter:
                 secrets_dir=self.secrets.write(handle.name, spec.secrets, owner, -1) if spec.secrets else None,
                 user=self.users.prepare(spec, image, deadline),
                 groups=groups_of(options) if self._engine.is_local else (),
-                seccomp=seccomp.chosen(options.seccomp, options.cap_add, spec.app.name),
+                seccomp=seccomp.chosen(
+                    options.seccomp,
+                    options.cap_add,
+                    spec.app.name,
+                    multicast=spec.app.network is Network.HOST,
+                ),
                 host_user_namespace=remapped,
             )
             if found and not _fits(found, spec, settings):

@@ -234,6 +234,7 @@ def arguments(
         for file, line in zip(_ACCOUNTS, (user, group), strict=True):
             tree.file(memory(procfs.read(f"/etc/{file}") + line.encode()), f"/etc/{file}")
     words += [*tree.words, "--remount-ro", "/", "--chdir", workdir]
-    if options_of(spec.app).seccomp and (program := seccomp.program()):
+    multicast = spec.app.network is Network.HOST
+    if options_of(spec.app).seccomp and (program := seccomp.program(multicast=multicast)):
         words += ["--seccomp", str(memory(program))]
     return words

@@ -2,9 +2,9 @@
 
 bubblewrap loads the filter, a classic BPF program (seccomp(2)).  It lists what is refused, not what is allowed,
 so that apps work: kernel keys (which no namespace separates), BPF, performance counters, user namespaces, mounts,
-modules, io_uring, libaio, socket filters, and what would leave the quota of the data directory.  Sockets are
-the exception: just the families that network namespaces and modes of files separate are allowed, as AF_VSOCK is
-one space for the host and all that runs on it.
+modules, io_uring, libaio, kernel memory that no limit counts (`system_calls` of `dispatcher.plugin`), and what
+would leave the quota of the data directory.  Sockets are the exception: just the families that network namespaces
+and modes of files separate are allowed, as AF_VSOCK is one space for the host and all that runs on it.
 Other processors than those below get no filter.  It is assembled here because the bindings of
 libseccomp on PyPI need a shared library that may be absent, or too old to know a call.
 """
@@ -16,15 +16,12 @@ import functools
 import platform
 import socket
 import struct
+from collections.abc import Collection
 
-_LOAD_WORD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_SET, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT, _SECOND_ARGUMENT, _THIRD_ARGUMENT = (
-    0,
-    4,
-    16,
-    24,
-    32,
-)  # offsets in struct seccomp_data, little endian
+from dispatcher.plugin import system_calls
+
+_LOAD_WORD, _AND, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data, little endian
 _ALLOW, _REFUSE = 0x7FFF0000, 0x00050000
 _NEW_USER = 0x10000000  # CLONE_NEWUSER
 _X32 = 0x40000000
@@ -85,8 +82,11 @@ IOCTL = (16, 29)
 #: Commands of ioctl that are refused: the owner of a file may change its project, and so leave its quota.
 QUOTA_IOCTLS = {"FS_IOC_FSSETXATTR": 0x401C5820, "FS_IOC_SETFLAGS": 0x40086602, "FS_IOC32_SETFLAGS": 0x40046602}
 SETSOCKOPT = (54, 208)
-#: Options of the level SOL_SOCKET that are refused: socket filters, which no limit of memory counts.
-SOCKET_FILTERS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_BPF": 50, "SO_ATTACH_REUSEPORT_CBPF": 51}
+FCNTL = (72, 25)
+#: Calls of `system_calls.WAITS`; aarch64 has no poll and select.
+WAITS = {"poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72)}
+#: Calls of `system_calls.HUGE_PAGES`.
+HUGE_PAGES = {"mmap": (9, 222), "memfd_create": (319, 279), "shmget": (29, 194)}
 #: Refused if their first argument asks for a user namespace.
 NAMESPACE_MAKERS = {"clone": (56, 220), "unshare": (272, 97)}
 
@@ -104,59 +104,85 @@ def absent(machine: str) -> dict[str, int]:
 
 
 @functools.cache
-def program(machine: str = "") -> bytes:
+def program(machine: str = "", *, multicast: bool = False) -> bytes:
     """Return the filter for a processor (by default this host's), b"" for one that is not known.
 
-    :param machine: as ``uname -m`` calls it.
+    :param machine: as ``uname -m`` calls it; :param multicast: membership in multicast groups is allowed.
     """
     machine = machine or platform.machine()
     if machine not in MACHINES:
         return b""
     architecture, column = MACHINES[machine]
-    refuse, pretend = _REFUSE | errno.EPERM, _REFUSE | errno.ENOSYS
     # Calls of another architecture (32-bit programs) have other numbers and would not be matched: refused.
-    body = [_load(_ARCHITECTURE), _jump(_JUMP_EQUAL, architecture, 1, 0), _return(pretend), _load(_NUMBER)]
+    body = [
+        _load(_ARCHITECTURE),
+        _jump(_JUMP_EQUAL, architecture, 1, 0),
+        _refuse(errno.ENOSYS),
+        _load(_NUMBER),
+    ]
     if machine == "x86_64":
-        body += [_jump(_JUMP_GREATER_EQUAL, _X32, 0, 1), _return(pretend)]
-    for answer, numbers in ((pretend, absent(machine)), (refuse, refused(machine))):
+        body += [_jump(_JUMP_GREATER_EQUAL, _X32, 0, 1), _refuse(errno.ENOSYS)]
+    for error, numbers in ((errno.ENOSYS, absent(machine)), (errno.EPERM, refused(machine))):
         for number in numbers.values():
-            body += [_jump(_JUMP_EQUAL, number, 0, 1), _return(answer)]
-    for maker in NAMESPACE_MAKERS.values():
-        body += [
-            _jump(_JUMP_EQUAL, maker[column], 0, 4),
-            _load(_FIRST_ARGUMENT),
-            _jump(_JUMP_SET, _NEW_USER, 0, 1),
-            _return(refuse),
-            _return(_ALLOW),
-        ]
+            body += [_jump(_JUMP_EQUAL, number, 0, 1), _refuse(error)]
+    files, thread = system_calls.CLONE_FILES, system_calls.CLONE_THREAD
+    body += _call(
+        NAMESPACE_MAKERS["clone"][column],
+        _bits(0, _NEW_USER, _NEW_USER, errno.EPERM) + _bits(0, files | thread, files, errno.EPERM),
+    )
+    body += _call(NAMESPACE_MAKERS["unshare"][column], _bits(0, _NEW_USER, _NEW_USER, errno.EPERM))
     for maker in SOCKET_MAKERS.values():
-        allowed = [_jump(_JUMP_EQUAL, family, len(FAMILIES) - at, 0) for at, family in enumerate(FAMILIES)]
-        body += [
-            _jump(_JUMP_EQUAL, maker[column], 0, len(FAMILIES) + 3),
-            _load(_FIRST_ARGUMENT),
-            *allowed,
-            _return(_REFUSE | errno.EAFNOSUPPORT),
-            _return(_ALLOW),
-        ]
-    matches = [_jump(_JUMP_EQUAL, one, len(QUOTA_IOCTLS) - at, 0) for at, one in enumerate(QUOTA_IOCTLS.values())]
-    body += [
-        _jump(_JUMP_EQUAL, IOCTL[column], 0, len(QUOTA_IOCTLS) + 3),
-        _load(_SECOND_ARGUMENT),
-        *matches,
-        _return(_ALLOW),
-        _return(refuse),
-    ]
-    options = SOCKET_FILTERS.values()
-    body += [
-        _jump(_JUMP_EQUAL, SETSOCKOPT[column], 0, len(options) + 5),
-        _load(_SECOND_ARGUMENT),
-        _jump(_JUMP_EQUAL, socket.SOL_SOCKET, 0, len(options) + 1),
-        _load(_THIRD_ARGUMENT),
-        *(_jump(_JUMP_EQUAL, one, len(options) - at, 0) for at, one in enumerate(options)),
-        _return(_ALLOW),
-        _return(refuse),
-    ]
+        body += _call(maker[column], _none_of(0, FAMILIES, errno.EAFNOSUPPORT))
+    body += _call(IOCTL[column], _any_of(1, QUOTA_IOCTLS.values(), errno.EPERM))
+    options = _level(socket.SOL_SOCKET, system_calls.SOCKET_FILTERS.values(), errno.EPERM)
+    for level, numbers_of_level in system_calls.refused_options(multicast=multicast).items():
+        options += _level(level, numbers_of_level, system_calls.OPTION_ERROR)
+    body += _call(SETSOCKOPT[column], options)
+    body += _call(FCNTL[column], _any_of(1, system_calls.FILE_LOCKS.values(), system_calls.LOCK_ERROR))
+    for name, position in system_calls.WAITS.items():
+        if (call := WAITS[name][column]) is not None:
+            body += _call(call, _above(position, system_calls.MOST_WAITED, system_calls.WAIT_ERROR))
+    for name, (position, flag, error) in system_calls.HUGE_PAGES.items():
+        body += _call(HUGE_PAGES[name][column], _bits(position, flag, flag, error))
     return b"".join([*body, _return(_ALLOW)])
+
+
+# Each of the next functions makes a part that refuses a call by an argument, or goes on behind the part.
+
+
+def _call(number: int, part: list[bytes]) -> list[bytes]:
+    """Apply a part to one system call, and allow the call otherwise."""
+    return [_jump(_JUMP_EQUAL, number, 0, len(part) + 1), *part, _return(_ALLOW)]
+
+
+def _any_of(argument: int, values: Collection[int], error: int) -> list[bytes]:
+    last = len(values) - 1
+    found = [_jump(_JUMP_EQUAL, value, last - at, int(at == last)) for at, value in enumerate(values)]
+    return [_load_argument(argument), *found, _refuse(error)]
+
+
+def _none_of(argument: int, values: Collection[int], error: int) -> list[bytes]:
+    found = [_jump(_JUMP_EQUAL, value, len(values) - at, 0) for at, value in enumerate(values)]
+    return [_load_argument(argument), *found, _refuse(error)]
+
+
+def _bits(argument: int, mask: int, value: int, error: int) -> list[bytes]:
+    masked = struct.pack("<HBBI", _AND, 0, 0, mask)
+    return [_load_argument(argument), masked, _jump(_JUMP_EQUAL, value, 0, 1), _refuse(error)]
+
+
+def _above(argument: int, most: int, error: int) -> list[bytes]:
+    return [_load_argument(argument), _jump(_JUMP_GREATER_EQUAL, most + 1, 0, 1), _refuse(error)]
+
+
+def _level(level: int, options: Collection[int], error: int) -> list[bytes]:
+    """Refuse options of a level of setsockopt(2)."""
+    part = _any_of(2, options, error)
+    return [_load_argument(1), _jump(_JUMP_EQUAL, level, 0, len(part)), *part]
+
+
+def _load_argument(position: int) -> bytes:
+    return _load(_ARGUMENTS + 8 * position)
 
 
 def _load(offset: int) -> bytes:
@@ -165,6 +191,10 @@ def _load(offset: int) -> bytes:
 
 def _jump(kind: int, value: int, if_true: int, if_false: int) -> bytes:
     return struct.pack("<HBBI", kind, if_true, if_false, value)
+
+
+def _refuse(error: int) -> bytes:
+    return _return(_REFUSE | error)
 
 
 def _return(value: int) -> bytes:

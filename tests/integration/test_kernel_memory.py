@@ -1,5 +1,6 @@
 """Memory that the kernel keeps for an agent's sockets is bounded, whatever its provider."""
 
+import errno
 import json
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from tests.support.installation import Installation, until
 pytestmark = [pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
 
 #: /netlink: fill the queues of sockets with errors that repeat the request.  /udp: those of datagrams.
+#: /refused: errors of calls that take memory of the kernel.
 APP = """
 import http.server, json, os, socket, socketserver, struct, sys, time
 os.umask(0o007)
@@ -43,12 +45,46 @@ def udp():
                     sender.send(b"x" * 60000)
             except OSError:
                 pass
-def filter():
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
-            made.setsockopt(socket.SOL_SOCKET, 26, bytes(16))
-    except OSError as error:
-        return error.errno
+def refused():
+    import ctypes, fcntl, mmap, select
+    group = socket.inet_pton(socket.AF_INET6, "ff15::1") + struct.pack("i", 1)
+    group4 = socket.inet_aton("239.1.2.3") + bytes(8)
+    label = socket.inet_pton(socket.AF_INET6, "::1") + bytes([0, 0, 0, 0, 0, 255, 1, 0, 60, 0]) + bytes(6)
+    key = struct.pack("=HH4s", 2, 0, bytes(4)) + bytes(120) + struct.pack("=BBHi", 0, 0, 4, 0) + b"abcd" + bytes(76)
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 1, 0)
+    poll = select.poll()
+    pipes = [os.pipe()[0] for _ in range(1025)]
+    for each in pipes[:1024]:
+        poll.register(each, select.POLLPRI)
+    first, memfd_create = poll.poll(0), ctypes.CDLL(None, use_errno=True).memfd_create
+    poll.register(pipes[1024], select.POLLPRI)
+    def option(family, kind, *arguments):
+        with socket.socket(family, kind) as made:
+            made.setsockopt(*arguments)
+    v4, v6, udp, tcp = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM, socket.SOCK_STREAM
+    tries = {
+        "filter": lambda: option(v4, udp, socket.SOL_SOCKET, 26, bytes(16)),
+        "group": lambda: option(v6, udp, socket.IPPROTO_IPV6, 20, group),
+        "group of IPv4": lambda: option(v4, udp, socket.IPPROTO_IP, 35, group4),
+        "flow label": lambda: option(v6, udp, socket.IPPROTO_IPV6, 32, label),
+        "key": lambda: option(v4, tcp, socket.IPPROTO_TCP, 14, key),
+        "nodelay": lambda: option(v4, tcp, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        "lock of an open file": lambda: fcntl.fcntl(os.memfd_create("a"), 37, lock),
+        "lock": lambda: fcntl.fcntl(os.memfd_create("a"), fcntl.F_SETLK, lock),
+        "poll": lambda: poll.poll(0),
+        "huge page": lambda: mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000),
+        "huge file": lambda: os.memfd_create("a", 4),
+    }
+    answers = {"poll of 1024": first}
+    for name, call in tries.items():
+        try:
+            call()
+            answers[name] = 0
+        except OSError as error:
+            answers[name] = error.errno
+    for each in pipes:
+        os.close(each)
+    return answers
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps([socket.if_nameindex(), globals().get(self.path[1:], str)()]).encode()
@@ -112,7 +148,20 @@ def test_datagrams_in_queues_are_below_the_limit_of_memory(site):
     assert int(pages) * 4096 < 300 << 20
 
 
-def test_filters_of_sockets_are_refused_and_interfaces_are_listed(site):
-    interfaces, errno = json.loads(ask(site, "/filter").body)
-    assert errno == 1, "EPERM"
+def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_listed(site):
+    interfaces, answers = json.loads(ask(site, "/refused").body)
     assert [1, "lo"] in interfaces
+    assert answers == {
+        "filter": errno.EPERM,
+        "group": errno.ENOPROTOOPT,
+        "group of IPv4": errno.ENOPROTOOPT,
+        "flow label": errno.ENOPROTOOPT,
+        "key": errno.ENOPROTOOPT,
+        "nodelay": 0,
+        "lock of an open file": errno.EINVAL,
+        "lock": 0,
+        "poll of 1024": [],
+        "poll": errno.EINVAL,
+        "huge page": errno.ENOMEM,
+        "huge file": errno.EINVAL,
+    }

@@ -6,20 +6,22 @@ import pytest
 from dispatcher_subprocess import seccomp
 
 
-def run(program, machine, number, argument=0, architecture=None, second=0, third=0):
+def run(program, machine, number, argument=0, architecture=None, second=0, third=0, fourth=0):
     """Interpret a classic BPF program as the kernel would; return the errno, 0 when the call is allowed."""
     word = architecture if architecture is not None else seccomp.MACHINES[machine][0]
-    data = struct.pack("<IIQQQQ", number, word, 0, argument, second, third)
+    data = struct.pack("<IIQQQQQ", number, word, 0, argument, second, third, fourth)
     at = accumulator = 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("<HBBI", program, at * 8)
         at += 1
         if code == 0x20:
             accumulator = struct.unpack_from("<I", data, value)[0]
+        elif code == 0x54:
+            accumulator &= value
         elif code == 0x06:
             return 0 if value == 0x7FFF0000 else value & 0xFFFF
         else:
-            test = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+            test = {0x15: accumulator == value, 0x35: accumulator >= value}[code]
             at += if_true if test else if_false
 
 
@@ -61,15 +63,57 @@ def test_an_agent_cannot_leave_its_quota(machine):
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_filters_of_sockets_are_refused_at_their_level_alone(machine):
-    program, number = seccomp.program(machine), seccomp.SETSOCKOPT[seccomp.MACHINES[machine][1]]
+def test_options_of_sockets_that_no_limit_counts_are_refused_at_their_level_alone(machine):
+    number = seccomp.SETSOCKOPT[seccomp.MACHINES[machine][1]]
 
-    def answer(level, option):
-        return run(program, machine, number, 3, second=level, third=option)
+    def refused(level, error, **which):
+        program = seccomp.program(machine, **which)
+        answers = {
+            option: run(program, machine, number, 3, second=level, third=option) for option in range(1 << 10)
+        }
+        assert set(answers.values()) <= {0, error}
+        return {option for option, answer in answers.items() if answer}
 
-    assert {option for option in range(1 << 12) if answer(1, option) == errno.EPERM} == {26, 50, 51}
-    assert answer(1 << 32 | 1, 26) == answer(1, 1 << 32 | 26) == errno.EPERM, "the kernel takes 32 bits"
-    assert not any(answer(level, option) for level in (0, 2, 6, 17, 41, 270) for option in (26, 50, 51))
+    tcp, ipv6 = {14, 32, 38}, {32, 57}
+    assert refused(1, errno.EPERM) == {26, 50, 51}, "filters"
+    assert refused(6, errno.ENOPROTOOPT) == refused(6, errno.ENOPROTOOPT, multicast=True) == tcp
+    assert refused(0, errno.ENOPROTOOPT) == {35, 38, 39, 41, 42, 43, 46, 48}
+    assert refused(41, errno.ENOPROTOOPT) == ipv6 | {20, 42, 43, 46, 48}
+    assert refused(0, 0, multicast=True) == set()
+    assert refused(41, errno.ENOPROTOOPT, multicast=True) == ipv6
+    assert not any(refused(level, 0) for level in (2, 17, 270))
+    program = seccomp.program(machine)
+    assert run(program, machine, number, 3, second=1 << 32 | 1, third=26) == errno.EPERM, (
+        "the kernel takes 32 bits"
+    )
+    assert run(program, machine, number, 3, second=1, third=1 << 32 | 26) == errno.EPERM
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_waiting_for_many_descriptors_locks_of_open_files_and_huge_pages_are_refused(machine):
+    program, column = seccomp.program(machine), seccomp.MACHINES[machine][1]
+
+    def answer(call, *arguments):
+        return run(
+            program,
+            machine,
+            call[column],
+            *arguments[:1],
+            **dict(zip(("second", "third", "fourth"), arguments[1:])),
+        )
+
+    assert [answer(seccomp.WAITS["ppoll"], 7, many) for many in (1024, 1025, 1 << 32 | 1025)] == [0, 22, 22], (
+        "EINVAL"
+    )
+    assert [answer(seccomp.WAITS["pselect6"], many) for many in (1024, 1025, -1 & 0xFFFFFFFF)] == [0, 22, 22]
+    assert [answer(seccomp.FCNTL, 3, command) for command in (6, 7, 36, 37, 38, 39)] == [0, 0, 22, 22, 22, 0]
+    assert [answer(seccomp.HUGE_PAGES["mmap"], 0, 1, 3, flags) for flags in (0x22, 0x40022)] == [0, 12], "ENOMEM"
+    assert [answer(seccomp.HUGE_PAGES["memfd_create"], 0, flags) for flags in (1, 5, 0xFFFFFFFF)] == [0, 22, 22], (
+        "EINVAL"
+    )
+    assert [answer(seccomp.HUGE_PAGES["shmget"], 0, 1, flags) for flags in (0o600, 0o4600)] == [0, 12]
+    clone = seccomp.NAMESPACE_MAKERS["clone"]
+    assert [answer(clone, flags) for flags in (17, 0x400, 0x10400, 0x4100)] == [0, 1, 0, 0], "a thread, vfork"
 
 
 def test_no_filter_for_unknown_processors():
