@@ -176,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problems = error.details.get("problems") or ()
         code = _fail(f"{error.what}:" if len(problems) > 1 else str(error), error.exit_code)
         if len(problems) > 1:
-            click.echo("\n".join(f"  {clean(str(line))}" for line in problems), err=True)
+            lines = [*problems, *([f"({error.fix})"] if error.fix else [])]
+            click.echo("\n".join(f"  {clean(str(line))}" for line in lines), err=True)
         for line in error.details.get("log") or ():
             click.echo(f"  | {clean(str(line))}", err=True)
         return code

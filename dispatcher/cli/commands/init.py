@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -44,32 +45,21 @@ Examples:
 def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     """Write a commented configuration, and check it.
 
-    The file is that of --config, otherwise this user's own.  Existing files are not changed.  Without a terminal
-    nothing is asked.
+    The file is that of --config, otherwise this user's own.  Existing files are not changed, and faults are
+    told before anything is written.  On a terminal it asks for what no option has given; elsewhere options or --yes are needed.
     """
     path = cli.config_path or default_paths.config_file()
     if os.path.lexists(path):
         raise Conflict(
             f"There is already a file {path}", fix="edit it, or choose another: dispatcher --config FILE init"
         )
-    if sys.stdin.isatty() and not yes:
-        _ask(chosen)
-    _create(path, configuration(**chosen))
-    cli.config_path = path
+    _complete(cli, chosen, yes=yes)
+    text = configuration(**chosen)
     program = "dispatcher"
     if path != default_paths.config_file():
         program += f" --config {shlex.quote(str(path))}"
-    try:
-        checked(cli)
-    except ConfigError as error:
-        found = error.details.get("problems") or [str(error)]
-        many = len(found) > 1
-        raise ConfigError(
-            f"{path} was written, but needs corrections",
-            why="" if many else found[0],
-            fix="" if many else f"correct the file, then run `{program} config check`",
-            details={"problems": found},
-        ) from error
+    _check(cli, text, path, f"{program} init {_options(chosen)}".rstrip())
+    _create(path, text)
     steps = {
         f"{program} doctor": "check this machine",
         f"{program} serve": "run manager and proxy, until Ctrl-C",
@@ -79,6 +69,60 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     lines = [f"  {step.ljust(width)}  # {purpose}" for step, purpose in steps.items()]
     cli.out.result(
         {"path": str(path), "next": list(steps)}, "\n".join([f"{path} was written and is valid.  Next:", *lines])
+    )
+
+
+def _complete(cli: Cli, chosen: dict[str, Any], *, yes: bool) -> None:
+    """Ask for what no option has given, on a terminal.
+
+    :raises BadRequest: there is no terminal and no option.
+    """
+    if yes:
+        return
+    if sys.stdin.isatty():
+        _ask(chosen)
+    elif all(value is None for value in chosen.values()):
+        raise BadRequest(
+            "Nothing was written",
+            why="standard input is not a terminal, and answers are read from terminals only",
+            fix="give them as options, see `dispatcher init --help`; --yes writes the demo app's configuration",
+        )
+    else:
+        cli.out.note(
+            "standard input is not a terminal: nothing is asked, what no option has given has its default"
+        )
+
+
+def _check(cli: Cli, text: str, path: Path, again: str) -> None:
+    """Check a configuration before it is written.
+
+    :param again: the command that made it.
+    :raises ConfigError: names every fault.
+    """
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as directory:
+        draft = Path(directory, path.name)
+        draft.write_text(text, encoding="utf-8")
+        try:
+            checked(dataclasses.replace(cli, config_path=draft))
+        except ConfigError as error:
+            found = error.details.get("problems") or [str(error)]
+            raise ConfigError(
+                f"{path} was not written",
+                why="; ".join(found),
+                fix=f"correct it and repeat: {again}",
+                details={"problems": found},
+            ) from error
+
+
+def _options(chosen: dict[str, Any]) -> str:
+    """Return the options of `init` that stand for these values."""
+    return shlex.join(
+        word
+        for key, value in chosen.items()
+        if value is not None
+        for word in (f"--{key.replace('_', '-')}", str(value))
     )
 
 
@@ -226,7 +270,12 @@ def _create(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
-            file.write(text)
+            try:
+                file.write(text)
+                file.flush()
+            except OSError:
+                path.unlink()  # not half of it
+                raise
     except OSError as error:
         raise BadRequest(
             f"Cannot write {path}",

@@ -1,6 +1,10 @@
 """`dispatcher init`: a first configuration that is valid, commented, and never takes the place of another."""
 
+import errno
+import io
 import json
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -66,13 +70,68 @@ def test_an_existing_file_stays(tmp_path, capsys, what):
     assert what != "file" or path.read_text() == "mine"
 
 
-def test_faults_are_told_and_the_file_can_be_corrected(tmp_path, capsys):
-    path = tmp_path / "a.toml"
-    assert init(path, "--app", "lab", "--command", "/bin/nothing {sokcet}", "--public-url", "apps.example") == 2
+def test_nothing_is_written_that_has_faults(tmp_path, capsys):
+    path = tmp_path / "new" / "a.toml"
+    chosen = ["--app", "lab", "--command", "/bin/nothing {sokcet}", "--public-url", "apps.example"]
+    assert init(path, *chosen) == 2
     err = capsys.readouterr().err
     assert "proxy.public_url" in err
-    assert str(path) in err
-    assert "/bin/nothing" in path.read_text()
+    assert "apps.lab.subprocess.command" in err
+    assert f"{path} was not written" in err
+    again = err[err.index("repeat: dispatcher ") :].splitlines()[0].removeprefix("repeat: ").removesuffix(")")
+    assert shlex.split(again) == ["dispatcher", "--config", str(path), "init", *chosen]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--app", "My Lab", "apps"),
+        ("--provider", "dokcer", "did you mean 'docker'?"),
+        ("--listen", "localhost", "an address such as 127.0.0.1:8080"),
+        ("--public-url", "apps.example", "proxy.public_url"),
+        ("--tls-cert", "/no/such/cert.pem", "proxy.tls_key: is missing"),
+        ("--image", "a b", "apps.app.docker.image"),
+        ("--command", "/bin/sh", "the app does not get an address to listen on"),
+    ],
+)
+def test_a_bad_value_of_an_option_is_told_and_not_written(tmp_path, capsys, option, value, told):
+    path = tmp_path / "a.toml"
+    assert init(path, option, value) == 2
+    assert told in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, capsys, monkeypatch):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+
+    def open_(path, mode="r", **more):
+        opened(path, mode, **more).close()
+        return Full()
+
+    path = tmp_path / "a.toml"
+    monkeypatch.setattr(
+        Path, "open", lambda self, *a, **b: open_(self, *a, **b) if self == path else opened(self, *a, **b)
+    )
+    assert init(path, "--yes") == 2
+    assert "No space left" in capsys.readouterr().err
+    assert not path.exists()
+
+
+def test_answers_that_are_piped_are_not_ignored_in_silence(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "a.toml"
+    monkeypatch.setattr("sys.stdin", io.StringIO("lab\nsubprocess\n"))
+    assert init(path) == 2
+    err = capsys.readouterr().err
+    assert "standard input is not a terminal" in err
+    assert "--yes" in err
+    assert not path.exists()
+    assert init(path, "--listen", "127.0.0.1:81") == 0
+    assert "nothing is asked" in capsys.readouterr().err
 
 
 def test_a_quotation_mark_that_is_not_closed(tmp_path, capsys):
