@@ -20,12 +20,12 @@ from dispatcher.common.tls import server_context
 from dispatcher.config.host_users import proxy_uid
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, caught
+from dispatcher.config.misplaced import PLACEHOLDERS
 from dispatcher.config.plugins import Plugins
 from dispatcher.plugin.errors import ConfigError, DispatcherError
 from dispatcher.plugin.model import App
 from dispatcher.plugin.provider import Provider, ProviderContext
 
-PLACEHOLDERS = ("socket", "port", "data")  # in commands and environments, see `dispatcher.plugin.provider`
 _SILENT = logging.getLogger(f"{__name__}.silent")
 _SILENT.disabled = True
 

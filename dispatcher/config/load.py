@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from dispatcher.config import default_paths
-from dispatcher.config.messages import did_you_mean, nearest, printable_key, problems, shown, validate, wrong
+from dispatcher.config.messages import did_you_mean, printable_key, problems, shown, unknown_key, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
@@ -292,7 +292,7 @@ def _stray(path: str, table: Any, model: type[BaseModel]) -> Iterator[str]:
     if isinstance(table, Mapping):
         for key, value in table.items():
             if key not in model.model_fields and not isinstance(value, Mapping):
-                yield f"{path}.{key}: unknown key{nearest(key, model)}"
+                yield unknown_key(path, key, model, table.get("provider", AppDefaults().provider))
 
 
 def _table(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from dispatcher.common.contained import contained
 from dispatcher.common.nearest import nearest as nearest_name
 from dispatcher.common.redact import is_secret
+from dispatcher.config import misplaced
+from dispatcher.config.schema import AppDefaults
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError, PluginError
 
@@ -93,6 +95,16 @@ def problems(
     return [_problem(model, item, path) for item in error.errors(include_url=False) if not skip(item["loc"])]
 
 
+def unknown_key(table: str, key: str, model: type[BaseModel] | None, provider: str) -> str:
+    """Return the message about a key that its table does not have.
+
+    :param table: its path in the file; :param provider: of its app, or of new apps.
+    """
+    full = ".".join([*([table] if table else []), printable_key(key)])
+    synonym = model is not None and _SYNONYMS.get(key) in model.model_fields
+    return f"{full}: unknown key{(not synonym and misplaced.hint(key, table, provider)) or nearest(key, model)}"
+
+
 def nearest(key: str, model: type[BaseModel] | None) -> str:
     """Return the nearest valid key of a table as a hint, else all valid keys."""
     if model is None:
@@ -127,7 +139,8 @@ def _problem(model: type[BaseModel], item: Any, path: str) -> str:
     full = ".".join([*([path] if path else []), *map(printable_key, where)]) or "the file"
     kind, context = item["type"], item.get("ctx") or {}
     if kind == "extra_forbidden":
-        return f"{full}: unknown key{nearest(where[-1], _model_at(model, where[:-1]))}"
+        table = full.removesuffix(printable_key(where[-1])).removesuffix(".")
+        return unknown_key(table, where[-1], _model_at(model, where[:-1]), AppDefaults().provider)
     if kind == "missing" and not (where and where[-1].isdigit()):
         return f"{full}: is missing"
     if kind == "missing":

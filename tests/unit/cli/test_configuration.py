@@ -98,6 +98,16 @@ def test_show_and_check_through_the_program(tmp_path, capsys):
     [
         ("[manager]\nthreads = 0", "manager.threads: found 0, expected at least 2"),
         ("[apps.a.subprocess]\ncomand = []", "apps.a.subprocess.comand: unknown key, did you mean 'command'?"),
+        (
+            '[apps.a]\ncommand = ["sh", "{socket}"]',
+            "apps.a.command: unknown key, it belongs in [apps.a.subprocess]",
+        ),
+        (
+            '[providers.subprocess]\ncommand = ["sh"]',
+            "providers.subprocess.command: unknown key, it belongs in [apps.NAME.subprocess]",
+        ),
+        ("[apps.a.subprocess]\nmemory = '1G'", "apps.a.subprocess.memory: unknown key, it belongs in [apps.a]"),
+        ("[manager]\nworkers = 2", "manager.workers: unknown key, it belongs in [proxy]"),
         ('[apps.a]\nprovider = "dokcer"', "apps.a.provider: there is no plugin 'dokcer'"),
         (f'[manager]\nrun_dir = "/{"x" * 120}"', "manager.run_dir is too long"),
         ('plugins = ["dokcer"]', "plugins: there is no plugin 'dokcer'"),
