@@ -45,7 +45,7 @@ Examples:
 def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     """Write a commented configuration, and check it.
 
-    The file is that of --config, otherwise this user's own.  Existing files are not changed; what has faults is not
+    The file is that of --config, otherwise this user's own.  Existing files stay, and what has faults is not
     written.  On a terminal it asks for what no option has given; elsewhere it needs options or --yes.
     """
     path = cli.config_path or default_paths.config_file()
