@@ -6,10 +6,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 ARGS ?=
+IMAGE ?= agent-dispatcher
+VERSION = $(shell sed -n 's/^    version="\(.*\)",$$/\1/p' setup.py)
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
 COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
-.PHONY: help demo test check gallery bench docs deb clean machine
+.PHONY: help demo test check gallery bench docs deb image clean machine
 
 help:
 	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
@@ -19,6 +21,7 @@ help:
 	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
 	@echo 'make docs    build the documentation as a site, in build/site/'
 	@echo 'make deb     build a package for this Debian or Ubuntu release, in dist/'
+	@echo 'make image   build a container image of manager and proxy, for packaging/container/compose.yml'
 	@echo 'make clean   remove generated files'
 
 demo: $(VENV)/.demo
@@ -48,6 +51,10 @@ docs: $(VENV)/.docs
 
 deb:
 	@packaging/build-deb $(ARGS)
+
+image:
+	docker build --file packaging/container/Dockerfile --tag '$(IMAGE):$(VERSION)' --tag '$(IMAGE):latest' \
+		--build-arg VERSION='$(VERSION)' $(ARGS) .
 
 machine:
 	@tests/machine/install

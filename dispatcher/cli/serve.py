@@ -6,9 +6,11 @@ the program.  SIGTERM and SIGINT end both, the proxy first, so that it can drain
 
 from __future__ import annotations
 
+import fcntl
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from dispatcher.cli.parent_death import ParentPipe
 from dispatcher.client.trust import is_loopback
 from dispatcher.common import humanize
 from dispatcher.config.app_secrets import secret_variables
+from dispatcher.config.default_paths import PROXY_LOCK
 from dispatcher.config.layout import Paths
 from dispatcher.plugin.endpoints import connect
 from dispatcher.plugin.errors import Conflict, DispatcherError, InsecureEndpoint, ManagerUnreachable, Unavailable
@@ -38,8 +41,8 @@ GRACE = 20.0  # seconds beyond proxy.drain_timeout until a child that should end
 RESTARTS = 5  # within WINDOW, then the program gives up
 WINDOW = 60.0  # seconds
 PROBE = 1.0  # seconds for a request of the sign-in page
-PID_FILE = "proxy/proxy.pid"  # below manager.run_dir
 _PROXY_LOCAL = b"\x20\0\0\0"  # PROXY protocol, version 2: LOCAL, a connection without an address
+_FLOCK = struct.Struct("hhqqi")  # struct flock: kind, whence, start, length, process
 _ENDED = frozenset({"stopped", "hibernated", "failed"})  # states of agents without a process
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -208,8 +211,9 @@ class Daemons:
         return True
 
     def _proxy_answers(self) -> bool:
-        # Another program may listen there: the proxy writes its process id once it has its listeners.
-        if proxy_pid(self.paths.run_dir) != self._children["proxy"].pid:
+        # Another program may listen there: the proxy takes its lock once it has its listeners.
+        found = proxy_process(self.paths.run_dir)
+        if found is None or found[0] != self._children["proxy"].pid:
             return False
         endpoint = listen_endpoint(self.config.proxy.listen[0]) if self.config.proxy.listen else None
         return endpoint is None or sign_in_page_answers(endpoint, self.config.proxy, browser_url(self.config))
@@ -252,23 +256,20 @@ class Daemons:
                 signal.signal(number, handler)
 
 
-def proxy_pid(run_dir: Path) -> int | None:
-    """Return the process id that the proxy of this run directory wrote; None without one."""
-    return (pid_file(run_dir) or (None, 0))[0]
+def proxy_process(run_dir: Path) -> tuple[int, int] | None:
+    """Return process id of the proxy of this run directory, and the owner of its lock; None where none runs.
 
-
-def pid_file(run_dir: Path) -> tuple[int, int] | None:
-    """Return the process id in the proxy's pid file and the file's owner; None without one.
-
-    Root reads it, and the proxy's user can write anything there.
+    The kernel names the process that holds the lock (F_GETLK, fcntl(2)), by its id in this process's own PID
+    namespace: the proxy's may be another one, in a container.  The proxy's user can put any file there.
     """
     try:
-        fd = os.open(run_dir / PID_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(run_dir / PROXY_LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
     try:
-        return int(os.read(fd, 20).decode("ascii")), os.fstat(fd).st_uid
-    except (OSError, ValueError):
+        kind, *_, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_RDLCK, 0, 0, 0, 0)))
+        return (pid, os.fstat(fd).st_uid) if kind != fcntl.F_UNLCK and pid > 0 else None
+    except OSError:
         return None
     finally:
         os.close(fd)

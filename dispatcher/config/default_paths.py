@@ -14,6 +14,7 @@ from dispatcher.plugin.errors import ConfigError
 SYSTEM_CONFIG = Path("/etc/dispatcher/dispatcher.toml")
 MANAGER_SOCKET = "manager.sock"
 MANAGER_LOCK = "manager.lock"  # beside it, locked while a manager runs
+PROXY_LOCK = "proxy/proxy.lock"  # locked by the proxy
 
 _kept: Path | None = None
 

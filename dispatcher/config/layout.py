@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dispatcher.config.default_paths import MANAGER_SOCKET
+from dispatcher.config.default_paths import MANAGER_SOCKET, PROXY_LOCK
 from dispatcher.config.load import Config
 from dispatcher.plugin import names
 from dispatcher.plugin.errors import ConfigError
@@ -33,6 +33,7 @@ class Paths:
         self.feed_socket = run_dir / "feed.sock"
         self.proxy_dir = run_dir / "proxy"
         self.portal_socket = self.proxy_dir / "portal.sock"
+        self.proxy_lock = run_dir / PROXY_LOCK
         self.state_dir = state_dir
         self.database = state_dir / "dispatcher.db"
         self.secrets_dir = state_dir / "secrets"  # mode 0700

@@ -7,6 +7,7 @@ SIGHUP reads configuration and certificates again and replaces the workers one b
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import importlib
 import os
@@ -32,7 +33,6 @@ from dispatcher.proxy.edge.routing.settings import Settings
 from dispatcher.proxy.listeners import Listeners, bind_unix
 from dispatcher.proxy.portal import app as portal
 
-PID_FILE = "proxy.pid"
 _READY_PATIENCE = 30.0  # seconds until a new worker must serve
 _KILL_GRACE = 10.0  # seconds beyond proxy.drain_timeout until a child that should end is killed
 #: Loaded before privileges are dropped, with what is imported above: the proxy's user may have no access to where
@@ -123,7 +123,9 @@ class Daemon:
                 key=str(proxy.tls_key),
                 fix="let the proxy's group read it, or restart after each renewal",
             )
-        (directory / PID_FILE).write_bytes(b"%d\n" % os.getpid())
+        self._lock = self._paths.proxy_lock.open("w")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # `dispatcher reload` finds this process by it
 
     def _listen(self, proxy: ProxyConfig) -> None:
         self._listeners.update({"proxy.listen": proxy.listen, "proxy.redirect_listen": proxy.redirect_listen})
@@ -360,7 +362,7 @@ class Daemon:
         for child in self._children.values():
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(child.pid, 0)
-        for path in (self._paths.portal_socket, self._paths.proxy_dir / PID_FILE):
+        for path in (self._paths.portal_socket, self._paths.proxy_lock):
             with contextlib.suppress(OSError):
                 path.unlink()
         for address in self._listeners.addresses():

@@ -111,6 +111,10 @@ def _advice(why: str) -> str:
         ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
         ("address already in use", "another program has the port; let the engine choose it"),
         ("could not select device driver", "install the GPU runtime of the engine, or remove `gpus`"),
+        (
+            "bind source path does not exist",
+            "create it on the engine's host; a manager in a container needs its directories at the host's paths",
+        ),
         ("no such file or directory", "create the path on the engine's host, or correct the configuration"),
         ("minimum memory limit", "raise `memory`: the engine requires at least 6M"),
         ("unauthorized", "check the credentials of the registry"),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
+from dispatcher.cli.serve import proxy_process
 from tests.support.edge_daemon import ROOT, Daemon, free_port, status, user_ids
 from tests.support.edge_harness import COOKIE, TOKEN, Connection, Reader, eventually, read_all
 
@@ -54,8 +55,8 @@ def test_no_process_of_the_proxy_keeps_a_privilege(daemon):
         assert len(facts["Groups"].split()) == 1 and facts["Groups"] == facts["Gid"].split()[0]
 
 
-def test_the_proxy_writes_its_pid_and_hides_its_portal(daemon):
-    assert int((daemon.dir / "proxy/proxy.pid").read_text()) == daemon.process.pid
+def test_the_proxy_is_found_by_its_lock_and_hides_its_portal(daemon):
+    assert proxy_process(daemon.dir) == (daemon.process.pid, int(status(daemon.process.pid)["Uid"].split()[0]))
     assert (daemon.dir / "proxy").stat().st_mode & 0o777 == 0o700
 
 
@@ -179,7 +180,8 @@ def test_stopping_finishes_what_is_under_way():
             assert read_all(idle) == b""
             assert daemon.process.wait(10) == 0
             assert 1 < time.monotonic() - start < 6
-        assert not (daemon.dir / "proxy/proxy.pid").exists() and not (daemon.dir / "proxy/portal.sock").exists()
+        assert not (daemon.dir / "proxy/portal.sock").exists()
+        assert proxy_process(daemon.dir) is None
         with pytest.raises(ConnectionRefusedError):
             daemon.connect()
 

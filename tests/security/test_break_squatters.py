@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.cli.commands.daemons import _reload_proxy
-from dispatcher.cli.serve import proxy_pid
+from dispatcher.cli.serve import proxy_process
 from dispatcher.plugin import SecretFiles
 from tests.support import ordinary
 
@@ -96,38 +96,70 @@ def test_nothing_is_said_to_a_manager_that_is_another_users(trap, tmp_path, prog
     assert str(THIEF) in done.stdout + done.stderr
 
 
-def test_the_proxys_file_makes_nobody_read_or_wait_for_ever(tmp_path) -> None:
+#: A proxy as far as `dispatcher reload` knows one; SIGHUP ends it with 7.
+PROXY = """
+import fcntl, os, signal, sys
+signal.signal(signal.SIGHUP, lambda *_: os._exit(7))
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+os.setuid(int(sys.argv[2]))
+print(flush=True)
+input()
+"""
+
+
+@pytest.fixture
+def proxy(tmp_path):
+    """Start a proxy of another user, in a PID namespace of its own where that is wanted."""
     (tmp_path / "proxy").mkdir()
-    file = tmp_path / "proxy/proxy.pid"
-    os.mkfifo(file)
-    assert proxy_pid(tmp_path) is None
-    file.unlink()
-    file.symlink_to("/dev/zero")
-    assert proxy_pid(tmp_path) is None
-    file.unlink()
-    file.write_text("123\n")
-    assert proxy_pid(tmp_path) == 123
+    started = []
+
+    def start(uid: int, *namespace: str, lock: str = "proxy/proxy.lock") -> subprocess.Popen[bytes]:
+        command = [*namespace, sys.executable, "-c", PROXY, tmp_path / lock, str(uid), "proxy"]
+        process = subprocess.Popen(command, stdin=-1, stdout=-1)
+        started.append(process)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    yield start
+    for process in started:
+        process.communicate(b"\n", 20)
 
 
 @pytest.mark.root
-def test_the_proxys_user_names_no_process_of_another_user_to_be_signalled(tmp_path) -> None:
-    (tmp_path / "proxy").mkdir()
-    program = (
-        "import signal, sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(7)); print(flush=True); input()"
-    )
-    with subprocess.Popen([sys.executable, "-c", program, "proxy"], stdin=-1, stdout=-1) as process:
-        try:
-            assert process.stdout is not None
-            process.stdout.readline()
-            file = tmp_path / "proxy/proxy.pid"
-            file.write_text(f"{process.pid}\n")
-            os.chown(file, THIEF, THIEF)
-            assert not _reload_proxy(tmp_path)
-            os.chown(file, 0, 0)
-            assert _reload_proxy(tmp_path)
-            assert process.wait(20) == 7
-        finally:
-            process.kill()
+def test_the_proxys_user_names_no_process_of_another_user_to_be_signalled(tmp_path, proxy) -> None:
+    process = proxy(0)
+    file = tmp_path / "proxy/proxy.lock"
+    os.chown(file, THIEF, THIEF)
+    assert not _reload_proxy(tmp_path)
+    os.chown(file, 0, 0)
+    assert proxy_process(tmp_path) == (process.pid, 0)
+    assert _reload_proxy(tmp_path)
+    assert process.wait(20) == 7
+    assert proxy_process(tmp_path) is None, "its file is left, and belongs to nobody"
+
+
+@pytest.mark.root
+def test_a_proxy_in_another_pid_namespace_is_reloaded(tmp_path, proxy) -> None:
+    """Where the proxy is in a container, a process id that it writes somewhere is another's here."""
+    process = proxy(0, "unshare", "--pid", "--fork", "--kill-child")
+    found = proxy_process(tmp_path)
+    assert found is not None
+    assert f"\nNSpid:\t{found[0]}\t1\n" in Path(f"/proc/{found[0]}/status").read_text()
+    assert _reload_proxy(tmp_path)
+    assert process.wait(20) == 7
+
+
+@pytest.mark.root
+def test_a_file_in_place_of_the_lock_makes_nobody_wait_for_ever(tmp_path, proxy) -> None:
+    file = tmp_path / "proxy/proxy.lock"
+    os.mkfifo(file)
+    assert proxy_process(tmp_path) is None
+    file.unlink()
+    proxy(0, lock="elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    assert proxy_process(tmp_path) is None
 
 
 @pytest.fixture

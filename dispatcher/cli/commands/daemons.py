@@ -112,9 +112,9 @@ def _reload_proxy(run_dir: Path) -> bool:
 
     :raises Unavailable: it runs and may not be signalled.
     """
-    from dispatcher.cli.serve import pid_file
+    from dispatcher.cli.serve import proxy_process
 
-    found = pid_file(run_dir)
+    found = proxy_process(run_dir)
     if found is None:
         return False
     pid, owner = found
@@ -123,7 +123,7 @@ def _reload_proxy(run_dir: Path) -> bool:
         status = Path(f"/proc/{pid}/status").read_bytes()
     except OSError:
         return False
-    # The file may be stale, or written by the proxy's user to signal another process.
+    # The file is the proxy's user's, which may not choose another process.
     if b"proxy" not in arguments or b"\nUid:\t%d\t" % owner not in status:
         return False
     try:

@@ -65,6 +65,7 @@ def test_a_refusal_past_the_deadline_is_still_a_refusal():
     ("words", "advice"),
     [
         ("write /x: no space left on device", "free space"),
+        ('invalid mount config for type "bind": bind source path does not exist: /x', "a manager in a container"),
         ('exec: "nope": executable file not found in $PATH', "no such program"),
         ("could not select device driver", "GPU"),
         ("something else", "engine's log"),
