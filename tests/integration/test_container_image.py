@@ -20,10 +20,12 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.support.docker_tools import docker, inspect
+from tests.support.documentation import blocks
 from tests.support.installation import PASSWORD, Installation, until
 
 pytestmark = [pytest.mark.docker, pytest.mark.root]
 
+PAGE = ROOT / "docs/howto/run-in-containers.md"
 IMAGE = "dispatcher-test/dispatcher"
 PROXY_UID = 1900065536
 APPS = """
@@ -51,10 +53,15 @@ command = ["python3", "/probe.py", "--tcp", "0.0.0.0:{{port}}"]
 class Containers(Installation):
     """An installation whose daemons are the two services of the compose file."""
 
+    scheme = "https"
+
     def __init__(self, base: Path) -> None:
-        super().__init__(base, APPS)
+        tls = 'tls_cert = "/etc/dispatcher/tls/cert.pem"\ntls_key = "/etc/dispatcher/tls/key.pem"'
+        super().__init__(base, APPS, proxy=tls)
         self.etc = base / "etc"
-        self.etc.mkdir(mode=0o755)
+        (prepare,) = (one.text for one in blocks(PAGE, "sh") if one.mark.startswith("run by"))
+        script = prepare.replace("/etc/dispatcher", str(self.etc))
+        subprocess.run(["sh", "-ec", script], cwd=ROOT, check=True, capture_output=True, timeout=60)
         self.config = self.config.rename(self.etc / "dispatcher.toml")
         (self.etc / "token").write_text("a secret of the app")
         (self.etc / "token").chmod(0o600)
@@ -64,7 +71,7 @@ class Containers(Installation):
         subprocess.run(["mount", "--make-shared", run], check=True)
         self.project = base.name
         self.variables = {
-            "DISPATCHER_IMAGE": IMAGE, "DISPATCHER_CONFIG": str(self.etc),
+            "DISPATCHER_IMAGE": IMAGE, "DISPATCHER_ETC": str(self.etc),
             "DISPATCHER_STATE": str(base / "state"), "DISPATCHER_RUN": str(run),
         }  # fmt: skip
 

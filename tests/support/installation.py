@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from dispatcher.common.tls import client_context
+
 T = TypeVar("T")
 PASSWORD = "correct horse battery"
 
@@ -108,9 +110,13 @@ def request(connection, method: str, path: str, body: object = None, **headers: 
 class Installation:
     """Write a configuration, start and kill its daemons, talk to both.
 
+    :cvar scheme: of the proxy.
+
     :param base: a directory with a short path.  :param apps: TOML of the apps; `{app}` is the file of `APP`,
         `{python}` an interpreter.  :param extra: TOML put in front of it.
     """
+
+    scheme = "http"
 
     def __init__(self, base: Path, apps: str = "", extra: str = "", proxy: str = "") -> None:
         self.base = base
@@ -174,7 +180,13 @@ class Installation:
             return request(connection, method, path, body)
 
     def web(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
-        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)) as connection:
+        if self.scheme == "http":
+            web = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        else:
+            web = http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=60, context=client_context(verify=False)
+            )
+        with closing(web) as connection:
             return request(connection, method, path, body, **headers)
 
     def add(self, name: str, app: str | None = None) -> None:
@@ -190,7 +202,7 @@ class Installation:
             "/auth/login",
             {"user": name, "password": password},
             Accept="application/json",
-            Origin=f"http://127.0.0.1:{self.port}",
+            Origin=f"{self.scheme}://127.0.0.1:{self.port}",
         )
         assert answer.status == 200, answer.body
         return "; ".join(value.split(";")[0] for value in answer.headers.get_all("Set-Cookie") or [])
