@@ -102,6 +102,7 @@ def test_pages_speak_of_the_project_alone(page):
         *(page for page in PAGES if configuration(page)),
         *ROOT.glob("examples/**/*.toml"),
         ROOT / "packaging/dispatcher.toml",
+        ROOT / "packaging/container/dispatcher.toml",
     ],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
