@@ -52,6 +52,7 @@ SECTIONS = {
     "Installation": {
         "init": Lazy("init", "init", "Write a first configuration."),
         "providers": Lazy("providers", "providers", "List, check and describe providers."),
+        "plugins": Lazy("plugins", "plugins", "List plugins."),
         "config": Lazy("configuration", "config", "Check and show the configuration."),
         "doctor": Lazy("doctor", "doctor", "Check machine, providers and installation."),
     },

@@ -117,6 +117,10 @@ class ManagerClient:
         """``{"providers": [...]}``."""
         return self._rows("providers", "/providers")
 
+    def plugins(self) -> Json:
+        """``{"plugins": [...]}``."""
+        return self._rows("plugins", "/plugins")
+
     def check_provider(self, name: str, app: str | None = None) -> Json:
         """``{"findings": [...]}``."""
         return self._rows("findings", f"/providers/{quote(name, safe='')}/check", app=app)

@@ -15,14 +15,15 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import PluginRef, bounded
+from dispatcher.common.plugin_values import texts
 from dispatcher.common.tls import server_context
 from dispatcher.config.host_users import proxy_uid
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, caught
 from dispatcher.config.misplaced import PLACEHOLDERS
 from dispatcher.config.plugins import Plugins
-from dispatcher.plugin.errors import ConfigError, DispatcherError
+from dispatcher.plugin.errors import ConfigError, DispatcherError, ProviderError
 from dispatcher.plugin.model import App
 from dispatcher.plugin.provider import Provider, ProviderContext
 
@@ -53,15 +54,14 @@ def app_faults(config: Config, plugins: Plugins, apps: Iterable[str]) -> Iterato
             except DispatcherError as error:
                 yield f"apps.{name}.provider: {error}"
             else:
-                yield from faults_of(app, made[app.provider].faults)
+                yield from faults_of(app, made[app.provider].faults, plugins.ref("provider", app.provider))
 
 
-def faults_of(app: App, provider_faults: Callable[[App], Iterable[str]]) -> Iterator[str]:
+def faults_of(app: App, provider_faults: Callable[[App], Iterable[str]], plugin: PluginRef) -> Iterator[str]:
     """Yield why no agent of an app could start, by its texts and by `Provider.faults`."""
     yield from _misspelt_placeholders(app)
     try:
-        with contained(f"provider {app.provider}", "faults", log=None):
-            found = list(provider_faults(app))
+        found = bounded(plugin, "faults", lambda: texts(provider_faults(app)), log=None, error=ProviderError)
     except DispatcherError as error:
         found = [f"apps.{app.name}.provider: {error}"]
     yield from found
@@ -79,14 +79,14 @@ def _provider(name: str, config: Config, plugins: Plugins) -> Iterator[Provider]
         privileged=os.geteuid() == 0,
         log=_SILENT,
     )
-    options = config.provider_options(name, plugins)
-    with contained(f"provider {name}", "__init__", log=None):
-        provider = plugins.provider(name)(context=context, options=options)
+    options, ref = config.provider_options(name, plugins), plugins.ref("provider", name)
+    cls = plugins.provider(name)
+    provider = bounded(ref, "__init__", lambda: cls(context=context, options=options), log=None)
     try:
         yield provider
     finally:
-        with contextlib.suppress(DispatcherError), contained(f"provider {name}", "close", log=None):
-            provider.close()
+        with contextlib.suppress(DispatcherError):
+            bounded(ref, "close", provider.close, log=None)
 
 
 def _misspelt_placeholders(app: App) -> Iterator[str]:

@@ -75,7 +75,8 @@ class Config(Table):
         app = self.app(name)
         model, path = plugins.provider(app.provider).AppOptions, f"apps.{name}.{app.provider}"
         try:
-            options = self._validate(model, app.provider_table(app.provider), path)
+            ref = plugins.ref("provider", app.provider)
+            options = validate(ref, model, app.provider_table(app.provider), path, self._file)
         except ConfigError as error:
             others = [key for key in app.model_extra or {} if key in plugins.available()]
             if others and app.provider not in others:  # there is a table, but of another provider
@@ -98,20 +99,16 @@ class Config(Table):
         :raises ConfigError: invalid; :raises PluginError: as `Plugins.load`.
         """
         model = plugins.provider(name).Options
-        return self._validate(model, self.providers.get(name, {}), f"providers.{name}")
+        table, ref = self.providers.get(name, {}), plugins.ref("provider", name)
+        return validate(ref, model, table, f"providers.{name}", self._file)
 
-    def authenticator_options(self, name: str, model: type[BaseModel]) -> BaseModel:
+    def authenticator_options(self, name: str, plugins: Plugins) -> BaseModel:
         """Return ``[auth.NAME]``, validated by the authenticator's `Options`.
 
-        :raises ConfigError: invalid.
+        :raises ConfigError: invalid; :raises PluginError: as `Plugins.load`.
         """
-        return self._validate(model, (self.auth.model_extra or {}).get(name, {}), f"auth.{name}")
-
-    def _check_authenticator(self, name: str, plugins: Plugins) -> None:
-        self.authenticator_options(name, plugins.authenticator(name).Options)
-
-    def _validate(self, model: type[BaseModel], table: Mapping[str, Any], path: str) -> BaseModel:
-        return validate(model, table, path, self._file)
+        model, table = plugins.authenticator(name).Options, (self.auth.model_extra or {}).get(name, {})
+        return validate(plugins.ref("authenticator", name), model, table, f"auth.{name}", self._file)
 
     def validate_providers(self, plugins: Plugins) -> None:
         """Load every configured provider and validate all tables of plugins.
@@ -134,7 +131,7 @@ class Config(Table):
             hint = did_you_mean(chosen, ["local", *known], "install the distribution that provides it")
             yield f"auth.authenticator: there is no plugin {names.printable(chosen)}, {hint}"
         elif chosen != "local":
-            yield from caught("auth.authenticator", self._check_authenticator, chosen, plugins)
+            yield from caught("auth.authenticator", self.authenticator_options, chosen, plugins)
         for path, table in (*((f"apps.{name}", app) for name, app in self.apps.items()), ("auth", self.auth)):
             for key, value in (table.model_extra or {}).items():
                 if key not in known and key != "local" and isinstance(value, Mapping):

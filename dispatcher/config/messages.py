@@ -15,13 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import PluginRef, bounded
 from dispatcher.common.nearest import nearest as nearest_name
 from dispatcher.common.redact import is_secret
 from dispatcher.config import misplaced
 from dispatcher.config.schema import AppDefaults
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import ConfigError, PluginError
+from dispatcher.plugin.errors import ConfigError
 
 #: The expected value for each kind of pydantic error.
 _EXPECTED = {
@@ -63,18 +63,21 @@ _SYNONYMS = {
 
 
 def validate(
-    model: type[BaseModel], data: Mapping[str, Any], path: str = "", file: Path | None = None
+    plugin: PluginRef, model: type[BaseModel], data: Mapping[str, Any], path: str = "", file: Path | None = None
 ) -> BaseModel:
     """Return `data` as a plugin's `model`.
 
     :param path: the key of `data` in the file; :param file: the file, for the error.
-    :raises ConfigError: names every error; :raises PluginError: the model raised anything else.
+    :raises ConfigError: names every error; :raises PluginError: the model raised anything else, or hangs.
     """
-    with contained(f"plugin of the table {path}", "its validation", log=None, error=PluginError, secret=True):
+
+    def run() -> BaseModel:
         try:
             return model.model_validate(data)
         except ValidationError as error:
             raise wrong(problems(model, error, path), file) from error
+
+    return bounded(plugin, f"the validation of {path}", run, log=None, secret=True)
 
 
 def wrong(found: Iterable[str], file: Path | None = None) -> ConfigError:

@@ -1,29 +1,41 @@
 """Finds and loads plugins.
 
 A plugin is a module (or object) under the entry-point group `dispatcher.plugins`; the entry point has the name of
-the provider or authenticator.  Built-in plugins are loaded the same way.  Only configured plugins are imported, so
-another one that is broken or slow has no effect.
+the provider or authenticator, and registers that name only.  Built-in plugins are loaded the same way.  Only
+configured plugins are imported, so another one that is broken or slow has no effect.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
+import itertools
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
 from typing import Any, TypeVar
 
 import pluggy
 from pydantic import BaseModel
 
+from dispatcher.common.contained import PluginRef, at_once, bounded, text
 from dispatcher.config.messages import did_you_mean
 from dispatcher.plugin import authenticator, hooks, provider
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import PluginError
+from dispatcher.plugin.model import Isolation
 from dispatcher.plugin.names import printable
 from dispatcher.plugin.provider import Provider
 
 GROUP = "dispatcher.plugins"
+DISTRIBUTION = "agent-dispatcher"
+#: Names of plugins that are parts of this program and have no entry point.
+BUILT_IN = frozenset({"local", "dispatcher-metrics", "dispatcher-log"})
+MAX_CLASSES = 100  # that a hook may return
 _T = TypeVar("_T")
 
 
@@ -32,13 +44,28 @@ def distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
 
 
-def _not_importable(name: str, origin: str, error: BaseException) -> PluginError:
-    what = f"The plugin {name!r} of {origin} cannot be imported"
+def _of(origin: str) -> str:
+    return f" of {origin}" if origin else ""
+
+
+def _import(name: str, entry: EntryPoint) -> object:
+    """Import a plugin; it may raise anything, or hang."""
+    ref = PluginRef("plugin", name, distribution(entry))
+
+    def load() -> object:
+        try:
+            return entry.load()
+        except BaseException as error:
+            raise _not_importable(ref, error) from error
+
+    return bounded(ref, "its import", load, log=None)
+
+
+def _not_importable(ref: PluginRef, error: BaseException) -> PluginError:
+    what = f"The plugin {ref.name!r}{_of(ref.distribution)} cannot be imported"
     if not isinstance(error, ModuleNotFoundError):
-        return PluginError(
-            what, why=f"{type(error).__name__}: {error}", fix="report this to the author of the plugin"
-        )
-    needed = _requirements(name, origin.split(" ", maxsplit=1)[0])
+        return PluginError(what, why=f"{type(error).__name__}: {text(error, 300)}", fix=ref.report)
+    needed = _requirements(ref.name, ref.distribution.split(" ", maxsplit=1)[0])
     packages = " ".join(map(repr, needed)) or f"PACKAGE, the one that provides the module {error.name}"
     return PluginError(
         what,
@@ -73,9 +100,44 @@ def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origi
         if not caller.has_spec():
             known = sorted(hook for hook, other in vars(manager.hook).items() if other.has_spec())
             raise PluginError(
-                f"The plugin {name!r} of {origin} implements an unknown hook {caller.name!r}",
+                f"The plugin {name!r}{_of(origin)} implements an unknown hook {caller.name!r}",
                 fix=did_you_mean(caller.name, known, f"use one of {', '.join(known)}"),
             )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The classes of one plugin."""
+
+    provider: type[Provider] | None
+    authenticator: type[Authenticator] | None
+
+
+def _check_class(candidate: Any, base: type, version: int, ref: PluginRef) -> None:
+    what = f"{getattr(candidate, '__qualname__', printable(candidate))}{_of(ref.distribution)}"
+    if not (inspect.isclass(candidate) and issubclass(candidate, base)):
+        raise PluginError(f"{what} is not a subclass of dispatcher's {base.__name__}", fix=ref.report)
+    if inspect.isabstract(candidate):
+        missing = ", ".join(sorted(getattr(candidate, "__abstractmethods__", ())))
+        raise PluginError(f"{what} is incomplete", why=f"it does not implement {missing}", fix=ref.report)
+    if not isinstance(getattr(candidate, "name", None), str):
+        raise PluginError(f"{what} has no name", fix="set the class attribute `name`")
+    if getattr(candidate, "api_version", None) != version:
+        raise PluginError(
+            f"{what} is written for version {getattr(candidate, 'api_version', None)} of the contract",
+            why=f"this program has version {version}",
+            fix="install a matching release of the plugin",
+        )
+    if base is Provider and not isinstance(getattr(candidate, "isolation", None), Isolation):
+        raise PluginError(
+            f"{what} has no isolation",
+            why=f"found {printable(getattr(candidate, 'isolation', None))}",
+            fix="set the class attribute `isolation` to a member of dispatcher.plugin.Isolation",
+        )
+    for options in ("Options", *(("AppOptions",) if base is Provider else ())):
+        model = getattr(candidate, options, None)
+        if not (inspect.isclass(model) and issubclass(model, BaseModel)):
+            raise PluginError(f"{what} has no {options}", fix=f"set `{options}` to a pydantic model")
 
 
 class Plugins:
@@ -92,8 +154,11 @@ class Plugins:
                 known.append(entry)
         self._manager = _manager()
         self._loaded: dict[str, str] = {}
+        self._refused: dict[str, PluginError] = {}
         self._providers: dict[str, type[Provider]] = {}
         self._authenticators: dict[str, type[Authenticator]] = {}
+        self._lock = threading.Lock()
+        self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one plugin is loaded once
 
     @property
     def hook(self) -> pluggy.HookRelay:
@@ -104,57 +169,111 @@ class Plugins:
         """Return the name of every installed plugin with its distribution."""
         return {name: distribution(found[0]) for name, found in sorted(self._entries.items())}
 
+    def ref(self, kind: str, name: str) -> PluginRef:
+        """Return how errors name a plugin."""
+        origin = self._loaded.get(name) or self.available().get(name, "")
+        return PluginRef(kind, name, origin)
+
+    def kinds(self, name: str) -> list[str]:
+        """Return what a loaded plugin is: provider, authenticator, observer."""
+        plugin = self._manager.get_plugin(name)
+        observers = {each.plugin_name for each in self.hook.dispatcher_agent_event.get_hookimpls()}
+        found = {
+            "provider": name in self._providers,
+            "authenticator": name in self._authenticators,
+            "observer": plugin is not None and name in observers,
+        }
+        return [kind for kind, is_one in found.items() if is_one]
+
     def load(self, name: str) -> None:
-        """Import and register a plugin; loading it again does nothing.
+        """Import and register a plugin; loading it again does nothing, or raises the same error.
 
-        :raises PluginError: not installed, declared twice, not importable, or as `register`.
+        :raises PluginError: not installed, declared twice, not importable, hanging, or as `register`.
         """
-        if name in self._loaded:
-            return
-        entry = self._entry(name)
-        origin = distribution(entry)
-        try:
-            plugin = entry.load()
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # a plugin may raise anything
-            raise _not_importable(name, origin, error) from error
-        self.register(name, plugin, origin)
+        with self._lock:
+            lock = self._locks[name]
+        with lock:
+            if name in self._loaded:
+                return
+            if name in self._refused:
+                raise self._refused[name].with_traceback(None)
+            entry = self._entry(name)
+            try:
+                if name in BUILT_IN:
+                    raise PluginError(
+                        f"The plugin {name!r} of {distribution(entry)} is refused",
+                        why="the name belongs to a part of dispatcher",
+                        fix="rename its entry point, or uninstall it",
+                    )
+                plugin = _import(name, entry)
+                self.register(name, plugin, distribution(entry))
+            except PluginError as error:
+                self._refused[name] = error
+                raise
 
-    def register(self, name: str, plugin: object, origin: str = "this program") -> None:
-        """Register a plugin: called by `load`, and for what has no entry point (built in, or in tests).
+    def load_all(self, names: Iterable[str]) -> None:
+        """Load plugins at the same time; why one cannot be is said when it is needed."""
 
-        :param origin: the distribution that errors name.
-        :raises PluginError: an unknown hook, a wrong class, a name that is taken.
+        def load(name: str) -> None:
+            with suppress(PluginError):
+                self.load(name)
+
+        at_once(functools.partial(load, name) for name in names if name in self._entries)
+
+    def refusal(self, name: str) -> PluginError | None:
+        """Return why a plugin was refused; None if it was not."""
+        return self._refused.get(name)
+
+    def forget_refusals(self) -> None:
+        """Try refused plugins again when they are needed next: they may have been repaired."""
+        with self._lock:
+            self._refused.clear()
+
+    def register(self, name: str, plugin: object, origin: str = "") -> None:
+        """Register a plugin under its name: called by `load`, and for what has no entry point (built in, or in
+        tests).
+
+        A plugin is registered as a whole or not at all.
+
+        :param origin: the distribution that errors name; "": this program.
+        :raises PluginError: an unknown hook, a wrong class, a class of another name.
         """
+        ref = PluginRef("plugin", name, origin)
         alone = _manager()  # calls the hooks of this plugin only; a refused plugin gets no events
-        try:
-            alone.register(plugin, name)
-            if name in self._loaded or self._manager.is_registered(plugin):
-                raise ValueError("it is registered already")
-        except (pluggy.PluginValidationError, ValueError) as error:
-            raise PluginError(
-                f"The plugin {name!r} of {origin} breaks a hook's contract", why=str(error)
-            ) from error
-        _check_hooks(alone, name, plugin, origin)
-        hook = hooks.dispatcher_register_providers.__name__
-        self._collect(alone, hook, Provider, provider.API_VERSION, self._providers, origin)
-        hook = hooks.dispatcher_register_authenticators.__name__
-        self._collect(alone, hook, Authenticator, authenticator.API_VERSION, self._authenticators, origin)
-        self._manager.register(plugin, name)
-        self._loaded[name] = origin
+
+        def collect() -> _Found:
+            try:
+                alone.register(plugin, name)
+                if name in self._loaded or self._manager.is_registered(plugin):
+                    raise ValueError("it is registered already")
+            except (pluggy.PluginValidationError, ValueError) as error:
+                raise PluginError(
+                    f"The plugin {name!r}{_of(origin)} breaks a hook's contract", why=str(error), fix=ref.report
+                ) from error
+            _check_hooks(alone, name, plugin, origin)
+            return _Found(
+                self._collect(alone, "providers", Provider, provider.API_VERSION, ref),
+                self._collect(alone, "authenticators", Authenticator, authenticator.API_VERSION, ref),
+            )
+
+        found = bounded(ref, "its hooks", collect, log=None) if origin else collect()
+        with self._lock:
+            self._manager.register(plugin, name)
+            self._providers.update({name: found.provider} if found.provider else {})
+            self._authenticators.update({name: found.authenticator} if found.authenticator else {})
+            self._loaded[name] = origin
 
     def provider(self, name: str) -> type[Provider]:
         """Return the provider class called `name`, its plugin loaded.
 
-        :raises PluginError: as `load`, or its plugin registers no provider of that name.
+        :raises PluginError: as `load`, or its plugin registers no provider.
         """
         return self._class(name, self._providers, "provider")
 
     def authenticator(self, name: str) -> type[Authenticator]:
         """Return the authenticator class called `name`, its plugin loaded.
 
-        :raises PluginError: as `load`, or its plugin registers no authenticator of that name.
+        :raises PluginError: as `load`, or its plugin registers no authenticator.
         """
         return self._class(name, self._authenticators, "authenticator")
 
@@ -162,7 +281,12 @@ class Plugins:
         if name not in known:
             self.load(name)
         if name not in known:
-            raise PluginError(f"The plugin {name!r} of {self._loaded[name]} registers no {what} called {name!r}")
+            kinds = " and ".join(self.kinds(name))
+            raise PluginError(
+                f"The plugin {name!r}{_of(self._loaded[name])} registers no {what}",
+                why=f"it registers: {kinds}" if kinds else "it implements none of the hooks",
+                fix=f"choose the plugin of another {what}",
+            )
         return known[name]
 
     def _entry(self, name: str) -> EntryPoint:
@@ -178,51 +302,37 @@ class Plugins:
             )
         return found[0]
 
-    def _collect(
-        self,
-        manager: pluggy.PluginManager,
-        hook: str,
-        base: Any,
-        version: int,
-        into: dict[str, Any],
-        origin: str,
-    ) -> None:
-        """Call a hook and add the classes that it returns to `into`."""
+    def _collect(self, manager: pluggy.PluginManager, kind: str, base: type, version: int, ref: PluginRef) -> Any:
+        """Call a hook; return the class of the plugin's own name that it returns."""
+        hook = f"dispatcher_register_{kind}"
         try:
-            classes = [cls for returned in getattr(manager.hook, hook)() for cls in returned]
+            returned = itertools.chain.from_iterable(getattr(manager.hook, hook)())
+            classes = list(itertools.islice(returned, MAX_CLASSES + 1))
         except ImportError as error:  # plugins may import their libraries when the hook is called
-            raise _not_importable(manager.list_name_plugin()[0][0], origin, error) from error
-        except KeyboardInterrupt:
-            raise
+            raise _not_importable(ref, error) from error
         except BaseException as error:
-            raise PluginError(f"{hook} of {origin} failed", why=f"{type(error).__name__}: {error}") from error
-        for cls in classes:
-            self._check_class(cls, base, version, origin)
-            if cls.name in into:
-                raise PluginError(
-                    f"{cls.name!r} is registered twice",
-                    why=f"by {into[cls.name].__module__} and by {cls.__module__} of {origin}",
-                    fix="uninstall one of them",
-                )
-            into[cls.name] = cls
-
-    @staticmethod
-    def _check_class(candidate: Any, base: type, version: int, origin: str) -> None:
-        what = f"{getattr(candidate, '__qualname__', printable(candidate))} of {origin}"
-        if not (inspect.isclass(candidate) and issubclass(candidate, base)):
-            raise PluginError(f"{what} is not a subclass of dispatcher's {base.__name__}")
-        if inspect.isabstract(candidate):
-            missing = ", ".join(sorted(getattr(candidate, "__abstractmethods__", ())))
-            raise PluginError(f"{what} is incomplete", why=f"it does not implement {missing}")
-        if not isinstance(getattr(candidate, "name", None), str):
-            raise PluginError(f"{what} has no name", fix="set the class attribute `name`")
-        if getattr(candidate, "api_version", None) != version:
             raise PluginError(
-                f"{what} is written for version {getattr(candidate, 'api_version', None)} of the contract",
-                why=f"this program has version {version}",
-                fix="install a matching release of the plugin",
+                f"{hook}{_of(ref.distribution)} failed",
+                why=f"{type(error).__name__}: {text(error, 300)}",
+                fix=ref.report,
+            ) from error
+        for cls in classes:
+            _check_class(cls, base, version, ref)
+            if cls.name != ref.name:
+                raise self._wrong_name(cls, kind.removesuffix("s"), ref)
+        if len(classes) > 1:
+            raise PluginError(
+                f"The plugin {ref.name!r}{_of(ref.distribution)} registers several classes",
+                why=hook,
+                fix=ref.report,
             )
-        for options in ("Options", *(("AppOptions",) if base is Provider else ())):
-            model = getattr(candidate, options, None)
-            if not (inspect.isclass(model) and issubclass(model, BaseModel)):
-                raise PluginError(f"{what} has no {options}", fix=f"set `{options}` to a pydantic model")
+        return classes[0] if classes else None
+
+    def _wrong_name(self, cls: Any, kind: str, ref: PluginRef) -> PluginError:
+        owner = self.available().get(cls.name) or (DISTRIBUTION if cls.name in BUILT_IN else "")
+        taken = f"; {cls.name!r} is the {kind} of {owner}" if owner else ""
+        return PluginError(
+            f"{cls.__qualname__}{_of(ref.distribution)} calls itself {printable(cls.name)}",
+            why=f"the entry point {ref.name!r} registers the name {ref.name!r} and no other{taken}",
+            fix=f"uninstall {ref.distribution.split(' ')[0]}, or let entry point and class have one name",
+        )

@@ -7,21 +7,22 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from dispatcher import __version__
 from dispatcher.common import log
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import bounded
 from dispatcher.config.check import tls_faults
 from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config, load
 from dispatcher.config.messages import wrong
 from dispatcher.config.plugins import Plugins
+from dispatcher.config.plugins_used import configured
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.auth import local
+from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
@@ -37,9 +38,8 @@ from dispatcher.manager.rest.server import Server, WsgiApp
 from dispatcher.manager.storage.agents import steady_clock
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
-from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.deadline import boottime
-from dispatcher.plugin.errors import DispatcherError
+from dispatcher.plugin.errors import ConfigError, DispatcherError, PluginError
 
 #: Settings that are read at the start only.
 FIXED = (
@@ -116,8 +116,9 @@ class Manager:
         metrics = Metrics()
         self._plugins.register("dispatcher-metrics", metrics)
         self._plugins.register("dispatcher-log", EventLog())
+        self._plugins.load_all(configured(config))
         for name in config.plugins:
-            self._plugins.load(name)
+            self._load_observer(name)
         self.supervisor = Supervisor(
             config=config,
             paths=self.paths,
@@ -130,10 +131,11 @@ class Manager:
         auth_store.pull_back(clock.now())
         self.sessions = Sessions(auth_store, clock, _lifetimes(config), self.supervisor.queries.user_id)
         hasher = Hasher()
-        pool = HashPool(config.auth.hash_workers, config.auth.hash_queue)
+        external = config.auth.authenticator != local.NAME
+        pool = HashPool(config.auth.hash_workers, config.auth.hash_queue, at_once=external)
         self._closers.append(pool.close)
         authenticator = self._authenticator(hasher)
-        self._closers.append(lambda: _close(authenticator))
+        self._closers.append(authenticator.close)
         signin = SignIn(
             authenticator=authenticator,
             supervisor=self.supervisor,
@@ -146,6 +148,7 @@ class Manager:
         )
         self._closers.append(self.supervisor.close)
         self.supervisor.start()
+        self.supervisor.every(1.0, signin.check_overdue)
         self.sessions.load()
         self._closers.append(self.sessions.close)
         self.sessions.start()
@@ -162,6 +165,7 @@ class Manager:
             supervisor=self.supervisor,
             sessions=self.sessions,
             signin=signin,
+            plugins=self._plugins,
             clock=clock,
             metrics=metrics,
             reload=self.reload,
@@ -181,6 +185,7 @@ class Manager:
                 "hash_queue": ("Running and waiting password checks", lambda: pool.present),
             },
             workers=self.feed.counters,
+            observers=lambda: self.supervisor.observers.states,
         )
         follow_removals(self.supervisor, self.sessions, self.feed.synchronize)
         self._listen()
@@ -190,12 +195,35 @@ class Manager:
         self._closers.append(freezing.cancel)
         freezing.start()
 
-    def _authenticator(self, hasher: Hasher) -> Authenticator:
+    def _load_observer(self, name: str) -> None:
+        """Load a plugin of `plugins`; without one that is at fault the manager runs all the same."""
+        try:
+            self._plugins.load(name)
+        except PluginError as error:
+            if name not in self._plugins.available():
+                raise
+            _log.error("a plugin is left out", plugin=name, why=str(error))
+
+    def _authenticator(self, hasher: Hasher) -> ContainedAuthenticator:
+        """Return the authenticator; nobody can sign in with one that is at fault, but agents and sessions remain.
+
+        :raises ConfigError: there is none of that name, or its options are invalid.
+        """
         name = self.config.auth.authenticator
         self._plugins.register(local.NAME, local.plugin(self.supervisor.store, hasher))
-        cls = self._plugins.authenticator(name)
-        with contained(f"authenticator {name}", "__init__"):
-            return cls(options=self.config.authenticator_options(name, cls.Options))
+        try:
+            cls, options = (
+                self._plugins.authenticator(name),
+                self.config.authenticator_options(name, self._plugins),
+            )
+            ref = self._plugins.ref("authenticator", name)
+            return ContainedAuthenticator(ref, bounded(ref, "__init__", lambda: cls(options=options)))
+        except DispatcherError as error:
+            unknown = name not in {local.NAME, *self._plugins.available()}
+            if unknown or (isinstance(error, ConfigError) and not isinstance(error, PluginError)):
+                raise
+            _log.error("nobody can sign in", why=str(error))
+            return ContainedAuthenticator(self._plugins.ref("authenticator", name), None, error)
 
     def _listen(self) -> None:
         threads = self.config.manager.threads
@@ -321,11 +349,6 @@ def _freeze_heap() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def _close(authenticator: Authenticator) -> None:
-    with suppress(DispatcherError), contained(f"authenticator {authenticator.name}", "close"):
-        authenticator.close()
 
 
 def _lifetimes(config: Config) -> Lifetimes:

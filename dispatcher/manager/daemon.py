@@ -1,7 +1,8 @@
 """The manager's process: signals, systemd, exit.
 
 SIGTERM and SIGINT stop it: `run` leaves its loop and calls `Manager.close`, which closes the listeners, then the
-supervisor's threads, then the database; agents continue to run.  SIGHUP reads the configuration again.
+supervisor's threads, then the database; agents continue to run.  A start that still waits, for a plugin or the
+database, is broken off.  SIGHUP reads the configuration again.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def run(config: Config, path: Path | None = None) -> int:
     manager = Manager(config, path)
     with _signals() as arrived:
         try:
-            manager.start()
+            with _interruptible():
+                manager.start()
             notify("READY=1")
             for number in arrived:
                 if number != signal.SIGHUP:
@@ -45,6 +47,8 @@ def run(config: Config, path: Path | None = None) -> int:
                 _reload(manager)
             _log.info("stopping; agents continue to run until `dispatcher stop NAME`")
             notify("STOPPING=1")
+        except KeyboardInterrupt:
+            _log.info("stopped before it was ready")
         finally:
             manager.close()
     return 0
@@ -69,6 +73,27 @@ def _signals() -> Iterator[Iterator[int]]:
             signal.signal(number, handler)
         os.close(reader)
         os.close(writer)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let the first signal that stops the manager raise `KeyboardInterrupt` inside the block."""
+    stopping = (signal.SIGTERM, signal.SIGINT)
+
+    def disarm() -> None:
+        for number in stopping:
+            signal.signal(number, lambda *_: None)
+
+    def interrupt(*_: object) -> None:
+        disarm()
+        raise KeyboardInterrupt
+
+    for number in stopping:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        disarm()
 
 
 def _reload(manager: Manager) -> None:

@@ -24,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.lifecycle import EventKind
+from dispatcher.manager.agents.observers import ObserverState
 from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import AgentEvent
 
@@ -86,10 +87,12 @@ class Metrics:
         agents: Callable[[], Iterable[AgentView]],
         gauges: Mapping[str, tuple[str, Callable[[], float]]],
         workers: Callable[[], Mapping[str, Mapping[str, float]]],
+        observers: Callable[[], Mapping[str, ObserverState]] = dict,
     ) -> None:
         """Collect these when the metrics are read.
 
         :param gauges: name -> (help, value); :param workers: counters of each connected edge worker.
+        :param observers: how each observer of events keeps up.
         """
 
         class OnRead(Collector):
@@ -103,6 +106,7 @@ class Metrics:
                 yield found
                 for name, (text, value) in gauges.items():
                     yield GaugeMetricFamily(f"dispatcher_{name}", text, value=value())
+                yield from _observer_metrics(observers())
                 yield from _worker_metrics(workers())
 
         self.registry.register(OnRead())
@@ -110,6 +114,22 @@ class Metrics:
     def text(self) -> bytes:
         """Return all metrics."""
         return generate_latest(self.registry)
+
+
+def _observer_metrics(observers: Mapping[str, ObserverState]) -> Iterator[Metric]:
+    waiting = GaugeMetricFamily(
+        "dispatcher_observer_waiting", "Events that wait for an observer", labels=["plugin"]
+    )
+    lost = CounterMetricFamily(
+        "dispatcher_observer_lost", "Events that an observer was too slow for", labels=["plugin"]
+    )
+    failed = CounterMetricFamily(
+        "dispatcher_observer_failures", "Calls of an observer that raised", labels=["plugin"]
+    )
+    for name, state in observers.items():
+        for family, value in ((waiting, state.waiting), (lost, state.lost), (failed, state.failures)):
+            family.add_metric([name], value)
+    yield from (waiting, lost, failed)
 
 
 def _worker_metrics(workers: Mapping[str, Mapping[str, float]]) -> Iterator[Metric]:

@@ -20,7 +20,7 @@ hookimpl = pluggy.HookimplMarker(NAMESPACE)
 
 @hookspec
 def dispatcher_register_providers() -> Iterable[type[Provider]]:
-    """Return the provider classes of this plugin.
+    """Return the provider class of this plugin, which has the name of the entry point.
 
     .. versionadded:: 0.1
     """
@@ -29,7 +29,7 @@ def dispatcher_register_providers() -> Iterable[type[Provider]]:
 
 @hookspec
 def dispatcher_register_authenticators() -> Iterable[type[Authenticator]]:
-    """Return the authenticator classes of this plugin.
+    """Return the authenticator class of this plugin, which has the name of the entry point.
 
     .. versionadded:: 0.1
     """
@@ -40,7 +40,7 @@ def dispatcher_register_authenticators() -> Iterable[type[Authenticator]]:
 def dispatcher_agent_event(event: AgentEvent) -> None:
     """Observe something that happened to an agent.  Exceptions are logged.
 
-    Called in order, in a separate thread: a slow observer does not delay the manager.
+    Called in order, in a thread of the observer's own: a slow one delays neither the manager nor another.
 
     :param event: what happened.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from dataclasses import replace
 
 from dispatcher.plugin import names
@@ -186,6 +187,10 @@ class FakeSupervisor:
         endpoint = Endpoint.unix(f"/run/x/{names.digest(agent)}/s") if feed_state is FeedState.RUNNING else None
         self.put(agent, state=state, feed_state=feed_state, endpoint=endpoint, owner_uid=None, failure=None)
 
+    def lose(self, agent):
+        """The backend does not answer."""
+        self.put(agent, state=State.UNKNOWN, reachable=False)
+
     def fail(self, agent, what="The agent did not start"):
         failure = Failure(what=what, why="exit code 1", fix="see its log", log=("boom <b>",))
         self.put(agent, state=State.FAILED, feed_state=FeedState.FAILED, failure=failure, endpoint=None)
@@ -272,6 +277,13 @@ class FakeSupervisor:
 
     def top(self):
         return []
+
+    def every(self, seconds, call):
+        pass
+
+    @property
+    def observers(self):
+        return SimpleNamespace(states={})
 
     def providers(self):
         return [

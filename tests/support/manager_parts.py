@@ -7,13 +7,16 @@ import threading
 import flask
 from pydantic import TypeAdapter
 
+from dispatcher.common.contained import PluginRef
 from dispatcher.config.load import parse
+from dispatcher.config.plugins import Plugins
 from dispatcher.manager.storage import agents  # noqa: F401 - declares its tables
 from dispatcher.manager.rest import Services
 from dispatcher.manager.rest import application
 from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
+from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.auth.removals import follow_removals
@@ -70,7 +73,9 @@ class Parts:
         if authenticator is None:
             cls = plugin(self.supervisor.store, self.hasher).dispatcher_register_authenticators()[0]
             authenticator = cls(options=cls.Options())
-        self.authenticator = authenticator
+        self.authenticator = ContainedAuthenticator(
+            PluginRef("authenticator", authenticator.name, "acme 1"), authenticator
+        )
         self.edge_waits = []
         follow_removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1))
         self.reloads = []
@@ -80,6 +85,7 @@ class Parts:
             supervisor=self.supervisor,
             sessions=self.sessions,
             signin=self.new_signin(),
+            plugins=Plugins([]),
             clock=self.clock,
             metrics=self.metrics,
             reload=lambda: self.reloads.append(1) or ["The log level is debug."],

@@ -157,7 +157,9 @@ def _reach(cli: Cli, name: str, state: str, wait: bool) -> None:
 
 
 def _is(state: str) -> Callable[[Json], bool]:
-    return lambda answer: answer.get("state") == state
+    """Return whether a state satisfies a command.  An agent that has ended cannot be suspended any more."""
+    good = {"suspended": {"suspended", "hibernated", "stopped"}, "hibernated": {"hibernated", "stopped"}}
+    return lambda answer: answer.get("state") in good.get(state, {state})
 
 
 def _print_state(cli: Cli, name: str, answer: Json) -> None:

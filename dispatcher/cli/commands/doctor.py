@@ -32,7 +32,7 @@ def doctor(cli: Cli) -> int:
 def examine(cli: Cli) -> Iterator[Finding]:
     """Yield all findings: machine, configuration, manager, providers, then the rest of the installation."""
     from dispatcher.cli.doctor import installation, machine
-    from dispatcher.cli.doctor.providers import providers
+    from dispatcher.cli.doctor.providers import plugins_in_use
     from dispatcher.config.check import access_log_faults, tls_faults
     from dispatcher.config.layout import Paths
     from dispatcher.config.load import Config
@@ -60,7 +60,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
         serving, findings = installation.manager(cli.client(), cli.url)
         client = cli.client() if serving else None
         yield from findings
-        yield from providers(config, plugins, client)
+        yield from plugins_in_use(config, plugins, client)
     except DispatcherError as problem:
         yield Finding.error(str(problem), "check the options, and the manager's log")
     if paths is None:

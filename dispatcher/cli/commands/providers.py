@@ -25,7 +25,13 @@ def providers() -> None:
 @pass_cli
 def list_providers(cli: Cli) -> None:
     """List the providers that the manager uses: isolation, usability and capabilities."""
-    found = cli.client().providers()
+    client = cli.client()
+    found = client.providers()
+    others = [
+        f"{plugin['name']} ({plugin['distribution']})"
+        for plugin in client.plugins()["plugins"]
+        if not plugin["configured"]
+    ]
     cli.out.table(
         found,
         ["NAME", "ISOLATION", "USABLE", "FROM", "CAN"],
@@ -42,6 +48,8 @@ def list_providers(cli: Cli) -> None:
         empty="no provider is configured",
         least=("FROM",),
     )
+    if others:
+        cli.out.note(f"installed, not used by the configuration: {', '.join(others)}")
 
 
 def _error(provider: Json) -> str:

@@ -1,7 +1,7 @@
-"""Checks of `doctor` on providers: `check` and `explain` of each installed one, also of a third party.
+"""Checks of `doctor` on plugins: `check` and `explain` of each installed provider, also of a third party, and
+whether the authenticator and the observers can be used.
 
-A running manager checks the providers that it uses.  The others are checked in this process, with temporary
-directories.
+A running manager checks what it uses.  The others are checked in this process, with temporary directories.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import bounded
+from dispatcher.common.plugin_values import finding, several
 from dispatcher.config.check import app_faults
+from dispatcher.config.plugins_used import configured
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DispatcherError, PluginError
+from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.model import App, Finding, Level
 from dispatcher.plugin.provider import Provider, ProviderContext
 
@@ -26,39 +28,72 @@ if TYPE_CHECKING:
     from dispatcher.config.plugins import Plugins
 
 SECONDS = 30.0  # for one provider
+SLACK = 5.0  # seconds that it may take beyond them
+LOCAL = "local"  # the authenticator that is a part of the manager
 
 
-def providers(config: Config, plugins: Plugins, client: ManagerClient | None) -> Iterator[Finding]:
-    """Check every installed provider; faults are errors only where the configuration uses it.
+def plugins_in_use(config: Config, plugins: Plugins, client: ManagerClient | None) -> Iterator[Finding]:
+    """Check every installed provider, the authenticator and the observers of the configuration.
+
+    Faults are errors only where the configuration uses the plugin.
 
     :param client: of the running manager; None without one.
     """
-    managed = {provider["name"] for provider in client.providers()["providers"]} if client else set()
-    for name in sorted(managed):
-        assert client is not None
-        for item in client.check_provider(name)["findings"]:
-            yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
-    used = set(config.providers) | {app.provider for app in config.apps.values()}
-    for name in sorted((used | set(plugins.available())) - managed):
-        try:
-            plugins.load(name)
-        except PluginError as problem:
-            yield _fault(problem, used=name in used)
-            continue
-        try:
-            provider = plugins.provider(name)
-        except PluginError as problem:
-            if name in used:
-                yield _fault(problem, used=True)
-            continue  # a plugin may register something other than a provider
-        for finding in check(provider, config, plugins, used=name in used):
-            yield _of(name, finding)
+    used = configured(config)
+    managed = {state["name"]: state for state in client.plugins()["plugins"]} if client else {}
+    backends = {provider["name"] for provider in client.providers()["providers"]} if client else set()
+    for name in sorted({*backends, *used, *plugins.available()} - {LOCAL}):
+        kind = used.get(name, "provider")
+        state = managed.get(name)
+        if name in backends:
+            assert client is not None
+            for item in client.check_provider(name)["findings"]:
+                yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
+        elif state and state["configured"]:
+            yield _of(
+                name, Finding.error(state["error"], "see the manager's log") if state["error"] else _works(kind)
+            )
+        else:
+            yield from _checked_here(name, kind, config, plugins, used=name in used)
+
+
+def _works(kind: str) -> Finding:
+    return Finding.ok("can be used" if kind == "provider" else f"can be used ({kind})")
+
+
+def _checked_here(name: str, kind: str, config: Config, plugins: Plugins, *, used: bool) -> Iterator[Finding]:
+    """Check a plugin in this process."""
+    try:
+        plugins.load(name)
+        if kind == "authenticator":
+            check_authenticator(name, config, plugins)
+        elif kind == "provider" and (used or "provider" in plugins.kinds(name)):
+            for found in check(plugins.provider(name), config, plugins, used=used):
+                yield _of(name, found)
+            return
+    except DispatcherError as problem:
+        yield _of(name, _fault(problem, used=used))
+        return
+    if used:
+        yield _of(name, _works(kind))
+
+
+def check_authenticator(name: str, config: Config, plugins: Plugins) -> None:
+    """Make an authenticator, and close it.
+
+    :raises DispatcherError: why that is impossible.
+    """
+    cls, options = plugins.authenticator(name), config.authenticator_options(name, plugins)
+    ref = plugins.ref("authenticator", name)
+    made = bounded(ref, "__init__", lambda: cls(options=options), log=None)
+    bounded(ref, "close", made.close, log=None)
 
 
 def check(
     cls: type[Provider], config: Config, plugins: Plugins, *, used: bool, app: App | None = None
 ) -> Iterator[Finding]:
     """Check a provider in this process, and explain it if the configuration uses it: for an app, or as a whole."""
+    ref = plugins.ref("provider", cls.name)
     with tempfile.TemporaryDirectory(prefix="dispatcher-doctor-") as directory:
         home = Path(directory)
         for place in ("state", "run"):
@@ -70,16 +105,20 @@ def check(
             proxy_gid=os.getegid(),
             privileged=os.geteuid() == 0,
         )
+
+        def ask() -> list[Finding]:
+            provider = cls(context=context, options=options)
+            try:
+                provider.check(deadline=Deadline(SECONDS))
+                return several(provider.explain(app), finding) if used else []
+            finally:
+                provider.close()
+
         try:
-            with contained(f"provider {cls.name}", "its check", log=None):
-                provider = cls(context=context, options=config.provider_options(cls.name, plugins))
-                try:
-                    provider.check(deadline=Deadline(SECONDS))
-                    explained = list(provider.explain(app)) if used else []
-                    if app is not None:
-                        explained += map(Finding.error, app_faults(config, plugins, [app.name]))
-                finally:
-                    provider.close()
+            options = config.provider_options(cls.name, plugins)
+            explained = bounded(ref, "its check", ask, seconds=SECONDS + SLACK, log=None)
+            if app is not None:
+                explained += map(Finding.error, app_faults(config, plugins, [app.name]))
         except DispatcherError as problem:
             yield _fault(problem, used=used)
         else:

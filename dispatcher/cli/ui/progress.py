@@ -17,12 +17,13 @@ import click
 from dispatcher.cli.context import Cli
 from dispatcher.cli.ui.output import clean
 from dispatcher.common import humanize
-from dispatcher.plugin.errors import DispatcherError, NotFound, StartFailed
+from dispatcher.plugin.errors import Conflict, DispatcherError, NotFound, StartFailed, Unavailable
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import Json, ManagerClient
 
 INTERVAL = 0.25  # seconds
+UNKNOWN = 15.0  # seconds for which a state may be unknown, as the backend does not answer
 WAIT = 60.0  # seconds that one request waits at the manager
 _WIDTH = 100
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -48,10 +49,16 @@ def follow(
     line = _Line(client, agent)
     if sys.stderr.isatty() and not cli.out.json:
         line.start()
+    unknown_since: float | None = None
     try:
         answer = send(client, WAIT)
+        wanted = answer.get("desired")
         while not done(answer):
             _raise_failure(answer)
+            _raise_if_over(agent, answer, wanted)
+            unknown_since = (unknown_since or time.monotonic()) if answer.get("state") == "unknown" else None
+            if unknown_since is not None and time.monotonic() - unknown_since > UNKNOWN:
+                raise _unknown(agent)
             time.sleep(INTERVAL)
             answer = _state(client, agent)
     except KeyboardInterrupt:
@@ -68,6 +75,24 @@ def _state(client: ManagerClient, agent: str) -> Json:
         return client.state(agent)
     except NotFound:
         return {}
+
+
+def _raise_if_over(agent: str, state: Json, wanted: object) -> None:
+    """Raise an error if what is awaited can no longer happen."""
+    if not state:
+        raise NotFound(f"The agent {agent} no longer exists", why="it was removed meanwhile")
+    if state.get("desired") != wanted:
+        raise Conflict(
+            f"The desired state of {agent} is {state.get('desired')} now", why="another request set it meanwhile"
+        )
+
+
+def _unknown(agent: str) -> Unavailable:
+    return Unavailable(
+        f"The state of {agent} is unknown",
+        why="its backend does not answer; the manager continues when it does",
+        fix=f"see `dispatcher why {agent}` and `dispatcher providers list`",
+    )
 
 
 def _raise_failure(state: Json) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import secrets
 import threading
+from collections.abc import Callable
 
 from dispatcher.common.timers import Timers
 from dispatcher.config.host_users import HostAccounts
@@ -17,7 +18,7 @@ from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
 from dispatcher.manager.agents.lifecycle import DEAD, NO_OPERATION
 from dispatcher.manager.agents.netlink_guard import INTERVAL, NetlinkGuard
-from dispatcher.manager.agents.observers import ObserverQueue
+from dispatcher.manager.agents.observers import Observers
 from dispatcher.manager.agents.operations.kept_data import Copies
 from dispatcher.manager.agents.operations.provider_move import Mover
 from dispatcher.manager.agents.operations.runner import Runner
@@ -72,7 +73,7 @@ class Supervisor:
         self._timers = Timers("dispatcher-timers")  # quick calls
         self._slow_timers = Timers("dispatcher-slow-timers")  # idle checks, writes, trimming
         self._guard_timers = Timers("dispatcher-netlink-guard")  # nothing else may delay it
-        self._observers = ObserverQueue(plugins)
+        self.observers = Observers(plugins)
         self._log_collector = LogCollector()
         self.data = AgentData(paths, accounts)
         self.backends = Backends(
@@ -83,7 +84,7 @@ class Supervisor:
             clock=clock,
             specs=self._specs(config),
             backends=self.backends,
-            observers=self._observers,
+            observers=self.observers,
             timers=self._timers,
             installation=self.installation,
             data=self.data,
@@ -117,13 +118,14 @@ class Supervisor:
         self.data.begin(new_boot=host_restarted)
         self.reconciler.host_restarted = host_restarted
         known = self.store.backends()
+        self.backends.load_all(self._wanted_providers())
         for name in self._wanted_providers():
             backend = self.backends.get(name)
             if name in known:
                 backend.last_contact = known[name].contact
         for row in self.store.agents():
             self._recover(row, host_restarted=host_restarted)
-        for part in (self._timers, self._slow_timers, self._guard_timers, self._observers):
+        for part in (self._timers, self._slow_timers, self._guard_timers, self.observers):
             part.start()
         self._sweep_all()
         for backend in self.backends:
@@ -214,6 +216,10 @@ class Supervisor:
     def _interval(self) -> float:
         return max(0.1, self.registry.specs.config.manager.reconcile_interval)
 
+    def every(self, seconds: float, call: Callable[[], object]) -> None:
+        """Call regularly, from a thread for quick calls."""
+        self._timers.every(seconds, call)
+
     def close(self) -> None:
         """Stop all threads.  Agents continue to run."""
         self._closed.set()
@@ -226,7 +232,7 @@ class Supervisor:
             backend.close(CLOSE)
         self.registry.write_last_used()
         self.reconciler.save()
-        self._observers.close()
+        self.observers.close()
         agents = self.registry.agents.values()
         if all(agent.row.observed in DEAD and agent.operation is None for agent in agents):
             self.data.sockets.close()
@@ -236,21 +242,28 @@ class Supervisor:
 
         :raises ConfigError: it is invalid; nothing was changed.
         """
+        self._plugins.forget_refusals()
         config.validate_providers(self._plugins)
         for name in config.plugins:
             self._plugins.load(name)
+        self.observers.update()
         old = self.registry.specs.config
         changed = list(app_changes(old, config))
         self.backends.config = config
-        for name in provider_changes(old, config):
+        new_options = provider_changes(old, config)
+        unusable = [each.name for each in self.backends if not each.usable and each.name not in new_options]
+        for name in (*new_options, *unusable):
             replaced = self.backends.reload(name)
             self._timers.after(OLD_PROVIDER, replaced)
             self._watch(self.backends.get(name))
-            changed.append(f"The provider {name} has new options.")
+            if name in new_options:
+                changed.append(f"The provider {name} has new options.")
+            elif self.backends.get(name).usable:
+                changed.append(f"The provider {name} can be used now.")
         outdated = self.registry.use_specs(self._specs(config))
         for name in self._wanted_providers():
             backend = self.backends.get(name)
-            if backend.contact is Contact.NOT_CALLED:
+            if backend.contact is Contact.NOT_CALLED or name in unusable:
                 self.reconciler.sweep_soon(backend)
                 self._watch(backend)
         if outdated:

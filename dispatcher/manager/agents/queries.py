@@ -197,7 +197,7 @@ class Queries:
             backend = registry.backends.get(app.provider)
 
             def faults(name: str = name, backend: Backend = backend) -> list[str]:
-                return list(faults_of(registry.specs.app(name), backend.provider.faults))
+                return list(faults_of(registry.specs.app(name), backend.provider.faults, backend.plugin))
 
             with contextlib.suppress(DispatcherError):
                 if reasons := backend.call(faults, CHECK):
@@ -214,7 +214,7 @@ class Queries:
                     "name": backend.name,
                     "isolation": backend.provider.isolation.name.lower() if backend.usable else None,
                     "capabilities": sorted(item.value for item in backend.capabilities),
-                    "distribution": backend.origin,
+                    "distribution": backend.plugin.distribution,
                     "usable": usable,
                     "error": None if usable else str(backend.problem),
                 }
@@ -242,7 +242,7 @@ class Queries:
             found.extend(provider.explain(registry.specs.app(app) if app else None))
             apps = [registry.specs.app(each) for each in ([app] if app else registry.specs.apps_of(name))]
             for each in apps:
-                found.extend(map(Finding.error, faults_of(each, provider.faults)))
+                found.extend(map(Finding.error, faults_of(each, provider.faults, backend.plugin)))
             capabilities, quotas = backend.capabilities, registry.data.quotas
             if not capabilities & {Capability.OWN_DATA, Capability.DISK_LIMIT}:
                 found.append(quotas.finding(wanted=any(each.limits.disk is not None for each in apps)))

@@ -82,7 +82,7 @@ class Reconciler:
 
         def overdue(_: object) -> None:
             hung.set()
-            self._lost(backend, hung_call(backend.name, "list"))
+            self._lost(backend, hung_call(backend.plugin, "list"))
 
         backend.pool.submit(run, overdue=overdue)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from dispatcher.common.contained import bounded
 from dispatcher.common.log import clean
 from dispatcher.common.timers import Timers
 from dispatcher.manager.agents.agent import Agent, AgentView, Availability, Operation, Status, view_of
@@ -33,20 +34,21 @@ from dispatcher.manager.agents.lifecycle import (
     reached,
     superseded,
 )
-from dispatcher.manager.agents.observers import ObserverQueue
+from dispatcher.manager.agents.observers import Observers
 from dispatcher.manager.agents.specs import Specs
 from dispatcher.manager.backends.backend import Backend, Backends
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.quota import DiskUse
 from dispatcher.manager.storage.agents import Store
 from dispatcher.manager.storage.database import DiskFull
-from dispatcher.manager.storage.rows import AgentRow, Desired, Kind, Pending
+from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, Kind, Pending
 from dispatcher.manager.storage.write_buffer import WriteBuffer
 from dispatcher.plugin import names
 from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentEvent, Capability
 
+HANDLE = 1.0  # seconds for a provider to name an agent that does not exist yet
 REPEAT = 1.0  # seconds until a subscriber to removals that failed is called again
 
 _log = logging.getLogger("dispatcher.manager")
@@ -66,7 +68,7 @@ class Registry:
     clock: SteadyWallClock
     specs: Specs
     backends: Backends
-    observers: ObserverQueue
+    observers: Observers
     timers: Timers
     installation: str
     data: AgentData
@@ -259,7 +261,11 @@ class Registry:
             if operation.status is Status.CANCELLED:  # its failure says nothing about the newer command
                 for name in ("failure", "retry_at", "attempts"):
                     fields.pop(name, None)
-            following = self.apply(agent, dataclasses.replace(change, fields=fields))
+            try:
+                following = self.apply(agent, dataclasses.replace(change, fields=fields))
+            except Exception as error:  # a value that cannot be stored: the operation ends all the same
+                _log.exception("%s: the result of an operation cannot be stored", names.printable(agent.row.name))
+                following = self.apply(agent, _unstored(error, self.clock.now()))
             agent.changed.notify_all()
         self.notify(agent)
         return following
@@ -330,8 +336,13 @@ class Registry:
 
     def _planned_handle(self, row: AgentRow) -> str:
         """Return the handle that the agent will have; "" after an error, which the start will raise again."""
+        backend = self.backend(row)
         try:
-            return self.backend(row).provider.handle(self.specs.spec(row)).to_json()
+            provider, spec = backend.provider, self.specs.spec(row)
+            # The caller may be a request, and has the agent's lock.
+            return bounded(
+                backend.plugin, "handle", lambda: provider.handle(spec), seconds=HANDLE, log=None
+            ).to_json()
         except DispatcherError:
             return ""
 
@@ -383,6 +394,14 @@ class Registry:
             kind=kind.value,
             detail=clean(detail, 1000) if detail else "",
         )
+
+
+def _unstored(error: Exception, now: float) -> Change:
+    """Return the end of an operation whose result cannot be stored."""
+    what = "The result of the operation cannot be stored"
+    why, fix = f"{type(error).__name__}: {clean(str(error), 300)}", "read the manager's log, and report it"
+    failure = Failure(what=what, why=why, fix=fix, time=now)
+    return Change({**NO_OPERATION, "failure": failure, "retry_at": None}, [(EventKind.FAILED, f"{what}: {why}")])
 
 
 def _call_all(subscribers: Iterable[Callable[..., None]], *arguments: str) -> list[Callable[..., None]]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import bounded
 from dispatcher.config.app_secrets import read_secrets
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
@@ -77,9 +77,9 @@ class Specs:
         """
         app = self._apps.get(name)
         if app is None:
-            with contained(f"provider of the app {name}", "AppOptions"):
-                app = self.config.template(name, self._plugins)
-                _ = app.fingerprint_text  # runs the serialisers of the plugin's options
+            app = made = self.config.template(name, self._plugins)
+            ref = self._plugins.ref("provider", app.provider)
+            bounded(ref, "the serialisation of its AppOptions", lambda: made.fingerprint_text)
             self._apps[name] = app
         return app
 

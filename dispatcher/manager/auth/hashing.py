@@ -11,13 +11,15 @@ import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from functools import cached_property
 from typing import TypeVar
 
+from dispatcher.manager.backends.pool import Job, Pool, hung_call
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests
+from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, TooManyRequests
 
 MIN_LENGTH = 8  # characters
 MAX_LENGTH = 1024
@@ -81,23 +83,32 @@ class Hasher:
 class HashPool:
     """Runs password checks, with a bounded queue that no single source can fill.
 
-    Of all places one address may take half, and one name or device a quarter.  An eighth is for known devices.
+    Of all places one address may take half, and one name or device a quarter.  An eighth is for known devices.  A
+    check that hangs past its deadline is given up, and has no place any more.
 
     :param workers: checks at the same time; :param queue: checks that may wait.
+    :param at_once: run the latter, too: they wait for a directory rather than use a processor.
     :ivar present: checks that run or wait.
     """
 
-    def __init__(self, workers: int, queue: int) -> None:
-        self._executor = ThreadPoolExecutor(workers, "dispatcher-hash")
+    def __init__(self, workers: int, queue: int, *, at_once: bool = False) -> None:
+        self._pool = Pool("dispatcher-hash", workers + queue if at_once else workers)
         self._lock = threading.Lock()
         self._size = workers + queue
         self.present = 0
         self._taken: Counter[str] = Counter()  # places, by source
 
-    def run(self, work: Callable[[], _T], deadline: Deadline, sources: Collection[str] = ()) -> _T:
+    def run(
+        self,
+        work: Callable[[], _T],
+        deadline: Deadline,
+        sources: Collection[str] = (),
+        overdue: Callable[[DispatcherError], None] = lambda _error: None,
+    ) -> _T:
         """Return what `work` returns, run in the pool.
 
         :param sources: what asks for it: ``address:...``, ``name:...``, ``device:...``.
+        :param overdue: called when it is given up.
         :raises TooManyRequests: the queue is full, or one of the sources has taken its share.
         :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
         """
@@ -111,10 +122,25 @@ class HashPool:
                     fix="try again in a moment",
                     retry_after=2,
                 )
-            future = self._executor.submit(work)
             self.present += 1
             self._taken.update(sources)
+        future: Future[_T] = Future()
         future.add_done_callback(lambda _: self._left(sources))
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                _finish(future, result=work())
+            except BaseException as error:
+                _finish(future, error=error)
+
+        def give_up(job: Job) -> None:
+            error = hung_call(job.plugin, job.call)
+            _finish(future, error=error)
+            overdue(error)
+
+        self._pool.submit(run, overdue=give_up)
         try:
             return future.result(deadline.remaining())
         except FutureTimeout as error:
@@ -125,11 +151,19 @@ class HashPool:
 
     def background(self, work: Callable[[], object]) -> None:
         """Run `work` in the pool, without waiting for it."""
-        self._executor.submit(work)
+
+        def run() -> None:
+            work()
+
+        self._pool.submit(run)
+
+    def check_overdue(self) -> None:
+        """Give up checks that hang; called regularly."""
+        self._pool.check_overdue()
 
     def close(self) -> None:
         """Finish running checks, drop waiting ones."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._pool.close()
 
     def _share(self, source: str) -> int:
         return max(2, self._size // (2 if source.startswith("address:") else 4))
@@ -138,3 +172,12 @@ class HashPool:
         with self._lock:
             self.present -= 1
             self._taken -= Counter(sources)  # drops what is zero
+
+
+def _finish(future: Future[_T], *, result: _T | None = None, error: BaseException | None = None) -> None:
+    """Finish a future, unless that has happened: a check that was given up may still return."""
+    with suppress(InvalidStateError):
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]

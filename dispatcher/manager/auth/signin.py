@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from contextlib import AbstractContextManager
+import threading
 from dataclasses import dataclass
-from types import NoneType
 
-from dispatcher.common.contained import contained
 from dispatcher.common.log import logger
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
+from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, digest, new_token
 from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
@@ -24,7 +23,6 @@ from dispatcher.manager.metrics import LoginOutcome, Metrics
 from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
 from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
-from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline, SteadyWallClock
 from dispatcher.plugin.errors import (
     BadRequest,
@@ -33,7 +31,6 @@ from dispatcher.plugin.errors import (
     Forbidden,
     NotFound,
     TooManyRequests,
-    Unavailable,
 )
 
 TIMEOUT = 30.0  # seconds for a check of a password, waiting included
@@ -50,13 +47,44 @@ class SignedIn:
     session: SessionRow
 
 
+class _Attempt:
+    """An attempt in the throttle's accounts: it ends once, when it returns or when it is given up."""
+
+    def __init__(self, throttle: Throttle, authenticator: ContainedAuthenticator, keys: list[str]) -> None:
+        self.keys = keys
+        self._throttle = throttle
+        self._authenticator = authenticator
+        self._counts = False
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """The throttle has admitted it."""
+        self._counts = True
+
+    def end(self) -> bool:
+        """End it; return whether it had not ended yet."""
+        with self._lock:
+            counts, self._counts = self._counts, False
+            return counts
+
+    def release(self) -> None:
+        """End it without a result."""
+        if self.end():
+            self._throttle.released(self.keys)
+
+    def give_up(self, error: DispatcherError) -> None:
+        """End it, as its call hangs."""
+        self.release()
+        self._authenticator.hung(error)
+
+
 class SignIn:
     """All operations with passwords."""
 
     def __init__(
         self,
         *,
-        authenticator: Authenticator,
+        authenticator: ContainedAuthenticator,
         supervisor: Supervisor,
         sessions: Sessions,
         store: AuthStore,
@@ -79,6 +107,10 @@ class SignIn:
     def local(self) -> bool:
         """Whether the manager stores the passwords."""
         return self.authenticator.name == local.NAME
+
+    def check_overdue(self) -> None:
+        """Give up checks of passwords that hang; called regularly."""
+        self._pool.check_overdue()
 
     def sign_in(
         self, raw_name: str, password: str, visitor: Visitor, device: str | None, stdin_apps: frozenset[str]
@@ -120,7 +152,10 @@ class SignIn:
         deadline = Deadline(TIMEOUT)
         try:
             self._throttle.refuse(keys, self._clock.now())
-            identity = self._pool.run(lambda: self._attempt(keys, name, password, deadline), deadline, keys)
+            attempt = _Attempt(self._throttle, self.authenticator, keys)
+            user = self._pool.run(
+                lambda: self._attempt(attempt, name, password, deadline), deadline, keys, attempt.give_up
+            )
         except DispatcherError as error:
             self._metrics.login(
                 LoginOutcome.THROTTLED if isinstance(error, Throttled)
@@ -128,26 +163,26 @@ class SignIn:
                 else LoginOutcome.UNAVAILABLE
             )  # fmt: skip
             raise
-        if identity is None:
+        if user is None:
             self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=name, address=address)
             raise wrong_credentials()
-        return names.user_name(identity.user)
+        return user
 
-    def _attempt(self, keys: list[str], name: str, password: str, deadline: Deadline) -> Identity | None:
+    def _attempt(self, attempt: _Attempt, name: str, password: str, deadline: Deadline) -> str | None:
         """Check a password and count the attempt.  Runs in the pool, few at a time, so most of a burst is late."""
-        now = self._clock.now()
+        now, keys = self._clock.now(), attempt.keys
         self._throttle.admit(keys, now)
+        attempt.begin()
+        user: str | None = None
         try:
-            with self._contained("authenticate"):
-                identity = self.authenticator.authenticate(name, password, deadline=deadline)
-                if not isinstance(identity, (Identity, NoneType)):
-                    raise TypeError("it returned no Identity")
+            user = self.authenticator.authenticate(name, password, deadline=deadline)
         except BaseException:
-            self._throttle.released(keys)
+            attempt.release()
             raise
-        self._keep(self._throttle.succeeded(keys, now) if identity else self._throttle.failed(keys, now))
-        return identity
+        if attempt.end():
+            self._keep(self._throttle.succeeded(keys, now) if user else self._throttle.failed(keys, now))
+        return user
 
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.
@@ -173,18 +208,14 @@ class SignIn:
         deadline = Deadline(TIMEOUT)
 
         def change() -> None:
-            with self._contained("set_password"):
-                self.authenticator.set_password(user, password, deadline=deadline)
+            self.authenticator.set_password(user, password, deadline=deadline)
 
         if user_id := self._sessions.user_id(user):
             # Otherwise each known browser would have free attempts at the new password.
             self._store.distrust_devices(user_id)
-        self._pool.run(change, deadline)
+        self._pool.run(change, deadline, overdue=self.authenticator.hung)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
-
-    def _contained(self, call: str) -> AbstractContextManager[None]:
-        return contained(f"authenticator {self.authenticator.name}", call, error=Unavailable, secret=True)
 
     def _name(self, raw: str) -> str:
         """Return the canonical name without blanks around it; an invalid one is refused like a wrong password."""

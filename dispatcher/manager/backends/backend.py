@@ -6,15 +6,16 @@ A provider that cannot be loaded is an unusable backend, with the reason; its ag
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 from typing import TypeVar
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import PluginRef, at_once, bounded
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
@@ -46,6 +47,8 @@ class Contact(enum.Enum):
 class Backend:
     """One provider, its threads, and whether it answers.
 
+    :ivar loaded: whether it was tried to make its provider; :ivar loading: held meanwhile.
+    :ivar plugin: how errors name the provider.
     :ivar contact: whether it answers; :ivar since: when that began; :ivar last_contact: when it last answered;
         :ivar problem: why it does not.
     :ivar listing: the list of its agents; :ivar losses: lists in a row that failed; :ivar retry: a further one
@@ -56,10 +59,12 @@ class Backend:
         self.name = name
         self.pool = Pool(f"dispatcher-{name}", threads)
         self.preparations = Preparations(name)
+        self.loading = threading.Lock()
+        self.loaded = False
         self._provider: ContainedProvider | None = None
         self._watch: Closeable | None = None
         self.capabilities: frozenset[Capability] = frozenset()
-        self.origin = ""
+        self.plugin = PluginRef("provider", name)
         self.contact = Contact.NOT_CALLED
         self.since: float | None = None
         self.last_contact: float | None = None
@@ -91,16 +96,17 @@ class Backend:
     def load(self, config: Config, plugins: Plugins, context: ProviderContext) -> Callable[[], None]:
         """Make the provider's instance, or note why that is impossible; return what closes an earlier one."""
         before, watched = self._provider, self._watch
+        self.plugin = plugins.ref("provider", self.name)
         try:
-            with contained(f"provider {self.name}", "__init__"):
-                options = config.provider_options(self.name, plugins)
-                provider = ContainedProvider(plugins.provider(self.name)(context=context, options=options))
+            cls, options = plugins.provider(self.name), config.provider_options(self.name, plugins)
+            self.plugin = ref = plugins.ref("provider", self.name)
+            wrapped = bounded(ref, "__init__", lambda: cls(context=context, options=options))
+            provider = ContainedProvider(wrapped, ref)
+            capabilities = bounded(ref, "capabilities", lambda: provider.capabilities)
         except DispatcherError as error:
             self.problem = error
         else:
-            self._provider, self._watch = provider, None
-            self.capabilities = provider.capabilities
-            self.origin = plugins.available().get(self.name, "this program")
+            self._provider, self._watch, self.capabilities = provider, None, capabilities
             self._end_watch(watched)
             if before:
                 return before.close
@@ -136,7 +142,7 @@ class Backend:
         try:
             return future.result(seconds)
         except FutureTimeout:
-            raise hung_call(self.name, "answer") from None
+            raise hung_call(self.plugin, "answer") from None
 
     def close(self, seconds: float) -> None:
         """Begin no more jobs, wait a little for those in progress, release the provider."""
@@ -153,9 +159,9 @@ class Backend:
             self._provider.close()
 
     def _end_watch(self, watch: Closeable | None) -> None:
-        with suppress(DispatcherError), contained(f"provider {self.name}", "watch"):
-            if watch:
-                watch.close()
+        if watch:
+            with suppress(DispatcherError):
+                bounded(self.plugin, "the end of its watch", watch.close)
 
 
 class Backends:
@@ -178,14 +184,19 @@ class Backends:
     def get(self, name: str) -> Backend:
         """Return a backend; it may be unusable."""
         backend = self._known.get(name)
-        if backend is None:
+        if backend is None or not backend.loaded:
             with self._lock:
-                backend = self._known.get(name)
-                if backend is None:
-                    backend = Backend(name, self.config.manager.provider_threads)
+                backend = self._known.get(name) or Backend(name, self.config.manager.provider_threads)
+                self._known[name] = backend
+            with backend.loading:
+                if not backend.loaded:
                     self._load(backend)
-                    self._known[name] = backend
+                    backend.loaded = True
         return backend
+
+    def load_all(self, names: Iterable[str]) -> None:
+        """Make providers at the same time."""
+        at_once(functools.partial(self.get, name) for name in names)
 
     def check_overdue(self) -> None:
         """Give up calls that hang; called regularly."""

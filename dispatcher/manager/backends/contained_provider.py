@@ -7,11 +7,13 @@ and affects only the agent that the call was for.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
-from dispatcher.common.contained import REPORT, contained
+from dispatcher.common import plugin_values
+from dispatcher.common.contained import PluginRef, contained, text
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
@@ -19,18 +21,17 @@ from dispatcher.plugin.log_files import MAX_LINE
 from dispatcher.plugin.model import (
     AgentSpec,
     App,
-    BackendState,
     Capability,
-    Endpoint,
     Finding,
     Handle,
     Observation,
     Usage,
 )
 from dispatcher.plugin.names import printable
-from dispatcher.plugin.provider import Progress, Provider
+from dispatcher.plugin.provider import Closeable, Progress, Provider
 
-MAX_LISTED = 1_000_000
+MAX_LISTED = 100_000
+HANDLE_TIME = 5.0  # seconds
 USUAL_TIME = 30.0  # seconds for a call that has no deadline of its own
 
 _P = ParamSpec("_P")
@@ -54,9 +55,10 @@ def _forward(method: Callable[Concatenate[Provider, _P], _T]) -> Callable[Concat
 class ContainedProvider:
     """The methods of `Provider` that the manager calls.  Raises nothing but `DispatcherError`."""
 
-    def __init__(self, wrapped: Provider) -> None:
+    def __init__(self, wrapped: Provider, plugin: PluginRef) -> None:
         self.wrapped = wrapped
-        self.name = wrapped.name
+        self.plugin = plugin
+        self.name = plugin.name
         self.isolation = wrapped.isolation
 
     check = _forward(Provider.check)
@@ -67,29 +69,44 @@ class ContainedProvider:
     resume = _forward(Provider.resume)
     export_data = _forward(Provider.export_data)
     import_data = _forward(Provider.import_data)
-    watch = _forward(Provider.watch)
 
     @property
     def capabilities(self) -> frozenset[Capability]:
-        """The declared capabilities; none after an exception."""
-        with suppress(DispatcherError), contained(f"provider {self.name}", "capabilities"):
-            return frozenset(Capability(item) for item in self.wrapped.capabilities)
-        return frozenset()
+        """The declared capabilities."""
+        with self._call("capabilities", Deadline(USUAL_TIME)), self._valid("capabilities"):
+            return plugin_values.capabilities(self.wrapped.capabilities)
 
     def explain(self, app: App | None) -> list[Finding]:
         """`Provider.explain`"""
         with self._call("explain", Deadline(USUAL_TIME)):
-            return [self._checked("explain", item, Finding) for item in self.wrapped.explain(app)]
+            found = self.wrapped.explain(app)
+            with self._valid("explain", found):
+                return plugin_values.several(found, plugin_values.finding)
 
     def faults(self, app: App) -> list[str]:
         """`Provider.faults`"""
         with self._call("faults", Deadline(USUAL_TIME)):
-            return [self._checked("faults", item, str) for item in self.wrapped.faults(app)]
+            found = self.wrapped.faults(app)
+            with self._valid("faults", found):
+                return plugin_values.texts(found)
 
     def handle(self, spec: AgentSpec) -> Handle:
         """`Provider.handle`"""
-        with self._call("handle", Deadline(5)):
+        with self._call("handle", Deadline(HANDLE_TIME)):
             return self._own(spec, self.wrapped.handle(spec), "handle")
+
+    def watch(self, on_change: Callable[[str], None]) -> Closeable:
+        """`Provider.watch`; events that are no names are dropped."""
+
+        def changed(name: object) -> None:
+            if isinstance(name, str) and len(name) <= plugin_values.MAX_NAME:
+                on_change(name)
+
+        with self._call("watch", Deadline(USUAL_TIME)):
+            watch = self.wrapped.watch(changed)
+            if not callable(getattr(watch, "close", None)):
+                raise self._invalid("watch", f"{printable(watch)} has no close()")
+            return watch
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         """`Provider.ensure`"""
@@ -99,91 +116,101 @@ class ContainedProvider:
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
         """`Provider.observe`"""
         with self._call("observe", deadline):
-            return self._observation("observe", self.wrapped.observe(handle, deadline=deadline))
+            found = self.wrapped.observe(handle, deadline=deadline)
+            with self._valid("observe", found):
+                return plugin_values.observation(found)
 
     def listeners(self, handle: Handle, *, deadline: Deadline) -> list[str]:
         """`Provider.listeners`"""
         with self._call("listeners", deadline):
             found = self.wrapped.listeners(handle, deadline=deadline)
-            return [self._checked("listeners", address, str) for address in found]
+            with self._valid("listeners", found):
+                return plugin_values.texts(found)
 
     def list(self, *, deadline: Deadline) -> list[tuple[Handle, Observation]]:
         """`Provider.list`, collected."""
         found: list[tuple[Handle, Observation]] = []
         with self._call("list", deadline):
-            for item in self.wrapped.list(deadline=deadline):
-                if not (isinstance(item, tuple) and len(item) == 2):
-                    raise self._invalid("list", item)
-                handle = self._checked("list", item[0], Handle)
-                if handle.provider != self.name:
-                    raise self._invalid("list", handle)
-                found.append((handle, self._observation("list", item[1])))
+            items = self.wrapped.list(deadline=deadline)
+            with self._valid("list", items):
+                rest = iter(items)
+            for item in rest:
+                with self._valid("list", item):
+                    handle, seen = item
+                    handle, seen = plugin_values.handle(handle), plugin_values.observation(seen)
+                    if handle.provider != self.name:
+                        raise ValueError(f"a handle of the provider {printable(handle.provider)}")
+                found.append((handle, seen))
                 if len(found) > MAX_LISTED or deadline.expired:
-                    raise DeadlineExceeded(f"The provider {self.name} did not finish its list in time")
+                    raise DeadlineExceeded(
+                        f"The {self.plugin} did not finish its list in time",
+                        why=f"{len(found)} agents were listed",
+                        fix=self.plugin.report,
+                    )
         return found
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
-        """`Provider.logs`, a line at a time."""
+        """`Provider.logs`, a line at a time, until the deadline; without `follow` as many as were asked for."""
         with self._call("logs", deadline):
-            lines = iter(self.wrapped.logs(handle, tail=tail, follow=follow, deadline=deadline))
-        while True:
+            found = self.wrapped.logs(handle, tail=tail, follow=follow, deadline=deadline)
+            with self._valid("logs", found):
+                lines = iter(found)
+        for number in itertools.count(1):
             with self._call("logs", deadline):
                 line = next(lines, None)
                 if line is None:
                     return
-                self._checked("logs", line, bytes)
+                if not isinstance(line, bytes):
+                    raise self._invalid("logs", f"a line is {printable(line)}, expected bytes")
+                if number > tail and not follow:
+                    raise self._invalid("logs", f"more than the {tail} lines that were asked for")
             yield line[:MAX_LINE]  # outside: the reader may end here
+            if deadline.expired:
+                return
 
     def usage(self, handles: Sequence[Handle], *, deadline: Deadline) -> dict[str, Usage]:
         """`Provider.usage`"""
         with self._call("usage", deadline):
-            found = self._checked("usage", dict(self.wrapped.usage(handles, deadline=deadline)), dict)
-            return {str(name): self._checked("usage", usage, Usage) for name, usage in found.items()}
+            found = self.wrapped.usage(handles, deadline=deadline)
+            with self._valid("usage", found):
+                wanted = {handle.name for handle in handles}
+                return {name: plugin_values.usage(value) for name, value in dict(found).items() if name in wanted}
 
     def close(self) -> None:
         """`Provider.close`; exceptions are logged."""
-        with suppress(DispatcherError), contained(f"provider {self.name}", "close"):
+        with suppress(DispatcherError), contained(self.plugin, "close"):
             self.wrapped.close()
 
     @contextmanager
     def _call(self, method: str, deadline: Deadline) -> Iterator[None]:
         job = current_job()
-        with contained(f"provider {self.name}", method):
+        with contained(self.plugin, method):
             if job is None:
                 yield
             else:
-                with job.calling(f"{self.name}.{method}", deadline):
+                with job.calling(self.plugin, method, deadline):
                     yield
 
+    @contextmanager
+    def _valid(self, method: str, value: object = None) -> Iterator[None]:
+        """Name the method whose value the block finds to be wrong."""
+        try:
+            yield
+        except (ValueError, TypeError) as error:
+            raise self._invalid(method, str(error) or printable(value)) from error
+
     def _own(self, spec: AgentSpec, value: object, method: str) -> Handle:
-        handle = self._checked(method, value, Handle)
-        if handle.provider != self.name or handle.agent != spec.agent:
-            raise self._invalid(method, handle)
-        handle.to_json()  # raises unless it is JSON
+        with self._valid(method, value):
+            handle = plugin_values.handle(value)
+            if handle.provider != self.name or handle.agent != spec.agent:
+                raise ValueError(
+                    f"it is of {printable(handle.agent)} and the provider {printable(handle.provider)}"
+                )
         return handle
 
-    def _observation(self, method: str, value: object) -> Observation:
-        seen = self._checked(method, value, Observation)
-        if not (
-            isinstance(seen.state, BackendState)
-            and isinstance(seen.endpoint, (Endpoint, type(None)))
-            and isinstance(seen.owner_uid, (int, type(None)))
-            and isinstance(seen.started_at, (int, float, type(None)))
-            and isinstance(seen.spec_hash, str)
-            and isinstance(seen.exit_reason, str)
-            and isinstance(seen.oom_kills, int)
-        ):
-            raise self._invalid(method, seen)
-        return seen
-
-    def _checked(self, method: str, value: Any, kind: type[_T]) -> _T:
-        if not isinstance(value, kind):
-            raise self._invalid(method, value)
-        return value
-
-    def _invalid(self, method: str, value: object) -> ProviderError:
+    def _invalid(self, method: str, why: str) -> ProviderError:
         return ProviderError(
-            f"The provider {self.name} returned an invalid value from {method}",
-            why=f"it returned {printable(value, 200)}",
-            fix=REPORT,
+            f"The {self.plugin} returned an invalid value from {method}",
+            why=text(why, 500),
+            fix=self.plugin.report,
         )

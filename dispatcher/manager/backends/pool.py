@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from dispatcher.common.contained import PluginRef
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError
 
@@ -37,28 +38,29 @@ class JobState(enum.Enum):
 class Job:
     """A function to run once.
 
-    :ivar deadline: by which the present call should return; None: it makes none; :ivar call: the name of that
-        call.
+    :ivar deadline: by which the present call should return; None: it makes none; :ivar plugin: what it calls;
+        :ivar call: the name of that call.
     """
 
-    __slots__ = ("call", "deadline", "overdue", "run", "state")
+    __slots__ = ("call", "deadline", "overdue", "plugin", "run", "state")
 
     def __init__(self, run: Callable[[], None], overdue: Callable[[Job], None] | None) -> None:
         self.run = run
         self.overdue = overdue
         self.deadline: Deadline | None = None
+        self.plugin = PluginRef("plugin", "")
         self.call = ""
         self.state = JobState.NORMAL
 
     @contextmanager
-    def calling(self, call: str, deadline: Deadline) -> Iterator[None]:
-        """Name the call that the block makes, and its deadline."""
-        before = self.call, self.deadline
-        self.call, self.deadline = call, deadline
+    def calling(self, plugin: PluginRef, call: str, deadline: Deadline) -> Iterator[None]:
+        """Name the call of a plugin that the block makes, and its deadline."""
+        before = self.plugin, self.call, self.deadline
+        self.plugin, self.call, self.deadline = plugin, call, deadline
         try:
             yield
         finally:
-            self.call, self.deadline = before
+            self.plugin, self.call, self.deadline = before
 
     def hangs(self, now: float) -> bool:
         """Whether its call should have returned long ago."""
@@ -66,12 +68,13 @@ class Job:
         return deadline is not None and deadline.at + SLACK < now
 
 
-def hung_call(provider: str, call: str) -> DispatcherError:
+def hung_call(plugin: PluginRef, call: str) -> DispatcherError:
     """Return the error for a call that did not return in time."""
     return DeadlineExceeded(
-        f"The provider {provider} does not return",
+        f"The {plugin} does not return",
         why=f"its call {call} hangs past its deadline",
-        fix="check the backend; the manager continues without it and calls it again when the call returns",
+        fix="check its backend; the manager continues without it and calls it again when the call returns; "
+        f"or {plugin.report}",
     )
 
 
@@ -148,7 +151,7 @@ class Pool:
                         self._threads -= 1
             self._start_threads()
         for job in overdue:
-            _log.error("%s: the call %s hangs; continuing without it", self._name, job.call)
+            _log.error("The %s does not return from %s; continuing without it", job.plugin, job.call)
             if job.overdue:
                 job.overdue(job)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 
 from dispatcher.manager.backends.contained_provider import ContainedProvider
-from dispatcher.manager.backends.pool import Pool, hung_call
+from dispatcher.manager.backends.pool import Job, Pool, hung_call
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError
 from dispatcher.plugin.model import App
@@ -41,7 +41,6 @@ class Preparations:
     """
 
     def __init__(self, provider: str) -> None:
-        self._provider_name = provider
         self.pool = Pool(f"dispatcher-{provider}-prepare", CONCURRENT)
         self._known: dict[str, _Preparation] = {}
         self._lock = threading.Lock()
@@ -75,7 +74,7 @@ class Preparations:
                 work = self._known[key] = mine = _Preparation()
                 self.pool.submit(
                     lambda: self._prepare(provider, app, key, mine, seconds),
-                    overdue=lambda job: self._overdue(mine, job.call),
+                    overdue=lambda job: self._overdue(mine, job),
                 )
             work.waiting += 1
         return work
@@ -104,7 +103,7 @@ class Preparations:
         if self._known.get(key) is work:
             del self._known[key]
 
-    def _overdue(self, work: _Preparation, call: str) -> None:
+    def _overdue(self, work: _Preparation, job: Job) -> None:
         """Fail the waiting agents.  The preparation stays known until its call returns: it is not called twice."""
-        work.error = hung_call(self._provider_name, call)
+        work.error = hung_call(job.plugin, job.call)
         work.done.set()

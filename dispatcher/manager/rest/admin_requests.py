@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dispatcher.manager.rest import schemas
+from dispatcher.manager.rest.plugin_states import plugin_states
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import listed
@@ -40,6 +41,12 @@ def revoke_session(services: Services, id: str) -> None:
 def providers(services: Services) -> Json:
     """List the providers and whether they can be used."""
     return {"providers": services.supervisor.queries.providers()}
+
+
+@routes.add("GET", "/plugins", {200: schemas.PluginList})
+def plugins(services: Services) -> Json:
+    """List the installed plugins: providers, authenticators, observers."""
+    return {"plugins": [state.to_json() for state in plugin_states(services)]}
 
 
 @routes.add("GET", "/providers/<provider>/check", {200: schemas.Findings})

@@ -9,6 +9,7 @@ from dispatcher import __version__
 from dispatcher.manager.files.space import low_space
 from dispatcher.manager.metrics import CONTENT_TYPE
 from dispatcher.manager.rest import schemas
+from dispatcher.manager.rest.plugin_states import plugin_states
 from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.errors import Unavailable
@@ -31,9 +32,9 @@ def metrics(services: Services) -> Response:
 def report(services: Services) -> Json:
     """Return ``ok`` or ``degraded``, and in sentences what is wrong."""
     problems = [
-        f"The provider {provider['name']} cannot be used: {provider['error']}"
-        for provider in services.supervisor.queries.providers()
-        if not provider["usable"]
+        f"The {' and '.join(state.kinds) or 'plugin'} {state.name} cannot be used: {state.error}"
+        for state in plugin_states(services)
+        if state.error and state.configured
     ]
     try:
         with services.database.read() as connection:

@@ -8,8 +8,9 @@ from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import Conflict, DispatcherError, NotFound, StartFailed
+from dispatcher.plugin.errors import Conflict, DispatcherError, NotFound, StartFailed, Unavailable
 
+UNKNOWN = 15.0  # seconds for which the state of an agent may be unknown
 _SLICE = 1.0  # seconds between two looks at whether the manager is closing
 
 #: The states that satisfy a request.  An agent that has ended cannot be suspended any more: that counts, too.
@@ -50,9 +51,18 @@ def wait_for_state(services: Services, agent: str, desired: str, seconds: float)
     :return: the last view, and whether the state was reached.
     :raises NotFound: the agent is gone; :raises Conflict: another state was requested meanwhile.
     :raises StartFailed: it failed, with the reason and its last lines.
+    :raises Unavailable: its state has been unknown for a while, as its backend does not answer.
     """
+    patience = Deadline(UNKNOWN)
+
+    def unknown(view: AgentView) -> bool:
+        if view.state is not State.UNKNOWN:
+            patience.at = Deadline(UNKNOWN).at
+        return patience.expired
 
     def ended(view: AgentView | None) -> bool:
+        if view is not None and unknown(view):
+            return True
         return view is None or view.desired.value != desired or view.state in _TARGETS[desired] | {State.FAILED}
 
     view = wait_until(services, agent, ended, seconds)
@@ -61,6 +71,12 @@ def wait_for_state(services: Services, agent: str, desired: str, seconds: float)
     if view.desired.value != desired:
         raise Conflict(
             f"The desired state of {agent} is {view.desired.value} now", why="another request set it meanwhile"
+        )
+    if unknown(view):
+        raise Unavailable(
+            f"The state of {agent} is unknown",
+            why=f"the backend of the provider {view.provider} does not answer; the manager continues when it does",
+            fix=f"see `dispatcher why {agent}` and `dispatcher providers check {view.provider}`",
         )
     if view.state is State.FAILED and desired != "absent":
         raise _failure(view)

@@ -152,6 +152,17 @@ Provider = TypedDict(
     },
 )
 ProviderList = TypedDict("ProviderList", {"providers": list[Provider]})
+Plugin = TypedDict(
+    "Plugin",
+    {
+        "name": str,
+        "distribution": str,
+        "kinds": list[Literal["provider", "authenticator", "observer"]],
+        "configured": bool,
+        "error": str | None,
+    },
+)
+PluginList = TypedDict("PluginList", {"plugins": list[Plugin]})
 Finding = TypedDict("Finding", {"level": Level, "what": str, "fix": str})
 Findings = TypedDict("Findings", {"findings": list[Finding]})
 AgentMemory = TypedDict("AgentMemory", {"name": str, "memory": int | None})

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from dispatcher.config.load import Config
+from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
@@ -31,6 +32,7 @@ class Services:
     supervisor: Supervisor
     sessions: Sessions
     signin: SignIn
+    plugins: Plugins
     clock: SteadyWallClock
     metrics: Metrics
     reload: Callable[[], list[str]]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from dispatcher.cli.ui import progress
 from tests.support.fake_manager import problem
 
 
@@ -170,6 +171,42 @@ def test_start_follows_a_long_start_to_its_end(run, manager):
         {"state": "running"},
     ]
     assert run("start", "alice")[:2] == (0, "alice is running\n")
+
+
+@pytest.mark.parametrize("command", ["suspend", "stop"])
+def test_a_suspension_of_what_ends_meanwhile_is_done(run, manager, command):
+    """Its start failed: there is nothing left to suspend."""
+    manager.add("alice")
+    wanted = "suspended" if command == "suspend" else "stopped"
+    manager.script = [{"state": "starting", "desired": wanted}, {"state": "stopped", "desired": wanted}]
+    assert run(command, "alice")[:2] == (0, "alice is stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "told"),
+    [
+        (
+            {"state": "unknown", "desired": "running"},
+            1,
+            "The state of alice is unknown: its backend does not answer",
+        ),
+        ({"state": "stopped", "desired": "stopped"}, 4, "The desired state of alice is stopped now"),
+    ],
+)
+def test_no_command_waits_without_an_end(run, manager, monkeypatch, state, code, told):
+    monkeypatch.setattr(progress, "UNKNOWN", 0.3)
+    manager.add("alice")
+    manager.script = [{"state": "starting", "desired": "running"}, *[state] * 100]
+    found, _, err = run("start", "alice")
+    assert (found, told in err) == (code, True), err
+
+
+def test_a_start_ends_when_the_agent_is_removed(run, manager):
+    manager.add("alice")
+    manager.script = [{"state": "starting"}]
+    manager.answers["GET /agents/alice/state"] = problem(404, "not-found", "There is no agent 'alice'")
+    found, _, err = run("start", "alice")
+    assert (found, "no longer exists" in err) == (3, True), err
 
 
 def test_a_start_that_fails_says_why_with_the_last_lines(run, manager):
@@ -392,7 +429,21 @@ def test_providers(run, manager):
         200,
         {"findings": [{"level": "error", "what": "no engine", "fix": "start it"}]},
     )
-    assert "no: no engine" in run("providers", "list")[1]
+    unused = {"name": "runc", "distribution": "acme 1.2", "kinds": [], "configured": False, "error": None}
+    used = {
+        "name": "ldap",
+        "distribution": "corp 3",
+        "kinds": ["authenticator"],
+        "configured": True,
+        "error": "away",
+    }
+    manager.answers["GET /plugins"] = 200, {"plugins": [used, unused]}
+    code, out, err = run("providers", "list")
+    assert "no: no engine" in out
+    assert "installed, not used by the configuration: runc (acme 1.2)" in err
+    lines = [line.split() for line in run("plugins", "list")[1].splitlines()]
+    assert ["ldap", "authenticator", "yes", "corp", "3", "away"] in lines
+    assert ["runc", "-", "no", "acme", "1.2", "not", "loaded"] in lines
     assert run("providers", "check", "subprocess")[0] == 0
     code, out, _ = run("providers", "check")
     assert code == 1

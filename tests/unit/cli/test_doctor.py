@@ -23,9 +23,10 @@ from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.cli.doctor import installation
 from dispatcher.cli.doctor import machine
-from dispatcher.cli.doctor.providers import providers
+from dispatcher.cli.doctor.providers import plugins_in_use
 from dispatcher.cli import main
 from dispatcher.plugin.errors import ManagerUnreachable, Unavailable
+from dispatcher.plugin.hooks import hookimpl
 from dispatcher.plugin.model import Finding, Level
 from dispatcher.config.layout import Paths
 from dispatcher.manager.rest.certificate import make_certificate as self_signed
@@ -317,7 +318,7 @@ def installed(monkeypatch, *classes):
 def found_by(plugins, config=None, client=None):
     return [
         (item.level.value, item.what, item.fix)
-        for item in providers(parse(config or {"apps": {}}), plugins, client)
+        for item in plugins_in_use(parse(config or {"apps": {}}), plugins, client)
     ]
 
 
@@ -353,7 +354,7 @@ def test_a_plugin_that_fails_does_not_stop_the_doctor(monkeypatch, fault, config
 
     plugins = installed(monkeypatch, type("Faulty", (ThirdParty,), {"check": check}))
     [(found, what, fix)] = found_by(plugins, config)
-    assert (found, "author of the plugin" in fix) == (level, True)
+    assert (found, "authors of acme-plugin 1.2" in fix) == (level, True)
     assert what.startswith(f"fake: The provider fake failed in its check: {type(fault).__name__}: 'oops'")
 
 
@@ -365,13 +366,14 @@ def test_a_plugin_that_cannot_be_imported_says_what_to_install(config, level):
 
 def test_a_plugin_without_a_provider_is_not_mentioned(monkeypatch):
     monkeypatch.setitem(sys.modules, "login_plugin", plugin(authenticators=[FakeAuthenticator]))
-    assert found_by(Plugins([entry("fake-auth", "login_plugin")])) == []
+    assert found_by(Plugins([entry("fake", "login_plugin")])) == []
 
 
 def test_a_running_manager_checks_the_providers_that_it_uses(monkeypatch):
     plugins = installed(monkeypatch, ThirdParty, type("Other", (ThirdParty,), {"name": "other"}))
     client = SimpleNamespace(
         providers=lambda: {"providers": [{"name": "fake"}]},
+        plugins=lambda: {"plugins": [{"name": "fake", "configured": True, "error": None}]},
         check_provider=lambda name: {
             "findings": [{"level": "ok", "what": f"{name} as the manager sees it", "fix": ""}]
         },
@@ -380,6 +382,22 @@ def test_a_running_manager_checks_the_providers_that_it_uses(monkeypatch):
         ("ok", "fake: fake as the manager sees it", ""),
         ("ok", "other: can be used", ""),
     ]
+
+
+@pytest.mark.parametrize("table", [{"plugins": ["fake"]}, {"auth": {"authenticator": "fake", "fake": {}}}])
+@pytest.mark.parametrize("works", [True, False])
+def test_every_plugin_of_the_configuration_is_asked(monkeypatch, table, works):
+    """An observer, an authenticator: by the manager, and without one by this process."""
+    made = plugin(authenticators=[FakeAuthenticator], dispatcher_agent_event=hookimpl(lambda event: None))
+    monkeypatch.setitem(sys.modules, "a_plugin", made if works else plugin(providers=[int]))
+    found = found_by(Plugins([entry("fake", "a_plugin")]), {"apps": {}} | table)
+    assert [level for level, *_ in found] == ["ok" if works else "error"]
+    assert works or "of acme-plugin 1.2" in found[0][1]
+    state = {"name": "fake", "configured": True, "error": None if works else "it does not return"}
+    client = SimpleNamespace(providers=lambda: {"providers": []}, plugins=lambda: {"plugins": [state]})
+    found = found_by(Plugins([entry("fake", "a_plugin")]), {"apps": {}} | table, client)
+    assert [level for level, *_ in found] == ["ok" if works else "error"]
+    assert works or "it does not return" in found[0][1]
 
 
 def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):

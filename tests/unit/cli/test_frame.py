@@ -40,9 +40,9 @@ COMMANDS = dict(commands())
 
 def test_every_command_of_the_design_is_there():
     wanted = """serve manager proxy demo reload add remove passwd list running info start stop suspend restart logs
-    why top memory-usage reset-data purge init providers config sessions doctor""".split()
+    why top memory-usage reset-data purge init providers plugins config sessions doctor""".split()
     assert sorted(wanted) == ALL
-    assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("config", "check"),
+    assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("plugins", "list"), ("config", "check"),
             ("config", "show"), ("sessions", "list"), ("sessions", "revoke")} <= set(COMMANDS)  # fmt: skip
 
 

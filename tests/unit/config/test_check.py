@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from dispatcher.common.contained import PluginRef
 from dispatcher.config.check import access_log_faults, faults, faults_of, tls_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
@@ -63,14 +64,15 @@ def test_a_provider_whose_check_fails_is_named_and_the_others_are_checked():
             return [f"apps.{app.name}.choosy.image: no"]
 
     plugins = Plugins([])
-    plugins.register("both", plugin(providers=[Failing, Choosy]))
+    plugins.register("fake", plugin(providers=[Failing]))
+    plugins.register("choosy", plugin(providers=[Choosy]), "acme 1")
     config = parse({
         "manager": {"state_dir": "/var/lib/x"},
         "apps": {"a": {"provider": "fake", "fake": {"image": "x"}}, "b": {"provider": "choosy", "choosy": {"image": "x"}}},
     })  # fmt: skip
     found = [fault for fault in faults(config, plugins) if "there is no plugin" not in fault]
     failed = "apps.a.provider: The provider fake failed in faults: RuntimeError: 'boom'"
-    assert found == [f"{failed} (report this fault to the author of the plugin)", "apps.b.choosy.image: no"]
+    assert found == [f"{failed} (report this fault to the authors of the plugin)", "apps.b.choosy.image: no"]
 
 
 def test_a_misspelt_placeholder_in_the_environment_is_named():
@@ -80,6 +82,6 @@ def test_a_misspelt_placeholder_in_the_environment_is_named():
         options=FakeProvider.AppOptions(image="x"),
         environment={"X": "{sokcet} {other}"},
     )
-    assert list(faults_of(app, lambda _: ())) == [
+    assert list(faults_of(app, lambda _: (), PluginRef("provider", "fake"))) == [
         "apps.a.environment.X: found '{sokcet}', did you mean '{socket}'?"
     ]

@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from dispatcher.common.contained import PluginRef
 from dispatcher.config.load import load, parse
 from dispatcher.config import schema
 from dispatcher.plugin import options
@@ -169,7 +170,7 @@ def test_a_secret_of_the_wrong_type_is_not_shown(key):
 
     model = create_model("Options", **{key: (int, ...)})
     with pytest.raises(ConfigError) as caught:
-        validate(model, {key: "hunter2"}, "providers.x")
+        validate(PluginRef("provider", "x"), model, {key: "hunter2"}, "providers.x")
     assert "hunter2" not in str(caught.value)
     assert f"providers.x.{key}: found a secret, expected a whole number" in str(caught.value)
 

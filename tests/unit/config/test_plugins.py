@@ -1,12 +1,14 @@
 """Plugins: found by name, loaded when named, and each way to break the contract told with who is at fault."""
 
 import sys
+import time
 import types
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, entry_points
 
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from dispatcher.common import contained
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import PluginError
 from dispatcher.plugin.hooks import hookimpl
@@ -44,7 +46,7 @@ class FakeProvider(Provider):
 
 
 class FakeAuthenticator(Authenticator):
-    name = "fake-auth"
+    name = "fake"
     Options = Options
 
     def authenticate(self, name, password, *, deadline): ...
@@ -89,7 +91,7 @@ def test_a_registered_class_is_found_by_its_name():
     plugins = Plugins([])
     plugins.register("fake", plugin([FakeProvider], [FakeAuthenticator]))
     assert plugins.provider("fake") is FakeProvider
-    assert plugins.authenticator("fake-auth") is FakeAuthenticator
+    assert plugins.authenticator("fake") is FakeAuthenticator
 
 
 def test_only_the_plugin_that_is_named_is_imported(monkeypatch):
@@ -180,7 +182,9 @@ def exiting():
         (plugin([broken(name=None)]), "Broken of acme 1 has no name"),
         (plugin([broken(Options=dict)]), "Broken of acme 1 has no Options"),
         (plugin([broken(AppOptions=None)]), "Broken of acme 1 has no AppOptions"),
-        (plugin([FakeProvider, broken()]), "'fake' is registered twice"),
+        (plugin([FakeProvider, broken()]), "The plugin 'fake' of acme 1 registers several classes"),
+        (plugin([broken(isolation="container")]), "Broken of acme 1 has no isolation: found 'container'"),
+        (plugin([broken(name="other")]), "Broken of acme 1 calls itself 'other'"),
         (
             plugin([type("Partial", (Provider,), {"name": "p"})]),
             "Partial of acme 1 is incomplete: it does not implement capabilities, check",
@@ -215,10 +219,72 @@ def test_a_hook_that_is_nearly_one_names_it():
 
 def test_a_plugin_without_the_class_that_its_name_promises(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "good_plugin", plugin([FakeProvider]))
-    with pytest.raises(PluginError, match=r"'other' of acme-plugin 1\.2 registers no provider called 'other'"):
+    with pytest.raises(PluginError, match=r"of acme-plugin 1\.2 calls itself 'fake': the entry point 'other'"):
         Plugins([entry("other", "good_plugin")]).provider("other")
-    with pytest.raises(PluginError, match="registers no authenticator called 'fake'"):
+    with pytest.raises(
+        PluginError, match="'fake' of acme-plugin 1.2 registers no authenticator: it registers: provider"
+    ):
         Plugins([entry("fake", "good_plugin")]).authenticator("fake")
+
+
+def test_a_plugin_cannot_take_the_name_of_another_one(monkeypatch):
+    """Whichever is loaded first."""
+    usurper = plugin([broken(name="subprocess")])
+    monkeypatch.setitem(sys.modules, "usurping_plugin", usurper)
+    entries = [entry("fast", "usurping_plugin"), *entry_points(group=GROUP)]
+    plugins = Plugins(entries)
+    with pytest.raises(PluginError) as caught:
+        plugins.provider("fast")
+    assert "acme-plugin 1.2 calls itself 'subprocess'" in str(caught.value)
+    assert "'subprocess' is the provider of agent-dispatcher" in str(caught.value)
+    assert plugins.provider("subprocess").__module__.startswith("dispatcher_subprocess")
+
+
+@pytest.mark.parametrize("name", ["local", "dispatcher-log"])
+def test_the_names_of_the_program_s_own_parts_are_taken(monkeypatch, name):
+    monkeypatch.setitem(
+        sys.modules, "usurping_plugin", plugin([], [type("Own", (FakeAuthenticator,), {"name": name})])
+    )
+    with pytest.raises(
+        PluginError, match=f"The plugin '{name}' of acme-plugin 1.2 is refused: the name belongs to"
+    ):
+        Plugins([entry(name, "usurping_plugin")]).load(name)
+
+
+def test_a_refusal_is_remembered_until_plugins_are_tried_again(tmp_path, monkeypatch):
+    (tmp_path / "repaired_plugin.py").write_text("raise SystemExit(4)\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    plugins = Plugins([entry("fake", "repaired_plugin")])
+    for _ in range(2):
+        with pytest.raises(PluginError, match="SystemExit: 4"):
+            plugins.provider("fake")
+    (tmp_path / "repaired_plugin.py").write_text("raise SystemExit(55)\n")
+    with pytest.raises(PluginError, match="SystemExit: 4"):
+        plugins.provider("fake")
+    plugins.forget_refusals()
+    with pytest.raises(PluginError, match="SystemExit: 55"):
+        plugins.provider("fake")
+
+
+def test_a_plugin_with_one_wrong_class_is_refused_as_a_whole():
+    plugins = Plugins([])
+    with pytest.raises(PluginError):
+        plugins.register("fake", plugin([FakeProvider], [int]), "acme 1")
+    with pytest.raises(PluginError, match="There is no plugin 'fake'"):
+        plugins.provider("fake")
+
+
+def test_an_import_that_hangs_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(contained, "SECONDS", 0.2)
+    (tmp_path / "hanging_plugin.py").write_text("import time\nwhile True: time.sleep(0.05)\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    plugins = Plugins([entry("slow", "hanging_plugin")])
+    for _ in range(2):
+        began = time.monotonic()
+        with pytest.raises(PluginError, match="The plugin slow does not return from its import.*acme-plugin 1.2"):
+            plugins.load("slow")
+        plugins.forget_refusals()
+    assert time.monotonic() - began < 0.1
 
 
 def test_observers_are_called_through_the_hook():
@@ -250,7 +316,7 @@ def test_a_hook_is_called_for_the_plugin_that_is_loaded_alone():
     calls = []
     plugins = Plugins([])
     plugins.register(
-        "one", plugin(dispatcher_register_providers=hookimpl(lambda: calls.append("one") or [FakeProvider]))
+        "fake", plugin(dispatcher_register_providers=hookimpl(lambda: calls.append("one") or [FakeProvider]))
     )
     plugins.register("two", plugin([], dispatcher_agent_event=hookimpl(lambda event: None)))
     assert calls == ["one"]

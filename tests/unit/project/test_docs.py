@@ -59,7 +59,7 @@ def test_the_hooks_examples_register(code):
     module.MyProvider = FakeProvider
     exec(compile(code, "hooks.md", "exec"), vars(module))
     plugins = Plugins([])
-    plugins.register("example", module)
+    plugins.register("passphrase" if "OnePassphrase" in code else "fake", module)
     if "OnePassphrase" in code:
         authenticator = plugins.authenticator("passphrase")(options=module.Options(passphrase="open"))
         assert authenticator.authenticate("alice", "open", deadline=None).user == "alice"

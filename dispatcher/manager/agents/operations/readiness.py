@@ -1,7 +1,8 @@
 """Whether an agent is ready: its health check, through its endpoint.
 
 Ready means an HTTP response with a status below 500, not that a process exists.  A Unix socket that the app made
-with mode 0600 gets the proxy's group and mode 0660 first, through the descriptor that was checked.
+with mode 0600 gets the proxy's group and mode 0660 first, through the descriptor that was checked; only one in the
+agent's own directory, and of the agent's user: a provider may name any other.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatcher.manager.agents.agent import Operation
@@ -49,9 +51,12 @@ class Probe:
 
     :param path: to GET; :param proxy_gid: group that must be able to connect to Unix sockets; None where the
         proxy is the agents' own user.
+    :param directory: the agent's own for sockets; :param uid: its user.
     """
 
-    def __init__(self, path: str, proxy_gid: int | None) -> None:
+    def __init__(self, path: str, proxy_gid: int | None, directory: Path, uid: int) -> None:
+        self._directory = str(directory)
+        self._uid = uid
         self._request = (
             f"GET {path} HTTP/1.1\r\nHost: localhost\r\nUser-Agent: dispatcher-health\r\n"
             "Accept: */*\r\nConnection: close\r\n\r\n"
@@ -86,16 +91,23 @@ class Probe:
         try:
             sock.settimeout(SLICE)
             with endpoints.checked_unix_path(endpoint.path, owner_uid) as path:
-                found = os.stat(path)
-                if found.st_gid != self._proxy_gid:
-                    os.chown(path, -1, self._proxy_gid)
-                if stat.S_IMODE(found.st_mode) != 0o660:
-                    os.chmod(path, 0o660)
+                if os.path.dirname(endpoint.path) == self._directory:
+                    self._admit_proxy(path, owner_uid)
                 sock.connect(path)
         except BaseException:
             sock.close()
             raise
         return sock
+
+    def _admit_proxy(self, path: str, owner_uid: int | None) -> None:
+        """Let the proxy connect to a socket in the agent's directory, if it is the agent's."""
+        found = os.stat(path)
+        if found.st_uid not in {self._uid, owner_uid} or self._proxy_gid is None:
+            return
+        if found.st_gid != self._proxy_gid:
+            os.chown(path, -1, self._proxy_gid)
+        if stat.S_IMODE(found.st_mode) != 0o660:
+            os.chmod(path, 0o660)
 
     def _answer(self, sock: socket.socket, deadline: Deadline, check: Callable[[], None]) -> str:
         head = b""

@@ -98,14 +98,17 @@ class Runner:
         while operation is not None:
             task = Task(self._registry, agent, operation)
             try:
-                operation.check()
-                change = self._steps[operation.kind](task)
-            except Cancelled as error:
-                change = self._cancelled(task, error)
-            except DispatcherError as error:
-                change = self._failed(task, error)
-            except Exception as error:
-                change = self._failed(task, _internal_error(error))
+                change = self._carry_out(task)
+            except Exception as error:  # in what follows a failure: the operation ends all the same
+                change = restarts.failed(
+                    task.row,
+                    operation.kind,
+                    _internal_error(error),
+                    seen=None,
+                    now=self._registry.clock.now(),
+                    policy=task.policy,
+                    log=[],
+                )
             if operation.status is Status.ABANDONED:
                 self._returned(agent)
                 return
@@ -114,6 +117,18 @@ class Runner:
             ended, operation = operation, self._registry.finish(agent, operation, change)
             if ended.observe_again and operation is None:
                 self.on_changed(agent)
+
+    def _carry_out(self, task: Task) -> Change | None:
+        """Run the steps of an operation; return what they or their failure change."""
+        try:
+            task.operation.check()
+            return self._steps[task.operation.kind](task)
+        except Cancelled as error:
+            return self._cancelled(task, error)
+        except DispatcherError as error:
+            return self._failed(task, error)
+        except Exception as error:
+            return self._failed(task, _internal_error(error))
 
     # --- the operations
 
@@ -146,7 +161,12 @@ class Runner:
             booting = seen.state is BackendState.STARTING
             task.progress(task.operation.stage if booting else WAITING, seen.detail)
 
-        probe = Probe(task.policy.health, self._proxy_gid)
+        probe = Probe(
+            task.policy.health,
+            self._proxy_gid,
+            self._data.paths.endpoint_dir(row.name),
+            self._data.ids(row.uid)[0],
+        )
         seen = await_ready(
             provider, handle, probe, operation=task.operation, deadline=deadline, seen=seen, report=report
         )
@@ -345,7 +365,7 @@ class Runner:
             operation.abandon()
             agent.operation, agent.availability = None, Availability.STUCK
             agent.epoch += 1
-            error = hung_call(*job.call.split(".", 1))
+            error = hung_call(job.plugin, job.call)
             failure = Failure(what=error.what, why=error.why, fix=error.fix, time=self._registry.clock.now())
             return Change({**NO_OPERATION, "failure": failure, "retry_at": None}, [(EventKind.FAILED, str(error))])
 

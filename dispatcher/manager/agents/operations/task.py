@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dispatcher.common.contained import text
 from dispatcher.common.log import clean
 from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.agent import Agent, Operation
@@ -57,7 +58,7 @@ class Task:
         """
         operation = self.operation
         operation.check()
-        now = (clean(str(step), 64), clean(str(detail), 300), _fraction(fraction))
+        now = (clean(text(step, 128), 64), clean(text(detail, 600), 300), _fraction(fraction))
         if now == self._published:
             return
         new_stage = now[0] != operation.stage

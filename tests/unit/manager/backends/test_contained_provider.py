@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, field_validator, model_serializer
 
-from dispatcher.common.contained import contained
+from dispatcher.common.contained import PluginRef, bounded, contained
 from dispatcher.config.check import app_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
@@ -65,6 +65,7 @@ def raising(fault):
     return Faulty()
 
 
+FAULTY = PluginRef("provider", "faulty", "acme 1")
 APP = App(name="demo", provider="faulty", options=LocalOptions())
 HANDLE = Handle(provider="faulty", agent="alice", name="dispatcher-0-alice")
 SPEC = AgentSpec(
@@ -107,7 +108,7 @@ def test_every_method_of_the_contract_is_contained():
 @EACH
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_raises_nothing_but_errors_of_the_tree(method, fault):
-    call = getattr(ContainedProvider(raising(fault)), method)
+    call = getattr(ContainedProvider(raising(fault), FAULTY), method)
     wanted = inspect.signature(getattr(Provider, method)).parameters
     named = {name: ARGUMENTS[name] for name in wanted if name in ARGUMENTS}
     if "deadline" in wanted:
@@ -117,9 +118,10 @@ def test_a_method_raises_nothing_but_errors_of_the_tree(method, fault):
 
 
 @EACH
-def test_capabilities_and_close_raise_nothing(fault):
-    provider = ContainedProvider(raising(fault))
-    assert provider.capabilities == frozenset()
+def test_close_raises_nothing_and_capabilities_an_error(fault):
+    provider = ContainedProvider(raising(fault), FAULTY)
+    with pytest.raises(ProviderError, match=r"report this fault to the authors of acme 1"):
+        _ = provider.capabilities
     provider.close()
 
 
@@ -132,7 +134,7 @@ def test_a_log_that_fails_in_the_middle_ends_with_an_error(fault):
         raise fault
 
     provider.logs = logs
-    lines = ContainedProvider(provider).logs(HANDLE, tail=2, follow=False, deadline=Deadline(5))
+    lines = ContainedProvider(provider, FAULTY).logs(HANDLE, tail=2, follow=False, deadline=Deadline(5))
     assert next(lines) == b"first"
     with pytest.raises(ProviderError, match="The provider faulty failed in logs"):
         next(lines)
@@ -148,7 +150,7 @@ def test_a_reader_may_leave_a_log_early():
             closed.append(True)
 
     provider.logs = logs
-    lines = ContainedProvider(provider).logs(HANDLE, tail=2, follow=False, deadline=Deadline(5))
+    lines = ContainedProvider(provider, FAULTY).logs(HANDLE, tail=2, follow=False, deadline=Deadline(5))
     assert next(lines) == b"first"
     lines.close()
     assert closed
@@ -156,19 +158,19 @@ def test_a_reader_may_leave_a_log_early():
 
 def test_errors_of_the_tree_and_cancellations_of_the_manager_pass():
     for error in (Cancelled("newer"), Unavailable("no answer")):
-        with pytest.raises(type(error)) as caught, contained("provider x", "ensure"):
+        with pytest.raises(type(error)) as caught, contained(FAULTY, "ensure"):
             raise error
         assert caught.value is error
 
 
 def test_an_interrupt_passes_in_the_main_thread_alone():
-    with pytest.raises(KeyboardInterrupt), contained("provider x", "check"):
+    with pytest.raises(KeyboardInterrupt), contained(FAULTY, "check"):
         raise KeyboardInterrupt
     found = []
 
     def run():
         try:
-            with contained("provider x", "check"):
+            with contained(FAULTY, "check"):
                 raise KeyboardInterrupt
         except DispatcherError as error:
             found.append(error)
@@ -182,7 +184,7 @@ def test_an_interrupt_passes_in_the_main_thread_alone():
 def test_a_secret_text_is_not_shown(caplog):
     with (
         pytest.raises(Unavailable) as caught,
-        contained("authenticator x", "check", error=Unavailable, secret=True),
+        contained(FAULTY, "check", error=Unavailable, secret=True),
     ):
         raise ValueError("password hunter2")
     assert "hunter2" not in str(caught.value) + caplog.text
@@ -235,7 +237,7 @@ def test_the_options_of_an_app_raise_nothing_but_errors_of_the_tree(options, fau
     model, table = options(fault)
     config = parse({"apps": {"demo": {"provider": "faulty", "faulty": table}}})
     specs = Specs(config=config, plugins=plugins_with(model), data=None, installation="00000000", proxy_gid=1)
-    with pytest.raises((PluginError, ProviderError), match="failed in"):
+    with pytest.raises((PluginError, ProviderError), match="provider faulty failed in"):
         specs.check("demo")
     if options is validating:
         with pytest.raises(DispatcherError, match="failed in"):
@@ -265,6 +267,8 @@ def test_an_authenticator_raises_nothing_but_errors_of_the_tree(fault, tmp_path)
 
     parts = Parts(tmp_path, authenticator=Faulty(options=LocalOptions()))
     assert parts.login().status_code == 503
-    with pytest.raises(Unavailable, match="The authenticator faulty failed in set_password"):
+    assert "The authenticator faulty failed in authenticate" in str(parts.authenticator.problem)
+    with pytest.raises(Unavailable, match="cannot be checked at the moment"):
         parts.services.signin.set_password("alice", "correct horse")
+    assert "The authenticator faulty failed in set_password" in str(parts.authenticator.problem)
     parts.close()

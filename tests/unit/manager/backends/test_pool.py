@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from dispatcher.common.contained import PluginRef
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.manager.backends import pool as module
 from dispatcher.manager.backends.pool import JobState, Pool, current_job
@@ -89,10 +90,10 @@ def test_a_call_that_hangs_is_left_behind_and_told_once(monkeypatch):
     gate, told, done = threading.Event(), [], threading.Event()
 
     def hang():
-        with current_job().calling("fake.stop", Deadline(0)):
+        with current_job().calling(PluginRef("provider", "fake"), "stop", Deadline(0)):
             gate.wait(10)
 
-    job = pool.submit(hang, overdue=lambda job: told.append(job.call))
+    job = pool.submit(hang, overdue=lambda job: told.append(f"{job.plugin.name}.{job.call}"))
     pool.submit(done.set)
     time.sleep(0.1)
     assert not done.is_set()

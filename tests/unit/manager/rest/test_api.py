@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from dispatcher.manager.rest import long_poll
 from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.rest.server import MAX_BODY
 from tests.support.manager_parts import Parts
@@ -122,6 +123,17 @@ def test_waiting_ends_when_somebody_wants_something_else(slow):
     threading.Timer(0.1, slow.supervisor.set_desired, ["alice", "stopped"]).start()
     answer = slow.admin.put("/agents/alice/state?wait=10", json={"state": "running"})
     assert (answer.status_code, answer.json["code"]) == (409, "conflict")
+
+
+def test_waiting_ends_when_the_state_stays_unknown(slow, monkeypatch):
+    """The backend does not answer: the manager goes on, nobody waits for it without an end."""
+    monkeypatch.setattr(long_poll, "UNKNOWN", 0.2)
+    slow.supervisor.lose("alice")
+    began = time.monotonic()
+    answer = slow.admin.put("/agents/alice/state?wait=30", json={"state": "running"})
+    assert (answer.status_code, answer.json["title"]) == (503, "The state of alice is unknown")
+    assert "dispatcher why alice" in answer.json["fix"]
+    assert time.monotonic() - began < 5
 
 
 def test_waiting_ends_when_the_agent_is_removed(slow):

@@ -62,8 +62,9 @@ def serve(tmp_path):
         listener.close()
 
 
-def probe(endpoint, path="/", gid=None, seconds=2, owner=None):
-    return Probe(path, gid)(endpoint, owner, Deadline(seconds), lambda: None)
+def probe(endpoint, path="/", gid=None, seconds=2, owner=None, directory=None):
+    directory = os.path.dirname(endpoint.path) if directory is None else directory
+    return Probe(path, gid, directory, os.geteuid())(endpoint, owner, Deadline(seconds), lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_a_wait_for_an_answer_can_be_cancelled(serve):
 
     before = time.monotonic()
     with pytest.raises(Cancelled):
-        Probe("/", None)(serve(lambda connection: time.sleep(2)), None, Deadline(30), cancelled)
+        Probe("/", None, "/", 0)(serve(lambda connection: time.sleep(2)), None, Deadline(30), cancelled)
     assert time.monotonic() - before < 1
 
 
@@ -142,6 +143,18 @@ def test_an_ordinary_user_s_socket_stays_as_it_is(serve):
     endpoint = serve(OK, "unix", mode=0o600)
     assert probe(endpoint, gid=None, owner=os.geteuid()) == ""
     assert stat.S_IMODE(os.stat(endpoint.path).st_mode) == 0o600
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("where", ["outside", "another's"])
+def test_a_socket_that_is_not_the_agents_own_is_left_as_it_is(serve, tmp_path, where):
+    """A provider may name any socket: one elsewhere, or one that another user has put into the directory."""
+    endpoint = serve(OK, "unix", mode=0o600)
+    os.chown(endpoint.path, 12345 if where == "another's" else 0, 0)
+    directory = str(tmp_path / "agent") if where == "outside" else None
+    assert probe(endpoint, gid=300_000, owner=None, directory=directory) == ""
+    found = os.stat(endpoint.path)
+    assert (found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0o600)
 
 
 @pytest.mark.parametrize("gid", [None, pytest.param(300_000, marks=pytest.mark.root)])
@@ -196,7 +209,7 @@ def wait(provider, seconds=2, operation=None, seen=None, report=None):
     return await_ready(
         provider,
         HANDLE,
-        Probe("/", None),
+        Probe("/", None, "/", 0),
         operation=operation,
         deadline=Deadline(seconds),
         seen=seen,
