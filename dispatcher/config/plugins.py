@@ -35,13 +35,14 @@ GROUP = "dispatcher.plugins"
 DISTRIBUTION = "agent-dispatcher"
 #: Names of plugins that are parts of this program and have no entry point.
 BUILT_IN = frozenset({"local", "dispatcher-metrics", "dispatcher-log"})
+UNKNOWN = "an unknown distribution"
 MAX_CLASSES = 100  # that a hook may return
 _T = TypeVar("_T")
 
 
 def distribution(entry: EntryPoint) -> str:
     """Return ``NAME VERSION`` of the distribution that declares an entry point."""
-    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown distribution"
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else UNKNOWN
 
 
 def _of(origin: str) -> str:
@@ -172,7 +173,7 @@ class Plugins:
     def ref(self, kind: str, name: str) -> PluginRef:
         """Return how errors name a plugin."""
         origin = self._loaded.get(name) or self.available().get(name, "")
-        return PluginRef(kind, name, origin)
+        return PluginRef(kind, name, "" if origin == UNKNOWN else origin)
 
     def kinds(self, name: str) -> list[str]:
         """Return what a loaded plugin is: provider, authenticator, observer."""

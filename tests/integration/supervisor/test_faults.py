@@ -56,7 +56,7 @@ def test_a_provider_that_raises_in_a_start(world, method, error):
     else:
         assert method in view.failure.what
         assert str(error) in view.failure.why
-        assert "author of the plugin" in view.failure.fix
+        assert "authors of the plugin" in view.failure.fix
     others_go_on(supervisor)
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
@@ -84,7 +84,7 @@ def test_a_provider_that_returns_nonsense_in_a_start(world, method, nonsense):
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     view = reach(supervisor, "alice", "failed")
     assert f"invalid value from {method}" in view.failure.what
-    assert "author of the plugin" in view.failure.fix
+    assert "authors of the plugin" in view.failure.fix
     others_go_on(supervisor)
     assert "alice" not in {c.labels["agent"] for c in world.backend.containers.values() if c.state == "running"}
     supervisor.commands.set_desired("alice", Desired.RUNNING)
@@ -275,10 +275,11 @@ def test_hostile_names_in_logs_are_harmless(world, caplog):
     assert all("\x1b" not in record.getMessage() for record in caplog.records)
 
 
-def test_the_guard_checks_capabilities_that_are_nonsense(world):
-    supervisor = world.supervisor()
+def test_a_provider_with_capabilities_that_are_nonsense_cannot_be_used(world):
     world.backend.capabilities = frozenset({"fly"})
-    assert supervisor.backends.get("fake").provider.capabilities == frozenset()
+    backend = world.supervisor().backends.get("fake")
+    assert not backend.usable
+    assert "invalid value from capabilities: 'fly' is not a valid Capability" in str(backend.problem)
 
 
 @pytest.mark.parametrize("method", ["logs", "check"])
