@@ -9,6 +9,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -454,6 +455,39 @@ def tls(daemon: Daemon, **kw) -> ssl.SSLSocket:
     for key, value in kw.items():
         setattr(context, key, value)
     return context.wrap_socket(daemon.connect(), server_hostname="app.test")
+
+
+def flood_with_requests(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        sock.sendall(100_000 * (b"GET / HTTP/1.1\r\n" + HOST + b"\r\n"))
+
+
+@pytest.mark.parametrize("kind", ["further requests", "further requests by TLS", "messages of TLS"])
+def test_a_flood_on_one_connection_takes_turns_with_others(kind):
+    """A stranger sends megabytes of small requests, or KeyUpdate messages, each of which needs an answer."""
+    with Daemon(start=False) as daemon:
+        if kind != "further requests":
+            cert, key = certificate(daemon.dir, "flood")
+            daemon.write(tls_cert=str(cert), tls_key=str(key))
+        daemon.start()
+        connect = daemon.connect if kind == "further requests" else lambda: tls(daemon)
+        with contextlib.ExitStack() as stack:
+            if kind == "messages of TLS":
+                script = ROOT / "tests/support/tls_key_updates.py"
+                command = [sys.executable, str(script), str(daemon.port), "10"]
+                flood = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+                stack.callback(flood.kill)
+            else:
+                sock = stack.enter_context(connect())
+                threading.Thread(target=flood_with_requests, args=[sock], daemon=True).start()
+            longest = 0.0
+            for _ in range(20):
+                time.sleep(0.2)
+                start = time.monotonic()
+                with connect() as other:
+                    assert get(other, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n") == 401
+                longest = max(longest, time.monotonic() - start)
+        assert longest < 2
 
 
 def test_tls():

@@ -126,3 +126,19 @@ def test_no_cookie_for_a_sibling():
 def test_a_childs_session_is_worth_nothing_where_agents_share_an_origin():
     with Edge(host=ALICE) as edge:
         assert get(edge, ALICE).status == 401
+
+
+def test_a_shared_cache_keeps_no_answer_of_an_agent():
+    """Whoever opens the host without a session would get it from the cache."""
+    fields = b"Cache-Control: public, max-age=600\r\nCDN-Cache-Control: max-age=600\r\nX-Accel-Expires: 600\r\n"
+    answer = saying(b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: 5\r\n\r\nhello")
+    with Edge(
+        answer,
+        routing="subdomain",
+        public_url="http://apps.localhost:8080",
+        label="alice-1",
+        host=ALICE,
+    ) as edge:
+        found = get(edge, ALICE)
+    assert found.status == 200 and found.field(b"cache-control") == b"private, max-age=600"
+    assert not found.field(b"cdn-cache-control") and not found.field(b"x-accel-expires")

@@ -24,7 +24,7 @@ class Chunked:
     """A scanner of one body.
 
     :ivar done: the last chunk and the trailer section were seen; :ivar rest: the bytes after them.
-    :ivar size: bytes of data so far.
+    :ivar size: bytes of data so far; :ivar chunks: in the bytes of the last `feed`.
     """
 
     def __init__(self, *, plain: bool = False) -> None:
@@ -39,13 +39,14 @@ class Chunked:
         self._extensions = 0
         self.done = False
         self.rest = b""
-        self.size = 0
+        self.size = self.chunks = 0
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes and return the bytes to pass on, which may be none.
 
         :raises BadHead: the coding is invalid, or a line is too long.
         """
+        self.chunks = 0
         # The middle of a big chunk, the common case of a long body, has no framing.
         if self._state == _DATA and len(data) < self._left:
             self._left -= len(data)
@@ -97,6 +98,7 @@ class Chunked:
                         out.append(data[kept : match.end(1)])
                         kept = stop
                     self._state = _DATA
+                    self.chunks += 1
                 position = stop + 2
                 continue
             trailers = self._trailers(data, position)

@@ -247,12 +247,13 @@ def perhaps_index(length: int, first: int) -> int:
 
 REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE, _COMMANDS)
-#: Of answers of agents that share an origin: their statement to caches is joined with the edge's own.
+#: Of answers of agents: their statement to caches is joined with the edge's own.
+_AGENT: Final = {**_RESPONSE, "cache-control": CACHE_CONTROL, "x-accel-expires": DROP}
+AGENT_NAMES: Final = Names(_AGENT, _COMMANDS, (_TARGETED,))
+#: Of answers of agents that share an origin.
 SHARED_NAMES: Final = Names(
     {
-        **_RESPONSE,
-        "cache-control": CACHE_CONTROL,
-        "x-accel-expires": DROP,
+        **_AGENT,
         # Browsers keep these for the whole origin, and for paths of it that the agent names:
         **dict.fromkeys(("accept-ch", "critical-ch", "use-as-dictionary"), DROP),
     },

@@ -46,10 +46,25 @@ class HeadReader:
     def read_kept(self) -> Request | None:
         """Read on with the bytes that were kept.
 
+        Bytes behind the head that are not its request's body stay: thousands of requests may be waiting in them.
+
         :raises BadHead: see `read`.
         """
         kept, self.kept = self.kept, None
-        return None if kept is None else self._read(bytes(kept))
+        if kept is None:
+            return None
+        end = kept.find(b"\r\n\r\n") + 4
+        if end < 4:
+            return self._read(bytes(kept))
+        request = self._read(bytes(kept[:end]))
+        if request is not None:
+            length = 0 if request.upgrade else request.length
+            own = len(kept) if request.upgrade or length < 0 else end + length
+            self.rest = bytes(kept[end:own])
+            del kept[:own]
+            if kept:
+                self.kept = kept
+        return request
 
     def _read(self, data: bytes, *, skipped: bool = False) -> Request | None:
         end = head_end(data)

@@ -11,7 +11,7 @@ from typing import Final
 
 from dispatcher.proxy.cookies import OWN_NAMES
 from dispatcher.proxy.edge.http import field_names
-from dispatcher.proxy.edge.http.field_names import RESPONSE_NAMES, SHARED_NAMES, BadHead, Names
+from dispatcher.proxy.edge.http.field_names import AGENT_NAMES, RESPONSE_NAMES, SHARED_NAMES, BadHead, Names
 from dispatcher.proxy.edge.http.fields import (
     COMPILED,
     FIELD_BYTES,
@@ -98,7 +98,7 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     if start is None:
         start = _learn_status(first)
     version, status, first = start
-    names = SHARED_NAMES if policy is not None and policy.guarded else RESPONSE_NAMES
+    names = RESPONSE_NAMES if policy is None else SHARED_NAMES if policy.guarded else AGENT_NAMES
     read = scan_fields(head, begin, max_fields, names) if COMPILED else read_fields(head, begin, max_fields, names)
     response = Response()
     response.status = status

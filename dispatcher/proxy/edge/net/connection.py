@@ -38,6 +38,7 @@ from dispatcher.proxy.edge.routing.settings import (
     FOREVER,
     LINGER,
     LINGER_BYTES,
+    PIPELINED,
     PORTAL_BODY,
     SMALL_BODY,
     WRITE_HIGH,
@@ -75,7 +76,7 @@ class Connection(Client):
         self.state = _HEAD
         self.write_paused = self.reading_paused = self.closing = self.eof = self.trusted = False
         self.scheme = self.context.settings.scheme
-        self.to_https = self.same_port = False
+        self.to_https = self.same_port = self._next_due = self._pausing = False
         self.reader.kept = None
         self.exchange.clear()
 
@@ -92,7 +93,7 @@ class Connection(Client):
         state = self.state
         if state is _HEAD:
             reader = self.reader
-            if self.write_paused:
+            if self.write_paused or self._next_due:
                 self._keep(data)
                 return
             incomplete = reader.kept is not None
@@ -198,16 +199,23 @@ class Connection(Client):
     # Back-pressure.
 
     def regulate_reading(self) -> None:
-        """Read from the client only what can be forwarded, or buffered within `WRITE_HIGH`.
+        """Read from the client only what can be forwarded, or buffered within `WRITE_HIGH` and `PIPELINED`.
 
         Called after a change of any reason not to read.
         """
         upstream = self.exchange.upstream
         kept = self.reader.kept
         wait = (
-            (upstream is not None and upstream.write_paused)
-            or len(self.exchange.body) + len(kept or b"") > WRITE_HIGH
-            or (self.write_paused and self.state is _HEAD and kept is not None)
+            self._pausing
+            or (upstream is not None and upstream.write_paused)
+            or len(self.exchange.body) > WRITE_HIGH
+            or (
+                kept is not None
+                and (
+                    (self.write_paused and self.state is _HEAD)
+                    or (len(kept) > PIPELINED and (self.state is not _HEAD or self._next_due))
+                )
+            )
         )
         if wait != self.reading_paused:
             self.reading_paused = wait
@@ -215,6 +223,18 @@ class Connection(Client):
                 self.transport.pause_reading()
             else:
                 self.transport.resume_reading()
+
+    def pause_for(self, seconds: float) -> None:
+        """Do not read for a while."""
+        if seconds:
+            self._pausing = True
+            self.regulate_reading()
+            self.context.loop.call_later(seconds, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self._pausing = False
+        if self.reading_paused and self.state is not State.CLOSED:
+            self.regulate_reading()
 
     def _keep(self, data: bytes) -> None:
         """Buffer bytes: the next request, or a body that must wait."""
@@ -226,6 +246,7 @@ class Connection(Client):
 
     def _read_kept(self) -> None:
         """Begin the next request if it has arrived and may begin."""
+        self._next_due = False
         if self.state is _HEAD and not self.write_paused and self.reader.kept is not None:
             try:
                 request = self.reader.read_kept()
@@ -457,8 +478,9 @@ class Connection(Client):
         else:
             self.deadline = context.now + context.settings.idle_timeout
             if self.reader.kept is not None:
+                self._next_due = True
                 context.loop.call_soon(self._read_kept)
-        if self.reading_paused:
+        if self.reading_paused or self._next_due:
             self.regulate_reading()
 
     def _finish(self, *, clean: bool) -> None:

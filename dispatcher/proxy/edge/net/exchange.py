@@ -17,7 +17,7 @@ from dispatcher.proxy.edge.net.client_base import Client, State
 from dispatcher.proxy.edge.net.clients import Clients
 from dispatcher.proxy.edge.net.request_body import RequestBody
 from dispatcher.proxy.edge.net.tunnel import ClientEnd, UpstreamEnd, tunnel
-from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream
+from dispatcher.proxy.edge.net.upstream import AWAIT, Receiver, Upstream, dense_pause
 from dispatcher.proxy.edge.routing import pages
 from dispatcher.proxy.edge.routing.actions import Hold, Lookup
 from dispatcher.proxy.edge.routing.settings import (
@@ -148,7 +148,7 @@ class Exchange(Receiver):
         upstream.informational = 0
         upstream.mode = AWAIT
         upstream.transport.write(head)
-        if client.reading_paused:
+        if client.reading_paused or client.reader.kept is not None:
             client.regulate_reading()
         elif not complete:
             client.transport.resume_reading()  # a new connection that the loop does not read yet
@@ -191,6 +191,8 @@ class Exchange(Receiver):
             self.abandon_upstream()
             client.refuse_head(error)
             return
+        if sending.chunks:
+            client.pause_for(dense_pause(agent, size, sending.chunks, self.context.clock()))
         if sending.left:
             self.await_body()
         else:
@@ -220,7 +222,7 @@ class Exchange(Receiver):
         if request.upgrade:
             client.closing = True
         if body:
-            client.reader.kept = bytearray(body)
+            client.reader.keep(body)
         return True
 
     # Waiting.
@@ -315,7 +317,7 @@ class Exchange(Receiver):
         if self.agent is not None and self.agent.name:
             cached = (self.request.by_hand and context.settings.page_cache) or response.cached
             if cached:
-                additions += b"Cache-Control: private, " + cached + b"\r\nVary: Cookie\r\n"
+                additions += b"Cache-Control: private, " + cached + b"\r\n" + context.settings.vary
             else:
                 additions += context.settings.agent_lines
         elif response.status == 404 and client.session is not None:

@@ -9,12 +9,15 @@ import asyncio
 import os
 import socket
 import ssl
+from typing import Any
 
 from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
 from dispatcher.proxy.edge.net.client_base import Client
 from dispatcher.proxy.edge.net.clients import Clients, plain_address
 from dispatcher.proxy.edge.net.listener import Listener
+
+_TLS_READ = 16 * 1024  # bytes of TLS that are decrypted in one turn of the loop
 
 
 class Handshakes(Listener):
@@ -44,14 +47,19 @@ class Handshakes(Listener):
             tls = self._tls
             if tls is not None and await asyncio.wait_for(self._is_plain(sock), timeout):
                 tls = None
-            extra = {} if tls is None else {"ssl_handshake_timeout": timeout}
 
             def protocol() -> Client:
                 found = clients.client(client)
                 found.to_https = found.same_port = tls is not self._tls
                 return found
 
-            await clients.context.loop.connect_accepted_socket(protocol, sock, ssl=tls, **extra)  # type: ignore[type-var]
+            loop = clients.context.loop
+            if tls is None:
+                await loop.connect_accepted_socket(protocol, sock)  # type: ignore[type-var]
+            else:
+                done = loop.create_future()
+                await loop.connect_accepted_socket(lambda: _Turns(loop, protocol(), tls, done, timeout), sock)
+                await done
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
         finally:
@@ -85,3 +93,56 @@ class Handshakes(Listener):
                 raise BadHead("no PROXY header")
             data += piece
         return data
+
+
+class _Turns(asyncio.BufferedProtocol):
+    """Between a connection and its TLS: other connections get a turn after each `_TLS_READ` bytes.
+
+    The loop's own TLS takes up to 256 KiB at a time, and several times in a turn.  As many messages of TLS itself
+    (KeyUpdate; RFC 8446, 4.6.3) take seconds, in which no protocol is called and no timer runs.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        client: Client,
+        context: ssl.SSLContext,
+        done: asyncio.Future[None],
+        timeout: float,
+    ) -> None:
+        from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]
+
+        self._loop = loop
+        self._tls: Any = SSLProtocol(loop, client, context, done, server_side=True, ssl_handshake_timeout=timeout)
+        self._transport: Any = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._tls.connection_made(transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        del sizehint
+        return memoryview(self._tls.get_buffer(_TLS_READ))[:_TLS_READ]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._tls.buffer_updated(nbytes)
+        transport = self._transport
+        if nbytes == _TLS_READ and transport.is_reading():
+            transport.pause_reading()
+            self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def eof_received(self) -> bool | None:
+        return self._tls.eof_received()  # type: ignore[no-any-return]
+
+    def pause_writing(self) -> None:
+        self._tls.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._tls.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._tls.connection_lost(exc)

@@ -10,11 +10,13 @@ class RequestBody:
     """Finds the end of one body.
 
     :ivar left: bytes still to come, `CHUNKED`, or 0 at the end; :ivar rest: the bytes after the body.
+    :ivar chunks: in the bytes of the last `take`.
     """
 
     def __init__(self, length: int) -> None:
         self.left = length
         self.rest = b""
+        self.chunks = 0
         self._decoder = Chunked() if length == CHUNKED else None
 
     def take(self, data: bytes) -> bytes:
@@ -25,6 +27,7 @@ class RequestBody:
         decoder = self._decoder
         if decoder is not None:
             passed = decoder.feed(data)
+            self.chunks = decoder.chunks
             if decoder.done:
                 self.rest = decoder.rest
                 self.left = 0

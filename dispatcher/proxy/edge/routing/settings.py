@@ -35,7 +35,10 @@ PORTAL_BODY: Final = 1 << 16  # bytes of a body for the portal, as it comes: chu
 COLLECTED: Final = 16 << 20  # bytes of such bodies that are not complete, for all of a worker's connections
 SMALL_BODY: Final = 4096  # bytes of one that are accepted even above that
 WRITE_HIGH: Final = 256 * 1024  # bytes that may wait in memory for a slow reader
+PIPELINED: Final = 16 * 1024  # bytes of further requests, above which a client is not read before its answer
 UNSENT: Final = 512 * 1024  # the same in the kernel, besides what is on its way to the reader
+DENSE: Final = 64  # bytes for each chunk; a body with fewer is read slowly
+CHUNK_PAUSE: Final = 5e-6  # seconds without reading for each of its chunks: ten times what their parsing takes
 EVENTS_PING: Final = 15.0  # seconds between comments on a silent event stream
 MAX_EVENTS: Final = 16  # event streams of one session
 
@@ -84,8 +87,9 @@ class Settings:
         self.policy = Policy(guarded, host_only=self.subdomain)
         hsts = proxy.hsts if config.secure and proxy.hsts is not False else None
         self.hsts_line = b"" if hsts is None else b"Strict-Transport-Security: max-age=%d\r\n" % int(hsts)
-        #: Agents share an origin: what a cache keeps of one is for its session alone.
-        self.agent_lines = b"" if self.subdomain else b"Cache-Control: private\r\nVary: Cookie\r\n"
+        #: What a cache keeps of an agent is for its user alone, and where agents share an origin, for one session.
+        self.vary = b"" if self.subdomain else b"Vary: Cookie\r\n"
+        self.agent_lines = b"Cache-Control: private\r\n" + self.vary
         #: Over plain HTTP a sign-out cannot clear the browser's cache, and Back would show a page.
         self.page_cache = b"" if self.subdomain or config.secure else b"no-store"
         self.trusted_unix = "unix" in proxy.trusted_proxies

@@ -22,6 +22,7 @@ class Agent:
 
     :ivar generation: increases when connections to the agent's endpoint must no longer be used.
     :ivar idle: pooled upstream connections, the most recently used last; :ivar in_flight: requests in progress.
+    :ivar next_chunks: when the next body of tiny chunks is read, see `dense_pause`.
     :ivar waiting: requests held until the agent runs; :ivar watchers: event streams of its state.
     """
 
@@ -47,6 +48,7 @@ class Agent:
         self.watchers: dict[Any, None] = {}
         self.tunnels: dict[Any, None] = {}
         self.woken = 0.0
+        self.next_chunks = 0.0
         self.traffic = Traffic()
         self.memory: Any = None  # the router's
         self.counters: list[int] | None = None  # the row of `Counters`

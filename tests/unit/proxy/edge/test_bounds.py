@@ -86,6 +86,13 @@ def trickled(head: bytes) -> None:
     assert in_pieces(HeadReader(MANY, MANY).read, head) is None
 
 
+def pipelined(request: bytes, size: int) -> None:
+    reader = HeadReader(MANY, MANY)
+    reader.keep(to(request, size))
+    while reader.kept is not None:
+        assert reader.read_kept() is not None
+
+
 COSTS: dict[str, Callable[[int], object]] = {
     "labels": lambda n: both(b"GET / HTTP/1.1\r\nHost: " + to(b"a.", n) + b"apps.test\r\n\r\n"),
     "segments": lambda n: both(b"GET " + to(b"/a", n) + b" HTTP/1.1\r\nHost: alice.apps.test\r\n\r\n"),
@@ -100,6 +107,8 @@ COSTS: dict[str, Callable[[int], object]] = {
     "options": lambda n: both(GET + b"Connection: " + to(b"close, a, ", n) + b"\r\n\r\n"),
     "addresses": lambda n: both(GET + b"X-Forwarded-For: " + to(b"10.0.0.1, ", n) + b"\r\n\r\n"),
     "pieces of a head": lambda n: trickled(GET + to(b"X-A: b\r\n", n) + b"\r\n"),
+    "further requests": lambda n: pipelined(GET + b"\r\n", n),
+    "further bodies": lambda n: pipelined(GET + b"Content-Length: 3\r\n\r\nabc", n),
     "lengths": lambda n: SHARED.answer(OK + b"Content-Length: " + to(b"5, ", n) + b"5\r\n\r\n"),
     "set cookies": lambda n: SHARED.answer(OK + to(b"Set-Cookie: dispatcher=a; Domain=b\r\n", n) + b"\r\n"),
     "domains": lambda n: SHARED.answer(OK + b"Set-Cookie: a=b" + to(b"; domain=b", n) + b"\r\n\r\n"),

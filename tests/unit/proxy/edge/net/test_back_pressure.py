@@ -14,7 +14,7 @@ from dispatcher.config.load import parse
 from dispatcher.proxy.edge.net.access_log import AccessLog
 from dispatcher.proxy.edge.net.connection import Connection
 from dispatcher.proxy.edge.net.upstream import Upstream
-from dispatcher.proxy.edge.routing.settings import WRITE_HIGH, Settings
+from dispatcher.proxy.edge.routing.settings import PIPELINED, WRITE_HIGH, Settings
 from dispatcher.proxy.edge.worker import Worker
 from tests.support.edge_feed import agent_row, session_row
 
@@ -28,15 +28,21 @@ class Loop:
 
     def __init__(self) -> None:
         self._soon: deque[Callable[[], object]] = deque()
+        self.later: list[Callable[[], object]] = []
 
     def call_soon(self, callback: Callable[[], object]) -> None:
         self._soon.append(callback)
 
     def call_later(self, seconds: float, callback: Callable[[], object]) -> None:
-        pass
+        self.later.append(callback)
 
     def run(self) -> None:
         while self._soon:
+            self._soon.popleft()()
+
+    def turn(self) -> None:
+        """Run what is due now; what that makes due waits for the next turn."""
+        for _ in range(len(self._soon)):
             self._soon.popleft()()
 
 
@@ -111,11 +117,15 @@ class Transport:
     def feed(self, size: int) -> None:
         """Let the edge read what has arrived."""
         while self.received and self.reading and not self.closing and size > 0:
-            piece = bytes(self.received[: min(size, HIGH)])
-            del self.received[: len(piece)]
-            size -= len(piece)
-            self.protocol.data_received(piece)
+            size -= self.read(size)
             self.loop.run()
+
+    def read(self, size: int) -> int:
+        """Let the edge read once."""
+        piece = bytes(self.received[: min(size, HIGH)])
+        del self.received[: len(piece)]
+        self.protocol.data_received(piece)
+        return len(piece)
 
     def take(self, size: int) -> bytes:
         """Read what the edge has written."""
@@ -307,6 +317,20 @@ def test_a_client_that_does_not_read_gets_no_further_request_begun() -> None:
         for what in ("send", "take", "answer"):
             world.step(what, HIGH)
     assert max(world.waiting()) <= BOUND
+
+
+def test_requests_that_are_answered_at_once_are_read_no_faster_than_they_are_answered() -> None:
+    """A stranger sends small requests without end; a turn of the loop answers one."""
+    world, count = World(), 8000
+    world.near.received += b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * count
+    for _ in range(count + 10):
+        if world.near.received and world.near.reading:
+            world.near.read(HIGH)
+        world.loop.turn()
+        world.got += world.near.sent
+        world.near.sent.clear()
+        assert world.waiting()[0] <= PIPELINED + HIGH
+    assert world.got.count(b"HTTP/1.1 401 ") == count
 
 
 def test_an_upstream_that_has_not_taken_its_request_is_not_used_again() -> None:

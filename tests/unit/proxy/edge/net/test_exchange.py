@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher.proxy.edge.net.upstream import dense_pause
 from dispatcher.proxy.edge.routing.settings import HALF_CLOSED
 from tests.support.edge_feed import agent_row
 from tests.unit.proxy.edge.net.test_back_pressure import TOKEN, World, request
@@ -94,6 +95,39 @@ def test_small_messages_at_even_pauses_are_no_use_and_do_not_wake(pause: float) 
     assert not heartbeat(world) and not woken
     now[0] += pause / 3
     assert heartbeat(world) and woken, "but a person's message does"
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "part, read",
+    [(b"1\r\nx\r\n", False), (b"200\r\n" + 512 * b"x" + b"\r\n", True), (b"", True)],
+    ids=["tiny chunks", "chunks", "one tiny chunk"],
+)
+def test_bodies_of_tiny_chunks_wait_so_that_others_get_their_turn(part: bytes, read: bool) -> None:
+    """Parsing 256 KiB of chunks with one byte each takes as long as a hundred requests."""
+    world = World()
+    world.near.received += b"POST /3 HTTP/1.1\r\n" + HEAD + CHUNKED
+    world.step("send", 1 << 17)
+    near, far = world.near, world.peers[0].transport
+    near.received += 48_000 // max(len(part), 1) * part + b"1\r\nx\r\n"
+    world.step("send", 1 << 17)
+    far.received += b"HTTP/1.1 200 OK\r\n" + CHUNKED
+    far.feed(1 << 20)
+    far.received += 48_000 // max(len(part), 1) * part + b"1\r\nx\r\n"
+    far.feed(1 << 17)
+    assert [near.reading, far.reading] == [read, read]
+    while world.loop.later:
+        world.loop.later.pop()()
+    assert near.reading and far.reading
+
+
+def test_the_bodies_of_one_agent_wait_for_each_other() -> None:
+    agent = World().context.tables.agents["alice"]
+    assert dense_pause(agent, 60_000, 10_000, 100.0) == pytest.approx(0.05)
+    assert dense_pause(agent, 60_000, 10_000, 100.01) == pytest.approx(0.09)
+    assert dense_pause(agent, 60_000, 10_000, 500.0) == pytest.approx(0.05)
 
 
 def test_typing_is_use_beside_heartbeats() -> None:
