@@ -1,7 +1,7 @@
 """What all tests share: the prerequisites behind the markers, and how the run is spread over workers.
 
-- A test that needs root, bubblewrap, Docker, libvirt or Chromium carries that marker.  Where the thing is
-  absent the test is skipped with the reason; with CI=true *any* skip is a failure.
+- A test that needs root, bubblewrap, Docker, libvirt or Chromium carries that marker, and `program("NAME")` for any
+  other program.  Where the thing is absent the test is skipped with the reason; with CI=true *any* skip is a failure.
 - Under xdist (`--dist loadgroup`) everything that shares a heavy backend runs on one worker, one after the
   other, and begins first: tests marked docker or browser (one group), or libvirt, and all of tests/chaos.  Emulated guests take
   longest, so their tests are two groups: the conformance kit, and `machines` with all others; so does the group
@@ -70,6 +70,13 @@ def missing(marker: str) -> str:
     return ""
 
 
+def without(*programs: str) -> str:
+    """Return which of these programs are not installed, or ""."""
+    places = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    absent = [name for name in programs if not shutil.which(name, path=places)]
+    return f"{', '.join(absent)} not installed" if absent else ""
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist writes groups into the ids of tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give heavy tests their group and put them first; groups begin in the order of HEAVY."""
@@ -104,7 +111,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip (in CI: fail) what cannot run here, with the reason."""
     for marker in item.iter_markers():
-        why = missing(marker.name)
+        why = without(*marker.args) if marker.name == "program" else missing(marker.name)
         if why and CI:
             pytest.fail(f"needs {marker.name}: {why}", pytrace=False)
         elif why:

@@ -10,7 +10,7 @@ def suite(pytester, monkeypatch):
     from tests.conftest import ROOT
 
     pytester.makeconftest((ROOT / "tests/conftest.py").read_text())
-    pytester.makeini("[pytest]\nmarkers = docker\n  libvirt\n  browser\n  root\n  bubblewrap\n")
+    pytester.makeini("[pytest]\nmarkers = docker\n  libvirt\n  browser\n  root\n  bubblewrap\n  program\n")
     monkeypatch.delenv("CI", raising=False)
     return pytester
 
@@ -30,6 +30,19 @@ def test_outside_ci_a_missing_backend_is_skipped_with_its_reason(suite, monkeypa
     result = suite.runpytest_subprocess("-rs")
     result.assert_outcomes(passed=1, skipped=2)
     result.stdout.fnmatch_lines(["*needs docker: /nonexistent.sock*", "*no moon*"])
+
+
+def test_a_program_that_is_not_installed_is_named(suite):
+    suite.makepyfile("""
+import pytest
+@pytest.mark.program("sh", "no-such-program")
+def test_skipped(): pass
+@pytest.mark.program("sh")
+def test_passes(): pass
+""")
+    result = suite.runpytest_subprocess("-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*needs program: no-such-program not installed*"])
 
 
 def test_in_ci_every_skip_is_a_failure(suite, monkeypatch):

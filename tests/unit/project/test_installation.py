@@ -1,6 +1,6 @@
 """What tests themselves start ends with them, also when it does not come up."""
 
-import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +8,14 @@ from tests.support.installation import Installation
 
 
 def processes_with(text):
-    return subprocess.run(["pgrep", "-f", text], capture_output=True, text=True, check=False).stdout.split()
+    return [path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if text.encode() in contents(path)]
+
+
+def contents(path):
+    try:
+        return path.read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_a_daemon_that_does_not_come_up_is_ended_and_nothing_is_left(tmp_path):

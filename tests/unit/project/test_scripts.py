@@ -1,7 +1,6 @@
 """The shell scripts: correct for bash, clean for shellcheck, executable, and what they promise in their first lines."""
 
 import os
-import shutil
 import ast
 import importlib.util
 import subprocess
@@ -25,9 +24,8 @@ def test_scripts_can_be_run(path):
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.program("shellcheck")
 def test_shell_scripts_are_clean(path):
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
     done = subprocess.run(["shellcheck", "--severity=warning", path], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
