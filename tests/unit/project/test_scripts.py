@@ -74,3 +74,31 @@ def test_benchmarks_import_what_there_is(path):
                 if not hasattr(module, each.name) and not importlib.util.find_spec(f"{node.module}.{each.name}"):
                     missing.append(f"{node.module}.{each.name}")
     assert missing == []
+
+
+def test_a_pin_is_for_the_versions_of_python_that_its_package_takes():
+    """Debian 12 has Python 3.11.2: with a pin that wants 3.11.5, pip looks for other versions for hours."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    refused, checked = [], 0
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        pin = Requirement(line)
+        try:
+            found = distribution(pin.name)
+        except PackageNotFoundError:
+            continue
+        if not pin.specifier.contains(found.version):
+            continue  # of another version of Python
+        checked += 1
+        takes = SpecifierSet(found.metadata.get("Requires-Python") or "")
+        for version in ("3.10.0", "3.11.0", "3.12.0", "3.13.0", "3.14.0"):
+            python = {"python_full_version": version, "python_version": version.rpartition(".")[0]}
+            if (pin.marker is None or pin.marker.evaluate(python)) and version not in takes:
+                refused.append(f"{line}: not for Python {version}")
+    assert refused == []
+    assert checked > 20
