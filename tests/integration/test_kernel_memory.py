@@ -5,9 +5,13 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dispatcher.manager.agents import kernel_meters
+from dispatcher.manager.agents.kernel_memory_guard import KernelMemoryGuard
+from dispatcher.testing.kit import processes_of
 from tests.support.docker_tools import images
 from tests.support.installation import Installation, until
 
@@ -16,7 +20,7 @@ pytestmark = [pytest.mark.root, pytest.mark.bubblewrap, pytest.mark.slow]
 #: /netlink: fill the queues of sockets with errors that repeat the request.  /udp: those of datagrams.
 #: /refused: errors of calls that take memory of the kernel.
 APP = """
-import http.server, json, os, socket, socketserver, struct, sys, time
+import fcntl, http.server, json, os, socket, socketserver, struct, sys, time
 os.umask(0o007)
 kept = []
 def netlink():
@@ -45,8 +49,38 @@ def udp():
                     sender.send(b"x" * 60000)
             except OSError:
                 pass
+def locks():
+    for number in range(20):
+        kept.append(os.memfd_create("a"))
+        for at in range(1000):
+            fcntl.fcntl(kept[-1], fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 4000 - 2 * at, 1, 0))
+    time.sleep(20)
+def tcp():
+    listener = socket.create_server(("127.0.0.1", 0))
+    for _ in range(10):
+        kept.append(socket.create_connection(listener.getsockname()))
+        kept.append(listener.accept()[0])
+        for each in kept[-2:]:
+            each.setblocking(False)
+            try:
+                while True:
+                    each.send(bytes(65536))
+            except OSError:
+                pass
+def closed():
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    for _ in range(100):
+        each = socket.create_connection(listener.getsockname())
+        kept.append(listener.accept()[0])
+        each.setblocking(False)
+        try:
+            while True:
+                each.send(bytes(65536))
+        except OSError:
+            each.close()
 def refused():
-    import ctypes, fcntl, mmap, select
+    import ctypes, mmap, select
     group = socket.inet_pton(socket.AF_INET6, "ff15::1") + struct.pack("i", 1)
     group4 = socket.inet_aton("239.1.2.3") + bytes(8)
     label = socket.inet_pton(socket.AF_INET6, "::1") + bytes([0, 0, 0, 0, 0, 255, 1, 0, 60, 0]) + bytes(6)
@@ -111,7 +145,7 @@ command = ["python3", "-c", '''{APP.replace("{", "{{").replace("}", "}}")}''', "
 """
 
 
-@pytest.fixture(params=["bubble", pytest.param("box", marks=pytest.mark.docker)])
+@pytest.fixture(scope="module", params=["bubble", pytest.param("box", marks=pytest.mark.docker)])
 def site(request):
     base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
     base.chmod(0o755)
@@ -130,22 +164,40 @@ def ask(site, path):
     return site.web("GET", path, Cookie=site.cookie, Accept="*/*")
 
 
-def test_an_agent_whose_netlink_queues_grow_is_killed_and_told_why(site):
-    answer = ask(site, "/netlink")
+def is_killed(site, path, why):
+    answer = ask(site, path)
     assert answer.status != 200, "it was killed before it had answered"
 
     def told():
-        return "its netlink sockets held" in " ".join(site.admin("GET", "/agents/alice/why").json()["sentences"])
+        return why in " ".join(site.admin("GET", "/agents/alice/why").json()["sentences"])
 
     until("the reason is told", told)
     until("it runs again", lambda: ask(site, "/").status == 200, 60)
 
 
-def test_datagrams_in_queues_are_below_the_limit_of_memory(site):
-    assert ask(site, "/udp").status == 200
-    lines = Path("/proc/net/sockstat").read_text().splitlines()
-    (pages,) = [line.split()[-1] for line in lines if line.startswith("UDP: ")]
-    assert int(pages) * 4096 < 300 << 20
+def test_an_agent_whose_netlink_queues_grow_is_killed_and_told_why(site):
+    is_killed(site, "/netlink", "its netlink sockets held")
+
+
+def test_an_agent_with_thousands_of_file_locks_is_killed_and_told_why(site):
+    is_killed(site, "/locks", "file locks")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "limit", "why"),
+    [("/tcp", "tcp_mem", 4096, "its TCP connections held"), ("/closed", "tcp_max_orphans", 160, "it left")],
+    ids=["memory", "closed"],
+)
+def test_an_agent_that_takes_most_of_the_hosts_tcp_is_found(site, path, name, limit, why, monkeypatch):
+    """The host's limits are lowered for this guard only, as they are those of everybody."""
+    assert ask(site, path).status == 200
+    monkeypatch.setattr(kernel_meters, "_limit", lambda _, asked: limit if asked == name else 0)
+    killed, events, uid = set(), [], site.admin("GET", "/agents/alice/runtime").json()["uid"]
+    agent = SimpleNamespace(killed_because="", row=SimpleNamespace(uid=uid, name="alice"))
+    registry = SimpleNamespace(agents={"alice": agent}, change=lambda *_: events.append(agent.killed_because))
+    KernelMemoryGuard(registry, kill=lambda pid, _: killed.add(pid)).check()
+    assert [why in event for event in events] == [True], agent.killed_because
+    assert killed >= set(processes_of(uid)) != set()
 
 
 def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_listed(site):
@@ -165,3 +217,10 @@ def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_li
         "huge page": errno.ENOMEM,
         "huge file": errno.EINVAL,
     }
+
+
+def test_datagrams_in_queues_are_below_the_limit_of_memory(site):
+    assert ask(site, "/udp").status == 200
+    lines = Path("/proc/net/sockstat").read_text().splitlines()
+    (pages,) = [line.split()[-1] for line in lines if line.startswith("UDP: ")]
+    assert int(pages) * 4096 < 300 << 20

@@ -16,8 +16,8 @@ from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
+from dispatcher.manager.agents.kernel_memory_guard import INTERVAL, KernelMemoryGuard
 from dispatcher.manager.agents.lifecycle import DEAD, NO_OPERATION
-from dispatcher.manager.agents.netlink_guard import INTERVAL, NetlinkGuard
 from dispatcher.manager.agents.observers import Observers
 from dispatcher.manager.agents.operations.kept_data import Copies
 from dispatcher.manager.agents.operations.provider_move import Mover
@@ -72,7 +72,7 @@ class Supervisor:
         self._accounts = accounts
         self._timers = Timers("dispatcher-timers")  # quick calls
         self._slow_timers = Timers("dispatcher-slow-timers")  # idle checks, writes, trimming
-        self._guard_timers = Timers("dispatcher-netlink-guard")  # nothing else may delay it
+        self._guard_timers = Timers("dispatcher-memory-guard")  # nothing else may delay it
         self.observers = Observers(plugins)
         self._log_collector = LogCollector()
         self.data = AgentData(paths, accounts)
@@ -132,7 +132,7 @@ class Supervisor:
             self._watch(backend)
         self._timers.every(1.0, self.backends.check_overdue)
         if self._accounts.agent_uids is not None:
-            self._guard_timers.every(INTERVAL, NetlinkGuard(self.registry).check)
+            self._guard_timers.every(INTERVAL, KernelMemoryGuard(self.registry).check)
         self._slow_timers.every(1.0, self.registry.flush)
         self._slow_timers.every(60.0, self._database.checkpoint)
         self._slow_timers.every(check_interval([config.defaults, *config.apps.values()]), self.idle_monitor.check)

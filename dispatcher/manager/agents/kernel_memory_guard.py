@@ -1,0 +1,134 @@
+"""Kills agents that hold too much kernel memory of a kind that no control group counts.
+
+The host's unreclaimable memory and its pools for sockets are checked often; what each agent holds is searched for
+only when they have grown.  An agent is killed for what its own processes hold, and never a process of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dispatcher.manager.agents.kernel_meters import Excess, Processes, Search, file_locks, full_pools, netlink
+from dispatcher.manager.agents.lifecycle import Change, EventKind
+from dispatcher.manager.agents.registry import Registry
+from dispatcher.plugin.deadline import boottime
+from dispatcher.plugin.names import printable
+
+INTERVAL = 0.05  # seconds between checks of the host's memory: one thread can queue gigabytes a second
+GROWTH = 64 << 20  # growth of the host's unreclaimable memory, in bytes, that starts a search
+REGULARLY = 10.0  # seconds between searches without such growth
+REST = 4  # a search of a pool is repeated after this many times its own duration
+
+_log = logging.getLogger("dispatcher.manager")
+
+
+class KernelMemoryGuard:
+    """Checks the agents of this host that have a user id of their own; call `check` at each `INTERVAL`.
+
+    :param kill: sends a signal to a process.
+    """
+
+    def __init__(
+        self, registry: Registry, *, proc: Path = Path("/proc"), kill: Callable[[int, int], None] = os.kill
+    ) -> None:
+        self._registry, self._proc, self._kill = registry, proc, kill
+        self._lowest = 0
+        self._next = self._next_pools = 0.0
+
+    def check(self) -> None:
+        """Kill every agent that holds too much of what the host has begun to run out of."""
+        if not (searches := list(self._due())):
+            return
+        begun = boottime()
+        agents = self._processes()
+        ended: set[int] = set()
+        for search in searches:
+            for excess in search(self._proc, agents):
+                if excess.uid not in ended:
+                    ended.add(excess.uid)
+                    self._end(excess)
+        self._next_pools = boottime() + REST * (boottime() - begun)
+
+    def _due(self) -> Iterator[Search]:
+        used = _unreclaimable(self._proc)
+        self._lowest = min(self._lowest, used)
+        if used - self._lowest >= GROWTH or boottime() >= self._next:
+            self._lowest, self._next = used, boottime() + REGULARLY
+            yield from (netlink, file_locks)
+        if boottime() >= self._next_pools:
+            yield from full_pools(self._proc)
+
+    def _processes(self) -> dict[int, Processes]:
+        """Return the processes of each agent that has some, by its user id.
+
+        A process can make root the owner of its /proc/PID, so its credentials are read.  The namespaces of the
+        host are others than the manager's where that runs in a container that sees the host's processes.
+        """
+        owners = {agent.row.uid for agent in list(self._registry.agents.values())}
+        members: dict[int, list[int]] = {}
+        spaces: dict[str, dict[int, list[int]]] = {"net": {}, "pid": {}}
+        inside: dict[int, dict[str, int]] = {}
+        for name in os.listdir(self._proc):
+            if not name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                pid = int(name)
+                inside[pid] = {kind: self._namespace(name, kind) for kind in spaces}
+                for kind, found in spaces.items():
+                    found.setdefault(inside[pid][kind], []).append(pid)
+                if (uid := _uid(self._proc, name)) in owners:
+                    members.setdefault(uid, []).append(pid)
+        for name in ("self", "1"):
+            for kind, found in spaces.items():
+                with contextlib.suppress(OSError):
+                    found.pop(self._namespace(name, kind), None)
+
+        def together(pids: list[int], kind: str) -> Iterator[int]:
+            for number in {inside[pid][kind] for pid in pids}:
+                yield from spaces[kind].get(number, ())
+
+        return {
+            uid: Processes(tuple(pids), tuple(together(pids, "net")), tuple({*pids, *together(pids, "pid")}))
+            for uid, pids in members.items()
+        }
+
+    def _namespace(self, pid: str, kind: str) -> int:
+        return os.stat(self._proc / pid / "ns" / kind).st_ino
+
+    def _end(self, excess: Excess) -> None:
+        """Kill all processes; when the first one of a PID namespace ends, the kernel kills the others in it."""
+        agents = [agent for agent in list(self._registry.agents.values()) if agent.row.uid == excess.uid]
+        now = self._processes().get(excess.uid)  # since the search a number may have become another process
+        if not agents or now is None:
+            return
+        (agent, *_), detail = agents, f"killed by the manager: {excess.detail}"
+        agent.killed_because = detail
+        for pid in now.to_kill:
+            with contextlib.suppress(OSError):
+                self._kill(pid, signal.SIGKILL)
+        _log.error("%s: %s", printable(agent.row.name), detail)
+        self._registry.change(agent, lambda _: Change({}, [(EventKind.OUT_OF_MEMORY, detail)]))
+
+
+def _unreclaimable(proc: Path) -> int:
+    """Return the size of the kernel's unreclaimable memory, in bytes."""
+    for line in (proc / "meminfo").read_bytes().splitlines():
+        if line.startswith(b"SUnreclaim:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _uid(proc: Path, pid: str) -> int:
+    """Return the user id of a process.
+
+    :raises OSError: it is gone.
+    """
+    for line in (proc / pid / "status").read_bytes().splitlines():
+        if line.startswith(b"Uid:"):
+            return int(line.split()[1])
+    return -1
