@@ -12,6 +12,7 @@ from dispatcher.plugin.model import Finding
 
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
 WANTED_FILES = 4096
+AGENT_FILES = 4096 * 8192  # that one agent may open with the defaults: processes, files of each
 #: Settings below /proc/sys with which an ordinary user may not make user namespaces.
 _FORBIDDING = {
     "user/max_user_namespaces": "0",
@@ -42,6 +43,17 @@ def open_files() -> Iterator[Finding]:
     else:
         shown = "any number of" if hard == resource.RLIM_INFINITY else str(hard)
         yield Finding.ok(f"up to {shown} open files")
+
+
+def file_table(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
+    """Check that one agent cannot open all files that the kernel allows for the host and all agents."""
+    most = int((settings / "fs/file-max").read_text(encoding="ascii"))
+    if most < AGENT_FILES:
+        yield Finding.warning(
+            f"the host allows {most} open files in all (fs.file-max); one agent may open {AGENT_FILES} with the "
+            "defaults, as far as its memory suffices, and then no other program opens any",
+            "set fs.file-max = 9223372036854775807 in /etc/sysctl.d, as systemd does at boot",
+        )
 
 
 def user_namespaces(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:

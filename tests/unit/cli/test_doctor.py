@@ -449,3 +449,10 @@ def test_a_password_in_a_file_that_all_may_read_is_told(tmp_path, text, mode, le
     path.write_text(text)
     path.chmod(mode)
     assert levels(installation.config_file(path)) == [level]
+
+
+@pytest.mark.parametrize(("most", "levels"), [("2466165", ["warning"]), ("9223372036854775807", [])])
+def test_a_table_of_files_that_one_agent_can_fill_is_told(tmp_path, most, levels):
+    (tmp_path / "fs").mkdir()
+    (tmp_path / "fs/file-max").write_text(f"{most}\n")
+    assert [finding.level.value for finding in machine.file_table(tmp_path)] == levels
