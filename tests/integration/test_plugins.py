@@ -107,7 +107,7 @@ def house(patched, tmp_path_factory, request):
     finally:
         client.close()
         manager.close()
-        providers.STOP.set()
+        providers.release()
 
 
 class _Good(providers.Good):
@@ -164,6 +164,8 @@ def test_a_backend_without_a_list_is_not_reachable(house, name):
         time.sleep(0.05)
     for words in CASES[name].words:
         assert words in state()["error"]
+    found = house[1].check_provider(name)["findings"]
+    assert any(item["level"] == "error" and "cannot be listed" in item["what"] for item in found)
     assert any("does not answer" in line for line in house[1].why(f"alice:{name}")["sentences"])
 
 

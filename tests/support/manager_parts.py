@@ -73,9 +73,10 @@ class Parts:
         if authenticator is None:
             cls = plugin(self.supervisor.store, self.hasher).dispatcher_register_authenticators()[0]
             authenticator = cls(options=cls.Options())
-        self.authenticator = ContainedAuthenticator(
-            PluginRef("authenticator", authenticator.name, "acme 1"), authenticator
-        )
+        if not isinstance(authenticator, ContainedAuthenticator):
+            ref = PluginRef("authenticator", authenticator.name, "acme 1")
+            authenticator = ContainedAuthenticator(ref, authenticator)
+        self.authenticator = authenticator
         self.edge_waits = []
         follow_removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1))
         self.reloads = []

@@ -13,7 +13,7 @@ from dispatcher.manager.agents.agent import Agent, AgentView, iso
 from dispatcher.manager.agents.explain import explain, unlimited
 from dispatcher.manager.agents.lifecycle import ALIVE
 from dispatcher.manager.agents.registry import Registry
-from dispatcher.manager.backends.backend import Backend, collect_usage
+from dispatcher.manager.backends.backend import Backend, Contact, collect_usage
 from dispatcher.manager.backends.logs import NO_LINES, LogCollector
 from dispatcher.manager.files.quota import DiskUse
 from dispatcher.plugin.deadline import Deadline, boottime
@@ -257,4 +257,7 @@ class Queries:
         except DispatcherError as error:
             what = f"{error.what}: {error.why}" if error.why else error.what
             found.insert(0, Finding(level=Level.ERROR, what=what, fix=error.fix))
+        else:
+            if backend.usable and backend.contact in {Contact.LOST, Contact.NEVER_ANSWERED}:
+                found.insert(0, Finding.error(f"its agents cannot be listed: {backend.problem}"))
         return found

@@ -7,6 +7,7 @@ password is masked there.  `HashPool` has the threads, and gives up calls that h
 from __future__ import annotations
 
 import base64
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.parse import quote, quote_plus
@@ -47,9 +48,11 @@ class ContainedAuthenticator:
         :raises Unavailable: it cannot be said now, whatever the reason.
         """
         with self._call("authenticate", (name, password), deadline) as wrapped:
-            found = wrapped.authenticate(name, password, deadline=deadline)
+            found: object = wrapped.authenticate(name, password, deadline=deadline)
             if found is None:
                 return None
+            if inspect.iscoroutine(found):  # of a method that was declared with `async`
+                found.close()
             if not isinstance(found, Identity):
                 raise self._invalid(
                     f"found a value of the type {type(found).__name__}, expected an Identity or None"

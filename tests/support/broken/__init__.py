@@ -25,7 +25,7 @@ MODULES = {
         "class Unspeakable(Exception):\n    def __str__(self): raise SystemExit\nraise Unspeakable",
         "Unspeakable",
     ),
-    "hangs": ("from tests.support.broken.providers import STOP\nSTOP.wait()", "does not return"),
+    "hangs": ("from tests.support.broken.providers import forever\nforever()", "does not return"),
     "empty": ("", "no provider"),
     "unreadable": (
         "def __getattr__(name): raise SystemExit(name)\ndef __dir__(): return ['dispatcher_x']",

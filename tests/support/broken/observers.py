@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dispatcher.plugin import hookimpl
-from tests.support.broken.providers import STOP
+from tests.support.broken.providers import forever
 
 
 class _Observer:
@@ -19,7 +19,7 @@ class _Observer:
 
 
 def _hang(_event: object) -> None:
-    STOP.wait()
+    forever()
 
 
 def _exit(_event: object) -> None:

@@ -85,13 +85,19 @@ def entries() -> Iterator[tuple[str, str]]:
     yield from _ATTRIBUTES.items()
 
 
-#: Ends the threads that hang, at the end of the tests.
-STOP = threading.Event()
+_released = threading.Event()
 
 
 def forever() -> None:
-    """Do not return."""
-    STOP.wait()
+    """Do not return before the end of the tests that called it."""
+    _released.wait()
+
+
+def release() -> None:
+    """End the threads that hang."""
+    global _released
+    _released.set()
+    _released = threading.Event()
 
 
 class Unspeakable(Exception):
