@@ -77,8 +77,10 @@ class Service:
         data = f"-H 'Content-Type: application/json' -d '{json.dumps(body)}'" if body else ""
         done = self.run(
             f"curl -sS -m 100 -X {method} {data} -w '\\n%{{http_code}}' --unix-socket /run/dispatcher/manager.sock"
-            f" 'http://localhost{path}'"
+            f" 'http://localhost{path}'",
+            check=False,
         )
+        assert done.code == 0, f"{method} {path}: {done.all}\n{self.journal()}"
         text, _, code = done.out.rpartition("\n")
         assert int(code) in status, f"{method} {path}: {done.out}"
         return json.loads(text) if text else None
@@ -133,7 +135,7 @@ class Service:
 
     def journal(self, since=""):
         return self.run(
-            f"journalctl -b --no-pager -u 'dispatcher-*' {since and f'--since=@{since}'} | tail -n 60"
+            f"uptime; journalctl -b --no-pager -u 'dispatcher-*' {since and f'--since=@{since}'} | tail -n 60"
         ).out
 
     def now(self):
@@ -560,9 +562,6 @@ def test_an_upgrade_keeps_the_agents_running_and_refuses_no_connection(service):
 def test_after_a_reboot_agents_are_in_their_desired_state(service):
     service.want("bob", "stopped")
     service.machine.reboot()
-    service.until(
-        "the manager", lambda: service.run("systemctl is-active dispatcher-manager", check=False).code == 0
-    )
     service.until("alice is back", lambda: service.state("alice") == "running")
     assert service.state("bob") == "stopped"
     assert service.run("systemctl --failed --plain --no-legend").out == ""

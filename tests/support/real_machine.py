@@ -72,27 +72,22 @@ class Machine:
             ["mke2fs", "-q", "-t", "ext4", "-d", root, self.work / "disk", "4G"], check=True, capture_output=True
         )
         shutil.rmtree(root)
-        log = self._stack.enter_context((self.work / "qemu").open("wb"))
-        self._qemu = subprocess.Popen(
-            ["qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"]
-            + ["-m", str(memory), "-display", "none", "-nic", "none", "-nodefaults"]
-            + ["-kernel", self.base / "vmlinuz", "-initrd", self.base / "initrd"]
-            + [
-                "-append",
-                "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off cryptomgr.notests no_timer_check",
-            ]
-            + ["-drive", f"file={self.work}/disk,if=virtio,format=raw,cache=unsafe"]
-            + ["-serial", f"file:{self.work}/console", "-device", "virtio-rng-pci", "-device", "virtio-serial"]
-            + ["-chardev", f"socket,id=agent,path={self.work}/agent,server=on,wait=off"]
-            + ["-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        self._stack.callback(self._end)
+        self._log = self._stack.enter_context((self.work / "qemu").open("wb"))
+        self._command = [
+            *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
+            *("-m", str(memory), "-display", "none", "-nic", "none", "-nodefaults", "-no-reboot"),
+            *("-kernel", self.base / "vmlinuz", "-initrd", self.base / "initrd", "-append"),
+            "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off cryptomgr.notests no_timer_check",
+            *("-drive", f"file={self.work}/disk,if=virtio,format=raw,cache=unsafe"),
+            *("-chardev", f"file,id=console,path={self.work}/console,append=on", "-serial", "chardev:console"),
+            *("-device", "virtio-rng-pci", "-device", "virtio-serial"),
+            *("-chardev", f"socket,id=agent,path={self.work}/agent,server=on,wait=off"),
+            *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
+        ]
         self._sock: socket.socket | None = None
+        self._stack.callback(self._end)
         try:
-            self.wait()
+            self._start()
         except BaseException:
             self.close()
             raise
@@ -129,18 +124,20 @@ class Machine:
         assert "return" in answer, answer
         return answer["return"]
 
-    def wait(self) -> None:
-        """Wait until it has started."""
-        end = time.monotonic() + BOOT
-        while True:
+    def _start(self) -> None:
+        """Start it and wait until all its units have started."""
+        self._qemu = subprocess.Popen(
+            self._command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=subprocess.STDOUT
+        )
+        end, state = time.monotonic() + BOOT, ""
+        while state not in ("running", "degraded"):
             assert self._qemu.poll() is None, f"QEMU ended: {self.console}"
+            assert time.monotonic() < end, f"the machine does not start ({state}): {self.console}"
             try:
                 self._connect()
-                break
+                state = self.run("systemctl is-system-running --wait", check=False, timeout=BOOT).out.strip()
             except (OSError, ValueError):
-                assert time.monotonic() < end, f"the machine does not start: {self.console}"
                 time.sleep(0.3)
-        self.run("systemctl is-system-running --wait", check=False)
 
     def run(self, script: str, *, stdin: str = "", check: bool = True, timeout: float = 120) -> Done:
         """Run a script of bash as root and wait for it."""
@@ -164,18 +161,13 @@ class Machine:
         return done
 
     def reboot(self) -> None:
-        """Restart it, and wait until it has started."""
-        before = self.run("cat /proc/sys/kernel/random/boot_id").out
+        """Restart it as an operator does, and wait until it has started."""
         self.run("systemd-run --quiet --on-active=1 systemctl reboot")
-        end = time.monotonic() + BOOT
-        while True:
-            time.sleep(2)
-            with contextlib.suppress(OSError, ValueError):
-                self._connect()
-                if self.run("cat /proc/sys/kernel/random/boot_id").out != before:
-                    break
-            assert time.monotonic() < end, f"the machine does not restart: {self.console}"
-        self.wait()
+        try:
+            self._qemu.wait(BOOT)  # -no-reboot: the end of the system is the end of QEMU
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the machine does not shut down: {self.console}") from None
+        self._start()
 
     def _end(self) -> None:
         self._qemu.kill()
