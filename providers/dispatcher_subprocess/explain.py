@@ -11,7 +11,6 @@ from dispatcher_subprocess import sandbox, seccomp
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import AppOptions, endpoint_kind, options_of
 
-_SANDBOX = "install bubblewrap, or allow it to make namespaces"
 #: Controller -> key of the configuration, capability, and the effect of a limit that is not enforced.
 _LIMITS = {
     "memory": ("memory", Capability.MEMORY_LIMIT, "each process of an agent is limited, not their sum"),
@@ -53,7 +52,7 @@ def _host(host: Host) -> Iterator[Finding]:
         )
     else:
         what = f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network"
-        yield Finding.warning(what, _SANDBOX)
+        yield Finding.warning(what, host.fix)
     if host.sandboxed and not seccomp.program():
         yield Finding.warning(
             "No system call is refused: there is no filter for this processor. AF_VSOCK is open to all agents",
@@ -158,7 +157,7 @@ def _app(host: Host, app: App) -> Iterator[Finding]:
         )
     elif not host.sandboxed:
         what = f'network = "{app.network.value}" is not enforced without a sandbox: it has the host\'s network'
-        yield Finding.warning(what, _SANDBOX)
+        yield Finding.warning(what, host.fix)
     elif app.network is Network.NONE or host.private_fault is None:  # else it cannot start, see `faults`
         what = "no network" if app.network is Network.NONE else "the outside, but nothing of this host"
         yield Finding.ok(f"It reaches {what}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from dispatcher.plugin import Deadline, ProviderError, Unavailable, nft_fault
 from dispatcher_subprocess import new_connections
@@ -18,13 +19,16 @@ _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "-
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
 _PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
 _TUN = "/dev/net/tun"
+_APPARMOR = "kernel/apparmor_restrict_unprivileged_userns"
+#: Settings below /proc/sys with which an ordinary user may not make user namespaces.
+_FORBIDDING = {"user/max_user_namespaces": "0", "kernel/unprivileged_userns_clone": "0", _APPARMOR: "1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """The programs and control groups found.
 
-    :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason: why not.
+    :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason, fix: why not, and what to do.
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
     :ivar tracks_connections: the kernel has a table of the host's connections, for its firewall.
     :ivar unbounded: why the rate of an agent's new connections is not bounded, and the fix; None if it is.
@@ -33,6 +37,7 @@ class Host:
     privileged: bool
     bwrap: str = ""
     reason: str = ""
+    fix: str = ""
     setpriv: str = ""
     pasta: str = ""
     slirp: str = ""
@@ -58,7 +63,7 @@ class Host:
     def private_fault(self) -> tuple[str, str] | None:
         """Why private networks do not work, and the fix; None if they work."""
         if not self.sandboxed:
-            return self.reason, "install bubblewrap, or allow it to make namespaces"
+            return self.reason, self.fix
         if not (self.pasta or self.slirp):
             return "neither pasta nor slirp4netns is installed", "install passt"
         if not (which("ip") and which("nsenter")):
@@ -72,12 +77,13 @@ class Host:
 
 def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     """Examine the host."""
-    bwrap, reason = "", ""
+    bwrap, reason, fix = "", "", ""
     if options.bubblewrap == "never":
-        reason = 'providers.subprocess.bubblewrap is "never"'
-    else:
-        bwrap = which("bwrap")
-        reason = _fault(bwrap, deadline) if bwrap else "bubblewrap is not installed"
+        reason, fix = 'providers.subprocess.bubblewrap is "never"', "remove providers.subprocess.bubblewrap"
+    elif not (bwrap := which("bwrap")):
+        reason, fix = "bubblewrap is not installed", "install bubblewrap"
+    elif reason := _fault(bwrap, deadline):
+        fix = namespaces_fix()
     cgroups = Cgroups()
     if options.cgroups == "auto":
         cgroups = discover(f"dispatcher-{installation}", procfs.read("/proc/self/cgroup").decode())
@@ -85,6 +91,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         privileged=os.geteuid() == 0,
         bwrap="" if reason else bwrap,
         reason=reason,
+        fix=fix,
         setpriv=which("setpriv"),
         pasta=which("pasta") if options.private_network != "slirp4netns" else "",
         slirp=which("slirp4netns") if options.private_network != "pasta" else "",
@@ -103,7 +110,7 @@ def verify(host: Host, options: Options) -> None:
         raise Unavailable(
             'bubblewrap cannot be used, and providers.subprocess.bubblewrap is "always"',
             why=host.reason,
-            fix='install bubblewrap, allow it to make namespaces, or set bubblewrap = "auto"',
+            fix=f'{host.fix}, or set bubblewrap = "auto"',
         )
     if host.privileged and not host.setpriv:
         raise ProviderError(
@@ -129,3 +136,15 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{bwrap} does not run: {error}"
     return (last_line(done.stderr) or f"bwrap ended with {done.returncode}") if done.returncode else ""
+
+
+def namespaces_fix(settings: Path = Path("/proc/sys")) -> str:
+    """Return how to let bubblewrap make namespaces."""
+    if os.geteuid() != 0:
+        for name, value in _FORBIDDING.items():
+            if procfs.read(f"{settings}/{name}").decode().strip() == value:
+                how = f"change the setting {name.replace('/', '.')}, which is {value} (sysctl)"
+                if name == _APPARMOR:
+                    how = "allow it by a profile of AppArmor (docs/howto/run-as-an-ordinary-user.md)"
+                return f"{how}, or run the manager as root"
+    return "allow bubblewrap to make namespaces"

@@ -41,7 +41,6 @@ def examine(cli: Cli) -> Iterator[Finding]:
     yield from machine.clock()
     yield from machine.open_files()
     yield from machine.file_table()
-    yield from machine.user_namespaces()
     if os.geteuid() != 0 and default_paths.SYSTEM_CONFIG.exists() and cli.config_path is None:
         yield Finding.info(
             f"{default_paths.SYSTEM_CONFIG} configures the installation of this host; this checks one of your own",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -13,12 +12,6 @@ from dispatcher.plugin.model import Finding
 RELEASED = 1_764_000_000  # Unix time before this release: a clock that shows less is wrong
 WANTED_FILES = 4096
 AGENT_FILES = 4096 * 8192  # that one agent may open with the defaults: processes, files of each
-#: Settings below /proc/sys with which an ordinary user may not make user namespaces.
-_FORBIDDING = {
-    "user/max_user_namespaces": "0",
-    "kernel/unprivileged_userns_clone": "0",
-    "kernel/apparmor_restrict_unprivileged_userns": "1",
-}
 
 
 def clock() -> Iterator[Finding]:
@@ -54,17 +47,3 @@ def file_table(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
             "defaults, as far as its memory suffices, and then no other program opens any",
             "set fs.file-max = 9223372036854775807 in /etc/sysctl.d, as systemd does at boot",
         )
-
-
-def user_namespaces(settings: Path = Path("/proc/sys")) -> Iterator[Finding]:
-    """Check whether an ordinary user may make user namespaces: without root, a sandbox needs them."""
-    if os.geteuid() == 0:
-        return
-    for name, value in _FORBIDDING.items():
-        path = settings / name
-        if path.exists() and path.read_text(encoding="ascii").strip() == value:
-            setting = name.replace("/", ".")
-            yield Finding.warning(
-                "unprivileged user namespaces are not allowed: an ordinary user's agents get no sandbox",
-                f"change the setting {setting}, which is {value} (sysctl), or run the manager as root",
-            )

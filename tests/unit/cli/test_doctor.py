@@ -58,24 +58,6 @@ def test_open_files(monkeypatch, hard, level):
     assert only(machine.open_files()).level.value == level
 
 
-@pytest.mark.parametrize(
-    ("setting", "value", "euid", "found"),
-    [
-        ("kernel/apparmor_restrict_unprivileged_userns", "1", 1000, ["warning"]),
-        ("kernel/apparmor_restrict_unprivileged_userns", "0", 1000, []),
-        ("kernel/unprivileged_userns_clone", "0", 1000, ["warning"]),
-        ("user/max_user_namespaces", "0", 1000, ["warning"]),
-        ("user/max_user_namespaces", "0", 0, []),
-    ],
-)
-def test_forbidden_user_namespaces_matter_to_an_ordinary_user(monkeypatch, tmp_path, setting, value, euid, found):
-    path = tmp_path / setting
-    path.parent.mkdir()
-    path.write_text(f"{value}\n")
-    monkeypatch.setattr(os, "geteuid", lambda: euid)
-    assert levels(machine.user_namespaces(tmp_path)) == found
-
-
 def test_a_manager_that_does_not_answer_is_unwell_or_well():
     def client(answer):
         def healthz():

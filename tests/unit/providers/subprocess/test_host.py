@@ -1,0 +1,46 @@
+"""What the provider `subprocess` finds out about the host."""
+
+import os
+
+import pytest
+from dispatcher_subprocess import host
+
+from dispatcher.plugin import Deadline
+from dispatcher_subprocess.options import Options
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "euid", "fix"),
+    [
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", 1000, "profile of AppArmor"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "0", 1000, "allow bubblewrap to make namespaces"),
+        ("kernel/unprivileged_userns_clone", "0", 1000, "setting kernel.unprivileged_userns_clone, which is 0"),
+        ("user/max_user_namespaces", "0", 1000, "setting user.max_user_namespaces, which is 0"),
+        ("user/max_user_namespaces", "0", 0, "allow bubblewrap to make namespaces"),
+    ],
+)
+def test_a_setting_that_forbids_namespaces_is_named_to_an_ordinary_user(
+    monkeypatch, tmp_path, setting, value, euid, fix
+):
+    path = tmp_path / setting
+    path.parent.mkdir()
+    path.write_text(f"{value}\n")
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    assert fix in host.namespaces_fix(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("bubblewrap", "program", "reason", "fix"),
+    [
+        ("never", "/usr/bin/true", 'is "never"', "remove providers.subprocess.bubblewrap"),
+        ("auto", "", "not installed", "install bubblewrap"),
+        ("auto", "/usr/bin/false", "bwrap ended with 1", "allow bubblewrap to make namespaces"),
+    ],
+)
+def test_the_missing_sandbox_is_explained_with_its_remedy(monkeypatch, bubblewrap, program, reason, fix):
+    monkeypatch.setattr(host, "which", lambda name: program if name == "bwrap" else "")
+    monkeypatch.setattr(host, "namespaces_fix", lambda: "allow bubblewrap to make namespaces")
+    found = host.examine(Options(bubblewrap=bubblewrap, cgroups="never"), "i", Deadline(10))
+    assert not found.sandboxed
+    assert reason in found.reason
+    assert found.fix == fix
