@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 CUTOFF = 0.6  # of difflib's ratio: two letters swapped or one missing in a short word
@@ -10,6 +9,8 @@ CUTOFF = 0.6  # of difflib's ratio: two letters swapped or one missing in a shor
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return the nearest of the known names, or ""; first one that begins with `word`."""
+    import difflib  # loaded for an error, not at every start of the command line
+
     names = {name.lower(): name for name in known}
     word = word.lower()
     longer = [name for name in names if len(word) > 2 and name.startswith(word)]
