@@ -17,10 +17,13 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, ProviderError
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import Limits
+from tests.support import ordinary
+
+pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
 from dispatcher_libvirt.disks import sandbox
 from dispatcher_libvirt.disks.data import DataDisk
 from dispatcher_libvirt.disks.sandbox import Bind
-from tests.support import ordinary
 from tests.support import vm
 from tests.support.vm_world import World, quiet
 

@@ -18,6 +18,9 @@ from dispatcher.plugin.errors import ProviderError, Unavailable
 from dispatcher.manager.files.manifest import differences, manifest
 from dispatcher.plugin.model import BackendState, Capability, Depth, Limits
 from dispatcher.testing.probe_client import Inside
+
+pytest.importorskip("libvirt", reason="libvirt-python is not installed")
+
 from dispatcher_libvirt import network
 from tests.support import vm
 from tests.support.vm_world import World, quiet

@@ -14,6 +14,9 @@ COMPILED = sorted(SETUP["COMPILED"])
 pytestmark = pytest.mark.xdist_group("machine")  # which has the package, too
 
 
+BUILDS = pytest.mark.program("dpkg-buildpackage", "dh", "gcc", "pkg-config")
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     target = tmp_path_factory.mktemp("package")
@@ -21,6 +24,7 @@ def tree(tmp_path_factory):
     return target
 
 
+@BUILDS
 def test_every_file_of_the_program_is_in_the_package(tree):
     (site,) = (tree / HOME / "lib").glob("python3.*/site-packages")
     when = package().stat().st_mtime  # somebody may be at work in the clone
@@ -36,6 +40,7 @@ def test_every_file_of_the_program_is_in_the_package(tree):
         assert list((site / path).parent.glob(f"{(site / path).stem}.*.so")), f"{path} is not compiled"
 
 
+@BUILDS
 def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
     for path in (
         "usr/share/man/man1/dispatcher.1.gz",
@@ -49,6 +54,7 @@ def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
     assert (tree / "usr/bin/dispatcher").is_symlink()
 
 
+@BUILDS
 def test_needrestart_leaves_the_agents_alone(tree):
     """After an upgrade of a library it restarts all services that use the old one, agents' processes included."""
     never = (
