@@ -145,6 +145,6 @@ def namespaces_fix(settings: Path = Path("/proc/sys")) -> str:
             if procfs.read(f"{settings}/{name}").decode().strip() == value:
                 how = f"change the setting {name.replace('/', '.')}, which is {value} (sysctl)"
                 if name == _APPARMOR:
-                    how = "allow it by a profile of AppArmor (docs/howto/run-as-an-ordinary-user.md)"
+                    how = "allow it by a profile of AppArmor for bwrap that has the rule `userns,`"
                 return f"{how}, or run the manager as root"
     return "allow bubblewrap to make namespaces"
