@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -109,7 +110,15 @@ def table(
 
 def values(row: Any, table: sa.Table) -> dict[str, Any]:
     """Return the members of a row that are columns of a table."""
-    return {column.name: getattr(row, column.name) for column in table.columns if hasattr(row, column.name)}
+    kind: Any = type(row)
+    return {name: getattr(row, name) for name in _names(kind, table)}
+
+
+@functools.cache
+def _names(row: type[Any], table: sa.Table) -> tuple[str, ...]:
+    """Return the columns of a table that are members of a dataclass."""
+    members = {field.name for field in dataclasses.fields(row)}
+    return tuple(column.name for column in table.columns if column.name in members)
 
 
 users = table("users", UserRow, id=KEY, name=UNIQUE)
