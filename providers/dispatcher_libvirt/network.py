@@ -239,8 +239,11 @@ class NetworkFilters:
         self._rates.add([str(interface.address.ip)], deadline)
         return interface
 
-    def release(self, name: str, machine: str, deadline: Deadline) -> None:
-        """Free a machine's address, and remove the filter with the last one.  Absent is success."""
+    def release(self, name: str, machine: str, deadline: Deadline, *, address: str = "") -> None:
+        """Free a machine's address, and remove the filter with the last one.  Absent is success.
+
+        :param address: as the machine's definition names it; the network's definition may be gone.
+        """
 
         def addresses(connection: libvirt.virConnect) -> set[str]:
             try:
@@ -265,7 +268,7 @@ class NetworkFilters:
 
         what = f"freeing the address of {machine}"
         call = partial(self._backend.call, what=what, deadline=deadline, lane=Lane.WORK)
-        self._rates.remove(call(addresses), deadline)
+        self._rates.remove(call(addresses) | ({address} if address else set()), deadline)
         call(release)
 
 

@@ -160,10 +160,9 @@ class LibvirtProvider(Provider):
         def wake(found: DomainInfo) -> None:
             self._starter.wake(handle, found, deadline, progress)
 
-        network = self._network(self._domains.find(handle.name, deadline))
+        found = self._domains.find(handle.name, deadline)
         stop.stop(self._domains, handle, wake=wake, grace=grace, deadline=deadline, progress=progress)
-        if network:
-            self._filters.release(network, handle.name, deadline)
+        self._release_address(handle, found, deadline)
         self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
 
@@ -173,8 +172,7 @@ class LibvirtProvider(Provider):
             self.stop(handle, grace=stop.FLUSH, deadline=deadline, progress=progress)
         progress("removing the machine")
         self._domains.remove(handle.name, deadline)
-        if network := self._network(found):
-            self._filters.release(network, handle.name, deadline)
+        self._release_address(handle, found, deadline)
         self._remove_tunnel(handle)
         self._storage.remove_cloud_init(handle.name, deadline)
         self._storage.remove(handle.name, data=data, deadline=deadline)
@@ -247,9 +245,11 @@ class LibvirtProvider(Provider):
         """Whether there may be machines whose new connections are bounded by rules of this host."""
         return bool(self._options.network) and self._rates.fault(deadline) is None
 
-    def _network(self, found: DomainInfo | None) -> str:
-        """Return the libvirt network where a machine may have an address, "" for none."""
-        return found.label.network if found else self._options.network
+    def _release_address(self, handle: Handle, found: DomainInfo | None, deadline: Deadline) -> None:
+        """Free the address that a machine may have on a libvirt network."""
+        address = found.label.address if found else ""
+        if network := found.label.network if found else self._options.network:
+            self._filters.release(network, handle.name, deadline, address=address)
 
     def _examined(self, deadline: Deadline) -> host.Host:
         """Return the backend's capabilities, examined once, and again by each `check`."""

@@ -73,7 +73,7 @@ class Starter:
                 progress("booting")
             return handle
         if found is not None and found.label.network:  # it has ended, and its next network may be another
-            self._filters.release(found.label.network, handle.name, deadline)
+            self._filters.release(found.label.network, handle.name, deadline, address=found.label.address)
         progress("checking the image")
         self.check_image(spec.app, host.reader(spec.uid), deadline, progress)
         network = self._options.network if spec.app.network is Network.PRIVATE else ""

@@ -72,6 +72,7 @@ class Libvirt:
         self.leases, self.persistent = leases, persistent
         self.uri = "qemu:///system"
         self.lock = threading.Lock()
+        self.removed = False
         self.filters = {}
         self.rates = Rates()
 
@@ -79,6 +80,8 @@ class Libvirt:
         return function(self)
 
     def networkLookupByName(self, _):
+        if self.removed:
+            raise refused(libvirt.VIR_ERR_NO_NETWORK)
         return self
 
     def isActive(self):
@@ -160,6 +163,15 @@ def test_addresses_are_unique_under_concurrency_and_free_after_removal():
         assert backend.filters, "a sleeping machine needs the filter too"
         both[0].release("n", f"dispatcher-0123abcd-{name}", Deadline(5))
     assert (backend.filters, backend.hosts, backend.rates.bounded) == ({}, {1: [], 2: []}, set())
+
+
+def test_no_rule_is_left_of_a_machine_whose_network_was_removed():
+    backend = Libvirt()
+    filters = filters_of(backend)
+    address = claim(filters, "a")
+    backend.removed = True
+    filters.release("n", "dispatcher-0123abcd-a", Deadline(5), address=address)
+    assert backend.rates.bounded == set()
 
 
 def test_addresses_in_use_by_others_are_not_given():
