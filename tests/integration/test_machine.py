@@ -24,6 +24,7 @@ private_network = "{network}"
 deny = ["198.18.99.0/24", "fd77:99::/64"]
 
 [apps.probe]
+start_timeout = "3m"  # a fifth of an emulated processor
 memory = "64M"
 cpus = 0.2
 pids = 30
@@ -90,8 +91,8 @@ class Service:
         self.want(name, "running")
 
     def want(self, name, state):
-        found = self.api("PUT", f"/agents/{name}/state?wait=60", {"state": state})
-        assert found["state"] == state, found
+        self.api("PUT", f"/agents/{name}/state?wait=60", {"state": state})
+        self.until(f"{name} is {state}", lambda: self.state(name) == state)
 
     def state(self, name):
         return self.api("GET", f"/agents/{name}")["state"]
@@ -121,7 +122,7 @@ class Service:
         socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
         method = "" if data is None else f"--data-binary '{data}'"
         return self.run(
-            f"curl -g -sS -m 60 {method} --unix-socket {socket} 'http://localhost{path}'", check=False
+            f"curl -g -sS -m 110 {method} --unix-socket {socket} 'http://localhost{path}'", check=False
         ).out
 
     def group(self, name):

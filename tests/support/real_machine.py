@@ -21,7 +21,7 @@ from shlex import quote
 
 ROOT = Path(__file__).parent.parent.parent
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-BOOT = 240  # seconds until it runs commands
+BOOT = 400  # seconds until it runs commands
 
 
 @dataclass(frozen=True)
