@@ -118,23 +118,24 @@ def bounded(
     future: Future[_T] = Future()
 
     def run() -> None:
-        try:
-            future.set_result(work())
+        try:  # contained here, where KeyboardInterrupt is the plugin's and not Ctrl-C
+            with contained(plugin, call, log=log, error=error, secret=secret):
+                found = work()
+            future.set_result(found)
         except BaseException as fault:
             future.set_exception(fault)
 
     thread = threading.Thread(target=run, name=f"dispatcher-{plugin.name}", daemon=True)
     thread.start()
-    with contained(plugin, call, log=log, error=error, secret=secret):
-        deadline = Deadline(seconds)
-        while True:
-            try:
-                return future.result(min(_SLICE, deadline.remaining()))
-            except FutureTimeout:
-                if future.done():  # it raised that itself
-                    return future.result()
-                if deadline.expired:
-                    break
+    deadline = Deadline(seconds)
+    while True:
+        try:
+            return future.result(min(_SLICE, deadline.remaining()))
+        except FutureTimeout:
+            if future.done():
+                return future.result()
+            if deadline.expired:
+                break
     _hanging[key] = thread
     if log:
         log.error("The %s does not return from %s; continuing without it", plugin, call)
