@@ -56,7 +56,7 @@ def observation(value: object) -> Observation:
     _check("spec_hash", found.spec_hash, _is_short, f"a text of at most {MAX_NAME} characters")
     _check("exit_reason", found.exit_reason, _is_text, "a text")
     _check("detail", found.detail, _is_text, "a text")
-    _check("oom_kills", found.oom_kills, lambda kills: _whole(kills, _MAX_NUMBER), "a count")
+    _check("oom_kills", found.oom_kills, _is_count, "a count")
     reason, detail = (text(line, MAX_REASON).replace("\n", " ") for line in (found.exit_reason, found.detail))
     if (reason, detail) == (found.exit_reason, found.detail):
         return found
@@ -67,8 +67,7 @@ def usage(value: object) -> Usage:
     """Return usage that can be added up."""
     found = _of_type(value, Usage, "a Usage")
     for field in fields(Usage):
-        good: Callable[[Any], bool] = lambda number: _whole(number, _MAX_NUMBER)  # noqa: E731
-        one = _number if field.name == "cpu_seconds" else good
+        one = _number if field.name == "cpu_seconds" else _is_count
         _optional(field.name, getattr(found, field.name), one, "a number of at least 0, or None")
     return found
 
@@ -150,6 +149,10 @@ def _is_text(value: object) -> bool:
 
 def _is_short(value: object) -> bool:
     return isinstance(value, str) and len(value) <= MAX_NAME and _encodable(value)
+
+
+def _is_count(value: object) -> bool:
+    return _whole(value, _MAX_NUMBER)
 
 
 def _is_name(value: object) -> bool:
