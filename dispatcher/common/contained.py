@@ -104,7 +104,7 @@ def bounded(
     error: type[DispatcherError] = PluginError,
     secret: bool = False,
 ) -> _T:
-    """Return what a call of a plugin returns, contained; it has a thread of its own and is not awaited for ever.
+    """Return the result of a plugin's call, contained; it runs in its own thread, with a time limit.
 
     The same call is not made again while an earlier one hangs.
 

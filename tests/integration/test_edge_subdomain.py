@@ -129,7 +129,7 @@ def test_a_childs_session_is_worth_nothing_where_agents_share_an_origin():
 
 
 def test_a_shared_cache_keeps_no_answer_of_an_agent():
-    """Whoever opens the host without a session would get it from the cache."""
+    """A request without a session would get it from the cache."""
     fields = b"Cache-Control: public, max-age=600\r\nCDN-Cache-Control: max-age=600\r\nX-Accel-Expires: 600\r\n"
     answer = saying(b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: 5\r\n\r\nhello")
     with Edge(

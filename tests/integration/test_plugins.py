@@ -150,7 +150,7 @@ def test_a_start_fails_with_the_reason(house, name):
     assert told.isprintable() or "\n" in told
     if "Refused" not in told and "want to" not in told and "read its last lines" not in told:
         assert broken.DISTRIBUTION in told
-    # Nothing waits for ever: neither a stop nor a removal.
+    # A stop and a removal end within a time limit.
     house[1].set_state(f"alice:{name}", "stopped")
 
 
