@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
 import socket
@@ -176,9 +177,11 @@ def test_accepting_goes_on_after_descriptors_ran_out():
         waiting = socket.socket()
         waiting.settimeout(10)
         waiting.bind(("127.0.0.1", 0))
-        taken = descriptors()
+        gc.collect()  # what earlier tests left would free descriptors later
+        free = os.dup(waiting.fileno())  # the lowest number that is free: with it as limit, none is
+        os.close(free)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (taken - 4, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             waiting.connect(("127.0.0.1", edge.port))
             waiting.sendall(LAST)
             waiting.settimeout(0.5)

@@ -193,13 +193,19 @@ def test_every_state_can_be_explained(world, supervisor):
         assert "Desired." not in sentence
 
 
-def test_closing_leaves_agents_alone_and_ends_all_threads(world, supervisor):
+def test_closing_leaves_agents_alone_and_ends_all_threads(world, request):
+    before = set(threading.enumerate())  # with threads that other tests made hang on purpose
+    supervisor = request.getfixturevalue("supervisor")
     running(supervisor)
+
+    def left() -> list[str]:
+        threads = set(threading.enumerate()) - before
+        return sorted(thread.name for thread in threads if thread.name.startswith("dispatcher-"))
+
+    assert left()
     end(supervisor)
     assert world.container(supervisor).state == "running"
     try:
-        until(
-            lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("dispatcher-")], 12
-        )
+        until(lambda: not left(), 12)
     except AssertionError:
-        raise AssertionError([thread.name for thread in threading.enumerate()])
+        raise AssertionError(left())
