@@ -19,9 +19,12 @@ DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
 POSTGRESQL = ["psycopg[binary]>=3.2"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo"]
-TESTING = [
+KIT = [
     "pytest>=8,<9.2",  # with 9.2 pytest-xdist 3.8 no longer keeps groups together
     "pytest-timeout",
+]
+TESTING = [
+    *KIT,
     "pytest-xdist",
     "pytest-rerunfailures",
     "pytest-cov",
@@ -144,6 +147,7 @@ setup(
         "docker": DOCKER,
         "libvirt": LIBVIRT,
         "postgresql": POSTGRESQL,
+        "kit": KIT,
         "testing": TESTING,
         "docs": DOCS,
         "all": DOCKER + LIBVIRT + POSTGRESQL,

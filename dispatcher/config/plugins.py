@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import logging
 import sys
 import threading
 from collections import defaultdict
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import pluggy
 from pydantic import BaseModel
 
+from dispatcher import __version__
 from dispatcher.common.contained import PluginRef, at_once, bounded, text
 from dispatcher.config.messages import did_you_mean
 from dispatcher.plugin import authenticator, hooks, provider
@@ -38,6 +40,7 @@ BUILT_IN = frozenset({"local", "dispatcher-metrics", "dispatcher-log"})
 UNKNOWN = "an unknown distribution"
 MAX_CLASSES = 100  # that a hook may return
 _T = TypeVar("_T")
+_log = logging.getLogger("dispatcher.plugin")
 
 
 def distribution(entry: EntryPoint) -> str:
@@ -114,7 +117,37 @@ class _Found:
     authenticator: type[Authenticator] | None
 
 
-def _check_class(candidate: Any, base: type, version: int, ref: PluginRef) -> None:
+def _check_version(version: object, what: str, contract: str, accepted: range, ref: PluginRef) -> None:
+    """Refuse a class that follows another version of its contract; warn of one that follows an old version.
+
+    docs/reference/plugin.md has the policy.
+    """
+    plugin = ref.distribution.split(" ")[0] or f"the distribution of the plugin {ref.name}"
+    number = version if type(version) is int else None
+    shown = printable(version) if number is None else number
+    written = f"{what} is written for version {shown} of the {contract} contract"
+    newest = accepted[-1]
+    if number in accepted:
+        if number != newest:
+            _log.warning(
+                "%s; %s %s still accepts it, and prefers version %s: upgrade %s",
+                *(written, DISTRIBUTION, __version__, newest, plugin),
+            )
+        return
+    upgrade, keep = (DISTRIBUTION, plugin) if number and number > newest else (plugin, DISTRIBUTION)
+    raise PluginError(
+        written,
+        why=f"{DISTRIBUTION} {__version__} accepts version{_versions(accepted)}",
+        fix=f"upgrade {upgrade}, or install another release of {keep}",
+    )
+
+
+def _versions(accepted: range) -> str:
+    first, *more = accepted
+    return f"s {first} to {more[-1]}" if more else f" {first}"
+
+
+def _check_class(candidate: Any, base: type, accepted: range, ref: PluginRef) -> None:
     what = f"{getattr(candidate, '__qualname__', printable(candidate))}{_of(ref.distribution)}"
     if not (inspect.isclass(candidate) and issubclass(candidate, base)):
         raise PluginError(f"{what} is not a subclass of dispatcher's {base.__name__}", fix=ref.report)
@@ -123,12 +156,7 @@ def _check_class(candidate: Any, base: type, version: int, ref: PluginRef) -> No
         raise PluginError(f"{what} is incomplete", why=f"it does not implement {missing}", fix=ref.report)
     if not isinstance(getattr(candidate, "name", None), str):
         raise PluginError(f"{what} has no name", fix="set the class attribute `name`")
-    if getattr(candidate, "api_version", None) != version:
-        raise PluginError(
-            f"{what} is written for version {getattr(candidate, 'api_version', None)} of the contract",
-            why=f"this program has version {version}",
-            fix="install a matching release of the plugin",
-        )
+    _check_version(getattr(candidate, "api_version", None), what, base.__name__.lower(), accepted, ref)
     if base is Provider and not isinstance(getattr(candidate, "isolation", None), Isolation):
         raise PluginError(
             f"{what} has no isolation",
@@ -253,8 +281,8 @@ class Plugins:
                 ) from error
             _check_hooks(alone, name, plugin, origin)
             return _Found(
-                self._collect(alone, "providers", Provider, provider.API_VERSION, ref),
-                self._collect(alone, "authenticators", Authenticator, authenticator.API_VERSION, ref),
+                self._collect(alone, "providers", Provider, provider.API_VERSIONS, ref),
+                self._collect(alone, "authenticators", Authenticator, authenticator.API_VERSIONS, ref),
             )
 
         found = bounded(ref, "its hooks", collect, log=None) if origin else collect()
@@ -303,7 +331,9 @@ class Plugins:
             )
         return found[0]
 
-    def _collect(self, manager: pluggy.PluginManager, kind: str, base: type, version: int, ref: PluginRef) -> Any:
+    def _collect(
+        self, manager: pluggy.PluginManager, kind: str, base: type, accepted: range, ref: PluginRef
+    ) -> Any:
         """Call a hook; return the class of the plugin's own name that it returns."""
         hook = f"dispatcher_register_{kind}"
         try:
@@ -318,7 +348,7 @@ class Plugins:
                 fix=ref.report,
             ) from error
         for cls in classes:
-            _check_class(cls, base, version, ref)
+            _check_class(cls, base, accepted, ref)
             if cls.name != ref.name:
                 raise self._wrong_name(cls, kind.removesuffix("s"), ref)
         if len(classes) > 1:

@@ -15,7 +15,10 @@ from pydantic import BaseModel
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Unsupported
 
-API_VERSION = 1
+#: Versions of the contract that this release accepts, the oldest first.
+API_VERSIONS = range(1, 2)
+#: The newest of them.
+API_VERSION = API_VERSIONS[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,8 @@ class Authenticator(ABC):
     """Verifies passwords.  One instance per installation."""
 
     name: ClassVar[str]
-    api_version: ClassVar[int] = API_VERSION
+    #: Version of the contract that the class follows; a class that does not set it follows version 1.
+    api_version: ClassVar[int] = 1
     #: Validates ``[auth.NAME]``.  Forbid extra keys.
     Options: ClassVar[type[BaseModel]]
 

@@ -50,7 +50,10 @@ from dispatcher.plugin.model import (
     Usage,
 )
 
-API_VERSION = 1
+#: Versions of the contract that this release accepts, the oldest first.
+API_VERSIONS = range(1, 2)
+#: The newest of them.
+API_VERSION = API_VERSIONS[-1]
 
 
 class Progress(Protocol):
@@ -93,7 +96,8 @@ class Provider(ABC):
     """Isolates agents.  One instance per installation and provider name."""
 
     name: ClassVar[str]
-    api_version: ClassVar[int] = API_VERSION
+    #: Version of the contract that the class follows; a class that does not set it follows version 1.
+    api_version: ClassVar[int] = 1
     isolation: ClassVar[Isolation]
     #: Validates ``[providers.NAME]``: the backend.  Forbid extra keys.
     Options: ClassVar[type[BaseModel]]

@@ -79,19 +79,24 @@ class Contract:
         """Return valid options whose image or program does not exist on the backend.  Must be overridden."""
         self._must("missing_options()")
 
-    def leftovers(self, installation: str) -> set[str]:
-        """Ask the backend, not the provider, what exists of this installation.  Must be overridden.
+    def leftovers(self, context: ProviderContext) -> set[str]:
+        """Ask the backend, not the provider, what exists of an installation.  Must be overridden.
 
         A word or two for each thing: container, network, volume, domain, disk, process group, ...
-        """
-        self._must("leftovers(installation)")
 
-    def inspect(self, handle: Handle) -> str:
+        :param context: what the provider of that installation got; all files of its agents are below
+            `context.state_dir.parent`.
+        """
+        self._must("leftovers(context)")
+
+    def inspect(self, handle: Handle, context: ProviderContext) -> str:
         """Return everything that the backend shows about an agent.  Must be overridden.
 
         The output of its own inspection tool; command lines and environments count.
+
+        :param context: what the agent's provider got.
         """
-        self._must("inspect(handle)")
+        self._must("inspect(handle, context)")
 
     def broken_backend(self, how: str) -> AbstractContextManager[None]:
         """Return a context in which the backend is broken.  Must be overridden unless `no_backend` is set.
@@ -155,11 +160,11 @@ class Contract:
 
         :param what: the culprit, for the message.
         """
-        before = self.leftovers(kit.installation)
+        before = self.leftovers(kit.context)
         yield
         expect(
-            eventually(lambda: not self.leftovers(kit.installation) - before, seconds, 0.1),
-            f"{what} left {sorted(self.leftovers(kit.installation) - before)} behind: remove what it made",
+            eventually(lambda: not self.leftovers(kit.context) - before, seconds, 0.1),
+            f"{what} left {sorted(self.leftovers(kit.context) - before)} behind: remove what it made",
         )
 
     def _kit(self, request: pytest.FixtureRequest) -> Kit:

@@ -78,7 +78,8 @@ class Kit:
 
     def make_context(self, installation: str) -> ProviderContext:
         """Return what the core would give to a provider, for one installation."""
-        state, run = self.root / f"state-{installation}", self.root / f"run-{installation}"
+        (self.root / installation).mkdir(mode=0o711, exist_ok=True)
+        state, run = (self.root / installation / name for name in ("state", "run"))
         for directory in (state, run):
             directory.mkdir(mode=0o700, exist_ok=True)
         return ProviderContext(
@@ -125,7 +126,7 @@ class Kit:
 
     def _new_spec(self, app: App, installation: str, agent: str) -> AgentSpec:
         uid, gid = [next(self._uids)] * 2 if self.privileged else (os.geteuid(), os.getegid())
-        home = self.root / secrets.token_hex(4)
+        home = self.root / installation / secrets.token_hex(4)
         home.mkdir(mode=0o711)
         spec = AgentSpec(
             installation=installation,

@@ -42,10 +42,10 @@ class OnDocker:
     def missing_options(self):
         return {"image": "dispatcher-test/none-such", "pull": "never"}
 
-    def leftovers(self, installation):
-        return leftovers(installation)
+    def leftovers(self, context):
+        return leftovers(context.installation)
 
-    def inspect(self, handle):
+    def inspect(self, handle, context):
         return docker("inspect", handle.name) + docker("ps", "-a", "--no-trunc")
 
     def broken_backend(self, how):

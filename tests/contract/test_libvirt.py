@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,10 +44,10 @@ class TestLibvirt(ProviderContract):
     def missing_options(self):
         return vm.app_options(initrd="/nonexistent/initrd.img")
 
-    def leftovers(self, installation):
-        return vm.leftovers(installation, *Path(tempfile.gettempdir()).glob(f"kit-*/state-{installation}"))
+    def leftovers(self, context):
+        return vm.leftovers(context.installation, context.state_dir)
 
-    def inspect(self, handle):
+    def inspect(self, handle, context):
         shown = [vm.virsh("dumpxml", "--security-info", handle.name), vm.virsh("domstats", handle.name)]
         for path in Path("/var/run/libvirt/qemu").glob(f"{handle.name}*"):
             with contextlib.suppress(OSError):

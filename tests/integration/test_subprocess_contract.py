@@ -21,10 +21,9 @@ class SubprocessContract(ProviderContract):
     bubblewrap = "always"
 
     @pytest.fixture
-    def provider(self, context, request):
+    def provider(self, context):
         options = SubprocessProvider.Options(bubblewrap=self.bubblewrap)
         provider = SubprocessProvider(context=context, options=options)
-        self.kit_of_class = self._kit(request)
         yield provider
         provider.close()
 
@@ -34,28 +33,27 @@ class SubprocessContract(ProviderContract):
     def missing_options(self):
         return {"command": ["/nonexistent/app", "{socket}"]}
 
-    def leftovers(self, installation):
+    def leftovers(self, context):
         """Control groups, journals, and processes that hold a journal or work on an agent's data."""
-        specs = [spec for (known, _), spec in self.kit_of_class._specs.items() if known == installation]
-        marks = [f"/state-{installation}/", *(str(spec.data_dir) for spec in specs)]
+        mark = f"{context.state_dir.parent}/"
         found = {
             f"{where}/{name}"
             for where, names, _ in os.walk("/sys/fs/cgroup")
             for name in names
-            if name.startswith(f"dispatcher-{installation}-")
+            if name.startswith(f"dispatcher-{context.installation}-")
         }
-        found |= {str(path) for path in self.kit_of_class.root.glob(f"state-{installation}/*.agent")}
+        found |= {str(path) for path in context.state_dir.glob("*.agent")}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "environ").read_bytes().decode(errors="replace")
                 words += "".join(os.readlink(fd) for fd in (process / "fd").iterdir())
             except OSError:
                 continue
-            if any(mark in words for mark in marks) and int(process.name) != os.getpid():
+            if mark in words and int(process.name) != os.getpid():
                 found.add(f"process {process.name}")
         return found
 
-    def inspect(self, handle):
+    def inspect(self, handle, context):
         """Return the command line and the environment of every process that this user may read, as `ps` shows them."""
         found = []
         for path in (*Path("/proc").glob("[0-9]*/cmdline"), *Path("/proc").glob("[0-9]*/environ")):

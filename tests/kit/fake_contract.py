@@ -29,13 +29,12 @@ class FakeContract(ProviderContract):
     def missing_options(self):
         return {"image": "missing"}
 
-    def leftovers(self, installation):
-        ours = {
-            name for name, one in self.backend.containers.items() if one.labels["installation"] == installation
-        }
-        return ours | {f"volume {name}" for name in self.backend.volumes if f"-{installation}-" in name}
+    def leftovers(self, context):
+        ours = context.installation
+        found = {name for name, one in self.backend.containers.items() if one.labels["installation"] == ours}
+        return found | {f"volume {name}" for name in self.backend.volumes if f"-{ours}-" in name}
 
-    def inspect(self, handle):
+    def inspect(self, handle, context):
         known = self.backend.containers[handle.name]
         return repr((known.name, known.labels, known.app.environment))
 

@@ -86,5 +86,5 @@ class AdoptionChecks(Contract):
             other.destroy(handle)
             other.provider.close()
         expect(alice.inside.answers(), "another installation's destroy() ended our agent")
-        left = self.leftovers(context.installation)
+        left = self.leftovers(context)
         expect(not left, f"another installation's destroy() left {sorted(left)} behind")

@@ -17,12 +17,12 @@ class LeakChecks(Contract):
     def test_destroy_leaves_nothing(self, driver: Driver, kit: Kit) -> None:
         """`destroy` removes a running agent: endpoint, processes, files, secrets; the backend is as before."""
         kit.share(driver, ["alice", "bob"])  # what all agents share may be made here
-        before = self.leftovers(kit.installation)
+        before = self.leftovers(kit.context)
         with self.leaves_nothing(kit, "destroy()", 3):
             agent = kit.start(driver, kit.spec("leak", values={"token": "kit-leak-token"}))
             agent.inside.post("/heartbeat", path=agent.within("beat"))
             expect(
-                self.leftovers(kit.installation) - before,
+                self.leftovers(kit.context) - before,
                 "leftovers() does not show a running agent: this probe of the class sees nothing",
             )
             driver.destroy(agent.handle)

@@ -59,7 +59,7 @@ class SecrecyChecks(Contract):
             secret not in keeper.inside.environment().values(), "a secret is in the app's environment: use files"
         )
         expect(
-            secret not in self.inspect(keeper.handle),
+            secret not in self.inspect(keeper.handle, kit.context),
             "a secret shows in the backend's inspection (labels, env, args)",
         )
         found = driver.list()[keeper.spec.agent]

@@ -8,7 +8,9 @@ from importlib.metadata import EntryPoint, entry_points
 import pytest
 from pydantic import BaseModel, ConfigDict
 
+from dispatcher import __version__
 from dispatcher.common import contained
+from dispatcher.plugin import authenticator, provider
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import PluginError
 from dispatcher.plugin.hooks import hookimpl
@@ -160,6 +162,57 @@ def test_a_plugin_that_exits_when_imported_names_its_distribution(tmp_path, monk
         Plugins([entry("bad", "exiting_plugin")]).load("bad")
 
 
+def speaks(monkeypatch, first, last):
+    """A core that accepts these versions of the contracts."""
+    for contract in (provider, authenticator):
+        monkeypatch.setattr(contract, "API_VERSIONS", range(first, last + 1))
+
+
+@pytest.mark.parametrize("kind", ["provider", "authenticator"])
+def test_a_plugin_of_an_older_contract_works_and_a_warning_says_what_to_upgrade(monkeypatch, caplog, kind):
+    speaks(monkeypatch, 1, 2)
+    old, new = (
+        type(name, (FakeProvider if kind == "provider" else FakeAuthenticator,), {"api_version": version})
+        for name, version in (("Old", 1), ("New", 2))
+    )
+    for cls in (old, new):
+        plugins = Plugins([])
+        plugins.register("fake", plugin(**{f"{kind}s": [cls]}), "acme 1.2")
+        assert getattr(plugins, kind)("fake") is cls
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Old of acme 1.2 is written for version 1 of the {kind} contract; agent-dispatcher {__version__} "
+        "still accepts it, and prefers version 2: upgrade acme"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["provider", "authenticator"])
+def test_a_class_that_names_no_version_follows_the_first_one(monkeypatch, kind):
+    """Not the newest one: it was written before that existed."""
+    cls = FakeProvider if kind == "provider" else FakeAuthenticator
+    speaks(monkeypatch, 2, 2)
+    with pytest.raises(PluginError, match="is written for version 1 of"):
+        Plugins([]).register("fake", plugin(**{f"{kind}s": [cls]}), "acme 1.2")
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "shown", "told"),
+    [
+        (1, 1, 2, "accepts version 1 (upgrade agent-dispatcher, or install another release of acme)"),
+        (1, 2, 3, "accepts versions 1 to 2 (upgrade agent-dispatcher, or install another release of acme)"),
+        (2, 3, 1, "accepts versions 2 to 3 (upgrade acme, or install another release of agent-dispatcher)"),
+        (1, 2, "'True'", "accepts versions 1 to 2 (upgrade acme"),
+        (1, 2, "'1'", "accepts versions 1 to 2 (upgrade acme"),
+    ],
+)
+def test_another_version_names_both_and_what_to_upgrade(monkeypatch, first, last, shown, told):
+    speaks(monkeypatch, first, last)
+    version = {"'True'": True, "'1'": "1"}.get(shown, shown)
+    with pytest.raises(PluginError) as caught:
+        Plugins([]).register("fake", plugin([broken(api_version=version)]), "acme 1.2")
+    assert f"Broken of acme 1.2 is written for version {shown} of the provider contract" in str(caught.value)
+    assert f"agent-dispatcher {__version__} {told}" in str(caught.value)
+
+
 def failing():
     raise RuntimeError("boom")
 
@@ -176,9 +229,9 @@ def exiting():
         (plugin([FakeAuthenticator]), "is not a subclass of dispatcher's Provider"),
         (
             plugin([broken(api_version=99)]),
-            "Broken of acme 1 is written for version 99 of the contract: this program has version 1",
+            "Broken of acme 1 is written for version 99 of the provider contract: agent-dispatcher",
         ),
-        (plugin([broken(api_version=None)]), "written for version None"),
+        (plugin([broken(api_version=None)]), "written for version 'None'"),
         (plugin([broken(name=None)]), "Broken of acme 1 has no name"),
         (plugin([broken(Options=dict)]), "Broken of acme 1 has no Options"),
         (plugin([broken(AppOptions=None)]), "Broken of acme 1 has no AppOptions"),
