@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dispatcher.testing.authenticator import AuthenticatorContract
 from dispatcher.testing.base import Contract
 from dispatcher.testing.checks.adoption import AdoptionChecks
 from dispatcher.testing.checks.capability import CapabilityChecks
@@ -52,6 +53,7 @@ __all__ = [
     "PROBE",
     "PROBE_SH",
     "Agent",
+    "AuthenticatorContract",
     "Contract",
     "Driver",
     "Inside",

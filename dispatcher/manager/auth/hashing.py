@@ -56,12 +56,12 @@ class Hasher:
 
     def hash(self, password: str) -> str:
         """Return the hash, which contains its salt and the parameters."""
-        return str(self._hasher.hash(password))
+        return str(self._hasher.hash(_encoded(password)))
 
     def verify(self, stored: str | None, password: str) -> bool:
         """Whether the password belongs to a hash.  Without a hash: False, after the same time."""
         try:
-            self._hasher.verify(self._dummy if stored is None else stored, password)
+            self._hasher.verify(self._dummy if stored is None else stored, _encoded(password))
         except (self._argon2.exceptions.VerificationError, self._argon2.exceptions.InvalidHashError):
             return False
         return stored is not None
@@ -78,6 +78,11 @@ class Hasher:
     def _dummy(self) -> str:
         """A hash that no password matches."""
         return self.hash(secrets.token_hex())
+
+
+def _encoded(password: str) -> bytes:
+    """Return a password as bytes, half of a surrogate pair included."""
+    return password.encode(errors="surrogatepass")
 
 
 class HashPool:
