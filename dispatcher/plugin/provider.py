@@ -22,6 +22,8 @@ The environment of an app, the same with every provider, so that a move to anoth
   also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`, `TMPDIR` (in the data, as
   `/tmp` is small) and `AgentSpec.variables`; nothing of the manager's own environment.  `DISPATCHER_SECRETS` is a
   directory in memory with one file per secret, readable by the agent alone;
+- its umask is 007 unless its options or the image set another: the proxy's group may connect to its socket, and
+  others may read nothing;
 - its standard input is `AgentSpec.stdin` and then its end; empty without credentials.
 """
 

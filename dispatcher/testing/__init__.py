@@ -22,6 +22,8 @@ from dispatcher.testing.checks.fault import FaultChecks
 from dispatcher.testing.checks.isolation import IsolationChecks
 from dispatcher.testing.checks.leaks import LeakChecks
 from dispatcher.testing.checks.lifecycle import LifecycleChecks
+from dispatcher.testing.checks.plugin import PluginChecks
+from dispatcher.testing.checks.process import ProcessChecks
 from dispatcher.testing.checks.promises import PromiseChecks
 from dispatcher.testing.checks.secrecy import SecrecyChecks
 from dispatcher.testing.driver import Driver, expect
@@ -35,18 +37,23 @@ PROBE_SH = Path(__file__).with_name("probe.sh")
 
 
 class ProviderContract(
-    CoreChecks,
-    LifecycleChecks,
-    CapabilityChecks,
-    PromiseChecks,
-    AdoptionChecks,
-    ConcurrencyChecks,
-    IsolationChecks,
-    LeakChecks,
-    SecrecyChecks,
     FaultChecks,
+    SecrecyChecks,
+    LeakChecks,
+    IsolationChecks,
+    ConcurrencyChecks,
+    AdoptionChecks,
+    PromiseChecks,
+    CapabilityChecks,
+    LifecycleChecks,
+    ProcessChecks,
+    CoreChecks,
+    PluginChecks,
 ):
-    """Everything that a provider must do.  See `Contract` for what to fill in."""
+    """Everything that a provider must do.  See `Contract` for what to fill in.
+
+    The checks of the last base run first.
+    """
 
 
 __all__ = [

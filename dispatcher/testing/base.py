@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import pytest
 
@@ -14,8 +14,10 @@ from dispatcher.plugin.model import Capability, Depth, Handle, Network
 from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
+from dispatcher.testing.verdict import Hangs, fail, register, within
 
 SLEEP = {Depth.RAM: Capability.SUSPEND, Depth.DISK: Capability.HIBERNATE}
+_Check = TypeVar("_Check", bound=Callable[..., None])
 _KITS = pytest.StashKey[Kit]()
 
 
@@ -34,8 +36,8 @@ class Contract:
     many: ClassVar[int] = 6
     #: Why no backend can be down ("processes of this machine"); empty if one can.
     no_backend: ClassVar[str] = ""
-    #: Text in the exit reason of an app that ended with code 7; "" where only the end is visible.
-    exit_reason_says: ClassVar[str] = "7"
+    #: Text in the exit reason of an app that ended by itself; {code} stands for its exit code.
+    exit_reason_says: ClassVar[str] = "{code}"
     #: Whether `stop` signals the app before it uses force, so that the app can save its data.
     polite: ClassVar[bool] = True
     #: `network` of the apps in checks that do not test networks.
@@ -50,13 +52,27 @@ class Contract:
     #: so.  Keys: endpoint, files, processes, uid, capabilities, network, sockets.
     unpromised: ClassVar[Mapping[str, str]] = {}
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Leave out the checks of the backend where `no_backend` is set."""
+    #: Why the provider cannot set the app's umask ("the engine sets it"); empty if it does.
+    umask_of_image: ClassVar[str] = ""
+    #: Why apps have no command of their own ("the image's program"); empty if they have.
+    no_command: ClassVar[str] = ""
+    #: Why no distribution declares the provider ("a test's own"); empty if one does.
+    no_entry_point: ClassVar[str] = ""
+
+    def __init_subclass__(cls, page: str = "", **kwargs: Any) -> None:
+        """Leave out the checks for which the class states that there is nothing to check.
+
+        :param page: of the documentation, about the checks that the class defines.
+        """
         super().__init_subclass__(**kwargs)
-        if cls.no_backend:
-            for name in dir(cls):
-                if getattr(getattr(cls, name), "needs_backend", False):
-                    setattr(cls, name, None)
+        if page:
+            for name, check in vars(cls).items():
+                if name.startswith("test_"):
+                    register(check, page, getattr(check, "rule", ""))
+        for name in dir(cls):
+            setting = getattr(getattr(cls, name), "left_out_by", "")
+            if setting and getattr(cls, setting):
+                setattr(cls, name, None)
 
     # -- for the author ----------------------------------------------------------------------------------
 
@@ -71,7 +87,8 @@ class Contract:
     def app_options(self) -> Mapping[str, Any]:
         """Return ``[apps.X.NAME]`` that runs the probe (`PROBE`).  Must be overridden.
 
-        Every agent of it must start the probe on the endpoint that `observe` returns.
+        Every agent of it must start the probe on the endpoint that `observe` returns.  The last argument of the
+        command is `{data}`, which the probe ignores.
         """
         self._must("app_options()")
 
@@ -128,9 +145,9 @@ class Contract:
     @pytest.fixture
     def other(self, provider: Provider) -> Iterator[Driver]:
         """A fresh instance for the same backend, as a restarted manager makes one."""
-        other = self.drive(self.another(provider))
+        other = self.drive_another(provider)
         yield other
-        other.provider.close()
+        other.close()
 
     @pytest.fixture
     def kit(self, request: pytest.FixtureRequest, provider: Provider) -> Iterator[Kit]:
@@ -154,6 +171,15 @@ class Contract:
         """Return a driver for an instance."""
         return Driver(provider, patience=self.patience, slack=self.slack)
 
+    def drive_another(self, provider: Provider, context: ProviderContext | None = None) -> Driver:
+        """Return a driver for a fresh instance, perhaps for another installation."""
+        __tracebackhide__ = True
+        name = type(provider).__name__
+        try:
+            return self.drive(within(self.patience, lambda: self.another(provider, context)))
+        except Hangs:
+            fail(f"{name}() has not returned after {self.patience:.0f} s: connect in check() or later")
+
     @contextlib.contextmanager
     def leaves_nothing(self, kit: Kit, what: str, seconds: float = 0.0) -> Iterator[None]:
         """Expect that the backend holds nothing new `seconds` after the block.
@@ -176,13 +202,31 @@ class Contract:
         return kit
 
     def _must(self, what: str) -> NoReturn:
-        pytest.fail(f"{type(self).__name__} must override {what}; see dispatcher.testing.Contract")
+        fail(f"{type(self).__name__} must override {what}; see dispatcher.testing.Contract")
 
 
-def needs_backend(check: Any) -> Any:
-    """Mark a check that needs a backend which can be broken."""
-    check.needs_backend = True
-    return check
+def needs_no(setting: str) -> Callable[[_Check], _Check]:
+    """Mark a check that is left out where a setting of the class gives a reason."""
+
+    def mark(check: _Check) -> _Check:
+        vars(check)["left_out_by"] = setting
+        return check
+
+    return mark
+
+
+#: A check that needs a backend which can be broken.
+needs_backend = needs_no("no_backend")
+
+
+def rule(words: str) -> Callable[[_Check], _Check]:
+    """Name the words of the contract's text (dispatcher/plugin/provider.py) that a check is about."""
+
+    def mark(check: _Check) -> _Check:
+        vars(check)["rule"] = words
+        return check
+
+    return mark
 
 
 def needs(capability: Capability | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -1,29 +1,25 @@
-"""Calls a provider and checks each call: errors of the public tree only, in time, values of the promised types."""
+"""Calls a provider and checks each call: errors of the public tree only, in time, values of the promised types.
+
+Each call has its own thread and time limit: one that blocks is a verdict, and the next check runs.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import time
+import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
+from dispatcher.common import plugin_values
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError, Unsupported
-from dispatcher.plugin.model import (
-    AgentSpec,
-    BackendState,
-    Capability,
-    Depth,
-    Endpoint,
-    Handle,
-    Observation,
-    Usage,
-)
+from dispatcher.plugin.model import AgentSpec, BackendState, Capability, Depth, Handle, Observation
 from dispatcher.plugin.provider import Provider, no_progress
+from dispatcher.testing.verdict import Hangs, fail, within
 
 METHODS = {
     name: inspect.signature(method).parameters for name, method in vars(Provider).items() if callable(method)
@@ -39,11 +35,14 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+_T = TypeVar("_T")
+
+
 def expect(condition: object, advice: str) -> None:
     """Fail the check with `advice` for the provider's author unless `condition` holds."""
     __tracebackhide__ = True
     if not condition:
-        pytest.fail(advice)
+        fail(advice)
 
 
 @contextlib.contextmanager
@@ -58,8 +57,8 @@ def raises(wanted: type[DispatcherError], what: str) -> Iterator[None]:
     except wanted:
         return
     except DispatcherError as error:
-        pytest.fail(f"{what} raised {type(error).__name__} ({error}): raise {wanted.__name__}")
-    pytest.fail(f"{what} succeeded: raise {wanted.__name__}")
+        fail(f"{what} raised {type(error).__name__} ({error}): raise {wanted.__name__}")
+    fail(f"{what} succeeded: raise {wanted.__name__}")
 
 
 def unsupported(what: str, call: Callable[[], object]) -> None:
@@ -86,7 +85,12 @@ class Driver:
 
     def can(self, capability: Capability) -> bool:
         """Whether the provider declares `capability`."""
-        return capability in self.provider.capabilities
+        return capability in self.capabilities()
+
+    def capabilities(self) -> frozenset[Capability]:
+        """Return what the provider declares."""
+        __tracebackhide__ = True
+        return self._in_time("capabilities", lambda: self.provider.capabilities, 1.0, "it must not block")
 
     def state(self, handle: Handle) -> BackendState:
         """Return the state that `observe` reports."""
@@ -114,38 +118,39 @@ class Driver:
     def _call(self, method: str, *arguments: Any, seconds: float | None = None, **chosen: Any) -> Any:
         __tracebackhide__ = True
         wanted = METHODS[method]
-        allowed = seconds if seconds is not None else 1.0 if method == "handle" else self.patience
         named = {name: value for name, value in DEFAULTS.items() if name in wanted} | chosen
-        began = time.monotonic()
+        allowed, advice = self.patience, "it must not block"
         if "deadline" in wanted:
-            named["deadline"] = Deadline(allowed)
-        try:
-            result = getattr(self.provider, method)(*arguments, **named)
-            if method in {"list", "logs"}:
-                result = list(result)
-        except DispatcherError as error:
-            expect(
-                error.what.strip(),
-                f"{method}() raised {type(error).__name__} without a word: say what happened, why, and what to do",
+            allowed, advice = (
+                self.patience if seconds is None else seconds,
+                "bound every wait by deadline.remaining()",
             )
+            named["deadline"] = Deadline(allowed)
+        elif method == "handle":
+            allowed = 1.0
+
+        def call() -> Any:
+            result = getattr(self.provider, method)(*arguments, **named)
+            return list(result) if method in {"explain", "faults", "list", "logs"} else result
+
+        return self._checked(method, arguments, self._in_time(f"{method}()", call, allowed, advice))
+
+    def _in_time(self, what: str, call: Callable[[], _T], allowed: float, advice: str) -> _T:
+        """Make a call of the provider within `allowed` and `slack` seconds; check what it raises."""
+        __tracebackhide__ = True
+        try:
+            return within(allowed + self.slack, call)
+        except Hangs:
+            fail(f"{what} has not returned after {allowed:.1f} s and {self.slack:.1f} s of slack: {advice}")
+        except DispatcherError as error:
+            _check_error(what, error)
             raise
-        except pytest.fail.Exception:
+        except (pytest.fail.Exception, pytest.skip.Exception):
             raise
         except NotImplementedError as error:
-            pytest.fail(f"{method}() raised NotImplementedError: raise self.unsupported(...) instead ({error})")
-        except Exception as error:
-            raise AssertionError(
-                f"{method}() let {type(error).__module__}.{type(error).__qualname__} escape ({error}): "
-                "translate it into an error of dispatcher.plugin with `raise ... from error`"
-            ) from error
-        finally:
-            took = time.monotonic() - began
-            if took > allowed + self.slack:
-                pytest.fail(
-                    f"{method}() took {took:.1f} s with a deadline of {allowed:.1f} s: "
-                    "bound every wait by deadline.remaining()"
-                )
-        return self._checked(method, arguments, result)
+            fail(f"{what} raised NotImplementedError: raise self.unsupported(...) instead ({error})")
+        except BaseException as error:
+            _escaped(what, error)
 
     def _checked(self, method: str, arguments: tuple[Any, ...], result: Any) -> Any:
         """Return the result of a method once its type is checked."""
@@ -153,9 +158,12 @@ class Driver:
         if method in {"handle", "ensure"}:
             self._check_handle(method, result)
         elif method == "observe":
-            _check_observation(method, result)
+            _check_value(method, plugin_values.observation, result)
         elif method == "list":
             return self._by_agent(result)
+        elif method == "explain":
+            for finding in result:
+                _check_value(method, plugin_values.finding, finding)
         elif method == "logs":
             for line in result:
                 expect(isinstance(line, bytes), f"logs() must yield bytes, not {type(line).__name__}")
@@ -163,10 +171,8 @@ class Driver:
         elif method == "usage":
             known = {handle.name for handle in arguments[0]}
             for name, usage in result.items():
-                expect(
-                    name in known and isinstance(usage, Usage),
-                    f"usage() must map Handle.name to Usage, not {name!r} to {usage!r}",
-                )
+                expect(name in known, f"usage() must map Handle.name to Usage, not {name!r} to {usage!r}")
+                _check_value(method, plugin_values.usage, usage)
         return result
 
     def _by_agent(self, found: list[Any]) -> dict[str, tuple[Handle, Observation]]:
@@ -178,7 +184,7 @@ class Driver:
             )
             handle, seen = item
             self._check_handle("list", handle)
-            _check_observation("list", seen)
+            _check_value("list", plugin_values.observation, seen)
             expect(handle.agent not in agents, f"list() yields the agent {handle.agent!r} twice; yield it once")
             agents[handle.agent] = (handle, seen)
         return agents
@@ -192,9 +198,7 @@ class Driver:
         try:
             back = Handle.from_json(handle.to_json())
         except (TypeError, ValueError) as error:
-            pytest.fail(
-                f"{method}() returned a handle that is not JSON ({error}): keep only JSON values in Handle.data"
-            )
+            fail(f"{method}() returned a handle that is not JSON ({error}): keep only JSON values in Handle.data")
         expect(
             back == handle,
             f"{method}() returned a handle that JSON changes ({handle.data!r} becomes {back.data!r}): "
@@ -202,15 +206,41 @@ class Driver:
         )
 
 
-def _check_observation(method: str, seen: Any) -> None:
-    expect(isinstance(seen, Observation), f"{method}() must return an Observation, not {type(seen).__name__}")
-    expect(
-        isinstance(seen.state, BackendState),
-        f"{method}() returned the state {seen.state!r}: use a member of BackendState",
+def _escaped(what: str, error: BaseException) -> NoReturn:
+    __tracebackhide__ = True
+    fail(
+        f"{what} let {type(error).__module__}.{type(error).__qualname__} escape ({error}): "
+        "translate it into an error of dispatcher.plugin with `raise ... from error`"
     )
+
+
+def _check_error(what: str, error: DispatcherError) -> None:
+    """Expect texts that can be shown, and details that can be sent."""
+    __tracebackhide__ = True
+    kind = type(error).__name__
+    for name in ("what", "why", "fix"):
+        value = getattr(error, name, None)
+        expect(
+            isinstance(value, str),
+            f"{what} raised {kind} whose `{name}` is of type {type(value).__name__}: use str(...)",
+        )
+    expect(error.what.strip(), f"{what} raised {kind} without a word: say what happened, why, and what to do")
+    try:
+        json.dumps(error.details)
+    except (TypeError, ValueError) as fault:
+        fail(f"{what} raised {kind} whose `details` are not JSON ({fault}): use plain values")
+
+
+def _check_value(method: str, check: Callable[[object], object], value: object) -> None:
+    """Expect a value that the manager accepts, and does not have to clean."""
+    __tracebackhide__ = True
+    try:
+        cleaned = check(value)
+    except ValueError as error:
+        fail(f"{method}() returned {type(value).__name__}: {error}")
     expect(
-        seen.endpoint is None or isinstance(seen.endpoint, Endpoint),
-        f"{method}() returned the endpoint {seen.endpoint!r}: use Endpoint.unix, .tcp or .vsock",
+        cleaned == value,
+        f"{method}() returned {value!r}: its texts must be short, without control characters",
     )
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
-import pytest
 
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle
@@ -27,10 +26,13 @@ from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.plugin.secret_files import in_memory
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.probe_client import Inside
+from dispatcher.testing.verdict import fail
 
 if TYPE_CHECKING:
     from dispatcher.testing.base import Contract
 
+#: Variable of every app of the kit that sets no environment of its own: whether its placeholder is replaced.
+DATA_VARIABLE = "KIT_DATA"
 _T = TypeVar("_T")
 
 
@@ -46,9 +48,7 @@ class Agent:
         """Return a path in the data directory as it is seen from inside."""
         root = self.inside.environment().get("DISPATCHER_DATA")
         if not root:
-            pytest.fail(
-                "the app has no DISPATCHER_DATA in its environment: set it to the data directory's path inside"
-            )
+            fail("the app has no DISPATCHER_DATA in its environment: set it to the data directory's path inside")
         return "/".join([root, *parts])
 
 
@@ -73,7 +73,7 @@ class Kit:
     def use(self, provider: Provider) -> Driver:
         """Return the driver that starts shared agents and removes all: of an instance like `provider`."""
         if self.sibling is None:
-            self.sibling = self.contract.drive(self.contract.another(provider))
+            self.sibling = self.contract.drive_another(provider)
         return self.sibling
 
     def make_context(self, installation: str) -> ProviderContext:
@@ -99,7 +99,7 @@ class Kit:
         chosen = provider.AppOptions.model_validate(
             dict(self.contract.app_options() if options is None else options)
         )
-        changes.setdefault("network", self.contract.network)
+        changes = {"network": self.contract.network, "environment": {DATA_VARIABLE: "<{data}>"}} | changes
         return App(name="kit", provider=provider.name, options=chosen, **changes)
 
     def spec(
@@ -186,7 +186,7 @@ class Kit:
         while True:
             seen = driver.observe(handle)
             if seen.state not in {BackendState.RUNNING, BackendState.STARTING}:
-                pytest.fail(
+                fail(
                     f"an agent that ensure() started is {seen.state.value} ({seen.exit_reason or seen.detail}); "
                     f"is app_options() right?{self._last_words(driver, handle)}"
                 )
@@ -195,7 +195,7 @@ class Kit:
                 if not ready or inside.answers():
                     return Agent(spec=spec, handle=handle, inside=inside)
             if time.monotonic() > end:
-                pytest.fail(
+                fail(
                     f"the probe does not answer at {seen.endpoint} within {self.contract.patience:.0f} s: does "
                     "the observation name the endpoint, and do app_options() run the probe there?"
                     + self._last_words(driver, handle)
@@ -244,7 +244,7 @@ class Kit:
                     for handle, _ in driver.list().values():
                         with contextlib.suppress(NotFound):
                             driver.destroy(handle)
-                driver.provider.close()
+                driver.close()
         finally:
             shutil.rmtree(self.root, ignore_errors=True)
 
@@ -267,6 +267,20 @@ def processes_of(uid: int) -> list[int]:
         for one in running
         if one["uids"] and one["uids"].real == uid and one["status"] != psutil.STATUS_ZOMBIE
     ]
+
+
+def zombies_of(uid: int | None = None) -> set[int]:
+    """Return the pids of ended processes that nobody has waited for: children of this one, and those of a user.
+
+    Orphans are left out: process 1 waits for them.
+    """
+    return {
+        one.info["pid"]
+        for one in psutil.process_iter(["pid", "ppid", "status", "uids"])
+        if one.info["status"] == psutil.STATUS_ZOMBIE
+        and one.info["ppid"] != 1
+        and (one.info["ppid"] == os.getpid() or (one.info["uids"] and one.info["uids"].real == uid))
+    }
 
 
 def processes_holding(needle: bytes) -> list[str]:

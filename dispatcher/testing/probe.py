@@ -4,12 +4,12 @@ It answers over HTTP what an agent can see and do, so that a provider is judged 
 own endpoint.  One file, standard library only, no import of the project: copy it into an image, or let the
 provider run it where it lies.  `probe.sh` speaks the same protocol with busybox alone.
 
-    probe.py --unix PATH | --tcp HOST:PORT
+    probe.py --unix PATH | --tcp HOST:PORT [IGNORED...]
 
 Answers are `text/plain`; what is refused is a 4xx whose body is the error's symbolic name.
 
     GET  /                   probe
-    GET  /id                 uid= gid= groups= pid= start= (a random word per start) host=, one a line
+    GET  /id                 uid= gid= groups= pid= start= (a random word per start) host= cwd= umask=, one a line
     GET  /env  /argv         of this process as it was started, separated by NUL
     GET  /stdin              "open" or "end" on the first line, then what was read
     GET  /read?path=  /list?path=  /stat?path=      bytes; names; uid gid mode (octal) size
@@ -69,7 +69,7 @@ class Probe:
         if path == "/id":
             groups = ",".join(map(str, os.getgroups()))
             words = {"uid": os.getuid(), "gid": os.getgid(), "groups": groups, "pid": os.getpid()}
-            words |= {"start": START, "host": socket.gethostname()}
+            words |= {"start": START, "host": socket.gethostname(), "cwd": os.getcwd(), "umask": umask()}
             return "".join(f"{name}={value}\n" for name, value in words.items()).encode()
         if path in {"/env", "/argv"}:
             return Path("/proc/self/environ" if path == "/env" else "/proc/self/cmdline").read_bytes()
@@ -121,6 +121,12 @@ class Probe:
         else:
             raise FileNotFoundError(errno.ENOENT, "no such request")
         return b"done\n"
+
+
+def umask() -> str:
+    """Return this process's umask, octal."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    return next(line.split()[1] for line in lines if line.startswith("Umask:"))
 
 
 def connect(to: str) -> None:
@@ -234,7 +240,7 @@ def serve(arguments: list[str]) -> None:
         sys.exit(int(os.environ["PROBE_EXIT"]))
     signal.signal(signal.SIGTERM, signal.SIG_IGN if os.environ.get("PROBE_IGNORES_SIGTERM") else _save_and_end)
     probe = Probe()
-    kind, where = arguments
+    kind, where, *_ = arguments
     if kind == "--unix":
         Path(where).unlink(missing_ok=True)
         Server.address_family = socket.AF_UNIX

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The probe for places without Python: the protocol of probe.py with busybox alone (ash, nc, and small tools).
 #
-#     probe.sh PORT
+#     probe.sh PORT [IGNORED...]
 #
 # What must survive a suspension lies in a directory in memory: $PROBE_TMP, else /dev/shm, else /run, else /tmp.
 # Each request runs in a process of its own, so /memory is held by a helper process.
@@ -103,6 +103,8 @@ get() {
             echo "pid=$PROBE_MAIN"
             echo "start=$(cat "$PROBE_STATE/start")"
             echo "host=$(hostname)"
+            echo "cwd=$(readlink "/proc/$PROBE_MAIN/cwd")"
+            echo "umask=$(sed -n 's/^Umask:[[:space:]]*//p' "/proc/$PROBE_MAIN/status")"
         } | reply 200
         ;;
     /env) reply 200 <"/proc/$PROBE_MAIN/environ" ;;

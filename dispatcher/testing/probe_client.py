@@ -72,7 +72,7 @@ class Inside:
             return False
 
     def id(self) -> dict[str, str]:
-        """Who the probe is: uid, gid, groups, pid, start, host."""
+        """Who the probe is: uid, gid, groups, pid, start, host, cwd, umask."""
         return dict(line.split("=", 1) for line in self.get("/id").decode().splitlines())
 
     def environment(self) -> dict[str, str]:

@@ -21,6 +21,7 @@ class OnDocker:
 
     data = "bind"
     patience = 20.0
+    umask_of_image = "the engine sets it"
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -37,7 +38,10 @@ class OnDocker:
         provider.close()
 
     def app_options(self):
-        return {"image": "dispatcher-test/probe", "command": ["python3", "/probe.py", "--unix", "{socket}"]}
+        return {
+            "image": "dispatcher-test/probe",
+            "command": ["python3", "/probe.py", "--unix", "{socket}", "{data}"],
+        }
 
     def missing_options(self):
         return {"image": "dispatcher-test/none-such", "pull": "never"}
@@ -71,5 +75,5 @@ class TestDockerPorts(OnDocker, IsolationChecks, ConcurrencyChecks):
     network = Network.PRIVATE
 
     def app_options(self):
-        command = ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}"]
+        command = ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}", "{data}"]
         return {"image": "dispatcher-test/probe", "command": command, "port": 8080}

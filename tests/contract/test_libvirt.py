@@ -39,7 +39,7 @@ class TestLibvirt(ProviderContract):
         provider.close()
 
     def app_options(self):
-        return vm.app_options()
+        return vm.app_options(command=["/app/start", "--tcp", "0.0.0.0:{port}", "{data}"])
 
     def missing_options(self):
         return vm.app_options(initrd="/nonexistent/initrd.img")

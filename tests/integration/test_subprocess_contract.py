@@ -28,7 +28,8 @@ class SubprocessContract(ProviderContract):
         provider.close()
 
     def app_options(self):
-        return {"command": [sys.executable, str(PROBE), "--unix", "{socket}"], "read_only": [str(PROBE.parent)]}
+        command = [sys.executable, str(PROBE), "--unix", "{socket}", "{data}"]
+        return {"command": command, "read_only": [str(PROBE.parent)]}
 
     def missing_options(self):
         return {"command": ["/nonexistent/app", "{socket}"]}

@@ -66,3 +66,4 @@ def test_caught_by_the_check_meant_for_it(verdicts, name):
     module = fault(name)
     assert verdicts[name], f"{module.CHECK} passes a provider with this fault: {module.__doc__}"
     assert re.search(module.ADVICE, verdicts[name]), verdicts[name][:1500]
+    assert re.search(r"^Read (docs/|.*/provider\.py:\d+ )", verdicts[name], re.MULTILINE), verdicts[name][:1500]

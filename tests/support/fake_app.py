@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.plugin.model import AgentSpec, Endpoint, Network
@@ -37,7 +37,13 @@ class FakeApp(Probe):
     on_exit: Callable[[str], None]
 
     def __init__(
-        self, spec: AgentSpec, *, endpoint: Endpoint | None, environment: Mapping[str, str], data: Path
+        self,
+        spec: AgentSpec,
+        *,
+        endpoint: Endpoint | None,
+        environment: Mapping[str, str],
+        data: Path,
+        arguments: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.endpoint, self.environment, self.data, self.uid = endpoint, dict(environment), data, spec.uid
@@ -51,6 +57,7 @@ class FakeApp(Probe):
         self.memory = 8 << 20
         self.cpu_seconds = 0.01
         self.privileged = False
+        self.argv, self.cwd, self.umask = ("probe", *arguments), self.environment["DISPATCHER_DATA"], 0o007
         self.view: dict[str, bytes] = {}  # more files that this app can see, for providers broken on purpose
         self.awake = threading.Event()
         self.awake.set()
@@ -106,13 +113,13 @@ class FakeApp(Probe):
         if reason:
             self.on_exit(reason)
 
-    def terminate(self, grace: float) -> None:
-        """What SIGTERM does, then force."""
+    def terminate(self) -> bool:
+        """What SIGTERM does; whether the app ended."""
         if self.environment.get("PROBE_IGNORES_SIGTERM"):
-            time.sleep(min(grace, 0.5))
-        elif grace > 0:
-            self._write("saved", b"signal 15\n")
+            return False
+        self._write("saved", b"signal 15\n")
         self.end()
+        return True
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -147,11 +154,12 @@ class FakeApp(Probe):
         if path in {"/", "/count", "/stdin"}:
             return super().get(path, query)
         if path == "/id":
-            return f"uid={self.uid}\ngid={self.uid}\ngroups=\npid=1\nstart={self.start}\nhost=fake\n".encode()
+            about = f"uid={self.uid}\ngid={self.uid}\ngroups=\npid=1\nstart={self.start}\nhost=fake\n"
+            return f"{about}cwd={self.cwd}\numask={self.umask:04o}\n".encode()
         if path == "/env":
             return b"".join(f"{name}={value}\0".encode() for name, value in self.environment.items())
         if path == "/argv":
-            return b"probe\0"
+            return b"".join(f"{word}\0".encode() for word in self.argv)
         if path == "/connect":
             if not self.may_connect(query["to"]):
                 raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")

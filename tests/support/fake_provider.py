@@ -128,6 +128,7 @@ class FakeAppOptions(_Strict):
 
     image: str = "probe"
     endpoint: Literal["tcp", "unix", "none"] = "tcp"
+    arguments: list[str] = []
 
 
 class FakeProvider(Provider):
@@ -212,6 +213,7 @@ class FakeProvider(Provider):
             spec,
             endpoint=endpoint,
             environment=self.environment(spec),
+            arguments=[self.fill(word, spec) for word in options.arguments],
             data=self.own_data(handle) if Capability.OWN_DATA in self.capabilities else spec.data_dir,
         )
         labels = {"installation": spec.installation, "agent": spec.agent, "hash": spec.hash}
@@ -222,7 +224,12 @@ class FakeProvider(Provider):
     def environment(self, spec: AgentSpec) -> dict[str, str]:
         """Return what the app finds in its environment."""
         data = str(spec.data_dir)
-        return {**spec.app.environment, "HOME": data, **spec.variables(data, "/run/secrets")}
+        own = {name: self.fill(value, spec) for name, value in spec.app.environment.items()}
+        return {**own, "HOME": data, **spec.variables(data, "/run/secrets")}
+
+    def fill(self, text: str, spec: AgentSpec) -> str:
+        """Replace placeholders."""
+        return text.replace("{data}", str(spec.data_dir)).replace("{socket}", str(spec.socket))
 
     @contained()
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
@@ -252,8 +259,19 @@ class FakeProvider(Provider):
         progress("stopping")
         known = self.backend.containers.get(handle.name)
         if known:
-            known.app.terminate(grace if known.state == "running" else 0)
+            if known.state == "running" and grace > 0 and not known.app.terminate():
+                self.wait(grace, deadline, progress)
+            known.app.end()
             known.state = "exited"
+
+    def wait(self, grace: float, deadline: Deadline, progress: Progress) -> None:
+        """Wait for an app that has got its signal and does not end."""
+        until = Deadline(grace)
+        while not until.expired:
+            if deadline.expired:
+                raise EngineTimeout("the app does not end")
+            progress("stopping")
+            time.sleep(min(0.1, until.remaining(), max(0.001, deadline.remaining())))
 
     @contained()
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
-
 from dispatcher.plugin.errors import SpecConflict
 from dispatcher.plugin.model import Handle
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit
+from dispatcher.testing.verdict import fail
 
 
-class AdoptionChecks(Contract):
+class AdoptionChecks(Contract, page="docs/howto/write-a-provider.md"):
     """Nothing that matters is kept in an instance."""
 
     def test_fresh_instance_finds_all(self, driver: Driver, other: Driver, alice: Agent, bob: Agent) -> None:
@@ -39,10 +38,10 @@ class AdoptionChecks(Contract):
         try:
             other.ensure(alice.spec)
         except SpecConflict:
-            pytest.fail("a fresh instance does not recognise the spec of its own agent: store spec.hash with it")
+            fail("a fresh instance does not recognise the spec of its own agent: store spec.hash with it")
         expect(alice.inside.id()["start"] == start, "a fresh instance restarted a running agent: adopt it")
-        other.provider.close()
-        other.provider.close()
+        other.close()
+        other.close()
         expect(
             alice.inside.answers() and alice.inside.id()["start"] == start, "close() ended or restarted an agent"
         )
@@ -54,18 +53,18 @@ class AdoptionChecks(Contract):
         expect(not agent.inside.answers(), "a fresh instance's stop() did not end the agent")
         again = kit.start(other, agent.spec)
         expect(again.inside.answers(), "a fresh instance could not start the agent again")
-        last = self.drive(self.another(driver.provider))
+        last = self.drive_another(driver.provider)
         found, _ = last.list().get("zoe", (None, None))
         expect(found, "a fresh instance does not list an agent that another one started")
         last.destroy(found)
         kit.gone(last, found)
-        last.provider.close()
+        last.close()
 
     def test_installations_are_separate(self, driver: Driver, kit: Kit, alice: Agent) -> None:
         """Two installations on one backend: same agent name, two agents; neither lists or ends the other's."""
         start = alice.inside.id()["start"]
         context = kit.make_context("0123abcd")
-        other = self.drive(self.another(driver.provider, context))
+        other = self.drive_another(driver.provider, context)
         expect(
             alice.spec.agent not in other.list(),
             "list() yields another installation's agents: filter by the installation's label",
@@ -84,7 +83,7 @@ class AdoptionChecks(Contract):
             )
         finally:
             other.destroy(handle)
-            other.provider.close()
+            other.close()
         expect(alice.inside.answers(), "another installation's destroy() ended our agent")
         left = self.leftovers(context)
         expect(not left, f"another installation's destroy() left {sorted(left)} behind")

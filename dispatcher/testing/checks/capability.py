@@ -17,7 +17,7 @@ from dispatcher.testing.kit import Agent, Kit, eventually
 ASLEEP = {Depth.RAM: BackendState.SUSPENDED, Depth.DISK: BackendState.HIBERNATED}
 
 
-class CapabilityChecks(Contract):
+class CapabilityChecks(Contract, page="docs/howto/write-a-provider.md"):
     """What the provider says that it can do, it does."""
 
     @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from dispatcher.testing.driver import Driver, Steps, cancel, expect
 from dispatcher.testing.kit import Agent, Kit
 
 
-class ConcurrencyChecks(Contract):
+class ConcurrencyChecks(Contract, page="docs/howto/write-a-provider.md"):
     """A method may be called from any thread, for different agents at the same time."""
 
     def test_many_at_once(self, driver: Driver, kit: Kit) -> None:

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import time
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.config.plugins import Plugins
-from dispatcher.plugin import hooks, names
 from dispatcher.plugin.errors import (
     ConfigError,
     DispatcherError,
     NotFound,
-    PluginError,
     ProviderError,
     Unavailable,
     Unsupported,
 )
-from dispatcher.plugin.model import BackendState, Capability, Finding, Handle, Isolation
+from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
+from dispatcher.testing.checks.plugin import load
 from dispatcher.testing.driver import Driver, expect, raises
 from dispatcher.testing.kit import Kit
+from dispatcher.testing.verdict import fail
 
 #: Difficult names: long, with equal slugs, like options, with characters of markup and shells.
 ODD_NAMES = (
@@ -46,33 +43,8 @@ ODD_NAMES = (
 )
 
 
-class CoreChecks(Contract):
+class CoreChecks(Contract, page="docs/howto/write-a-provider.md"):
     """Identity, options, handles, absence."""
-
-    def test_class_is_accepted_by_the_loader(self, provider: Provider) -> None:
-        """The plugin loader accepts the class: name, version of the contract, option models, nothing abstract."""
-        cls = type(provider)
-        try:
-            _load(cls)
-        except PluginError as error:
-            pytest.fail(f"the plugin loader refuses {cls.__name__}: {error}")
-        expect(
-            isinstance(cls.isolation, Isolation),
-            f"{cls.__name__}.isolation must be a member of Isolation, not {cls.isolation!r}",
-        )
-        expect(
-            names.app_name(cls.name) == cls.name,
-            f"{cls.__name__}.name is {cls.name!r}: use up to 32 of a-z, 0-9, _ and -",
-        )
-
-    def test_init_does_not_connect(self, provider: Provider) -> None:
-        """`__init__` only keeps its arguments: the manager makes providers whose backend is down."""
-        began = time.monotonic()
-        self.another(provider).close()
-        expect(
-            time.monotonic() - began < 1.0,
-            f"making and closing {type(provider).__name__} takes over a second: connect in check() or later",
-        )
 
     def test_check_accepts_the_backend(self, driver: Driver) -> None:
         """`check` returns when the backend is usable; repeated calls work."""
@@ -83,11 +55,9 @@ class CoreChecks(Contract):
         """`capabilities` is a frozen set of members, the same each time, without a call to the backend."""
         driver.check()
         began = time.monotonic()
-        first = driver.provider.capabilities
+        first = driver.capabilities()
         for _ in range(100):
-            expect(
-                driver.provider.capabilities == first, "capabilities changes between two reads: decide in check()"
-            )
+            expect(driver.capabilities() == first, "capabilities changes between two reads: decide in check()")
         expect(time.monotonic() - began < 0.5, "capabilities is slow: it must not ask the backend")
         expect(
             isinstance(first, frozenset) and all(isinstance(one, Capability) for one in first),
@@ -97,12 +67,12 @@ class CoreChecks(Contract):
     def test_explain_describes_isolation(self, driver: Driver, kit: Kit) -> None:
         """`explain` describes the isolation in whole sentences, for the backend and for an app."""
         for app in (None, kit.app()):
-            findings = list(driver.provider.explain(app))
+            findings = driver.explain(app)
             expect(findings, f"explain({'app' if app else 'None'}) says nothing: name what is isolated from what")
             for finding in findings:
                 expect(
-                    isinstance(finding, Finding) and len(finding.what.split()) >= 3,
-                    f"explain() gave {finding!r}: give Finding objects whose `what` is a sentence",
+                    len(finding.what.split()) >= 3,
+                    f"explain() gave {finding!r}: make `what` a sentence",
                 )
 
     @pytest.mark.parametrize("table", ["app", "provider"])
@@ -122,7 +92,7 @@ class CoreChecks(Contract):
         try:
             first, second = (json.dumps(kit.app().fingerprint(), sort_keys=True) for _ in range(2))
         except (TypeError, ValueError) as error:
-            pytest.fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
+            fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
         expect(first == second, "AppOptions differ between two reads of one table: defaults must not be random")
 
     def test_handle_is_pure(self, driver: Driver, kit: Kit) -> None:
@@ -133,7 +103,7 @@ class CoreChecks(Contract):
             driver.handle(spec) == first,
             "handle() gives another handle for the same spec: derive it from the spec",
         )
-        other = self.another(driver.provider)
+        other = self.drive_another(driver.provider)
         expect(
             other.handle(spec) == first,
             "handle() of a fresh instance differs: keep nothing of the instance in it",
@@ -212,13 +182,13 @@ class CoreChecks(Contract):
                 driver.prepare(spec.app)
                 driver.ensure(spec)
             except Unavailable as error:
-                pytest.fail(f"a missing image or program is {type(error).__name__}: raise ProviderError")
+                fail(f"a missing image or program is {type(error).__name__}: raise ProviderError")
             except ProviderError as error:
                 expect(error.fix, f"the error {str(error)!r} does not say what to do: give it `fix`")
             except DispatcherError as error:
-                pytest.fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
+                fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
             else:
-                pytest.fail("neither prepare() nor ensure() noticed that the image or program is missing")
+                fail("neither prepare() nor ensure() noticed that the image or program is missing")
 
     def test_absent_resume_is_not_found(self, driver: Driver, kit: Kit) -> None:
         """`resume` of an absent agent raises `NotFound`, so that the core creates it again (or `Unsupported`)."""
@@ -226,39 +196,17 @@ class CoreChecks(Contract):
         with raises(NotFound if sleeps else Unsupported, "resume() of an absent agent"):
             driver.resume(driver.handle(kit.spec("never")))
 
-    def test_signatures_are_the_contract(self, provider: Provider) -> None:
-        """Every method takes the contract's arguments under the contract's names."""
-        for name, declared in inspect.getmembers(Provider, inspect.isfunction):
-            if name.startswith("_"):
-                continue
-            own = inspect.signature(getattr(type(provider), name)).parameters
-            missing = [argument for argument in inspect.signature(declared).parameters if argument not in own]
-            open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in own.values())
-            expect(
-                not missing or open_ended,
-                f"{name}() does not take {', '.join(missing)}: keep the contract's names",
-            )
-
 
 def _succeeds(method: str, call: Any) -> None:
     try:
         call()
         call()
     except DispatcherError as error:
-        pytest.fail(f"{method}() of an absent agent raised {type(error).__name__} ({error}): absent is success")
-
-
-def _load(cls: type[Provider]) -> Plugins:
-    plugins = Plugins(())
-    plugin = ModuleType("plugin")
-    vars(plugin)["dispatcher_register_providers"] = hooks.hookimpl(lambda: [cls])
-    name = cls.name if isinstance(getattr(cls, "name", None), str) else "nameless"
-    plugins.register(name, plugin, cls.__module__)
-    return plugins
+        fail(f"{method}() of an absent agent raised {type(error).__name__} ({error}): absent is success")
 
 
 def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_options: dict[str, Any]) -> None:
-    plugins, name = _load(type(provider)), provider.name
+    plugins, name = load(type(provider)), provider.name
     tables: dict[str, Any] = {"apps": {"kit": {"provider": name, name: app_options}}, "providers": {name: {}}}
     path = f"apps.kit.{name}" if table == "app" else f"providers.{name}"
     (tables["apps"]["kit"][name] if table == "app" else tables["providers"][name])[key] = value
@@ -276,4 +224,4 @@ def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_op
         )
     else:
         model = "AppOptions" if table == "app" else "Options"
-        pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
+        fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')

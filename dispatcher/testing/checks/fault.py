@@ -14,9 +14,10 @@ from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract, needs_backend
 from dispatcher.testing.driver import Driver, Steps, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
+from dispatcher.testing.verdict import fail
 
 
-class FaultChecks(Contract):
+class FaultChecks(Contract, page="docs/howto/write-a-provider.md"):
     """What a provider does when its backend does not do its part."""
 
     #: Seconds that the calls to a silent backend get.
@@ -107,9 +108,7 @@ class FaultChecks(Contract):
                 except (Unavailable, ProviderError):
                     pass
                 except DispatcherError as error:
-                    pytest.fail(
-                        f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
-                    )
+                    fail(f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable")
             expect(steps.reported, "ensure() never called progress")
             expect(
                 eventually(lambda: _answers(driver), self.patience, 0.2),
@@ -157,8 +156,8 @@ class FaultChecks(Contract):
             )
             return
         except DispatcherError as error:
-            pytest.fail(f"{method}() raised {type(error).__name__} with the backend {how}: raise Unavailable")
-        pytest.fail(
+            fail(f"{method}() raised {type(error).__name__} with the backend {how}: raise Unavailable")
+        fail(
             f"{method}() gave {found!r} with the backend {how}: raise Unavailable; what was last known stays, "
             "it never becomes stopped or absent"
         )

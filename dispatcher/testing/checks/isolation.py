@@ -18,7 +18,7 @@ from dispatcher.testing.kit import Agent, Kit
 from dispatcher.testing.probe_client import Refused
 
 
-class IsolationChecks(Contract):
+class IsolationChecks(Contract, page="docs/explanation/security.md"):
     """Agents are isolated."""
 
     def promised(self, what: str) -> bool:

@@ -8,17 +8,22 @@ from collections.abc import Callable
 
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
-from dispatcher.testing.kit import Kit, eventually, files_holding, processes_of
+from dispatcher.testing.kit import Kit, eventually, files_holding, processes_of, zombies_of
 
 
-class LeakChecks(Contract):
+class LeakChecks(Contract, page="docs/howto/write-a-provider.md"):
     """What was made is gone when it should be."""
 
+    @property
+    def _soon(self) -> float:
+        return min(3.0, self.patience)
+
     def test_destroy_leaves_nothing(self, driver: Driver, kit: Kit) -> None:
-        """`destroy` removes a running agent: endpoint, processes, files, secrets; the backend is as before."""
+        """`destroy` removes a running agent: endpoint, processes, zombies, files, secrets."""
         kit.share(driver, ["alice", "bob"])  # what all agents share may be made here
         before = self.leftovers(kit.context)
-        with self.leaves_nothing(kit, "destroy()", 3):
+        dead = zombies_of()
+        with self.leaves_nothing(kit, "destroy()", self._soon):
             agent = kit.start(driver, kit.spec("leak", values={"token": "kit-leak-token"}))
             agent.inside.post("/heartbeat", path=agent.within("beat"))
             expect(
@@ -31,9 +36,14 @@ class LeakChecks(Contract):
         driver.destroy(agent.handle)
         if kit.privileged:
             expect(
-                eventually(lambda: not processes_of(agent.spec.uid), 3, 0.1),
+                eventually(lambda: not processes_of(agent.spec.uid), self._soon, 0.1),
                 f"after destroy() its processes {processes_of(agent.spec.uid)} live on: end the whole cgroup",
             )
+        uid = agent.spec.uid if kit.privileged else None
+        expect(
+            eventually(lambda: not zombies_of(uid) - dead, self._soon, 0.1),
+            f"after destroy() {sorted(zombies_of(uid) - dead)} are zombies: wait for every child",
+        )
         left = sorted(os.listdir(agent.spec.run_dir))
         expect(not left, f"after destroy() run_dir still holds {left}: remove sockets and secrets")
         own = [
@@ -47,41 +57,45 @@ class LeakChecks(Contract):
         expect(not shown, f"after destroy() a secret still lies in {shown}")
 
     def test_instances_release_everything(self, driver: Driver, kit: Kit) -> None:
-        """Closed instances leave no descriptor and no thread in this process."""
+        """Closed instances leave no descriptor, thread or zombie in this process."""
         spec = kit.spec("leak-instance")
 
         def cycle() -> None:
-            other = self.drive(self.another(driver.provider))
+            other = self.drive_another(driver.provider)
             other.check()
             other.list()
             other.observe(other.handle(spec))
-            other.provider.close()
+            other.close()
 
-        _leaves_nothing_here("instances", cycle, 5)
+        self._leaves_nothing_here("instances", cycle, 5)
 
     def test_cycles_leave_nothing_here(self, driver: Driver, kit: Kit) -> None:
-        """Repeated starts and destroys leave no descriptor and no thread in this process."""
+        """Repeated starts and destroys leave no descriptor, thread or zombie in this process."""
         spec = kit.spec("leak-cycle")
 
         def cycle() -> None:
             kit.start(driver, spec)
             driver.destroy(driver.handle(spec))
 
-        _leaves_nothing_here("starts", cycle, 3)
+        self._leaves_nothing_here("starts", cycle, 3)
 
-
-def _leaves_nothing_here(what: str, cycle: Callable[[], None], times: int) -> None:
-    """Expect that, after the first two, cycles leave nothing in this process."""
-    cycle()
-    cycle()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    for _ in range(times):
+    def _leaves_nothing_here(self, what: str, cycle: Callable[[], None], times: int) -> None:
+        """Expect that, after the first two, cycles leave nothing in this process."""
         cycle()
-    expect(
-        eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, 3, 0.1),
-        f"{times} {what} left {len(os.listdir('/proc/self/fd')) - descriptors} descriptors: close them in close()",
-    )
-    expect(
-        eventually(lambda: threading.active_count() <= threads + 1, 3, 0.1),
-        f"{times} {what} left {threading.active_count() - threads} threads: end them in close()",
-    )
+        cycle()
+        zombies = len(zombies_of())
+        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(times):
+            cycle()
+        expect(
+            eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, self._soon, 0.1),
+            f"{times} {what} left {len(os.listdir('/proc/self/fd')) - descriptors} descriptors: close them",
+        )
+        expect(
+            eventually(lambda: len(zombies_of()) <= zombies, self._soon, 0.1),
+            f"{times} {what} left zombies: wait for every child that has ended",
+        )
+        expect(
+            eventually(lambda: threading.active_count() <= threads + 1, self._soon, 0.1),
+            f"{times} {what} left {threading.active_count() - threads} threads: end them in close()",
+        )

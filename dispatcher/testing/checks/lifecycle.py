@@ -8,15 +8,16 @@ import pytest
 
 from dispatcher.plugin.errors import Cancelled, DeadlineExceeded, DispatcherError, SpecConflict
 from dispatcher.plugin.model import BackendState, Capability
-from dispatcher.testing.base import Contract
+from dispatcher.testing.base import Contract, rule
 from dispatcher.testing.driver import Driver, Steps, cancel, expect, raises
 from dispatcher.testing.kit import Agent, Kit, eventually
+from dispatcher.testing.verdict import fail
 
 ENDED = {BackendState.STOPPED, BackendState.ABSENT}
 ODD_VALUE = "a b\t'c' \"d\" $HOME `e` \\n {x} {socket\u00e9} <&> #; -rf é漢"
 
 
-class LifecycleChecks(Contract):
+class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
     """Start, state, stop, restart, end by itself, destroy."""
 
     def test_ensure_runs_and_answers(self, alice: Agent, driver: Driver) -> None:
@@ -36,12 +37,12 @@ class LifecycleChecks(Contract):
         )
         expect(not seen.exit_reason, f"a running agent has the exit reason {seen.exit_reason!r}: leave it empty")
 
-    def test_ensure_twice_is_one_agent(self, alice: Agent, driver: Driver) -> None:
+    def test_ensure_twice_is_one_agent(self, alice: Agent, driver: Driver, kit: Kit) -> None:
         """`ensure` again leaves the running agent alone."""
         before = alice.inside.id()["start"]
-        driver.ensure(alice.spec)
+        again = kit.reach(driver, alice.spec, driver.ensure(alice.spec))
         expect(
-            alice.inside.id()["start"] == before,
+            again.inside.id()["start"] == before,
             "ensure() of a running agent restarted it: return its handle and touch nothing",
         )
         expect(list(driver.list()).count(alice.spec.agent) == 1, "ensure() twice made two agents")
@@ -52,7 +53,8 @@ class LifecycleChecks(Contract):
         other = kit.spec(alice.spec.agent, environment={"KIT_OTHER": "1"})
         with raises(SpecConflict, "ensure() of a running agent with another spec: compare spec.hash"):
             driver.ensure(other)
-        expect(alice.inside.id()["start"] == before, "a SpecConflict restarted the agent: leave it alone")
+        again = kit.reach(driver, alice.spec, alice.handle)
+        expect(again.inside.id()["start"] == before, "a SpecConflict restarted the agent: leave it alone")
 
     def test_other_secrets_are_no_conflict(self, alice: Agent, driver: Driver, kit: Kit) -> None:
         """Secrets and credentials are not part of the spec's identity."""
@@ -60,7 +62,7 @@ class LifecycleChecks(Contract):
         try:
             driver.ensure(other)
         except SpecConflict:
-            pytest.fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
+            fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
 
     def test_listed_as_observed(self, alice: Agent, driver: Driver) -> None:
         """`list` yields every agent with the same observation as `observe`."""
@@ -119,6 +121,7 @@ class LifecycleChecks(Contract):
         driver.stop(agent.handle)
         state = driver.state(agent.handle)
         expect(state in ENDED, f"after stop() the agent is {state.value}: return when it is ended")
+        self._ended_on_purpose(driver, agent)
         expect(not agent.inside.answers(), "after stop() the endpoint still answers: end every process of it")
         driver.stop(agent.handle)
         again = kit.start(driver, agent.spec)
@@ -141,7 +144,7 @@ class LifecycleChecks(Contract):
         try:
             renewed = kit.start(driver, other)
         except SpecConflict:
-            pytest.fail("ensure() of a stopped agent with another spec raised SpecConflict: replace it")
+            fail("ensure() of a stopped agent with another spec raised SpecConflict: replace it")
         expect(renewed.inside.environment().get("KIT_NEW") == "1", "a stopped agent kept its old spec: replace it")
         expect(driver.observe(renewed.handle).spec_hash == other.hash, "the replaced agent has the old spec_hash")
         expect(renewed.inside.read(renewed.within("kept")) == b"kept\n", "replacing a stopped agent lost its data")
@@ -172,6 +175,38 @@ class LifecycleChecks(Contract):
             "an app that ignores SIGTERM survived stop(): use force after `grace`",
         )
         expect(not agent.inside.answers(), "an app that ignores SIGTERM still answers after stop()")
+        self._ended_on_purpose(driver, agent)
+
+    @rule("`progress(step, detail")
+    def test_stop_can_be_cancelled(self, driver: Driver, kit: Kit) -> None:
+        """`stop` reports progress while it waits and lets `Cancelled` through; it keeps its deadline."""
+        agent = kit.start(driver, kit.spec("gus", environment={"PROBE_IGNORES_SIGTERM": "1"}))
+        if self.polite:
+            steps, began = Steps(2, cancel), time.monotonic()
+            grace = min(8.0, self.patience / 2)
+            with raises(Cancelled, f"stop() with {grace:g} s of grace, cancelled at its second progress,"):
+                driver.stop(agent.handle, grace=grace, progress=steps)
+            took = time.monotonic() - began
+            expect(
+                took < 2 + self.slack,
+                f"stop() called progress again after {took:.1f} s: at least once a second, it carries the cancel",
+            )
+        try:
+            driver.stop(agent.handle, grace=10 * self.patience, seconds=0.5)
+        except DeadlineExceeded:
+            pass
+        driver.stop(agent.handle)
+        expect(
+            driver.state(agent.handle) in ENDED, "the stop() after one that ran out of time did not end the app"
+        )
+
+    @staticmethod
+    def _ended_on_purpose(driver: Driver, agent: Agent) -> None:
+        reason = driver.observe(agent.handle).exit_reason
+        expect(
+            not reason,
+            f"after stop() the exit reason is {reason!r}: it says why an app ended by itself, so leave it empty",
+        )
 
     def test_stop_reaches_every_process(self, driver: Driver, kit: Kit) -> None:
         """A detached descendant that ignores SIGTERM ends with the agent."""
@@ -194,23 +229,24 @@ class LifecycleChecks(Contract):
         )
 
     def test_exit_is_reported(self, driver: Driver, kit: Kit) -> None:
-        """An app that ends is STOPPED with the reason; `ensure` starts it again."""
-        agent = kit.start(driver, kit.spec("ivan"))
-        agent.inside.post("/exit", code=7)
-        expect(
-            eventually(lambda: driver.state(agent.handle) in ENDED, self.patience),
-            "an app that ended by itself is still RUNNING: look at the process, not at what was started",
-        )
-        seen = driver.observe(agent.handle)
-        expect(
-            seen.state is BackendState.STOPPED and seen.exit_reason,
-            f"an app that ended by itself is {seen.state.value} without a reason: return STOPPED and exit_reason",
-        )
-        expect(
-            self.exit_reason_says in seen.exit_reason,
-            f"the exit reason {seen.exit_reason!r} does not contain the exit code: use {self.exit_reason_says!r}",
-        )
-        kit.start(driver, agent.spec)
+        """An app that ends is STOPPED with the true reason; `ensure` starts it again."""
+        for code in (7, 11):
+            agent = kit.start(driver, kit.spec("ivan"))
+            agent.inside.post("/exit", code=code)
+            expect(
+                eventually(lambda: driver.state(agent.handle) in ENDED, self.patience),  # noqa: B023 - called here
+                "an app that ended by itself is still RUNNING: look at the process, not at what was started",
+            )
+            seen = driver.observe(agent.handle)
+            expect(
+                seen.state is BackendState.STOPPED and seen.exit_reason,
+                f"an app that ended is {seen.state.value} without a reason: return STOPPED and exit_reason",
+            )
+            told = self.exit_reason_says.format(code=code)
+            expect(
+                told in seen.exit_reason,
+                f"the app ended with code {code}; the exit reason {seen.exit_reason!r} must contain {told!r}",
+            )
 
     def test_exit_at_once_is_reported(self, driver: Driver, kit: Kit) -> None:
         """An app that ends before it listens: the end is reported, its output kept; `ensure` may raise."""
@@ -270,7 +306,7 @@ class LifecycleChecks(Contract):
             except Cancelled:
                 pass
             except DispatcherError as error:
-                pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
+                fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
             else:
                 expect(len(steps.reported) < call, "ensure() swallowed Cancelled: let it through")
                 driver.destroy(handle)

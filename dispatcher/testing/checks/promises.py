@@ -17,9 +17,10 @@ from dispatcher.testing.base import Contract, needs
 from dispatcher.testing.driver import Driver, expect, unsupported
 from dispatcher.testing.kit import Agent, Kit, eventually
 from dispatcher.testing.probe_client import Refused
+from dispatcher.testing.verdict import fail
 
 
-class PromiseChecks(Contract):
+class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
     """Limits hold, networks are what they are called, credentials arrive, data moves."""
 
     @needs(Capability.MEMORY_LIMIT)
@@ -41,7 +42,7 @@ class PromiseChecks(Contract):
                     "memory" in reason, f"killed for its memory, the exit reason is {reason!r}: say out of memory"
                 )
             return
-        pytest.fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
+        fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
 
     @needs(Capability.CPU_LIMIT)
     def test_cpu_limit(self, driver: Driver, kit: Kit) -> None:
@@ -59,7 +60,7 @@ class PromiseChecks(Contract):
             rates.append((now - before) / (time.monotonic() - began))
             if rates[-1] < 0.4:
                 return
-        pytest.fail(f"an app limited to 0.2 processors used at least {min(rates):.2f}: enforce Limits.cpus")
+        fail(f"an app limited to 0.2 processors used at least {min(rates):.2f}: enforce Limits.cpus")
 
     @needs(Capability.PIDS_LIMIT)
     def test_pids_limit(self, driver: Driver, kit: Kit) -> None:
@@ -84,7 +85,7 @@ class PromiseChecks(Contract):
                 str(error) in {"ENOSPC", "EDQUOT", "EFBIG"}, f"a full disk shows as {error}: it should be ENOSPC"
             )
             return
-        pytest.fail("an app limited to 32 MiB wrote 48: enforce Limits.disk")
+        fail("an app limited to 32 MiB wrote 48: enforce Limits.disk")
 
     @pytest.mark.parametrize("limit", ["memory", "cpus", "pids", "disk"])
     def test_undeclared_limit_is_refused_or_explained(self, driver: Driver, kit: Kit, limit: str) -> None:
@@ -96,7 +97,7 @@ class PromiseChecks(Contract):
         bound: dict[str, Any] = {limit: 1 if limit == "cpus" else self.memory_limit}
         limits = Limits(**bound)
         app = kit.app(limits=limits)
-        said = any(one.level in {Level.WARNING, Level.ERROR} for one in driver.provider.explain(app))
+        said = any(one.level in {Level.WARNING, Level.ERROR} for one in driver.explain(app))
         spec = kit.spec("undeclared", limits=limits)
         kit.fresh(driver.handle(spec))
         try:
@@ -106,7 +107,7 @@ class PromiseChecks(Contract):
         except StartFailed:
             pass
         except DispatcherError as error:
-            pytest.fail(f"{capability.value} is not declared and raised {type(error).__name__}: raise Unsupported")
+            fail(f"{capability.value} is not declared and raised {type(error).__name__}: raise Unsupported")
         expect(
             said,
             f"{capability.value} is not declared, yet an app with that limit starts without a word: raise "

@@ -13,7 +13,7 @@ from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, files_holding, processes_holding
 
 
-class SecrecyChecks(Contract):
+class SecrecyChecks(Contract, page="docs/howto/give-secrets-to-an-app.md"):
     """Nothing secret in argv, environment, labels, inspection, handles, logs or on disk."""
 
     @pytest.fixture

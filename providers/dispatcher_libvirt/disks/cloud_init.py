@@ -97,6 +97,7 @@ def start_script(spec: AgentSpec) -> str:
     return (
         "# Start the app: `sh start.sh DEFAULT COMMAND...`\n"
         f"cd {data} || exit 126\n"
+        "umask 007\n"
         "USER=app SHELL=/bin/sh TMPDIR=/tmp\n"
         "while IFS=: read -r name _ uid _ _ _ shell; do\n"
         f'    [ "$uid" = {spec.uid} ] && USER=$name SHELL=${{shell:-/bin/sh}}\n'

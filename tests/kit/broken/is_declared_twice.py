@@ -1,0 +1,16 @@
+"""Two distributions have an entry point of its name."""
+
+from tests.support.fake_provider import FakeProvider
+from tests.kit.fake_contract import BrokenContract, entry
+
+CHECK = "test_entry_point_is_declared_once"
+ADVICE = "uninstall one"
+
+
+class Broken(FakeProvider):
+    pass
+
+
+class TestBroken(BrokenContract):
+    provider_class = Broken
+    entries = (entry("one"), entry("two"))
