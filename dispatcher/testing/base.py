@@ -14,7 +14,7 @@ from dispatcher.plugin.model import Capability, Depth, Handle, Network
 from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
-from dispatcher.testing.verdict import Hangs, fail, register, within
+from dispatcher.testing.verdict import Hangs, judging, register, within
 
 SLEEP = {Depth.RAM: Capability.SUSPEND, Depth.DISK: Capability.HIBERNATE}
 _Check = TypeVar("_Check", bound=Callable[..., None])
@@ -66,9 +66,9 @@ class Contract:
         """
         super().__init_subclass__(**kwargs)
         if page:
-            for name, check in vars(cls).items():
+            for name, check in list(vars(cls).items()):
                 if name.startswith("test_"):
-                    register(check, page, getattr(check, "rule", ""))
+                    setattr(cls, name, register(check, page, getattr(check, "rule", "")))
         for name in dir(cls):
             setting = getattr(getattr(cls, name), "left_out_by", "")
             if setting and getattr(cls, setting):
@@ -145,7 +145,8 @@ class Contract:
     @pytest.fixture
     def other(self, provider: Provider) -> Iterator[Driver]:
         """A fresh instance for the same backend, as a restarted manager makes one."""
-        other = self.drive_another(provider)
+        with judging("making an instance"):
+            other = self.drive_another(provider)
         yield other
         other.close()
 
@@ -153,19 +154,23 @@ class Contract:
     def kit(self, request: pytest.FixtureRequest, provider: Provider) -> Iterator[Kit]:
         """The world of this class; agents of the check are gone afterwards."""
         kit = self._kit(request)
-        kit.use(provider)
+        with judging("making an instance"):
+            kit.use(provider)
         yield kit
-        kit.end_check()
+        with judging("cleaning up"):
+            kit.end_check()
 
     @pytest.fixture
     def alice(self, kit: Kit, provider: Provider) -> Agent:
         """A running agent that checks share.  Leave it running and its data alone."""
-        return kit.shared(kit.use(provider), "alice")
+        with judging("starting an agent"):
+            return kit.shared(kit.use(provider), "alice")
 
     @pytest.fixture
     def bob(self, kit: Kit, provider: Provider) -> Agent:
         """Another running agent, of another user."""
-        return kit.shared(kit.use(provider), "bob")
+        with judging("starting an agent"):
+            return kit.shared(kit.use(provider), "bob")
 
     def drive(self, provider: Provider) -> Driver:
         """Return a driver for an instance."""
@@ -178,7 +183,7 @@ class Contract:
         try:
             return self.drive(within(self.patience, lambda: self.another(provider, context)))
         except Hangs:
-            fail(f"{name}() has not returned after {self.patience:.0f} s: connect in check() or later")
+            pytest.fail(f"{name}() has not returned after {self.patience:.0f} s: connect in check() or later")
 
     @contextlib.contextmanager
     def leaves_nothing(self, kit: Kit, what: str, seconds: float = 0.0) -> Iterator[None]:
@@ -197,12 +202,17 @@ class Contract:
         node = request.node.getparent(pytest.Class)
         if _KITS not in node.stash:
             node.stash[_KITS] = Kit(self)
-            node.addfinalizer(node.stash[_KITS].close)
+            node.addfinalizer(functools.partial(_close, node.stash[_KITS]))
         kit: Kit = node.stash[_KITS]
         return kit
 
     def _must(self, what: str) -> NoReturn:
-        fail(f"{type(self).__name__} must override {what}; see dispatcher.testing.Contract")
+        pytest.fail(f"{type(self).__name__} must override {what}; see dispatcher.testing.Contract")
+
+
+def _close(kit: Kit) -> None:
+    with judging("cleaning up"):
+        kit.close()
 
 
 def needs_no(setting: str) -> Callable[[_Check], _Check]:

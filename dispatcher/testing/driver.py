@@ -19,7 +19,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError, Unsupported
 from dispatcher.plugin.model import AgentSpec, BackendState, Capability, Depth, Handle, Observation
 from dispatcher.plugin.provider import Provider, no_progress
-from dispatcher.testing.verdict import Hangs, fail, within
+from dispatcher.testing.verdict import Hangs, within
 
 METHODS = {
     name: inspect.signature(method).parameters for name, method in vars(Provider).items() if callable(method)
@@ -42,7 +42,7 @@ def expect(condition: object, advice: str) -> None:
     """Fail the check with `advice` for the provider's author unless `condition` holds."""
     __tracebackhide__ = True
     if not condition:
-        fail(advice)
+        pytest.fail(advice)
 
 
 @contextlib.contextmanager
@@ -57,8 +57,8 @@ def raises(wanted: type[DispatcherError], what: str) -> Iterator[None]:
     except wanted:
         return
     except DispatcherError as error:
-        fail(f"{what} raised {type(error).__name__} ({error}): raise {wanted.__name__}")
-    fail(f"{what} succeeded: raise {wanted.__name__}")
+        pytest.fail(f"{what} raised {type(error).__name__} ({error}): raise {wanted.__name__}")
+    pytest.fail(f"{what} succeeded: raise {wanted.__name__}")
 
 
 def unsupported(what: str, call: Callable[[], object]) -> None:
@@ -141,14 +141,14 @@ class Driver:
         try:
             return within(allowed + self.slack, call)
         except Hangs:
-            fail(f"{what} has not returned after {allowed:.1f} s and {self.slack:.1f} s of slack: {advice}")
+            pytest.fail(f"{what} has not returned after {allowed:.1f} s and {self.slack:.1f} s of slack: {advice}")
         except DispatcherError as error:
             _check_error(what, error)
             raise
         except (pytest.fail.Exception, pytest.skip.Exception):
             raise
         except NotImplementedError as error:
-            fail(f"{what} raised NotImplementedError: raise self.unsupported(...) instead ({error})")
+            pytest.fail(f"{what} raised NotImplementedError: raise self.unsupported(...) instead ({error})")
         except BaseException as error:
             _escaped(what, error)
 
@@ -198,7 +198,9 @@ class Driver:
         try:
             back = Handle.from_json(handle.to_json())
         except (TypeError, ValueError) as error:
-            fail(f"{method}() returned a handle that is not JSON ({error}): keep only JSON values in Handle.data")
+            pytest.fail(
+                f"{method}() returned a handle that is not JSON ({error}): keep only JSON values in Handle.data"
+            )
         expect(
             back == handle,
             f"{method}() returned a handle that JSON changes ({handle.data!r} becomes {back.data!r}): "
@@ -208,7 +210,7 @@ class Driver:
 
 def _escaped(what: str, error: BaseException) -> NoReturn:
     __tracebackhide__ = True
-    fail(
+    pytest.fail(
         f"{what} let {type(error).__module__}.{type(error).__qualname__} escape ({error}): "
         "translate it into an error of dispatcher.plugin with `raise ... from error`"
     )
@@ -228,7 +230,7 @@ def _check_error(what: str, error: DispatcherError) -> None:
     try:
         json.dumps(error.details)
     except (TypeError, ValueError) as fault:
-        fail(f"{what} raised {kind} whose `details` are not JSON ({fault}): use plain values")
+        pytest.fail(f"{what} raised {kind} whose `details` are not JSON ({fault}): use plain values")
 
 
 def _check_value(method: str, check: Callable[[object], object], value: object) -> None:
@@ -237,7 +239,7 @@ def _check_value(method: str, check: Callable[[object], object], value: object) 
     try:
         cleaned = check(value)
     except ValueError as error:
-        fail(f"{method}() returned {type(value).__name__}: {error}")
+        pytest.fail(f"{method}() returned {type(value).__name__}: {error}")
     expect(
         cleaned == value,
         f"{method}() returned {value!r}: its texts must be short, without control characters",

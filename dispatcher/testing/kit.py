@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
+import pytest
 
 from dispatcher.plugin.errors import DispatcherError, NotFound
 from dispatcher.plugin.model import AgentSpec, App, BackendState, Handle
@@ -26,7 +27,6 @@ from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.plugin.secret_files import in_memory
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.probe_client import Inside
-from dispatcher.testing.verdict import fail
 
 if TYPE_CHECKING:
     from dispatcher.testing.base import Contract
@@ -48,7 +48,9 @@ class Agent:
         """Return a path in the data directory as it is seen from inside."""
         root = self.inside.environment().get("DISPATCHER_DATA")
         if not root:
-            fail("the app has no DISPATCHER_DATA in its environment: set it to the data directory's path inside")
+            pytest.fail(
+                "the app has no DISPATCHER_DATA in its environment: set it to the data directory's path inside"
+            )
         return "/".join([root, *parts])
 
 
@@ -186,7 +188,7 @@ class Kit:
         while True:
             seen = driver.observe(handle)
             if seen.state not in {BackendState.RUNNING, BackendState.STARTING}:
-                fail(
+                pytest.fail(
                     f"an agent that ensure() started is {seen.state.value} ({seen.exit_reason or seen.detail}); "
                     f"is app_options() right?{self._last_words(driver, handle)}"
                 )
@@ -195,7 +197,7 @@ class Kit:
                 if not ready or inside.answers():
                     return Agent(spec=spec, handle=handle, inside=inside)
             if time.monotonic() > end:
-                fail(
+                pytest.fail(
                     f"the probe does not answer at {seen.endpoint} within {self.contract.patience:.0f} s: does "
                     "the observation name the endpoint, and do app_options() run the probe there?"
                     + self._last_words(driver, handle)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 
 from dispatcher.plugin import provider
+from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.provider import Provider
+from dispatcher.testing.probe_client import Refused
 
 
 class Hangs(Exception):
@@ -22,21 +26,44 @@ class Hangs(Exception):
 
 PAGE = "docs/reference/conformance-kit.md"
 _T = TypeVar("_T")
+_Check = TypeVar("_Check", bound=Callable[..., None])
 _checks: dict[str, Any] = {}
 
 
-def fail(advice: str) -> NoReturn:
-    """Fail the check with `advice` for the author, and the places to read."""
+@contextlib.contextmanager
+def judging(what: str) -> Iterator[None]:
+    """Add to a verdict what to read; make one of an error that nothing else has judged.
+
+    :param what: in which such an error came, for the message.
+    """
     __tracebackhide__ = True
-    pytest.fail("\n".join([advice, *places()]))
+    try:
+        yield
+    except pytest.fail.Exception as verdict:
+        verdict.msg = "\n".join([verdict.msg or "", *places()])
+        raise
+    except (DispatcherError, OSError, Refused) as error:
+        probe = (
+            "" if isinstance(error, DispatcherError) else ": the probe in the agent did not answer as it should"
+        )
+        pytest.fail("\n".join([f"{what} ended with {type(error).__name__} ({error}){probe}", *places()]))
 
 
-def register(check: Any, page: str, rule: str) -> None:
-    """Remember a check of the kit, so that its verdicts say what to read.
+def register(check: _Check, page: str, rule: str) -> _Check:
+    """Return a check of the kit whose verdicts, and other errors, say what to read.
 
     :param page: of the documentation, about the whole tier; :param rule: words of the contract's own text.
     """
-    _checks[check.__name__] = (check, page, rule)
+    name = check.__name__
+    _checks[name] = (check, page, rule)
+
+    @functools.wraps(check)
+    def judged(*arguments: Any, **fixtures: Any) -> None:
+        __tracebackhide__ = True
+        with judging("the check"):
+            check(*arguments, **fixtures)
+
+    return cast("_Check", judged)
 
 
 def places() -> list[str]:

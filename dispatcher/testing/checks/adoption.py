@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from dispatcher.plugin.errors import SpecConflict
 from dispatcher.plugin.model import Handle
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit
-from dispatcher.testing.verdict import fail
 
 
 class AdoptionChecks(Contract, page="docs/howto/write-a-provider.md"):
@@ -38,7 +39,7 @@ class AdoptionChecks(Contract, page="docs/howto/write-a-provider.md"):
         try:
             other.ensure(alice.spec)
         except SpecConflict:
-            fail("a fresh instance does not recognise the spec of its own agent: store spec.hash with it")
+            pytest.fail("a fresh instance does not recognise the spec of its own agent: store spec.hash with it")
         expect(alice.inside.id()["start"] == start, "a fresh instance restarted a running agent: adopt it")
         other.close()
         other.close()

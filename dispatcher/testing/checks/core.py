@@ -24,7 +24,6 @@ from dispatcher.testing.base import Contract
 from dispatcher.testing.checks.plugin import load
 from dispatcher.testing.driver import Driver, expect, raises
 from dispatcher.testing.kit import Kit
-from dispatcher.testing.verdict import fail
 
 #: Difficult names: long, with equal slugs, like options, with characters of markup and shells.
 ODD_NAMES = (
@@ -92,7 +91,7 @@ class CoreChecks(Contract, page="docs/howto/write-a-provider.md"):
         try:
             first, second = (json.dumps(kit.app().fingerprint(), sort_keys=True) for _ in range(2))
         except (TypeError, ValueError) as error:
-            fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
+            pytest.fail(f"AppOptions cannot be written as JSON ({error}): use plain types")
         expect(first == second, "AppOptions differ between two reads of one table: defaults must not be random")
 
     def test_handle_is_pure(self, driver: Driver, kit: Kit) -> None:
@@ -182,13 +181,13 @@ class CoreChecks(Contract, page="docs/howto/write-a-provider.md"):
                 driver.prepare(spec.app)
                 driver.ensure(spec)
             except Unavailable as error:
-                fail(f"a missing image or program is {type(error).__name__}: raise ProviderError")
+                pytest.fail(f"a missing image or program is {type(error).__name__}: raise ProviderError")
             except ProviderError as error:
                 expect(error.fix, f"the error {str(error)!r} does not say what to do: give it `fix`")
             except DispatcherError as error:
-                fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
+                pytest.fail(f"a missing image or program raised {type(error).__name__}: raise ProviderError")
             else:
-                fail("neither prepare() nor ensure() noticed that the image or program is missing")
+                pytest.fail("neither prepare() nor ensure() noticed that the image or program is missing")
 
     def test_absent_resume_is_not_found(self, driver: Driver, kit: Kit) -> None:
         """`resume` of an absent agent raises `NotFound`, so that the core creates it again (or `Unsupported`)."""
@@ -202,7 +201,7 @@ def _succeeds(method: str, call: Any) -> None:
         call()
         call()
     except DispatcherError as error:
-        fail(f"{method}() of an absent agent raised {type(error).__name__} ({error}): absent is success")
+        pytest.fail(f"{method}() of an absent agent raised {type(error).__name__} ({error}): absent is success")
 
 
 def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_options: dict[str, Any]) -> None:
@@ -224,4 +223,4 @@ def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_op
         )
     else:
         model = "AppOptions" if table == "app" else "Options"
-        fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
+        pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')

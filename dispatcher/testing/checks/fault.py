@@ -14,7 +14,6 @@ from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract, needs_backend
 from dispatcher.testing.driver import Driver, Steps, expect
 from dispatcher.testing.kit import Agent, Kit, eventually
-from dispatcher.testing.verdict import fail
 
 
 class FaultChecks(Contract, page="docs/howto/write-a-provider.md"):
@@ -108,7 +107,9 @@ class FaultChecks(Contract, page="docs/howto/write-a-provider.md"):
                 except (Unavailable, ProviderError):
                     pass
                 except DispatcherError as error:
-                    fail(f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable")
+                    pytest.fail(
+                        f"ensure() raised {type(error).__name__} when the backend went away: raise Unavailable"
+                    )
             expect(steps.reported, "ensure() never called progress")
             expect(
                 eventually(lambda: _answers(driver), self.patience, 0.2),
@@ -156,8 +157,8 @@ class FaultChecks(Contract, page="docs/howto/write-a-provider.md"):
             )
             return
         except DispatcherError as error:
-            fail(f"{method}() raised {type(error).__name__} with the backend {how}: raise Unavailable")
-        fail(
+            pytest.fail(f"{method}() raised {type(error).__name__} with the backend {how}: raise Unavailable")
+        pytest.fail(
             f"{method}() gave {found!r} with the backend {how}: raise Unavailable; what was last known stays, "
             "it never becomes stopped or absent"
         )

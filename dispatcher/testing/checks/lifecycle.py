@@ -11,7 +11,6 @@ from dispatcher.plugin.model import BackendState, Capability
 from dispatcher.testing.base import Contract, rule
 from dispatcher.testing.driver import Driver, Steps, cancel, expect, raises
 from dispatcher.testing.kit import Agent, Kit, eventually
-from dispatcher.testing.verdict import fail
 
 ENDED = {BackendState.STOPPED, BackendState.ABSENT}
 ODD_VALUE = "a b\t'c' \"d\" $HOME `e` \\n {x} {socket\u00e9} <&> #; -rf é漢"
@@ -62,7 +61,7 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
         try:
             driver.ensure(other)
         except SpecConflict:
-            fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
+            pytest.fail("other secrets raised SpecConflict: compare spec.hash, which leaves them out")
 
     def test_listed_as_observed(self, alice: Agent, driver: Driver) -> None:
         """`list` yields every agent with the same observation as `observe`."""
@@ -144,7 +143,7 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
         try:
             renewed = kit.start(driver, other)
         except SpecConflict:
-            fail("ensure() of a stopped agent with another spec raised SpecConflict: replace it")
+            pytest.fail("ensure() of a stopped agent with another spec raised SpecConflict: replace it")
         expect(renewed.inside.environment().get("KIT_NEW") == "1", "a stopped agent kept its old spec: replace it")
         expect(driver.observe(renewed.handle).spec_hash == other.hash, "the replaced agent has the old spec_hash")
         expect(renewed.inside.read(renewed.within("kept")) == b"kept\n", "replacing a stopped agent lost its data")
@@ -306,7 +305,7 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
             except Cancelled:
                 pass
             except DispatcherError as error:
-                fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
+                pytest.fail(f"ensure() turned Cancelled into {type(error).__name__}: let it through")
             else:
                 expect(len(steps.reported) < call, "ensure() swallowed Cancelled: let it through")
                 driver.destroy(handle)

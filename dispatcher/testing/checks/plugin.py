@@ -7,13 +7,14 @@ import time
 from importlib.metadata import entry_points
 from types import ModuleType
 
+import pytest
+
 from dispatcher.config.plugins import GROUP, Plugins, distribution
 from dispatcher.plugin import hooks, names
 from dispatcher.plugin.errors import BadRequest, PluginError
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract, needs_no
 from dispatcher.testing.driver import expect
-from dispatcher.testing.verdict import fail
 
 
 class PluginChecks(Contract, page="docs/reference/hooks.md"):
@@ -37,7 +38,7 @@ class PluginChecks(Contract, page="docs/reference/hooks.md"):
         try:
             found = Plugins().provider(provider.name)
         except PluginError as error:
-            fail(f"the plugin {provider.name!r} does not load: {error}")
+            pytest.fail(f"the plugin {provider.name!r} does not load: {error}")
         expect(
             found is type(provider),
             f"the entry point leads to {found!r}, the fixture `provider` to {type(provider)!r}: test what is "
@@ -50,11 +51,11 @@ class PluginChecks(Contract, page="docs/reference/hooks.md"):
         try:
             load(cls)
         except PluginError as error:
-            fail(f"the plugin loader refuses {cls.__name__}: {error}")
+            pytest.fail(f"the plugin loader refuses {cls.__name__}: {error}")
         try:
             names.app_name(cls.name)
         except BadRequest as error:
-            fail(f"{cls.__name__}.name is {cls.name!r}: {error.why}")
+            pytest.fail(f"{cls.__name__}.name is {cls.name!r}: {error.why}")
 
     def test_signatures_are_the_contract(self, provider: Provider) -> None:
         """Every method takes the contract's arguments under the contract's names."""

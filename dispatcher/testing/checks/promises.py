@@ -17,7 +17,6 @@ from dispatcher.testing.base import Contract, needs
 from dispatcher.testing.driver import Driver, expect, unsupported
 from dispatcher.testing.kit import Agent, Kit, eventually
 from dispatcher.testing.probe_client import Refused
-from dispatcher.testing.verdict import fail
 
 
 class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
@@ -42,7 +41,7 @@ class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
                     "memory" in reason, f"killed for its memory, the exit reason is {reason!r}: say out of memory"
                 )
             return
-        fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
+        pytest.fail(f"an app limited to {self.memory_limit} bytes took twice as much: enforce Limits.memory")
 
     @needs(Capability.CPU_LIMIT)
     def test_cpu_limit(self, driver: Driver, kit: Kit) -> None:
@@ -60,7 +59,7 @@ class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
             rates.append((now - before) / (time.monotonic() - began))
             if rates[-1] < 0.4:
                 return
-        fail(f"an app limited to 0.2 processors used at least {min(rates):.2f}: enforce Limits.cpus")
+        pytest.fail(f"an app limited to 0.2 processors used at least {min(rates):.2f}: enforce Limits.cpus")
 
     @needs(Capability.PIDS_LIMIT)
     def test_pids_limit(self, driver: Driver, kit: Kit) -> None:
@@ -85,7 +84,7 @@ class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
                 str(error) in {"ENOSPC", "EDQUOT", "EFBIG"}, f"a full disk shows as {error}: it should be ENOSPC"
             )
             return
-        fail("an app limited to 32 MiB wrote 48: enforce Limits.disk")
+        pytest.fail("an app limited to 32 MiB wrote 48: enforce Limits.disk")
 
     @pytest.mark.parametrize("limit", ["memory", "cpus", "pids", "disk"])
     def test_undeclared_limit_is_refused_or_explained(self, driver: Driver, kit: Kit, limit: str) -> None:
@@ -107,7 +106,7 @@ class PromiseChecks(Contract, page="docs/howto/limit-resources.md"):
         except StartFailed:
             pass
         except DispatcherError as error:
-            fail(f"{capability.value} is not declared and raised {type(error).__name__}: raise Unsupported")
+            pytest.fail(f"{capability.value} is not declared and raised {type(error).__name__}: raise Unsupported")
         expect(
             said,
             f"{capability.value} is not declared, yet an app with that limit starts without a word: raise "

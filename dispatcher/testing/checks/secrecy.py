@@ -11,6 +11,7 @@ from dispatcher.plugin.model import Capability
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit, files_holding, processes_holding
+from dispatcher.testing.verdict import judging
 
 
 class SecrecyChecks(Contract, page="docs/howto/give-secrets-to-an-app.md"):
@@ -30,7 +31,8 @@ class SecrecyChecks(Contract, page="docs/howto/give-secrets-to-an-app.md"):
             changes = {"credentials": "stdin"}
             stdin = secret.encode() + b"-login\n"
         values = {"token": secret, "multi": "line 1\nline 2\n"}
-        return kit.start(driver, kit.spec("keeper", values=values, stdin=stdin, **changes))
+        with judging("starting an agent with secrets"):
+            return kit.start(driver, kit.spec("keeper", values=values, stdin=stdin, **changes))
 
     def test_secrets_arrive_as_files(self, keeper: Agent, secret: str) -> None:
         """Each secret is a file in the directory that DISPATCHER_SECRETS names, readable by the agent alone."""

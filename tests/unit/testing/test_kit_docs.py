@@ -11,6 +11,9 @@ from dispatcher.testing import Contract, ProviderContract, verdict
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/reference/conformance-kit.md").read_text()
+DESCRIBED = re.findall(
+    r"^\| `(\w+)` \| ", PAGE.partition("## The checks")[2].partition("\n## Authenticators")[0], re.MULTILINE
+)
 PROVIDER = (ROOT / "dispatcher/plugin/provider.py").read_text()
 COLLECTED = "tests/contract/test_fake_provider.py::TestFake"
 TIERS = [cls for cls in ProviderContract.__mro__ if cls.__module__.startswith("dispatcher.testing.checks.")]
@@ -36,10 +39,7 @@ def test_each_check_is_described(name):
 
 
 def test_the_page_describes_no_check_that_there_is_not():
-    described = re.findall(
-        r"^\| `(\w+)` \| ", PAGE.partition("## The checks")[2].partition("\n## Authenticators")[0], re.MULTILINE
-    )
-    assert sorted(described) == sorted(name.removeprefix("test_") for name in CHECKS)
+    assert sorted(DESCRIBED) == sorted(name.removeprefix("test_") for name in CHECKS)
 
 
 def test_checks_run_in_the_order_of_the_page():
@@ -52,8 +52,7 @@ def test_checks_run_in_the_order_of_the_page():
         check=True,
     )
     collected = list(dict.fromkeys(re.findall(r"::test_(\w+)", done.stdout)))
-    described = re.findall(r"^\| `(\w+)` \| ", PAGE.partition("## The checks")[2], re.MULTILINE)
-    assert collected == described
+    assert collected == DESCRIBED
 
 
 @pytest.mark.parametrize("name", CHECKS)
