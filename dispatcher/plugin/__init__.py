@@ -3,15 +3,15 @@
     from dispatcher.plugin import App, Provider, hookimpl
 
 `__all__` changes only as `CHANGELOG.md` announces it.  Names are imported when they are first used, so
-that a program that needs an error class does not import pydantic.
+that a program that needs an error class does not import pydantic, and a shim next to nothing.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dispatcher.plugin import system_calls
     from dispatcher.plugin.authenticator import Authenticator, Identity
     from dispatcher.plugin.deadline import Deadline, boot_id, boottime
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         Unsupported,
     )
     from dispatcher.plugin.hooks import hookimpl
-    from dispatcher.plugin.log_files import MAX_LINE, read_lines
+    from dispatcher.plugin.inside import Inside
+    from dispatcher.plugin.log_files import MAX_LINE, read_lines, remove_logs
     from dispatcher.plugin.model import (
         HANDLE_VERSION,
         AgentEvent,
@@ -85,7 +86,11 @@ if TYPE_CHECKING:
         check_environment,
         matching,
     )
+    from dispatcher.plugin.processes.command import SYSTEM_PATH, find_program, last_line, run_command
+    from dispatcher.plugin.processes.process import Process, ProcessStat, exit_reason, process_stat
+    from dispatcher.plugin.processes.shim import Shim
     from dispatcher.plugin.provider import API_VERSION, Closeable, Progress, Provider, ProviderContext, no_progress
+    from dispatcher.plugin.seccomp import seccomp_profile
     from dispatcher.plugin.secret_files import SecretFiles, in_memory, make_owned, owned
     from dispatcher.plugin.ssh import SshMultiplexer
     from dispatcher.plugin.tracked_connections import (
@@ -115,6 +120,11 @@ _MODULES = (
     "secret_files",
     "ssh",
     "log_files",
+    "processes.process",
+    "processes.command",
+    "processes.shim",
+    "inside",
+    "seccomp",
 )
 #: Modules that are public as a whole.
 _WHOLE = ("system_calls",)
@@ -128,6 +138,7 @@ __all__ = [
     "NEW_CONNECTIONS",
     "NEW_CONNECTIONS_BURST",
     "NFT_EXCESS",
+    "SYSTEM_PATH",
     "AbsolutePath",
     "Address",
     "Addresses",
@@ -157,6 +168,7 @@ __all__ = [
     "Handle",
     "Identity",
     "InsecureEndpoint",
+    "Inside",
     "IpNetworks",
     "Isolation",
     "Level",
@@ -175,11 +187,14 @@ __all__ = [
     "Origin",
     "PluginError",
     "PortRange",
+    "Process",
+    "ProcessStat",
     "Progress",
     "Provider",
     "ProviderContext",
     "ProviderError",
     "SecretFiles",
+    "Shim",
     "Size",
     "SpecConflict",
     "SshMultiplexer",
@@ -200,9 +215,12 @@ __all__ = [
     "checked_unix_path",
     "connect",
     "denied_networks",
+    "exit_reason",
     "find_nft",
+    "find_program",
     "hookimpl",
     "in_memory",
+    "last_line",
     "listening_endpoints",
     "make_owned",
     "make_temporary",
@@ -211,8 +229,12 @@ __all__ = [
     "no_progress",
     "owned",
     "printable",
+    "process_stat",
     "read_lines",
+    "remove_logs",
     "remove_tree",
+    "run_command",
+    "seccomp_profile",
     "slug",
     "system_calls",
 ]
@@ -220,6 +242,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
+    import importlib
+
     if name in _WHOLE:
         return importlib.import_module(f"{__name__}.{name}")
     if name in __all__:

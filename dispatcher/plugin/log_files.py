@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import io
 import os
 import time
@@ -10,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import ProviderError
 
 MAX_LINE = 64 * 1024  # bytes of a line; a longer one is passed on in pieces
 _PAUSE = 0.2  # seconds between checks for new output
 
 
-def read_lines(path: Path, *, newest: int, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
+def read_lines(path: Path, *, newest: int = 1, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
     """Yield the last `tail` lines of a log, in rotated files too, then with `follow` new ones until the deadline.
 
     :param newest: number of the newest rotated file: ``NAME.0`` or ``NAME.1``.
@@ -49,6 +51,20 @@ def read_lines(path: Path, *, newest: int, tail: int, follow: bool, deadline: De
                 yield from _pieces(line)
         if follow and rest:
             yield from _pieces(rest)
+
+
+def remove_logs(path: Path) -> None:
+    """Remove a log and its rotated files; absent is success.
+
+    The core removes an agent's log directory with the agent; a provider, when `destroy` is to delete data.
+
+    :raises ProviderError: a file cannot be removed.
+    """
+    try:
+        for file in (path, *path.parent.glob(f"{glob.escape(path.name)}.*")):
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        raise ProviderError(f"Cannot remove {path}", why=error.strerror or str(error)) from error
 
 
 def _open(path: Path) -> io.FileIO:

@@ -23,12 +23,6 @@ def unreadable(path: object, error: OSError) -> Unavailable:
     return Unavailable(f"Cannot read {path}", why=reason(error), fix="repair the state directory")
 
 
-def last_line(output: bytes) -> str:
-    """Return the last line of a program's output, safe to print; "" where there is none."""
-    lines = output.decode("utf-8", "replace").strip().splitlines()
-    return "".join(char if char.isprintable() else "?" for char in lines[-1])[:500] if lines else ""
-
-
 def reason(error: OSError | ValueError) -> str:
     """Return an error's own words."""
     return getattr(error, "strerror", None) or str(error)

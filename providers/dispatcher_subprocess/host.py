@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dispatcher.plugin import Deadline, ProviderError, Unavailable, nft_fault
+from dispatcher.plugin import (
+    Deadline,
+    DispatcherError,
+    ProviderError,
+    Unavailable,
+    find_program,
+    nft_fault,
+    run_command,
+)
 from dispatcher_subprocess import new_connections
-from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.options import Options
 from dispatcher_subprocess.processes import procfs
 from dispatcher_subprocess.processes.cgroups import Cgroups, discover
-from dispatcher_subprocess.processes.procfs import which
 
 _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--ro-bind", "/", "/"]
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
 _PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
+_TRIAL = 20.0  # seconds for the first sandbox
 _TUN = "/dev/net/tun"
 _APPARMOR = "kernel/apparmor_restrict_unprivileged_userns"
 #: Settings below /proc/sys with which an ordinary user may not make user namespaces.
@@ -66,7 +72,7 @@ class Host:
             return self.reason, self.fix
         if not (self.pasta or self.slirp):
             return "neither pasta nor slirp4netns is installed", "install passt"
-        if not (which("ip") and which("nsenter")):
+        if not (find_program("ip") and find_program("nsenter")):
             return "ip or nsenter is not installed", "install iproute2 and util-linux"
         if not os.path.exists(_TUN):
             return f"there is no {_TUN}", "load the kernel's module tun (in a container: --device /dev/net/tun)"
@@ -80,7 +86,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     bwrap, reason, fix = "", "", ""
     if options.bubblewrap == "never":
         reason, fix = 'providers.subprocess.bubblewrap is "never"', "remove providers.subprocess.bubblewrap"
-    elif not (bwrap := which("bwrap")):
+    elif not (bwrap := find_program("bwrap")):
         reason, fix = "bubblewrap is not installed", "install bubblewrap"
     elif reason := _fault(bwrap, deadline):
         fix = namespaces_fix()
@@ -92,9 +98,9 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         bwrap="" if reason else bwrap,
         reason=reason,
         fix=fix,
-        setpriv=which("setpriv"),
-        pasta=which("pasta") if options.private_network != "slirp4netns" else "",
-        slirp=which("slirp4netns") if options.private_network != "pasta" else "",
+        setpriv=find_program("setpriv"),
+        pasta=find_program("pasta") if options.private_network != "slirp4netns" else "",
+        slirp=find_program("slirp4netns") if options.private_network != "pasta" else "",
         tracks_connections=os.path.exists("/proc/sys/net/netfilter/nf_conntrack_max"),
         cgroups=cgroups,
     )
@@ -122,20 +128,12 @@ def verify(host: Host, options: Options) -> None:
 
 def _fault(bwrap: str, deadline: Deadline) -> str:
     """Return why bubblewrap does not work here, "" if it works."""
-    seconds = deadline.bounded(20).remaining()
+    command = [bwrap, *_PROBE, "/bin/sh", "-c", ":"]
     try:
-        done = subprocess.run(
-            [bwrap, *_PROBE, "/bin/sh", "-c", ":"],
-            check=False,
-            capture_output=True,
-            stdin=subprocess.DEVNULL,
-            timeout=max(seconds, 0.1),
-            env={},
-            cwd="/",
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return f"{bwrap} does not run: {error}"
-    return (last_line(done.stderr) or f"bwrap ended with {done.returncode}") if done.returncode else ""
+        run_command(command, "Cannot run bubblewrap", environment={}, deadline=deadline.bounded(_TRIAL))
+    except DispatcherError as error:
+        return error.why
+    return ""
 
 
 def namespaces_fix(settings: Path = Path("/proc/sys")) -> str:

@@ -1,11 +1,12 @@
 r"""The log collector: one small process per installation that writes agents' output to bounded, rotated files.
 
-Run as ``python -I -S -E log_collector.py`` with its listening socket as standard input.  It outlives the
-manager, so that agents can write while there is none.  It imports few modules, to save memory.  A manager connects
-(SOCK_SEQPACKET) and sends, with one pipe's read end each: ``PATH\0SIZE\0FILES``; there is no answer.  When a
-file cannot be written (disk full) output is dropped: an agent is never blocked by its log, unless all together
-write faster than RATE: then writers wait, so that a flood costs neither the processor nor the disk.
-It ends by itself when no manager is connected and no agent has its pipe open.
+Run as ``python -I -S log_collector.py ROOT``, where ROOT holds the package `dispatcher`, with its listening
+socket as standard input.  It outlives the manager, so that agents can write while there is none.  It imports few
+modules, to save memory.  A manager connects (SOCK_SEQPACKET) and sends, with one pipe's read end each:
+``PATH\0SIZE\0FILES``; there is no answer.  When a file cannot be written (disk full) output is dropped: an agent
+is never blocked by its log, unless all together write faster than RATE: then writers wait, so that a flood costs
+neither the processor nor the disk. It ends by itself when no manager is connected and no agent has its pipe
+open.
 
 Agents with a private network have two more descriptors: the UDP and the TCP socket of a name server at their own
 127.0.0.1.  Their queries go to the servers that the host's /etc/resolv.conf names at that moment: names are found
@@ -20,6 +21,11 @@ import os
 import select
 import sys
 import time
+
+if __name__ == "__main__":
+    sys.path.append(sys.argv[1])
+
+from dispatcher.plugin.processes.rotated_log import RotatedLog
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,62 +43,6 @@ CONNECTIONS = 16  # per agent that wait for theirs
 IDLE = 5.0  # seconds without managers and agents until it ends
 SWEEP = 1.0  # seconds between two looks for queries that expired
 RESOLV_CONF = "/etc/resolv.conf"
-FLAGS = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class Log:
-    """A rotated file: PATH is the current one, PATH.1 the one before, and so on."""
-
-    def __init__(self, path: str, size: int, files: int) -> None:
-        self.path = path
-        self.size = size
-        self.files = files
-        self.fd = -1
-        self.used = 0
-        self.dropped = 0
-
-    def write(self, data: bytes) -> None:
-        """Append, rotating before the file grows beyond its size; what cannot be written is dropped."""
-        try:
-            if self.dropped and self.fd >= 0:
-                note = b"\n[%d bytes of output were dropped here: the log could not be written]\n" % self.dropped
-                self.dropped = 0
-                self._put(note)
-            self._put(data)
-        except OSError:
-            self.dropped += len(data)
-            self.close()
-
-    def _put(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            if self.fd >= 0 and self.used >= self.size:
-                self._rotate()
-            if self.fd < 0:
-                self.fd = os.open(self.path, FLAGS, 0o600)
-                self.used = os.fstat(self.fd).st_size
-                continue
-            done = os.write(self.fd, view[: max(1, self.size - self.used)])
-            self.used += done
-            view = view[done:]
-
-    def _rotate(self) -> None:
-        self.close()
-        if self.files == 1:
-            os.truncate(self.path, 0)
-        for number in range(self.files - 1, 0, -1):
-            older = f"{self.path}.{number}"
-            newer = f"{self.path}.{number - 1}" if number > 1 else self.path
-            try:
-                os.rename(newer, older)
-            except FileNotFoundError:
-                pass
-
-    def close(self) -> None:
-        """Close the file; the next write opens it again."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
 
 
 class Names:
@@ -264,7 +214,7 @@ class Collector:
         self.poll = select.epoll()
         self.handlers: dict[int, Callable[[int], None]] = {}
         self.managers: dict[int, _socket.socket] = {}
-        self.pipes: dict[int, tuple[int, Log]] = {}  # descriptor -> inode, log
+        self.pipes: dict[int, tuple[int, RotatedLog]] = {}  # descriptor -> inode, log
         self.logs: dict[str, list[int]] = {}  # path -> descriptors that write there
         self.names: dict[str, Names] = {}  # path -> those of the same agent
         self.unpaid = 0  # bytes taken since the last pause
@@ -344,7 +294,7 @@ class Collector:
             os.close(pipe)
             return
         others = self.logs.setdefault(path, [])
-        log = self.pipes[others[0]][1] if others else Log(path, size, files)
+        log = self.pipes[others[0]][1] if others else RotatedLog(path, size, files)
         log.size, log.files = size, files
         others.append(pipe)
         os.set_blocking(pipe, False)

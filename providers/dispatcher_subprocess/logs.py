@@ -18,12 +18,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import dispatcher
 from dispatcher.plugin import ProviderError
 from dispatcher_subprocess import log_collector
 from dispatcher_subprocess.errors import failed
 
 _TIMEOUT = 10.0  # seconds; the collector answers within a millisecond unless the host is overloaded
 FILE = "output.log"
+_ROOT = Path(dispatcher.__file__).parents[1]
 
 
 def log_file(log_dir: str | Path) -> Path:
@@ -154,7 +156,7 @@ class LogCollector:
             listener.bind(address)
             listener.listen(64)
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-E", log_collector.__file__],
+                [sys.executable, "-I", "-S", log_collector.__file__, str(_ROOT)],
                 stdin=listener.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -164,9 +166,3 @@ class LogCollector:
             )
         self._started(process.pid)
         threading.Thread(target=process.wait, name="log-collector", daemon=True).start()
-
-
-def remove(path: Path) -> None:
-    """Remove an agent's log files; absent is success."""
-    for file in (path, *(path.with_name(f"{path.name}.{number}") for number in range(1, 101))):
-        file.unlink(missing_ok=True)

@@ -22,25 +22,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any
 
 from dispatcher.plugin import (
     App,
     ConfigError,
     Deadline,
-    DeadlineExceeded,
     Network,
+    Process,
     ProviderError,
     Unavailable,
     Unsupported,
     denied_networks,
     find_nft,
+    find_program,
+    process_stat,
+    run_command,
 )
 from dispatcher_subprocess import new_connections
-from dispatcher_subprocess.errors import last_line
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.processes import procfs, run
-from dispatcher_subprocess.processes.procfs import Process
 
 _INTERFACE = "eth0"  # of an agent, beside the loopback interface
 #: Of an agent where it cannot have those of the host: the addresses that slirp4netns gives.
@@ -161,7 +161,7 @@ class _Inside:
     @property
     def command(self) -> list[str]:
         """The beginning of a command that runs there."""
-        command = [procfs.which("nsenter"), f"--net=/proc/self/fd/{self.network}"]
+        command = [find_program("nsenter"), f"--net=/proc/self/fd/{self.network}"]
         if self.user is not None:
             command += [f"--user=/proc/self/fd/{self.user}", "--preserve-credentials"]
         return command
@@ -211,7 +211,7 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
             pid = int(pid_file.read())
         except (OSError, ValueError) as error:
             raise ProviderError("pasta did not write its process id", why=str(error)) from error
-    found = procfs.stat(pid)
+    found = process_stat(pid)
     if not found:
         raise ProviderError("pasta ended at once", fix="try again")
     return found.process
@@ -221,7 +221,7 @@ def _slirp(host: Host, inside: _Inside, join: list[str], deadline: Deadline) -> 
     ready, notify = os.pipe()
     try:
         # It confines itself by unmounting a copy of all mounts, and does not care which of them are shared.
-        own = [procfs.which("unshare"), "--mount", "--propagation", "private"] if inside.user is None else []
+        own = [find_program("unshare"), "--mount", "--propagation", "private"] if inside.user is None else []
         command = [*own, *join, host.slirp, "--configure", "--mtu=65520", "--disable-host-loopback"]
         command += ["--enable-sandbox", "--enable-seccomp", f"--ready-fd={notify}", "--netns-type=path"]
         if inside.user is not None:
@@ -279,7 +279,7 @@ def _block(
         v6.append("xfrm policy add dst ::1/128 proto udp dir out priority 1 action allow")
     for version, lines in ((4, v4), (6, v6)) if procfs.read("/proc/net/if_inet6") else ((4, v4),):
         text = "".join(f"{line}\n" for line in lines)
-        _run([*inside.command, procfs.which("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)
+        _run([*inside.command, find_program("ip"), f"-{version}", "-batch", "-"], inside, text.encode(), deadline)
 
 
 def _of(version: int, networks: Sequence[IPv4Network | IPv6Network]) -> list[IPv4Network | IPv6Network]:
@@ -297,28 +297,15 @@ def _run(
 
     :param stdin: its standard input: content, or a descriptor.
     """
-    source: dict[str, Any] = {"input": stdin} if isinstance(stdin, bytes) else {"stdin": stdin}
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            **source,
-            stdout=stdout,
-            stderr=subprocess.PIPE,
-            pass_fds=inside.fds,
-            env={},
-            cwd="/",
-            start_new_session=True,
-            timeout=max(0.05, deadline.remaining()),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DeadlineExceeded("The private network is not ready in time") from error
-    except OSError as error:
-        raise ProviderError("Cannot make a private network", why=str(error)) from error
-    if done.returncode:
-        program = command[command.index("--") + 1] if "--" in command else command[0]
-        why = f"{Path(program).name}: {last_line(done.stderr) or done.returncode}"
-        raise ProviderError("Cannot make a private network", why=why)
+    run_command(
+        command,
+        "Cannot make a private network",
+        stdin=stdin,
+        stdout=stdout,
+        environment={},
+        fds=inside.fds,
+        deadline=deadline,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,8 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 
-from dispatcher.plugin import BackendState, Endpoint, Observation, Usage, listening_endpoints
+from dispatcher.plugin import BackendState, Endpoint, Observation, Process, Usage, listening_endpoints
 from dispatcher_subprocess.processes import procfs
-from dispatcher_subprocess.processes.procfs import Process
 from dispatcher_subprocess.processes.run import Run
 from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.stop import Stopper

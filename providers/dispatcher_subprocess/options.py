@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
 from dispatcher.plugin import (
     AbsolutePath,
-    AgentSpec,
     App,
     ConfigError,
+    Inside,
     IpNetworks,
-    Limits,
     PortRange,
     Size,
     Table,
     Variable,
-    check_environment,
     matching,
-    slug,
 )
 from dispatcher.plugin import Argument as Text
 
-SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 #: Of agents: the host's /usr is theirs too.
 SHELL = "/bin/bash" if os.access("/bin/bash", os.X_OK) else "/bin/sh"
-_PLACEHOLDER = re.compile(r"\{(socket|port|data)\}")
 
 
 Argument = Annotated[Text, Field(max_length=131071)]  # bytes, execve(2)
@@ -108,31 +100,12 @@ def options_of(app: App) -> AppOptions:
     return app.options
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inside:
-    """Paths and port, as an agent sees them.
-
-    :ivar tmp: directory for large temporary files, "" for the system's.
-    """
-
-    socket: str
-    data: str
-    port: int = 0
-    tmp: str = ""
-
-    def fill(self, text: str) -> str:
-        """Return `text` with the placeholders replaced; any other use of braces stays as it is."""
-        values = {"socket": self.socket, "port": str(self.port), "data": self.data}
-        return _PLACEHOLDER.sub(lambda match: values[match[1]], text)
-
-
 def endpoint_kind(app: App) -> str:
     """Return ``unix`` or ``tcp``, as the app uses {socket} or {port}.
 
     :raises ConfigError: not exactly one of them is in the command or the environment.
     """
-    text = [*options_of(app).command, *app.environment.values()]
-    found = {match for part in text for match in _PLACEHOLDER.findall(part)}
+    found = Inside.placeholders(*options_of(app).command, *app.environment.values())
     if {"socket", "port"} <= found:
         raise ConfigError(
             f"apps.{app.name}.subprocess.command: {{socket}} and {{port}} exclude each other",
@@ -148,29 +121,3 @@ def endpoint_kind(app: App) -> str:
         why="neither {socket} nor {port} is in the command or the environment",
         fix="put {socket} (better, as other users cannot connect) or {port} where the app takes its address",
     )
-
-
-def environment(
-    spec: AgentSpec, inside: Inside, manager: Mapping[str, str], secrets: str, limits: Limits
-) -> dict[str, str]:
-    """Return the whole environment of an agent; of the manager's it has the variables in `pass_environment` only.
-
-    :param secrets: the directory of the secrets as seen from inside, "" when there are none.
-    :param limits: those that are enforced.
-    """
-    name = slug(spec.user)
-    variables = {
-        "PATH": SEARCH_PATH,
-        "LANG": "C.UTF-8",
-        "HOME": inside.data,
-        "USER": name,
-        "LOGNAME": name,
-        "SHELL": SHELL,
-    }
-    if inside.tmp:
-        variables["TMPDIR"] = inside.tmp
-    variables |= {name: manager[name] for name in options_of(spec.app).pass_environment if name in manager}
-    variables |= {name: inside.fill(value) for name, value in spec.app.environment.items()}
-    variables |= spec.variables(inside.data, secrets, limits=limits)
-    check_environment(spec.app.name, variables)
-    return variables

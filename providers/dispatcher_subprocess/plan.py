@@ -18,10 +18,12 @@ from pathlib import Path
 
 import dispatcher
 from dispatcher.plugin import (
+    SYSTEM_PATH,
     AgentSpec,
     App,
     ConfigError,
     Endpoint,
+    Inside,
     Network,
     ProviderContext,
     ProviderError,
@@ -33,12 +35,10 @@ from dispatcher_subprocess import network, sandbox
 from dispatcher_subprocess.explain import capabilities
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import (
-    SEARCH_PATH,
+    SHELL,
     AppOptions,
-    Inside,
     Options,
     endpoint_kind,
-    environment,
     options_of,
 )
 from dispatcher_subprocess.sandbox import SYSTEM, below
@@ -118,7 +118,7 @@ class Planner:
                 if _exists(path) is False:
                     yield ConfigError(f"{key}.{name}: there is no {path}", fix="create it, or correct the path")
         try:
-            program = find_program(options.command[0], app.environment.get("PATH", SEARCH_PATH), app.name)
+            program = find_program(options.command[0], app.environment.get("PATH", SYSTEM_PATH), app.name)
         except ProviderError as error:
             if not likely or _exists(Path(options.command[0])) is not None:
                 yield error
@@ -160,21 +160,23 @@ class Planner:
         port = self.ports.choose(taken) if kind == "tcp" else 0
         if self.host.sandboxed:
             inside = Inside(
-                socket=f"{sandbox.RUN}/{spec.socket.name}", data=sandbox.DATA, port=port, tmp=sandbox.TMP
+                socket=f"{sandbox.RUN}/{spec.socket.name}",
+                data=sandbox.DATA,
+                port=port,
+                tmp=sandbox.TMP,
+                secrets=sandbox.SECRETS,
             )
-            secrets = sandbox.SECRETS
         else:
-            inside = Inside(socket=str(spec.socket), data=str(spec.data_dir), port=port)
             secrets = str(self.secret_files.path(spec.backend_name)) if spec.secrets else ""
+            inside = Inside(socket=str(spec.socket), data=str(spec.data_dir), port=port, secrets=secrets)
         return Plan(
             endpoint=Endpoint.tcp("127.0.0.1", port) if kind == "tcp" else Endpoint.unix(spec.socket),
             command=[str(files.program), *map(inside.fill, options.command[1:])],
-            variables=environment(
+            variables=inside.environment(
                 spec,
-                inside,
-                os.environ,
-                secrets if spec.secrets else "",
-                app.limits.enforced(self._capabilities),
+                limits=app.limits.enforced(self._capabilities),
+                shell=SHELL,
+                others={name: os.environ[name] for name in options.pass_environment if name in os.environ},
             ),
             workdir=inside.fill(options.workdir),
             view=files.view,
@@ -184,7 +186,7 @@ class Planner:
     def _files(self, app: App) -> _Files:
         """Find the files of an app, or return those found a moment ago."""
         options = options_of(app)
-        search = app.environment.get("PATH", SEARCH_PATH)
+        search = app.environment.get("PATH", SYSTEM_PATH)
         key = (options.model_dump_json(), tuple(app.environment.items()), app.network)
         known = self._cache.get(key)
         if known and known.until > boottime():

@@ -40,6 +40,7 @@ from dispatcher.plugin import (
     SpecConflict,
     Usage,
     read_lines,
+    remove_logs,
 )
 from dispatcher_subprocess import explain, logs, network
 from dispatcher_subprocess.host import Host, examine, verify
@@ -215,7 +216,7 @@ class SubprocessProvider(Provider):
                 self._parts.observer.forget(record)
             self._parts.stopper.forget(handle.name)
             if data and handle.data.get("log_dir"):
-                logs.remove(logs.log_file(handle.data["log_dir"]))
+                remove_logs(logs.log_file(handle.data["log_dir"]))
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         if depth is not Depth.RAM:
@@ -237,7 +238,7 @@ class SubprocessProvider(Provider):
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         path = logs.log_file(handle.data["log_dir"])
-        return read_lines(path, newest=1, tail=tail, follow=follow, deadline=deadline)
+        return read_lines(path, tail=tail, follow=follow, deadline=deadline)
 
     def _taken_ports(self) -> Iterable[int]:
         for record in self._journals.records():

@@ -25,11 +25,13 @@ from dispatcher.plugin import (
     Network,
     ProviderError,
     SecretFiles,
+    last_line,
     make_temporary,
+    process_stat,
     remove_tree,
 )
 from dispatcher_subprocess import logs, network, sandbox
-from dispatcher_subprocess.errors import failed, last_line
+from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.host import Host
 from dispatcher_subprocess.options import Options, options_of
 from dispatcher_subprocess.plan import Plan
@@ -202,7 +204,7 @@ class Start:
         began = time.monotonic()
         while not (self.record.init and self._has_root(self.record.init.pid)):
             pid = 0 if self.record.init else self.record.sandbox_status().get("child-pid", 0)
-            if pid and (found := procfs.stat(pid)):
+            if pid and (found := process_stat(pid)):
                 self._record = replace(self.record, init=found.process)
             if not main.lives:
                 raise ProviderError("bubblewrap ended before the sandbox was made")

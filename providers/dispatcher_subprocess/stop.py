@@ -14,11 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, DeadlineExceeded, ProviderError, SecretFiles
+from dispatcher.plugin import Deadline, DeadlineExceeded, Process, ProviderError, SecretFiles, exit_reason
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.processes import procfs
 from dispatcher_subprocess.processes.cgroups import Cgroups
-from dispatcher_subprocess.processes.procfs import Process
 from dispatcher_subprocess.processes.run import Run, reap
 from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.start import clear_run_dir
@@ -200,19 +199,3 @@ def _continue_all(run: Run, stopped: Collection[Process]) -> None:
     for found in run.members():
         if found.process not in stopped:
             found.send(signal.SIGCONT)
-
-
-def exit_reason(code: int | None, *, out_of_memory: bool) -> str:
-    """Describe why an app ended by itself.
-
-    :param code: its exit code; -N, or 128 + N from bubblewrap: killed by signal N; None: unknown.
-    """
-    if code is None:
-        return "ended, reason unknown"
-    number = -code if code < 0 else code - 128
-    if number == signal.SIGKILL and out_of_memory:
-        return "out of memory"
-    try:
-        return f"killed by signal {number} ({signal.Signals(number).name})"
-    except ValueError:
-        return f"exit code {code}"

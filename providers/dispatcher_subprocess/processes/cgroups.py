@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dispatcher.plugin import Deadline, Limits, Usage
+from dispatcher.plugin import Deadline, Limits, Usage, process_stat
 from dispatcher_subprocess.processes import procfs
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -134,7 +134,7 @@ class Group:
         if _try_write(self.directory / "cgroup.kill", 1):
             return
         for _ in range(_ROUNDS):  # before Linux 5.14
-            alive = [found for pid in self.procs() if (found := procfs.stat(pid)) and not found.dead]
+            alive = [found for pid in self.procs() if (found := process_stat(pid)) and not found.dead]
             for process in alive:
                 process.send(9)
             self.thaw()

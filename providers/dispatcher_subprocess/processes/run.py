@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from dispatcher.plugin import Deadline
+from dispatcher.plugin import Deadline, Process, ProcessStat, find_program, process_stat
 from dispatcher_subprocess.errors import failed
 from dispatcher_subprocess.processes import procfs
 from dispatcher_subprocess.processes.cgroups import Group
-from dispatcher_subprocess.processes.procfs import Process
 from dispatcher_subprocess.processes.run_record import Record
 
 TOKEN = "DISPATCHER_RUN"  # noqa: S105  the variable that holds a run's token
@@ -59,7 +58,7 @@ def spawn(
     except (OSError, ValueError) as error:
         raise failed("Cannot start the agent", error) from error
     process.returncode = 0  # `reap` reaps it: this object must neither wait for it nor warn at its end
-    found = procfs.stat(process.pid)
+    found = process_stat(process.pid)
     return Process(process.pid, found.start if found else 0)
 
 
@@ -68,7 +67,7 @@ def reap(process: Process) -> int | None:
 
     Its first thread may be dead while others still run: so wait a moment.
     """
-    found = procfs.stat(process.pid)
+    found = process_stat(process.pid)
     if found is None or found.start != process.start:
         return None  # another process, perhaps another child, has its pid now
     end = time.monotonic() + _DYING
@@ -111,13 +110,13 @@ class Run:
         init = self.record.init
         if init is None or "exit-code" in self.record.sandbox_status() or not init.lives:
             return None
-        for found in filter(None, map(procfs.stat, procfs.children(init.pid))):
+        for found in filter(None, map(process_stat, procfs.children(init.pid))):
             # The init's own first child.
             if not found.dead and procfs.status(found.pid, b"NSpid")[-1:] == [2]:
                 return found.process
         return None
 
-    def members(self) -> list[procfs.Stat]:
+    def members(self) -> list[ProcessStat]:
         """Return the living processes of an agent, without bubblewrap's own two and the network's helper."""
         record = self.record
         found = self.group.procs() if self.group else set()
@@ -129,7 +128,7 @@ class Run:
             found |= self._unconfined()
         outer = record.main if record.sandboxed else None
         own = {process.pid for process in (outer, record.init, record.helper) if process}
-        living = map(procfs.stat, found - own - {os.getpid()})
+        living = map(process_stat, found - own - {os.getpid()})
         return [process for process in living if process and not process.dead]
 
     def _unconfined(self) -> set[int]:
@@ -163,7 +162,7 @@ class Run:
             if record.init:
                 fds = [os.open(f"/proc/{record.init.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)]
                 stack.callback(os.close, fds[0])
-                command = [procfs.which("nsenter"), f"--pid=/proc/self/fd/{fds[0]}"]
+                command = [find_program("nsenter"), f"--pid=/proc/self/fd/{fds[0]}"]
                 if os.geteuid() != 0:  # the owner's user namespace, as the agent's own has no rights over it
                     fds.append(procfs.owner(fds[0]))
                     stack.callback(os.close, fds[1])
@@ -171,7 +170,7 @@ class Run:
                 if not record.init.lives:
                     return
             elif os.geteuid() == 0 and record.uid >= 1000:
-                command = [procfs.which("setpriv"), f"--reuid={record.uid}", "--clear-groups"]
+                command = [find_program("setpriv"), f"--reuid={record.uid}", "--clear-groups"]
             else:
                 return
             subprocess.run(
@@ -225,7 +224,7 @@ class Run:
         child = status.get("child-pid", 0)
         if child and procfs.namespace(child, "pid") == status.get("pid-namespace"):
             targets.append(child)
-        for found in filter(None, map(procfs.stat, targets)):
+        for found in filter(None, map(process_stat, targets)):
             found.send(9)
 
     def wait_end(self, seconds: float, on_wait: Callable[[], None]) -> None:

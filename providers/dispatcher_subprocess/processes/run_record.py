@@ -18,9 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.plugin import Deadline, DeadlineExceeded
+from dispatcher.plugin import Deadline, DeadlineExceeded, Process
 from dispatcher_subprocess.errors import failed, unreadable
-from dispatcher_subprocess.processes.procfs import Process
 
 VERSION = 1
 SUFFIX = ".agent"

@@ -10,9 +10,10 @@ from dispatcher.config.load import load
 from dispatcher.config.plugins import Plugins
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
+CONFIGURATIONS = sorted(path for path in EXAMPLES.rglob("*.toml") if path.name != "pyproject.toml")
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.rglob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGURATIONS, ids=lambda path: path.stem)
 def test_an_example_is_valid_and_told_of(path: Path) -> None:
     loaded = load(path)
     if any(app.provider == "libvirt" for app in loaded.apps.values()):

@@ -113,7 +113,7 @@ def test_what_a_private_network_does_not_bound_is_told(monkeypatch, program):
 def test_without_the_kernels_tunnels_the_alternatives_are_told(monkeypatch, tmp_path, device, why):
     (tmp_path / "closed").touch()
     monkeypatch.setattr(host, "_TUN", str(tmp_path / device))
-    monkeypatch.setattr(host, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(host, "find_program", lambda name: f"/usr/bin/{name}")
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path != host._TUN and real(path, mode))
     walls = Host(privileged=True, bwrap="/usr/bin/bwrap", setpriv="/usr/bin/setpriv", pasta="/usr/bin/pasta")

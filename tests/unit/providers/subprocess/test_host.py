@@ -34,11 +34,11 @@ def test_a_setting_that_forbids_namespaces_is_named_to_an_ordinary_user(
     [
         ("never", "/usr/bin/true", 'is "never"', "remove providers.subprocess.bubblewrap"),
         ("auto", "", "not installed", "install bubblewrap"),
-        ("auto", "/usr/bin/false", "bwrap ended with 1", "allow bubblewrap to make namespaces"),
+        ("auto", "/usr/bin/false", "false: ended with 1", "allow bubblewrap to make namespaces"),
     ],
 )
 def test_the_missing_sandbox_is_explained_with_its_remedy(monkeypatch, bubblewrap, program, reason, fix):
-    monkeypatch.setattr(host, "which", lambda name: program if name == "bwrap" else "")
+    monkeypatch.setattr(host, "find_program", lambda name: program if name == "bwrap" else "")
     monkeypatch.setattr(host, "namespaces_fix", lambda: "allow bubblewrap to make namespaces")
     found = host.examine(Options(bubblewrap=bubblewrap, cgroups="never"), "i", Deadline(10))
     assert not found.sandboxed

@@ -5,7 +5,7 @@ from pathlib import Path
 from dataclasses import replace
 
 import pytest
-from dispatcher_subprocess.options import AppOptions, Inside, Options, endpoint_kind, environment
+from dispatcher_subprocess.options import AppOptions, Options, endpoint_kind
 from dispatcher_subprocess.provider import SubprocessProvider
 from pydantic import ValidationError
 
@@ -13,8 +13,6 @@ from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.model import AgentSpec, App, Limits
 from dispatcher.config.plugins import Plugins
-
-INSIDE = Inside(socket="/run/agent/s", data="/data", port=20001, tmp="/data/.tmp")
 
 
 def app(command=("app", "{socket}"), env=None, **options):
@@ -39,29 +37,6 @@ def spec(tmp_path, **changes):
         run_dir=tmp_path / "run",
         log_dir=tmp_path / "log",
     )
-
-
-@pytest.mark.parametrize(
-    "text, filled",
-    [
-        ("{socket}", "/run/agent/s"),
-        ("--addr=unix:{socket}", "--addr=unix:/run/agent/s"),
-        ("http://127.0.0.1:{port}/", "http://127.0.0.1:20001/"),
-        ("{data}/notes", "/data/notes"),
-        ("{socket}{port}{data}", "/run/agent/s20001/data"),
-        ("{{socket}}", "{/run/agent/s}"),
-        ('{"a": {"b": 1}}', '{"a": {"b": 1}}'),
-        ("{user} {} {0} {socket.name} {socket!r}", "{user} {} {0} {socket.name} {socket!r}"),
-        ("$(id) `id` ; rm -rf ~", "$(id) `id` ; rm -rf ~"),
-        ("", ""),
-    ],
-)
-def test_placeholders(text, filled):
-    assert INSIDE.fill(text) == filled
-
-
-def test_what_is_filled_in_is_not_filled_again():
-    assert Inside(socket="{data}", data="{port}", port=1).fill("{socket} {data}") == "{data} {port}"
 
 
 @pytest.mark.parametrize(
@@ -153,47 +128,6 @@ def test_the_plugin_registers_its_provider():
     plugins = Plugins([])
     plugins.register("subprocess", __import__("dispatcher_subprocess"))
     assert plugins.provider("subprocess") is SubprocessProvider
-
-
-def test_the_environment_is_what_is_promised_and_no_more(tmp_path):
-    manager = {"SECRET": "of the manager", "TZ": "Europe/Rome", "PATH": "/root/bin"}
-    found = environment(
-        spec(tmp_path, env={"WHERE": "{data}/x", "ODD": "it's $HOME\n`id`"}, pass_environment=["TZ", "ABSENT"]),
-        INSIDE,
-        manager,
-        "",
-        Limits(pids=7),
-    )
-    assert found == {
-        "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "LANG": "C.UTF-8",
-        "HOME": "/data",
-        "USER": "alice",
-        "LOGNAME": "alice",
-        "SHELL": "/bin/bash",
-        "TMPDIR": "/data/.tmp",
-        "TZ": "Europe/Rome",
-        "WHERE": "/data/x",
-        "ODD": "it's $HOME\n`id`",
-        "DISPATCHER_AGENT": "alice:notes",
-        "DISPATCHER_USER": "alice",
-        "DISPATCHER_DATA": "/data",
-        "DISPATCHER_PIDS_LIMIT": "7",
-    }
-
-
-def test_an_app_may_set_home_but_not_who_it_is(tmp_path):
-    made = replace(spec(tmp_path, env={"HOME": "/tmp", "DISPATCHER_USER": "mallory"}), secrets={"KEY": "value"})
-    found = environment(made, INSIDE, {}, "/run/secrets", Limits())
-    assert found["HOME"] == "/tmp"
-    assert found["DISPATCHER_USER"] == "alice"
-    assert found["DISPATCHER_SECRETS"] == "/run/secrets"
-
-
-@pytest.mark.parametrize("env", [{"A B": "x"}, {"": "x"}, {"A=B": "x"}, {"1A": "x"}, {"A": "x\0y"}])
-def test_variables_that_cannot_be_are_refused(tmp_path, env):
-    with pytest.raises(ConfigError, match="cannot be a variable"):
-        environment(spec(tmp_path, env=env), INSIDE, {}, "", Limits())
 
 
 def test_every_option_is_documented():

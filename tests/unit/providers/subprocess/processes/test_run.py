@@ -3,9 +3,10 @@
 import subprocess
 
 from dispatcher_subprocess.processes import procfs
-from dispatcher_subprocess.processes.procfs import Process
 from dispatcher_subprocess.processes.run import Run
 from dispatcher_subprocess.processes.run_record import Record
+
+from dispatcher.plugin import Process, process_stat
 
 
 def record(main, init):
@@ -29,7 +30,7 @@ def record(main, init):
 
 
 def process_of(child):
-    return Process(child.pid, procfs.stat(child.pid).start)
+    return Process(child.pid, process_stat(child.pid).start)
 
 
 def test_the_wait_for_the_outer_process_sleeps_though_the_inner_one_has_ended():

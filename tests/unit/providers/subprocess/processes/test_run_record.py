@@ -3,8 +3,9 @@
 import dataclasses
 import os
 import pytest
-from dispatcher_subprocess.processes.procfs import Process
 from dispatcher_subprocess.processes.run_record import Journals, Record, parse
+
+from dispatcher.plugin import Process
 
 
 FIRST = Record(
