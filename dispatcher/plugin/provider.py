@@ -178,8 +178,8 @@ class Provider(ABC):
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
         """Remove the agent and everything that belongs to it on the backend.  An absent agent is success.
 
-        :param data: also delete the data that the provider keeps itself (a volume, a disk image) and its log files.
-            The core deletes the canonical directory.
+        :param data: also delete the data that the provider keeps itself (a volume, a disk image) and its log
+            files.  The core deletes the canonical directory.
         """
 
     @abstractmethod
