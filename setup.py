@@ -29,6 +29,7 @@ TESTING = [
     "pytest-rerunfailures",
     "pytest-cov",
     "hypothesis",
+    "setuptools>=70.1",  # builds a plugin without an index
     "websockets>=13",
     "kosoku>=0.1",  # the Autobahn test cases
     "playwright",
@@ -117,6 +118,11 @@ setup(
     package_data={
         "dispatcher": ["py.typed"],
         "dispatcher.proxy.portal": ["templates/*", "static/*"],
+        "dispatcher.cli": [
+            "plugin/templates/*/*.tmpl",
+            "plugin/templates/*/.*.tmpl",
+            "plugin/templates/*/.github/*/*.tmpl",
+        ],
         "dispatcher.demo": ["static/*"],
         "dispatcher.testing": ["probe.sh"],
     },

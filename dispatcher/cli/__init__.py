@@ -52,14 +52,14 @@ SECTIONS = {
     "Installation": {
         "init": Lazy("init", "init", "Write a first configuration."),
         "providers": Lazy("providers", "providers", "List, check and describe providers."),
-        "plugins": Lazy("plugins", "plugins", "List plugins."),
+        "plugin": Lazy("plugins", "plugin", "List, write and check plugins."),
         "config": Lazy("configuration", "config", "Check and show the configuration."),
         "doctor": Lazy("doctor", "doctor", "Check machine, providers and installation."),
     },
 }
 #: Errors of writing to a full disk, over a quota, or to a broken device.
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-ALIASES = {"memory_usage": "memory-usage", "reset_data": "reset-data"}
+ALIASES = {"memory_usage": "memory-usage", "plugins": "plugin", "reset_data": "reset-data"}
 
 EPILOG = """\b
 Examples:

@@ -28,6 +28,7 @@ from dispatcher.testing.checks.promises import PromiseChecks
 from dispatcher.testing.checks.secrecy import SecrecyChecks
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit
+from dispatcher.testing.observer import ObserverContract
 from dispatcher.testing.probe_client import Inside, Refused
 
 #: The app that every agent of the kit runs: Python, standard library only.
@@ -65,6 +66,7 @@ __all__ = [
     "Driver",
     "Inside",
     "Kit",
+    "ObserverContract",
     "ProviderContract",
     "Refused",
     "expect",

@@ -28,7 +28,7 @@ from dispatcher.manager.backends import backend, contained_provider, logs, pool
 from dispatcher.plugin.errors import DispatcherError
 from tests.conftest import ROOT
 from tests.support import broken
-from tests.support.broken import authenticators, providers
+from tests.support.broken import providers
 from tests.support.installation import PASSWORD, Installation
 
 CASES = providers.CASES | {

@@ -3,7 +3,7 @@
 import pytest
 
 from dispatcher.testing import AuthenticatorContract
-from tests.support.fake_authenticator import FakeAuthenticator, FakeDirectory, FakeOptions
+from tests.support.fake_authenticator import FakeAuthenticator, FakeDirectory
 
 
 class FakeAuthenticatorContract(AuthenticatorContract):

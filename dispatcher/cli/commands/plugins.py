@@ -1,8 +1,10 @@
-"""plugins list."""
+"""plugin list, plugin new, plugin check."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -11,15 +13,32 @@ from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.plugin.errors import ManagerUnreachable
 
 if TYPE_CHECKING:
+    from dispatcher.cli.plugin.check import Report
+    from dispatcher.cli.plugin.new import Kind
     from dispatcher.client.manager_client import Json
 
+#: What the configuration needs, by kind.
+CONFIGURED = {
+    "provider": '[apps.APP] with provider = "{name}"',
+    "authenticator": '[auth] with authenticator = "{name}"',
+    "observer": 'plugins = ["{name}"]',
+}
 
-@click.group(epilog="\b\nExample:\n  dispatcher plugins list")
-def plugins() -> None:
-    """List plugins: providers, authenticators, observers."""
+
+@click.group(
+    epilog="\b\nExamples:\n  dispatcher plugin list\n  dispatcher plugin new staff --authenticator\n"
+    "  dispatcher plugin check dispatcher-staff"
+)
+def plugin() -> None:
+    """List plugins (providers, authenticators, observers), write a new one, and check one.
+
+    The group can be written `plugins`, too.
+    """
 
 
-@plugins.command("list", epilog="\b\nExample:\n  dispatcher plugins list")
+@plugin.command(
+    "list", short_help="List installed plugins and their faults.", epilog="\b\nExample:\n  dispatcher plugin list"
+)
 @pass_cli
 def list_plugins(cli: Cli) -> None:
     """List the installed plugins with their distributions, whether the configuration uses them, and their faults.
@@ -73,3 +92,86 @@ def _loaded_here(cli: Cli) -> list[Json]:
         }
         for name in sorted({*installed.available(), *used})
     ]
+
+
+@plugin.command(
+    short_help="Write a new plugin that works.",
+    epilog="\b\nExamples:\n  dispatcher plugin new staff --authenticator\n"
+    "  dispatcher plugin new boxes --provider ./boxes",
+)
+@click.argument("name")
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--provider", "kind", flag_value="provider", help="Isolates agents; the new one runs plain processes."
+)
+@click.option(
+    "--authenticator", "kind", flag_value="authenticator", help="Checks passwords; the new one has a file."
+)
+@click.option("--observer", "kind", flag_value="observer", help="Gets events; the new one writes lines of JSON.")
+@pass_cli
+def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:
+    """Write a new plugin NAME that works, as a distribution of its own, into DIRECTORY.
+
+    It has a module, tests with the conformance kit, a README and a CI file for GitHub Actions.  DIRECTORY must not
+    exist; by default it is dispatcher-NAME.
+    """
+    if kind is None:
+        raise click.UsageError("Say what it is: --provider, --authenticator or --observer")
+    from dispatcher.cli.plugin.new import new as write
+
+    target = write(name, kind, directory)
+    files = sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())
+    cli.out.result(
+        {"name": name, "kind": kind, "directory": str(target), "files": files},
+        f"wrote {target}: {', '.join(files)}",
+    )
+    root = "sudo " if kind == "provider" and os.geteuid() != 0 else ""
+    cli.out.line("Next:")
+    cli.out.line(
+        f"  {root}dispatcher plugin check {target}    run its tests in a fresh environment; repeat it as you edit"
+    )
+    cli.out.line(f"  pip install -e {target}    beside dispatcher, into the same Python environment")
+    cli.out.line(f"  {CONFIGURED[kind].format(name=name)}    in the configuration; README.md has an example")
+
+
+@plugin.command(
+    short_help="Run a plugin's tests in a fresh environment.",
+    epilog="\b\nExample:\n  dispatcher plugin check dispatcher-staff",
+)
+@click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@pass_cli
+def check(cli: Cli, directory: Path) -> int:
+    """Install the plugin in DIR into a fresh environment, load it and run its tests.
+
+    The environment is a temporary venv that also sees the packages of this program, so the core is the installed
+    one.  pip asks a package index only for what is not there.  DIR itself is not changed.  Tests that subclass a
+    contract of dispatcher.testing are the judgement: without one the check fails.
+    """
+    from dispatcher.cli.plugin.check import check as run
+    from dispatcher.cli.plugin.check import read
+
+    report = run(read(directory), cli.out.note)
+    if cli.out.json:
+        cli.out.data(report.to_json())
+    else:
+        _show(cli, report)
+    return int(not report.ok)
+
+
+def _show(cli: Cli, report: Report) -> None:
+    for found in report.plugins:
+        cli.out.line(f"{found['name']}: {' and '.join(found['kinds']) or 'nothing'} of {report.distribution}")
+    for test in report.tests:
+        if test["outcome"] != "passed":
+            cli.out.line(f"{test['outcome'].upper()}  {test['test']}")
+            for line in test["message"].splitlines()[:12]:
+                cli.out.line(f"        {line}")
+    for problem in report.problems:
+        cli.out.line(f"PROBLEM  {problem}")
+    judged = [test for test in report.tests if test["contract"]]
+    for what, tests in (
+        ("checks of the kit", judged),
+        ("other tests", [t for t in report.tests if t not in judged]),
+    ):
+        passed = sum(test["outcome"] == "passed" for test in tests)
+        cli.out.line(f"{passed} of {len(tests)} {what} passed")

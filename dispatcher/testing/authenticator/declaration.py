@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
@@ -11,12 +10,13 @@ import pytest
 
 from dispatcher.common.contained import PluginRef
 from dispatcher.config.messages import validate
-from dispatcher.config.plugins import BUILT_IN, GROUP, Plugins, distribution
+from dispatcher.config.plugins import BUILT_IN, Plugins
 from dispatcher.plugin import hooks, names
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
 from dispatcher.testing.authenticator.asker import in_time
 from dispatcher.testing.authenticator.base import AuthenticatorBase, needs_no
+from dispatcher.testing.declared import expect_declared_once
 from dispatcher.testing.driver import expect
 
 
@@ -26,14 +26,7 @@ class DeclarationChecks(AuthenticatorBase):
     @needs_no("no_entry_point")
     def test_entry_point_is_declared_once(self, authenticator: Authenticator) -> None:
         """One installed distribution declares an entry point of the authenticator's name."""
-        name = authenticator.name
-        found = {(entry.value, distribution(entry)) for entry in entry_points(group=GROUP) if entry.name == name}
-        expect(
-            found,
-            f"no installed distribution declares the plugin {name!r}: write [project.entry-points.{GROUP!r}] with "
-            f'{name} = "{type(authenticator).__module__}" into pyproject.toml, and `pip install` it',
-        )
-        expect(len(found) == 1, f"the plugin {name!r} is declared twice, {sorted(found)}: uninstall one of them")
+        expect_declared_once(authenticator.name, type(authenticator).__module__)
 
     @needs_no("no_entry_point")
     def test_hook_returns_the_class(self, authenticator: Authenticator) -> None:

@@ -40,9 +40,9 @@ COMMANDS = dict(commands())
 
 def test_every_command_of_the_design_is_there():
     wanted = """serve manager proxy demo reload add remove passwd list running info start stop suspend restart logs
-    why top memory-usage reset-data purge init providers plugins config sessions doctor""".split()
+    why top memory-usage reset-data purge init providers plugin config sessions doctor""".split()
     assert sorted(wanted) == ALL
-    assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("plugins", "list"), ("config", "check"),
+    assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("plugin", "list"), ("plugin", "new"), ("plugin", "check"), ("config", "check"),
             ("config", "show"), ("sessions", "list"), ("sessions", "revoke")} <= set(COMMANDS)  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_the_one_line_help_and_the_command_agree_on_the_name(name):
     assert lazy.load().name == name
 
 
-@pytest.mark.parametrize("group", ["sessions", "providers", "config"])
+@pytest.mark.parametrize("group", ["sessions", "providers", "plugin", "config"])
 def test_a_group_without_a_command_prints_its_help_with_its_lines(run, group):
     code, _, err = run(group)
     assert code == 2

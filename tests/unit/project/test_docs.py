@@ -113,7 +113,9 @@ def test_configurations_in_the_documentation_are_good(path):
     assert names <= {*Plugins().available(), *of_pages}
     if "libvirt" in names:
         pytest.importorskip("libvirt", reason="libvirt-python is not installed")
-    if not names & of_pages and all(app.model_extra for app in found.apps.values()):
+    assert found.auth.authenticator in {"local", "staff"}
+    names |= {found.auth.authenticator}
+    if not names & {*of_pages, "staff"} and all(app.model_extra for app in found.apps.values()):
         found.validate_providers(Plugins())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, field_validator, model_serializer
 
-from dispatcher.common.contained import PluginRef, bounded, contained
+from dispatcher.common.contained import PluginRef, contained
 from dispatcher.config.check import app_faults
 from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins

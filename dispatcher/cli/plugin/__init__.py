@@ -1,0 +1,1 @@
+"""`dispatcher plugin new` and `dispatcher plugin check`."""
