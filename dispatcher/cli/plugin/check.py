@@ -228,7 +228,7 @@ class _Environment:
         """Return the verdicts of the project's tests, and what else went wrong."""
         verdicts = self._root / "verdicts"
         done, said = self._run(
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dispatcher.testing.verdicts"),
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dispatcher.testing.pytest_verdicts"),
             *("--rootdir", str(self._source), "--verdicts", str(verdicts)),
             seconds=TEST_SECONDS,
             cwd=self._source,

@@ -17,8 +17,11 @@ from dispatcher.testing.authenticator.names import NameChecks
 from dispatcher.testing.authenticator.secrecy import SecrecyChecks
 
 
-class AuthenticatorContract(DeclarationChecks, AnswerChecks, NameChecks, SecrecyChecks, FaultChecks):
-    """Everything that an authenticator must do.  See `AuthenticatorBase` for what to fill in."""
+class AuthenticatorContract(FaultChecks, SecrecyChecks, NameChecks, AnswerChecks, DeclarationChecks):
+    """Everything that an authenticator must do.  See `AuthenticatorBase` for what to fill in.
+
+    The checks of the last base run first.
+    """
 
 
 __all__ = ["AuthenticatorContract"]

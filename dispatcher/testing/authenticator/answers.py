@@ -11,7 +11,8 @@ from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Unavailable, Unsupported
 from dispatcher.plugin.names import printable, user_name
 from dispatcher.testing.authenticator.asker import CONTRACT, Asker, at_once
-from dispatcher.testing.authenticator.base import AuthenticatorBase, needs_no
+from dispatcher.testing.authenticator.base import AuthenticatorBase
+from dispatcher.testing.base import needs_no
 from dispatcher.testing.driver import expect
 
 WRONG = "kit wrong password"

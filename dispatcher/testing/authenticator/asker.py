@@ -18,6 +18,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, Unavailable
 from dispatcher.plugin.names import printable
 from dispatcher.testing.driver import expect
+from dispatcher.testing.verdict import Hangs, within
 
 CONTRACT = "see dispatcher.plugin.Authenticator"
 
@@ -113,25 +114,17 @@ class Asker:
 def in_time(what: str, work: Callable[[], object], allowed: float, slack: float) -> Answer:
     """Return what became of a call; fail where it takes longer than `allowed` and `slack` seconds."""
     __tracebackhide__ = True
-    answers: list[Answer] = []
-
-    def run() -> None:
-        began = time.monotonic()
-        try:
-            value, error = work(), None
-        except BaseException as fault:  # SystemExit too: it is a verdict
-            value, error = None, fault
-        answers.append(Answer(value, error, time.monotonic() - began))
-
-    thread = threading.Thread(target=run, name="kit-call", daemon=True)
-    thread.start()
-    thread.join(allowed + slack)
-    if not answers:
+    began = time.monotonic()
+    try:
+        value = within(allowed + slack, work)
+    except Hangs:
         pytest.fail(
             f"{what} has not returned {slack:g} s after its deadline of {allowed:g} s: bound every wait by "
             "deadline.remaining(), and raise Unavailable when it is over"
         )
-    return answers[0]
+    except BaseException as error:  # SystemExit too: it is a verdict
+        return Answer(None, error, time.monotonic() - began)
+    return Answer(value, None, time.monotonic() - began)
 
 
 def at_once(calls: Sequence[Callable[[], Any]]) -> list[Any]:

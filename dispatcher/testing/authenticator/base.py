@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn
 
 import pytest
 
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.testing.authenticator.asker import Asker
-
-_F = TypeVar("_F", bound=Callable[..., None])
+from dispatcher.testing.base import needs_no
 
 
 class AuthenticatorBase:
@@ -100,16 +99,6 @@ class AuthenticatorBase:
 
     def _must(self, what: str) -> NoReturn:
         pytest.fail(f"{type(self).__name__} must override {what}; see docs/reference/conformance-kit.md")
-
-
-def needs_no(setting: str) -> Callable[[_F], _F]:
-    """Mark a check that is left out where a setting of the class gives a reason."""
-
-    def mark(check: _F) -> _F:
-        check.left_out_by = setting  # type: ignore[attr-defined]
-        return check
-
-    return mark
 
 
 #: A check that needs a directory which can be broken.

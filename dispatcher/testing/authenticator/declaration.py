@@ -15,7 +15,8 @@ from dispatcher.plugin import hooks, names
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
 from dispatcher.testing.authenticator.asker import in_time
-from dispatcher.testing.authenticator.base import AuthenticatorBase, needs_no
+from dispatcher.testing.authenticator.base import AuthenticatorBase
+from dispatcher.testing.base import needs_no
 from dispatcher.testing.declared import expect_declared_once
 from dispatcher.testing.driver import expect
 

@@ -1,6 +1,6 @@
 """A plugin of pytest for `dispatcher plugin check`: writes each test's verdict as a line of JSON.
 
-pytest -p dispatcher.testing.verdicts --verdicts FILE
+pytest -p dispatcher.testing.pytest_verdicts --verdicts FILE
 """
 
 from __future__ import annotations
