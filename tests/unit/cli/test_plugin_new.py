@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dispatcher.cli.plugin import check, new
+from tests.conftest import ROOT
 
 KINDS = ("provider", "authenticator", "observer")
 
@@ -42,6 +43,19 @@ def test_new_writes_a_distribution_and_says_what_is_next(run, here, kind):
             "observer": 'plugins = ["my-own_one"]'}[kind] in out  # fmt: skip
     project = check.read(here / "dispatcher-my-own-one")
     assert (project.distribution, project.plugins) == ("dispatcher-my-own-one", ("my-own_one",))
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "kind"),
+    [("write-a-provider.md", "bare", "provider"), ("write-an-authenticator.md", "staff", "authenticator")],
+)
+def test_the_page_shows_what_is_made(here, page, name, kind):
+    text = (ROOT / "docs/howto" / page).read_text()
+    shown = dict(re.findall(r'^```\w+ title="([^"]+)"\n(.*?)^```$', text, re.DOTALL | re.MULTILINE))
+    assert sorted(shown) == sorted(["pyproject.toml", f"dispatcher_{name}.py", f"test_{name}.py"])
+    made = new.new(name, kind)
+    for file, text in shown.items():
+        assert text == (made / file).read_text(), f"{page} and {new.TEMPLATES / kind} differ in {file}: edit both"
 
 
 def test_new_as_json_into_a_directory(run, here):
