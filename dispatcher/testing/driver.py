@@ -121,10 +121,8 @@ class Driver:
         named = {name: value for name, value in DEFAULTS.items() if name in wanted} | chosen
         allowed, advice = self.patience, "it must not block"
         if "deadline" in wanted:
-            allowed, advice = (
-                self.patience if seconds is None else seconds,
-                "bound every wait by deadline.remaining()",
-            )
+            allowed = self.patience if seconds is None else seconds
+            advice = "bound every wait by deadline.remaining()"
             named["deadline"] = Deadline(allowed)
         elif method == "handle":
             allowed = 1.0

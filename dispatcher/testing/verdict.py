@@ -20,14 +20,14 @@ from dispatcher.plugin.provider import Provider
 from dispatcher.testing.probe_client import Refused
 
 
-class Hangs(Exception):
-    """A call has not returned in time."""
-
-
 PAGE = "docs/reference/conformance-kit.md"
 _T = TypeVar("_T")
 _Check = TypeVar("_Check", bound=Callable[..., None])
 _checks: dict[str, Any] = {}
+
+
+class Hangs(Exception):
+    """A call has not returned in time."""
 
 
 @contextlib.contextmanager
@@ -43,10 +43,10 @@ def judging(what: str) -> Iterator[None]:
         verdict.msg = "\n".join([verdict.msg or "", *places()])
         raise
     except (DispatcherError, OSError, Refused) as error:
-        probe = (
-            "" if isinstance(error, DispatcherError) else ": the probe in the agent did not answer as it should"
-        )
-        pytest.fail("\n".join([f"{what} ended with {type(error).__name__} ({error}){probe}", *places()]))
+        advice = f"{what} ended with {type(error).__name__} ({error})"
+        if not isinstance(error, DispatcherError):
+            advice += ": the probe in the agent did not answer as it should"
+        pytest.fail("\n".join([advice, *places()]))
 
 
 def register(check: _Check, page: str, rule: str) -> _Check:

@@ -182,7 +182,7 @@ class IsolationChecks(Contract, page="docs/explanation/security.md"):
             )
 
     def test_data_of_the_removed_is_not_inherited(self, driver: Driver, kit: Kit) -> None:
-        """An agent that was destroyed with its data and created again finds none of the provider's old data."""
+        """After `destroy` with its data an agent that is created again finds none of it, otherwise all of it."""
         spec = kit.spec("victim")
         agent = kit.start(driver, spec)
         agent.inside.write(agent.within("old"), b"old\n")
@@ -194,4 +194,11 @@ class IsolationChecks(Contract, page="docs/explanation/security.md"):
             "after destroy(data=True) a new agent of the same name finds the old data: delete it",
         )
         if driver.can(Capability.OWN_DATA):
+            again.inside.write(again.within("kept"), b"kept\n")
+            driver.stop(again.handle, grace=self.patience / 2)
             driver.destroy(again.handle, data=False)
+            third = kit.start(driver, spec)
+            expect(
+                not third.inside.refused("/read", path=third.within("kept")),
+                "destroy(data=False) deleted the provider's own data: remove the agent alone",
+            )
