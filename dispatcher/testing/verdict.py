@@ -19,7 +19,6 @@ from dispatcher.plugin.errors import DispatcherError
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.probe_client import Refused
 
-
 PAGE = "docs/reference/conformance-kit.md"
 _T = TypeVar("_T")
 _Check = TypeVar("_Check", bound=Callable[..., None])
