@@ -42,14 +42,14 @@ _ALLOWED = """
     dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait
     epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate
     fanotify_mark fchdir fchmod fchmodat fchmodat2 fchown fchownat fdatasync fgetxattr flistxattr flock
-    fork fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex futex_requeue futex_wait futex_waitv
+    fork fremovexattr fstat fstatfs fsync ftruncate futex futex_requeue futex_wait futex_waitv
     futex_wake futimesat get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid
     getgid getgroups getitimer getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid
     getresuid getrlimit getrusage getsid getsockname getsockopt gettid gettimeofday getuid getxattr getxattrat
     inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents
     io_pgetevents io_submit ioprio_get ioprio_set kill landlock_add_rule landlock_create_ruleset
     landlock_restrict_self lchown lgetxattr link linkat listen listxattr listxattrat llistxattr lremovexattr
-    lseek lsetxattr lsm_get_self_attr lsm_list_modules lstat madvise map_shadow_stack membarrier
+    lseek lsm_get_self_attr lsm_list_modules lstat madvise map_shadow_stack membarrier
     memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall modify_ldt mprotect
     mq_getsetattr mq_notify mq_open mq_timedreceive mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv
     msgsnd msync munlock munlockall munmap name_to_handle_at nanosleep newfstatat open openat openat2 pause
@@ -62,7 +62,7 @@ _ALLOWED = """
     sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity sched_setattr sched_setparam
     sched_setscheduler sched_yield seccomp semctl semget semop semtimedop sendfile sendmmsg sendmsg
     sendto set_robust_list set_thread_area set_tid_address setfsgid setfsuid setgid setgroups setitimer setpgid
-    setpriority setregid setresgid setresuid setreuid setrlimit setsid setuid setxattr setxattrat
+    setpriority setregid setresgid setresuid setreuid setrlimit setsid setuid
     shmat shmctl shmdt shutdown sigaltstack signalfd signalfd4 splice stat statfs statx symlink symlinkat
     sync sync_file_range syncfs sysinfo tee tgkill time timer_create timer_delete timer_getoverrun timer_gettime
     timer_settime timerfd_create timerfd_gettime timerfd_settime times tkill truncate umask uname unlink
@@ -93,7 +93,8 @@ def seccomp_profile(capabilities: frozenset[str] = frozenset(), *, multicast: bo
         *(_rule(["ioctl"], _masked(1, mask, value)) for mask, value in all_but(_QUOTA_IOCTLS)),
         *_options(multicast=multicast),
         *_memory(),
-        {"names": _ABSENT, "action": "SCMP_ACT_ERRNO", "errnoRet": errno.ENOSYS},
+        _rule(_ABSENT, error=errno.ENOSYS),
+        _rule(list(system_calls.ATTRIBUTES), error=system_calls.ATTRIBUTE_ERROR),
     ]
     return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules})
 

@@ -17,7 +17,7 @@ _JOIN = {"MCAST_JOIN_GROUP": 42, "MCAST_BLOCK_SOURCE": 43, "MCAST_JOIN_SOURCE_GR
 #: Level -> options, which take up to `net.core.optmem_max` a socket, or of the flow labels of all namespaces.
 OPTIONS: Mapping[int, Mapping[str, int]] = {
     socket.IPPROTO_TCP: {"TCP_MD5SIG": 14, "TCP_MD5SIG_EXT": 32, "TCP_AO_ADD_KEY": 38},
-    socket.IPPROTO_IPV6: {"IPV6_FLOWLABEL_MGR": 32, "IPV6_RTHDR": 57},
+    socket.IPPROTO_IPV6: {"IPV6_2292PKTOPTIONS": 6, "IPV6_FLOWLABEL_MGR": 32, "IPV6_RTHDR": 57},
 }
 #: The same, for membership in multicast groups, which apps in the host's network may need.
 MULTICAST: Mapping[int, Mapping[str, int]] = {
@@ -45,6 +45,10 @@ LOCK_ERROR = errno.EINVAL
 #: Flags of clone(2).  A process, other than a thread, that shares its open files could leave locks when it ends:
 #: the kernel would name a process that is gone.
 CLONE_FILES, CLONE_THREAD = 0x400, 0x10000
+
+#: Calls that set extended attributes: an access list takes up to 64 KiB a file, 128 a directory, also on a tmpfs.
+#: Programs that copy files, as cp and tar do, go on with this error, as on a file system without attributes.
+ATTRIBUTES, ATTRIBUTE_ERROR = ("setxattr", "lsetxattr", "fsetxattr", "setxattrat"), errno.EOPNOTSUPP
 
 #: Call -> position of its flags, the flag for pages of `vm.nr_hugepages`, which the host reserved for others, and
 #: the error.  Chromium calls memfd_create(2) with all flags and expects EINVAL.

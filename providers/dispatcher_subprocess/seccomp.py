@@ -64,6 +64,7 @@ _REFUSED: dict[str, tuple[int, int | None]] = {
     "syslog": (103, 116),
     "vhangup": (153, 58),
     "lookup_dcookie": (212, 18),
+    "mbind": (237, 235),  # a policy of a file in memory stays until the file is gone, 0.8 KiB for each page
     "iopl": (172, None),
     "ioperm": (173, None),
 }
@@ -75,6 +76,8 @@ _ABSENT = {
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
 }
+#: Calls of `system_calls.ATTRIBUTES`.
+ATTRIBUTES = {"setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7), "setxattrat": (463, 463)}
 #: Refused with EAFNOSUPPORT, as a kernel without the family does, unless the first argument is one of FAMILIES.
 SOCKET_MAKERS = {"socket": (41, 198), "socketpair": (53, 199)}
 FAMILIES = (socket.AF_UNIX, socket.AF_INET, socket.AF_INET6, socket.AF_NETLINK)
@@ -122,7 +125,12 @@ def program(machine: str = "", *, multicast: bool = False) -> bytes:
     ]
     if machine == "x86_64":
         body += [_jump(_JUMP_GREATER_EQUAL, _X32, 0, 1), _refuse(errno.ENOSYS)]
-    for error, numbers in ((errno.ENOSYS, absent(machine)), (errno.EPERM, refused(machine))):
+    attributes = {name: ATTRIBUTES[name][column] for name in system_calls.ATTRIBUTES}
+    for error, numbers in (
+        (errno.ENOSYS, absent(machine)),
+        (errno.EPERM, refused(machine)),
+        (system_calls.ATTRIBUTE_ERROR, attributes),
+    ):
         for number in numbers.values():
             body += [_jump(_JUMP_EQUAL, number, 0, 1), _refuse(error)]
     files, thread = system_calls.CLONE_FILES, system_calls.CLONE_THREAD

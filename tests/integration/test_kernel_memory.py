@@ -95,6 +95,13 @@ def refused():
     def option(family, kind, *arguments):
         with socket.socket(family, kind) as made:
             made.setsockopt(*arguments)
+    acl = struct.pack("<I" + "HHI" * 5, 2, 1, 7, 2**32 - 1, 2, 7, os.getuid(), 4, 7, 2**32 - 1, 16, 7, 2**32 - 1, 32, 0, 2**32 - 1)
+    def policy():
+        memory = mmap.mmap(-1, 1 << 16)
+        address, node = ctypes.addressof(ctypes.c_char.from_buffer(memory)), ctypes.c_ulong(1)
+        number = {"x86_64": 237, "aarch64": 235}[os.uname().machine]
+        if ctypes.CDLL(None, use_errno=True).syscall(number, ctypes.c_void_p(address), 4096, 2, ctypes.byref(node), 64, 0):
+            raise OSError(ctypes.get_errno(), "")
     v4, v6, udp, tcp = socket.AF_INET, socket.AF_INET6, socket.SOCK_DGRAM, socket.SOCK_STREAM
     tries = {
         "filter": lambda: option(v4, udp, socket.SOL_SOCKET, 26, bytes(16)),
@@ -102,12 +109,16 @@ def refused():
         "group of IPv4": lambda: option(v4, udp, socket.IPPROTO_IP, 35, group4),
         "flow label": lambda: option(v6, udp, socket.IPPROTO_IPV6, 32, label),
         "key": lambda: option(v4, tcp, socket.IPPROTO_TCP, 14, key),
+        "packet options": lambda: option(v6, udp, socket.IPPROTO_IPV6, 6, struct.pack("QiI", 65000, 0, 0) + bytes(64984)),
         "nodelay": lambda: option(v4, tcp, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
         "lock of an open file": lambda: fcntl.fcntl(os.memfd_create("a"), 37, lock),
         "lock": lambda: fcntl.fcntl(os.memfd_create("a"), fcntl.F_SETLK, lock),
         "poll": lambda: poll.poll(0),
         "huge page": lambda: mmap.mmap(-1, 2 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x40000),
         "huge file": lambda: os.memfd_create("a", 4),
+        "access list": lambda: os.setxattr(os.memfd_create("a"), "system.posix_acl_access", acl),
+        "default access list": lambda: os.setxattr("/data", "system.posix_acl_default", acl),
+        "policy": policy,
     }
     answers = {"poll of 1024": first}
     for name, call in tries.items():
@@ -209,6 +220,7 @@ def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_li
         "group of IPv4": errno.ENOPROTOOPT,
         "flow label": errno.ENOPROTOOPT,
         "key": errno.ENOPROTOOPT,
+        "packet options": errno.ENOPROTOOPT,
         "nodelay": 0,
         "lock of an open file": errno.EINVAL,
         "lock": 0,
@@ -216,6 +228,9 @@ def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_li
         "poll": errno.EINVAL,
         "huge page": errno.ENOMEM,
         "huge file": errno.EINVAL,
+        "access list": errno.EOPNOTSUPP,
+        "default access list": errno.EOPNOTSUPP,
+        "policy": errno.EPERM,
     }
 
 
