@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,8 +162,10 @@ def check(cli: Cli, directory: Path) -> int:
 def _show(cli: Cli, report: Report) -> None:
     for found in report.plugins:
         cli.out.line(f"{found['name']}: {' and '.join(found['kinds']) or 'nothing'} of {report.distribution}")
+    for reason, count in Counter(test["message"] for test in report.tests if test["outcome"] == "skipped").items():
+        cli.out.line(f"SKIPPED  {count} tests: {reason}")
     for test in report.tests:
-        if test["outcome"] != "passed":
+        if test["outcome"] == "failed":
             cli.out.line(f"{test['outcome'].upper()}  {test['test']}")
             for line in test["message"].splitlines()[:12]:
                 cli.out.line(f"        {line}")

@@ -197,19 +197,21 @@ class _Environment:
             raise Unavailable(
                 "The plugin cannot be installed", why="this Python has no pip", fix="install pip (python3-venv)"
             )
-        shutil.copytree(project.directory, self._source, symlinks=True, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+        try:
+            left_out = shutil.ignore_patterns(*_LEFT_OUT)
+            shutil.copytree(project.directory, self._source, symlinks=True, ignore=left_out)
+        except OSError as error:
+            raise BadRequest(f"{project.directory} cannot be copied", why=str(error)) from error
         what = f"{self._source}[{','.join(project.extras)}]" if project.extras else str(self._source)
         wanted = [what, *([] if importlib.util.find_spec("pytest") else ["pytest>=8", "pytest-timeout"])]
         at_hand, said = self._pip("--no-index", "--dry-run", *project.build)
-        done = False
-        if at_hand and "Would install" not in said:
-            done, said = self._pip("--no-build-isolation", *wanted)
-        if not done:
-            done, said = self._pip(*wanted)
+        at_hand = at_hand and "Would install" not in said
+        done, first = self._pip("--no-build-isolation", *wanted) if at_hand else (False, "")
+        done, said = (True, "") if done else self._pip(*wanted)  # an old setuptools needs wheel, for example
         if not done:
             raise ProviderError(
                 f"{project.distribution} cannot be installed",
-                why=_end(said),
+                why=_end(first or said),
                 fix=f"correct {project.directory / 'pyproject.toml'}; without a package index, install "
                 f"{' '.join(project.build)} beside dispatcher",
             )

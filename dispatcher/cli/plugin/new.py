@@ -62,6 +62,7 @@ def new(name: str, kind: Kind, directory: Path | None = None) -> Path:
         "CLASS": names.cls,
         "VARIABLE": f"{names.module.upper()}_FILE",
         "DESCRIPTION": DESCRIPTIONS[kind],
+        "ROOT": "sudo " if kind == "provider" else "",
     }
     try:
         target.mkdir(parents=True)

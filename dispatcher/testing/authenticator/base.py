@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 import pytest
 
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.testing.authenticator.asker import Asker
 from dispatcher.testing.base import needs_no
+from dispatcher.testing.verdict import PAGE
+
+_Check = TypeVar("_Check", bound=Callable[..., None])
 
 
 class AuthenticatorBase:
@@ -42,8 +48,12 @@ class AuthenticatorBase:
     uniform_seconds: ClassVar[float] = 0.01
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Leave out the checks for which the class states that there is nothing to check."""
+        """Let verdicts say what to read; leave out the checks for which the class states that there is nothing."""
         super().__init_subclass__(**kwargs)
+        if cls.__module__.startswith("dispatcher."):
+            for name, check in list(vars(cls).items()):
+                if name.startswith("test_"):
+                    setattr(cls, name, _with_places(check))
         for name in dir(cls):
             setting = getattr(getattr(cls, name), "left_out_by", "")
             if setting and getattr(cls, setting):
@@ -99,6 +109,34 @@ class AuthenticatorBase:
 
     def _must(self, what: str) -> NoReturn:
         pytest.fail(f"{type(self).__name__} must override {what}; see docs/reference/conformance-kit.md")
+
+
+def _with_places(check: _Check) -> _Check:
+    """Return a check whose verdict names its description and the contract's lines about the method."""
+
+    @functools.wraps(check)
+    def judged(*arguments: Any, **fixtures: Any) -> None:
+        __tracebackhide__ = True
+        try:
+            check(*arguments, **fixtures)
+        except pytest.fail.Exception as verdict:
+            verdict.msg = "\n".join([verdict.msg or "", *places(check)])
+            raise
+
+    return cast("_Check", judged)
+
+
+def places(check: Callable[..., None]) -> list[str]:
+    """Return what to read about a check: its description, the contract's lines, the guide."""
+    about = " ".join((inspect.getdoc(check) or "").split())
+    named = re.search(r"`(set_password|close|__init__)`", about)
+    method = named[1] if named else "authenticate"
+    line = inspect.getsourcelines(getattr(Authenticator, method))[1]
+    return [
+        f"The check `{check.__name__.removeprefix('test_')}` ({PAGE}): {about}",
+        f"Read {inspect.getfile(Authenticator)}:{line} Authenticator.{method}",
+        "Read docs/howto/write-an-authenticator.md",
+    ]
 
 
 #: A check that needs a directory which can be broken.

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -41,7 +42,11 @@ def test_new_writes_a_distribution_and_says_what_is_next(run, here, kind):
     assert "pip install -e dispatcher-my-own-one" in out
     assert {"provider": 'provider = "my-own_one"', "authenticator": 'authenticator = "my-own_one"',
             "observer": 'plugins = ["my-own_one"]'}[kind] in out  # fmt: skip
-    project = check.read(here / "dispatcher-my-own-one")
+    made = here / "dispatcher-my-own-one"
+    style = [sys.executable, "-m", "ruff", "check", "--isolated", "--select=E,F,UP,B", "--ignore=E501", made]
+    assert subprocess.run([*style, "--no-cache"], capture_output=True, text=True).stdout == "All checks passed!\n"
+    assert ("sudo" in (made / ".github/workflows/test.yml").read_text()) == (kind == "provider")
+    project = check.read(made)
     assert (project.distribution, project.plugins) == ("dispatcher-my-own-one", ("my-own_one",))
 
 

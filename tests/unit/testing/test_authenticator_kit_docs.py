@@ -2,12 +2,13 @@
 
 import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 from dispatcher.plugin import AgentEvent
 from dispatcher.testing import AuthenticatorContract, ObserverContract
-from dispatcher.testing.authenticator.base import AuthenticatorBase
+from dispatcher.testing.authenticator.base import AuthenticatorBase, places
 from dispatcher.testing.observer import KINDS
 from tests.conftest import ROOT
 
@@ -54,3 +55,12 @@ def test_each_setting_is_described(name):
 def test_the_contract_sends_every_kind_of_event():
     listed = re.search(r":ivar kind: (.*?)\.$", AgentEvent.__doc__, re.DOTALL | re.MULTILINE)[1]
     assert set(re.split(r",\s+", listed)) == set(KINDS)
+
+
+@pytest.mark.parametrize("name", [name for contract, name, _ in CHECKS if contract is AuthenticatorContract])
+def test_the_verdict_of_each_check_says_what_to_read(name):
+    about, contract, guide = places(getattr(AuthenticatorContract, name))
+    assert about.startswith(f"The check `{name.removeprefix('test_')}` (docs/reference/conformance-kit.md): ")
+    file, line, method = re.fullmatch(r"Read (.*):(\d+) Authenticator\.(\w+)", contract).groups()
+    assert f"def {method}(" in "".join(Path(file).read_text().splitlines()[int(line) - 1 : int(line) + 1])
+    assert (ROOT / guide.removeprefix("Read ")).is_file()
