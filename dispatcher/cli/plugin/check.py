@@ -212,8 +212,8 @@ class _Environment:
             raise ProviderError(
                 f"{project.distribution} cannot be installed",
                 why=_end(first or said),
-                fix=f"correct {project.directory / 'pyproject.toml'}; without a package index, install what it names "
-                f"({', '.join(project.build)}, ...) beside dispatcher",
+                fix=f"correct {project.directory / 'pyproject.toml'}; without a package index, install what it "
+                f"names ({', '.join(project.build)}, ...) beside dispatcher",
             )
 
     def loaded(self, names: tuple[str, ...]) -> list[dict[str, Any]]:
