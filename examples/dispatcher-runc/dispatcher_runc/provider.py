@@ -5,7 +5,6 @@ kept in this process, so that a restarted manager finds all agents.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -51,7 +50,6 @@ LIMITS = {"memory": Capability.MEMORY_LIMIT, "cpu": Capability.CPU_LIMIT, "pids"
 FEATURES = {
     Capability.SUSPEND,
     Capability.LOGS,
-    Capability.USAGE,
     Capability.CREDENTIALS,
     Capability.NETWORK_NONE,
     Capability.NETWORK_HOST,
@@ -74,7 +72,9 @@ class RuncProvider(Provider):
 
     @property
     def capabilities(self):
-        return frozenset(FEATURES | {LIMITS[name] for name in _controllers()})
+        found = _controllers()
+        counted = {Capability.USAGE} if "memory" in found else set()
+        return frozenset(FEATURES | counted | {LIMITS[name] for name in found})
 
     def check(self, *, deadline):
         if not self.context.privileged:
@@ -207,10 +207,6 @@ class RuncProvider(Provider):
 
     def observe(self, handle, *, deadline):
         shim = self._shim(handle)
-        running = shim.state is BackendState.RUNNING
-        return self._observe(handle, shim, running and self._status(handle, deadline) == "paused")
-
-    def _observe(self, handle, shim, paused):
         state, record = shim.state, shim.record
         if record is None:
             return Observation(state=BackendState.ABSENT)
@@ -223,7 +219,7 @@ class RuncProvider(Provider):
             reason = shim.exit_reason(out_of_memory=facts["oom_kills"] > 0)
             return Observation(state=state, exit_reason=record.get("reason", reason), **facts)
         return Observation(
-            state=BackendState.SUSPENDED if paused else state,
+            state=BackendState.SUSPENDED if _is_paused(handle.name) else state,
             endpoint=Endpoint.unix(record["socket"]),
             owner_uid=record["uid"],
             **facts,
@@ -252,7 +248,7 @@ class RuncProvider(Provider):
         if depth is not Depth.RAM:
             raise self.unsupported(Capability.HIBERNATE)
         self._must_run(handle)
-        if self._status(handle, deadline) != "paused":
+        if not _is_paused(handle.name):
             self._runc("pause", handle.name, deadline=deadline, progress=progress)
 
     def resume(self, handle, *, deadline, progress):
@@ -265,16 +261,14 @@ class RuncProvider(Provider):
     # All agents.
 
     def list(self, *, deadline):
-        found = json.loads(self._runc("list", "--format", "json", deadline=deadline)) or []
-        paused = {one["id"] for one in found if one["status"] == "paused"}
         for directory in self.context.state_dir.iterdir():
-            shim = Shim(directory)
-            record = shim.record
-            if record is not None:
+            if record := Shim(directory).record:
                 handle = Handle.from_json(record["handle"])
-                yield handle, self._observe(handle, shim, handle.name in paused)
+                yield handle, self.observe(handle, deadline=deadline)
 
     def usage(self, handles, *, deadline):
+        if Capability.USAGE not in self.capabilities:
+            raise self.unsupported(Capability.USAGE)
         running = [one.name for one in handles if self._shim(one).state is BackendState.RUNNING]
         return {name: _usage(name) for name in running}
 
@@ -291,18 +285,12 @@ class RuncProvider(Provider):
     def _shim(self, handle):
         return Shim(self.context.state_dir / handle.name)
 
-    def _status(self, handle, deadline):
-        try:
-            return json.loads(self._runc("state", handle.name, deadline=deadline))["status"]
-        except ProviderError:  # another call has just removed it
-            return "stopped"
-
     def _must_run(self, handle):
         if self._shim(handle).state is not BackendState.RUNNING:
             raise NotFound(f"{handle.agent} does not run", fix="start it")
 
     def _resume(self, handle, deadline, progress):
-        if self._status(handle, deadline) == "paused":
+        if _is_paused(handle.name):
             self._runc("resume", handle.name, deadline=deadline, progress=progress)
 
     def _remove(self, handle, deadline, progress):
@@ -331,6 +319,14 @@ def _controllers():
     with contextlib.suppress(FileNotFoundError):
         return LIMITS.keys() & set((CGROUPS / "cgroup.controllers").read_text().split())
     return {name for name in LIMITS if (CGROUPS / name).is_dir()}
+
+
+def _is_paused(name):
+    for path in (CGROUPS / name / "cgroup.freeze", CGROUPS / "freezer" / name / "freezer.state"):
+        with contextlib.suppress(OSError):  # of the other version, or it has ended
+            if path.read_text().strip() not in {"0", "THAWED"}:
+                return True
+    return False
 
 
 def _usage(name):
