@@ -5,10 +5,12 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
+from tests.support.installation import Installation, until
 
 EXAMPLE = ROOT / "examples/dispatcher-runc"
 pytestmark = [pytest.mark.root, pytest.mark.program("runc", "tini")]
@@ -46,6 +48,36 @@ def test_it_is_loaded_and_used_like_a_built_in(project):
     assert "Each agent has a host user id of its own, without a user namespace" in " ".join(done.stdout.split())
     done = run(project, *dispatcher, "config", "check")
     assert "apps.a.runc.command: there is no {port}" in " ".join((done.stdout + done.stderr).split())
+
+
+def test_agents_of_the_product_outlive_its_manager(project, short_tmp, monkeypatch):
+    """Used through the proxy: adopted after `kill -9`, woken from suspension, its end told, nothing left."""
+    monkeypatch.setenv("PYTHONPATH", str(project / "site"))
+    apps = (
+        '[apps.web]\nprovider = "runc"\n[apps.web.runc]\n'
+        'command = ["/usr/bin/python3", "{app}", "{{socket}}"]\nread_only = ["{app}"]\n'
+    )
+    with Installation(short_tmp, apps) as site:
+        for daemon in ("manager", "proxy"):
+            site.start(daemon)
+        site.add("ada")
+        cookie = site.login("ada")
+        assert site.app(cookie, "/count")["count"] == 1
+        site.kill("manager")
+        assert site.app(cookie, "/count")["count"] == 2, "the agent runs without a manager"
+        site.start("manager")
+        assert site.admin("PUT", "/agents/ada/state?wait=20", {"state": "suspended"}).status == 200
+        name = next(short_tmp.glob("state/**/dispatcher-*-ada-*")).name
+        groups = Path("/sys/fs/cgroup")
+        frozen = [*groups.glob(f"freezer/{name}/freezer.state"), *groups.glob(f"{name}/cgroup.freeze")]
+        assert [path.read_text().strip() for path in frozen] in (["FROZEN"], ["1"])
+        site.web("POST", "/", Cookie=cookie, Origin=f"http://127.0.0.1:{site.port}")
+        assert site.app(cookie, "/count")["count"] == 3, "woken by a request, its memory kept"
+        site.web("GET", "/exit", Cookie=cookie)
+        until("its end is told", lambda: "exit code 3" in str(site.admin("GET", "/agents/ada/why").json()))
+        assert site.app(cookie, "/count")["count"] == 1, "started again"
+        assert site.admin("DELETE", "/agents/ada?wait=20").status == 204
+        assert not [*groups.glob(name), *groups.glob(f"*/{name}")]
 
 
 def test_the_kit_is_satisfied(project):
