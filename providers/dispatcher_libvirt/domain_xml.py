@@ -29,6 +29,8 @@ ROOT_SERIAL, DATA_SERIAL, CLOUD_INIT_SERIAL = "dispatcher-root", "dispatcher-dat
 # Without a limit an emulator caches up to a gibibyte of translated code: more than most guests have.  A smaller
 # cache costs repeated translation.
 _TRANSLATION_CACHE = 64  # MiB
+# With these features a kernel copies and clears memory by string instructions, which QEMU emulates byte by byte.
+_SLOW_EMULATED = ("erms", "fsrm")
 _PERIOD = 100_000  # microseconds, of the processor quota
 _SMALLEST_QUOTA = 1_000
 
@@ -247,8 +249,11 @@ def _system(options: AppOptions, host: Host) -> etree._Element:
 
 
 def _cpu(model: str, host: Host) -> etree._Element:
+    if model == "auto" and host.kind != "kvm":
+        slow = _SLOW_EMULATED if host.arch == "x86_64" else ()
+        return element("cpu", *(element("feature", policy="disable", name=name) for name in slow), mode="maximum")
     if model == "auto":
-        model = "host-passthrough" if host.kind == "kvm" else "maximum"
+        model = "host-passthrough"
     if model in {"host-passthrough", "host-model", "maximum"}:
         return element("cpu", mode=model)
     return element("cpu", element("model", model, fallback="forbid"), mode="custom", match="exact", check="none")

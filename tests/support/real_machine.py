@@ -74,7 +74,18 @@ class Machine:
         shutil.rmtree(root)
         self._log = self._stack.enter_context((self.work / "qemu").open("wb"))
         self._command = [
-            *("qemu-system-x86_64", "-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
+            # Without features that make the kernel use instructions which are slow to emulate.
+            *(
+                "qemu-system-x86_64",
+                "-M",
+                "q35",
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "max,-erms,-fsrm",
+                "-smp",
+                "2",
+            ),
             *("-m", str(memory), "-display", "none", "-nic", "none", "-nodefaults", "-no-reboot"),
             *("-kernel", self.base / "vmlinuz", "-initrd", self.base / "initrd", "-append"),
             "console=ttyS0 quiet loglevel=4 panic=-1 mitigations=off cryptomgr.notests no_timer_check",

@@ -121,6 +121,16 @@ def test_the_translation_cache_of_emulation_is_bounded():
     assert tree(spec()).find("features/tcg") is None, "libvirt is too old, or there is nothing to translate"
 
 
+def test_an_emulated_processor_lacks_features_that_are_slow_to_emulate():
+    def disabled(**changes):
+        cpu = tree(spec(), host=dataclasses.replace(HOST, **changes)).find("cpu")
+        return cpu.get("mode"), [feature.get("name") for feature in cpu.iterfind("feature[@policy='disable']")]
+
+    assert disabled() == ("maximum", ["erms", "fsrm"])
+    assert disabled(arch="aarch64") == ("maximum", [])
+    assert disabled(kind="kvm") == ("host-passthrough", [])
+
+
 @pytest.mark.parametrize("field", ["agent", "cmdline", "console", "root", "network"])
 def test_every_value_stays_data(field):
     given = {"interface": interface(), "port": 0}
