@@ -41,5 +41,13 @@ def names(secure: bool) -> Names:
 
 def values(field: str, name: str) -> list[str]:
     """Return the values of all cookies of this name in a Cookie field, as the edge reads them: quotes are kept."""
+    if name not in field:
+        return []
     pairs = (pair.partition("=") for pair in field.split(";"))
     return [value.strip(" \t") for found, _, value in pairs if found.strip(" \t") == name]
+
+
+def sent_names(field: str) -> list[str]:
+    """Return the names of all cookies in a Cookie field, each once, in their order."""
+    names = (pair.partition("=")[0].strip(" \t") for pair in field.split(";"))
+    return [name for name in dict.fromkeys(names) if name]

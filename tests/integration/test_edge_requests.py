@@ -457,6 +457,19 @@ def test_the_portal_gets_its_paths_and_its_cookies(edge):
     assert edge.get("/auth/x", b"Content-Length: 2000000", method="POST").status == 413
 
 
+def test_the_portal_gets_only_the_fields_that_it_reads(edge):
+    given = b"Accept: text/html" + b" \t" * 2000 + b";q=1  ", b"Range: bytes=0-", b"X-Dispatcher-Agent: bob"
+    body = edge.get(
+        "/auth/login", *given, b"Content-Type:a/b", b"Content-Length: 2", method="POST", body=b"hi"
+    ).body
+    assert b"\r\nAccept: text/html ;q=1\r\n" in body and b"\r\nContent-Type: a/b\r\n" in body
+    assert b"range" not in body.lower() and b"x-dispatcher" not in body.lower() and body.endswith(b"hi")
+    many = tuple(b"User-Agent: " + b"a" * 1000 for _ in range(9))
+    refused = edge.get("/auth/login", *many)
+    assert refused.status == 431 and b"8192 bytes" in refused.body
+    assert edge.get("/", *many).status == 200  # an agent
+
+
 def test_read_all_is_quick(edge):
     start = time.monotonic()
     with edge.connect() as sock:

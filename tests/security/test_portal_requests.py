@@ -11,6 +11,7 @@ from markupsafe import escape
 from dispatcher.plugin.errors import ManagerUnreachable, NotFound
 from tests.support.portal_manager import HTML, Browser, Manager, Program, agent, digest, make
 
+LOGIN = '{"user": "alice", "password": "correct horse"}'
 OWN = ("dispatcher", "dispatcher-device", "dispatcher-nonce", "dispatcher-form")
 EVIL = [
     "//evil.example",
@@ -224,6 +225,47 @@ class TestForgery:
         )
         assert response.status_code == 400
         assert "Name and password" not in response.text
+        assert not manager.rows
+
+    @pytest.mark.parametrize(
+        ("body", "status"),
+        [
+            (LOGIN.encode("utf-8-sig"), 400),
+            (LOGIN.encode("utf-16"), 400),
+            (LOGIN.encode("utf-16-le"), 400),
+            (LOGIN.encode("utf-32-be"), 400),
+            (LOGIN.replace("alice", "al\xefce").encode("latin-1"), 400),
+            (LOGIN.replace('"alice"', "NaN").encode(), 400),
+            (LOGIN.replace('"alice"', "-Infinity").encode(), 400),
+            (LOGIN.replace('"alice"', "9" * 60_000).encode(), 400),
+            (b"[" * 60_000, 400),
+            (b'{"a":' * 12_000, 400),
+            (b"\x00" * 100, 400),
+            (LOGIN.replace("alice", "\\ud800").encode(), 403),
+            (LOGIN.replace('"alice"', "1e999").encode(), 403),  # no name
+        ],
+        ids=[
+            "bom",
+            "utf-16",
+            "utf-16-le",
+            "utf-32",
+            "latin-1",
+            "nan",
+            "infinity",
+            "digits",
+            "lists",
+            "objects",
+            "nul",
+        ]
+        + ["surrogate", "float"],
+    )
+    def test_json_is_utf_8_and_nothing_else(self, portal, body: bytes, status: int) -> None:
+        """The codecs of other encodings cannot be imported once privileges are dropped."""
+        app, manager = portal
+        response = app.test_client().post(
+            "/auth/login", data=body, headers={"Content-Type": "application/json", "Accept": "application/json"}
+        )
+        assert response.status_code == response.json["status"] == status
         assert not manager.rows
 
     @pytest.mark.parametrize("method", ["GET", "HEAD"])

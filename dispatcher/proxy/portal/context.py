@@ -7,6 +7,7 @@ request.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Mapping
@@ -259,7 +260,7 @@ def is_other_person(device: str | None) -> bool:
 
 def forget_apps(response: Response) -> None:
     """Clear what apps have left in the browser; in subdomain routing their cookies are not here."""
-    shown = [] if portal().subdomains else list(request.cookies)[:_EXPIRED_AT_MOST]
+    shown = [] if portal().subdomains else cookies.sent_names(request.headers.get("Cookie", ""))[:_EXPIRED_AT_MOST]
     for name in shown:
         if name not in cookies.OWN_NAMES and _NAME.fullmatch(name):
             set_cookie(response, name, "", 0)
@@ -362,10 +363,17 @@ def sent(name: str, limit: int = 4096) -> str:
 
 
 def _json() -> Any:
-    try:
-        return request.get_json(silent=True)
-    except RecursionError:  # nested too deeply
-        return None
+    """Return the JSON body, None if it is not JSON in UTF-8 (RFC 8259), or nested too deeply."""
+    if "json" not in g:
+        try:
+            g.json = json.loads(request.get_data().decode(), parse_constant=_no_json)
+        except (ValueError, RecursionError):
+            g.json = None
+    return g.json
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 # Ways on.

@@ -302,6 +302,40 @@ def upstream_head(
     )
 
 
+#: What the portal reads of a client's fields, besides `Cookie`.
+_PORTAL_FIELDS: Final = frozenset(
+    {
+        *(b"accept", b"content-type", b"origin", b"user-agent"),
+        *(b"sec-fetch-dest", b"sec-fetch-mode", b"sec-fetch-site"),
+    }
+)
+_PORTAL_PREFIX: Final = b"x-dispatcher-"  # the edge's own
+MAX_PORTAL_FIELDS: Final = 8192
+_BLANKS: Final = re.compile(rb"[ \t]+")
+
+
+def portal_lines(lines: bytes) -> bytes:
+    """Return the lines for the portal: the fields that it reads, each run of blanks as one space.
+
+    Its server and its framework take time by the square of such a run, and of what they parse unasked.
+
+    :raises BadHead: more than `MAX_PORTAL_FIELDS` bytes (431).
+    """
+    kept: list[bytes] = []
+    size = 0
+    for line in lines.splitlines(True):
+        name, _, value = line.partition(b":")
+        known = name.lower()
+        if known in _PORTAL_FIELDS:
+            size += len(line)
+            kept.append(name + b": " + _BLANKS.sub(b" ", value.strip(b" \t\r\n")) + b"\r\n")
+        elif known.startswith(_PORTAL_PREFIX):
+            kept.append(line)
+    if size > MAX_PORTAL_FIELDS:
+        raise BadHead(f"more than {MAX_PORTAL_FIELDS} bytes in the header fields that the sign-in pages read", 431)
+    return b"".join(kept)
+
+
 def _framing_lines(request: Request) -> bytes:
     """Return the lines about body and connection."""
     if not request.framed:

@@ -14,7 +14,7 @@ from dispatcher.proxy.edge.http import field_names
 from dispatcher.proxy.edge.http.field_names import BadHead, HeadTooLong
 from dispatcher.proxy.edge.http.head_reader import HeadReader
 from dispatcher.proxy.edge.http.oversized import Oversized
-from dispatcher.proxy.edge.http.request import Request
+from dispatcher.proxy.edge.http.request import Request, portal_lines
 from dispatcher.proxy.edge.http.trusted_proxies import usable_request_id
 from dispatcher.proxy.edge.net.client_base import Client, State
 from dispatcher.proxy.edge.net.clients import Clients
@@ -347,6 +347,11 @@ class Connection(Client):
         exchange.poll = True
         exchange.replay = None  # an agent's head
         request = exchange.request
+        try:
+            request.lines = portal_lines(request.lines)
+        except BadHead as error:
+            self.refuse_head(error)
+            return
         if not request.length:
             exchange.dispatch(self.context.portal)
             return

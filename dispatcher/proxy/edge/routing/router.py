@@ -217,7 +217,7 @@ class Router:
         lines = original.lines.splitlines(keepends=True)
         request.lines = b"".join(
             (
-                *(line for line in lines if line.lower().startswith((b"accept:", b"accept-language:"))),
+                *(line for line in lines if line.lower().startswith(b"accept:")),
                 b"X-Dispatcher-Agent: " + agent.name.encode() + b"\r\n",
                 b"X-Dispatcher-Target: " + original.target + b"\r\n",
             )

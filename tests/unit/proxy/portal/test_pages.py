@@ -7,6 +7,7 @@ import re
 import pytest
 
 from dispatcher.common import log
+from dispatcher.proxy.portal.responses import qualities
 from tests.support.portal_manager import Browser, Program, agent, digest, make
 
 LOG = ["Traceback (most recent call last):", "ModuleNotFoundError: No module named 'numpy'"]
@@ -429,3 +430,22 @@ def test_a_missing_page_says_so_once(portal) -> None:
     page = Browser(portal[0]).get("/auth/nothing")
     assert page.source.count("Page not found") == 2  # the title and the heading
     assert "Check the address." in page.text
+
+
+@pytest.mark.parametrize(
+    ("accept", "html", "json"),
+    [
+        ("", 0, 0),
+        ("*/*", 0, 0),
+        ("text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8", 1, 0),
+        ("TEXT/HTML ; level=1 ; Q=0.25 , application/json;q=0.5", 0.25, 0.5),
+        ("text/html;q=0.2, application/xhtml+xml;q=0.7", 0.7, 0),
+        ("application/problem+json\t;q=1.000", 0, 1),
+        ("text/html;q=0, application/json;q=2", 0, 0),
+        ("text/html;q=nan, application/json;q=-1", 0, 0),
+        ('text/html;a="b,application/json"', 1, 0),
+        (",;,;q=1,", 0, 0),
+    ],
+)
+def test_accept_is_read_by_types_and_qualities(accept: str, html: float, json: float) -> None:
+    assert qualities(accept) == (html, json)
