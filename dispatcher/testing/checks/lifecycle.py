@@ -165,10 +165,16 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
             "the app was not asked to end: send SIGTERM (or the backend's equivalent) before force",
         )
 
+    @rule("`progress(step, detail")
     def test_stop_kills_after_the_grace_time(self, driver: Driver, kit: Kit) -> None:
-        """An app that ignores SIGTERM is ended by force after the grace time."""
+        """`stop` against an app that ignores SIGTERM: progress, `Cancelled`, deadline, and force after `grace`."""
         agent = kit.start(driver, kit.spec("grace", environment={"PROBE_IGNORES_SIGTERM": "1"}))
-        driver.stop(agent.handle, grace=0.5)
+        if self.polite:
+            self._stop_cancelled(driver, agent)
+        try:
+            driver.stop(agent.handle, grace=10 * self.patience, seconds=0.5)
+        except DeadlineExceeded:
+            driver.stop(agent.handle, grace=0.5)
         expect(
             driver.state(agent.handle) in ENDED,
             "an app that ignores SIGTERM survived stop(): use force after `grace`",
@@ -176,28 +182,27 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
         expect(not agent.inside.answers(), "an app that ignores SIGTERM still answers after stop()")
         self._ended_on_purpose(driver, agent)
 
-    @rule("`progress(step, detail")
-    def test_stop_can_be_cancelled(self, driver: Driver, kit: Kit) -> None:
-        """`stop` reports progress while it waits and lets `Cancelled` through; it keeps its deadline."""
-        agent = kit.start(driver, kit.spec("gus", environment={"PROBE_IGNORES_SIGTERM": "1"}))
-        if self.polite:
-            steps, began = Steps(2, cancel), time.monotonic()
-            grace = min(8.0, self.patience / 2)
-            with raises(Cancelled, f"stop() with {grace:g} s of grace, cancelled at its second progress,"):
-                driver.stop(agent.handle, grace=grace, progress=steps)
+    def _stop_cancelled(self, driver: Driver, agent: Agent) -> None:
+        grace = min(8.0, self.patience / 2)
+        steps, began = Steps(2, cancel), time.monotonic()
+        try:
+            driver.stop(agent.handle, grace=grace, progress=steps)
+        except Cancelled:
             took = time.monotonic() - began
             expect(
                 took < 2 + self.slack,
                 f"stop() called progress again after {took:.1f} s: at least once a second, it carries the cancel",
             )
-        try:
-            driver.stop(agent.handle, grace=10 * self.patience, seconds=0.5)
-        except DeadlineExceeded:
-            pass
-        driver.stop(agent.handle)
+            return
         expect(
-            driver.state(agent.handle) in ENDED, "the stop() after one that ran out of time did not end the app"
+            driver.state(agent.handle) in ENDED,
+            "an app that ignores SIGTERM survived stop(): use force after `grace`",
         )
+        expect(
+            len(steps.reported) >= 2,
+            f"stop() waited {grace:g} s and called progress {len(steps.reported)} times: call it once a second",
+        )
+        pytest.fail("stop() swallowed Cancelled: let it through")
 
     @staticmethod
     def _ended_on_purpose(driver: Driver, agent: Agent) -> None:

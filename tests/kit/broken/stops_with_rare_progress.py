@@ -5,7 +5,7 @@ import time
 from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_stop_can_be_cancelled"
+CHECK = "test_stop_kills_after_the_grace_time"
 ADVICE = "at least once a second"
 
 

@@ -4,7 +4,7 @@ from dispatcher.plugin import Deadline
 from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_stop_can_be_cancelled"
+CHECK = "test_stop_kills_after_the_grace_time"
 ADVICE = "bound every wait"
 
 

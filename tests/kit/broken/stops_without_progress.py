@@ -4,8 +4,8 @@ from dispatcher.plugin import no_progress
 from tests.support.fake_provider import FakeProvider
 from tests.kit.fake_contract import BrokenContract
 
-CHECK = "test_stop_can_be_cancelled"
-ADVICE = "at its second progress, succeeded: raise Cancelled"
+CHECK = "test_stop_kills_after_the_grace_time"
+ADVICE = "called progress 1 times"
 
 
 class Broken(FakeProvider):
