@@ -204,14 +204,13 @@ class _Environment:
             raise BadRequest(f"{project.directory} cannot be copied", why=str(error)) from error
         what = f"{self._source}[{','.join(project.extras)}]" if project.extras else str(self._source)
         wanted = [what, *([] if importlib.util.find_spec("pytest") else ["pytest>=8", "pytest-timeout"])]
-        at_hand, said = self._pip("--no-index", "--dry-run", *project.build)
-        at_hand = at_hand and "Would install" not in said
-        done, first = self._pip("--no-build-isolation", *wanted) if at_hand else (False, "")
-        done, said = (True, "") if done else self._pip(*wanted)  # an old setuptools needs wheel, for example
+        done, first = self._pip("--no-build-isolation", "--check-build-dependencies", *wanted)
+        if not done:  # what builds it is not at hand
+            done, said = self._pip(*wanted)
         if not done:
             raise ProviderError(
                 f"{project.distribution} cannot be installed",
-                why=_end(first or said),
+                why=_end(said if "build dependencies" in first else first),
                 fix=f"correct {project.directory / 'pyproject.toml'}; without a package index, install what it "
                 f"names ({', '.join(project.build)}, ...) beside dispatcher",
             )
