@@ -7,23 +7,39 @@ only when they have grown.  An agent is killed for what its own processes hold, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dispatcher.manager.agents.kernel_meters import Excess, Processes, Search, file_locks, full_pools, netlink
+from dispatcher.manager.agents.kernel_meters import (
+    Excess,
+    Processes,
+    Search,
+    directories,
+    file_locks,
+    full_pools,
+    netlink,
+    sockets,
+)
 from dispatcher.manager.agents.lifecycle import Change, EventKind
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.names import printable
 
 INTERVAL = 0.05  # seconds between checks of the host's memory: one thread can queue gigabytes a second
-GROWTH = 64 << 20  # growth of the host's unreclaimable memory, in bytes, that starts a search
+GROWTH = 64 << 20  # growth of the host's memory for the kernel, in bytes, that starts a search
 REGULARLY = 10.0  # seconds between searches without such growth
+SELDOM = 50  # such a search is repeated after this many times its own duration, if that is longer
 REST = 4  # a search of a pool is repeated after this many times its own duration
 
+_EXPLAINED = (
+    *(b"MemFree:", b"Buffers:", b"Cached:", b"SwapCached:", b"AnonPages:"),
+    *(b"Slab:", b"KernelStack:", b"PageTables:", b"SecPageTables:", b"Percpu:"),
+)
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _log = logging.getLogger("dispatcher.manager")
 
 
@@ -37,14 +53,14 @@ class KernelMemoryGuard:
         self, registry: Registry, *, proc: Path = Path("/proc"), kill: Callable[[int, int], None] = os.kill
     ) -> None:
         self._registry, self._proc, self._kill = registry, proc, kill
-        self._lowest = 0
+        self._slab, self._pages, self._settled = _Growth(), _Growth(), _Growth()
         self._next = self._next_pools = 0.0
 
     def check(self) -> None:
         """Kill every agent that holds too much of what the host has begun to run out of."""
-        if not (searches := list(self._due())):
-            return
         begun = boottime()
+        if not (searches := list(self._due(begun))):
+            return
         agents = self._processes()
         ended: set[int] = set()
         for search in searches:
@@ -52,15 +68,18 @@ class KernelMemoryGuard:
                 if excess.uid not in ended:
                     ended.add(excess.uid)
                     self._end(excess)
-        self._next_pools = boottime() + REST * (boottime() - begun)
+        now = boottime()
+        self._next_pools = now + REST * (now - begun)
+        if sockets in searches:
+            self._next = now + max(REGULARLY, SELDOM * (now - begun))
 
-    def _due(self) -> Iterator[Search]:
-        used = _unreclaimable(self._proc)
-        self._lowest = min(self._lowest, used)
-        if used - self._lowest >= GROWTH or boottime() >= self._next:
-            self._lowest, self._next = used, boottime() + REGULARLY
-            yield from (netlink, file_locks)
-        if boottime() >= self._next_pools:
+    def _due(self, now: float) -> Iterator[Search]:
+        slab, pages = _kernel_memory(self._proc)
+        if self._slab.grown(slab) or now >= self._next:
+            yield from (netlink, file_locks, sockets, directories)
+        elif self._pages.grown(pages) and self._settled.grown(pages - _free_lists(self._proc)):
+            yield sockets
+        if now >= self._next_pools:
             yield from full_pools(self._proc)
 
     def _processes(self) -> dict[int, Processes]:
@@ -77,10 +96,10 @@ class KernelMemoryGuard:
             if not name.isdigit():
                 continue
             with contextlib.suppress(OSError):
-                pid = int(name)
-                inside[pid] = {kind: self._namespace(name, kind) for kind in spaces}
+                pid, alive = int(name), self._living(name)
+                inside[pid] = {kind: self._namespace(alive, kind) for kind in spaces}
                 for kind, found in spaces.items():
-                    found.setdefault(inside[pid][kind], []).append(pid)
+                    found.setdefault(inside[pid][kind], []).append(int(alive) if kind == "net" else pid)
                 if (uid := _uid(self._proc, name)) in owners:
                     members.setdefault(uid, []).append(pid)
         for name in ("self", "1"):
@@ -96,6 +115,13 @@ class KernelMemoryGuard:
             uid: Processes(tuple(pids), tuple(together(pids, "net")), tuple({*pids, *together(pids, "pid")}))
             for uid, pids in members.items()
         }
+
+    def _living(self, pid: str) -> str:
+        """Return the number of a process, or of a thread if its first, which has the namespaces, has ended."""
+        threads = [pid]
+        if not os.path.exists(f"{self._proc}/{pid}/ns/net"):
+            threads = os.listdir(f"{self._proc}/{pid}/task")
+        return next((thread for thread in threads if os.path.exists(f"{self._proc}/{thread}/ns/net")), pid)
 
     def _namespace(self, pid: str, kind: str) -> int:
         return os.stat(f"{self._proc}/{pid}/ns/{kind}").st_ino
@@ -115,14 +141,41 @@ class KernelMemoryGuard:
         self._registry.change(agent, lambda _: Change({}, [(EventKind.OUT_OF_MEMORY, detail)]))
 
 
-def _unreclaimable(proc: Path) -> int:
-    """Return the size of the kernel's unreclaimable memory, in bytes."""
+class _Growth:
+    """Tells when a size has grown by `GROWTH` above the lowest since then."""
+
+    def __init__(self) -> None:
+        self._lowest = 0
+
+    def grown(self, used: int) -> bool:
+        self._lowest = min(self._lowest, used)
+        if used - self._lowest < GROWTH:
+            return False
+        self._lowest = used
+        return True
+
+
+def _kernel_memory(proc: Path) -> tuple[int, int]:
+    """Return the sizes of the kernel's unreclaimable objects, and of the pages that nothing explains, in bytes.
+
+    The latter are pages of sockets, of drivers, and those that the processors keep to give them away again.
+    """
     descriptor = os.open(proc / "meminfo", os.O_RDONLY | os.O_CLOEXEC)  # read very often: be cheap
     try:
-        _, _, rest = os.read(descriptor, 16384).partition(b"\nSUnreclaim:")
+        fields = os.read(descriptor, 16384).split()
     finally:
         os.close(descriptor)
-    return int(rest.split(None, 1)[0]) << 10 if rest else 0
+    sizes = {name: int(value) for name, value in itertools.pairwise(fields) if name.endswith(b":")}
+    explained = sum(sizes.get(name, 0) for name in _EXPLAINED)
+    return sizes.get(b"SUnreclaim:", 0) << 10, sizes.get(b"MemTotal:", 0) - explained << 10
+
+
+def _free_lists(proc: Path) -> int:
+    """Return the size of the free pages that each processor keeps for itself, in bytes: it changes fast."""
+    with contextlib.suppress(OSError):
+        lines = (proc / "zoneinfo").read_bytes().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.lstrip().startswith(b"count:")) * _PAGE
+    return 0
 
 
 def _uid(proc: Path, pid: str) -> int:

@@ -14,8 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dispatcher.common.humanize import size
+from dispatcher.manager.agents.open_files import directories_of
+from dispatcher.manager.agents.socket_memory import internet_sockets, socket_memory, unlisted
 
 NETLINK = 64 << 20  # bytes in the queues of an agent's netlink sockets
+SOCKETS = 64 << 20  # bytes of an agent's sockets beyond those that its control group counts
+FEW_SOCKETS = 8  # of TCP, UDP and so on: too few to hold much
+UNLISTED = 1_000  # sockets of an agent whose memory cannot be read
+DIRECTORIES = 4_096  # open directories of an agent: up to 13 KiB each
 LOCKS = 10_000  # file locks of an agent: about 2 MiB
 READ_LOCKS = 25_000  # of the host's locks, newest first; the time grows with the square: 0.1 s
 MANY_LOCKS = 2_000  # locks of an agent, where the host has more than are read
@@ -23,6 +29,7 @@ MANY_LOCKS = 2_000  # locks of an agent, where the host has more than are read
 POOL, POOL_SHARE = 1 / 2, 1 / 8
 HELPERS = 2  # processes in an agent's control group that are not its own: pasta
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_NO_LIMIT = 1 << 62  # the kernel rounds its largest number down to a page
 #: FIN_WAIT1, FIN_WAIT2, LAST_ACK, CLOSING (net/tcp_states.h): connections that a process may have closed.
 _CLOSED = frozenset({b"04", b"05", b"09", b"0B"})
 
@@ -32,7 +39,7 @@ class Processes:
     """An agent's processes, as the host sees them.
 
     :ivar members: those with its user id.
-    :ivar of_network: all in its network namespace, () if that is the host's.
+    :ivar of_network: all in its network namespace, () if that is the host's; threads, where the first has ended.
     :ivar to_kill: its members, and all in its PID namespace if that is not the host's.
     """
 
@@ -62,6 +69,32 @@ def netlink(proc: Path, agents: Agents) -> Iterator[Excess]:
         held = sum(int(line.split()[4]) for line in _lines(proc, processes.of_network, "net/netlink"))
         if held > NETLINK:
             yield Excess(uid, f"its netlink sockets held {size(held)} of memory beyond its limit")
+
+
+def sockets(proc: Path, agents: Agents) -> Iterator[Excess]:
+    """Find memory of sockets that the control group does not count.
+
+    It counts what TCP sends and all that is received, not: data of UDP that waits for more (MSG_MORE), errors and
+    times of sent packets (MSG_ERRQUEUE), connections that nobody has accepted.
+    """
+    for uid, processes in agents.items():
+        process = _alive(proc, processes.of_network)
+        if process is None:
+            continue
+        if (found := unlisted(process)) > UNLISTED:
+            yield Excess(uid, f"it had {found:,} sockets without an address, whose memory no limit counts")
+        if internet_sockets(process) <= FEW_SOCKETS or (counted := counted_memory(proc, processes)) is None:
+            continue
+        if (held := sum(socket_memory(process)) - counted) > SOCKETS:
+            yield Excess(uid, f"its sockets held {size(held)} of memory beyond its limit")
+
+
+def directories(proc: Path, agents: Agents) -> Iterator[Excess]:
+    """Count open directories: what was read of one, and not yet asked for, is kept with it."""
+    for uid, processes in agents.items():
+        found = directories_of(proc, processes.members, DIRECTORIES)
+        if found > DIRECTORIES:
+            yield Excess(uid, f"it had {found:,} directories open or more, whose memory no limit counts")
 
 
 def file_locks(proc: Path, agents: Agents) -> Iterator[Excess]:
@@ -96,7 +129,10 @@ def tcp_memory(proc: Path, agents: Agents) -> Iterator[Excess]:
     for uid, processes in agents.items():
         if not processes.of_network:
             continue  # its datagrams, which are counted with them, cannot be told from the host's
-        held = socket_memory(proc, processes) - _datagrams(proc, processes)
+        counted = (counted_memory(proc, processes) or 0) - _datagrams(proc, processes)
+        process = _alive(proc, processes.of_network)
+        # The connections that nobody has accepted are counted in the namespace only.
+        held = max(counted, socket_memory(process)[0] if process else 0)
         if held > limit * POOL_SHARE:
             yield Excess(
                 uid, f"its TCP connections held {size(held)} of the {size(limit)} that the host has for all"
@@ -129,8 +165,8 @@ def is_orphan(line: bytes) -> bool:
     return fields[3] in _CLOSED and not fields[5].startswith(b"03") and fields[9] == b"0"
 
 
-def socket_memory(proc: Path, processes: Processes) -> int:
-    """Return the bytes of socket buffers that an agent's control group counts; 0 if it has none of its own."""
+def counted_memory(proc: Path, processes: Processes) -> int | None:
+    """Return the bytes of socket buffers that an agent's control group counts; None if it counts none."""
     with contextlib.suppress(OSError, ValueError):
         text = (proc / f"{processes.members[0]}/cgroup").read_text(encoding="utf-8")
         for _, controllers, path in (line.split(":", 2) for line in text.splitlines()):
@@ -139,12 +175,13 @@ def socket_memory(proc: Path, processes: Processes) -> int:
                 continue
             inside = set(map(int, (group / "cgroup.procs").read_bytes().split()))
             if len(inside.difference(processes.members, processes.to_kill)) > HELPERS:
-                return 0
+                return None
             if controllers:
-                return int((group / "memory.kmem.tcp.usage_in_bytes").read_bytes())
+                limit = int((group / "memory.kmem.tcp.limit_in_bytes").read_bytes())
+                return int((group / "memory.kmem.tcp.usage_in_bytes").read_bytes()) if limit < _NO_LIMIT else None
             fields = (group / "memory.stat").read_bytes().split()
             return int(fields[fields.index(b"sock") + 1])
-    return 0
+    return None
 
 
 def pool_use(sockstat: bytes) -> dict[str, int]:
@@ -185,7 +222,13 @@ def _datagrams(proc: Path, processes: Processes) -> int:
 
 def _lines(proc: Path, pids: Iterable[int], *names: str) -> Iterator[bytes]:
     """Yield the lines, but the first, of files about a network namespace; none if its processes are gone."""
-    alive = next((pid for pid in pids if (proc / f"{pid}/{names[0]}").exists()), None)
-    for name in names if alive is not None else ():
-        with contextlib.suppress(OSError), (proc / f"{alive}/{name}").open("rb") as file:
+    if (alive := _alive(proc, pids)) is None:
+        return
+    for name in names:
+        with contextlib.suppress(OSError), (alive / name).open("rb") as file:
             yield from itertools.islice(file, 1, None)
+
+
+def _alive(proc: Path, pids: Iterable[int]) -> Path | None:
+    """Return the directory of the first of some processes that is there; its network namespace is listed in it."""
+    return next((proc / str(pid) for pid in pids if (proc / f"{pid}/net/netlink").exists()), None)

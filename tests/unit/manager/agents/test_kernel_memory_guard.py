@@ -46,6 +46,7 @@ def host(proc):
             (proc / f"{kind}-{namespace}").touch()
             os.link(proc / f"{kind}-{namespace}", here / "ns" / kind)
         (here / "net").mkdir()
+        (here / "task" / str(pid)).mkdir(parents=True)
         rows = "".join(
             f"0000000000000000 0   {at}  00000000 {size} 0 0 2 0 77\n" for at, size in enumerate(queued)
         )
@@ -68,11 +69,12 @@ def pool(proc, tcp=0, udp=0, orphan=0):
     (proc / "sys/net/ipv4/tcp_max_orphans").write_text("800\n")
 
 
-def counted(proc, namespace, size, *pids):
+def counted(proc, namespace, size, *pids, limit=1 << 28):
     """The control group of processes counts so many bytes of socket buffers (version 1)."""
     group = proc.parent / "sys/fs/cgroup/memory/made" / namespace
     group.mkdir(parents=True)
     (group / "memory.stat").touch()
+    (group / "memory.kmem.tcp.limit_in_bytes").write_text(f"{limit}\n")
     (group / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in pids))
     (group / "memory.kmem.tcp.usage_in_bytes").write_text(f"{size}\n")
 
@@ -121,6 +123,111 @@ def test_it_searches_when_memory_has_grown_and_now_and_then(host, proc, monkeypa
     now[0] += kernel_memory_guard.REGULARLY
     found.check()
     assert killed == [8, 8]
+
+
+def test_the_first_thread_of_a_process_may_have_ended(host, proc):
+    """Then the kernel shows its namespaces, its network and its open files with its other threads only."""
+    host(8, "a", 900)
+    host(80, "a", 900, [1 << 30])
+    (proc / "8/task/80").mkdir()
+    for path in ("8/ns/net", "8/ns/pid", "8/net/netlink"):
+        (proc / path).unlink()
+    (proc / "80").rename(proc / "hidden")
+    registry, killed = Agents(900), []
+    guard(proc, registry, killed).check()
+    assert killed == [], "it is gone"
+    (proc / "locks").write_text("".join(lock(8, at) for at in range(kernel_meters.LOCKS + 1)))
+    found = guard(proc, registry, killed)
+    (proc / "hidden").rename(proc / "80")
+    listed = os.listdir
+    with pytest.MonkeyPatch.context() as patch:  # /proc finds threads by their number, and does not list them
+        patch.setattr(os, "listdir", lambda path: [name for name in listed(path) if path != proc or name != "80"])
+        found.check()
+    assert killed == [8]
+    assert "its netlink sockets held 1.0 GiB" in registry.agents["u900"].killed_because
+
+
+PROTOCOLS = "protocol size sockets memory\nUDP 1344 {udp} 3\nUNIX 1152 {unix} -1\nMPTCP 1 0 -1\nTCP 1 {tcp} -1"
+
+
+def numbers(proc, pid, used, **of_protocol):
+    """How many sockets a network namespace has, and how many of them are listed."""
+    (proc / str(pid) / "net/sockstat").write_text(f"sockets: used {used}\nTCP: inuse 5 orphan 0\n")
+    text = PROTOCOLS.format(**{"udp": 0, "unix": 0, "tcp": 0, **of_protocol})
+    (proc / str(pid) / "net/protocols").write_text(text + "\n")
+
+
+def queue(sending, received):
+    return f"1: 0100007F:0035 00000000:0000 07 {sending:08X}:{received:08X} 00:0 0 0 0 5"
+
+
+def test_memory_of_sockets_that_their_control_group_does_not_count(host, proc):
+    most = kernel_meters.SOCKETS
+    for pid, name in enumerate("abcdef", 8):
+        host(pid, name, 892 + pid, udp=[queue(most, 0), queue(0, 5)], tcp=[queue(3, 3)])
+        numbers(proc, pid, 60, udp=50, unix=10)
+    counted(proc, "a", 11, 8)
+    counted(proc, "b", 10, 9)
+    counted(proc, "c", 0, 10, limit=0x7FFFFFFFFFFFF000)  # no limit: nothing is counted
+    counted(proc, "d", 0, 11)
+    numbers(proc, 11, 18, udp=8, unix=10)  # too few
+    registry, killed = Agents(*range(900, 906)), []  # nothing is known of the last two
+    found = guard(proc, registry, killed)
+    found.check()
+    assert killed == [9]
+    assert "its sockets held 64.0 MiB of memory beyond its limit" in registry.agents["u901"].killed_because
+
+
+def test_sockets_that_no_list_has(host, proc):
+    for pid, extra in ((8, 0), (9, 1)):
+        host(pid, str(pid), 892 + pid)
+        numbers(proc, pid, 15 + kernel_meters.UNLISTED + extra, udp=5, unix=7, tcp=3)
+    registry, killed = Agents(900, 901), []
+    guard(proc, registry, killed).check()
+    assert killed == [9]
+    assert "it had 1,001 sockets without an address" in registry.agents["u901"].killed_because
+
+
+def test_it_searches_sockets_when_pages_have_grown_that_nothing_explains(host, proc, monkeypatch):
+    registry, killed, now = Agents(900), [], [100.0]
+    monkeypatch.setattr(kernel_memory_guard, "boottime", lambda: now[0])
+    growth = kernel_memory_guard.GROWTH >> 10
+    host(8, "a", 900, udp=[queue(1 << 30, 0)])
+    counted(proc, "a", 0, 8)
+    numbers(proc, 8, 0)
+    found = KernelMemoryGuard(registry, proc=proc, kill=lambda pid, _: killed.append(pid))
+
+    def check(unexplained, free_lists=0):
+        sizes = {"MemTotal": 900000 + unexplained, "MemFree": 500000, "AnonPages": 400000, "SUnreclaim": 0}
+        (proc / "meminfo").write_text("".join(f"{name}:  {size} kB\n" for name, size in sizes.items()))
+        pages = f"Node 0, zone Normal\n  pages free 7\n  pagesets\n    cpu: 0\n       count: {free_lists}\n"
+        (proc / "zoneinfo").write_text(pages)
+        found.check()
+        return killed
+
+    for _ in range(2):
+        check(0)
+    numbers(proc, 8, 30, udp=30)
+    assert check(growth - 1) == []
+    assert check(growth + 4, free_lists=2) == [], "the processors keep them"
+    assert check(2 * growth + 4) == [8]
+
+
+def test_open_directories_are_counted(host, proc, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_meters, "DIRECTORIES", 10)
+    (tmp_path / "file").touch()
+    for pid, many in ((8, 10), (9, 11)):
+        host(pid, str(pid), 892 + pid)
+        table = proc / f"{pid}/task/{pid}/fd"
+        table.mkdir()
+        for at in range(many):
+            (table / str(at)).symlink_to(tmp_path)
+        for at in range(many, 50):
+            (table / str(at)).symlink_to(tmp_path / "file")
+    registry, killed = Agents(900, 901), []
+    guard(proc, registry, killed).check()
+    assert killed == [9]
+    assert "it had 11 directories open" in registry.agents["u901"].killed_because
 
 
 def lock(pid, start):
@@ -195,9 +302,9 @@ def test_control_groups_of_version_2(proc):
     group.mkdir(parents=True)
     (group / "memory.stat").write_text("anon 5\nsock 12288\nsock_other 7\n")
     (group / "cgroup.procs").write_text("8\n9\n10\n11\n")
-    assert kernel_meters.socket_memory(proc, kernel_meters.Processes((8,), (7, 8, 9), (7, 8, 9))) == 12288
-    assert kernel_meters.socket_memory(proc, kernel_meters.Processes((8,), (8,), (8,))) == 0, "three strangers"
-    assert kernel_meters.socket_memory(proc, kernel_meters.Processes((99,), (99,), (99,))) == 0
+    assert kernel_meters.counted_memory(proc, kernel_meters.Processes((8,), (7, 8, 9), (7, 8, 9))) == 12288
+    strangers, gone = kernel_meters.Processes((8,), (8,), (8,)), kernel_meters.Processes((99,), (99,), (99,))
+    assert kernel_meters.counted_memory(proc, strangers) is kernel_meters.counted_memory(proc, gone) is None
 
 
 def test_datagrams_and_closed_connections_above_an_eighth_of_a_pool_that_is_half_full(host, proc):
