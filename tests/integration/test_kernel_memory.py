@@ -55,6 +55,78 @@ def locks():
         for at in range(1000):
             fcntl.fcntl(kept[-1], fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 4000 - 2 * at, 1, 0))
     time.sleep(20)
+def datagrams(number, size, count, prepare=lambda sender: None, flags=0, control=()):
+    receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    receiver.bind(("127.0.0.1", 0))
+    for _ in range(number):
+        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        kept.append(sender)
+        prepare(sender)
+        sender.connect(receiver.getsockname())
+        for _ in range(count):
+            sender.sendmsg([bytes(size)], control, flags)
+    receiver.close()
+def corked(number=100):
+    datagrams(number, 32000, 2, flags=socket.MSG_MORE)
+def many_corked():
+    corked(1500)
+    time.sleep(20)
+STAMPS = [(socket.SOL_SOCKET, 37, struct.pack("I", 2))]
+def stamped():
+    datagrams(20, 60000, 3, control=STAMPS)
+def stamped_connections():
+    listener = socket.create_server(("127.0.0.1", 0))
+    for _ in range(20):
+        kept.append(socket.create_connection(listener.getsockname()))
+        kept.append(listener.accept()[0])
+        for _ in range(10):
+            kept[-2].sendmsg([bytes(20000)], STAMPS)
+            received = 0
+            while received < 20000:
+                received += len(kept[-1].recv(65536))
+def errors():
+    for _ in range(20):
+        kept.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        kept[-1].setsockopt(socket.IPPROTO_IP, 11, 1)
+        for _ in range(400):
+            try:
+                kept[-1].sendto(bytes(60000), ("127.0.0.1", 9))
+            except OSError:
+                pass
+def unaccepted():
+    kept.append(socket.create_server(("127.0.0.1", 0), backlog=200))
+    for _ in range(100):
+        with socket.create_connection(kept[-1].getsockname()) as each:
+            each.setblocking(False)
+            each.send(bytes(50000))
+def disconnected():
+    import ctypes
+    corked(150)
+    for each in kept:
+        ctypes.CDLL(None).connect(each.fileno(), bytes(16), 16)
+def directories():
+    wide = "/data/wide"
+    os.makedirs(wide, exist_ok=True)
+    kept.extend(os.open(wide, os.O_RDONLY) for _ in range(501))
+def first_thread_ended():
+    import ctypes, threading
+    read, write = os.pipe()
+    def work():
+        time.sleep(.3)
+        file = os.memfd_create("a")
+        for at in range(1000):
+            fcntl.fcntl(file, fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 4000 - 2 * at, 1, 0))
+        os.write(write, b"x")
+        time.sleep(30)
+        os._exit(0)
+    if os.fork() == 0:
+        threading.Thread(target=work).start()
+        ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[os.uname().machine], 0)
+    os.read(read, 1)
+def forget():
+    for each in kept:
+        os.close(each) if isinstance(each, int) else each.close()
+    kept.clear()
 def tcp():
     listener = socket.create_server(("127.0.0.1", 0))
     for _ in range(10):
@@ -175,6 +247,17 @@ def ask(site, path):
     return site.web("GET", path, Cookie=site.cookie, Accept="*/*")
 
 
+def found(site):
+    """Why the guard would kill an agent, asked for without killing it."""
+    killed, events, uid = set(), [], site.admin("GET", "/agents/alice/runtime").json()["uid"]
+    agent = SimpleNamespace(killed_because="", row=SimpleNamespace(uid=uid, name="alice"))
+    registry = SimpleNamespace(agents={"alice": agent}, change=lambda *_: events.append(agent.killed_because))
+    KernelMemoryGuard(registry, kill=lambda pid, _: killed.add(pid)).check()
+    if events:
+        assert killed >= set(processes_of(uid)) != set()
+    return events
+
+
 def is_killed(site, path, why):
     answer = ask(site, path)
     assert answer.status != 200, "it was killed before it had answered"
@@ -194,21 +277,50 @@ def test_an_agent_with_thousands_of_file_locks_is_killed_and_told_why(site):
     is_killed(site, "/locks", "file locks")
 
 
+def test_an_agent_whose_datagrams_wait_for_more_is_killed_and_told_why(site):
+    is_killed(site, "/many_corked", "its sockets held")
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/corked", "its sockets held"),
+        ("/stamped", "its sockets held"),
+        ("/stamped_connections", "its sockets held"),
+        ("/errors", "its sockets held"),
+        ("/unaccepted", "its sockets held"),
+        ("/disconnected", "sockets without an address"),
+        ("/directories", "directories open"),
+        ("/first_thread_ended", "file locks"),
+    ],
+)
+def test_an_agent_with_kernel_memory_that_nothing_counts_is_found(site, path, why, monkeypatch):
+    """With lower limits for this guard only, so that little memory does."""
+    for name, limit in (("SOCKETS", 2 << 20), ("UNLISTED", 100), ("DIRECTORIES", 500), ("LOCKS", 900)):
+        monkeypatch.setattr(kernel_meters, name, limit)
+    assert found(site) == []
+    assert ask(site, path).status == 200
+    events = found(site)
+    assert ask(site, "/forget").status == 200
+    assert [why in event for event in events] == [True], events
+
+
 @pytest.mark.parametrize(
     ("path", "name", "limit", "why"),
-    [("/tcp", "tcp_mem", 4096, "its TCP connections held"), ("/closed", "tcp_max_orphans", 160, "it left")],
-    ids=["memory", "closed"],
+    [
+        ("/unaccepted", "tcp_mem", 1024, "its TCP connections held"),
+        ("/tcp", "tcp_mem", 4096, "its TCP connections held"),
+        ("/closed", "tcp_max_orphans", 160, "it left"),
+    ],
+    ids=["unaccepted", "memory", "closed"],
 )
 def test_an_agent_that_takes_most_of_the_hosts_tcp_is_found(site, path, name, limit, why, monkeypatch):
     """The host's limits are lowered for this guard only, as they are those of everybody."""
     assert ask(site, path).status == 200
     monkeypatch.setattr(kernel_meters, "_limit", lambda _, asked: limit if asked == name else 0)
-    killed, events, uid = set(), [], site.admin("GET", "/agents/alice/runtime").json()["uid"]
-    agent = SimpleNamespace(killed_because="", row=SimpleNamespace(uid=uid, name="alice"))
-    registry = SimpleNamespace(agents={"alice": agent}, change=lambda *_: events.append(agent.killed_because))
-    KernelMemoryGuard(registry, kill=lambda pid, _: killed.add(pid)).check()
-    assert [why in event for event in events] == [True], agent.killed_because
-    assert killed >= set(processes_of(uid)) != set()
+    events = found(site)
+    assert ask(site, "/forget").status == 200
+    assert [why in event for event in events] == [True], events
 
 
 def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_listed(site):
