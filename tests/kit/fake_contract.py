@@ -10,7 +10,7 @@ from dispatcher.config import plugins
 from dispatcher.config.plugins import GROUP
 from dispatcher.plugin import hookimpl
 from dispatcher.testing import ProviderContract
-from dispatcher.testing.checks import plugin as checks_of_plugins
+from dispatcher.testing import declared
 from tests.support.fake_provider import FakeBackend, FakeOptions, FakeProvider
 
 
@@ -38,7 +38,7 @@ class FakeContract(ProviderContract):
         if found is None:
             found = (Declared("fake", "declared", GROUP),)
             vars(found[0])["registered"] = self.provider_class
-        for module in (plugins, checks_of_plugins):
+        for module in (plugins, declared):
             monkeypatch.setattr(module, "entry_points", lambda **_: found)
 
     @pytest.fixture

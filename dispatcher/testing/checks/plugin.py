@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import inspect
 import time
-from importlib.metadata import entry_points
 from types import ModuleType
 
 import pytest
 
-from dispatcher.config.plugins import GROUP, Plugins, distribution
+from dispatcher.config.plugins import Plugins
 from dispatcher.plugin import hooks, names
 from dispatcher.plugin.errors import BadRequest, PluginError
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract, needs_no
+from dispatcher.testing.declared import expect_declared_once
 from dispatcher.testing.driver import expect
 
 
@@ -23,14 +23,7 @@ class PluginChecks(Contract, page="docs/reference/hooks.md"):
     @needs_no("no_entry_point")
     def test_entry_point_is_declared_once(self, provider: Provider) -> None:
         """One installed distribution declares an entry point of the provider's name."""
-        name = provider.name
-        found = {(entry.value, distribution(entry)) for entry in entry_points(group=GROUP) if entry.name == name}
-        expect(
-            found,
-            f"no installed distribution declares the plugin {name!r}: write [project.entry-points.{GROUP!r}] with "
-            f'{name} = "{type(provider).__module__}" into pyproject.toml, and `pip install` it',
-        )
-        expect(len(found) == 1, f"the plugin {name!r} is declared twice, {sorted(found)}: uninstall one of them")
+        expect_declared_once(provider.name, type(provider).__module__)
 
     @needs_no("no_entry_point")
     def test_hook_returns_the_class(self, provider: Provider) -> None:
