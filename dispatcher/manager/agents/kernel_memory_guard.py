@@ -53,7 +53,7 @@ class KernelMemoryGuard:
         self, registry: Registry, *, proc: Path = Path("/proc"), kill: Callable[[int, int], None] = os.kill
     ) -> None:
         self._registry, self._proc, self._kill = registry, proc, kill
-        self._slab, self._pages, self._settled = _Growth(), _Growth(), _Growth()
+        self._slab, self._pages = _Growth(), _Growth()
         self._next = self._next_pools = 0.0
 
     def check(self) -> None:
@@ -75,9 +75,10 @@ class KernelMemoryGuard:
 
     def _due(self, now: float) -> Iterator[Search]:
         slab, pages = _kernel_memory(self._proc)
-        if self._slab.grown(slab) or now >= self._next:
+        grown = self._slab.grown(slab), self._pages.grown(pages)
+        if grown[0] or now >= self._next:
             yield from (netlink, file_locks, sockets, directories)
-        elif self._pages.grown(pages) and self._settled.grown(pages - _free_lists(self._proc)):
+        elif grown[1]:
             yield sockets
         if now >= self._next_pools:
             yield from full_pools(self._proc)
@@ -158,24 +159,26 @@ class _Growth:
 def _kernel_memory(proc: Path) -> tuple[int, int]:
     """Return the sizes of the kernel's unreclaimable objects, and of the pages that nothing explains, in bytes.
 
-    The latter are pages of sockets, of drivers, and those that the processors keep to give them away again.
+    The latter are pages of sockets and drivers.  Each processor keeps free pages, whose number changes fast: they
+    are not in MemFree, and are subtracted.
     """
-    descriptor = os.open(proc / "meminfo", os.O_RDONLY | os.O_CLOEXEC)  # read very often: be cheap
-    try:
-        fields = os.read(descriptor, 16384).split()
-    finally:
-        os.close(descriptor)
+    fields = _read(proc / "meminfo").split()
     sizes = {name: int(value) for name, value in itertools.pairwise(fields) if name.endswith(b":")}
     explained = sum(sizes.get(name, 0) for name in _EXPLAINED)
-    return sizes.get(b"SUnreclaim:", 0) << 10, sizes.get(b"MemTotal:", 0) - explained << 10
-
-
-def _free_lists(proc: Path) -> int:
-    """Return the size of the free pages that each processor keeps for itself, in bytes: it changes fast."""
+    pages = sizes.get(b"MemTotal:", 0) - explained << 10
     with contextlib.suppress(OSError):
-        lines = (proc / "zoneinfo").read_bytes().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.lstrip().startswith(b"count:")) * _PAGE
-    return 0
+        kept = _read(proc / "zoneinfo").split(b" count: ")[1:]
+        pages -= sum(int(each.split(None, 1)[0]) for each in kept) * _PAGE
+    return sizes.get(b"SUnreclaim:", 0) << 10, pages
+
+
+def _read(path: Path) -> bytes:
+    """Read a file that is read very often, cheaply."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(descriptor, 1 << 18), b""))
+    finally:
+        os.close(descriptor)
 
 
 def _uid(proc: Path, pid: str) -> int:
