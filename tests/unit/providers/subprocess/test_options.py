@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from dataclasses import replace
 
 import pytest
 from dispatcher_subprocess.options import AppOptions, Options, endpoint_kind
@@ -11,7 +10,7 @@ from pydantic import ValidationError
 
 from dispatcher.config.load import parse
 from dispatcher.plugin.errors import ConfigError
-from dispatcher.plugin.model import AgentSpec, App, Limits
+from dispatcher.plugin.model import AgentSpec, App
 from dispatcher.config.plugins import Plugins
 
 
