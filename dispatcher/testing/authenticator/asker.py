@@ -77,7 +77,8 @@ class Asker:
         def run() -> object:
             return getattr(self.authenticator, method)(*arguments, deadline=Deadline(allowed))
 
-        return in_time(f"{method}()", run, allowed, self.slack)
+        advice = "by deadline.remaining(), and raise Unavailable when it is over"
+        return in_time(f"{method}()", run, allowed, self.slack, advice)
 
     def accepted(self, name: str, password: str, what: str = "the right password") -> Answer:
         """Expect that somebody may come in."""
@@ -111,16 +112,20 @@ class Asker:
         pytest.fail(f"authenticate() {answer} for {what}: return None, as for any wrong password")
 
 
-def in_time(what: str, work: Callable[[], object], allowed: float, slack: float) -> Answer:
-    """Return what became of a call; fail where it takes longer than `allowed` and `slack` seconds."""
+def in_time(
+    what: str, work: Callable[[], object], allowed: float, slack: float, advice: str = "in time"
+) -> Answer:
+    """Return what became of a call; fail where it takes longer than `allowed` and `slack` seconds.
+
+    :param advice: by what every wait should be bounded.
+    """
     __tracebackhide__ = True
     began = time.monotonic()
     try:
         value = within(allowed + slack, work)
     except Hangs:
         pytest.fail(
-            f"{what} has not returned {slack:g} s after its deadline of {allowed:g} s: bound every wait by "
-            "deadline.remaining(), and raise Unavailable when it is over"
+            f"{what} has not returned {slack:g} s after its deadline of {allowed:g} s: bound every wait {advice}"
         )
     except BaseException as error:  # SystemExit too: it is a verdict
         return Answer(None, error, time.monotonic() - began)
