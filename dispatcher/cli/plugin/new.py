@@ -15,7 +15,7 @@ Kind = Literal["provider", "authenticator", "observer"]
 TEMPLATES = Path(__file__).with_name("templates")
 DESCRIPTIONS: dict[Kind, str] = {
     "provider": "Agents as plain processes",
-    "authenticator": "People in a file",
+    "authenticator": "Users in a file",
     "observer": "Events as lines of JSON",
 }
 
