@@ -89,7 +89,7 @@ def seccomp_profile(capabilities: frozenset[str] = frozenset(), *, multicast: bo
         _rule(["clone"], _masked(0, namespaces | files, 0)),
         _rule(["clone"], _masked(0, namespaces | thread, thread)),
         *(_rule(["personality"], _argument("EQ", value)) for value in _PERSONALITIES),
-        *(_rule(["socket", "socketpair"], _argument("EQ", family)) for family in FAMILIES),
+        *(rule for family in FAMILIES for rule in _sockets(family)),
         *(_rule(["ioctl"], _masked(1, mask, value)) for mask, value in all_but(_QUOTA_IOCTLS)),
         *_options(multicast=multicast),
         *_memory(),
@@ -97,6 +97,15 @@ def seccomp_profile(capabilities: frozenset[str] = frozenset(), *, multicast: bo
         _rule(list(system_calls.ATTRIBUTES), error=system_calls.ATTRIBUTE_ERROR),
     ]
     return json.dumps({"defaultAction": "SCMP_ACT_ERRNO", "syscalls": rules})
+
+
+def _sockets(family: int) -> Iterator[dict[str, Any]]:
+    """Yield the rules of socket(2) and socketpair(2) for a family."""
+    calls, of_family = ["socket", "socketpair"], _argument("EQ", family)
+    protocols = system_calls.PROTOCOLS.values()
+    yield from (_rule(calls, of_family, _masked(2, mask, value)) for mask, value in all_but(protocols))
+    for one in protocols:
+        yield _rule(calls, of_family, _masked(2, _SHORT, one), error=system_calls.PROTOCOL_ERROR)
 
 
 def _options(*, multicast: bool) -> Iterator[dict[str, Any]]:

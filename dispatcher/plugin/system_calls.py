@@ -33,6 +33,17 @@ MULTICAST: Mapping[int, Mapping[str, int]] = {
 #: As a kernel without the option answers; zeroconf, among others, goes on.
 OPTION_ERROR = errno.ENOPROTOOPT
 
+#: Protocols of socket(2) whose memory no control group counts and no list tells; the kernel may load modules for
+#: them.  The error is that of a kernel without them: servers that try MPTCP first, as those in Go, then use TCP.
+PROTOCOLS = {
+    "IPPROTO_DCCP": 33,
+    "IPPROTO_L2TP": 115,
+    "IPPROTO_SCTP": 132,
+    "IPPROTO_SMC": 256,
+    "IPPROTO_MPTCP": 262,
+}
+PROTOCOL_ERROR = errno.EPROTONOSUPPORT
+
 #: Call -> position of the number of descriptors.  Each takes up to 128 bytes until the call returns.
 WAITS = {"poll": 1, "ppoll": 1, "select": 0, "pselect6": 0}
 #: The largest such number.  poll(2) documents the error for numbers above RLIMIT_NOFILE.

@@ -140,7 +140,8 @@ def program(machine: str = "", *, multicast: bool = False) -> bytes:
     )
     body += _call(NAMESPACE_MAKERS["unshare"][column], _bits(0, _NEW_USER, _NEW_USER, errno.EPERM))
     for maker in SOCKET_MAKERS.values():
-        body += _call(maker[column], _none_of(0, FAMILIES, errno.EAFNOSUPPORT))
+        protocols = _any_of(2, system_calls.PROTOCOLS.values(), system_calls.PROTOCOL_ERROR)
+        body += _call(maker[column], _none_of(0, FAMILIES, errno.EAFNOSUPPORT) + protocols)
     body += _call(IOCTL[column], _any_of(1, QUOTA_IOCTLS.values(), errno.EPERM))
     options = _level(socket.SOL_SOCKET, system_calls.SOCKET_FILTERS.values(), errno.EPERM)
     for level, numbers_of_level in system_calls.refused_options(multicast=multicast).items():

@@ -191,6 +191,8 @@ def refused():
         "access list": lambda: os.setxattr(os.memfd_create("a"), "system.posix_acl_access", acl),
         "default access list": lambda: os.setxattr("/data", "system.posix_acl_default", acl),
         "policy": policy,
+        "protocol MPTCP": lambda: socket.socket(v4, tcp, 262).close(),
+        "protocol TCP": lambda: socket.socket(v4, tcp, socket.IPPROTO_TCP).close(),
     }
     answers = {"poll of 1024": first}
     for name, call in tries.items():
@@ -343,6 +345,8 @@ def test_calls_whose_memory_is_counted_nowhere_are_refused_and_interfaces_are_li
         "access list": errno.EOPNOTSUPP,
         "default access list": errno.EOPNOTSUPP,
         "policy": errno.EPERM,
+        "protocol MPTCP": errno.EPROTONOSUPPORT,
+        "protocol TCP": 0,
     }
 
 

@@ -20,7 +20,7 @@ from dispatcher.manager.agents.socket_memory import internet_sockets, socket_mem
 NETLINK = 64 << 20  # bytes in the queues of an agent's netlink sockets
 SOCKETS = 64 << 20  # bytes of an agent's sockets beyond those that its control group counts
 FEW_SOCKETS = 8  # of TCP, UDP and so on: too few to hold much
-UNLISTED = 1_000  # sockets of an agent whose memory cannot be read
+UNLISTED = 500  # sockets of an agent whose memory cannot be read
 DIRECTORIES = 4_096  # open directories of an agent: up to 13 KiB each
 LOCKS = 10_000  # file locks of an agent: about 2 MiB
 READ_LOCKS = 25_000  # of the host's locks, newest first; the time grows with the square: 0.1 s

@@ -13,6 +13,7 @@ def answers(call, multicast=False):
     ]
     compare = {
         "SCMP_CMP_MASKED_EQ": lambda given, one: given & one["value"] == one["valueTwo"],
+        "SCMP_CMP_EQ": lambda given, one: given == one["value"],
         "SCMP_CMP_LE": lambda given, one: given <= one["value"],
         "SCMP_CMP_GT": lambda given, one: given > one["value"],
     }
@@ -64,6 +65,19 @@ def test_waiting_for_many_descriptors_locks_of_open_files_and_huge_pages_are_ref
         True,
     ], "a thread, vfork"
     assert not clone(0x20000000 | 0x10000), "a new namespace"
+
+
+def test_sockets_of_listed_families_and_of_all_protocols_but_some():
+    answer = answers("socket")
+    for family in range(64):
+        found = {protocol: answer(family, 1, protocol) for protocol in range(300)}
+        refused = {protocol for protocol, each in found.items() if each == [errno.EPROTONOSUPPORT]}
+        allowed = {protocol for protocol, each in found.items() if each == [0]}
+        if family in (1, 2, 10, 16):
+            assert refused == {33, 115, 132, 256, 262} and len(allowed) == 295, "DCCP, L2TP, SCTP, SMC, MPTCP"
+        else:
+            assert not allowed
+    assert answer(2, 1, 1 << 32 | 262) == [errno.EPROTONOSUPPORT], "the kernel takes 32 bits"
 
 
 def test_all_commands_of_ioctl_pass_but_those_that_leave_a_quota():

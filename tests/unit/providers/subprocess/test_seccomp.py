@@ -39,6 +39,9 @@ def test_the_filter_refuses_its_list_and_allows_the_rest(machine):
         open_ = {family for family in range(64) if run(program, machine, number, family) == 0}
         assert open_ == {1, 2, 10, 16}, "UNIX, INET, INET6, NETLINK"
         assert run(program, machine, number, 40) == errno.EAFNOSUPPORT, "AF_VSOCK"
+        refused_ = {protocol for protocol in range(300) if run(program, machine, number, 2, third=protocol)}
+        assert refused_ == {33, 115, 132, 256, 262}, "DCCP, L2TP, SCTP, SMC, MPTCP"
+        assert run(program, machine, number, 2, third=1 << 32 | 262) == errno.EPROTONOSUPPORT
         assert run(program, machine, number, 1 << 32 | 40) == errno.EAFNOSUPPORT, "the kernel takes 32 bits"
     for number in range(600):
         if number in sockets:
