@@ -6,16 +6,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 ARGS ?=
+SUITE ?= trixie
 IMAGE ?= agent-dispatcher
 VERSION = $(shell sed -n 's/^    version="\(.*\)",$$/\1/p' setup.py)
 # Compiled at the installation where a C compiler is found (docs/adr/0010).
 COMPILED = $(wildcard $(addprefix dispatcher/proxy/edge/,http/*.py routing/*.py net/*.py))
 
-.PHONY: help demo test check gallery bench docs deb image clean machine
+.PHONY: help demo test check gallery bench docs deb image clean machine test-release
 
 help:
 	@echo 'make demo    try it: two users, each with an instance of a small app, in your browser'
 	@echo 'make test    all tests; as root it first installs and starts their requirements'
+	@echo 'make test-release SUITE=trixie   the package on a whole machine of that Debian or Ubuntu release, as root'
 	@echo 'make check   style, types and unit tests, in under a minute'
 	@echo 'make gallery try all apps of examples/gallery in Chromium (installs 3 GB into .cache)'
 	@echo 'make bench   run the benchmarks; see bench/RESULTS.md'
@@ -37,6 +39,9 @@ check: $(VENV)/.test
 
 test: machine $(VENV)/.test
 	@VENV='$(VENV)' tests/machine/run $(ARGS)
+
+test-release: machine $(VENV)/.test
+	DISPATCHER_TEST_SUITE='$(SUITE)' $(BIN)/pytest -n0 tests/integration/test_machine.py $(ARGS)
 
 gallery: $(VENV)/.test
 	$(BIN)/pytest -n0 -m gallery tests/browser/test_gallery.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The Debian package on a whole machine: Debian with its own kernel, systemd and cgroup version 2, emulated.
+"""The Debian package on a whole machine: Debian or Ubuntu with its own kernel, systemd and cgroup version 2, emulated.
 
 One machine serves all tests, in their order, from the installation to the removal.  Agents run the kit's probe, which
 does in an agent what it is asked to.  The data is on a file system with project quotas.
@@ -8,11 +8,12 @@ import json
 import re
 import shutil
 import time
+from shlex import quote
 
 import pytest
 
 from tests.support.package import newer, package
-from tests.support.real_machine import ROOT, Machine
+from tests.support.real_machine import ROOT, SUITE, Machine
 
 pytestmark = [pytest.mark.root, pytest.mark.xdist_group("machine"), pytest.mark.timeout(900)]
 
@@ -70,6 +71,9 @@ class Service:
     """The service in the machine, through its REST interface: the command line takes seconds under emulation."""
 
     helper = ""  # the program of private networks
+    socket = "/run/dispatcher/manager.sock"
+    agents = AGENTS
+    units = "-u 'dispatcher-*'"
 
     def __init__(self, machine):
         self.machine, self.run = machine, machine.run
@@ -77,7 +81,7 @@ class Service:
     def api(self, method, path, body=None, status=range(200, 300)):
         data = f"-H 'Content-Type: application/json' -d '{json.dumps(body)}'" if body else ""
         done = self.run(
-            f"curl -sS -m 100 -X {method} {data} -w '\\n%{{http_code}}' --unix-socket /run/dispatcher/manager.sock"
+            f"curl -sS -m 100 -X {method} {data} -w '\\n%{{http_code}}' --unix-socket {self.socket}"
             f" 'http://localhost{path}'",
             check=False,
         )
@@ -126,7 +130,7 @@ class Service:
         ).out
 
     def group(self, name):
-        return self.run(f"ls -d {AGENTS}/dispatcher-*/dispatcher-*-{name}-*").out.strip()
+        return self.run(f"ls -d {self.agents}/dispatcher-*/dispatcher-*-{name}-*").out.strip()
 
     def read(self, name, file):
         return self.run(f"cat {self.group(name)}/{file}").out.strip()
@@ -136,11 +140,30 @@ class Service:
 
     def journal(self, since=""):
         return self.run(
-            f"uptime; journalctl -b --no-pager -u 'dispatcher-*' {since and f'--since=@{since}'} | tail -n 60"
+            f"uptime; journalctl -b --no-pager {self.units} {since and f'--since=@{since}'} | tail -n 60"
         ).out
 
     def now(self):
         return self.run("sleep 1; date +%s").out.strip()
+
+
+class OwnService(Service):
+    """That of an ordinary user, zoe, who is logged in only while a command runs."""
+
+    socket = "/run/user/2000/dispatcher/manager.sock"
+    agents = (
+        "/sys/fs/cgroup/user.slice/user-2000.slice/user@2000.service/dispatcher.slice/dispatcher-agents.service"
+    )
+    units = "_UID=2000"
+
+    def login(self, script, **options):
+        return self.run(f"runuser -l zoe -c {quote(script)}", **options)
+
+    def documented(self, heading):
+        """Return the last commands of a section of the documentation."""
+        page = (ROOT / "docs/howto/run-as-an-ordinary-user.md").read_text().partition(f"## {heading}\n")[2]
+        commands = page.partition("\n## ")[0].rpartition("```sh\n")[2].partition("```")[0]
+        return f"set -e; cd /srv/project; {commands}"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +174,8 @@ def service(tmp_path_factory):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (work / "extra.toml").write_text(CONFIG.format(network="pasta"))
     files = {path.name: path for path in (project, work / "extra.toml")}
-    files |= {"package.deb": package(), "newer.deb": newer(package(), work / "newer.deb")}
+    built = package(SUITE)
+    files |= {"package.deb": built, "newer.deb": newer(built, work / "newer.deb")}
     machine = Machine(files, install=INSTALL)
     try:
         machine.run("systemctl start dispatcher-manager dispatcher-proxy", timeout=300)
@@ -563,12 +587,72 @@ def test_an_upgrade_keeps_the_agents_running_and_refuses_no_connection(service):
     assert service.run("dpkg-query -Wf '${Version}' agent-dispatcher").out.startswith("1:")
 
 
-def test_after_a_reboot_agents_are_in_their_desired_state(service):
+OWN_CONFIG = """
+[proxy]
+listen = ["127.0.0.1:8090"]
+"""
+
+
+@pytest.fixture(scope="module")
+def own(service):
+    return OwnService(service.machine)
+
+
+def test_an_ordinary_user_starts_the_service_by_units_of_its_own(own):
+    config = OWN_CONFIG + CONFIG.format(network="auto")
+    own.run("useradd --create-home --uid 2000 --shell /bin/bash zoe && loginctl enable-linger zoe")
+    own.login("mkdir -p .local/bin .config/dispatcher; ln -s /usr/bin/dispatcher .local/bin")
+    own.run("cat >/home/zoe/.config/dispatcher/dispatcher.toml", stdin=config)
+    if SUITE == "noble":
+        told = own.login("dispatcher providers check subprocess", check=False).all
+        assert "without a sandbox: bwrap" in told
+        assert "allow it by a profile of AppArmor" in told
+        own.run(own.documented("Ubuntu 23.10 and later"))
+    own.login(own.documented("Install"), timeout=300)
+    own.add("alice", "probe")
+    limits = {file: own.read("alice", file) for file in ("memory.max", "cpu.max", "pids.max")}
+    assert limits == {"memory.max": str(64 << 20), "cpu.max": "20000 100000", "pids.max": "30"}
+
+
+def test_the_agents_of_an_ordinary_user_live_on_without_a_login_and_over_a_restart(own):
+    before = own.processes("alice")
+    own.until("the logout", lambda: "zoe" not in own.run("loginctl list-sessions --no-legend").out)
+    own.want("alice", "suspended")
+    assert own.read("alice", "cgroup.events").splitlines()[1] == "frozen 1"
+    ask = "curl -sS -m 90 -b /tmp/own -c /tmp/own -H 'Accept: application/json' -H 'Origin: http://127.0.0.1:8090'"
+    body = json.dumps({"user": "alice", "password": PASSWORD})
+    own.run(
+        f"{ask} --fail -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:8090/auth/login"
+        f" && {ask} --fail http://127.0.0.1:8090/env"
+    )
+    assert own.state("alice") == "running"
+    own.login("systemctl --user restart dispatcher-manager", timeout=200)
+    assert own.processes("alice") == before
+    assert own.state("alice") == "running"
+
+
+def test_an_ordinary_users_agent_cannot_exceed_its_limits(own):
+    assert int(own.ask("alice", "/fork?count=100", "")) < 30
+    own.ask("alice", f"/memory?bytes={200 << 20}", "")
+    own.until("its end is told", lambda: "out of memory" in json.dumps(own.api("GET", "/agents/alice/events")))
+    own.want("alice", "running")
+
+
+def test_after_a_reboot_agents_are_in_their_desired_state(service, own):
     service.want("bob", "stopped")
     service.machine.reboot()
     service.until("alice is back", lambda: service.state("alice") == "running")
     assert service.state("bob") == "stopped"
     assert service.run("systemctl --failed --plain --no-legend").out == ""
+    own.until("zoe's manager is back", lambda: own.run(f"test -S {own.socket}", check=False).code == 0)
+    own.until("her agent is back", lambda: own.state("alice") == "running")
+
+
+def test_an_ordinary_user_removes_the_service(own):
+    own.login(own.documented("Remove"), timeout=200)
+    own.run("loginctl disable-linger zoe && loginctl terminate-user zoe", check=False)
+    own.until("all ends", lambda: not own.run("pgrep -u zoe -a", check=False).out)
+    own.run("userdel -r zoe")
 
 
 def test_the_removal_of_the_package_as_documented(service):

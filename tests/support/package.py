@@ -1,10 +1,11 @@
-"""The Debian package of this source, built once for a run of the tests."""
+"""The Debian package of this source, built once for a run of the tests and for each release."""
 
 from __future__ import annotations
 
 import atexit
 import functools
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -16,13 +17,18 @@ HOME = "usr/lib/agent-dispatcher"
 
 
 @functools.cache
-def package() -> Path:
-    """Return the package's file; $DISPATCHER_TEST_PACKAGE names one that exists."""
+def package(suite: str = "") -> Path:
+    """Return the package's file; $DISPATCHER_TEST_PACKAGE names one that exists.
+
+    :param suite: the release of Debian or Ubuntu that it is for; by default that of this machine.
+    """
     if ready := os.environ.get("DISPATCHER_TEST_PACKAGE"):
         return Path(ready)
     directory = tempfile.mkdtemp(prefix="package-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     command = [ROOT / "packaging/build-deb", "--no-check", "--output", directory]
+    if suite not in ("", platform.freedesktop_os_release().get("VERSION_CODENAME")):
+        command = [ROOT / "tests/machine/build-package", suite, directory]
     # As from a make that was given a variable of the same name as one of debian/rules.
     environment = os.environ | {"MAKEFLAGS": " -- VENV=elsewhere"}
     built = subprocess.run(

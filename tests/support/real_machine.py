@@ -1,4 +1,4 @@
-"""A whole machine for tests: Debian with its own kernel, systemd and cgroup v2, emulated by QEMU.
+"""A whole machine for tests: Debian or Ubuntu with its own kernel, systemd and cgroup v2, emulated by QEMU.
 
 `tests/machine/build-machine` builds the system once.  Each machine's disk is made of a copy of it, in which a script may
 install something before the machine starts, as this is much faster than in the emulated machine.  There commands run
@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
+SUITE = os.environ.get("DISPATCHER_TEST_SUITE", "bookworm")  # the release of Debian or Ubuntu
 ROOT = Path(__file__).parent.parent.parent
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BOOT = 400  # seconds until it runs commands
@@ -41,7 +43,7 @@ class Machine:
     """A running machine."""
 
     def __init__(
-        self, files: dict[str, Path], *, install: str = "", memory: int = 2048, suite: str = "bookworm"
+        self, files: dict[str, Path], *, install: str = "", memory: int = 2048, suite: str = SUITE
     ) -> None:
         """Start it.
 
