@@ -6,25 +6,25 @@ thread, for different agents at the same time, but not concurrently for one agen
 
 Rules for all methods:
 
-- `deadline` bounds the call.  After it a method raises `DeadlineExceeded`; the next `ensure`, `stop` or `destroy`
-  completes what it began.
+- `deadline` bounds the call.  When it has passed, a method raises `DeadlineExceeded`; the next `ensure`, `stop` or
+  `destroy` completes the work.
 - `progress(step, detail="", fraction=None)` is called at least once a second in a long operation.  When it raises
   `Cancelled`, the method undoes what it began and lets the exception through.
-- If the backend does not answer, a method raises `Unavailable`; if it refuses, `ProviderError` with a fix.  No
-  exception of an SDK escapes (`raise ... from`).
+- If the backend does not answer, a method raises `Unavailable`; if the backend refuses, `ProviderError` with a fix.
+  Exceptions of an SDK are translated (`raise ... from`).
 - `stop`, `destroy`, `list` and `observe` work from the handle alone, without the app's configuration.
 
-The environment of an app, the same with every provider, so that a move to another provider is one line:
+Every provider gives an app the same environment, so that a move to another provider changes one line:
 
 - `{socket}`, `{port}` and `{data}` in its command (and in values of `App.environment`) are replaced by the path of
   its Unix socket, its TCP port and its data directory, as seen from inside;
-- its environment is `App.environment` (byte for byte but for those placeholders), `HOME` (the data directory,
-  also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`, `TMPDIR` (in the data, as
-  `/tmp` is small) and `AgentSpec.variables`; nothing of the manager's own environment.  `DISPATCHER_SECRETS` is a
-  directory in memory with one file per secret, readable by the agent alone;
+- its environment variables are those of `App.environment` (byte for byte except for these placeholders), `HOME`
+  (the data directory, which is also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`,
+  `TMPDIR` (in the data directory, because `/tmp` is small) and those of `AgentSpec.variables`; none of the manager's.
+  `DISPATCHER_SECRETS` names a directory in memory with one file per secret, readable by the agent alone;
 - its umask is 007 unless its options or the image set another: the proxy's group may connect to its socket, and
   others may read nothing;
-- its standard input is `AgentSpec.stdin` and then its end; empty without credentials.
+- its standard input is `AgentSpec.stdin`, then end of file; it is empty without credentials.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ class ProviderContext:
     :ivar state_dir: private to the provider, kept across reboots; :ivar run_dir: private, emptied at boot.
     :ivar proxy_gid: group of the proxy, which connects to endpoints.
     :ivar privileged: whether the manager runs as root.
+    :ivar log: logger for the provider's messages.
     """
 
     installation: str
@@ -114,14 +115,14 @@ class Provider(ABC):
     @property
     @abstractmethod
     def capabilities(self) -> frozenset[Capability]:
-        """Features that work on this machine; must not block; constant between calls of `check`."""
+        """Features that work on this machine.  Must not block; may change only in `check`."""
 
     @abstractmethod
     def check(self, *, deadline: Deadline) -> None:
-        """Return if the backend is usable.
+        """Return None if the backend is usable.
 
-        :raises Unavailable: it does not answer.
-        :raises ProviderError: it answers but cannot be used (too old, no permission, ...).
+        :raises Unavailable: the backend does not answer.
+        :raises ProviderError: the backend answers but cannot be used (too old, no permission, ...).
         """
 
     @abstractmethod
@@ -129,10 +130,10 @@ class Provider(ABC):
         """Describe what is isolated and what is not, for one app or for the backend as a whole."""
 
     def faults(self, app: App) -> Iterable[str]:
-        """Return why no agent of the app could start on this host, without a call to the backend.
+        """Return the reasons why no agent of the app could start on this host, without a call to the backend.
 
-        Each begins with the full path of a key.  `config check`, `providers check --app` and the manager's log
-        report them.
+        Each text begins with the full path of a key.  `config check`, `providers check --app` and the manager's
+        log report them.
         """
         return ()
 
@@ -144,17 +145,17 @@ class Provider(ABC):
     def handle(self, spec: AgentSpec) -> Handle:
         """Return the handle that an agent of this spec has or will have, without a call to the backend.
 
-        `observe`, `stop`, `destroy` and `import_data` work with it before the agent exists.
+        `observe`, `stop`, `destroy` and `import_data` accept the handle before the agent exists.
         """
 
     @abstractmethod
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         """Create and start the agent, or resume it if it is suspended.  Idempotent.
 
-        Returns when it runs, before it is ready.  A stopped agent of another spec is replaced.
+        Returns when the agent runs; the core waits until it is ready.  A stopped agent of another spec is replaced.
 
-        :raises SpecConflict: it runs, or is suspended, with another spec.
-        :raises Cancelled: by `progress`; nothing that it created is left.
+        :raises SpecConflict: the agent runs, or is suspended, with another spec.
+        :raises Cancelled: `progress` raised it; nothing that `ensure` created is left.
         """
 
     @abstractmethod
@@ -169,14 +170,14 @@ class Provider(ABC):
 
     @abstractmethod
     def stop(self, handle: Handle, *, grace: float, deadline: Deadline, progress: Progress) -> None:
-        """Stop the agent and all its processes: with SIGTERM or its equal, after `grace` seconds by force.
+        """Stop the agent and all its processes: with SIGTERM or its equivalent, after `grace` seconds by force.
 
-        An absent agent is success.  Data stays.  Afterwards the agent is `STOPPED` or `ABSENT`.
+        Succeeds if the agent is absent.  Data stays.  Afterwards the agent is `STOPPED` or `ABSENT`.
         """
 
     @abstractmethod
     def destroy(self, handle: Handle, *, data: bool, deadline: Deadline, progress: Progress) -> None:
-        """Remove the agent and everything that belongs to it on the backend.  An absent agent is success.
+        """Remove the agent and everything that belongs to it on the backend.  Succeeds if the agent is absent.
 
         :param data: also delete the data that the provider keeps itself (a volume, a disk image) and its log
             files.  The core deletes the canonical directory.
@@ -190,20 +191,23 @@ class Provider(ABC):
         """
 
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
-        """Suspend the agent, its memory kept in RAM or on disk.  Success if it is suspended at that depth."""
+        """Suspend the agent and keep its memory, in RAM or on disk.  Succeeds if it is suspended at that depth.
+
+        :raises NotFound: the agent does not exist.
+        """
         raise self.unsupported(Capability.SUSPEND if depth is Depth.RAM else Capability.HIBERNATE)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
-        """Resume the agent.  Success if it is running.
+        """Resume the agent.  Succeeds if it is running.
 
-        :raises NotFound: it no longer exists; the core then calls `ensure`.
+        :raises NotFound: the agent no longer exists; the core then calls `ensure`.
         """
         raise self.unsupported(Capability.SUSPEND)
 
     def logs(self, handle: Handle, *, tail: int, follow: bool, deadline: Deadline) -> Iterator[bytes]:
         """Yield the last `tail` lines of the agent's output, then (with `follow`) new ones until the deadline.
 
-        Lines have no line end and at most 64 KiB.  For an absent agent, yield what is still available.
+        Lines are without line end and at most 64 KiB long.  For an absent agent, yield what is still available.
         """
         raise self.unsupported(Capability.LOGS)
 
@@ -212,26 +216,26 @@ class Provider(ABC):
         raise self.unsupported(Capability.USAGE)
 
     def listeners(self, handle: Handle, *, deadline: Deadline) -> Sequence[str]:
-        """Return where the processes of a running agent listen, as endpoints seen from inside.
+        """Return where the processes of a running agent listen, as endpoints seen from inside the agent.
 
-        Such as ``tcp:127.0.0.1:8888`` or ``unix:/tmp/app.sock``.  Called when an app does not answer at its
-        endpoint: the error says what was found.  An empty result means that the provider cannot know.
+        For example ``tcp:127.0.0.1:8888`` or ``unix:/tmp/app.sock``.  Called when an app does not answer at its
+        endpoint: the error names what was found.  An empty result means that the provider cannot tell.
         """
         return ()
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
-        """Call `on_change(handle name)` from a thread of the provider when an agent changed by itself.
+        """Call `on_change(handle name)` from a thread of the provider when an agent has changed by itself.
 
-        Reconnects by itself, then reports ``""``: any agent can have changed in between.
+        Reconnects to the backend by itself, and then reports ``""``: any agent may have changed in between.
         """
         raise self.unsupported(Capability.EVENTS)
 
     def export_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        """Copy the stopped agent's data into the empty `directory`: owners, modes, times and links kept."""
+        """Copy the stopped agent's data into the empty `directory`, with owners, modes, times and links."""
         raise self.unsupported(Capability.OWN_DATA)
 
     def import_data(self, handle: Handle, directory: Path, *, deadline: Deadline, progress: Progress) -> None:
-        """Replace the data of the stopped (or not yet existing) agent by a copy of `directory`."""
+        """Replace the data of the stopped (or not yet existing) agent with a copy of `directory`."""
         raise self.unsupported(Capability.OWN_DATA)
 
     def close(self) -> None:
