@@ -25,7 +25,7 @@ SECTIONS = {
         "serve": Lazy("daemons", "serve", "Run manager and proxy together."),
         "manager": Lazy("daemons", "manager", "Run the manager."),
         "proxy": Lazy("daemons", "proxy", "Run the proxy."),
-        "demo": Lazy("demo", "demo", "Try it in a browser, with two users and the built-in app."),
+        "demo": Lazy("demo", "demo", "Try dispatcher in a browser, with two users and a demo app."),
         "reload": Lazy("daemons", "reload", "Reload the configuration without dropping a request."),
     },
     "Users and agents": {
@@ -40,14 +40,14 @@ SECTIONS = {
         "suspend": Lazy("agents", "suspend", "Suspend an agent and keep its memory."),
         "restart": Lazy("agents", "restart", "Restart an agent with its app's current configuration."),
         "reset-data": Lazy("agents", "reset_data", "Delete an agent's data."),
-        "purge": Lazy("agents", "purge", "Delete an agent's kept data."),
+        "purge": Lazy("agents", "purge", "Delete the kept data of an agent (old copies)."),
     },
     "Inspect": {
         "logs": Lazy("inspection", "logs", "Show an agent's output."),
         "why": Lazy("inspection", "why", "Explain an agent's state."),
         "top": Lazy("inspection", "top", "Show agents' memory and CPU use, continuously."),
-        "memory-usage": Lazy("inspection", "memory_usage", "Show agents' memory."),
-        "sessions": Lazy("inspection", "sessions", "List and end sign-ins."),
+        "memory-usage": Lazy("inspection", "memory_usage", "Show the memory of running agents."),
+        "sessions": Lazy("inspection", "sessions", "List and end sessions."),
     },
     "Installation": {
         "init": Lazy("init", "init", "Write a first configuration."),

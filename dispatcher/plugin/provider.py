@@ -10,8 +10,8 @@ Rules for all methods:
   `destroy` completes the work.
 - `progress(step, detail="", fraction=None)` is called at least once a second in a long operation.  When it raises
   `Cancelled`, the method undoes what it began and lets the exception through.
-- If the backend does not answer, a method raises `Unavailable`; if the backend refuses, `ProviderError` with a fix.
-  Exceptions of an SDK are translated (`raise ... from`).
+- If the backend does not answer, a method raises `Unavailable`; if the backend refuses, a `ProviderError` with a
+  fix.  Exceptions of an SDK are translated (`raise ... from`).
 - `stop`, `destroy`, `list` and `observe` work from the handle alone, without the app's configuration.
 
 Every provider gives an app the same environment, so that a move to another provider changes one line:
@@ -20,8 +20,8 @@ Every provider gives an app the same environment, so that a move to another prov
   its Unix socket, its TCP port and its data directory, as seen from inside;
 - its environment variables are those of `App.environment` (byte for byte except for these placeholders), `HOME`
   (the data directory, which is also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`,
-  `TMPDIR` (in the data directory, because `/tmp` is small) and those of `AgentSpec.variables`; none of the manager's.
-  `DISPATCHER_SECRETS` names a directory in memory with one file per secret, readable by the agent alone;
+  `TMPDIR` (in the data directory, because `/tmp` is small) and those of `AgentSpec.variables`; none of the
+  manager's.  `DISPATCHER_SECRETS` names a directory in memory with a file per secret, for the agent only;
 - its umask is 007 unless its options or the image set another: the proxy's group may connect to its socket, and
   others may read nothing;
 - its standard input is `AgentSpec.stdin`, then end of file; it is empty without credentials.
@@ -152,7 +152,7 @@ class Provider(ABC):
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         """Create and start the agent, or resume it if it is suspended.  Idempotent.
 
-        Returns when the agent runs; the core waits until it is ready.  A stopped agent of another spec is replaced.
+        Returns when the agent runs; the core waits until it is ready.  Replaces a stopped agent of another spec.
 
         :raises SpecConflict: the agent runs, or is suspended, with another spec.
         :raises Cancelled: `progress` raised it; nothing that `ensure` created is left.

@@ -143,7 +143,7 @@ def test_logs_can_be_followed(site, run):
     assert "hello-there" in run("logs", "heidi", "-n", "5").stdout
     sessions = json.loads(run("sessions", "list", "--json", "--user", "heidi").stdout)["sessions"]
     assert len(sessions) == 1
-    assert run("sessions", "revoke", sessions[0]["id"]).stdout == "1 sign-in ended\n"
+    assert run("sessions", "revoke", sessions[0]["id"]).stdout == "1 session ended\n"
     assert site.web("GET", "/", Cookie=cookie).status == 401
     assert run("remove", "--yes", "heidi").returncode == 0
 

@@ -33,15 +33,15 @@ def wait_option(function: _F) -> _F:
 @agent_argument
 @click.option("--app", metavar="APP", help="The agent's app; default: default_app of the configuration.")
 @password_option
-@click.option("--no-password", is_flag=True, help="Add no password, for users of an external directory.")
+@click.option("--no-password", is_flag=True, help="Set no password, for users whose passwords a plugin verifies.")
 @pass_cli
 def add(cli: Cli, name: str, app: str | None, password_stdin: bool, no_password: bool) -> None:
-    """Add the user NAME and an agent; asks for a password if all else is right.
+    """Add the user NAME and an agent.  Checks everything else before it asks for a password.
 
     For an existing user, --app adds another agent, named NAME:APP, without asking for a password.
     """
     if password_stdin and no_password:
-        raise click.UsageError("--password-stdin and --no-password exclude each other")
+        raise click.UsageError("--password-stdin and --no-password cannot be used together")
     client = cli.client()
     if password_stdin:
         agent = client.create_agent(name, new_password(from_stdin=True), app)
@@ -58,7 +58,7 @@ def add(cli: Cli, name: str, app: str | None, password_stdin: bool, no_password:
 
 @click.command(epilog="\b\nExamples:\n  dispatcher remove alice\n  dispatcher remove --keep-data --yes alice")
 @agent_argument
-@click.option("--keep-data", is_flag=True, help="Keep the data for an agent that is added with the same name.")
+@click.option("--keep-data", is_flag=True, help="Keep the data for a later agent of the same name.")
 @yes_option
 @wait_option
 @pass_cli
@@ -82,7 +82,7 @@ def remove(cli: Cli, name: str, keep_data: bool, yes: bool, wait: bool) -> None:
 @password_option
 @pass_cli
 def passwd(cli: Cli, name: str, password_stdin: bool) -> None:
-    """Set the password of the user NAME and end the user's sign-ins."""
+    """Set the password of the user NAME and end the user's sessions."""
     client = cli.client()
     # Checked before the password is typed.  A user may have only agents of other apps (NAME:APP).
     agents = [agent["name"] for agent in client.agents()["agents"] if name in (agent["name"], agent["user"])]

@@ -35,12 +35,12 @@ _CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aeiou"
     help="Directory for all files; default: a temporary one.",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port; default: 8080, or the next free one.")
-@click.option("--keep", is_flag=True, help="Keep the directory at the end.")
+@click.option("--keep", is_flag=True, help="Do not delete the directory at the end.")
 @pass_cli
 def demo(cli: Cli, directory: Path | None, port: int | None, keep: bool) -> int:
-    """Try it in a browser: the built-in app, with one agent each for the users alice and bob, until Ctrl-C.
+    """Try dispatcher in a browser: run a demo app for the users alice and bob until Ctrl-C.
 
-    The configuration of this machine is neither read nor changed.
+    Neither reads nor changes the configuration of this machine.
     """
     from dispatcher.cli.serve import Daemons, global_options
     from dispatcher.config.load import load

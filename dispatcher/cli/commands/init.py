@@ -37,16 +37,17 @@ Examples:
 @click.option("--image", metavar="IMAGE", help="The app's image (docker, libvirt).")
 @click.option("--port", type=click.IntRange(1, 65535), help="The app's TCP port in its container or machine.")
 @click.option("--listen", metavar="HOST:PORT", help=f"Address of the proxy [{LISTEN}].")
-@click.option("--public-url", metavar="URL", help="The address in browsers, such as https://apps.example.org.")
+@click.option("--public-url", metavar="URL", help="Address that users open, such as https://apps.example.org.")
 @click.option("--tls-cert", metavar="FILE", help="The proxy's certificate.")
 @click.option("--tls-key", metavar="FILE", help="The certificate's private key.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask, use the defaults.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask; use the defaults.")
 @pass_cli
 def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
-    """Write a commented configuration, and check it.
+    """Check a commented configuration and write it.
 
-    The file is that of --config, otherwise this user's own.  Existing files stay, and what has faults is not
-    written.  On a terminal it asks for what no option has given; elsewhere it needs options or --yes.
+    Writes the file that --config names, otherwise this user's default file.  An existing file is not changed, and
+    an invalid configuration is not written.  On a terminal, asks for what the options leave open; elsewhere it
+    needs options or --yes.
     """
     path = cli.config_path or default_paths.config_file()
     if os.path.lexists(path):

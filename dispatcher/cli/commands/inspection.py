@@ -181,7 +181,7 @@ def logs(cli: Cli, name: str, follow: bool, tail: int) -> None:
 def why(cli: Cli, name: str) -> None:
     """Explain the state of the agent NAME: cause, history, what comes next.
 
-    For the ID of a request, which pages about failures show, it says where to look.
+    NAME can also be the request ID from an error page: then it says which log has the reason.
     """
     client = cli.client()
     copies: list[Json] = []
@@ -282,14 +282,14 @@ def memory_usage(cli: Cli) -> None:
 
 @click.group(epilog="\b\nExamples:\n  dispatcher sessions list\n  dispatcher sessions revoke --user alice")
 def sessions() -> None:
-    """List and end sign-ins."""
+    """List and end sessions (sign-ins of users)."""
 
 
 @sessions.command("list", epilog="\b\nExample:\n  dispatcher sessions list --user alice")
 @click.option("--user", metavar="NAME", help="Only those of this user.")
 @pass_cli
 def list_sessions(cli: Cli, user: str | None) -> None:
-    """List the sign-ins with user, address and time."""
+    """List the sessions with user, address and time."""
     found = cli.client().sessions(names.user_name(user) if user else None)
     cli.out.table(
         found,
@@ -306,7 +306,7 @@ def list_sessions(cli: Cli, user: str | None) -> None:
             ]
             for session in found["sessions"]
         ),
-        empty="no sign-ins",
+        empty="no sessions",
         least=("BROWSER", "AGENT", "ADDRESS", "SIGNED IN"),
     )
 
@@ -319,9 +319,9 @@ def list_sessions(cli: Cli, user: str | None) -> None:
 @click.option("--user", metavar="NAME", help="All those of this user.")
 @pass_cli
 def revoke(cli: Cli, session: str | None, user: str | None) -> None:
-    """End the sign-in ID, or all those of a user, and close their connections."""
+    """End the session ID, or all sessions of a user, and close their connections."""
     if (session is None) == (user is None):
-        raise click.UsageError("Give the ID of one sign-in, or --user NAME")
+        raise click.UsageError("Give the ID of one session, or --user NAME")
     client = cli.client()
     if user is not None:
         count = int(client.revoke_sessions(names.user_name(user)).get("revoked", 0))
@@ -331,4 +331,4 @@ def revoke(cli: Cli, session: str | None, user: str | None) -> None:
     if cli.out.json:
         cli.out.data({"revoked": count})
     else:
-        cli.out.line(f"{count} sign-in{'' if count == 1 else 's'} ended")
+        cli.out.line(f"{count} session{'' if count == 1 else 's'} ended")

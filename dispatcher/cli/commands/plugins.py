@@ -31,9 +31,9 @@ CONFIGURED = {
     "  dispatcher plugin check dispatcher-staff"
 )
 def plugin() -> None:
-    """List plugins (providers, authenticators, observers), write a new one, and check one.
+    """List plugins (providers, authenticators, observers), write a new one, or check one.
 
-    The group can be written `plugins`, too.
+    `dispatcher plugins` does the same.
     """
 
 
@@ -44,8 +44,8 @@ def plugin() -> None:
 def list_plugins(cli: Cli) -> None:
     """List the installed plugins with their distributions, whether the configuration uses them, and their faults.
 
-    A plugin that nothing uses is not imported, so it is not known what it is.  Without a manager on this machine,
-    this program loads the plugins of the configuration itself.
+    A plugin that the configuration does not use is not imported, so its kind is not known.  If no manager runs on
+    this machine, this command loads the configured plugins itself.
     """
     try:
         found = cli.client().plugins()["plugins"]
@@ -96,28 +96,33 @@ def _loaded_here(cli: Cli) -> list[Json]:
 
 
 @plugin.command(
-    short_help="Write a new plugin that works.",
+    short_help="Write a new, working plugin.",
     epilog="\b\nExamples:\n  dispatcher plugin new staff --authenticator\n"
     "  dispatcher plugin new boxes --provider ./boxes",
 )
 @click.argument("name")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--provider", "kind", flag_value="provider", help="Isolates agents; the new one runs plain processes."
+    "--provider", "kind", flag_value="provider", help="A provider, which isolates agents: as plain processes."
 )
 @click.option(
-    "--authenticator", "kind", flag_value="authenticator", help="Checks passwords; the new one has a file."
+    "--authenticator",
+    "kind",
+    flag_value="authenticator",
+    help="An authenticator, which verifies passwords: from a file.",
 )
-@click.option("--observer", "kind", flag_value="observer", help="Gets events; the new one writes lines of JSON.")
+@click.option(
+    "--observer", "kind", flag_value="observer", help="An observer, which gets events: it writes lines of JSON."
+)
 @pass_cli
 def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:
-    """Write a new plugin NAME that works, as a distribution of its own, into DIRECTORY.
+    """Write a working plugin NAME, which can be installed by pip, into DIRECTORY.
 
-    It has a module, tests with the conformance kit, a README and a CI file for GitHub Actions.  DIRECTORY must not
-    exist; by default it is dispatcher-NAME.
+    DIRECTORY gets a module, tests with the conformance kit, a README and a CI file for GitHub Actions.  It must
+    not exist; the default is dispatcher-NAME.
     """
     if kind is None:
-        raise click.UsageError("Say what it is: --provider, --authenticator or --observer")
+        raise click.UsageError("Name the kind of plugin: --provider, --authenticator or --observer")
     from dispatcher.cli.plugin.new import new as write
 
     target = write(name, kind, directory)
@@ -144,9 +149,9 @@ def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:
 def check(cli: Cli, directory: Path) -> int:
     """Install the plugin in DIR into a fresh environment, load it and run its tests.
 
-    The environment is a temporary venv that also sees the packages of this program, so the core is the installed
-    one.  pip asks a package index only for what is not there.  DIR itself is not changed.  Tests that subclass a
-    contract of dispatcher.testing are the judgement: without one the check fails.
+    The environment is a temporary venv that can also import this program's packages, so the tests run against the
+    installed dispatcher, and pip uses a package index only for packages that are missing.  DIR is not changed.
+    The check fails unless the tests subclass a contract of dispatcher.testing and pass.
     """
     from dispatcher.cli.plugin.check import check as run
     from dispatcher.cli.plugin.check import read

@@ -27,7 +27,7 @@ def agent_argument(function: _F) -> _F:
 def yes_option(function: _F) -> _F:
     """Add ``--yes``."""
     return click.option(
-        "-y", "--yes", is_flag=True, help="Do not ask for confirmation (only terminals are asked)."
+        "-y", "--yes", is_flag=True, help="Do not ask for confirmation (asked only on a terminal)."
     )(function)
 
 

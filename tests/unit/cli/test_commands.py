@@ -408,12 +408,12 @@ def test_sessions(run, manager):
     assert "0123456789abcdef" in out
     assert "\x1b" not in out
     manager.answers["DELETE /sessions/0123456789abcdef"] = 204, None
-    assert run("sessions", "revoke", "0123456789abcdef")[:2] == (0, "1 sign-in ended\n")
+    assert run("sessions", "revoke", "0123456789abcdef")[:2] == (0, "1 session ended\n")
     manager.answers["DELETE /sessions"] = lambda query, _: (
         200,
         {"revoked": 3 if query == {"user": "alice"} else 0},
     )
-    assert run("sessions", "revoke", "--user", "Alice")[1] == "3 sign-ins ended\n"
+    assert run("sessions", "revoke", "--user", "Alice")[1] == "3 sessions ended\n"
 
 
 def test_providers(run, manager):

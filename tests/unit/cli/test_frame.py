@@ -117,7 +117,7 @@ def test_aliases_of_the_ancestor(run, alias, name):
         (["info", "a\nb"], r"Bad name 'a\nb': the character '\n' is not allowed"),
         (["info", ""], "Bad name: a name has 1 to 255 characters"),
         (["logs", "alice", "-n", "many"], "Invalid value for '-n'"),
-        (["sessions", "revoke"], "Give the ID of one sign-in, or --user NAME"),
+        (["sessions", "revoke"], "Give the ID of one session, or --user NAME"),
         (["providers", "check", "--app", "x"], "--app needs the NAME of its provider"),
         (["providers", "nonsense"], "No such command"),
         (["--manager", "ftp://x", "list"], "'ftp://x' is not the address of a manager"),

@@ -74,7 +74,7 @@ def test_new_as_json_into_a_directory(run, here):
 @pytest.mark.parametrize(
     ("arguments", "code", "complaint"),
     [
-        (["x"], 2, "Say what it is: --provider, --authenticator or --observer"),
+        (["x"], 2, "Name the kind of plugin: --provider, --authenticator or --observer"),
         (["Ab", "--provider"], 2, "Bad name of a plugin 'Ab': use 1 to 32 of a-z, 0-9, _ and - (choose another)"),
         (["../x", "--provider"], 2, "Bad name of a plugin '../x'"),
         (["x" * 33, "--provider"], 2, "use 1 to 32"),
