@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from cryptography import x509
 
@@ -474,7 +475,7 @@ def test_a_flood_on_one_connection_takes_turns_with_others(kind):
         with contextlib.ExitStack() as stack:
             if kind == "messages of TLS":
                 script = ROOT / "tests/support/tls_key_updates.py"
-                command = [sys.executable, str(script), str(daemon.port), "10"]
+                command = [sys.executable, str(script), str(daemon.port), "10", "8"]
                 flood = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
                 stack.callback(flood.kill)
             else:
@@ -488,6 +489,44 @@ def test_a_flood_on_one_connection_takes_turns_with_others(kind):
                     assert get(other, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n") == 401
                 longest = max(longest, time.monotonic() - start)
         assert longest < 2
+
+
+@pytest.mark.parametrize("sender", ["agent", "client"])
+def test_websockets_of_empty_frames_take_turns_with_others(sender):
+    frames = 50_000 * (b"\x81\x00" if sender == "agent" else b"\x81\x80aaaa")
+
+    def send(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock.sendall(frames)
+
+    def take(sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while sock.recv(1 << 18):
+                pass
+
+    def agent(connection: Connection) -> None:
+        if b"Upgrade: websocket" not in connection.head():
+            return
+        connection.send(SWITCH)
+        (send if sender == "agent" else take)(connection.sock)
+
+    with Daemon(agent) as daemon, contextlib.ExitStack() as stack:
+        for _ in range(6):
+            sock = stack.enter_context(daemon.connect())
+            sock.sendall(UPGRADE)
+            assert sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+            stack.callback(sock.shutdown, socket.SHUT_RDWR)
+            threading.Thread(target=take if sender == "agent" else send, args=[sock], daemon=True).start()
+        longest = 0.0
+        for _ in range(10):
+            time.sleep(0.1)
+            start = time.monotonic()
+            with daemon.connect() as other:
+                assert get(other, b"GET / HTTP/1.1\r\n" + HOST + b"\r\n") == 401
+            longest = max(longest, time.monotonic() - start)
+        (worker,) = daemon.workers()
+        assert longest < 2 and psutil.Process(worker).memory_info().rss < 200 << 20
 
 
 def test_tls():

@@ -10,8 +10,11 @@ import logging
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +26,7 @@ from tests.support.certificates import Authority
 from tests.support.installation import until
 from tests.support.manager_process import client_of, manager_in
 
+ROOT = Path(__file__).parent.parent.parent
 TOKEN = "a-token-of-enough-length-to-be-one"
 
 
@@ -305,6 +309,45 @@ def encrypted(port):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context.wrap_socket(socket.create_connection(("127.0.0.1", port), 10))
+
+
+SERVER = """
+import socket, ssl, sys, time
+from dispatcher.manager.rest.server import Server
+
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [b"ok"]
+
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(sys.argv[1], sys.argv[2])
+sock = socket.create_server(("127.0.0.1", 0))
+Server(sock, app, 2, context).start()
+print(sock.getsockname()[1], flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_flood_of_tls_messages_takes_turns_with_others_and_is_ended(authority):
+    """Strangers send KeyUpdate messages, which have no end and hold no data."""
+    files = [str(path) for path in authority.issue("server", ["127.0.0.1"])]
+    with contextlib.ExitStack() as stack:
+        command = [sys.executable, "-c", SERVER, *files]
+        server = stack.enter_context(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE))
+        stack.callback(server.kill)
+        port = int(server.stdout.readline())
+        began = time.monotonic()
+        command = [sys.executable, str(ROOT / "tests/support/tls_key_updates.py"), str(port), "30", "4"]
+        flood = stack.enter_context(subprocess.Popen(command))
+        stack.callback(flood.kill)
+        while flood.poll() is None:
+            assert time.monotonic() - began < 25, "the connections are not closed"
+            start = time.monotonic()
+            with encrypted(port) as sock:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                assert sock.recv(100).startswith(b"HTTP/1.1 200 ")
+            assert time.monotonic() - start < 3
+            time.sleep(0.1)
 
 
 @pytest.mark.parametrize("stage", ["handshake", "head", "body"])

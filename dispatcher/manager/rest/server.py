@@ -41,6 +41,9 @@ LINGER = 1.0  # seconds for the client to close the connection after the last an
 STOP_TIMEOUT = 3.0  # seconds for requests in flight when the manager ends
 QUIET = 10.0  # seconds between two lines of the log about the same, for each listener
 _CHUNK = 65536  # bytes
+_TLS_CHUNK = 4096  # bytes of TLS that are decrypted in one turn of the loop
+_TLS_MOST = 32768  # bytes of TLS without any data in them; a record has at most half of that
+_TLS_HANDSHAKE = 131072  # bytes of a handshake, a client's chain of certificates included
 
 Environ = dict[str, Any]
 WsgiApp = Callable[[Environ, Callable[..., Any]], Iterable[bytes]]
@@ -240,7 +243,7 @@ class _Stream:
         """Finish the handshake, if any; return whether the client has shown a certificate."""
         if self._tls is None:
             return False
-        await self._repeated(self._tls.do_handshake)
+        await self._repeated(self._tls.do_handshake, _TLS_HANDSHAKE)
         return bool(self._tls.getpeercert())
 
     async def receive(self) -> bytes:
@@ -269,15 +272,25 @@ class _Stream:
         while await self._loop.sock_recv(self._socket, _CHUNK):
             pass
 
-    async def _repeated(self, step: Callable[[], _T]) -> _T:
-        """Repeat a step of TLS until it has all bytes that it needs; return its result."""
+    async def _repeated(self, step: Callable[[], _T], most: int = _TLS_MOST) -> _T:
+        """Repeat a step of TLS until it has all bytes that it needs; return its result.
+
+        Messages of TLS itself (KeyUpdate; RFC 8446, 4.6.3) need many and have no result: others get their turn
+        after each `_TLS_CHUNK` bytes.
+
+        :raises ssl.SSLError: `most` bytes were not enough.
+        """
         while True:
             try:
                 result = step()
             except ssl.SSLWantReadError:
                 await self._flush()
-                if data := await self._loop.sock_recv(self._socket, _CHUNK):
+                if most <= 0:
+                    raise ssl.SSLError("too many messages of TLS without data") from None
+                await asyncio.sleep(0)
+                if data := await self._loop.sock_recv(self._socket, _TLS_CHUNK):
                     self._incoming.write(data)
+                    most -= len(data)
                 else:
                     self._incoming.write_eof()
             except ssl.SSLError:

@@ -47,6 +47,7 @@ class Context:
     :ivar date_line: the Date field of this second; :ivar draining: no new work is accepted.
     :ivar portal: the portal, as an agent without a name; :ivar serial: number of the last request.
     :ivar collected: bytes of bodies for the portal that are not complete yet; :ivar most_collected: their limit.
+    :ivar next_slow: when the next of the slow TLS connections is read.
     :ivar connect: opens a connection to an agent for an exchange, see `connect.Connector`.
     """
 
@@ -72,6 +73,7 @@ class Context:
         self._block = self.request_prefix + b"000000"
         self.collected = 0
         self.most_collected = COLLECTED
+        self.next_slow = 0.0
         self._warned: set[tuple[str, str]] = set()
         self._next_failure = 0.0
 

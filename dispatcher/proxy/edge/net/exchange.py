@@ -400,12 +400,15 @@ class Exchange(Receiver):
         client.regulate_reading()
         end = ClientEnd(self.clients, client.transport, agent, client.session, client.address or "")
         end.eof = client.eof
+        end.held = upstream.write_paused
+        far_end = UpstreamEnd(self.clients, upstream.transport, agent)
+        far_end.held = client.write_paused
         head = client_head(response, b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
         self.upstream = upstream.client = None
         self.leave(agent, 101)
         client.state = State.CLOSED
         self.clients.hand_over(client)
-        tunnel(end, UpstreamEnd(self.clients, upstream.transport, agent), head, rest, early)
+        tunnel(end, far_end, head, rest, early)
 
     def upstream_lost(self, *, untouched: bool) -> None:
         """The upstream's connection ended before the answer did; `untouched`: before its first byte."""

@@ -9,15 +9,21 @@ import asyncio
 import os
 import socket
 import ssl
+from time import thread_time
 from typing import Any
 
 from dispatcher.proxy.edge.http.field_names import BadHead
 from dispatcher.proxy.edge.http.proxy_protocol import HEAD_SIZE, parse_address, parse_head
 from dispatcher.proxy.edge.net.client_base import Client
 from dispatcher.proxy.edge.net.clients import Clients, plain_address
+from dispatcher.proxy.edge.net.context import Context
 from dispatcher.proxy.edge.net.listener import Listener
 
 _TLS_READ = 16 * 1024  # bytes of TLS that are decrypted in one turn of the loop
+_TLS_FIRST = 4 * 1024  # the same of a new connection
+_TLS_LEAST = 1024  # the same after a read that was slow
+_SLOW = 0.002  # seconds of processor time for such a read, above which a connection waits; half for less
+_WAIT = 9  # times as long
 
 
 class Handshakes(Listener):
@@ -58,7 +64,9 @@ class Handshakes(Listener):
                 await loop.connect_accepted_socket(protocol, sock)  # type: ignore[type-var]
             else:
                 done = loop.create_future()
-                await loop.connect_accepted_socket(lambda: _Turns(loop, protocol(), tls, done, timeout), sock)
+                await loop.connect_accepted_socket(
+                    lambda: _Turns(clients.context, protocol(), tls, done, timeout), sock
+                )
                 await done
         except (OSError, asyncio.TimeoutError, BadHead):
             sock.close()
@@ -99,22 +107,26 @@ class _Turns(asyncio.BufferedProtocol):
     """Between a connection and its TLS: other connections get a turn after each `_TLS_READ` bytes.
 
     The loop's own TLS takes up to 256 KiB at a time, and several times in a turn.  As many messages of TLS itself
-    (KeyUpdate; RFC 8446, 4.6.3) take seconds, in which no protocol is called and no timer runs.
+    (KeyUpdate; RFC 8446, 4.6.3) take seconds, in which no protocol is called and no timer runs.  Connections whose
+    bytes are as slow as those take a tenth of a worker's time, all together.
     """
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
+        context: Context,
         client: Client,
-        context: ssl.SSLContext,
+        tls: ssl.SSLContext,
         done: asyncio.Future[None],
         timeout: float,
     ) -> None:
         from uvloop.loop import SSLProtocol  # type: ignore[attr-defined]
 
-        self._loop = loop
-        self._tls: Any = SSLProtocol(loop, client, context, done, server_side=True, ssl_handshake_timeout=timeout)
+        self._context = context
+        self._tls: Any = SSLProtocol(
+            context.loop, client, tls, done, server_side=True, ssl_handshake_timeout=timeout
+        )
         self._transport: Any = None
+        self._most = _TLS_FIRST
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -122,14 +134,27 @@ class _Turns(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         del sizehint
-        return memoryview(self._tls.get_buffer(_TLS_READ))[:_TLS_READ]
+        return memoryview(self._tls.get_buffer(self._most))[: self._most]
 
     def buffer_updated(self, nbytes: int) -> None:
+        if nbytes < self._most:
+            self._tls.buffer_updated(nbytes)
+            return
+        start = thread_time()
         self._tls.buffer_updated(nbytes)
-        transport = self._transport
-        if nbytes == _TLS_READ and transport.is_reading():
-            transport.pause_reading()
-            self._loop.call_soon(self._read_on)
+        spent = thread_time() - start
+        slow = spent > (_SLOW if self._most == _TLS_READ else _SLOW / 2)
+        self._most = _TLS_LEAST if slow else _TLS_READ
+        if not self._transport.is_reading():
+            return
+        self._transport.pause_reading()
+        context = self._context
+        if slow:
+            now = context.clock()
+            context.next_slow = max(now, context.next_slow) + spent * _WAIT
+            context.loop.call_later(context.next_slow - now, self._read_on)
+        else:
+            context.loop.call_soon(self._read_on)
 
     def _read_on(self) -> None:
         if not self._transport.is_closing():

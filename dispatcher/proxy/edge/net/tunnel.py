@@ -11,9 +11,9 @@ from typing import Final
 
 from dispatcher.proxy.edge.http.websocket import GOING_AWAY, POLICY, Scanner, close_frame
 from dispatcher.proxy.edge.net.clients import Clients
-from dispatcher.proxy.edge.net.upstream import unread
+from dispatcher.proxy.edge.net.upstream import dense_pause, unread
 from dispatcher.proxy.edge.routing.activity import Timers
-from dispatcher.proxy.edge.routing.settings import LINGER, WRITE_HIGH
+from dispatcher.proxy.edge.routing.settings import DENSE, LINGER, WRITE_HIGH
 from dispatcher.proxy.edge.routing.table import Agent, Session
 
 _SMALL: Final = 256  # bytes of a message that may be a heartbeat
@@ -24,6 +24,8 @@ class End:
     """One end; it forwards the bytes of its peer.
 
     :ivar other: the other end; :ivar eof: its peer will send no more; :ivar closing: waits for its peer's end.
+    :ivar held: not read, because the other end's peer reads too slowly.
+    :ivar pausing: not read for a while, see `dense_pause`.
     """
 
     other: End
@@ -33,7 +35,7 @@ class End:
         self.transport = transport
         self.agent = agent
         self.scanner = Scanner()
-        self.eof = self.closing = self.lost = False
+        self.eof = self.closing = self.lost = self.held = self.pausing = False
 
     def eof_received(self) -> bool:
         """Forward a half-close; after the second one the tunnel ends."""
@@ -63,12 +65,30 @@ class End:
                 each.transport.close()
 
     def pause_writing(self) -> None:
-        if not self.other.lost:
-            self.other.transport.pause_reading()
+        other = self.other
+        other.held = True
+        if not other.lost:
+            other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if not self.other.lost:
-            self.other.transport.resume_reading()
+        other = self.other
+        other.held = False
+        if not other.lost and not other.pausing:
+            other.transport.resume_reading()
+
+    def _pause(self, size: int) -> None:
+        """Do not read for a while after many frames, if they are tiny."""
+        context = self.clients.context
+        pause = dense_pause(self.agent, size, self.scanner.frames, context.clock())
+        if pause and not self.lost:
+            self.pausing = True
+            self.transport.pause_reading()
+            context.loop.call_later(pause, self._end_pause)
+
+    def _end_pause(self) -> None:
+        self.pausing = False
+        if not self.held and not self.lost and not self.transport.is_closing():
+            self.transport.resume_reading()
 
 
 class ClientEnd(End):
@@ -96,6 +116,8 @@ class ClientEnd(End):
             typed = 0 if data[0] & 0x08 else size
         else:
             typed = scanner.scan(data)
+            if scanner.frames >= DENSE:
+                self._pause(size)
         if typed and not (size <= _SMALL and self._by_timer(size)):
             context = self.clients.context
             traffic.stream += typed
@@ -152,6 +174,8 @@ class UpstreamEnd(End):
         scanner = self.scanner
         if not 1 < size < 128 or data[1] != size - 2 or not scanner.between:
             scanner.scan(data)
+            if scanner.frames >= DENSE:
+                self._pause(size)
         self.other.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -331,9 +331,9 @@ class Upstream:
 
 
 def dense_pause(agent: Agent, size: int, chunks: int, now: float) -> float:
-    """Return for how many seconds a body is not read: an agent's tiny chunks take at most a tenth of the time.
+    """Return for how many seconds not to read: an agent's tiny chunks and frames take at most a tenth of the time.
 
-    :param size: bytes of the last read; :param chunks: in them.
+    :param size: bytes of the last read; :param chunks: of a body, or frames of a WebSocket, in them.
     """
     if chunks * DENSE <= size or chunks < DENSE:
         return 0.0

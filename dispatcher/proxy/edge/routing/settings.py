@@ -37,8 +37,8 @@ SMALL_BODY: Final = 4096  # bytes of one that are accepted even above that
 WRITE_HIGH: Final = 256 * 1024  # bytes that may wait in memory for a slow reader
 PIPELINED: Final = 16 * 1024  # bytes of further requests, above which a client is not read before its answer
 UNSENT: Final = 512 * 1024  # the same in the kernel, besides what is on its way to the reader
-DENSE: Final = 64  # bytes for each chunk; a body with fewer is read slowly
-CHUNK_PAUSE: Final = 5e-6  # seconds without reading for each of its chunks: ten times what their parsing takes
+DENSE: Final = 64  # bytes for each chunk or frame; a body or WebSocket with fewer is read slowly
+CHUNK_PAUSE: Final = 5e-6  # seconds without reading for each chunk or frame: ten times what its parsing takes
 EVENTS_PING: Final = 15.0  # seconds between comments on a silent event stream
 MAX_EVENTS: Final = 16  # event streams of one session
 

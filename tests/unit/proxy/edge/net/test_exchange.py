@@ -123,6 +123,50 @@ def test_bodies_of_tiny_chunks_wait_so_that_others_get_their_turn(part: bytes, r
     assert near.reading and far.reading
 
 
+@pytest.mark.parametrize(
+    "size, count, read",
+    [(0, 6000, False), (8, 3000, False), (100, 400, True), (0, 1, True), (0, 60, True)],
+    ids=["no bytes", "a few bytes", "messages", "one", "some"],
+)
+def test_websockets_of_tiny_frames_wait_so_that_others_get_their_turn(size: int, count: int, read: bool) -> None:
+    world, _ = opened()
+    near, far = world.near, world.peers[0].transport
+    for _ in range(2):
+        near.received += count * (bytes([0x82, 0x80 | size]) + bytes(4 + size))
+        near.feed(1 << 17)
+        far.received += count * (bytes([0x82, size]) + bytes(size))
+        far.feed(1 << 17)
+        assert [near.reading, far.reading] == [read, read]
+        while world.loop.later:
+            world.loop.later.pop()()
+        assert near.reading and far.reading
+        # One short frame is passed on without a look at others.
+        near.received += bytes([0x82, 0x80 | 1]) + bytes(5)
+        near.feed(1 << 17)
+        far.received += b"\x82\x01a"
+        far.feed(1 << 17)
+        assert near.reading and far.reading
+        near.take(1 << 20)
+        far.take(1 << 20)
+
+
+def test_a_client_that_does_not_read_holds_the_agent_beyond_its_pause() -> None:
+    world, _ = opened()
+    near, far = world.near, world.peers[0].transport
+    far.received += b"\x82\x7e\xea\x60" + bytes(60_000)
+    far.feed(1 << 20)
+    assert far.reading
+    far.received += 6000 * b"\x82\x00"
+    far.feed(1 << 20)
+    assert near.paused and world.loop.later
+    while world.loop.later:
+        world.loop.later.pop()()
+    assert not far.reading
+    while near.sent:
+        near.take(1 << 20)
+    assert far.reading
+
+
 def test_the_bodies_of_one_agent_wait_for_each_other() -> None:
     agent = World().context.tables.agents["alice"]
     assert dense_pause(agent, 60_000, 10_000, 100.0) == pytest.approx(0.05)
