@@ -18,7 +18,7 @@ from dispatcher.testing.driver import expect
 
 
 class PluginChecks(Contract, page="docs/reference/hooks.md"):
-    """What the manager loads is what is tested."""
+    """The tests use the class that the manager loads."""
 
     @needs_no("no_entry_point")
     def test_entry_point_is_declared_once(self, provider: Provider) -> None:
