@@ -81,6 +81,7 @@ class ContainerSettings:
 
     :ivar image_id: of the image at its lookup; :ivar own_volume: data is a volume.
     :ivar secrets_dir: directory in memory with the secrets; :ivar seccomp: "", "unconfined" or a profile.
+    :ivar log_driver: in place of the one in the options, or "".
     :ivar groups: additional groups of the app's processes.
     :ivar host_user_namespace: the engine maps user ids, which this container must not have.
     """
@@ -90,6 +91,7 @@ class ContainerSettings:
     secrets_dir: Path | None = None
     user: User
     seccomp: str = ""
+    log_driver: str = ""
     groups: Sequence[int] = ()
     host_user_namespace: bool = False
 
@@ -118,7 +120,7 @@ def container(spec: AgentSpec, backend: DockerOptions, settings: ContainerSettin
             "Init": options.init,
             "RestartPolicy": {"Name": "no"},
             "LogConfig": {
-                "Type": backend.log_driver,
+                "Type": settings.log_driver or backend.log_driver,
                 "Config": {"max-size": str(backend.log_max_size), "max-file": str(backend.log_max_files)},
             },
         },

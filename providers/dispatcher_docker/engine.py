@@ -100,6 +100,8 @@ class Client(APIClient):
         except BaseException:
             self.close()
             raise
+        #: Podman has the same interface, but for some answers.
+        self.is_podman = any(one.get("Name") == "Podman Engine" for one in found.get("Components") or ())
         self._version = min(str(found["ApiVersion"]), DEFAULT_DOCKER_API_VERSION, key=as_numbers)
         if as_numbers(self._version) < as_numbers(str(found.get("MinAPIVersion") or "1.0")):
             self._version = str(found["MinAPIVersion"])
@@ -170,6 +172,16 @@ class Engine:
     def is_local(self) -> bool:
         """Whether containers see this host's files and this host sees their processes."""
         return self.url.startswith("unix://") if self._options.local is None else self._options.local
+
+    @property
+    def is_podman(self) -> bool:
+        """Whether the engine is Podman; False before the first call."""
+        return self._client is not None and self._client.is_podman
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return "Podman" if self.is_podman else "Docker"
 
     @property
     def socket_path(self) -> str:

@@ -87,7 +87,7 @@ def _translate(error: BaseException, doing: str, url: str, deadline: Deadline) -
 def _refused(error: docker.errors.APIError, doing: str) -> DispatcherError:
     why = _clip(error.explanation or str(error))
     status = error.status_code
-    if isinstance(error, docker.errors.NotFound):
+    if isinstance(error, docker.errors.NotFound) or "no such container" in why:  # a 500 of Podman
         return NoSuchObject(f"Docker could not {doing}", why=why, fix="start the agent again, or check the name")
     if status == 409 and "already in use by container" in why:
         return NameTaken(f"Docker could not {doing}", why=why, fix="remove that container (docker rm)")

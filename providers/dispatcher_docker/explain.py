@@ -112,7 +112,7 @@ def explain_backend(
     """Return findings for all agents of this engine."""
     where = "this host" if engine.is_local else "another host"
     version = f" {info['ServerVersion']}" if info else ""
-    yield Finding.info(f"Agents are containers of the Docker engine{version} at {engine.url}, on {where}")
+    yield Finding.info(f"Agents are containers of the {engine.name} engine{version} at {engine.url}, on {where}")
     yield Finding.info("They share the host's kernel: an exploit of the kernel escapes; use a VM for hostile code")
     yield Finding.info(
         "Each has its own user id, no capabilities, no new privileges, a seccomp profile, a read-only "

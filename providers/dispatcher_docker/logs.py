@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dispatcher.plugin import MAX_LINE, Deadline, DispatcherError, ProviderError, Unavailable
+from dispatcher.plugin import MAX_LINE, Deadline, DeadlineExceeded, DispatcherError, ProviderError, Unavailable
 from dispatcher_docker.engine import Engine
 from dispatcher_docker.errors import NoSuchObject, translated
 
@@ -27,12 +28,19 @@ def read(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> list[by
 
 def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Iterator[bytes]:
     """Yield the last `tail` lines, then new ones until the deadline or the container's end."""
+    began = time.time()
     later = Deadline(deadline.remaining() + 30)  # the stream is closed at the deadline, before this timeout
     try:
-        with engine.call("read the log", later) as client:
-            stream: Any = client.logs(name, stdout=True, stderr=True, tail=max(0, tail), stream=True, follow=True)
+        with engine.call("read the log", deadline) as client:
+            # Podman begins where the log ends when it has opened it, later than the request.
+            wanted: Any = {"since": began} if engine.is_podman and tail <= 0 else {"tail": max(0, tail)}
+            stream: Any = client.logs(name, stdout=True, stderr=True, stream=True, follow=True, **wanted)
     except NoSuchObject:
         return
+    except DeadlineExceeded:
+        if engine.is_podman:  # it answers with the first line, and there was none
+            return
+        raise
     timer = threading.Timer(deadline.remaining(), _close, (stream,))
     timer.daemon = True
     timer.start()

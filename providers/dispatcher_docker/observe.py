@@ -39,13 +39,17 @@ ALIVE = {
     "paused": BackendState.SUSPENDED,
     "restarting": BackendState.STARTING,
 }
+_KILLED = 128 + 9
 #: Ended containers that one `list` inspects at most.
 _INSPECT_AT_ONCE = 32
 #: What an image's own init (s6-overlay, runit) prints when it is not the first process.
 _NEEDS_PID_1 = re.compile(r"\b(only|must)\b.*\bas (pid|process)( no)? 1\b", re.IGNORECASE)
 _EXITED = re.compile(r"Exited \((\d+)\)")
-#: Events that can change an agent's state.
-CHANGES = ("die", "oom", "pause", "unpause", "start", "stop", "kill", "destroy", "rename", "update")
+#: Events that can change an agent's state; Podman has its own words for two of them.
+CHANGES = (
+    *("die", "oom", "pause", "unpause", "start", "stop", "kill", "destroy", "rename", "update"),
+    *("died", "remove"),
+)
 #: Seconds without an event after which the stream is opened again, as the connection may be dead.
 _QUIET = 60.0
 
@@ -78,11 +82,13 @@ def status(found: Mapping[str, Any]) -> str:
     return str(found["State"].get("Status", ""))
 
 
-def from_inspection(found: Mapping[str, Any], *, reach: str, current_image: str = "") -> Observation:
+def from_inspection(
+    found: Mapping[str, Any], *, reach: str, current_image: str = "", podman: bool = False
+) -> Observation:
     """Return the observation for the answer of `GET /containers/ID/json`.
 
     :param reach: address for published ports; :param current_image: id of the image that has the name now, ""
-        if not known.
+        if not known; :param podman: the engine is Podman.
     """
     state = found["State"]
     ports = {
@@ -93,7 +99,7 @@ def from_inspection(found: Mapping[str, Any], *, reach: str, current_image: str 
     return replace(
         seen,
         started_at=unix_time(state.get("StartedAt", "")),
-        exit_reason=reason(state) if seen.state is BackendState.STOPPED else "",
+        exit_reason=reason(found, podman=podman) if seen.state is BackendState.STOPPED else "",
         detail=state.get("Error", "") or seen.detail,
     )
 
@@ -145,13 +151,17 @@ def _observation(
     )
 
 
-def reason(state: Mapping[str, Any]) -> str:
-    """Return why a container ended by itself, from the `State` of its inspection; "" if it never ran."""
+def reason(found: Mapping[str, Any], *, podman: bool = False) -> str:
+    """Return why a container ended by itself, from its inspection; "" if it never ran."""
+    state = found["State"]
     if state.get("Status") == "created":
         return ""
     if state.get("OOMKilled"):
         return "out of memory"
-    return code_reason(int(state.get("ExitCode") or 0))
+    code = int(state.get("ExitCode") or 0)
+    if podman and code == _KILLED and (found.get("HostConfig") or {}).get("Memory"):
+        return f"{code_reason(code)}, perhaps for its memory, which Podman does not always tell"
+    return code_reason(code)
 
 
 def code_reason(code: int) -> str:
@@ -221,7 +231,7 @@ class ExitReasons:
                 inspected += 1
                 found = inspect(self._engine, container, deadline)
                 if found and status(found) not in ALIVE:
-                    exit_reason = known[container] = reason(found["State"])
+                    exit_reason = known[container] = reason(found, podman=self._engine.is_podman)
             yield handle, replace(observation, exit_reason=exit_reason)
         self._reasons = known
 

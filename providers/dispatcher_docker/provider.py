@@ -112,7 +112,9 @@ class DockerProvider(Provider):
             )
         if info.get("OSType") != "linux":
             raise ProviderError(f"The Docker engine runs {info.get('OSType')} containers", fix="use one for Linux")
-        if "name=rootless" in (info.get("SecurityOptions") or []):
+        if "name=rootless" in (info.get("SecurityOptions") or []) or info.get(
+            "Rootless"
+        ):  # the latter is Podman's
             raise ProviderError(
                 "The Docker engine is rootless",
                 why="its agents cannot have user ids of their own",
@@ -190,7 +192,9 @@ class DockerProvider(Provider):
             return Observation(state=BackendState.ABSENT)
         labels = found["Config"].get("Labels")
         current = self._images.last_id(observe.label(labels, "image"))
-        observation = observe.from_inspection(found, reach=self._reach, current_image=current)
+        observation = observe.from_inspection(
+            found, reach=self._reach, current_image=current, podman=self._engine.is_podman
+        )
         observation = self._endpoint_here(handle, observation, deadline)
         if observation.state is BackendState.STOPPED:
             return self._exit_reasons.complete(handle, found["Id"], observation, deadline)

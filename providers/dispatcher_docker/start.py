@@ -53,9 +53,17 @@ class Starter:
         )
         self.users = Users(engine, context.installation, context.run_dir / "users")
         self.exit_reasons = ExitReasons(engine, context.state_dir)
+        self._profiles = context.state_dir / "seccomp"
         self.volumes: Volumes | None = None
         if options.data == "volume" or (options.data == "auto" and not engine.is_local):
             self.volumes = Volumes(engine, context.installation, privileged=context.privileged)
+
+    def _seccomp(self, spec: AgentSpec) -> str:
+        """Return the option `seccomp` as this engine takes it."""
+        options = container_config.options_of(spec.app)
+        multicast = spec.app.network is Network.HOST
+        profile = seccomp.chosen(options.seccomp, options.cap_add, spec.app.name, multicast=multicast)
+        return seccomp.as_file(profile, self._profiles) if self._engine.is_podman else profile
 
     def find(self, handle: Handle, deadline: Deadline) -> Mapping[str, Any] | None:
         """Return an agent's container, None if there is none.
@@ -103,12 +111,8 @@ class Starter:
                 secrets_dir=self.secrets.write(handle.name, spec.secrets, owner, -1) if spec.secrets else None,
                 user=self.users.prepare(spec, image, deadline),
                 groups=groups_of(options) if self._engine.is_local else (),
-                seccomp=seccomp.chosen(
-                    options.seccomp,
-                    options.cap_add,
-                    spec.app.name,
-                    multicast=spec.app.network is Network.HOST,
-                ),
+                seccomp=self._seccomp(spec),
+                log_driver="json-file" if self._engine.is_podman and self._options.log_driver == "local" else "",
                 host_user_namespace=remapped,
             )
             if found and not _fits(found, spec, settings):

@@ -22,7 +22,12 @@ _ROOT = Path("/sys/fs/cgroup")
 
 def _groups(container: str, root: Path) -> Iterator[tuple[Path, Path, Path]]:
     """Yield where its cgroups may be: that of version 2, and of version 1 those of memory and cpuacct."""
-    for path in (f"docker/{container}", f"system.slice/docker-{container}.scope"):
+    for path in (
+        f"docker/{container}",
+        f"system.slice/docker-{container}.scope",
+        f"libpod_parent/libpod-{container}",  # Podman's
+        f"machine.slice/libpod-{container}.scope",
+    ):
         yield root / path, root / "memory" / path, root / "cpuacct" / path
 
 

@@ -13,7 +13,7 @@ from dispatcher_docker.start import Starter
 @pytest.mark.parametrize("kind", ["link", "directory", "nothing"])
 def test_what_an_agent_left_in_place_of_its_socket_is_gone_before_the_start(tmp_path, monkeypatch, kind):
     """The health check would take a link for an attack, and the start would fail."""
-    engine = SimpleNamespace(is_local=True, make=lambda *_: None)
+    engine = SimpleNamespace(is_local=True, is_podman=False, make=lambda *_: None)
     context = ProviderContext(
         installation="7e570001", state_dir=tmp_path / "state", run_dir=tmp_path, proxy_gid=0, privileged=False
     )
