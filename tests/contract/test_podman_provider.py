@@ -17,8 +17,8 @@ pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.program("podman"
 
 CHECKS = """
     check_accepts_the_backend ensure_runs_and_answers exit_is_reported sleep_keeps_memory logs_tail logs_follow
-    usage_reports_memory_and_cpu memory_limit events_report_an_exit secrets_arrive_as_files has_no_privileges
-    cannot_open_sockets_that_no_namespace_separates readers_beside_writers destroy_leaves_nothing
+    usage_reports_memory_and_cpu memory_limit events_report_an_exit has_no_privileges
+    cannot_open_sockets_that_no_namespace_separates readers_beside_writers
 """
 
 
