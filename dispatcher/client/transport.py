@@ -316,7 +316,7 @@ def parse(reply: Reply, url: str) -> Answer:
     if not reply.body:
         return Answer()
     try:
-        found = json.loads(reply.body, object_hook=Answer)
+        found = json.loads(reply.body.decode(), object_hook=Answer)  # UTF-8 alone (RFC 8259)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, Answer):

@@ -211,7 +211,7 @@ def test_a_client_that_closed_its_connection_does_not_wait_for_a_sleeper():
         eventually(lambda: edge.worker.context.tables.agents["alice"].waiting)
         sock.close()
         eventually(lambda: not edge.worker.context.tables.agents["alice"].waiting)
-        assert edge.worker.clients.open == 0
+        eventually(lambda: edge.worker.clients.open == 0)
 
 
 def test_an_empty_line_before_a_request_is_ignored(edge):

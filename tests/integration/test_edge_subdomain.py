@@ -131,6 +131,7 @@ def test_a_childs_session_is_worth_nothing_where_agents_share_an_origin():
 def test_a_shared_cache_keeps_no_answer_of_an_agent():
     """A request without a session would get it from the cache."""
     fields = b"Cache-Control: public, max-age=600\r\nCDN-Cache-Control: max-age=600\r\nX-Accel-Expires: 600\r\n"
+    fields += b"CF-Edge-Cache: cache\r\nExpires: Wed, 21 Oct 2099 07:28:00 GMT\r\n"
     answer = saying(b"HTTP/1.1 200 OK\r\n" + fields + b"Content-Length: 5\r\n\r\nhello")
     with Edge(
         answer,
@@ -142,3 +143,4 @@ def test_a_shared_cache_keeps_no_answer_of_an_agent():
         found = get(edge, ALICE)
     assert found.status == 200 and found.field(b"cache-control") == b"private, max-age=600"
     assert not found.field(b"cdn-cache-control") and not found.field(b"x-accel-expires")
+    assert not found.field(b"cf-edge-cache") and not found.field(b"expires")

@@ -36,6 +36,7 @@ X_REQUEST_ID: Final = 14
 X_FORWARDED_PORT: Final = 15
 # Answers.
 CACHE_CONTROL: Final = 16
+EXPIRES: Final = 17
 # The lines of kinds from LOOKED_AT on are passed on as well.
 LOOKED_AT: Final = 20
 ACCEPT: Final = 20
@@ -248,7 +249,13 @@ def perhaps_index(length: int, first: int) -> int:
 REQUEST_NAMES: Final = Names(_REQUEST, IDENTITY_PREFIXES)
 RESPONSE_NAMES: Final = Names(_RESPONSE, _COMMANDS)
 #: Of answers of agents: their statement to caches is joined with the edge's own.
-_AGENT: Final = {**_RESPONSE, "cache-control": CACHE_CONTROL, "x-accel-expires": DROP}
+_AGENT: Final = {
+    **_RESPONSE,
+    "cache-control": CACHE_CONTROL,
+    "expires": EXPIRES,
+    "x-accel-expires": DROP,
+    "cf-edge-cache": DROP,
+}
 AGENT_NAMES: Final = Names(_AGENT, _COMMANDS, (_TARGETED,))
 #: Of answers of agents that share an origin.
 SHARED_NAMES: Final = Names(

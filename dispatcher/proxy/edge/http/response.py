@@ -6,7 +6,9 @@ client's (RFC 9112, 6.3 and 11.1, response splitting) raises `BadHead`; the clie
 
 from __future__ import annotations
 
+import calendar
 import re
+import time
 from typing import Final
 
 from dispatcher.proxy.cookies import OWN_NAMES
@@ -44,8 +46,8 @@ class Response:
     :ivar lines: the lines to pass on, each with its CRLF, the start line for an HTTP/1.1 client first.
     :ivar length: bytes of body, `NO_BODY`, `CHUNKED` or `UNTIL_CLOSE`.
     :ivar close: the upstream connection ends after this; :ivar upgraded: 101 to a WebSocket.
-    :ivar dated: there is a Date; :ivar cached: the directives of an agent's Cache-Control, which is then not in
-        `lines`, on a shared origin and without those about shared caches.
+    :ivar dated: there is a Date; :ivar cached: the directives of an agent's Cache-Control, and what its Expires
+        says, which are then not in `lines`; without those about shared caches.
     """
 
     status: int
@@ -111,10 +113,13 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
     repeated = False
     chunked = False
     cached: list[bytes] = []
+    date = b""
+    expires: bytes | None = None
     response.upgraded = False
     for kind, value in read.special:
         if kind == field_names.DATE:
             response.dated = True
+            date = value
         elif kind == field_names.CONTENT_TYPE:
             if policy is not None and policy.guarded and value.lower().find(b"script") >= 0:
                 # A copy in the browser's cache must not serve for a service worker that is refused here:
@@ -142,6 +147,8 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
             response.upgraded = status == 101 and value.lower() == b"websocket"
         elif kind == field_names.CACHE_CONTROL:
             cached.append(value)
+        elif kind == field_names.EXPIRES:
+            expires = value
         elif policy is not None:
             if kind == field_names.SET_COOKIE:
                 if sets_own_cookie(value) or (policy.host_only and _DOMAIN.search(value)):
@@ -154,6 +161,8 @@ def parse_response(head: bytes, max_fields: int, method: bytes, policy: Policy |
         value = b",".join(cached)
         own = _directives.get(value)
         response.cached = _for_one(value) if own is None else own
+    if expires is not None and not _LIFETIME.search(response.cached):
+        response.cached += (b", " if response.cached else b"") + b"max-age=%d" % _lifetime(expires, date)
     if options is None:
         response.close = not version
     elif options is KEEP_ALIVE:
@@ -217,6 +226,31 @@ def _for_one(value: bytes) -> bytes:
     return own
 
 
+def _lifetime(expires: bytes, date: bytes) -> int:
+    """Return for how many seconds an answer is fresh by `Expires`, 0 if it is invalid or in an obsolete form.
+
+    Some shared caches obey `Expires` where they ignore ``private``, so it is passed on as ``max-age``.
+    """
+    end = _time(expires)
+    begin = _time(date)
+    return 0 if end is None else max(0, end - (int(time.time()) if begin is None else begin))
+
+
+def _time(text: bytes) -> int | None:
+    """Return the seconds of an HTTP date in its fixed form (RFC 9110, 5.6.7), None if it has another."""
+    match = _DATE.fullmatch(text)
+    if not match or match[2] not in _MONTHS:
+        return None
+    day, year, hour, minute, second = (int(match[index]) for index in (1, 3, 4, 5, 6))
+    return calendar.timegm((year, _MONTHS.index(match[2]) + 1, day, hour, minute, second))
+
+
+_LIFETIME: Final = re.compile(rb"(?:^|, )(?:max-age|no-store|no-cache)(?:=|,|$)", re.IGNORECASE)
+_DATE: Final = re.compile(rb"[A-Z][a-z]{2}, (\d\d) ([A-Z][a-z]{2}) ([1-9]\d{3}) (\d\d):(\d\d):(\d\d) GMT")
+_MONTHS: Final = (
+    *(b"Jan", b"Feb", b"Mar", b"Apr", b"May", b"Jun"),
+    *(b"Jul", b"Aug", b"Sep", b"Oct", b"Nov", b"Dec"),
+)
 _DIRECTIVE: Final = re.compile(rb"[0-9A-Za-z-]+(?:=[0-9A-Za-z-]+)?")
 _SHARING: Final = frozenset({b"public", b"private", b"s-maxage"})
 _LENGTH_NAME: Final = frozenset({b"content-length"})

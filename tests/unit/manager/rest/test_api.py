@@ -13,6 +13,7 @@ from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.rest.server import MAX_BODY
 from tests.support.manager_parts import Parts
 
+BOB = '{"name": "bob", "password": "xxxxxxxx"}'
 PROBLEM = "application/problem+json"
 
 
@@ -363,6 +364,17 @@ def test_a_body_that_is_not_json_is_415(parts, type):
         b"{",
         b'{"name": "bob"',
         b"\xff\xfe",
+        BOB.encode("utf-8-sig"),
+        BOB.encode("utf-16"),
+        BOB.encode("utf-16-le"),
+        BOB.encode("utf-32"),
+        BOB.replace("bob", "b\xf6b").encode("latin-1"),
+        BOB.replace('"bob"', "NaN").encode(),
+        BOB.replace('"bob"', "-Infinity").encode(),
+        BOB.replace('"bob"', "9" * 60_000).encode(),
+        BOB.replace('"bob"', "1e999").encode(),
+        BOB.replace("bob", "\\ud800").encode(),
+        b"\0" * 100,
         b'{"name":"bob","name":"eve"}x',
         b"[" * 5000,
         b"[" * 1500 + b"]" * 1500,
@@ -448,3 +460,15 @@ def test_deeply_nested_bodies_are_refused_like_any_other(parts, capsys, depth, b
                 answer = client.open(path, method=route.method, data=data, content_type="application/json")
                 assert (answer.status_code, answer.json["code"]) == (400, "bad-request"), (path, answer.json)
     assert "Traceback" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("unit", [" ", "\t", ";", ",", "=", '"', "\\", "a", "/", "%", "-", " ;", '\\"', ';a="\\'])
+@pytest.mark.parametrize("name", ["Accept", "Content-Type", "Cookie", "Authorization", "If-None-Match", "Range"])
+def test_no_field_or_query_takes_time_by_the_square_of_its_length(parts, name, unit):
+    """32 KiB are the most that a head may have; by the square they would take seconds."""
+    value = unit * (30_000 // len(unit)) + "x"
+    start = time.thread_time()
+    for begin in ("", "application/json;a=", "text/html"):
+        parts.admin.post("/agents", data=BOB, headers={"Content-Type": "application/json", name: begin + value})
+    parts.admin.get("/agents", query_string=value)
+    assert time.thread_time() - start < 0.4

@@ -358,6 +358,7 @@ def passed(name: str, policy: Policy) -> bool:
     [
         *("CDN-Cache-Control", "cdn-cache-control", "Cloudflare-CDN-Cache-Control", "Vercel-CDN-Cache-Control"),
         *("Some-Cache-Control", "SOME_CDN_CACHE_CONTROL", "A" * 70 + "-Cache-Control", "X-Accel-Expires"),
+        *("CF-Edge-Cache", "cf-edge-cache", "CF_Edge_Cache", "Expires", "expires"),
     ],
 )
 @pytest.mark.parametrize("policy", [SHARED, SEPARATE], ids=["session", "subdomain"])
@@ -389,6 +390,29 @@ def test_an_agent_commands_no_front_proxy(name, policy):
 @pytest.mark.parametrize("name", ["X-Accel-Buffering", "X-Accelerated", "Cache-Control-Hint", "X-Cache", "A" * 70])
 def test_fields_of_similar_names_pass(name, policy):
     assert passed(name, policy)
+
+
+@pytest.mark.parametrize(
+    ("lines", "cached"),
+    [
+        (b"Expires: Wed, 21 Oct 2026 07:28:00 GMT", b"max-age=60"),
+        (b"Cache-Control: public\r\nExpires: Wed, 21 Oct 2026 08:27:00 GMT", b"max-age=3600"),
+        (b"Cache-Control: max-age=5, public\r\nExpires: Wed, 21 Oct 2099 07:28:00 GMT", b"max-age=5"),
+        (b"Cache-Control: No-Store\r\nExpires: Wed, 21 Oct 2099 07:28:00 GMT", b"No-Store"),
+        (b"Cache-Control: must-revalidate\r\nExpires: 0", b"must-revalidate, max-age=0"),
+        (b"Expires: Wed, 21 Oct 2020 07:28:00 GMT", b"max-age=0"),
+        (b"Expires: Wed, 99 Oct 2026 99:99:99 GMT", b"max-age=7074819"),
+        (b"Expires: Wed, 21 Okt 2099 07:28:00 GMT", b"max-age=0"),
+        (b"Expires: Sunday, 06-Nov-94 08:49:37 GMT", b"max-age=0"),
+    ],
+)
+@pytest.mark.parametrize("policy", [SHARED, SEPARATE], ids=["session", "subdomain"])
+def test_when_an_answer_expires_is_said_to_browsers_alone(lines: bytes, cached: bytes, policy: Policy) -> None:
+    """A front proxy that ignores ``private`` may obey a far Expires."""
+    head = b"HTTP/1.1 200 OK\r\nDate: Wed, 21 Oct 2026 07:27:00 GMT\r\n" + lines + b"\r\nContent-Length: 0\r\n\r\n"
+    found = parse_response(head, 100, b"GET", policy)
+    assert found.cached == cached and b"xpires" not in found.lines
+    assert b"xpires" in parse_response(head, 100, b"GET", None).lines  # the portal's
 
 
 def test_blanks_before_the_colon_are_removed_from_answers():
