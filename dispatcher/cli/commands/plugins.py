@@ -133,11 +133,10 @@ def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:
     )
     root = "sudo " if kind == "provider" and os.geteuid() != 0 else ""
     cli.out.line("Next:")
-    cli.out.line(
-        f"  {root}dispatcher plugin check {target}    run its tests in a fresh environment; repeat it as you edit"
-    )
-    cli.out.line(f"  pip install -e {target}    beside dispatcher, into the same Python environment")
+    cli.out.line(f"  {root}dispatcher plugin check {target}    run its tests; repeat this after each edit")
+    cli.out.line(f"  pip install -e {target}    into dispatcher's Python environment")
     cli.out.line(f"  {CONFIGURED[kind].format(name=name)}    in the configuration; README.md has an example")
+    cli.out.line("  restart the manager")
 
 
 @plugin.command(

@@ -100,7 +100,7 @@ def read(directory: Path) -> Project:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BadRequest(
-            f"{directory} is no plugin's project",
+            f"{directory} is not the project of a plugin",
             why=f"{path}: {error.strerror}",
             fix="see `dispatcher plugin new`",
         ) from error
@@ -157,7 +157,7 @@ def _not_judged(kind: str, checks: list[dict[str, str]]) -> str:
     if checks:
         return f"All checks of the {CONTRACTS[kind]} were skipped: {checks[0]['message']}"
     return (
-        f"No test class derives from {CONTRACTS[kind]}, so the kit has not judged the {kind} (write one, see "
+        f"No test class derives from {CONTRACTS[kind]}, so the kit has not tested the {kind} (write one, see "
         "docs/reference/conformance-kit.md)"
     )
 

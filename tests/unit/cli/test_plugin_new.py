@@ -100,7 +100,10 @@ def test_what_new_refuses(run, here, arguments, code, complaint):
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (None, "is no plugin's project: pyproject.toml: No such file or directory (see `dispatcher plugin new`)"),
+        (
+            None,
+            "is not the project of a plugin: pyproject.toml: No such file or directory (see `dispatcher plugin new`)",
+        ),
         ("[", "pyproject.toml is wrong"),
         ("[project]\nname = 'x'", 'it has no table [project.entry-points."dispatcher.plugins"]'),
         ("[project.entry-points.\"dispatcher.plugins\"]\nx = 'x'", "it has no project.name"),
