@@ -39,7 +39,7 @@ class AnswerChecks(AuthenticatorBase):
     """Passwords, people, time."""
 
     def test_right_password_is_an_identity(self, ask: Asker) -> None:
-        """Everybody in `people` comes in: `authenticate` returns an `Identity` whose `user` is a text."""
+        """For everybody in `people`, `authenticate` returns an `Identity` whose `user` is a text."""
         for name, password in self._people():
             found = ask.accepted(name, password).value
             if inspect.iscoroutine(found):
@@ -66,13 +66,13 @@ class AnswerChecks(AuthenticatorBase):
         expect(len(set(users)) == len(users), f"several people are one user: {users}")
 
     def test_wrong_password_is_none(self, ask: Asker) -> None:
-        """A wrong password is None, whoever it is."""
+        """`authenticate` returns None for a wrong password, for every user."""
         for name, _ in self._people():
             found = ask.refused(name, WRONG, f"a wrong password of {printable(name)}").value
             expect(found is None, f"authenticate() returned {found!r} for a wrong password: return None")
 
     def test_unknown_name_is_none(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """An unknown name is None, like a wrong password: nobody learns who exists."""
+        """`authenticate` returns None for an unknown name, too: nobody learns which users exist."""
         for password in (WRONG, alice[1]):
             ask.refused(UNKNOWN, password, "an unknown name")
 
@@ -94,25 +94,25 @@ class AnswerChecks(AuthenticatorBase):
         ask.refused(alice[0], "", "an empty password")
 
     def test_password_is_taken_as_it_is(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """Blanks and line ends around a password count."""
+        """Blanks and line ends around a password are part of it."""
         name, password = alice
         for other in (f" {password}", f"{password} ", f"{password}\n", f"\t{password}\r\n", "   "):
             ask.not_accepted(name, other, f"a password with other blanks, {other!r}")
 
     def test_case_of_a_password_counts(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """A password in capital letters is another password."""
+        """The password in capital letters is a wrong password."""
         name, password = alice
         for other in {password.upper(), password.lower(), password.swapcase(), password.title()} - {password}:
             ask.not_accepted(name, other, f"the password in another case, {other!r}")
 
     def test_password_counts_as_a_whole(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """What begins like the password, or goes on after it, is refused; so is what follows a NUL."""
+        """A part of the password, the password with more text after it, or with a NUL and text, is refused."""
         name, password = alice
         for other in (password[:-1], password[1:], f"{password}x", password * 2, f"{password}\0x"):
             ask.not_accepted(name, other, f"a part of the password or more than it, {other!r}")
 
     def test_passwords_of_others_are_refused(self, ask: Asker) -> None:
-        """Nobody comes in with somebody else's password."""
+        """Nobody can sign in with another user's password."""
         people = self._people()
         for (name, _), (other, password) in zip(people, people[1:] + people[:1], strict=True):
             ask.not_accepted(name, password, f"{printable(other)}'s password for {printable(name)}")
@@ -148,12 +148,12 @@ class AnswerChecks(AuthenticatorBase):
             ask.not_accepted(name, other, f"another password, {other!r}")
 
     def test_wrong_password_beyond_ascii_is_none(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """A wrong password in any script is None: `hmac.compare_digest`, for one, refuses such a text."""
+        """A wrong password in any script is refused, without an error (`hmac.compare_digest` raises one)."""
         for other in ("pässwörd", "пароль", "密码密码", "\N{KEY}\N{LOCK}", "\u202eabc"):
             ask.refused(alice[0], other, f"the wrong password {printable(other)}")
 
     def test_unencodable_password_is_none(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """A password with half a surrogate pair, which JSON allows and UTF-8 does not, is None."""
+        """A password with half a surrogate pair, which JSON allows and UTF-8 does not, is refused."""
         for other in ("\ud800", f"{alice[1]}\udc80"):
             ask.refused(alice[0], other, "a password that is not Unicode (encode with errors='surrogatepass')")
 
@@ -184,7 +184,7 @@ class AnswerChecks(AuthenticatorBase):
             other.close()
 
     def test_many_at_once(self, ask: Asker) -> None:
-        """Sign-ins at the same time, from many threads: everybody gets the answer about themselves."""
+        """With many sign-ins at the same time, from many threads, each gets its own answer."""
         people = self._people()
         wanted = {name: ask.accepted(name, password).user for name, password in people}
 
@@ -202,7 +202,7 @@ class AnswerChecks(AuthenticatorBase):
         at_once([partial(sign_in, at) for at in range(9)])
 
     def test_expired_deadline_is_no_wrong_password(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """With no time left the right password is right, or the error is `Unavailable`; at once."""
+        """With no time left, the right password is accepted or the error is `Unavailable`, at once."""
         answer = ask(*alice, seconds=0)
         expect(
             answer.accepted or isinstance(answer.error, Unavailable),

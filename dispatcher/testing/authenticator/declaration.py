@@ -50,7 +50,7 @@ class DeclarationChecks(AuthenticatorBase):
             pytest.fail(f"the plugin loader refuses {type(authenticator).__name__}: {error}")
 
     def test_name_is_legal(self, authenticator: Authenticator) -> None:
-        """The name is one that the configuration can hold, and belongs to no part of the core."""
+        """The name can be used in the configuration, and is not the name of a part of the core."""
         name = authenticator.name
         try:
             names.app_name(name)
@@ -100,7 +100,7 @@ class DeclarationChecks(AuthenticatorBase):
         answer.value.close()
 
     def test_close_can_be_repeated(self, authenticator: Authenticator) -> None:
-        """`close` works before the first question, and a second time."""
+        """`close` works before the first call of `authenticate`, and a second time."""
         other = self.another(authenticator)
         for _ in range(2):
             answer = in_time("close()", other.close, self.patience, self.slack)

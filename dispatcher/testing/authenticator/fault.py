@@ -34,7 +34,7 @@ class FaultChecks(AuthenticatorBase):
 
     @needs_directory
     def test_outage_is_the_same_for_all(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """During an outage unknown names get the same answer as known ones: none comes from what is remembered."""
+        """During an outage unknown names get the same answer as known ones: no answer comes from a cache."""
         ask.accepted(*alice)
         with self.broken_directory("down"):
             known, unknown = ask(alice[0], WRONG), ask(UNKNOWN, WRONG)
@@ -80,7 +80,7 @@ class FaultChecks(AuthenticatorBase):
 
     @needs_directory
     def test_instance_works_again_after_an_outage(self, ask: Asker, alice: tuple[str, str]) -> None:
-        """After an outage the same instance works; it neither stays with a dead connection nor waits for long."""
+        """After an outage the same instance works: it does not keep a dead connection, and does not wait long."""
         ask.accepted(*alice)
         with self.broken_directory("down"):
             ask(*alice)

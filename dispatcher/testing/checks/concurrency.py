@@ -18,7 +18,7 @@ class ConcurrencyChecks(Contract, page="docs/howto/write-a-provider.md"):
     """A method may be called from any thread, for different agents at the same time."""
 
     def test_many_at_once(self, driver: Driver, kit: Kit) -> None:
-        """Many agents started at the same time are all there, each its own; ended at the same time, all gone."""
+        """Agents started at the same time all run, each in its own process; ended together, all are gone."""
         specs = [kit.spec(f"many{number}") for number in range(self.many)]
         agents = kit.together([partial(kit.start, driver, spec) for spec in specs])
         starts = {agent.inside.id()["start"] for agent in agents}

@@ -150,7 +150,7 @@ class CoreChecks(Contract, page="docs/howto/write-a-provider.md"):
         _succeeds("destroy", lambda: driver.destroy(driver.handle(kit.spec("never")), data=data))
 
     def test_foreign_handle_data_is_contained(self, driver: Driver, kit: Kit) -> None:
-        """A handle whose data is empty or odd (an older release wrote it) is absent or an error of the tree."""
+        """A handle with empty or odd data (from an older release) is an absent agent or raises a public error."""
         real = driver.handle(kit.spec("never"))
         for data in ({}, {"odd": [1, {"x": None}]}):
             handle = Handle(provider=real.provider, agent=real.agent, name=real.name, data=data)

@@ -143,7 +143,7 @@ class IsolationChecks(Contract, page="docs/explanation/security.md"):
             expect(uid != "0", "the app is root inside: run it as spec.uid")
 
     def test_has_no_privileges(self, alice: Agent, provider: Provider) -> None:
-        """No capabilities, and no way to gain any."""
+        """The app has no capabilities, and no way to gain any."""
         if type(provider).isolation is Isolation.VM or not self.promised("capabilities"):
             return
         status = alice.inside.read("/proc/self/status").decode()

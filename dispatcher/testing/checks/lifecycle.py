@@ -233,7 +233,7 @@ class LifecycleChecks(Contract, page="docs/explanation/lifecycle.md"):
         )
 
     def test_exit_is_reported(self, driver: Driver, kit: Kit) -> None:
-        """An app that ends is STOPPED with the true reason; `ensure` starts it again."""
+        """An app that ends is STOPPED with the actual reason; `ensure` starts it again."""
         for code in (7, 11):
             agent = kit.start(driver, kit.spec("ivan"))
             agent.inside.post("/exit", code=code)
