@@ -1,6 +1,6 @@
 """The Docker provider on Podman's Docker API, rootful: checks of the conformance kit.
 
-The whole kit takes six minutes; with WHOLE_KIT=1 it runs.  Else the checks run where Podman differs from Docker, and
+The whole kit takes four minutes; WHOLE_KIT=1 runs it.  Else the checks run where Podman differs from Docker, and
 those of each feature.
 """
 
