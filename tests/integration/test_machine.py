@@ -303,8 +303,8 @@ def test_the_services_are_started_until_they_work(service):
     failing = "[Service]\nExecStart=\nExecStart=/bin/false\nRestartSec=50ms\n"
     write = "; ".join(f"mkdir -p {folder} && cp /tmp/failing {folder}/failing.conf" for folder in folders)
     service.run(f"cat >/tmp/failing; {write}; systemctl daemon-reload", stdin=failing)
-    service.run(f"systemctl restart --no-block {' '.join(units)}")
-    for unit in units:
+    for unit in reversed(units):  # the proxy's attempts wait for the end of the manager's
+        service.run(f"systemctl restart --no-block {unit}")
         restarts = f"systemctl show -P NRestarts {unit}"
         service.until("eight attempts", lambda restarts=restarts: int(service.run(restarts).out) >= 8)
     service.run(f"rm -r {' '.join(folders)} && systemctl daemon-reload")
