@@ -67,11 +67,9 @@ class Cli:
         if chosen := _configured(self.config_path, self.out.note):
             return chosen
         own = default_paths.run_dir()
-        if (own / default_paths.MANAGER_SOCKET).exists() or not (
-            SYSTEM_RUN_DIR / default_paths.MANAGER_SOCKET
-        ).exists():
-            return own
-        return SYSTEM_RUN_DIR
+        # os.path.exists is False, where Path.exists raises, if the directory is another user's.
+        places = (place for place in (own, SYSTEM_RUN_DIR) if os.path.exists(place / default_paths.MANAGER_SOCKET))
+        return next(places, own)
 
     def client(self) -> ManagerClient:
         """Return the client of the manager.  Sends nothing yet.
@@ -151,14 +149,6 @@ def _configured(config: Path | None, note: Callable[[str], None]) -> Path | None
     :param note: gets a syntax error, with which a running manager can still be reached.
     """
     path = config or default_paths.config_file()
-    if not path.exists():
-        if config is not None or os.environ.get("DISPATCHER_CONFIG"):
-            raise ConfigError(
-                f"Cannot read {path}",
-                why="the file does not exist",
-                fix="check --config, or run `dispatcher init`",
-            )
-        return None
     import sys
 
     if sys.version_info >= (3, 11):
@@ -167,6 +157,12 @@ def _configured(config: Path | None, note: Callable[[str], None]) -> Path | None
         import tomli as tomllib
     try:
         text = path.read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError as error:
+        if config is None and not os.environ.get("DISPATCHER_CONFIG"):
+            return None
+        raise ConfigError(
+            f"Cannot read {path}", why="the file does not exist", fix="check --config, or run `dispatcher init`"
+        ) from error
     except PermissionError as error:
         if config is None:
             return None  # the system's file, which this user may not read

@@ -35,13 +35,21 @@ def server_context(cert: Path, key: Path, table: str, *, client_ca: Path | None 
             raise ConfigError(
                 f"{table}.{name}: cannot read {path}", why=error.strerror or str(error), fix=fix
             ) from error
+
+    def passphrase() -> str:  # without it OpenSSL asks at the terminal
+        raise ConfigError(
+            f"{table}.tls_key cannot be used",
+            why=f"{key} has a passphrase, which no daemon can type",
+            fix=f"write a key without one: openssl pkey -in {key} -out NEW-KEY",
+        )
+
     try:
-        context.load_cert_chain(cert, key)
-    except (ssl.SSLError, ValueError) as error:
+        context.load_cert_chain(cert, key, passphrase)
+    except (OSError, ValueError) as error:
         raise ConfigError(
             f"{table}.tls_cert and {table}.tls_key cannot be used",
             why=f"{cert} and {key}: {reason(error)}",
-            fix="both are PEM; the certificate comes first, then its chain; the key has no passphrase",
+            fix="both are PEM; the certificate comes first, then its chain",
         ) from error
     if client_ca is not None:
         try:

@@ -122,7 +122,12 @@ def access_log_faults(config: Config) -> Iterator[str]:
     if config.proxy.access_log in {"", "-"}:
         return
     path = Path(config.proxy.access_log).absolute()
-    if os.path.isdir(path):  # unlike Path's, False where this user may not look
+    if os.path.islink(path):
+        yield (
+            f"proxy.access_log: {path} is a symbolic link, which the proxy does not follow "
+            '(name the file itself, or write "-" for standard output)'
+        )
+    elif os.path.isdir(path):  # unlike Path's, False where this user may not look
         yield f"proxy.access_log: {path} is a directory, expected the path of a file"
     elif not os.path.isdir(path.parent):
         yield f"proxy.access_log: there is no directory {path.parent}, create it for the user {config.proxy.user}"

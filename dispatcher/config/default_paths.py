@@ -27,7 +27,7 @@ def config_file() -> Path:
         return _kept
     if os.geteuid() == 0:
         return SYSTEM_CONFIG
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dispatcher/dispatcher.toml"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or _home() / ".config") / "dispatcher/dispatcher.toml"
 
 
 def keep_config_file() -> None:
@@ -43,14 +43,43 @@ def unreadable(path: Path, error: OSError) -> ConfigError:
 
 
 def run_dir() -> Path:
-    """Return the default of ``manager.run_dir``."""
-    if os.geteuid() == 0:
+    """Return the default of ``manager.run_dir``.
+
+    $XDG_RUNTIME_DIR that `su` or `sudo` kept is another user's; without it, as in cron jobs, logind's is used.
+    """
+    uid = os.geteuid()
+    if uid == 0:
         return Path("/run/dispatcher")
-    return Path(os.environ.get("XDG_RUNTIME_DIR") or f"/tmp/dispatcher-{os.geteuid()}") / "dispatcher"  # noqa: S108 - manager and client check its owner
+    given = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(given) and _owner(given) in {uid, None}:
+        return Path(given, "dispatcher")
+    logind = f"/run/user/{uid}"
+    return Path(logind if _owner(logind) == uid else f"/tmp/dispatcher-{uid}") / "dispatcher"  # noqa: S108 - manager and client check its owner
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:
+        raise ConfigError(
+            "There is no home directory for the default paths",
+            why=f"$HOME is not set, and the user id {os.geteuid()} has no entry in /etc/passwd",
+            fix="set $HOME",
+        ) from error
+
+
+def _owner(path: str) -> int | None:
+    """Return the user id of a directory's owner; None if it does not exist."""
+    try:
+        return os.stat(path).st_uid
+    except FileNotFoundError:
+        return None
+    except OSError:
+        return -1  # it is below another user's directory
 
 
 def state_dir() -> Path:
     """Return the default of ``manager.state_dir``."""
     if os.geteuid() == 0:
         return Path("/var/lib/dispatcher")
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "dispatcher"
+    return Path(os.environ.get("XDG_STATE_HOME") or _home() / ".local/state") / "dispatcher"

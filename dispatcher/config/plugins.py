@@ -99,7 +99,7 @@ def _manager() -> pluggy.PluginManager:
 
 
 def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origin: str) -> None:
-    """Refuse a plugin that implements a hook which does not exist."""
+    """Refuse a plugin that implements a hook which does not exist, or one that would never run."""
     for caller in manager.get_hookcallers(plugin) or ():
         if not caller.has_spec():
             known = sorted(hook for hook, other in vars(manager.hook).items() if other.has_spec())
@@ -107,6 +107,16 @@ def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origi
                 f"The plugin {name!r}{_of(origin)} implements an unknown hook {caller.name!r}",
                 fix=did_you_mean(caller.name, known, f"use one of {', '.join(known)}"),
             )
+        if any(map(_asynchronous, (each.function for each in caller.get_hookimpls()))):
+            raise PluginError(
+                f"The plugin {name!r}{_of(origin)} implements the hook {caller.name!r} as a coroutine",
+                why="the manager calls hooks in threads, and awaits nothing",
+                fix="write `def` in place of `async def`",
+            )
+
+
+def _asynchronous(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ SIGHUP reads configuration and certificates again and replaces the workers one b
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import importlib
@@ -15,6 +16,7 @@ import select
 import signal
 import socket
 import ssl
+import stat
 from collections.abc import Callable
 
 from dispatcher.common import systemd
@@ -77,6 +79,7 @@ class Daemon:
         self._tls: ssl.SSLContext | None = None
         self._portal_sock: socket.socket
         self._access_log: int | None = None
+        self._stdout = 1
         self._children: dict[int, Child] = {}
         self._back_off = {WORKER: BackOff(), PORTAL: BackOff()}
         self._generation = 1
@@ -91,10 +94,11 @@ class Daemon:
         self._tls = _tls_context(self._config)
         self._listen(proxy)
         try:
-            self._access_log = _open_access_log(proxy.access_log)
+            self._stdout = _standard_output()
+            self._access_log = _open_access_log(proxy.access_log, self._stdout)
         except Unavailable as error:  # not a reason to serve nobody
             _log.error("the access log cannot be opened, requests are not logged", error=str(error))
-        if os.geteuid() == 0 and self._access_log not in {None, 1}:
+        if os.geteuid() == 0 and self._access_log not in {None, self._stdout} and _is_file(self._access_log):
             os.fchown(self._access_log, accounts.proxy_uid, accounts.proxy_gid)
         directory = self._paths.proxy_dir
         try:
@@ -338,7 +342,7 @@ class Daemon:
         self._listen(config.proxy)
         old_log = self._access_log
         try:
-            self._access_log = _open_access_log(config.proxy.access_log)
+            self._access_log = _open_access_log(config.proxy.access_log, self._stdout)
         except DispatcherError as error:
             _log.error("the access log cannot be reopened, the old file stays in use", error=str(error))
         self._tls = context
@@ -351,7 +355,7 @@ class Daemon:
         self._portal_sock.close()
         self._open_portal()
         self._fill()
-        if old_log not in {None, self._access_log, 1}:
+        if old_log not in {None, self._access_log, self._stdout}:
             os.close(old_log)
         _log.info("read the configuration again, replacing the workers", generation=self._generation)
 
@@ -376,19 +380,42 @@ def _fixed(config: Config) -> tuple[object, ...]:
     return config.manager.run_dir.absolute(), config.manager.state_dir.absolute(), config.proxy.user
 
 
-def _open_access_log(target: str) -> int | None:
+#: Of an access log: neither opening nor writing waits for the reader of a pipe.
+_APPEND = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_NOT_OPENED = {
+    errno.ELOOP: 'it is a symbolic link, which is not followed; for standard output write "-"',
+    errno.ENXIO: "nobody reads this named pipe, or it is a socket",
+}
+
+
+def _open_access_log(target: str, stdout: int) -> int | None:
     """Return the access log's descriptor, None without a log.
 
     :raises Unavailable: it cannot be opened.
     """
     if target in {"", "-"}:
-        return 1 if target else None
+        return stdout if target else None
     try:
-        return os.open(target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        return os.open(target, _APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o640)
     except OSError as error:
         raise Unavailable(
-            f"Cannot open the access log {target}", why=error.strerror or str(error), fix="see proxy.access_log"
+            f"Cannot open the access log {target}",
+            why=_NOT_OPENED.get(error.errno or 0) or error.strerror or str(error),
+            fix="see proxy.access_log",
         ) from error
+
+
+def _is_file(fd: int) -> bool:
+    """Whether it is a regular file, rather than a device such as /dev/null, which is everybody's."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def _standard_output() -> int:
+    """Return a descriptor of standard output: of a pipe a second one, as others share its mode."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISFIFO(os.fstat(1).st_mode):
+            return os.open("/proc/self/fd/1", _APPEND)
+    return 1
 
 
 def _tls_context(config: Config) -> ssl.SSLContext | None:

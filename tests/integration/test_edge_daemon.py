@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import signal
 import socket
@@ -255,6 +257,47 @@ def test_an_access_log_that_cannot_be_opened_keeps_nobody_out():
             "requests are not logged" in daemon.text()
             and "Cannot open the access log /nowhere/log" in daemon.text()
         )
+
+
+@pytest.mark.parametrize("target", ["pipe", "-"])
+def test_an_access_log_whose_reader_stops_holds_up_nobody(tmp_path, target):
+    """Writing to a full pipe waits, and with it all that one worker serves; here after about ten requests."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o600)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer = os.open(pipe, os.O_WRONLY)
+    fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 4096)
+    with Daemon(start=False, access_log="-" if target == "-" else str(pipe)) as daemon:
+        daemon.start(stdout=writer)
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:  # it is written once a second
+            with daemon.connect(3) as sock:
+                assert get(sock) == 200
+            time.sleep(0.02)
+        lines = read_while(reader, lambda data: data.count(b"\n") > 40)
+        assert all(json.loads(line)["status"] == 200 for line in lines.splitlines()[:40])
+        assert pipe.stat().st_uid == os.geteuid(), "the pipe stays its maker's"
+    os.close(reader)
+    os.close(writer)
+
+
+def read_while(reader: int, enough) -> bytes:
+    found = bytearray()
+
+    def more() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            found.extend(os.read(reader, 65536))
+        return enough(found)
+
+    eventually(more, 20)
+    return bytes(found)
+
+
+def test_a_named_pipe_without_a_reader_keeps_nobody_out(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with Daemon(access_log=str(tmp_path / "pipe")) as daemon, daemon.connect() as sock:
+        assert get(sock) == 200
+        assert "nobody reads this named pipe" in daemon.text()
 
 
 # Listeners.
@@ -577,9 +620,16 @@ def test_tls():
             body = os.urandom(3_000_000)
             sock.sendall(b"POST / HTTP/1.1\r\n" + HOST + cookie + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             assert Reader(sock).answer().body.endswith(body)
-        (daemon.dir / "key.pem").write_text("nonsense")
+        locked = ["openssl", "pkey", "-in", key, "-aes128", "-passout", "pass:secret", "-out", f"{key}.locked"]
+        subprocess.run(locked, check=True)
+        Path(f"{key}.locked").chmod(0o644)
+        daemon.write(tls_key=f"{key}.locked")
         daemon.signal(signal.SIGHUP)
-        eventually(lambda: daemon.said("the new configuration is not applied"))
+        eventually(lambda: daemon.said("has a passphrase"))
+        daemon.write(tls_key=str(key))
+        key.write_text("nonsense")
+        daemon.signal(signal.SIGHUP)
+        eventually(lambda: daemon.text().count("the new configuration is not applied") == 2)
         with tls(daemon) as sock, contextlib.suppress(OSError):
             sock.sendall(request)
             assert Reader(sock).answer().status == 200

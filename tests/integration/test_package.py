@@ -1,9 +1,12 @@
 """The contents of the Debian package, and provision.sh as far as it changes nothing.  The rest: test_machine.py."""
 
+import os
 import subprocess
 
 import pytest
+from cryptography import x509
 
+from dispatcher.common.tls import server_context
 from tests.conftest import ROOT
 from tests.support.package import HOME, package
 
@@ -65,6 +68,23 @@ def test_needrestart_leaves_the_agents_alone(tree):
     file = tree / "etc/needrestart/conf.d/agent-dispatcher.conf"
     done = subprocess.run(["perl", "-we", never, file, *units], capture_output=True, text=True)
     assert (done.stdout.split(), done.stderr) == (["dispatcher-agents.service"], "")
+
+
+@pytest.mark.program("openssl")
+def test_a_host_with_a_long_name_gets_a_certificate(tmp_path):
+    """OpenSSL takes 64 characters for a common name; names in clouds have more."""
+    name = f"{'worker-' * 8}17.internal.cloud.example.org"
+    for program, code in {"hostname": f"echo {name}", "systemd-sysusers": "exit 0"}.items():
+        (tmp_path / program).write_text(f"#!/bin/sh\n{code}\n")
+        (tmp_path / program).chmod(0o755)
+    script = (ROOT / "packaging/debian/agent-dispatcher.postinst").read_text()
+    script = script.replace("/etc/dispatcher", str(tmp_path)).replace("dispatcher-proxy", str(os.getgid()))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["sh", "-c", script, "postinst", "configure"], env=environment, check=True, capture_output=True)
+    found = x509.load_pem_x509_certificate((tmp_path / "tls/cert.pem").read_bytes())
+    names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert name in names.get_values_for_type(x509.DNSName)
+    server_context(tmp_path / "tls/cert.pem", tmp_path / "tls/key.pem", "proxy")
 
 
 @pytest.mark.root

@@ -68,7 +68,7 @@ class Daemon:
     def start(self, *, wait: bool = True, **kw: Any) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", MAIN, str(self.dir / "dispatcher.toml")],
-            cwd=ROOT, stdout=self.log, stderr=self.log, start_new_session=True, **kw,
+            cwd=ROOT, stderr=self.log, start_new_session=True, **{"stdout": self.log, **kw},
         )  # fmt: skip
         if wait:
             eventually(lambda: self.workers() and self.said("listening"), 20)

@@ -99,13 +99,16 @@ def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger"))
     """Check that the run directory stays when the user signs out (logind removes /run/user/UID)."""
     if os.geteuid() == 0:
         return
-    user = pwd.getpwuid(os.geteuid()).pw_name
+    try:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # of a container, or taken for this program: nobody signs in or out
+        return
     if run_dir.is_relative_to("/run/user") and not (linger / user).exists():
         yield Finding.warning(
             f"the run directory {run_dir} is removed when you sign out: manager and agents become unreachable",
             f"loginctl enable-linger {user}, or set manager.run_dir",
         )
-    elif not os.environ.get("XDG_RUNTIME_DIR") and run_dir == default_paths.run_dir():
+    elif run_dir == default_paths.run_dir() and run_dir.is_relative_to("/tmp"):  # noqa: S108
         yield Finding.info(
             f"$XDG_RUNTIME_DIR is not set: the run directory is {run_dir}, and clients need the same environment",
             "set manager.run_dir to a short path of your own",
@@ -135,7 +138,7 @@ def disk(path: Path) -> Iterator[Finding]:
 
 
 def _existing(path: Path) -> Path:
-    return next(parent for parent in (path, *path.parents) if parent.exists())
+    return next(parent for parent in (path, *path.parents) if os.path.exists(parent))
 
 
 def ports(config: Config, *, serving: bool) -> Iterator[Finding]:

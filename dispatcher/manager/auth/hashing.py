@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, InvalidStateError
@@ -34,10 +35,11 @@ def check_length(password: str) -> None:
 
     :raises BadRequest: with the allowed lengths, never the password.
     """
-    if not MIN_LENGTH <= len(password) <= MAX_LENGTH:
+    length = len(_prepared(password))
+    if not MIN_LENGTH <= length <= MAX_LENGTH:
         raise BadRequest(
             "The password cannot be used",
-            why=f"it has {len(password)} characters, allowed are {MIN_LENGTH} to {MAX_LENGTH}",
+            why=f"it has {length} characters, allowed are {MIN_LENGTH} to {MAX_LENGTH}",
             fix="choose another password",
         )
 
@@ -80,9 +82,20 @@ class Hasher:
         return self.hash(secrets.token_hex())
 
 
+def _prepared(password: str) -> str:
+    """Return the form that is hashed: one for each way to type it (RFC 8265, section 4.2.2, OpaqueString).
+
+    Keyboards and systems differ in whether an accent is a character of its own, and in which blank they send.
+    """
+    if password.isascii() or len(password) > MAX_LENGTH:  # normalisation can take the square of the length
+        return password
+    blanks = (" " if unicodedata.category(each) == "Zs" else each for each in password)
+    return unicodedata.normalize("NFC", "".join(blanks))
+
+
 def _encoded(password: str) -> bytes:
     """Return a password as bytes, half of a surrogate pair included."""
-    return password.encode(errors="surrogatepass")
+    return _prepared(password).encode(errors="surrogatepass")
 
 
 class HashPool:

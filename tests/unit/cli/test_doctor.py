@@ -391,6 +391,9 @@ def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):
     (tmp_path / "nobody").touch()
     assert levels(installation._until_logout(Path("/run/user/1000/dispatcher"), tmp_path)) == []
     assert levels(installation._until_logout(Path("/srv/run"), tmp_path)) == []
+    with monkeypatch.context() as without_name:
+        without_name.setattr(os, "geteuid", lambda: 1_234_567)
+        assert levels(installation._until_logout(Path("/run/user/1234567/dispatcher"), tmp_path)) == []
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert levels(installation._until_logout(Path("/tmp/own"), tmp_path)) == [], "it was chosen"
     found = only(installation._until_logout(default_paths.run_dir(), tmp_path))

@@ -226,7 +226,10 @@ def nowhere(monkeypatch, short_tmp):
     """No configuration, no manager, an ordinary user."""
     monkeypatch.delenv("DISPATCHER_MANAGER", raising=False)
     monkeypatch.delenv("DISPATCHER_CONFIG", raising=False)
-    monkeypatch.setattr("os.geteuid", lambda: 1234)
+    uid = os.geteuid() or 1234
+    (short_tmp / "run").mkdir()
+    os.chown(short_tmp / "run", uid, -1)
+    monkeypatch.setattr("os.geteuid", lambda: uid)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short_tmp / "run"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(short_tmp / "config"))
     monkeypatch.setattr("dispatcher.cli.context.SYSTEM_RUN_DIR", short_tmp / "system")

@@ -3,6 +3,7 @@
 import ssl
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from dispatcher.common.tls import client_context, server_context
 from dispatcher.manager.rest.certificate import make_certificate
@@ -37,6 +38,18 @@ def test_what_is_wrong_with_a_servers_files_is_named(pair, tmp_path):
         server_context(key, cert, "manager")
     with pytest.raises(ConfigError, match="manager.client_ca: cannot use"):
         server_context(cert, key, "manager", client_ca=key)
+
+
+@pytest.mark.parametrize(
+    "form", [serialization.PrivateFormat.PKCS8, serialization.PrivateFormat.TraditionalOpenSSL], ids=["new", "old"]
+)
+def test_a_key_with_a_passphrase_is_named_and_nobody_is_asked(pair, form):
+    cert, key = pair
+    plain = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked = serialization.BestAvailableEncryption(b"secret")
+    key.write_bytes(plain.private_bytes(serialization.Encoding.PEM, form, locked))
+    with pytest.raises(ConfigError, match=f"proxy.tls_key.*passphrase.*openssl pkey -in {key}"):
+        server_context(cert, key, "proxy")
 
 
 def test_clients_verify_unless_told_otherwise(pair):

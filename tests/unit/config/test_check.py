@@ -35,6 +35,9 @@ def test_an_access_log_needs_a_directory_of_the_proxys_user(tmp_path):
     assert found("") == found("-") == found(tmp_path / "log") == []
     assert f"there is no directory {tmp_path}/none" in found(tmp_path / "none/log")[0]
     assert "is a directory, expected the path of a file" in found(tmp_path)[0]
+    (tmp_path / "link").symlink_to("/proc/self/fd/1")  # as /dev/stdout is one
+    (fault,) = found(tmp_path / "link")
+    assert "is a symbolic link" in fault and '"-" for standard output' in fault and "chown" not in fault
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to make directories of others")

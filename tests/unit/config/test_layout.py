@@ -78,6 +78,24 @@ def test_an_ordinary_user_s_places(ordinary, monkeypatch):
     assert str(default_paths.state_dir()) == "/xdg/XDG_STATE_HOME/dispatcher"
 
 
+def test_a_run_directory_that_su_kept_of_another_user_is_not_used(ordinary, monkeypatch, tmp_path):
+    monkeypatch.setattr("os.geteuid", lambda: 54321)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert str(default_paths.run_dir()) == "/tmp/dispatcher-54321/dispatcher"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
+    assert str(default_paths.run_dir()) == "/tmp/dispatcher-54321/dispatcher"
+    monkeypatch.setattr(default_paths, "_owner", {"/run/user/54321": 54321}.get)
+    assert str(default_paths.run_dir()) == "/run/user/54321/dispatcher"
+
+
+def test_a_user_id_without_a_name_and_a_home_is_told_what_is_missing(ordinary, monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    for place in (default_paths.config_file, default_paths.state_dir):
+        with pytest.raises(ConfigError, match="HOME is not set.*no entry"):
+            place()
+
+
 def test_root_s_places(monkeypatch):
     monkeypatch.delenv("DISPATCHER_CONFIG", raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 0)

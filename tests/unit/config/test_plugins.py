@@ -66,6 +66,13 @@ def plugin(providers=None, authenticators=None, **others):
     return module
 
 
+async def observe(event): ...
+
+
+async def authenticators():
+    yield FakeAuthenticator
+
+
 def broken(**attributes):
     return type("Broken", (FakeProvider,), attributes)
 
@@ -247,6 +254,11 @@ def exiting():
             "implements an unknown hook 'dispatcher_register_provider'",
         ),
         (plugin(dispatcher_agent_event=hookimpl(lambda evnt: None)), "breaks a hook's contract"),
+        (plugin(dispatcher_agent_event=hookimpl(observe)), "'dispatcher_agent_event' as a coroutine"),
+        (
+            plugin(dispatcher_register_authenticators=hookimpl(authenticators)),
+            "'dispatcher_register_authenticators' as a coroutine",
+        ),
     ],
 )
 def test_each_breach_of_contract_names_the_one_at_fault(made, complaint):

@@ -24,6 +24,33 @@ def test_hashes_are_argon2id_salted_and_verify():
     assert not CHEAP.verify(one, "correct horsf")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "typed"),
+    [
+        ("man\u0303ana por la", "ma\u00f1ana por la"),  # a tilde of its own
+        ("correct\u00a0horse\u2003battery", "correct horse battery"),  # no-break and em blanks
+        ("\ud800 half a pair", "\ud800 half a pair"),
+    ],
+)
+def test_a_password_is_the_same_however_a_keyboard_sends_it(chosen, typed):
+    assert CHEAP.verify(CHEAP.hash(chosen), typed)
+    assert CHEAP.verify(CHEAP.hash(typed), chosen)
+
+
+def test_letters_that_only_look_alike_are_different():
+    assert not CHEAP.verify(CHEAP.hash("\ufb01sh and chips"), "fish and chips")
+    assert not CHEAP.verify(CHEAP.hash("Mañana por la"), "mañana por la")
+
+
+def test_accents_of_their_own_make_a_password_no_longer():
+    with pytest.raises(BadRequest, match="it has 4 characters"):
+        check_length("e\u0301" * 4)
+    check_length("e\u0301" * 8)
+    began = time.thread_time()
+    CHEAP.verify(CHEAP.hash("x" * 8), "a" + "\u0301\u0323" * 100_000)
+    assert time.thread_time() - began < 1
+
+
 @pytest.mark.parametrize("stored", ["", "nonsense", "$argon2id$v=19$m=64,t=1,p=1$!!$!!", "$2b$12$abc"])
 def test_a_damaged_hash_fits_no_password(stored):
     assert not CHEAP.verify(stored, "correct horse")
