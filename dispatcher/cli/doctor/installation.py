@@ -80,7 +80,12 @@ def directories(paths: Paths) -> Iterator[Finding]:
         except OSError as problem:
             yield Finding.error(f"the {name} directory {path}: {problem.strerror}", "see its parents' modes")
             continue
-        if not stat.S_ISDIR(status.st_mode):
+        if path.is_symlink():
+            yield Finding.error(
+                f"the {name} directory {path} is a symbolic link, which the manager does not follow",
+                f"name {path.resolve()} in manager.{name}_dir, or mount it there",
+            )
+        elif not stat.S_ISDIR(status.st_mode):
             yield Finding.error(f"{path} is not a directory", f"move it away, or change manager.{name}_dir")
         elif status.st_uid != os.geteuid():
             yield Finding.warning(

@@ -52,6 +52,12 @@ def _own_directory(path: Path, mode: int) -> None:
 
 def _check_own(path: Path) -> None:
     found = path.lstat()
+    if stat.S_ISLNK(found.st_mode):
+        raise ConfigError(
+            f"{path} is a symbolic link",
+            why="a link in place of this directory is not followed",
+            fix=f"name {path.resolve()} in manager.state_dir or manager.run_dir, or mount it there",
+        )
     if not stat.S_ISDIR(found.st_mode):
         raise ConfigError(f"{path} is not a directory", fix="remove it, or choose another one")
     if found.st_uid != os.geteuid():

@@ -103,9 +103,15 @@ def test_directories_that_others_may_write_are_errors(tmp_path, mode, level):
     assert levels(installation.directories(paths(tmp_path)))[0] == level
 
 
-def test_a_file_in_the_place_of_a_directory(tmp_path):
+def test_a_file_or_a_link_in_the_place_of_a_directory(tmp_path):
     (tmp_path / "state").touch()
     assert "is not a directory" in next(iter(installation.directories(paths(tmp_path)))).what
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "state").unlink()
+    (tmp_path / "state").symlink_to(tmp_path / "disk")
+    found = next(iter(installation.directories(paths(tmp_path))))
+    assert "is a symbolic link, which the manager does not follow" in found.what
+    assert f"name {tmp_path}/disk in manager.state_dir" in found.fix
 
 
 @pytest.mark.parametrize(("free", "level"), [(10**7, "error"), (10**9, "warning"), (10**11, "ok")])

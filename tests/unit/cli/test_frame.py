@@ -16,6 +16,7 @@ import pytest
 from dispatcher import cli
 from dispatcher.client import trust
 from dispatcher.cli import ALIASES, SECTIONS, program
+from tests.support import ordinary
 from tests.support.fake_manager import FakeManager, problem
 
 ALL = sorted(name for section in SECTIONS.values() for name in section)
@@ -250,6 +251,22 @@ def test_the_configuration_says_where_the_manager_is(nowhere):
     (nowhere / "config/dispatcher").mkdir(parents=True)
     (nowhere / "config/dispatcher/dispatcher.toml").write_text('[manager]\nrun_dir = "/run/x"\n')
     assert cli.Cli().url == "unix:///run/x/manager.sock"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("variable", ["HOME", "XDG_RUNTIME_DIR"])
+def test_files_of_another_user_s_home_are_skipped(short_tmp, variable):
+    """As after `su` without a dash, which keeps the variables."""
+    own, other = short_tmp / "own", short_tmp / "other"
+    for place in (own, other):
+        place.mkdir(mode=0o700)
+    os.chown(own, 4242, 4242)
+    code = f"{variable}={other} exec {sys.executable} -m dispatcher list"
+    done = subprocess.run(
+        ordinary.command(4242, own, "sh", "-c", code), capture_output=True, text=True, timeout=60
+    )
+    assert "The manager does not answer" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_named_configuration_must_exist(nowhere, run):

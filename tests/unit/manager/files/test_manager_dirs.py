@@ -44,7 +44,8 @@ def test_a_link_in_place_of_a_directory_is_refused(paths, tmp_path):
     paths.run_dir.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError) as caught:
         make_directories(paths, ME)
-    assert str(paths.run_dir) in str(caught.value)
+    assert f"{paths.run_dir} is a symbolic link" in str(caught.value)
+    assert f"name {tmp_path}/elsewhere in manager" in caught.value.fix, "nobody is told to remove it"
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
