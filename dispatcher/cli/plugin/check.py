@@ -57,13 +57,15 @@ _LEFT_OUT = (
 class Project:
     """A plugin's project, as its pyproject.toml describes it.
 
-    :ivar extras: that hold what its tests need; :ivar build: what builds it.
+    :ivar extras: that hold what its tests need; :ivar needs: what they need of a dependency group.
+    :ivar build: what builds it.
     """
 
     directory: Path
     distribution: str
     plugins: tuple[str, ...]
     extras: tuple[str, ...]
+    needs: tuple[str, ...]
     build: tuple[str, ...]
 
 
@@ -114,14 +116,28 @@ def read(directory: Path) -> Project:
             why=f'it has no table [project.entry-points."{GROUP}"]' if not plugins else "it has no project.name",
             fix=f'write NAME = "MODULE" into [project.entry-points."{GROUP}"]; see docs/reference/hooks.md',
         )
-    optional = _table(project, "optional-dependencies")
+    optional, groups = _table(project, "optional-dependencies"), _table(tables, "dependency-groups")
+    extras = tuple(extra for extra in TEST_EXTRAS if extra in optional)[:1]
+    group = next((name for name in TEST_EXTRAS if name in groups and not extras), "")
     return Project(
         directory=directory,
         distribution=project["name"],
         plugins=tuple(plugins),
-        extras=tuple(extra for extra in TEST_EXTRAS if extra in optional)[:1],
+        extras=extras,
+        needs=tuple(_group(groups, group, ())),
         build=tuple(_table(tables, "build-system").get("requires", ["setuptools>=70.1"])),
     )
+
+
+def _group(groups: dict[str, Any], name: str, within: tuple[str, ...]) -> list[str]:
+    """Return the requirements of a dependency group (PEP 735), with those that it includes."""
+    found: list[str] = []
+    for each in groups.get(name, ()):
+        if isinstance(each, str):
+            found.append(each)
+        elif isinstance(each, dict) and (other := each.get("include-group")) not in {name, *within, None}:
+            found += _group(groups, other, (name, *within))
+    return found
 
 
 def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
@@ -203,7 +219,11 @@ class _Environment:
         except OSError as error:
             raise BadRequest(f"{project.directory} cannot be copied", why=str(error)) from error
         what = f"{self._source}[{','.join(project.extras)}]" if project.extras else str(self._source)
-        wanted = [what, *([] if importlib.util.find_spec("pytest") else ["pytest>=8", "pytest-timeout"])]
+        wanted = [
+            what,
+            *project.needs,
+            *([] if importlib.util.find_spec("pytest") else ["pytest>=8", "pytest-timeout"]),
+        ]
         done, first = self._pip("--no-build-isolation", "--check-build-dependencies", *wanted)
         if not done:  # what builds it is not at hand
             done, said = self._pip(*wanted)

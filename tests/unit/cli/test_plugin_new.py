@@ -50,6 +50,22 @@ def test_new_writes_a_distribution_and_says_what_is_next(run, here, kind):
     assert (project.distribution, project.plugins) == ("dispatcher-my-own-one", ("my-own_one",))
 
 
+def test_what_tests_need_is_found_in_an_extra_or_a_dependency_group(here):
+    made = new.new("staff", "authenticator")
+    pyproject = made / "pyproject.toml"
+    groups = """
+[dependency-groups]
+dev = [{include-group = "test"}, "ruff"]
+test = ["ldap3>=2", {include-group = "dev"}, {include-group = "absent"}]
+"""
+    pyproject.write_text(pyproject.read_text() + groups)
+    assert (check.read(made).extras, check.read(made).needs) == (("test",), ())
+    pyproject.write_text(
+        pyproject.read_text().replace("[project.optional-dependencies]\ntest =", "[tool.none]\na =")
+    )
+    assert (check.read(made).extras, check.read(made).needs) == ((), ("ldap3>=2", "ruff"))
+
+
 @pytest.mark.parametrize(
     ("page", "name", "kind"),
     [("write-a-provider.md", "bare", "provider"), ("write-an-authenticator.md", "staff", "authenticator")],
