@@ -41,6 +41,7 @@ class AccessLog:
         self.lost = 0
         self._lines: list[bytes] = []
         self._size = 0
+        self._due = _TOGETHER  # size at which lines are written, before the next second
         self._time = ""
         self._time_of = 0.0
 
@@ -77,7 +78,7 @@ class AccessLog:
             return
         self._lines.append(line.encode("ascii"))
         self._size += len(line)
-        if self._size >= _TOGETHER:
+        if self._size >= self._due:
             self.flush()
 
     def flush(self) -> None:
@@ -94,3 +95,4 @@ class AccessLog:
         if rest:
             self._lines.append(rest)
         self._size = len(rest)
+        self._due = self._size + _TOGETHER
