@@ -157,7 +157,7 @@ def _configured(config: Path | None, note: Callable[[str], None]) -> Path | None
         import tomli as tomllib
     try:
         text = path.read_bytes().decode("utf-8", "replace")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if config is None and not os.environ.get("DISPATCHER_CONFIG"):
             return None
         raise ConfigError(

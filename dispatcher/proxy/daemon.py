@@ -98,8 +98,9 @@ class Daemon:
             self._access_log = _open_access_log(proxy.access_log, self._stdout)
         except Unavailable as error:  # not a reason to serve nobody
             _log.error("the access log cannot be opened, requests are not logged", error=str(error))
-        if os.geteuid() == 0 and self._access_log not in {None, self._stdout} and _is_file(self._access_log):
-            os.fchown(self._access_log, accounts.proxy_uid, accounts.proxy_gid)
+        log = self._access_log
+        if os.geteuid() == 0 and log not in {None, self._stdout} and _is_file(log):
+            os.fchown(log, accounts.proxy_uid, accounts.proxy_gid)
         directory = self._paths.proxy_dir
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -113,7 +113,7 @@ def _until_logout(run_dir: Path, linger: Path = Path("/var/lib/systemd/linger"))
             f"the run directory {run_dir} is removed when you sign out: manager and agents become unreachable",
             f"loginctl enable-linger {user}, or set manager.run_dir",
         )
-    elif run_dir == default_paths.run_dir() and run_dir.is_relative_to("/tmp"):  # noqa: S108
+    elif run_dir == default_paths.run_dir() and run_dir.parent.name == f"dispatcher-{os.geteuid()}":
         yield Finding.info(
             f"$XDG_RUNTIME_DIR is not set: the run directory is {run_dir}, and clients need the same environment",
             "set manager.run_dir to a short path of your own",
