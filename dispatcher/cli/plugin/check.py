@@ -133,9 +133,10 @@ def _group(groups: dict[str, Any], name: str, within: tuple[str, ...]) -> list[s
     """Return the requirements of a dependency group (PEP 735), with those that it includes."""
     found: list[str] = []
     for each in groups.get(name, ()):
+        other = each.get("include-group") if isinstance(each, dict) else None
         if isinstance(each, str):
             found.append(each)
-        elif isinstance(each, dict) and (other := each.get("include-group")) not in {name, *within, None}:
+        elif isinstance(other, str) and other not in {name, *within}:
             found += _group(groups, other, (name, *within))
     return found
 
