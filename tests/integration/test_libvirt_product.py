@@ -86,7 +86,7 @@ class Place(Installation):
             DEFAULTS,
             table("good", options),
             table("clash", options),
-            table("never", never, start_timeout="30s"),
+            table("never", never, start_timeout="60s"),
         ]
         apps += [table(name, options | changes) for name, (changes, _, _) in self.faults.items()]
         super().__init__(base, "".join(apps), extra='default_app = "good"')
@@ -161,7 +161,7 @@ def test_a_foreign_machine_is_not_touched(site, tmp_path):
 
 
 def test_a_machine_whose_app_never_listens_fails_and_is_removed(site):
-    found = site.fails("never", 120)
+    found = site.fails("never", 150)
     assert found["what"] == "The app did not become ready in time"
     assert "start_timeout" in found["fix"]
     assert any("starting the app" in line for line in found["log"]), found
