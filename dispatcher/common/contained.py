@@ -20,7 +20,7 @@ from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError, ProviderError
 from dispatcher.plugin.names import printable
 
-SECONDS = 10.0  # for a bounded call, such as an import
+SECONDS = 30.0  # for a bounded call, such as an import: a slow host that is busy needs more than ten
 _SLICE = 0.1  # seconds between two moments at which a waiting main thread handles signals
 MAX_WHAT, MAX_TEXT = 500, 4000  # characters of the texts of an error
 MAX_DETAILS = 65536  # characters of an error's details as JSON
