@@ -41,7 +41,7 @@ test: machine $(VENV)/.test
 	@VENV='$(VENV)' tests/machine/run $(ARGS)
 
 test-release: machine $(VENV)/.test
-	DISPATCHER_TEST_SUITE='$(SUITE)' $(BIN)/pytest -n0 tests/integration/test_machine.py $(ARGS)
+	DISPATCHER_TEST_SUITE='$(SUITE)' $(BIN)/pytest -n0 -m 'not gallery' tests/integration/test_machine.py $(ARGS)
 
 gallery: $(VENV)/.test
 	$(BIN)/pytest -n0 -m gallery tests/browser/test_gallery.py $(ARGS)

@@ -425,7 +425,7 @@ def private_network(service, helper):
 @pytest.mark.parametrize(
     ("helper", "host"),
     [
-        (helper, host)
+        pytest.param(helper, host, marks=[pytest.mark.release] if helper == "slirp4netns" else [])
         for helper in ("pasta", "slirp4netns")
         for host in (*OUTSIDE, *DENIED)
         if (helper, host) != ("slirp4netns", "[fd77:3::2]")  # it speaks IPv4 only
@@ -598,6 +598,7 @@ def own(service):
     return OwnService(service.machine)
 
 
+@pytest.mark.release
 def test_an_ordinary_user_starts_the_service_by_units_of_its_own(own):
     config = OWN_CONFIG + CONFIG.format(network="auto")
     own.run("useradd --create-home --uid 2000 --shell /bin/bash zoe && loginctl enable-linger zoe")
@@ -614,6 +615,7 @@ def test_an_ordinary_user_starts_the_service_by_units_of_its_own(own):
     assert limits == {"memory.max": str(64 << 20), "cpu.max": "20000 100000", "pids.max": "30"}
 
 
+@pytest.mark.release
 def test_the_agents_of_an_ordinary_user_live_on_without_a_login_and_over_a_restart(own):
     before = own.processes("alice")
     own.until("the logout", lambda: "zoe" not in own.run("loginctl list-sessions --no-legend").out)
@@ -631,6 +633,7 @@ def test_the_agents_of_an_ordinary_user_live_on_without_a_login_and_over_a_resta
     assert own.state("alice") == "running"
 
 
+@pytest.mark.release
 def test_an_ordinary_users_agent_cannot_exceed_its_limits(own):
     assert int(own.ask("alice", "/fork?count=100", "")) < 30
     own.ask("alice", f"/memory?bytes={200 << 20}", "")
@@ -638,16 +641,21 @@ def test_an_ordinary_users_agent_cannot_exceed_its_limits(own):
     own.want("alice", "running")
 
 
-def test_after_a_reboot_agents_are_in_their_desired_state(service, own):
+def test_after_a_reboot_agents_are_in_their_desired_state(service):
     service.want("bob", "stopped")
     service.machine.reboot()
     service.until("alice is back", lambda: service.state("alice") == "running")
     assert service.state("bob") == "stopped"
     assert service.run("systemctl --failed --plain --no-legend").out == ""
+
+
+@pytest.mark.release
+def test_after_a_reboot_the_service_of_an_ordinary_user_is_back(own):
     own.until("zoe's manager is back", lambda: own.run(f"test -S {own.socket}", check=False).code == 0)
     own.until("her agent is back", lambda: own.state("alice") == "running")
 
 
+@pytest.mark.release
 def test_an_ordinary_user_removes_the_service(own):
     own.login(own.documented("Remove"), timeout=200)
     own.run("loginctl disable-linger zoe && loginctl terminate-user zoe", check=False)
