@@ -16,7 +16,7 @@ from dispatcher_subprocess.processes.run_record import Journals, Record
 from dispatcher_subprocess.stop import Stopper
 
 NOT_YET = "it does not listen yet"
-_WAIT = 1.0  # seconds that an observation waits for an operation that holds the agent
+_WAIT = 3.0  # seconds that an observation waits for an operation that holds the agent: a clean-up knows the reason
 _LISTEN = b"0A"
 _END = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLONESHOT
 #: Addresses in /proc/net/tcp and tcp6 that a connection to 127.0.0.1 reaches: any, and loopback.
