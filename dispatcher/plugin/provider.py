@@ -20,8 +20,11 @@ Every provider gives an app the same environment, so that a move to another prov
   its Unix socket, its TCP port and its data directory, as seen from inside;
 - its environment variables are those of `App.environment` (byte for byte except for these placeholders), `HOME`
   (the data directory, which is also the working directory, unless others are set), `USER`, `LOGNAME`, `SHELL`,
-  `TMPDIR` (in the data directory, because `/tmp` is small) and those of `AgentSpec.variables`; none of the
-  manager's.  `DISPATCHER_SECRETS` names a directory in memory with a file per secret, readable only by the agent;
+  those of `AgentSpec.variables` and, where `/tmp` is small, `TMPDIR` (in the data directory, see
+  `make_temporary`); none of the manager's.  `DISPATCHER_SECRETS` names a directory in memory with a file per
+  secret, readable only by the agent;
+- programs that run as another user (root) before the app do not see these variables: the agent may write to what
+  its `PATH` or `LD_PRELOAD` names;
 - its umask is 007 unless its options or the image set another: the proxy's group may connect to its socket, and
   others may read nothing;
 - its standard input is `AgentSpec.stdin`, then end of file; it is empty without credentials.

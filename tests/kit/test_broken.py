@@ -64,6 +64,8 @@ def test_there_are_enough():
 @pytest.mark.parametrize("name", BROKEN)
 def test_caught_by_the_check_meant_for_it(verdicts, name):
     module = fault(name)
+    if os.geteuid() and (reason := getattr(module, "ROOT", "")):
+        pytest.skip(reason)
     assert verdicts[name], f"{module.CHECK} passes a provider with this fault: {module.__doc__}"
     assert re.search(module.ADVICE, verdicts[name]), verdicts[name][:1500]
     assert re.search(r"^Read (docs/|.*/provider\.py:\d+ )", verdicts[name], re.MULTILINE), verdicts[name][:1500]

@@ -65,10 +65,13 @@ class Shim:
     ) -> Process:
         """Start a command and return the agent's first process.
 
-        After an exception nothing of it runs or is recorded; what the command has made elsewhere may be there.
+        After an exception nothing of it is recorded, and its process group has ended.  What has left that group,
+        or was made elsewhere, may be there.
 
         :param record: what the provider must know of the agent later, JSON; see the property `record`.
-        :param environment: the whole environment; its ``PATH`` finds the program.
+        :param environment: the whole environment; its ``PATH`` finds the program.  If the command runs as root at
+            first (``unshare``, ``setpriv``), do not pass the app's variables here but by ``env -i`` behind it: the
+            agent may write to what its ``PATH`` or ``LD_PRELOAD`` names.
         :param log: the log file, read by `read_lines` and removed by `remove_logs`; :param log_size: bytes at
             which it is rotated; :param log_files: number of files, the current one included.
         :param umask: 007 lets the proxy's group connect to a socket in `AgentSpec.run_dir`.
@@ -151,6 +154,9 @@ class Shim:
         with contextlib.suppress(DeadlineExceeded):
             _answer(ready, Deadline(_ABORT), no_progress)
         if process := self.process:
+            with contextlib.suppress(ProcessLookupError):
+                if process.lives and os.getpgid(process.pid) == process.pid:
+                    os.killpg(process.pid, signal.SIGKILL)  # what it has forked (unshare --fork), too
             process.send(signal.SIGKILL)
         else:
             with contextlib.suppress(ProcessLookupError):

@@ -12,10 +12,13 @@ import stat
 
 from dispatcher.plugin.model import Capability, Isolation, Level
 from dispatcher.plugin.provider import Provider
-from dispatcher.testing.base import Contract
+from dispatcher.testing.base import Contract, rule
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit
 from dispatcher.testing.probe_client import Refused
+
+#: Programs by which providers start apps.
+_STARTERS = ("bash", "bwrap", "env", "ip", "mount", "nsenter", "runuser", "setpriv", "sh", "su", "tini", "unshare")
 
 
 class IsolationChecks(Contract, page="docs/explanation/security.md"):
@@ -154,6 +157,29 @@ class IsolationChecks(Contract, page="docs/explanation/security.md"):
                 f"{name} of the app is {value and value[1]}: drop all capabilities",
             )
         expect("NoNewPrivs:\t1" in status, "the app may gain privileges through setuid programs: set no_new_privs")
+
+    @rule("programs that run as another user (root) before the app do not see")
+    def test_variables_are_for_the_app_alone(self, driver: Driver, kit: Kit) -> None:
+        """No program of another user (root) gets the app's variables, such as `PATH` and `LD_PRELOAD`."""
+        if not kit.privileged or driver.can(Capability.OWN_DATA):
+            return
+        found_by_path = "PATH", "{data}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        loaded = ("LD_DEBUG", "statistics"), ("LD_DEBUG_OUTPUT", "{data}/ran")  # glibc writes a file ran.PID
+        spec = kit.spec("variables", environment=dict((found_by_path, *loaded)))
+        programs = spec.data_dir / "bin"
+        programs.mkdir()
+        programs.chmod(0o755)
+        for name in _STARTERS:
+            script = f'#!/bin/sh\n: >"${{0%/*}}/../ran.$$"\nPATH=${{PATH#*:}}\nexec {name} "$@"\n'
+            (programs / name).write_text(script)
+            (programs / name).chmod(0o755)
+        kit.start(driver, spec)
+        strangers = {path.lstat().st_uid for path in spec.data_dir.glob("ran.*")} - {spec.uid}
+        expect(
+            not strangers,
+            f"a program that runs as host user {min(strangers, default=0)} gets the app's variables (PATH, "
+            "LD_PRELOAD), and the agent may write to what they name: pass them behind the change of user (`env -i`)",
+        )
 
     def test_cannot_open_sockets_that_no_namespace_separates(self, alice: Agent, provider: Provider) -> None:
         """AF_VSOCK is one space for the host and its agents, whatever their network; a machine has its own."""

@@ -22,6 +22,7 @@ from dispatcher.plugin import (
     process_stat,
     read_lines,
 )
+from dispatcher.plugin.processes import shim as shim_module
 
 ENVIRONMENT = {"PATH": os.defpath, "GREETING": "hé\n$x"}
 
@@ -131,6 +132,22 @@ def test_a_start_that_takes_too_long_or_is_cancelled_leaves_no_process(shim, tmp
         if (tmp_path / "slow").exists():
             pid = int((tmp_path / "slow").read_text())
             assert eventually(lambda: process_stat(pid) is None or process_stat(pid).dead)
+
+
+def test_a_start_that_is_given_up_ends_what_the_command_has_forked(shim, tmp_path, monkeypatch):
+    answer = shim_module._answer
+
+    def once_forked(*arguments):
+        said = answer(*arguments)
+        assert eventually((tmp_path / "child").exists)
+        return said
+
+    monkeypatch.setattr(shim_module, "_answer", once_forked)
+    with pytest.raises(DeadlineExceeded):
+        start(shim, "sh", "-c", "sleep 60 & echo $! >new; mv new child; wait", cwd=tmp_path, seconds=0)
+    pid = int((tmp_path / "child").read_text())
+    assert eventually(lambda: process_stat(pid) is None or process_stat(pid).dead)
+    assert shim.record is None
 
 
 def test_output_is_bounded_and_a_flood_ends(shim):
