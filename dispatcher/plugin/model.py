@@ -31,19 +31,26 @@ class Isolation(enum.IntEnum):
 
 
 class Capability(str, enum.Enum):
-    """Optional features of a provider.  A method of an undeclared one raises `Unsupported`."""
+    """Optional features of a provider.  A method of an undeclared one raises `Unsupported`.
 
-    SUSPEND = "suspend"  # keep the agent in RAM, frozen
-    HIBERNATE = "hibernate"  # keep the agent's memory on disk
+    :ivar SUSPEND: keeps the agent in RAM, frozen; :ivar HIBERNATE: keeps the agent's memory on disk.
+    :ivar DISK_LIMIT: limits data itself; without it, the core limits data in the canonical directory.
+    :ivar EVENTS: `watch` reports changes.
+    :ivar OWN_DATA: data is not the canonical directory: `export_data` and `import_data` work.
+    :ivar CREDENTIALS: passes the credentials of the sign-in to the app on its standard input.
+    """
+
+    SUSPEND = "suspend"
+    HIBERNATE = "hibernate"
     LOGS = "logs"
     USAGE = "usage"
     MEMORY_LIMIT = "memory-limit"
     CPU_LIMIT = "cpu-limit"
     PIDS_LIMIT = "pids-limit"
-    DISK_LIMIT = "disk-limit"  # limits data itself; without it, the core limits data in the canonical directory
-    EVENTS = "events"  # `watch` reports changes
-    OWN_DATA = "own-data"  # data is not the canonical directory: `export_data` and `import_data` work
-    CREDENTIALS = "credentials"  # passes the credentials of the sign-in to the app on its standard input
+    DISK_LIMIT = "disk-limit"
+    EVENTS = "events"
+    OWN_DATA = "own-data"
+    CREDENTIALS = "credentials"
     NETWORK_NONE = "network-none"
     NETWORK_PRIVATE = "network-private"
     NETWORK_HOST = "network-host"
@@ -136,15 +143,17 @@ class Endpoint:
 class Limits:
     """Upper bounds of one agent; None is unlimited.
 
+    :ivar memory: bytes; :ivar swap: bytes beyond memory; :ivar cpus: cores.
+    :ivar pids: processes and threads; :ivar disk: bytes of data.
     :ivar defaults: names of the bounds that are the core's own: the configuration does not set them.  A provider
         that cannot enforce one of these starts the agent all the same; a virtual machine has a size of its own.
     """
 
-    memory: int | None = None  # bytes
-    swap: int | None = None  # bytes beyond memory
-    cpus: float | None = None  # cores
+    memory: int | None = None
+    swap: int | None = None
+    cpus: float | None = None
     pids: int | None = None
-    disk: int | None = None  # bytes of data
+    disk: int | None = None
     defaults: frozenset[str] = frozenset()
 
     def demanded(self, name: str) -> float | None:
@@ -331,12 +340,17 @@ class Observation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Resources that an agent uses now."""
+    """Resources that an agent uses now.
 
-    memory: int | None = None  # bytes
-    cpu_seconds: float | None = None  # since its start
-    disk: int | None = None  # bytes of data; the core adds them for data in the canonical directory
-    disk_limit: int | None = None  # bytes that the data can take
+    :ivar memory: bytes; :ivar cpu_seconds: since its start.
+    :ivar disk: bytes of data; the core adds them for data in the canonical directory.
+    :ivar disk_limit: bytes that the data can take.
+    """
+
+    memory: int | None = None
+    cpu_seconds: float | None = None
+    disk: int | None = None
+    disk_limit: int | None = None
 
 
 class Level(str, enum.Enum):

@@ -196,14 +196,14 @@ class Provider(ABC):
     def suspend(self, handle: Handle, *, depth: Depth, deadline: Deadline, progress: Progress) -> None:
         """Suspend the agent and keep its memory, in RAM or on disk.  Succeeds if it is suspended at that depth.
 
-        :raises NotFound: the agent does not exist.
+        :raises NotFound: the agent does not exist, or has ended.
         """
         raise self.unsupported(Capability.SUSPEND if depth is Depth.RAM else Capability.HIBERNATE)
 
     def resume(self, handle: Handle, *, deadline: Deadline, progress: Progress) -> None:
         """Resume the agent.  Succeeds if it is running.
 
-        :raises NotFound: the agent no longer exists; the core then calls `ensure`.
+        :raises NotFound: the agent no longer exists, or has ended; the core then calls `ensure`.
         """
         raise self.unsupported(Capability.SUSPEND)
 

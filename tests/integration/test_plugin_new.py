@@ -84,6 +84,13 @@ def dispatcher_register_authenticators():
     )
 
 
+def test_a_check_of_a_part_says_that_it_is_one(home):
+    done = dispatcher("plugin", "check", "--only", "odd_texts or later_kinds", home / "dispatcher-seen")
+    assert done.returncode == 0, done.stdout
+    assert "2 of 2 checks of the kit passed" in done.stdout
+    assert "Only a part of the tests ran: check again without --only" in done.stdout
+
+
 @pytest.mark.root
 def test_all_three_are_used_through_the_proxy(home, short_tmp, monkeypatch):
     """Somebody signs in by the authenticator, uses an agent of the provider, and the observer sees it."""

@@ -141,11 +141,13 @@ def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:
 
 @plugin.command(
     short_help="Run a plugin's tests in a fresh environment.",
-    epilog="\b\nExample:\n  dispatcher plugin check dispatcher-staff",
+    epilog="\b\nExamples:\n  dispatcher plugin check dispatcher-staff\n"
+    "  dispatcher plugin check --only 'suspend or sleep' dispatcher-boxes",
 )
 @click.argument("directory", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--only", default="", metavar="WORDS", help="Run only tests whose names match, as pytest's -k.")
 @pass_cli
-def check(cli: Cli, directory: Path) -> int:
+def check(cli: Cli, directory: Path, only: str) -> int:
     """Install the plugin in DIR into a fresh environment, load it and run its tests.
 
     The environment is a temporary venv that can also import this program's packages, so the tests run against the
@@ -155,7 +157,7 @@ def check(cli: Cli, directory: Path) -> int:
     from dispatcher.cli.plugin.check import check as run
     from dispatcher.cli.plugin.check import read
 
-    report = run(read(directory), cli.out.note)
+    report = run(read(directory), cli.out.note, only=only)
     if cli.out.json:
         cli.out.data(report.to_json())
     else:
@@ -180,3 +182,5 @@ def _show(cli: Cli, report: Report) -> None:
     cli.out.line(f"{sum(judged)} of {len(judged)} checks of the kit passed")
     if others:
         cli.out.line(f"{sum(others)} of {len(others)} other tests passed")
+    if report.only:
+        cli.out.line("Only a part of the tests ran: check again without --only")

@@ -74,10 +74,11 @@ class Report:
     """What a check found.
 
     :ivar plugins: name, kinds and error of each; :ivar tests: test, contract, outcome and message of each.
-    :ivar problems: what is wrong beside failed tests.
+    :ivar problems: what is wrong beside failed tests; :ivar only: the words that chose a part of the tests, or "".
     """
 
     distribution: str
+    only: str = ""
     plugins: list[dict[str, Any]] = field(default_factory=list)
     tests: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -146,26 +147,26 @@ def _table(table: dict[str, Any], key: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def check(project: Project, note: Callable[[str], None]) -> Report:
+def check(project: Project, note: Callable[[str], None], *, only: str = "") -> Report:
     """Install a project, load its plugins, run its tests.
 
-    :param note: gets a line before each step.
+    :param note: gets a line before each step; :param only: words that choose a part of the tests, as pytest's -k.
     :raises ProviderError: it cannot be installed; :raises Unavailable: pip is missing, or a step takes too long.
     """
     with _environment() as environment:
         note(f"installing {project.distribution} into a fresh environment that sees this program's packages")
         environment.install(project)
-        report = Report(project.distribution)
+        report = Report(project.distribution, only)
         report.plugins = environment.loaded(project.plugins)
         report.problems = [plugin["error"] for plugin in report.plugins if plugin["error"]]
         note("running its tests")
-        report.tests, failure = environment.tested()
+        report.tests, failure = environment.tested(only)
     if failure:
         report.problems.append(failure)
     kinds = {kind for plugin in report.plugins for kind in plugin["kinds"]}
     for kind in sorted(kinds):
         checks = [test for test in report.tests if test["contract"] == kind]
-        if not any(test["outcome"] != "skipped" for test in checks):
+        if not only and not any(test["outcome"] != "skipped" for test in checks):
             report.problems.append(_not_judged(kind, checks))
     return report
 
@@ -246,17 +247,19 @@ class _Environment:
             found = [{"name": name, "kinds": [], "error": f"{name} cannot be loaded: {why}"} for name in names]
         return found
 
-    def tested(self) -> tuple[list[dict[str, str]], str]:
+    def tested(self, only: str) -> tuple[list[dict[str, str]], str]:
         """Return the verdicts of the project's tests, and what else went wrong."""
         verdicts = self._root / "verdicts"
         done, said = self._run(
             *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "dispatcher.testing.pytest_verdicts"),
-            *("--rootdir", str(self._source), "--verdicts", str(verdicts)),
+            *("--rootdir", str(self._source), "--verdicts", str(verdicts), *(["-k", only] if only else [])),
             seconds=TEST_SECONDS,
             cwd=self._source,
         )
         lines = verdicts.read_text(encoding="utf-8").splitlines() if verdicts.exists() else []
         found = [json.loads(line) for line in lines]
+        if only and not found and " deselected in " in said:
+            return [], f"No test matches {only!r}"
         ended = done or any(each["outcome"] == "failed" for each in found)
         return found, "" if ended else f"pytest failed: {_end(said)}"
 

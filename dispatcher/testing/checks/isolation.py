@@ -178,7 +178,7 @@ class IsolationChecks(Contract, page="docs/explanation/security.md"):
         expect(
             not strangers,
             f"a program that runs as host user {min(strangers, default=0)} gets the app's variables (PATH, "
-            "LD_PRELOAD), and the agent may write to what they name: pass them behind the change of user (`env -i`)",
+            "LD_PRELOAD); the agent may write to what they name: pass them behind the change of user: `env -i`",
         )
 
     def test_cannot_open_sockets_that_no_namespace_separates(self, alice: Agent, provider: Provider) -> None:

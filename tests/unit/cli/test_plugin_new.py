@@ -144,3 +144,13 @@ def test_the_environment_sees_every_directory_of_this_program():
     visible = check._visible()
     assert str(new.TEMPLATES.parents[3]) in visible
     assert not [path for path in visible if path.endswith(f"python3.{sys.version_info[1]}")]
+
+
+def test_a_part_of_the_checks_that_is_empty_is_no_success(tmp_path, monkeypatch):
+    def deselected(*arguments, **_):
+        assert arguments[-2:] == ("-k", "nothing")
+        return False, "108 deselected in 0.31s"
+
+    environment = check._Environment(tmp_path)
+    monkeypatch.setattr(environment, "_run", deselected)
+    assert environment.tested("nothing") == ([], "No test matches 'nothing'")
