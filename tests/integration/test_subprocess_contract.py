@@ -86,3 +86,8 @@ class TestUnconfined(SubprocessContract):
             }
         ),
     }
+
+    def app_options(self):
+        """An agent with variables for the loader starts from a shell of its own, which cannot enter root's home."""
+        options = super().app_options()
+        return options | {"command": ["/usr/bin/python3", *options["command"][1:]]} if ROOT else options
