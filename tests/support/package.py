@@ -16,18 +16,22 @@ from tests.conftest import ROOT
 HOME = "usr/lib/agent-dispatcher"
 
 
-@functools.cache
 def package(suite: str = "") -> Path:
-    """Return the package's file; $DISPATCHER_TEST_PACKAGE names one that exists.
+    """Return the package's file, built once; $DISPATCHER_TEST_PACKAGE names one that exists.
 
     :param suite: the release of Debian or Ubuntu that it is for; by default that of this machine.
     """
     if ready := os.environ.get("DISPATCHER_TEST_PACKAGE"):
         return Path(ready)
+    return _built("" if suite == platform.freedesktop_os_release().get("VERSION_CODENAME") else suite)
+
+
+@functools.cache
+def _built(suite: str) -> Path:
     directory = tempfile.mkdtemp(prefix="package-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     command = [ROOT / "packaging/build-deb", "--no-check", "--output", directory]
-    if suite not in ("", platform.freedesktop_os_release().get("VERSION_CODENAME")):
+    if suite:
         command = [ROOT / "tests/machine/build-package", suite, directory]
     # As from a make that was given a variable of the same name as one of debian/rules.
     environment = os.environ | {"MAKEFLAGS": " -- VENV=elsewhere"}
