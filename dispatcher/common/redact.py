@@ -12,7 +12,7 @@ _KEY = re.compile(r"passw|secret|token|api_?key|private_?key", re.IGNORECASE)
 _REQUEST_KEY = re.compile(r"authori[sz]ation|cookie|credential|stdin|nonce|\bdevice\b", re.IGNORECASE)
 _USERINFO = re.compile(r"(?<=://)([^\s/?#:@]*):[^\s/?#]*(?=@)")
 _PAIR = re.compile(
-    r"(\b(?:\w*passw\w*|\w*token|\w*secret|authorization|code|nonce)\b[\"']?\s*[=:]\s*)"
+    r"(\b(?:(?!passwords\b)\w*passw\w*|\w*token|\w*secret|authorization|code|nonce)\b[\"']?\s*[=:]\s*)"
     r"(?:bearer\s+|basic\s+)?(?:\"[^\"]*\"|'[^']*'|[^\s&;,\"']+)",
     re.IGNORECASE,
 )

@@ -42,11 +42,18 @@ _EXPECTED = {
     "model_attributes_type": "a table",
     "mapping_type": "a table",
 }
+#: The same for kinds with a value of their own: its name, and the words around it.
 _BOUNDS = {
-    "greater_than": ("gt", "more than"),
-    "greater_than_equal": ("ge", "at least"),
-    "less_than": ("lt", "less than"),
-    "less_than_equal": ("le", "at most"),
+    "greater_than": ("gt", "more than {}"),
+    "greater_than_equal": ("ge", "at least {}"),
+    "less_than": ("lt", "less than {}"),
+    "less_than_equal": ("le", "at most {}"),
+    "multiple_of": ("multiple_of", "a multiple of {}"),
+    "string_too_short": ("min_length", "a text with a length of at least {}"),
+    "string_too_long": ("max_length", "a text with a length of at most {}"),
+    "string_pattern_mismatch": ("pattern", "a text that matches {}"),
+    "too_short": ("min_length", "a length of at least {}"),
+    "too_long": ("max_length", "a length of at most {}"),
 }
 #: Keys of comparable programs.
 _SYNONYMS = {
@@ -158,7 +165,7 @@ def _problem(model: type[BaseModel], item: Any, path: str) -> str:
     expected = _EXPECTED.get(kind, message)
     if kind in _BOUNDS:
         name, words = _BOUNDS[kind]
-        expected = f"{words} {context.get(name)}"
+        expected = words.format(context.get(name))
     # What stands in the place of a secret's source may be the secret itself.
     in_secrets = len(where) > 1 and where[-2] == "secrets" and item["loc"][-1] != "[key]"
     key = "secret" if in_secrets else where[-1] if where else ""

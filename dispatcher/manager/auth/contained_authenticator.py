@@ -87,7 +87,7 @@ class ContainedAuthenticator:
     def _call(self, method: str, secrets: tuple[str, str], deadline: Deadline) -> Iterator[Authenticator]:
         wrapped, job = self._wrapped, current_job()
         if wrapped is None:
-            raise self._unavailable()
+            raise unavailable()
         try:
             with contained(self.plugin, method, log=None, error=Unavailable, secret=True):
                 if job is None:
@@ -105,20 +105,22 @@ class ContainedAuthenticator:
             if self.problem is None or self.problem.what != problem.what:
                 _log.error("the authenticator failed", plugin=str(self.plugin), call=method, why=str(problem))
             self.problem = problem
-            raise self._unavailable(error.retry_after) from None
+            raise unavailable(error.retry_after) from None
         self.problem = None
 
     def _invalid(self, why: str) -> DispatcherError:
         what = f"The {self.plugin} returned an invalid value from authenticate"
         return Unavailable(what, why=why, fix=self.plugin.report)
 
-    def _unavailable(self, retry_after: float | None = None) -> Unavailable:
-        return Unavailable(
-            "Passwords cannot be checked at the moment",
-            why="the manager's log has the reason",
-            fix="try again later",
-            retry_after=RETRY if retry_after is None else retry_after,
-        )
+
+def unavailable(retry_after: float | None = None) -> Unavailable:
+    """Return the error for an outage; strangers get no other."""
+    return Unavailable(
+        "Passwords cannot be checked at the moment",
+        why="the manager's log has the reason",
+        fix="try again later",
+        retry_after=RETRY if retry_after is None else retry_after,
+    )
 
 
 def _without(shown: str, name: str, password: str) -> str:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from functools import cached_property
 from typing import TypeVar
 
+from dispatcher.manager.auth.contained_authenticator import unavailable
 from dispatcher.manager.backends.pool import Job, Pool, hung_call
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, TooManyRequests
@@ -128,7 +129,8 @@ class HashPool:
         :param sources: what asks for it: ``address:...``, ``name:...``, ``device:...``.
         :param overdue: called when it is given up.
         :raises TooManyRequests: the queue is full, or one of the sources has taken its share.
-        :raises DeadlineExceeded: it did not finish in time; its place stays taken until it does.
+        :raises DeadlineExceeded: it waited too long, and is not run.
+        :raises Unavailable: it did not finish in time; its place stays taken until it does.
         """
         with self._lock:
             stranger = bool(sources) and not any(key.startswith("device:") for key in sources)
@@ -154,18 +156,19 @@ class HashPool:
                 _finish(future, error=error)
 
         def give_up(job: Job) -> None:
-            error = hung_call(job.plugin, job.call)
-            _finish(future, error=error)
-            overdue(error)
+            _finish(future, error=unavailable())
+            overdue(hung_call(job.plugin, job.call))
 
         self._pool.submit(run, overdue=give_up)
         try:
             return future.result(deadline.remaining())
         except FutureTimeout as error:
-            if future.done():
-                raise
-            future.cancel()
-            raise DeadlineExceeded("The password was not checked in time", fix="try again in a moment") from error
+            if future.cancel():
+                fix = "try again in a moment"
+                raise DeadlineExceeded("The password was not checked in time", fix=fix) from error
+            if future.done():  # just now, or the error is its own
+                return future.result()
+            raise unavailable() from error
 
     def background(self, work: Callable[[], object]) -> None:
         """Run `work` in the pool, without waiting for it."""

@@ -34,6 +34,7 @@ from dispatcher.plugin.errors import (
 )
 
 TIMEOUT = 30.0  # seconds for a check of a password, waiting included
+CALL_TIMEOUT = 20.0  # seconds of these for the authenticator: its error is there before the wait ends
 
 _log = logger("manager.signin")
 
@@ -176,7 +177,7 @@ class SignIn:
         attempt.begin()
         user: str | None = None
         try:
-            user = self.authenticator.authenticate(name, password, deadline=deadline)
+            user = self.authenticator.authenticate(name, password, deadline=deadline.bounded(CALL_TIMEOUT))
         except BaseException:
             attempt.release()
             raise
@@ -208,7 +209,7 @@ class SignIn:
         deadline = Deadline(TIMEOUT)
 
         def change() -> None:
-            self.authenticator.set_password(user, password, deadline=deadline)
+            self.authenticator.set_password(user, password, deadline=deadline.bounded(CALL_TIMEOUT))
 
         if user_id := self._sessions.user_id(user):
             # Otherwise each known browser would have free attempts at the new password.

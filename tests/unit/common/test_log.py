@@ -51,6 +51,12 @@ def test_no_secret_is_written(log_output, format):
     assert "ValueError" in text
 
 
+def test_a_word_after_passwords_is_no_secret(log_output):
+    logs.configure("info", "console", log_output)
+    logs.logger("manager").error("failed", why="The server cannot verify passwords: Connection refused")
+    assert "passwords: Connection refused" in log_output.getvalue()
+
+
 def test_a_trace_cannot_forge_a_line(log_output):
     logs.configure("info", "console", log_output)
     try:

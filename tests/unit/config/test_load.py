@@ -507,3 +507,33 @@ def test_sentences_do_not_repeat_pydantic():
                 if any(word in error.why for word in ("Input", "pydantic", "valid ", "instance of", "parse")):
                     leaked.append(error.why)
     assert leaked == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "value", "expected"),
+    [
+        ({"min_length": 1}, "", "a text with a length of at least 1"),
+        ({"max_length": 2}, "abc", "a text with a length of at most 2"),
+        ({"pattern": "^[a-z]+$"}, "A", "a text that matches ^[a-z]+$"),
+    ],
+)
+def test_bounds_of_a_plugins_texts_are_said_in_a_sentence(bounds, value, expected):
+    from pydantic import Field, create_model
+
+    from dispatcher.config.messages import validate
+
+    model = create_model("Options", host=(str, Field(**bounds)))
+    with pytest.raises(ConfigError) as caught:
+        validate(PluginRef("authenticator", "x"), model, {"host": value}, "auth.x")
+    assert f"auth.x.host: found '{value}', expected {expected}" in str(caught.value)
+
+
+def test_bounds_of_a_plugins_lists_are_said_in_a_sentence():
+    from pydantic import Field, create_model
+
+    from dispatcher.config.messages import validate
+
+    model = create_model("Options", hosts=(list[str], Field(min_length=1, max_length=2)))
+    for value, expected in (([], "a length of at least 1"), (["a", "b", "c"], "a length of at most 2")):
+        with pytest.raises(ConfigError, match=f"expected {expected}"):
+            validate(PluginRef("authenticator", "x"), model, {"hosts": value}, "auth.x")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests
+from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, TooManyRequests, Unavailable
 from dispatcher.manager.auth.hashing import MEMORY_KIB, PASSES, Hasher, HashPool, check_length
 
 CHEAP = Hasher(memory=64, passes=1)
@@ -174,10 +174,14 @@ def test_no_address_and_no_name_fills_the_queue():
     pool.close()
 
 
-def test_who_waits_too_long_is_told_and_frees_the_place_in_the_end():
+def test_a_check_that_hangs_is_an_outage_and_one_that_waits_too_long_a_crowd():
     pool, go = HashPool(1, 1), threading.Event()
-    with pytest.raises(DeadlineExceeded):
+    with pytest.raises(Unavailable) as hangs:
         pool.run(lambda: go.wait(10), Deadline(0.01))
+    assert not isinstance(hangs.value, DeadlineExceeded)
+    assert pool.present == 1
+    with pytest.raises(DeadlineExceeded):
+        pool.run(lambda: 1, Deadline(0.01))
     assert pool.present == 1
     go.set()
     assert pool.run(lambda: 2, Deadline(5)) == 2
