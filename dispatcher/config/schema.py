@@ -212,7 +212,9 @@ class AuthConfig(Table):
     )
     session_lifetime: Duration = Field(default=7 * 86400.0, description="maximum lifetime of a session")
     session_idle: Duration = Field(default=86400.0, description="maximum time of a session without a request")
-    hash_workers: Count = Field(default=2, ge=1, le=64, description="maximum concurrent password checks")
+    hash_workers: Count = Field(
+        default=2, ge=1, le=64, description="maximum concurrent password checks; a plugin runs queued ones, too"
+    )
     hash_queue: Count = Field(
         default=64, ge=1, description="maximum queued password checks; further sign-ins get 429"
     )
