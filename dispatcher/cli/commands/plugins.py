@@ -89,9 +89,11 @@ def _loaded_here(cli: Cli) -> list[Json]:
             "distribution": installed.available().get(name, ""),
             "kinds": installed.kinds(name) or ([used[name]] if name in used else []),
             "configured": name in used,
-            "error": str(installed.refusal(name)) if installed.refusal(name) else None,
+            "error": str(refusal) if refusal else None,
+            "fix": refusal.fix if refusal else "",
         }
         for name in sorted({*installed.available(), *used})
+        for refusal in [installed.refusal(name)]
     ]
 
 

@@ -50,9 +50,7 @@ def plugins_in_use(config: Config, plugins: Plugins, client: ManagerClient | Non
             for item in client.check_provider(name)["findings"]:
                 yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
         elif state and state["configured"]:
-            yield _of(
-                name, Finding.error(state["error"], "see the manager's log") if state["error"] else _works(kind)
-            )
+            yield _of(name, _told(state["error"], state.get("fix") or "") if state["error"] else _works(kind))
         else:
             yield from _checked_here(name, kind, config, plugins, used=name in used)
 
@@ -124,6 +122,11 @@ def check(
         else:
             yield Finding.ok("can be used")
             yield from explained
+
+
+def _told(error: str, fix: str) -> Finding:
+    """Return what the manager tells of a plugin; without a fix its log has more."""
+    return Finding.error(error.removesuffix(f" ({fix})"), fix or "see the manager's log")
 
 
 def _fault(problem: DispatcherError, *, used: bool) -> Finding:

@@ -9,6 +9,7 @@ from dispatcher.config.plugins import Plugins
 from dispatcher.config.plugins_used import configured
 from dispatcher.manager.rest.routing import Json
 from dispatcher.manager.rest.services import Services
+from dispatcher.plugin.errors import DispatcherError
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,8 @@ class PluginState:
     """One plugin.
 
     :ivar kinds: provider, authenticator, observer; none for one that was not imported, as nothing uses it.
-    :ivar error: in a sentence what is wrong with it, None if nothing is known to be.
+    :ivar error: in a sentence what is wrong with it, None if nothing is known to be; :ivar fix: the end of that
+        sentence, what to do, if known.
     """
 
     name: str
@@ -24,6 +26,7 @@ class PluginState:
     kinds: list[str]
     configured: bool
     error: str | None
+    fix: str
 
     def to_json(self) -> Json:
         """Return the form of the REST interface."""
@@ -37,22 +40,26 @@ def plugin_states(services: Services) -> Iterator[PluginState]:
     installed = plugins.available()
     for name in sorted({*installed, *used, *backends}):
         kinds = plugins.kinds(name) or ([used[name]] if name in used else [])
+        problem = _problem(name, services, plugins, backends.get(name))
         yield PluginState(
             name=name,
             distribution=installed.get(name, ""),
             kinds=kinds,
             configured=name in used or name in backends,
-            error=_error(name, services, plugins, backends.get(name)),
+            error=str(problem) if problem else None,
+            fix=problem.fix if isinstance(problem, DispatcherError) else "",
         )
 
 
-def _error(name: str, services: Services, plugins: Plugins, backend: Json | None) -> str | None:
+def _problem(
+    name: str, services: Services, plugins: Plugins, backend: Json | None
+) -> DispatcherError | str | None:
     if refusal := plugins.refusal(name):
-        return str(refusal)
+        return refusal
     if backend is not None and not backend["usable"]:
         return str(backend["error"])
     authenticator = services.signin.authenticator
     if name == authenticator.name and authenticator.problem:
-        return str(authenticator.problem)
+        return authenticator.problem
     observer = services.supervisor.observers.states.get(name)
     return (observer.problem or None) if observer else None

@@ -160,6 +160,7 @@ Plugin = TypedDict(
         "kinds": list[Literal["provider", "authenticator", "observer"]],
         "configured": bool,
         "error": str | None,
+        "fix": str,
     },
 )
 PluginList = TypedDict("PluginList", {"plugins": list[Plugin]})

@@ -388,6 +388,21 @@ def test_every_plugin_of_the_configuration_is_asked(monkeypatch, table, works):
     assert works or "it does not return" in found[0][1]
 
 
+def test_the_fix_that_a_plugin_tells_is_the_fix_of_the_finding(monkeypatch):
+    made = plugin(authenticators=[FakeAuthenticator])
+    monkeypatch.setitem(sys.modules, "a_plugin", made)
+    state = {
+        "name": "fake",
+        "configured": True,
+        "error": "The directory is down: refused (start it)",
+        "fix": "start it",
+    }
+    client = SimpleNamespace(providers=lambda: {"providers": []}, plugins=lambda: {"plugins": [state]})
+    table = {"apps": {}, "auth": {"authenticator": "fake", "fake": {}}}
+    [found] = found_by(Plugins([entry("fake", "a_plugin")]), table, client)
+    assert found[:3] == ("error", "fake: The directory is down: refused", "start it")
+
+
 def test_a_run_directory_that_goes_at_logout_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: pwd.getpwnam("nobody").pw_uid)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
