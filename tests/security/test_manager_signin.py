@@ -161,7 +161,7 @@ def test_two_hundred_sign_ins_at_once_are_bounded_and_affect_no_other_user(site)
     stop.set()
     watcher.join()
     outcomes = [name for name, _ in results]
-    assert outcomes.count("in") >= 60  # two at a time, 64 waiting
+    assert outcomes.count("in") >= 58  # two at a time, 56 waiting (of 64 places, an eighth is for known browsers)
     assert outcomes.count("in") + outcomes.count("TooManyRequests") == 200
     assert all(retry for name, retry in results if name == "TooManyRequests")
     assert statistics.median(slowest) < 0.5
