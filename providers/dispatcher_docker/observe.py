@@ -70,6 +70,15 @@ def handle_from(labels: Mapping[str, str] | None) -> Handle | None:
 def inspect(engine: Engine, name: str, deadline: Deadline) -> Mapping[str, Any] | None:
     """Return the engine's inspection of a container, None if there is none."""
     try:
+        return _inspected(engine, name, deadline)
+    except ProviderError as error:
+        if "no such process" not in error.why:
+            raise
+        return _inspected(engine, name, deadline)  # Podman looked for the process of a container that just ended
+
+
+def _inspected(engine: Engine, name: str, deadline: Deadline) -> Mapping[str, Any] | None:
+    try:
         with engine.call("look for the container", deadline) as client:
             found: Mapping[str, Any] = client.inspect_container(name)
             return found

@@ -1,11 +1,12 @@
 """What Podman answers otherwise than Docker, without an engine."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import docker.errors
 import pytest
 
-from dispatcher.plugin import Deadline
+from dispatcher.plugin import Deadline, ProviderError
 from dispatcher_docker import observe
 from dispatcher_docker.errors import NoSuchObject, translated
 from dispatcher_docker.usage import from_cgroup, oom_kills
@@ -16,6 +17,22 @@ def test_a_container_that_is_gone_is_no_failure():
     text = "container 12ab does not exist in database: no such container"
     with pytest.raises(NoSuchObject), translated("look for the container", "unix:///s", Deadline(5)):
         raise docker.errors.APIError("500", response=response, explanation=text)
+
+
+def test_a_container_that_ends_while_it_is_inspected_is_inspected_again():
+    errors = [ProviderError("It could not", why="read /proc/824/cgroup: no such process")]
+
+    class Engine:
+        @contextmanager
+        def call(self, doing, deadline):
+            if errors:
+                raise errors.pop()
+            yield SimpleNamespace(inspect_container=lambda name: {"Name": name})
+
+    assert observe.inspect(Engine(), "x", Deadline(5)) == {"Name": "x"}
+    errors.append(ProviderError("It could not", why="no space left"))
+    with pytest.raises(ProviderError):
+        observe.inspect(Engine(), "x", Deadline(5))
 
 
 @pytest.mark.parametrize(
