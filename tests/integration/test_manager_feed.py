@@ -330,7 +330,7 @@ def test_a_hundred_thousand_sessions_and_ten_thousand_agents_load_quickly(manage
         worker.close()
         assert (len(agents), len(sessions)) == (10_002, 100_000)
     # Measured on an idle machine: 0.7 s for both sides together; tracing for coverage costs much more.
-    assert min(times) < (6.0 if sys.gettrace() else 2.0)
+    assert min(times) < (12.0 if sys.gettrace() else 4.0)
 
 
 def test_a_session_that_ends_while_the_snapshot_is_sent_is_gone_in_the_end(manager):
