@@ -88,7 +88,7 @@ class SshMultiplexer:
         The socket has mode 0660, and its directory's group if that is set-group-id.
 
         :param target: ``HOST:PORT`` or the path of a Unix socket, as the other host sees it.
-        :raises Unavailable: there is no connection, or the host refuses; :raises DeadlineExceeded: not in time.
+        :raises Unavailable: there is no connection, or the host refuses it; :raises DeadlineExceeded: not in time.
         """
         if self._is_forwarded(local, target):
             return False

@@ -63,7 +63,7 @@ class Process:
         return True
 
     def wait(self, seconds: float, on_wait: Callable[[], None] = lambda: None) -> bool:
-        """Wait until it has ended, whoever its parent is; False if it still lives after `seconds`.
+        """Wait until it has ended, whichever process is its parent; False if it still lives after `seconds`.
 
         :param on_wait: called several times a second; may raise.
         """
