@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
+import pytest
+
 from dispatcher.config.plugins import GROUP, distribution
+from dispatcher.plugin.errors import PluginError
 from dispatcher.testing.driver import expect
 
 
@@ -21,3 +25,19 @@ def expect_declared_once(name: str, module: str) -> None:
         f'{name} = "{module}" into pyproject.toml, and `pip install` it',
     )
     expect(len(found) == 1, f"the plugin {name!r} is declared twice, {sorted(found)}: uninstall one of them")
+
+
+def expect_hook_returns_class(find: Callable[[str], type], name: str, cls: type, fixture: str) -> None:
+    """Expect that the entry point of a plugin leads to the class that the tests use.
+
+    :param find: returns the class by the plugin's name; :param fixture: which made the instance of `cls`.
+    """
+    __tracebackhide__ = True
+    try:
+        found = find(name)
+    except PluginError as error:
+        pytest.fail(f"the plugin {name!r} does not load: {error}")
+    expect(
+        found is cls,
+        f"the entry point leads to {found!r}, the fixture `{fixture}` to {cls!r}: test what is installed",
+    )

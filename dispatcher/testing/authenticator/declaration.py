@@ -17,7 +17,7 @@ from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
 from dispatcher.testing.authenticator.asker import in_time
 from dispatcher.testing.authenticator.base import AuthenticatorBase
 from dispatcher.testing.base import needs_no
-from dispatcher.testing.declared import expect_declared_once
+from dispatcher.testing.declared import expect_declared_once, expect_hook_returns_class
 from dispatcher.testing.driver import expect
 
 
@@ -32,14 +32,8 @@ class DeclarationChecks(AuthenticatorBase):
     @needs_no("no_entry_point")
     def test_hook_returns_the_class(self, authenticator: Authenticator) -> None:
         """The module of the entry point has the hook, which returns this class."""
-        try:
-            found = Plugins().authenticator(authenticator.name)
-        except PluginError as error:
-            pytest.fail(f"the plugin {authenticator.name!r} does not load: {error}")
-        expect(
-            found is type(authenticator),
-            f"the entry point leads to {found!r}, the fixture `authenticator` to {type(authenticator)!r}: test "
-            "what is installed",
+        expect_hook_returns_class(
+            Plugins().authenticator, authenticator.name, type(authenticator), "authenticator"
         )
 
     def test_class_is_accepted_by_the_loader(self, authenticator: Authenticator) -> None:

@@ -13,7 +13,7 @@ from dispatcher.plugin import hooks, names
 from dispatcher.plugin.errors import BadRequest, PluginError
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract, needs_no
-from dispatcher.testing.declared import expect_declared_once
+from dispatcher.testing.declared import expect_declared_once, expect_hook_returns_class
 from dispatcher.testing.driver import expect
 
 
@@ -28,15 +28,7 @@ class PluginChecks(Contract, page="docs/reference/hooks.md"):
     @needs_no("no_entry_point")
     def test_hook_returns_the_class(self, provider: Provider) -> None:
         """The module of the entry point has the hook `dispatcher_register_providers`, which returns this class."""
-        try:
-            found = Plugins().provider(provider.name)
-        except PluginError as error:
-            pytest.fail(f"the plugin {provider.name!r} does not load: {error}")
-        expect(
-            found is type(provider),
-            f"the entry point leads to {found!r}, the fixture `provider` to {type(provider)!r}: test what is "
-            "installed",
-        )
+        expect_hook_returns_class(Plugins().provider, provider.name, type(provider), "provider")
 
     def test_class_is_accepted_by_the_loader(self, provider: Provider) -> None:
         """The plugin loader accepts the class: name, version of the contract, option models, nothing abstract."""
