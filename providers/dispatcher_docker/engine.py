@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import socket
 import threading
@@ -24,8 +25,8 @@ from docker.tls import TLSConfig
 from docker.transport.unixconn import UnixHTTPAdapter, UnixHTTPConnection, UnixHTTPConnectionPool
 from docker.types import CancellableStream
 
-from dispatcher.plugin import ConfigError, Deadline, DeadlineExceeded, SshMultiplexer
-from dispatcher_docker.errors import translated
+from dispatcher.plugin import ConfigError, Deadline, DeadlineExceeded, ProviderError, SshMultiplexer
+from dispatcher_docker.errors import NoSuchObject, translated
 from dispatcher_docker.options import LABEL, DockerOptions
 
 DEFAULT_URL = "unix:///var/run/docker.sock"
@@ -33,6 +34,11 @@ _REMOTE_SOCKET = "/var/run/docker.sock"
 _CONNECT_SECONDS = 10.0
 #: Connections that are kept for the next request.
 _KEEP = 32
+#: Docker's defaults, in place of those that Podman's containers.conf may have.
+_NAMESPACES = {"UsernsMode": "host", "PidMode": "private", "UTSMode": "private"}
+#: How Podman's list fails when a container is removed meanwhile, which need not be one of dispatcher's.
+_REMOVED = ("container not known", "no such container", "no container with")
+_LIST_TRIES = 5
 #: The deadline of this thread's call, which docker-py has no parameter for.
 _current = threading.local()
 
@@ -180,8 +186,8 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """The engine's name."""
-        return "Podman" if self.is_podman else "Docker"
+        """The engine's name; before the first call as its URL suggests."""
+        return "Podman" if self.is_podman or "/podman/" in self.url else "Docker"
 
     @property
     def socket_path(self) -> str:
@@ -199,22 +205,28 @@ class Engine:
         outer = getattr(_current, "deadline", None)
         _current.deadline = deadline
         try:
-            with translated(doing, self.url, deadline):
+            with translated(doing, self.url, deadline, self.name):
                 yield self._connected(doing, deadline)
         finally:
             _current.deadline = outer
 
     def containers(self, installation: str, deadline: Deadline, **options: Any) -> list[dict[str, Any]]:
         """Return the engine's list of an installation's containers: those that run, or with ``all=True`` all."""
-        with self.call("list the containers", deadline) as client:
-            found: list[dict[str, Any]] = client.containers(
-                filters={"label": [f"{LABEL}installation={installation}"]}, **options
-            )
-            return found
+        filters = {"label": [f"{LABEL}installation={installation}"]}
+        for tries in itertools.count(1):
+            try:
+                with self.call("list the containers", deadline) as client:
+                    return list(client.containers(filters=filters, **options))
+            except (ProviderError, NoSuchObject) as error:
+                if tries == _LIST_TRIES or not any(words in error.why for words in _REMOVED):
+                    raise
+        raise AssertionError
 
     def make(self, body: dict[str, Any], name: str, deadline: Deadline, platform: str = "") -> str:
         """Create a container from the body of `POST /containers/create`; return its id."""
         with self.call("create the container", deadline) as client:
+            if client.is_podman:
+                body = {**body, "HostConfig": {**_NAMESPACES, **(body.get("HostConfig") or {})}}
             made = client.create_container_from_config(body, name=name, platform=platform or None)  # type: ignore[no-untyped-call]
             return str(made["Id"])
 

@@ -32,10 +32,10 @@ class NameTaken(ProviderError):
 
 
 @contextmanager
-def translated(doing: str, url: str, deadline: Deadline) -> Iterator[None]:
+def translated(doing: str, url: str, deadline: Deadline, engine: str = "Docker") -> Iterator[None]:
     """Translate the errors that the block raises; a DispatcherError passes through.
 
-    :param doing: a verb phrase that completes "Docker could not ...".
+    :param doing: a verb phrase that completes "Docker could not ..."; :param engine: Docker or Podman.
     :raises DispatcherError: in place of any other.
     """
     try:
@@ -49,53 +49,52 @@ def translated(doing: str, url: str, deadline: Deadline) -> Iterator[None]:
         OSError,
         ValueError,
     ) as error:
-        raise _translate(error, doing, url, deadline) from error
+        raise _translate(error, doing, url, deadline, engine) from error
 
 
-def _translate(error: BaseException, doing: str, url: str, deadline: Deadline) -> DispatcherError:
+def _translate(error: BaseException, doing: str, url: str, deadline: Deadline, engine: str) -> DispatcherError:
     """Return the project's error for one of the SDK."""
     if isinstance(error, docker.errors.APIError) and error.response is not None:
-        return _refused(error, doing)
+        return _refused(error, doing, engine)
     if isinstance(error, docker.errors.TLSParameterError):
         return ProviderError(
-            "The TLS settings of the Docker engine cannot be used",
+            f"The TLS settings of the {engine} engine cannot be used",
             why=_text(error),
             fix="check tls_ca, tls_cert and tls_key in [providers.docker]",
         )
     chain = list(_chain(error))
     if deadline.expired or any(isinstance(one, _TIMEOUTS) for one in chain):
         return DeadlineExceeded(
-            f"The Docker engine did not {doing} in time",
+            f"The {engine} engine did not {doing} in time",
             why=f"{url} accepts connections and does not answer soon enough",
-            fix="check whether the engine is overloaded or hangs (docker info)",
+            fix=f"check whether the engine is overloaded or hangs ({engine.lower()} info)",
             retry_after=5,
         )
     if any(isinstance(one, PermissionError) for one in chain):
         return Unavailable(
-            "The Docker engine cannot be reached",
+            f"The {engine} engine cannot be reached",
             why=f"no permission for {url}",
             fix="run the manager as root, or add its user to the group that owns the socket",
         )
+    unit = "podman.socket" if engine == "Podman" else "docker"
     return Unavailable(
-        "The Docker engine cannot be reached",
+        f"The {engine} engine cannot be reached",
         why=f"{url}: {_text(chain[-1])}",
-        fix="start it (systemctl start docker), or set url in [providers.docker]",
+        fix=f"start it (systemctl start {unit}), or set url in [providers.docker]",
         retry_after=5,
     )
 
 
-def _refused(error: docker.errors.APIError, doing: str) -> DispatcherError:
-    why = _clip(error.explanation or str(error))
+def _refused(error: docker.errors.APIError, doing: str, engine: str) -> DispatcherError:
+    what, why = f"{engine} could not {doing}", _clip(error.explanation or str(error))
     status = error.status_code
     if isinstance(error, docker.errors.NotFound) or "no such container" in why:  # a 500 of Podman
-        return NoSuchObject(f"Docker could not {doing}", why=why, fix="start the agent again, or check the name")
-    if status == 409 and "already in use by container" in why:
-        return NameTaken(f"Docker could not {doing}", why=why, fix="remove that container (docker rm)")
+        return NoSuchObject(what, why=why, fix="start the agent again, or check the name")
+    if (status == 409 and "already in use by container" in why) or "that name is already in use" in why:
+        return NameTaken(what, why=why, fix=f"remove that container ({engine.lower()} rm)")
     if status in {401, 403}:
-        return ProviderError(
-            f"Docker could not {doing}", why=why, fix="check the credentials of the registry or of the engine"
-        )
-    return ProviderError(f"Docker could not {doing}", why=why, fix=_advice(why))
+        return ProviderError(what, why=why, fix="check the credentials of the registry or of the engine")
+    return ProviderError(what, why=why, fix=_advice(why, engine.lower()))
 
 
 def start_failed(error: ProviderError, log: list[str]) -> StartFailed:
@@ -103,10 +102,10 @@ def start_failed(error: ProviderError, log: list[str]) -> StartFailed:
     return StartFailed("The container could not be started", why=error.why, fix=error.fix, details={"log": log})
 
 
-def _advice(why: str) -> str:
+def _advice(why: str, engine: str) -> str:
     text = why.lower()
     for words, fix in (
-        ("no space left", "free space where the engine keeps its data (docker system df)"),
+        ("no space left", f"free space where the engine keeps its data ({engine} system df)"),
         ("executable file not found", "correct `command`: the image has no such program"),
         ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
         ("address already in use", "another program has the port; let the engine choose it"),
@@ -123,7 +122,7 @@ def _advice(why: str) -> str:
     ):
         if words in text:
             return fix
-    return "read the engine's log (journalctl -u docker)"
+    return f"read the engine's log (journalctl -u {engine})"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

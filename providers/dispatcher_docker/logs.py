@@ -45,7 +45,7 @@ def follow(engine: Engine, name: str, *, tail: int, deadline: Deadline) -> Itera
     timer.daemon = True
     timer.start()
     try:
-        with translated("read the log", engine.url, later):
+        with translated("read the log", engine.url, later, engine.name):
             yield from lines(stream)
     except Unavailable:
         if not deadline.expired:

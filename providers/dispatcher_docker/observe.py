@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -40,6 +41,11 @@ ALIVE = {
     "restarting": BackendState.STARTING,
 }
 _KILLED = 128 + 9
+#: This provider's name of the state of Podman's containers whose end conmon, killed before, did not report.
+LOST = "lost"
+_LOST_REASON = "reason unknown: conmon, which watches the container for Podman, was killed"
+#: Seconds that conmon has to report the end of a process.
+_REPORT = 1.0
 #: Ended containers that one `list` inspects at most.
 _INSPECT_AT_ONCE = 32
 #: What an image's own init (s6-overlay, runit) prints when it is not the first process.
@@ -81,9 +87,60 @@ def _inspected(engine: Engine, name: str, deadline: Deadline) -> Mapping[str, An
     try:
         with engine.call("look for the container", deadline) as client:
             found: Mapping[str, Any] = client.inspect_container(name)
+            if _is_lost(engine, found):
+                time.sleep(min(_REPORT, deadline.remaining()))
+                found = client.inspect_container(name)
+                if _is_lost(engine, found):
+                    return {**found, "State": {**found["State"], "Status": LOST}}
             return found
     except NoSuchObject:
         return None
+
+
+def _is_lost(engine: Engine, found: Mapping[str, Any]) -> bool:
+    """Whether Podman of this host shows a container as alive whose process has ended."""
+    if not engine.is_podman or not engine.is_local or status(found) not in ALIVE:
+        return False
+    pid = _pid(found)
+    return pid > 0 and not _lives(pid)
+
+
+def _pid(found: Mapping[str, Any]) -> int:
+    return int(found["State"].get("Pid") or 0)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return False
+    return stat.rpartition(b")")[2].split()[0] not in {b"Z", b"X"}
+
+
+class Lost:
+    """Finds containers that Podman lists as alive although their processes have ended.
+
+    The list has no process ids: each container is inspected once, and again when its process has ended; a call
+    inspects a part of many.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._pids: dict[str, int] = {}
+
+    def mark(self, found: Iterable[dict[str, Any]], deadline: Deadline) -> None:
+        """Give such containers of a list the state `LOST`."""
+        if not self._engine.is_podman or not self._engine.is_local:
+            return
+        alive = {str(one["Id"]): one for one in found if one.get("State") in ALIVE}
+        self._pids = {one: pid for one, pid in self._pids.items() if one in alive}
+        unknown = [one for one in alive if one not in self._pids or not _lives(self._pids[one])]
+        for one in unknown[:_INSPECT_AT_ONCE]:
+            inspected = inspect(self._engine, one, deadline)
+            if inspected:
+                self._pids[one] = _pid(inspected)
+                if status(inspected) == LOST:
+                    alive[one]["State"] = LOST
 
 
 def status(found: Mapping[str, Any]) -> str:
@@ -124,6 +181,8 @@ def from_summary(found: Mapping[str, Any], *, reach: str, current_image: str = "
             key = f"{one['PrivatePort']}/{one['Type']}"
             ports.setdefault(key, []).append((one.get("IP", ""), one["PublicPort"]))
     seen = _observation(found.get("State", ""), found.get("Labels"), ports, reach, current_image)
+    if found.get("State") == LOST:
+        return replace(seen, exit_reason=_LOST_REASON)
     exited = _EXITED.match(found.get("Status", ""))
     if exited and seen.state is BackendState.STOPPED:
         return replace(seen, exit_reason=code_reason(int(exited[1])))
@@ -165,6 +224,8 @@ def reason(found: Mapping[str, Any], *, podman: bool = False) -> str:
     state = found["State"]
     if state.get("Status") == "created":
         return ""
+    if state.get("Status") == LOST:
+        return _LOST_REASON
     if state.get("OOMKilled"):
         return "out of memory"
     code = int(state.get("ExitCode") or 0)

@@ -39,7 +39,7 @@ from dispatcher_docker.data import Volumes
 from dispatcher_docker.engine import Engine, as_numbers
 from dispatcher_docker.images import Images
 from dispatcher_docker.networks import Networks
-from dispatcher_docker.observe import Watch
+from dispatcher_docker.observe import Lost, Watch
 from dispatcher_docker.options import DockerAppOptions, DockerOptions
 from dispatcher_docker.start import Starter
 from dispatcher_docker.stop import remove, stop
@@ -66,6 +66,7 @@ class DockerProvider(Provider):
         self._reach = options.reach or ("" if self._engine.is_local else options.publish)
         self._starter = Starter(self._engine, options, context)
         self._exit_reasons = self._starter.exit_reasons
+        self._lost = Lost(self._engine)
         self._statistics = EngineUsage(self._engine, options.usage_cache)
         self._info: dict[str, Any] | None = None
         self._watches: list[Watch] = []
@@ -225,6 +226,7 @@ class DockerProvider(Provider):
 
     def list(self, *, deadline: Deadline) -> Iterable[tuple[Handle, Observation]]:
         found = self._engine.containers(self.context.installation, deadline, all=True)
+        self._lost.mark(found, deadline)
         modes = ((one.get("HostConfig") or {}).get("NetworkMode") or "" for one in found)
         if any(mode.startswith(container_config.network_name(self.context.installation)) for mode in modes):
             try:

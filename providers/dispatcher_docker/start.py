@@ -155,8 +155,9 @@ class Starter:
         try:
             self._engine.make(body, handle.name, deadline, platform)
         except NameTaken:
-            # An earlier start may have been carried out after its deadline: its container goes.
-            if self.find(handle, deadline) is None:
+            # An earlier start may have been carried out after its deadline: its container goes.  A Podman that was
+            # killed can have kept the container's storage alone, which no list has.
+            if self.find(handle, deadline) is None and not self._engine.is_podman:
                 raise
             remove(self._engine, handle.name, deadline)
             self._engine.make(body, handle.name, deadline, platform)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -65,7 +66,7 @@ def _ended(
 
 def remove(engine: Engine, name: str, deadline: Deadline) -> None:
     """Remove a container, running or not; absent is success."""
-    while True:
+    for tries in itertools.count(1):
         try:
             with engine.call("remove the container", deadline) as client:
                 client.remove_container(name, force=True, v=True)
@@ -73,6 +74,7 @@ def remove(engine: Engine, name: str, deadline: Deadline) -> None:
         except NoSuchObject:
             return
         except ProviderError as error:
-            if "in progress" not in error.why:
+            # Another removal is under way; or Podman learns only now that the container has ended.
+            if "in progress" not in error.why and (tries > 2 or "state improper" not in error.why):
                 raise
-            time.sleep(0.05)  # another removal is under way: wait for its end
+            time.sleep(0.05)

@@ -4,11 +4,16 @@ The whole kit takes four minutes; WHOLE_KIT=1 runs it.  Else the checks run wher
 those of each feature.
 """
 
+import json
 import os
+import signal
+from pathlib import Path
 
 import pytest
 
+from dispatcher.plugin import BackendState
 from dispatcher.testing import ProviderContract
+from dispatcher.testing.kit import eventually
 from tests.contract.test_docker_provider import OnDocker
 from tests.support.docker_tools import Relay, docker, images, leftovers
 from tests.support.podman import Podman
@@ -53,6 +58,42 @@ class TestPodman(OnPodman, ProviderContract):
     def test_its_name_is_told(self, provider, driver):
         driver.check()
         assert any("containers of the Podman engine" in one.what for one in provider.explain(None))
+
+    def test_an_end_that_conmon_does_not_report_is_noticed(self, driver, kit):
+        """conmon was killed (for memory, say), then the app ended: Podman goes on listing it as running."""
+        agent = kit.start(driver, kit.spec("kate"))
+        pid = json.loads(self.inspect(agent.handle, kit.context).partition("\n]")[0] + "]")[0]["State"]["Pid"]
+        conmon = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        assert Path(f"/proc/{conmon}/comm").read_text() == "conmon\n"
+        os.kill(conmon, signal.SIGKILL)
+        assert driver.state(agent.handle) is BackendState.RUNNING
+        os.kill(pid, signal.SIGKILL)
+        assert eventually(lambda: driver.state(agent.handle) is BackendState.STOPPED, 10)
+        _, listed = driver.list()["kate"]
+        assert (listed.state, "conmon" in listed.exit_reason) == (BackendState.STOPPED, True)
+        kit.start(driver, agent.spec)
+
+    def test_storage_that_a_killed_podman_left_does_not_keep_the_name(self, driver, kit):
+        """Podman ended while it created a container: its storage has the name, its list does not."""
+        spec = kit.spec("leo")
+        name = driver.handle(spec).name
+        (database,) = (self.podman.base / "root").glob("libpod/*.db")
+        saved = database.read_bytes()
+        docker(
+            "create",
+            "--userns",
+            "host",
+            "--name",
+            name,
+            "localhost/dispatcher-test/probe",
+            "x",
+            host=self.podman.url,
+        )
+        self.podman.stop()
+        database.write_bytes(saved)
+        self.podman.start()
+        assert not docker("ps", "-a", "-q", "--filter", f"name={name}", host=self.podman.url)
+        kit.start(driver, spec)
 
 
 if not os.environ.get("WHOLE_KIT"):

@@ -11,10 +11,14 @@ from pathlib import Path
 from tests.support.docker_tools import docker
 from tests.support.installation import until
 
-#: What a distribution's package sets, and what a host without systemd and CAP_SYS_RESOURCE needs.
+#: What a distribution's package sets, what a host without systemd and CAP_SYS_RESOURCE needs, and defaults of an
+#: operator that must not reach agents.
 CONFIGURATION = """
 [containers]
 log_driver = "json-file"
+userns = "auto"
+pidns = "host"
+utsns = "host"
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "file"
@@ -52,7 +56,14 @@ class Podman:
         (self.base / "runc").chmod(0o755)
         self.program = ["podman", "--root", str(self.base / "root"), "--runroot", str(self.base / "run")]
         self.environment = {**os.environ, "CONTAINERS_CONF": str(self.base / "containers.conf")}
-        with (self.base / "log").open("wb") as log:
+        self.start()
+        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
+            docker("load", host=self.url, stdin=saved.stdout)
+
+    def start(self) -> None:
+        """Start the service."""
+        self.socket.unlink(missing_ok=True)
+        with (self.base / "log").open("ab") as log:
             self.service = subprocess.Popen(
                 [*self.program, "system", "service", "-t", "0", self.url],
                 env=self.environment,
@@ -61,8 +72,11 @@ class Podman:
                 start_new_session=True,
             )
         until("Podman answers", self.socket.exists)
-        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as saved:
-            docker("load", host=self.url, stdin=saved.stdout)
+
+    def stop(self) -> None:
+        """End the service; containers go on."""
+        self.service.terminate()
+        self.service.wait(20)
 
     @property
     def url(self) -> str:
@@ -72,7 +86,6 @@ class Podman:
         """Remove everything."""
         for what in (["rm", "--all", "--force"], ["system", "reset", "--force"]):
             subprocess.run([*self.program, *what], env=self.environment, capture_output=True, timeout=60)
-        self.service.terminate()
-        self.service.wait(20)
+        self.stop()
         subprocess.run(["umount", "-l", self.base / "root/overlay"], capture_output=True)
         shutil.rmtree(self.base, ignore_errors=True)

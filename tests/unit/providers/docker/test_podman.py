@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import docker.errors
 import pytest
 
-from dispatcher.plugin import Deadline, ProviderError
-from dispatcher_docker import observe
-from dispatcher_docker.errors import NoSuchObject, translated
+from dispatcher.plugin import Deadline, ProviderError, Unavailable
+from dispatcher_docker import engine, observe
+from dispatcher_docker.errors import NameTaken, NoSuchObject, translated
+from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.usage import from_cgroup, oom_kills
 
 
@@ -23,6 +24,8 @@ def test_a_container_that_ends_while_it_is_inspected_is_inspected_again():
     errors = [ProviderError("It could not", why="read /proc/824/cgroup: no such process")]
 
     class Engine:
+        is_podman = False
+
         @contextmanager
         def call(self, doing, deadline):
             if errors:
@@ -58,6 +61,63 @@ def test_its_control_groups_are_found(tmp_path):
     (group / "cpu.stat").write_text("usage_usec 2000000\n")
     assert oom_kills("12ab", tmp_path) == 2
     assert (from_cgroup("12ab", tmp_path).memory, from_cgroup("12ab", tmp_path).cpu_seconds) == (2000, 2.0)
+
+
+def refusal(text, status=500):
+    response = SimpleNamespace(status_code=status, reason="", url="")
+    return docker.errors.APIError(str(status), response=response, explanation=text)
+
+
+class Client:
+    """Podman's answers: errors first, then these containers."""
+
+    is_podman = True
+
+    def __init__(self, *errors, containers=()):
+        self.errors, self.found, self.bodies = list(errors), list(containers), []
+
+    def containers(self, **_):
+        if self.errors:
+            raise self.errors.pop()
+        return self.found
+
+    def create_container_from_config(self, body, **_):
+        self.bodies.append(body)
+        return {"Id": "12ab"}
+
+
+def connected(tmp_path, client, url="unix:///run/podman/podman.sock"):
+    found = engine.Engine(DockerOptions(url=url), tmp_path)
+    found._client = client
+    return found
+
+
+def test_a_list_is_requested_again_when_a_container_of_anybody_is_removed_meanwhile(tmp_path):
+    gone = 'getting container from store "2ebe": container not known'
+    assert connected(tmp_path, Client(*[refusal(gone)] * 3)).containers("i", Deadline(5)) == []
+    with pytest.raises(ProviderError, match="container not known"):
+        connected(tmp_path, Client(*[refusal(gone)] * 50)).containers("i", Deadline(5))
+
+
+def test_its_configuration_gives_agents_no_other_namespaces(tmp_path):
+    client = Client()
+    connected(tmp_path, client).make({"HostConfig": {"Privileged": False}}, "x", Deadline(5))
+    own = client.bodies[0]["HostConfig"]
+    assert own == {"Privileged": False, "UsernsMode": "host", "PidMode": "private", "UTSMode": "private"}
+
+
+def test_its_errors_name_it_and_what_to_do_with_it(tmp_path):
+    away = engine.Engine(DockerOptions(url=f"unix://{tmp_path}/podman/podman.sock"), tmp_path)
+    with pytest.raises(Unavailable, match=r"The Podman engine .*systemctl start podman\.socket"):
+        away.containers("i", Deadline(5))
+    with pytest.raises(ProviderError, match=r"Podman could not list .*journalctl -u podman"):
+        connected(tmp_path, Client(refusal("broken"))).containers("i", Deadline(5))
+
+
+def test_a_name_that_only_its_storage_knows_is_taken():
+    text = 'the container name "x" is already in use by 2c63. You have to remove it: that name is already in use'
+    with pytest.raises(NameTaken), translated("create it", "unix:///s", Deadline(5), "Podman"):
+        raise refusal(text)
 
 
 def test_its_words_for_events_are_asked_for():
