@@ -18,8 +18,11 @@ from dispatcher import __version__
 from dispatcher.cli.context import Cli, did_you_mean
 from dispatcher.cli.lazy import Lazy, LazyGroup
 from dispatcher.cli.ui.output import Output, clean
+from dispatcher.cli.ui.streams import output_of_the_main_thread
 from dispatcher.plugin.errors import BadRequest, DispatcherError
 
+#: pydantic's plugins: to look for them, it reads the metadata of all distributions, and ends with a damaged one.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 SECTIONS = {
     "Run": {
         "serve": Lazy("daemons", "serve", "Run manager and proxy together."),
@@ -160,9 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        result = program.main(
-            args=None if arguments is None else list(arguments), prog_name="dispatcher", standalone_mode=False
-        )
+        with output_of_the_main_thread():
+            result = program.main(
+                args=None if arguments is None else list(arguments), prog_name="dispatcher", standalone_mode=False
+            )
         sys.stdout.flush()
     except (
         click.exceptions.NoArgsIsHelpError

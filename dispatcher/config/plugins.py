@@ -11,13 +11,14 @@ import functools
 import inspect
 import itertools
 import logging
+import re
 import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, requires
+from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, requires
 from typing import Any, TypeVar
 
 import pluggy
@@ -46,6 +47,43 @@ _log = logging.getLogger("dispatcher.plugin")
 def distribution(entry: EntryPoint) -> str:
     """Return ``NAME VERSION`` of the distribution that declares an entry point."""
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else UNKNOWN
+
+
+def installed() -> list[EntryPoint]:
+    """Return the entry points of all installed plugins.
+
+    A distribution whose metadata cannot be read, which may have nothing to do with dispatcher, is left out and
+    logged.  Of distributions with plugins and of one name, the first on `sys.path` counts.
+    """
+    found: dict[str, list[EntryPoint]] = {}
+    for dist in distributions():
+        try:
+            entries = list(dist.entry_points.select(group=GROUP))
+            if entries:
+                if not dist.name or not dist.version:
+                    raise ValueError("it has no name or version")
+                found.setdefault(canonical(dist.name), entries)
+        except Exception as error:
+            _report_damaged(dist, error)
+    return list(itertools.chain.from_iterable(found.values()))
+
+
+def canonical(name: str) -> str:
+    """Return a distribution's name in the form in which names are compared (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@functools.lru_cache
+def _say_once(path: str, why: str) -> None:
+    _log.warning(
+        "The metadata in %s cannot be read, plugins of that distribution are left out: %s; "
+        "reinstall it, or delete that directory",
+        *(path, why),
+    )
+
+
+def _report_damaged(dist: Distribution, error: Exception) -> None:
+    _say_once(str(getattr(dist, "_path", dist.locate_file(""))), f"{type(error).__name__}: {text(error, 300)}")
 
 
 def _of(origin: str) -> str:
@@ -187,7 +225,7 @@ class Plugins:
 
     def __init__(self, entries: Iterable[EntryPoint] | None = None) -> None:
         self._entries: dict[str, list[EntryPoint]] = {}
-        for entry in entry_points(group=GROUP) if entries is None else entries:
+        for entry in installed() if entries is None else entries:
             known = self._entries.setdefault(entry.name, [])
             if all((entry.value, distribution(entry)) != (other.value, distribution(other)) for other in known):
                 known.append(entry)

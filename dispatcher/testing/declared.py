@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 import pytest
 
-from dispatcher.config.plugins import GROUP, distribution
+from dispatcher.config.plugins import GROUP, distribution, installed
 from dispatcher.plugin.errors import PluginError
 from dispatcher.testing.driver import expect
 
@@ -18,7 +17,7 @@ def expect_declared_once(name: str, module: str) -> None:
     :param module: of the plugin, for the message.
     """
     __tracebackhide__ = True
-    found = {(entry.value, distribution(entry)) for entry in entry_points(group=GROUP) if entry.name == name}
+    found = {(entry.value, distribution(entry)) for entry in installed() if entry.name == name}
     expect(
         found,
         f'no installed distribution declares the plugin {name!r}: write [project.entry-points."{GROUP}"] with '

@@ -6,6 +6,7 @@ call counts as hanging are short here.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -287,3 +288,42 @@ def test_a_plugin_that_hangs_while_the_manager_starts_does_not_keep_it_from_stop
     place.config.write_text(text)
     assert process.returncode == 0, told.decode()
     assert b"stopped before it was ready" in told
+
+
+PRINTS = """
+print("loading acme")
+from dispatcher.plugin import hookimpl
+from tests.support.broken.providers import Good
+class Provider(Good):
+    name = "acme"
+    def __init__(self, **more):
+        print("made")
+        super().__init__(**more)
+    def check(self, *, deadline):
+        print("checking")
+@hookimpl
+def dispatcher_register_providers():
+    print("registering")
+    return [Provider]
+"""
+
+
+def test_what_a_plugin_prints_is_not_in_the_output_of_a_command(tmp_path, monkeypatch):
+    """Nor does a damaged distribution beside it keep any command from running."""
+    (tmp_path / "acme.py").write_text(PRINTS)
+    for name, entries in {
+        "acme": "[dispatcher.plugins]\nacme = acme\n",
+        "odd": "[console_scripts]\nnonsense\n",
+    }.items():
+        info = tmp_path / f"{name}-1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+        (info / "entry_points.txt").write_text(entries)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    config = tmp_path / "d.toml"
+    config.write_text(f'[manager]\nrun_dir = "{tmp_path}/run"\n[apps.a]\nprovider = "acme"\n')
+    command = [sys.executable, "-m", "dispatcher", "--config", str(config), "--json", "providers", "check", "acme"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert [one["level"] for one in json.loads(done.stdout)["acme"]][0] == "ok", done.stderr
+    assert all(words in done.stderr for words in ("loading acme", "registering", "made", "checking"))
+    assert f"The metadata in {tmp_path}/odd-1.dist-info cannot be read" in done.stderr

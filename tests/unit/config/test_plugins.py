@@ -122,6 +122,34 @@ def test_one_distribution_that_is_seen_twice_is_one(monkeypatch):
     assert Plugins([entry("fake", "good_plugin"), entry("fake", "good_plugin")]).provider("fake") is FakeProvider
 
 
+@pytest.mark.parametrize(
+    ("directory", "files", "why"),
+    [
+        ("acme-1.dist-info", {}, "no name"),
+        (".dist-info", {}, "no name"),
+        ("acme-1.dist-info", {"METADATA": b"Name: acme\nVersion: 1\nAuthor: Andr\xe9\n"}, "UnicodeDecodeError"),
+        ("acme-1.dist-info", {"entry_points.txt": b"[console_scripts]\nnonsense\n"}, "TypeError"),
+        ("acme-1.dist-info", {"entry_points.txt": b"[console_scripts]\ncaf\xe9 = a\n"}, "UnicodeDecodeError"),
+    ],
+)
+def test_damaged_metadata_of_a_distribution_harms_no_other(tmp_path, monkeypatch, caplog, directory, files, why):
+    (tmp_path / directory).mkdir()
+    declared = {"entry_points.txt": f"[{GROUP}]\nacme = acme\n".encode()}
+    for name, content in (declared | files).items():
+        (tmp_path / directory / name).write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = Plugins().available()
+    assert {"docker", "libvirt", "subprocess"} <= found.keys() and "acme" not in found
+    (told,) = caplog.messages
+    assert directory in told and why in told and "reinstall it" in told
+
+
+def test_an_empty_directory_that_an_upgrade_left_hides_no_plugin(tmp_path, monkeypatch):
+    (tmp_path / "agent_dispatcher-0.0.9.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "subprocess" in Plugins().available()
+
+
 def test_a_name_that_two_distributions_claim_names_both():
     plugins = Plugins([entry("fake", "one"), entry("fake", "two", "rival-plugin")])
     with pytest.raises(PluginError) as caught:
