@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import stat
 from pathlib import Path
 
+from dispatcher.common.forked import close_in_children
 from dispatcher.common.log import logger
 from dispatcher.config.default_paths import MANAGER_LOCK
 from dispatcher.config.host_users import HostAccounts
@@ -99,19 +101,21 @@ class Lock:
         self.path = directory / MANAGER_LOCK
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._descriptor = os.open(self.path, flags, 0o600)
+            self._file = io.FileIO(os.open(self.path, flags, 0o600), "r+")
         except OSError as error:
             raise Unavailable(f"Cannot open {self.path}", why=error.strerror or str(error)) from error
+        self._descriptor = self._file.fileno()
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = self._read()
-            os.close(self._descriptor)
+            self._file.close()
             raise Conflict(
                 "Another manager is running",
                 why=f"the process {holder or 'of an unknown id'} holds {self.path}",
                 fix="stop it first, or choose another manager.run_dir and manager.state_dir",
             ) from None
+        close_in_children(self._file)
         if left := self._read():
             _log.warning("the last manager did not stop cleanly", pid=left, lock=str(self.path))
         self._write(str(os.getpid()))
@@ -119,7 +123,7 @@ class Lock:
     def close(self) -> None:
         """Release the lock and note that this manager stopped cleanly."""
         self._write("")
-        os.close(self._descriptor)
+        self._file.close()
 
     def _read(self) -> str:
         return os.pread(self._descriptor, 20, 0).decode("ascii", "replace").strip()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dispatcher.common.bind import bind, low_port_fix
+from dispatcher.common.forked import close_in_children
 from dispatcher.common.log import logger
 from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.options import takes_ipv4
@@ -78,4 +79,5 @@ def tcp_socket(address: str, beside: Iterable[str] = ()) -> socket.socket:
         fix = low_port_fix(port, "dispatcher-manager") if refused else "see manager.listen"
         raise ConfigError(f"Cannot listen on {address}", why=error.strerror or str(error), fix=fix) from error
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    close_in_children(sock)
     return sock

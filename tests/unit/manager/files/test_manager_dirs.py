@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -140,3 +142,27 @@ def test_a_lock_that_cannot_be_created_is_reported(tmp_path):
         Lock(tmp_path)
     assert "manager.lock" in caught.value.what
     assert not (tmp_path / "elsewhere").exists()
+
+
+FORKED = """
+import os, pathlib, socket, sys
+from dispatcher.manager.files.manager_dirs import Lock
+from dispatcher.manager.rest.listeners import tcp_socket
+lock, listener = Lock(pathlib.Path(sys.argv[1])), tcp_socket("127.0.0.1:0")
+listener.listen()
+address = "127.0.0.1:%d" % listener.getsockname()[1]
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.close(writer)
+    os.read(reader, 1)
+    os._exit(0)
+lock.close()
+listener.close()
+Lock(pathlib.Path(sys.argv[1])).close()
+tcp_socket(address).listen()
+"""
+
+
+def test_a_child_that_a_plugin_forked_keeps_neither_lock_nor_port(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FORKED, tmp_path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
