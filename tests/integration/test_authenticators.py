@@ -8,12 +8,14 @@ import time
 import pytest
 
 from dispatcher.common import contained
+from dispatcher.common.contained import PluginRef
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager import app
 from dispatcher.manager.auth import signin
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import HashPool
 from dispatcher.manager.backends import pool
+from dispatcher.plugin.authenticator import Identity
 from dispatcher.plugin.errors import DeadlineExceeded
 from tests.support import broken
 from tests.support.broken import authenticators, providers
@@ -149,3 +151,21 @@ def test_the_manager_runs_without_an_authenticator_that_cannot_be_made(
 def entries(plugins):
     for found in plugins._entries.values():
         yield from found
+
+
+def test_an_empty_password_never_reaches_an_authenticator(tmp_path):
+    """A directory takes it for an anonymous bind, which succeeds: whoever knows a name would come in."""
+
+    class AnonymousBind(authenticators.Good):
+        name = "bind"
+
+        def authenticate(self, name, password, *, deadline):
+            return Identity(user=name)
+
+    directory = ContainedAuthenticator(PluginRef("authenticator", "bind"), AnonymousBind(options=None))
+    found = Parts(tmp_path, config={"auth": {"authenticator": "bind"}}, authenticator=directory)
+    try:
+        assert found.login("alice", "").status_code == 400
+        assert found.login("alice", " ").status_code == 201
+    finally:
+        found.close()
