@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,12 @@ from dispatcher.plugin import (
 )
 
 _MAX_WHY = 600
+#: A program that does not exist, in words of Go and of crun.
+_NO_PROGRAM = re.compile(
+    r'exec: "([^"]+)": (?:executable file not found|stat \S+ no such file)|executable file `([^`]+)` not found'
+)
+#: Of runc, crun and Podman: it was to run in the container.  Else the engine runs it, on its host.
+_IN_CONTAINER = re.compile("container process|executable file `|oci runtime attempted to invoke a command")
 _TIMEOUTS = (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
 
 
@@ -104,9 +111,15 @@ def start_failed(error: ProviderError, log: list[str]) -> StartFailed:
 
 def _advice(why: str, engine: str) -> str:
     text = why.lower()
+    if missing := _NO_PROGRAM.search(text):
+        if _IN_CONTAINER.search(text):
+            return "correct `command`: the image has no such program"
+        package = "apparmor" if missing[1] == "apparmor_parser" else f"the package that has {missing[1]}"
+        return f"install {package} on the engine's host, then start the agent again"
     for words, fix in (
         ("no space left", f"free space where the engine keeps its data ({engine} system df)"),
-        ("executable file not found", "correct `command`: the image has no such program"),
+        ("docker-default profile could not be loaded", "repair AppArmor on the engine's host (aa-status)"),
+        ("apparmor", "correct `apparmor`: no profile of this name is loaded on the engine's host (aa-status)"),
         ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
         ("address already in use", "another program has the port; let the engine choose it"),
         ("could not select device driver", "install the GPU runtime of the engine, or remove `gpus`"),

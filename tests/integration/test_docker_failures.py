@@ -22,8 +22,9 @@ def ended(world, agent, seconds=10):
     return world.observe(agent)
 
 
-def test_a_program_that_is_not_in_the_image(world):
-    spec = world.make("typo", options={"command": ["no-such-program"], "init": False})
+@pytest.mark.parametrize("program", ["no-such-program", "/no-such-program"])
+def test_a_program_that_is_not_in_the_image(world, program):
+    spec = world.make("typo", options={"command": [program], "init": False})
     with pytest.raises(StartFailed) as caught:
         world.driver.ensure(spec)
     assert "no-such-program" in caught.value.why

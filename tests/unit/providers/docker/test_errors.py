@@ -61,12 +61,22 @@ def test_a_refusal_past_the_deadline_is_still_a_refusal():
     assert isinstance(outcome(refusal(500, "no"), Deadline(0)), ProviderError)
 
 
+RUNC = "OCI runtime create failed: runc create failed: unable to start container process:"
+PARSER = "AppArmor enabled on system but the docker-default profile could not be loaded: running `/sbin/apparmor_parser apparmor_parser -Kr /var/lib/docker/tmp/docker-default1` failed with output: \nerror:"
+
+
 @pytest.mark.parametrize(
     ("words", "advice"),
     [
         ("write /x: no space left on device", "free space"),
         ('invalid mount config for type "bind": bind source path does not exist: /x', "a manager in a container"),
-        ('exec: "nope": executable file not found in $PATH', "no such program"),
+        (f'{RUNC} exec: "nope": executable file not found in $PATH: unknown', "no such program"),
+        (f'{RUNC} exec: "/bin/nope": stat /bin/nope: no such file or directory: unknown', "no such program"),
+        ("crun: executable file `nope` not found in $PATH: No such file or directory", "no such program"),
+        (f'{PARSER} exec: "apparmor_parser": executable file not found in $PATH', "install apparmor on"),
+        (f"{PARSER} AppArmor parser error", "repair AppArmor"),
+        (f"{RUNC} unable to apply apparmor profile: write /proc/self/attr/exec: no such file", "`apparmor`"),
+        ('exec: "docker-init": executable file not found in $PATH', "install the package that has docker-init"),
         ("could not select device driver", "GPU"),
         ("something else", "engine's log"),
     ],
