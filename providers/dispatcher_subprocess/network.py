@@ -191,6 +191,9 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
     with tempfile.NamedTemporaryFile() as pid_file:
         command = [*join, host.pasta, "--quiet", "--config-net", "--no-map-gw", "--ns-ifname", _INTERFACE]
         command += ["--no-ra"]  # each would add a route to the subnet
+        # Later versions end when the path of the namespace is gone, and look each second: in the background their
+        # standard input is /dev/null.  `Run.kill` ends it with the agent.
+        command += ["--no-netns-quit"]
         command += ["--pid", pid_file.name]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--netns", "/proc/self/fd/0"]
