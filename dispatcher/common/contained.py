@@ -142,6 +142,17 @@ def bounded(
     raise _hung(plugin, call, seconds, error)
 
 
+def instance(cls: type[_T], **arguments: object) -> _T:
+    """Return an instance of a plugin's class.
+
+    :raises TypeError: its `__new__` returns something else.
+    """
+    made = cls(**arguments)
+    if not isinstance(made, cls):
+        raise TypeError(f"{cls.__name__}() returned a value of the type {type(made).__name__}")
+    return made
+
+
 def at_once(calls: Iterable[Callable[[], object]]) -> None:
     """Make calls at the same time and wait for all: a plugin that hangs delays no other.  None may raise."""
     threads = [threading.Thread(target=call, name="dispatcher-load", daemon=True) for call in calls]
@@ -159,7 +170,7 @@ def _hung(plugin: PluginRef, call: str, seconds: float, error: type[DispatcherEr
     return error(
         f"The {plugin} does not return from {call}",
         why=f"it has taken more than {seconds:g} seconds, and is not called again before it returns",
-        fix=plugin.report,
+        fix=f"{plugin.report}; after a repair, restart the manager",
     )
 
 

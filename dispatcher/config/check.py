@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from dispatcher.common.contained import PluginRef, bounded
+from dispatcher.common.contained import PluginRef, bounded, instance
 from dispatcher.common.plugin_values import texts
 from dispatcher.common.tls import server_context
 from dispatcher.config.host_users import proxy_uid
@@ -81,7 +81,7 @@ def _provider(name: str, config: Config, plugins: Plugins) -> Iterator[Provider]
     )
     options, ref = config.provider_options(name, plugins), plugins.ref("provider", name)
     cls = plugins.provider(name)
-    provider = bounded(ref, "__init__", lambda: cls(context=context, options=options), log=None)
+    provider = bounded(ref, "__init__", lambda: instance(cls, context=context, options=options), log=None)
     try:
         yield provider
     finally:

@@ -65,13 +65,14 @@ def _of_app(app: str, provider: str) -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def _of_others(app: str, provider: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    from dispatcher.config.plugins import Plugins
+    from dispatcher.config.plugins import DISTRIBUTION, Plugins
 
     plugins = Plugins()
-    for name in plugins.available():
+    for name, distribution in plugins.available().items():
+        if name == provider or distribution.split(" ")[0] != DISTRIBUTION:
+            continue  # nothing uses it: a third party's code does not run for the sake of a hint
         with contextlib.suppress(DispatcherError):
-            if name != provider:
-                yield f"apps.{app}.{name}", plugins.provider(name).AppOptions
+            yield f"apps.{app}.{name}", plugins.provider(name).AppOptions
 
 
 def _plugin(key: str, table: str) -> str:

@@ -8,6 +8,7 @@ configured plugins are imported, so another one that is broken or slow has no ef
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import itertools
 import logging
@@ -90,13 +91,35 @@ def _of(origin: str) -> str:
     return f" of {origin}" if origin else ""
 
 
-def _import(name: str, entry: EntryPoint) -> object:
+@dataclass(frozen=True)
+class _Entry:
+    """An entry point, with its distribution as it was when it was found: the files may change later."""
+
+    point: EntryPoint
+    distribution: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The same for two that are one and the same."""
+        return self.point.value, self.distribution
+
+    @property
+    def package(self) -> str:
+        """The top-level package or module that it names."""
+        return self.point.value.partition(":")[0].strip().partition(".")[0]
+
+
+def _within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _import(name: str, entry: _Entry) -> object:
     """Import a plugin; it may raise anything, or hang."""
-    ref = PluginRef("plugin", name, distribution(entry))
+    ref = PluginRef("plugin", name, entry.distribution)
 
     def load() -> object:
         try:
-            return entry.load()
+            return entry.point.load()
         except BaseException as error:
             raise _not_importable(ref, error) from error
 
@@ -224,18 +247,24 @@ class Plugins:
     """
 
     def __init__(self, entries: Iterable[EntryPoint] | None = None) -> None:
-        self._entries: dict[str, list[EntryPoint]] = {}
-        for entry in installed() if entries is None else entries:
-            known = self._entries.setdefault(entry.name, [])
-            if all((entry.value, distribution(entry)) != (other.value, distribution(other)) for other in known):
-                known.append(entry)
+        self._given = None if entries is None else list(entries)
+        self._entries = self._find()
         self._manager = _manager()
         self._loaded: dict[str, str] = {}
         self._refused: dict[str, PluginError] = {}
+        self._added: dict[str, set[str]] = {}  # modules that the import of a refused plugin has added
         self._providers: dict[str, type[Provider]] = {}
         self._authenticators: dict[str, type[Authenticator]] = {}
         self._lock = threading.Lock()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one plugin is loaded once
+
+    def _find(self) -> dict[str, list[_Entry]]:
+        found: defaultdict[str, list[_Entry]] = defaultdict(list)
+        for point in installed() if self._given is None else self._given:
+            entry, known = _Entry(point, distribution(point)), found[point.name]
+            if entry.key not in {other.key for other in known}:
+                known.append(entry)
+        return dict(found)
 
     @property
     def hook(self) -> pluggy.HookRelay:
@@ -244,7 +273,7 @@ class Plugins:
 
     def available(self) -> dict[str, str]:
         """Return the name of every installed plugin with its distribution."""
-        return {name: distribution(found[0]) for name, found in sorted(self._entries.items())}
+        return {name: found[0].distribution for name, found in sorted(self._entries.items())}
 
     def ref(self, kind: str, name: str) -> PluginRef:
         """Return how errors name a plugin."""
@@ -274,18 +303,18 @@ class Plugins:
                 return
             if name in self._refused:
                 raise self._refused[name].with_traceback(None)
-            entry = self._entry(name)
+            entry, before = self._entry(name), set(sys.modules)
             try:
                 if name in BUILT_IN:
                     raise PluginError(
-                        f"The plugin {name!r} of {distribution(entry)} is refused",
+                        f"The plugin {name!r} of {entry.distribution} is refused",
                         why="the name belongs to a part of dispatcher",
                         fix="rename its entry point, or uninstall it",
                     )
-                plugin = _import(name, entry)
-                self.register(name, plugin, distribution(entry))
+                self.register(name, _import(name, entry), entry.distribution)
             except PluginError as error:
                 self._refused[name] = error
+                self._added[name] = {each for each in sys.modules.keys() - before if _within(each, entry.package)}
                 raise
 
     def load_all(self, names: Iterable[str]) -> None:
@@ -301,10 +330,29 @@ class Plugins:
         """Return why a plugin was refused; None if it was not."""
         return self._refused.get(name)
 
-    def forget_refusals(self) -> None:
-        """Try refused plugins again when they are needed next: they may have been repaired."""
+    def refresh(self) -> list[str]:
+        """Look again for what is installed; return in sentences which plugins in use have been replaced.
+
+        Refused plugins are imported again when they are needed next: they may have been repaired.  Those in use
+        stay as they are.
+        """
+        importlib.invalidate_caches()
         with self._lock:
+            in_use = {name: self._entries[name][0] for name in self._loaded if name in self._entries}
+            for name in self._refused.keys() & self._entries.keys():
+                if self._entries[name][0].package not in {each.package for each in in_use.values()}:
+                    for module in self._added.pop(name, ()):
+                        sys.modules.pop(module, None)
             self._refused.clear()
+            self._entries = self._find()
+        installed = self.available()
+        return [
+            f"The plugin {name} is in use as {entry.distribution}, and "
+            f"{f'installed as {installed[name]}' if name in installed else 'no longer installed'}: "
+            "this takes effect after a restart of the manager."
+            for name, entry in in_use.items()
+            if installed.get(name) != self._loaded[name]
+        ]
 
     def register(self, name: str, plugin: object, origin: str = "") -> None:
         """Register a plugin under its name: called by `load`, and for what has no entry point (built in, or in
@@ -366,10 +414,10 @@ class Plugins:
             )
         return known[name]
 
-    def _entry(self, name: str) -> EntryPoint:
+    def _entry(self, name: str) -> _Entry:
         found = self._entries.get(name, [])
         if len(found) > 1:
-            both = " and ".join(f"{entry.value} of {distribution(entry)}" for entry in found)
+            both = " and ".join(f"{entry.point.value} of {entry.distribution}" for entry in found)
             raise PluginError(f"The plugin name {name!r} is declared twice", why=both, fix="uninstall one of them")
         if not found:
             raise PluginError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dispatcher import __version__
 from dispatcher.common import log
-from dispatcher.common.contained import bounded
+from dispatcher.common.contained import bounded, instance
 from dispatcher.config.check import tls_faults
 from dispatcher.config.host_users import HostAccounts, host_accounts
 from dispatcher.config.layout import Paths
@@ -217,7 +217,7 @@ class Manager:
                 self.config.authenticator_options(name, self._plugins),
             )
             ref = self._plugins.ref("authenticator", name)
-            return ContainedAuthenticator(ref, bounded(ref, "__init__", lambda: cls(options=options)))
+            return ContainedAuthenticator(ref, bounded(ref, "__init__", lambda: instance(cls, options=options)))
         except DispatcherError as error:
             unknown = name not in {local.NAME, *self._plugins.available()}
             if unknown or (isinstance(error, ConfigError) and not isinstance(error, PluginError)):
@@ -304,10 +304,20 @@ class Manager:
     def reload(self) -> list[str]:
         """Read the configuration again and apply what can change; return in sentences what did.
 
-        :raises DispatcherError: it is invalid; nothing has changed.
+        :raises DispatcherError: it is invalid or cannot be applied; the earlier one is in use.
         """
         with self._reloading:
-            return self._reload(load(self._config_path))
+            try:
+                return self._reload(load(self._config_path))
+            except DispatcherError:
+                raise
+            except Exception as error:
+                _log.exception("a reload failed")
+                raise DispatcherError(
+                    "The new configuration is not applied",
+                    why=f"{type(error).__name__}: {error}",
+                    fix="the earlier one is in use; the manager's log has the details",
+                ) from error
 
     def _reload(self, new: Config) -> list[str]:
         old = self.config
@@ -319,13 +329,16 @@ class Manager:
             raise wrong(unusable, self._config_path)
         tokens = Tokens(new.manager.token_file)
         changed = self.supervisor.apply_config(new)
-        self.config = self.services.config = new
+        try:
+            self._adopt(new)
+        except Exception:
+            self.supervisor.apply_config(old)
+            self._adopt(old)
+            raise
         self._tokens.adopt(tokens)
         if _lifetimes(old) != _lifetimes(new):
-            self.sessions.set_lifetimes(_lifetimes(new))
             changed.append("Sessions have new lifetimes (auth.session_lifetime, auth.session_idle).")
         if old.manager.log_level != new.manager.log_level:
-            log.set_level(new.manager.log_level)
             changed.append(f"The log level is {new.manager.log_level}.")
         for server in self._servers:
             if server.context is not None and context is not None:
@@ -342,6 +355,12 @@ class Manager:
         _log.info("read the configuration again", changed=changed)
         self._report_faults()
         return changed
+
+    def _adopt(self, config: Config) -> None:
+        """Use what is the manager's own of a configuration."""
+        self.sessions.set_lifetimes(_lifetimes(config))
+        log.set_level(config.manager.log_level)
+        self.config = self.services.config = config
 
 
 def _freeze_heap() -> None:

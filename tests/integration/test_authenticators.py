@@ -150,7 +150,7 @@ def test_the_manager_runs_without_an_authenticator_that_cannot_be_made(
 
 def entries(plugins):
     for found in plugins._entries.values():
-        yield from found
+        yield from (each.point for each in found)
 
 
 def test_an_empty_password_never_reaches_an_authenticator(tmp_path):

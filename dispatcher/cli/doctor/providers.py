@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dispatcher.common.contained import bounded
+from dispatcher.common.contained import bounded, instance
 from dispatcher.common.plugin_values import finding, several
 from dispatcher.config.check import app_faults
 from dispatcher.config.plugins_used import configured
@@ -83,7 +83,7 @@ def check_authenticator(name: str, config: Config, plugins: Plugins) -> None:
     """
     cls, options = plugins.authenticator(name), config.authenticator_options(name, plugins)
     ref = plugins.ref("authenticator", name)
-    made = bounded(ref, "__init__", lambda: cls(options=options), log=None)
+    made = bounded(ref, "__init__", lambda: instance(cls, options=options), log=None)
     bounded(ref, "close", made.close, log=None)
 
 
@@ -105,7 +105,7 @@ def check(
         )
 
         def ask() -> list[Finding]:
-            provider = cls(context=context, options=options)
+            provider = instance(cls, context=context, options=options)
             try:
                 provider.check(deadline=Deadline(SECONDS))
                 return several(provider.explain(app), finding) if used else []

@@ -13,6 +13,7 @@ from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
+from dispatcher.config.plugins_used import configured
 from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
@@ -26,7 +27,7 @@ from dispatcher.manager.agents.queries import Queries
 from dispatcher.manager.agents.reconciler import Reconciler
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.agents.specs import Specs, app_changes, provider_changes
-from dispatcher.manager.backends.backend import Backend, Backends, Contact
+from dispatcher.manager.backends.backend import Backend, Backends, Contact, Made
 from dispatcher.manager.backends.logs import LogCollector
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.host_uids import HostUids
@@ -240,30 +241,50 @@ class Supervisor:
     def apply_config(self, config: Config) -> list[str]:
         """Use a new configuration from now on; return in sentences what changed.
 
-        :raises ConfigError: it is invalid; nothing was changed.
+        :raises ConfigError: it is invalid; after this or any other exception the earlier one is in use.
         """
-        self._plugins.forget_refusals()
+        old = self.registry.specs.config
+        changed, made = self._prepare(config)
+        try:
+            return [*changed, *self._commit(config, made)]
+        except Exception:
+            self._commit(old, self.backends.make(made, old))
+            raise
+
+    def _prepare(self, config: Config) -> tuple[list[str], dict[str, Made]]:
+        """Check a new configuration; return what will change, and new instances of providers by name."""
+        changed = self._plugins.refresh()
+        self._plugins.load_all(configured(config))
         config.validate_providers(self._plugins)
         for name in config.plugins:
             self._plugins.load(name)
-        self.observers.update()
         old = self.registry.specs.config
-        changed = list(app_changes(old, config))
-        self.backends.config = config
         new_options = provider_changes(old, config)
-        unusable = [each.name for each in self.backends if not each.usable and each.name not in new_options]
-        for name in (*new_options, *unusable):
-            replaced = self.backends.reload(name)
-            self._timers.after(OLD_PROVIDER, replaced)
-            self._watch(self.backends.get(name))
-            if name in new_options:
-                changed.append(f"The provider {name} has new options.")
-            elif self.backends.get(name).usable:
-                changed.append(f"The provider {name} can be used now.")
+        made = self.backends.make(
+            [each.name for each in self.backends if each.name in new_options or not each.usable], config
+        )
+        return [*changed, *app_changes(old, config)], made
+
+    def _commit(self, config: Config, made: dict[str, Made]) -> list[str]:
+        changed: list[str] = []
+        new_options = provider_changes(self.registry.specs.config, config)
+        self.backends.config = config
         outdated = self.registry.use_specs(self._specs(config))
+        for name, instance in made.items():
+            backend = self.backends.get(name)
+            was_usable = backend.usable
+            self._timers.after(OLD_PROVIDER, backend.use(instance))
+            self._watch(backend)
+            if instance.provider is None and was_usable:
+                changed.append(f"The provider {name} keeps its earlier options: {instance.problem}")
+            elif name in new_options:
+                changed.append(f"The provider {name} has new options.")
+            elif backend.usable:
+                changed.append(f"The provider {name} can be used now.")
+        self.observers.update()
         for name in self._wanted_providers():
             backend = self.backends.get(name)
-            if backend.contact is Contact.NOT_CALLED or name in unusable:
+            if backend.contact is Contact.NOT_CALLED or (name in made and name not in new_options):
                 self.reconciler.sweep_soon(backend)
                 self._watch(backend)
         if outdated:

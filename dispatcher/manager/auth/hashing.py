@@ -19,7 +19,7 @@ from functools import cached_property
 from typing import TypeVar
 
 from dispatcher.manager.auth.contained_authenticator import unavailable
-from dispatcher.manager.backends.pool import Job, Pool, hung_call
+from dispatcher.manager.backends.pool import Pool
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, DeadlineExceeded, DispatcherError, TooManyRequests
 
@@ -155,9 +155,9 @@ class HashPool:
             except BaseException as error:
                 _finish(future, error=error)
 
-        def give_up(job: Job) -> None:
+        def give_up(error: DispatcherError) -> None:
             _finish(future, error=unavailable())
-            overdue(hung_call(job.plugin, job.call))
+            overdue(error)
 
         self._pool.submit(run, overdue=give_up)
         try:

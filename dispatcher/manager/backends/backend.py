@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
-from dispatcher.common.contained import PluginRef, at_once, bounded
+from dispatcher.common.contained import PluginRef, at_once, bounded, instance
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
@@ -25,7 +26,7 @@ from dispatcher.manager.backends.pool import Pool, SingleFlight, hung_call
 from dispatcher.manager.backends.preparation import Preparations
 from dispatcher.manager.files.agent_dirs import provider_dirs
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DispatcherError, PluginError
+from dispatcher.plugin.errors import DispatcherError, PluginError, ProviderError
 from dispatcher.plugin.model import App, Capability, Handle, Usage
 from dispatcher.plugin.provider import Closeable, Progress, ProviderContext
 
@@ -42,6 +43,16 @@ class Contact(enum.Enum):
     NEVER_ANSWERED = enum.auto()
     ANSWERS = enum.auto()
     LOST = enum.auto()
+
+
+@dataclass(frozen=True)
+class Made:
+    """A provider's instance, or why there is none."""
+
+    plugin: PluginRef
+    provider: ContainedProvider | None
+    capabilities: frozenset[Capability] = frozenset()
+    problem: DispatcherError | None = None
 
 
 class Backend:
@@ -93,24 +104,15 @@ class Backend:
         """Whether the plugin was loaded."""
         return self._provider is not None
 
-    def load(self, config: Config, plugins: Plugins, context: ProviderContext) -> Callable[[], None]:
-        """Make the provider's instance, or note why that is impossible; return what closes an earlier one."""
-        before, watched = self._provider, self._watch
-        self.plugin = plugins.ref("provider", self.name)
-        try:
-            cls, options = plugins.provider(self.name), config.provider_options(self.name, plugins)
-            self.plugin = ref = plugins.ref("provider", self.name)
-            wrapped = bounded(ref, "__init__", lambda: cls(context=context, options=options))
-            provider = ContainedProvider(wrapped, ref)
-            capabilities = bounded(ref, "capabilities", lambda: provider.capabilities)
-        except DispatcherError as error:
-            self.problem = error
-        else:
-            self._provider, self._watch, self.capabilities = provider, None, capabilities
-            self._end_watch(watched)
-            if before:
-                return before.close
-        return lambda: None
+    def use(self, made: Made) -> Callable[[], None]:
+        """Use an instance from now on, if it could be made; return what closes the earlier one."""
+        self.plugin, before, watched = made.plugin, self._provider, self._watch
+        if made.provider is None:
+            self.problem = made.problem or self.problem
+            return lambda: None
+        self._provider, self._watch, self.capabilities = made.provider, None, made.capabilities
+        self._end_watch(watched)
+        return before.close if before else lambda: None
 
     def watch(self, on_change: Callable[[str], None]) -> None:
         """Subscribe to the provider's events, where it has them."""
@@ -190,7 +192,7 @@ class Backends:
                 self._known[name] = backend
             with backend.loading:
                 if not backend.loaded:
-                    self._load(backend)
+                    backend.use(self._make(name, self.config))
                     backend.loaded = True
         return backend
 
@@ -204,23 +206,41 @@ class Backends:
             backend.pool.check_overdue()
             backend.preparations.pool.check_overdue()
 
-    def reload(self, name: str) -> Callable[[], None]:
-        """Make a provider's instance again, with the present configuration; return what closes the old one."""
-        return self._load(self.get(name))
+    def make(self, names: Iterable[str], config: Config) -> dict[str, Made]:
+        """Make instances of providers at the same time with another configuration, for `Backend.use`."""
+        made: dict[str, Made] = {}
 
-    def _load(self, backend: Backend) -> Callable[[], None]:
-        state_dir, run_dir = provider_dirs(self._paths, backend.name)
-        return backend.load(
-            self.config,
-            self._plugins,
-            ProviderContext(
-                installation=self._installation,
-                state_dir=state_dir,
-                run_dir=run_dir,
-                proxy_gid=self._accounts.proxy_gid,
-                privileged=self._accounts.agent_uids is not None,
-                log=logging.getLogger(f"dispatcher.plugin.provider.{backend.name}"),
-            ),
+        def one(name: str) -> None:
+            made[name] = self._make(name, config)
+
+        at_once(functools.partial(one, name) for name in names)
+        return made
+
+    def _make(self, name: str, config: Config) -> Made:
+        """Make a provider's instance, or note why that is impossible."""
+        plugins = self._plugins
+        ref = plugins.ref("provider", name)
+        try:
+            cls, options = plugins.provider(name), config.provider_options(name, plugins)
+            ref, context = plugins.ref("provider", name), self._context(name)
+            wrapped = bounded(ref, "__init__", lambda: instance(cls, context=context, options=options))
+            provider = ContainedProvider(wrapped, ref)
+            return Made(ref, provider, bounded(ref, "capabilities", lambda: provider.capabilities))
+        except DispatcherError as error:
+            return Made(ref, None, problem=error)
+
+    def _context(self, name: str) -> ProviderContext:
+        try:
+            state_dir, run_dir = provider_dirs(self._paths, name)
+        except OSError as error:
+            raise ProviderError(f"The provider {name} has no directories", why=str(error)) from error
+        return ProviderContext(
+            installation=self._installation,
+            state_dir=state_dir,
+            run_dir=run_dir,
+            proxy_gid=self._accounts.proxy_gid,
+            privileged=self._accounts.agent_uids is not None,
+            log=logging.getLogger(f"dispatcher.plugin.provider.{name}"),
         )
 
 

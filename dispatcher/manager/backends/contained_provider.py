@@ -59,7 +59,7 @@ class ContainedProvider:
         self.wrapped = wrapped
         self.plugin = plugin
         self.name = plugin.name
-        self.isolation = wrapped.isolation
+        self.isolation = type(wrapped).isolation  # checked when the class was loaded
 
     check = _forward(Provider.check)
     prepare = _forward(Provider.prepare)

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from dispatcher.common.contained import PluginRef
 from dispatcher.plugin.deadline import Deadline, boottime
@@ -35,37 +36,36 @@ class JobState(enum.Enum):
     ABANDONED_UNCOUNTED = enum.auto()  # the same, and another job has its place
 
 
+class _Call(NamedTuple):
+    """A call of a plugin."""
+
+    plugin: PluginRef
+    name: str
+    deadline: Deadline
+
+
 class Job:
     """A function to run once.
 
-    :ivar deadline: by which the present call should return; None: it makes none; :ivar plugin: what it calls;
-        :ivar call: the name of that call.
+    :ivar called: the call of a plugin that it makes at present.
     """
 
-    __slots__ = ("call", "deadline", "overdue", "plugin", "run", "state")
+    __slots__ = ("called", "overdue", "run", "state")
 
-    def __init__(self, run: Callable[[], None], overdue: Callable[[Job], None] | None) -> None:
+    def __init__(self, run: Callable[[], None], overdue: Callable[[DispatcherError], None] | None) -> None:
         self.run = run
         self.overdue = overdue
-        self.deadline: Deadline | None = None
-        self.plugin = PluginRef("plugin", "")
-        self.call = ""
+        self.called: _Call | None = None
         self.state = JobState.NORMAL
 
     @contextmanager
     def calling(self, plugin: PluginRef, call: str, deadline: Deadline) -> Iterator[None]:
         """Name the call of a plugin that the block makes, and its deadline."""
-        before = self.plugin, self.call, self.deadline
-        self.plugin, self.call, self.deadline = plugin, call, deadline
+        before, self.called = self.called, _Call(plugin, call, deadline)
         try:
             yield
         finally:
-            self.plugin, self.call, self.deadline = before
-
-    def hangs(self, now: float) -> bool:
-        """Whether its call should have returned long ago."""
-        deadline = self.deadline
-        return deadline is not None and deadline.at + SLACK < now
+            self.called = before
 
 
 def hung_call(plugin: PluginRef, call: str) -> DispatcherError:
@@ -105,11 +105,15 @@ class Pool:
         self._closed = False
 
     def submit(
-        self, run: Callable[[], None], *, overdue: Callable[[Job], None] | None = None, urgent: bool = True
+        self,
+        run: Callable[[], None],
+        *,
+        overdue: Callable[[DispatcherError], None] | None = None,
+        urgent: bool = True,
     ) -> Job:
         """Run a function soon.  Its exceptions are logged.
 
-        :param overdue: called once, from `check_overdue`, when a call of the job hangs past its deadline.
+        :param overdue: called once with the error, from `check_overdue`, when a call hangs past its deadline.
         """
         job = Job(run, overdue)
         with self._changed:
@@ -139,21 +143,22 @@ class Pool:
     def check_overdue(self) -> None:
         """Abandon the jobs whose call hangs; called regularly by one thread."""
         now = boottime()
-        overdue = []
+        overdue: list[tuple[Job, _Call]] = []
         with self._changed:
             for job in self._running:
-                if job.state is JobState.NORMAL and job.hangs(now):
+                called = job.called  # once: the call may return meanwhile
+                if job.state is JobState.NORMAL and called and called.deadline.at + SLACK < now:
                     job.state = JobState.ABANDONED
-                    overdue.append(job)
+                    overdue.append((job, called))
                     if self._abandoned < MAX_ABANDONED:
                         job.state = JobState.ABANDONED_UNCOUNTED
                         self._abandoned += 1
                         self._threads -= 1
             self._start_threads()
-        for job in overdue:
-            _log.error("The %s does not return from %s; continuing without it", job.plugin, job.call)
+        for job, called in overdue:
+            _log.error("The %s does not return from %s; continuing without it", called.plugin, called.name)
             if job.overdue:
-                job.overdue(job)
+                job.overdue(hung_call(called.plugin, called.name))
 
     def close(self) -> None:
         """Begin no more jobs.  Those in progress are left to end."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 
 from dispatcher.manager.backends.contained_provider import ContainedProvider
-from dispatcher.manager.backends.pool import Job, Pool, hung_call
+from dispatcher.manager.backends.pool import Pool
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Cancelled, DispatcherError
 from dispatcher.plugin.model import App
@@ -74,7 +74,7 @@ class Preparations:
                 work = self._known[key] = mine = _Preparation()
                 self.pool.submit(
                     lambda: self._prepare(provider, app, key, mine, seconds),
-                    overdue=lambda job: self._overdue(mine, job),
+                    overdue=lambda error: self._overdue(mine, error),
                 )
             work.waiting += 1
         return work
@@ -103,7 +103,7 @@ class Preparations:
         if self._known.get(key) is work:
             del self._known[key]
 
-    def _overdue(self, work: _Preparation, job: Job) -> None:
+    def _overdue(self, work: _Preparation, error: DispatcherError) -> None:
         """Fail the waiting agents.  The preparation stays known until its call returns: it is not called twice."""
-        work.error = hung_call(job.plugin, job.call)
+        work.error = error
         work.done.set()

@@ -354,7 +354,7 @@ def test_a_refusal_is_remembered_until_plugins_are_tried_again(tmp_path, monkeyp
     (tmp_path / "repaired_plugin.py").write_text("raise SystemExit(55)\n")
     with pytest.raises(PluginError, match="SystemExit: 4"):
         plugins.provider("fake")
-    plugins.forget_refusals()
+    plugins.refresh()
     with pytest.raises(PluginError, match="SystemExit: 55"):
         plugins.provider("fake")
 
@@ -376,7 +376,7 @@ def test_an_import_that_hangs_is_an_error(tmp_path, monkeypatch):
         began = time.monotonic()
         with pytest.raises(PluginError, match="The plugin slow does not return from its import.*acme-plugin 1.2"):
             plugins.load("slow")
-        plugins.forget_refusals()
+        plugins.refresh()
     assert time.monotonic() - began < 0.1
 
 

@@ -33,7 +33,6 @@ from dispatcher.manager.agents.operations.task import Task
 from dispatcher.manager.agents.registry import Registry
 from dispatcher.manager.backends.backend import Backend
 from dispatcher.manager.backends.logs import last_lines
-from dispatcher.manager.backends.pool import Job, hung_call
 from dispatcher.manager.files.agent_dirs import AgentData
 from dispatcher.manager.files.space import DISK_FIXES, disk_fix
 from dispatcher.manager.storage.rows import AgentRow, Desired, Failure, KeptRow, Kind, Pending
@@ -90,7 +89,7 @@ class Runner:
         row = agent.row
         provider = self._registry.specs.provider(row) if operation.kind is Kind.MOVE else row.provider
         self._registry.backends.get(provider).pool.submit(
-            lambda: self._run(agent, operation), overdue=lambda job: self._overdue(agent, job), urgent=urgent
+            lambda: self._run(agent, operation), overdue=lambda error: self._overdue(agent, error), urgent=urgent
         )
 
     def _run(self, agent: Agent, first: Operation) -> None:
@@ -355,7 +354,7 @@ class Runner:
         seen = self._observe(agent)
         return observed(agent.row, seen, self._registry.clock.now()) if seen else {}
 
-    def _overdue(self, agent: Agent, job: Job) -> None:
+    def _overdue(self, agent: Agent, error: DispatcherError) -> None:
         """A provider's call for the agent hangs: fail, and begin no operation until it returns."""
 
         def decide(_: AgentRow) -> Change | None:
@@ -365,7 +364,6 @@ class Runner:
             operation.abandon()
             agent.operation, agent.availability = None, Availability.STUCK
             agent.epoch += 1
-            error = hung_call(job.plugin, job.call)
             failure = Failure(what=error.what, why=error.why, fix=error.fix, time=self._registry.clock.now())
             return Change({**NO_OPERATION, "failure": failure, "retry_at": None}, [(EventKind.FAILED, str(error))])
 

@@ -93,20 +93,45 @@ def test_a_call_that_hangs_is_left_behind_and_told_once(monkeypatch):
         with current_job().calling(PluginRef("provider", "fake"), "stop", Deadline(0)):
             gate.wait(10)
 
-    job = pool.submit(hang, overdue=lambda job: told.append(f"{job.plugin.name}.{job.call}"))
+    job = pool.submit(hang, overdue=lambda error: told.append(str(error)))
     pool.submit(done.set)
     time.sleep(0.1)
     assert not done.is_set()
     pool.check_overdue()
     pool.check_overdue()
     assert done.wait(5)
-    assert told == ["fake.stop"]
+    [error] = told
+    assert "The provider fake does not return: its call stop hangs" in error
     assert job.state is not JobState.NORMAL
     gate.set()
     after = threading.Event()
     pool.submit(after.set)
     assert after.wait(5)
     assert current_job() is None
+    pool.close()
+
+
+def test_a_call_that_returns_while_it_is_given_up_is_named_nevertheless(monkeypatch):
+    monkeypatch.setattr(module, "SLACK", 0.0)
+    pool = Pool("test-pool", 1)
+    gate, left, told = threading.Event(), threading.Event(), []
+
+    def late():
+        with current_job().calling(PluginRef("provider", "fake"), "stop", Deadline(0)):
+            gate.wait(10)
+        left.set()
+
+    class Log:
+        def error(self, *_):
+            gate.set()
+            left.wait(5)
+
+    monkeypatch.setattr(module, "_log", Log())
+    pool.submit(late, overdue=lambda error: told.append(str(error)))
+    time.sleep(0.05)
+    pool.check_overdue()
+    [error] = told
+    assert "The provider fake does not return: its call stop hangs" in error
     pool.close()
 
 
