@@ -9,13 +9,15 @@ import json
 import logging
 import re
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+from dispatcher.common.plain import plain
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DispatcherError, PluginError, ProviderError
 from dispatcher.plugin.names import printable
@@ -53,11 +55,15 @@ class PluginRef:
 def text(value: object, limit: int = MAX_TEXT) -> str:
     """Return a plugin's text, or what should have been one: no surrogates or control characters, cut."""
     try:
-        found = value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+        found = plain(value).decode(errors="replace") if isinstance(value, bytes) else plain(_str(value))
         shown = _UNFIT.sub(lambda match: match[0].encode("unicode_escape").decode(), found[: limit + 1])
     except BaseException:  # the plugin's own code, too
         return "its text cannot be shown"
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def _str(value: object) -> str:
+    return value if isinstance(value, str) else str(value)
 
 
 @contextmanager
@@ -78,20 +84,32 @@ def contained(
     try:
         yield
     except BaseException as fault:
-        if isinstance(fault, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        # By type: the code of a hostile exception would run for `isinstance`, and for its traceback.
+        kind = type(fault)
+        if issubclass(kind, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
             raise
-        known = _checked(fault) if isinstance(fault, DispatcherError) else None
+        known = _checked(fault) if issubclass(kind, DispatcherError) else None
         if known is fault:
             raise
+        cause = None if secret else shown(fault)
         if known is not None:
-            raise known from (None if secret else fault)
+            raise known from cause
         if log:
-            log.exception("The %s failed in %s", plugin, call, exc_info=None if secret else fault)
+            log.error("The %s failed in %s", plugin, call, exc_info=cause)  # noqa: TRY400 - perhaps without it
         raise error(
             f"The {plugin} failed in {call}",
-            why=type(fault).__name__ if secret else f"{type(fault).__name__}: {_message(fault)}",
+            why=kind.__name__ if secret else f"{kind.__name__}: {_message(fault)}",
             fix=f"{plugin.report}; the log has the details" if log and not secret else plugin.report,
-        ) from (None if secret else fault)
+        ) from cause
+
+
+def shown(fault: BaseException) -> BaseException | None:
+    """Return an exception whose traceback can be written, which runs the code of a plugin; None for another."""
+    try:
+        traceback.format_exception(fault)
+    except BaseException:
+        return None
+    return fault
 
 
 def bounded(
@@ -132,8 +150,15 @@ def bounded(
         try:
             return future.result(min(_SLICE, deadline.remaining()))
         except FutureTimeout:
+            alive = thread.is_alive()
             if future.done():
                 return future.result()
+            if not alive:
+                raise error(
+                    f"The {plugin} failed in {call}",
+                    why="its thread ended without a result, such as by a trace function",
+                    fix=plugin.report,
+                ) from None
             if deadline.expired:
                 break
     _hanging[key] = thread
@@ -178,7 +203,7 @@ def _message(fault: BaseException) -> str:
     return printable(text(fault, 300), 300)
 
 
-def _checked(error: DispatcherError) -> DispatcherError | None:
+def _checked(error: Any) -> DispatcherError | None:
     """Return a plugin's error with texts, numbers and details as the core expects them.
 
     It stays the same object; but a class of the plugin's own is replaced by its base in the tree, as it may have
@@ -187,7 +212,7 @@ def _checked(error: DispatcherError) -> DispatcherError | None:
     try:
         base = next(cls for cls in type(error).__mro__ if cls.__module__.startswith("dispatcher."))
         what, why, fix = error.what, error.why, error.fix
-        checked = error if base is type(error) else base("")
+        checked = cast("DispatcherError", error) if base is type(error) else base("")
         if not what or not isinstance(what, str):
             return None
         checked.what = text(what, MAX_WHAT)
@@ -209,7 +234,7 @@ def _details(value: object) -> dict[str, Any]:
     if not value or not isinstance(value, dict):
         return {}
     try:
-        body = json.dumps(value, allow_nan=False)
+        body = json.dumps(plain(value), allow_nan=False)
         found: dict[str, Any] = json.loads(body)
         json.dumps(found, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError):

@@ -1,7 +1,7 @@
 """Values that plugins hand over, checked once, where they come in: types, sizes, encodings.
 
-Each function returns the value, its texts cleaned, or raises `ValueError` with the field, the value found and the
-value expected.  What is checked here can be stored, sent as JSON and shown.
+Each function returns a plain copy, its texts cleaned, or raises `ValueError` with the field, the value found and
+the value expected.  What is checked here can be stored, sent as JSON and shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from dispatcher.common.contained import MAX_TEXT, text
+from dispatcher.common.plain import plain
 from dispatcher.plugin.model import BackendState, Capability, Endpoint, Finding, Handle, Level, Observation, Usage
 from dispatcher.plugin.names import printable
 
@@ -30,7 +31,8 @@ _T = TypeVar("_T")
 
 def handle(value: object) -> Handle:
     """Return a handle that can be stored."""
-    found = _of_type(value, Handle, "a Handle")
+    given = _of_type(value, Handle, "a Handle")
+    found = Handle(**{field.name: plain(getattr(given, field.name)) for field in fields(Handle)})
     for name in ("provider", "agent", "name"):
         _check(f"{name}", getattr(found, name), _is_name, f"a text of at most {MAX_NAME} characters")
     _check("data", found.data, lambda data: isinstance(data, Mapping), "a mapping")
@@ -47,10 +49,11 @@ def handle(value: object) -> Handle:
 
 def observation(value: object) -> Observation:
     """Return an observation whose texts are clean."""
-    found = _of_type(value, Observation, "an Observation")
+    given = _of_type(value, Observation, "an Observation")
+    found = Observation(**{field.name: _known(getattr(given, field.name)) for field in fields(Observation)})
     _check("state", found.state, lambda state: isinstance(state, BackendState), "a BackendState")
     if found.endpoint is not None:
-        _endpoint(found.endpoint)
+        found = replace(found, endpoint=_endpoint(found.endpoint))
     _optional("owner_uid", found.owner_uid, lambda uid: _whole(uid, _MAX_ID), "a user id")
     _optional("started_at", found.started_at, _number, "Unix time in seconds")
     _check("spec_hash", found.spec_hash, _is_short, f"a text of at most {MAX_NAME} characters")
@@ -65,7 +68,8 @@ def observation(value: object) -> Observation:
 
 def usage(value: object) -> Usage:
     """Return usage that can be added up."""
-    found = _of_type(value, Usage, "a Usage")
+    given = _of_type(value, Usage, "a Usage")
+    found = Usage(**{field.name: plain(getattr(given, field.name)) for field in fields(Usage)})
     for field in fields(Usage):
         one = _number if field.name == "cpu_seconds" else _is_count
         _optional(field.name, getattr(found, field.name), one, "a number of at least 0, or None")
@@ -78,7 +82,7 @@ def finding(value: object) -> Finding:
     _check("level", found.level, lambda level: isinstance(level, Level), "a Level")
     _check("what", found.what, _is_text, "a text")
     _check("fix", found.fix, _is_text, "a text")
-    return replace(found, what=text(found.what), fix=text(found.fix))
+    return Finding(level=found.level, what=text(found.what), fix=text(found.fix))
 
 
 def capabilities(values: Iterable[object]) -> frozenset[Capability]:
@@ -99,18 +103,24 @@ def several(values: Iterable[object], check: Callable[[object], _T]) -> list[_T]
     return found
 
 
-def _endpoint(value: object) -> None:
-    found = _of_type(value, Endpoint, "an Endpoint", "endpoint")
+def _known(value: object) -> Any:
+    return value if isinstance(value, (BackendState, Endpoint)) else plain(value)
+
+
+def _endpoint(value: object) -> Endpoint:
+    given = _of_type(value, Endpoint, "an Endpoint", "endpoint")
+    found = Endpoint(**{field.name: plain(getattr(given, field.name)) for field in fields(Endpoint)})
     _check("endpoint.kind", found.kind, lambda kind: kind in _KINDS, "unix, tcp or vsock")
     if found.kind == "unix":
         _check("endpoint.path", found.path, _is_path, "an absolute path")
-        return
+        return found
     if found.kind == "tcp":
         _check("endpoint.host", found.host, _is_host, "the name or address of a host")
     else:
         _check("endpoint.cid", found.cid, lambda cid: _whole(cid, _MAX_ID), "a context id")
     most = 65535 if found.kind == "tcp" else _MAX_ID
     _check("endpoint.port", found.port, lambda port: _whole(port, most), f"a port up to {most}")
+    return found
 
 
 def _check(name: str, value: object, good: Callable[[Any], bool], expected: str) -> None:

@@ -16,8 +16,8 @@ import re
 import sys
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, PackageNotFoundError, distributions, requires
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ import pluggy
 from pydantic import BaseModel
 
 from dispatcher import __version__
+from dispatcher.common import process_state
 from dispatcher.common.contained import PluginRef, at_once, bounded, text
 from dispatcher.config.messages import did_you_mean
 from dispatcher.plugin import authenticator, hooks, provider
@@ -168,12 +169,25 @@ def _check_hooks(manager: pluggy.PluginManager, name: str, plugin: object, origi
                 f"The plugin {name!r}{_of(origin)} implements an unknown hook {caller.name!r}",
                 fix=did_you_mean(caller.name, known, f"use one of {', '.join(known)}"),
             )
-        if any(map(_asynchronous, (each.function for each in caller.get_hookimpls()))):
-            raise PluginError(
-                f"The plugin {name!r}{_of(origin)} implements the hook {caller.name!r} as a coroutine",
-                why="the manager calls hooks in threads, and awaits nothing",
-                fix="write `def` in place of `async def`",
-            )
+        for each in caller.get_hookimpls():
+            if each.wrapper or each.hookwrapper:
+                raise PluginError(
+                    f"The plugin {name!r}{_of(origin)} wraps the hook {caller.name!r}",
+                    why="each plugin is called alone: there is nothing to wrap",
+                    fix="write `@hookimpl` without `wrapper`",
+                )
+            if _asynchronous(each.function):
+                raise PluginError(
+                    f"The plugin {name!r}{_of(origin)} implements the hook {caller.name!r} as a coroutine",
+                    why="the manager calls hooks in threads, and awaits nothing",
+                    fix="write `def` in place of `async def`",
+                )
+            if caller.name == "dispatcher_agent_event" and inspect.isgeneratorfunction(each.function):
+                raise PluginError(
+                    f"The plugin {name!r}{_of(origin)} implements the hook {caller.name!r} as a generator",
+                    why="its result is not used, so nothing of it would run",
+                    fix="write it without `yield`",
+                )
 
 
 def _asynchronous(function: object) -> bool:
@@ -296,6 +310,10 @@ class Plugins:
 
         :raises PluginError: not installed, declared twice, not importable, hanging, or as `register`.
         """
+        with self.guarded([name]):
+            self._load(name)
+
+    def _load(self, name: str) -> None:
         with self._lock:
             lock = self._locks[name]
         with lock:
@@ -322,9 +340,27 @@ class Plugins:
 
         def load(name: str) -> None:
             with suppress(PluginError):
-                self.load(name)
+                self._load(name)
 
-        at_once(functools.partial(load, name) for name in names if name in self._entries)
+        found = [name for name in names if name in self._entries]
+        with self.guarded(found):
+            at_once(functools.partial(load, name) for name in found)
+
+    @contextmanager
+    def guarded(self, names: Iterable[str]) -> Iterator[None]:
+        """Set back what the block changes of the whole process, where plugins are imported or made; log it."""
+        try:
+            with process_state.unchanged() as changed:
+                yield
+        finally:
+            if changed:
+                loaded = [f"{name}{_of(self.ref('plugin', name).distribution)}" for name in names]
+                _log.warning(
+                    "%s %s changed the whole process: %s; it is set back (report this fault to the authors)",
+                    "The plugin" if len(loaded) == 1 else "One of the plugins",
+                    ", ".join(loaded),
+                    ", ".join(changed),
+                )
 
     def refusal(self, name: str) -> PluginError | None:
         """Return why a plugin was refused; None if it was not."""

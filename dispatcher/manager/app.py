@@ -217,7 +217,9 @@ class Manager:
                 self.config.authenticator_options(name, self._plugins),
             )
             ref = self._plugins.ref("authenticator", name)
-            return ContainedAuthenticator(ref, bounded(ref, "__init__", lambda: instance(cls, options=options)))
+            with self._plugins.guarded([name]):
+                made = bounded(ref, "__init__", lambda: instance(cls, options=options))
+            return ContainedAuthenticator(ref, made)
         except DispatcherError as error:
             unknown = name not in {local.NAME, *self._plugins.available()}
             if unknown or (isinstance(error, ConfigError) and not isinstance(error, PluginError)):

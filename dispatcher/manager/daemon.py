@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from dispatcher.config.load import Config
 from dispatcher.manager.app import Manager
 from dispatcher.plugin.errors import DispatcherError
 
+EXIT = 5.0  # seconds for the end of the process, once the manager is closed
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = log.logger("manager")
@@ -51,7 +53,20 @@ def run(config: Config, path: Path | None = None) -> int:
             _log.info("stopped before it was ready")
         finally:
             manager.close()
+            _end_within(EXIT)
     return 0
+
+
+def _end_within(seconds: float) -> None:
+    """End this process by force if it lives then: a thread or an exit handler of a plugin may hang."""
+
+    def end() -> None:
+        _log.error("the manager did not end in time, and is ended: a plugin's thread or exit handler hangs")
+        os._exit(0)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 @contextlib.contextmanager
@@ -101,3 +116,5 @@ def _reload(manager: Manager) -> None:
         manager.reload()
     except DispatcherError as error:
         _log.error("the new configuration is not applied", what=error.what, why=error.why, fix=error.fix)
+    except Exception:
+        _log.exception("the new configuration is not applied", fix="report this fault; the earlier one is in use")

@@ -15,6 +15,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -208,6 +209,24 @@ def test_everything_else_goes_on(house):
     assert client.set_state("alice", "running", wait=10)["state"] == "running"
 
 
+def test_what_a_provider_changes_of_its_arguments_affects_nobody(house):
+    manager, client, _ = house
+    settled(client, "changes-arguments", "running")
+    app = manager.supervisor.registry.specs.app("changes-arguments")
+    assert "CHANGED" not in app.environment
+    assert "CHANGED" not in app.fingerprint_text
+    assert not client.agent("alice:changes-arguments")["outdated"]
+
+
+def test_values_of_a_provider_s_own_types_are_plain_in_answers(house):
+    client, agent = house[1], "alice:values-of-own-types"
+    assert settled(client, "values-of-own-types", "running")["state"] == "running"
+    assert client.runtime(agent)["started_at"] == "1970-01-01T00:00:05.000+00:00"
+    assert client.logs(agent, tail=5)["lines"] == ["a line"]
+    assert [row["memory"] for row in client.top()["agents"] if row["name"] == agent] == [5]
+    assert client.set_state(agent, "stopped", wait=10)["state"] == "stopped"
+
+
 def test_each_plugin_is_listed_with_its_distribution_and_its_fault(house):
     states = {state["name"]: state for state in house[1].plugins()["plugins"]}
     assert {states[name]["distribution"] for name in CASES} == {broken.DISTRIBUTION}
@@ -271,6 +290,31 @@ def test_plugins_that_leave_do_not_take_the_manager_with_them(place):
         probe.connect(str(place.base / "run/proxy.sock"))
     log = (place.base / "manager.log").read_text()
     assert "The plugin 'exits' of acme-broken 1.2 cannot be imported: SystemExit: 3" in log
+
+
+UNSETTLING = """
+import atexit, logging, os, threading, time
+os.umask(0)
+logging.disable(logging.CRITICAL)
+logging.basicConfig(force=True, filename=os.devnull)
+atexit.register(time.sleep, 1000)
+threading.Thread(target=time.sleep, args=(1000,)).start()
+os.close(2)
+raise SystemExit("unsettled")
+"""
+
+
+def test_a_plugin_that_changes_the_whole_process_is_named_and_the_manager_ends_in_time(place):
+    (place.base.parent / "site/acme_exits.py").write_text(UNSETTLING)
+    process = place.start("manager")
+    log = place.base / "manager.log"
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    assert "Umask:\t0000" not in status
+    place.add("alice")
+    assert place.admin("PUT", "/agents/alice/state?wait=20", {"state": "running"}).status == 200
+    process.terminate()
+    assert process.wait(15) == 0
+    assert "acme-broken 1.2" in log.read_text()
 
 
 def test_a_plugin_that_hangs_while_the_manager_starts_does_not_keep_it_from_stopping(place):

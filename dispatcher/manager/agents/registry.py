@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dispatcher.common.contained import bounded
+from dispatcher.common.contained import bounded, shown, text
 from dispatcher.common.log import clean
 from dispatcher.common.timers import Timers
 from dispatcher.manager.agents.agent import Agent, AgentView, Availability, Operation, Status, view_of
@@ -263,8 +263,9 @@ class Registry:
                     fields.pop(name, None)
             try:
                 following = self.apply(agent, dataclasses.replace(change, fields=fields))
-            except Exception as error:  # a value that cannot be stored: the operation ends all the same
-                _log.exception("%s: the result of an operation cannot be stored", names.printable(agent.row.name))
+            except BaseException as error:  # a value that cannot be stored: the operation ends all the same
+                name = names.printable(agent.row.name)
+                _log.error("%s: the result of an operation cannot be stored", name, exc_info=shown(error))
                 following = self.apply(agent, _unstored(error, self.clock.now()))
             agent.changed.notify_all()
         self.notify(agent)
@@ -396,10 +397,10 @@ class Registry:
         )
 
 
-def _unstored(error: Exception, now: float) -> Change:
+def _unstored(error: BaseException, now: float) -> Change:
     """Return the end of an operation whose result cannot be stored."""
     what = "The result of the operation cannot be stored"
-    why, fix = f"{type(error).__name__}: {clean(str(error), 300)}", "read the manager's log, and report it"
+    why, fix = f"{type(error).__name__}: {clean(text(error, 300), 300)}", "read the manager's log, and report it"
     failure = Failure(what=what, why=why, fix=fix, time=now)
     return Change({**NO_OPERATION, "failure": failure, "retry_at": None}, [(EventKind.FAILED, f"{what}: {why}")])
 

@@ -14,12 +14,14 @@ from urllib.parse import quote, quote_plus
 
 from dispatcher.common.contained import PluginRef, bounded, contained, text
 from dispatcher.common.log import SECRET, logger
+from dispatcher.common.plain import plain
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, Unavailable, Unsupported
 from dispatcher.plugin.names import printable, user_name
 
+CLOSE = 3.0  # seconds
 RETRY = 5.0  # seconds until a browser may try again
 #: Errors of `set_password` whose texts are for the user.
 _FOR_USER = (BadRequest, Conflict, Forbidden, Unsupported)
@@ -57,12 +59,13 @@ class ContainedAuthenticator:
                 raise self._invalid(
                     f"found a value of the type {type(found).__name__}, expected an Identity or None"
                 )
-            if not isinstance(found.user, str):
-                raise self._invalid(f"user is of the type {type(found.user).__name__}, expected a text")
+            user: object = plain(found.user)
+            if not isinstance(user, str):
+                raise self._invalid(f"user is of the type {type(user).__name__}, expected a text")
             try:
-                return user_name(found.user)
+                return user_name(user)
             except BadRequest as error:
-                raise self._invalid(f"user is {printable(text(found.user, 100))}: {error.why}") from None
+                raise self._invalid(f"user is {printable(text(user, 100))}: {error.why}") from None
 
     def set_password(self, name: str, password: str, *, deadline: Deadline) -> None:
         """Change a password.
@@ -77,7 +80,7 @@ class ContainedAuthenticator:
         """`Authenticator.close`; exceptions are logged."""
         if self._wrapped is not None:
             with suppress(DispatcherError):
-                bounded(self.plugin, "close", self._wrapped.close)
+                bounded(self.plugin, "close", self._wrapped.close, seconds=CLOSE)
 
     def hung(self, error: DispatcherError) -> None:
         """Note that a call was given up."""

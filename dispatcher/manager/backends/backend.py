@@ -198,7 +198,9 @@ class Backends:
 
     def load_all(self, names: Iterable[str]) -> None:
         """Make providers at the same time."""
-        at_once(functools.partial(self.get, name) for name in names)
+        names = list(names)
+        with self._plugins.guarded(names):
+            at_once(functools.partial(self.get, name) for name in names)
 
     def check_overdue(self) -> None:
         """Give up calls that hang; called regularly."""
@@ -213,7 +215,9 @@ class Backends:
         def one(name: str) -> None:
             made[name] = self._make(name, config)
 
-        at_once(functools.partial(one, name) for name in names)
+        names = list(names)
+        with self._plugins.guarded(names):
+            at_once(functools.partial(one, name) for name in names)
         return made
 
     def _make(self, name: str, config: Config) -> Made:

@@ -6,14 +6,17 @@ and affects only the agent that the call was for.
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Concatenate, ParamSpec, TypeVar
 
 from dispatcher.common import plugin_values
 from dispatcher.common.contained import PluginRef, contained, text
+from dispatcher.common.plain import plain
 from dispatcher.manager.backends.pool import current_job
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError, ProviderError
@@ -62,7 +65,6 @@ class ContainedProvider:
         self.isolation = type(wrapped).isolation  # checked when the class was loaded
 
     check = _forward(Provider.check)
-    prepare = _forward(Provider.prepare)
     stop = _forward(Provider.stop)
     destroy = _forward(Provider.destroy)
     suspend = _forward(Provider.suspend)
@@ -76,31 +78,36 @@ class ContainedProvider:
         with self._call("capabilities", Deadline(USUAL_TIME)), self._valid("capabilities"):
             return plugin_values.capabilities(self.wrapped.capabilities)
 
+    def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
+        """`Provider.prepare`"""
+        with self._call("prepare", deadline):
+            self.wrapped.prepare(_copy_of_app(app), deadline=deadline, progress=progress)
+
     def explain(self, app: App | None) -> list[Finding]:
         """`Provider.explain`"""
         with self._call("explain", Deadline(USUAL_TIME)):
-            found = self.wrapped.explain(app)
+            found = self.wrapped.explain(app and _copy_of_app(app))
             with self._valid("explain", found):
                 return plugin_values.several(found, plugin_values.finding)
 
     def faults(self, app: App) -> list[str]:
         """`Provider.faults`"""
         with self._call("faults", Deadline(USUAL_TIME)):
-            found = self.wrapped.faults(app)
+            found = self.wrapped.faults(_copy_of_app(app))
             with self._valid("faults", found):
                 return plugin_values.texts(found)
 
     def handle(self, spec: AgentSpec) -> Handle:
         """`Provider.handle`"""
         with self._call("handle", Deadline(HANDLE_TIME)):
-            return self._own(spec, self.wrapped.handle(spec), "handle")
+            return self._own(spec, self.wrapped.handle(_copy_of_spec(spec)), "handle")
 
     def watch(self, on_change: Callable[[str], None]) -> Closeable:
         """`Provider.watch`; events that are no names are dropped."""
 
         def changed(name: object) -> None:
             if isinstance(name, str) and len(name) <= plugin_values.MAX_NAME:
-                on_change(name)
+                on_change(plain(name))
 
         with self._call("watch", Deadline(USUAL_TIME)):
             watch = self.wrapped.watch(changed)
@@ -111,7 +118,8 @@ class ContainedProvider:
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         """`Provider.ensure`"""
         with self._call("ensure", deadline):
-            return self._own(spec, self.wrapped.ensure(spec, deadline=deadline, progress=progress), "ensure")
+            found = self.wrapped.ensure(_copy_of_spec(spec), deadline=deadline, progress=progress)
+            return self._own(spec, found, "ensure")
 
     def observe(self, handle: Handle, *, deadline: Deadline) -> Observation:
         """`Provider.observe`"""
@@ -164,7 +172,7 @@ class ContainedProvider:
                     raise self._invalid("logs", f"a line is {printable(line)}, expected bytes")
                 if number > tail and not follow:
                     raise self._invalid("logs", f"more than the {tail} lines that were asked for")
-            yield line[:MAX_LINE]  # outside: the reader may end here
+            yield plain(line)[:MAX_LINE]  # outside: the reader may end here
             if deadline.expired:
                 return
 
@@ -174,7 +182,11 @@ class ContainedProvider:
             found = self.wrapped.usage(handles, deadline=deadline)
             with self._valid("usage", found):
                 wanted = {handle.name for handle in handles}
-                return {name: plugin_values.usage(value) for name, value in dict(found).items() if name in wanted}
+                return {
+                    name: plugin_values.usage(value)
+                    for name, value in plain(dict(found)).items()
+                    if name in wanted
+                }
 
     def close(self) -> None:
         """`Provider.close`; exceptions are logged."""
@@ -214,3 +226,15 @@ class ContainedProvider:
             why=text(why, 500),
             fix=self.plugin.report,
         )
+
+
+def _copy_of_app(app: App) -> App:
+    """Return an app that a provider may change without effect on others."""
+    made = copy.copy(app)
+    object.__setattr__(made, "environment", dict(app.environment))
+    object.__setattr__(made, "options", app.options.model_copy(deep=True))
+    return made
+
+
+def _copy_of_spec(spec: AgentSpec) -> AgentSpec:
+    return replace(spec, app=_copy_of_app(spec.app), secrets=dict(spec.secrets))

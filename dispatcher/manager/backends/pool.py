@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from dispatcher.common.contained import PluginRef
+from dispatcher.common.contained import PluginRef, shown
 from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError
 
@@ -193,8 +193,8 @@ class Pool:
             _current.job = job
             try:
                 job.run()
-            except BaseException:  # SystemExit too: it would end the thread, which still counts
-                _log.exception("%s: a job failed", self._name)
+            except BaseException as error:  # SystemExit too: it would end the thread, which still counts
+                _log.error("%s: a job failed", self._name, exc_info=shown(error))
             finally:
                 _current.job = None
                 with self._changed:

@@ -143,6 +143,19 @@ class User_Huge(returning(Identity(user="a" * (20 << 20)))): ...
 class User_Line(returning(Identity(user="alice\nroot"))): ...
 
 
+class OwnText(str):
+    """A text with code of its own."""
+
+    def __leave(self, *_arguments):
+        raise SystemExit("code of a plugin")
+
+    __str__ = __repr__ = __len__ = __getitem__ = encode = casefold = __leave
+
+
+@case("user is '../../etc'")
+class User_Of_Own_Type(returning(Identity(user=OwnText("../../etc")))): ...
+
+
 @case("does not return")
 class Hangs(Good):
     def authenticate(self, name, password, *, deadline):

@@ -448,6 +448,104 @@ class Progress_Nonsense(Good):
         return super().ensure(spec, deadline=deadline, progress=progress)
 
 
+class Hostile(ProviderError):
+    """Runs code of its own wherever it is looked at."""
+
+    def __getattribute__(self, name):
+        raise SystemExit(name)
+
+
+@case("fails", "Hostile")
+class Error_With_Own_Attributes(raising("ensure", lambda: Hostile("Refused"))): ...
+
+
+@case("fails", "Mute")
+class Error_Without_Class(
+    raising("ensure", lambda: type("Mute", (Exception,), {"__class__": property(lambda self: 1 / 0)})())
+): ...
+
+
+@case("fails", "BaseExceptionGroup")
+class Error_Group(raising("ensure", lambda: BaseExceptionGroup("all", [SystemExit(1), Unspeakable()]))): ...
+
+
+@case("fails", "levels")
+class Handle_Deep(Good):
+    def handle(self, spec):
+        data = {}
+        for _ in range(100_000):
+            data = {"more": data}
+        return replace(super().handle(spec), data=data)
+
+
+@case("fails", "New", "type str")
+class New_Makes_Another(Good):
+    def __new__(cls, **_more):
+        return "a provider"
+
+
+@case("runs")
+class Changes_Arguments(Good):
+    """Changes what it gets; see also `test_what_a_provider_changes_of_its_arguments_affects_nobody`."""
+
+    def ensure(self, spec, *, deadline, progress):
+        spec.app.environment["CHANGED"] = "yes"
+        spec.app.options.command.append("changed") if hasattr(spec.app.options, "command") else None
+        spec.secrets.clear()
+        return super().ensure(spec, deadline=deadline, progress=progress)
+
+
+class OwnText(str):
+    """A text with code of its own, like `numpy.str_` but worse."""
+
+    def __leave(self, *_arguments):
+        raise SystemExit("code of a plugin")
+
+    __str__ = __repr__ = __format__ = __len__ = encode = isprintable = __leave
+
+
+class OwnNumber(float):
+    """A number with code of its own, like `numpy.float64` but worse."""
+
+    def __leave(self, *_arguments):
+        raise SystemExit("code of a plugin")
+
+    __float__ = __repr__ = __format__ = __add__ = __radd__ = __sub__ = __rsub__ = __round__ = __leave
+
+
+class OwnTable(dict):
+    def items(self):
+        while True:
+            yield "again", "again"
+
+
+@case("runs")
+class Values_Of_Own_Types(Good):
+    def handle(self, spec):
+        found = super().handle(spec)
+        texts = {key: OwnText(getattr(found, key)) for key in ("provider", "agent", "name")}
+        return Handle(**texts, data={"name": [texts["name"]]})
+
+    def ensure(self, spec, *, deadline, progress):
+        found = super().ensure(spec, deadline=deadline, progress=progress)
+        progress(OwnText("step"), OwnText("detail"), OwnNumber(0.5))
+        return replace(found, data=OwnTable(found.data))
+
+    def observation(self, known):
+        found = super().observation(known)
+        text = OwnText(found.spec_hash)
+        return replace(found, started_at=OwnNumber(5.0), spec_hash=text, detail=OwnText("fine"))
+
+    def usage(self, handles, *, deadline):
+        return {OwnText(handle.name): Usage(memory=5, cpu_seconds=OwnNumber(1.5)) for handle in handles}
+
+    def logs(self, handle, *, tail, follow, deadline):
+        yield type("OwnBytes", (bytes,), {"__getitem__": lambda *_: 1 / 0})(b"a line")
+
+    def explain(self, app):
+        return [Finding.ok(OwnText("fine"))]
+
+
 # --- observations
 
 

@@ -1,7 +1,10 @@
 """A key in the wrong table: the error names the right one."""
 
+from types import ModuleType
+
 import pytest
 
+from dispatcher.config import plugins
 from dispatcher.config.misplaced import hint
 
 GETS = ", the app gets it as {%s} in its command"
@@ -38,3 +41,20 @@ def test_the_right_table_is_named(key, table, provider, said):
     pytest.importorskip("docker", reason="the extra [docker] is not installed")
     found = hint(key, table, provider)
     assert found.startswith(", it belongs in [apps.lab.") if said is None else found == said
+
+
+def test_a_hint_runs_no_code_of_plugins_that_nothing_uses(tmp_path, monkeypatch):
+    (tmp_path / "acme_unused-1.dist-info").mkdir()
+    (tmp_path / "acme_unused-1.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: acme-unused\nVersion: 1\n"
+    )
+    (tmp_path / "acme_unused-1.dist-info/entry_points.txt").write_text(
+        "[dispatcher.plugins]\nunused = acme_unused\n"
+    )
+    (tmp_path / "acme_unused.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    imported = []
+    monkeypatch.setattr(plugins, "_import", lambda name, entry: imported.append(name) or ModuleType(name))
+    assert hint("gpus", "apps.lab", "subprocess") == ""
+    assert imported
+    assert "unused" not in imported

@@ -1,5 +1,8 @@
 """Plugins: found by name, loaded when named, and each way to break the contract told with who is at fault."""
 
+import logging
+import os
+import shutil
 import sys
 import time
 import types
@@ -71,6 +74,17 @@ async def observe(event): ...
 
 async def authenticators():
     yield FakeAuthenticator
+
+
+def generator():
+    def dispatcher_agent_event(event):
+        yield
+
+    return dispatcher_agent_event
+
+
+def collector():
+    return (yield)
 
 
 def broken(**attributes):
@@ -357,6 +371,104 @@ def test_a_refusal_is_remembered_until_plugins_are_tried_again(tmp_path, monkeyp
     plugins.refresh()
     with pytest.raises(PluginError, match="SystemExit: 55"):
         plugins.provider("fake")
+
+
+def installed(site, version, source, module="acme_repaired"):
+    """Install a plugin in a directory, in place of its other versions."""
+    for old in site.glob("acme_plugin-*.dist-info"):
+        shutil.rmtree(old)
+    info = site / f"acme_plugin-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: acme-plugin\nVersion: {version}\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\nfake = {module}\n")
+    (site / f"{module}.py").write_text(source)
+
+
+WORKS = """from dispatcher.plugin import hookimpl
+from tests.unit.config.test_plugins import FakeProvider
+@hookimpl
+def dispatcher_register_providers():
+    return [FakeProvider]
+"""
+
+
+def test_a_plugin_that_was_repaired_or_installed_meanwhile_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plugins = Plugins()
+    assert "fake" not in plugins.available()
+    later = WORKS.replace("[FakeProvider]", "[type('F', (FakeProvider,), {'api_version': 7})]")
+    installed(tmp_path, "1.0", later)
+    assert plugins.refresh() == []
+    with pytest.raises(PluginError, match="version 7"):
+        plugins.provider("fake")
+    installed(tmp_path, "1.10.0", WORKS)
+    assert plugins.refresh() == []
+    assert plugins.provider("fake") is FakeProvider
+    assert plugins.ref("provider", "fake").distribution == "acme-plugin 1.10.0"
+
+
+def test_a_plugin_in_use_that_was_replaced_or_removed_needs_a_restart(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    installed(tmp_path, "1.0", WORKS)
+    plugins = Plugins()
+    plugins.load("fake")
+    assert plugins.refresh() == []
+    installed(tmp_path, "2.0", WORKS)
+    [told] = plugins.refresh()
+    assert "fake is in use as acme-plugin 1.0, and installed as acme-plugin 2.0" in told
+    assert "restart of the manager" in told
+    shutil.rmtree(tmp_path / "acme_plugin-2.0.dist-info")
+    [told] = plugins.refresh()
+    assert "no longer installed" in told
+    assert plugins.ref("provider", "fake").distribution == "acme-plugin 1.0"
+
+
+@pytest.mark.parametrize(("metadata", "shown"), [
+    ("Name: acme-plugin\n", "acme-plugin (without a version)"),
+    ("Name: acme\x1b[31m-plugin\nVersion: 1\n", "acme\\x1b[31m-plugin 1"),
+    ("", "an unknown distribution"),
+    (None, "an unknown distribution"),
+])  # fmt: skip
+def test_metadata_that_lacks_something_harms_nobody(tmp_path, monkeypatch, metadata, shown):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    installed(tmp_path, "1.0", WORKS)
+    path = tmp_path / "acme_plugin-1.0.dist-info/METADATA"
+    path.unlink() if metadata is None else path.write_text(metadata)
+    assert Plugins().available()["fake"] == shown
+
+
+@pytest.mark.parametrize("value", ["", " ", ":", "a b", "1.2.3", "..x", "x:", "json:dumps:x", "\u00fcber"])
+def test_an_entry_point_that_names_no_module_is_refused(value):
+    plugins = Plugins([entry("odd", value)])
+    with pytest.raises(PluginError, match="acme-plugin 1.2"):
+        plugins.load("odd")
+    plugins.refresh()
+
+
+def test_what_an_import_changes_of_the_whole_process_is_set_back_and_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    installed(tmp_path, "1.0", "import logging, os\nos.umask(0)\nlogging.disable(50)\n" + WORKS, "acme_unsettling")
+    before = os.umask(0o022)
+    try:
+        assert Plugins().provider("fake") is FakeProvider
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+    assert not logging.root.manager.disable
+    assert "The plugin fake of acme-plugin 1.0 changed the whole process: the umask, the level" in caplog.text
+
+
+@pytest.mark.parametrize(("hooks", "words"), [
+    ({"dispatcher_agent_event": hookimpl(wrapper=True)(generator())}, "wraps the hook 'dispatcher_agent_event'"),
+    ({"dispatcher_agent_event": hookimpl(hookwrapper=True)(generator())}, "wraps the hook"),
+    ({"dispatcher_agent_event": hookimpl(generator())}, "as a generator"),
+    ({"dispatcher_register_providers": hookimpl(wrapper=True)(collector)}, "wraps the hook"),
+])  # fmt: skip
+def test_a_hook_that_would_never_run_is_refused(hooks, words):
+    with pytest.raises(PluginError, match=words) as caught:
+        Plugins([]).register("odd", plugin(**hooks), "acme 1")
+    assert "acme 1" in str(caught.value)
+    assert caught.value.fix
 
 
 def test_a_plugin_with_one_wrong_class_is_refused_as_a_whole():

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from dispatcher.common.contained import shown, text
 from dispatcher.config.host_users import HostAccounts
 from dispatcher.manager.agents import restarts
 from dispatcher.manager.agents.agent import Agent, Availability, Operation, Status
@@ -98,7 +99,7 @@ class Runner:
             task = Task(self._registry, agent, operation)
             try:
                 change = self._carry_out(task)
-            except Exception as error:  # in what follows a failure: the operation ends all the same
+            except BaseException as error:  # in what follows a failure: the operation ends all the same
                 change = restarts.failed(
                     task.row,
                     operation.kind,
@@ -126,7 +127,7 @@ class Runner:
             return self._cancelled(task, error)
         except DispatcherError as error:
             return self._failed(task, error)
-        except Exception as error:
+        except BaseException as error:  # code of a plugin may run where one of its values is used
             return self._failed(task, _internal_error(error))
 
     # --- the operations
@@ -390,11 +391,11 @@ def _is_hopeless(row: AgentRow, error: DispatcherError) -> bool:
     return row.observed in DEAD or bool(row.attempts) or not isinstance(error, StartFailed)
 
 
-def _internal_error(error: Exception) -> DispatcherError:
+def _internal_error(error: BaseException) -> DispatcherError:
     """Translate an exception of the manager itself: mostly of the agent's directories."""
     if isinstance(error, OSError) and (error.filename is not None or error.errno in DISK_FIXES):
         return ProviderError("The agent's directories cannot be used", why=str(error), fix=disk_fix(error))
-    _log.exception("An operation failed")
+    _log.error("An operation failed", exc_info=shown(error))
     return ProviderError(
-        "The manager failed", why=f"{type(error).__name__}: {error}", fix="read its log, and report it"
+        "The manager failed", why=f"{type(error).__name__}: {text(error)}", fix="read its log, and report it"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from dispatcher.common.contained import text
 from dispatcher.common.log import clean
+from dispatcher.common.plain import plain
 from dispatcher.config.schema import AppDefaults
 from dispatcher.manager.agents.agent import Agent, Operation
 from dispatcher.manager.agents.lifecycle import Change, Write
@@ -109,6 +110,7 @@ class Task:
 
 
 def _fraction(value: object) -> float | None:
-    if not isinstance(value, (int, float)) or math.isnan(value):
+    found = plain(value)
+    if not isinstance(found, (int, float)) or math.isnan(found):
         return None
-    return min(1.0, max(0.0, float(value)))
+    return float(min(1.0, max(0.0, found)))
