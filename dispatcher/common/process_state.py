@@ -64,7 +64,17 @@ def _disable(level: int) -> None:
     logging.disable(level)
 
 
+def _event_loops() -> Any:
+    """The policy of asyncio; None is the default, which `asyncio.get_event_loop_policy` would make."""
+    return getattr(sys.modules.get("asyncio.events"), "_event_loop_policy", None)
+
+
+def _set_event_loops(policy: Any) -> None:
+    sys.modules["asyncio.events"].set_event_loop_policy(policy)
+
+
 _PARTS = {
+    "the event loops of asyncio": _Part(_event_loops, _set_event_loops),
     "the standard streams": _Part(_streams, _set_streams),
     "the umask": _Part(_umask, os.umask),
     "the working directory": _Part(os.getcwd, os.chdir),

@@ -1,5 +1,6 @@
 """What plugins change of the whole process is set back."""
 
+import asyncio
 import logging
 import os
 import resource
@@ -34,6 +35,7 @@ def lower(number):
         (lambda: socket.setdefaulttimeout(0.001), "the time-out of sockets"),
         (lambda: lower(resource.RLIMIT_NOFILE), "the limit RLIMIT_NOFILE"),
         (lambda: setattr(sys, "stderr", None), "the standard streams"),
+        (lambda: asyncio.set_event_loop_policy(asyncio.DefaultEventLoopPolicy()), "the event loops of asyncio"),
     ],
 )
 def test_a_change_is_found_and_set_back(change, name):

@@ -423,20 +423,6 @@ def test_a_plugin_in_use_that_was_replaced_or_removed_needs_a_restart(tmp_path, 
     assert plugins.ref("provider", "fake").distribution == "acme-plugin 1.0"
 
 
-@pytest.mark.parametrize(("metadata", "shown"), [
-    ("Name: acme-plugin\n", "acme-plugin (without a version)"),
-    ("Name: acme\x1b[31m-plugin\nVersion: 1\n", "acme\\x1b[31m-plugin 1"),
-    ("", "an unknown distribution"),
-    (None, "an unknown distribution"),
-])  # fmt: skip
-def test_metadata_that_lacks_something_harms_nobody(tmp_path, monkeypatch, metadata, shown):
-    monkeypatch.syspath_prepend(str(tmp_path))
-    installed(tmp_path, "1.0", WORKS)
-    path = tmp_path / "acme_plugin-1.0.dist-info/METADATA"
-    path.unlink() if metadata is None else path.write_text(metadata)
-    assert Plugins().available()["fake"] == shown
-
-
 @pytest.mark.parametrize("value", ["", " ", ":", "a b", "1.2.3", "..x", "x:", "json:dumps:x", "\u00fcber"])
 def test_an_entry_point_that_names_no_module_is_refused(value):
     plugins = Plugins([entry("odd", value)])
