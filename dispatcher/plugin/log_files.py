@@ -56,7 +56,7 @@ def read_lines(path: Path, *, newest: int = 1, tail: int, follow: bool, deadline
 def remove_logs(path: Path) -> None:
     """Remove a log and its rotated files; absent is success.
 
-    The core removes an agent's log directory with the agent; a provider, when `destroy` is to delete data.
+    For `destroy` with ``data=True``; the core removes the log directory when it removes the agent.
 
     :raises ProviderError: a file cannot be removed.
     """

@@ -33,7 +33,7 @@ class Isolation(enum.IntEnum):
 class Capability(str, enum.Enum):
     """Optional features of a provider.  A method of an undeclared one raises `Unsupported`.
 
-    :ivar SUSPEND: keeps the agent in RAM, frozen; :ivar HIBERNATE: keeps the agent's memory on disk.
+    :ivar SUSPEND: keeps a frozen agent's memory in RAM; :ivar HIBERNATE: keeps it on disk.
     :ivar DISK_LIMIT: limits data itself; without it, the core limits data in the canonical directory.
     :ivar EVENTS: `watch` reports changes.
     :ivar OWN_DATA: data is not the canonical directory: `export_data` and `import_data` work.
@@ -372,22 +372,22 @@ class Finding:
 
     @classmethod
     def ok(cls, what: str) -> Finding:
-        """Return what is as it should be."""
+        """Return a finding that something is in order."""
         return cls(level=Level.OK, what=what)
 
     @classmethod
     def info(cls, what: str, fix: str = "") -> Finding:
-        """Return a fact."""
+        """Return a finding that states a fact."""
         return cls(level=Level.INFO, what=what, fix=fix)
 
     @classmethod
     def warning(cls, what: str, fix: str = "") -> Finding:
-        """Return a weakness."""
+        """Return a finding about a weakness."""
         return cls(level=Level.WARNING, what=what, fix=fix)
 
     @classmethod
     def error(cls, what: str, fix: str = "") -> Finding:
-        """Return what does not work."""
+        """Return a finding about something that does not work."""
         return cls(level=Level.ERROR, what=what, fix=fix)
 
 

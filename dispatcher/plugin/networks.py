@@ -46,8 +46,8 @@ def denied_networks(extra: Iterable[str] = (), proc: Path = Path("/proc")) -> li
     """Return `METADATA_NETWORKS`, this host's addresses, the networks that only this host is in, and `extra`.
 
     An interface with a default route leads outside: of its network only this host's own address and the
-    broadcast address, at which this host listens too, are denied.  An IPv6 network is denied as a whole: a packet
-    to each of many addresses there would fill the kernel's table of neighbours, for the whole host.
+    broadcast address, at which this host listens too, are denied.  An IPv6 network is denied as a whole: packets
+    to many addresses in it would fill the kernel's neighbour table, which the whole host shares.
     """
     import psutil  # imported here, as it would slow down every start of the manager
 

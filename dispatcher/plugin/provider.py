@@ -23,8 +23,8 @@ Every provider gives an app the same environment, so that a move to another prov
   those of `AgentSpec.variables` and, where `/tmp` is small, `TMPDIR` (in the data directory, see
   `make_temporary`); none of the manager's.  `DISPATCHER_SECRETS` names a directory in memory with a file per
   secret, readable only by the agent;
-- programs that run as another user (root) before the app do not see these variables: the agent may write to what
-  its `PATH` or `LD_PRELOAD` names;
+- programs that run as another user (root) before the app do not see these variables: the agent can write to the
+  files that its `PATH` or `LD_PRELOAD` names;
 - its umask is 007 unless its options or the image set another: the proxy's group may connect to its socket, and
   others may read nothing;
 - its standard input is `AgentSpec.stdin`, then end of file; it is empty without credentials.
@@ -84,7 +84,8 @@ class ProviderContext:
     """Values that every provider gets from the core.
 
     :ivar installation: 8 hexadecimal digits, in every label and backend name.
-    :ivar state_dir: private to the provider, kept across reboots; :ivar run_dir: private, emptied at boot.
+    :ivar state_dir: private to the provider, kept across reboots.
+    :ivar run_dir: private, emptied at boot.
     :ivar proxy_gid: group of the proxy, which connects to endpoints.
     :ivar privileged: whether the manager runs as root.
     :ivar log: logger for the provider's messages.

@@ -128,7 +128,7 @@ def owned(parent: Path, stem: str) -> list[Path]:
 
 
 def make_owned(parent: Path, stem: str, mode: int) -> Path:
-    """Return this user's directory, made if there is none.
+    """Return this user's directory, and make it if there is none.
 
     :raises ProviderError: it cannot be made.
     """

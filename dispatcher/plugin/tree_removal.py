@@ -53,7 +53,7 @@ def remove_tree(
     Deep trees are flattened while they are deleted: each directory's subdirectories are moved up to the top.  What
     cannot be deleted (an immutable file, a mount) keeps nothing else from being deleted.
 
-    :param deadline: by default an hour from now; :param dir_fd: the directory that a relative path begins in.
+    :param deadline: by default an hour from now; :param dir_fd: the directory in which a relative path begins.
     :raises ProviderError: something remains; the error names it.
     :raises DeadlineExceeded: a process keeps filling the tree.
     """

@@ -105,16 +105,19 @@ def _loaded_here(cli: Cli) -> list[Json]:
 @click.argument("name")
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--provider", "kind", flag_value="provider", help="A provider, which isolates agents: as plain processes."
+    "--provider",
+    "kind",
+    flag_value="provider",
+    help="A provider (isolates agents): it runs them as plain processes.",
 )
 @click.option(
     "--authenticator",
     "kind",
     flag_value="authenticator",
-    help="An authenticator, which verifies passwords: from a file.",
+    help="An authenticator (verifies passwords): it reads users from a file.",
 )
 @click.option(
-    "--observer", "kind", flag_value="observer", help="An observer, which gets events: it writes lines of JSON."
+    "--observer", "kind", flag_value="observer", help="An observer (gets events): it writes them as lines of JSON."
 )
 @pass_cli
 def new(cli: Cli, name: str, directory: Path | None, kind: Kind | None) -> None:

@@ -66,7 +66,7 @@ def _error(provider: Json) -> str:
 def check(cli: Cli, name: str | None, app: str | None) -> int:
     """Check the provider NAME (or all), and explain what it isolates and what it does not.
 
-    Without a manager on this machine, this program makes the checks itself.
+    If no manager runs on this machine, this command makes the checks itself.
     """
     if app is not None and name is None:
         raise click.UsageError("--app needs the NAME of its provider")

@@ -39,7 +39,7 @@ def run_command(
     Nothing of this process's environment reaches it.  It is killed, and its descendants of the same process group
     too, when the deadline passes or `progress` raises.
 
-    :param what: what fails with it, a sentence such as "Cannot list the containers"; also the step for `progress`.
+    :param what: the error if it fails, such as "Cannot list the containers"; also the step for `progress`.
     :param stdin: its standard input, content or a descriptor; :param stdout: a descriptor for its output.
     :param environment: by default ``PATH`` and ``LC_ALL`` alone; :param fds: descriptors that it inherits.
     :raises DeadlineExceeded: it did not end in time; :raises Unavailable: it cannot be started.

@@ -23,7 +23,7 @@ class Process:
 
     @property
     def lives(self) -> bool:
-        """Whether it executes; a zombie does not."""
+        """Whether it is alive; a zombie is not."""
         found = process_stat(self.pid)
         return found is not None and found.start == self.start and not found.dead
 

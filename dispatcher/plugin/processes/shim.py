@@ -65,17 +65,17 @@ class Shim:
     ) -> Process:
         """Start a command and return the agent's first process.
 
-        After an exception nothing of it is recorded, and its process group has ended.  What has left that group,
-        or was made elsewhere, may be there.
+        After an exception nothing is recorded, and the command's process group has ended.  Processes that left the
+        group, and whatever the command made elsewhere, can remain.
 
         :param record: what the provider must know of the agent later, JSON; see the property `record`.
         :param environment: the whole environment; its ``PATH`` finds the program.  If the command runs as root at
             first (``unshare``, ``setpriv``), do not pass the app's variables here but by ``env -i`` behind it: the
-            agent may write to what its ``PATH`` or ``LD_PRELOAD`` names.
+            agent can write to the files that its ``PATH`` or ``LD_PRELOAD`` names.
         :param log: the log file, read by `read_lines` and removed by `remove_logs`; :param log_size: bytes at
             which it is rotated; :param log_files: number of files, the current one included.
         :param umask: 007 lets the proxy's group connect to a socket in `AgentSpec.run_dir`.
-        :param stdin: its standard input, then its end.
+        :param stdin: its standard input, before end of file.
         :param pid_file: for a command that itself ends and leaves the agent, as container runtimes do: the file to
             which it writes the agent's pid.
         :raises ProviderError: it does not start; `why` is the last line of its output.
