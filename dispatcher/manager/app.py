@@ -19,7 +19,7 @@ from dispatcher.config.load import Config, load
 from dispatcher.config.messages import wrong
 from dispatcher.config.plugins import Plugins
 from dispatcher.config.plugins_used import configured
-from dispatcher.manager.agents.composition import Supervisor
+from dispatcher.manager.agents.composition import Supervisor, restoring
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
@@ -334,8 +334,9 @@ class Manager:
         try:
             self._adopt(new)
         except Exception:
-            self.supervisor.apply_config(old)
-            self._adopt(old)
+            with restoring():
+                self.supervisor.apply_config(old)
+                self._adopt(old)
             raise
         self._tokens.adopt(tokens)
         if _lifetimes(old) != _lifetimes(new):

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import secrets
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from dispatcher.common.timers import Timers
 from dispatcher.config.host_users import HostAccounts
@@ -47,6 +48,22 @@ DISK_FIRST, DISK = 3.0, 60.0  # seconds until and between checks of the free spa
 CLOSE = 3.0  # seconds that a close waits for operations in progress
 
 _log = logging.getLogger("dispatcher.manager")
+
+
+@contextmanager
+def restoring() -> Iterator[None]:
+    """Tell that the earlier configuration could not be restored, if the block fails.
+
+    :raises DispatcherError: it failed.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise DispatcherError(
+            "The new configuration is applied in part",
+            why=f"{type(error).__name__}: {error}",
+            fix="restart the manager; agents continue to run",
+        ) from error
 
 
 class Supervisor:
@@ -248,7 +265,8 @@ class Supervisor:
         try:
             return [*changed, *self._commit(config, made)]
         except Exception:
-            self._commit(old, self.backends.make(made, old))
+            with restoring():
+                self._commit(old, self.backends.make(made, old))
             raise
 
     def _prepare(self, config: Config) -> tuple[list[str], dict[str, Made]]:

@@ -4,6 +4,7 @@ import pytest
 
 from dispatcher.plugin.errors import BadRequest, ConfigError
 from dispatcher.manager.agents.lifecycle import State
+from dispatcher.manager.backends.backend import Backend
 from dispatcher.plugin.model import Capability
 from dispatcher.manager.storage.rows import Desired
 from tests.support.fake_backend import ALL
@@ -164,6 +165,26 @@ def test_a_fault_of_the_configuration_is_final_until_it_changes(world):
     supervisor.apply_config(world.config())
     supervisor.commands.set_desired("alice", Desired.RUNNING)
     reach(supervisor, "alice", "running")
+
+
+def test_a_change_that_breaks_off_leaves_the_earlier_configuration_in_use(world, supervisor, monkeypatch):
+    running(supervisor)
+    faults = [RuntimeError("no thread can be started")]
+
+    def use(backend, made, real=Backend.use):
+        if faults:
+            raise faults.pop()
+        return real(backend, made)
+
+    monkeypatch.setattr(Backend, "use", use)
+    world.app(environment={"COLOUR": "blue"})
+    world.data["providers"] = {**world.data["providers"], "fake": {"backend": f"other-{world.number}"}}
+    with pytest.raises(RuntimeError, match="no thread"):
+        supervisor.apply_config(world.config())
+    assert not supervisor.queries.view("alice").outdated
+    running(supervisor, "bob")
+    assert len(world.backend.containers) == 2, "of the provider with the earlier options"
+    assert "COLOUR" not in world.container(supervisor, "bob").app.environment
 
 
 def test_a_wrong_configuration_changes_nothing(world, supervisor):
