@@ -117,6 +117,12 @@ def _within(module: str, package: str) -> bool:
 def _import(name: str, entry: _Entry) -> object:
     """Import a plugin; it may raise anything, or hang."""
     ref = PluginRef("plugin", name, entry.distribution)
+    if not EntryPoint.pattern.match(entry.point.value):
+        raise PluginError(
+            f"The entry point {name!r}{_of(ref.distribution)} names no module",
+            why=f"found {printable(entry.point.value)}, expected MODULE or MODULE:OBJECT",
+            fix=ref.report,
+        )
 
     def load() -> object:
         try:

@@ -37,6 +37,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     from dispatcher.config.layout import Paths
     from dispatcher.config.load import Config
     from dispatcher.config.plugins import Plugins
+    from dispatcher.config.plugins_used import configured
 
     yield from machine.clock()
     yield from machine.open_files()
@@ -51,6 +52,7 @@ def examine(cli: Cli) -> Iterator[Finding]:
     try:
         config = cli.config()
         yield from installation.config_file(cli.config_path or default_paths.config_file())
+        plugins.load_all(configured(config))
         config.validate_providers(plugins)
         paths = Paths.of(config)
     except ConfigError as problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import click
@@ -70,10 +71,13 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
     """
     if app is not None and name is None:
         raise click.UsageError("--app needs the NAME of its provider")
+    from dispatcher.cli.doctor.providers import side_by_side
+
     client, answers = cli.client(), None
     try:
         chosen = [name] if name else [provider["name"] for provider in client.providers()["providers"]]
-        answers = {provider: client.check_provider(provider, app)["findings"] for provider in chosen}
+        checks = {provider: functools.partial(client.check_provider, provider, app) for provider in chosen}
+        answers = {provider: result()["findings"] for provider, result in side_by_side(checks)}
     except ManagerUnreachable as error:
         if not cli.url.startswith("unix:"):
             raise
@@ -93,19 +97,19 @@ def check(cli: Cli, name: str | None, app: str | None) -> int:
 
 def _checked_here(cli: Cli, name: str | None, app: str | None) -> dict[str, list[Json]]:
     """Return the findings about providers of the configuration, in the form of the REST interface."""
-    from dispatcher.cli.doctor.providers import check
+    from dispatcher.cli.doctor.providers import check, side_by_side
     from dispatcher.config.plugins import Plugins
 
     config, plugins = cli.config(), Plugins()
     template = config.template(app, plugins) if app else None
     chosen = [name] if name else sorted(set(config.providers) | {each.provider for each in config.apps.values()})
-    return {
-        provider: [
-            {"level": finding.level.value, "what": finding.what, "fix": finding.fix}
-            for finding in check(plugins.provider(provider), config, plugins, used=True, app=template)
-        ]
-        for provider in chosen
-    }
+
+    def findings(provider: str) -> list[Json]:
+        found = check(plugins.provider(provider), config, plugins, used=True, app=template)
+        return [{"level": each.level.value, "what": each.what, "fix": each.fix} for each in found]
+
+    checks = {provider: functools.partial(findings, provider) for provider in chosen}
+    return {provider: result() for provider, result in side_by_side(checks)}
 
 
 def show_findings(out: Output, findings: list[Json]) -> None:

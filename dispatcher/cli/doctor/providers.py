@@ -6,19 +6,23 @@ A running manager checks what it uses.  The others are checked in this process, 
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dispatcher.common.contained import bounded, instance
 from dispatcher.common.plugin_values import finding, several
 from dispatcher.config.check import app_faults
 from dispatcher.config.plugins_used import configured
 from dispatcher.plugin.deadline import Deadline
-from dispatcher.plugin.errors import DispatcherError
+from dispatcher.plugin.errors import DeadlineExceeded, DispatcherError
 from dispatcher.plugin.model import App, Finding, Level
 from dispatcher.plugin.provider import Provider, ProviderContext
 
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
     from dispatcher.config.load import Config
     from dispatcher.config.plugins import Plugins
 
+LIMIT = 60.0  # seconds for all plugins together
 SECONDS = 30.0  # for one provider
 SLACK = 5.0  # seconds that it may take beyond them
+_T = TypeVar("_T")
 LOCAL = "local"  # the authenticator that is a part of the manager
 
 
@@ -42,17 +48,55 @@ def plugins_in_use(config: Config, plugins: Plugins, client: ManagerClient | Non
     used = configured(config)
     managed = {state["name"]: state for state in client.plugins()["plugins"]} if client else {}
     backends = {provider["name"] for provider in client.providers()["providers"]} if client else set()
-    for name in sorted({*backends, *used, *plugins.available()} - {LOCAL}):
-        kind = used.get(name, "provider")
-        state = managed.get(name)
-        if name in backends:
-            assert client is not None
-            for item in client.check_provider(name)["findings"]:
-                yield _of(name, Finding(level=Level(item["level"]), what=item["what"], fix=item["fix"]))
-        elif state and state["configured"]:
-            yield _of(name, _told(state["error"], state.get("fix") or "") if state["error"] else _works(kind))
-        else:
-            yield from _checked_here(name, kind, config, plugins, used=name in used)
+
+    def findings(name: str) -> list[Finding]:
+        kind, state = used.get(name, "provider"), managed.get(name)
+        if client is not None and name in backends:
+            return [
+                Finding(**item | {"level": Level(item["level"])})
+                for item in client.check_provider(name)["findings"]
+            ]
+        if state and state["configured"]:
+            return [_told(state["error"], state.get("fix") or "") if state["error"] else _works(kind)]
+        return list(_checked_here(name, kind, config, plugins, used=name in used))
+
+    names = sorted({*backends, *used, *plugins.available()} - {LOCAL})
+    for name, result in side_by_side({name: functools.partial(findings, name) for name in names}):
+        try:
+            found = result()
+        except DispatcherError as problem:
+            found = [_fault(problem, used=name in used or name in backends)]
+        yield from (_of(name, each) for each in found)
+
+
+def side_by_side(calls: Mapping[str, Callable[[], _T]]) -> Iterator[tuple[str, Callable[[], _T]]]:
+    """Make calls about plugins at the same time; yield for each name what returns its result, or raises its error.
+
+    All have `LIMIT` seconds together, so plugins that hang do not add up.
+    """
+    futures: dict[str, Future[_T]] = {}
+    for name, call in calls.items():
+        futures[name] = Future()
+        threading.Thread(target=_settle, args=(futures[name], call), daemon=True).start()
+    deadline = Deadline(LIMIT)
+    for name, future in futures.items():
+        yield name, functools.partial(_result, name, future, deadline)
+
+
+def _settle(future: Future[_T], call: Callable[[], _T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _result(name: str, future: Future[_T], deadline: Deadline) -> _T:
+    try:
+        return future.result(deadline.remaining())
+    except FutureTimeout:
+        raise DeadlineExceeded(
+            f"It has not answered in {LIMIT:g} seconds", fix=f"dispatcher providers check {name}"
+        ) from None
 
 
 def _works(kind: str) -> Finding:
@@ -66,14 +110,13 @@ def _checked_here(name: str, kind: str, config: Config, plugins: Plugins, *, use
         if kind == "authenticator":
             check_authenticator(name, config, plugins)
         elif kind == "provider" and (used or "provider" in plugins.kinds(name)):
-            for found in check(plugins.provider(name), config, plugins, used=used):
-                yield _of(name, found)
+            yield from check(plugins.provider(name), config, plugins, used=used)
             return
     except DispatcherError as problem:
-        yield _of(name, _fault(problem, used=used))
+        yield _fault(problem, used=used)
         return
     if used:
-        yield _of(name, _works(kind))
+        yield _works(kind)
 
 
 def check_authenticator(name: str, config: Config, plugins: Plugins) -> None:

@@ -23,6 +23,7 @@ from dispatcher.config.load import parse
 from dispatcher.config.plugins import Plugins
 from dispatcher.cli.doctor import installation
 from dispatcher.cli.doctor import machine
+from dispatcher.cli.doctor import providers
 from dispatcher.cli.doctor.providers import plugins_in_use
 from dispatcher.cli import main
 from dispatcher.plugin.errors import ManagerUnreachable, Unavailable
@@ -320,6 +321,29 @@ def test_a_third_party_s_provider_is_checked_and_explained_where_it_is_used(monk
         ("warning", "fake: Agents share a kernel", "accept it"),
     ]
     assert found_by(plugins) == [("ok", "fake: can be used", "")]
+
+
+@pytest.mark.parametrize("limit", [10.0, 0.4])
+def test_providers_that_hang_do_not_add_up(monkeypatch, limit):
+    monkeypatch.setattr(providers, "SECONDS", 0.5)
+    monkeypatch.setattr(providers, "SLACK", 0.3)
+    monkeypatch.setattr(providers, "LIMIT", limit)
+    released = threading.Event()
+
+    def hanging(name):
+        return type("Hanging", (ThirdParty,), {"name": name, "check": lambda self, *, deadline: released.wait(60)})
+
+    names = [f"hanging{number}" for number in range(8)]
+    plugins = installed(monkeypatch, ThirdParty, *map(hanging, names))
+    began = time.monotonic()
+    try:
+        found = {what.partition(":")[0]: (level, what) for level, what, _ in found_by(plugins)}
+    finally:
+        released.set()
+    assert time.monotonic() - began < 4
+    assert found["fake"] == ("ok", "fake: can be used")
+    words = "does not return from its check" if limit > 1 else "It has not answered in 0.4 seconds"
+    assert all(words in found[name][1] for name in names), found
 
 
 @pytest.mark.parametrize(("config", "level"), [(USED, "error"), (None, "info")])
