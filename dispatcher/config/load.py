@@ -8,6 +8,7 @@ of a file are reported at once.  `Config.validate_providers` validates the table
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import sys
 import typing
@@ -48,6 +49,15 @@ class Config(Table):
     providers: dict[str, dict[str, Any]] = {}
     apps: dict[str, AppConfig] = {}
     _file: Path | None = PrivateAttr(default=None)  # for errors in the tables of plugins
+    _digest: bytes = PrivateAttr(default=b"")
+
+    @property
+    def outdated(self) -> bool:
+        """Whether its file was changed, or made unreadable, after it was read."""
+        try:
+            return self._file is not None and _digest(self._file.read_bytes()) != self._digest
+        except OSError:
+            return True
 
     def app(self, name: str) -> AppConfig:
         """Return an app's table.
@@ -164,7 +174,8 @@ def read(path: Path | None = None) -> tuple[Config, list[str]]:
     """
     chosen = path or default_paths.config_file()
     try:
-        data = tomllib.loads(chosen.read_bytes().decode("utf-8"))
+        text = chosen.read_bytes()
+        data = tomllib.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
         if path is not None or os.environ.get("DISPATCHER_CONFIG"):
             raise ConfigError(
@@ -180,8 +191,12 @@ def read(path: Path | None = None) -> tuple[Config, list[str]]:
     except OSError as error:
         raise default_paths.unreadable(chosen, error) from error
     config, found = _parse(data)
-    config._file = chosen  # noqa: SLF001 - private to this module
+    config._file, config._digest = chosen, _digest(text)  # noqa: SLF001 - private to this module
     return config, found
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).digest()
 
 
 def parse(data: Mapping[str, Any]) -> Config:

@@ -59,6 +59,7 @@ FIXED = (
     "proxy.user",
 )
 
+FAULTS = 3.0  # seconds that a reload waits for what the providers say of apps
 FREEZE = 2.0  # seconds after the start; most objects stay in memory from then on
 
 _log = log.logger("manager")
@@ -292,25 +293,32 @@ class Manager:
         """The addresses served with TLS, as ``HOST:PORT``."""
         return [_shown(server.socket) for server in self._servers if server.context]
 
-    def _report_faults(self) -> None:
-        """Log which apps could never start, without a delay for the caller."""
+    def _report_faults(self, wait: float = 0.0) -> list[str]:
+        """Log which apps could never start; return the reasons found within `wait` seconds."""
+        found: list[str] = []
 
         def report() -> None:
             for app, reasons in self.supervisor.queries.app_faults().items():
                 _log.warning("no agent of this app can start", app=app, why="; ".join(reasons))
+                found.extend(reasons)
 
-        threading.Thread(target=report, name="app-faults", daemon=True).start()
+        thread = threading.Thread(target=report, name="app-faults", daemon=True)
+        thread.start()
+        thread.join(wait)
+        return list(found)
 
     # --- reload
 
-    def reload(self) -> list[str]:
-        """Read the configuration again and apply what can change; return in sentences what did.
+    def reload(self) -> tuple[list[str], list[str]]:
+        """Read the configuration again and apply what can change; return in sentences what did, and what is wrong.
+
+        Wrong is why no agent of some app can start, as far as the providers tell it soon.
 
         :raises DispatcherError: it is invalid or cannot be applied; the earlier one is in use.
         """
         with self._reloading:
             try:
-                return self._reload(load(self._config_path))
+                changed = self._reload(load(self._config_path))
             except DispatcherError:
                 raise
             except Exception as error:
@@ -320,6 +328,7 @@ class Manager:
                     why=f"{type(error).__name__}: {error}",
                     fix="the earlier one is in use; the manager's log has the details",
                 ) from error
+        return changed, self._report_faults(FAULTS)
 
     def _reload(self, new: Config) -> list[str]:
         old = self.config
@@ -356,7 +365,6 @@ class Manager:
         if old.plugins != new.plugins or old.auth.model_extra != new.auth.model_extra:
             changed.append("plugins and the tables below auth take effect after a restart.")
         _log.info("read the configuration again", changed=changed)
-        self._report_faults()
         return changed
 
     def _adopt(self, config: Config) -> None:

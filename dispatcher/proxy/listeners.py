@@ -110,7 +110,11 @@ def _tcp(address: str, key: str, *, ipv4_too: bool) -> socket.socket:
     try:
         found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
-        raise ConfigError(f"{key}: {printable(address)} is not an address of this host", why=str(error)) from error
+        raise ConfigError(
+            f"{key}: {printable(address)} is not an address of this host",
+            why=error.strerror or str(error),
+            fix="give an IP address of this host, or 0.0.0.0; the name that users open belongs in proxy.public_url",
+        ) from error
     family, kind, protocol, _, where = found[0]
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -106,6 +106,20 @@ command = ["{sys.executable}", "-c", "print('no config for me'); raise SystemExi
     assert run("remove", "--yes", "erin").returncode == 0
 
 
+def test_a_forgotten_reload_and_a_reload_of_an_app_that_cannot_start_are_told(site, run):
+    before = site.config.read_text()
+    site.config.write_text(f'{before}\n[apps.new.subprocess]\ncommand = ["/no/such/program", "{{socket}}"]\n')
+    try:
+        assert "since the manager read it" in run("doctor").stdout
+        assert "`dispatcher reload`" in run("add", "frank", "--app", "new", "--no-password").stderr
+        done = run("reload")
+        assert done.returncode == 0
+        assert "agents cannot start: apps.new.subprocess.command: there is no program" in done.stderr
+    finally:
+        site.config.write_text(before)
+        assert run("reload").returncode == 0
+
+
 def test_nobody_and_twice(site, run):
     assert run("start", "nobody").returncode == 3
     assert run("add", "frank", "--password-stdin", stdin=f"{PASSWORD}\n").returncode == 0

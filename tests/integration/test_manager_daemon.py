@@ -176,9 +176,11 @@ def test_sighup_and_reload_use_a_good_configuration_and_refuse_a_bad_one(place):
     answer = place.admin("POST", "/reload")
     assert answer.status == 400
     assert "did you mean" in answer.body.decode()
+    assert admin.healthz()["configuration_changed"]
     assert proxy.login("alice", PASSWORD, ADDRESS)["session"]["ttl"] == pytest.approx(7200, abs=5)
     place.config.write_text(good)
     assert any("session" in sentence for sentence in admin.reload()["changed"])
+    assert not admin.healthz()["configuration_changed"]
     admin.close()
     proxy.close()
 

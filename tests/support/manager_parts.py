@@ -89,7 +89,7 @@ class Parts:
             plugins=Plugins([]),
             clock=self.clock,
             metrics=self.metrics,
-            reload=lambda: self.reloads.append(1) or ["The log level is debug."],
+            reload=lambda: self.reloads.append(1) or (["The log level is debug."], []),
             feed_connections=lambda: 0,
             waiting=threading.BoundedSemaphore(2),
             sync_edge=lambda: self.edge_waits.append(1),

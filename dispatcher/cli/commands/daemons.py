@@ -98,13 +98,16 @@ def reload(cli: Cli) -> None:
     from dispatcher.cli.doctor.installation import renewal_faults
 
     url = cli.url
-    changed = cli.client().reload().get("changed", [])
+    answer = cli.client().reload()
+    changed, unstartable = answer.get("changed", []), answer.get("faults", [])
     if url.startswith("unix:") and (faults := list(renewal_faults(cli.config()))):
         raise Unavailable("The manager has reloaded the configuration, the proxy has not", why="; ".join(faults))
     reloaded = _reload_proxy(Path(url.removeprefix("unix://")).parent) if url.startswith("unix:") else False
     lines = changed or ["the manager: no changes"]
     lines += ["the proxy reloads the configuration" if reloaded else "no proxy is running on this machine"]
-    cli.out.result({"changed": changed, "proxy": reloaded}, "\n".join(lines))
+    cli.out.result({"changed": changed, "faults": unstartable, "proxy": reloaded}, "\n".join(lines))
+    for fault in unstartable:
+        cli.out.note(f"warning: agents cannot start: {fault}")
 
 
 def _reload_proxy(run_dir: Path) -> bool:

@@ -45,11 +45,21 @@ def manager(client: ManagerClient, url: str) -> tuple[bool, list[Finding]]:
     except DispatcherError as problem:
         return True, [Finding.error(f"the manager answers with an error: {problem}", "see its log")]
     status = str(health.get("status", "ok"))
-    if status == "ok":
-        return True, [Finding.ok(f"the manager answers at {url}")]
-    return True, [
-        Finding.warning(f"the manager answers; its status is {status}", f"read /healthz at {url}, and its log")
+    found = [
+        Finding.ok(f"the manager answers at {url}")
+        if status == "ok"
+        else Finding.warning(
+            f"the manager answers; its status is {status}", f"read /healthz at {url}, and its log"
+        )
     ]
+    if health.get("configuration_changed"):
+        found.append(
+            Finding.warning(
+                "the configuration has changed since the manager read it",
+                "dispatcher config check && dispatcher reload",
+            )
+        )
+    return True, found
 
 
 def config_file(path: Path) -> Iterator[Finding]:

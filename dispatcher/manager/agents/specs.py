@@ -134,7 +134,11 @@ class Specs:
         """
         if app not in self.config.apps:
             known = ", ".join(sorted(self.config.apps)) or "none"
-            raise BadRequest(f"There is no app {printable(app)}", why=f"configured are: {known}")
+            raise BadRequest(
+                f"There is no app {printable(app)}",
+                why=f"the manager knows: {known}",
+                fix="one that was added to the configuration needs `dispatcher reload`",
+            )
         self.app(app)
 
 

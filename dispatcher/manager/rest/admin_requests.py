@@ -71,4 +71,5 @@ def top(services: Services) -> Json:
 @routes.add("POST", "/reload", {200: schemas.Reloaded})
 def reload(services: Services) -> Json:
     """Read the configuration again; nothing changes when it is wrong."""
-    return {"changed": services.reload()}
+    changed, faults = services.reload()
+    return {"changed": changed, "faults": faults}

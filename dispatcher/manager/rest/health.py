@@ -47,5 +47,6 @@ def report(services: Services) -> Json:
         "status": "degraded" if problems else "ok",
         "version": __version__,
         "problems": problems,
+        "configuration_changed": services.config.outdated,
         "feed_connections": services.feed_connections(),
     }

@@ -182,13 +182,14 @@ AgentUsage = TypedDict(
     },
 )
 Top = TypedDict("Top", {"agents": list[AgentUsage]})
-Reloaded = TypedDict("Reloaded", {"changed": list[str]})
+Reloaded = TypedDict("Reloaded", {"changed": list[str], "faults": list[str]})
 Health = TypedDict(
     "Health",
     {
         "status": Literal["ok", "degraded"],
         "version": NotRequired[str],
         "problems": NotRequired[list[str]],
+        "configuration_changed": NotRequired[bool],
         "feed_connections": NotRequired[int],
     },
 )

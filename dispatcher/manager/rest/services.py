@@ -22,7 +22,7 @@ class Services:
     """The manager's parts.
 
     :ivar config: the current one; replaced by a reload.
-    :ivar reload: reads the configuration again and says in sentences what changed.
+    :ivar reload: reads the configuration again and says in sentences what changed, and what is wrong.
     :ivar sync_edge: waits briefly until the edge has received all changes: ended sessions are rejected everywhere.
     :ivar waiting: places for requests that wait; :ivar closing: set when the manager ends.
     """
@@ -35,7 +35,7 @@ class Services:
     plugins: Plugins
     clock: SteadyWallClock
     metrics: Metrics
-    reload: Callable[[], list[str]]
+    reload: Callable[[], tuple[list[str], list[str]]]
     feed_connections: Callable[[], int]
     sync_edge: Callable[[], object] = lambda: None
     waiting: threading.BoundedSemaphore

@@ -498,6 +498,16 @@ def test_reload_says_what_changed(run, manager):
     assert (code, out) == (0, "apps.demo: memory is 1G now\nno proxy is running on this machine\n")
 
 
+def test_reload_says_which_apps_cannot_start(run, manager):
+    manager.answers["POST /reload"] = (
+        200,
+        {"changed": [], "faults": ["apps.lab.subprocess.command: no such program"]},
+    )
+    code, out, err = run("reload")
+    assert (code, out.count("\n")) == (0, 2)
+    assert "agents cannot start: apps.lab.subprocess.command: no such program" in err
+
+
 # JSON.
 
 

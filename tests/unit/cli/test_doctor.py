@@ -74,6 +74,9 @@ def test_a_manager_that_does_not_answer_is_unwell_or_well():
     assert (serving, levels(found)) == (True, ["error"])
     assert levels(installation.manager(client({"status": "degraded"}), "u")[1]) == ["warning"]
     assert levels(installation.manager(client({"status": "ok"}), "u")[1]) == ["ok"]
+    _, found = installation.manager(client({"status": "ok", "configuration_changed": True}), "u")
+    assert levels(found) == ["ok", "warning"]
+    assert "dispatcher reload" in found[1].fix
 
 
 @pytest.mark.parametrize(("mode", "level"), [(0o600, "ok"), (0o644, "ok"), (0o664, "error"), (0o606, "error")])

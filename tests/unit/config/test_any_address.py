@@ -7,6 +7,7 @@ import pytest
 
 from dispatcher.manager.rest.listeners import tcp_socket
 from dispatcher.proxy.listeners import Listeners
+from dispatcher.plugin.errors import ConfigError
 from dispatcher.plugin.options import takes_ipv4
 
 
@@ -84,3 +85,8 @@ def test_another_port_is_another_matter():
     assert takes_ipv4("[::]:443", ["[::]:443", "0.0.0.0:80"])
     assert not takes_ipv4("[::]:443", ["[::]:443", "0.0.0.0:443"])
     assert not takes_ipv4("[2001:db8::1]:443", [])
+
+
+def test_a_name_that_users_open_is_no_address_of_this_host():
+    with pytest.raises(ConfigError, match=r"not an address of this host.*proxy\.public_url"):
+        proxy(["apps.example.invalid:8080"])

@@ -284,7 +284,7 @@ def test_revoking_all_needs_a_name(parts):
         ("/providers/fake/check", {"findings"}),
         ("/stats/memory_usage", {"total", "average", "agents"}),
         ("/stats/top", {"agents"}),
-        ("/healthz", {"status", "version", "problems", "feed_connections"}),
+        ("/healthz", {"status", "version", "problems", "feed_connections", "configuration_changed"}),
     ],
 )
 def test_what_can_be_asked(parts, path, members):
@@ -295,7 +295,7 @@ def test_what_can_be_asked(parts, path, members):
 
 def test_purge_reload_events_and_findings(parts):
     assert parts.admin.delete("/agents/alice/copies").json == {"purged": 0}
-    assert parts.admin.post("/reload").json == {"changed": ["The log level is debug."]}
+    assert parts.admin.post("/reload").json == {"changed": ["The log level is debug."], "faults": []}
     events = parts.admin.get("/agents/alice/events?limit=2").json["events"]
     assert events == [
         {"time": "1970-01-01T00:00:01.500+00:00", "kind": "starting", "detail": ""},
