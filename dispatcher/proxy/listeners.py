@@ -113,7 +113,7 @@ def _tcp(address: str, key: str, *, ipv4_too: bool) -> socket.socket:
         raise ConfigError(
             f"{key}: {printable(address)} is not an address of this host",
             why=error.strerror or str(error),
-            fix="give an IP address of this host, or 0.0.0.0; the name that users open belongs in proxy.public_url",
+            fix="use an IP address of this host, or 0.0.0.0; the name that users open belongs in proxy.public_url",
         ) from error
     family, kind, protocol, _, where = found[0]
     sock = socket.socket(family, kind, protocol)
