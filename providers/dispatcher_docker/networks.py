@@ -38,9 +38,11 @@ from dispatcher_docker.options import LABEL
 IpNetwork = IPv4Network | IPv6Network
 
 _BRIDGE = "com.docker.network.bridge.name"
+_INTERFACE = f"{LABEL}interface"  # label: a network's bridge, whose name Podman does not tell
 _RANGE = f"{LABEL}range"  # label: what a network's subnet is a part of
 _PREFIX = 29  # a container, the bridge, and room for an address that the engine has not freed yet
 _MOST = 4096  # networks: three digits of an interface's name
+_TAKEN = ("overlap", "Overlap", "already used")  # in Docker's and Podman's errors for a subnet
 _TRIES = 10  # while other installations take networks at the same time
 
 #: New connections of an agent that are dropped: the table of tracked connections is one for the host and all its
@@ -51,7 +53,7 @@ _BOUNDS = (
     f"-m connlimit --connlimit-above {MAX_CONNECTIONS} --connlimit-mask {{bits}} --connlimit-saddr",
 )
 
-#: Chains that forwarded packets pass before the engine's own; the first exists if the engine manages rules.
+#: Chains that forwarded packets pass before Docker's own; the first exists if Docker manages rules.
 _FORWARD = ("DOCKER-USER", "FORWARD")
 _RESOLVERS = ("/etc/resolv.conf", "/run/systemd/resolve/resolv.conf")
 
@@ -78,7 +80,10 @@ class Networks:
 
     def bounds(self, deadline: Deadline) -> bool:
         """Whether the kernel has what bounds the number of an agent's connections."""
-        return self.can_protect and _Firewall(4, self.interface, deadline).can_bound()
+        return self.can_protect and self._firewall(4, deadline).can_bound()
+
+    def _firewall(self, version: int, deadline: Deadline) -> _Firewall:
+        return _Firewall(version, self.interface, deadline, early=self._engine.is_podman)
 
     @contextmanager
     def in_use(self, name: str, deadline: Deadline) -> Iterator[None]:
@@ -115,7 +120,7 @@ class Networks:
                 return
             self._delete(self._probe, deadline)
             for version in (4, 6) if self.can_protect else ():
-                _Firewall(version, self.interface, deadline).clear()
+                self._firewall(version, deadline).clear()
 
     def _locked(self, deadline: Deadline) -> AbstractContextManager[None]:
         return deadline.holding(
@@ -133,7 +138,8 @@ class Networks:
         return {one["Name"]: one for one in found if one["Name"] != self._probe}
 
     def _create(self, name: str, ours: Mapping[str, dict[str, Any]], deadline: Deadline) -> dict[str, Any]:
-        interfaces = {(one.get("Options") or {}).get(_BRIDGE) for one in ours.values()}
+        interfaces = {(one.get("Labels") or {}).get(_INTERFACE) for one in ours.values()}
+        interfaces |= {(one.get("Options") or {}).get(_BRIDGE) for one in ours.values()}
         names = (f"{self.interface}{number:03x}" for number in range(_MOST))
         interface = next((one for one in names if one not in interfaces), None)
         if interface is None:
@@ -152,7 +158,7 @@ class Networks:
             try:
                 return self._make(name, interface, found, deadline)
             except ProviderError as error:
-                if found is None or attempt == _TRIES - 1 or "overlap" not in f"{error} {error.why}".lower():
+                if found is None or attempt == _TRIES - 1 or not any(words in error.why for words in _TAKEN):
                     raise
                 taken.add(found[1])
         raise AssertionError("unreachable")
@@ -171,7 +177,7 @@ class Networks:
 
         :param place: its range and its subnet; None: the engine chooses.
         """
-        labels = {f"{LABEL}installation": self._context.installation}
+        labels = {f"{LABEL}installation": self._context.installation, _INTERFACE: interface}
         ipam: Any = None
         if place:
             labels[_RANGE] = str(place[0])
@@ -196,11 +202,11 @@ class Networks:
             return
         denied = denied_networks(self._denied)
         for version in (4, 6) if any(one.get("EnableIPv6") for one in ours.values()) else (4,):
-            firewall = _Firewall(version, self.interface, deadline)
+            firewall = self._firewall(version, deadline)
             firewall.bound()
             firewall.fill([one for one in denied if one.version == version])
             firewall.enter_input()
-            firewall.enter(self.interface, *_FORWARD)
+            firewall.enter_forward()
 
 
 def _free(ranges: Iterable[IpNetwork], taken: Container[IpNetwork]) -> tuple[IpNetwork, IpNetwork] | None:
@@ -221,10 +227,14 @@ class _Firewall:
     """The rules of an installation's bridges for one version of IP.
 
     :param interface: the beginning of their names, and the name of the chain.
+    :param early: forwarded packets are judged in the table `mangle`, before all rules of the table `filter`: Podman's
+        netavark accepts them with the first of these.  What is denied is dropped there, as `mangle` cannot reject.
     """
 
-    def __init__(self, version: int, interface: str, deadline: Deadline) -> None:
+    def __init__(self, version: int, interface: str, deadline: Deadline, *, early: bool = False) -> None:
         self._version = version
+        self._table, self._forward = ("mangle", ("FORWARD",)) if early else ("filter", _FORWARD)
+        self._tables = dict.fromkeys(("filter", self._table))
         self._program = "iptables" if version == 4 else "ip6tables"
         self._interface = interface
         self._input = f"{interface}-in"
@@ -238,15 +248,18 @@ class _Firewall:
         A new rule would begin to count at 0, so a chain that is complete stays.
         """
         rules = self._bound_rules()
-        if not all(self._run(self._program, "-C", self._bounds, *rule.split()) for rule in rules):
-            self._restore(restored(self._bounds, rules)) or self._restore(restored(self._bounds, ()))
+        for table in self._tables:
+            if not all(self._iptables(table, "-C", self._bounds, *rule.split()) for rule in rules):
+                self._restore(restored(self._bounds, rules, table)) or self._restore(
+                    restored(self._bounds, (), table)
+                )
 
     def can_bound(self) -> bool:
         """Whether the kernel takes the rules of `bound`."""
         name = f"{self._interface}-try"
         done = self._restore(restored(name, self._bound_rules()))
-        self._run(self._program, "-F", name)
-        self._run(self._program, "-X", name)
+        self._iptables("filter", "-F", name)
+        self._iptables("filter", "-X", name)
         return done
 
     def _bound_rules(self) -> list[str]:
@@ -260,30 +273,38 @@ class _Firewall:
         """Replace the chains."""
         servers = list(_name_servers())
         own = [one for one in servers if one.version == self._version and not one.is_loopback]
-        rules = chain(self._interface, denied, servers, first=self._bounds)
+        rules = chain(self._interface, denied, servers, first=self._bounds, table=self._table)
         if not self._restore(rules + input_chain(self._input, own, first=self._bounds)):
             raise self._failed()
 
-    def enter(self, target: str, *chains: str) -> None:
-        """Make new connections from the bridges jump to `target`, in the first of the chains that exists."""
-        if not any(self._rule("-C", one, target) or self._rule("-I", one, target) for one in chains):
-            raise self._failed()
+    def enter_forward(self) -> None:
+        """Make new connections to other hosts jump to their chain."""
+        self._enter(self._table, self._interface, self._forward)
 
     def enter_input(self) -> None:
         """Make new connections to this host jump to their chain."""
-        self.enter(self._input, "INPUT")
+        self._enter("filter", self._input, ("INPUT",))
+
+    def _enter(self, table: str, target: str, chains: Iterable[str]) -> None:
+        """Make new connections from the bridges jump to `target`, in the first of the chains that exists."""
+        if not any(self._rule(table, "-C", one, target) or self._rule(table, "-I", one, target) for one in chains):
+            raise self._failed()
 
     def clear(self) -> None:
         """Remove the chains and the jumps to them."""
-        for name, chains in ((self._input, ("INPUT",)), (self._interface, _FORWARD), (self._bounds, ())):
-            if self._run(self._program, "-F", name):
+        jumps = [("filter", self._input, ("INPUT",)), (self._table, self._interface, self._forward)]
+        for table, name, chains in [*jumps, *((one, self._bounds, ()) for one in self._tables)]:
+            if self._iptables(table, "-F", name):
                 for one in chains:
-                    self._rule("-D", one, name)
-                self._run(self._program, "-X", name)
+                    self._rule(table, "-D", one, name)
+                self._iptables(table, "-X", name)
 
-    def _rule(self, action: str, chain: str, target: str) -> bool:
+    def _rule(self, table: str, action: str, chain: str, target: str) -> bool:
         match = ["-i", f"{self._interface}+", "-m", "conntrack", "--ctstate", "NEW,INVALID"]
-        return self._run(self._program, action, chain, *match, "-j", target)
+        return self._iptables(table, action, chain, *match, "-j", target)
+
+    def _iptables(self, table: str, *arguments: str) -> bool:
+        return self._run(self._program, "-t", table, *arguments)
 
     def _run(self, program: str, *arguments: str, stdin: str = "") -> bool:
         seconds = max(0.1, min(10.0, self._deadline.remaining()))
@@ -306,15 +327,20 @@ class _Firewall:
         )
 
 
-def restored(name: str, rules: Iterable[str]) -> str:
+def restored(name: str, rules: Iterable[str], table: str = "filter") -> str:
     """Return a chain for iptables-restore."""
-    return "\n".join(["*filter", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
+    return "\n".join([f"*{table}", f":{name} - [0:0]", *(f"-A {name} {rule}" for rule in rules), "COMMIT", ""])
 
 
 def chain(
-    name: str, denied: Sequence[IpNetwork], servers: Sequence[IPv4Address | IPv6Address], *, first: str
+    name: str,
+    denied: Sequence[IpNetwork],
+    servers: Sequence[IPv4Address | IPv6Address],
+    *,
+    first: str,
+    table: str = "filter",
 ) -> str:
-    """Return a chain for iptables-restore: it rejects other agents and denied networks.
+    """Return a chain for iptables-restore: it refuses other agents and denied networks.
 
     DNS passes to those of the host's name servers that lie in denied networks, as clouds' ones do.
 
@@ -327,7 +353,9 @@ def chain(
         if any(server in network for network in denied)
         for protocol in ("udp", "tcp")
     ]
-    return restored(name, [*rules, *(f"-d {network} -j REJECT" for network in denied), f"-o {name}+ -j REJECT"])
+    refuse = "REJECT" if table == "filter" else "DROP"
+    rules += [f"-d {network} -j {refuse}" for network in denied]
+    return restored(name, [*rules, f"-o {name}+ -j {refuse}"], table)
 
 
 def input_chain(name: str, servers: Sequence[IPv4Address | IPv6Address], *, first: str) -> str:

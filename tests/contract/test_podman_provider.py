@@ -7,15 +7,17 @@ those of each feature.
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from dispatcher.plugin import BackendState
+from dispatcher.plugin import BackendState, Network
 from dispatcher.testing import ProviderContract
 from dispatcher.testing.kit import eventually
 from tests.contract.test_docker_provider import OnDocker
 from tests.support.docker_tools import Relay, docker, images, leftovers
+from tests.support.outside import Outside
 from tests.support.podman import Podman
 
 pytestmark = [pytest.mark.docker, pytest.mark.root, pytest.mark.program("podman", "conmon", "catatonit", "runc")]
@@ -94,6 +96,22 @@ class TestPodman(OnPodman, ProviderContract):
         self.podman.start()
         assert not docker("ps", "-a", "-q", "--filter", f"name={name}", host=self.podman.url)
         kit.start(driver, spec)
+
+    def test_private_networks_are_many_and_do_not_reach_metadata(self, driver, kit):
+        """Podman's netavark accepts what containers forward with the first rule of the chain FORWARD."""
+        command = ["python3", "/probe.py", "--tcp", "0.0.0.0:{port}", "{data}"]
+        options = self.app_options() | {"port": 8080, "command": command}
+        specs = [kit.spec(name, options=options, network=Network.PRIVATE) for name in ("mia", "noah")]
+        agents = [kit.start(driver, spec) for spec in specs]
+        accept = ["FORWARD", "-i", f"dsp-{kit.context.installation}+", "-j", "ACCEPT"]
+        subprocess.run(["iptables", "-I", *accept], check=True)
+        try:
+            with Outside("169.254.169.254") as outside:
+                connect = lambda to: agents[1].inside.refused("/connect", to=f"tcp:{to}:{outside.port}")
+                assert connect(outside.address) == ""
+                assert connect("169.254.169.254")
+        finally:
+            subprocess.run(["iptables", "-D", *accept], check=True)
 
 
 if not os.environ.get("WHOLE_KIT"):

@@ -45,7 +45,7 @@ def test_the_firewall_lets_dns_to_this_host_pass(monkeypatch, tmp_path):
 
     def run(program, *arguments, stdin=""):
         ran.append((arguments, stdin))
-        return arguments[0] != "-C"
+        return "-C" not in arguments
 
     monkeypatch.setattr(firewall, "_run", run)
     firewall.fill([])
@@ -53,8 +53,23 @@ def test_the_firewall_lets_dns_to_this_host_pass(monkeypatch, tmp_path):
     allowed = [line for line in ran[0][1].splitlines() if line.startswith("-A dsp-1-in")]
     assert allowed[1] == "-A dsp-1-in -d 192.0.2.1 -p udp --dport 53 -j RETURN"
     assert allowed[3:] == ["-A dsp-1-in -j REJECT"]
-    jumps = [(one[0], one[-1]) for one, _ in ran[1:]]
+    jumps = [(one[2], one[-1]) for one, _ in ran[1:]]
     assert jumps == [("-C", "dsp-1-in"), ("-I", "dsp-1-in")]
+
+
+def test_podman_s_own_rules_come_after_those_for_forwarded_packets(monkeypatch):
+    firewall = _Firewall(4, "dsp-1", Deadline(5), early=True)
+    ran = []
+    monkeypatch.setattr(
+        firewall, "_run", lambda *words, stdin="": ran.append((*words, stdin)) or "-C" not in words
+    )
+    firewall.bound()
+    firewall.fill([ip_network("169.254.0.0/16")])
+    firewall.enter_forward()
+    mangle = next(one[-1] for one in ran if ":dsp-1 - " in one[-1])
+    assert mangle.startswith("*mangle\n") and "-A dsp-1 -d 169.254.0.0/16 -j DROP\n" in mangle
+    assert {"*filter\n:dsp-1-new", "*mangle\n:dsp-1-new"} <= {one[-1].partition(" - ")[0] for one in ran}
+    assert ran[-1][:5] == ("iptables", "-t", "mangle", "-I", "FORWARD")
 
 
 def test_bounds_stay_in_place_and_a_kernel_without_them_gets_an_empty_chain(monkeypatch):
@@ -75,4 +90,4 @@ def test_bounds_stay_in_place_and_a_kernel_without_them_gets_an_empty_chain(monk
     assert firewall.can_bound()
     ran.clear()
     firewall.bound()
-    assert [arguments[:2] for _, arguments, _ in ran] == [("-C", "dsp-1-new")] * 2
+    assert [arguments[2:4] for _, arguments, _ in ran] == [("-C", "dsp-1-new")] * 2
