@@ -227,8 +227,8 @@ class _Firewall:
     """The rules of an installation's bridges for one version of IP.
 
     :param interface: the beginning of their names, and the name of the chain.
-    :param early: forwarded packets are judged in the table `mangle`, before all rules of the table `filter`: Podman's
-        netavark accepts them with the first of these.  What is denied is dropped there, as `mangle` cannot reject.
+    :param early: forwarded packets are judged in the table `mangle`, before the rules of the table `filter`, the
+        first of which accepts them (Podman's netavark).  Denied ones are dropped: `mangle` cannot reject.
     """
 
     def __init__(self, version: int, interface: str, deadline: Deadline, *, early: bool = False) -> None:
