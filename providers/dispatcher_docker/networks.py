@@ -233,7 +233,8 @@ class _Firewall:
 
     def __init__(self, version: int, interface: str, deadline: Deadline, *, early: bool = False) -> None:
         self._version = version
-        self._table, self._forward = ("mangle", ("FORWARD",)) if early else ("filter", _FORWARD)
+        self._table = "mangle" if early else "filter"
+        self._forward: tuple[str, ...] = ("FORWARD",) if early else _FORWARD
         self._tables = dict.fromkeys(("filter", self._table))
         self._program = "iptables" if version == 4 else "ip6tables"
         self._interface = interface
