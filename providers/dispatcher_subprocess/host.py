@@ -24,6 +24,8 @@ _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "-
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
 _PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
 _TRIAL = 20.0  # seconds for the first sandbox
+#: Option of pasta, from October 2024 on: connect to the loopback interface inside, as earlier versions do.
+LOOPBACK = "--host-lo-to-ns-lo"
 _TUN = "/dev/net/tun"
 _APPARMOR = "kernel/apparmor_restrict_unprivileged_userns"
 #: Settings below /proc/sys with which an ordinary user may not make user namespaces.
@@ -36,6 +38,7 @@ class Host:
 
     :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason, fix: why not, and what to do.
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
+    :ivar pasta_loopback: pasta connects to the loopback interface inside only when it is told to.
     :ivar tracks_connections: the kernel has a table of the host's connections, for its firewall.
     :ivar unbounded: why the rate of an agent's new connections is not bounded, and the fix; None if it is.
     """
@@ -47,6 +50,7 @@ class Host:
     setpriv: str = ""
     pasta: str = ""
     slirp: str = ""
+    pasta_loopback: bool = False
     tracks_connections: bool = False
     unbounded: tuple[str, str] | None = None
     cgroups: Cgroups = field(default_factory=Cgroups)
@@ -93,14 +97,16 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     cgroups = Cgroups()
     if options.cgroups == "auto":
         cgroups = discover(f"dispatcher-{installation}", procfs.read("/proc/self/cgroup").decode())
+    pasta = find_program("pasta") if options.private_network != "slirp4netns" else ""
     found = Host(
         privileged=os.geteuid() == 0,
         bwrap="" if reason else bwrap,
         reason=reason,
         fix=fix,
         setpriv=find_program("setpriv"),
-        pasta=find_program("pasta") if options.private_network != "slirp4netns" else "",
+        pasta=pasta,
         slirp=find_program("slirp4netns") if options.private_network != "pasta" else "",
+        pasta_loopback=bool(pasta) and _knows(pasta, LOOPBACK, deadline),
         tracks_connections=os.path.exists("/proc/sys/net/netfilter/nf_conntrack_max"),
         cgroups=cgroups,
     )
@@ -134,6 +140,15 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
     except DispatcherError as error:
         return error.why
     return ""
+
+
+def _knows(program: str, option: str, deadline: Deadline) -> bool:
+    """Whether a program knows an option; the help that pasta writes to a pipe is cut."""
+    try:
+        run_command([program, option, "--version"], f"Cannot run {program}", environment={}, deadline=deadline)
+    except DispatcherError:
+        return False
+    return True
 
 
 def namespaces_fix(settings: Path = Path("/proc/sys")) -> str:

@@ -39,7 +39,7 @@ from dispatcher.plugin import (
     run_command,
 )
 from dispatcher_subprocess import new_connections
-from dispatcher_subprocess.host import Host
+from dispatcher_subprocess.host import LOOPBACK, Host
 from dispatcher_subprocess.processes import procfs, run
 
 _INTERFACE = "eth0"  # of an agent, beside the loopback interface
@@ -194,6 +194,8 @@ def _pasta(host: Host, inside: _Inside, port: int, join: list[str], deadline: De
         # Later versions end when the path of the namespace is gone, and look each second: in the background their
         # standard input is /dev/null.  `Run.kill` ends it with the agent.
         command += ["--no-netns-quit"]
+        if host.pasta_loopback:
+            command += [LOOPBACK]  # where an app may listen
         command += ["--pid", pid_file.name]
         command += ["-t", f"127.0.0.1/{port}" if port else "none", "-u", "none", "-T", "none", "-U", "none"]
         command += ["--netns", "/proc/self/fd/0"]

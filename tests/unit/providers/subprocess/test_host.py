@@ -44,3 +44,13 @@ def test_the_missing_sandbox_is_explained_with_its_remedy(monkeypatch, bubblewra
     assert not found.sandboxed
     assert reason in found.reason
     assert found.fix == fix
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_pasta_is_asked_for_the_loopback_interface_where_it_knows_the_option(monkeypatch, tmp_path, known):
+    """Since October 2024 it connects to an address that an app on 127.0.0.1 does not listen on."""
+    pasta = tmp_path / "pasta"
+    pasta.write_text(f'#!/bin/sh\n[ "$1" = {host.LOOPBACK if known else "--other"} ]\n')
+    pasta.chmod(0o755)
+    monkeypatch.setattr(host, "find_program", lambda name: str(pasta) if name == "pasta" else "")
+    assert host.examine(Options(cgroups="never"), "i", Deadline(10)).pasta_loopback is known
