@@ -44,6 +44,8 @@ UNKNOWN = "an unknown distribution"
 MAX_CLASSES = 100  # that a hook may return
 _T = TypeVar("_T")
 _log = logging.getLogger("dispatcher.plugin")
+#: What the dynamic linker says of a missing library; Debian names packages by it (Debian Policy 8.1).
+_LIBRARY = re.compile(r"([\w+.-]+)\.so\.([\d.]+): cannot open shared object file")
 
 
 def distribution(entry: EntryPoint) -> str:
@@ -135,6 +137,14 @@ def _import(name: str, entry: _Entry) -> object:
 
 def _not_importable(ref: PluginRef, error: BaseException) -> PluginError:
     what = f"The plugin {ref.name!r}{_of(ref.distribution)} cannot be imported"
+    if library := _LIBRARY.match(str(error)):
+        name, version = library[1], library[2]
+        package = f"{name}{'-' if name[-1].isdigit() else ''}{version}".lower().replace("_", "-")
+        return PluginError(
+            what,
+            why=f"the library {name}.so.{version} is not installed",
+            fix=f"install it, then restart the manager (Debian, Ubuntu: usually apt install {package})",
+        )
     if not isinstance(error, ModuleNotFoundError):
         return PluginError(what, why=f"{type(error).__name__}: {text(error, 300)}", fix=ref.report)
     needed = _requirements(ref.name, ref.distribution.split(" ", maxsplit=1)[0])

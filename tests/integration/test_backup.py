@@ -17,7 +17,6 @@ def test_a_backup_of_a_running_manager_is_restored_with_everybodys_data(short_tm
     page = (ROOT / "docs/howto/install-as-a-service.md").read_text()
     commands = re.search(r"## Back up.*?```sh\n(.*?)```", page, re.DOTALL)[1].splitlines()
     backup = short_tmp / "backup"
-    backup.mkdir()
     short_tmp.chmod(0o755)
     with Installation(short_tmp) as site:
         state = short_tmp / "state"
@@ -32,13 +31,15 @@ def test_a_backup_of_a_running_manager_is_restored_with_everybodys_data(short_tm
         def here(command):
             return command.replace("/var/lib/dispatcher", str(state)).replace("/srv/backup", str(backup))
 
+        subprocess.run(here(commands[0]), shell=True, check=True)
+        assert backup.stat().st_mode & 0o777 == 0o700
         # The command line of SQLite may be absent; Python's has the same backup.
-        assert here(commands[0]) == f"sqlite3 {state}/dispatcher.db \".backup '{backup}/dispatcher.db'\""
+        assert here(commands[1]) == f"sqlite3 {state}/dispatcher.db \".backup '{backup}/dispatcher.db'\""
         source, copy = sqlite3.connect(state / "dispatcher.db"), sqlite3.connect(backup / "dispatcher.db")
         source.backup(copy)
         source.close()
         copy.close()
-        subprocess.run(here(commands[1]), shell=True, check=True)
+        subprocess.run(here(commands[2]), shell=True, check=True)
         site.processes["manager"].terminate()
         site.processes["manager"].wait(20)
         shutil.rmtree(state)

@@ -379,6 +379,15 @@ def test_a_plugin_that_cannot_be_imported_says_what_to_install(config, level):
     assert (found, "cannot be imported" in what, "pip install" in fix) == (level, True, True)
 
 
+def test_a_library_that_a_plugin_lacks_is_named_with_its_package(monkeypatch, tmp_path):
+    text = "libvirt.so.0: cannot open shared object file: No such file or directory"
+    (tmp_path / "needs_libvirt.py").write_text(f"raise ImportError({text!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    [(_, what, fix)] = found_by(Plugins([entry("fake", "needs_libvirt")]))
+    assert "the library libvirt.so.0 is not installed" in what
+    assert fix.endswith("apt install libvirt0)")
+
+
 def test_a_plugin_without_a_provider_is_not_mentioned(monkeypatch):
     monkeypatch.setitem(sys.modules, "login_plugin", plugin(authenticators=[FakeAuthenticator]))
     assert found_by(Plugins([entry("fake", "login_plugin")])) == []
