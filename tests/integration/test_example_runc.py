@@ -86,3 +86,32 @@ def test_the_kit_is_satisfied(project):
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 95 and "skipped" not in done.stdout, done.stdout[-500:]
+
+
+#: crun refuses control groups of both versions: in a mount namespace of its own, only those of version 1 are there.
+ONE_VERSION = """
+set -e
+if [ -d /sys/fs/cgroup/unified ]; then
+    mkdir groups
+    mount -t tmpfs none groups
+    for each in $(ls /sys/fs/cgroup); do
+        if [ -L /sys/fs/cgroup/$each ]; then cp -a /sys/fs/cgroup/$each groups
+        elif [ $each != unified ]; then mkdir groups/$each; mount --rbind /sys/fs/cgroup/$each groups/$each; fi
+    done
+    mount --rbind groups /sys/fs/cgroup
+fi
+exec "$@"
+"""
+
+
+@pytest.mark.program("crun")
+def test_crun_passes_checks_of_each_kind(project, monkeypatch):
+    monkeypatch.setenv("RUNTIME", "crun")
+    checks = "ensure_runs or exit_is_reported or sleep_keeps or memory_limit or destroy_leaves or no_privileges"
+    command = ["unshare", "--mount", "sh", "-c", ONE_VERSION, "sh", sys.executable, "-m", "pytest", "-q"]
+    done = run(
+        project, *command, "-p", "no:cacheprovider", "-W", "error", "test_runc.py", "-k", checks, timeout=120
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 6 and "skipped" not in done.stdout, done.stdout[-500:]
