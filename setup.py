@@ -1,4 +1,4 @@
-"""Packaging: one distribution; each folder of `providers/` is a plugin as a third party would publish it.
+"""Packaging: one distribution; each folder of `providers/` and `authenticators/` is a plugin.
 
 The path of a request through the edge is compiled with mypyc where a C compiler and Python's headers are found
 (docs/adr/0010); DISPATCHER_PURE=1 leaves that out.
@@ -15,8 +15,10 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
+AUTHENTICATORS = ("ldap",)
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
+LDAP = ["ldap3>=2.9.1"]
 POSTGRESQL = ["psycopg[binary]>=3.2"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo"]
 KIT = [
@@ -110,11 +112,15 @@ setup(
     setup_requires=[MYPY] if can_compile() else [],  # pip installs it into its own build environment
     packages=[
         *find_packages(include=["dispatcher", "dispatcher.*"]),
-        *(f"dispatcher_{name}" for name in PROVIDERS),
+        *(f"dispatcher_{name}" for name in (*PROVIDERS, *AUTHENTICATORS)),
         "dispatcher_libvirt.disks",
         "dispatcher_subprocess.processes",
     ],
-    package_dir={f"dispatcher_{name}": f"providers/dispatcher_{name}" for name in PROVIDERS},
+    package_dir={
+        f"dispatcher_{name}": f"{folder}/dispatcher_{name}"
+        for folder, plugins in (("providers", PROVIDERS), ("authenticators", AUTHENTICATORS))
+        for name in plugins
+    },
     package_data={
         "dispatcher": ["py.typed"],
         "dispatcher.proxy.portal": ["templates/*", "static/*"],
@@ -152,14 +158,15 @@ setup(
     extras_require={
         "docker": DOCKER,
         "libvirt": LIBVIRT,
+        "ldap": LDAP,
         "postgresql": POSTGRESQL,
         "kit": KIT,
         "testing": TESTING,
         "docs": DOCS,
-        "all": DOCKER + LIBVIRT + POSTGRESQL,
+        "all": DOCKER + LIBVIRT + LDAP + POSTGRESQL,
     },
     entry_points={
         "console_scripts": ["dispatcher = dispatcher.cli:main"],
-        "dispatcher.plugins": [f"{name} = dispatcher_{name}" for name in PROVIDERS],
+        "dispatcher.plugins": [f"{name} = dispatcher_{name}" for name in (*PROVIDERS, *AUTHENTICATORS)],
     },
 )

@@ -125,6 +125,10 @@ class ManagerClient:
         """``{"findings": [...]}``."""
         return self._rows("findings", f"/providers/{quote(name, safe='')}/check", app=app)
 
+    def check_authenticator(self) -> Json:
+        """``{"findings": [...]}``."""
+        return self._rows("findings", "/authenticator/check")
+
     def memory_usage(self) -> Json:
         """``{"total", "average", "agents": [...]}`` in bytes."""
         return self._rows("agents", "/stats/memory_usage")

@@ -51,6 +51,12 @@ class Authenticator(ABC):
         :raises Unavailable: the directory does not answer.
         """
 
+    def check(self, *, deadline: Deadline) -> None:
+        """Verify, for `dispatcher doctor`, that passwords can be checked; by default nothing is verified.
+
+        :raises Unavailable: what is wrong.
+        """
+
     def set_password(self, name: str, password: str, *, deadline: Deadline) -> None:
         """Change the password, if the authenticator stores it.
 

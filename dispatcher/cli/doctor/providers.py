@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dispatcher.common.contained import bounded, instance
 from dispatcher.common.plugin_values import finding, several
@@ -51,11 +51,13 @@ def plugins_in_use(config: Config, plugins: Plugins, client: ManagerClient | Non
 
     def findings(name: str) -> list[Finding]:
         kind, state = used.get(name, "provider"), managed.get(name)
+        ask: Callable[[], dict[str, Any]] | None = None
         if client is not None and name in backends:
-            return [
-                Finding(**item | {"level": Level(item["level"])})
-                for item in client.check_provider(name)["findings"]
-            ]
+            ask = functools.partial(client.check_provider, name)
+        elif client is not None and state and kind == "authenticator" and not state["error"]:
+            ask = client.check_authenticator
+        if ask is not None:
+            return [Finding(**item | {"level": Level(item["level"])}) for item in ask()["findings"]]
         if state and state["configured"]:
             return [_told(state["error"], state.get("fix") or "") if state["error"] else _works(kind)]
         return list(_checked_here(name, kind, config, plugins, used=name in used))
@@ -120,14 +122,18 @@ def _checked_here(name: str, kind: str, config: Config, plugins: Plugins, *, use
 
 
 def check_authenticator(name: str, config: Config, plugins: Plugins) -> None:
-    """Make an authenticator, and close it.
+    """Make an authenticator and check it.
 
-    :raises DispatcherError: why that is impossible.
+    :raises DispatcherError: why passwords cannot be checked.
     """
     cls, options = plugins.authenticator(name), config.authenticator_options(name, plugins)
     ref = plugins.ref("authenticator", name)
     made = bounded(ref, "__init__", lambda: instance(cls, options=options), log=None)
-    bounded(ref, "close", made.close, log=None)
+    try:
+        deadline = Deadline(SECONDS)
+        bounded(ref, "check", lambda: made.check(deadline=deadline), seconds=SECONDS + SLACK, log=None)
+    finally:
+        bounded(ref, "close", made.close, log=None)
 
 
 def check(

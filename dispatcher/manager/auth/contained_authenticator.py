@@ -22,6 +22,7 @@ from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forb
 from dispatcher.plugin.names import printable, user_name
 
 CLOSE = 3.0  # seconds
+SLACK = 5.0  # seconds past its deadline until a check is given up
 RETRY = 5.0  # seconds until a browser may try again
 #: Errors of `set_password` whose texts are for the user.
 _FOR_USER = (BadRequest, Conflict, Forbidden, Unsupported)
@@ -75,6 +76,24 @@ class ContainedAuthenticator:
         """
         with self._call("set_password", (name, password), deadline) as wrapped:
             wrapped.set_password(name, password, deadline=deadline)
+
+    def check(self, *, deadline: Deadline) -> None:
+        """Verify that passwords can be checked.
+
+        :raises DispatcherError: what is wrong, for administrators.
+        """
+        if self._wrapped is None:
+            assert self.problem is not None
+            raise self.problem.with_traceback(None)
+        wrapped = self._wrapped
+        bounded(
+            self.plugin,
+            "check",
+            lambda: wrapped.check(deadline=deadline),
+            seconds=deadline.remaining() + SLACK,
+            log=None,
+            error=Unavailable,
+        )
 
     def close(self) -> None:
         """`Authenticator.close`; exceptions are logged."""

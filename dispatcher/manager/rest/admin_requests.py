@@ -8,8 +8,11 @@ from dispatcher.manager.rest.routing import Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import listed
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import NotFound
+from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.errors import DispatcherError, NotFound
+from dispatcher.plugin.model import Finding
 
+CHECK_SECONDS = 20.0
 routes = Routes()
 
 
@@ -54,6 +57,17 @@ def check_provider(services: Services, provider: str, app: schemas.App | None = 
     """Describe what a provider isolates and what it does not, for one app or in general."""
     found = services.supervisor.queries.check_provider(provider, app)
     return {"findings": [{"level": item.level.value, "what": item.what, "fix": item.fix} for item in found]}
+
+
+@routes.add("GET", "/authenticator/check", {200: schemas.Findings})
+def check_authenticator(services: Services) -> Json:
+    """Verify that passwords can be checked, as far as that is possible without one."""
+    try:
+        services.signin.authenticator.check(deadline=Deadline(CHECK_SECONDS))
+        found = Finding.ok("can be used (authenticator)")
+    except DispatcherError as error:
+        found = Finding.error(f"{error.what}: {error.why}" if error.why else error.what, error.fix or "")
+    return {"findings": [{"level": found.level.value, "what": found.what, "fix": found.fix}]}
 
 
 @routes.add("GET", "/stats/memory_usage", {200: schemas.MemoryUsage})

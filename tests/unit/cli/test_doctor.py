@@ -418,9 +418,14 @@ def test_every_plugin_of_the_configuration_is_asked(monkeypatch, table, works):
     assert [level for level, *_ in found] == ["ok" if works else "error"]
     assert works or "of acme-plugin 1.2" in found[0][1]
     state = {"name": "fake", "configured": True, "error": None if works else "it does not return"}
-    client = SimpleNamespace(providers=lambda: {"providers": []}, plugins=lambda: {"plugins": [state]})
+    client = SimpleNamespace(
+        providers=lambda: {"providers": []},
+        plugins=lambda: {"plugins": [state]},
+        check_authenticator=lambda: {"findings": [{"level": "ok", "what": "the directory answers", "fix": ""}]},
+    )
     found = found_by(Plugins([entry("fake", "a_plugin")]), {"apps": {}} | table, client)
     assert [level for level, *_ in found] == ["ok" if works else "error"]
+    assert ("the directory answers" in found[0][1]) == (works and "auth" in table)
     assert works or "it does not return" in found[0][1]
 
 

@@ -11,7 +11,9 @@ import pytest
 from tests.conftest import ROOT
 
 CORE = sorted(ROOT.glob("dispatcher/**/*.py"))
-PROVIDERS = sorted(ROOT.glob("providers/dispatcher_*/**/*.py"))
+PLUGINS = sorted(
+    path for place in ("providers", "authenticators") for path in ROOT.glob(f"{place}/dispatcher_*/**/*.py")
+)
 FORBIDDEN_NAMES = {"docker.py", "libvirt.py", "subprocess.py"}
 
 
@@ -19,13 +21,13 @@ def relative(path):
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", [*CORE, *PROVIDERS], ids=relative)
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
 def test_modules_say_what_they_are_for(path):
     assert ast.get_docstring(ast.parse(path.read_text())), "the first lines say what the module is for"
     assert path.name not in FORBIDDEN_NAMES
 
 
-@pytest.mark.parametrize("path", [*CORE, *PROVIDERS], ids=relative)
+@pytest.mark.parametrize("path", [*CORE, *PLUGINS], ids=relative)
 def test_nothing_is_left_to_do(path):
     words = ("TO" + "DO", "FIX" + "ME", "X" + "XX")
     found = [
@@ -49,7 +51,7 @@ def test_no_committed_file_names_this_machine():
     if done is None or done.returncode:
         names = [
             str(path.relative_to(ROOT))
-            for pattern in ("dispatcher/**/*", "providers/**/*", "docs/**/*", "*")
+            for pattern in ("dispatcher/**/*", "providers/**/*", "authenticators/**/*", "docs/**/*", "*")
             for path in ROOT.glob(pattern)
         ]
     else:
@@ -77,7 +79,8 @@ def test_no_committed_file_names_this_machine():
 
 def test_every_plugin_is_registered_as_a_third_party_would(tmp_path):
     setup = (ROOT / "setup.py").read_text()
-    folders = sorted(path.parent.name for path in ROOT.glob("providers/*/__init__.py"))
-    assert folders == ["dispatcher_docker", "dispatcher_libvirt", "dispatcher_subprocess"]
+    places = [place for kind in ("providers", "authenticators") for place in ROOT.glob(f"{kind}/*/__init__.py")]
+    folders = sorted(path.parent.name for path in places)
+    assert folders == ["dispatcher_docker", "dispatcher_ldap", "dispatcher_libvirt", "dispatcher_subprocess"]
     assert '"dispatcher.plugins"' in setup
-    assert not (ROOT / "providers/__init__.py").exists()
+    assert not any((ROOT / kind / "__init__.py").exists() for kind in ("providers", "authenticators"))

@@ -282,6 +282,7 @@ def test_revoking_all_needs_a_name(parts):
         ("/agents/alice/copies", {"copies"}),
         ("/providers", {"providers"}),
         ("/providers/fake/check", {"findings"}),
+        ("/authenticator/check", {"findings"}),
         ("/stats/memory_usage", {"total", "average", "agents"}),
         ("/stats/top", {"agents"}),
         ("/healthz", {"status", "version", "problems", "feed_connections", "configuration_changed"}),
