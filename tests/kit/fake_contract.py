@@ -39,7 +39,7 @@ class FakeContract(ProviderContract):
             found = (Declared("fake", "declared", GROUP),)
             vars(found[0])["registered"] = self.provider_class
         for module in (plugins, declared):
-            monkeypatch.setattr(module, "entry_points", lambda **_: found)
+            monkeypatch.setattr(module, "installed", lambda: list(found))
 
     @pytest.fixture
     def provider(self, context):
