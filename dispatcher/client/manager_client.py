@@ -174,7 +174,7 @@ class ManagerClient:
         return self._post("/sessions/state", {"sha256": sha256, "agent": agent, "state": state})
 
     def my_sessions(self, sha256: str) -> Json:
-        """``{"sessions": [...]}`` of the session's user."""
+        """``{"sessions": [...], "changes_passwords": bool}`` of the session's user."""
         return self._post("/sessions/list", {"sha256": sha256}, again=True)
 
     def change_password(self, sha256: str, password: str, new_password: str, address: str) -> Json:

@@ -13,6 +13,7 @@ import pytest
 from dispatcher.plugin.model import Capability, Depth, Handle, Network
 from dispatcher.plugin.provider import Provider, ProviderContext
 from dispatcher.testing.driver import Driver, expect
+from dispatcher.testing.fixtures import limit_fixtures
 from dispatcher.testing.kit import Agent, Kit, eventually
 from dispatcher.testing.verdict import Hangs, judging, register, within
 
@@ -131,6 +132,11 @@ class Contract:
         return []
 
     # -- fixtures ----------------------------------------------------------------------------------------
+
+    @pytest.fixture(autouse=True)
+    def limited_fixtures(self, request: pytest.FixtureRequest) -> None:
+        """Limit the time of the author's fixture."""
+        limit_fixtures(request)
 
     @pytest.fixture
     def context(self, request: pytest.FixtureRequest) -> ProviderContext:

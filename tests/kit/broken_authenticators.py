@@ -277,3 +277,15 @@ class Keeps_A_Dead_Connection(FakeAuthenticator):
         except Unavailable:
             self.dead = self.dead or self.directory.state == "down"
             raise
+
+
+class HangsWhenMade(FakeAuthenticator):
+    def __init__(self, **_more):
+        time.sleep(3600)
+
+
+class TestHangsWhenMade(FakeAuthenticatorContract):
+    """All checks fail, as none has an instance."""
+
+    authenticator_class = HangsWhenMade
+    patience, slack = 0.5, 0.2

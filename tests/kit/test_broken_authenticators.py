@@ -51,3 +51,13 @@ def test_caught_by_the_check_meant_for_it_alone(verdicts, name):
     check, advice = CASES[name]
     assert list(verdicts[name]) == [check], verdicts[name]
     assert re.search(advice, verdicts[name][check]), verdicts[name][check][:1500]
+
+
+def test_a_constructor_that_hangs_in_the_author_s_fixture_is_a_verdict(verdicts):
+    found = verdicts["TestHangsWhenMade"]
+    assert len(found) > 40
+    words = "the fixture `authenticator` has not returned after 0.7 s"
+    assert [check for check, text in found.items() if words not in text] == []
+    assert [
+        check for check, text in found.items() if "Read docs/howto/write-an-authenticator.md" not in text
+    ] == []

@@ -41,6 +41,7 @@ class Manager:
         self.devices = {}
         self.calls = []
         self.down = False
+        self.changes_passwords = True
         self.slowed = None
         self.counter = itertools.count()
 
@@ -124,7 +125,8 @@ class Manager:
                     "user_agent": row.get("user_agent", ""),
                 }
                 for row in self.rows.values() if row["user"] == user
-            ]
+            ],
+            "changes_passwords": self.changes_passwords,
         }  # fmt: skip
 
     def change_password(self, sha256, password, new_password, address):

@@ -45,6 +45,12 @@ class ContainedAuthenticator:
         self.problem = problem
         self._wrapped = wrapped
 
+    @property
+    def changes_passwords(self) -> bool:
+        """Whether it has a method for it; that may say where to change them."""
+        wrapped = self._wrapped
+        return wrapped is not None and type(wrapped).set_password is not Authenticator.set_password
+
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> str | None:
         """Return the canonical name of the user, None for a wrong name or password.
 

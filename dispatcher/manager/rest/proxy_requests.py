@@ -98,10 +98,11 @@ def my_state(
     return services.supervisor.queries.view(agent).to_json(), 202
 
 
-@routes.add("POST", "/sessions/list", {200: schemas.SessionList})
+@routes.add("POST", "/sessions/list", {200: schemas.OwnSessions})
 def my_sessions(services: Services, sha256: schemas.Sha256) -> Json:
-    """List the sessions of a session's user."""
-    return listed(services, services.sessions.all(_user_session(services, sha256).user))
+    """List the sessions of a session's user, and say whether the user can change the password here."""
+    found = listed(services, services.sessions.all(_user_session(services, sha256).user))
+    return found | {"changes_passwords": services.signin.authenticator.changes_passwords}
 
 
 @routes.add("POST", "/sessions/password", {200: schemas.Renewed})

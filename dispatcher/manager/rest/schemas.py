@@ -136,6 +136,7 @@ ListedSession = TypedDict(
     },
 )
 SessionList = TypedDict("SessionList", {"sessions": list[ListedSession]})
+OwnSessions = TypedDict("OwnSessions", {"sessions": list[ListedSession], "changes_passwords": bool})
 Revoked = TypedDict("Revoked", {"revoked": int})
 
 # The manager

@@ -29,9 +29,10 @@ def account() -> Response:
 
 def _page(status: int = 200, **values: Any) -> Response:
     someone = context.signed_in()
-    sessions = context.portal().client.my_sessions(someone.sha256)["sessions"]
+    found = context.portal().client.my_sessions(someone.sha256)
+    sessions, changes = found["sessions"], found.get("changes_passwords", True)  # missing: of an earlier manager
     if responses.for_programs():
-        return responses.data({"user": someone.user, "sessions": sessions})
+        return responses.data({"user": someone.user, "sessions": sessions, "changes_passwords": changes})
     shown = [
         {
             "id": session["id"],
@@ -44,7 +45,8 @@ def _page(status: int = 200, **values: Any) -> Response:
         for session in sessions
     ]
     shown.sort(key=lambda session: not session["own"])
-    return responses.page("account.html", status, someone=someone, sessions=shown, **values)
+    values |= {"someone": someone, "sessions": shown, "changes_passwords": changes}
+    return responses.page("account.html", status, **values)
 
 
 @pages.post("/account/password")

@@ -14,6 +14,7 @@ import pytest
 from dispatcher.plugin.authenticator import Authenticator
 from dispatcher.testing.authenticator.asker import Asker
 from dispatcher.testing.base import needs_no
+from dispatcher.testing.fixtures import limit_fixtures
 from dispatcher.testing.verdict import PAGE
 
 _Check = TypeVar("_Check", bound=Callable[..., None])
@@ -82,6 +83,11 @@ class AuthenticatorBase:
         self._must(f"broken_directory({how!r}), or set no_directory to the reason why there is none")
 
     # -- fixtures ----------------------------------------------------------------------------------------
+
+    @pytest.fixture(autouse=True)
+    def limited_fixtures(self, request: pytest.FixtureRequest) -> None:
+        """Limit the time of the author's fixture."""
+        limit_fixtures(request)
 
     @pytest.fixture
     def ask(self, authenticator: Authenticator) -> Asker:

@@ -255,6 +255,7 @@ def test_an_external_directory_makes_the_user_at_the_first_sign_in(tmp_path):
     assert parts.login("alice@corp").status_code == 201
     assert parts.supervisor.store.get_user("alice").password_hash is None
     assert parts.login("alice@corp").json["session"]["user"] == "alice"
+    assert parts.post("/sessions/list", sha256=signed_in(parts, "alice@corp")).json["changes_passwords"] is False
     assert list(parts.supervisor.rows) == ["alice"]
     assert parts.admin.put("/agents/alice/password", json={"password": "x" * 8}).status_code == 422
     assert parts.add("bob", "x" * 8).status_code == 400

@@ -307,6 +307,16 @@ class TestAccount:
         assert text in page.text
         assert (manager.users["alice"], browser.cookie()) == ("correct horse", before)
 
+    def test_no_form_is_shown_for_a_password_that_is_kept_elsewhere(self, portal) -> None:
+        app, manager = portal
+        manager.changes_passwords = False
+        browser = Browser(app)
+        browser.sign_in()
+        page = browser.get("/auth/account")
+        assert "kept elsewhere, and cannot be changed here" in page.text
+        assert 'type="password"' not in page.text
+        assert page.form("/account/sessions")
+
     def test_sessions_are_listed_and_ended_one_by_one(self, portal) -> None:
         app, _ = portal
         here, there = Browser(app), Browser(app)
