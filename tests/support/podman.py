@@ -67,6 +67,7 @@ class Podman:
             self.service = subprocess.Popen(
                 [*self.program, "system", "service", "-t", "0", self.url],
                 env=self.environment,
+                cwd=self.base,  # conmon writes a file `oom` there
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
