@@ -26,6 +26,7 @@ class LdapAuthenticator(Authenticator):
     api_version = 1
     Options = LdapOptions
     options: LdapOptions
+    changes_passwords = False
 
     def __init__(self, *, options: LdapOptions) -> None:
         super().__init__(options=options)

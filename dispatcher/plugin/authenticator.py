@@ -39,6 +39,8 @@ class Authenticator(ABC):
     api_version: ClassVar[int] = 1
     #: Validates ``[auth.NAME]``.  Forbid extra keys.
     Options: ClassVar[type[BaseModel]]
+    #: Whether `set_password` changes passwords; None: if it is overridden.  Without, users see no form for it.
+    changes_passwords: ClassVar[bool | None] = None
 
     def __init__(self, *, options: BaseModel) -> None:
         """Keep the options.  Must not open connections."""

@@ -134,7 +134,7 @@ class Contract:
     # -- fixtures ----------------------------------------------------------------------------------------
 
     @pytest.fixture(autouse=True)
-    def limited_fixtures(self, request: pytest.FixtureRequest) -> None:
+    def _limited_fixtures(self, request: pytest.FixtureRequest) -> None:
         """Limit the time of the author's fixture."""
         limit_fixtures(request)
 

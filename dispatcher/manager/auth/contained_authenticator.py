@@ -47,9 +47,12 @@ class ContainedAuthenticator:
 
     @property
     def changes_passwords(self) -> bool:
-        """Whether it has a method for it; that may say where to change them."""
-        wrapped = self._wrapped
-        return wrapped is not None and type(wrapped).set_password is not Authenticator.set_password
+        """Whether users can change their passwords with it."""
+        if self._wrapped is None:
+            return False
+        cls = type(self._wrapped)
+        stated = cls.changes_passwords
+        return stated if isinstance(stated, bool) else cls.set_password is not Authenticator.set_password
 
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> str | None:
         """Return the canonical name of the user, None for a wrong name or password.

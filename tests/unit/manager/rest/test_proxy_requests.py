@@ -10,7 +10,7 @@ import pytest
 
 from dispatcher.plugin import names
 from dispatcher.plugin.authenticator import Authenticator, Identity
-from dispatcher.plugin.errors import Unavailable
+from dispatcher.plugin.errors import Unavailable, Unsupported
 from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.auth.local import LocalOptions
 from dispatcher.manager.auth.sessions import digest
@@ -466,3 +466,24 @@ def test_nothing_of_the_role_admin_is_here(parts, route):
         route.path.replace("<agent>", "alice").replace("<id>", "0" * 16), method=route.method
     )
     assert answer.status_code in {404, 405}
+
+
+def test_an_authenticator_states_that_it_only_says_where_passwords_are_changed(tmp_path):
+    class Directory(Authenticator):
+        name = "directory"
+        Options = LocalOptions
+        changes_passwords = False
+
+        def authenticate(self, name, password, *, deadline):
+            return Identity(user="alice")
+
+        def set_password(self, name, password, *, deadline):
+            raise Unsupported("Passwords are not changed here", fix="ask the service desk")
+
+    parts = Parts(tmp_path, authenticator=Directory(options=LocalOptions()))
+    assert parts.post("/sessions/list", sha256=signed_in(parts)).json["changes_passwords"] is False
+    parts.close()
+
+
+def test_a_user_of_the_manager_s_own_passwords_can_change_it(parts):
+    assert parts.post("/sessions/list", sha256=signed_in(parts)).json["changes_passwords"] is True
