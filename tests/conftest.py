@@ -3,7 +3,7 @@
 - A test that needs root, bubblewrap, Docker, libvirt or Chromium carries that marker, and `program("NAME")` for any
   other program.  Where the thing is absent the test is skipped with the reason; with CI=true *any* skip is a failure.
 - Under xdist (`--dist loadgroup`) everything that shares a heavy backend runs on one worker, one after the
-  other, and begins first: tests marked docker or browser (one group), or libvirt, and all of tests/chaos.  Emulated guests take
+  other, and begins first: tests marked docker, browser or libvirt, and all of tests/chaos.  Emulated guests take
   longest, so their tests are two groups: the conformance kit, and `machines` with all others; so does the group
   `machine`, a whole machine.  A test that restarts libvirtd (marker `libvirt_restart`) waits until no other uses it.
   The rest is spread test by test.  A test may choose a group of its own with `pytest.mark.xdist_group`.
@@ -25,7 +25,8 @@ import pytest
 
 CI = os.environ.get("CI") == "true"
 ROOT = Path(__file__).parent.parent
-HEAVY = ("machine", "libvirt", "machines", "docker", "browser", "chaos")  # groups in the order of their begin
+#: Groups in the order of their begin: the longest first, and beside emulated guests what waits more than it computes.
+HEAVY = ("machine", "libvirt", "docker", "machines", "browser", "chaos")
 LIBVIRT_LOCK = Path("/tmp/dispatcher-tests-libvirt.lock")
 
 
@@ -90,8 +91,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             return "machines"
         for name in HEAVY:
             if item.get_closest_marker(name) or f"/tests/{name}/" in str(item.path):
-                # Chromium gives up requests whenever an interface of the host changes, as containers' do.
-                name = "docker" if name == "browser" else name
                 item.add_marker(pytest.mark.xdist_group(name))
                 return name
         if "/tests/integration/test_subprocess_" in str(item.path):

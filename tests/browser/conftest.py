@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
+from tests.support import steady_chromium
 from tests.support.installation import PASSWORD, Installation
 
 #: Other tests run beside these on few cores.
 expect.set_options(timeout=15_000)
 ROOT = Path(__file__).parent.parent.parent
+CHROMIUM = steady_chromium.__file__
 ARGUMENTS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
@@ -29,7 +31,7 @@ DEMO = '[apps.demo]\ntitle = "Notebook"\n[apps.demo.subprocess]\ncommand = ["{py
 @pytest.fixture(scope="module")  # its loop would still run in the tests that come after
 def chromium():
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser
         browser.close()
 

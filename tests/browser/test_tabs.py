@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.conftest import ARGUMENTS, certificate
+from tests.browser.conftest import ARGUMENTS, CHROMIUM, certificate
 from tests.support.installation import PASSWORD
 
 pytestmark = pytest.mark.browser
@@ -231,9 +231,7 @@ def test_no_cached_page_of_one_person_is_shown_to_another(site, host, person) ->
 def remembering(chromium: Browser):
     """A page with the back-forward cache, which Playwright switches off."""
     ignored = ["--disable-back-forward-cache"]
-    browser = chromium.browser_type.launch(
-        executable_path="/usr/bin/chromium", args=ARGUMENTS, ignore_default_args=ignored
-    )
+    browser = chromium.browser_type.launch(executable_path=CHROMIUM, args=ARGUMENTS, ignore_default_args=ignored)
     page = browser.new_context(ignore_https_errors=True).new_page()
     page.set_default_timeout(15_000)
     yield page

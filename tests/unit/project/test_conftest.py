@@ -69,7 +69,7 @@ def test_heavy_tests_come_first_in_their_group(suite, monkeypatch):
 import pytest
 def test_light(): pass
 @pytest.mark.browser
-def test_browser(request): assert request.node.get_closest_marker("xdist_group").args == ("docker",)
+def test_browser(request): assert request.node.get_closest_marker("xdist_group").args == ("browser",)
 @pytest.mark.libvirt
 def test_libvirt(request): assert request.node.get_closest_marker("xdist_group").args == ("machines",)
 """)
