@@ -23,21 +23,15 @@ def package(suite: str = "") -> Path:
     """
     if ready := os.environ.get("DISPATCHER_TEST_PACKAGE"):
         return Path(ready)
-    return _built("" if suite == platform.freedesktop_os_release().get("VERSION_CODENAME") else suite)
+    return _built(suite or platform.freedesktop_os_release()["VERSION_CODENAME"])
 
 
 @functools.cache
 def _built(suite: str) -> Path:
     directory = tempfile.mkdtemp(prefix="package-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    command = [ROOT / "packaging/build-deb", "--no-check", "--output", directory]
-    if suite:
-        command = [ROOT / "tests/machine/build-package", suite, directory]
-    # As from a make that was given a variable of the same name as one of debian/rules.
-    environment = os.environ | {"MAKEFLAGS": " -- VENV=elsewhere"}
-    built = subprocess.run(
-        command, stdin=subprocess.DEVNULL, env=environment, capture_output=True, text=True, timeout=800
-    )
+    command = [ROOT / "tests/machine/build-package", suite, directory]
+    built = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=800)
     assert built.returncode == 0, built.stdout + built.stderr
     return Path(built.stdout.splitlines()[-1])
 
