@@ -28,8 +28,16 @@ def config() -> None:
 @pass_cli
 def check(cli: Cli) -> None:
     """Read the configuration, including the plugins' tables, and report every fault."""
+    from dispatcher.config import default_paths
+
     apps = ", ".join(sorted(checked(cli).apps)) or "none"
-    cli.out.line(f"the configuration is valid (apps: {apps})")
+    path = cli.config_path or default_paths.config_file()
+    if path.exists():
+        cli.out.line(f"the configuration is valid: {path} (apps: {apps})")
+    else:
+        cli.out.line(f"there is no {path}: the defaults are in force (apps: {apps})")
+    if cli.config_path is None and path != default_paths.SYSTEM_CONFIG and default_paths.SYSTEM_CONFIG.exists():
+        cli.out.note(f"{default_paths.SYSTEM_CONFIG} is another file: name it with --config to check it")
 
 
 def checked(cli: Cli) -> Config:

@@ -9,6 +9,7 @@ import tomli_w
 from dispatcher.config.load import parse
 from dispatcher.cli import main
 from dispatcher.cli.commands.configuration import effective
+from dispatcher.config import default_paths
 from dispatcher.common.redact import MASK, configuration
 from dispatcher.config.plugins import Plugins
 from tests.unit.config.test_plugins import FakeProvider, plugin
@@ -88,7 +89,7 @@ def test_show_and_check_through_the_program(tmp_path, capsys):
     assert json.loads(out)["manager"]["database"].endswith("@h/d")
     assert run(capsys, "--config", str(path), "config", "check") == (
         0,
-        "the configuration is valid (apps: a)\n",
+        f"the configuration is valid: {path} (apps: a)\n",
         "",
     )
 
@@ -224,7 +225,7 @@ def test_secrets_are_checked_and_their_contents_never_shown(tmp_path, capsys):
     secret.write_text("hunter2")
     secret.chmod(0o644)
     code, out, err = run(capsys, "--config", str(path), "config", "check")
-    assert (code, out) == (0, "the configuration is valid (apps: a)\n")
+    assert (code, out) == (0, f"the configuration is valid: {path} (apps: a)\n")
     assert f"warning: apps.a.secrets.API_TOKEN: every user of this host can read {secret}" in err
     assert "warning: apps.a.secrets.OTHER: the variable NO_SUCH_VARIABLE_HERE is missing" in err
     code, shown, _ = run(capsys, "--config", str(path), "config", "show")
@@ -240,3 +241,15 @@ def test_a_directory_is_no_program(tmp_path, capsys):
     file.write_text('[apps.x.subprocess]\ncommand = ["/usr/bin/", "{socket}"]\n')
     assert main(["--config", str(file), "config", "check"]) == 2
     assert "there is no program '/usr/bin/'" in capsys.readouterr().err
+
+
+def test_the_check_names_the_file_and_another_one_of_the_host(tmp_path, capsys, monkeypatch):
+    own, system = tmp_path / "own.toml", tmp_path / "system.toml"
+    system.touch()
+    monkeypatch.delenv("DISPATCHER_CONFIG", raising=False)
+    monkeypatch.setattr(default_paths, "config_file", lambda: own)
+    monkeypatch.setattr(default_paths, "SYSTEM_CONFIG", system)
+    code, out, err = run(capsys, "config", "check")
+    assert (code, out) == (0, f"there is no {own}: the defaults are in force (apps: demo)\n")
+    assert f"{system} is another file" in err
+    assert "another file" not in run(capsys, "--config", str(system), "config", "check")[2]
