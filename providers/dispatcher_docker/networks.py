@@ -280,7 +280,10 @@ class _Firewall:
 
     def enter_forward(self) -> None:
         """Make new connections to other hosts jump to their chain."""
-        self._enter(self._table, self._interface, self._forward)
+        chains = self._forward
+        if chains is _FORWARD and not self._iptables("filter", "-C", "FORWARD", "-j", _FORWARD[0]):
+            chains = _FORWARD[1:]  # a firewall that was restored may have the first without a jump to it
+        self._enter(self._table, self._interface, chains)
 
     def enter_input(self) -> None:
         """Make new connections to this host jump to their chain."""

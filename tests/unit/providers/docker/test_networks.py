@@ -2,6 +2,8 @@
 
 from ipaddress import ip_address, ip_network
 
+import pytest
+
 from dispatcher.plugin import Deadline
 from dispatcher_docker import networks
 from dispatcher_docker.networks import _Firewall, chain, input_chain
@@ -91,3 +93,18 @@ def test_bounds_stay_in_place_and_a_kernel_without_them_gets_an_empty_chain(monk
     ran.clear()
     firewall.bound()
     assert [arguments[2:4] for _, arguments, _ in ran] == [("-C", "dsp-1-new")] * 2
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_docker_s_chain_is_used_only_where_packets_reach_it(monkeypatch, leads):
+    """A firewall that was restored before Docker started can have the chain without a jump to it."""
+    firewall = _Firewall(4, "dsp-1", Deadline(5))
+    ran = []
+
+    def run(*words, stdin=""):
+        ran.append(words)
+        return "-I" in words or (leads and words[-1] == "DOCKER-USER")
+
+    monkeypatch.setattr(firewall, "_run", run)
+    firewall.enter_forward()
+    assert ran[-1][3:5] == ("-I", "DOCKER-USER" if leads else "FORWARD")
