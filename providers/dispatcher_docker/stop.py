@@ -75,6 +75,6 @@ def remove(engine: Engine, name: str, deadline: Deadline) -> None:
             return
         except ProviderError as error:
             # Another removal is under way; or Podman learns only now that the container has ended.
-            if "in progress" not in error.why and (tries > 2 or "state improper" not in error.why):
+            if "in progress" not in error.why and (tries > 2 or "could not be stopped" not in error.why):
                 raise
             time.sleep(0.05)
