@@ -27,7 +27,8 @@ class FixtureLimit:
         self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
     ) -> Generator[None, object, object]:
         """Limit the time of a fixture."""
-        name, owner = fixturedef.argname, request.cls
+        name = fixturedef.argname
+        owner = getattr(request, "cls", None)  # a fixture of a module or a session belongs to no class
         if name not in _MADE_BY or not hasattr(owner, "patience"):
             return (yield)
         seconds = owner.patience + owner.slack
