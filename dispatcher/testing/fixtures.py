@@ -28,7 +28,7 @@ class FixtureLimit:
     ) -> Generator[None, object, object]:
         """Limit the time of a fixture."""
         name = fixturedef.argname
-        owner = getattr(request, "cls", None)  # a fixture of a module or a session belongs to no class
+        owner: Any = getattr(request, "cls", None)  # a fixture of a module or a session belongs to no class
         if name not in _MADE_BY or not hasattr(owner, "patience"):
             return (yield)
         seconds = owner.patience + owner.slack
