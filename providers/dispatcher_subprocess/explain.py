@@ -66,6 +66,11 @@ def _host(host: Host) -> Iterator[Finding]:
             f"All agents run as the user that runs the manager{rest}",
             "run the manager as root for a user id per agent",
         )
+    if host.sandboxed and not host.sizes:
+        yield Finding.warning(
+            "bubblewrap is older than 0.7: temporary files are limited by the agent's memory, not by tmp_size",
+            "install bubblewrap 0.7 or later",
+        )
     for what, (key, _, instead) in _LIMITS.items():
         if host.cgroups.limits(what):
             yield Finding.ok(f"The limit {key} is enforced by the kernel's {what} controller")

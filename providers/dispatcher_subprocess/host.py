@@ -22,7 +22,7 @@ from dispatcher_subprocess.processes.cgroups import Cgroups, discover
 
 _PROBE = ["--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-net", "--ro-bind", "/", "/"]
 _PROBE += ["--proc", "/proc", "--dev", "/dev", "--remount-ro", "/"]
-_PROBE += ["--size", "4096", "--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
+_PROBE += ["--perms", "1777", "--tmpfs", "/dev/shm"]  # noqa: S108
 _TRIAL = 20.0  # seconds for the first sandbox
 #: Option of pasta, from October 2024 on: connect to the loopback interface inside, as earlier versions do.
 LOOPBACK = "--host-lo-to-ns-lo"
@@ -37,6 +37,7 @@ class Host:
     """The programs and control groups found.
 
     :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason, fix: why not, and what to do.
+    :ivar sizes: bubblewrap limits the size of temporary files (0.7 or later).
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
     :ivar pasta_loopback: pasta connects to the loopback interface inside only when it is told to.
     :ivar tracks_connections: the kernel has a table of the host's connections, for its firewall.
@@ -47,6 +48,7 @@ class Host:
     bwrap: str = ""
     reason: str = ""
     fix: str = ""
+    sizes: bool = True
     setpriv: str = ""
     pasta: str = ""
     slirp: str = ""
@@ -103,10 +105,11 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         bwrap="" if reason else bwrap,
         reason=reason,
         fix=fix,
+        sizes=not bwrap or _knows([bwrap, "--size", "4096"], deadline),
         setpriv=find_program("setpriv"),
         pasta=pasta,
         slirp=find_program("slirp4netns") if options.private_network != "pasta" else "",
-        pasta_loopback=bool(pasta) and _knows(pasta, LOOPBACK, deadline),
+        pasta_loopback=bool(pasta) and _knows([pasta, LOOPBACK], deadline),
         tracks_connections=os.path.exists("/proc/sys/net/netfilter/nf_conntrack_max"),
         cgroups=cgroups,
     )
@@ -142,10 +145,10 @@ def _fault(bwrap: str, deadline: Deadline) -> str:
     return ""
 
 
-def _knows(program: str, option: str, deadline: Deadline) -> bool:
-    """Whether a program knows an option; the help that pasta writes to a pipe is cut."""
+def _knows(command: list[str], deadline: Deadline) -> bool:
+    """Whether a program knows its options; the help that pasta writes to a pipe is cut."""
     try:
-        run_command([program, option, "--version"], f"Cannot run {program}", environment={}, deadline=deadline)
+        run_command([*command, "--version"], f"Cannot run {command[0]}", environment={}, deadline=deadline)
     except DispatcherError:
         return False
     return True

@@ -204,6 +204,7 @@ class Planner:
                 [path for path in (*options.hide, _HIDDEN) if path.exists()],
                 own_uid=self.host.own_uid,
                 own_resolver=app.network is Network.PRIVATE,
+                sizes=self.host.sizes,
             )
         unseen = unseen_file(app, shown) if self.host.sandboxed else ""
         found = _Files(program=program, view=view, shown=shown, unseen=unseen, until=boottime() + _CACHED)

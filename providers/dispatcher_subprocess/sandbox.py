@@ -154,12 +154,19 @@ def _place(path: str) -> str:
 
 
 def view(
-    options: AppOptions, shown: Iterable[Path], hidden: Iterable[Path], *, own_uid: bool, own_resolver: bool
+    options: AppOptions,
+    shown: Iterable[Path],
+    hidden: Iterable[Path],
+    *,
+    own_uid: bool,
+    own_resolver: bool,
+    sizes: bool = True,
 ) -> Tree:
     """Return the host's files that every agent of an app sees.
 
     :param shown: paths beyond SYSTEM, read-only; :param hidden: paths below shown ones to hide.
     :param own_uid: agents have files of users and groups of their own; :param own_resolver: and a resolv.conf.
+    :param sizes: bubblewrap limits the size of temporary files.
     """
     tree = Tree(made=["/"])
     for name in SYSTEM:
@@ -168,8 +175,9 @@ def view(
         else:
             tree.system(name)
     tree.words += ["--proc", "/proc", "--dev", "/dev"]
-    size = ["--size", str(options.tmp_size), "--perms", "1777", "--tmpfs"]
-    tree.words += [*size, "/tmp", *size, "/dev/shm"]  # noqa: S108  the agent's own
+    files = ["--size", str(options.tmp_size)] if sizes else []
+    files += ["--perms", "1777", "--tmpfs"]
+    tree.words += [*files, "/tmp", *files, "/dev/shm"]  # noqa: S108  the agent's own
     tree.made |= {"/proc", "/dev", "/tmp"}  # noqa: S108
     tree.directory("/var")
     tree.words += ["--symlink", "/tmp", "/var/tmp"]  # noqa: S108
@@ -185,8 +193,8 @@ def view(
             tree.bind("--ro-bind", bus, bus)
             tree.bind("--symlink", os.path.realpath(link), link)
     for path in hidden:
-        cover = ["--perms", "0555", "--size", "4096", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
-        tree.words += [*cover, _place(str(path))]
+        cover = ["--perms", "0555", "--tmpfs"] if path.is_dir() else ["--ro-bind", "/dev/null"]
+        tree.words += [*(["--size", "4096"] if sizes and path.is_dir() else []), *cover, _place(str(path))]
     tree.directory("/run")
     resolver = os.path.realpath("/etc/resolv.conf")  # often a link to what a service writes below /run
     if not own_resolver and not below(resolver, SYSTEM):

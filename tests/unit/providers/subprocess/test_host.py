@@ -3,10 +3,10 @@
 import os
 
 import pytest
-from dispatcher_subprocess import host
+from dispatcher_subprocess import explain, host, sandbox
 
 from dispatcher.plugin import Deadline
-from dispatcher_subprocess.options import Options
+from dispatcher_subprocess.options import AppOptions, Options
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,20 @@ def test_pasta_is_asked_for_the_loopback_interface_where_it_knows_the_option(mon
     pasta.chmod(0o755)
     monkeypatch.setattr(host, "find_program", lambda name: str(pasta) if name == "pasta" else "")
     assert host.examine(Options(cgroups="never"), "i", Deadline(10)).pasta_loopback is known
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_an_old_bubblewrap_makes_sandboxes_whose_temporary_files_have_no_size(monkeypatch, tmp_path, known):
+    """Version 0.6.1 of Ubuntu 22.04 knows no --size."""
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text(f'#!/bin/sh\nfor one; do [ "$one" != --size ] || {str(known).lower()} || exit 1; done\n')
+    bwrap.chmod(0o755)
+    monkeypatch.setattr(host, "find_program", lambda name: str(bwrap) if name == "bwrap" else "")
+    found = host.examine(Options(cgroups="never"), "i", Deadline(10))
+    assert found.sandboxed
+    assert found.sizes is known
+    told = [one.what for one in explain.findings(found, None) if "older than 0.7" in one.what]
+    assert bool(told) is not known
+    options = AppOptions(command=["app"])
+    seen = sandbox.view(options, [], [tmp_path], own_uid=True, own_resolver=False, sizes=found.sizes)
+    assert ("--size" in seen.words) is known
