@@ -1,4 +1,4 @@
-"""Checks of an entry point, the same for every kind of plugin."""
+"""Checks of an entry point and of options, the same for every kind of plugin."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from dispatcher.config.plugins import GROUP, distribution, installed
-from dispatcher.plugin.errors import PluginError
+from dispatcher.plugin.errors import ConfigError, PluginError
 from dispatcher.testing.driver import expect
 
 
@@ -40,3 +40,21 @@ def expect_hook_returns_class(find: Callable[[str], type], name: str, cls: type,
         found is cls,
         f"the entry point leads to {found!r}, the fixture `{fixture}` to {cls!r}: test what is installed",
     )
+
+
+def expect_key_refused(path: str, key: str, value: object, model: str, read: Callable[[], object]) -> None:
+    """Expect that an option is refused, and that the error names its key.
+
+    :param path: of its table; :param model: which should refuse it, for the message; :param read: reads the table.
+    """
+    __tracebackhide__ = True
+    try:
+        read()
+    except ConfigError as error:
+        expect(
+            f"{path}.{key}" in str(error),
+            f"the error for {path}.{key} does not name it ({error}): let pydantic report the key, and let "
+            "validators raise ValueError",
+        )
+    else:
+        pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')

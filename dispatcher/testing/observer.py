@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
+import itertools
 from typing import ClassVar
 
 import pytest
@@ -20,7 +19,7 @@ from dispatcher.plugin.model import AgentEvent
 from dispatcher.testing.authenticator.asker import in_time
 from dispatcher.testing.declared import expect_declared_once
 from dispatcher.testing.driver import expect
-from dispatcher.testing.kit import eventually
+from dispatcher.testing.remains import expect_nothing_left
 
 #: Every kind of event of this release.
 KINDS = (
@@ -98,18 +97,13 @@ class ObserverContract:
 
     def test_many_events_leave_nothing(self, observers: Plugins) -> None:
         """Many events leave no descriptor and no thread behind."""
-        for _ in range(2):
-            self.send(observers, event("ready"))
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        for number in range(_MANY):
-            self.send(observers, event("ready", detail=str(number)))
-        expect(
-            eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, 1, 0.05),
-            f"{_MANY} events left descriptors open: close what you open",
-        )
-        expect(
-            eventually(lambda: threading.active_count() <= threads + 2, 1, 0.05),
-            f"{_MANY} events left threads behind: the manager calls an observer in a thread of its own already",
+        numbers = itertools.count()
+        expect_nothing_left(
+            lambda: self.send(observers, event("ready", detail=str(next(numbers)))),
+            _MANY,
+            "events",
+            descriptors="close what you open",
+            threads="the manager calls an observer in a thread of its own already",
         )
 
     def send(self, observers: Plugins, sent: AgentEvent) -> None:

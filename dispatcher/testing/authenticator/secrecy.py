@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import gc
 import logging
-import os
-import threading
-from collections.abc import Callable
 from urllib.parse import quote, quote_plus
 
 import pytest
@@ -17,7 +14,7 @@ from dispatcher.testing.authenticator.answers import UNKNOWN
 from dispatcher.testing.authenticator.asker import Asker
 from dispatcher.testing.authenticator.base import AuthenticatorBase
 from dispatcher.testing.driver import expect
-from dispatcher.testing.kit import eventually
+from dispatcher.testing.remains import expect_nothing_left
 
 _REACH = 20_000  # objects that are looked at
 
@@ -64,7 +61,8 @@ class SecrecyChecks(AuthenticatorBase):
             ask(*alice)
             ask(UNKNOWN, "kit wrong password")
 
-        _leaves_nothing("calls", cycle, "reuse or close connections")
+        advice = "reuse or close connections"
+        expect_nothing_left(cycle, 6, "calls", descriptors=advice, threads=advice)
 
     def test_instances_release_everything(self, authenticator: Authenticator, alice: tuple[str, str]) -> None:
         """Closed instances leave no descriptor and no thread behind."""
@@ -74,7 +72,8 @@ class SecrecyChecks(AuthenticatorBase):
             self.asker(other)(*alice)
             other.close()
 
-        _leaves_nothing("closed instances", cycle, "release everything in close()")
+        advice = "release everything in close()"
+        expect_nothing_left(cycle, 6, "closed instances", descriptors=advice, threads=advice)
 
 
 def forms(name: str, password: str) -> set[str]:
@@ -105,21 +104,3 @@ def _holds(authenticator: Authenticator, password: str) -> bool:
             return True
         queue += gc.get_referents(each)
     return False
-
-
-def _leaves_nothing(what: str, cycle: Callable[[], None], advice: str) -> None:
-    """Expect that, after the first two, cycles leave nothing in this process."""
-    __tracebackhide__ = True
-    cycle()
-    cycle()
-    descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    for _ in range(6):
-        cycle()
-    expect(
-        eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, 1, 0.05),
-        f"six {what} left {len(os.listdir('/proc/self/fd')) - descriptors} descriptors behind: {advice}",
-    )
-    expect(
-        eventually(lambda: threading.active_count() <= threads + 2, 1, 0.05),
-        f"six {what} left {threading.active_count() - threads} threads behind: {advice}",
-    )

@@ -11,7 +11,6 @@ import pytest
 
 from dispatcher.config.load import parse
 from dispatcher.plugin.errors import (
-    ConfigError,
     DispatcherError,
     NotFound,
     ProviderError,
@@ -22,6 +21,7 @@ from dispatcher.plugin.model import BackendState, Capability, Handle
 from dispatcher.plugin.provider import Provider
 from dispatcher.testing.base import Contract
 from dispatcher.testing.checks.plugin import load
+from dispatcher.testing.declared import expect_key_refused
 from dispatcher.testing.driver import Driver, expect, raises
 from dispatcher.testing.kit import Kit
 
@@ -205,22 +205,14 @@ def _succeeds(method: str, call: Any) -> None:
 
 
 def _expect_refused(provider: Provider, table: str, key: str, value: Any, app_options: dict[str, Any]) -> None:
+    __tracebackhide__ = True
     plugins, name = load(type(provider)), provider.name
     tables: dict[str, Any] = {"apps": {"kit": {"provider": name, name: app_options}}, "providers": {name: {}}}
-    path = f"apps.kit.{name}" if table == "app" else f"providers.{name}"
+    path, model = (f"apps.kit.{name}", "AppOptions") if table == "app" else (f"providers.{name}", "Options")
     (tables["apps"]["kit"][name] if table == "app" else tables["providers"][name])[key] = value
-    try:
+
+    def read() -> object:
         parsed = parse(tables)
-        if table == "app":
-            parsed.template("kit", plugins)
-        else:
-            parsed.provider_options(name, plugins)
-    except ConfigError as error:
-        expect(
-            f"{path}.{key}" in str(error),
-            f"the error for {path}.{key} does not name it ({error}): let pydantic report the key, and let "
-            "validators raise ValueError",
-        )
-    else:
-        model = "AppOptions" if table == "app" else "Options"
-        pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
+        return parsed.template("kit", plugins) if table == "app" else parsed.provider_options(name, plugins)
+
+    expect_key_refused(path, key, value, model, read)

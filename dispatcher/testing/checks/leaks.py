@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 
 from dispatcher.testing.base import Contract
 from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Kit, eventually, files_holding, processes_of, zombies_of
+from dispatcher.testing.remains import expect_nothing_left
 
 
 class LeakChecks(Contract, page="docs/howto/write-a-provider.md"):
@@ -80,22 +80,7 @@ class LeakChecks(Contract, page="docs/howto/write-a-provider.md"):
         self._leaves_nothing_here("starts", cycle, 3)
 
     def _leaves_nothing_here(self, what: str, cycle: Callable[[], None], times: int) -> None:
-        """Expect that, after the first two, cycles leave nothing in this process."""
-        cycle()
-        cycle()
-        zombies = len(zombies_of())
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        for _ in range(times):
-            cycle()
-        expect(
-            eventually(lambda: len(os.listdir("/proc/self/fd")) <= descriptors + 2, self._soon, 0.1),
-            f"{times} {what} left {len(os.listdir('/proc/self/fd')) - descriptors} descriptors: close them",
-        )
-        expect(
-            eventually(lambda: len(zombies_of()) <= zombies, self._soon, 0.1),
-            f"{times} {what} left zombies: wait for every child that has ended",
-        )
-        expect(
-            eventually(lambda: threading.active_count() <= threads + 1, self._soon, 0.1),
-            f"{times} {what} left {threading.active_count() - threads} threads: end them in close()",
+        __tracebackhide__ = True
+        expect_nothing_left(
+            cycle, times, what, descriptors="close them", threads="end them in close()", seconds=self._soon
         )

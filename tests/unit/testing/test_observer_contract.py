@@ -56,7 +56,7 @@ def test_a_good_one_passes(check):
         (lambda event: threading.Event().wait(1), "test_later_kinds_are_taken", "has not returned 0.2 s after"),
         (lambda event: event.detail.split()[0], "test_odd_texts_are_taken", "raised IndexError"),
         (lambda event: event.detail.encode("ascii"), "test_odd_texts_are_taken", "raised UnicodeEncodeError"),
-        (leave_a_thread, "test_many_events_leave_nothing", "left threads behind"),
+        (leave_a_thread, "test_many_events_leave_nothing", "threads behind: the manager calls"),
     ],
 )
 def test_a_fault_is_found(observe, check, words):
