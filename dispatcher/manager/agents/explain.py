@@ -69,7 +69,10 @@ def explain(
     found += _failure(row, now, policy, stuck=stuck)
     found += _last(row, events)
     if not configured:
-        found.append(f"The app {view.app} is no longer configured: its agents can be stopped, not started.")
+        found.append(
+            f"The app {view.app} is no longer configured: its agents can be stopped, not started.  `dispatcher add "
+            f"{view.user} --app APP` adds an agent of another app, `dispatcher remove {view.name}` removes this one."
+        )
     elif view.outdated:
         found.append(
             f"It runs with an earlier configuration; `dispatcher restart {view.name}` applies the present one."

@@ -140,7 +140,9 @@ def test_an_app_that_goes_can_be_stopped_and_removed_but_not_started(world, supe
     changed = supervisor.apply_config(world.config())
     assert any("demo was removed" in sentence for sentence in changed)
     assert supervisor.queries.view("alice").state is State.RUNNING
-    assert any("no longer configured" in sentence for sentence in supervisor.queries.why("alice"))
+    [told] = [each for each in supervisor.queries.why("alice") if "no longer configured" in each]
+    assert "`dispatcher add alice --app APP`" in told
+    assert "`dispatcher remove alice`" in told
     with pytest.raises(ConfigError, match="There is no app 'demo'"):
         supervisor.commands.restart("alice")
     assert supervisor.queries.view("alice").state is State.RUNNING, "what cannot start again is not stopped"
