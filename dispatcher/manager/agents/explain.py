@@ -70,8 +70,9 @@ def explain(
     found += _last(row, events)
     if not configured:
         found.append(
-            f"The app {view.app} is no longer configured: its agents can be stopped, not started.  `dispatcher add "
-            f"{view.user} --app APP` adds an agent of another app, `dispatcher remove {view.name}` removes this one."
+            f"The app {view.app} is no longer configured: its agents can be stopped, not started.  "
+            f"`dispatcher add {view.user} --app APP` adds an agent of another app, "
+            f"`dispatcher remove {view.name}` removes this one."
         )
     elif view.outdated:
         found.append(
