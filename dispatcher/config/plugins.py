@@ -280,6 +280,7 @@ class Plugins:
         self._given = None if entries is None else list(entries)
         self._entries = self._find()
         self._manager = _manager()
+        self._in_use: dict[str, _Entry] = {}
         self._loaded: dict[str, str] = {}
         self._refused: dict[str, PluginError] = {}
         self._added: dict[str, set[str]] = {}  # modules that the import of a refused plugin has added
@@ -302,8 +303,9 @@ class Plugins:
         return self._manager.hook
 
     def available(self) -> dict[str, str]:
-        """Return the name of every installed plugin with its distribution."""
-        return {name: found[0].distribution for name, found in sorted(self._entries.items())}
+        """Return the name of every plugin that is installed or in use, with its distribution."""
+        found = {name: found[0] for name, found in self._entries.items()} | self._in_use
+        return {name: entry.distribution for name, entry in sorted(found.items())}
 
     def ref(self, kind: str, name: str) -> PluginRef:
         """Return how errors name a plugin."""
@@ -346,6 +348,7 @@ class Plugins:
                         fix="rename its entry point, or uninstall it",
                     )
                 self.register(name, _import(name, entry), entry.distribution)
+                self._in_use[name] = entry
             except PluginError as error:
                 self._refused[name] = error
                 self._added[name] = {each for each in sys.modules.keys() - before if _within(each, entry.package)}
@@ -390,21 +393,23 @@ class Plugins:
         """
         importlib.invalidate_caches()
         with self._lock:
-            in_use = {name: self._entries[name][0] for name in self._loaded if name in self._entries}
+            packages = {entry.package for entry in self._in_use.values()}
             for name in self._refused.keys() & self._entries.keys():
-                if self._entries[name][0].package not in {each.package for each in in_use.values()}:
+                if self._entries[name][0].package not in packages:
                     for module in self._added.pop(name, ()):
                         sys.modules.pop(module, None)
             self._refused.clear()
             self._entries = self._find()
-        installed = self.available()
-        return [
-            f"The plugin {name} is in use as {entry.distribution}, and "
-            f"{f'installed as {installed[name]}' if name in installed else 'no longer installed'}: "
-            "this takes effect after a restart of the manager."
-            for name, entry in in_use.items()
-            if installed.get(name) != self._loaded[name]
-        ]
+        changed = []
+        for name, entry in self._in_use.items():
+            found = {each.distribution for each in self._entries.get(name, ())}
+            if found != {entry.distribution}:
+                now = f"installed as {' and '.join(sorted(found))}" if found else "no longer installed"
+                changed.append(
+                    f"The plugin {name} is in use as {entry.distribution}, and {now}: "
+                    "this takes effect after a restart of the manager."
+                )
+        return changed
 
     def register(self, name: str, plugin: object, origin: str = "") -> None:
         """Register a plugin under its name: called by `load`, and for what has no entry point (built in, or in
