@@ -102,12 +102,15 @@ class Client(APIClient):
         if url.startswith("unix://"):
             self.mount("http+docker://", _Adapter(url.removeprefix("unix://"), _KEEP))
         try:
-            found = self.version(api_version=False)
+            # Podman runs other programs to answer /version, which takes seconds on a busy host.
+            pinged = self._get(self._url("/_ping", versioned_api=False)).headers  # type: ignore[attr-defined]  # not in the stubs
+            #: Podman has the same interface, but for some answers.
+            self.is_podman = "Libpod-API-Version" in pinged
+            version = pinged.get("API-Version") if self.is_podman else None
+            found = {"ApiVersion": version} if version else self.version(api_version=False)
         except BaseException:
             self.close()
             raise
-        #: Podman has the same interface, but for some answers.
-        self.is_podman = any(one.get("Name") == "Podman Engine" for one in found.get("Components") or ())
         self._version = min(str(found["ApiVersion"]), DEFAULT_DOCKER_API_VERSION, key=as_numbers)
         if as_numbers(self._version) < as_numbers(str(found.get("MinAPIVersion") or "1.0")):
             self._version = str(found["MinAPIVersion"])
