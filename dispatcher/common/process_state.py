@@ -101,9 +101,11 @@ def unchanged() -> Iterator[list[str]]:
             with suppress(OSError, ValueError):
                 if part.read() == value:
                     continue
-            changed.append(name)
-            with suppress(OSError, ValueError):
+            try:
                 part.write(value)
+                changed.append(name)
+            except (OSError, ValueError):  # only root may raise a hard limit
+                changed.append(f"{name} (which cannot be set back)")
 
 
 def _snapshot() -> dict[str, Any]:

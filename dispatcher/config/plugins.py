@@ -137,7 +137,7 @@ def _import(name: str, entry: _Entry) -> object:
 
 def _not_importable(ref: PluginRef, error: BaseException) -> PluginError:
     what = f"The plugin {ref.name!r}{_of(ref.distribution)} cannot be imported"
-    if library := _LIBRARY.match(str(error)):
+    if library := _LIBRARY.match(text(error, 300)):
         name, version = library[1], library[2]
         package = f"{name}{'-' if name[-1].isdigit() else ''}{version}".lower().replace("_", "-")
         return PluginError(
