@@ -45,6 +45,12 @@ network = "private"
 
 [apps.net.subprocess]
 command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{{socket}}"]
+
+[apps.port]
+network = "private"
+
+[apps.port.subprocess]
+command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--tcp", "127.0.0.1:{{port}}"]
 """
 DOCKER = """
 [apps.box]
@@ -72,6 +78,7 @@ class Service:
 
     helper = ""  # the program of private networks
     socket = "/run/dispatcher/manager.sock"
+    url = "https://localhost:8080"
     agents = AGENTS
     units = "-u 'dispatcher-*'"
 
@@ -111,11 +118,10 @@ class Service:
     def fill(self, name, mebibytes, start=0):
         """Let an agent write files of 1 MiB; return the answers, a word for each."""
         directory = re.search(r"DISPATCHER_DATA=([^\0]+)", self.ask(name, "/env"))[1]
-        socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
         return self.run(
             "head -c 1M /dev/zero >/tmp/mebibyte; "
             f"for n in $(seq {start} {start + mebibytes - 1}); do curl -sS -m 60 --data-binary @/tmp/mebibyte"
-            f" --unix-socket {socket} http://localhost/write?path={directory}/$n; echo; done"
+            f" {self.endpoint(name)}/write?path={directory}/$n; echo; done"
         ).out.split()
 
     def disk(self, name):
@@ -123,11 +129,21 @@ class Service:
 
     def ask(self, name, path, data=None):
         """Send the probe of an agent a request, past the proxy, as root may."""
-        socket = self.api("GET", f"/agents/{name}/runtime")["endpoint"].removeprefix("unix:")
         method = "" if data is None else f"--data-binary '{data}'"
-        return self.run(
-            f"curl -g -sS -m 110 {method} --unix-socket {socket} 'http://localhost{path}'", check=False
-        ).out
+        return self.run(f"curl -g -sS -m 110 {method} {self.endpoint(name)}'{path}'", check=False).out
+
+    def endpoint(self, name):
+        """Return what curl needs for requests past the proxy, but the path."""
+        kind, _, where = self.api("GET", f"/agents/{name}/runtime")["endpoint"].partition(":")
+        return f"--unix-socket {where} http://localhost" if kind == "unix" else f"http://{where}"
+
+    def sign_in(self, name):
+        """Sign in through the proxy; return a command that sends its argument, an address, a request."""
+        ask = f"curl -sS --fail -m 90 --cacert /etc/dispatcher/tls/cert.pem -b /tmp/jar-{name} -c /tmp/jar-{name}"
+        ask += f" -H 'Accept: application/json' -H 'Origin: {self.url}'"
+        body = json.dumps({"user": name, "password": PASSWORD})
+        self.run(f"{ask} -H 'Content-Type: application/json' -d '{body}' {self.url}/auth/login")
+        return ask
 
     def group(self, name):
         return self.run(f"ls -d {self.agents}/dispatcher-*/dispatcher-*-{name}-*").out.strip()
@@ -151,6 +167,7 @@ class OwnService(Service):
     """That of an ordinary user, zoe, who is logged in only while a command runs."""
 
     socket = "/run/user/2000/dispatcher/manager.sock"
+    url = "http://127.0.0.1:8090"
     agents = (
         "/sys/fs/cgroup/user.slice/user-2000.slice/user@2000.service/dispatcher.slice/dispatcher-agents.service"
     )
@@ -239,15 +256,11 @@ def test_the_exposure_of_the_units(service, unit, most):
 
 
 def test_people_sign_in_through_the_proxy(service):
-    ask = "curl -sS -m 90 --cacert /etc/dispatcher/tls/cert.pem -b /tmp/jar -c /tmp/jar -H 'Accept: application/json'"
-    ask += " -H 'Origin: https://localhost:8080'"
-    body = json.dumps({"user": "alice", "password": PASSWORD})
-    json_type = "-H 'Content-Type: application/json'"
-    service.run(f"{ask} --fail {json_type} -d '{body}' https://localhost:8080/auth/login")
-    assert json.loads(service.run(f"{ask} https://localhost:8080/about").out)["user"] == "alice"
+    ask = f"{service.sign_in('alice')} {service.url}/about"
+    assert json.loads(service.run(ask).out)["user"] == "alice"
     service.want("alice", "suspended")
     assert service.read("alice", "cgroup.events").splitlines()[1] == "frozen 1"
-    assert json.loads(service.run(f"{ask} https://localhost:8080/about").out)["user"] == "alice"
+    assert json.loads(service.run(ask).out)["user"] == "alice"
     assert service.state("alice") == "running"
 
 
@@ -410,6 +423,7 @@ def private_network(service, helper):
         )
         reachable = " && ".join(f"exec 3<>/dev/tcp/{host.strip('[]')}/7777" for host in (*OUTSIDE, *DENIED))
         service.until("the outside", lambda: service.run(reachable, check=False).code == 0)
+        service.run("apparmor_parser --replace /etc/apparmor.d/usr.bin.pas*")  # as at the boot of a real machine
     config = "/etc/dispatcher/dispatcher.toml"
     service.run(
         f"sed -i 's/^private_network = .*/private_network = \"{helper}\"/' {config} && systemctl restart dispatcher-manager",
@@ -421,6 +435,14 @@ def private_network(service, helper):
         service.want("carol", "running")
     else:
         service.add("carol", "net")
+
+
+@pytest.mark.release
+def test_a_port_of_the_loopback_interface_in_a_private_network(service):
+    private_network(service, "pasta")
+    service.add("paul", "port")
+    assert "uid=" in service.ask("paul", "/id")
+    service.api("DELETE", "/agents/paul?wait=60")
 
 
 @pytest.mark.parametrize(
@@ -521,6 +543,18 @@ def test_a_project_quota_limits_the_data_of_a_container(service):
     fills_its_data_alone(service, "erin")
 
 
+def container(service, name, field="State.Pid"):
+    filters = f"--filter label=dispatcher.agent={name}"
+    return service.run(f"docker inspect -f '{{{{.{field}}}}}' $(docker ps -q {filters})").out.strip()
+
+
+def test_a_container_is_confined_by_apparmor_in_a_group_of_systemds(service):
+    assert service.run("docker info -f '{{.CgroupDriver}} {{.CgroupVersion}}'").out.split() == ["systemd", "2"]
+    pid = container(service, "erin")
+    assert service.run(f"cat /proc/{pid}/attr/current").out.strip("\n\0") == "docker-default (enforce)"
+    assert f"system.slice/docker-{container(service, 'erin', 'Id')}" in service.run(f"cat /proc/{pid}/cgroup").out
+
+
 def test_a_port_below_1024_needs_a_capability_which_is_told(service):
     since = service.now()
     listen = 'listen = ["0.0.0.0:443"]\\nredirect_listen = ["0.0.0.0:80"]'
@@ -545,6 +579,7 @@ def test_a_port_below_1024_needs_a_capability_which_is_told(service):
     ).out
     assert re.fullmatch(r"200 30[18] https://localhost/auth/login", found)
     assert service.run("curl -sS --insecure https://localhost:8080/", check=False).code == 7, "refused"
+    service.url = "https://localhost"
 
 
 #: Opens one connection after the other, and says for each what was answered.
@@ -621,15 +656,12 @@ def test_an_ordinary_user_starts_the_service_by_units_of_its_own(own):
 @pytest.mark.release
 def test_the_agents_of_an_ordinary_user_live_on_without_a_login_and_over_a_restart(own):
     before = own.processes("alice")
-    own.until("the logout", lambda: "zoe" not in own.run("loginctl list-sessions --no-legend").out)
+    # From systemd 256 on the user's manager is a session, too.
+    sessions = lambda: own.run("loginctl list-sessions --no-legend | grep zoe | grep -v manager", check=False).out
+    own.until("the logout", lambda: not sessions())
     own.want("alice", "suspended")
     assert own.read("alice", "cgroup.events").splitlines()[1] == "frozen 1"
-    ask = "curl -sS -m 90 -b /tmp/own -c /tmp/own -H 'Accept: application/json' -H 'Origin: http://127.0.0.1:8090'"
-    body = json.dumps({"user": "alice", "password": PASSWORD})
-    own.run(
-        f"{ask} --fail -H 'Content-Type: application/json' -d '{body}' http://127.0.0.1:8090/auth/login"
-        f" && {ask} --fail http://127.0.0.1:8090/env"
-    )
+    own.run(f"{own.sign_in('alice')} {own.url}/env")
     assert own.state("alice") == "running"
     own.login("systemctl --user restart dispatcher-manager", timeout=200)
     assert own.processes("alice") == before
@@ -644,12 +676,67 @@ def test_an_ordinary_users_agent_cannot_exceed_its_limits(own):
     own.want("alice", "running")
 
 
+@pytest.mark.release
+def test_a_rootless_engine_of_an_ordinary_user_is_refused(own):
+    script = "PATH=$PATH:/usr/sbin:/sbin /usr/share/docker.io/contrib/dockerd-rootless.sh"
+    own.login(f"systemd-run --user --unit=rootless sh -c {quote(script)}")
+    host = "unix:///run/user/2000/docker.sock"
+    own.until("the engine", lambda: own.login(f"docker -H {host} info", check=False).code == 0)
+    config = (
+        f'[manager]\nrun_dir = "/home/zoe/no"\nstate_dir = "/home/zoe/no"\n[providers.docker]\nurl = "{host}"\n'
+    )
+    config += '[apps.box]\nprovider = "docker"\n[apps.box.docker]\nimage = "none"\n'
+    own.run("cat >/home/zoe/rootless.toml", stdin=config)
+    told = own.login("dispatcher --config rootless.toml providers check docker", check=False)
+    own.login("systemctl --user stop rootless")
+    assert told.code != 0
+    assert "The Docker engine is rootless" in told.all
+    assert "use the provider subprocess" in told.all
+
+
+@pytest.mark.release
+def test_an_engine_that_misses_the_parser_of_apparmor_is_told(service):
+    """Not that the image has no such program."""
+    service.add("fred", "box")
+    service.want("fred", "stopped")
+    service.run("mv /sbin/apparmor_parser /root/ && echo -n docker-default >/sys/kernel/security/apparmor/.remove")
+    try:
+        service.api("PUT", "/agents/fred/state?wait=60", {"state": "running"}, status=range(200, 600))
+        told = lambda: json.dumps(service.api("GET", "/agents/fred/why"))
+        service.until("the fix", lambda: "install apparmor on the engine's host" in told())
+    finally:
+        service.run("mv /root/apparmor_parser /sbin/")
+    service.want("fred", "running")
+
+
+@pytest.mark.release
+def test_a_request_brings_an_agent_back_after_a_restart_of_the_engine(service):
+    """The engine ends its containers."""
+    ask, before = service.sign_in("fred"), container(service, "fred")
+    service.run("systemctl restart docker", timeout=200)
+    service.until("an answer", lambda: service.run(f"{ask} {service.url}/id", check=False).out)
+    assert service.state("fred") == "running"
+    assert container(service, "fred") != before
+
+
+@pytest.mark.release
+def test_a_container_is_to_run_over_a_reboot(service):
+    service.run("systemctl enable docker", timeout=200)
+    assert service.state("fred") == "running"
+
+
 def test_after_a_reboot_agents_are_in_their_desired_state(service):
     service.want("bob", "stopped")
     service.machine.reboot()
     service.until("alice is back", lambda: service.state("alice") == "running")
     assert service.state("bob") == "stopped"
     assert service.run("systemctl --failed --plain --no-legend").out == ""
+
+
+@pytest.mark.release
+def test_after_a_reboot_the_container_runs_again(service):
+    service.until("fred is back", lambda: service.state("fred") == "running")
+    assert "uid=" in service.ask("fred", "/id")
 
 
 @pytest.mark.release
