@@ -41,6 +41,9 @@ def make_directories(paths: Paths, accounts: HostAccounts) -> None:
 
 
 def _own_directory(path: Path, mode: int) -> None:
+    for parent in reversed(path.parents):
+        if parent.is_symlink():  # the kernel may not follow another user's (fs.protected_symlinks)
+            _check_owner(parent, parent.lstat().st_uid)
     missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     for directory in reversed(missing):
         _check_parent(directory.parent)  # nothing is made where it is refused
@@ -77,17 +80,19 @@ def _check_parent(path: Path) -> None:
         raise ConfigError(
             f"{path} is writable for all users", why="they could replace its contents", fix=f"chmod o-w {path}"
         )
-    if path.is_symlink() and path.lstat().st_uid not in {0, os.geteuid()}:
-        found = path.lstat()
-    if found.st_uid in {0, os.geteuid()}:
+    _check_owner(path, found.st_uid)
+
+
+def _check_owner(path: Path, owner: int) -> None:
+    if owner in {0, os.geteuid()}:
         return
     if path.parent.stat().st_mode & stat.S_IWOTH:
         raise ConfigError(
             f"{path} belongs to another user",
-            why=f"its owner has the user id {found.st_uid}; {path.parent} is writable for all users",
+            why=f"its owner has the user id {owner}; {path.parent} is writable for all users",
             fix="set manager.run_dir and manager.state_dir, or $XDG_RUNTIME_DIR",
         )
-    _log.warning("another user could replace the contents", directory=str(path), owner=found.st_uid)
+    _log.warning("another user could replace the contents", directory=str(path), owner=owner)
 
 
 class Lock:
@@ -123,6 +128,7 @@ class Lock:
     def close(self) -> None:
         """Release the lock and note that this manager stopped cleanly."""
         self._write("")
+        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # also for a child that has just been forked
         self._file.close()
 
     def _read(self) -> str:

@@ -152,10 +152,13 @@ lock, listener = Lock(pathlib.Path(sys.argv[1])), tcp_socket("127.0.0.1:0")
 listener.listen()
 address = "127.0.0.1:%d" % listener.getsockname()[1]
 reader, writer = os.pipe()
+forked, told = os.pipe()
 if os.fork() == 0:
     os.close(writer)
+    os.write(told, b"!")
     os.read(reader, 1)
     os._exit(0)
+os.read(forked, 1)
 lock.close()
 listener.close()
 Lock(pathlib.Path(sys.argv[1])).close()
