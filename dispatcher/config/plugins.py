@@ -64,7 +64,8 @@ def installed() -> list[EntryPoint]:
         try:
             entries = list(dist.entry_points.select(group=GROUP))
             if entries:
-                if not dist.name or not dist.version:
+                metadata = dist.metadata  # from Python 3.12 on, asking for a missing field is deprecated
+                if not all(field in metadata and metadata[field] for field in ("Name", "Version")):
                     raise ValueError("it has no name or version")
                 found.setdefault(canonical(dist.name), entries)
         except Exception as error:
