@@ -1,7 +1,6 @@
 """Secrets of agents as files in memory."""
 
 import os
-import shutil
 import stat
 import tempfile
 from pathlib import Path
@@ -9,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from dispatcher.plugin import ConfigError, ProviderError, SecretFiles, in_memory
+from dispatcher.plugin.tree_removal import remove_tree
 
 
 @pytest.fixture
 def memory():
     path = Path(tempfile.mkdtemp(prefix="secret-files-", dir="/dev/shm"))
     yield path
-    shutil.rmtree(path)
+    remove_tree(path)
 
 
 def write(files, values):
