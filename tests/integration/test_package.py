@@ -33,7 +33,11 @@ def test_every_file_of_the_program_is_in_the_package(tree):
     when = package().stat().st_mtime  # somebody may be at work in the clone
     missing = [
         str(path.relative_to(ROOT))
-        for top in (ROOT / "dispatcher", *(ROOT / "providers").glob("dispatcher_*"))
+        for top in (
+            ROOT / "dispatcher",
+            *ROOT.glob("providers/dispatcher_*"),
+            *ROOT.glob("authenticators/dispatcher_*"),
+        )
         for path in top.rglob("*")
         if path.is_file() and path.parent.name != "__pycache__" and path.suffix not in {".pyc", ".so"}
         if path.stat().st_mtime < when and not (site / path.relative_to(top.parent)).exists()
