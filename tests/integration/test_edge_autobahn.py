@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -26,6 +27,13 @@ CASES = [
     *(f"13.{way}.1" for way in range(1, 8)),
 ]
 _AT_LEAST = 247 + 11  # so many there are
+
+
+@pytest.fixture(autouse=True)
+def _no_shim():
+    """`kosoku` leaves a `pkg_resources` of its own, with which `MonkeyPatch.syspath_prepend` fails in later tests."""
+    yield
+    sys.modules.pop("pkg_resources", None)
 
 
 @contextlib.asynccontextmanager

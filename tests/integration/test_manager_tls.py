@@ -460,7 +460,7 @@ def test_reload_takes_new_certificates_and_tokens(signed, authority, tokens, mon
     manager = signed.config.manager.model_copy(update={"tls_cert": certificate, "tls_key": key, "threads": 30})
     new = signed.config.model_copy(update={"manager": manager})
     monkeypatch.setattr(app, "load", lambda _path: new)
-    changed = signed.reload()
+    changed, _ = signed.reload()
     assert any("certificate" in sentence for sentence in changed)
     assert any("manager.threads" in sentence and "restart" in sentence for sentence in changed)
     with pytest.raises(Unauthorized):
