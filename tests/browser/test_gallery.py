@@ -139,7 +139,7 @@ def test_every_app_of_the_gallery_is_tried() -> None:
 @pytest.mark.parametrize("name", USES)
 def test_an_app_is_used_suspended_and_woken(name: str, home: Path, site_with, person) -> None:
     if name == "terminal" and not shutil.which("ttyd"):
-        pytest.skip("ttyd is not installed (Debian 12 has no such package)")
+        pytest.skip("ttyd is not installed (Debian 12 and 13 have no such package)")
     text = (GALLERY / f"{name}.toml").read_text(encoding="utf-8")
     text = text.replace("/opt/apps", str(home / "apps")).replace("/opt/node", str(home / "node"))
     site = site_with(text.replace("{", "{{").replace("}", "}}"), people=("alice",))
