@@ -54,7 +54,8 @@ systemctl start dispatcher-manager dispatcher-proxy || {
     journalctl --no-pager --quiet --output=cat --lines=20 -u dispatcher-manager -u dispatcher-proxy >&2
     die "the service did not start: see above, and journalctl -u dispatcher-manager -u dispatcher-proxy"
 }
-found=$(/usr/lib/agent-dispatcher/bin/python - /etc/dispatcher/dispatcher.toml <<'END_OF_PYTHON'
+# -I: nothing is imported from the working directory, which may be another user's.
+found=$(/usr/lib/agent-dispatcher/bin/python -I - /etc/dispatcher/dispatcher.toml <<'END_OF_PYTHON'
 import sys
 import time
 from pathlib import Path

@@ -45,6 +45,14 @@ _PROXY_LOCAL = b"\x20\0\0\0"  # PROXY protocol, version 2: LOCAL, a connection w
 _FLOCK = struct.Struct("hhqqi")  # struct flock: kind, whence, start, length, process
 _ENDED = frozenset({"stopped", "hibernated", "failed"})  # states of agents without a process
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: `-m dispatcher`, but nothing is imported from the working directory, which may be another user's.
+_RUN_MODULE = """\
+import sys
+sys.path.remove("")
+import runpy
+runpy.run_module("dispatcher", run_name="__main__", alter_sys=True)
+"""
+_PROGRAM = ["-P", "-m", "dispatcher"] if sys.version_info >= (3, 11) else ["-c", _RUN_MODULE]
 
 
 class Ended(Unavailable):
@@ -172,8 +180,7 @@ class Daemons:
 
     def _start(self, name: str) -> None:
         # Own process groups: Ctrl-C reaches this program alone, which then ends them in order.
-        safe = ["-P"] if sys.version_info >= (3, 11) else []
-        command = [sys.executable, *safe, "-m", "dispatcher", *self._arguments, name]
+        command = [sys.executable, *_PROGRAM, *self._arguments, name]
         if name in self._pipes:
             self._pipes[name].close()
         pipe = self._pipes[name] = ParentPipe()

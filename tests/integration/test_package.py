@@ -1,7 +1,9 @@
 """The contents of the Debian package, and provision.sh as far as it changes nothing.  The rest: test_machine.py."""
 
 import os
+import socket
 import subprocess
+import sys
 
 import pytest
 from cryptography import x509
@@ -106,6 +108,67 @@ def test_an_installation_that_does_not_start_says_why_and_announces_nothing(tmp_
     assert done.returncode == 1
     assert "Open" not in done.stdout
     assert "Cannot listen on 203.0.113.99:443" in done.stderr
+
+
+PYTHON_OF_PACKAGE = "/usr/lib/agent-dispatcher/bin/python"
+
+
+@pytest.mark.parametrize("script", ["provision.sh", "debian/agent-dispatcher.prerm"])
+def test_root_s_scripts_import_nothing_from_the_working_directory(tmp_path, script):
+    """Root may run them in a directory of another user, such as /tmp."""
+    for program in ("apt-get", "systemctl"):
+        (tmp_path / program).write_text("#!/bin/sh\n")
+        (tmp_path / program).chmod(0o755)
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "dispatcher.py").write_text("raise SystemExit('planted')")
+    text = (
+        (ROOT / "packaging" / script)
+        .read_text()
+        .replace('"$(id -u)"', "0")
+        .replace("/run/systemd/system", str(tmp_path))
+    )
+    assert PYTHON_OF_PACKAGE in text
+    text = (
+        text.replace(PYTHON_OF_PACKAGE, sys.executable)
+        .replace("/etc/dispatcher", "/none")
+        .replace("/run/d", f"{tmp_path}/d")
+    )
+    (tmp_path / "dispatcher").mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "dispatcher/manager.sock"))
+    words = ["remove"] if "prerm" in script else ["--package", __file__]
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-c", text, script, *words], cwd=planted, env=environment, capture_output=True, text=True
+    )
+    assert "planted" not in done.stderr
+    assert ("Cannot read /none" in done.stderr) or ("does not answer at" in done.stderr)
+
+
+@pytest.mark.root
+def test_a_purge_removes_the_sockets_of_agents_that_outlived_the_manager(tmp_path):
+    """Their file system is still mounted then.  What else is mounted below the run directory is not emptied."""
+    text = (ROOT / "packaging/debian/agent-dispatcher.postrm").read_text()
+    for name in ("/etc/dispatcher", "/usr/lib/agent-dispatcher", "/var/lib/dispatcher", "/var/log/dispatcher"):
+        text = text.replace(name, f"/run{name}")
+    machine = """
+mount -t tmpfs tmpfs /run
+mkdir -p /run/dispatcher/a /run/dispatcher/p /run/etc/dispatcher/tls /run/var/lib/dispatcher/agents
+mount -t tmpfs dispatcher-endpoints /run/dispatcher/a
+mkdir /run/dispatcher/a/agent
+[ "$2" = none ] || mount --bind "$2" /run/dispatcher/p
+sh -c "$1" postrm purge && ! ls -d /run/dispatcher /run/etc/dispatcher
+"""
+    purge = ["unshare", "--mount", "sh", "-ec", machine, "-", text]
+    done = subprocess.run([*purge, "none"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Users' data stay" in done.stdout
+    (tmp_path / "work").touch()
+    done = subprocess.run([*purge, tmp_path], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "/run/dispatcher/p" in done.stderr
+    assert (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

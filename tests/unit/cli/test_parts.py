@@ -1,13 +1,15 @@
 """The command line's small parts: how states and addresses are shown; passwords that can be read aloud."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from dispatcher.config.load import parse
 from dispatcher.cli.commands.demo import pronounceable
 from dispatcher.cli.ui.output import Output, clean, columns
-from dispatcher.cli.serve import browser_url, listen_endpoint, tunnel
+from dispatcher.cli.serve import _PROGRAM, _RUN_MODULE, browser_url, listen_endpoint, tunnel
 from dispatcher.cli.ui.progress import describe
 
 
@@ -105,3 +107,14 @@ def test_demo_passwords_differ_and_can_be_read_aloud():
 )
 def test_the_tunnel_to_a_remote_host(url, connection, command):
     assert tunnel(url, {"SSH_CONNECTION": connection, "USER": "eve"}) == command
+
+
+@pytest.mark.parametrize("program", [_PROGRAM, ["-c", _RUN_MODULE]], ids=["this Python", "Python 3.10"])
+def test_daemons_import_nothing_from_the_working_directory(tmp_path, program):
+    """Root may start `serve` in a directory of another user, such as /tmp."""
+    for name in ("dispatcher", "click", "logging", "runpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('planted')")
+    command = [sys.executable, *program, "--config", "/none", "config", "check"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "planted" not in done.stderr
+    assert "Cannot read /none" in done.stderr
