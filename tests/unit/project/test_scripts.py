@@ -3,6 +3,7 @@
 import os
 import ast
 import importlib.util
+import re
 import subprocess
 
 import pytest
@@ -55,6 +56,24 @@ def test_make_venv_says_what_is_missing(tmp_path):
     bare.chmod(0o755)
     assert "apt-get install python3-venv" in make(bare).stderr
     assert not (tmp_path / "v").exists()
+
+
+def test_the_image_s_context_holds_what_is_copied():
+    """An engine is needed to build it; a directory that .dockerignore leaves out ends the build."""
+    lines = (ROOT / "packaging/container/Dockerfile").read_text().splitlines()
+    copied = {
+        word.partition("/")[0]
+        for line in lines
+        if line.startswith("COPY ") and "--from" not in line
+        for word in line.split()[1:-1]
+    }
+    assert {"dispatcher", "providers", "setup.py"} < copied
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied <= kept
+    (clone,) = re.findall(
+        r"cp -a \.dockerignore (.*?)\$work/clone", (ROOT / "tests/machine/build-images").read_text(), re.DOTALL
+    )
+    assert copied <= {*clone.split()}
 
 
 BENCHES = [
