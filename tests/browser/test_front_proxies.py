@@ -62,7 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/socket":
             return self.echo()
         if self.path == "/client":
-            return self.answer(self.headers["X-Forwarded-For"].encode(), "text/plain")
+            fields = ("X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host")
+            return self.answer(" ".join(map(self.headers.get, fields)).encode(), "text/plain")
         if self.path != "/stream":
             return self.answer(PAGE, "text/html")
         self.close_connection = True
@@ -167,7 +168,10 @@ def test_many_tabs_with_streams_work_over_http_2(streams, name, file, free_port,
         until("every stream goes on", lambda: all(
             tab.locator("#ticks").inner_text() != old for tab, old in zip(page.context.pages, seen, strict=True)
         ))  # fmt: skip
-        assert ask_from_elsewhere(url, authority.path, tmp_path / "cookies") == "127.0.0.2 over HTTP/2"
+        assert (
+            ask_from_elsewhere(url, authority.path, tmp_path / "cookies")
+            == f"127.0.0.2 https {url[8:]} over HTTP/2"
+        )
         if name == "haproxy":
             until("its health check succeeds", lambda: "L7OK" in stats_of(tmp_path / "stats"))
     finally:
@@ -196,7 +200,7 @@ def test_haproxy_passes_tls_on_with_the_proxy_protocol(site_with, free_port, tmp
     try:
         until("HAProxy accepts", lambda: accepts(free_port))
         asked = ask_from_elsewhere(f"https://apps.test:{free_port}", authority.path, tmp_path / "cookies")
-        assert asked == "127.0.0.2 over HTTP/1.1"
+        assert asked == f"127.0.0.2 https apps.test:{free_port} over HTTP/1.1"
     finally:
         process.kill()
         process.wait(10)
@@ -211,11 +215,12 @@ def accepts(port):
 
 
 def ask_from_elsewhere(url, authority, cookies):
-    """Sign in as a program at another address that claims a third one; return the client's address that the app got."""
+    """Sign in as a program at another address that forges all fields; return address, scheme and host that the app got."""
     command = [
         "curl", "-sSf", "--http2", "--interface", "127.0.0.2", "--noproxy", "*", "--cacert", authority,
         "--resolve", url.removeprefix("https://") + ":127.0.0.1", "-b", cookies, "-c", cookies,
-        "-H", "X-Forwarded-For: 192.0.2.66",
+        "-H", "X-Forwarded-For: 192.0.2.66", "-H", "X-Forwarded-Host: evil.test", "-H", "X-Forwarded-Port: 666",
+        "-H", "X-Forwarded-Proto: http",
     ]  # fmt: skip
     who = json.dumps({"user": "alice", "password": PASSWORD})
     subprocess.run(
