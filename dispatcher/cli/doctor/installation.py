@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from dispatcher.config.load import Config
 
 LOW_DISK, VERY_LOW_DISK = 2 * 1024**3, 200 * 1024**2  # bytes
-_DATABASE_PASSWORD = re.compile(rb"(?m)^\s*database\s*=.*://[^\s/@:]*:[^\s/@]+@")
+_DATABASE_PASSWORD = re.compile(
+    rb"(?m)^[^#\n]*\bdatabase\b[\"' \t]*=.*://(?:[^\s/@:\"']*:[^\s/@\"']+@|\S*[?&]password=)"
+)
 SOON = 30 * 86400  # seconds until a certificate expires
 
 
@@ -71,12 +73,34 @@ def config_file(path: Path) -> Iterator[Finding]:
         return
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in {0, os.geteuid()}:
         yield Finding.error(f"{path} is writable for other users", f"chown root {path}; chmod go-w {path}")
-    elif status.st_mode & stat.S_IROTH and _DATABASE_PASSWORD.search(path.read_bytes()):
+    elif fault := _replaceable(path.parent):
         yield Finding.error(
-            f"{path} is readable for all users, and holds the password of the database", f"chmod o-r {path}"
+            f"{path} can be replaced by other users: {fault}", f"chmod o-w {path.parent}, and own it"
+        )
+    elif (readers := _others(status)) and _DATABASE_PASSWORD.search(path.read_bytes()):
+        yield Finding.error(
+            f"{path} holds the password of the database, and is readable for {readers}",
+            "move the password to a file that only the manager's user can read, and name that in the URL: "
+            "?passfile=FILE (see libpq); the proxy must read the configuration, and needs no password",
         )
     else:
         yield Finding.ok(f"the configuration is {path}")
+
+
+def _replaceable(directory: Path) -> str:
+    """Return why others can replace the files of a directory, "" if they cannot."""
+    status = directory.stat()
+    if status.st_uid not in {0, os.geteuid()}:
+        return f"{directory} belongs to user id {status.st_uid}"
+    everybody = status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX
+    return f"{directory} is writable for all users" if everybody else ""
+
+
+def _others(status: os.stat_result) -> str:
+    """Return who besides the owner and root's group can read a file, "" if nobody can."""
+    if status.st_mode & stat.S_IROTH:
+        return "all users"
+    return "a group" if os.geteuid() == 0 and status.st_mode & stat.S_IRGRP and status.st_gid != 0 else ""
 
 
 def directories(paths: Paths) -> Iterator[Finding]:
@@ -221,7 +245,7 @@ def encryption(config: Config) -> Iterator[Finding]:
 
 
 def certificates(config: Config) -> Iterator[Finding]:
-    """Check that each configured certificate can be read and when it expires."""
+    """Check that each configured certificate can be read and when it expires, and that no key is everybody's."""
     named = {
         "proxy.tls_cert": config.proxy.tls_cert,
         "manager.tls_cert": config.manager.tls_cert,
@@ -230,6 +254,17 @@ def certificates(config: Config) -> Iterator[Finding]:
     for key, path in named.items():
         if path is not None:
             yield from certificate(key, path)
+    for key, path in {"proxy.tls_key": config.proxy.tls_key, "manager.tls_key": config.manager.tls_key}.items():
+        if path is not None and _readable_by_all(path):
+            yield Finding.error(f"{key}: every user of this host can read {path}", f"chmod o-r {path}")
+
+
+def _readable_by_all(path: Path) -> bool:
+    """Whether a file's mode lets all users read it; its directory may still be closed to them."""
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except OSError:
+        return False
 
 
 def certificate(key: str, path: Path) -> Iterator[Finding]:

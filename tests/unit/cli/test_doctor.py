@@ -87,6 +87,15 @@ def test_a_configuration_that_others_may_write_is_an_error(tmp_path, mode, level
     assert only(installation.config_file(path)).level.value == level
 
 
+def test_a_configuration_that_others_may_replace_is_an_error(tmp_path):
+    path = tmp_path / "d.toml"
+    path.touch(0o600)
+    tmp_path.chmod(0o1777)
+    assert levels(installation.config_file(path)) == ["ok"]
+    tmp_path.chmod(0o777)
+    assert f"{tmp_path} is writable for all users" in only(installation.config_file(path)).what
+
+
 def test_no_configuration_means_the_demo(tmp_path):
     found = only(installation.config_file(tmp_path / "none"))
     assert "the demo app" in found.what
@@ -489,6 +498,10 @@ def test_trusting_every_address_is_told():
         ('[manager]\ndatabase = "postgresql+psycopg://d:secret@db/d"\n', 0o644, "error"),
         ('[manager]\ndatabase = "postgresql+psycopg://d:secret@db/d"\n', 0o640, "ok"),
         ('[manager]\ndatabase = "postgresql+psycopg://d@/d?host=/run/postgresql"\n', 0o644, "ok"),
+        ('[manager]\ndatabase = "postgresql+psycopg://d@db/d?passfile=/etc/dispatcher/pgpass"\n', 0o644, "ok"),
+        ('[manager]\ndatabase = "postgresql+psycopg://d@db/d?password=secret"\n', 0o644, "error"),
+        ('manager = { database = "postgresql+psycopg://d:secret@db/d" }\n', 0o644, "error"),
+        ('# database = "postgresql+psycopg://d:secret@db/d"\n', 0o644, "ok"),
     ],
 )
 def test_a_password_in_a_file_that_all_may_read_is_told(tmp_path, text, mode, level):
@@ -503,3 +516,27 @@ def test_a_table_of_files_that_one_agent_can_fill_is_told(tmp_path, most, levels
     (tmp_path / "fs").mkdir()
     (tmp_path / "fs/file-max").write_text(f"{most}\n")
     assert [finding.level.value for finding in machine.file_table(tmp_path)] == levels
+
+
+@pytest.mark.root
+def test_a_password_that_the_proxy_may_read_is_told(tmp_path):
+    """The proxy's user must be able to read the configuration, and is the first that an attacker becomes."""
+    path = tmp_path / "d.toml"
+    path.write_text('[manager]\ndatabase = "postgresql+psycopg://d:secret@db/d"\n')
+    path.chmod(0o640)
+    os.chown(path, 0, 65534)
+    found = only(installation.config_file(path))
+    assert found.level is Level.ERROR
+    assert "readable for a group" in found.what
+    assert "?passfile=FILE" in found.fix
+
+
+@pytest.mark.parametrize("key", ["proxy", "manager"])
+def test_a_key_that_all_may_read_is_told(tmp_path, key):
+    make_certificate(tmp_path / "c.pem", 90)
+    tls_key = tmp_path / "k.pem"
+    tls_key.touch(0o640)
+    found = parse({key: {"tls_cert": str(tmp_path / "c.pem"), "tls_key": str(tls_key)}})
+    assert levels(installation.certificates(found)) == ["ok"]
+    tls_key.chmod(0o644)
+    assert levels(installation.certificates(found)) == ["ok", "error"]
