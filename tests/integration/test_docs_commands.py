@@ -32,7 +32,7 @@ import sys
 paths = [word.rpartition("=")[2] for word in sys.argv if "sock=" in word]
 sys.argv[1:] = paths or sys.argv[-1:]
 {APP}"""
-PROGRAMS = ("/opt/lab/bin/lab", "/opt/apps/bin/jupyter-lab", "/tmp/datasette/bin/datasette")
+PROGRAMS = ("/opt/lab/bin/lab", "/opt/apps/bin/jupyter-lab", "/tmp/quick/datasette/bin/datasette")
 BASE = """
 default_app = "lab"
 [apps.lab.subprocess]

@@ -76,7 +76,7 @@ class Tokens:
                     raise ConfigError(
                         f"manager.token_file: a token of {path} is too short",
                         why="it could be guessed, and gives full control",
-                        fix="create one: python3 -c 'import secrets; print(secrets.token_urlsafe(32))'",
+                        fix="create one: openssl rand -hex 32",
                     )
                 if token:
                     digests.append(hashlib.sha256(token.encode()).digest())

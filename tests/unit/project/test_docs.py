@@ -25,6 +25,14 @@ def texts(page, language):
     return [block.text for block in blocks(page, language)]
 
 
+def test_no_command_of_root_s_leaves_a_secret_readable_for_a_moment_or_imports_from_the_working_directory():
+    """Every user may watch /etc/dispatcher, and opens a new file before a later `chmod`: use `install -m 600`."""
+    lines = [line for page in PAGES for text in texts(page, "sh") for line in text.splitlines()]
+    assert len(lines) > 100
+    assert [line for line in lines if re.search(r"(?<!>)>\s*/etc/dispatcher/", line)] == []
+    assert [line for line in lines if re.search(r"python\S* -c", line)] == []
+
+
 def test_the_references_are_made_from_this_code():
     pytest.importorskip("libvirt", reason="the reference of its provider is made from its options")
     done = subprocess.run([sys.executable, ROOT / "docs/build", "--check"], capture_output=True, text=True)
