@@ -1,5 +1,6 @@
 """The backup that docs/howto/install-as-a-service.md describes: taken from a running manager, restored into an empty place."""
 
+import os
 import re
 import shutil
 import sqlite3
@@ -55,3 +56,34 @@ def test_a_backup_of_a_running_manager_is_restored_with_everybodys_data(short_tm
         assert (data / "work").read_text() == "hers"
         assert data.stat().st_uid == owner
         assert site.admin("GET", "/agents/alice/state").json()["state"] == "running"
+
+
+def test_files_of_a_home_are_copied_as_the_agent_s_user(short_tmp):
+    """As root, `cp` would write through the agent's links; the user has an account on this host and is not trusted."""
+    page = (ROOT / "docs/howto/from-jupyterhub.md").read_text()
+    commands = re.search(
+        r"^dispatcher stop alice\ndata=[^\n]*\n(.*?)^dispatcher start", page, re.DOTALL | re.MULTILINE
+    )[1]
+    short_tmp.chmod(0o755)
+    home, data, file_of_host = short_tmp / "home", short_tmp / "data", short_tmp / "passwd"
+    for directory, uid, mode in ((home, 1900000001, 0o755), (data, 1900000002, 0o700)):
+        directory.mkdir()
+        directory.chmod(mode)
+        os.chown(directory, uid, uid)
+    (home / "papers").mkdir()
+    (home / "papers/notes").write_text("hers")
+    (home / "tool").touch()
+    (home / "tool").chmod(0o4755)
+    (home / "settings").write_text("hers")
+    file_of_host.write_text("the host's")
+    (data / "settings").symlink_to(file_of_host)
+    os.lchown(data / "settings", 1900000002, 1900000002)
+    subprocess.run(
+        ["sh", "-ec", commands.replace("/home/alice", str(home))],
+        env={**os.environ, "data": str(data)},
+        check=True,
+    )
+    assert file_of_host.read_text() == "the host's"
+    assert (data / "settings").read_text() == (data / "papers/notes").read_text() == "hers"
+    assert {path.stat().st_uid for path in data.rglob("*")} == {1900000002}
+    assert data.stat().st_mode & 0o777 == 0o700
