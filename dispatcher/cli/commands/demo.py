@@ -6,6 +6,7 @@ import os
 import secrets
 import shlex
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,13 +106,14 @@ def _stop_agents(daemons: Daemons, cli: Cli) -> bool:
 def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
     """Yield the demo's directory and one for sockets, and remove both afterwards; with `keep` only the second.
 
-    :raises BadRequest: `directory` contains other files.
+    :raises BadRequest: `directory` contains other files, or is another user's.
     """
     if directory is None:
         home = Path(tempfile.mkdtemp(prefix="dispatcher-demo-"))
     else:
         home = directory.absolute()
         home.mkdir(parents=True, exist_ok=True)
+        _check_own(home)
         if any(home.iterdir()) and not (home / MARKER).exists():
             raise BadRequest(
                 f"{directory} is not empty", why="its files were not made by a demo", fix="name another directory"
@@ -126,6 +128,20 @@ def _home(directory: Path | None, *, keep: bool) -> Iterator[tuple[Path, Path]]:
         remove_tree(run_dir)
         if not keep:
             remove_tree(home)
+
+
+def _check_own(directory: Path) -> None:
+    """Refuse a directory of another user, whose links would lead this user's writing elsewhere.
+
+    :raises BadRequest: it is not ours alone.
+    """
+    found = directory.lstat()
+    if found.st_uid != os.geteuid() or stat.S_ISLNK(found.st_mode) or found.st_mode & stat.S_IWOTH:
+        raise BadRequest(
+            f"{directory} cannot be used",
+            why="it is a link, belongs to another user, or is writable for all users, who could replace its files",
+            fix="name a directory that does not exist yet",
+        )
 
 
 def _write_config(home: Path, run_dir: Path, port: int) -> Path:

@@ -1,13 +1,15 @@
 """The command line's small parts: how states and addresses are shown; passwords that can be read aloud."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from dispatcher.config.load import parse
-from dispatcher.cli.commands.demo import pronounceable
+from dispatcher.plugin.errors import BadRequest
+from dispatcher.cli.commands.demo import MARKER, _home, _write_config, pronounceable
 from dispatcher.cli.ui.output import Output, clean, columns
 from dispatcher.cli.serve import _PROGRAM, _RUN_MODULE, browser_url, listen_endpoint, tunnel
 from dispatcher.cli.ui.progress import describe
@@ -118,3 +120,19 @@ def test_daemons_import_nothing_from_the_working_directory(tmp_path, program):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "planted" not in done.stderr
     assert "Cannot read /none" in done.stderr
+
+
+@pytest.mark.root
+def test_a_demo_does_not_follow_the_links_of_another_user(tmp_path):
+    """Its documentation names a directory below /tmp, where another user may have made that before."""
+    theirs, file_of_host = tmp_path / "try", tmp_path / "passwd"
+    file_of_host.write_text("the host's")
+    theirs.mkdir()
+    (theirs / MARKER).touch()
+    (theirs / "dispatcher.toml").symlink_to(file_of_host)
+    os.chown(theirs, 65534, 65534)
+    (tmp_path / "link").symlink_to(theirs)
+    for directory in (theirs, tmp_path / "link"):
+        with pytest.raises(BadRequest, match="cannot be used"), _home(directory, keep=True) as (home, run_dir):
+            _write_config(home, run_dir, 8080)
+    assert file_of_host.read_text() == "the host's"
