@@ -50,6 +50,8 @@ def _host(host: Host) -> Iterator[Finding]:
         yield Finding.ok(
             "Of the host's files an agent sees /usr, /etc and its program's own, read-only; data is writable"
         )
+    elif host.untried:
+        yield Finding.error(f"No agent can start: bubblewrap could not be tried: {host.reason}", host.fix)
     else:
         what = f"Agents run without a sandbox: {host.reason}. They see the host's files, processes, network"
         yield Finding.warning(what, host.fix)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dispatcher.plugin import (
     Deadline,
+    DeadlineExceeded,
     DispatcherError,
     ProviderError,
     Unavailable,
@@ -27,6 +30,9 @@ _TRIAL = 20.0  # seconds for the first sandbox
 #: Option of pasta, from October 2024 on: connect to the loopback interface inside, as earlier versions do.
 LOOPBACK = "--host-lo-to-ns-lo"
 _TUN = "/dev/net/tun"
+#: Of a host that is short of something at the moment, which any user may have brought about.
+_SHORTAGES = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+_KILLED = re.compile(r"ended with (-\d+|137)$")  # for lack of memory, say
 _APPARMOR = "kernel/apparmor_restrict_unprivileged_userns"
 #: Settings below /proc/sys with which an ordinary user may not make user namespaces.
 _FORBIDDING = {"user/max_user_namespaces": "0", "kernel/unprivileged_userns_clone": "0", _APPARMOR: "1"}
@@ -37,6 +43,7 @@ class Host:
     """The programs and control groups found.
 
     :ivar bwrap: path of bubblewrap, "" if it is not used; :ivar reason, fix: why not, and what to do.
+    :ivar untried: bubblewrap is there, but could not be tried: it is unknown whether it works.
     :ivar sizes: bubblewrap limits the size of temporary files (0.7 or later).
     :ivar setpriv: path or ""; root needs it; :ivar pasta, slirp: paths of the programs for private networks.
     :ivar pasta_loopback: pasta connects to the loopback interface inside only when it is told to.
@@ -48,6 +55,7 @@ class Host:
     bwrap: str = ""
     reason: str = ""
     fix: str = ""
+    untried: bool = False
     sizes: bool = True
     setpriv: str = ""
     pasta: str = ""
@@ -89,13 +97,14 @@ class Host:
 
 def examine(options: Options, installation: str, deadline: Deadline) -> Host:
     """Examine the host."""
-    bwrap, reason, fix = "", "", ""
+    bwrap, reason, fix, untried = "", "", "", False
     if options.bubblewrap == "never":
         reason, fix = 'providers.subprocess.bubblewrap is "never"', "remove providers.subprocess.bubblewrap"
     elif not (bwrap := find_program("bwrap")):
         reason, fix = "bubblewrap is not installed", "install bubblewrap"
-    elif reason := _fault(bwrap, deadline):
-        fix = namespaces_fix()
+    else:
+        reason, untried = _fault(bwrap, deadline)
+        fix = "try again when the host is less busy" if untried else namespaces_fix() if reason else ""
     cgroups = Cgroups()
     if options.cgroups == "auto":
         cgroups = discover(f"dispatcher-{installation}", procfs.read("/proc/self/cgroup").decode())
@@ -105,6 +114,7 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
         bwrap="" if reason else bwrap,
         reason=reason,
         fix=fix,
+        untried=untried,
         sizes=not bwrap or _knows([bwrap, "--size", "4096"], deadline),
         setpriv=find_program("setpriv"),
         pasta=pasta,
@@ -119,8 +129,12 @@ def examine(options: Options, installation: str, deadline: Deadline) -> Host:
 def verify(host: Host, options: Options) -> None:
     """Check that the host has what the options and the privileges require.
 
+    A shortage must not open the host's files to agents: with "auto", too, none starts while bubblewrap is untried.
+
     :raises Unavailable, ProviderError: it has not.
     """
+    if host.untried:
+        raise Unavailable("bubblewrap could not be tried", why=host.reason, fix=host.fix)
     if options.bubblewrap == "always" and not host.bwrap:
         raise Unavailable(
             'bubblewrap cannot be used, and providers.subprocess.bubblewrap is "always"',
@@ -135,14 +149,17 @@ def verify(host: Host, options: Options) -> None:
         )
 
 
-def _fault(bwrap: str, deadline: Deadline) -> str:
-    """Return why bubblewrap does not work here, "" if it works."""
+def _fault(bwrap: str, deadline: Deadline) -> tuple[str, bool]:
+    """Return why bubblewrap does not work here, "" if it works; and whether that may be a shortage only."""
     command = [bwrap, *_PROBE, "/bin/sh", "-c", ":"]
     try:
         run_command(command, "Cannot run bubblewrap", environment={}, deadline=deadline.bounded(_TRIAL))
+    except DeadlineExceeded as error:
+        return error.why, True
     except DispatcherError as error:
-        return error.why
-    return ""
+        short = any(os.strerror(number) in error.why for number in _SHORTAGES) or _KILLED.search(error.why)
+        return error.why, bool(short)
+    return "", False
 
 
 def _knows(command: list[str], deadline: Deadline) -> bool:

@@ -113,8 +113,7 @@ class SubprocessProvider(Provider):
         return [str(error) for error in self._parts.planner.faults(app, likely=True)]
 
     def prepare(self, app: App, *, deadline: Deadline, progress: Progress) -> None:
-        verify(self._parts.host, self._options)
-        self._parts.planner.verify(app)
+        self._usable(deadline).planner.verify(app)
 
     def close(self) -> None:
         with self._lock:
@@ -134,9 +133,25 @@ class SubprocessProvider(Provider):
                 self._examined = self._examine(Deadline(_EXAMINE))
             return self._examined
 
+    def _usable(self, deadline: Deadline) -> _Parts:
+        """Return the parts for a start; if bubblewrap was not tried, it is now.
+
+        :raises Unavailable, ProviderError: as `verify`.
+        """
+        parts = self._parts
+        if parts.host.untried:
+            with self._lock:
+                parts = self._examined = self._examine(deadline)
+        verify(parts.host, self._options)
+        return parts
+
     def _examine(self, deadline: Deadline) -> _Parts:
         found = examine(self._options, self.context.installation, deadline)
-        if found.reason and (self._examined is None or self._examined.host.reason != found.reason):
+        if (
+            found.reason
+            and not found.untried
+            and (self._examined is None or self._examined.host.reason != found.reason)
+        ):
             self.context.log.warning("agents run without a sandbox: %s", found.reason)
         stopper = Stopper(self._journals, found.cgroups, self._secret_files)
         return _Parts(
@@ -155,9 +170,8 @@ class SubprocessProvider(Provider):
 
     def ensure(self, spec: AgentSpec, *, deadline: Deadline, progress: Progress) -> Handle:
         handle = self.handle(spec)
-        parts = self._parts
         progress("start", "preparing the sandbox")
-        verify(parts.host, self._options)
+        parts = self._usable(deadline)
         self._journals.prepare()
         with self._journals.locked(handle.name, deadline):
             record = self._journals.read(handle.name)

@@ -5,7 +5,7 @@ import os
 import pytest
 from dispatcher_subprocess import explain, host, sandbox
 
-from dispatcher.plugin import Deadline
+from dispatcher.plugin import Deadline, Unavailable
 from dispatcher_subprocess.options import AppOptions, Options
 
 
@@ -44,6 +44,35 @@ def test_the_missing_sandbox_is_explained_with_its_remedy(monkeypatch, bubblewra
     assert not found.sandboxed
     assert reason in found.reason
     assert found.fix == fix
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("sleep 9", "takes too long"),
+        (
+            "echo 'bwrap: Creating new namespace failed: Resource temporarily unavailable' >&2; exit 1",
+            "unavailable",
+        ),
+        ("echo 'bwrap: Cannot allocate memory' >&2; exit 1", "allocate memory"),
+        ("kill -9 $$", "ended with -9"),
+    ],
+)
+def test_no_agent_starts_without_a_sandbox_for_a_shortage(monkeypatch, tmp_path, code, reason):
+    """Any user of the host can use up processes or time while the manager starts."""
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text(f"#!/bin/sh\n{code}\n")
+    bwrap.chmod(0o755)
+    monkeypatch.setattr(host, "find_program", lambda name: str(bwrap) if name == "bwrap" else "")
+    options = Options(cgroups="never")
+    found = host.examine(options, "i", Deadline(0.5))
+    assert not found.sandboxed
+    with pytest.raises(Unavailable, match="could not be tried") as refused:
+        host.verify(found, options)
+    assert reason in refused.value.why
+    assert "No agent can start" in explain.findings(found, None)[0].what
+    bwrap.write_text("#!/bin/sh\n")
+    assert host.examine(options, "i", Deadline(10)).sandboxed
 
 
 @pytest.mark.parametrize("known", [True, False])

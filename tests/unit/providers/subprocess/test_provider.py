@@ -7,10 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from dispatcher_subprocess import network
+from dispatcher_subprocess import host, network
+from dispatcher_subprocess.options import AppOptions
 from dispatcher_subprocess.provider import SubprocessProvider
 
-from dispatcher.plugin import DeadlineExceeded, ProviderContext
+from dispatcher.plugin import App, Deadline, DeadlineExceeded, ProviderContext, Unavailable, no_progress
 
 
 @pytest.fixture
@@ -94,3 +95,20 @@ def test_a_collector_that_starts_anew_meanwhile_gets_everything(provider, monkey
     passing.passed.clear()
     provider._keep_collecting()
     assert passing.passed == []
+
+
+def test_a_start_tries_bubblewrap_again_after_a_shortage(monkeypatch, tmp_path):
+    bwrap = tmp_path / "bwrap"
+    bwrap.write_text("#!/bin/sh\necho 'bwrap: Cannot allocate memory' >&2; exit 1\n")
+    bwrap.chmod(0o755)
+    find = host.find_program
+    monkeypatch.setattr(host, "find_program", lambda name: str(bwrap) if name == "bwrap" else find(name))
+    context = ProviderContext(
+        installation="7e570001", state_dir=tmp_path, run_dir=tmp_path, proxy_gid=0, privileged=os.geteuid() == 0
+    )
+    provider = SubprocessProvider(context=context, options=SubprocessProvider.Options(cgroups="never"))
+    app = App(name="a", provider="subprocess", options=AppOptions(command=["/bin/true", "{socket}"]))
+    with pytest.raises(Unavailable, match="could not be tried"):
+        provider.prepare(app, deadline=Deadline(10), progress=no_progress)
+    bwrap.write_text("#!/bin/sh\n")
+    provider.prepare(app, deadline=Deadline(10), progress=no_progress)
