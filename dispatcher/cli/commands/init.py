@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 
@@ -16,6 +16,9 @@ from dispatcher.cli.commands.configuration import checked
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.config import default_paths
 from dispatcher.plugin.errors import BadRequest, ConfigError, Conflict, DispatcherError
+
+if TYPE_CHECKING:
+    from dispatcher.config.load import Config
 
 LISTEN = "127.0.0.1:8080"
 DEMO = "demo"  # the name of the app that is built in
@@ -49,6 +52,8 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     an invalid configuration is not written.  On a terminal, asks for what the options leave open; elsewhere it
     needs options or --yes.
     """
+    from dispatcher.cli.doctor.installation import encryption
+
     path = cli.config_path or default_paths.config_file()
     if os.path.lexists(path):
         raise Conflict(
@@ -59,8 +64,10 @@ def init(cli: Cli, /, *, yes: bool, **chosen: Any) -> None:
     program = "dispatcher"
     if path != default_paths.config_file():
         program += f" --config {shlex.quote(str(path))}"
-    _check(cli, text, path, f"{program} init {_options(chosen)}".rstrip())
+    found = _check(cli, text, path, f"{program} init {_options(chosen)}".rstrip())
     _create(path, text)
+    for finding in encryption(found):
+        cli.out.note(f"warning: {finding.what} ({finding.fix})")
     steps = {
         f"{program} doctor": "check this machine",
         f"{program} serve": "run manager and proxy, until Ctrl-C",
@@ -94,8 +101,8 @@ def _complete(cli: Cli, chosen: dict[str, Any], *, yes: bool) -> None:
         )
 
 
-def _check(cli: Cli, text: str, path: Path, again: str) -> None:
-    """Check a configuration before it is written.
+def _check(cli: Cli, text: str, path: Path, again: str) -> Config:
+    """Check a configuration before it is written, and return it.
 
     :param again: the command that made it.
     :raises ConfigError: names every fault.
@@ -106,7 +113,7 @@ def _check(cli: Cli, text: str, path: Path, again: str) -> None:
         draft = Path(directory, path.name)
         draft.write_text(text, encoding="utf-8")
         try:
-            checked(dataclasses.replace(cli, config_path=draft))
+            return checked(dataclasses.replace(cli, config_path=draft))
         except ConfigError as error:
             found = error.details.get("problems") or [str(error)]
             raise ConfigError(
@@ -269,8 +276,9 @@ def _create(path: Path, text: str) -> None:
     :raises BadRequest: the path cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as file:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        # Whatever the umask: who may write the file determines what agents run.
+        with open(path, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o644)) as file:
             try:
                 file.write(text)
                 file.flush()

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -29,6 +30,24 @@ def test_without_choices_it_is_the_demo(tmp_path, capsys):
     assert list(config.apps) == ["demo"]
     assert config.proxy.listen == ["127.0.0.1:8080"]
     assert "# tls_cert = " in path.read_text()
+
+
+def test_others_cannot_write_it_whatever_the_umask(tmp_path):
+    """Ubuntu's users have 002; `doctor` reports such a file as an error."""
+    path = tmp_path / "new/dispatcher.toml"
+    before = os.umask(0)
+    try:
+        assert init(path, "--yes") == 0
+    finally:
+        os.umask(before)
+    assert (path.stat().st_mode & 0o777, path.parent.stat().st_mode & 0o777) == (0o644, 0o755)
+
+
+def test_passwords_in_the_clear_are_warned_of(tmp_path, capsys):
+    assert init(tmp_path / "a.toml", "--yes", "--listen", "0.0.0.0:8080") == 0
+    assert "passwords cross the network unencrypted" in capsys.readouterr().err
+    assert init(tmp_path / "b.toml", "--yes", "--listen", "127.0.0.1:8080") == 0
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_a_command_is_split_like_in_a_shell(tmp_path):
@@ -107,16 +126,12 @@ def test_a_full_disk_leaves_no_half_of_a_file(tmp_path, capsys, monkeypatch):
         def flush(self):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    opened = Path.open
-
-    def open_(path, mode="r", **more):
-        opened(path, mode, **more).close()
+    def open_full(path, mode, **more):
+        open(path, mode, **more).close()
         return Full()
 
     path = tmp_path / "a.toml"
-    monkeypatch.setattr(
-        Path, "open", lambda self, *a, **b: open_(self, *a, **b) if self == path else opened(self, *a, **b)
-    )
+    monkeypatch.setattr("dispatcher.cli.commands.init.open", open_full, raising=False)
     assert init(path, "--yes") == 2
     assert "No space left" in capsys.readouterr().err
     assert not path.exists()
