@@ -63,6 +63,12 @@ def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
     assert (tree / "usr/bin/dispatcher").is_symlink()
 
 
+def test_the_sandbox_of_agents_comes_with_the_package_in_any_case():
+    """`apt install --no-install-recommends` would leave agents of the default configuration without one."""
+    control = (ROOT / "packaging/debian/control").read_text()
+    assert "\n bubblewrap,\n" in control.partition("\nDepends:")[2].partition("\nRecommends:")[0]
+
+
 @BUILDS
 def test_needrestart_leaves_the_agents_alone(tree):
     """After an upgrade of a library it restarts all services that use the old one, agents' processes included."""
