@@ -287,6 +287,16 @@ def test_each_process_is_in_the_group_of_its_unit(service):
     assert not service.run("ls -d /sys/fs/cgroup/dispatcher-*", check=False).out
 
 
+def test_an_agent_cannot_end_the_others_by_a_message_to_systemd(service):
+    """Without a sandbox, or with /run among its files, it reaches the socket for messages of services."""
+    before = service.processes("alice")
+    user = "setpriv --reuid=1999999999 --regid=1999999999 --clear-groups"
+    message = f"NOTIFY_SOCKET=/run/systemd/notify {user} systemd-notify STOPPING=1"
+    service.run(f"echo $$ >{service.group('bob')}/cgroup.procs; {message}", check=False)
+    assert service.run("systemctl show -P SubState dispatcher-agents").out.strip() == "running"
+    assert service.processes("alice") == before
+
+
 @pytest.mark.parametrize("unit", ["manager", "proxy"])
 def test_agents_survive_the_restart_of_a_daemon(service, unit):
     before, since = service.processes("alice"), service.now()
