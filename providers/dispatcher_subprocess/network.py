@@ -267,6 +267,9 @@ def _block(
     """
     here = [*_of(4, networks), IPv4Network("127.0.0.0/8")]
     v4 = [
+        # Any rule separates the tables, which the kernel searches as one until then: there a more specific route
+        # of the host, which newer pasta copies, would be found before a local one.
+        "rule add priority 32765 lookup main",
         f"route flush dev {_INTERFACE} table main scope link",
         f"route flush dev {_INTERFACE} table local type broadcast",
         *(f"route append local {one} dev {_INTERFACE} table local metric 9" for one in here),
