@@ -103,6 +103,8 @@ class Connection:
             self._call(self._ldap.open, read_server_info=False)
             if not secure and options.start_tls:
                 self._call(self._ldap.start_tls, read_server_info=False)
+                if not isinstance(self._ldap.socket, ssl.SSLSocket):  # it can also fail by its result alone
+                    raise Away("the connection is not encrypted")
         except BaseException:
             self.close()
             raise

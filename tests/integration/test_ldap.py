@@ -210,3 +210,10 @@ def test_a_person_of_the_directory_gets_an_agent_and_doctor_says_what_is_wrong(
                 assert found["level"] == "error"
                 assert server.tls_url in found["what"]
                 assert "auth.ldap.servers" in found["fix"]
+
+
+def test_no_password_is_sent_where_starttls_fails_without_an_error(ldap, server, monkeypatch):
+    import ldap3
+
+    monkeypatch.setattr(ldap3.Connection, "start_tls", lambda self, **_: False)
+    assert "not encrypted" in why_not(ldap(servers=[server.url]))
