@@ -154,7 +154,7 @@ def entries(plugins):
 
 
 def test_an_empty_password_never_reaches_an_authenticator(tmp_path):
-    """A directory takes it for an anonymous bind, which succeeds: whoever knows a name would come in."""
+    """A directory takes it for an anonymous bind, which succeeds: anybody who knows a name could sign in."""
 
     class AnonymousBind(authenticators.Good):
         name = "bind"
