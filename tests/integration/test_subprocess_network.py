@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
-from dispatcher_subprocess import explain
+from dispatcher_subprocess import explain, network
 from dispatcher_subprocess.host import Host
 
 from dispatcher.plugin.deadline import Deadline
@@ -985,3 +986,28 @@ def test_a_host_whose_network_comes_late_or_has_no_gateway():
     assert report.pop("without a network") == "it has no default route"
     assert report.pop("203.0.113.5:80") == "reached"
     assert len(report) == 4 and not {"reached", ""} & set(report.values()), report
+
+
+@pytest.mark.root
+def test_a_route_of_the_host_does_not_win_against_a_denied_network():
+    """Newer versions of pasta copy such routes, as DHCP sets them for the metadata of clouds."""
+    name = f"copied{os.getpid()}"
+    ip = lambda *words: (
+        subprocess.run(["ip", "-n", name, *words], check=True, capture_output=True, text=True).stdout
+    )
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        ip("link", "set", "lo", "up")
+        ip("link", "add", network._INTERFACE, "type", "veth", "peer", "name", "other")
+        ip("link", "set", "other", "up")
+        ip("address", "add", "198.18.5.2/24", "dev", network._INTERFACE)
+        ip("link", "set", network._INTERFACE, "up")
+        ip("route", "add", "default", "via", "198.18.5.1")
+        ip("route", "add", "169.254.169.254", "via", "198.18.5.1")
+        with open(f"/run/netns/{name}") as namespace:
+            inside = network._Inside(namespace.fileno(), None)
+            network._block(inside, [ip_network("169.254.0.0/16")], Deadline(10), udp=False)
+        assert "local 169.254.169.254" in ip("route", "get", "169.254.169.254")
+        assert "via 198.18.5.1" in ip("route", "get", "203.0.113.5")
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], check=True)
