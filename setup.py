@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
-AUTHENTICATORS = ("ldap",)
+AUTHENTICATORS = ("ldap", "pam")
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
 LDAP = ["ldap3>=2.9.1"]
