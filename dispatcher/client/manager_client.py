@@ -125,9 +125,9 @@ class ManagerClient:
         """``{"findings": [...]}``."""
         return self._rows("findings", f"/providers/{quote(name, safe='')}/check", app=app)
 
-    def check_authenticator(self) -> Json:
+    def check_authenticator(self, plugin: str) -> Json:
         """``{"findings": [...]}``."""
-        return self._rows("findings", "/authenticator/check")
+        return self._rows("findings", "/authenticator/check", plugin=plugin)
 
     def memory_usage(self) -> Json:
         """``{"total", "average", "agents": [...]}`` in bytes."""

@@ -113,12 +113,26 @@ class Config(Table):
         return validate(ref, model, table, f"providers.{name}", self._file)
 
     def authenticator_options(self, name: str, plugins: Plugins) -> BaseModel:
-        """Return ``[auth.NAME]``, validated by the authenticator's `Options`.
+        """Return ``[auth.NAME]`` or ``[auth.PLUGIN.OWN]``, validated by the authenticator's `Options`.
 
+        :param name: an entry of ``auth.authenticator``.
         :raises ConfigError: invalid; :raises PluginError: as `Plugins.load`.
         """
-        model, table = plugins.authenticator(name).Options, (self.auth.model_extra or {}).get(name, {})
-        return validate(plugins.ref("authenticator", name), model, table, f"auth.{name}", self._file)
+        plugin, _, own = name.partition(".")
+        cls = plugins.authenticator(plugin)
+        table = (self.auth.model_extra or {}).get(plugin, {})
+        if bool(own) is not bool(cls.several):
+            expected = (
+                f"[auth.{plugin}.NAME] and {plugin}.NAME" if cls.several else f"[auth.{plugin}] and {plugin}"
+            )
+            raise ConfigError(
+                f"auth.authenticator: {names.printable(name)} is not the name of an authenticator",
+                why=f"the plugin {plugin} is configured by {expected}",
+                fix="correct the name",
+            )
+        if own:
+            table = table.get(own, {}) if isinstance(table, Mapping) else {}
+        return validate(plugins.ref("authenticator", name), cls.Options, table, f"auth.{name}", self._file)
 
     def validate_providers(self, plugins: Plugins) -> None:
         """Load every configured provider and validate all tables of plugins.
@@ -136,12 +150,14 @@ class Config(Table):
             yield from caught(f"providers.{name}", self.provider_options, name, plugins)
         for name in self.apps:
             yield from caught(f"apps.{name}.provider", self.template, name, plugins)
-        known, chosen = plugins.available(), self.auth.authenticator
-        if chosen != "local" and chosen not in known:
-            hint = did_you_mean(chosen, ["local", *known], "install the distribution that provides it")
-            yield f"auth.authenticator: there is no plugin {names.printable(chosen)}, {hint}"
-        elif chosen != "local":
-            yield from caught("auth.authenticator", self.authenticator_options, chosen, plugins)
+        known = plugins.available()
+        for chosen in self.auth.authenticators:
+            plugin = chosen.partition(".")[0]
+            if plugin != "local" and plugin not in known:
+                hint = did_you_mean(plugin, ["local", *known], "install the distribution that provides it")
+                yield f"auth.authenticator: there is no plugin {names.printable(plugin)}, {hint}"
+            elif chosen != "local":
+                yield from caught("auth.authenticator", self.authenticator_options, chosen, plugins)
         for path, table in (*((f"apps.{name}", app) for name, app in self.apps.items()), ("auth", self.auth)):
             for key, value in (table.model_extra or {}).items():
                 if key not in known and key != "local" and isinstance(value, Mapping):

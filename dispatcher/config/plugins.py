@@ -30,7 +30,7 @@ from dispatcher.common import process_state
 from dispatcher.common.contained import PluginRef, at_once, bounded, text
 from dispatcher.config.messages import did_you_mean
 from dispatcher.plugin import authenticator, hooks, provider
-from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.authenticator import Authenticator, BaseAuthenticator, WebAuthenticator
 from dispatcher.plugin.errors import PluginError
 from dispatcher.plugin.model import Isolation
 from dispatcher.plugin.names import printable
@@ -40,6 +40,7 @@ GROUP = "dispatcher.plugins"
 DISTRIBUTION = "agent-dispatcher"
 #: Names of plugins that are parts of this program and have no entry point.
 BUILT_IN = frozenset({"local", "dispatcher-metrics", "dispatcher-log"})
+AUTHENTICATORS = (Authenticator, WebAuthenticator)
 UNKNOWN = "an unknown distribution"
 MAX_CLASSES = 100  # that a hook may return
 _T = TypeVar("_T")
@@ -216,7 +217,7 @@ class _Found:
     """The classes of one plugin."""
 
     provider: type[Provider] | None
-    authenticator: type[Authenticator] | None
+    authenticator: type[BaseAuthenticator] | None
 
 
 def _check_version(version: object, what: str, contract: str, accepted: range, ref: PluginRef) -> None:
@@ -249,23 +250,24 @@ def _versions(accepted: range) -> str:
     return f"s {first} to {more[-1]}" if more else f" {first}"
 
 
-def _check_class(candidate: Any, base: type, accepted: range, ref: PluginRef) -> None:
+def _check_class(candidate: Any, bases: tuple[type, ...], accepted: range, ref: PluginRef) -> None:
     what = f"{getattr(candidate, '__qualname__', printable(candidate))}{_of(ref.distribution)}"
-    if not (inspect.isclass(candidate) and issubclass(candidate, base)):
-        raise PluginError(f"{what} is not a subclass of dispatcher's {base.__name__}", fix=ref.report)
+    if not (inspect.isclass(candidate) and issubclass(candidate, bases)):
+        wanted = " or ".join(base.__name__ for base in bases)
+        raise PluginError(f"{what} is not a subclass of dispatcher's {wanted}", fix=ref.report)
     if inspect.isabstract(candidate):
         missing = ", ".join(sorted(getattr(candidate, "__abstractmethods__", ())))
         raise PluginError(f"{what} is incomplete", why=f"it does not implement {missing}", fix=ref.report)
     if not isinstance(getattr(candidate, "name", None), str):
         raise PluginError(f"{what} has no name", fix="set the class attribute `name`")
-    _check_version(getattr(candidate, "api_version", None), what, base.__name__.lower(), accepted, ref)
-    if base is Provider and not isinstance(getattr(candidate, "isolation", None), Isolation):
+    _check_version(getattr(candidate, "api_version", None), what, bases[0].__name__.lower(), accepted, ref)
+    if Provider in bases and not isinstance(getattr(candidate, "isolation", None), Isolation):
         raise PluginError(
             f"{what} has no isolation",
             why=f"found {printable(getattr(candidate, 'isolation', None))}",
             fix="set the class attribute `isolation` to a member of dispatcher.plugin.Isolation",
         )
-    for options in ("Options", *(("AppOptions",) if base is Provider else ())):
+    for options in ("Options", *(("AppOptions",) if Provider in bases else ())):
         model = getattr(candidate, options, None)
         if not (inspect.isclass(model) and issubclass(model, BaseModel)):
             raise PluginError(f"{what} has no {options}", fix=f"set `{options}` to a pydantic model")
@@ -286,7 +288,7 @@ class Plugins:
         self._refused: dict[str, PluginError] = {}
         self._added: dict[str, set[str]] = {}  # modules that the import of a refused plugin has added
         self._providers: dict[str, type[Provider]] = {}
-        self._authenticators: dict[str, type[Authenticator]] = {}
+        self._authenticators: dict[str, type[BaseAuthenticator]] = {}
         self._lock = threading.Lock()
         self._locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one plugin is loaded once
 
@@ -309,8 +311,9 @@ class Plugins:
         return {name: entry.distribution for name, entry in sorted(found.items())}
 
     def ref(self, kind: str, name: str) -> PluginRef:
-        """Return how errors name a plugin."""
-        origin = self._loaded.get(name) or self.available().get(name, "")
+        """Return how errors name a plugin, or one of several authenticators of a plugin (``PLUGIN.NAME``)."""
+        plugin = name.partition(".")[0] if kind == "authenticator" else name
+        origin = self._loaded.get(plugin) or self.available().get(plugin, "")
         return PluginRef(kind, name, "" if origin == UNKNOWN else origin)
 
     def kinds(self, name: str) -> list[str]:
@@ -435,8 +438,8 @@ class Plugins:
                 ) from error
             _check_hooks(alone, name, plugin, origin)
             return _Found(
-                self._collect(alone, "providers", Provider, provider.API_VERSIONS, ref),
-                self._collect(alone, "authenticators", Authenticator, authenticator.API_VERSIONS, ref),
+                self._collect(alone, "providers", (Provider,), provider.API_VERSIONS, ref),
+                self._collect(alone, "authenticators", AUTHENTICATORS, authenticator.API_VERSIONS, ref),
             )
 
         found = bounded(ref, "its hooks", collect, log=None) if origin else collect()
@@ -453,7 +456,7 @@ class Plugins:
         """
         return self._class(name, self._providers, "provider")
 
-    def authenticator(self, name: str) -> type[Authenticator]:
+    def authenticator(self, name: str) -> type[BaseAuthenticator]:
         """Return the authenticator class called `name`, its plugin loaded.
 
         :raises PluginError: as `load`, or its plugin registers no authenticator.
@@ -486,7 +489,7 @@ class Plugins:
         return found[0]
 
     def _collect(
-        self, manager: pluggy.PluginManager, kind: str, base: type, accepted: range, ref: PluginRef
+        self, manager: pluggy.PluginManager, kind: str, bases: tuple[type, ...], accepted: range, ref: PluginRef
     ) -> Any:
         """Call a hook; return the class of the plugin's own name that it returns."""
         hook = f"dispatcher_register_{kind}"
@@ -502,7 +505,7 @@ class Plugins:
                 fix=ref.report,
             ) from error
         for cls in classes:
-            _check_class(cls, base, accepted, ref)
+            _check_class(cls, bases, accepted, ref)
             if cls.name != ref.name:
                 raise self._wrong_name(cls, kind.removesuffix("s"), ref)
         if len(classes) > 1:

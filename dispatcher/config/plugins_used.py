@@ -10,6 +10,6 @@ def configured(config: Config) -> dict[str, str]:
     providers = {app.provider for app in config.apps.values()} | set(config.providers)
     return {
         **dict.fromkeys(config.plugins, "observer"),
-        config.auth.authenticator: "authenticator",
+        **dict.fromkeys((entry.partition(".")[0] for entry in config.auth.authenticators), "authenticator"),
         **dict.fromkeys(providers, "provider"),
     }

@@ -202,13 +202,31 @@ class ProxyConfig(Table):
         return value
 
 
+def authenticators(value: str | list[str]) -> str | list[str]:
+    """Return the value of ``auth.authenticator``.
+
+    :raises ValueError: an empty list, an entry that is there twice, or no name.
+    """
+    entries = [value] if isinstance(value, str) else value
+    if not entries or len(set(entries)) < len(entries):
+        raise ValueError("at least one name, and each once")
+    for entry in entries:
+        if not re.fullmatch(r"[^.]{1,64}(\.[a-z0-9][a-z0-9-]{0,31})?", entry):
+            raise ValueError("names of plugins, or PLUGIN.NAME where NAME has lower-case letters, digits and -")
+    return value
+
+
+Authenticators = Annotated[str | list[str], AfterValidator(authenticators)]
+
+
 class AuthConfig(Table):
     """``[auth]``; its tables belong to the authenticators of that name."""
 
     model_config = ConfigDict(frozen=True, extra="allow", validate_default=True)
 
-    authenticator: str = Field(
-        default="local", description="what verifies passwords: local, or the name of a plugin"
+    authenticator: Authenticators = Field(
+        default="local",
+        description="what verifies users: local, the name of a plugin, or a list of several, asked in this order",
     )
     session_lifetime: Duration = Field(default=7 * 86400.0, description="maximum lifetime of a session")
     session_idle: Duration = Field(default=86400.0, description="maximum time of a session without a request")
@@ -218,6 +236,11 @@ class AuthConfig(Table):
     hash_queue: Count = Field(
         default=64, ge=1, description="maximum queued password checks; further sign-ins get 429"
     )
+
+    @property
+    def authenticators(self) -> tuple[str, ...]:
+        """The authenticators: names of plugins, or ``PLUGIN.NAME``."""
+        return (self.authenticator,) if isinstance(self.authenticator, str) else tuple(self.authenticator)
 
 
 class AppDefaults(Table):

@@ -22,6 +22,7 @@ from dispatcher.config.plugins_used import configured
 from dispatcher.manager.agents.composition import Supervisor, restoring
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.auth import local
+from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals
@@ -132,13 +133,14 @@ class Manager:
         auth_store.pull_back(clock.now())
         self.sessions = Sessions(auth_store, clock, _lifetimes(config), self.supervisor.queries.user_id)
         hasher = Hasher()
-        external = config.auth.authenticator != local.NAME
+        external = config.auth.authenticators != (local.NAME,)
         pool = HashPool(config.auth.hash_workers, config.auth.hash_queue, at_once=external)
         self._closers.append(pool.close)
-        authenticator = self._authenticator(hasher)
-        self._closers.append(authenticator.close)
+        self._plugins.register(local.NAME, local.plugin(self.supervisor.store, hasher))
+        authenticators = Authenticators([self._authenticator(name) for name in config.auth.authenticators])
+        self._closers.extend(entry.close for entry in authenticators)
         signin = SignIn(
-            authenticator=authenticator,
+            authenticators=authenticators,
             supervisor=self.supervisor,
             sessions=self.sessions,
             store=auth_store,
@@ -205,27 +207,27 @@ class Manager:
                 raise
             _log.error("a plugin is left out", plugin=name, why=str(error))
 
-    def _authenticator(self, hasher: Hasher) -> ContainedAuthenticator:
-        """Return the authenticator; nobody can sign in with one that is at fault, but agents and sessions remain.
+    def _authenticator(self, name: str) -> ContainedAuthenticator:
+        """Return an authenticator; nobody can sign in with one that is at fault, but agents and sessions remain.
 
+        :param name: an entry of ``auth.authenticator``.
         :raises ConfigError: there is none of that name, or its options are invalid.
         """
-        name = self.config.auth.authenticator
-        self._plugins.register(local.NAME, local.plugin(self.supervisor.store, hasher))
+        plugin = name.partition(".")[0]
         try:
             cls, options = (
-                self._plugins.authenticator(name),
+                self._plugins.authenticator(plugin),
                 self.config.authenticator_options(name, self._plugins),
             )
             ref = self._plugins.ref("authenticator", name)
-            with self._plugins.guarded([name]):
+            with self._plugins.guarded([plugin]):
                 made = bounded(ref, "__init__", lambda: instance(cls, options=options))
             return ContainedAuthenticator(ref, made)
         except DispatcherError as error:
-            unknown = name not in {local.NAME, *self._plugins.available()}
+            unknown = plugin not in {local.NAME, *self._plugins.available()}
             if unknown or (isinstance(error, ConfigError) and not isinstance(error, PluginError)):
                 raise
-            _log.error("nobody can sign in", why=str(error))
+            _log.error("nobody can sign in", authenticator=name, why=str(error))
             return ContainedAuthenticator(self._plugins.ref("authenticator", name), None, error)
 
     def _listen(self) -> None:

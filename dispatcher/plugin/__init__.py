@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from typing import Any
 
     from dispatcher.plugin import system_calls
-    from dispatcher.plugin.authenticator import Authenticator, Identity
+    from dispatcher.plugin.authenticator import (
+        Authenticator,
+        BaseAuthenticator,
+        Ended,
+        Identity,
+        Redirect,
+        WebAuthenticator,
+        WebIdentity,
+    )
     from dispatcher.plugin.deadline import Deadline, boot_id, boottime
     from dispatcher.plugin.endpoints import checked_unix_path, connect
     from dispatcher.plugin.errors import (
@@ -149,6 +157,7 @@ __all__ = [
     "Authenticator",
     "BackendState",
     "BadRequest",
+    "BaseAuthenticator",
     "Cancelled",
     "Capability",
     "Closeable",
@@ -160,6 +169,7 @@ __all__ = [
     "Depth",
     "DispatcherError",
     "Duration",
+    "Ended",
     "Endpoint",
     "Environment",
     "Finding",
@@ -193,6 +203,7 @@ __all__ = [
     "Provider",
     "ProviderContext",
     "ProviderError",
+    "Redirect",
     "SecretFiles",
     "Shim",
     "Size",
@@ -208,6 +219,8 @@ __all__ = [
     "UrlPath",
     "Usage",
     "Variable",
+    "WebAuthenticator",
+    "WebIdentity",
     "backend_name",
     "boot_id",
     "boottime",

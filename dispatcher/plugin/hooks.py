@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from dispatcher.plugin.authenticator import Authenticator
+    from dispatcher.plugin.authenticator import BaseAuthenticator
     from dispatcher.plugin.model import AgentEvent
     from dispatcher.plugin.provider import Provider
 
@@ -28,7 +28,7 @@ def dispatcher_register_providers() -> Iterable[type[Provider]]:
 
 
 @hookspec
-def dispatcher_register_authenticators() -> Iterable[type[Authenticator]]:
+def dispatcher_register_authenticators() -> Iterable[type[BaseAuthenticator]]:
     """Return the authenticator class of this plugin, which has the name of the entry point.
 
     .. versionadded:: 0.1

@@ -198,7 +198,7 @@ def test_a_person_of_the_directory_gets_an_agent_and_doctor_says_what_is_wrong(
     options = {key: str(value) if "file" in key else value for key, value in options.items()}
     with manager_in(short_tmp, monkeypatch, auth={"authenticator": "ldap", "ldap": options}) as manager:
         with client_of(manager) as client, client_of(manager, "proxy_socket") as proxy:
-            assert client.check_authenticator()["findings"][0]["level"] == "ok"
+            assert client.check_authenticator("ldap")["findings"][0]["level"] == "ok"
             assert proxy.login("alice", PASSWORD, address="192.0.2.1")["session"]["user"] == "alice"
             assert [each["user"] for each in client.agents()["agents"]] == ["alice"]
             for name, password in (("alice", "wrong"), slapd.OUTSIDER, ("nobody", PASSWORD)):
@@ -206,7 +206,7 @@ def test_a_person_of_the_directory_gets_an_agent_and_doctor_says_what_is_wrong(
                     proxy.login(name, password, address="192.0.2.1")
                 assert refused.value.what == "Wrong name or password"
             with server.down():
-                [found] = client.check_authenticator()["findings"]
+                [found] = client.check_authenticator("ldap")["findings"]
                 assert found["level"] == "error"
                 assert server.tls_url in found["what"]
                 assert "auth.ldap.servers" in found["fix"]

@@ -47,6 +47,14 @@ class FakeStore:
             raise NotFound(f"There is no user {name}")
         self.rows[name] = replace(self.rows[name], password_hash=password_hash)
 
+    def bind_user(self, name, source, subject, groups):
+        row = self.rows[name]
+        free = row.source is None and row.password_hash is None
+        same = row.source == source and (row.subject is None or subject is None or row.subject == subject)
+        if free or same:
+            self.rows[name] = replace(row, source=source, subject=subject or row.subject, groups=tuple(groups))
+        return free or same
+
     def add(self, name, password_hash=None):
         self.last_id += 1
         self.rows[name] = UserRow(

@@ -16,6 +16,7 @@ from dispatcher.manager.rest import application
 from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
+from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.metrics import Metrics
@@ -58,7 +59,9 @@ class Clock:
 class Parts:
     """Everything below HTTP's sockets, with clients of both roles."""
 
-    def __init__(self, directory, *, config=None, lifetimes=None, settle=True, queue=64, authenticator=None):
+    def __init__(
+        self, directory, *, config=None, lifetimes=None, settle=True, queue=64, authenticator=None, others=()
+    ):
         self.directory = directory
         self.clock = Clock()
         self.database = Database(f"sqlite:///{directory}/dispatcher.db")
@@ -77,6 +80,9 @@ class Parts:
             ref = PluginRef("authenticator", authenticator.name, "acme 1")
             authenticator = ContainedAuthenticator(ref, authenticator)
         self.authenticator = authenticator
+        self.others = [
+            ContainedAuthenticator(PluginRef("authenticator", each.name, "acme 1"), each) for each in others
+        ]
         self.edge_waits = []
         follow_removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1))
         self.reloads = []
@@ -105,7 +111,7 @@ class Parts:
     def new_signin(self):
         """A sign-in service as after a restart: it knows what was stored."""
         return SignIn(
-            authenticator=self.authenticator,
+            authenticators=Authenticators([self.authenticator, *self.others]),
             supervisor=self.supervisor,
             sessions=self.sessions,
             store=self.store,

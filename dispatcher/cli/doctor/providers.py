@@ -55,7 +55,7 @@ def plugins_in_use(config: Config, plugins: Plugins, client: ManagerClient | Non
         if client is not None and name in backends:
             ask = functools.partial(client.check_provider, name)
         elif client is not None and state and kind == "authenticator" and not state["error"]:
-            ask = client.check_authenticator
+            ask = functools.partial(client.check_authenticator, name)
         if ask is not None:
             return [Finding(**item | {"level": Level(item["level"])}) for item in ask()["findings"]]
         if state and state["configured"]:
@@ -110,7 +110,9 @@ def _checked_here(name: str, kind: str, config: Config, plugins: Plugins, *, use
     try:
         plugins.load(name)
         if kind == "authenticator":
-            check_authenticator(name, config, plugins)
+            for entry in config.auth.authenticators:
+                if entry.partition(".")[0] == name:
+                    check_authenticator(entry, config, plugins)
         elif kind == "provider" and (used or "provider" in plugins.kinds(name)):
             yield from check(plugins.provider(name), config, plugins, used=used)
             return
@@ -124,9 +126,10 @@ def _checked_here(name: str, kind: str, config: Config, plugins: Plugins, *, use
 def check_authenticator(name: str, config: Config, plugins: Plugins) -> None:
     """Make an authenticator and check it.
 
+    :param name: an entry of ``auth.authenticator``.
     :raises DispatcherError: why passwords cannot be checked.
     """
-    cls, options = plugins.authenticator(name), config.authenticator_options(name, plugins)
+    cls, options = plugins.authenticator(name.partition(".")[0]), config.authenticator_options(name, plugins)
     ref = plugins.ref("authenticator", name)
     made = bounded(ref, "__init__", lambda: instance(cls, options=options), log=None)
     try:

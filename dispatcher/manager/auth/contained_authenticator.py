@@ -16,13 +16,16 @@ from dispatcher.common.contained import PluginRef, bounded, contained, text
 from dispatcher.common.log import SECRET, logger
 from dispatcher.common.plain import plain
 from dispatcher.manager.backends.pool import current_job
-from dispatcher.plugin.authenticator import Authenticator, Identity
+from dispatcher.plugin.authenticator import Authenticator, BaseAuthenticator, Identity
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, Unavailable, Unsupported
 from dispatcher.plugin.names import printable, user_name
 
 CLOSE = 3.0  # seconds
 SLACK = 5.0  # seconds past its deadline until a check is given up
+MAX_GROUPS = 1000  # of one user
+MAX_NAME = 255  # characters of a group, of a subject
+MAX_USER = 4096  # characters; the rules of names allow fewer, and say so
 RETRY = 5.0  # seconds until a browser may try again
 #: Errors of `set_password` whose texts are for the user.
 _FOR_USER = (BadRequest, Conflict, Forbidden, Unsupported)
@@ -31,14 +34,15 @@ _log = logger("manager.signin")
 
 
 class ContainedAuthenticator:
-    """The methods of `Authenticator` that the manager calls.  Raises nothing but `DispatcherError`.
+    """The methods of an authenticator that the manager calls.  Raises nothing but `DispatcherError`.
 
     :param wrapped: None: it cannot be used at all, because of `problem`.
-    :ivar problem: why passwords cannot be checked, as seen by the last call; None if they can.
+    :ivar name: the entry of ``auth.authenticator``.
+    :ivar problem: why users cannot sign in, as seen by the last call; None if they can.
     """
 
     def __init__(
-        self, plugin: PluginRef, wrapped: Authenticator | None, problem: DispatcherError | None = None
+        self, plugin: PluginRef, wrapped: BaseAuthenticator | None, problem: DispatcherError | None = None
     ) -> None:
         self.plugin = plugin
         self.name = plugin.name
@@ -46,36 +50,43 @@ class ContainedAuthenticator:
         self._wrapped = wrapped
 
     @property
+    def verifies_passwords(self) -> bool:
+        """Whether it verifies passwords; of one at fault it is assumed."""
+        return self._wrapped is None or isinstance(self._wrapped, Authenticator)
+
+    @property
     def changes_passwords(self) -> bool:
         """Whether users can change their passwords with it."""
-        if self._wrapped is None:
+        if not isinstance(self._wrapped, Authenticator):
             return False
         cls = type(self._wrapped)
         stated = cls.changes_passwords
         return stated if isinstance(stated, bool) else cls.set_password is not Authenticator.set_password
 
-    def authenticate(self, name: str, password: str, *, deadline: Deadline) -> str | None:
-        """Return the canonical name of the user, None for a wrong name or password.
+    def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
+        """Return the user, with the name in canonical form; None for a wrong name or password.
 
         :raises Unavailable: it cannot be said now, whatever the reason.
         """
         with self._call("authenticate", (name, password), deadline) as wrapped:
-            found: object = wrapped.authenticate(name, password, deadline=deadline)
-            if found is None:
-                return None
-            if inspect.iscoroutine(found):  # of a method that was declared with `async`
-                found.close()
-            if not isinstance(found, Identity):
-                raise self._invalid(
-                    f"found a value of the type {type(found).__name__}, expected an Identity or None"
-                )
-            user: object = plain(found.user)
-            if not isinstance(user, str):
-                raise self._invalid(f"user is of the type {type(user).__name__}, expected a text")
-            try:
-                return user_name(user)
-            except BadRequest as error:
-                raise self._invalid(f"user is {printable(text(user, 100))}: {error.why}") from None
+            assert isinstance(wrapped, Authenticator)
+            return self._identity("authenticate", wrapped.authenticate(name, password, deadline=deadline))
+
+    def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
+        """Return what the directory knows of a user; None if the account has gone.
+
+        :raises Unsupported: it cannot be asked; :raises Unavailable: it cannot be said now.
+        """
+        wrapped = self._usable()
+        found = bounded(
+            self.plugin,
+            "lookup",
+            lambda: wrapped.lookup(name, deadline=deadline),
+            seconds=deadline.remaining() + SLACK,
+            log=None,
+            error=Unavailable,
+        )
+        return self._identity("lookup", found)
 
     def set_password(self, name: str, password: str, *, deadline: Deadline) -> None:
         """Change a password.
@@ -84,6 +95,7 @@ class ContainedAuthenticator:
         :raises Unavailable: it cannot be changed now.
         """
         with self._call("set_password", (name, password), deadline) as wrapped:
+            assert isinstance(wrapped, Authenticator)
             wrapped.set_password(name, password, deadline=deadline)
 
     def check(self, *, deadline: Deadline) -> None:
@@ -91,10 +103,7 @@ class ContainedAuthenticator:
 
         :raises DispatcherError: what is wrong, for administrators.
         """
-        if self._wrapped is None:
-            assert self.problem is not None
-            raise self.problem.with_traceback(None)
-        wrapped = self._wrapped
+        wrapped = self._usable()
         bounded(
             self.plugin,
             "check",
@@ -114,8 +123,14 @@ class ContainedAuthenticator:
         """Note that a call was given up."""
         self.problem = error
 
+    def _usable(self) -> BaseAuthenticator:
+        if self._wrapped is None:
+            assert self.problem is not None
+            raise self.problem.with_traceback(None)
+        return self._wrapped
+
     @contextmanager
-    def _call(self, method: str, secrets: tuple[str, str], deadline: Deadline) -> Iterator[Authenticator]:
+    def _call(self, method: str, secrets: tuple[str, str], deadline: Deadline) -> Iterator[BaseAuthenticator]:
         wrapped, job = self._wrapped, current_job()
         if wrapped is None:
             raise unavailable()
@@ -139,8 +154,42 @@ class ContainedAuthenticator:
             raise unavailable(error.retry_after) from None
         self.problem = None
 
-    def _invalid(self, why: str) -> DispatcherError:
-        what = f"The {self.plugin} returned an invalid value from authenticate"
+    def _identity(self, method: str, found: object) -> Identity | None:
+        """Return what a method returned, checked, with plain values."""
+        if found is None:
+            return None
+        if inspect.iscoroutine(found):  # of a method that was declared with `async`
+            found.close()
+        if not isinstance(found, Identity):
+            raise self._invalid(
+                method, f"found a value of the type {type(found).__name__}, expected an Identity or None"
+            )
+        user = self._text(method, "user", found.user, MAX_USER)
+        try:
+            user = user_name(user)
+        except BadRequest as error:
+            raise self._invalid(method, f"user is {printable(text(user, 100))}: {error.why}") from None
+        groups: object = found.groups
+        if not isinstance(groups, (frozenset, set, tuple, list)) or len(groups) > MAX_GROUPS:
+            raise self._invalid(method, f"groups is not a set of at most {MAX_GROUPS} names")
+        return Identity(
+            user=user,
+            groups=frozenset(self._text(method, "groups", group, MAX_NAME) for group in groups),
+            subject=self._text(method, "subject", found.subject, MAX_NAME) if found.subject is not None else None,
+        )
+
+    def _text(self, method: str, field: str, value: object, limit: int) -> str:
+        found: object = plain(value)
+        if not isinstance(found, str):
+            raise self._invalid(method, f"{field} is of the type {type(found).__name__}, expected a text")
+        if not found or len(found) > limit or (field != "user" and not found.isprintable()):
+            raise self._invalid(
+                method, f"{field} is {printable(text(found, 100))}: empty, too long or not printable"
+            )
+        return found
+
+    def _invalid(self, method: str, why: str) -> DispatcherError:
+        what = f"The {self.plugin} returned an invalid value from {method}"
         return Unavailable(what, why=why, fix=self.plugin.report)
 
 

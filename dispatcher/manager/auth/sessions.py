@@ -18,7 +18,7 @@ from functools import partial
 from typing import NamedTuple
 
 from dispatcher.common.log import logger
-from dispatcher.manager.storage.auth import AuthStore, SessionRow, Visitor
+from dispatcher.manager.storage.auth import AuthStore, External, SessionRow, Visitor
 from dispatcher.plugin.deadline import SteadyWallClock
 from dispatcher.plugin.errors import Forbidden, NotFound, Unavailable
 
@@ -132,20 +132,28 @@ class Sessions:
         return Standing(self.user_id(user), self._ended.get(user, 0))
 
     def create(
-        self, user: str, agent: str, visitor: Visitor, *, standing: Standing, device: str | None = None
+        self,
+        user: str,
+        agent: str,
+        visitor: Visitor,
+        *,
+        standing: Standing,
+        device: str | None = None,
+        external: External | None = None,
     ) -> tuple[str, SessionRow]:
         """Return a new token and its session.
 
         :param standing: from before the password was checked, so that a sign-in that overlaps a change of the
             password, or a removal, does not outlive it.
         :param device: SHA-256 of the token that identifies this browser from now on.
+        :param external: the session at another site from which it comes.
         :raises Forbidden: all sessions of the user were ended meanwhile, or the user was removed.
         """
         if standing.user_id is None:
             raise _ended_meanwhile()
         now = self._clock.now()
         row = SessionRow(sha256="", user=user, user_id=standing.user_id, agent=agent, created=now, last_used=now)
-        return self._add(row, visitor, standing, device)
+        return self._add(row, visitor, standing, device, external)
 
     def child(self, parent: SessionRow, host: str, agent: str) -> tuple[str, SessionRow]:
         """Return a new token and its session for one host, which ends with `parent`.
@@ -169,11 +177,16 @@ class Sessions:
         return token, row
 
     def _add(
-        self, row: SessionRow, visitor: Visitor, standing: Standing, device: str | None
+        self,
+        row: SessionRow,
+        visitor: Visitor,
+        standing: Standing,
+        device: str | None,
+        external: External | None = None,
     ) -> tuple[str, SessionRow]:
         token = new_token()
         row = replace(row, sha256=digest(token))
-        self._store.add_session(row, visitor, device=device)
+        self._store.add_session(row, visitor, device=device, external=external)
         with self._lock:
             valid = (
                 standing == self.standing(row.user)

@@ -9,21 +9,24 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from dataclasses import dataclass
 
 from dispatcher.common.log import logger
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
+from dispatcher.manager.auth.authenticators import Authenticators, source_of
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
-from dispatcher.manager.auth.sessions import Sessions, digest, new_token
+from dispatcher.manager.auth.sessions import Sessions, Standing, digest, new_token
 from dispatcher.manager.auth.throttle import Throttle, Throttled, address_key
 from dispatcher.manager.metrics import LoginOutcome, Metrics
-from dispatcher.manager.storage.auth import AuthStore, Changes, SessionRow, Visitor
+from dispatcher.manager.storage.auth import AuthStore, Changes, External, SessionRow, Visitor
 from dispatcher.manager.storage.rows import Desired
 from dispatcher.plugin import names
-from dispatcher.plugin.deadline import Deadline, SteadyWallClock
+from dispatcher.plugin.authenticator import Identity
+from dispatcher.plugin.deadline import Deadline, SteadyWallClock, boottime
 from dispatcher.plugin.errors import (
     BadRequest,
     Conflict,
@@ -31,9 +34,11 @@ from dispatcher.plugin.errors import (
     Forbidden,
     NotFound,
     TooManyRequests,
+    Unsupported,
 )
 
 TIMEOUT = 30.0  # seconds for a check of a password, waiting included
+STEP = 0.5  # seconds: refusals by one of several authenticators come after a multiple of it
 CALL_TIMEOUT = 20.0  # seconds of these for the authenticator: its error is there before the wait ends
 
 _log = logger("manager.signin")
@@ -51,10 +56,10 @@ class SignedIn:
 class _Attempt:
     """An attempt in the throttle's accounts: it ends once, when it returns or when it is given up."""
 
-    def __init__(self, throttle: Throttle, authenticator: ContainedAuthenticator, keys: list[str]) -> None:
+    def __init__(self, throttle: Throttle, keys: list[str]) -> None:
         self.keys = keys
         self._throttle = throttle
-        self._authenticator = authenticator
+        self._asked: ContainedAuthenticator | None = None
         self._counts = False
         self._lock = threading.Lock()
 
@@ -76,7 +81,12 @@ class _Attempt:
     def give_up(self, error: DispatcherError) -> None:
         """End it, as its call hangs."""
         self.release()
-        self._authenticator.hung(error)
+        if self._asked is not None:
+            self._asked.hung(error)
+
+    def asking(self, authenticator: ContainedAuthenticator) -> None:
+        """An authenticator is called now."""
+        self._asked = authenticator
 
 
 class SignIn:
@@ -85,7 +95,7 @@ class SignIn:
     def __init__(
         self,
         *,
-        authenticator: ContainedAuthenticator,
+        authenticators: Authenticators,
         supervisor: Supervisor,
         sessions: Sessions,
         store: AuthStore,
@@ -94,7 +104,7 @@ class SignIn:
         clock: SteadyWallClock,
         metrics: Metrics,
     ) -> None:
-        self.authenticator = authenticator
+        self.authenticators = authenticators
         self._supervisor = supervisor
         self._sessions = sessions
         self._store = store
@@ -103,11 +113,6 @@ class SignIn:
         self._clock = clock
         self._metrics = metrics
         self._throttle = Throttle(store.accounts())
-
-    @property
-    def local(self) -> bool:
-        """Whether the manager stores the passwords."""
-        return self.authenticator.name == local.NAME
 
     def check_overdue(self) -> None:
         """Give up checks of passwords that hang; called regularly."""
@@ -126,19 +131,63 @@ class SignIn:
         """
         name = self._name(raw_name)
         standing = self._sessions.standing(name)
-        user = self.check(name, password, visitor.address, device)
-        if user != name:  # the directory's spelling
-            standing = self._sessions.standing(user)
-        agent = self._default_agent(user)
+        source, identity = self._verify(name, password, visitor.address, device)
+        if identity.user != name:  # the directory's spelling
+            standing = self._sessions.standing(identity.user)
+        return self.enter(
+            source, identity, visitor, device, standing=standing, password=password, stdin_apps=stdin_apps
+        )
+
+    def enter(
+        self,
+        source: str,
+        identity: Identity,
+        visitor: Visitor,
+        device: str | None,
+        *,
+        standing: Standing,
+        external: External | None = None,
+        password: str | None = None,
+        stdin_apps: frozenset[str] = frozenset(),
+    ) -> SignedIn:
+        """Make a session of a user whom an authenticator has verified, and start the agent.
+
+        :param source: the authenticator; :param identity: its user, in canonical form.
+        :param standing: from before the user was verified; :param external: the session at another site.
+        :param password: for apps that take the credentials on standard input (`stdin_apps`).
+        :raises Forbidden: the name belongs to another account, or the user has no agent and gets none.
+        """
+        user = identity.user
+        agent = self._default_agent(user, create=source != local.NAME)
+        if source != local.NAME:
+            self._bind(source, identity)
         if standing.user_id is None:  # new: of an external authenticator
             standing = self._sessions.standing(user)
         self._start(agent, user, password, stdin_apps)
         known = device and standing.user_id and self._store.has_device(digest(device), standing.user_id)
         kept = device if device and known else new_token()
-        token, row = self._sessions.create(user, agent.name, visitor, standing=standing, device=digest(kept))
+        token, row = self._sessions.create(
+            user, agent.name, visitor, standing=standing, device=digest(kept), external=external
+        )
         self._metrics.login(LoginOutcome.SUCCESS)
-        _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8])
+        _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8], authenticator=source)
         return SignedIn(token=token, device=kept, session=row)
+
+    def _bind(self, source: str, identity: Identity) -> None:
+        """Store that a name belongs to this account, and its groups.
+
+        :raises Forbidden: it belongs to another one.
+        """
+        row = self._supervisor.store.get_user(identity.user)
+        groups = tuple(sorted(identity.groups))
+        if row and (row.source, row.subject, row.groups) == (source, identity.subject or row.subject, groups):
+            return
+        if not self._supervisor.store.bind_user(identity.user, source, identity.subject, groups):
+            known = source_of(row)
+            why = "another account had the name before" if known == source else f"it is known from {known}"
+            _log.warning("a name belongs to another account", user=identity.user, authenticator=source, why=why)
+            self._metrics.login(LoginOutcome.FAILURE)
+            raise Forbidden(f"The name {identity.user} belongs to another account", fix="ask your administrator")
 
     def check(self, name: str, password: str, address: str | None, device: str | None = None) -> str:
         """Check a password, count the attempt, and return the user's canonical name.
@@ -146,6 +195,9 @@ class SignIn:
         :param name: canonical; :param address: of the browser, None for a check by an administrator.
         :raises Forbidden: it is wrong; :raises TooManyRequests: as `sign_in`.
         """
+        return self._verify(name, password, address, device)[1].user
+
+    def _verify(self, name: str, password: str, address: str | None, device: str | None) -> tuple[str, Identity]:
         keys = [f"name:{name}", *([address_key(address)] if address is not None else [])]
         user_id = self._sessions.user_id(name)
         if device and user_id and self._store.knows_device(digest(device), user_id, self._clock.now()):
@@ -153,8 +205,8 @@ class SignIn:
         deadline = Deadline(TIMEOUT)
         try:
             self._throttle.refuse(keys, self._clock.now())
-            attempt = _Attempt(self._throttle, self.authenticator, keys)
-            user = self._pool.run(
+            attempt = _Attempt(self._throttle, keys)
+            found = self._pool.run(
                 lambda: self._attempt(attempt, name, password, deadline), deadline, keys, attempt.give_up
             )
         except DispatcherError as error:
@@ -164,37 +216,46 @@ class SignIn:
                 else LoginOutcome.UNAVAILABLE
             )  # fmt: skip
             raise
-        if user is None:
+        if found is None:
             self._metrics.login(LoginOutcome.FAILURE)
             _log.info("wrong name or password", user=name, address=address)
             raise wrong_credentials()
-        return user
+        return found
 
-    def _attempt(self, attempt: _Attempt, name: str, password: str, deadline: Deadline) -> str | None:
+    def _attempt(
+        self, attempt: _Attempt, name: str, password: str, deadline: Deadline
+    ) -> tuple[str, Identity] | None:
         """Check a password and count the attempt.  Runs in the pool, few at a time, so most of a burst is late."""
         now, keys = self._clock.now(), attempt.keys
         self._throttle.admit(keys, now)
         attempt.begin()
-        user: str | None = None
+        began = boottime()
         try:
-            user = self.authenticator.authenticate(name, password, deadline=deadline.bounded(CALL_TIMEOUT))
+            found = self.authenticators.authenticate(
+                self._supervisor.store.get_user(name),
+                name,
+                password,
+                deadline.bounded(CALL_TIMEOUT),
+                attempt.asking,
+            )
         except BaseException:
             attempt.release()
             raise
         if attempt.end():
-            self._keep(self._throttle.succeeded(keys, now) if user else self._throttle.failed(keys, now))
-        return user
+            self._keep(self._throttle.succeeded(keys, now) if found else self._throttle.failed(keys, now))
+        if found is None and self.authenticators.several:  # the time would show which of them knows the name
+            time.sleep(min(STEP - (boottime() - began) % STEP, deadline.remaining()))
+        return found
 
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.
 
         :raises BadRequest: too short, too long; or the manager does not store passwords.
         """
-        if not self.local:
+        if self.authenticators.local is None:
+            known = ", ".join(entry.name for entry in self.authenticators)
             raise BadRequest(
-                "A password was given",
-                why=f"passwords are stored by the authenticator {self.authenticator.name}",
-                fix="leave it out",
+                "A password was given", why=f"users sign in with the authenticator {known}", fix="leave it out"
             )
         check_length(password)
         deadline = Deadline(TIMEOUT)
@@ -203,20 +264,35 @@ class SignIn:
     def set_password(self, user: str, password: str) -> None:
         """Change a password.  The caller ends the sessions.
 
-        :raises BadRequest: too short or too long; :raises Unsupported: the manager does not store passwords.
+        :raises BadRequest: too short or too long; :raises Unsupported: it is kept elsewhere.
         """
         check_length(password)
         deadline = Deadline(TIMEOUT)
+        keeper = self._keeper(user)
+        if keeper is None:
+            raise Unsupported(f"{user} has no password here", fix="change it where the user signs in")
 
         def change() -> None:
-            self.authenticator.set_password(user, password, deadline=deadline.bounded(CALL_TIMEOUT))
+            keeper.set_password(user, password, deadline=deadline.bounded(CALL_TIMEOUT))
 
         if user_id := self._sessions.user_id(user):
             # Otherwise each known browser would have free attempts at the new password.
             self._store.distrust_devices(user_id)
-        self._pool.run(change, deadline, overdue=self.authenticator.hung)
+        self._pool.run(change, deadline, overdue=keeper.hung)
         self._keep(self._throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
+
+    def changes_passwords(self, user: str) -> bool:
+        """Whether a user can change the password here."""
+        keeper = self._keeper(user)
+        return keeper is not None and keeper.changes_passwords
+
+    def _keeper(self, user: str) -> ContainedAuthenticator | None:
+        """Return the authenticator that has a user's password."""
+        row = self._supervisor.store.get_user(user)
+        if source_of(row) is None and self.authenticators.local:
+            return self.authenticators.local  # a password makes it a local user
+        return next((entry for entry in self.authenticators.of(row) if entry.verifies_passwords), None)
 
     def _name(self, raw: str) -> str:
         """Return the canonical name without blanks around it; an invalid one is refused like a wrong password."""
@@ -227,10 +303,10 @@ class SignIn:
             _log.info("a name that cannot exist", user=raw, why=error.why)
             raise wrong_credentials() from None
 
-    def _default_agent(self, user: str) -> AgentView:
-        """Return the agent of a sign-in; with an external authenticator the first sign-in creates it."""
+    def _default_agent(self, user: str, *, create: bool) -> AgentView:
+        """Return the agent of a sign-in; the first one creates it where that is wanted."""
         agents = self._agents(user)
-        if not agents and not self.local:
+        if not agents and create:
             with contextlib.suppress(Conflict):
                 self._supervisor.commands.create(user, app=None, password_hash=None)
             agents = self._agents(user)
@@ -242,10 +318,10 @@ class SignIn:
     def _agents(self, user: str) -> list[AgentView]:
         return [view for view in self._supervisor.queries.views(user=user) if view.desired is not Desired.ABSENT]
 
-    def _start(self, agent: AgentView, user: str, password: str, stdin_apps: frozenset[str]) -> None:
+    def _start(self, agent: AgentView, user: str, password: str | None, stdin_apps: frozenset[str]) -> None:
         """Start the agent; a failure does not fail the sign-in: the waiting page shows it."""
         stdin = None
-        if agent.app in stdin_apps:
+        if agent.app in stdin_apps and password is not None:
             stdin = json.dumps({"user": user, "password": password}).encode() + b"\n"
         try:
             self._supervisor.commands.set_desired(agent.name, Desired.RUNNING, stdin=stdin)

@@ -60,14 +60,22 @@ def check_provider(services: Services, provider: str, app: schemas.App | None = 
 
 
 @routes.add("GET", "/authenticator/check", {200: schemas.Findings})
-def check_authenticator(services: Services) -> Json:
-    """Verify that passwords can be checked, as far as that is possible without one."""
-    try:
-        services.signin.authenticator.check(deadline=Deadline(CHECK_SECONDS))
-        found = Finding.ok("can be used (authenticator)")
-    except DispatcherError as error:
-        found = Finding.error(f"{error.what}: {error.why}" if error.why else error.what, error.fix or "")
-    return {"findings": [{"level": found.level.value, "what": found.what, "fix": found.fix}]}
+def check_authenticator(services: Services, plugin: schemas.App | None = None) -> Json:
+    """Verify that users can sign in, with all authenticators or those of one plugin."""
+    found = []
+    for entry in services.signin.authenticators:
+        owner, _, own = entry.name.partition(".")
+        if plugin not in {None, owner}:
+            continue
+        name = "" if plugin == entry.name else f"{own}: " if plugin else f"{entry.name}: "
+        try:
+            entry.check(deadline=Deadline(CHECK_SECONDS))
+            finding = Finding.ok(f"{name}can be used (authenticator)")
+        except DispatcherError as error:
+            what = f"{error.what}: {error.why}" if error.why else error.what
+            finding = Finding.error(f"{name}{what}", error.fix or "")
+        found.append({"level": finding.level.value, "what": finding.what, "fix": finding.fix})
+    return {"findings": found}
 
 
 @routes.add("GET", "/stats/memory_usage", {200: schemas.MemoryUsage})

@@ -54,7 +54,7 @@ def create_agent(
             fix="leave the password out to add an agent, or change it with `dispatcher passwd`",
         )
     commands.check_new(name, app)
-    if new and password is None and services.signin.local:
+    if new and password is None and not services.signin.authenticators.external:
         raise BadRequest(
             f"The user {user} is new",
             why="no password was given",

@@ -58,8 +58,8 @@ def _problem(
         return refusal
     if backend is not None and not backend["usable"]:
         return str(backend["error"])
-    authenticator = services.signin.authenticator
-    if name == authenticator.name and authenticator.problem:
-        return authenticator.problem
+    for entry, problem in services.signin.authenticators.problems():
+        if entry.name.partition(".")[0] == name:
+            return problem
     observer = services.supervisor.observers.states.get(name)
     return (observer.problem or None) if observer else None

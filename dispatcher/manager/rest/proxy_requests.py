@@ -101,8 +101,9 @@ def my_state(
 @routes.add("POST", "/sessions/list", {200: schemas.OwnSessions})
 def my_sessions(services: Services, sha256: schemas.Sha256) -> Json:
     """List the sessions of a session's user, and say whether the user can change the password here."""
-    found = listed(services, services.sessions.all(_user_session(services, sha256).user))
-    return found | {"changes_passwords": services.signin.authenticator.changes_passwords}
+    user = _user_session(services, sha256).user
+    found = listed(services, services.sessions.all(user))
+    return found | {"changes_passwords": services.signin.changes_passwords(user)}
 
 
 @routes.add("POST", "/sessions/password", {200: schemas.Renewed})

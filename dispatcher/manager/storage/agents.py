@@ -62,6 +62,29 @@ class Store:
         if not self.database.execute(statement.values(password_hash=password_hash)):
             raise NotFound(f"There is no user {name}")
 
+    def bind_user(self, name: str, source: str, subject: str | None, groups: Sequence[str]) -> bool:
+        """Store what an external authenticator says of a user; return False if the name is another account's.
+
+        A name belongs to the authenticator and to the account (`subject`) that signed in with it first.
+        """
+        users = tables.users.c
+        free = sa.and_(users.source.is_(None), users.password_hash.is_(None))
+        same = sa.or_(users.subject.is_(None), users.subject == subject, sa.literal(subject is None))
+        statement = tables.users.update().where(
+            users.name == name, sa.or_(free, sa.and_(users.source == source, same))
+        )
+        known = {"subject": subject} if subject is not None else {}
+        return bool(self.database.execute(statement.values(source=source, groups=tuple(groups), **known)))
+
+    def release_user(self, name: str) -> None:
+        """Let a name belong to no external account: the next sign-in with it decides.
+
+        :raises NotFound: there is no such user.
+        """
+        statement = tables.users.update().where(tables.users.c.name == name)
+        if not self.database.execute(statement.values(source=None, subject=None, groups=())):
+            raise NotFound(f"There is no user {name}")
+
     # --- agents
 
     def agents(self) -> list[AgentRow]:
@@ -87,7 +110,7 @@ class Store:
                     sa.select(tables.users.c.id).where(tables.users.c.name == row.user)
                 ).scalar()
                 if user_id is None:
-                    user = {"name": row.user, "password_hash": password_hash, "created": row.created}
+                    user = {"name": row.user, "password_hash": password_hash, "created": row.created, "groups": ()}
                     user_id = _insert(connection, tables.users, user)
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
                 if allocated:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import sqlalchemy as sa
 
 from dispatcher.manager.storage.database import Database
-from dispatcher.manager.storage.rows import AgentName, UserName
+from dispatcher.manager.storage.rows import AgentName, Source, UserName
 from dispatcher.manager.storage.tables import INDEX, KEY, table, values
 
 MAX_DEVICES = 20  # known browsers of one user
@@ -51,6 +51,18 @@ class Visitor:
     user_agent: Annotated[str, 256] = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class External:
+    """The session at another site from which a session came.
+
+    :ivar source: the authenticator; :ivar external: `WebIdentity.session`; :ivar kept: `WebIdentity.kept`.
+    """
+
+    source: Source | None = None
+    external: Annotated[str, 255] | None = None
+    kept: str | None = field(default=None, repr=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Account:
     """Failed sign-in attempts counted against one name, address or device.
@@ -80,7 +92,7 @@ class _Counted:
 Changes = dict[str, Account | None]
 
 
-_sessions = table("sessions", SessionRow, Visitor, sha256=KEY, user=INDEX, parent=INDEX)
+_sessions = table("sessions", SessionRow, Visitor, External, sha256=KEY, user=INDEX, parent=INDEX)
 devices = table("devices", _Device, sha256=KEY, user_id=INDEX)
 _throttle = table("throttle", _Counted, Account, key=KEY)
 
@@ -98,10 +110,13 @@ class AuthStore:
         query = sa.select(*(_sessions.c[field.name] for field in dataclasses.fields(SessionRow)))
         return [SessionRow(**row) for row in self._database.select(query)]
 
-    def add_session(self, row: SessionRow, visitor: Visitor, *, device: str | None = None) -> None:
+    def add_session(
+        self, row: SessionRow, visitor: Visitor, *, device: str | None = None, external: External | None = None
+    ) -> None:
         """Keep a new session, and the browser that made it when `device` (a SHA-256) is given."""
+        columns = values(row, _sessions) | values(visitor, _sessions) | values(external or External(), _sessions)
         with self._database.write() as connection:
-            connection.execute(_sessions.insert(), values(row, _sessions) | values(visitor, _sessions))
+            connection.execute(_sessions.insert(), columns)
             if device:
                 self._add_device(connection, device, row.user_id, row.created)
 
@@ -112,6 +127,17 @@ class AuthStore:
             for batch in _batches(sha256s)
             for row in self._database.select(sa.select(_sessions).where(_sessions.c.sha256.in_(batch)))
         }
+
+    def external(self, sha256: str) -> External:
+        """Return the session at another site from which a session came."""
+        columns = (_sessions.c.source, _sessions.c.external, _sessions.c.kept)
+        found = self._database.select(sa.select(*columns).where(_sessions.c.sha256 == sha256))
+        return External(**found[0]) if found else External()
+
+    def sessions_from(self, source: str, external: str) -> list[str]:
+        """Return the sessions that came from one session at another site."""
+        wanted = (_sessions.c.source == source, _sessions.c.external == external)
+        return [row["sha256"] for row in self._database.select(sa.select(_sessions.c.sha256).where(*wanted))]
 
     def remove_sessions(self, sha256s: Iterable[str]) -> None:
         """Forget sessions."""

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from dispatcher.manager.files.space import disk_fix, free_space
 from dispatcher.plugin.errors import ConfigError, Unavailable
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 TESTED = ("sqlite", "postgresql")
 RECYCLE = 1800.0  # seconds after which a connection to a database server is replaced
 RESERVE = 8 << 20  # bytes kept for a full disk: in an SQLite file, in its log, and in a file beside it
@@ -148,6 +148,16 @@ class Database:
             for name in ("sessions", "devices"):  # of names: a row may be of an earlier user of its name
                 connection.execute(sa.text(f"DROP TABLE IF EXISTS {name}"))
             metadata.create_all(connection)
+        if found < 4:
+            added = {
+                "users": ("source VARCHAR(128)", "subject VARCHAR(255)", "groups JSON"),
+                "sessions": ("source VARCHAR(128)", "external VARCHAR(255)", "kept TEXT"),
+            }
+            for name, columns in added.items():
+                present = {column["name"] for column in sa.inspect(connection).get_columns(name)}
+                for column in columns:
+                    if column.partition(" ")[0] not in present:
+                        connection.execute(sa.text(f"ALTER TABLE {name} ADD COLUMN {column}"))
         if found < SCHEMA_VERSION:
             connection.execute(meta.update().where(meta.c.key == "schema").values(value=str(SCHEMA_VERSION)))
 

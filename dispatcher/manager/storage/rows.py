@@ -14,6 +14,7 @@ from dispatcher.plugin.model import BackendState
 
 AgentName = Annotated[str, 300]
 UserName = Annotated[str, 255]
+Source = Annotated[str, 128]  # an entry of auth.authenticator
 Short = Annotated[str, 32]  # the name of an app or of a provider
 
 
@@ -52,12 +53,17 @@ class UserRow:
     """A user.
 
     :ivar password_hash: argon2id, None where an external authenticator knows the password.
+    :ivar source: the external authenticator to which the name belongs, None before the first sign-in with one.
+    :ivar subject: `Identity.subject`, if it has one; :ivar groups: of the last sign-in.
     """
 
     id: int
     name: UserName
     password_hash: str | None = field(repr=False)
     created: float
+    source: Source | None = None
+    subject: Annotated[str, 255] | None = None
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -430,7 +430,9 @@ def test_every_plugin_of_the_configuration_is_asked(monkeypatch, table, works):
     client = SimpleNamespace(
         providers=lambda: {"providers": []},
         plugins=lambda: {"plugins": [state]},
-        check_authenticator=lambda: {"findings": [{"level": "ok", "what": "the directory answers", "fix": ""}]},
+        check_authenticator=lambda plugin: {
+            "findings": [{"level": "ok", "what": "the directory answers", "fix": ""}]
+        },
     )
     found = found_by(Plugins([entry("fake", "a_plugin")]), {"apps": {}} | table, client)
     assert [level for level, *_ in found] == ["ok" if works else "error"]

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 
 import pytest
 
@@ -405,7 +406,9 @@ def test_an_authenticator_s_table_is_checked_with_the_others(plugins, monkeypatc
         url: str
 
     monkeypatch.setattr(plugins, "available", lambda: {"fake": "some-plugin", "directory": "some-plugin"})
-    monkeypatch.setattr(plugins, "authenticator", lambda _name: type("Directory", (), {"Options": Options}))
+    monkeypatch.setattr(
+        plugins, "authenticator", lambda _name: type("Directory", (), {"Options": Options, "several": False})
+    )
     found = parse({"apps": {}, "auth": {"authenticator": "directory", "directory": {"ulr": "x"}}})
     with pytest.raises(ConfigError) as caught:
         found.validate_providers(plugins)
@@ -537,3 +540,52 @@ def test_bounds_of_a_plugins_lists_are_said_in_a_sentence():
     for value, expected in (([], "a length of at least 1"), (["a", "b", "c"], "a length of at most 2")):
         with pytest.raises(ConfigError, match=f"expected {expected}"):
             validate(PluginRef("authenticator", "x"), model, {"hosts": value}, "auth.x")
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ([], "at least one"),
+        (["local", "local"], "each once"),
+        ("oidc.Uni", "lower-case"),
+        (["a.b.c"], "lower-case"),
+        (5, ""),
+    ],
+)
+def test_a_list_of_authenticators_is_checked(value, fault):
+    with pytest.raises(ConfigError, match=r"auth\.authenticator") as caught:
+        parse({"apps": {}, "auth": {"authenticator": value}})
+    assert fault in str(caught.value)
+
+
+def test_authenticators_are_one_or_several(plugins, monkeypatch):
+    assert parse({}).auth.authenticators == ("local",)
+    found = parse({"apps": {}, "auth": {"authenticator": ["oidc.uni", "local"]}})
+    assert found.auth.authenticators == ("oidc.uni", "local")
+
+
+@pytest.mark.parametrize(
+    ("entry", "several", "fault"),
+    [
+        ("directory.one", False, r"configured by \[auth\.directory\]"),
+        ("directory", True, r"configured by \[auth\.directory\.NAME\] and directory\.NAME"),
+        ("directory.two", True, r"auth\.directory\.two\.url: is missing"),
+        ("directory.one", True, None),
+    ],
+)
+def test_several_authenticators_of_one_plugin_have_a_table_each(plugins, monkeypatch, entry, several, fault):
+    class Options(options.Table):
+        url: str
+
+    monkeypatch.setattr(plugins, "available", lambda: {"fake": "some-plugin", "directory": "some-plugin"})
+    cls = type("Directory", (), {"Options": Options, "several": several})
+    monkeypatch.setattr(plugins, "authenticator", lambda _name: cls)
+    table = {"authenticator": [entry, "local"], "directory": {"one": {"url": "x"}}}
+    found = parse({"apps": {}, "auth": table})
+    if fault is None:
+        found.validate_providers(plugins)
+        assert found.authenticator_options(entry, plugins).url == "x"
+        return
+    with pytest.raises(ConfigError) as caught:
+        found.validate_providers(plugins)
+    assert re.search(fault, caught.value.why)

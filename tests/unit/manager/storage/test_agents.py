@@ -231,3 +231,25 @@ def test_the_clock_of_a_boot_is_the_same_for_every_process(store):
     store.database.set_meta("clock", "another-boot 5.0")
     assert steady_clock(store.database).offset != 5.0
     assert store.database.meta("clock", "").startswith(boot_id())
+
+
+def test_a_name_belongs_to_the_account_that_signed_in_with_it_first(store):
+    store.create(row(), password_hash=None, allocated=False, events=[])
+    assert store.bind_user("alice", "ldap", None, ["staff"])
+    assert store.bind_user("alice", "ldap", "1000", [])
+    assert not store.bind_user("alice", "ldap", "2000", ["staff"])
+    assert not store.bind_user("alice", "oidc.uni", "1000", ["staff"])
+    assert store.bind_user("alice", "ldap", None, ["b", "a"])
+    user = store.get_user("alice")
+    assert (user.source, user.subject, user.groups) == ("ldap", "1000", ("b", "a"))
+    store.release_user("alice")
+    assert store.bind_user("alice", "oidc.uni", "x", [])
+    assert not store.bind_user("nobody", "ldap", None, [])
+    with pytest.raises(NotFound):
+        store.release_user("nobody")
+
+
+def test_a_local_user_belongs_to_no_directory(store):
+    made(store)
+    assert not store.bind_user("alice", "ldap", None, [])
+    assert store.get_user("alice").source is None

@@ -160,6 +160,7 @@ def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
         assert auth.sessions() == [] and not auth.has_device("d", 7)
         user, (agent,) = store.get_user("alice"), store.agents()
         assert (user.id, user.password_hash, user.created) == (7, "hash", 1.5)
+        assert (user.source, user.subject, user.groups) == (None, None, ())
         assert agent.failure == Failure(what="w", why="y", fix="f", log=("a",), time=1.0, final=True)
         assert (agent.desired.name, agent.pending.name, agent.operation.name) == ("RUNNING", "RESTART", "START")
         assert (agent.observed, agent.attempts, agent.move) == (BackendState.STOPPED, (1.0, 2.0), None)
@@ -182,6 +183,36 @@ def test_a_database_of_schema_1_opens_with_its_users_and_agents(tmp_path):
         since=1.0,
     )
     assert Store(database).create(new, password_hash="h", allocated=False, events=[]).user_id == 8
+    database.close()
+
+
+def test_a_database_of_schema_3_keeps_its_sessions(tmp_path):
+    from dispatcher.manager.storage.auth import AuthStore, External, SessionRow, Visitor
+
+    row = SessionRow(sha256="a" * 64, user="alice", user_id=7, agent="alice", created=1.0, last_used=1.0)
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    AuthStore(database).add_session(row, Visitor(address="192.0.2.1"))
+    database.close()
+    with sqlite3.connect(tmp_path / "x.db") as connection:
+        for name, columns in {
+            "users": ("source", "subject", "groups"),
+            "sessions": ("source", "external", "kept"),
+        }.items():
+            for column in columns:
+                connection.execute(f"ALTER TABLE {name} DROP COLUMN {column}")
+        connection.execute("INSERT INTO users (id, name, password_hash, created) VALUES (7, 'alice', 'hash', 1.5)")
+        connection.execute("UPDATE meta SET value = '3' WHERE key = 'schema'")
+    connection.close()
+    database = Database(f"sqlite:///{tmp_path}/x.db")
+    database.open()
+    store = AuthStore(database)
+    assert store.sessions() == [row]
+    assert store.external(row.sha256) == External()
+    other = SessionRow(sha256="b" * 64, user="alice", user_id=7, agent="alice", created=1.0, last_used=1.0)
+    store.add_session(other, Visitor(), external=External(source="oidc.uni", external="s1", kept="k"))
+    assert store.sessions_from("oidc.uni", "s1") == [other.sha256]
+    assert store.external(other.sha256).kept == "k"
     database.close()
 
 

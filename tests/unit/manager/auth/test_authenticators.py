@@ -1,0 +1,162 @@
+"""Several authenticators: who is asked, whose a name is, and what strangers can learn from it."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from dispatcher.manager.auth import signin
+from dispatcher.manager.auth.local import LocalOptions
+from dispatcher.manager.auth.local import plugin as local_plugin
+from dispatcher.plugin.authenticator import Authenticator, Identity
+from dispatcher.plugin.errors import Unavailable
+from tests.support.manager_parts import Parts
+
+
+def directory(label, people, *, away=False):
+    """An authenticator of ``{name: (password, identity)}`` that records whom it is asked for."""
+
+    class Directory(Authenticator):
+        name = label
+        Options = LocalOptions
+        asked: list[str] = []
+        down = away
+
+        def authenticate(self, name, password, *, deadline):
+            self.asked.append(name)
+            if type(self).down:
+                raise Unavailable("The directory does not answer")
+            known, identity = people.get(name, (None, None))
+            return identity if known == password else None
+
+    Directory.asked = []
+    return Directory(options=LocalOptions())
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(signin, "STEP", 0.01)
+    made = []
+
+    def make(*entries):
+        found = Parts(tmp_path, authenticator=entries[0], others=entries[1:])
+        cls = local_plugin(found.supervisor.store, found.hasher).dispatcher_register_authenticators()[0]
+        ref = type(found.authenticator.plugin)("authenticator", "local")
+        found.others.append(type(found.authenticator)(ref, cls(options=cls.Options())))
+        found.services.signin = found.new_signin()
+        made.append(found)
+        return found
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_an_unknown_name_is_asked_for_in_the_order_of_the_configuration_and_never_in_local(parts):
+    one = directory("one", {})
+    two = directory("two", {"alice": ("correct horse", Identity(user="alice", groups=frozenset({"staff"})))})
+    found = parts(one, two)
+    assert found.login("alice").status_code == 201
+    assert (one.asked, two.asked) == (["alice"], ["alice"])
+    row = found.supervisor.store.get_user("alice")
+    assert (row.source, row.groups, row.password_hash) == ("two", ("staff",), None)
+    assert found.login("alice").status_code == 201
+    assert one.asked == ["alice"], "a known user's password goes to its own authenticator only"
+
+
+def test_a_local_account_works_while_the_directory_is_away_and_its_password_goes_nowhere_else(parts):
+    away = directory("away", {}, away=True)
+    found = parts(away)
+    assert found.add("root", "correct horse").status_code == 201
+    assert found.login("root").status_code == 201
+    assert away.asked == []
+    assert found.login("alice").status_code == 503
+    assert away.asked == ["alice"]
+
+
+def test_another_directory_is_asked_while_one_is_away(parts):
+    away = directory("away", {}, away=True)
+    two = directory("two", {"alice": ("correct horse", Identity(user="alice"))})
+    found = parts(away, two)
+    assert found.login("alice").status_code == 201
+    assert found.login("bob").status_code == 503, "it cannot be said that the password is wrong"
+
+
+@pytest.mark.parametrize("typed", ["root", "root@uni.example"])
+def test_an_account_elsewhere_never_gets_the_agents_of_a_local_user_of_that_name(parts, typed):
+    people = {typed: ("another horse", Identity(user="root"))}
+    found = parts(directory("one", people))
+    assert found.add("root", "correct horse").status_code == 201
+    assert found.login(typed, "another horse").status_code == 403
+    assert found.supervisor.store.get_user("root").source is None
+    assert found.login("root").status_code == 201
+
+
+def test_a_name_that_was_given_to_another_person_is_refused_until_an_administrator_releases_it(parts):
+    people = {"alice": ("correct horse", Identity(user="alice", subject="1000"))}
+    found = parts(directory("one", people))
+    assert found.login("alice").status_code == 201
+    people["alice"] = ("correct horse", Identity(user="alice", subject="2000"))
+    answer = found.login("alice")
+    assert (answer.status_code, answer.json["title"]) == (403, "The name alice belongs to another account")
+    people["alice"] = ("correct horse", Identity(user="alice", subject="1000"))
+    assert found.login("alice").status_code == 201
+
+
+def test_groups_are_those_of_the_last_sign_in(parts):
+    people = {"alice": ("correct horse", Identity(user="alice", groups=frozenset({"staff", "b"})))}
+    found = parts(directory("one", people))
+    found.login("alice")
+    people["alice"] = ("correct horse", Identity(user="alice", groups=frozenset({"b"})))
+    found.login("alice")
+    assert found.supervisor.store.get_user("alice").groups == ("b",)
+
+
+def test_the_time_of_a_refusal_does_not_show_which_authenticator_knows_the_name(parts, monkeypatch):
+    monkeypatch.setattr(signin, "STEP", 0.4)
+    found = parts(directory("one", {}))
+    assert found.add("root", "correct horse").status_code == 201
+    found.login("warm", "wrong horse")
+
+    def seconds(name):
+        began = time.monotonic()
+        assert found.login(name, "wrong horse").status_code == 403
+        return time.monotonic() - began
+
+    assert min(seconds("root"), seconds("nobody")) >= 0.39
+
+
+def test_with_one_authenticator_a_refusal_comes_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(signin, "STEP", 60.0)
+    found = Parts(tmp_path)
+    began = time.monotonic()
+    assert found.login("nobody", "wrong horse").status_code == 403
+    assert time.monotonic() - began < 30
+    found.close()
+
+
+def test_a_password_set_by_an_administrator_makes_a_new_user_a_local_one(parts):
+    found = parts(directory("one", {"bob": ("another horse", Identity(user="bob"))}))
+    assert found.add("bob", None).status_code == 201
+    found.services.signin.set_password("bob", "correct horse")
+    assert found.login("bob", "another horse").status_code == 403
+    assert found.login("bob", "correct horse").status_code == 201
+
+
+def test_a_password_of_the_directory_is_not_changed_here(parts):
+    found = parts(directory("one", {"alice": ("correct horse", Identity(user="alice"))}))
+    session = found.login("alice").json["session"]["sha256"]
+    assert found.post("/sessions/list", sha256=session).json["changes_passwords"] is False
+    assert found.admin.put("/agents/alice/password", json={"password": "x" * 8}).status_code == 422
+    assert found.supervisor.store.get_user("alice").password_hash is None
+
+
+def test_a_user_of_an_authenticator_that_is_not_configured_any_more_cannot_sign_in(parts, capsys):
+    one = directory("one", {"alice": ("correct horse", Identity(user="alice"))})
+    found = parts(one)
+    assert found.login("alice").status_code == 201
+    found.authenticator.name = "two"
+    found.services.signin = found.new_signin()
+    assert found.login("alice").status_code == 403
+    assert "it is known from one" in "".join(capsys.readouterr())
