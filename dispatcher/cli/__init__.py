@@ -35,6 +35,7 @@ SECTIONS = {
         "add": Lazy("agents", "add", "Add a user with an agent, or another agent for a user."),
         "remove": Lazy("agents", "remove", "Remove an agent and its data."),
         "passwd": Lazy("agents", "passwd", "Set a user's password."),
+        "tokens": Lazy("tokens", "tokens", "Create, list and revoke API tokens."),
         "list": Lazy("inspection", "list_agents", "List all agents."),
         "running": Lazy("inspection", "running", "List running agents."),
         "info": Lazy("inspection", "info", "Show everything about an agent."),

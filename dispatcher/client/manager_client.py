@@ -7,7 +7,7 @@ for an answer without a body.  Problem documents become the errors of `dispatche
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -113,6 +113,31 @@ class ManagerClient:
         """End all sessions of a user; ``{"revoked": N}``."""
         return self._request("DELETE", "/sessions", user=user)
 
+    def tokens(self, user: str | None = None) -> Json:
+        """``{"tokens": [TOKEN...]}``."""
+        return self._rows("tokens", "/tokens", user=user)
+
+    def create_token(
+        self,
+        *,
+        scopes: Sequence[str],
+        user: str | None = None,
+        service: str | None = None,
+        expires: str | None = None,
+        note: str | None = None,
+    ) -> Json:
+        """Create an API token; TOKEN with the token itself as `token`."""
+        body = {"user": user, "service": service, "scopes": list(scopes), "expires": expires, "note": note}
+        return self._post("/tokens", body)
+
+    def revoke_token(self, id: str) -> Json:
+        """Revoke one API token."""
+        return self._request("DELETE", f"/tokens/{quote(id, safe='')}")
+
+    def revoke_tokens(self, user: str) -> Json:
+        """Revoke all API tokens of a user; ``{"revoked": N}``."""
+        return self._request("DELETE", "/tokens", user=user)
+
     def providers(self) -> Json:
         """``{"providers": [...]}``."""
         return self._rows("providers", "/providers")
@@ -174,13 +199,26 @@ class ManagerClient:
         return self._post("/sessions/state", {"sha256": sha256, "agent": agent, "state": state})
 
     def my_sessions(self, sha256: str) -> Json:
-        """``{"sessions": [...], "changes_passwords": bool}`` of the session's user."""
+        """``{"sessions", "changes_passwords", "tokens", "tokens_need_password"}`` of the session's user."""
         return self._post("/sessions/list", {"sha256": sha256}, again=True)
 
-    def change_password(self, sha256: str, password: str, new_password: str, address: str) -> Json:
+    def change_password(
+        self, sha256: str, password: str, new_password: str, address: str, *, revoke_tokens: bool = False
+    ) -> Json:
         """``{"token", "session": SESSION}``; all other sessions of the user end."""
         body = {"sha256": sha256, "password": password, "new_password": new_password, "address": address}
-        return self._post("/sessions/password", body)
+        return self._post("/sessions/password", body | _given(revoke_tokens=revoke_tokens or None))
+
+    def create_my_token(
+        self, sha256: str, address: str, *, password: str | None, expires: str | None, note: str | None
+    ) -> Json:
+        """Create an API token of the session's user; TOKEN with the token itself as `token`."""
+        body = {"sha256": sha256, "address": address, "password": password, "expires": expires, "note": note}
+        return self._post("/sessions/tokens", body)
+
+    def revoke_my_token(self, sha256: str, id: str) -> Json:
+        """Revoke an API token of the session's user."""
+        return self._post("/sessions/tokens/revoke", {"sha256": sha256, "id": id}, again=True)
 
     def handover(self, sha256: str, host: str, nonce_sha256: str) -> Json:
         """``{"code"}`` that carries the sign-in to one host, once, within 30 seconds."""

@@ -28,6 +28,7 @@ from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.auth.tokens import FLUSH_INTERVAL, ApiTokens
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.manager_dirs import Lock, make_directories
 from dispatcher.manager.files.space import free_space
@@ -39,6 +40,7 @@ from dispatcher.manager.rest.server import Server, WsgiApp
 from dispatcher.manager.storage.agents import steady_clock
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
+from dispatcher.manager.storage.tokens import TokenStore
 from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ConfigError, DispatcherError, PluginError
 
@@ -132,6 +134,9 @@ class Manager:
         auth_store = AuthStore(database)
         auth_store.pull_back(clock.now())
         self.sessions = Sessions(auth_store, clock, _lifetimes(config), self.supervisor.queries.user_id)
+        token_store = TokenStore(database)
+        token_store.pull_back(clock.now())
+        self.tokens = ApiTokens(token_store, clock, self.supervisor.queries.user_id)
         hasher = Hasher()
         external = config.auth.authenticators != (local.NAME,)
         pool = HashPool(config.auth.hash_workers, config.auth.hash_queue, at_once=external)
@@ -155,11 +160,16 @@ class Manager:
         self.sessions.load()
         self._closers.append(self.sessions.close)
         self.sessions.start()
+        self.tokens.load()
+        self._closers.append(self.tokens.flush)
+        self.supervisor.every(1.0, self.tokens.end_expired)
+        self.supervisor.every(FLUSH_INTERVAL, self.tokens.flush)
         # All sockets are made before any is served: one that cannot be made fails the start.
         self.feed = Feed(
             self._unix(self.paths.feed_socket, self.accounts.proxy_gid),
             supervisor=self.supervisor,
             sessions=self.sessions,
+            tokens=self.tokens,
             allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
         )
         self.services = Services(
@@ -167,6 +177,7 @@ class Manager:
             database=database,
             supervisor=self.supervisor,
             sessions=self.sessions,
+            tokens=self.tokens,
             signin=signin,
             plugins=self._plugins,
             clock=clock,
@@ -180,6 +191,7 @@ class Manager:
             agents=self.supervisor.queries.views,
             gauges={
                 "sessions": ("Active sessions", self.sessions.count),
+                "api_tokens": ("Valid API tokens", self.tokens.count),
                 "feed_connections": ("Connected edge workers", self.feed.connections),
                 "state_disk_free_bytes": (
                     "Free space on the disk of manager.state_dir",
@@ -190,7 +202,7 @@ class Manager:
             workers=self.feed.counters,
             observers=lambda: self.supervisor.observers.states,
         )
-        follow_removals(self.supervisor, self.sessions, self.feed.synchronize)
+        follow_removals(self.supervisor, self.sessions, self.tokens, self.feed.synchronize)
         self._listen()
         pool.background(hasher.warm)
         freezing = threading.Timer(FREEZE, _freeze_heap)
@@ -252,15 +264,20 @@ class Manager:
         self._tokens = Tokens(self.config.manager.token_file)
         if self.config.manager.listen:
             context, fingerprint = certificate.server_context(self.config.manager, self.paths.secrets_dir)
-            remote = credentials(self._tokens, lambda: str(health.report(self.services)["status"]))
+            remote = credentials(self._tokens, self.tokens, lambda: str(health.report(self.services)["status"]))
             guarded = application("admin", self.services, remote)
             for address in self.config.manager.listen:
                 sock = tcp_socket(address, self.config.manager.listen)
                 self._closers.append(sock.close)
                 wanted.append((sock, guarded, threads, context))
                 _log.info("listening with TLS", address=_shown(sock), fingerprint=fingerprint)
-            if not self.config.manager.client_ca and not self.config.manager.token_file:
-                _log.warning("no client can use manager.listen", fix="set manager.token_file or manager.client_ca")
+            usable = any(row.scopes != ("app",) for row in self.tokens.all())
+            if not (usable or self.config.manager.client_ca or self.config.manager.token_file):
+                _log.warning(
+                    "no client can use manager.listen yet",
+                    fix="create an API token (dispatcher tokens create), or set manager.token_file or "
+                    "manager.client_ca",
+                )
         self._closers.append(self.feed.close)
         self.feed.start()
         self._closers.append(self._close_servers)

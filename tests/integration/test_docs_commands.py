@@ -114,6 +114,7 @@ BEFORE = {
     "docs/howto/monitor.md": "SITE=https://localhost:8080; service; user alice; sign_in alice; retry metrics_of_workers",
     "docs/howto/share-folders.md": "service",
     "docs/howto/upgrade.md": "service; user alice",
+    "docs/howto/use-tokens.md": "service; user alice",
     "docs/reference/rest.md": "openssl rand -hex 32 > token; chmod 600 token; service; user alice",
 }
 INSTEAD = {
@@ -131,23 +132,24 @@ INSTEAD = {
         ("dispatcher logs -f alice ", "timeout 2 dispatcher logs -f alice || [ $? = 124 ] "),
     ],
 }  # fmt: skip
-SETTINGS = {
-    "docs/howto/monitor.md": """
-[proxy]
-tls_cert = "/opt/inputs/host.crt"
-tls_key = "/opt/inputs/host.key"
-""",
-    "docs/reference/rest.md": """
+SERVED = """
 [manager]
 listen = ["127.0.0.1:4443"]
-token_file = "/opt/clone/token"
 tls_cert = "/opt/inputs/host.crt"
 tls_key = "/opt/inputs/host.key"
 [proxy]
 listen = ["127.0.0.1:443"]
 tls_cert = "/opt/inputs/host.crt"
 tls_key = "/opt/inputs/host.key"
+"""
+SETTINGS = {
+    "docs/howto/monitor.md": """
+[proxy]
+tls_cert = "/opt/inputs/host.crt"
+tls_key = "/opt/inputs/host.key"
 """,
+    "docs/howto/use-tokens.md": SERVED,
+    "docs/reference/rest.md": SERVED.replace("[proxy]", 'token_file = "/opt/clone/token"\n[proxy]'),
 }
 
 

@@ -433,6 +433,6 @@ def test_a_worker_that_is_stuck_or_goes_holds_a_sign_out_up_for_a_moment_only(ma
 
 
 def test_sessions_that_end_before_the_feed_is_served_wait_for_nobody(short_tmp):
-    feed = server.Feed(None, supervisor=None, sessions=None, allowed=None)
+    feed = server.Feed(None, supervisor=None, sessions=None, tokens=None, allowed=None)
     assert feed.synchronize() is False
     feed._pool.shutdown()

@@ -20,7 +20,7 @@ import pytest
 
 from dispatcher.client.manager_client import ManagerClient
 from dispatcher.client.transport import Transport
-from dispatcher.plugin.errors import BadRequest, ConfigError, ManagerUnreachable, Unauthorized
+from dispatcher.plugin.errors import BadRequest, ConfigError, Forbidden, ManagerUnreachable, Unauthorized
 from dispatcher.manager.rest import server
 from tests.support.certificates import Authority
 from tests.support.installation import until
@@ -521,3 +521,22 @@ def test_connections_that_are_too_many_are_closed(short_tmp, monkeypatch):
         time.sleep(0.1)
         with client_of(manager) as client:
             assert client.agents() == {"agents": []}
+
+
+def test_api_tokens_open_what_their_scopes_say_until_they_are_revoked(signed, authority):
+    with contextlib.ExitStack() as stack:
+        local = stack.enter_context(client_of(signed))
+        made, clients = {}, {}
+        for scope in ("metrics", "read", "admin"):
+            made[scope] = local.create_token(service="script", scopes=[scope])
+            clients[scope] = remote(signed, ca_file=authority.path, token=made[scope]["token"])
+            stack.callback(clients[scope].close)
+        assert clients["read"].agents() == {"agents": []}
+        assert clients["admin"].create_agent("alice", "correct horse")["name"] == "alice"
+        with pytest.raises(Forbidden, match="needs the scope admin, and has read"):
+            clients["read"].create_agent("bob", "correct horse")
+        with pytest.raises(Forbidden, match="needs the scope read, and has metrics"):
+            clients["metrics"].agents()
+        local.revoke_token(made["admin"]["id"])
+        with pytest.raises(Unauthorized):
+            clients["admin"].agents()

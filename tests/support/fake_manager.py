@@ -44,7 +44,9 @@ class FakeManager:
                 query = {key: values[0] for key, values in parse_qs(parts.query).items()}
                 path = [unquote(part) for part in parts.path.strip("/").split("/")]
                 outer.requests.append((self.command, "/" + "/".join(path), query, body))
-                if body is not None and set(body) - {"name", "password", "app", "state"}:
+                if body is not None and set(body) - {
+                    *("name", "password", "app", "state", "user", "service", "scopes", "expires", "note")
+                }:
                     status, answer = problem(400, "bad-request", "Unknown member")
                 else:
                     status, answer = outer.answer(self.command, path, query, body)

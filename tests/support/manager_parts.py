@@ -16,6 +16,7 @@ from dispatcher.manager.rest import application
 from dispatcher.manager.rest.application import ROLES
 from dispatcher.manager.storage.auth import AuthStore
 from dispatcher.manager.storage.database import Database
+from dispatcher.manager.storage.tokens import TokenStore
 from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.local import plugin
@@ -24,6 +25,7 @@ from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.auth.tokens import ApiTokens
 from tests.support.fake_supervisor import FakeSupervisor
 
 
@@ -84,13 +86,15 @@ class Parts:
             ContainedAuthenticator(PluginRef("authenticator", each.name, "acme 1"), each) for each in others
         ]
         self.edge_waits = []
-        follow_removals(self.supervisor, self.sessions, lambda: self.edge_waits.append(1))
+        self.tokens = ApiTokens(TokenStore(self.database), self.clock, self.supervisor.user_id)
+        follow_removals(self.supervisor, self.sessions, self.tokens, lambda: self.edge_waits.append(1))
         self.reloads = []
         self.services = Services(
             config=parse(config or {}),
             database=self.database,
             supervisor=self.supervisor,
             sessions=self.sessions,
+            tokens=self.tokens,
             signin=self.new_signin(),
             plugins=Plugins([]),
             clock=self.clock,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from dispatcher.cli.commands.inspection import describe_copy
+from dispatcher.cli.commands.tokens import note_tokens
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.ui.progress import follow
 from dispatcher.cli.ui.prompts import agent_argument, confirm, new_password, password_option, yes_option
@@ -82,7 +83,10 @@ def remove(cli: Cli, name: str, keep_data: bool, yes: bool, wait: bool) -> None:
 @password_option
 @pass_cli
 def passwd(cli: Cli, name: str, password_stdin: bool) -> None:
-    """Set the password of the user NAME and end the user's sessions."""
+    """Set the password of the user NAME and end the user's sessions.
+
+    API tokens stay valid: `dispatcher tokens revoke --user NAME` ends those.
+    """
     client = cli.client()
     # Checked before the password is typed.  A user may have only agents of other apps (NAME:APP).
     agents = [agent["name"] for agent in client.agents()["agents"] if name in (agent["name"], agent["user"])]
@@ -90,6 +94,7 @@ def passwd(cli: Cli, name: str, password_stdin: bool) -> None:
         raise NotFound(f"There is no user {name}", fix="see `dispatcher list`")
     client.set_password(agents[0], new_password(from_stdin=password_stdin))
     cli.out.line(f"{name} has a new password")
+    note_tokens(cli, agents[0].partition(":")[0])
 
 
 @click.command(epilog="\b\nExamples:\n  dispatcher start alice\n  dispatcher start --no-wait alice:notebook")

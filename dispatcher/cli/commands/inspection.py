@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dispatcher.cli.commands.tokens import note_tokens
 from dispatcher.cli.context import Cli, pass_cli
 from dispatcher.cli.ui.output import Output, clean
 from dispatcher.cli.ui.prompts import agent_argument
@@ -319,12 +320,17 @@ def list_sessions(cli: Cli, user: str | None) -> None:
 @click.option("--user", metavar="NAME", help="All those of this user.")
 @pass_cli
 def revoke(cli: Cli, session: str | None, user: str | None) -> None:
-    """End the session ID, or all sessions of a user, and close their connections."""
+    """End the session ID, or all sessions of a user, and close their connections.
+
+    API tokens stay valid: `dispatcher tokens revoke --user NAME` ends those.
+    """
     if (session is None) == (user is None):
         raise click.UsageError("Give the ID of one session, or --user NAME")
     client = cli.client()
     if user is not None:
-        count = int(client.revoke_sessions(names.user_name(user)).get("revoked", 0))
+        name = names.user_name(user)
+        count = int(client.revoke_sessions(name).get("revoked", 0))
+        note_tokens(cli, name)
     else:
         client.revoke_session(session or "")
         count = 1

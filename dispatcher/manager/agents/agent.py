@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -156,6 +156,15 @@ class Agent:
 def iso(time: float | None) -> str | None:
     """Return a Unix time as ISO 8601 with offset; None stays None."""
     return None if time is None else datetime.fromtimestamp(time, timezone.utc).isoformat(timespec="milliseconds")
+
+
+def default_agent(user: str, views: Iterable[AgentView]) -> AgentView | None:
+    """Return the agent that a user gets who has not chosen one: that of the user's name, else the oldest.
+
+    :param views: of all agents of the user, the oldest first.
+    """
+    wanted = [view for view in views if view.desired is not Desired.ABSENT]
+    return next((view for view in wanted if view.name == user), wanted[0] if wanted else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from dispatcher.common.log import logger
-from dispatcher.manager.agents.agent import AgentView
+from dispatcher.manager.agents.agent import AgentView, default_agent
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.authenticators import Authenticators, source_of
@@ -287,6 +287,10 @@ class SignIn:
         keeper = self._keeper(user)
         return keeper is not None and keeper.changes_passwords
 
+    def has_password(self, user: str) -> bool:
+        """Whether a user has a password that can be checked; others sign in at another site."""
+        return self._keeper(user) is not None
+
     def _keeper(self, user: str) -> ContainedAuthenticator | None:
         """Return the authenticator that has a user's password."""
         row = self._supervisor.store.get_user(user)
@@ -305,18 +309,16 @@ class SignIn:
 
     def _default_agent(self, user: str, *, create: bool) -> AgentView:
         """Return the agent of a sign-in; the first one creates it where that is wanted."""
-        agents = self._agents(user)
-        if not agents and create:
+        views = self._supervisor.queries.views
+        agent = default_agent(user, views(user=user))
+        if agent is None and create:
             with contextlib.suppress(Conflict):
                 self._supervisor.commands.create(user, app=None, password_hash=None)
-            agents = self._agents(user)
-        if not agents:
+            agent = default_agent(user, views(user=user))
+        if agent is None:
             self._metrics.login(LoginOutcome.FAILURE)
             raise wrong_credentials()
-        return next((agent for agent in agents if agent.name == user), agents[0])
-
-    def _agents(self, user: str) -> list[AgentView]:
-        return [view for view in self._supervisor.queries.views(user=user) if view.desired is not Desired.ABSENT]
+        return agent
 
     def _start(self, agent: AgentView, user: str, password: str | None, stdin_apps: frozenset[str]) -> None:
         """Start the agent; a failure does not fail the sign-in: the waiting page shows it."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from dispatcher.feed import protocol
 from dispatcher.manager.storage.auth import SessionRow
+from dispatcher.manager.storage.tokens import TokenRow
 
 Row = dict[str, Any]
 
@@ -46,29 +47,53 @@ def session_row(row: SessionRow, agents: Sequence[str], ttl: float) -> Row:
     return found
 
 
-def snapshot(agents: Iterable[Row], sessions: Iterable[Row]) -> Iterator[bytes]:
+def token_row(row: TokenRow, agents: Sequence[str], default: str, ttl: float | None) -> Row:
+    """Return TOKEN: of a token that opens the agents of its user.
+
+    :param agents: names of all agents of its user; :param default: the one without a choice, "" if there is none.
+    :param ttl: seconds until it expires, None: never.
+    """
+    return {
+        "sha256": row.sha256,
+        "user": row.user,
+        "user_id": row.user_id,
+        "agent": default,
+        "agents": agents,
+        "ttl": None if ttl is None else round(ttl, 3),
+    }
+
+
+def snapshot(agents: Iterable[Row], sessions: Iterable[Row], tokens: Iterable[Row] = ()) -> Iterator[bytes]:
     """Yield the parts of a snapshot lazily, at least one."""
-    rows = chain((("agents", row) for row in agents), (("sessions", row) for row in sessions))
+    every = {"agents": agents, "sessions": sessions, "tokens": tokens}
+    rows = ((kind, row) for kind, some in every.items() for row in some)
     part = list(islice(rows, protocol.MAX_ROWS))
     first = True
     while first or part:
         following = list(islice(rows, protocol.MAX_ROWS))
         message: Row = {"type": protocol.SNAPSHOT, "first": first, "last": not following}
-        for kind in ("agents", "sessions"):
+        for kind in every:
             message[kind] = [row for of, row in part if of == kind]
         yield protocol.encode(message)
         part, first = following, False
 
 
 def changes(
-    agents: Sequence[Row], sessions: Sequence[Row], agents_gone: Sequence[str], sessions_gone: Sequence[str]
+    agents: Sequence[Row],
+    sessions: Sequence[Row],
+    agents_gone: Sequence[str],
+    sessions_gone: Sequence[str],
+    tokens: Sequence[Row] = (),
+    tokens_gone: Sequence[str] = (),
 ) -> Iterator[bytes]:
-    """Yield changes; ended sessions come first."""
+    """Yield changes; ended sessions and tokens come first."""
     size = protocol.MAX_ROWS
     everything: dict[str, Sequence[Any]] = {
         "sessions_gone": sessions_gone,
+        "tokens_gone": tokens_gone,
         "agents": agents,
         "sessions": sessions,
+        "tokens": tokens,
         "agents_gone": agents_gone,
     }
     longest = max(len(rows) for rows in everything.values())

@@ -14,13 +14,17 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
 
+from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
 from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.feed import protocol
+from dispatcher.manager.agents.agent import default_agent
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.tokens import ApiTokens
 from dispatcher.manager.feed import frames
 from dispatcher.manager.feed.worker_connection import Worker
+from dispatcher.manager.storage.tokens import TokenRow
 from dispatcher.plugin.errors import NotFound
 
 DEBOUNCE = 0.004  # seconds between two frames of changes
@@ -42,11 +46,13 @@ class Feed:
         *,
         supervisor: Supervisor,
         sessions: Sessions,
+        tokens: ApiTokens,
         allowed: Callable[[int, int], bool],
     ) -> None:
         self._sock = sock
         self._supervisor = supervisor
         self._sessions = sessions
+        self._tokens = tokens
         self._allowed = allowed
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
         self._workers: set[Worker] = set()
@@ -55,6 +61,8 @@ class Feed:
         self._changed_agents: dict[str, None] = {}
         self._changed_sessions: dict[str, None] = {}
         self._gone_sessions: dict[str, None] = {}
+        self._changed_tokens: dict[str, None] = {}
+        self._gone_tokens: dict[str, None] = {}
         self._scheduled = False
         self._flushed_at = 0.0
         self._stop = asyncio.Event()
@@ -66,6 +74,7 @@ class Feed:
         self._thread = threading.Thread(target=self._run, name="dispatcher-feed", daemon=True)
         self._supervisor.registry.subscribe(self.agent_changed)
         self._sessions.subscribe(self.sessions_changed)
+        self._tokens.subscribe(self.tokens_changed)
         for view in self._supervisor.queries.views():
             self._agents_of.setdefault(view.user, {})[view.name] = None
         self._thread.start()
@@ -99,6 +108,13 @@ class Feed:
         with self._lock:
             self._changed_sessions.update(dict.fromkeys(changed))
             self._gone_sessions.update(dict.fromkeys(gone))
+        self._schedule()
+
+    def tokens_changed(self, changed: Collection[str], gone: Collection[str]) -> None:
+        """API tokens changed or are gone."""
+        with self._lock:
+            self._changed_tokens.update(dict.fromkeys(changed))
+            self._gone_tokens.update(dict.fromkeys(gone))
         self._schedule()
 
     def synchronize(self) -> bool:
@@ -151,9 +167,12 @@ class Feed:
             names, self._changed_agents = self._changed_agents, {}
             changed, self._changed_sessions = self._changed_sessions, {}
             gone, self._gone_sessions = self._gone_sessions, {}
+            changed_tokens, self._changed_tokens = self._changed_tokens, {}
+            gone_tokens, self._gone_tokens = self._gone_tokens, {}
         agents, agents_gone, touched = self._agent_rows(names)
         for user in touched:
             changed.update((row.sha256, None) for row in self._sessions.all(user))
+            changed_tokens.update((row.sha256, None) for row in self._tokens.all(user))
         if not self._workers:
             return
         sessions = []
@@ -164,7 +183,9 @@ class Feed:
             elif sha256 not in gone:
                 agents_of = list(self._agents_of.get(row.user, ()))
                 sessions.append(frames.session_row(row, agents_of, self._sessions.ttl(row)))
-        for frame in frames.changes(agents, sessions, agents_gone, list(gone)):
+        found = (self._tokens.get(sha256) for sha256 in changed_tokens if sha256 not in gone_tokens)
+        tokens = self._token_rows(row for row in found if row is not None)
+        for frame in frames.changes(agents, sessions, agents_gone, list(gone), list(tokens), list(gone_tokens)):
             for worker in list(self._workers):
                 worker.send(frame)
 
@@ -187,6 +208,15 @@ class Feed:
                 del self._agents_of[user]
         return rows, gone, touched
 
+    def _token_rows(self, rows: Iterable[TokenRow]) -> Iterator[frames.Row]:
+        """Yield the rows of tokens that open agents."""
+        for row in rows:
+            if row.user is not None and allows(row.scopes, "app"):
+                views = self._supervisor.queries.views(user=row.user)
+                default = default_agent(row.user, views)
+                names = [view.name for view in views]
+                yield frames.token_row(row, names, default.name if default else "", self._tokens.ttl(row))
+
     def _snapshot(self) -> Iterator[bytes]:
         """Yield the parts.  Runs in the pool, as it takes a while with many rows."""
         views = self._supervisor.queries.views()
@@ -197,6 +227,7 @@ class Feed:
         return frames.snapshot(
             (view.to_feed() for view in views),
             (frames.session_row(row, agents_of.get(row.user, []), self._sessions.ttl(row)) for row in sessions),
+            self._token_rows(self._tokens.all()),
         )
 
     def _run(self) -> None:
@@ -242,6 +273,7 @@ class Feed:
             writer,
             supervisor=self._supervisor,
             sessions=self._sessions,
+            tokens=self._tokens,
             pool=self._pool,
             snapshot=self._snapshot,
         )

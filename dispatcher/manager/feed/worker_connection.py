@@ -16,6 +16,7 @@ from dispatcher.common.log import logger
 from dispatcher.feed import protocol
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
+from dispatcher.manager.auth.tokens import ApiTokens
 from dispatcher.manager.feed import frames
 from dispatcher.manager.metrics import clean_counters
 from dispatcher.plugin.deadline import boottime
@@ -45,6 +46,7 @@ class Worker:
         *,
         supervisor: Supervisor,
         sessions: Sessions,
+        tokens: ApiTokens,
         pool: Executor,
         snapshot: Callable[[], Iterator[bytes]],
     ) -> None:
@@ -56,6 +58,7 @@ class Worker:
         self._writer = writer
         self._supervisor = supervisor
         self._sessions = sessions
+        self._tokens = tokens
         self._pool = pool
         self._snapshot = snapshot
         self._loop = asyncio.get_running_loop()
@@ -195,7 +198,7 @@ class Worker:
         return frames.looked_up(sha256, session, [view.to_feed() for view in views])
 
     def _record_activity(self, message: protocol.Message) -> None:
-        agents, sessions = message.get("agents"), message.get("sessions")
+        agents, sessions, tokens = message.get("agents"), message.get("sessions"), message.get("tokens")
         if isinstance(agents, dict):
             for name, counts in agents.items():
                 if isinstance(counts, dict):
@@ -203,6 +206,8 @@ class Worker:
                     self._supervisor.commands.record_activity(name, activity)
         if isinstance(sessions, list):
             self._sessions.touch(sha256 for sha256 in sessions if isinstance(sha256, str))
+        if isinstance(tokens, list):
+            self._tokens.touch(sha256 for sha256 in tokens if isinstance(sha256, str))
 
     async def _run(self, work: Callable[..., object], argument: object) -> None:
         """Call `work` in the pool; wait for it only when too many calls are in flight."""

@@ -10,16 +10,23 @@ import hashlib
 import hmac
 import os
 import pwd
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
 from dispatcher.config.host_users import HostAccounts
-from dispatcher.manager.rest.application import Admit
+from dispatcher.manager.auth.tokens import ApiTokens
+from dispatcher.manager.rest.application import BEARER, Admit
 from dispatcher.manager.rest.routing import Json
 from dispatcher.manager.rest.server import Environ
+from dispatcher.plugin.deadline import boottime
 from dispatcher.plugin.errors import ConfigError, Forbidden, Unauthorized
+
+QUIET = 10.0  # seconds between two lines of the log about one address
+MAX_QUIET = 10_000  # addresses
 
 _log = logger("manager.access")
 
@@ -88,25 +95,62 @@ class Tokens:
 
     def known(self, header: str) -> bool:
         """Whether an Authorization field holds one of the tokens; takes the same time for every value."""
-        scheme, _, token = header.partition(" ")
-        found = hashlib.sha256(token.strip().encode("utf-8", "replace")).digest()
+        found = hashlib.sha256(bearer(header).encode("utf-8", "replace")).digest()
         matches = [hmac.compare_digest(found, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
-def credentials(tokens: Tokens, status: Callable[[], str]) -> Admit:
-    """Return the check that admits a token, a client certificate, and the bare status of /healthz."""
+def bearer(header: str) -> str:
+    """Return the token of an Authorization field, "" where its scheme is another one (RFC 6750, 2.1)."""
+    scheme, _, token = header.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+class _Refusals:
+    """Logs refused clients: each address once in `QUIET`, so that guesses do not fill the disk."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._until: dict[str, float] = {}
+
+    def log(self, address: str) -> None:
+        """Log that a client at an address was refused, unless that was logged just now."""
+        now = boottime()
+        with self._lock:
+            if self._until.get(address, 0.0) > now:
+                return
+            if len(self._until) >= MAX_QUIET:
+                self._until = {known: until for known, until in self._until.items() if until > now}
+            if len(self._until) < MAX_QUIET:
+                self._until[address] = now + QUIET
+        _log.warning("refused without a credential", address=address)
+
+
+def credentials(tokens: Tokens, api_tokens: ApiTokens, status: Callable[[], str]) -> Admit:
+    """Return the check that admits a token, a client certificate, and the bare status of /healthz.
+
+    A token of `manager.token_file` and a certificate may do everything, an API token what its scopes say.  The
+    answer does not tell whether a token is unknown, expired or revoked.
+    """
+    refusals = _Refusals()
 
     def admit(environ: Environ) -> Json | None:
-        if environ.get("dispatcher.certified") or tokens.known(environ.get("HTTP_AUTHORIZATION", "")):
-            return None
+        header = environ.get("HTTP_AUTHORIZATION", "")
+        everything = bool(environ.get("dispatcher.certified")) | tokens.known(header)
+        row = api_tokens.find(bearer(header))
+        if row is not None and not everything:
+            environ[BEARER] = row
+            api_tokens.touch([row.sha256])
         if environ["PATH_INFO"] == "/healthz" and environ["REQUEST_METHOD"] in {"GET", "HEAD"}:
-            return {"status": status()}
-        _log.warning("refused without a credential", address=environ.get("REMOTE_ADDR"))
+            known = everything or (row is not None and allows(row.scopes, "read"))
+            return None if known else {"status": status()}
+        if everything or row is not None:
+            return None
+        refusals.log(str(environ.get("REMOTE_ADDR") or ""))
         raise Unauthorized(
             "A token or a client certificate is required",
             why="none was given, or it is not valid",
-            fix="give --token-file with one of the manager's tokens",
+            fix="give --token-file with one of the manager's tokens, or an API token (dispatcher tokens create)",
         )
 
     return admit

@@ -139,7 +139,7 @@ def runtime(services: Services, agent: str) -> Json:
     return services.supervisor.queries.runtime(agent)
 
 
-@routes.add("GET", "/agents/<agent>/logs", {200: schemas.Logs})
+@routes.add("GET", "/agents/<agent>/logs", {200: schemas.Logs}, scope="admin")  # apps print secrets
 def logs(
     services: Services,
     agent: str,

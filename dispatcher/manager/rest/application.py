@@ -15,19 +15,24 @@ from werkzeug.exceptions import HTTPException
 from werkzeug.routing import Rule
 
 from dispatcher.common import problem
+from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
-from dispatcher.manager.rest import admin_requests, agents, health, openapi, proxy_requests
+from dispatcher.manager.auth.tokens import InsufficientScope, authorize
+from dispatcher.manager.rest import admin_requests, agents, health, openapi, proxy_requests, tokens
 from dispatcher.manager.rest.routing import Json, Route, Routes
 from dispatcher.manager.rest.server import MAX_BODY, Environ
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.errors import DispatcherError
 
 ROLES = {
-    "admin": Routes([*health.routes, *agents.routes, *admin_requests.routes]),
+    "admin": Routes([*health.routes, *agents.routes, *admin_requests.routes, *tokens.routes]),
     "proxy": Routes([*health.routes, *proxy_requests.routes]),
 }
 for _role, _routes in ROLES.items():
     openapi.describe(_role, _routes)
+
+#: In the environment: the row of the API token that a request came with.  Without one, it may do all of its role.
+BEARER = "dispatcher.bearer"
 
 #: Takes WSGI's environment; raises the refusal of a request, or returns the answer in place of the handler's.
 Admit = Callable[[Environ], Json | None]
@@ -78,10 +83,25 @@ def application(role: str, services: Services, admit: Admit = lambda _environ: N
 
 def _view(app: Flask, route: Route, services: Services) -> Callable[..., Response]:
     def view(**parameters: str) -> Response:
+        row = request.environ.get(BEARER)
+        if row is not None:
+            authorize(row, route.scope, request.method, request.path)
         answer = route.call(services, request, parameters)
+        if row is not None and not allows(row.scopes, "admin"):
+            answer = _without_output(answer)
         return app.make_response(("", 204) if answer is None else answer)
 
     return view
+
+
+def _without_output(answer: Any) -> Any:
+    """Return an answer without the last lines of failed agents: apps print secrets."""
+    if isinstance(answer, dict):
+        return {
+            key: {**value, "log": []} if key == "failure" and value else _without_output(value)
+            for key, value in answer.items()
+        }
+    return [_without_output(item) for item in answer] if isinstance(answer, list) else answer
 
 
 def _finish(response: Response) -> Response:
@@ -95,6 +115,8 @@ def _refused(error: DispatcherError) -> tuple[Json, int, dict[str, str]]:
     headers = {"Content-Type": problem.MEDIA_TYPE, **problem.retry_after(error)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
+    elif isinstance(error, InsufficientScope):  # RFC 6750, 3.1
+        headers["WWW-Authenticate"] = f'Bearer error="insufficient_scope", scope="{error.details["scope"]}"'
     return problem.of_error(error), error.status, headers
 
 

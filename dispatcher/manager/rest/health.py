@@ -23,7 +23,7 @@ def healthz(services: Services) -> Json:
     return report(services)
 
 
-@routes.add("GET", "/metrics", {200: str})
+@routes.add("GET", "/metrics", {200: str}, scope="metrics")
 def metrics(services: Services) -> Response:
     """Show metrics in Prometheus' text format."""
     return Response(services.metrics.text(), content_type=CONTENT_TYPE)

@@ -18,7 +18,7 @@ _REF = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"<([a-z_]+)>")
 _PATH_PARAMETERS = {
     "agent": "name of an agent: USER or USER:APP",
-    "id": "public id of a session: the first 16 hexadecimal digits of its token's SHA-256",
+    "id": "public id of a session or an API token: the first 16 hexadecimal digits of the token's SHA-256",
     "provider": "name of a provider",
 }
 _DESCRIPTIONS = {200: "done", 201: "made", 202: "begun", 204: "done"}

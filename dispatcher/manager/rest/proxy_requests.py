@@ -10,16 +10,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from dispatcher.common.api_tokens import DEFAULT_EXPIRY
 from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.commands import desired_state
-from dispatcher.manager.rest import schemas
+from dispatcher.manager.auth.tokens import lifetime
+from dispatcher.manager.rest import schemas, tokens
 from dispatcher.manager.rest.long_poll import view_or_none
 from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.manager.rest.sessions import agents_of, listed, session_json
 from dispatcher.manager.storage.auth import SessionRow, Visitor
 from dispatcher.plugin import names
-from dispatcher.plugin.errors import Forbidden, NotFound
+from dispatcher.plugin.errors import BadRequest, Forbidden, NotFound
 
 routes = Routes()
 
@@ -98,12 +100,16 @@ def my_state(
     return services.supervisor.queries.view(agent).to_json(), 202
 
 
-@routes.add("POST", "/sessions/list", {200: schemas.OwnSessions})
+@routes.add("POST", "/sessions/list", {200: schemas.OwnAccess})
 def my_sessions(services: Services, sha256: schemas.Sha256) -> Json:
-    """List the sessions of a session's user, and say whether the user can change the password here."""
+    """List the sessions and API tokens of a session's user, and say what the password is for here."""
     user = _user_session(services, sha256).user
-    found = listed(services, services.sessions.all(user))
-    return found | {"changes_passwords": services.signin.changes_passwords(user)}
+    return {
+        **listed(services, services.sessions.all(user)),
+        "changes_passwords": services.signin.changes_passwords(user),
+        "tokens": tokens.listed(services.tokens.all(user)),
+        "tokens_need_password": services.signin.has_password(user),
+    }
 
 
 @routes.add("POST", "/sessions/password", {200: schemas.Renewed})
@@ -113,14 +119,49 @@ def change_password(
     password: schemas.Password,
     address: schemas.Address,
     new_password: schemas.Password,
+    revoke_tokens: bool = False,
 ) -> Json:
     """Change the password of a session's user: all other sessions end, this one is renewed."""
     user = _user_session(services, sha256).user
     services.signin.check(user, password, address)
     services.signin.set_password(user, new_password)
     token, row = services.sessions.renew(sha256)
+    if revoke_tokens:
+        services.tokens.revoke_user(user)
     services.sync_edge()
     return {"token": token, "session": session_json(services, row)}
+
+
+@routes.add("POST", "/sessions/tokens", {201: schemas.CreatedToken})
+def create_my_token(
+    services: Services,
+    sha256: schemas.Sha256,
+    address: schemas.Address,
+    password: schemas.Password | None = None,
+    expires: schemas.Expires = DEFAULT_EXPIRY,
+    note: schemas.Note = "",
+) -> Answer:
+    """Create an API token for the agents of a session's user, with the scope *app*.
+
+    It outlasts the session, and a stolen session must not become more: so it needs the password of a user
+    who has one.
+    """
+    user = _user_session(services, sha256).user
+    if services.signin.has_password(user):
+        if password is None:
+            raise BadRequest("The password is missing", why="a new token needs it", fix="enter your password")
+        services.signin.check(user, password, address)
+    token, row = services.tokens.create(user=user, scopes=["app"], seconds=lifetime(expires), note=note)
+    services.sync_edge()
+    return {"token": token, **tokens.token_json(row)}, 201
+
+
+@routes.add("POST", "/sessions/tokens/revoke", {204: None})
+def revoke_my_token(services: Services, sha256: schemas.Sha256, id: schemas.SessionId) -> None:
+    """Revoke an API token of a session's user."""
+    user = _user_session(services, sha256).user
+    services.tokens.revoke(services.tokens.by_id(id, user).sha256)
+    services.sync_edge()
 
 
 @routes.add("POST", "/sessions/handover", {201: schemas.Code})

@@ -51,12 +51,14 @@ class Route:
 
     :ivar path: in Flask's form; ``<agent>`` is made canonical, other parameters are taken as they are.
     :ivar answers: status -> type of the answer: a TypedDict, `str` for plain text, None for no body.
+    :ivar scope: of the API tokens that may send it.
     """
 
     method: str
     path: str
     handler: Handler
     answers: dict[int, Any]
+    scope: str
 
     @cached_property
     def query(self) -> type[BaseModel]:
@@ -97,11 +99,17 @@ class Route:
 class Routes(list[Route]):
     """The requests of one role."""
 
-    def add(self, method: str, path: str, answers: dict[int, Any]) -> Callable[[Handler], Handler]:
-        """Declare the decorated function as the handler of a request; its docstring is the summary."""
+    def add(
+        self, method: str, path: str, answers: dict[int, Any], *, scope: str = ""
+    ) -> Callable[[Handler], Handler]:
+        """Declare the decorated function as the handler of a request; its docstring is the summary.
+
+        :param scope: of the API tokens that may send it; by default *read* for GET, *admin* for other methods.
+        """
+        scope = scope or ("read" if method == "GET" else "admin")
 
         def declare(handler: Handler) -> Handler:
-            self.append(Route(method, path, handler, answers))
+            self.append(Route(method, path, handler, answers, scope))
             return handler
 
         return declare

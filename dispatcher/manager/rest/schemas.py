@@ -12,6 +12,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from dispatcher.manager.agents.lifecycle import State
 from dispatcher.manager.storage.rows import Desired
+from dispatcher.manager.storage.tokens import MAX_NOTE
 from dispatcher.plugin.model import Capability, Level
 
 MAX_WAIT = 60.0  # seconds
@@ -136,8 +137,44 @@ ListedSession = TypedDict(
     },
 )
 SessionList = TypedDict("SessionList", {"sessions": list[ListedSession]})
-OwnSessions = TypedDict("OwnSessions", {"sessions": list[ListedSession], "changes_passwords": bool})
 Revoked = TypedDict("Revoked", {"revoked": int})
+
+# API tokens
+
+Scope = Annotated[str, Field(max_length=32)]
+Expires = Annotated[str, Field(min_length=1, max_length=40, description="a duration, an ISO 8601 date, or never")]
+Note = Annotated[str, Field(max_length=MAX_NOTE)]
+
+
+class ListedToken(TypedDict):
+    """TOKEN of docs/reference/rest.md"""
+
+    id: str
+    user: str | None
+    service: str | None
+    scopes: list[str]
+    note: str
+    created: Time
+    expires: Time | None
+    last_used: Time | None
+
+
+class CreatedToken(ListedToken):
+    """A new token, with the token itself."""
+
+    token: str
+
+
+TokenList = TypedDict("TokenList", {"tokens": list[ListedToken]})
+OwnAccess = TypedDict(
+    "OwnAccess",
+    {
+        "sessions": list[ListedSession],
+        "changes_passwords": bool,
+        "tokens": list[ListedToken],
+        "tokens_need_password": bool,
+    },
+)
 
 # The manager
 

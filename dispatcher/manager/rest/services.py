@@ -12,6 +12,7 @@ from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.auth.tokens import ApiTokens
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.deadline import SteadyWallClock
@@ -31,6 +32,7 @@ class Services:
     database: Database
     supervisor: Supervisor
     sessions: Sessions
+    tokens: ApiTokens
     signin: SignIn
     plugins: Plugins
     clock: SteadyWallClock

@@ -547,3 +547,53 @@ def test_a_removal_that_cannot_delete_the_data_fails_with_what_remains(run, mana
     code, out, err = run("remove", "alice", "--yes")
     assert (code, out) == (1, "")
     assert err == "dispatcher: 1 entry of /x cannot be deleted: 'a': Operation not permitted\n"
+
+
+# API tokens.
+
+CREATED = {"id": "0123456789abcdef", "user": None, "service": "prometheus", "scopes": ["metrics"], "note": "",
+    "created": "2026-01-01T10:00:00+00:00", "expires": "2026-04-01T10:00:00+00:00", "last_used": None}  # fmt: skip
+
+
+def test_tokens_create_prints_the_token_alone(run, manager):
+    sent = []
+    manager.answers["POST /tokens"] = lambda _, body: (sent.append(body), (201, {"token": "dsp_x", **CREATED}))[1]
+    code, out, err = run("tokens", "create", "--service", "prometheus", "--scope", "metrics")
+    assert (code, out) == (0, "dsp_x\n")
+    assert "token 0123456789abcdef, scope metrics, expires 2026-04-01; it is not shown again" in err
+    run("tokens", "create", "--user", "Alice", "--scope", "app", "--scope", "read", "--expires", "never")
+    assert sent[0] == {"service": "prometheus", "scopes": ["metrics"], "expires": "90d", "note": ""}
+    assert sent[1] == {"user": "alice", "scopes": ["app", "read"], "expires": "never", "note": ""}
+    code, out, _ = run("--json", "tokens", "create", "--service", "x", "--scope", "read")
+    assert json.loads(out)["token"] == "dsp_x"
+
+
+def test_tokens_create_says_what_is_missing(run):
+    code, _, err = run("tokens", "create", "--scope", "read")
+    assert code == 2 and "--user NAME or --service NAME" in err
+    code, _, err = run("tokens", "create", "--service", "x")
+    assert code == 2 and all(f"{scope}: " in err for scope in ("metrics", "read", "admin", "app"))
+
+
+def test_tokens_list_and_revoke(run, manager):
+    manager.answers["GET /tokens"] = 200, {"tokens": [CREATED, {**CREATED, "user": "alice", "expires": None}]}
+    out = run("tokens", "list")[1]
+    assert "service prometheus" in out and "alice" in out and "never" in out
+    manager.answers["DELETE /tokens/0123456789abcdef"] = 204, None
+    assert run("tokens", "revoke", "0123456789abcdef")[:2] == (0, "1 token revoked\n")
+    manager.answers["DELETE /tokens"] = 200, {"revoked": 2}
+    assert run("tokens", "revoke", "--user", "alice")[1] == "2 tokens revoked\n"
+    assert json.loads(run("--json", "tokens", "revoke", "--user", "alice")[1]) == {"revoked": 2}
+    code, _, err = run("tokens", "revoke")
+    assert code == 2 and "Give the ID of one token" in err
+
+
+def test_who_ends_sessions_is_told_of_tokens_that_remain(run, manager):
+    manager.add("alice")
+    manager.answers["DELETE /sessions"] = 200, {"revoked": 3}
+    manager.answers["GET /tokens"] = 200, {"tokens": [CREATED, CREATED]}
+    code, out, err = run("sessions", "revoke", "--user", "alice")
+    assert (code, out) == (0, "3 sessions ended\n")
+    assert "alice has 2 API tokens, which stay valid; to revoke: dispatcher tokens revoke --user alice" in err
+    err = run("passwd", "--password-stdin", "alice", stdin=b"battery staple\n")[2]
+    assert "2 API tokens" in err

@@ -41,10 +41,10 @@ COMMANDS = dict(commands())
 
 def test_every_command_of_the_design_is_there():
     wanted = """serve manager proxy demo reload add remove passwd list running info start stop suspend restart logs
-    why top memory-usage reset-data purge init providers plugin config sessions doctor""".split()
+    why top memory-usage reset-data purge init providers plugin config sessions tokens doctor""".split()
     assert sorted(wanted) == ALL
     assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("plugin", "list"), ("plugin", "new"), ("plugin", "check"), ("config", "check"),
-            ("config", "show"), ("sessions", "list"), ("sessions", "revoke")} <= set(COMMANDS)  # fmt: skip
+            ("config", "show"), ("sessions", "list"), ("sessions", "revoke"), ("tokens", "create"), ("tokens", "list"), ("tokens", "revoke")} <= set(COMMANDS)  # fmt: skip
 
 
 def test_the_help_lists_all_commands_without_importing_them(run):
@@ -78,7 +78,7 @@ def test_the_one_line_help_and_the_command_agree_on_the_name(name):
     assert lazy.load().name == name
 
 
-@pytest.mark.parametrize("group", ["sessions", "providers", "plugin", "config"])
+@pytest.mark.parametrize("group", ["sessions", "tokens", "providers", "plugin", "config"])
 def test_a_group_without_a_command_prints_its_help_with_its_lines(run, group):
     code, _, err = run(group)
     assert code == 2
@@ -119,6 +119,9 @@ def test_aliases_of_the_ancestor(run, alias, name):
         (["info", ""], "Bad name: a name has 1 to 255 characters"),
         (["logs", "alice", "-n", "many"], "Invalid value for '-n'"),
         (["sessions", "revoke"], "Give the ID of one session, or --user NAME"),
+        (["tokens", "revoke"], "Give the ID of one token, or --user NAME"),
+        (["tokens", "create", "--scope", "read"], "Give the owner: --user NAME or --service NAME"),
+        (["tokens", "create", "--user", "alice"], "Give at least one --scope (metrics: GET /metrics"),
         (["providers", "check", "--app", "x"], "--app needs the NAME of its provider"),
         (["providers", "nonsense"], "No such command"),
         (["--manager", "ftp://x", "list"], "'ftp://x' is not the address of a manager"),

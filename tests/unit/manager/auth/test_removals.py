@@ -81,10 +81,10 @@ def test_removals_while_no_manager_ran_are_handled_at_the_start(parts):
     parts.post("/sessions/select", sha256=session, agent="alice:lab")
     other = signed_in(parts)
     parts.supervisor.vanish("alice:lab")
-    follow_removals(parts.supervisor, parts.sessions, lambda: None)
+    follow_removals(parts.supervisor, parts.sessions, parts.tokens, lambda: None)
     assert parts.sessions.get(session).agent == "alice"
     assert parts.sessions.get(other).agent == "alice"
     parts.supervisor.removal_subscribers.clear()
     parts.supervisor.commands.remove("alice", keep_data=False)
-    follow_removals(parts.supervisor, parts.sessions, lambda: None)
+    follow_removals(parts.supervisor, parts.sessions, parts.tokens, lambda: None)
     assert parts.sessions.get(session) is None

@@ -108,7 +108,7 @@ def test_no_file_knows_no_token():
 
 
 def test_credentials(parts, tokens):
-    admit = credentials(tokens, lambda: "degraded")
+    admit = credentials(tokens, parts.tokens, lambda: "degraded")
     known = {"Authorization": "Bearer first-token-of-twenty-characters"}
     anonymous = client(parts, admit)
     assert anonymous.get("/agents", headers=known).json == {"agents": []}
