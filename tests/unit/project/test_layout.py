@@ -81,6 +81,6 @@ def test_every_plugin_is_registered_as_a_third_party_would(tmp_path):
     setup = (ROOT / "setup.py").read_text()
     places = [place for kind in ("providers", "authenticators") for place in ROOT.glob(f"{kind}/*/__init__.py")]
     folders = sorted(path.parent.name for path in places)
-    assert folders == [f"dispatcher_{name}" for name in ("docker", "ldap", "libvirt", "pam", "subprocess")]
+    assert folders == [f"dispatcher_{name}" for name in ("docker", "ldap", "libvirt", "oidc", "pam", "subprocess")]
     assert '"dispatcher.plugins"' in setup
     assert not any((ROOT / kind / "__init__.py").exists() for kind in ("providers", "authenticators"))
