@@ -37,11 +37,8 @@ class UnknownKey(Invalid):
     """No key fits; there may be a new one."""
 
 
-class _Registry(JWSRegistry):
-    max_header_length = 8192
-
-
-_REGISTRY = _Registry(algorithms=list(ALGORITHMS), strict_check_header=False)
+_REGISTRY = JWSRegistry(algorithms=list(ALGORITHMS), strict_check_header=False)
+_REGISTRY.max_header_length = 8192
 
 
 def verified(token: str, keys: Sequence[PublicKey]) -> tuple[Json, Json]:
