@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import sys
 import threading
@@ -33,7 +34,8 @@ MAX_NAME = 255
 #: Helpers at a time, of 20 MiB each with the hash.  The core lets one name try 16 passwords at once.
 MAX_HELPERS = 32
 #: Without the packages of Python's environment, which the helper does not need.
-HELPER = (sys.executable, "-I", "-S", "-B", "-X", "utf8", str(Path(__file__).with_name("helper.py")))
+FLAGS = ("-I", "-S", "-B", "-X", "utf8")
+HELPER = (sys.executable, *FLAGS, str(Path(__file__).with_name("helper.py")))
 _FORBIDDEN = frozenset(punctuation) - frozenset("._-@+") | {" "}
 
 _log = logging.getLogger("dispatcher.plugin.authenticator.pam")
@@ -96,7 +98,10 @@ class PamAuthenticator(Authenticator):
             raise late
         try:
             text = json.dumps({"action": action, **options, **question}).encode()
-            found: dict[str, Any] = json.loads(run_command(HELPER, what, deadline=deadline, stdin=text))
+            with open(os.memfd_create("answer"), "rb") as answer:  # a module's daemon could keep a pipe open
+                run_command(HELPER, what, deadline=deadline, stdin=text, stdout=answer.fileno())
+                answer.seek(0)
+                found: dict[str, Any] = json.load(answer)
         except DeadlineExceeded as error:
             raise late from error
         except (ProviderError, ValueError) as error:

@@ -117,7 +117,7 @@ class Pam:
             service.encode(), name.encode(), ctypes.byref(self._conversation), ctypes.byref(self._handle)
         )
         if code != SUCCESS:
-            raise Fault("PAM cannot be started", self._words(code))
+            raise stack_fault(service, list(stack_faults(service)) or [self._words(code)])
         # Some modules fail without a terminal.  Delays after a refusal are the caller's: the same for all.
         for item, value in ((PAM_TTY, c_char_p(b"dispatcher")), (PAM_FAIL_DELAY, self._delay)):
             self._pam.pam_set_item(self._handle, item, value)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -113,13 +113,17 @@ class Installation:
     :cvar scheme: of the proxy.
 
     :param base: a directory with a short path.  :param apps: TOML of the apps; `{app}` is the file of `APP`,
-        `{python}` an interpreter.  :param extra: TOML put in front of it.
+        `{python}` an interpreter.  :param extra: TOML put in front of it.  :param inside: what is put before the
+        commands of the daemons.
     """
 
     scheme = "http"
 
-    def __init__(self, base: Path, apps: str = "", extra: str = "", proxy: str = "") -> None:
+    def __init__(
+        self, base: Path, apps: str = "", extra: str = "", proxy: str = "", inside: Sequence[str] = ()
+    ) -> None:
         self.base = base
+        self.inside = inside
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -147,7 +151,7 @@ class Installation:
         """Start `manager` or `proxy` and wait until it answers; one that does not is ended."""
         with (self.base / f"{what}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "dispatcher", "--config", str(self.config), what],
+                [*self.inside, sys.executable, "-m", "dispatcher", "--config", str(self.config), what],
                 stdout=subprocess.DEVNULL,
                 stderr=log,
                 start_new_session=True,

@@ -5,8 +5,6 @@ Nothing of this machine changes: `useradd`, `chpasswd` and others run in the nam
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -27,9 +25,7 @@ class PrivateEtc:
 
     def __init__(self, directory: Path) -> None:
         self.etc = directory / "etc"
-        shutil.copytree("/etc", self.etc, symlinks=True, copy_function=shutil.copy2)
-        for name, mode in (("shadow", 0o640), ("gshadow", 0o640)):
-            (self.etc / name).chmod(mode)
+        subprocess.run(["cp", "-a", "/etc", self.etc], check=True)
         self.service("dispatcher", SERVICE)
         self._holder: subprocess.Popen[bytes] | None = None
 
@@ -55,10 +51,8 @@ class PrivateEtc:
         return ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--"]
 
     def run(self, *command: str, stdin: str = "") -> None:
-        done = subprocess.run(
-            [*self.inside, *command], input=stdin.encode(), capture_output=True, check=False, env=os.environ
-        )
-        assert done.returncode == 0, (command, done.stderr.decode())
+        done = subprocess.run([*self.inside, *command], input=stdin, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
 
     def service(self, name: str, text: str) -> Path:
         """Write the file of a PAM service."""
@@ -71,8 +65,19 @@ class PrivateEtc:
         self.run("useradd", "--no-create-home", *options, name)
         self.run("chpasswd", "--crypt-method", "SHA512", "--sha-rounds", "1000", stdin=f"{name}:{password}\n")
 
-    def use(self, monkeypatch) -> None:
-        """Let the authenticator's helper run in the namespace."""
-        from dispatcher_pam import authenticator
+    def use(self, monkeypatch, uid: int = 0) -> None:
+        """Let the authenticator's helper run in the namespace, as that user."""
+        from dispatcher_pam import authenticator, helper
 
-        monkeypatch.setattr(authenticator, "HELPER", (*self.inside, *authenticator.HELPER))
+        program = self.etc / "helper.py"  # the clone may be where only root may read
+        program.write_bytes(Path(helper.__file__).read_bytes())
+        as_user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"] if uid else []
+        python = ["/usr/bin/python3", *authenticator.FLAGS, "/etc/helper.py"]
+        monkeypatch.setattr(authenticator, "HELPER", (*self.inside, *as_user, *python))
+
+    def module(self) -> str:
+        """Compile `misbehaving.c`; return the module's path in the namespace."""
+        source = Path(__file__).with_name("pam_misbehaving.c")
+        command = ["gcc", "-shared", "-fPIC", "-o", self.etc / "misbehaving.so", source, "-l:libpam.so.0"]
+        subprocess.run(command, check=True)
+        return "/etc/misbehaving.so"
