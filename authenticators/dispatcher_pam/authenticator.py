@@ -69,6 +69,10 @@ class PamAuthenticator(Authenticator):
             time.sleep(min(answer.remaining(), deadline.remaining()))
         return found
 
+    def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
+        """See `BaseAuthenticator`.  An account whose password must be changed is one that may sign in."""
+        return self._identity(self._ask("lookup", deadline, name=name), name) if _can_exist(name) else None
+
     def set_password(self, name: str, password: str, *, deadline: Deadline) -> None:
         """See `Authenticator`."""
         raise Unsupported("Passwords are not changed here", fix="change it on the host, with passwd")
@@ -84,7 +88,7 @@ class PamAuthenticator(Authenticator):
         if "refused" in found:
             _log.info("PAM: %s may not sign in: %s", name, found["refused"])
             return None
-        return Identity(user=found["user"])
+        return Identity(user=found["user"], groups=frozenset(found["groups"]), subject=str(found["uid"]))
 
     def _ask(self, action: str, deadline: Deadline, **question: str) -> dict[str, Any]:
         """Return the helper's answer.

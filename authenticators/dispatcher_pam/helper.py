@@ -15,6 +15,7 @@ with the password, second factors included, takes a stack that asks for no passw
 from __future__ import annotations
 
 import ctypes
+import errno
 import grp
 import json
 import os
@@ -22,13 +23,15 @@ import pwd
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
-from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_uint, c_void_p
+from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from pathlib import Path
 from typing import Any, NoReturn
 
 #: Where libpam looks for the file of a service, the first one found counts.
 PLACES = ("/etc/pam.d", "/usr/etc/pam.d", "/usr/lib/pam.d")
+NOT_FOUND = {0, errno.ENOENT, errno.ESRCH, errno.EBADF, errno.EPERM}  # getpwnam(3)
 MAX_GROUPS = 1000  # names in an answer
 MAX_LINES = 1000  # of files that include each other
 NOBODY = "dispatcher-doctor"  # an account that does not exist
@@ -135,15 +138,17 @@ class Pam:
                 f"remove the module from {PLACES[0]}/{self._service}, or correct auth.pam.service",
             )
 
-    def check_account(self, *, password: bool = True) -> None:
+    def check_account(self, *, known: bool = False) -> None:
         """Verify that the account may be used now.
 
-        :param password: whether one that has expired is a reason to refuse.
+        :param known: no password was verified: one that has expired is no reason to refuse, and AUTH_ERR, by which
+            the stack of Debian replaces most codes, is no answer.
         """
         code = self._pam.pam_acct_mgmt(self._handle, FLAGS)
-        if code not in {NEW_AUTHTOK_REQD, AUTHTOK_EXPIRED} or password:
-            # A stack may hide the reason: that of Debian replaces all codes but one.
+        if not known:
             self._check(code, REFUSED | {AUTH_ERR: "PAM refuses the account, such as one that has expired"})
+        elif code not in {NEW_AUTHTOK_REQD, AUTHTOK_EXPIRED}:
+            self._check(code, {key: why for key, why in REFUSED.items() if key != AUTH_ERR})
 
     @property
     def user(self) -> str:
@@ -209,8 +214,28 @@ def load() -> Any:
 # -- accounts ----------------------------------------------------------------------------------------------
 
 
+class Shadow(ctypes.Structure):
+    """`struct spwd`; days after 1970 and numbers of days, -1 for none."""
+
+    _fields_ = (
+        ("name", c_char_p),
+        ("hash", c_char_p),
+        *((each, c_long) for each in ("changed", "least", "most", "warn", "inactive", "expires")),
+        ("flag", c_ulong),
+    )
+
+
 def account(name: str) -> pwd.struct_passwd | None:
-    """Return the account of a name; of several with one user id, that which the system finds for the id."""
+    """Return the account of a name; of several with one user id, that which the system finds for the id.
+
+    :raises Fault: a service of `nsswitch.conf` fails; Python's `pwd` does not tell.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.getpwnam.restype = c_void_p
+    ctypes.set_errno(0)
+    if not libc.getpwnam(name.encode()) and ctypes.get_errno() not in NOT_FOUND:
+        why = os.strerror(ctypes.get_errno())
+        raise Fault("Accounts of this host cannot be found", why, "check the services in /etc/nsswitch.conf")
     try:
         return pwd.getpwuid(pwd.getpwnam(name).pw_uid)
     except KeyError:
@@ -240,13 +265,27 @@ def eligible(found: pwd.struct_passwd, question: dict[str, Any]) -> None:
         raise Refused(f"the user id {found.pw_uid} is below auth.pam.min_uid")
 
 
-def locked(name: str) -> bool:
-    """Whether `usermod --lock` or `passwd --lock` locked the password; PAM says so only to who knows it."""
+def shadow(name: str) -> Shadow | None:
+    """Return the entry of an account in /etc/shadow, None if there is none, or this process may not read it."""
     getspnam = ctypes.CDLL(None).getspnam
-    getspnam.restype = POINTER(c_char_p * 2)  # struct spwd begins with name and hash
-    entry = getspnam(name.encode())
-    text = entry.contents[1] or b"" if entry else b""
+    getspnam.restype = POINTER(Shadow)
+    found = getspnam(name.encode())
+    return found.contents if found else None
+
+
+def locked(entry: Shadow) -> bool:
+    """Whether `usermod --lock` or `passwd --lock` locked the password; PAM says so only to who knows it."""
+    text = entry.hash or b""
     return text.startswith(b"!") and bool(text.strip(b"!*"))
+
+
+def expired(entry: Shadow) -> bool:
+    """Whether the account has expired, as pam_unix judges it."""
+    today = int(time.time() / 86400)
+    ends = [entry.expires] if entry.expires >= 0 else []
+    if min(entry.changed, entry.most, entry.inactive) >= 0 and entry.changed:
+        ends.append(entry.changed + entry.most + entry.inactive)
+    return today >= min(ends, default=today + 1)
 
 
 # -- questions ---------------------------------------------------------------------------------------------
@@ -275,16 +314,22 @@ def authenticate(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def lookup(question: dict[str, Any]) -> dict[str, Any]:
-    """Return who an account is now, without a password."""
+    """Return who an account is now, without a password.
+
+    "Gone" has consequences, so it is no answer if the reason is not known.
+    """
     found = account(question["name"])
     if found is None:
         raise Refused(REFUSED[USER_UNKNOWN])
     eligible(found, question)
-    pam = Pam(question["service"], question["name"], None)
-    pam.check_account(password=False)
-    pam.close()
-    if locked(question["name"]):
+    entry = shadow(question["name"])
+    if entry and locked(entry):
         raise Refused("the account is locked")
+    if entry and expired(entry):
+        raise Refused(REFUSED[ACCT_EXPIRED])
+    pam = Pam(question["service"], question["name"], None)
+    pam.check_account(known=True)
+    pam.close()
     return answer(found, question)
 
 

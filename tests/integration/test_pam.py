@@ -128,6 +128,78 @@ def test_only_members_of_allowed_groups_sign_in(pam):
     assert sign_in(pam(allow_groups=["People"])) is None
 
 
+def test_an_identity_has_groups_and_the_user_id(etc, pam):
+    found = pam().authenticate("alice", PASSWORD, deadline=Deadline(20))
+    assert (found.user, found.groups, found.subject) == ("alice", frozenset({"alice", "people"}), "4001")
+    assert pam().lookup("alice", deadline=Deadline(20)) == found
+    for at in range(3):
+        etc.run("groupadd", f"kit-group{at}")
+        etc.run("gpasswd", "--add", "bob", f"kit-group{at}")
+    assert pam().lookup("bob", deadline=Deadline(20)).groups == {
+        "people",
+        "kit-group0",
+        "kit-group1",
+        "kit-group2",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "stays"),
+    [
+        (("chage", "--expiredate", "1"), False),
+        (("chage", "--lastday", "1", "--maxdays", "1", "--inactive", "1"), False),
+        (("usermod", "--lock"), False),
+        (("userdel",), False),
+        (("gpasswd", "--delete", "{}", "people"), False),
+        (("usermod", "--uid", "150"), False),
+        (("chage", "--lastday", "0"), True),  # the password must be changed
+        (("usermod", "--password", "*"), True),  # the password is elsewhere
+        (("usermod", "--password", "!"), True),  # of `useradd`: the password is elsewhere
+    ],
+)
+def test_a_lookup_finds_who_may_still_sign_in(etc, pam, change, stays, request):
+    name = f"kit-look{request.node.callspec.indices['change']}"
+    etc.add(name, PASSWORD, "--groups", "people")
+    authenticator = pam(allow_groups=["people"])
+    assert authenticator.lookup(name, deadline=Deadline(20)).user == name
+    words = [each.format(name) for each in change]
+    etc.run(*words, *([] if name in words else [name]))
+    found = authenticator.lookup(name, deadline=Deadline(20))
+    assert (found is not None) == stays
+
+
+def test_a_lookup_asks_modules_too_and_a_fault_is_not_the_end_of_an_account(etc, pam, misbehaving, monkeypatch):
+    account = "auth required pam_unix.so\naccount required {}\n"
+
+    def lookup(authenticator, name="alice"):
+        return authenticator.lookup(name, deadline=Deadline(20))
+
+    assert lookup(misbehaving("code=0", account)).user == "alice"
+    for code in (6, 10, 13):
+        assert lookup(misbehaving(f"code={code}", account)) is None
+    for code in (4, 7, 9, 26):  # 7: by which Debian's stack replaces others
+        with pytest.raises(Unavailable):
+            lookup(misbehaving(f"code={code}", account))
+    assert lookup(pam(), "root") is lookup(pam(), "nobody-here") is lookup(pam(), "no/body") is None
+    with pytest.raises(Unavailable):
+        lookup(pam(service="absent"))
+    etc.use(monkeypatch, uid=4001)
+    assert lookup(pam()).user == "alice"
+    with pytest.raises(Unavailable):
+        lookup(pam(), "bob")
+
+
+def test_an_outage_of_the_name_service_is_not_an_unknown_name(etc, pam):
+    etc.name_service("kitdown")
+    try:
+        assert sign_in(pam()) == "alice"
+        assert "Accounts of this host cannot be found: Connection refused" in why_not(pam(), "nobody-here")
+        with pytest.raises(Unavailable):
+            pam().lookup("nobody-here", deadline=Deadline(20))
+    finally:
+        etc.name_service()
+
+
 def test_a_refusal_takes_the_same_time_whatever_its_reason(etc, pam):
     """Without it a name that exists takes twice as long, by the hash, and root less than a name that does not."""
     for name in ("alice", "kit-hashed"):
@@ -290,7 +362,7 @@ def test_a_user_of_the_host_gets_an_agent_and_doctor_says_what_is_wrong(etc, pam
     table = {"authenticator": "pam", "pam": {"refusal_time": "100ms", "allow_groups": ["people"]}}
     with manager_in(short_tmp, monkeypatch, auth=table) as manager:
         with client_of(manager) as client, client_of(manager, "proxy_socket") as proxy:
-            assert client.check_authenticator()["findings"][0]["level"] == "ok"
+            assert client.check_authenticator("pam")["findings"][0]["level"] == "ok"
             assert proxy.login("Alice", PASSWORD, address="192.0.2.1")["session"]["user"] == "alice"
             assert [each["user"] for each in client.agents()["agents"]] == ["alice"]
             for name, password in (("alice", "wrong"), ("root", PASSWORD), ("nobody-here", PASSWORD)):
@@ -300,7 +372,7 @@ def test_a_user_of_the_host_gets_an_agent_and_doctor_says_what_is_wrong(etc, pam
             file = etc.etc / "pam.d/dispatcher"
             text = file.read_text()
             file.unlink()
-            [found] = client.check_authenticator()["findings"]
+            [found] = client.check_authenticator("pam")["findings"]
             file.write_text(text)
             assert found["level"] == "error"
             assert "/etc/pam.d/dispatcher is missing" in f"{found['what']} {found.get('why')}"
