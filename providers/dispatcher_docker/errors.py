@@ -120,6 +120,11 @@ def _advice(why: str, engine: str) -> str:
         ("no space left", f"free space where the engine keeps its data ({engine} system df)"),
         ("docker-default profile could not be loaded", "repair AppArmor on the engine's host (aa-status)"),
         ("apparmor", "correct `apparmor`: no profile of this name is loaded on the engine's host (aa-status)"),
+        # The first docker.io of Ubuntu 24.04: the profile of containers does not name that of runc.
+        (
+            "unable to signal init: permission denied",
+            f"upgrade {engine} and AppArmor on the engine's host: AppArmor keeps the engine from ending containers",
+        ),
         ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
         ("address already in use", "another program has the port; let the engine choose it"),
         ("could not select device driver", "install the GPU runtime of the engine, or remove `gpus`"),

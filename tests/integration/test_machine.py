@@ -688,7 +688,10 @@ def test_an_ordinary_users_agent_cannot_exceed_its_limits(own):
 
 @pytest.mark.release
 def test_a_rootless_engine_of_an_ordinary_user_is_refused(own):
-    script = "PATH=$PATH:/usr/sbin:/sbin /usr/share/docker.io/contrib/dockerd-rootless.sh"
+    # As dockerd-rootless.sh, which Ubuntu's docker.io does not have.
+    engine = "rm -f /run/docker /run/containerd /run/xtables.lock; exec dockerd"
+    script = f"rootlesskit --net=slirp4netns --copy-up=/etc --copy-up=/run sh -c {quote(engine)}"
+    script = f"PATH=$PATH:/usr/sbin:/sbin exec {script}"
     own.login(f"systemd-run --user --unit=rootless sh -c {quote(script)}")
     host = "unix:///run/user/2000/docker.sock"
     own.until("the engine", lambda: own.login(f"docker -H {host} info", check=False).code == 0)

@@ -76,6 +76,7 @@ PARSER = "AppArmor enabled on system but the docker-default profile could not be
         (f'{PARSER} exec: "apparmor_parser": executable file not found in $PATH', "install apparmor on"),
         (f"{PARSER} AppArmor parser error", "repair AppArmor"),
         (f"{RUNC} unable to apply apparmor profile: write /proc/self/attr/exec: no such file", "`apparmor`"),
+        ("Cannot kill container: unable to signal init: permission denied", "upgrade docker and AppArmor"),
         ('exec: "docker-init": executable file not found in $PATH', "install the package that has docker-init"),
         ("could not select device driver", "GPU"),
         ("something else", "engine's log"),
