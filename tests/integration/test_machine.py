@@ -45,7 +45,11 @@ network = "private"
 
 [apps.net.subprocess]
 command = ["/usr/bin/python3", "-S", "/usr/local/lib/probe.py", "--unix", "{{socket}}"]
-
+"""
+#: For private networks.  Ubuntu 22.04 has no pasta, without which an app's port is reached at the agent's address only.
+HELPERS = ("slirp4netns",) if SUITE == "jammy" else ("pasta", "slirp4netns")
+if "pasta" in HELPERS:
+    CONFIG += """
 [apps.port]
 network = "private"
 
@@ -189,7 +193,7 @@ def service(tmp_path_factory):
     project = work / "project"
     for name in ("dispatcher/testing", "packaging", "tests/support"):
         shutil.copytree(ROOT / name, project / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    (work / "extra.toml").write_text(CONFIG.format(network="pasta"))
+    (work / "extra.toml").write_text(CONFIG.format(network=HELPERS[0]))
     files = {path.name: path for path in (project, work / "extra.toml")}
     built = package(SUITE)
     files |= {"package.deb": built, "newer.deb": newer(built, work / "newer.deb")}
@@ -433,7 +437,8 @@ def private_network(service, helper):
         )
         reachable = " && ".join(f"exec 3<>/dev/tcp/{host.strip('[]')}/7777" for host in (*OUTSIDE, *DENIED))
         service.until("the outside", lambda: service.run(reachable, check=False).code == 0)
-        service.run("apparmor_parser --replace /etc/apparmor.d/usr.bin.pas*")  # as at the boot of a real machine
+        if "pasta" in HELPERS:  # as at the boot of a real machine
+            service.run("apparmor_parser --replace /etc/apparmor.d/usr.bin.pas*")
     config = "/etc/dispatcher/dispatcher.toml"
     service.run(
         f"sed -i 's/^private_network = .*/private_network = \"{helper}\"/' {config} && systemctl restart dispatcher-manager",
@@ -448,6 +453,7 @@ def private_network(service, helper):
 
 
 @pytest.mark.release
+@pytest.mark.skipif("pasta" not in HELPERS, reason="this release has no pasta")
 def test_a_port_of_the_loopback_interface_in_a_private_network(service):
     private_network(service, "pasta")
     service.add("paul", "port")
@@ -459,7 +465,7 @@ def test_a_port_of_the_loopback_interface_in_a_private_network(service):
     ("helper", "host"),
     [
         pytest.param(helper, host, marks=[pytest.mark.release] if helper == "slirp4netns" else [])
-        for helper in ("pasta", "slirp4netns")
+        for helper in HELPERS
         for host in (*OUTSIDE, *DENIED)
         if (helper, host) != ("slirp4netns", "[fd77:3::2]")  # it speaks IPv4 only
     ],
