@@ -123,7 +123,7 @@ def _advice(why: str, engine: str) -> str:
         # The first docker.io of Ubuntu 24.04: the profile of containers does not name that of runc.
         (
             "unable to signal init: permission denied",
-            f"upgrade {engine} and AppArmor on the engine's host: AppArmor keeps the engine from ending containers",
+            f"upgrade {engine} and AppArmor on the engine's host: AppArmor keeps it from ending containers",
         ),
         ("permission denied", "correct `command`, or the modes in the image: the agent's user may not run it"),
         ("address already in use", "another program has the port; let the engine choose it"),
