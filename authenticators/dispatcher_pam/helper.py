@@ -25,9 +25,13 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from ctypes import CFUNCTYPE, POINTER, c_char_p, c_int, c_long, c_size_t, c_uint, c_ulong, c_void_p
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Where libpam looks for the file of a service, the first one found counts.
 PLACES = ("/etc/pam.d", "/usr/etc/pam.d", "/usr/lib/pam.d")
@@ -106,6 +110,7 @@ class Pam:
         self._service = service
         self.asked = False  # for the password
         self._question = ""  # for something else
+        self._code = SUCCESS  # of the last step
         self._libc = ctypes.CDLL(None)
         self._libc.calloc.restype = self._libc.strdup.restype = c_void_p
         self._libc.calloc.argtypes = [c_size_t, c_size_t]
@@ -157,11 +162,15 @@ class Pam:
         self._pam.pam_get_item(self._handle, PAM_USER, ctypes.byref(found))
         return (found.value or b"").decode("utf-8", "surrogateescape")
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Let the modules remove what they keep for the transaction."""
-        self._pam.pam_end(self._handle, SUCCESS)
+        self._pam.pam_end(self._handle, self._code)
 
     def _check(self, code: int, refused: Mapping[int, str]) -> None:
+        self._code = code
         if self._question:
             raise Fault(
                 f"The PAM service {self._service} asks for more than a password",
@@ -297,11 +306,10 @@ def authenticate(question: dict[str, Any]) -> dict[str, Any]:
     if found is not None:
         eligible(found, question)
     # For an unknown name, too: modules log it, and take their time.
-    pam = Pam(question["service"], question["name"], question["password"])
-    pam.authenticate()
-    pam.check_account()
-    changed = account(pam.user)
-    pam.close()
+    with Pam(question["service"], question["name"], question["password"]) as pam:
+        pam.authenticate()
+        pam.check_account()
+        changed = account(pam.user)
     if changed is None:
         raise Refused("the user has no account on this host")
     if found is None or changed.pw_uid != found.pw_uid:
@@ -327,9 +335,8 @@ def lookup(question: dict[str, Any]) -> dict[str, Any]:
         raise Refused("the account is locked")
     if entry and expired(entry):
         raise Refused(REFUSED[ACCT_EXPIRED])
-    pam = Pam(question["service"], question["name"], None)
-    pam.check_account(known=True)
-    pam.close()
+    with Pam(question["service"], question["name"], None) as pam:
+        pam.check_account(known=True)
     return answer(found, question)
 
 
@@ -359,12 +366,10 @@ def check(question: dict[str, Any]) -> dict[str, Any]:
             raise Fault(
                 "/etc/shadow cannot be read", error.strerror or "", "give the manager CAP_DAC_READ_SEARCH"
             ) from error
-    pam = Pam(service, NOBODY, question["password"])
-    try:
+    with suppress(Refused), Pam(service, NOBODY, question["password"]) as pam:
         pam.authenticate()
-    except Refused:
-        return {}
-    raise Fault(f"The PAM service {service} accepts any password", fix=f"correct {PLACES[0]}/{service}")
+        raise Fault(f"The PAM service {service} accepts any password", fix=f"correct {PLACES[0]}/{service}")
+    return {}
 
 
 # -- the stack of a service --------------------------------------------------------------------------------
@@ -467,6 +472,8 @@ def main() -> NoReturn:
         found = {"refused": str(error)}
     except Fault as error:
         found = error.answer
+    except Exception as error:  # standard error is closed to modules, and so to this
+        found = Fault("The helper for PAM failed", f"{type(error).__name__} {error}", "report this fault").answer
     os.write(result, json.dumps(found).encode())
     os._exit(0)  # without what modules registered for the end
 

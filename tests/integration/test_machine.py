@@ -571,6 +571,29 @@ def test_a_container_is_confined_by_apparmor_in_a_group_of_systemds(service):
     assert f"system.slice/docker-{container(service, 'erin', 'Id')}" in service.run(f"cat /proc/{pid}/cgroup").out
 
 
+def test_an_account_of_the_machine_signs_in_by_pam(service):
+    """The unit's restrictions leave pam_unix the hashes, and libpam its messages to the kernel's audit."""
+    config = "[auth]\nauthenticator = ['local', 'pam']\n"
+    service.run(
+        f"useradd --no-create-home paula && chpasswd && printf {quote(config)} >>{CONFIG_FILE}"
+        " && systemctl restart dispatcher-manager",
+        stdin=f"paula:{PASSWORD}\nroot:{PASSWORD}\n",
+        timeout=300,
+    )
+    assert service.run("dpkg-query -S /etc/pam.d/dispatcher").out.startswith("agent-dispatcher:")
+    checks = service.api("GET", "/authenticator/check?plugin=pam")["findings"]
+    assert [found["level"] for found in checks] == ["ok"], checks
+    ask = service.sign_in("paula")
+    assert json.loads(service.run(f"{ask} {service.url}/about").out)["user"] == "paula"
+    for name, password in (("paula", "wrong"), ("root", PASSWORD)):
+        body = quote(json.dumps({"user": name, "password": password}))
+        head = f"-H 'Content-Type: application/json' -H 'Accept: application/json' -H 'Origin: {service.url}'"
+        login = f"curl -sS -m 90 -o /dev/null -w '%{{http_code}}' --insecure {head} -d {body}"
+        assert service.run(f"{login} {service.url}/auth/login").out == "403"
+    assert "audit_log_acct_message" not in service.run("journalctl -b --no-pager --facility=authpriv").out
+    service.api("DELETE", "/agents/paula?wait=60")
+
+
 def test_a_port_below_1024_needs_a_capability_which_is_told(service):
     since = service.now()
     listen = 'listen = ["0.0.0.0:443"]\\nredirect_listen = ["0.0.0.0:80"]'

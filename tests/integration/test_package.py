@@ -58,6 +58,7 @@ def test_manual_pages_completion_and_documentation_are_in_the_package(tree):
         "usr/share/doc/agent-dispatcher/README.md",
         "usr/share/doc/agent-dispatcher/docs/howto/install-as-a-service.md",
         "etc/logrotate.d/agent-dispatcher",
+        "etc/pam.d/dispatcher",
     ):
         assert (tree / path).is_file() or (tree / f"{path}.gz").is_file(), path
     assert (tree / "usr/bin/dispatcher").is_symlink()

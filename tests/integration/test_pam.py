@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Forbidden, Unavailable
-from tests.support.installation import Installation
+from tests.support.installation import Installation, until
 from tests.support.manager_process import client_of, manager_in
 from tests.support.private_etc import PrivateEtc
 
@@ -66,17 +68,17 @@ def why_not(authenticator, *arguments):
     return str(caught.value)
 
 
-def helpers():
-    """Return the processes of helpers that this one started."""
+def helpers(parent=0):
+    """Return the processes of helpers that a process started, by default this one."""
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                started = (entry / "stat").read_text().rpartition(")")[2].split()[1]
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            if int(parent) == os.getpid() and b"helper.py" in command:
+            if int(started) == (parent or os.getpid()) and b"helper.py" in command:
                 found[int(entry.name)] = command
     return found
 
@@ -224,6 +226,24 @@ def test_delays_that_modules_ask_for_are_not_added(etc, pam):
     begin = time.monotonic()
     assert sign_in(pam(service="delaying"), password="wrong") is None
     assert time.monotonic() - begin < 5
+
+
+def test_no_helper_outlives_the_manager(misbehaving):
+    from dispatcher_pam import authenticator
+
+    misbehaving("hang")
+    code = (
+        "import sys; from dispatcher_pam import authenticator as a; from dispatcher.plugin import Deadline;"
+        f"a.HELPER = {authenticator.HELPER!r};"
+        "pam = a.PamAuthenticator(options=a.PamOptions(service='misbehaving'));"
+        "pam.authenticate('alice', 'x', deadline=Deadline(60))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code]) as manager:
+        until("a helper", lambda: helpers(manager.pid))
+        [helper] = helpers(manager.pid)
+        until("its question is read", lambda: os.readlink(f"/proc/{helper}/fd/0") == "/dev/null")
+        manager.kill()
+    until("its end", lambda: not Path("/proc", str(helper)).exists())
 
 
 def test_a_module_that_hangs_is_killed_and_delays_no_other_attempt(misbehaving, pam):
