@@ -53,6 +53,7 @@ class FeedServer:
         self.path = path
         self.agents: dict[str, dict[str, Any]] = {}
         self.sessions: dict[str, dict[str, Any]] = {}
+        self.tokens: dict[str, dict[str, Any]] = {}
         self.secret_sessions: dict[str, dict[str, Any]] = {}  # only found by a lookup
         self.frames: list[dict[str, Any]] = []
         self.answer_lookups = True
@@ -94,14 +95,19 @@ class FeedServer:
                 peer.shutdown(socket.SHUT_RDWR)
             peer.close()
 
-    def add(self, *, agents: tuple[Any, ...] = (), sessions: tuple[Any, ...] = ()) -> None:
+    def add(
+        self, *, agents: tuple[Any, ...] = (), sessions: tuple[Any, ...] = (), tokens: tuple[Any, ...] = ()
+    ) -> None:
         """Add or replace rows and tell all workers."""
         with self._lock:
             for row in agents:
                 self.agents[row["name"]] = row
             for row in sessions:
                 self.sessions[row["sha256"]] = row
-            self._send({"type": "change", "agents": list(agents), "sessions": list(sessions)})
+            for row in tokens:
+                self.tokens[row["sha256"]] = row
+            change = {"agents": list(agents), "sessions": list(sessions), "tokens": list(tokens)}
+            self._send({"type": "change", **change})
 
     def remove(self, *, agents: tuple[str, ...] = (), tokens: tuple[str, ...] = ()) -> None:
         with self._lock:
@@ -110,7 +116,9 @@ class FeedServer:
                 self.agents.pop(name, None)
             for sha256 in gone:
                 self.sessions.pop(sha256, None)
-            self._send({"type": "change", "agents_gone": list(agents), "sessions_gone": gone})
+                self.tokens.pop(sha256, None)
+            change = {"agents_gone": list(agents), "sessions_gone": gone, "tokens_gone": gone}
+            self._send({"type": "change", **change})
 
     def wait_for(self, wanted: Callable[[dict[str, Any]], bool], seconds: float = 10.0) -> dict[str, Any]:
         """Return the first frame that is wanted, waiting for it."""
@@ -179,6 +187,7 @@ class FeedServer:
                                 "last": number == len(parts) - 1,
                                 "agents": some_agents,
                                 "sessions": some_sessions,
+                                "tokens": list(self.tokens.values()) if number == 0 else [],
                             }
                         )
                     )

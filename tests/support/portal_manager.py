@@ -38,6 +38,7 @@ class Manager:
         self.agents = {name: agent(name) for name in self.users}
         self.rows = {}
         self.codes = {}
+        self.tokens = []
         self.devices = {}
         self.calls = []
         self.down = False
@@ -127,16 +128,42 @@ class Manager:
                 for row in self.rows.values() if row["user"] == user
             ],
             "changes_passwords": self.changes_passwords,
+            "tokens": [token for token in self.tokens if token["user"] == user],
+            "tokens_need_password": self.changes_passwords,
         }  # fmt: skip
 
-    def change_password(self, sha256, password, new_password, address):
-        self._called("change_password", sha256, address)
+    def create_my_token(self, sha256, address, *, password, expires, note):
+        self._called("create_my_token", sha256, address, expires, note)
+        user = self._row(sha256)["user"]
+        if self.changes_passwords and self.users[user] != password:
+            raise Forbidden("Wrong name or password", fix="check both and try again")
+        token = "dsp_" + secrets.token_urlsafe(32)
+        row = {
+            "id": digest(token)[:16], "user": user, "service": None, "scopes": ["app"], "note": note or "",
+            "created": "2026-01-01T10:00:00+00:00", "last_used": None,
+            "expires": None if expires == "never" else "2036-01-01T10:00:00+00:00",
+        }  # fmt: skip
+        self.tokens.insert(0, row)
+        return {"token": token, **row}
+
+    def revoke_my_token(self, sha256, id):
+        self._called("revoke_my_token", sha256, id)
+        user = self._row(sha256)["user"]
+        mine = [token for token in self.tokens if (token["user"], token["id"]) == (user, id)]
+        if not mine:
+            raise NotFound("There is no such token")
+        self.tokens.remove(mine[0])
+        return {}
+
+    def change_password(self, sha256, password, new_password, address, *, revoke_tokens=False):
+        self._called("change_password", sha256, address, revoke_tokens)
         user = self._row(sha256)["user"]
         if self.users[user] != password:
             raise Forbidden("Wrong password")
         if len(new_password) < 8:
             raise BadRequest("The password is too short", why="it has fewer than 8 characters")
         self.users[user] = new_password
+        self.tokens = [token for token in self.tokens if token["user"] != user or not revoke_tokens]
         self.rows = {key: row for key, row in self.rows.items() if row["user"] != user}
         token, row = self._begin(user)
         return {"token": token, "session": row}

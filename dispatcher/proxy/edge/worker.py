@@ -178,8 +178,9 @@ class Worker:
         for session in used:
             session.used = False
         if agents or used:
-            sessions = [session.digest.hex() for session in used if not session.gone]
-            self.feed.send({"type": protocol.ACTIVITY, "agents": agents, "sessions": sessions})
+            sessions = [session.digest.hex() for session in used if not session.gone and not session.bearer]
+            tokens = [session.digest.hex() for session in used if not session.gone and session.bearer]
+            self.feed.send({"type": protocol.ACTIVITY, "agents": agents, "sessions": sessions, "tokens": tokens})
         totals = {
             "connections_open": self.clients.open,
             "websockets_open": len(self.clients.tunnels),

@@ -53,6 +53,8 @@ ANSWER_LENGTH: Final = 29
 SET_COOKIE: Final = 30
 SERVICE_WORKER_ALLOWED: Final = 31
 CLEAR_SITE_DATA: Final = 32
+# Requests.
+AUTHORIZATION: Final = 33
 
 #: Fields that are about one connection only (RFC 9110, 7.6.1), besides those that `Connection` names.
 _HOP_BY_HOP: Final = dict.fromkeys(
@@ -114,6 +116,7 @@ _REQUEST: Final = {
     "sec-purpose": SEC_PURPOSE,
     "origin": ORIGIN,
     "service-worker": SERVICE_WORKER,
+    "authorization": AUTHORIZATION,
 }
 
 _RESPONSE: Final = {

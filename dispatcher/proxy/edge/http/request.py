@@ -10,6 +10,7 @@ import re
 from typing import Final
 
 from dispatcher.proxy.edge.http import field_names
+from dispatcher.proxy.edge.http.bearer import read_bearer
 from dispatcher.proxy.edge.http.field_names import REQUEST_NAMES, BadHead
 from dispatcher.proxy.edge.http.fields import (
     COMPILED,
@@ -72,6 +73,7 @@ class Request:
     :ivar framed: has fields about body or connection.
     :ivar by_hand: a navigation that is not a prefetch; :ivar machine: a prefetch.
     :ivar watched: an upgrade, or the script of a service worker: its origin matters.
+    :ivar bearer: SHA-256 of its API token, empty without one.
     :ivar upgrade: asks for a WebSocket; :ivar expects: waits for ``100 Continue``; :ivar size: bytes of the head.
     """
 
@@ -90,6 +92,7 @@ class Request:
     watched: bool
     by_hand: bool
     machine: bool
+    bearer: bytes
     size: int
 
     def start(self, line: bytes) -> None:
@@ -110,7 +113,7 @@ class Request:
 
     def navigation(self) -> bool:
         """Whether a person's browser shows the answer as a page: by Fetch Metadata, else by `Accept`."""
-        if self.method not in {b"GET", b"HEAD"}:
+        if self.bearer or self.method not in {b"GET", b"HEAD"}:
             return False
         mode = self.fields.get(field_names.SEC_FETCH_MODE)
         return self.looks_like_page() if mode is None else mode == b"navigate"
@@ -121,9 +124,8 @@ class Request:
 
     def wants_html(self) -> bool:
         """Whether an error is better shown as a page than as a problem document."""
-        return (
-            self.fields.get(field_names.ACCEPT, b"").find(b"text/html") >= 0
-        )  # `in` costs an exception in CPython
+        # `in` costs an exception in CPython
+        return not self.bearer and self.fields.get(field_names.ACCEPT, b"").find(b"text/html") >= 0
 
     def path(self) -> bytes:
         """Return the target without its query."""
@@ -167,6 +169,11 @@ def parse_request(head: bytes, max_fields: int) -> Request:
     request.framed = bool(kinds & _FRAMING)
     if request.framed:
         _frame(request)
+    request.bearer = b""
+    if kinds & 1 << field_names.AUTHORIZATION:
+        request.bearer = read_bearer(fields[field_names.AUTHORIZATION])
+        if request.bearer:
+            request.lines = without_named(request.lines, _AUTHORIZATION)
     request.machine = bool(kinds & 1 << field_names.SEC_PURPOSE)
     request.by_hand = not request.machine and request.navigation()
     request.watched = request.upgrade or bool(kinds & 1 << field_names.SERVICE_WORKER)
@@ -181,6 +188,9 @@ _FRAMING: Final = (
     | 1 << field_names.EXPECT
     | 1 << field_names.TE
 )
+
+
+_AUTHORIZATION: Final = frozenset({b"authorization"})
 
 
 def _check_host(host: bytes) -> None:

@@ -20,6 +20,11 @@ _LONGEST_PATH = 2048
 _quote = json.encoder.encode_basestring_ascii
 
 
+def _token(session: Session | None) -> str:
+    """Return the member with the public id of an API token."""
+    return f',"token":"{session.digest[:8].hex()}"' if session is not None and session.bearer else ""
+
+
 class Logged(Protocol):
     """An exchange; `exchange.Exchange` describes the members."""
 
@@ -71,7 +76,7 @@ class AccessLog:
             f'"ms":{seconds * 1000:.1f},'
             f'"user":{_quote(session.user) if session is not None else "null"},'
             f'"agent":{_quote(agent.name) if agent is not None and named else "null"},'
-            f'"app":{_quote(agent.app) if agent is not None and named else "null"}}}\n'
+            f'"app":{_quote(agent.app) if agent is not None and named else "null"}{_token(session)}}}\n'
         )
         if self._size > _MOST:
             self.lost += 1

@@ -291,6 +291,9 @@ class Connection(Client):
         context = self.context
         session = None
         digest = b""
+        if request.bearer:
+            self._route_token(request)
+            return
         field = request.fields.get(field_names.COOKIE)
         if field is not None:
             cookie = self.exchange.cookie
@@ -303,6 +306,21 @@ class Connection(Client):
         if session is not self.session and session is not None and decision is not PORTAL:
             self.clients.bind(self, session)
         self.exchange.poll = False
+        self.carry_out(decision)
+
+    def _route_token(self, request: Request) -> None:
+        """Route a request with an API token; one that is not in the table is not looked up: all are."""
+        context = self.context
+        token = context.tables.tokens.get(request.bearer)
+        if token is not None and token.expires <= context.now:
+            token = None
+        self.exchange.poll = False
+        if token is None and context.manager.lost_for_good():
+            self.refuse(pages.NO_FEED)
+            return
+        decision = context.router.by_token(request, token, context.now)
+        if token is not None and token is not self.session:
+            self.clients.bind(self, token)
         self.carry_out(decision)
 
     def carry_out(self, decision: Decision) -> None:

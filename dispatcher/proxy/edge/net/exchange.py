@@ -326,6 +326,8 @@ class Exchange(Receiver):
                 client.session.agent,
                 self.request.target,
             )
+        if self.request.bearer:
+            additions += b"Vary: Authorization\r\n"
         if not response.dated:
             additions += context.date_line
         if response.length < 0:

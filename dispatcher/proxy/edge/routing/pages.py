@@ -50,6 +50,7 @@ class Failure:
 
     :ivar status: HTTP status; :ivar title: what; :ivar detail: why; :ivar fix: what the reader can do.
     :ivar retry_after: seconds, None if a retry makes no sense; :ivar extra: members of the document.
+    :ivar challenge: lines of a 401 (RFC 9110, 15.5.2).
     """
 
     status: int
@@ -59,6 +60,7 @@ class Failure:
     fix: str = ""
     retry_after: int | None = None
     extra: dict[str, Any] | None = None
+    challenge: bytes = b""
 
 
 def failure(
@@ -85,9 +87,7 @@ def failure(
         lines = b"Content-Type: application/problem+json\r\n"
     if what.retry_after is not None:
         lines += b"Retry-After: %d\r\n" % what.retry_after
-    if what.status == 401:
-        # RFC 9110, 15.5.2 wants a challenge; `Cookie` is what this origin's sign-in hands out.
-        lines += b'WWW-Authenticate: Cookie realm="dispatcher"\r\n'
+    lines += what.challenge
     answer = head(what.status, date + _COMMON + lines, len(text), close=close)
     return answer + text if body else answer
 
@@ -102,9 +102,28 @@ def not_signed_in(login: str) -> Failure:
         "unauthenticated",
         "Sign in first",
         "There is no session, or it has ended.",
-        f"Sign in at {login}, which tells programs how, then try again with its cookies.",
+        f"Sign in at {login}, which tells programs how, then try again with its cookies; or send an API token.",
         extra={"login": login},
+        # `Cookie` is what this origin's sign-in hands out.
+        challenge=b'WWW-Authenticate: Cookie realm="dispatcher", Bearer realm="dispatcher"\r\n',
     )
+
+
+BAD_TOKEN = Failure(
+    401,
+    "invalid-token",
+    "The API token is not valid",
+    "It is unknown, has expired or was revoked.",
+    "Create another one on your account page, or ask your administrator.",
+    challenge=b'WWW-Authenticate: Bearer realm="dispatcher", error="invalid_token"\r\n',
+)
+NOT_FOR_TOKENS = Failure(
+    403,
+    "not-for-tokens",
+    "An API token does not open this page",
+    "It opens applications only; sign-in and account are for browsers.",
+    "Leave the token out, and sign in.",
+)
 
 
 TOO_BUSY = Failure(

@@ -1,7 +1,7 @@
 """The routing rules of the edge: (request, session, agent) -> decision, without I/O.
 
 1. Ambiguous requests were refused by the parser.  2. The portal's paths go to the portal.  3. A request with a
-session goes to the session's agent.  4. Without a session the edge answers itself and does not read the body.
+session or an API token goes to its agent.  4. Without one the edge answers itself and does not read the body.
 5. The agent's state decides, never a failed connect: a sleeping agent is woken and the request held for a bounded
 time, then browsers get the portal's waiting page and programs a 503.
 """
@@ -109,6 +109,34 @@ class Router:
             failure = self._origin_fault(request, scheme)
             if failure is not None:
                 return Refuse(failure)
+        return self._to_agent(request, agent, now)
+
+    def by_token(self, request: Request, token: Session | None, now: float) -> Decision:
+        """Decide on a request with an API token: of a program, which gets no page and no redirect.
+
+        A cookie beside the token counts for nothing.  Pages of other sites cannot send the token without asking
+        first (CORS), so that the origin of a change does not matter.
+
+        :param token: a token that has not expired, None for another one; :param now: on the clock of the tables.
+        """
+        if token is None:
+            return Refuse(pages.BAD_TOKEN)
+        prefix, target = self._prefix, request.target
+        if target[: len(prefix)] == prefix and target[len(prefix) : len(prefix) + 1] in _AFTER_PREFIX:
+            return Refuse(pages.NOT_FOR_TOKENS)
+        if self._settings.subdomain:
+            agent = self._of_host(request.host.lower().partition(b":")[0])
+            if agent is not None and agent.name not in token.agents:
+                agent = None
+        else:
+            agent = self._tables.target(token)
+        if agent is None or agent.user_id != token.user_id:
+            return Refuse(pages.NO_AGENT)
+        self.use(token)
+        return self._to_agent(request, agent, now)
+
+    def _to_agent(self, request: Request, agent: Agent, now: float) -> Decision:
+        """Decide on a request that may go to an agent, and count it."""
         memory = agent.memory or _memory(agent)
         if memory.detector.is_poll(request, now):
             agent.traffic.poll += 1
@@ -179,6 +207,8 @@ class Router:
     def _no_session(self, request: Request) -> Refuse | Redirect:
         """Redirect browsers to the sign-in; answer 401 to programs."""
         settings = self._settings
+        if request.bearer:
+            return Refuse(pages.BAD_TOKEN)
         if request.upgrade or not request.navigation():
             link = f'<a href="{settings.prefix.decode()}/login">Sign in</a>' if request.wants_html() else ""
             return Refuse(self._unauthenticated, link)
@@ -213,6 +243,7 @@ class Router:
         request.length = NO_BODY
         request.close = original.close
         request.upgrade = request.expects = request.framed = False
+        request.bearer = b""
         request.size = original.size
         lines = original.lines.splitlines(keepends=True)
         request.lines = b"".join(
@@ -272,13 +303,18 @@ class Router:
         settings = self._settings
         if host == settings.public_host or name == settings.domain:
             return Redirect(settings.prefix + b"/")
-        label = name[: -len(settings.domain) - 1] if name.endswith(b"." + settings.domain) else b""
-        agent = self._tables.labels.get(label.decode("ascii", "replace")) if label else None
+        agent = self._of_host(name)
         # A session of another host, or the portal's own, opens nothing here.
         own_host = session.host.encode().lower() == host
         if own_host and agent is not None and agent.name in session.agents:
             return agent
         return Refuse(pages.NO_AGENT) if own_host else self._no_session(request)
+
+    def _of_host(self, name: bytes) -> Agent | None:
+        """Return the agent whose host has a name, in lower case."""
+        domain = self._settings.domain
+        label = name[: -len(domain) - 1] if name.endswith(b"." + domain) else b""
+        return self._tables.labels.get(label.decode("ascii", "replace")) if label else None
 
     def _origin_fault(self, request: Request, scheme: bytes) -> pages.Failure | None:
         """Return why the agent must not see a request: cross-origin, or a service worker above the portal."""

@@ -94,16 +94,18 @@ class Agent:
 
 
 class Session:
-    """One session's row.
+    """One session's row, or that of an API token.
 
     :ivar user_id: only agents with the same one are the session's: a name may be another person's by now.
+    :ivar bearer: it is an API token; the row is in `Tables.tokens`, and no cookie finds it.
     :ivar digest: SHA-256 of the token, 32 bytes; :ivar expires: on the caller's clock, infinite without end.
     :ivar target: the agent of its requests, once it was looked up.
     :ivar connections: client connections that were last used with it, None while there is none.
     """
 
-    def __init__(self, digest: bytes) -> None:
+    def __init__(self, digest: bytes, bearer: bool = False) -> None:
         self.digest = digest
+        self.bearer = bearer
         self.user = ""
         self.user_id = 0
         self.agent = ""
@@ -126,14 +128,16 @@ class Changes:
 
 
 class Tables:
-    """Agents by name and label, sessions by digest."""
+    """Agents by name and label, sessions and API tokens by digest."""
 
     def __init__(self) -> None:
         self.agents: dict[str, Agent] = {}
         self.labels: dict[str, Agent] = {}
         self.sessions: dict[bytes, Session] = {}
+        self.tokens: dict[bytes, Session] = {}
         self._snapshot_agents: set[str] | None = None
-        self._snapshot_sessions: set[bytes] | None = None
+        self._snapshot_sessions: set[bytes] = set()
+        self._snapshot_tokens: set[bytes] = set()
         self._tuples: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def apply(self, message: dict[str, Any], now: float) -> Changes:
@@ -145,19 +149,24 @@ class Tables:
         kind = message["type"]
         if kind == protocol.SNAPSHOT:
             if message.get("first"):
-                self._snapshot_agents, self._snapshot_sessions = set(), set()
+                self._snapshot_agents, self._snapshot_sessions, self._snapshot_tokens = set(), set(), set()
                 self._tuples.clear()
             self._rows(message, now, changes)
-            if self._snapshot_agents is not None and self._snapshot_sessions is not None:
+            if self._snapshot_agents is not None:
                 self._snapshot_agents.update(row["name"] for row in message.get("agents", ()))
-                self._snapshot_sessions.update(bytes.fromhex(row["sha256"]) for row in message.get("sessions", ()))
+                self._snapshot_sessions.update(_digests(message, "sessions"))
+                self._snapshot_tokens.update(_digests(message, "tokens"))
                 if message.get("last"):
-                    self._drop_sessions([d for d in self.sessions if d not in self._snapshot_sessions], changes)
+                    known, tokens = self._snapshot_sessions, self._snapshot_tokens
+                    self._drop_sessions(self.sessions, [d for d in self.sessions if d not in known], changes)
+                    self._drop_sessions(self.tokens, [d for d in self.tokens if d not in tokens], changes)
                     self._drop_agents([n for n in self.agents if n not in self._snapshot_agents], changes)
-                    self._snapshot_agents = self._snapshot_sessions = None
+                    self._snapshot_agents = None
+                    self._snapshot_sessions, self._snapshot_tokens = set(), set()
         elif kind == protocol.CHANGE:
             self._rows(message, now, changes)
-            self._drop_sessions(map(bytes.fromhex, message.get("sessions_gone", ())), changes)
+            self._drop_sessions(self.sessions, map(bytes.fromhex, message.get("sessions_gone", ())), changes)
+            self._drop_sessions(self.tokens, map(bytes.fromhex, message.get("tokens_gone", ())), changes)
             self._drop_agents(message.get("agents_gone", ()), changes)
         elif kind == protocol.SESSION:
             rows = {"agents": message.get("agents", ()), "sessions": ()}
@@ -175,7 +184,8 @@ class Tables:
 
     def clear(self, changes: Changes) -> None:
         """Remove all rows."""
-        self._drop_sessions(list(self.sessions), changes)
+        self._drop_sessions(self.sessions, list(self.sessions), changes)
+        self._drop_sessions(self.tokens, list(self.tokens), changes)
         self._drop_agents(list(self.agents), changes)
 
     def _rows(self, message: dict[str, Any], now: float, changes: Changes) -> None:
@@ -192,13 +202,19 @@ class Tables:
                 self.labels[agent.label] = agent
             changes.agents.append(agent)
         for row in message.get("sessions", ()):
-            self._session(row, now)
+            digest = bytes.fromhex(row["sha256"])
+            session = self.sessions.get(digest)
+            if session is None:
+                session = self.sessions[digest] = Session(digest)
+            self._update(session, row, now)
+        for row in message.get("tokens", ()):
+            digest = bytes.fromhex(row["sha256"])
+            session = self.tokens.get(digest)
+            if session is None:
+                session = self.tokens[digest] = Session(digest, bearer=True)
+            self._update(session, row, now)
 
-    def _session(self, row: dict[str, Any], now: float) -> None:
-        digest = bytes.fromhex(row["sha256"])
-        session = self.sessions.get(digest)
-        if session is None:
-            session = self.sessions[digest] = Session(digest)
+    def _update(self, session: Session, row: dict[str, Any], now: float) -> None:
         agent = self.agents.get(row.get("agent") or "")
         session.target = agent
         session.agent = agent.name if agent else row.get("agent") or ""
@@ -210,9 +226,9 @@ class Tables:
         session.expires = float("inf") if ttl is None else now + ttl
         session.host = row.get("host") or ""
 
-    def _drop_sessions(self, digests: Iterable[bytes], changes: Changes) -> None:
+    def _drop_sessions(self, of: dict[bytes, Session], digests: Iterable[bytes], changes: Changes) -> None:
         for digest in digests:
-            session = self.sessions.pop(digest, None)
+            session = of.pop(digest, None)
             if session is not None:
                 session.gone = True
                 changes.sessions_gone.append(session)
@@ -229,3 +245,7 @@ class Tables:
                 del self.labels[agent.label]
             changes.moved.append(agent)
             changes.agents.append(agent)
+
+
+def _digests(message: dict[str, Any], kind: str) -> list[bytes]:
+    return [bytes.fromhex(row["sha256"]) for row in message.get(kind, ())]
