@@ -106,7 +106,7 @@ class Provider:
     def unusable(self, url: str, why: str) -> Unavailable:
         """Return the error for an answer that cannot be used."""
         return Unavailable(
-            f"{self._options.shown} cannot be used for signing in: {urlsplit(url)._replace(query='').geturl()}",
+            f"{urlsplit(url)._replace(query='').geturl()} cannot be used for signing in with {self._options.shown}",
             why=why,
             fix=f"see whether the provider works, and whether the issuer {self._options.issuer} is right",
         )

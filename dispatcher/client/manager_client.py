@@ -178,6 +178,39 @@ class ManagerClient:
         body = {"user": user, "password": password, "address": address}
         return self._post("/sessions", body | _given(user_agent=user_agent, device=device))
 
+    def sign_in_methods(self) -> Json:
+        """``{"passwords": bool, "sites": [{"name", "title"}...]}``."""
+        return self._rows("sites", "/signin")
+
+    def begin_sign_in(self, authenticator: str, nonce_sha256: str, address: str, next: str) -> Json:
+        """``{"url"}`` of the other site, to which the browser goes."""
+        body = {"authenticator": authenticator, "nonce_sha256": nonce_sha256, "address": address, "next": next}
+        return self._post("/signin/begin", body)
+
+    def finish_sign_in(
+        self,
+        authenticator: str,
+        parameters: Mapping[str, str],
+        nonce: str,
+        address: str,
+        user_agent: str | None = None,
+        device: str | None = None,
+    ) -> Json:
+        """``{"token", "device", "session": SESSION, "next"}``.
+
+        :param parameters: with which the other site sent the browser back; :param device: as for `login`.
+        """
+        body = {"authenticator": authenticator, "parameters": parameters, "nonce": nonce, "address": address}
+        return self._post("/signin/finish", body | _given(user_agent=user_agent, device=device))
+
+    def ended_elsewhere(self, authenticator: str, token: str, address: str) -> Json:
+        """End the sessions that ended at another site; ``{"revoked": N}``."""
+        return self._post("/signin/ended", {"authenticator": authenticator, "token": token, "address": address})
+
+    def sign_out(self, sha256: str) -> Json:
+        """End a session; ``{"url"}`` at which the browser ends it at the other site, too, or None."""
+        return self._post("/sessions/sign-out", {"sha256": sha256}, again=True)
+
     def lookup(self, sha256: str) -> Json:
         """SESSION; `NotFound` when it has ended or is unknown."""
         return self._post("/sessions/lookup", {"sha256": sha256}, again=True)

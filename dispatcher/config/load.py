@@ -22,6 +22,7 @@ from dispatcher.config import default_paths
 from dispatcher.config.messages import did_you_mean, printable_key, problems, shown, unknown_key, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
+from dispatcher.plugin.authenticator import WebAuthenticator
 from dispatcher.plugin.errors import BadRequest, ConfigError, PluginError
 from dispatcher.plugin.model import App
 from dispatcher.plugin.options import Table
@@ -129,6 +130,11 @@ class Config(Table):
                 f"auth.authenticator: {names.printable(name)} is not the name of an authenticator",
                 why=f"the plugin {plugin} is configured by {expected}",
                 fix="correct the name",
+            )
+        if issubclass(cls, WebAuthenticator) and not self.proxy.public_url:
+            raise ConfigError(
+                f"proxy.public_url: is missing, the authenticator {names.printable(name)} requires it",
+                why="the other site sends browsers back to this address",
             )
         if own:
             table = table.get(own, {}) if isinstance(table, Mapping) else {}

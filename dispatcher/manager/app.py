@@ -29,6 +29,7 @@ from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.auth.tokens import FLUSH_INTERVAL, ApiTokens
+from dispatcher.manager.auth.web_signin import WebSignIn
 from dispatcher.manager.feed.server import Feed
 from dispatcher.manager.files.manager_dirs import Lock, make_directories
 from dispatcher.manager.files.space import free_space
@@ -62,6 +63,7 @@ FIXED = (
     "proxy.user",
 )
 
+WEB_CALLS, WEB_QUEUE = 32, 96  # calls of other sites at the same time, and places for those that wait
 FAULTS = 3.0  # seconds that a reload waits for what the providers say of apps
 FREEZE = 2.0  # seconds after the start; most objects stay in memory from then on
 
@@ -154,9 +156,23 @@ class Manager:
             clock=clock,
             metrics=metrics,
         )
+        # Calls of other sites wait for the network, and must not delay checks of passwords.
+        web_pool = HashPool(WEB_CALLS, WEB_QUEUE, at_once=True)
+        self._closers.append(web_pool.close)
+        web_signin = WebSignIn(
+            signin=signin,
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            store=auth_store,
+            pool=web_pool,
+            clock=clock,
+            metrics=metrics,
+            base=self._portal_url,
+        )
         self._closers.append(self.supervisor.close)
         self.supervisor.start()
         self.supervisor.every(1.0, signin.check_overdue)
+        self.supervisor.every(1.0, web_signin.check_overdue)
         self.sessions.load()
         self._closers.append(self.sessions.close)
         self.sessions.start()
@@ -179,6 +195,7 @@ class Manager:
             sessions=self.sessions,
             tokens=self.tokens,
             signin=signin,
+            web_signin=web_signin,
             plugins=self._plugins,
             clock=clock,
             metrics=metrics,
@@ -242,6 +259,10 @@ class Manager:
             _log.error("nobody can sign in", authenticator=name, why=str(error))
             return ContainedAuthenticator(self._plugins.ref("authenticator", name), None, error)
 
+    def _portal_url(self) -> str:
+        proxy = self.config.proxy
+        return proxy.public_url and proxy.public_url + proxy.prefix
+
     def _listen(self) -> None:
         threads = self.config.manager.threads
         logins = self.config.auth.hash_workers + self.config.auth.hash_queue
@@ -257,7 +278,7 @@ class Manager:
             (
                 self._unix(self.paths.proxy_socket, self.accounts.proxy_gid),
                 application("proxy", self.services, proxy),
-                threads + logins,  # a request that waits for a password check must not take the last thread
+                threads + logins + WEB_CALLS,  # requests that wait for a sign-in must not take the last thread
                 None,
             ),
         ]

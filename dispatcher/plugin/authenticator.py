@@ -157,6 +157,8 @@ class WebAuthenticator(BaseAuthenticator):
 
         :param parameters: of the query with which the browser came back; none of them is trustworthy.
         :param kept: of the `Redirect`; :param callback: as for `begin`.
+        :raises Forbidden: as None, with a reason for the log.
+        :raises BadRequest: the site does not accept the parameters; the user can start again.
         :raises Unavailable: the site does not answer, or not as it should.
         """
 

@@ -14,6 +14,7 @@ class Names(NamedTuple):
 
     :ivar session: holds a session's token; :ivar device: proves an earlier sign-in from this browser.
     :ivar nonce: binds a handed-over sign-in to the host that requested it.
+    :ivar signin: binds a sign-in at another site to the browser that began it.
     :ivar form: binds the portal's forms to the browser that displayed them.
     :ivar app: differs for each app that was opened: caches heed `Vary: Cookie` (session routing).
     """
@@ -21,6 +22,7 @@ class Names(NamedTuple):
     session: str = "dispatcher"
     device: str = "dispatcher-device"
     nonce: str = "dispatcher-nonce"
+    signin: str = "dispatcher-signin"
     form: str = "dispatcher-form"
     app: str = "dispatcher-app"
 

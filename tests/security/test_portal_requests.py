@@ -276,7 +276,7 @@ class TestForgery:
         for path in ("/auth/logout", "/auth/agents?agent=alice&action=stop", "/auth/account/sessions?id=all"):
             browser.client.open(path, method=method, base_url=browser.origin, headers=browser.headers("GET"))
         assert len(manager.rows) == 1
-        assert {name for name, *_ in manager.calls} == {"login", "lookup"}
+        assert {name for name, *_ in manager.calls} == {"login", "lookup", "sign_in_methods"}
 
     def test_an_own_origin_by_another_name(self) -> None:
         app, _ = make(public_url="https://apps.example")

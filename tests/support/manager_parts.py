@@ -25,6 +25,7 @@ from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
 from dispatcher.manager.auth.signin import SignIn
+from dispatcher.manager.auth.web_signin import WebSignIn
 from dispatcher.manager.auth.tokens import ApiTokens
 from tests.support.fake_supervisor import FakeSupervisor
 
@@ -89,13 +90,26 @@ class Parts:
         self.tokens = ApiTokens(TokenStore(self.database), self.clock, self.supervisor.user_id)
         follow_removals(self.supervisor, self.sessions, self.tokens, lambda: self.edge_waits.append(1))
         self.reloads = []
+        signin = self.new_signin()
+        self.web_pool = HashPool(8, 8, at_once=True)
+        self.web_signin = WebSignIn(
+            signin=signin,
+            supervisor=self.supervisor,
+            sessions=self.sessions,
+            store=self.store,
+            pool=self.web_pool,
+            clock=self.clock,
+            metrics=self.metrics,
+            base=lambda: "https://apps.example.org/auth",
+        )
         self.services = Services(
             config=parse(config or {}),
             database=self.database,
             supervisor=self.supervisor,
             sessions=self.sessions,
             tokens=self.tokens,
-            signin=self.new_signin(),
+            signin=signin,
+            web_signin=self.web_signin,
             plugins=Plugins([]),
             clock=self.clock,
             metrics=self.metrics,
@@ -137,4 +151,5 @@ class Parts:
 
     def close(self):
         self.pool.close()
+        self.web_pool.close()
         self.database.close()

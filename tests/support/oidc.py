@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib  # noqa: F401 - for tests
 import html
 import importlib.util
 import json
@@ -106,6 +107,16 @@ class OpenIdProvider:
             "tls": [str(path) for path in self.authority.issue("provider", hosts, days=days)] if self.authority else None,
         }  # fmt: skip
 
+    @classmethod
+    @contextlib.contextmanager
+    def prepared(cls, **configuration):
+        """Yield a provider to be started later: its address is known before that of its client."""
+        provider = cls(**configuration)
+        try:
+            yield provider
+        finally:
+            provider.stop()
+
     def __enter__(self):
         self.start()
         return self
@@ -174,6 +185,7 @@ class Browser:
         self.session = requests.Session()
         self.session.trust_env = False
         self.session.verify = str(ca) if ca else True
+        self.session.headers["Accept"] = "text/html"
 
     def get(self, url):
         """Open a page, without following a redirect."""
@@ -207,6 +219,33 @@ class Browser:
         action = urljoin(issuer, form_action(found))
         done = self.session.post(action, {"xsrf": secret, "logout": "yes"}, allow_redirects=False, timeout=30)
         assert done.is_redirect, done.text
+
+
+def configuration(provider, directory, name="corp", *, also=(), **options):
+    """Return TOML of ``[auth]`` for a provider, whose client's secret is written into `directory`."""
+    secret = directory / f"{name}-secret"
+    secret.write_text(SECRET + "\n")
+    secret.chmod(0o600)
+    values = {
+        "issuer": provider.issuer,
+        "title": "Corp",
+        "client_id": CLIENT,
+        "client_secret_file": str(secret),
+        **options,
+    }
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    chosen = json.dumps([f"oidc.{name}", *also])
+    return "\n".join([f"[auth]\nauthenticator = {chosen}\n[auth.oidc.{name}]", *lines, ""])
+
+
+def register(provider, portal, name="corp"):
+    """Register the addresses of a portal with the provider, which is not started yet; `portal` ends with the prefix."""
+    provider.settings["clients"][0] |= {
+        "redirect_uris": [f"{portal}/callback/oidc.{name}"],
+        "post_logout_redirect_uris": [f"{portal}/signed-out"],
+        "backchannel_logout_uri": f"{portal}/backchannel/oidc.{name}",
+        "backchannel_logout_session_required": True,
+    }
 
 
 def form_action(page):

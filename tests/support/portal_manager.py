@@ -10,7 +10,14 @@ import secrets
 from html.parser import HTMLParser
 
 from dispatcher.config.load import DEMO, parse
-from dispatcher.plugin.errors import BadRequest, Forbidden, ManagerUnreachable, NotFound, TooManyRequests
+from dispatcher.plugin.errors import (
+    BadRequest,
+    Forbidden,
+    ManagerUnreachable,
+    NotFound,
+    TooManyRequests,
+    Unavailable,
+)
 from dispatcher.proxy.portal.app import create_app
 
 HTML = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
@@ -43,6 +50,8 @@ class Manager:
         self.calls = []
         self.down = False
         self.changes_passwords = True
+        self.passwords, self.sites = True, []
+        self.begun, self.site_down, self.sign_out_url = {}, False, None
         self.slowed = None
         self.counter = itertools.count()
 
@@ -79,6 +88,50 @@ class Manager:
             device = secrets.token_urlsafe(32)
             self.devices[device] = user
         return {"token": token, "device": device, "session": row}
+
+    def sign_in_methods(self):
+        self._called("sign_in_methods")
+        return {"passwords": self.passwords, "sites": self.sites}
+
+    def begin_sign_in(self, authenticator, nonce_sha256, address, next):
+        self._called("begin_sign_in", authenticator, nonce_sha256, address, next)
+        if authenticator not in [site["name"] for site in self.sites]:
+            raise NotFound("There is no such authenticator")
+        if self.site_down:
+            raise Unavailable("Signing in with Corp is not possible at the moment", retry_after=5)
+        state = secrets.token_urlsafe(32)
+        self.begun[state] = (authenticator, nonce_sha256, next)
+        return {"url": f"https://login.example.org/authorize?state={state}"}
+
+    def finish_sign_in(self, authenticator, parameters, nonce, address, user_agent=None, device=None):
+        self._called("finish_sign_in", authenticator, parameters, address)
+        name, nonce_sha256, target = self.begun.get(parameters.get("state"), ("", "", "/"))
+        if (name, nonce_sha256) != (authenticator, digest(nonce)):
+            raise Forbidden("This sign-in is not valid any more", fix="start again")
+        del self.begun[parameters["state"]]
+        if self.site_down:
+            raise Unavailable("Signing in with Corp is not possible at the moment", details={"next": target})
+        user = parameters.get("code")
+        if user not in self.users:
+            raise Forbidden(
+                "Corp did not sign you in", why="the user may not sign in here", details={"next": target}
+            )
+        token, row = self._begin(user, user_agent=user_agent, address=address)
+        if self.devices.get(device) != user:
+            device = secrets.token_urlsafe(32)
+            self.devices[device] = user
+        return {"token": token, "device": device, "session": row, "next": target}
+
+    def ended_elsewhere(self, authenticator, token, address):
+        self._called("ended_elsewhere", authenticator, token, address)
+        if token != "right":
+            raise BadRequest("The logout token is not valid")
+        return {"revoked": 1}
+
+    def sign_out(self, sha256):
+        self._called("sign_out", sha256)
+        self.rows.pop(sha256, None)
+        return {"url": self.sign_out_url}
 
     def lookup(self, sha256):
         self._called("lookup", sha256)

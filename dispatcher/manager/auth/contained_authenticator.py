@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import base64
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from urllib.parse import quote, quote_plus
+from functools import cached_property
+from urllib.parse import quote, quote_plus, urlsplit
 
 from dispatcher.common.contained import PluginRef, bounded, contained, text
 from dispatcher.common.log import SECRET, logger
 from dispatcher.common.plain import plain
 from dispatcher.manager.backends.pool import current_job
-from dispatcher.plugin.authenticator import Authenticator, BaseAuthenticator, Identity
+from dispatcher.plugin.authenticator import (
+    Authenticator,
+    BaseAuthenticator,
+    Ended,
+    Identity,
+    Redirect,
+    WebAuthenticator,
+    WebIdentity,
+)
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, Unavailable, Unsupported
 from dispatcher.plugin.names import printable, user_name
@@ -25,6 +34,9 @@ CLOSE = 3.0  # seconds
 SLACK = 5.0  # seconds past its deadline until a check is given up
 MAX_GROUPS = 1000  # of one user
 MAX_NAME = 255  # characters of a group, of a subject
+MAX_TITLE = 64  # characters
+MAX_KEPT = 16384  # characters
+MAX_URL = 16384  # characters
 MAX_USER = 4096  # characters; the rules of names allow fewer, and say so
 RETRY = 5.0  # seconds until a browser may try again
 #: Errors of `set_password` whose texts are for the user.
@@ -71,6 +83,97 @@ class ContainedAuthenticator:
         with self._call("authenticate", (name, password), deadline) as wrapped:
             assert isinstance(wrapped, Authenticator)
             return self._identity("authenticate", wrapped.authenticate(name, password, deadline=deadline))
+
+    @cached_property
+    def title(self) -> str:
+        """Name of the site that signs users in, "" for one that verifies passwords."""
+        if not isinstance(self._wrapped, WebAuthenticator):
+            return ""
+        try:
+            with contained(self.plugin, "title"):
+                return self._text("title", "title", self._wrapped.title, MAX_TITLE)
+        except DispatcherError:
+            return self.name
+
+    def begin(self, *, state: str, callback: str, deadline: Deadline) -> Redirect:
+        """Begin a sign-in at the site.
+
+        :raises Unavailable: that is not possible now, whatever the reason.
+        """
+        with self._call("begin", ("", state), deadline, proves=False) as wrapped:
+            assert isinstance(wrapped, WebAuthenticator)
+            found: object = wrapped.begin(state=state, callback=callback, deadline=deadline)
+            if not isinstance(found, Redirect):
+                raise self._invalid("begin", f"found a value of the type {type(found).__name__}")
+            return Redirect(url=self._url("begin", found.url), kept=self._kept("begin", found.kept))
+
+    def finish(
+        self, parameters: Mapping[str, str], *, kept: str, callback: str, deadline: Deadline
+    ) -> WebIdentity | None:
+        """Return who signed in at the site, None if the site or the options refuse the user.
+
+        :raises BadRequest: the site does not accept the answer: a new sign-in may succeed.
+        :raises Unavailable: it cannot be said now, whatever the reason.
+        """
+        with self._call("finish", ("", parameters.get("code", "")), deadline) as wrapped:
+            assert isinstance(wrapped, WebAuthenticator)
+            try:
+                found: object = wrapped.finish(parameters, kept=kept, callback=callback, deadline=deadline)
+            except Forbidden as error:
+                if type(error) is not Forbidden:
+                    raise
+                _log.info("the sign-in at the site is refused", authenticator=self.name, why=text(error))
+                return None
+            if found is None:
+                return None
+            user: object = plain(found.user) if isinstance(found, WebIdentity) else ""
+            if not isinstance(found, WebIdentity) or not isinstance(user, str):
+                raise self._invalid("finish", f"found a value of the type {type(found).__name__}")
+            try:
+                user_name(user)
+            except BadRequest as error:  # of names that users choose themselves
+                _log.info("a name that cannot exist", user=text(user, 255), authenticator=self.name, why=error.why)
+                return None
+            identity = self._identity("finish", found)
+            assert identity is not None
+            session = found.session
+            return WebIdentity(
+                user=identity.user,
+                groups=identity.groups,
+                subject=identity.subject,
+                session=self._text("finish", "session", session, MAX_NAME) if session is not None else None,
+                kept=self._kept("finish", found.kept),
+            )
+
+    def ended(self, token: str, *, deadline: Deadline) -> Ended | None:
+        """Return which sessions ended at the site, None if the message is not authentic.
+
+        :raises Unavailable: it cannot be verified now.
+        """
+        with self._call("ended", ("", token), deadline) as wrapped:
+            assert isinstance(wrapped, WebAuthenticator)
+            found: object = wrapped.ended(token, deadline=deadline)
+            if found is None:
+                return None
+            if not isinstance(found, Ended) or (found.session is None and found.subject is None):
+                raise self._invalid(
+                    "ended", f"found a value of the type {type(found).__name__}, or without a session"
+                )
+            named = {
+                name: self._text("ended", name, value, MAX_NAME) if value is not None else None
+                for name, value in (("session", found.session), ("subject", found.subject))
+            }
+            return Ended(**named)
+
+    def sign_out_url(self, *, kept: str, callback: str, deadline: Deadline) -> str | None:
+        """Return the URL that ends the session at the site, too; None if there is none.
+
+        :raises Unavailable: it is not known now.
+        """
+        with self._call("sign_out_url", ("", kept), deadline, proves=False) as wrapped:
+            assert isinstance(wrapped, WebAuthenticator)
+            found: object = wrapped.sign_out_url(kept=kept, callback=callback, deadline=deadline)
+            return None if found is None else self._url("sign_out_url", found)
 
     def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
         """Return what the directory knows of a user; None if the account has gone.
@@ -130,7 +233,14 @@ class ContainedAuthenticator:
         return self._wrapped
 
     @contextmanager
-    def _call(self, method: str, secrets: tuple[str, str], deadline: Deadline) -> Iterator[BaseAuthenticator]:
+    def _call(
+        self, method: str, secrets: tuple[str, str], deadline: Deadline, *, proves: bool = True
+    ) -> Iterator[BaseAuthenticator]:
+        """Contain a call.
+
+        :param secrets: name and password, which errors must not show.
+        :param proves: success means that users can sign in.
+        """
         wrapped, job = self._wrapped, current_job()
         if wrapped is None:
             raise unavailable()
@@ -146,13 +256,17 @@ class ContainedAuthenticator:
             if method == "set_password" and isinstance(error, _FOR_USER):
                 error.what, error.why, error.fix = masked
                 raise
+            if method == "finish" and type(error) is BadRequest:  # anybody can cause it
+                _log.info("the answer of the site is refused", authenticator=self.name, why=": ".join(masked[:2]))
+                raise BadRequest(f"{self.title} did not confirm the sign-in", fix="start again") from None
             problem = type(error)("")
             problem.what, problem.why, problem.fix = masked
             if self.problem is None or self.problem.what != problem.what:
                 _log.error("the authenticator failed", plugin=str(self.plugin), call=method, why=str(problem))
             self.problem = problem
-            raise unavailable(error.retry_after) from None
-        self.problem = None
+            raise unavailable(error.retry_after, self.title) from None
+        if proves:
+            self.problem = None
 
     def _identity(self, method: str, found: object) -> Identity | None:
         """Return what a method returned, checked, with plain values."""
@@ -188,15 +302,36 @@ class ContainedAuthenticator:
             )
         return found
 
+    def _kept(self, method: str, value: object) -> str:
+        found: object = plain(value)
+        if not isinstance(found, str) or len(found) > MAX_KEPT:
+            raise self._invalid(method, f"kept is not a text of at most {MAX_KEPT} characters")
+        return found
+
+    def _url(self, method: str, value: object) -> str:
+        found = self._text(method, "url", value, MAX_URL)
+        try:
+            good = urlsplit(found).scheme in {"https", "http"} and bool(urlsplit(found).hostname)
+        except ValueError:
+            good = False
+        if not good or not found.isascii() or " " in found:
+            raise self._invalid(method, f"url is {printable(found, 200)}")
+        return found
+
     def _invalid(self, method: str, why: str) -> DispatcherError:
         what = f"The {self.plugin} returned an invalid value from {method}"
         return Unavailable(what, why=why, fix=self.plugin.report)
 
 
-def unavailable(retry_after: float | None = None) -> Unavailable:
-    """Return the error for an outage; strangers get no other."""
+def unavailable(retry_after: float | None = None, title: str = "") -> Unavailable:
+    """Return the error for an outage; strangers get no other.
+
+    :param title: of the site that signs users in.
+    """
     return Unavailable(
-        "Passwords cannot be checked at the moment",
+        f"Signing in with {title} is not possible at the moment"
+        if title
+        else "Passwords cannot be checked at the moment",
         why="the manager's log has the reason",
         fix="try again later",
         retry_after=RETRY if retry_after is None else retry_after,

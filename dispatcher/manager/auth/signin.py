@@ -112,7 +112,7 @@ class SignIn:
         self._hasher = hasher
         self._clock = clock
         self._metrics = metrics
-        self._throttle = Throttle(store.accounts())
+        self.throttle = Throttle(store.accounts())
 
     def check_overdue(self) -> None:
         """Give up checks of passwords that hang; called regularly."""
@@ -204,8 +204,8 @@ class SignIn:
             keys = [f"device:{digest(device)}"]
         deadline = Deadline(TIMEOUT)
         try:
-            self._throttle.refuse(keys, self._clock.now())
-            attempt = _Attempt(self._throttle, keys)
+            self.throttle.refuse(keys, self._clock.now())
+            attempt = _Attempt(self.throttle, keys)
             found = self._pool.run(
                 lambda: self._attempt(attempt, name, password, deadline), deadline, keys, attempt.give_up
             )
@@ -227,7 +227,7 @@ class SignIn:
     ) -> tuple[str, Identity] | None:
         """Check a password and count the attempt.  Runs in the pool, few at a time, so most of a burst is late."""
         now, keys = self._clock.now(), attempt.keys
-        self._throttle.admit(keys, now)
+        self.throttle.admit(keys, now)
         attempt.begin()
         began = boottime()
         try:
@@ -242,7 +242,7 @@ class SignIn:
             attempt.release()
             raise
         if attempt.end():
-            self._keep(self._throttle.succeeded(keys, now) if found else self._throttle.failed(keys, now))
+            self.keep(self.throttle.succeeded(keys, now) if found else self.throttle.failed(keys, now))
         if found is None and self.authenticators.several:  # the time would show which of them knows the name
             time.sleep(min(STEP - (boottime() - began) % STEP, deadline.remaining()))
         return found
@@ -279,7 +279,7 @@ class SignIn:
             # Otherwise each known browser would have free attempts at the new password.
             self._store.distrust_devices(user_id)
         self._pool.run(change, deadline, overdue=keeper.hung)
-        self._keep(self._throttle.forget(f"name:{user}"))
+        self.keep(self.throttle.forget(f"name:{user}"))
         _log.info("password changed", user=user)
 
     def changes_passwords(self, user: str) -> bool:
@@ -332,7 +332,7 @@ class SignIn:
         except DispatcherError as error:
             _log.warning("the agent cannot be started", agent=agent.name, why=str(error))
 
-    def _keep(self, changes: Changes) -> None:
+    def keep(self, changes: Changes) -> None:
         """Store changed accounts; after an error they are still in memory."""
         try:
             self._store.keep(changes)

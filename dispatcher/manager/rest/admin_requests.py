@@ -70,7 +70,8 @@ def check_authenticator(services: Services, plugin: schemas.App | None = None) -
         name = "" if plugin == entry.name else f"{own}: " if plugin else f"{entry.name}: "
         try:
             entry.check(deadline=Deadline(CHECK_SECONDS))
-            finding = Finding.ok(f"{name}can be used (authenticator)")
+            told = f"; its redirect URI is {services.web_signin.callback(entry.name)}" if entry.title else ""
+            finding = Finding.ok(f"{name}can be used (authenticator){told}")
         except DispatcherError as error:
             what = f"{error.what}: {error.why}" if error.why else error.what
             finding = Finding.error(f"{name}{what}", error.fix or "")

@@ -48,6 +48,61 @@ def sign_in(
     return {"token": signed_in.token, "device": signed_in.device, "session": session}, 201
 
 
+@routes.add("GET", "/signin", {200: schemas.SignInMethods})
+def sign_in_methods(services: Services) -> Json:
+    """List the ways to sign in: with a password, and at other sites."""
+    entries = list(services.signin.authenticators)
+    sites = [{"name": entry.name, "title": entry.title} for entry in entries if entry.title]
+    return {"passwords": any(entry.verifies_passwords for entry in entries), "sites": sites}
+
+
+@routes.add("POST", "/signin/begin", {201: schemas.SignInBegun})
+def begin_sign_in(
+    services: Services,
+    authenticator: schemas.SiteName,
+    nonce_sha256: schemas.Sha256,
+    address: schemas.Address,
+    next: Annotated[str, Field(max_length=4096)] = "/",
+) -> Answer:
+    """Begin a sign-in at another site, for the browser with this nonce."""
+    return {"url": services.web_signin.begin(authenticator, nonce_sha256, address, next)}, 201
+
+
+@routes.add("POST", "/signin/finish", {201: schemas.SignedInAtSite})
+def finish_sign_in(
+    services: Services,
+    authenticator: schemas.SiteName,
+    parameters: schemas.SiteAnswer,
+    nonce: schemas.Token,
+    address: schemas.Address,
+    user_agent: Annotated[str, Field(max_length=4096)] = "",
+    device: schemas.Token | None = None,
+) -> Answer:
+    """Finish it with the parameters with which the browser came back: starts the user's agent, makes a session."""
+    visitor = Visitor(address=address, user_agent=_line(user_agent))
+    signed_in, target = services.web_signin.finish(authenticator, parameters, nonce, visitor, device)
+    session = session_json(services, signed_in.session)
+    return {"token": signed_in.token, "device": signed_in.device, "session": session, "next": target}, 201
+
+
+@routes.add("POST", "/signin/ended", {200: schemas.Revoked})
+def ended_elsewhere(
+    services: Services, authenticator: schemas.SiteName, token: schemas.LogoutToken, address: schemas.Address
+) -> Json:
+    """End the sessions that ended at another site, by its logout token."""
+    count = services.web_signin.ended(authenticator, token, address)
+    services.sync_edge()
+    return {"revoked": count}
+
+
+@routes.add("POST", "/sessions/sign-out", {200: schemas.SignedOut})
+def sign_out(services: Services, sha256: schemas.Sha256) -> Json:
+    """End a session; the answer has the URL at which the browser ends it at the other site, too, or null."""
+    url = services.web_signin.sign_out(sha256)
+    services.sync_edge()
+    return {"url": url}
+
+
 @routes.add("POST", "/sessions/lookup", {200: schemas.Session})
 def lookup(services: Services, sha256: schemas.Sha256) -> Json:
     """Show a session; 404 when it has ended or is unknown."""

@@ -25,6 +25,9 @@ User = Annotated[str, Field(min_length=1, max_length=255)]
 App = Annotated[str, Field(max_length=64)]
 Password = Annotated[str, Field(min_length=1, max_length=1024)]
 Token = Annotated[str, Field(min_length=1, max_length=128)]
+SiteName = Annotated[str, Field(min_length=1, max_length=128, description="an entry of auth.authenticator")]
+SiteAnswer = Annotated[dict[str, Annotated[str, Field(max_length=8192)]], Field(max_length=20)]
+LogoutToken = Annotated[str, Field(min_length=1, max_length=32768)]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 Address = Annotated[str, Field(max_length=64, description="of the user's browser")]
 Host = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[a-z0-9.:\[\]-]+$")]
@@ -137,6 +140,11 @@ ListedSession = TypedDict(
     },
 )
 SessionList = TypedDict("SessionList", {"sessions": list[ListedSession]})
+Site = TypedDict("Site", {"name": str, "title": str})
+SignInMethods = TypedDict("SignInMethods", {"passwords": bool, "sites": list[Site]})
+SignInBegun = TypedDict("SignInBegun", {"url": str})
+SignedInAtSite = TypedDict("SignedInAtSite", {"token": str, "device": str, "session": Session, "next": str})
+SignedOut = TypedDict("SignedOut", {"url": str | None})
 Revoked = TypedDict("Revoked", {"revoked": int})
 
 # API tokens

@@ -13,6 +13,7 @@ from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
 from dispatcher.manager.auth.tokens import ApiTokens
+from dispatcher.manager.auth.web_signin import WebSignIn
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.storage.database import Database
 from dispatcher.plugin.deadline import SteadyWallClock
@@ -34,6 +35,7 @@ class Services:
     sessions: Sessions
     tokens: ApiTokens
     signin: SignIn
+    web_signin: WebSignIn
     plugins: Plugins
     clock: SteadyWallClock
     metrics: Metrics

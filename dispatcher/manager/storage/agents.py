@@ -76,6 +76,12 @@ class Store:
         known = {"subject": subject} if subject is not None else {}
         return bool(self.database.execute(statement.values(source=source, groups=tuple(groups), **known)))
 
+    def users_of(self, source: str, subject: str) -> list[UserRow]:
+        """Return the users that belong to an external account."""
+        users = tables.users.c
+        query = sa.select(tables.users).where(users.source == source, users.subject == subject)
+        return [UserRow(**row) for row in self.database.select(query)]
+
     def release_user(self, name: str) -> None:
         """Let a name belong to no external account: the next sign-in with it decides.
 

@@ -84,8 +84,7 @@ def revoke() -> Response:
         if not someone.sha256.startswith(session["id"]):
             with suppress(NotFound):  # ended by itself meanwhile
                 client.logout(someone.sha256, session["id"])
-    client.logout(someone.sha256)
-    return sign_in.signed_out("everywhere")
+    return sign_in.end_session("everywhere")
 
 
 def _back(notice: str) -> Response:

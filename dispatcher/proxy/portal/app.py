@@ -25,7 +25,17 @@ from dispatcher.common import humanize
 from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.proxy import privileges
-from dispatcher.proxy.portal import account, agents, context, handover, responses, sign_in, waiting_page, words
+from dispatcher.proxy.portal import (
+    account,
+    agents,
+    context,
+    handover,
+    responses,
+    sign_in,
+    sites,
+    waiting_page,
+    words,
+)
 
 MAX_BODY = 64 * 1024  # bytes; the longest form holds two passwords and a target
 #: Threads for everything that is not a password check; those wait for the manager and cost 20 KiB each.
@@ -80,7 +90,7 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
     app.jinja_env.filters |= {"sentence": words.sentence, "wait": partial(humanize.duration, up=True)}
     portal = context.Portal(config, client, login_client or client)
     app.extensions[context.EXTENSION] = portal
-    for blueprint in (sign_in.pages, agents.pages, waiting_page.pages, account.pages, handover.pages):
+    for blueprint in (sign_in.pages, sites.pages, agents.pages, waiting_page.pages, account.pages, handover.pages):
         app.register_blueprint(blueprint, url_prefix=portal.prefix)
 
     @app.get(portal.prefix)

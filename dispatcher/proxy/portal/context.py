@@ -21,6 +21,7 @@ from dispatcher.common.ip_limits import Tally
 from dispatcher.plugin.errors import BadRequest, DispatcherError, Forbidden, NotFound
 from dispatcher.proxy import cookies, origins
 from dispatcher.proxy.portal import csrf
+from dispatcher.proxy.portal.methods import Methods
 
 if TYPE_CHECKING:
     from dispatcher.client.manager_client import ManagerClient
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 EXTENSION = "dispatcher-portal"
 LOGIN_SLOTS = 64
+SITE_SLOTS = 32  # of sign-ins at other sites
 TOKEN = re.compile(r"[\x21-\x7e]{16,256}")
 _NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,256}")
 _LONGEST = 400 * 86400  # browsers keep no cookie longer (RFC 6265bis, 5.5)
@@ -78,13 +80,16 @@ class LoginSlots:
 class Portal:
     """Settings of the application.
 
-    :ivar client: for most requests; :ivar login_client: with a longer timeout, for requests that check a password.
+    :ivar client: for most requests; :ivar login_client: with a longer timeout, for requests that sign in.
+    :ivar methods: the ways to sign in.
     """
 
     config: Config
     client: ManagerClient
     login_client: ManagerClient
     logins: LoginSlots = field(default_factory=lambda: LoginSlots(LOGIN_SLOTS))
+    site_logins: LoginSlots = field(default_factory=lambda: LoginSlots(SITE_SLOTS))
+    methods: Methods = field(default_factory=Methods)
 
     @property
     def cookies(self) -> cookies.Names:

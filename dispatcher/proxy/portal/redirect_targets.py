@@ -18,7 +18,7 @@ def own_path(raw: str | None, prefix: str) -> str:
     """Return `raw` if it is a path (with query) of the same origin, percent-encoded; otherwise ``/``.
 
     Absolute URLs, spellings that some browser or server reads as another host (percent-encoded ones too), control
-    characters, and the sign-in and sign-out pages are refused.
+    characters, and the pages of sign-in and sign-out are refused.
 
     :param prefix: path of the portal.
     """
@@ -34,7 +34,10 @@ def own_path(raw: str | None, prefix: str) -> str:
         path = decoded
     else:
         return "/"
-    if path in {f"{prefix}/login", f"{prefix}/logout"}:
+    steps = ("login", "logout", "signed-out", "start/", "callback/", "backchannel/")
+    if any(
+        path == f"{prefix}/{step}" or (step[-1] == "/" and path.startswith(f"{prefix}/{step}")) for step in steps
+    ):
         return "/"
     return quote(raw, safe=_SAFE)
 

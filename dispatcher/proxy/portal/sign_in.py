@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, request
 
@@ -36,10 +37,15 @@ def form() -> Response:
         return handover.begin(target)
     if responses.for_programs():
         fields = {"user": "string", "password": "string"}
-        return responses.data(
-            {"sign_in": {"method": "POST", "content_type": "application/json", "fields": fields}}
-        )
-    return _form(target, notice=NOTICES.get(request.args.get("notice", ""), ""), signed_in=context.person())
+        methods = context.portal().methods.get(context.portal().client)
+        sites = [{"title": site.title, "url": context.local(f"/start/{site.name}")} for site in methods.sites]
+        by_password = {"method": "POST", "content_type": "application/json", "fields": fields}
+        return responses.data({"sign_in": by_password if methods.passwords else None, "sites": sites})
+    notice, someone = NOTICES.get(request.args.get("notice", ""), ""), context.person()
+    methods = context.portal().methods.get(context.portal().client)
+    if methods.only and not notice and not someone and responses.for_people():
+        return context.go(context.local(f"/start/{methods.only.name}", next=target))
+    return _form(target, notice=notice, signed_in=someone)
 
 
 @pages.post("/login")
@@ -60,6 +66,17 @@ def sign_in() -> Response:
         return _again(Forbidden("Name and password do not match", fix="check both and try again"), user, target)
     except TooManyRequests as error:
         return _again(error, user, target)
+    return enter(answer, target)
+
+
+def enter(answer: dict[str, Any], target: str) -> Response:
+    """Return the response to a sign-in: give the browser its session; the one that it had ends.
+
+    :param answer: of the manager; :param target: where the browser goes.
+    """
+    if before := context.session_digest():
+        with suppress(DispatcherError):
+            context.portal().client.logout(before)
     token, session, device = (answer[name] for name in ("token", "session", "device"))
     other = context.is_other_person(device)
     if other and context.device_token() and responses.for_people():
@@ -108,27 +125,23 @@ def _purpose(token: str) -> str:
 
 
 def _login(user: str, password: str) -> dict[str, Any]:
-    """Begin a session; the one that the browser had ends.
+    """Begin a session.
 
     :raises Forbidden, BadRequest: wrong name or password; :raises TooManyRequests: throttled, or too many at once.
     """
     portal = context.portal()
     agent = request.headers.get("User-Agent", "")[:512]
-    with _slot():
-        answer = portal.login_client.login(user, password, context.address(), agent, context.device_token())
-    if before := context.session_digest():
-        with suppress(DispatcherError):
-            portal.client.logout(before)
-    return answer
+    with slot(portal.logins):
+        return portal.login_client.login(user, password, context.address(), agent, context.device_token())
 
 
 @contextmanager
-def _slot() -> Iterator[None]:
-    """Reserve threads for other requests while many passwords are checked.
+def slot(slots: context.LoginSlots) -> Iterator[None]:
+    """Reserve threads for other requests while many users sign in.
 
     :raises TooManyRequests: all slots are taken, or those of the address, or the manager did not answer in time.
     """
-    slots, address = context.portal().logins, context.address()
+    address = context.address()
     busy = TooManyRequests("Too many sign-ins at once", fix="try again in a moment", retry_after=2)
     if not slots.take(address):
         raise busy
@@ -155,7 +168,8 @@ def _again(error: DispatcherError, user: str, target: str) -> Response:
 
 
 def _form(target: str, status: int = 200, **values: Any) -> Response:
-    return responses.page("login.html", status, target=target, **values)
+    methods = context.portal().methods.get(context.portal().client)
+    return responses.page("login.html", status, target=target, methods=methods, **values)
 
 
 @pages.get("/logout")
@@ -173,14 +187,30 @@ def ask() -> Response:
 def sign_out() -> Response:
     """End the session, close its connections and clear the browser's data."""
     context.check_form("logout")
-    if digest := context.session_digest():
-        context.portal().client.logout(digest)
-    return signed_out("signed-out")
+    return end_session("signed-out")
 
 
-def signed_out(notice: str) -> Response:
-    """Return the response after the session has ended."""
-    response = responses.data({"signed_out": True}) if not responses.for_people() else None
-    response = response or context.go(context.local("/login", notice=notice))
+def end_session(notice: str) -> Response:
+    """End the session here, and at the site where the user signed in; return the response."""
+    digest, url = context.session_digest(), None
+    if digest:
+        client = context.portal().client
+        try:
+            url = client.sign_out(digest)["url"]
+        except NotFound:  # of an earlier manager
+            client.logout(digest)
+    if not responses.for_people():
+        response = responses.data({"signed_out": True} | ({"url": url} if url else {}))
+    elif url:
+        # No redirect: browsers would apply the form's policy (`form-action`) to it.
+        response = responses.page("leaving.html", url=url, host=urlsplit(url).hostname)
+    else:
+        response = context.go(context.local("/login", notice=notice))
     context.forget_session(response)
     return response
+
+
+@pages.get("/signed-out")
+def signed_out() -> Response:
+    """Receive the browser when its session at the site has ended, too."""
+    return context.go(context.local("/login", notice="signed-out"))

@@ -28,7 +28,7 @@ function renew() {
       devInteractions: { enabled: true },
       rpInitiatedLogout: { enabled: true },
     },
-    fetch: (url, options) => fetch(url, options), // loopback addresses, too
+    fetch: (url, { dispatcher, ...options }) => fetch(url, options), // without its check: to loopback addresses, too
     findAccount: (_, id) => ({ accountId: id, claims: () => ({ sub: id, ...settings.people[id] }) }),
     // Nobody is asked for consent.
     async loadExistingGrant(context) {
@@ -40,6 +40,8 @@ function renew() {
     },
     ...configuration,
   });
+  for (const event of ["backchannel.error", "server_error"])
+    provider.on(event, (_, error) => console.error(event, error));
   provider.proxy = false;
   callback = provider.callback();
 }
