@@ -105,8 +105,9 @@ class Provider:
 
     def unusable(self, url: str, why: str) -> Unavailable:
         """Return the error for an answer that cannot be used."""
+        place = urlsplit(url)._replace(query="").geturl()
         return Unavailable(
-            f"{urlsplit(url)._replace(query='').geturl()} cannot be used for signing in with {self._options.shown}",
+            f"{place} cannot be used for signing in with {self._options.shown}",
             why=why,
             fix=f"see whether the provider works, and whether the issuer {self._options.issuer} is right",
         )
