@@ -39,7 +39,7 @@ class TestPam(AuthenticatorContract):
     def authenticator(self):
         from dispatcher_pam.authenticator import PamAuthenticator
 
-        options = PamAuthenticator.Options(allow_groups=["people"], refusal_time="150ms")
+        options = PamAuthenticator.Options(allow_groups=["people"], refusal_time="100ms")
         return PamAuthenticator(options=options)
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from dispatcher.plugin import Deadline, DeadlineExceeded, Forbidden, Unavailable
 from tests.support.installation import Installation, until
@@ -338,6 +339,24 @@ def test_a_service_that_cannot_be_used_is_named(etc, pam, name, text, told):
     with pytest.raises(Unavailable) as caught:
         authenticator.check(deadline=Deadline(20))
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"service": "other"}, "a service of its own"),
+        ({"service": "../passwd"}, "the name of a file in /etc/pam.d"),
+        ({"service": "Dispatcher"}, "in lower case"),  # libpam makes it so
+        ({"min_uid": 0}, "greater than or equal to 100"),
+        ({"allow_groups": ["two words"]}, "the name of a group"),
+        ({"allow_root": True}, "Extra inputs"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, told):
+    from dispatcher_pam.options import PamOptions
+
+    with pytest.raises(ValidationError, match=told):
+        PamOptions(**options)
 
 
 def test_check_tries_a_sign_in(etc, pam, misbehaving):
