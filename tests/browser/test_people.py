@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 from playwright.sync_api import Page, expect
@@ -172,6 +174,48 @@ def test_account_changes_the_password_and_ends_other_sessions(demo, person) -> N
     here.goto(f"{demo.url}/auth/account")
     here.get_by_role("button", name="Sign out everywhere").click()
     expect(here.get_by_text("signed out on all your devices")).to_be_visible()
+
+
+def reach(demo, token: str, path: str = "/") -> int:
+    """Send what a program sends with a token; return the status."""
+    request = urllib.request.Request(demo.url + path, headers={"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_a_token_is_made_on_a_phone_used_by_a_program_and_revoked(demo, person, scripts: bool) -> None:
+    page = person(viewport={"width": 320, "height": 640}, java_script_enabled=scripts)
+    demo.sign_in(page, "bob", "/auth/account")
+    page.get_by_label("What is it for?").fill("Nightly export")
+    page.get_by_label("Valid for").select_option("1 year")
+    page.get_by_label("Your password").fill(PASSWORD)
+    page.get_by_role("button", name="Create a token").click()
+    field = page.get_by_role("textbox", name="Your new API token")
+    expect(field).to_have_value(re.compile(r"dsp_[A-Za-z0-9_-]{43}"))
+    token = field.input_value()
+    if scripts:
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Copy").click()
+        expect(page.get_by_role("button", name="Copied")).to_be_visible()
+        assert page.evaluate("navigator.clipboard.readText()") == token
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    else:
+        expect(page.get_by_role("button", name="Copy")).to_be_hidden()
+    assert reach(demo, token) == 200
+    assert reach(demo, token, "/auth/account") == 403
+    page.goto(f"{demo.url}/auth/account")
+    line = page.locator(".tokens li")
+    expect(line).to_have_count(1)
+    expect(line).to_contain_text("Nightly export")
+    assert token not in page.content()
+    page.get_by_role("button", name="Revoke the token Nightly export").click()
+    expect(page.get_by_text("That token is revoked")).to_be_visible()
+    expect(page.locator(".tokens li")).to_have_count(0)
+    assert reach(demo, token) == 401
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -38,7 +38,7 @@ def test_a_script_cannot_post_to_the_portal(demo, app: Page) -> None:
             ("application/x-www-form-urlencoded", "id=all&action=stop&agent=alice"),
             ("application/json", '{"id": "all", "action": "stop", "agent": "alice"}'),
         ):
-            for path in ("/auth/logout", "/auth/agents", "/auth/account/sessions"):
+            for path in ("/auth/logout", "/auth/agents", "/auth/account/sessions", "/auth/account/tokens"):
                 if mode == "no-cors" and "json" in kind:
                     continue
                 status = app.evaluate(

@@ -125,6 +125,8 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
             "someone": None,
             "signed_in": None,
             "notice": "",
+            "faulty": "",
+            "created": None,
             "user": "",
         }
 

@@ -11,6 +11,17 @@
     form.dataset.sent = "yes";
     form.querySelectorAll("button").forEach((button) => button.setAttribute("aria-disabled", "true"));
   }));
+  // Copies the content of a field; without a secure context there is only the old way.
+  all("[data-copy]", (button) => {
+    const field = document.getElementById(button.dataset.copy);
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      field.select();
+      let copied = true;
+      try { await navigator.clipboard.writeText(field.value); } catch { copied = document.execCommand("copy"); }
+      button.textContent = copied ? "Copied" : "Select and copy it";
+    });
+  });
   // A page that Back takes from memory may belong to a session that has ended, and its forms were sent.
   addEventListener("pageshow", (event) => { if (event.persisted) location.replace(location.pathname + location.search); });
 

@@ -357,6 +357,106 @@ class TestAccount:
         assert manager.users["alice"] == "12345678"
 
 
+class TestTokens:
+    def create(self, browser, **fields):
+        values = {"note": "nightly  export", "expires": "30d", "password": "correct horse"} | fields
+        return browser.submit(browser.get("/auth/account"), "/account/tokens", values)
+
+    @pytest.fixture
+    def browser(self, portal):
+        browser = Browser(portal[0])
+        browser.sign_in()
+        return browser
+
+    def test_a_new_token_is_shown_once(self, portal, browser) -> None:
+        page = self.create(browser)
+        (token,) = re.findall(r"dsp_[A-Za-z0-9_-]{43}", page.source)
+        assert page.status == 200 and "it is not shown again" in page.text
+        assert "no-store" in page.headers["Cache-Control"]
+        assert portal[1].calls[-2] == (
+            "create_my_token",
+            digest(browser.cookie()),
+            "192.0.2.7",
+            "30d",
+            "nightly export",
+        )
+        again = browser.get("/auth/account")
+        assert token not in again.source and "nightly export" in again.text
+        assert "created" in again.text and "never used" in again.text
+        assert browser.get("/auth/account/tokens").location == "/auth/account"
+
+    def test_the_page_offers_expiries_and_the_default_first(self, browser) -> None:
+        values = re.findall(r'<option value="(\w+)"', browser.get("/auth/account").source)
+        assert values[0] == "90d" and "never" in values
+
+    def test_markup_in_a_note_is_text(self, browser) -> None:
+        page = self.create(browser, note="<script>alert(1)</script>")
+        assert "<script>alert" not in page.source and "&lt;script&gt;alert" in page.source
+
+    def test_a_wrong_password_creates_none_and_is_told_at_its_form(self, portal, browser) -> None:
+        page = self.create(browser, password="wrong")
+        assert page.status == 403 and portal[1].tokens == []
+        assert "Wrong name or password" in page.text.partition("API tokens")[2]
+
+    def test_a_user_without_a_password_needs_none(self, portal, browser) -> None:
+        portal[1].changes_passwords = False
+        page = self.create(browser, password="")
+        assert "dsp_" in page.source and 'type="password"' not in page.source
+
+    def test_revoking(self, portal, browser) -> None:
+        self.create(browser)
+        (token,) = portal[1].tokens
+        page = browser.submit(browser.get("/auth/account"), "/account/tokens/revoke", {"id": token["id"]})
+        assert page.location == "/auth/account?notice=token-revoked"
+        assert "That token is revoked" in browser.get(page.location).text
+        assert portal[1].tokens == []
+
+    def test_forms_of_others_are_refused(self, portal, browser) -> None:
+        self.create(browser)
+        fields = browser.get("/auth/account").form("/account/tokens")["fields"]
+        body = fields | {"note": "x", "password": "correct horse", "id": portal[1].tokens[0]["id"]}
+        for path in ("/auth/account/tokens", "/auth/account/tokens/revoke"):
+            assert browser.post(path, body | {"token": "forged"}).status == 403
+            assert browser.post(path, body, Origin="https://evil.test", Sec_Fetch_Site="cross-site").status == 403
+            assert browser.post(path, body, Sec_Fetch_Mode="cors", Sec_Fetch_Dest="empty").status == 403
+            assert Browser(portal[0]).post(path, body).status == 403
+        assert len(portal[1].tokens) == 1
+
+    @pytest.mark.parametrize("revoke", [True, False])
+    def test_a_new_password_revokes_tokens_unless_the_box_is_cleared(self, portal, browser, revoke) -> None:
+        assert "Revoke my API tokens" not in browser.get("/auth/account").text
+        self.create(browser)
+        page = browser.get("/auth/account")
+        assert "Revoke my API tokens, too" in page.text
+        form = page.form("/account/password")
+        fields = form["fields"] | {
+            "password": "correct horse", "new_password": "brand new one", "again": "brand new one",
+        }  # fmt: skip
+        if not revoke:
+            del fields["tokens"]
+        assert browser.post(form["action"], fields).status == 303
+        assert len(portal[1].tokens) == (0 if revoke else 1)
+
+    def test_an_earlier_manager_has_none(self, portal, browser) -> None:
+        client = portal[1]
+        found = client.my_sessions
+        client.my_sessions = lambda sha256: {
+            key: value for key, value in found(sha256).items() if "token" not in key
+        }
+        page = browser.get("/auth/account")
+        assert page.status == 200 and "API tokens" not in page.text
+
+    def test_programs(self, portal) -> None:
+        program = Program(portal[0])
+        program.post("/auth/login", {"user": "alice", "password": "correct horse"})
+        made = program.post("/auth/account/tokens", {"note": "x", "expires": "7d", "password": "correct horse"})
+        assert made.status == 201 and made.json["token"].startswith("dsp_")
+        assert [token["id"] for token in program.get("/auth/account").json["tokens"]] == [made.json["id"]]
+        assert program.post("/auth/account/tokens", {"note": "x", "password": "no"}).status == 403
+        assert program.post("/auth/account/tokens/revoke", {"id": made.json["id"]}).json == {"revoked": 1}
+        assert program.post("/auth/account/tokens/revoke", {"id": made.json["id"]}).status == 404
+
+
 class TestTheRest:
     def test_a_balancers_check_needs_no_session_no_cookie_and_no_manager(self, portal) -> None:
         app, manager = portal
