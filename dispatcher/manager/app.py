@@ -178,8 +178,7 @@ class Manager:
         self.sessions.start()
         self.tokens.load()
         self._closers.append(self.tokens.flush)
-        self.supervisor.every(1.0, self.tokens.end_expired)
-        self.supervisor.every(FLUSH_INTERVAL, self.tokens.flush)
+        self.supervisor.every(FLUSH_INTERVAL, self.tokens.maintain)
         # All sockets are made before any is served: one that cannot be made fails the start.
         self.feed = Feed(
             self._unix(self.paths.feed_socket, self.accounts.proxy_gid),

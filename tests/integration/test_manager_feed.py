@@ -436,3 +436,40 @@ def test_sessions_that_end_before_the_feed_is_served_wait_for_nobody(short_tmp):
     feed = server.Feed(None, supervisor=None, sessions=None, tokens=None, allowed=None)
     assert feed.synchronize() is False
     feed._pool.shutdown()
+
+
+def test_only_tokens_that_open_an_app_are_pushed_and_their_end_and_use_too(manager, worker):
+    worker.snapshot()
+    with client_of(manager) as admin:
+        for owner in ({"user": "alice"}, {"service": "alice"}):
+            admin.create_token(scopes=["admin"], **owner)
+        made = admin.create_token(user="alice", scopes=["read", "app"], expires="never")
+        change = worker.until(lambda message: message.get("tokens"))
+        (row,) = change["tokens"]
+        assert row["sha256"].startswith(made["id"]) and made["token"] not in str(change)
+        assert (row["user"], row["agent"], row["agents"], row["ttl"]) == ("alice", "alice", ["alice"], None)
+        admin.create_agent("alice:web", app="demo")
+        change = worker.until(lambda message: message.get("tokens"))
+        assert [(each["agent"], sorted(each["agents"])) for each in change["tokens"]] == [
+            ("alice", ["alice", "alice:web"])
+        ]
+        late = Worker(manager.paths.feed_socket)
+        assert late.read()["type"] == "hello"
+        assert [each["sha256"] for each in late.read()["tokens"]] == [row["sha256"]]
+        late.close()
+        worker.send(type="activity", agents={}, sessions=[], tokens=[row["sha256"], 7, "x"])
+        until("its use is noted", lambda: any(each["last_used"] for each in admin.tokens()["tokens"]))
+        admin.revoke_token(made["id"])
+        change = worker.until(lambda message: message.get("tokens_gone"))
+        assert change["tokens_gone"] == [row["sha256"]]
+
+
+def test_a_removed_users_tokens_are_gone_before_the_agent_is(manager, worker):
+    worker.snapshot()
+    with client_of(manager) as admin:
+        admin.create_token(user="bob", scopes=["app"])
+        worker.until(lambda message: message.get("tokens"))
+        admin.delete_agent("bob", wait=10)
+        gone = worker.until(lambda message: message.get("tokens_gone"))
+        assert gone.get("agents_gone", []) == []
+        worker.until(lambda message: message.get("agents_gone"))

@@ -106,6 +106,7 @@ class ApiTokens:
         self._user_id = user_id
         self._subscribers: list[OnChange] = []
         self._rows: dict[str, TokenRow] = {}
+        self._of_user: dict[str | None, set[str]] = {}  # None: of services
         self._used: set[str] = set()  # since the last write
         self._unwritten: set[str] = set()  # revoked, and not removed from the database yet
         self._lock = threading.RLock()
@@ -113,7 +114,8 @@ class ApiTokens:
     def load(self) -> None:
         """Read the stored tokens, without those that have expired or whose user was removed."""
         with self._lock:
-            self._rows = {row.sha256: row for row in self._store.all()}
+            for row in self._store.all():
+                self._insert(row)
         self.end_expired()
 
     def subscribe(self, on_change: OnChange) -> None:
@@ -167,19 +169,24 @@ class ApiTokens:
             expires=None if seconds is None else now + seconds,
         )
         with self._lock:
-            if sum(1 for other in self._rows.values() if _owner(other) == _owner(row)) >= MAX_PER_OWNER:
+            others = (self._rows[key] for key in self._of_user.get(user, ()))
+            if sum(_owner(other) == _owner(row) for other in others) >= MAX_PER_OWNER:
                 raise Conflict(
                     f"{user or service} has {MAX_PER_OWNER} tokens",
                     why="that is the most that are possible",
                     fix="revoke one that is no longer needed",
                 )
             self._store.add(row)
-            self._rows[row.sha256] = row
+            self._insert(row)
         _log.info(
             "API token created", id=public_id(row), owner=owner(row), scopes=granted, expires=iso(row.expires)
         )
         self._changed([row.sha256], ())
         return token, row
+
+    def _insert(self, row: TokenRow) -> None:
+        self._rows[row.sha256] = row
+        self._of_user.setdefault(row.user, set()).add(row.sha256)
 
     # --- queries
 
@@ -195,9 +202,9 @@ class ApiTokens:
     def all(self, user: str | None = None) -> list[TokenRow]:
         """Return all tokens, or those of one user; the newest first."""
         with self._lock:
-            rows = list(self._rows.values())
-        found = [row for row in rows if user in {None, row.user} and self._is_valid(row)]
-        return sorted(found, key=lambda row: -row.created)
+            keys = self._rows if user is None else self._of_user.get(user, ())
+            rows = [self._rows[key] for key in keys]
+        return sorted(filter(self._is_valid, rows), key=lambda row: -row.created)
 
     def by_id(self, id: str, user: str | None = None) -> TokenRow:
         """Return the token with a public id.
@@ -259,8 +266,16 @@ class ApiTokens:
     def revoke_user(self, user: str) -> int:
         """Revoke all tokens of a user; return how many."""
         with self._lock:
-            keys = {key for key, row in self._rows.items() if row.user == user}
+            keys = set(self._of_user.get(user, ()))
         return self._end(keys, "revoked")
+
+    def maintain(self) -> None:
+        """Call it each `FLUSH_INTERVAL`: end what has expired, and write what is due.
+
+        That an expired token opens nothing does not depend on it.
+        """
+        self.end_expired()
+        self.flush()
 
     def end_expired(self) -> None:
         """End expired tokens, and those of removed users."""
@@ -273,6 +288,11 @@ class ApiTokens:
         """End tokens; notify at once, whether or not the database can be written now."""
         with self._lock:
             gone = {key: row for key in sha256s if (row := self._rows.pop(key, None)) is not None}
+            for key, row in gone.items():
+                mine = self._of_user[row.user]
+                mine.discard(key)
+                if not mine:
+                    del self._of_user[row.user]
             self._used.difference_update(gone)
             self._unwritten.update(gone)
         if gone:

@@ -210,12 +210,14 @@ class Feed:
 
     def _token_rows(self, rows: Iterable[TokenRow]) -> Iterator[frames.Row]:
         """Yield the rows of tokens that open agents."""
+        known: dict[str, tuple[list[str], str]] = {}  # a user may have many tokens
         for row in rows:
             if row.user is not None and allows(row.scopes, "app"):
-                views = self._supervisor.queries.views(user=row.user)
-                default = default_agent(row.user, views)
-                names = [view.name for view in views]
-                yield frames.token_row(row, names, default.name if default else "", self._tokens.ttl(row))
+                if row.user not in known:
+                    views = self._supervisor.queries.views(user=row.user)
+                    default = default_agent(row.user, views)
+                    known[row.user] = [view.name for view in views], default.name if default else ""
+                yield frames.token_row(row, *known[row.user], self._tokens.ttl(row))
 
     def _snapshot(self) -> Iterator[bytes]:
         """Yield the parts.  Runs in the pool, as it takes a while with many rows."""

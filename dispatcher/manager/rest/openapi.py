@@ -56,9 +56,10 @@ def document(role: str, routes: Routes) -> Json:
     paths: dict[str, Json] = {}
     for route in routes:
         path = _PARAMETER.sub(r"{\1}", route.path)
-        paths.setdefault(path, {})[route.method.lower()] = _operation(
-            route, {answer: schema for (answer, _), schema in schemas.items()}
-        )
+        operation = _operation(route, {answer: schema for (answer, _), schema in schemas.items()})
+        if role == "admin":
+            operation["x-scope"] = route.scope  # of API tokens that may send it
+        paths.setdefault(path, {})[route.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {"title": f"dispatcher manager, role {role}", "version": __version__},

@@ -160,3 +160,16 @@ def test_a_user_of_an_authenticator_that_is_not_configured_any_more_cannot_sign_
     found.services.signin = found.new_signin()
     assert found.login("alice").status_code == 403
     assert "it is known from one" in "".join(capsys.readouterr())
+
+
+def test_a_new_token_needs_the_password_of_the_directory_if_there_is_one(parts, monkeypatch):
+    one = directory("one", {"alice": ("correct horse", Identity(user="alice"))})
+    found = parts(one)
+    session = {"sha256": found.login("alice").json["session"]["sha256"]}
+    assert found.post("/sessions/list", **session).json["tokens_need_password"] is True
+    assert found.post("/sessions/tokens", **session, address="").status_code == 400
+    assert found.post("/sessions/tokens", **session, address="", password="wrong").status_code == 403
+    assert found.post("/sessions/tokens", **session, address="", password="correct horse").status_code == 201
+    monkeypatch.setattr(type(found.others[0]), "verifies_passwords", False)  # as one that signs in at another site
+    assert found.post("/sessions/list", **session).json["tokens_need_password"] is False
+    assert found.post("/sessions/tokens", **session, address="").status_code == 201

@@ -53,6 +53,7 @@ def test_every_request_says_what_it_does_and_answers(role):
         for method, operation in operations.items():
             assert operation["summary"], (method, path)
             assert operation["responses"], (method, path)
+            assert operation.get("x-scope") in ({"metrics", "read", "admin"} if role == "admin" else {None})
             parameters = {p["name"] for p in operation.get("parameters", []) if p["in"] == "path"}
             assert parameters == set(re.findall(r"{(\w+)}", path))
             body = operation.get("requestBody")
