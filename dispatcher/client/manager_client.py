@@ -154,6 +154,22 @@ class ManagerClient:
         """``{"findings": [...]}``."""
         return self._rows("findings", "/authenticator/check", plugin=plugin)
 
+    def begin_sync(self, *, force: bool = False, dry_run: bool = False) -> Json:
+        """Begin a synchronisation with the directories; SYNC."""
+        return self._post("/sync", {"force": force, "dry_run": dry_run})
+
+    def sync(self) -> Json:
+        """SYNC, the last one or that in progress."""
+        return self._get("/sync")
+
+    def test_sign_in(self, name: str, password: str | None = None, authenticator: str | None = None) -> Json:
+        """``{"accepted", "refusal", ...}``: what a sign-in would give."""
+        return self._post("/sign-in/test", {"name": name, "password": password, "authenticator": authenticator})
+
+    def release_user(self, name: str) -> Json:
+        """Let a name belong to no account of a directory."""
+        return self._request("POST", f"/users/{quote(name, safe='')}/release")
+
     def memory_usage(self) -> Json:
         """``{"total", "average", "agents": [...]}`` in bytes."""
         return self._rows("agents", "/stats/memory_usage")

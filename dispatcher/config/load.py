@@ -19,6 +19,8 @@ from typing import Any
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError
 
 from dispatcher.config import default_paths
+from dispatcher.config import groups as group_rules
+from dispatcher.config.groups import GroupConfig
 from dispatcher.config.messages import did_you_mean, printable_key, problems, shown, unknown_key, validate, wrong
 from dispatcher.config.schema import AppConfig, AppDefaults, AuthConfig, ManagerConfig, ProxyConfig
 from dispatcher.plugin import names
@@ -49,6 +51,7 @@ class Config(Table):
     plugins: list[str] = Field(default=[], description="additional plugins to load: observers of events")
     providers: dict[str, dict[str, Any]] = {}
     apps: dict[str, AppConfig] = {}
+    groups: dict[str, GroupConfig] = {}
     _file: Path | None = PrivateAttr(default=None)  # for errors in the tables of plugins
     _digest: bytes = PrivateAttr(default=b"")
 
@@ -319,6 +322,7 @@ def _contradictions(data: Mapping[str, Any]) -> Iterator[str]:
     if isinstance(default_app, str) and default_app and default_app not in apps:
         hint = did_you_mean(default_app, apps, f"there are: {', '.join(apps) or 'none'}")
         yield f"default_app: there is no app {shown(default_app)}, {hint}"
+    yield from group_rules.faults(data.get("groups"), list(apps))
 
 
 def _stray(path: str, table: Any, model: type[BaseModel]) -> Iterator[str]:

@@ -237,6 +237,17 @@ class AuthConfig(Table):
         default=64, ge=1, description="maximum queued password checks; further sign-ins get 429"
     )
 
+    sync_interval: MaybeDuration = Field(
+        default=3600.0,
+        description="interval at which the directory is asked for the groups of known users, and who has left; "
+        "false: never",
+    )
+    keep_departed: MaybeDuration = Field(
+        default=False,
+        description="time after which the agents and data of users who have left the directory are deleted; "
+        "false: never",
+    )
+
     @property
     def authenticators(self) -> tuple[str, ...]:
         """The authenticators: names of plugins, or ``PLUGIN.NAME``."""

@@ -24,6 +24,7 @@ from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.auth import local
 from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
+from dispatcher.manager.auth.directory_sync import DirectorySync
 from dispatcher.manager.auth.hashing import Hasher, HashPool
 from dispatcher.manager.auth.removals import follow_removals
 from dispatcher.manager.auth.sessions import Lifetimes, Sessions
@@ -169,8 +170,18 @@ class Manager:
             metrics=metrics,
             base=self._portal_url,
         )
+        sync = DirectorySync(
+            authenticators=authenticators,
+            supervisor=self.supervisor,
+            clock=clock,
+            interval=lambda: self.config.auth.sync_interval,
+            keep=lambda: self.config.auth.keep_departed,
+            sign_out=self._sign_out,
+        )
         self._closers.append(self.supervisor.close)
         self.supervisor.start()
+        self._closers.append(sync.close)
+        sync.start()
         self.supervisor.every(1.0, signin.check_overdue)
         self.supervisor.every(1.0, web_signin.check_overdue)
         self.sessions.load()
@@ -195,6 +206,7 @@ class Manager:
             tokens=self.tokens,
             signin=signin,
             web_signin=web_signin,
+            sync=sync,
             plugins=self._plugins,
             clock=clock,
             metrics=metrics,
@@ -225,6 +237,12 @@ class Manager:
         freezing.daemon = True
         self._closers.append(freezing.cancel)
         freezing.start()
+
+    def _sign_out(self, user: str) -> None:
+        """End all that gives a user access."""
+        self.sessions.revoke_user(user)
+        self.tokens.revoke_user(user)
+        self.feed.synchronize()
 
     def _load_observer(self, name: str) -> None:
         """Load a plugin of `plugins`; without one that is at fault the manager runs all the same."""

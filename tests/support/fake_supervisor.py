@@ -52,8 +52,18 @@ class FakeStore:
         free = row.source is None and row.password_hash is None
         same = row.source == source and (row.subject is None or subject is None or row.subject == subject)
         if free or same:
-            self.rows[name] = replace(row, source=source, subject=subject or row.subject, groups=tuple(groups))
+            self.rows[name] = replace(
+                row, source=source, subject=subject or row.subject, groups=tuple(groups), departed=None
+            )
         return free or same
+
+    def set_departed(self, name, when):
+        self.rows[name] = replace(self.rows[name], departed=self.rows[name].departed or when, groups=())
+
+    def release_user(self, name):
+        if name not in self.rows:
+            raise NotFound(f"There is no user {name}")
+        self.rows[name] = replace(self.rows[name], source=None, subject=None, groups=(), departed=None)
 
     def add(self, name, password_hash=None):
         self.last_id += 1
@@ -89,9 +99,23 @@ class FakeSupervisor:
         self.changed = threading.Condition(threading.RLock())
         self.subscribers = []
         self.removal_subscribers = []
-        self.commands = self.queries = self.registry = self.reconciler = self
+        self.access = self.commands = self.queries = self.registry = self.reconciler = self
         self.copies = FakeCopies(self)
         self.down = ""
+        self.forbidden = set()
+
+    def may_use(self, user, app):
+        return app not in self.forbidden
+
+    def first_app(self, user, groups):
+        return next((app for app in ("demo", "lab") if app not in self.forbidden), None)
+
+    def set_groups(self, user, groups):
+        self.calls.append(("set_groups", user, sorted(groups)))
+
+    def stop_all(self, user, reason):
+        for view in self.views(user=user):
+            self.set_desired(view.name, "stopped")
 
     def app_faults(self):
         return {}

@@ -19,6 +19,7 @@ from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.tokens import TokenStore
 from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
+from dispatcher.manager.auth.directory_sync import DirectorySync
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.metrics import Metrics
 from dispatcher.manager.auth.removals import follow_removals
@@ -102,6 +103,7 @@ class Parts:
             metrics=self.metrics,
             base=lambda: "https://apps.example.org/auth",
         )
+        self.keep_departed = False
         self.services = Services(
             config=parse(config or {}),
             database=self.database,
@@ -110,6 +112,14 @@ class Parts:
             tokens=self.tokens,
             signin=signin,
             web_signin=self.web_signin,
+            sync=DirectorySync(
+                authenticators=Authenticators([self.authenticator, *self.others]),
+                supervisor=self.supervisor,
+                clock=self.clock,
+                interval=lambda: False,
+                keep=lambda: self.keep_departed,
+                sign_out=self.sessions.revoke_user,
+            ),
             plugins=Plugins([]),
             clock=self.clock,
             metrics=self.metrics,

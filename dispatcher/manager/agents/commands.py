@@ -176,9 +176,12 @@ class Commands:
         :param stdin: credentials of the sign-in for apps that take them; kept in memory only.
         :raises Unsupported: the provider has no such state.
         :raises Conflict: the agent is being removed, or is to be suspended and does not run.
+        :raises Forbidden: its user may not use the app.
         """
         agent = self._registry.find(name)
         self._check_capability(agent, desired)
+        if desired is Desired.RUNNING:
+            self._registry.specs.check_allowed(agent.row)
 
         def decide(row: AgentRow) -> Change | None:
             _check_not_removed(row)

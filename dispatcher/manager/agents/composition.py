@@ -15,6 +15,7 @@ from dispatcher.config.layout import Paths
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.config.plugins_used import configured
+from dispatcher.manager.agents.access import Access
 from dispatcher.manager.agents.commands import Commands
 from dispatcher.manager.agents.idle import check_interval
 from dispatcher.manager.agents.idle_monitor import IdleMonitor
@@ -27,7 +28,7 @@ from dispatcher.manager.agents.operations.runner import Runner
 from dispatcher.manager.agents.queries import Queries
 from dispatcher.manager.agents.reconciler import Reconciler
 from dispatcher.manager.agents.registry import Registry
-from dispatcher.manager.agents.specs import Specs, app_changes, provider_changes
+from dispatcher.manager.agents.specs import Memberships, Specs, app_changes, group_changes, provider_changes
 from dispatcher.manager.backends.backend import Backend, Backends, Contact, Made
 from dispatcher.manager.backends.logs import LogCollector
 from dispatcher.manager.files.agent_dirs import AgentData
@@ -97,6 +98,7 @@ class Supervisor:
         self.backends = Backends(
             config=config, plugins=plugins, paths=paths, accounts=accounts, installation=self.installation
         )
+        self._memberships = Memberships()
         self.registry = Registry(
             store=self.store,
             clock=clock,
@@ -107,6 +109,7 @@ class Supervisor:
             installation=self.installation,
             data=self.data,
         )
+        self.access = Access(self.registry, self._memberships)
         self.copies = Copies(self.registry, self.data)
         runner = Runner(self.registry, self.data, Mover(self.registry, self.data), self.copies, accounts)
         self.registry.submit = runner.submit
@@ -125,6 +128,7 @@ class Supervisor:
             data=self.data,
             installation=self.installation,
             proxy_gid=self._accounts.proxy_gid,
+            memberships=self._memberships,
         )
 
     def start(self) -> None:
@@ -141,11 +145,13 @@ class Supervisor:
             backend = self.backends.get(name)
             if name in known:
                 backend.last_contact = known[name].contact
+        self.access.load()
         for row in self.store.agents():
             self._recover(row, host_restarted=host_restarted)
         for part in (self._timers, self._slow_timers, self._guard_timers, self.observers):
             part.start()
         self._sweep_all()
+        self.access.enforce()
         for backend in self.backends:
             self._watch(backend)
         self._timers.every(1.0, self.backends.check_overdue)
@@ -281,13 +287,15 @@ class Supervisor:
         made = self.backends.make(
             [each.name for each in self.backends if each.name in new_options or not each.usable], config
         )
-        return [*changed, *app_changes(old, config)], made
+        return [*changed, *app_changes(old, config), *group_changes(old, config)], made
 
     def _commit(self, config: Config, made: dict[str, Made]) -> list[str]:
         changed: list[str] = []
         new_options = provider_changes(self.registry.specs.config, config)
         self.backends.config = config
         outdated = self.registry.use_specs(self._specs(config))
+        if stopped := self.access.enforce():
+            changed.append(f"agents that are stopped, as their users may not use the app: {stopped}")
         for name, instance in made.items():
             backend = self.backends.get(name)
             was_usable = backend.usable

@@ -19,6 +19,7 @@ from dispatcher.plugin.errors import (
     Conflict,
     DeadlineExceeded,
     DispatcherError,
+    Forbidden,
     Unavailable,
     Unsupported,
 )
@@ -106,7 +107,7 @@ def _more_memory(reason: str, log: Sequence[str], policy: AppDefaults) -> str:
 
 def is_final(error: DispatcherError) -> bool:
     """Whether a retry cannot succeed without a change."""
-    return isinstance(error, (BadRequest, Unsupported, Conflict))
+    return isinstance(error, (BadRequest, Unsupported, Conflict, Forbidden))
 
 
 def is_backend_away(error: DispatcherError) -> bool:

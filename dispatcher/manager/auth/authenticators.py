@@ -73,25 +73,36 @@ class Authenticators:
         :param asking: called before an authenticator is asked.
         :raises Unavailable: none accepts it, and one cannot say.
         """
-        failed: DispatcherError | None = None
-        asked = [entry for entry in self.of(user) if entry.verifies_passwords]
-        for place, entry in enumerate(asked):
-            asking(entry)
-            allowed = deadline.bounded(deadline.remaining() / (len(asked) - place))
-            try:
-                identity = entry.authenticate(name, password, deadline=allowed)
-            except DispatcherError as error:
-                failed = failed or error
-                continue
-            if identity is not None:
-                return entry.name, identity
-        if failed is not None:
-            raise failed
-        return None
+        return ask_for_password(self.of(user), name, password, deadline, asking)
 
     def problems(self) -> Iterator[tuple[ContainedAuthenticator, DispatcherError]]:
         """Yield the authenticators that do not work, each with the reason, as far as the last calls show."""
         yield from ((entry, entry.problem) for entry in self if entry.problem is not None)
+
+
+def ask_for_password(
+    entries: Sequence[ContainedAuthenticator],
+    name: str,
+    password: str,
+    deadline: Deadline,
+    asking: Callable[[ContainedAuthenticator], object] = lambda _entry: None,
+) -> tuple[str, Identity] | None:
+    """Ask authenticators in turn; the parameters, the result and the errors are those of `authenticate`."""
+    failed: DispatcherError | None = None
+    asked = [entry for entry in entries if entry.verifies_passwords]
+    for place, entry in enumerate(asked):
+        asking(entry)
+        allowed = deadline.bounded(deadline.remaining() / (len(asked) - place))
+        try:
+            identity = entry.authenticate(name, password, deadline=allowed)
+        except DispatcherError as error:
+            failed = failed or error
+            continue
+        if identity is not None:
+            return entry.name, identity
+    if failed is not None:
+        raise failed
+    return None
 
 
 def source_of(user: UserRow | None) -> str | None:

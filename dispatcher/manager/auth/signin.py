@@ -16,7 +16,7 @@ from dispatcher.common.log import logger
 from dispatcher.manager.agents.agent import AgentView, default_agent
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
-from dispatcher.manager.auth.authenticators import Authenticators, source_of
+from dispatcher.manager.auth.authenticators import Authenticators, ask_for_password, source_of
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, Standing, digest, new_token
@@ -158,8 +158,11 @@ class SignIn:
         :raises Forbidden: the name belongs to another account, or the user has no agent and gets none.
         """
         user = identity.user
-        agent = self._default_agent(user, create=source != local.NAME)
-        if source != local.NAME:
+        groups = None if source == local.NAME else identity.groups
+        if groups is not None and standing.user_id is not None:
+            self._bind(source, identity)
+        agent = self._default_agent(user, groups)
+        if groups is not None and standing.user_id is None:
             self._bind(source, identity)
         if standing.user_id is None:  # new: of an external authenticator
             standing = self._sessions.standing(user)
@@ -180,7 +183,8 @@ class SignIn:
         """
         row = self._supervisor.store.get_user(identity.user)
         groups = tuple(sorted(identity.groups))
-        if row and (row.source, row.subject, row.groups) == (source, identity.subject or row.subject, groups):
+        same = (source, identity.subject or (row and row.subject), groups, None)
+        if row and (row.source, row.subject, row.groups, row.departed) == same:
             return
         if not self._supervisor.store.bind_user(identity.user, source, identity.subject, groups):
             known = source_of(row)
@@ -188,6 +192,7 @@ class SignIn:
             _log.warning("a name belongs to another account", user=identity.user, authenticator=source, why=why)
             self._metrics.login(LoginOutcome.FAILURE)
             raise Forbidden(f"The name {identity.user} belongs to another account", fix="ask your administrator")
+        self._supervisor.access.set_groups(identity.user, groups)
 
     def check(self, name: str, password: str, address: str | None, device: str | None = None) -> str:
         """Check a password, count the attempt, and return the user's canonical name.
@@ -246,6 +251,28 @@ class SignIn:
         if found is None and self.authenticators.several:  # the time would show which of them knows the name
             time.sleep(min(STEP - (boottime() - began) % STEP, deadline.remaining()))
         return found
+
+    def preview(self, raw_name: str, password: str | None, only: str | None) -> tuple[str, Identity] | None:
+        """Return what a sign-in with this name would find, None for a refusal; nothing is counted or stored.
+
+        :param password: None: the directory is asked without one; :param only: of `authenticators`; by default
+            those that a sign-in asks.
+        :raises Unsupported: a password is needed; :raises Unavailable: the directory does not answer.
+        """
+        name = names.user_name(raw_name.strip())
+        row = self._supervisor.store.get_user(name)
+        asked = [self.authenticators.get(only)] if only is not None else self.authenticators.of(row)
+        deadline = Deadline(CALL_TIMEOUT)
+
+        def verify() -> tuple[str, Identity] | None:
+            return ask_for_password(asked, name, password or "", deadline)
+
+        if password is not None:
+            return self._pool.run(verify, deadline)
+        for entry in asked:
+            if (identity := entry.lookup(name, deadline=deadline)) is not None:
+                return entry.name, identity
+        return None
 
     def hash_new(self, password: str) -> str:
         """Return the hash of a new user's password.
@@ -307,17 +334,25 @@ class SignIn:
             _log.info("a name that cannot exist", user=raw, why=error.why)
             raise wrong_credentials() from None
 
-    def _default_agent(self, user: str, *, create: bool) -> AgentView:
-        """Return the agent of a sign-in; the first one creates it where that is wanted."""
+    def _default_agent(self, user: str, groups: frozenset[str] | None) -> AgentView:
+        """Return the agent of a sign-in; an external authenticator's user gets one.
+
+        :param groups: that an external authenticator named; None for `local`.
+        """
+        access = self._supervisor.access
         views = self._supervisor.queries.views
-        agent = default_agent(user, views(user=user))
-        if agent is None and create:
+        known = views(user=user)
+        agent = default_agent(user, [view for view in known if access.may_use(user, view.app)])
+        if agent is None and groups is not None and (app := access.first_app(user, groups)) is not None:
             with contextlib.suppress(Conflict):
-                self._supervisor.commands.create(user, app=None, password_hash=None)
-            agent = default_agent(user, views(user=user))
+                self._supervisor.commands.create(user, app=app, password_hash=None)
+            agent = default_agent(user, [view for view in views(user=user) if view.app == app])
         if agent is None:
             self._metrics.login(LoginOutcome.FAILURE)
-            raise wrong_credentials()
+            if groups is None and default_agent(user, known) is None:
+                raise wrong_credentials()
+            _log.warning("a user may use no app", user=user)
+            raise Forbidden("You may not use any app here", fix="ask your administrator")
         return agent
 
     def _start(self, agent: AgentView, user: str, password: str | None, stdin_apps: frozenset[str]) -> None:

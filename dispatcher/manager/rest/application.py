@@ -18,14 +18,24 @@ from dispatcher.common import problem
 from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
 from dispatcher.manager.auth.tokens import InsufficientScope, authorize
-from dispatcher.manager.rest import admin_requests, agents, health, openapi, proxy_requests, tokens
+from dispatcher.manager.rest import (
+    admin_requests,
+    agents,
+    directory_requests,
+    health,
+    openapi,
+    proxy_requests,
+    tokens,
+)
 from dispatcher.manager.rest.routing import Json, Route, Routes
 from dispatcher.manager.rest.server import MAX_BODY, Environ
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin.errors import DispatcherError
 
 ROLES = {
-    "admin": Routes([*health.routes, *agents.routes, *admin_requests.routes, *tokens.routes]),
+    "admin": Routes(
+        [*health.routes, *agents.routes, *admin_requests.routes, *directory_requests.routes, *tokens.routes]
+    ),
     "proxy": Routes([*health.routes, *proxy_requests.routes]),
 }
 for _role, _routes in ROLES.items():

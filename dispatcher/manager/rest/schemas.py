@@ -184,6 +184,37 @@ OwnAccess = TypedDict(
     },
 )
 
+# Directories
+
+Sync = TypedDict(
+    "Sync",
+    {
+        "running": bool,
+        "dry_run": bool,
+        "users": int,
+        "asked": int,
+        "changed": list[str],
+        "left": list[str],
+        "back": list[str],
+        "removed": list[str],
+        "skipped": dict[str, int],
+        "problems": list[str],
+    },
+)
+SignInTest = TypedDict(
+    "SignInTest",
+    {
+        "accepted": bool,
+        "refusal": str,
+        "authenticator": NotRequired[str],
+        "user": NotRequired[str],
+        "groups": NotRequired[list[str]],
+        "configured_groups": NotRequired[list[str]],
+        "apps": NotRequired[list[str]],
+        "agents": NotRequired[list[str]],
+    },
+)
+
 # The manager
 
 Provider = TypedDict(

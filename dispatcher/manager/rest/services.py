@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.composition import Supervisor
+from dispatcher.manager.auth.directory_sync import DirectorySync
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.signin import SignIn
@@ -36,6 +37,7 @@ class Services:
     tokens: ApiTokens
     signin: SignIn
     web_signin: WebSignIn
+    sync: DirectorySync
     plugins: Plugins
     clock: SteadyWallClock
     metrics: Metrics

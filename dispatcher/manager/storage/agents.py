@@ -74,7 +74,15 @@ class Store:
             users.name == name, sa.or_(free, sa.and_(users.source == source, same))
         )
         known = {"subject": subject} if subject is not None else {}
-        return bool(self.database.execute(statement.values(source=source, groups=tuple(groups), **known)))
+        return bool(
+            self.database.execute(statement.values(source=source, groups=tuple(groups), departed=None, **known))
+        )
+
+    def set_departed(self, name: str, when: float) -> None:
+        """Note that the directory has no account of a user any more, unless that is known; the groups end."""
+        users = tables.users.c
+        statement = tables.users.update().where(users.name == name, users.departed.is_(None))
+        self.database.execute(statement.values(departed=when, groups=()))
 
     def users_of(self, source: str, subject: str) -> list[UserRow]:
         """Return the users that belong to an external account."""
@@ -88,7 +96,7 @@ class Store:
         :raises NotFound: there is no such user.
         """
         statement = tables.users.update().where(tables.users.c.name == name)
-        if not self.database.execute(statement.values(source=None, subject=None, groups=())):
+        if not self.database.execute(statement.values(source=None, subject=None, groups=(), departed=None)):
             raise NotFound(f"There is no user {name}")
 
     # --- agents

@@ -150,7 +150,7 @@ class Database:
             metadata.create_all(connection)
         if found < 4:
             added = {
-                "users": ("source VARCHAR(128)", "subject VARCHAR(255)", "groups JSON"),
+                "users": ("source VARCHAR(128)", "subject VARCHAR(255)", "groups JSON", "departed FLOAT"),
                 "sessions": ("source VARCHAR(128)", "external VARCHAR(255)", "kept TEXT"),
             }
             for name, columns in added.items():

@@ -54,7 +54,8 @@ class UserRow:
 
     :ivar password_hash: argon2id, None where an external authenticator knows the password.
     :ivar source: the external authenticator to which the name belongs, None before the first sign-in with one.
-    :ivar subject: `Identity.subject`, if it has one; :ivar groups: of the last sign-in.
+    :ivar subject: `Identity.subject`, if it has one; :ivar groups: as the authenticator named them last.
+    :ivar departed: when the directory had no account of this user any more, None while it has one.
     """
 
     id: int
@@ -64,6 +65,7 @@ class UserRow:
     source: Source | None = None
     subject: Annotated[str, 255] | None = None
     groups: tuple[str, ...] = ()
+    departed: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

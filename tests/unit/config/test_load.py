@@ -38,7 +38,7 @@ def test_no_apps_are_no_apps():
         ({"manger": {}}, "manger: unknown key, did you mean 'manager'?"),
         (
             {"zzz": 1},
-            "zzz: unknown key, valid are: apps, auth, default_app, defaults, manager, plugins, providers, proxy",
+            "zzz: unknown key, valid are: apps, auth, default_app, defaults, groups, manager, plugins, providers, proxy",
         ),
         ({"manager": "x"}, "manager: found 'x', expected a table"),
         ({"manager": {"state_dri": "/x"}}, "manager.state_dri: unknown key, did you mean 'state_dir'?"),

@@ -196,7 +196,7 @@ def test_a_database_of_schema_3_keeps_its_sessions(tmp_path):
     database.close()
     with sqlite3.connect(tmp_path / "x.db") as connection:
         for name, columns in {
-            "users": ("source", "subject", "groups"),
+            "users": ("source", "subject", "groups", "departed"),
             "sessions": ("source", "external", "kept"),
         }.items():
             for column in columns:
