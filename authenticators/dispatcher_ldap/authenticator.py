@@ -5,7 +5,7 @@ Each sign-in has connections of its own, so there is nothing to repair after an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ldap3.utils.conv import escape_filter_chars
 from ldap3.utils.dn import escape_rdn, parse_dn
@@ -15,7 +15,7 @@ from dispatcher_ldap.connection import Connection, Entry, NoEntry, Servers
 from dispatcher_ldap.options import NAME, LdapOptions
 
 MAX_DEPTH = 16  # groups within groups
-MAX_GROUPS = 10_000  # of one user
+MAX_GROUPS = 1000  # of one user
 MEMBERS = ("member", "uniqueMember")
 
 
@@ -69,6 +69,27 @@ class LdapAuthenticator(Authenticator):
                 problems[0].what, why="; ".join(error.why or error.what for error in problems), fix=problems[0].fix
             )
 
+    def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
+        """See `Authenticator`."""
+        if self.options.user_dn is not None and self.options.bind_dn is None:
+            raise Unsupported("Users read their own entries only", fix="set auth.ldap.bind_dn")
+        if not name.isprintable() or " " in name:
+            return None
+        return self._servers.ask(lambda connection: self._known(connection, name), deadline)
+
+    def _known(self, connection: Connection, name: str) -> Identity | None:
+        self._bind_for_searches(connection)
+        if self.options.user_dn is None:
+            entry = self._find(connection, name)
+        else:
+            dn = self.options.user_dn.replace(NAME, escape_rdn(name))
+            try:
+                found = connection.search(dn, "(objectClass=*)", self._attributes(), entry_alone=True)
+            except NoEntry:
+                found = []
+            entry = found[0] if found else None
+        return self._identity_of(connection, *entry) if entry else None
+
     def _check_server(self, connection: Connection) -> None:
         self._bind_for_searches(connection)
         for key in ("user_base", "group_base"):
@@ -95,18 +116,33 @@ class LdapAuthenticator(Authenticator):
         dn, values = entry
         if options.user_dn is not None:
             values = self._own_entry(connection, dn)
-        user = self._spelling(dn, values) or (name if options.user_dn is not None else None)
+            if not values:
+                values = {options.user_attribute.lower(): [name.encode()]}
+        if options.group_base is not None and options.bind_dn is not None:
+            self._bind_for_searches(connection)
+        return self._identity_of(connection, dn, values)
+
+    def _identity_of(
+        self, connection: Connection, dn: str, values: Mapping[str, Sequence[bytes]]
+    ) -> Identity | None:
+        """Return the user of an entry, None if the user is in no allowed group."""
+        options = self.options
+        user = self._spelling(dn, values)
         if user is None:
             raise Unavailable(
                 f"The entry {dn} has no attribute {options.user_attribute}, or does not show it",
                 fix="correct auth.ldap.user_attribute, or let auth.ldap.bind_dn read it",
             )
+        groups = self._groups(connection, dn, user) if options.group_base is not None else frozenset()
         if options.allow_groups:
-            if options.bind_dn is not None:
-                self._bind_for_searches(connection)
-            if not self._allowed(connection, dn, user):
+            allowed = {group.casefold() for group in options.allow_groups}
+            if not any(name.casefold() in allowed for name in groups):
                 return None
-        return Identity(user=user)
+        ids = values.get(options.user_id_attribute.lower(), ()) if options.user_id_attribute else ()
+        return Identity(user=user, groups=groups, subject=_shown(ids[0]) if ids else None)
+
+    def _attributes(self) -> list[str]:
+        return [name for name in (self.options.user_attribute, self.options.user_id_attribute) if name]
 
     def _bind_for_searches(self, connection: Connection) -> None:
         options = self.options
@@ -135,7 +171,7 @@ class LdapAuthenticator(Authenticator):
         assert options.user_base is not None
         wanted = options.user_filter.replace(NAME, escape_filter_chars(name))
         try:
-            found = connection.search(options.user_base, wanted, [options.user_attribute], limit=2)
+            found = connection.search(options.user_base, wanted, self._attributes(), limit=2)
         except NoEntry as error:
             raise Unavailable(
                 f"{connection.server} has no entry {options.user_base}", fix="correct auth.ldap.user_base"
@@ -150,7 +186,7 @@ class LdapAuthenticator(Authenticator):
     def _own_entry(self, connection: Connection, dn: str) -> dict[str, Sequence[bytes]]:
         """Return what users may read of their own entry, perhaps nothing."""
         try:
-            found = connection.search(dn, "(objectClass=*)", [self.options.user_attribute], entry_alone=True)
+            found = connection.search(dn, "(objectClass=*)", self._attributes(), entry_alone=True)
         except NoEntry:
             return {}
         return dict(found[0][1]) if found else {}
@@ -165,21 +201,25 @@ class LdapAuthenticator(Authenticator):
 
     # -- groups ------------------------------------------------------------------------------------------
 
-    def _allowed(self, connection: Connection, dn: str, user: str) -> bool:
-        """Whether the user is a member of an allowed group, or of a group in one, and so on."""
-        allowed = {group.casefold() for group in self.options.allow_groups}
+    def _groups(self, connection: Connection, dn: str, user: str) -> frozenset[str]:
+        """Return the names of the groups of a user, of the groups with these groups, and so on."""
         seen: set[str] = set()
+        found_names: set[str] = set()
         members, account = [dn], user
         for _ in range(MAX_DEPTH if self.options.nested_groups else 1):
             found = [each for member in members for each in self._groups_of(connection, member, account)]
-            if any(name.casefold() in allowed for _, names in found for name in names):
-                return True
+            found_names.update(name for _, names in found for name in names if name.isprintable())
             members = [group for group in dict(found) if group not in seen]
             seen.update(members)
             account = ""
-            if not members or len(seen) > MAX_GROUPS:
+            if len(found_names) > MAX_GROUPS:
+                raise Unavailable(
+                    f"{user} is a member of more than {MAX_GROUPS} groups",
+                    fix="make auth.ldap.group_base narrower",
+                )
+            if not members:
                 break
-        return False
+        return frozenset(found_names)
 
     def _groups_of(self, connection: Connection, member: str, account: str) -> list[tuple[str, list[str]]]:
         """Return entry and names of each group with this member.
@@ -203,6 +243,15 @@ class LdapAuthenticator(Authenticator):
         return [
             (dn, [value.decode("utf-8", "replace") for value in values.get(attribute, ())]) for dn, values in found
         ]
+
+
+def _shown(value: bytes) -> str:
+    """Return a value as text; a binary one in hexadecimal."""
+    try:
+        text = value.decode()
+    except UnicodeDecodeError:
+        return value.hex()
+    return text if text.isprintable() else value.hex()
 
 
 def _exists(connection: Connection, base: str) -> bool:

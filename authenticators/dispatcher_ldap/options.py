@@ -103,16 +103,24 @@ class LdapOptions(Table):
         pattern=r"^[A-Za-z][A-Za-z0-9;-]*$",
         description="attribute that becomes the name of the user; Active Directory: sAMAccountName",
     )
+    user_id_attribute: str | None = Field(
+        default="entryUUID",
+        pattern=r"^[A-Za-z][A-Za-z0-9;-]*$",
+        description="attribute that tells an account from a later one of the same name, if the directory has it; "
+        "Active Directory: objectGUID",
+    )
     allow_groups: list[str] = Field(
         default=[],
         description="only members of one of these groups may sign in; by default, all users that are found",
     )
-    group_base: Dn | None = Field(default=None, description="entry below which groups are searched")
+    group_base: Dn | None = Field(
+        default=None, description="entry below which groups are searched; by default users have no groups"
+    )
     group_attribute: str = Field(
         default="cn", pattern=r"^[A-Za-z][A-Za-z0-9;-]*$", description="attribute with the name of a group"
     )
     nested_groups: Flag = Field(
-        default=False, description="members of a group in one of allow_groups may sign in, too"
+        default=False, description="members of a group are members of the groups that contain it, too"
     )
 
     @model_validator(mode="after")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dispatcher.plugin import Deadline, Forbidden, Unavailable
+from dispatcher.plugin import Deadline, Forbidden, NotFound, Unavailable, Unsupported
 from tests.support import slapd
 from tests.support.certificates import Authority
 from tests.support.edge_daemon import free_port
@@ -110,6 +111,38 @@ def test_groups_in_groups(ldap, server):
     assert sign_in(ldap(**allowed, nested_groups=True), *slapd.OUTSIDER) is None
     assert sign_in(ldap(allow_groups=["unix"], group_base=GROUP_BASE)) == "alice"
     assert sign_in(ldap(allow_groups=["unix"], group_base=GROUP_BASE), "bob", slapd.PEOPLE["bob"]) is None
+
+
+def test_the_groups_of_a_user_and_the_id_of_the_account(ldap, server):
+    def identity(**options):
+        return ldap(**options).authenticate("alice", PASSWORD, deadline=Deadline(20))
+
+    assert identity().groups == frozenset()
+    groups = identity(group_base=GROUP_BASE).groups
+    assert "staff" in groups and "others" not in groups
+    subject = identity().subject
+    assert re.fullmatch(r"[0-9a-f-]{36}", subject)
+    assert identity(user_id_attribute="objectGUID").subject is None
+    assert identity(user_id_attribute=None).subject is None
+    template = {"user_dn": f"uid={{name}},{PEOPLE_BASE}", "group_base": GROUP_BASE}
+    assert identity(**template).subject == subject
+    assert "staff" in identity(**template).groups
+
+
+@pytest.mark.parametrize("options", [{}, {"user_dn": f"uid={{name}},{PEOPLE_BASE}"}], ids=["search", "template"])
+def test_a_user_is_looked_up_without_the_password(ldap, options):
+    authenticator = ldap(**options, group_base=GROUP_BASE, allow_groups=["staff"])
+    found = authenticator.lookup("alice", deadline=Deadline(20))
+    assert (found.user, "staff" in found.groups) == ("alice", True)
+    assert found == authenticator.authenticate("alice", PASSWORD, deadline=Deadline(20))
+    for name in ("nobody", slapd.OUTSIDER[0], "ali*", "a b", "alice)(uid=*"):
+        assert authenticator.lookup(name, deadline=Deadline(20)) is None
+
+
+def test_users_are_not_looked_up_without_an_account_that_may(ldap):
+    options = {"user_dn": f"uid={{name}},{PEOPLE_BASE}", "bind_dn": None, "bind_password_file": None}
+    with pytest.raises(Unsupported):
+        ldap(**options).lookup("alice", deadline=Deadline(20))
 
 
 def test_several_names_of_one_account_are_one_user(ldap):
@@ -217,3 +250,55 @@ def test_no_password_is_sent_where_starttls_fails_without_an_error(ldap, server,
 
     monkeypatch.setattr(ldap3.Connection, "start_tls", lambda self, **_: False)
     assert "not encrypted" in why_not(ldap(servers=[server.url]))
+
+
+def test_groups_decide_about_apps_and_users_who_leave_are_signed_out(server, ldap, short_tmp):
+    options = ldap(group_base=GROUP_BASE).options.model_dump(exclude_none=True)
+    options = {key: str(value) if "file" in key else value for key, value in options.items()}
+    server.change(slapd.person("zoe", PASSWORD).replace("\n", "\nchangetype: add\n", 1).lstrip())
+    server.change(
+        f"dn: cn=lab,{GROUP_BASE}\nchangetype: add\nobjectClass: groupOfNames\ncn: lab\nmember: uid=zoe,{PEOPLE_BASE}\n"
+        f"member: uid=bob,{PEOPLE_BASE}\n"
+    )
+    app = {"provider": "subprocess", "subprocess": {"command": ["/bin/false"]}}
+    config = {
+        "auth": {"authenticator": ["ldap", "local"], "ldap": options},
+        "apps": {"demo": app, "lab": app},
+        "default_app": "demo",
+        "groups": {"lab": {"apps": ["lab"]}, "staff": {"apps": ["demo"]}},
+    }
+    with manager_in(short_tmp, None, **config) as manager:
+        with client_of(manager) as client, client_of(manager, "proxy_socket") as proxy:
+
+            def sync():
+                found = client.begin_sync()
+                end = time.monotonic() + 30
+                while found["running"]:
+                    assert time.monotonic() < end
+                    time.sleep(0.05)
+                    found = client.sync()
+                return found
+
+            assert client.test_sign_in("zoe")["apps"] == ["lab"]
+            assert client.test_sign_in("bob", slapd.PEOPLE["bob"])["groups"] == ["lab", "staff"]
+            assert client.agents()["agents"] == []
+            zoe = proxy.login("zoe", PASSWORD, address="192.0.2.1")["session"]
+            assert client.agent("zoe")["app"] == "lab", "the first app that she may use"
+            with pytest.raises(Forbidden, match="You may not use any app here"):
+                proxy.login(*slapd.OUTSIDER, address="192.0.2.1")
+            client.create_agent("root", "correct horse", "demo")
+            with server.down():
+                assert sync()["left"] == []
+                with pytest.raises(Forbidden, match="may not use any app"):  # local: signed in, and in no group
+                    proxy.login("root", "correct horse", address="192.0.2.1")
+            assert sync()["problems"] == []
+            server.change(f"dn: uid=zoe,{PEOPLE_BASE}\nchangetype: delete\n")
+            assert sync()["left"] == ["zoe"]
+            with pytest.raises(NotFound):
+                proxy.lookup(zoe["sha256"])
+            assert client.agent("zoe")["desired"] == "stopped"
+            server.change(slapd.person("zoe", PASSWORD).replace("\n", "\nchangetype: add\n", 1).lstrip())
+            with pytest.raises(Forbidden, match="The name zoe belongs to another account"):
+                proxy.login("zoe", PASSWORD, address="192.0.2.1")
+            client.release_user("zoe")
+            assert proxy.login("zoe", PASSWORD, address="192.0.2.1")["session"]["user"] == "zoe"

@@ -45,7 +45,8 @@ class FakeManager:
                 path = [unquote(part) for part in parts.path.strip("/").split("/")]
                 outer.requests.append((self.command, "/" + "/".join(path), query, body))
                 if body is not None and set(body) - {
-                    *("name", "password", "app", "state", "user", "service", "scopes", "expires", "note")
+                    *("name", "password", "app", "state", "user", "service", "scopes", "expires", "note"),
+                    *("force", "dry_run", "authenticator"),
                 }:
                     status, answer = problem(400, "bad-request", "Unknown member")
                 else:

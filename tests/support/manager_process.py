@@ -14,8 +14,12 @@ from tests.support.fake_supervisor import FakeSupervisor
 
 @contextmanager
 def manager_in(directory, monkeypatch, **tables):
-    """Yield a started manager below `directory`; `tables` are those of the configuration."""
-    monkeypatch.setattr(app, "Supervisor", lambda *, clock, **_: FakeSupervisor(clock))
+    """Yield a started manager below `directory`; `tables` are those of the configuration.
+
+    :param monkeypatch: None: with a real supervisor.
+    """
+    if monkeypatch is not None:
+        monkeypatch.setattr(app, "Supervisor", lambda *, clock, **_: FakeSupervisor(clock))
     places = {"run_dir": str(directory / "r"), "state_dir": str(directory / "s")}
     config = parse(tables | {"manager": places | tables.get("manager", {})})
     manager = app.Manager(config)

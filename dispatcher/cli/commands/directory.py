@@ -57,7 +57,7 @@ def test(cli: Cli, name: str, authenticator: str | None, password: bool, passwor
             for label, value in lines:
                 cli.out.line(f"  {label}: {clean(str(value))}")
     if not found["accepted"]:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)
 
 
 @auth.command(epilog="\b\nExample:\n  dispatcher auth release alice")
@@ -114,4 +114,4 @@ def sync(cli: Cli, dry_run: bool, force: bool) -> None:
         total = sum(len(found[key]) for key in ("changed", "left", "back", "removed"))
         cli.out.line(f"{found['users']} users asked for, {total} {would}changed")
     if found["problems"]:
-        raise SystemExit(1)
+        raise click.exceptions.Exit(1)

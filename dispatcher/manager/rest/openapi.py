@@ -17,6 +17,7 @@ from dispatcher.manager.rest.services import Services
 _REF = "#/components/schemas/{model}"
 _PARAMETER = re.compile(r"<([a-z_]+)>")
 _PATH_PARAMETERS = {
+    "user": "name of the user",
     "agent": "name of an agent: USER or USER:APP",
     "id": "public id of a session or an API token: the first 16 hexadecimal digits of the token's SHA-256",
     "provider": "name of a provider",

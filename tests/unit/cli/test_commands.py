@@ -597,3 +597,63 @@ def test_who_ends_sessions_is_told_of_tokens_that_remain(run, manager):
     assert "alice has 2 API tokens, which stay valid; to revoke: dispatcher tokens revoke --user alice" in err
     err = run("passwd", "--password-stdin", "alice", stdin=b"battery staple\n")[2]
     assert "2 API tokens" in err
+
+
+# Directories.
+
+SYNC = {
+    "running": False,
+    "dry_run": False,
+    "users": 3,
+    "asked": 3,
+    "changed": ["alice"],
+    "left": ["bob"],
+    "back": [],
+    "removed": [],
+    "skipped": {"oidc.uni": 2},
+    "problems": [],
+}
+
+
+def test_sync_follows_the_manager_and_says_what_changed(run, manager):
+    manager.answers["POST /sync"] = (202, SYNC | {"running": True, "asked": 0})
+    manager.answers["GET /sync"] = (200, SYNC)
+    code, out, err = run("sync")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "alice: other groups",
+        "bob: left",
+        "oidc.uni: 2 users were not looked up, the authenticator cannot do it",
+        "3 users asked for, 2 changed",
+    ]
+    assert manager.requests[0][3] == {"force": False, "dry_run": False}
+
+
+def test_sync_with_a_problem_fails(run, manager):
+    manager.answers["POST /sync"] = (202, SYNC | {"problems": ["ldap: The directory does not answer"]})
+    code, out, err = run("sync", "--dry-run")
+    assert (code, err) == (1, "problem: ldap: The directory does not answer\n")
+    assert "2 would be changed" in out
+    assert json.loads(run("sync", "--json")[1])["left"] == ["bob"]
+
+
+def test_auth_test_shows_what_a_sign_in_would_give(run, manager):
+    found = {"accepted": True, "refusal": "", "authenticator": "ldap", "user": "alice", "groups": ["staff"]}
+    found |= {"configured_groups": [], "apps": ["lab"], "agents": []}
+    manager.answers["POST /sign-in/test"] = (200, found)
+    code, out, _ = run("auth", "test", "alice", "--password-stdin", stdin=b" secret \n")
+    assert code == 0
+    assert out.splitlines()[0] == "accepted"
+    assert "  groups: staff" in out and "  apps: lab" in out
+    assert manager.requests[-1][3] == {"name": "alice", "password": " secret "}
+
+
+def test_auth_test_of_a_refusal_fails(run, manager):
+    manager.answers["POST /sign-in/test"] = (200, {"accepted": False, "refusal": "no such user"})
+    assert run("auth", "test", "alice")[:2] == (1, "refused: no such user\n")
+
+
+def test_auth_release(run, manager):
+    manager.answers["POST /users/alice/release"] = (204, None)
+    code, out, _ = run("auth", "release", "Alice", "--yes")
+    assert (code, out) == (0, "alice belongs to the next account that signs in with this name\n")
