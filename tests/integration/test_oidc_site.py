@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import pytest
@@ -45,21 +48,14 @@ def provider():
 
 
 @pytest.fixture(scope="module")
-def site(provider, tmp_path_factory):
-    import shutil
-    import tempfile
-    from pathlib import Path
-
+def site(provider):
     base = Path(tempfile.mkdtemp(prefix="d-", dir="/tmp"))
     base.chmod(0o755)
-    try:
-        with Site(base, provider) as site:
-            provider.start()
-            site.start("manager")
-            site.start("proxy")
-            yield site
-    finally:
-        shutil.rmtree(base, ignore_errors=True)
+    with Site(base, provider) as site:  # it removes the directory
+        provider.start()
+        site.start("manager")
+        site.start("proxy")
+        yield site
 
 
 def follow(browser, url, limit=10):
@@ -254,7 +250,7 @@ def test_programs_learn_how_to_sign_in(site):
     assert answer == {"sign_in": None, "sites": [{"title": "Corp", "url": "/auth/start/oidc.corp"}]}
 
 
-def test_both_ways_on_one_page_and_a_name_belongs_to_who_had_it_first(provider, short_tmp):
+def test_both_ways_on_one_page_and_a_name_belongs_to_who_had_it_first(short_tmp):
     with OpenIdProvider.prepared() as own, Site(short_tmp, own, also=["local"]) as site:
         own.start()
         site.start("manager")
@@ -311,7 +307,7 @@ def test_answers_of_two_providers_are_not_mixed_up(short_tmp, monkeypatch):
 
 def at_manager(client, name, user="alice", address="192.0.2.1"):
     """Begin a sign-in at the manager and sign in at the provider; return the parameters of its answer."""
-    nonce = oidc.hashlib.sha256(b"n" * 43).hexdigest()
+    nonce = hashlib.sha256(b"n" * 43).hexdigest()
     url = client.begin_sign_in(name, nonce, address, "/")["url"]
     return parameters(Browser().sign_in(url, user, stop="http://127.0.0.1:9/"))
 
@@ -339,7 +335,7 @@ def test_a_hundred_sign_in_at_once_and_strangers_are_slowed_down(short_tmp, monk
 
                 with pytest.raises(TooManyRequests):
                     for _ in range(60):
-                        nonce = oidc.hashlib.sha256(b"n" * 43).hexdigest()
+                        nonce = hashlib.sha256(b"n" * 43).hexdigest()
                         url = client.begin_sign_in("oidc.corp", nonce, "198.51.100.1", "/")["url"]
                         forged = {"state": parameters(url)["state"], "code": "guessed", "iss": provider.issuer}
                         with pytest.raises(BadRequest):

@@ -65,6 +65,9 @@ class FakeStore:
             raise NotFound(f"There is no user {name}")
         self.rows[name] = replace(self.rows[name], source=None, subject=None, groups=(), departed=None)
 
+    def users_of(self, source, subject):
+        return [row for row in self.rows.values() if (row.source, row.subject) == (source, subject)]
+
     def add(self, name, password_hash=None):
         self.last_id += 1
         self.rows[name] = UserRow(

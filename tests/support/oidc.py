@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib  # noqa: F401 - for tests
 import html
 import importlib.util
 import json

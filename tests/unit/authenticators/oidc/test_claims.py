@@ -109,3 +109,23 @@ def test_an_issuer_on_this_machine_needs_no_encryption():
         "https://login.example.org/",
     ):
         assert OidcOptions(issuer=issuer, client_id="x").issuer == issuer
+
+
+def test_the_address_of_the_portal_must_be_known():
+    import dispatcher_oidc
+    from dispatcher.config.load import parse
+    from dispatcher.config.plugins import Plugins
+    from dispatcher.plugin import ConfigError
+
+    plugins = Plugins([])
+    plugins.register("oidc", dispatcher_oidc)
+    table = {"issuer": "https://login.example.org", "client_id": "x"}
+    auth = {"authenticator": "oidc.corp", "oidc": {"corp": table}}
+    with pytest.raises(
+        ConfigError, match=r"proxy\.public_url: is missing, the authenticator 'oidc\.corp' requires it"
+    ):
+        parse({"auth": auth}).authenticator_options("oidc.corp", plugins)
+    found = parse({"auth": auth, "proxy": {"public_url": "https://apps.example.org"}})
+    assert found.authenticator_options("oidc.corp", plugins).issuer == table["issuer"]
+    with pytest.raises(ConfigError, match=r"auth\.oidc\.NAME"):
+        found.authenticator_options("oidc", plugins)

@@ -237,6 +237,8 @@ def test_a_name_belongs_to_the_account_that_signed_in_with_it_first(store):
     store.create(row(), password_hash=None, allocated=False, events=[])
     assert store.bind_user("alice", "ldap", None, ["staff"])
     assert store.bind_user("alice", "ldap", "1000", [])
+    assert [user.name for user in store.users_of("ldap", "1000")] == ["alice"]
+    assert store.users_of("oidc.uni", "1000") == store.users_of("ldap", "2000") == []
     assert not store.bind_user("alice", "ldap", "2000", ["staff"])
     assert not store.bind_user("alice", "oidc.uni", "1000", ["staff"])
     assert store.bind_user("alice", "ldap", None, ["b", "a"])
