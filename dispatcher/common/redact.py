@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dispatcher.common.api_tokens import PREFIX
+
 MASK = "********"
 
 _KEY = re.compile(r"passw|secret|token|api_?key|private_?key", re.IGNORECASE)
 _REQUEST_KEY = re.compile(r"authori[sz]ation|cookie|credential|stdin|nonce|\bdevice\b", re.IGNORECASE)
+_API_TOKEN = re.compile(PREFIX + r"[A-Za-z0-9_-]{20,}")
 _USERINFO = re.compile(r"(?<=://)([^\s/?#:@]*):[^\s/?#]*(?=@)")
 _PAIR = re.compile(
     r"(\b(?:(?!passwords\b)\w*passw\w*|\w*token|\w*secret|authorization|code|nonce)\b[\"']?\s*[=:]\s*)"
@@ -34,7 +37,9 @@ def url_passwords(text: str, mask: str = MASK) -> str:
 
 
 def text(text: str, mask: str = MASK) -> str:
-    """Return `text` with the passwords in URLs masked, and the values of pairs such as ``token=...``."""
+    """Return `text` with API tokens, passwords in URLs, and the values of pairs such as ``token=...`` masked."""
+    if PREFIX in text:
+        text = _API_TOKEN.sub(PREFIX + mask, text)
     return _PAIR.sub(lambda match: f"{match[1]}{mask}", url_passwords(text, mask))
 
 

@@ -94,7 +94,8 @@ class ManagerConfig(Table):
         default=None, description="CA whose client certificates give administrative access over TLS"
     )
     token_file: Path | None = Field(
-        default=None, description="file of tokens for administrative access over TLS, one a line"
+        default=None,
+        description="file of tokens for full administrative access over TLS, one a line; API tokens need no file",
     )
     admin_group: str = Field(
         default="dispatcher-admin", description="group with administrative access through manager.sock"

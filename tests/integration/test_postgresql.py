@@ -1,5 +1,6 @@
 """The manager's rows in a PostgreSQL server, and a server that restarts."""
 
+import dataclasses
 import os
 import pwd
 import shutil
@@ -15,6 +16,7 @@ from dispatcher.manager.storage.rows import AgentRow, CopyRow, KeptRow
 from dispatcher.manager.storage.auth import Account, AuthStore, SessionRow, Visitor
 from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.rows import Desired
+from dispatcher.manager.storage.tokens import TokenRow, TokenStore
 from dispatcher.plugin.errors import Conflict, Unavailable
 from dispatcher.plugin.model import AgentEvent
 from tests.support.postgresql import programs
@@ -108,6 +110,18 @@ def test_rows_come_back_as_they_were(database):
     auth.add_session(session, Visitor(address="192.0.2.1", user_agent="Browser"), device="1" * 64)
     assert auth.sessions() == [session]
     assert auth.knows_device("1" * 64, made.user_id, TIME)
+    tokens = TokenStore(database)
+    token = TokenRow(
+        sha256="2" * 64, user="alice", user_id=made.user_id, service=None, scopes=("read", "app"), note="n",
+        created=TIME, expires=TIME + 5,
+    )  # fmt: skip
+    tokens.add(token)
+    tokens.set_last_used({token.sha256: TIME})
+    assert tokens.all() == [dataclasses.replace(token, last_used=TIME)]
+    tokens.pull_back(TIME - 1000)
+    assert [row.expires for row in tokens.all()] == [pytest.approx(TIME - 995)]
+    tokens.remove([token.sha256])
+    assert tokens.all() == []
     auth.keep({"name:alice": Account(1.5, TIME, TIME)})
     assert auth.accounts() == {"name:alice": Account(1.5, TIME, TIME)}
     kept = KeptRow(agent="alice", uid=200_000, app="demo", provider="fake", handle="", time=TIME)

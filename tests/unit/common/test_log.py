@@ -41,6 +41,7 @@ def test_no_secret_is_written(log_output, format):
     log.info("x", url="https://alice:hunter22@host/?next=/&password=hunter22&a=b")
     log.info('x {"password": "hunter22"} token=hunter22; Authorization: Bearer hunter22')
     logging.getLogger("other").error("failed with password='hunter22'")
+    log.info("wrong name or password", user="dsp_hunter22hunter22hunter22hunter22hunter22xxx")
     try:
         raise ValueError("password=hunter22")
     except ValueError:
