@@ -121,20 +121,28 @@ def test_configurations_in_the_documentation_are_good(path):
     assert names <= {*Plugins().available(), *of_pages}
     if "libvirt" in names:
         pytest.importorskip("libvirt", reason="libvirt-python is not installed")
-    assert found.auth.authenticator in {"local", "ldap", "pam", "staff"}
-    names |= {found.auth.authenticator}
-    if not names & {*of_pages, "staff", "ldap", "pam"} and all(app.model_extra for app in found.apps.values()):
+    plugins = {entry.partition(".")[0] for entry in found.auth.authenticators}
+    assert plugins <= {"local", "ldap", "oidc", "pam", "staff"}
+    names |= plugins
+    if not names & {*of_pages, "staff", "ldap", "oidc", "pam"} and all(
+        app.model_extra for app in found.apps.values()
+    ):
         found.validate_providers(Plugins())
 
 
 def test_tables_of_authenticators_in_the_documentation_are_good():
     """Each block alone: those of one page are alternatives."""
     pytest.importorskip("ldap3", reason="ldap3 is not installed")
-    for name, least in (("ldap", 3), ("pam", 1)):
-        blocks = [block for page in PAGES for block in texts(page, "toml") if f"[auth.{name}]" in block]
-        assert len(blocks) >= least
-        for block in blocks:
-            parse(tomllib.loads(block)).authenticator_options(name, Plugins())
+    pytest.importorskip("joserfc", reason="joserfc is not installed")
+    for name, least in (("ldap", 3), ("pam", 1), ("oidc", 5)):
+        found = [
+            block for page in PAGES for block in texts(page, "toml") if re.search(rf"\[auth\.{name}[].]", block)
+        ]
+        assert len(found) >= least
+        for block in found:
+            config = parse(tomllib.loads(block))
+            for entry in config.auth.authenticators if name == "oidc" else (name,):
+                config.authenticator_options(entry, Plugins())
 
 
 def test_commands_in_the_documentation_exist():
