@@ -397,6 +397,26 @@ def test_thirty_sign_in_at_once(pam):
     assert time.monotonic() - begin < 20
 
 
+def test_who_is_locked_on_the_host_is_signed_out(etc, pam, short_tmp, monkeypatch):
+    etc.add("dora", PASSWORD)
+    table = {"authenticator": "pam", "pam": {"refusal_time": "100ms"}}
+    with manager_in(short_tmp, monkeypatch, auth=table) as manager:
+        with client_of(manager) as client, client_of(manager, "proxy_socket") as proxy:
+
+            def left():
+                client.begin_sync()
+                until("the end of the synchronisation", lambda: not client.sync()["running"])
+                assert client.sync()["problems"] == []
+                return client.sync()["left"]
+
+            for name in ("alice", "dora"):
+                proxy.login(name, PASSWORD, address="192.0.2.1")
+            assert left() == []
+            etc.run("usermod", "--lock", "dora")
+            assert left() == ["dora"]
+            assert [each["user"] for each in client.sessions()["sessions"]] == ["alice"]
+
+
 def test_a_user_of_the_host_gets_an_agent_and_doctor_says_what_is_wrong(etc, pam, short_tmp, monkeypatch):
     table = {"authenticator": "pam", "pam": {"refusal_time": "100ms", "allow_groups": ["people"]}}
     with manager_in(short_tmp, monkeypatch, auth=table) as manager:
