@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from pydantic import BaseModel, ConfigDict
 
 from dispatcher.manager.auth.hashing import Hasher, check_length
-from dispatcher.manager.storage.agents import Store
+from dispatcher.manager.storage.agents import LOCAL, Store
 from dispatcher.plugin.authenticator import Authenticator, Identity
 from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.hooks import hookimpl
 
-NAME = "local"
+NAME = LOCAL
 
 
 class LocalOptions(BaseModel):

@@ -21,6 +21,7 @@ from dispatcher.plugin.errors import Conflict, NotFound
 from dispatcher.plugin.model import AgentEvent
 
 MAX_EVENTS = 100_000
+LOCAL = "local"  # the authenticator whose passwords are in `UserRow`
 
 
 def steady_clock(database: Database) -> SteadyWallClock:
@@ -115,6 +116,8 @@ class Store:
     ) -> AgentRow:
         """Insert an agent, and its user when that is new; return the row with its ids.
 
+        A new user without a password who gets kept data belongs to the account to which the data belonged.
+
         :param allocated: `row.uid` is of the agents' range and is taken for it; kept data of the name is its own.
         :raises Conflict: the name or the user id is taken.
         """
@@ -125,6 +128,10 @@ class Store:
                 ).scalar()
                 if user_id is None:
                     user = {"name": row.user, "password_hash": password_hash, "created": row.created, "groups": ()}
+                    owner = sa.select(tables.kept.c.source, tables.kept.c.subject)
+                    kept = connection.execute(owner.where(tables.kept.c.agent == row.name)).first()
+                    if kept is not None and password_hash is None:
+                        user |= kept._asdict()
                     user_id = _insert(connection, tables.users, user)
                 connection.execute(tables.kept.delete().where(tables.kept.c.agent == row.name))
                 if allocated:
@@ -156,7 +163,11 @@ class Store:
                 connection.execute(tables.uids.delete().where(tables.uids.c.agent == row.name))
                 connection.execute(tables.copies.delete().where(tables.copies.c.agent == row.name))
             else:
-                connection.execute(tables.kept.insert(), values(kept, tables.kept))
+                users = tables.users.c
+                has_password = sa.and_(users.source.is_(None), users.password_hash.is_not(None))
+                source = sa.case((has_password, LOCAL), else_=users.source).label("source")
+                owner = connection.execute(sa.select(source, users.subject).where(users.id == row.user_id)).one()
+                connection.execute(tables.kept.insert(), values(kept, tables.kept) | owner._asdict())
             _add_events(connection, [(row.id, event) for event in events])
             others = sa.select(tables.agents.c.id).where(tables.agents.c.user_id == row.user_id).limit(1)
             if connection.execute(others).first():

@@ -152,6 +152,7 @@ class Database:
             added = {
                 "users": ("source VARCHAR(128)", "subject VARCHAR(255)", "groups JSON", "departed FLOAT"),
                 "sessions": ("source VARCHAR(128)", "external VARCHAR(255)", "kept TEXT"),
+                "kept": ("source VARCHAR(128)", "subject VARCHAR(255)"),
             }
             for name, columns in added.items():
                 present = {column["name"] for column in sa.inspect(connection).get_columns(name)}

@@ -149,7 +149,10 @@ class AgentRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptRow:
-    """Data kept on purpose when its agent was removed; a new agent of the same name gets it."""
+    """Data kept on purpose when its agent was removed; a new agent of the same name gets it.
+
+    :ivar source: the authenticator, and :ivar subject: the account to which the data belonged; None: nobody's yet.
+    """
 
     agent: AgentName
     uid: int
@@ -157,6 +160,8 @@ class KeptRow:
     provider: Short
     handle: str
     time: float
+    source: Source | None = None
+    subject: Annotated[str, 255] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

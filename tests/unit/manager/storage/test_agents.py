@@ -147,7 +147,7 @@ def test_kept_data_holds_its_user_id(store):
     first = store.create(row("alice"), password_hash="h", allocated=True, events=[])
     kept = KeptRow(agent="alice", uid=1000, app="demo", provider="fake", handle="h", time=4.0)
     store.remove(first, kept=kept, events=[])
-    assert store.kept("alice") == kept
+    assert store.kept("alice") == dataclasses.replace(kept, source="local")
     assert store.is_taken(1000)
     assert store.last_uid() == 1000
     assert store.providers() == {"fake"}
@@ -156,6 +156,21 @@ def test_kept_data_holds_its_user_id(store):
     store.remove(again, kept=None, events=[])
     assert not store.is_taken(1000)
     assert store.providers() == set()
+
+
+@pytest.mark.parametrize("owner", ["local", "ldap"])
+def test_kept_data_is_only_for_the_account_whose_it_was(store, owner):
+    password_hash = "h" if owner == "local" else None
+    first = store.create(row("alice"), password_hash=password_hash, allocated=True, events=[])
+    assert store.bind_user("alice", "ldap", "1", ["staff"]) == (owner == "ldap")
+    kept = KeptRow(agent="alice", uid=1000, app="demo", provider="fake", handle="h", time=4.0)
+    store.remove(first, kept=kept, events=[])
+    store.create(row("alice"), password_hash=None, allocated=True, events=[])
+    assert not store.bind_user("alice", "ldap", "2", []), "another account of the name"
+    assert not store.bind_user("alice", "pam", "1", []), "of another directory"
+    assert store.bind_user("alice", "ldap", "1", []) == (owner == "ldap")
+    store.release_user("alice")
+    assert store.bind_user("alice", "ldap", "2", []), "an administrator has looked"
 
 
 def test_kept_data_that_is_purged_frees_its_user_id(store):
