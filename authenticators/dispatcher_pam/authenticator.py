@@ -54,6 +54,11 @@ class PamAuthenticator(Authenticator):
         super().__init__(options=options)
         self._places = threading.BoundedSemaphore(MAX_HELPERS)
 
+    @property
+    def refusal_time(self) -> float:
+        """See `Authenticator`."""
+        return self.options.refusal_time
+
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
         """See `Authenticator`."""
         answer = Deadline(self.options.refusal_time)

@@ -114,6 +114,11 @@ class Authenticator(BaseAuthenticator):
     #: Whether `set_password` changes passwords; None: if it is overridden.  Without, users see no form for it.
     changes_passwords: ClassVar[bool | None] = None
 
+    @property
+    def refusal_time(self) -> float:
+        """Seconds that each refusal takes at least; in a list of authenticators those by others take as long."""
+        return 0.0
+
     @abstractmethod
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
         """Return the identity of `name`, or None for a wrong password; takes the same time for an unknown name.

@@ -40,8 +40,13 @@ class Authenticators:
 
     @property
     def several(self) -> bool:
-        """Whether passwords are checked in several places."""
-        return sum(entry.verifies_passwords for entry in self) > 1
+        """Whether the time of a refusal could show to which authenticator a name belongs."""
+        return len(self._entries) > 1
+
+    @property
+    def refusal_time(self) -> float:
+        """Seconds that the refusal of a new name takes at least, as each of them but `local` is asked."""
+        return sum(entry.refusal_time for entry in self.of(None))
 
     def get(self, name: str) -> ContainedAuthenticator:
         """Return the authenticator of an entry.
@@ -73,7 +78,10 @@ class Authenticators:
         :param asking: called before an authenticator is asked.
         :raises Unavailable: none accepts it, and one cannot say.
         """
-        return ask_for_password(self.of(user), name, password, deadline, asking)
+        asked = self.of(user)
+        if self.local and not any(entry.verifies_passwords for entry in asked):
+            asked, name = [self.local], ""  # nobody's: it refuses that after the time of a wrong password
+        return ask_for_password(asked, name, password, deadline, asking)
 
     def problems(self) -> Iterator[tuple[ContainedAuthenticator, DispatcherError]]:
         """Yield the authenticators that do not work, each with the reason, as far as the last calls show."""

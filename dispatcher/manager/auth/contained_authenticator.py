@@ -36,6 +36,7 @@ MAX_GROUPS = 1000  # of one user
 MAX_NAME = 255  # characters of a group, of a subject
 MAX_TITLE = 64  # characters
 MAX_KEPT = 16384  # characters
+MAX_REFUSAL = 10.0  # seconds
 MAX_URL = 16384  # characters
 MAX_USER = 4096  # characters; the rules of names allow fewer, and say so
 RETRY = 5.0  # seconds until a browser may try again
@@ -74,6 +75,20 @@ class ContainedAuthenticator:
         cls = type(self._wrapped)
         stated = cls.changes_passwords
         return stated if isinstance(stated, bool) else cls.set_password is not Authenticator.set_password
+
+    @cached_property
+    def refusal_time(self) -> float:
+        """Seconds that each refusal takes at least, 0 if it is not known."""
+        if not isinstance(self._wrapped, Authenticator):
+            return 0.0
+        try:
+            with contained(self.plugin, "refusal_time"):
+                found: object = plain(self._wrapped.refusal_time)
+                if type(found) not in {int, float} or not 0 <= found <= MAX_REFUSAL:  # type: ignore[operator]
+                    raise self._invalid("refusal_time", f"expected 0 to {MAX_REFUSAL:g} seconds")
+                return float(found)  # type: ignore[arg-type]
+        except DispatcherError:
+            return 0.0
 
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
         """Return the user, with the name in canonical form; None for a wrong name or password.

@@ -249,7 +249,9 @@ class SignIn:
         if attempt.end():
             self.keep(self.throttle.succeeded(keys, now) if found else self.throttle.failed(keys, now))
         if found is None and self.authenticators.several:  # the time would show which of them knows the name
-            time.sleep(min(STEP - (boottime() - began) % STEP, deadline.remaining()))
+            passed = boottime() - began
+            least = max(passed, self.authenticators.refusal_time)
+            time.sleep(min((least // STEP + 1) * STEP - passed, deadline.remaining()))
         return found
 
     def preview(self, raw_name: str, password: str | None, only: str | None) -> tuple[str, Identity] | None:

@@ -9,7 +9,7 @@ import pytest
 from dispatcher.manager.auth import signin
 from dispatcher.manager.auth.local import LocalOptions
 from dispatcher.manager.auth.local import plugin as local_plugin
-from dispatcher.plugin.authenticator import Authenticator, Identity
+from dispatcher.plugin.authenticator import Authenticator, Identity, WebAuthenticator
 from dispatcher.plugin.errors import Unavailable
 from tests.support.manager_parts import Parts
 
@@ -125,6 +125,48 @@ def test_the_time_of_a_refusal_does_not_show_which_authenticator_knows_the_name(
         return time.monotonic() - began
 
     assert min(seconds("root"), seconds("nobody")) >= 0.39
+
+
+def test_refusals_by_all_take_as_long_as_those_of_the_slowest(parts, monkeypatch):
+    monkeypatch.setattr(signin, "STEP", 0.125)
+    slow = directory("slow", {"bob": ("correct horse", Identity(user="bob"))})
+    type(slow).refusal_time = 0.25
+    quick = type(slow).authenticate
+    type(slow).authenticate = lambda self, *args, **more: quick(self, *args, **more) or time.sleep(0.25)
+    found = parts(slow)
+    assert found.add("root", "correct horse").status_code == 201
+    assert found.login("bob").status_code == 201
+    found.login("warm", "wrong horse")
+    for name in ("root", "bob", "nobody"):
+        began = time.monotonic()
+        assert found.login(name, "wrong horse").status_code == 403
+        assert time.monotonic() - began >= 0.37, name
+
+
+def test_beside_a_site_a_wrong_password_takes_as_long_for_a_name_that_is_not_local(parts):
+    class Site(WebAuthenticator):
+        name = "site"
+        Options = LocalOptions
+        title = "Site"
+
+        def begin(self, **_):
+            raise NotImplementedError
+
+        def finish(self, parameters, **_):
+            raise NotImplementedError
+
+    found = parts(Site(options=LocalOptions()))
+    assert found.add("root", "correct horse").status_code == 201
+    assert found.add("alice", None).status_code == 201
+    assert found.supervisor.store.bind_user("alice", "site", "1", ())
+    verified = []
+    verify = found.hasher.verify
+    found.hasher.verify = lambda *args: verified.append(args) or verify(*args)
+    for name in ("root", "nobody", "alice"):
+        assert found.login(name, "wrong horse").status_code == 403
+    assert len(verified) == 3, "a password is hashed for each of them"
+    found.supervisor.store.set_password_hash("alice", found.hasher.hash("correct horse"))
+    assert found.login("alice").status_code == 403, "the name is the site's"
 
 
 def test_with_one_authenticator_a_refusal_comes_at_once(tmp_path, monkeypatch):
