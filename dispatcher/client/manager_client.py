@@ -227,6 +227,10 @@ class ManagerClient:
         """End a session; ``{"url"}`` at which the browser ends it at the other site, too, or None."""
         return self._post("/sessions/sign-out", {"sha256": sha256}, again=True)
 
+    def identity_keys(self) -> Json:
+        """``{"keys": [...]}``: a JWK Set."""
+        return self._get("/identity/keys")
+
     def lookup(self, sha256: str) -> Json:
         """SESSION; `NotFound` when it has ended or is unknown."""
         return self._post("/sessions/lookup", {"sha256": sha256}, again=True)

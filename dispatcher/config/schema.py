@@ -302,6 +302,10 @@ class AppDefaults(Table):
     max_restarts: Count = Field(
         default=5, ge=0, description="maximum restarts within ten minutes; after more the agent has failed"
     )
+    identity: Flag = Field(
+        default=False,
+        description="add X-Dispatcher-Identity to the app's requests: a signed statement (JWT) of user and groups",
+    )
     credentials: Literal["none", "stdin"] = Field(
         default="none",
         description="stdin: the app receives the name and password of the sign-in on its standard input",

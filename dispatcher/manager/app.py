@@ -19,9 +19,12 @@ from dispatcher.config.load import Config, load
 from dispatcher.config.messages import wrong
 from dispatcher.config.plugins import Plugins
 from dispatcher.config.plugins_used import configured
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.composition import Supervisor, restoring
+from dispatcher.manager.agents.lifecycle import FeedState
 from dispatcher.manager.agents.observers import EventLog
 from dispatcher.manager.auth import local
+from dispatcher.manager.auth.app_identity import RENEWAL, AppIdentity
 from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.directory_sync import DirectorySync
@@ -170,6 +173,7 @@ class Manager:
             metrics=metrics,
             base=self._portal_url,
         )
+        self.identity = AppIdentity(self.paths.secrets_dir, self._portal_url)
         sync = DirectorySync(
             authenticators=authenticators,
             supervisor=self.supervisor,
@@ -197,7 +201,9 @@ class Manager:
             sessions=self.sessions,
             tokens=self.tokens,
             allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
+            statement=self._statement,
         )
+        self.supervisor.every(RENEWAL / 4, self._renew_statements)
         self.services = Services(
             config=config,
             database=database,
@@ -207,6 +213,7 @@ class Manager:
             signin=signin,
             web_signin=web_signin,
             sync=sync,
+            identity=self.identity,
             plugins=self._plugins,
             clock=clock,
             metrics=metrics,
@@ -230,6 +237,7 @@ class Manager:
             workers=self.feed.counters,
             observers=lambda: self.supervisor.observers.states,
         )
+        self.supervisor.registry.on_removal(lambda agent, _user: self.identity.forget(agent))
         follow_removals(self.supervisor, self.sessions, self.tokens, self.feed.synchronize)
         self._listen()
         pool.background(hasher.warm)
@@ -275,6 +283,31 @@ class Manager:
                 raise
             _log.error("nobody can sign in", authenticator=name, why=str(error))
             return ContainedAuthenticator(self._plugins.ref("authenticator", name), None, error)
+
+    def _statement(self, view: AgentView) -> str | None:
+        """Return what an app's requests say of the user, None for an app that does not want to know."""
+        app = self.config.apps.get(view.app)
+        if app is None or not app.identity or view.feed_state is not FeedState.RUNNING:
+            return None
+        try:
+            return self.identity.statement(
+                user=view.user,
+                groups=self.supervisor.access.groups(view.user),
+                app=view.app,
+                agent=view.name,
+            )
+        except DispatcherError as error:
+            _log.error("an app gets no statement about its user", agent=view.name, why=str(error))
+            return None
+
+    def _renew_statements(self) -> None:
+        """Let the edge have statements that are valid for some time."""
+        for name, app in self.config.apps.items():
+            if app.identity:
+                for view in self.supervisor.queries.views():
+                    if view.app == name and view.feed_state is FeedState.RUNNING:
+                        self._statement(view)  # it takes its time here, not in the feed's thread
+                        self.feed.agent_changed(view.name)
 
     def _portal_url(self) -> str:
         proxy = self.config.proxy

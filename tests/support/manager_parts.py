@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import flask
 from pydantic import TypeAdapter
@@ -19,6 +20,7 @@ from dispatcher.manager.storage.database import Database
 from dispatcher.manager.storage.tokens import TokenStore
 from dispatcher.manager.auth.authenticators import Authenticators
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
+from dispatcher.manager.auth.app_identity import AppIdentity
 from dispatcher.manager.auth.directory_sync import DirectorySync
 from dispatcher.manager.auth.local import plugin
 from dispatcher.manager.metrics import Metrics
@@ -112,6 +114,7 @@ class Parts:
             tokens=self.tokens,
             signin=signin,
             web_signin=self.web_signin,
+            identity=AppIdentity(Path(directory), lambda: "https://apps.example.org/auth"),
             sync=DirectorySync(
                 authenticators=Authenticators([self.authenticator, *self.others]),
                 supervisor=self.supervisor,

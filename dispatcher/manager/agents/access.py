@@ -36,6 +36,10 @@ class Access:
             self._registry.specs.forget()
             self.enforce(self._registry.of_user(user))
 
+    def groups(self, user: str) -> frozenset[str]:
+        """Return all groups of a user."""
+        return self._registry.specs.groups(user, self._registry.user_id(user))
+
     def may_use(self, user: str, app: str) -> bool:
         """Whether a user may use an app."""
         return self._registry.specs.may_use(user, self._registry.user_id(user), app)

@@ -18,7 +18,7 @@ from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
 from dispatcher.common.peer_credentials import peer_credentials
 from dispatcher.feed import protocol
-from dispatcher.manager.agents.agent import default_agent
+from dispatcher.manager.agents.agent import AgentView, default_agent
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.tokens import ApiTokens
@@ -38,6 +38,7 @@ class Feed:
     """Serves the feed on one listening socket.
 
     :param sock: bound; :param allowed: whether a process may connect, by user id and group id.
+    :param statement: returns what the edge passes to an agent about its user, None for nothing.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Feed:
         sessions: Sessions,
         tokens: ApiTokens,
         allowed: Callable[[int, int], bool],
+        statement: Callable[[AgentView], str | None] = lambda _view: None,
     ) -> None:
         self._sock = sock
         self._supervisor = supervisor
         self._sessions = sessions
         self._tokens = tokens
         self._allowed = allowed
+        self._statement = statement
         self._pool = ThreadPoolExecutor(4, "dispatcher-feed")
         self._workers: set[Worker] = set()
         self._agents_of: dict[str, dict[str, None]] = {}
@@ -197,7 +200,7 @@ class Feed:
             mine = self._agents_of.setdefault(user, {})
             known = name in mine
             try:
-                rows.append(self._supervisor.queries.view(name).to_feed())
+                rows.append(self._agent_row(self._supervisor.queries.view(name)))
                 mine[name] = None
             except NotFound:
                 gone.append(name)
@@ -207,6 +210,13 @@ class Feed:
             if not mine:
                 del self._agents_of[user]
         return rows, gone, touched
+
+    def _agent_row(self, view: AgentView) -> frames.Row:
+        """Return AGENT."""
+        row = view.to_feed()
+        if (statement := self._statement(view)) is not None:
+            row["identity"] = statement
+        return row
 
     def _token_rows(self, rows: Iterable[TokenRow]) -> Iterator[frames.Row]:
         """Yield the rows of tokens that open agents."""
@@ -227,7 +237,7 @@ class Feed:
             agents_of.setdefault(view.user, []).append(view.name)
         sessions = self._sessions.all()
         return frames.snapshot(
-            (view.to_feed() for view in views),
+            (self._agent_row(view) for view in views),
             (frames.session_row(row, agents_of.get(row.user, []), self._sessions.ttl(row)) for row in sessions),
             self._token_rows(self._tokens.all()),
         )
@@ -278,6 +288,7 @@ class Feed:
             tokens=self._tokens,
             pool=self._pool,
             snapshot=self._snapshot,
+            agent_row=self._agent_row,
         )
         self._workers.add(worker)
         try:

@@ -14,10 +14,12 @@ from typing import Any
 
 from dispatcher.common.log import logger
 from dispatcher.feed import protocol
+from dispatcher.manager.agents.agent import AgentView
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth.sessions import Sessions
 from dispatcher.manager.auth.tokens import ApiTokens
 from dispatcher.manager.feed import frames
+from dispatcher.manager.feed.frames import Row
 from dispatcher.manager.metrics import clean_counters
 from dispatcher.plugin.deadline import boottime
 
@@ -36,6 +38,7 @@ class Worker:
 
     :param pool: for calls that may use the database or take long.
     :param snapshot: returns the frames of a snapshot; called in the pool.
+    :param agent_row: returns AGENT.
     :ivar counters: as last reported; :ivar confirms: it answers `sync` frames in time.
     """
 
@@ -49,6 +52,7 @@ class Worker:
         tokens: ApiTokens,
         pool: Executor,
         snapshot: Callable[[], Iterator[bytes]],
+        agent_row: Callable[[AgentView], Row],
     ) -> None:
         self.pid = 0
         self.counters: dict[str, float] = {}
@@ -61,6 +65,7 @@ class Worker:
         self._tokens = tokens
         self._pool = pool
         self._snapshot = snapshot
+        self._agent_row = agent_row
         self._loop = asyncio.get_running_loop()
         self._held: list[bytes] | None = []  # changes that wait behind the snapshot; None: it is sent
         self._held_bytes = 0
@@ -195,7 +200,7 @@ class Worker:
             return frames.looked_up(sha256, None, [])
         views = self._supervisor.queries.views(user=row.user)
         session = frames.session_row(row, [view.name for view in views], self._sessions.ttl(row))
-        return frames.looked_up(sha256, session, [view.to_feed() for view in views])
+        return frames.looked_up(sha256, session, [self._agent_row(view) for view in views])
 
     def _record_activity(self, message: protocol.Message) -> None:
         agents, sessions, tokens = message.get("agents"), message.get("sessions"), message.get("tokens")

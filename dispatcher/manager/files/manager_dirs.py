@@ -137,3 +137,15 @@ class Lock:
     def _write(self, text: str) -> None:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, text.encode(), 0)
+
+
+def write_atomically(path: Path, data: bytes, mode: int) -> None:
+    """Write a file atomically; at no moment has it more permissions than `mode`."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import socket
 import ssl
 from datetime import datetime, timedelta, timezone
@@ -12,6 +11,7 @@ from pathlib import Path
 from dispatcher.common import tls
 from dispatcher.common.log import logger
 from dispatcher.config.load import ManagerConfig
+from dispatcher.manager.files.manager_dirs import write_atomically
 
 CERTIFICATE = "manager.crt"
 KEY = "manager.key"
@@ -71,18 +71,6 @@ def make_certificate(certificate: Path, key: Path, hosts: list[str]) -> None:
     secret = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    _write(key, secret, 0o600)
-    _write(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
+    write_atomically(key, secret, 0o600)
+    write_atomically(certificate, made.public_bytes(serialization.Encoding.PEM), 0o644)
     _log.info("made a self-signed certificate", path=str(certificate), hosts=hosts)
-
-
-def _write(path: Path, data: bytes, mode: int) -> None:
-    """Write a file atomically; at no moment has it more permissions than `mode`."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

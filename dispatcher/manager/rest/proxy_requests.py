@@ -219,6 +219,12 @@ def revoke_my_token(services: Services, sha256: schemas.Sha256, id: schemas.Sess
     services.sync_edge()
 
 
+@routes.add("GET", "/identity/keys", {200: schemas.Keys})
+def identity_keys(services: Services) -> Json:
+    """Show the public keys of the statements that apps get about their users, as a JWK Set."""
+    return services.identity.keys()
+
+
 @routes.add("POST", "/sessions/handover", {201: schemas.Code})
 def handover(
     services: Services, sha256: schemas.Sha256, host: schemas.Host, nonce_sha256: schemas.Sha256

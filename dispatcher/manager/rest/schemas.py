@@ -184,6 +184,8 @@ OwnAccess = TypedDict(
     },
 )
 
+Keys = TypedDict("Keys", {"keys": list[dict[str, str]]})
+
 # Directories
 
 Sync = TypedDict(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from dispatcher.config.load import Config
 from dispatcher.config.plugins import Plugins
 from dispatcher.manager.agents.composition import Supervisor
+from dispatcher.manager.auth.app_identity import AppIdentity
 from dispatcher.manager.auth.directory_sync import DirectorySync
 from dispatcher.manager.auth.handover import HandoverCodes
 from dispatcher.manager.auth.sessions import Sessions
@@ -38,6 +39,7 @@ class Services:
     signin: SignIn
     web_signin: WebSignIn
     sync: DirectorySync
+    identity: AppIdentity
     plugins: Plugins
     clock: SteadyWallClock
     metrics: Metrics

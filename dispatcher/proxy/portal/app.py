@@ -102,6 +102,13 @@ def create_app(config: Config, client: ManagerClient, login_client: ManagerClien
         """Answer load balancers and monitors: without a session, a cookie or a request to the manager."""
         return Response("ok\n", content_type="text/plain; charset=utf-8")
 
+    @app.get(f"{portal.prefix}/jwks.json")
+    def identity_keys() -> Response:
+        """Show the keys with which apps verify `X-Dispatcher-Identity`; without a session."""
+        response = responses.data(portal.client.identity_keys())
+        response.headers["Cache-Control"] = "public, max-age=300"
+        return response
+
     by_hash = {asset.name: asset for asset in _STATIC.values()}
 
     @app.get(f"{portal.prefix}/static/<name>")

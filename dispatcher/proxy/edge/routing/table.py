@@ -42,6 +42,7 @@ class Agent:
         self.generation = 0
         self.gone = False
         self.identity = b""
+        self.statement = ""
         self.idle: list[Any] = []
         self.in_flight = 0
         self.waiting: dict[Any, None] = {}
@@ -59,10 +60,13 @@ class Agent:
         endpoint = row.get("endpoint") or ""
         uid = row.get("uid")
         moved = endpoint != self.endpoint or uid != self.uid or (self.state == "running" and state != "running")
-        if row.get("user", "") != self.user or not self.identity:
-            self.user = sys.intern(row.get("user", ""))
+        statement = row.get("identity") or ""
+        if row.get("user", "") != self.user or statement != self.statement or not self.identity:
+            self.user, self.statement = sys.intern(row.get("user", "")), statement
             # Names may hold any letter; a header field holds ASCII (RFC 9110, 5.5): percent-encoded UTF-8.
             self.identity = b"X-Dispatcher-User: %b\r\n" % quote(self.user, safe="@+._-").encode("ascii")
+            if statement:
+                self.identity += b"X-Dispatcher-Identity: %b\r\n" % statement.encode("ascii")
         self.user_id = row.get("user_id", 0)
         if row.get("app", "") != self.app:
             self.app = sys.intern(row.get("app", ""))
