@@ -60,6 +60,13 @@ class FakeStore:
     def set_departed(self, name, when):
         self.rows[name] = replace(self.rows[name], departed=self.rows[name].departed or when, groups=())
 
+    def count_departed(self, now, most):
+        passed, self.counted = now - getattr(self, "counted", now), now
+        for name, row in self.rows.items():
+            if row.departed is not None:
+                departed = row.departed + passed - min(max(passed, 0.0), most)
+                self.rows[name] = replace(row, departed=departed)
+
     def release_user(self, name):
         if name not in self.rows:
             raise NotFound(f"There is no user {name}")

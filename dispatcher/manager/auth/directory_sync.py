@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -29,6 +29,8 @@ AT_ONCE = 8  # users
 MAX_FAILURES = 5  # of one directory in a row; then it is not asked for the others
 FEW = 5  # users who may leave at once, whatever their share
 SHARE = 0.5  # of a directory's users; if more have left, it is rather wrong
+DAY = 86400.0  # seconds
+STEPS = 10  # runs at least, from a departure to the end of the data
 
 _log = logger("manager.sync")
 
@@ -130,6 +132,8 @@ class DirectorySync:
                     continue
 
     def _synchronise(self, report: Report, *, force: bool) -> None:
+        if not report.dry_run:
+            self._supervisor.store.count_departed(self._clock.now(), max(DAY, self._keep() / STEPS))
         rows = [row for row in self._supervisor.store.users() if row.source not in {None, local.NAME}]
         rows.sort(key=lambda row: row.source or "")
         groups = [(source or "", list(each)) for source, each in groupby(rows, key=lambda row: row.source)]
@@ -141,8 +145,9 @@ class DirectorySync:
                 report.skipped[source] += len(users)
                 continue
             found = dict(self._ask(entry, users, report))
-            self._apply(entry.name, users, found, report, force=force)
-        self._remove(report)
+            if self._apply(entry.name, users, found, report, force=force):
+                gone = [row for row in users if row.name in found and not _is_same(row, found[row.name])]
+                self._remove(gone, report)
         shown = {name: len(getattr(report, name)) for name in ("changed", "left", "back", "removed")}
         if any(shown.values()) or report.problems:
             _log.info("users are synchronised", users=report.users, **shown, problems=report.problems)
@@ -183,10 +188,12 @@ class DirectorySync:
         report: Report,
         *,
         force: bool,
-    ) -> None:
-        present = [row for row in users if row.departed is None]
-        gone = [row for row in present if row.name in found and not _is_same(row, found[row.name])]
-        if len(gone) > max(FEW, SHARE * len(present)) and not force:
+    ) -> bool:
+        """Apply what a directory says; return whether it is trusted that users have left."""
+        present = [row for row in users if row.departed is None and row.name in found]
+        gone = [row for row in present if not _is_same(row, found[row.name])]
+        trusted = force or not _too_many(gone, present)
+        if not trusted:
             report.problems.append(
                 f"{source}: {len(gone)} of {len(present)} users seem to have left, nobody is treated so "
                 "(if they have left: dispatcher sync --force)"
@@ -194,7 +201,7 @@ class DirectorySync:
             gone = []
         for row in gone:
             report.left.append(row.name)
-            if not report.dry_run:
+            if not report.dry_run and self._is_unchanged(row):
                 self._depart(row.name)
         for row in users:
             identity = found.get(row.name)
@@ -207,8 +214,15 @@ class DirectorySync:
                 report.changed.append(row.name)
             else:
                 continue
-            if not report.dry_run and self._supervisor.store.bind_user(row.name, source, identity.subject, groups):
+            if report.dry_run or not self._is_unchanged(row):
+                continue
+            if self._supervisor.store.bind_user(row.name, source, identity.subject, groups):
                 self._supervisor.access.set_groups(row.name, groups)
+        return trusted
+
+    def _is_unchanged(self, row: UserRow) -> bool:
+        """Whether nobody has signed in with the name, released or removed it since the directory was asked."""
+        return self._supervisor.store.get_user(row.name) == row
 
     def _depart(self, user: str) -> None:
         """Sign a user out who has left, and stop the agents."""
@@ -218,22 +232,30 @@ class DirectorySync:
         self._sign_out(user)
         self._supervisor.access.stop_all(user, "its user has left the directory")
 
-    def _remove(self, report: Report) -> None:
-        """Delete the agents and data of users who left long ago."""
+    def _remove(self, gone: list[UserRow], report: Report) -> None:
+        """Delete the agents and data of users who left long ago.
+
+        :param gone: those whom their directory does not have now, either.
+        """
         keep, now = self._keep(), self._clock.now()
-        if keep is False:
-            return
-        for row in self._supervisor.store.users():
-            if row.departed is not None and now - row.departed >= keep:
-                report.removed.append(row.name)
-                if report.dry_run:
-                    continue
-                _log.warning("the data of a user is deleted", user=row.name, seconds=round(now - row.departed))
-                for view in self._supervisor.queries.views(user=row.name):
-                    try:
-                        self._supervisor.commands.remove(view.name, keep_data=False)
-                    except DispatcherError as error:
-                        report.problems.append(f"{view.name} cannot be removed: {error}")
+        names = {row.name for row in gone if row.departed is not None}
+        for row in self._supervisor.store.users() if names and keep is not False else ():
+            if row.name not in names or row.departed is None or now - row.departed < keep:
+                continue
+            report.removed.append(row.name)
+            if report.dry_run:
+                continue
+            _log.warning("the data of a user is deleted", user=row.name, seconds=round(now - row.departed))
+            for view in self._supervisor.queries.views(user=row.name):
+                try:
+                    self._supervisor.commands.remove(view.name, keep_data=False)
+                except DispatcherError as error:
+                    report.problems.append(f"{view.name} cannot be removed: {error}")
+
+
+def _too_many(gone: Collection[UserRow], asked: Collection[UserRow]) -> bool:
+    """Whether it is more likely that something is wrong than that these users have left."""
+    return len(gone) > max(FEW, SHARE * len(asked)) or (len(gone) == len(asked) > 1)
 
 
 def _is_same(row: UserRow, identity: Identity | None) -> bool:

@@ -85,6 +85,17 @@ class Store:
         statement = tables.users.update().where(users.name == name, users.departed.is_(None))
         self.database.execute(statement.values(departed=when, groups=()))
 
+    def count_departed(self, now: float, most: float) -> None:
+        """Count at most `most` seconds since the last call as passed, for all users who have departed.
+
+        A clock that was wrong during a boot must not make years of them.
+        """
+        users = tables.users.c
+        passed = now - float(self.database.meta("departed", repr(now)))
+        statement = tables.users.update().where(users.departed.is_not(None))
+        self.database.execute(statement.values(departed=users.departed + passed - min(max(passed, 0.0), most)))
+        self.database.set_meta("departed", repr(now))
+
     def users_of(self, source: str, subject: str) -> list[UserRow]:
         """Return the users that belong to an external account."""
         users = tables.users.c

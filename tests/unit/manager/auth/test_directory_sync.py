@@ -139,17 +139,98 @@ def test_users_of_a_directory_that_cannot_look_up_are_skipped(parts, known):
     assert (report["left"], report["skipped"], report["problems"]) == ([], {"directory": 3}, [])
 
 
+def pass_days(parts, days):
+    """Let days pass with a synchronisation on each; return who was removed."""
+    removed = []
+    for _ in range(days):
+        parts.clock.time += 86400.0
+        removed += sync(parts)["removed"]
+    return removed
+
+
 def test_the_data_of_users_who_left_long_ago_is_deleted_if_that_is_configured(parts, known):
     del known["bob"]
     sync(parts)
-    parts.clock.time += 100 * 86400.0
-    assert sync(parts)["removed"] == []
-    parts.keep_departed = 90 * 86400.0
+    assert pass_days(parts, 10) == []
+    parts.keep_departed = 10 * 86400.0
     assert sync(parts, dry_run=True)["removed"] == ["bob"]
     assert "bob" in parts.supervisor.rows
     assert sync(parts)["removed"] == ["bob"]
     assert ("remove", "bob", False) in parts.supervisor.calls
     assert "alice" in parts.supervisor.rows
+
+
+@pytest.mark.parametrize("wrong", [-50 * 365 * 86400.0, 10 * 365 * 86400.0])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_clock_that_was_wrong_deletes_nothing(parts, known, wrong, first):
+    parts.keep_departed = 10 * 86400.0
+    sync(parts)
+    parts.clock.time += wrong if first else 0
+    del known["bob"]
+    assert sync(parts)["left"] == ["bob"]
+    parts.clock.time += -wrong if first else wrong
+    assert sync(parts)["removed"] == []
+    assert pass_days(parts, 8) == []
+    assert pass_days(parts, 2) == ["bob"]
+
+
+def test_data_is_deleted_only_while_the_directory_says_that_the_user_is_gone(parts, known):
+    parts.keep_departed = 86400.0
+    bob = known.pop("bob")
+    sync(parts)
+    parts.directory.down = True
+    assert pass_days(parts, 3) == []
+    parts.directory.down = False
+    others = [known.pop(name) for name in ("alice", "carol")]
+    assert pass_days(parts, 1) == [], "a directory without any user is not believed"
+    known |= {each.user: each for each in [bob, *others]}
+    assert sync(parts)["back"] == ["bob"]
+    assert pass_days(parts, 3) == []
+    assert sorted(parts.supervisor.rows) == PEOPLE
+
+
+def test_a_directory_that_answers_for_few_users_is_not_believed(parts, known):
+    for number in range(20):
+        name = f"u{number}"
+        known[name] = Identity(user=name)
+        assert parts.login(name, address=f"192.0.2.{number}").status_code == 201
+    lookup, answers = type(parts.directory).lookup, iter([None] * 8)
+
+    def half_down(self, name, **more):
+        if next(answers, "down") == "down":
+            raise Unavailable("The directory does not answer")
+
+    type(parts.directory).lookup = half_down
+    report = sync(parts)
+    type(parts.directory).lookup = lookup
+    assert report["left"] == []
+    assert "8 of 8 users seem to have left" in report["problems"][-1]
+
+
+def test_all_users_of_a_small_directory_do_not_leave_at_once(parts, known):
+    known.clear()
+    assert sync(parts)["left"] == []
+    assert sorted(sync(parts, force=True)["left"]) == PEOPLE
+
+
+@pytest.mark.parametrize("known_again", [True, False])
+def test_a_name_that_is_released_meanwhile_is_not_the_account_s_again(parts, known, known_again):
+    lookup = type(parts.directory).lookup
+
+    def slow(self, name, **more):
+        if name == "bob":
+            assert parts.admin.post("/users/bob/release").status_code == 204
+        return lookup(self, name, **more)
+
+    if known_again:
+        known["bob"] = Identity(user="bob", groups=frozenset({"guests"}), subject="id bob")
+    else:
+        del known["bob"]
+    type(parts.directory).lookup = slow
+    sync(parts)
+    type(parts.directory).lookup = lookup
+    row = parts.supervisor.store.get_user("bob")
+    assert (row.source, row.departed) == (None, None)
 
 
 def test_one_at_a_time(parts):

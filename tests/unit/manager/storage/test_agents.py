@@ -173,6 +173,16 @@ def test_kept_data_is_only_for_the_account_whose_it_was(store, owner):
     assert store.bind_user("alice", "ldap", "2", []), "an administrator has looked"
 
 
+def test_the_time_since_a_departure_is_counted_in_steps(store):
+    for name in ("alice", "bob"):
+        store.create(row(name), password_hash=None, allocated=False, events=[])
+    store.count_departed(1000.0, 10.0)
+    store.set_departed("alice", 1000.0)
+    for now, departed in ((1005.0, 1000.0), (2005.0, 1990.0), (5.0, -10.0), (9.0, -10.0)):
+        store.count_departed(now, 10.0)
+        assert [user.departed for user in store.users()] == [departed, None]
+
+
 def test_kept_data_that_is_purged_frees_its_user_id(store):
     first = store.create(row("alice"), password_hash="h", allocated=True, events=[])
     store.remove(
