@@ -75,5 +75,6 @@ def check_required(claims: Json, options: OidcOptions) -> None:
     """
     for name, value in options.require.items():
         found = find(claims, name)
-        if found is not value and found != value and not (isinstance(found, list) and value in found):
+        values = found if isinstance(found, list) else [found]
+        if not any(type(each) is type(value) and each == value for each in values):
             raise Refused(f"the claim {name} is not {value!r} (require)")

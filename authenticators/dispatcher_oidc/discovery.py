@@ -138,8 +138,13 @@ def _public_keys(found: Json) -> list[PublicKey]:
             size = getattr(key.public_key, "key_size", 0)
         except (JoseError, ValueError, TypeError, KeyError, AttributeError):
             continue
-        if entry["kty"] == "RSA" and size < MIN_RSA:
+        if (entry["kty"] == "RSA" and size < MIN_RSA) or (entry["kty"] == "OKP" and not _signs(entry)):
             continue
         kid, alg = entry.get("kid"), entry.get("alg")
         keys.append(PublicKey(kid if isinstance(kid, str) else None, alg if isinstance(alg, str) else None, key))
     return keys
+
+
+def _signs(entry: Json) -> bool:
+    """Whether a key of the kind OKP is for signatures, not for agreements on keys (RFC 8037)."""
+    return entry.get("crv") in ("Ed25519", "Ed448")

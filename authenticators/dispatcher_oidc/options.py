@@ -111,7 +111,7 @@ class OidcOptions(Table):
         default=[],
         description="only members of one of these groups may sign in; by default, all users of the provider",
     )
-    require: dict[str, str] = Field(
+    require: dict[str, Flag | str] = Field(
         default={}, description='claims that a user must have, with their values, such as {hd = "example.org"}'
     )
     parameters: Parameters = Field(

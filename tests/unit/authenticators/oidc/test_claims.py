@@ -72,6 +72,11 @@ def test_too_many_groups_are_refused_rather_than_cut():
 
 
 def test_required_claims():
+    flag = options(require={"email_verified": True})
+    claims.check_required({"email_verified": True}, flag)
+    for value in (False, "true", 1, None):
+        with pytest.raises(claims.Refused, match="email_verified"):
+            claims.check_required({"email_verified": value}, flag)
     wanted = options(require={"hd": "example.org"})
     claims.check_required({"hd": "example.org"}, wanted)
     claims.check_required({"hd": ["other", "example.org"]}, wanted)

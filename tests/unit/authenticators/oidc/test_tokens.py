@@ -227,6 +227,7 @@ def test_keys_for_other_uses_and_weak_ones_are_left_out():
     bad = [
         rsa | {"use": "enc"}, rsa | {"key_ops": ["sign"]}, RSAKey.generate_key(1024).as_dict(private=False), "x", {},
         {"kty": "RSA"}, {"kty": "RSA", "n": 5, "e": []}, {"kty": "EC", "crv": "P-256", "x": "AA", "y": "AA"}, {"kty": "new"},
+        OKPKey.generate_key("X25519").as_dict(private=False),
     ]  # fmt: skip
     assert len(_public_keys({"keys": [*bad, *good]})) == len(good)
     assert _public_keys({"keys": 5}) == _public_keys({}) == []
