@@ -18,7 +18,7 @@ MAX_NAME = 255
 SLUG_LENGTH = 20
 HASH_LENGTH = 12
 _REMEMBERED = 16384  # agents whose keys are cached
-_PUNCTUATION = frozenset("._-@+")
+_PUNCTUATION = frozenset("._-@+'")
 _APP = re.compile(r"[a-z0-9]([a-z0-9_-]{0,30}[a-z0-9])?")
 
 
@@ -26,7 +26,7 @@ def user_name(raw: str) -> str:
     """Return the canonical form of a user's name.
 
     :raises BadRequest: empty, longer than 255 characters, or with a character that is not a letter, a
-        digit or one of ``. _ - @ +``; or not beginning with a letter or digit.
+        digit or one of ``. _ - @ + '``; or not beginning with a letter or digit.
     """
     if not isinstance(raw, str) or not raw or len(raw) > MAX_NAME:
         raise BadRequest("Bad name", why=f"a name has 1 to {MAX_NAME} characters", fix="choose another name")
@@ -42,7 +42,7 @@ def user_name(raw: str) -> str:
             raise BadRequest(
                 f"Bad name {printable(raw)}",
                 why=f"the character {printable(char)} is not allowed",
-                fix="use letters, digits and . _ - @ + (an e-mail address is fine)",
+                fix="use letters, digits and . _ - @ + ' (an e-mail address is fine)",
             )
     if ".." in name:
         raise BadRequest(f"Bad name {printable(raw)}", why="it has two dots in a row", fix="choose another name")

@@ -371,3 +371,11 @@ def test_a_removal_that_cannot_be_written_is_not_reported(supervisor, monkeypatc
         supervisor.commands.remove("alice", keep_data=False)
     assert reported == []
     assert supervisor.queries.view("alice").desired is Desired.RUNNING
+
+
+def test_a_name_with_an_apostrophe_is_a_name(supervisor):
+    supervisor.commands.create("O'Brien@uni.example", app=None, password_hash="hash")
+    supervisor.commands.set_desired("o'brien@uni.example", Desired.RUNNING)
+    reach(supervisor, "o'brien@uni.example", State.RUNNING)
+    supervisor.commands.remove("o'brien@uni.example", keep_data=False)
+    gone(supervisor, "o'brien@uni.example")
