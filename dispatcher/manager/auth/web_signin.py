@@ -281,11 +281,11 @@ class WebSignIn:
         return base
 
     def _call(
-        self, entry: ContainedAuthenticator, key: str, work: Callable[[Deadline], _T], seconds: float = TIMEOUT
+        self, entry: ContainedAuthenticator, key: str, work: Callable[[Deadline], _T], seconds: float | None = None
     ) -> _T:
         """Return what `work` returns, run in the pool."""
-        deadline = Deadline(seconds)
-        allowed = deadline.bounded(min(CALL_TIMEOUT, seconds))
+        deadline = Deadline(seconds or TIMEOUT)
+        allowed = deadline.bounded(CALL_TIMEOUT)
         try:
             return self._pool.run(lambda: work(allowed), deadline, [key] if key else [], entry.hung)
         except Unavailable as error:

@@ -35,6 +35,9 @@ def start(name: str) -> Response:
     _check_host()
     if portal.public_host and request.host.lower() != portal.public_host:  # the site sends the browser to that one
         return context.go(portal.public_origin + context.local(f"/start/{name}", next=target))
+    if request.headers.get("Sec-Fetch-Site", "none") not in {"none", "same-origin"} and context.person():
+        # A page of another site must not replace the session, which closes its connections.
+        return context.go(context.local("/login", next=target))
     nonce = _nonce() or csrf.new_seed()  # two tabs that begin at once share one
     try:
         with sign_in.slot(portal.site_logins):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
+from dispatcher.manager.auth import web_signin
 from dispatcher.manager.auth.sessions import digest
 from dispatcher.manager.auth.web_signin import LIFETIME, Pending, PendingSignIns
 from dispatcher.plugin import (
@@ -207,6 +211,19 @@ def test_a_browser_is_sent_to_web_addresses_only(parts, web, fault):
     web.begun = fault
     answer = parts.post("/signin/begin", authenticator=SITE, nonce_sha256=digest(NONCE), address="192.0.2.1")
     assert answer.status_code == 503
+
+
+def test_a_call_that_hangs_is_given_up_and_passwords_are_still_checked(parts, web, monkeypatch):
+    monkeypatch.setattr(web_signin, "TIMEOUT", 0.3)
+    hanging = threading.Event()
+    monkeypatch.setattr(web, "finish", lambda *_, **__: hanging.wait(20))
+    state, begun = begin(parts), time.monotonic()
+    try:
+        assert finish(parts, state).status_code == 503
+        assert parts.login("alice", "password").status_code == 403
+        assert time.monotonic() - begun < 5
+    finally:
+        hanging.set()
 
 
 def test_a_name_that_cannot_exist_is_refused_and_no_outage(parts, web):

@@ -49,6 +49,23 @@ def test_who_is_signed_in_is_asked_first(portal):
     assert page.status == 200 and "You are signed in as alice" in page.text
 
 
+def test_a_page_of_another_site_cannot_replace_a_session(portal):
+    app, manager = portal
+    browser = Browser(app)
+    for site in ("cross-site", "same-site"):
+        assert browser.get("/auth/start/oidc.corp", Sec_Fetch_Site=site).location.startswith(
+            "https://login.example.org"
+        )
+    browser.get(f"/auth/callback/oidc.corp?state={start(browser)}&code=alice")
+    for site in ("cross-site", "same-site"):
+        page = browser.get("/auth/start/oidc.corp?next=/lab", Sec_Fetch_Site=site)
+        assert page.location == "/auth/login?next=%2Flab"
+    for site in ("same-origin", "none", None):
+        assert browser.get("/auth/start/oidc.corp", Sec_Fetch_Site=site).location.startswith(
+            "https://login.example.org"
+        )
+
+
 def test_a_sign_in_and_its_cookies(portal):
     app, manager = portal
     browser = Browser(app)
