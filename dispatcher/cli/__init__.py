@@ -33,6 +33,7 @@ SECTIONS = {
     },
     "Users and agents": {
         "add": Lazy("agents", "add", "Add a user with an agent, or another agent for a user."),
+        "import": Lazy("import_users", "import_users", "Add many users from a CSV file."),
         "remove": Lazy("agents", "remove", "Remove an agent and its data."),
         "passwd": Lazy("agents", "passwd", "Set a user's password."),
         "tokens": Lazy("tokens", "tokens", "Create, list and revoke API tokens."),

@@ -657,3 +657,66 @@ def test_auth_release(run, manager):
     manager.answers["POST /users/alice/release"] = (204, None)
     code, out, _ = run("auth", "release", "Alice", "--yes")
     assert (code, out) == (0, "alice belongs to the next account that signs in with this name\n")
+
+
+# Import.
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"name,app,password\nAlice,notebook,correct horse\nbob,,correct, horse\n",
+        b"\xef\xbb\xbfname;app;password\r\nalice;notebook;correct horse\r\n\r\nbob;;battery staple\r\n",
+    ],
+)
+def test_import_adds_users_and_can_be_repeated(run, manager, tmp_path, text):
+    text = text.replace(b"correct, horse", b'"battery staple"')
+    (tmp_path / "users.csv").write_bytes(text)
+    assert run("import", str(tmp_path / "users.csv"))[:2] == (0, "2 added, 0 were there\n")
+    assert manager.users == {"alice": "correct horse", "bob": "battery staple"}
+    assert manager.agents["alice"]["app"] == "notebook"
+    code, out, _ = run("import", "-", "--json", stdin=text)
+    assert (code, json.loads(out)["present"]) == (0, ["alice", "bob"])
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "does not name the columns"),
+        (b"alice,bob\n", "does not name the columns"),
+        (b"name,nane\n", "does not name the columns"),
+        (b"name\nalice\na/b\n", "line 3: Bad name 'a/b'"),
+        (b"name,app\nalice,BAD\n", "line 2: Bad app name"),
+        (b"name,password\nalice,short\n", "line 2: the password has 5 characters"),
+        (b"name\nalice\nALICE\n", "line 3: alice is in line 2, too"),
+        (b"name\nalice,demo\n", "line 2: it has 2 columns, the first line 1"),
+        (b'name\n"alice\n', "unexpected end of data"),
+        (b"name\n\xff\n", "is not UTF-8"),
+    ],
+)
+def test_import_of_a_file_with_an_error_changes_nothing(run, manager, tmp_path, text, why):
+    (tmp_path / "users.csv").write_bytes(text)
+    code, out, err = run("import", str(tmp_path / "users.csv"))
+    assert (code, out) == (2, "")
+    assert why in err
+    assert manager.requests == []
+
+
+def test_import_goes_on_after_a_line_that_fails(run, manager, tmp_path):
+    (tmp_path / "users.csv").write_text("name,app,password\nalice,nowhere,correct horse\nbob,demo,correct horse\n")
+    code, out, err = run("import", str(tmp_path / "users.csv"))
+    assert code == 1
+    assert err.startswith("line 2: alice: ")
+    assert out == "1 added, 0 were there, 1 failed\n"
+    assert list(manager.agents) == ["bob"]
+
+
+def test_import_can_be_tried(run, manager, tmp_path):
+    (tmp_path / "users.csv").write_text("name\nalice\n")
+    assert run("import", "--dry-run", str(tmp_path / "users.csv"))[:2] == (0, "1 lines are valid\n")
+    assert manager.requests == []
+
+
+def test_import_of_a_file_that_is_not_there(run, tmp_path):
+    code, _, err = run("import", str(tmp_path / "users.csv"))
+    assert (code, "No such file" in err) == (2, True)

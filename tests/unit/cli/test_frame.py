@@ -41,7 +41,7 @@ COMMANDS = dict(commands())
 
 def test_every_command_of_the_design_is_there():
     wanted = """serve manager proxy demo reload add remove passwd list running info start stop suspend restart logs
-    why top memory-usage reset-data purge init providers plugin config sessions tokens auth sync doctor""".split()
+    why top memory-usage reset-data purge init providers plugin config sessions tokens auth sync import doctor""".split()
     assert sorted(wanted) == ALL
     assert {("providers", "list"), ("providers", "check"), ("providers", "schema"), ("plugin", "list"), ("plugin", "new"), ("plugin", "check"), ("config", "check"),
             ("config", "show"), ("sessions", "list"), ("sessions", "revoke"), ("tokens", "create"), ("tokens", "list"), ("tokens", "revoke"), ("auth", "test"), ("auth", "release")} <= set(COMMANDS)  # fmt: skip
