@@ -22,6 +22,7 @@ import os
 import pwd
 import re
 import signal
+import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ OWN_ALONE = {
 }
 _LINE = re.compile(r"(?P<quiet>-?)(?P<kind>\w+)\s+(?P<control>\[[^\]]*\]|\S+)\s+(?P<module>\S+)")
 _LIBPAM = "libpam.so.0"
+CAP_AUDIT_WRITE, AF_NETLINK, NETLINK_AUDIT = 29, 16, 9
 
 
 class Message(ctypes.Structure):
@@ -449,11 +451,44 @@ def module_directories() -> list[str]:
     return [each for each in (*found, "/lib/security", "/lib64/security") if os.path.isdir(each)]
 
 
+def hide_audit(libc: ctypes.CDLL) -> None:
+    """Let modules find a kernel without audit if this process may not write to it.
+
+    Otherwise libpam refuses root every sign-in, as it cannot report it (pam_get_authtok and others end with
+    PAM_SYSTEM_ERR).  A filter of system calls (seccomp(2)) refuses sockets for audit (netlink(7)).
+    """
+    status = Path("/proc/self/status").read_text("ascii")
+    allowed = int(status.partition("CapEff:")[2].split()[0], 16)
+    machine = {"x86_64": (0xC000003E, 41), "aarch64": (0xC00000B7, 198)}.get(os.uname().machine)
+    if os.geteuid() != 0 or allowed & 1 << CAP_AUDIT_WRITE or machine is None:
+        return
+    arch, socket = machine
+    load, equal, answer = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    program = [
+        (load, 0, 0, 4),  # seccomp_data.arch
+        (equal, 0, 6, arch),
+        (load, 0, 0, 0),  # .nr
+        (equal, 0, 4, socket),
+        (load, 0, 0, 32),  # .args[2]: the protocol
+        (equal, 0, 2, NETLINK_AUDIT),
+        (load, 0, 0, 16),  # .args[0]: the family
+        (equal, 1, 0, AF_NETLINK),
+        (answer, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+        (answer, 0, 0, 0x00050000 | errno.EPROTONOSUPPORT),  # SECCOMP_RET_ERRNO
+    ]
+    code = b"".join(struct.pack("=HBBI", *line) for line in program)
+    buffer = ctypes.create_string_buffer(code, len(code))
+    header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    libc.prctl(22, 2, ctypes.create_string_buffer(header, len(header)), 0, 0)  # PR_SET_SECCOMP, a filter
+
+
 def main() -> NoReturn:
     """Answer the question on standard input."""
     libc = ctypes.CDLL(None)
     libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: no process is left when the manager ends
     libc.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no core dump, which would hold the password
+    hide_audit(libc)
     question = json.load(sys.stdin.buffer)
     result = os.dup(1)  # not inherited by programs that modules run
     nothing = os.open(os.devnull, os.O_RDWR)

@@ -47,6 +47,29 @@ def pam(etc, monkeypatch):
     )
 
 
+@pytest.mark.program("setpriv")
+def test_without_the_right_to_audit_modules_find_a_kernel_without_it(etc, pam):
+    code = (
+        "import ctypes, errno, socket\n"
+        "from dispatcher_pam import helper\n"
+        "helper.hide_audit(ctypes.CDLL(None))\n"
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE).close()\n"
+        "socket.socket().close()\n"
+        "try:\n    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 9)\n"
+        "except OSError as error:\n    print(error.errno == errno.EPROTONOSUPPORT)\n"
+        "else:\n    print('open')\n"
+    )
+
+    def found(*before):
+        return subprocess.run(
+            [*before, sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+
+    if os.uname().machine in {"x86_64", "aarch64"}:
+        assert found("setpriv", "--bounding-set=-audit_write", "--inh-caps=-audit_write") == "True\n"
+    assert found() == "open\n"
+
+
 @pytest.fixture
 def misbehaving(etc, pam):
     """Make an authenticator whose stack has a module that does something."""
