@@ -28,6 +28,9 @@ _IS = {
     State.REMOVING: "is being removed",
 }
 
+#: With what sentences about an app's output, and its lines, begin.
+OUTPUT = ("Its last lines were:", "    ")
+
 
 def explain(
     row: AgentRow,
@@ -112,7 +115,7 @@ def _failure(row: AgentRow, now: float, policy: AppDefaults, *, stuck: bool) -> 
         return []
     found = [f"At {_time(failure.time)}: {failure.what}" + (f", because: {failure.why}." if failure.why else ".")]
     found += [f"What to do: {failure.fix}."] if failure.fix else []
-    found += ["Its last lines were:", *(f"    {line}" for line in failure.log)] if failure.log else []
+    found += [OUTPUT[0], *(f"{OUTPUT[1]}{line}" for line in failure.log)] if failure.log else []
     tries = len(recent(row.attempts, now))
     if stuck:
         found.append("No operation begins until the provider's call returns.")

@@ -17,6 +17,7 @@ from werkzeug.routing import Rule
 from dispatcher.common import problem
 from dispatcher.common.api_tokens import allows
 from dispatcher.common.log import logger
+from dispatcher.manager.agents.explain import OUTPUT
 from dispatcher.manager.auth.tokens import InsufficientScope, authorize
 from dispatcher.manager.rest import (
     admin_requests,
@@ -107,10 +108,13 @@ def _view(app: Flask, route: Route, services: Services) -> Callable[..., Respons
 def _without_output(answer: Any) -> Any:
     """Return an answer without the last lines of failed agents: apps print secrets."""
     if isinstance(answer, dict):
-        return {
+        shown = {
             key: {**value, "log": []} if key == "failure" and value else _without_output(value)
             for key, value in answer.items()
         }
+        if "sentences" in shown:
+            shown["sentences"] = [each for each in shown["sentences"] if not each.startswith(OUTPUT)]
+        return shown
     return [_without_output(item) for item in answer] if isinstance(answer, list) else answer
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import structlog
 
+from dispatcher.manager.agents import explain
 from dispatcher.common.api_tokens import allows
 from dispatcher.manager.rest.access import Tokens, credentials
 from dispatcher.manager.rest.application import ROLES
@@ -78,11 +80,13 @@ def test_metrics_and_nothing_else(parts, remote):
 
 
 def test_read_does_not_show_what_apps_print(parts, remote):
-    failure = Failure(what="It failed", why="crashed", log=("http://127.0.0.1/?token=secret",))
+    failure = Failure(what="It failed", why="crashed", log=("http://127.0.0.1/?token=secret", "    secret"))
+    row = SimpleNamespace(failure=failure, attempts=(), name="alice")
+    parts.supervisor.why = lambda _agent: explain._failure(row, 0.0, None, stuck=True)
     with parts.supervisor.changed:
         parts.supervisor.rows["alice"] = replace(parts.supervisor.rows["alice"], failure=failure)
     tokens = {scope: make(parts, scope)["token"] for scope in ("read", "admin")}
-    for path in ("/agents", "/agents/alice", "/agents/alice/state"):
+    for path in ("/agents", "/agents/alice", "/agents/alice/state", "/agents/alice/why"):
         assert "secret" in remote.get(path, headers=bearer(tokens["admin"])).text
         answer = remote.get(path, headers=bearer(tokens["read"]))
         assert answer.status_code == 200 and "It failed" in answer.text and "secret" not in answer.text
