@@ -195,12 +195,18 @@ class SignIn:
         self._supervisor.access.set_groups(identity.user, groups)
 
     def check(self, name: str, password: str, address: str | None, device: str | None = None) -> str:
-        """Check a password, count the attempt, and return the user's canonical name.
+        """Check the password of a known user, count the attempt, and return the name.
 
         :param name: canonical; :param address: of the browser, None for a check by an administrator.
         :raises Forbidden: it is wrong; :raises TooManyRequests: as `sign_in`.
         """
-        return self._verify(name, password, address, device)[1].user
+        source, identity = self._verify(name, password, address, device)
+        row = self._supervisor.store.get_user(name)
+        subjects = {row.subject if row else None, identity.subject} - {None}
+        if identity.user != name or source_of(row) not in {None, source} or len(subjects) > 1:
+            _log.warning("the password is another account's", user=name, authenticator=source)
+            raise wrong_credentials()
+        return name
 
     def _verify(self, name: str, password: str, address: str | None, device: str | None) -> tuple[str, Identity]:
         keys = [f"name:{name}", *([address_key(address)] if address is not None else [])]

@@ -104,6 +104,16 @@ def test_a_name_that_was_given_to_another_person_is_refused_until_an_administrat
     assert found.login("alice").status_code == 201
 
 
+@pytest.mark.parametrize("identity", [Identity(user="bob"), Identity(user="alice", subject="2000")])
+def test_the_password_of_another_account_is_not_the_user_s(parts, identity):
+    people = {"alice": ("correct horse", Identity(user="alice", subject="1000"))}
+    found = parts(directory("one", people))
+    assert found.login("alice").status_code == 201
+    assert found.admin.post("/agents/alice/authenticate", json={"password": "correct horse"}).status_code == 200
+    people["alice"] = ("correct horse", identity)
+    assert found.admin.post("/agents/alice/authenticate", json={"password": "correct horse"}).status_code == 403
+
+
 def test_groups_are_those_of_the_last_sign_in(parts):
     people = {"alice": ("correct horse", Identity(user="alice", groups=frozenset({"staff", "b"})))}
     found = parts(directory("one", people))
