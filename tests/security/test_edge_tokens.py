@@ -24,12 +24,29 @@ SWITCH = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection:
 PAGE = (b"Accept: text/html", b"Sec-Fetch-Mode: navigate", b"Upgrade-Insecure-Requests: 1")
 
 
-@pytest.fixture
-def edge():
+def started():
     with Edge(hold=2) as edge:
         edge.feed.add(tokens=(session_row(API, "alice", None),))
         eventually(lambda: edge.worker.context.tables.tokens)
         yield edge
+
+
+@pytest.fixture
+def edge():
+    yield from started()
+
+
+@pytest.fixture(scope="module")
+def one():
+    yield from started()
+
+
+@pytest.fixture
+def shared(one):
+    """For tests that change nothing."""
+    one.agent.heads.clear()
+    one.portal.heads.clear()
+    return one
 
 
 def get(edge, *lines, path="/", cookie=b"", **more):
@@ -46,24 +63,24 @@ def problem(answer, status, code):
     return document
 
 
-def test_a_token_opens_its_users_app_and_the_app_does_not_see_it(edge):
-    answer = get(edge, BEARER, b"X-Other: kept", b"Cookie: app=1")
+def test_a_token_opens_its_users_app_and_the_app_does_not_see_it(shared):
+    answer = get(shared, BEARER, b"X-Other: kept", b"Cookie: app=1")
     assert answer.status == 200
-    head = edge.agent.heads[-1]
+    head = shared.agent.heads[-1]
     assert (
         b"X-Dispatcher-User: alice\r\n" in head and b"X-Other: kept\r\n" in head and b"Cookie: app=1\r\n" in head
     )
     assert b"authorization" not in head.lower() and API.encode() not in head
     assert answer.field(b"set-cookie") is None
     assert b"Authorization" in answer.field(b"vary")
-    assert edge.feed.of_type("lookup") == []
+    assert shared.feed.of_type("lookup") == []
 
 
 @pytest.mark.parametrize("name", [b"authorization", b"AUTHORIZATION", b"aUTHORIZATION"])
 @pytest.mark.parametrize("scheme", [b"Bearer", b"bearer", b"BEARER", b"  bEaReR   "])
-def test_every_spelling_of_the_field_and_the_scheme(edge, name, scheme):
-    assert get(edge, name + b":" + scheme + b" " + API.encode() + b" \t").status == 200
-    assert API.encode() not in edge.agent.heads[-1]
+def test_every_spelling_of_the_field_and_the_scheme(shared, name, scheme):
+    assert get(shared, name + b":" + scheme + b" " + API.encode() + b" \t").status == 200
+    assert API.encode() not in shared.agent.heads[-1]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +94,10 @@ def test_every_spelling_of_the_field_and_the_scheme(edge, name, scheme):
         b"Bearer",
     ],
 )
-def test_other_authorization_fields_are_the_apps(edge, value):
-    assert get(edge, b"Authorization: " + value, cookie=COOKIE).status == 200
-    assert b"Authorization: " + value + b"\r\n" in edge.agent.heads[-1]
-    problem(get(edge, b"Authorization: " + value), 401, "unauthenticated")
+def test_other_authorization_fields_are_the_apps(shared, value):
+    assert get(shared, b"Authorization: " + value, cookie=COOKIE).status == 200
+    assert b"Authorization: " + value + b"\r\n" in shared.agent.heads[-1]
+    problem(get(shared, b"Authorization: " + value), 401, "unauthenticated")
 
 
 def test_unknown_expired_revoked_and_malformed_tokens_are_refused_alike(edge):
@@ -114,9 +131,9 @@ def test_unknown_expired_revoked_and_malformed_tokens_are_refused_alike(edge):
         (b"Authorization: Basic x,Bearer " + API.encode(),),
     ],
 )
-def test_a_token_beside_another_credential_is_ambiguous(edge, lines):
-    problem(get(edge, *lines, cookie=COOKIE), 400, "bad-request")
-    assert edge.agent.heads == []
+def test_a_token_beside_another_credential_is_ambiguous(shared, lines):
+    problem(get(shared, *lines, cookie=COOKIE), 400, "bad-request")
+    assert shared.agent.heads == []
 
 
 def smuggled(edge, head):
@@ -140,23 +157,23 @@ def smuggled(edge, head):
         b"Proxy-Authorization: Bearer %s\r\n",
     ],
 )
-def test_no_form_of_the_field_carries_a_token_into_an_app(edge, head):
-    assert not smuggled(edge, head % API.encode())
+def test_no_form_of_the_field_carries_a_token_into_an_app(shared, head):
+    assert not smuggled(shared, head % API.encode())
 
 
-def test_a_trailer_is_no_field(edge):
+def test_a_trailer_is_no_field(shared):
     body = b"1\r\nx\r\n0\r\nAuthorization: Bearer " + API.encode() + b"\r\n\r\n"
     request = b"POST / HTTP/1.1\r\nHost: app.test\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n"
-    assert b" 200 " in edge.ask(request + COOKIE + b"\r\n" + body, timeout=3)
-    assert not any(API.encode() in head for head in edge.agent.heads)
-    assert b" 401 " in edge.ask(request + b"\r\n" + body, timeout=3)
+    assert b" 200 " in shared.ask(request + COOKIE + b"\r\n" + body, timeout=3)
+    assert not any(API.encode() in head for head in shared.agent.heads)
+    assert b" 401 " in shared.ask(request + b"\r\n" + body, timeout=3)
 
 
 @pytest.mark.parametrize("name", ["token", "access_token", "authorization"])
-def test_a_token_in_the_query_or_a_cookie_opens_nothing(edge, name):
-    problem(get(edge, path=f"/?{name}={API}"), 401, "unauthenticated")
-    problem(get(edge, cookie=f"Cookie: dispatcher={API}; {name}={API}\r\n".encode()), 401, "unauthenticated")
-    problem(get(edge, f"X-Auth-Token: {API}".encode()), 401, "unauthenticated")
+def test_a_token_in_the_query_or_a_cookie_opens_nothing(shared, name):
+    problem(get(shared, path=f"/?{name}={API}"), 401, "unauthenticated")
+    problem(get(shared, cookie=f"Cookie: dispatcher={API}; {name}={API}\r\n".encode()), 401, "unauthenticated")
+    problem(get(shared, f"X-Auth-Token: {API}".encode()), 401, "unauthenticated")
 
 
 def test_a_session_is_no_token(edge):
@@ -219,16 +236,16 @@ def test_a_token_of_a_removed_user_opens_nothing_of_the_next_one_of_that_name(ed
 
 @pytest.mark.parametrize("path", ["/auth/", "/auth", "/auth/account", "/auth/events?agent=alice", "/auth/login"])
 @pytest.mark.parametrize("cookie", [b"", COOKIE])
-def test_a_token_opens_no_page_of_the_portal(edge, path, cookie):
+def test_a_token_opens_no_page_of_the_portal(shared, path, cookie):
     for method in ("GET", "POST"):
         lines = (BEARER, b"Content-Length: 0") if method == "POST" else (BEARER,)
-        problem(get(edge, *lines, *PAGE, path=path, cookie=cookie, method=method), 403, "not-for-tokens")
-    assert edge.portal.heads == []
+        problem(get(shared, *lines, *PAGE, path=path, cookie=cookie, method=method), 403, "not-for-tokens")
+    assert shared.portal.heads == []
 
 
-def test_changes_of_a_program_need_no_origin(edge):
+def test_changes_of_a_program_need_no_origin(shared):
     for method in ("POST", "DELETE", "PUT"):
-        assert get(edge, BEARER, b"Content-Length: 0", method=method).status == 200
+        assert get(shared, BEARER, b"Content-Length: 0", method=method).status == 200
 
 
 def test_a_sleeping_app_is_woken_and_the_program_waits(edge):
