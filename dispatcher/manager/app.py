@@ -192,6 +192,7 @@ class Manager:
         self._closers.append(self.sessions.close)
         self.sessions.start()
         self.tokens.load()
+        self.supervisor.access.on_change = self.tokens.republish
         self._closers.append(self.tokens.flush)
         self.supervisor.every(FLUSH_INTERVAL, self.tokens.maintain)
         # All sockets are made before any is served: one that cannot be made fails the start.
@@ -460,6 +461,7 @@ class Manager:
     def _adopt(self, config: Config) -> None:
         """Use what is the manager's own of a configuration."""
         self.sessions.set_lifetimes(_lifetimes(config))
+        self.tokens.republish()  # groups may be others
         log.set_level(config.manager.log_level)
         self.config = self.services.config = config
 

@@ -473,3 +473,22 @@ def test_a_removed_users_tokens_are_gone_before_the_agent_is(manager, worker):
         gone = worker.until(lambda message: message.get("tokens_gone"))
         assert gone.get("agents_gone", []) == []
         worker.until(lambda message: message.get("agents_gone"))
+
+
+def test_a_token_leads_to_an_app_that_its_user_may_use(manager, worker):
+    worker.snapshot()
+    supervisor = manager.supervisor
+    with client_of(manager) as admin:
+        admin.create_agent("alice:lab", app="lab")
+        admin.create_token(user="alice", scopes=["app"])
+
+    def leads_to(agent):
+        return lambda message: [row["agent"] for row in message.get("tokens", ())] == [agent]
+
+    worker.until(leads_to("alice"))
+    supervisor.forbidden.add("demo")
+    supervisor.access.on_change("alice")
+    worker.until(leads_to("alice:lab"))
+    supervisor.forbidden.clear()
+    manager.tokens.republish()
+    worker.until(leads_to("alice"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from dispatcher.config import groups
 from dispatcher.manager.agents.agent import Agent
@@ -18,11 +18,15 @@ _log = logging.getLogger("dispatcher.manager")
 
 
 class Access:
-    """What users may use, by their groups and the configuration."""
+    """What users may use, by their groups and the configuration.
+
+    :ivar on_change: called with a user whose groups have changed.
+    """
 
     def __init__(self, registry: Registry, memberships: Memberships) -> None:
         self._registry = registry
         self._memberships = memberships
+        self.on_change: Callable[[str], object] = lambda _user: None
 
     def load(self) -> None:
         """Read the groups of all users."""
@@ -35,6 +39,7 @@ class Access:
         if user_id is not None and self._memberships.set(user_id, external):
             self._registry.specs.forget()
             self.enforce(self._registry.of_user(user))
+            self.on_change(user)
 
     def groups(self, user: str) -> frozenset[str]:
         """Return all groups of a user."""

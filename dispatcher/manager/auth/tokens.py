@@ -228,6 +228,10 @@ class ApiTokens:
         in_time = row.expires is None or row.expires > self._clock.now()
         return in_time and (row.user is None or self._user_id(row.user) == row.user_id)
 
+    def republish(self, user: str | None = None) -> None:
+        """Notify the subscribers of tokens, by default of all: what their users may use has changed."""
+        self._changed([row.sha256 for row in self.all(user)], ())
+
     # --- use
 
     def touch(self, sha256s: Iterable[str]) -> None:

@@ -225,7 +225,8 @@ class Feed:
             if row.user is not None and allows(row.scopes, "app"):
                 if row.user not in known:
                     views = self._supervisor.queries.views(user=row.user)
-                    default = default_agent(row.user, views)
+                    may_use = self._supervisor.access.may_use
+                    default = default_agent(row.user, [view for view in views if may_use(view.user, view.app)])
                     known[row.user] = [view.name for view in views], default.name if default else ""
                 yield frames.token_row(row, *known[row.user], self._tokens.ttl(row))
 

@@ -38,9 +38,13 @@ def made(supervisor, name, groups, app="lab"):
 
 
 def test_an_app_of_a_group_starts_for_its_members_only(supervisor):
+    told = []
+    supervisor.access.on_change = told.append
     made(supervisor, "alice", ["staff"])
     made(supervisor, "bob", [])
     made(supervisor, "carol", ["sta", "staffers", "Staff"])
+    supervisor.access.set_groups("alice", ["staff"])
+    assert told == ["alice", "carol"], "groups that have not changed are no change"
     running(supervisor, "alice")
     running(supervisor, "bob")
     for command in (
