@@ -273,6 +273,19 @@ class ApiTokens:
             keys = set(self._of_user.get(user, ()))
         return self._end(keys, "revoked")
 
+    def check_stored(self) -> None:
+        """Return if all revocations are in the database; they take effect in any case.
+
+        :raises Unavailable: one is not: it would be lost if the manager ended now.
+        """
+        if self._unwritten:
+            raise Unavailable(
+                "The revocation takes effect, but is not stored yet",
+                why="the database cannot be written; if the manager ended now, the token would be valid again",
+                fix="see the manager's log; the manager tries again every half minute",
+                retry_after=FLUSH_INTERVAL,
+            )
+
     def maintain(self) -> None:
         """Call it each `FLUSH_INTERVAL`: end what has expired, and write what is due.
 

@@ -217,6 +217,7 @@ def revoke_my_token(services: Services, sha256: schemas.Sha256, id: schemas.Sess
     user = _user_session(services, sha256).user
     services.tokens.revoke(services.tokens.by_id(id, user).sha256)
     services.sync_edge()
+    services.tokens.check_stored()
 
 
 @routes.add("GET", "/identity/keys", {200: schemas.Keys})

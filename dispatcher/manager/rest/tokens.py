@@ -55,6 +55,7 @@ def revoke_tokens(services: Services, user: schemas.Name) -> Json:
     if not revoked and services.supervisor.store.get_user(user) is None:
         raise NotFound(f"There is no user {user}", fix="see: dispatcher list")
     services.sync_edge()
+    services.tokens.check_stored()
     return {"revoked": revoked}
 
 
@@ -63,6 +64,7 @@ def revoke_token(services: Services, id: str) -> None:
     """Revoke one API token."""
     services.tokens.revoke(services.tokens.by_id(id).sha256)
     services.sync_edge()
+    services.tokens.check_stored()
 
 
 def token_json(row: TokenRow) -> Json:

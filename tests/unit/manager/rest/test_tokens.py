@@ -12,6 +12,7 @@ from dispatcher.manager.agents import explain
 from dispatcher.common.api_tokens import allows
 from dispatcher.manager.rest.access import Tokens, credentials
 from dispatcher.manager.rest.application import ROLES
+from dispatcher.manager.storage.database import DiskFull
 from dispatcher.manager.storage.rows import Failure
 from tests.support.manager_parts import Parts, described
 
@@ -250,3 +251,19 @@ def test_an_administrators_password_change_keeps_tokens(parts):
     make(parts, "app", user="alice")
     assert parts.admin.put("/agents/alice/password", json={"password": "battery staple"}).status_code == 204
     assert parts.tokens.count() == 1
+
+
+def test_a_revocation_that_cannot_be_stored_takes_effect_and_is_told(parts, remote, monkeypatch):
+    made = make(parts, "admin")
+
+    def full(_sha256s):
+        raise DiskFull("The database cannot be used now", why="the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dispatcher.manager.storage.tokens.TokenStore.remove", lambda self, sha256s: full(sha256s))
+        answer = parts.admin.delete(f"/tokens/{made['id']}")
+        assert answer.status_code == 503 and "takes effect, but is not stored" in answer.json["title"]
+        assert remote.get("/agents", headers=bearer(made["token"])).status_code == 401
+    parts.tokens.maintain()
+    again = make(parts, "admin")
+    assert parts.admin.delete(f"/tokens/{again['id']}").status_code == 204
