@@ -30,6 +30,7 @@ from dispatcher.testing.driver import Driver, expect
 from dispatcher.testing.kit import Agent, Kit
 from dispatcher.testing.observer import ObserverContract
 from dispatcher.testing.probe_client import Inside, Refused
+from dispatcher.testing.web_authenticator import WebAuthenticatorContract
 
 #: The app that every agent of the kit runs: Python, standard library only.
 PROBE = Path(__file__).with_name("probe.py")
@@ -69,5 +70,6 @@ __all__ = [
     "ObserverContract",
     "ProviderContract",
     "Refused",
+    "WebAuthenticatorContract",
     "expect",
 ]

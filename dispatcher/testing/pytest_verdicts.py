@@ -10,12 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.testing import AuthenticatorContract, ObserverContract, ProviderContract
+from dispatcher.testing import (
+    AuthenticatorContract,
+    ObserverContract,
+    ProviderContract,
+    WebAuthenticatorContract,
+)
 
-CONTRACTS = {
-    "provider": ProviderContract,
-    "authenticator": AuthenticatorContract,
-    "observer": ObserverContract,
+CONTRACTS: dict[str, tuple[type, ...]] = {
+    "provider": (ProviderContract,),
+    "authenticator": (AuthenticatorContract, WebAuthenticatorContract),
+    "observer": (ObserverContract,),
 }
 _CONTRACT = pytest.StashKey[str]()
 

@@ -36,7 +36,7 @@ TEST_SECONDS = 3600.0
 TEST_EXTRAS = ("test", "tests", "testing", "dev")
 CONTRACTS = {
     "provider": "ProviderContract",
-    "authenticator": "AuthenticatorContract",
+    "authenticator": "AuthenticatorContract or WebAuthenticatorContract",
     "observer": "ObserverContract",
 }
 _LEFT_OUT = (

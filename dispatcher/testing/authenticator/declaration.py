@@ -12,7 +12,7 @@ from dispatcher.common.contained import PluginRef
 from dispatcher.config.messages import validate
 from dispatcher.config.plugins import BUILT_IN, Plugins
 from dispatcher.plugin import hooks, names
-from dispatcher.plugin.authenticator import Authenticator
+from dispatcher.plugin.authenticator import Authenticator, BaseAuthenticator
 from dispatcher.plugin.errors import BadRequest, PluginError
 from dispatcher.testing.authenticator.asker import in_time
 from dispatcher.testing.authenticator.base import AuthenticatorBase
@@ -101,7 +101,7 @@ class DeclarationChecks(AuthenticatorBase):
             expect(answer.error is None, f"close() {answer}: close what there is, and nothing twice")
 
 
-def load(cls: type[Authenticator]) -> Plugins:
+def load(cls: type[BaseAuthenticator]) -> Plugins:
     """Return plugins with this one alone.
 
     :raises PluginError: the loader refuses it.

@@ -7,14 +7,19 @@ from pathlib import Path
 import pytest
 
 from dispatcher.plugin import AgentEvent
-from dispatcher.testing import AuthenticatorContract, ObserverContract
+from dispatcher.testing import AuthenticatorContract, ObserverContract, WebAuthenticatorContract
 from dispatcher.testing.authenticator.base import AuthenticatorBase, places
 from dispatcher.testing.observer import KINDS
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/reference/conformance-kit.md").read_text()
 SECTIONS = {
-    AuthenticatorContract: PAGE.partition("\n## Authenticators\n")[2].partition("\n## Observers\n")[0],
+    AuthenticatorContract: PAGE.partition("\n## Authenticators\n")[2].partition(
+        "\n## Authenticators with a site\n"
+    )[0],
+    WebAuthenticatorContract: PAGE.partition("\n## Authenticators with a site\n")[2].partition("\n## Observers\n")[
+        0
+    ],
     ObserverContract: PAGE.partition("\n## Observers\n")[2],
 }
 CHECKS = [
@@ -40,7 +45,8 @@ def test_each_check_is_described(contract, name, words):
 
 
 @pytest.mark.parametrize(
-    ("contract", "heading"), [*zip(SECTIONS, ("Authenticators: declaration", "Observers: checks"))]
+    ("contract", "heading"),
+    [*zip(SECTIONS, ("Authenticators: declaration", "Authenticators with a site: checks", "Observers: checks"))],
 )
 def test_nothing_else_is_described(contract, heading):
     rows = re.findall(r"^\| `(\w+)` \| ", SECTIONS[contract].partition(f"### {heading}")[2], re.MULTILINE)
