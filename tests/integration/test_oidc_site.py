@@ -268,6 +268,31 @@ def test_both_ways_on_one_page_and_a_name_belongs_to_who_had_it_first(short_tmp)
         assert session(browser) is None
         _, found = sign_in_by_button(site, "bob")
         assert found.status_code == 303
+        _a_silent_provider_delays_nobody_else(site, own)
+
+
+def _a_silent_provider_delays_nobody_else(site, provider):
+    """While more answers wait for the provider than the portal and the manager take."""
+    started = []
+    for _ in range(40):
+        browser = Browser()
+        start = browser.get(f"{site.url}/auth/start/oidc.corp")
+        started.append((browser, parameters(start.headers["Location"])["state"]))
+    with provider.silent(), ThreadPoolExecutor(40) as pool:
+
+        def answer(browser, state):
+            url = f"{site.url}/auth/callback/oidc.corp?state={state}&code=x&iss={provider.issuer}"
+            return browser.get(url).status_code
+
+        waiting = [pool.submit(answer, *each) for each in started]
+        begun = time.monotonic()
+        for _ in range(5):
+            site.login("alice", PASSWORD)
+            assert requests.get(f"{site.url}/auth/login", headers={"Accept": "text/html"}).status_code == 200
+        took = time.monotonic() - begun
+        assert {each.result() for each in waiting} == {503}
+    assert took < 5
+    assert sign_in_by_button(site, "bob")[1].status_code == 303
 
 
 def sign_in_by_button(site, name):
