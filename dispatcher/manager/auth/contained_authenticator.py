@@ -26,7 +26,7 @@ from dispatcher.plugin.authenticator import (
     WebAuthenticator,
     WebIdentity,
 )
-from dispatcher.plugin.deadline import Deadline
+from dispatcher.plugin.deadline import Deadline, boottime
 from dispatcher.plugin.errors import BadRequest, Conflict, DispatcherError, Forbidden, Unavailable, Unsupported
 from dispatcher.plugin.names import printable, user_name
 
@@ -39,6 +39,8 @@ MAX_KEPT = 16384  # characters
 MAX_REFUSAL = 10.0  # seconds
 MAX_URL = 16384  # characters
 MAX_USER = 4096  # characters; the rules of names allow fewer, and say so
+SLOW = 1.0  # seconds after which a call is slow
+MAX_SLOW = 8  # slow calls of an authenticator that does not work; more would take the places of the others
 RETRY = 5.0  # seconds until a browser may try again
 #: Errors of `set_password` whose texts are for the user.
 _FOR_USER = (BadRequest, Conflict, Forbidden, Unsupported)
@@ -61,6 +63,7 @@ class ContainedAuthenticator:
         self.name = plugin.name
         self.problem = problem
         self._wrapped = wrapped
+        self._calls: dict[object, tuple[float, float]] = {}  # those in progress: when they began, their deadlines
 
     @property
     def verifies_passwords(self) -> bool:
@@ -257,8 +260,11 @@ class ContainedAuthenticator:
         :param proves: success means that users can sign in.
         """
         wrapped, job = self._wrapped, current_job()
-        if wrapped is None:
-            raise unavailable()
+        now, call = boottime(), object()
+        slow = sum(began + SLOW < now < end + SLACK for began, end in list(self._calls.values()))
+        if wrapped is None or (self.problem is not None and slow >= MAX_SLOW):
+            raise unavailable(title=self.title)
+        self._calls[call] = now, deadline.at
         try:
             with contained(self.plugin, method, log=None, error=Unavailable, secret=True):
                 if job is None:
@@ -280,6 +286,8 @@ class ContainedAuthenticator:
                 _log.error("the authenticator failed", plugin=str(self.plugin), call=method, why=str(problem))
             self.problem = problem
             raise unavailable(error.retry_after, self.title) from None
+        finally:
+            del self._calls[call]
         if proves:
             self.problem = None
 

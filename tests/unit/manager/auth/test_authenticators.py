@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dispatcher.manager.auth import signin
+from dispatcher.common.contained import PluginRef
+from dispatcher.manager.auth import contained_authenticator, signin
+from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.local import LocalOptions
 from dispatcher.manager.auth.local import plugin as local_plugin
 from dispatcher.plugin.authenticator import Authenticator, Identity, WebAuthenticator
+from dispatcher.plugin.deadline import Deadline
 from dispatcher.plugin.errors import Unavailable
 from tests.support.manager_parts import Parts
 
@@ -177,6 +182,50 @@ def test_beside_a_site_a_wrong_password_takes_as_long_for_a_name_that_is_not_loc
     assert len(verified) == 3, "a password is hashed for each of them"
     found.supervisor.store.set_password_hash("alice", found.hasher.hash("correct horse"))
     assert found.login("alice").status_code == 403, "the name is the site's"
+
+
+def test_attempts_at_a_directory_that_is_away_do_not_take_the_places_of_other_users(monkeypatch):
+    released = threading.Event()
+    asked = []
+
+    class Directory(Authenticator):
+        name = "one"
+        Options = LocalOptions
+
+        def authenticate(self, name, password, *, deadline):
+            asked.append(name)
+            if name != "first":
+                released.wait(30)
+            raise Unavailable("The directory does not answer")
+
+    monkeypatch.setattr(contained_authenticator, "SLOW", 0.0)
+    entry = ContainedAuthenticator(PluginRef("authenticator", "one", "acme 1"), Directory(options=LocalOptions()))
+
+    def attempt(name, seconds=30):
+        with pytest.raises(Unavailable, match="Passwords cannot be checked at the moment"):
+            entry.authenticate(name, "password", deadline=Deadline(seconds))
+
+    def slow(name, count, seconds):
+        for at in range(count):
+            threads.submit(attempt, f"{name}{at}", seconds)
+        end = time.monotonic() + 10
+        while f"{name}{count - 1}" not in asked:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    with ThreadPoolExecutor(100) as threads:
+        slow("working", 20, 30)  # many may wait while it works
+        attempt("first")
+        attempt("stranger")
+        assert "stranger" not in asked
+        released.set()
+    released.clear()
+    monkeypatch.setattr(contained_authenticator, "SLACK", 0.0)
+    with ThreadPoolExecutor(100) as threads:
+        slow("hung", contained_authenticator.MAX_SLOW, 0.0)
+        released.set()
+        attempt("later")
+    assert "later" in asked, "calls that hang for ever do not count"
 
 
 def test_with_one_authenticator_a_refusal_comes_at_once(tmp_path, monkeypatch):
