@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import logging
 import socket
@@ -13,7 +14,7 @@ import time
 
 from pydantic import BaseModel
 
-from dispatcher.plugin import Deadline, Identity, NotFound, Unavailable
+from dispatcher.plugin import Authenticator, Deadline, Identity, NotFound, Unavailable
 from tests.kit.authenticator_contract import FakeAuthenticatorContract
 from tests.support.fake_authenticator import FakeAuthenticator
 
@@ -86,6 +87,8 @@ class Returns_False(FakeAuthenticator):
 
 @case("identity_is_a_legal_name", "the character ' ' is not allowed")
 class Returns_A_Full_Name(FakeAuthenticator):
+    lookup = Authenticator.lookup
+
     def authenticate(self, name, password, *, deadline):
         found = super().authenticate(name, password, deadline=deadline)
         return found and Identity(user=f"{name} of Example Ltd")
@@ -173,6 +176,8 @@ class Takes_Names_For_Patterns(FakeAuthenticator):
 
 @case("many_at_once", "about somebody else|raised|None")
 class Mixes_People_Up(FakeAuthenticator):
+    lookup = Authenticator.lookup
+
     def authenticate(self, name, password, *, deadline):
         self.current = name
         found = super().authenticate(name, password, deadline=deadline)
@@ -186,6 +191,44 @@ class Does_Not_Say_Where_Passwords_Are(FakeAuthenticator):
         if name == "bob":
             raise NotImplementedError
         super().set_password(name, password, deadline=deadline)
+
+
+# --- lookup
+
+
+@case("groups_are_names", "make it a frozenset of texts")
+class Lists_Groups(FakeAuthenticator):
+    def identity(self, name):
+        return dataclasses.replace(super().identity(name), groups=["people"])
+
+
+@case("subject_identifies_the_account", "several people have one subject")
+class Gives_Everybody_One_Id(FakeAuthenticator):
+    def identity(self, name):
+        return dataclasses.replace(super().identity(name), subject="user")
+
+
+@case("lookup_agrees_with_the_sign_in", r"lookup\(\) returned .* and authenticate\(\) returned")
+class Looks_Up_Without_Groups(FakeAuthenticator):
+    def lookup(self, name, *, deadline):
+        found = super().lookup(name, deadline=deadline)
+        return found and dataclasses.replace(found, groups=frozenset())
+
+
+@case("lookup_of_nobody_is_none", "who may not sign in: return None")
+class Looks_Up_Who_Is_Locked(FakeAuthenticator):
+    def lookup(self, name, *, deadline):
+        self.directory.search(name, deadline)
+        return self.identity(name) if name in self.directory.hashes else None
+
+
+@case("lookup_without_a_directory_is_unavailable", "None would sign the user out")
+class Takes_An_Outage_For_A_Departure(FakeAuthenticator):
+    def lookup(self, name, *, deadline):
+        try:
+            return super().lookup(name, deadline=deadline)
+        except Unavailable:
+            return None
 
 
 # --- secrecy

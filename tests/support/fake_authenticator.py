@@ -85,4 +85,10 @@ class FakeAuthenticator(Authenticator):
     def authenticate(self, name: str, password: str, *, deadline: Deadline) -> Identity | None:
         stored = self.directory.search(name, deadline)
         right = hmac.compare_digest(stored or _NOBODY, hashed(password))
-        return Identity(user=name) if right and stored else None
+        return self.identity(name) if right and stored else None
+
+    def identity(self, name: str) -> Identity:
+        return Identity(user=name, groups=frozenset({"people"}), subject=f"id of {name}")
+
+    def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
+        return self.identity(name) if self.directory.search(name, deadline) else None

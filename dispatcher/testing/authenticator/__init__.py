@@ -13,11 +13,12 @@ from __future__ import annotations
 from dispatcher.testing.authenticator.answers import AnswerChecks
 from dispatcher.testing.authenticator.declaration import DeclarationChecks
 from dispatcher.testing.authenticator.fault import FaultChecks
+from dispatcher.testing.authenticator.lookup import LookupChecks
 from dispatcher.testing.authenticator.names import NameChecks
 from dispatcher.testing.authenticator.secrecy import SecrecyChecks
 
 
-class AuthenticatorContract(FaultChecks, SecrecyChecks, NameChecks, AnswerChecks, DeclarationChecks):
+class AuthenticatorContract(FaultChecks, SecrecyChecks, LookupChecks, NameChecks, AnswerChecks, DeclarationChecks):
     """Everything that an authenticator must do.  See `AuthenticatorBase` for what to fill in.
 
     The checks of the last base run first.

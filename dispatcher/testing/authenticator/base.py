@@ -135,7 +135,7 @@ def _with_places(check: _Check) -> _Check:
 def places(check: Callable[..., None]) -> list[str]:
     """Return what to read about a check: its description, the contract's lines, the guide."""
     about = " ".join((inspect.getdoc(check) or "").split())
-    named = re.search(r"`(set_password|close|__init__)`", about)
+    named = re.search(r"`(set_password|lookup|close|__init__)`", about)
     method = named[1] if named else "authenticate"
     line = inspect.getsourcelines(getattr(Authenticator, method))[1]
     return [
