@@ -70,7 +70,9 @@ class FakeStore:
     def release_user(self, name):
         if name not in self.rows:
             raise NotFound(f"There is no user {name}")
-        self.rows[name] = replace(self.rows[name], source=None, subject=None, groups=(), departed=None)
+        self.rows[name] = replace(
+            self.rows[name], source=None, subject=None, groups=(), departed=None, password_hash=None
+        )
 
     def users_of(self, source, subject):
         return [row for row in self.rows.values() if (row.source, row.subject) == (source, subject)]

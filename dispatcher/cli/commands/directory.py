@@ -65,12 +65,14 @@ def test(cli: Cli, name: str, authenticator: str | None, password: bool, passwor
 @yes_option
 @pass_cli
 def release(cli: Cli, name: str, yes: bool) -> None:
-    """Let the name NAME belong to no account: the next sign-in with it decides, and gets the agents.
+    """Let the next account of a directory that signs in as NAME have the name, the agents and the data.
 
-    For a name that a directory gave to another person, or a change of the authenticator.
+    For a name that a directory gave to another person, and for a change of the authenticator.  A password that is
+    stored here is deleted: a local user becomes one of the directory.
     """
     name = names.user_name(name)
-    confirm(f"Whoever signs in as {name} next gets the agents and data.  Go on?", f"{name} is unchanged", yes=yes)
+    question = f"The next account that signs in as {name} gets the agents and data; a local password is deleted."
+    confirm(f"{question}  Continue?", f"{name} is unchanged", yes=yes)
     cli.client().release_user(name)
     cli.out.result({"name": name}, f"{name} belongs to the next account that signs in with this name")
 

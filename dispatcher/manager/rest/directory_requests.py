@@ -10,7 +10,7 @@ from dispatcher.manager.rest.routing import Answer, Json, Routes
 from dispatcher.manager.rest.services import Services
 from dispatcher.plugin import names
 from dispatcher.plugin.authenticator import Identity
-from dispatcher.plugin.errors import NotFound
+from dispatcher.plugin.errors import Conflict, NotFound
 
 routes = Routes()
 
@@ -85,8 +85,14 @@ def _effect(services: Services, source: str, identity: Identity) -> Json:
 
 @routes.add("POST", "/users/<user>/release", {204: None})
 def release(services: Services, user: str) -> None:
-    """Let a name belong to no account of a directory: the next sign-in with it decides."""
+    """Let a name belong to no account: the next one of a directory that signs in with it gets it."""
     user = names.user_name(user)
+    if not services.signin.authenticators.external:
+        raise Conflict(
+            f"The name {user} cannot be released",
+            why="there is no other authenticator than local, so nobody could sign in with it",
+            fix="change the password with `dispatcher passwd`",
+        )
     services.supervisor.store.release_user(user)
     services.supervisor.access.set_groups(user, ())
     services.sessions.revoke_user(user)

@@ -103,12 +103,14 @@ class Store:
         return [UserRow(**row) for row in self.database.select(query)]
 
     def release_user(self, name: str) -> None:
-        """Let a name belong to no external account: the next sign-in with it decides.
+        """Let a name belong to no account: the next sign-in decides.  A password that is stored here is deleted.
 
         :raises NotFound: there is no such user.
         """
         statement = tables.users.update().where(tables.users.c.name == name)
-        if not self.database.execute(statement.values(source=None, subject=None, groups=(), departed=None)):
+        if not self.database.execute(
+            statement.values(source=None, subject=None, groups=(), departed=None, password_hash=None)
+        ):
             raise NotFound(f"There is no user {name}")
 
     # --- agents

@@ -119,6 +119,23 @@ def test_the_password_of_another_account_is_not_the_user_s(parts, identity):
     assert found.admin.post("/agents/alice/authenticate", json={"password": "correct horse"}).status_code == 403
 
 
+def test_a_released_local_user_becomes_one_of_the_directory(parts):
+    found = parts(directory("one", {"alice": ("another horse", Identity(user="alice"))}))
+    assert found.add("alice", "correct horse").status_code == 201
+    assert found.login("alice", "another horse").status_code == 403
+    assert found.admin.post("/users/alice/release").status_code == 204
+    assert found.login("alice", "correct horse").status_code == 403
+    assert found.login("alice", "another horse").status_code == 201
+
+
+def test_without_a_directory_nothing_is_released(tmp_path):
+    found = Parts(tmp_path)
+    assert found.add("alice", "correct horse").status_code == 201
+    assert found.admin.post("/users/alice/release").status_code == 409
+    assert found.login("alice", "correct horse").status_code == 201
+    found.close()
+
+
 def test_groups_are_those_of_the_last_sign_in(parts):
     people = {"alice": ("correct horse", Identity(user="alice", groups=frozenset({"staff", "b"})))}
     found = parts(directory("one", people))
