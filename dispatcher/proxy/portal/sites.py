@@ -59,8 +59,8 @@ def callback(name: str) -> Response:
         parameters = _parameters()
         if not nonce:
             raise Forbidden(
-                "This sign-in did not begin in this browser",
-                why="or it took more than ten minutes, or the browser accepts no cookies",
+                "The sign-in cannot be completed",
+                why="it did not begin in this browser, took more than ten minutes, or the browser accepts no cookies",
                 fix="start again",
             )
         agent = request.headers.get("User-Agent", "")[:512]
