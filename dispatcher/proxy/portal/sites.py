@@ -60,7 +60,7 @@ def callback(name: str) -> Response:
         if not nonce:
             raise Forbidden(
                 "The sign-in cannot be completed",
-                why="it did not begin in this browser, took more than ten minutes, or the browser accepts no cookies",
+                why="it did not begin in this browser, took over ten minutes, or the browser accepts no cookies",
                 fix="start again",
             )
         agent = request.headers.get("User-Agent", "")[:512]
