@@ -16,6 +16,7 @@ from dispatcher_ldap.options import NAME, LdapOptions
 
 MAX_DEPTH = 16  # groups within groups
 MAX_GROUPS = 1000  # of one user
+MAX_GROUP = 255  # characters
 MEMBERS = ("member", "uniqueMember")
 
 
@@ -208,7 +209,8 @@ class LdapAuthenticator(Authenticator):
         members, account = [dn], user
         for _ in range(MAX_DEPTH if self.options.nested_groups else 1):
             found = [each for member in members for each in self._groups_of(connection, member, account)]
-            found_names.update(name for _, names in found for name in names if name.isprintable())
+            known = (name for _, names in found for name in names)
+            found_names.update(name for name in known if name.isprintable() and len(name) <= MAX_GROUP)
             members = [group for group in dict(found) if group not in seen]
             seen.update(members)
             account = ""
