@@ -159,6 +159,8 @@ class SignIn:
         """
         user = identity.user
         groups = None if source == local.NAME else identity.groups
+        if external is not None:
+            self._check_name(source, identity)
         if groups is not None and standing.user_id is not None:
             self._bind(source, identity)
         agent = self._default_agent(user, groups)
@@ -175,6 +177,21 @@ class SignIn:
         self._metrics.login(LoginOutcome.SUCCESS)
         _log.info("signed in", user=user, address=visitor.address, session=row.sha256[:8], authenticator=source)
         return SignedIn(token=token, device=kept, session=row)
+
+    def _check_name(self, source: str, identity: Identity) -> None:
+        """Check that an account of a site has no other name here.
+
+        Users can change their names at some sites: with each they would have further agents.
+
+        :raises Forbidden: it has.
+        """
+        known = self._supervisor.store.users_of(source, identity.subject) if identity.subject is not None else []
+        others = [row.name for row in known if row.departed is None]
+        if others and identity.user not in others:
+            why = f"it is known as {others[0]}, until: dispatcher auth release {others[0]}"
+            _log.warning("an account has another name now", user=identity.user, authenticator=source, why=why)
+            self._metrics.login(LoginOutcome.FAILURE)
+            raise Forbidden(f"Your account is known here as {others[0]}", fix="ask your administrator")
 
     def _bind(self, source: str, identity: Identity) -> None:
         """Store that a name belongs to this account, and its groups.

@@ -312,3 +312,15 @@ def test_another_account_does_not_get_a_name_that_has_an_owner(parts, web):
     web.finished = WebIdentity(user="alice", subject="2")
     answer = finish(parts, begin(parts))
     assert answer.status_code == 403 and "belongs to another account" in answer.json["title"]
+
+
+def test_an_account_that_takes_other_names_gets_no_more_agents(parts, web):
+    sign_in(parts, web, user="alice", subject="1")
+    for name in ("admin", "alice2"):
+        web.finished = WebIdentity(user=name, subject="1")
+        answer = finish(parts, begin(parts))
+        assert (answer.status_code, answer.json["title"]) == (403, "Your account is known here as alice")
+        assert parts.supervisor.store.get_user(name) is None
+    assert parts.admin.post("/users/alice/release").status_code == 204
+    assert sign_in(parts, web, user="alice2", subject="1")["session"]["user"] == "alice2"
+    sign_in(parts, web, user="alice", subject="2")
