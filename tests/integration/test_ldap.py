@@ -124,7 +124,9 @@ def test_the_groups_of_a_user_and_the_id_of_the_account(ldap, server):
     )
     groups = identity(group_base=GROUP_BASE).groups
     assert "staff" in groups and "others" not in groups
-    assert "long" in groups and max(map(len, groups)) < 256, "a name that is too long does not lock its members out"
+    assert "long" in groups and max(map(len, groups)) < 256, (
+        "a name that is too long does not lock its members out"
+    )
     subject = identity().subject
     assert re.fullmatch(r"[0-9a-f-]{36}", subject)
     assert identity(user_id_attribute="objectGUID").subject is None
