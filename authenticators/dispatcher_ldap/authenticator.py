@@ -8,16 +8,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ldap3.utils.conv import escape_filter_chars
-from ldap3.utils.dn import escape_rdn, parse_dn
+from ldap3.utils.dn import escape_rdn
 
 from dispatcher.plugin import Authenticator, Deadline, DeadlineExceeded, Identity, Unavailable, Unsupported
 from dispatcher_ldap.connection import Connection, Entry, NoEntry, Servers
+from dispatcher_ldap.dn import first_values
 from dispatcher_ldap.options import NAME, LdapOptions
 
 MAX_DEPTH = 16  # groups within groups
 MAX_GROUPS = 1000  # of one user
 MAX_GROUP = 255  # characters
 MEMBERS = ("member", "uniqueMember")
+#: How directories mark an account that an administrator has disabled: OpenLDAP (draft-behera-ldap-password-policy,
+#: 5.3.3; other times are of locks that end by themselves), 389 Directory Server and FreeIPA, eDirectory.
+_DISABLED = {"pwdaccountlockedtime": b"000001010000z", "nsaccountlock": b"true", "logindisabled": b"true"}
+_CONTROL, _ACCOUNT_DISABLED = "useraccountcontrol", 2  # Active Directory: bits
 
 
 class LdapAuthenticator(Authenticator):
@@ -126,8 +131,10 @@ class LdapAuthenticator(Authenticator):
     def _identity_of(
         self, connection: Connection, dn: str, values: Mapping[str, Sequence[bytes]]
     ) -> Identity | None:
-        """Return the user of an entry, None if the user is in no allowed group."""
+        """Return the user of an entry, None if the account is disabled or the user is in no allowed group."""
         options = self.options
+        if _is_disabled(values):
+            return None
         user = self._spelling(dn, values)
         if user is None:
             raise Unavailable(
@@ -143,7 +150,8 @@ class LdapAuthenticator(Authenticator):
         return Identity(user=user, groups=groups, subject=_shown(ids[0]) if ids else None)
 
     def _attributes(self) -> list[str]:
-        return [name for name in (self.options.user_attribute, self.options.user_id_attribute) if name]
+        named = [name for name in (self.options.user_attribute, self.options.user_id_attribute) if name]
+        return [*named, *_DISABLED, _CONTROL]
 
     def _bind_for_searches(self, connection: Connection) -> None:
         options = self.options
@@ -197,7 +205,7 @@ class LdapAuthenticator(Authenticator):
         attribute = self.options.user_attribute.lower()
         assert isinstance(values, dict)
         found = sorted(value.decode("utf-8", "replace") for value in values.get(attribute, ()))
-        own = {value.lower() for key, value, _ in parse_dn(dn)[:1] if key.lower() == attribute}
+        own = {value.lower() for value in first_values(dn, attribute)}
         return next((value for value in found if value.lower() in own), found[0] if found else None)
 
     # -- groups ------------------------------------------------------------------------------------------
@@ -254,6 +262,13 @@ def _shown(value: bytes) -> str:
     except UnicodeDecodeError:
         return value.hex()
     return text if text.isprintable() else value.hex()
+
+
+def _is_disabled(values: Mapping[str, Sequence[bytes]]) -> bool:
+    """Whether an entry says that its account is disabled: in a lookup there is no password to refuse."""
+    if any(text in [each.lower() for each in values.get(name, ())] for name, text in _DISABLED.items()):
+        return True
+    return any(each.isdigit() and int(each) & _ACCOUNT_DISABLED for each in values.get(_CONTROL, ()))
 
 
 def _exists(connection: Connection, base: str) -> bool:

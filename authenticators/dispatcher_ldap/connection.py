@@ -33,6 +33,13 @@ _REFUSED = {
     results.RESULT_INVALID_DN_SYNTAX,
     results.RESULT_CONSTRAINT_VIOLATION,
 }
+PAGE = 500  # entries of one answer; Active Directory sends 1,000 at most
+_PAGES = "1.2.840.113556.1.4.319"  # RFC 2696; servers without it ignore it
+#: What to do about an error of a search.
+_FIXES = {
+    results.RESULT_SIZE_LIMIT_EXCEEDED: "raise the server's limit for auth.ldap.bind_dn, or use a narrower base",
+    results.RESULT_REFERRAL: "it is on another server: name that one in auth.ldap.servers",
+}
 _MISSING = {results.RESULT_NO_SUCH_OBJECT, results.RESULT_INVALID_DN_SYNTAX}
 #: Another server may be able to answer.
 _AWAY = {results.RESULT_BUSY, results.RESULT_UNAVAILABLE, results.RESULT_TIME_LIMIT_EXCEEDED}
@@ -135,17 +142,26 @@ class Connection:
         :raises NoEntry: the base is missing.
         """
         scope = ldap3.BASE if entry_alone else ldap3.SUBTREE
-        self._call(self._ldap.search, base, filter_, scope, attributes=list(attributes), size_limit=limit)
-        code = self._ldap.result["result"]
-        if code in _MISSING:
-            raise NoEntry
-        if not (limit and code == results.RESULT_SIZE_LIMIT_EXCEEDED):
-            self._check(f"cannot search in {base}")
-        return [
-            (found["dn"], {key.lower(): values for key, values in found["raw_attributes"].items()})
-            for found in self._ldap.response or ()
-            if found["type"] == "searchResEntry"
-        ]
+        paged = not (entry_alone or limit)
+        entries: list[Entry] = []
+        cookie = b""
+        while True:
+            pages = {"paged_size": PAGE, "paged_cookie": cookie} if paged else {"size_limit": limit}
+            self._call(self._ldap.search, base, filter_, scope, attributes=list(attributes), **pages)
+            code = self._ldap.result["result"]
+            if code in _MISSING:
+                raise NoEntry
+            if not (limit and code == results.RESULT_SIZE_LIMIT_EXCEEDED):
+                self._check(f"cannot search in {base}")
+            entries += [
+                (found["dn"], {key.lower(): values for key, values in found["raw_attributes"].items()})
+                for found in self._ldap.response or ()
+                if found["type"] == "searchResEntry"
+            ]
+            answer = (self._ldap.result.get("controls") or {}).get(_PAGES) or {}
+            cookie = (answer.get("value") or {}).get("cookie") or b""
+            if not cookie:
+                return entries
 
     def close(self) -> None:
         """End the connection."""
@@ -176,7 +192,7 @@ class Connection:
         if code in _AWAY:
             raise Away(why)
         if code != results.RESULT_SUCCESS:
-            raise Unavailable(f"{self.server} {what}", why=why)
+            raise Unavailable(f"{self.server} {what}", why=why, fix=_FIXES.get(code, ""))
 
 
 class Servers:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from typing_extensions import Self
 
 from dispatcher.plugin import AbsolutePath, Duration, Flag, Table
+from dispatcher_ldap.dn import is_dn
 
 NAME = "{name}"
 
@@ -25,18 +26,8 @@ def _server(value: str) -> str:
     return value.rstrip("/")
 
 
-def _is_dn(value: str) -> bool:
-    from ldap3.core.exceptions import LDAPInvalidDnError
-    from ldap3.utils.dn import parse_dn
-
-    try:
-        return bool(parse_dn(value))
-    except LDAPInvalidDnError:
-        return False
-
-
 def _dn(value: str) -> str:
-    if not _is_dn(value):
+    if not is_dn(value):
         raise ValueError("a distinguished name such as ou=people,dc=example,dc=org")
     return value
 
@@ -56,7 +47,7 @@ def _filter(value: str) -> str:
 
 
 def _pattern(value: str) -> str:
-    if NAME not in value or not _is_dn(value.replace(NAME, "name")):
+    if NAME not in value or not is_dn(value.replace(NAME, "name")):
         raise ValueError("a distinguished name with {name}, such as uid={name},ou=people,dc=example,dc=org")
     return value
 

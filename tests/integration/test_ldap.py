@@ -180,6 +180,90 @@ def test_special_characters_stand_for_themselves(ldap, server):
             assert sign_in(authenticator, name) is None
 
 
+def test_names_of_entries_are_read_as_servers_write_them(ldap, server):
+    name = "cn=Smith\\, John #1 a\\=b (x)+uid=jsmith"
+    server.change(
+        f"dn: {name},{PEOPLE_BASE}\nchangetype: add\nobjectClass: inetOrgPerson\ncn: Smith, John #1 a=b (x)\nsn: Smith\n"
+        f"uid: a.smith\nuid: jsmith\nuserPassword: {PASSWORD}\n\n"
+        f'dn: cn=R\\2C D \\"1\\" #2,{GROUP_BASE}\nchangetype: add\nobjectClass: groupOfNames\ncn: R, D "1" #2\n'
+        f"member: {name.replace(chr(92) + ',', chr(92) + '2C')}, {PEOPLE_BASE.upper()}\n\n"
+        f"dn: cn=outer,{GROUP_BASE}\nchangetype: add\nobjectClass: groupOfNames\ncn: outer\n"
+        f"member: CN=R\\, D \\221\\22 #2,{GROUP_BASE}\n"
+    )
+    authenticator = ldap(group_base=GROUP_BASE, nested_groups=True)
+    for typed in ("jsmith", "a.smith"):
+        found = authenticator.authenticate(typed, PASSWORD, deadline=Deadline(20))
+        assert (found.user, found.groups) == ("jsmith", {'R, D "1" #2', "outer"})
+        assert authenticator.lookup(typed, deadline=Deadline(20)) == found
+    below = f"ou=R&D #2,{PEOPLE_BASE}"
+    server.change(f"dn: {below}\nchangetype: add\nobjectClass: organizationalUnit\n")
+    ldap(user_base=below).check(deadline=Deadline(10))
+    assert sign_in(ldap(user_base=below)) is None
+
+
+@pytest.fixture
+def accounts(server, tmp_path):
+    """Make an account that searches under a limit of `tests.support.slapd`."""
+
+    def make(name):
+        dn = f"cn={name},{slapd.BASE}"
+        server.change(
+            f"dn: {dn}\nchangetype: add\nobjectClass: inetOrgPerson\ncn: {name}\nsn: x\nuserPassword: {PASSWORD}\n"
+        )
+        (tmp_path / name).write_text(PASSWORD)
+        return {"bind_dn": dn, "bind_password_file": tmp_path / name}
+
+    return make
+
+
+def test_a_user_has_more_groups_than_the_server_sends_in_one_answer(ldap, server, accounts):
+    base = f"ou=many,{slapd.BASE}"
+    server.change(
+        f"dn: {base}\nchangetype: add\nobjectClass: organizationalUnit\n\n"
+        + "\n".join(
+            f"dn: cn=g{number},{base}\nchangetype: add\nobjectClass: groupOfNames\ncn: g{number}\nmember: {slapd.dn('alice')}\n"
+            for number in range(600)
+        )
+    )
+    allowed = {"group_base": base, "allow_groups": ["g599"]}
+    paged, bounded = ldap(**allowed, **accounts("paged")), ldap(**allowed, **accounts("bounded"))
+    found = paged.authenticate("alice", PASSWORD, deadline=Deadline(20))
+    assert len(found.groups) == 600
+    assert paged.lookup("alice", deadline=Deadline(20)) == found
+    # A server that sends no more at all is told, and what to do: some of the groups would be the wrong answer.
+    assert "sizeLimitExceeded" in (text := why_not(bounded)) and "raise the server's limit" in text
+
+
+def test_references_to_other_servers_are_not_followed_and_a_base_that_is_one_is_told(ldap, server):
+    for below in (f"ou=elsewhere,{PEOPLE_BASE}", f"ou=elsewhere,{slapd.BASE}"):
+        server.change(
+            f"dn: {below}\nchangetype: add\nobjectClass: referral\nobjectClass: extensibleObject\nou: elsewhere\n"
+            "ref: ldap://192.0.2.1/ou=x,dc=example,dc=com\n"
+        )
+    allowed = {"group_base": slapd.BASE, "allow_groups": ["staff"]}
+    assert sign_in(ldap(user_base=slapd.BASE, **allowed)) == "alice"
+    assert ldap(user_base=slapd.BASE, **allowed).lookup("alice", deadline=Deadline(20)).user == "alice"
+    for options in ({"user_base": below}, {"group_base": below}):
+        assert "referral" in (text := why_not(ldap(**options))) and "auth.ldap.servers" in text
+        with pytest.raises(Unavailable, match=r"on another server: name that one in auth\.ldap\.servers"):
+            ldap(**options).check(deadline=Deadline(10))
+
+
+@pytest.mark.parametrize("options", [{}, {"user_dn": f"uid={{name}},{PEOPLE_BASE}"}], ids=["search", "template"])
+def test_a_disabled_account_has_left_and_one_that_is_locked_for_a_while_has_not(ldap, server, options):
+    authenticator = ldap(**options)
+    entry, attribute = slapd.dn("bob"), "pwdAccountLockedTime"
+    assert authenticator.lookup("bob", deadline=Deadline(20)).user == "bob"
+    try:
+        for time_, there in (("20991231235959Z", True), ("000001010000Z", False)):
+            server.change(f"dn: {entry}\nchangetype: modify\nreplace: {attribute}\n{attribute}: {time_}\n")
+            assert (authenticator.lookup("bob", deadline=Deadline(20)) is not None) is there
+        assert sign_in(authenticator, "bob", slapd.PEOPLE["bob"]) is None
+    finally:
+        server.change(f"dn: {entry}\nchangetype: modify\ndelete: {attribute}\n")
+    assert authenticator.lookup("bob", deadline=Deadline(20)).user == "bob"
+
+
 def test_an_account_that_must_change_its_password_is_refused(ldap, server):
     assert sign_in(ldap(), "bob", slapd.PEOPLE["bob"]) == "bob"
     server.change(f"dn: {slapd.dn('bob')}\nchangetype: modify\nreplace: pwdReset\npwdReset: TRUE\n")

@@ -41,6 +41,8 @@ suffix "dc=example,dc=org"
 rootdn "cn=admin,dc=example,dc=org"
 rootpw "{admin_password}"
 directory {directory}/data
+limits dn.exact="cn=paged,dc=example,dc=org" size.soft=50 size.hard=50 size.prtotal=unlimited
+limits dn.exact="cn=bounded,dc=example,dc=org" size.soft=50 size.hard=50
 overlay ppolicy
 ppolicy_default "cn=policy,dc=example,dc=org"
 access to attrs=userPassword by anonymous auth by * none
