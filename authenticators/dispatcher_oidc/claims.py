@@ -54,6 +54,11 @@ def groups(claims: Json, options: OidcOptions) -> frozenset[str]:
     if options.groups_claim is None:
         return frozenset()
     value = find(claims, options.groups_claim)
+    if value is None and _is_left_out(claims, options.groups_claim):
+        raise Refused(
+            f"the user has more groups than the provider sends in {options.groups_claim} (_claim_names): "
+            "let it send those that are assigned to this client only, or roles"
+        )
     values = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     found = frozenset(
         each for each in values if isinstance(each, str) and each.isprintable() and 0 < len(each) <= MAX_GROUP
@@ -66,6 +71,17 @@ def groups(claims: Json, options: OidcOptions) -> frozenset[str]:
         missing = "" if value is not None else f": the claim {options.groups_claim} is missing (groups_claim)"
         raise Refused(f"the user is in none of allow_groups{missing}")
     return found
+
+
+def _is_left_out(claims: Json, name: str) -> bool:
+    """Whether the user has a claim that is elsewhere (OpenID Connect Core 1.0, section 5.6.2).
+
+    Entra ID does this with groups if they are too many; the place needs another token than the provider gives out.
+    """
+    elsewhere = claims.get("_claim_names")
+    return (isinstance(elsewhere, dict) and name in elsewhere) or (
+        name == "groups" and claims.get("hasgroups") in (True, "true")
+    )
 
 
 def check_required(claims: Json, options: OidcOptions) -> None:

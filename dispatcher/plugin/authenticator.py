@@ -66,7 +66,8 @@ class Redirect:
 class Ended:
     """Sessions that ended at another site: one, or without `session` all of the account.
 
-    :ivar session: as in `WebIdentity`; :ivar subject: as in `Identity`.  At least one is given.
+    :ivar session: as in `WebIdentity`; :ivar subject: as in `Identity`.  At least one is given.  With both,
+        sessions of the account whose `WebIdentity.session` is None end, too: they may be the one.
     """
 
     session: str | None = None

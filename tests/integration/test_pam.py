@@ -215,6 +215,24 @@ def test_a_lookup_asks_modules_too_and_a_fault_is_not_the_end_of_an_account(etc,
         lookup(pam(), "bob")
 
 
+def test_nobody_has_left_while_the_host_is_closed_for_maintenance(etc, pam):
+    """`shutdown` and administrators create /etc/nologin, for which pam_nologin refuses everybody but root."""
+    closed = etc.etc / "closed"
+    etc.service(
+        "closed",
+        "auth required pam_unix.so\naccount requisite pam_nologin.so file=/etc/closed\n@include common-account\n",
+    )
+    authenticator = pam(service="closed")
+    found = authenticator.lookup("alice", deadline=Deadline(20))
+    closed.write_text("Closed until noon.\n")
+    assert sign_in(authenticator) is None
+    with pytest.raises(Unavailable):
+        authenticator.lookup("alice", deadline=Deadline(20))
+    closed.unlink()
+    assert sign_in(authenticator) == "alice"
+    assert authenticator.lookup("alice", deadline=Deadline(20)) == found
+
+
 def test_an_outage_of_the_name_service_is_not_an_unknown_name(etc, pam):
     etc.name_service("kitdown")
     try:

@@ -143,7 +143,7 @@ class OpenIdProvider:
             process.communicate(timeout=30)
 
     def tell(self, **message):
-        """Change keys or configuration."""
+        """Change keys, configuration or clients."""
         assert self.process is not None
         self.settings |= message
         self.process.stdin.write(json.dumps(message) + "\n")

@@ -235,14 +235,14 @@ class WebSignIn:
                 return found
 
         found = self._call(entry, key, work)
+        subject = found.subject
+        users = [] if subject is None else self._supervisor.store.users_of(name, subject)
         if found.session is not None:
-            keys = self._store.sessions_from(name, found.session)
+            keys = self._store.sessions_from(name, found.session, [user.id for user in users])
             for each in keys:
                 self._sessions.revoke(each)
             count = len(keys)
         else:
-            assert found.subject is not None
-            users = self._supervisor.store.users_of(name, found.subject)
             count = sum(self._sessions.revoke_user(user.name) for user in users)
         _log.info("sessions ended at the site", authenticator=name, sessions=count)
         return count

@@ -7,7 +7,7 @@ Times are Unix seconds of the steady clock.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -134,10 +134,15 @@ class AuthStore:
         found = self._database.select(sa.select(*columns).where(_sessions.c.sha256 == sha256))
         return External(**found[0]) if found else External()
 
-    def sessions_from(self, source: str, external: str) -> list[str]:
-        """Return the sessions that came from one session at another site."""
-        wanted = (_sessions.c.source == source, _sessions.c.external == external)
-        return [row["sha256"] for row in self._database.select(sa.select(_sessions.c.sha256).where(*wanted))]
+    def sessions_from(self, source: str, external: str, users: Collection[int] = ()) -> list[str]:
+        """Return the sessions that came from one session at another site.
+
+        :param users: their sessions count, too, if it is not known from which session they came.
+        """
+        column = _sessions.c
+        unknown = sa.and_(column.external.is_(None), column.user_id.in_(users))
+        wanted = (column.source == source, sa.or_(column.external == external, unknown))
+        return [row["sha256"] for row in self._database.select(sa.select(column.sha256).where(*wanted))]
 
     def remove_sessions(self, sha256s: Iterable[str]) -> None:
         """Forget sessions."""

@@ -8,6 +8,8 @@ back, but not with what pages of other sites request.
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from flask import Blueprint, Response, request
 
 from dispatcher.plugin.errors import (
@@ -131,4 +133,8 @@ def _failed(name: str, error: DispatcherError, target: str) -> Response:
     site = next((site for site in methods.sites if site.name == name), None)
     if site is None:
         raise NotFound("Page not found", fix="sign in again")
-    return responses.page("site_failed.html", error.status, error=error, site=site, target=target, methods=methods)
+    person = None
+    with suppress(DispatcherError):  # after Back, the page that comes back is one of a sign-in that succeeded
+        person = context.person()
+    values = {"site": site, "target": target, "methods": methods, "person": person}
+    return responses.page("site_failed.html", error.status, error=error, **values)

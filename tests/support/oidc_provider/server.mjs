@@ -1,6 +1,6 @@
 // A real OpenID provider (the npm package oidc-provider) for tests/support/oidc.py, which passes the settings as JSON.
-// Lines on standard input: {"keys": [JWK...]} changes the keys, {"configuration": {...}} the configuration; each is
-// answered by a line.  It ends with its standard input.
+// Lines on standard input: {"keys": [JWK...]} changes the keys, {"configuration": {...}} the configuration,
+// {"clients": [...]} the clients; each is answered by a line.  It ends with its standard input.
 import { createServer } from "node:http";
 import { createServer as createTlsServer } from "node:https";
 import { readFileSync } from "node:fs";
@@ -8,7 +8,7 @@ import { createInterface } from "node:readline";
 import { Provider } from "oidc-provider";
 
 const settings = JSON.parse(process.argv[2]);
-let { keys, configuration } = settings;
+let { keys, configuration, clients } = settings;
 let callback;
 
 function renew() {
@@ -19,7 +19,7 @@ function renew() {
       email: ["email", "email_verified"],
       groups: ["groups", "realm_access"],
     },
-    clients: settings.clients,
+    clients,
     cookies: { keys: ["a key of the tests"] },
     jwks: { keys },
     ttl: { Session: 3600, Grant: 3600, Interaction: 3600, AccessToken: 3600, IdToken: 3600, AuthorizationCode: 60 },
@@ -33,6 +33,8 @@ function renew() {
     // Nobody is asked for consent.
     async loadExistingGrant(context) {
       const { client, session, provider, params } = context.oidc;
+      const before = session.grantIdFor(client.clientId);
+      if (before) return provider.Grant.find(before); // a new one would end what another tab has begun
       const grant = new provider.Grant({ clientId: client.clientId, accountId: session.accountId });
       grant.addOIDCScope(params.scope);
       await grant.save();
@@ -54,7 +56,7 @@ const server = settings.tls
 server.listen(settings.port, "127.0.0.1", () => console.log("ready"));
 createInterface({ input: process.stdin })
   .on("line", (line) => {
-    ({ keys = keys, configuration = configuration } = JSON.parse(line));
+    ({ keys = keys, configuration = configuration, clients = clients } = JSON.parse(line));
     renew();
     console.log("done");
   })

@@ -71,6 +71,20 @@ def test_too_many_groups_are_refused_rather_than_cut():
         claims.groups({"groups": [str(number) for number in range(1001)]}, options(groups_claim="groups"))
 
 
+@pytest.mark.parametrize(
+    "claims_", [{"_claim_names": {"groups": "src1"}}, {"hasgroups": True}, {"hasgroups": "true"}]
+)
+@pytest.mark.parametrize("allowed", [[], ["staff"]])
+def test_groups_that_are_elsewhere_are_not_no_groups(claims_, allowed):
+    """Entra ID leaves out the groups of a user who has more than 200."""
+    wanted = options(groups_claim="groups", allow_groups=allowed)
+    with pytest.raises(claims.Refused, match="more groups than the provider sends"):
+        claims.groups(claims_, wanted)
+    assert claims.groups(claims_ | {"groups": ["staff"]}, wanted) == {"staff"}
+    assert claims.groups(claims_ | {"roles": ["staff"]}, options(groups_claim="roles")) == {"staff"}
+    assert claims.groups(claims_, options()) == frozenset()
+
+
 def test_required_claims():
     flag = options(require={"email_verified": True})
     claims.check_required({"email_verified": True}, flag)

@@ -266,6 +266,16 @@ def test_the_end_of_one_session_there_ends_it_here(parts, web):
     assert parts.sessions.get(second["session"]["sha256"]) is not None
 
 
+def test_the_end_of_one_session_there_ends_those_of_the_account_that_may_be_it(parts, web):
+    """Some providers name the session in logout tokens and not in ID tokens."""
+    unknown, known = sign_in(parts, web, session=None), sign_in(parts, web, session="s2")
+    other = sign_in(parts, web, user="bob", subject="2", session=None)
+    web.over = Ended(session="s1", subject="1")
+    assert parts.post("/signin/ended", authenticator=SITE, token="t", address="192.0.2.9").json == {"revoked": 1}
+    there = [parts.sessions.get(each["session"]["sha256"]) is not None for each in (unknown, known, other)]
+    assert there == [False, True, True]
+
+
 def test_the_end_of_an_account_there_ends_all_sessions_of_its_user(parts, web):
     mine = [sign_in(parts, web, session=None) for _ in range(2)]
     other = sign_in(parts, web, user="bob", subject="2", session="b")
