@@ -254,7 +254,7 @@ class OidcAuthenticator(WebAuthenticator):
         known = found
         missing = [name for name in claim.wanted(self.options) if claim.find(found, name) is None]
         if missing and metadata.userinfo is not None and access_token is not None:
-            told = self._provider.get(metadata.userinfo, deadline, token=access_token)
+            told = self._user_information(metadata.userinfo, access_token, deadline)
             if told.get("sub") != found["sub"]:
                 raise self._not_valid("user information", "it is of another user (sub)")
             # What the provider has signed counts more; an address and its verification belong together.
@@ -274,6 +274,17 @@ class OidcAuthenticator(WebAuthenticator):
             session=session if isinstance(session, str) and 0 < len(session) <= 255 else None,
             kept=id_token if metadata.end_session is not None and len(id_token) <= MAX_HINT else "",
         )
+
+    def _user_information(self, url: str, access_token: str, deadline: Deadline) -> Json:
+        told = self._provider.get_user(url, deadline, token=access_token)
+        if not isinstance(told, str):
+            return told
+        try:
+            _, found = self._verified(told, deadline)
+            tokens.check_user_information(found, issuer=self.options.issuer, client_id=self.options.client_id)
+        except tokens.Invalid as error:
+            raise self._not_valid("user information", str(error)) from error
+        return found
 
 
 def _with_query(url: str, query: Mapping[str, str]) -> str:

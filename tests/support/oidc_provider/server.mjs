@@ -26,6 +26,7 @@ function renew() {
     features: {
       backchannelLogout: { enabled: true },
       devInteractions: { enabled: true },
+      jwtUserinfo: { enabled: true },
       rpInitiatedLogout: { enabled: true },
     },
     fetch: (url, { dispatcher, ...options }) => fetch(url, options), // without its check: to loopback addresses, too

@@ -143,7 +143,7 @@ def test_an_address_without_encryption_is_refused(fake, name, value):
 def test_an_access_token_follows_no_redirect(fake):
     fake.redirect("/me", "/there")
     options = OidcOptions(issuer=fake.url, client_id="x", timeout="1s")
-    assert "302" in why(lambda: Provider(options).get(f"{fake.url}/me", Deadline(5), token="secret"))
+    assert "302" in why(lambda: Provider(options).get_user(f"{fake.url}/me", Deadline(5), token="secret"))
     assert fake.asked == ["/me"]
 
 

@@ -180,6 +180,15 @@ def check_logout(claims, now=NOW, **header):
     return tokens.check_logout_token(found_header, found, issuer=ISSUER, client_id=CLIENT, now=now, skew=60.0)
 
 
+def test_signed_user_information_need_not_say_for_whom_it_is_and_must_not_be_for_others():
+    good = {"sub": "1", "iss": ISSUER, "aud": [CLIENT, "other"]}
+    for claims in (good, {"sub": "1"}, good | {"aud": CLIENT}):
+        tokens.check_user_information(claims, issuer=ISSUER, client_id=CLIENT)
+    for wrong in ({"iss": "https://other.example.org"}, {"aud": "other"}, {"aud": None}, {"iss": None}):
+        with pytest.raises(tokens.Invalid):
+            tokens.check_user_information(good | wrong, issuer=ISSUER, client_id=CLIENT)
+
+
 def test_a_good_logout_token():
     assert check_logout(LOGOUT) == NOW + 120 + 60
     assert check_logout(without(LOGOUT, "exp"), typ="logout+jwt") == NOW + 300 + 60
