@@ -154,6 +154,10 @@ class Pam:
         code = self._pam.pam_acct_mgmt(self._handle, FLAGS)
         if not known:
             self._check(code, REFUSED | {AUTH_ERR: "PAM refuses the account, such as one that has expired"})
+        elif code == PERM_DENIED and any(
+            os.path.basename(each) == "pam_time.so" for *_, each in stack(self._service)
+        ):
+            self._code = code  # who may not sign in at this time has not left
         elif code not in {NEW_AUTHTOK_REQD, AUTHTOK_EXPIRED}:
             self._check(code, {key: why for key, why in REFUSED.items() if key != AUTH_ERR})
 

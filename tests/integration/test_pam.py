@@ -489,3 +489,14 @@ def test_a_program_signs_in_through_the_portal(etc, short_tmp):
         wrong = {"user": "alice", "password": "wrong"}
         refused = site.web("POST", "/auth/login", wrong, Accept="application/json", Origin=origin)
         assert (refused.status, refused.json()["title"]) == (403, "Name and password do not match")
+
+
+def test_who_may_not_sign_in_at_this_time_has_not_left(etc, pam):
+    etc.service("hours", "auth required pam_unix.so\naccount required pam_unix.so\naccount required pam_time.so\n")
+    etc.run(
+        "sh", "-c", "mkdir -p /etc/security; cat > /etc/security/time.conf", stdin="hours;*;alice;!Al0000-2400\n"
+    )
+    authenticator = pam(service="hours")
+    assert sign_in(authenticator, "bob", PASSWORDS["bob"]) == "bob"
+    assert sign_in(authenticator) is None
+    assert authenticator.lookup("alice", deadline=Deadline(20)).user == "alice"
