@@ -207,6 +207,11 @@ def create_my_token(
             raise BadRequest("The password is missing", why="a new token needs it", fix="enter your password")
         services.signin.check(user, password, address)
     token, row = services.tokens.create(user=user, scopes=["app"], seconds=lifetime(expires), note=note)
+    if (
+        services.sessions.get(sha256) is None
+    ):  # ended meanwhile, as the user has left: with all tokens but this one
+        services.tokens.revoke(row.sha256)
+    services.sessions.require(sha256)
     services.sync_edge()
     return {"token": token, **tokens.token_json(row)}, 201
 

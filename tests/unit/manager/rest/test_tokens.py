@@ -190,6 +190,21 @@ def test_a_person_makes_tokens_for_the_own_agents_only(parts):
     assert parts.post("/sessions/tokens", **more, user="bob").status_code == 400
 
 
+def test_no_token_outlasts_a_user_who_is_signed_out_while_it_is_made(parts):
+    sha256 = digest_of(parts.login())
+    check = parts.services.signin.check
+
+    def slow(user, *arguments):
+        check(user, *arguments)
+        parts.services.sessions.revoke_user(user)
+        parts.services.tokens.revoke_user(user)
+
+    parts.services.signin.check = slow
+    made = parts.post("/sessions/tokens", sha256=sha256, address="192.0.2.1", password=PASSWORD)
+    assert made.status_code == 404
+    assert parts.services.tokens.all("alice") == []
+
+
 def test_a_session_alone_makes_no_token_where_passwords_are_here(parts):
     sha256 = digest_of(parts.login())
     assert parts.post("/sessions/tokens", sha256=sha256, address="").status_code == 400
