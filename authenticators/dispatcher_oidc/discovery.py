@@ -87,7 +87,7 @@ class Discovery:
 
     def _holding(self, deadline: Deadline) -> Any:
         return deadline.holding(
-            self._lock, f"{self._options.shown} does not answer in time", why="others wait, too"
+            self._lock, f"{self._options.shown} does not answer in time", why="other sign-ins wait for it, too"
         )
 
     def _read_metadata(self, deadline: Deadline) -> Metadata:

@@ -72,14 +72,14 @@ class OidcOptions(Table):
     """``[auth.oidc.NAME]``."""
 
     issuer: Issuer = Field(
-        description="the provider's issuer, exactly as it writes it in /.well-known/openid-configuration below it"
+        description="the provider's issuer, exactly as in its ISSUER/.well-known/openid-configuration"
     )
     title: str = Field(
         default="",
         max_length=64,
         description='name on the button "Sign in with TITLE"; by default the issuer\'s host',
     )
-    client_id: Token = Field(description="name of this service at the provider")
+    client_id: Token = Field(description="client ID of dispatcher at the provider")
     client_secret_file: AbsolutePath | None = Field(
         default=None,
         description="file with the secret of client_id, which only the manager's user may read; "
@@ -87,10 +87,10 @@ class OidcOptions(Table):
     )
     client_auth: Literal["auto", "basic", "post"] = Field(
         default="auto",
-        description="how the secret is sent: basic (in a header), post (in the body), or auto: as it says",
+        description="how the secret is sent: basic (header), post (body), or auto (as the provider supports it)",
     )
     scopes: list[Token] = Field(
-        default=["profile", "email"], description="scopes to request in addition to openid, which bring the claims"
+        default=["profile", "email"], description="scopes to request in addition to openid, for the claims"
     )
     username_claim: str = Field(
         default="preferred_username",
@@ -99,13 +99,13 @@ class OidcOptions(Table):
     )
     strip_domain: Domain | None = Field(
         default=None,
-        description="domain without which names are used: with example.org, alice@example.org becomes alice; "
+        description="domain to remove from names: with example.org, alice@example.org becomes alice; "
         "names of other domains are not changed",
     )
     groups_claim: str | None = Field(
         default=None,
         min_length=1,
-        description="claim with the names of the user's groups; realm_access.roles is roles in realm_access",
+        description="claim with the user's groups; realm_access.roles: roles in the object realm_access",
     )
     allow_groups: list[str] = Field(
         default=[],
@@ -123,7 +123,7 @@ class OidcOptions(Table):
     )
     ca_file: AbsolutePath | None = Field(
         default=None,
-        description="certificates of the authorities that sign the provider's; by default the system's",
+        description="CA certificates for the provider's certificate; by default the system's",
     )
     timeout: Duration = Field(default=5.0, ge=0.1, description="maximum wait for one answer of the provider")
     clock_skew: Duration = Field(

@@ -53,8 +53,8 @@ SECTIONS = {
         "top": Lazy("inspection", "top", "Show agents' memory and CPU use, continuously."),
         "memory-usage": Lazy("inspection", "memory_usage", "Show the memory of running agents."),
         "sessions": Lazy("inspection", "sessions", "List and end sessions."),
-        "auth": Lazy("directory", "auth", "Try sign-ins, release names."),
-        "sync": Lazy("directory", "sync", "Ask directories for groups, and who has left."),
+        "auth": Lazy("directory", "auth", "Test sign-ins, release names."),
+        "sync": Lazy("directory", "sync", "Read groups from directories, and find users who have left."),
     },
     "Installation": {
         "init": Lazy("init", "init", "Write a first configuration."),

@@ -13,8 +13,8 @@ NEVER = "never"
 #: What a token may do, the least first.
 SCOPES = {
     "metrics": "GET /metrics of the manager, and nothing else",
-    "read": "read the manager's REST interface, without the output of apps",
-    "admin": "everything that the manager's REST interface can do",
+    "read": "read requests of the manager's REST interface, without the output of apps",
+    "admin": "all requests of the manager's REST interface",
     "app": "reach the agents of its user through the proxy",
 }
 #: Scopes that include another one.

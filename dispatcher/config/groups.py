@@ -36,8 +36,8 @@ class GroupConfig(Table):
     )
     apps: list[str] = Field(
         default=[],
-        description="apps for members only; one in several groups is for the members of each, "
-        "one in no group is for everybody",
+        description="apps for members only; an app in several groups is for members of any of them, "
+        "an app in no group for everybody",
     )
     limits: GroupLimits = Field(
         default=GroupLimits(),

@@ -227,7 +227,7 @@ class AuthConfig(Table):
 
     authenticator: Authenticators = Field(
         default="local",
-        description="what verifies users: local, the name of a plugin, or a list of several, asked in this order",
+        description="how users sign in: local, the name of a plugin, or a list of several, asked in this order",
     )
     session_lifetime: Duration = Field(default=7 * 86400.0, description="maximum lifetime of a session")
     session_idle: Duration = Field(default=86400.0, description="maximum time of a session without a request")
@@ -240,7 +240,7 @@ class AuthConfig(Table):
 
     sync_interval: MaybeDuration = Field(
         default=3600.0,
-        description="interval at which the directory is asked for the groups of known users, and who has left; "
+        description="interval at which groups are read from directories, and users who have left are found; "
         "false: never",
     )
     keep_departed: MaybeDuration = Field(

@@ -52,9 +52,9 @@ class WebIdentity(Identity):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Redirect:
-    """The begin of a sign-in at another site.
+    """The beginning of a sign-in at another site.
 
-    :ivar url: where the browser is sent; contains the `state`.
+    :ivar url: to which the browser is sent; contains the `state`.
     :ivar kept: what `WebAuthenticator.finish` needs, at most 16 KiB.  It never leaves the manager.
     """
 
@@ -90,11 +90,11 @@ class BaseAuthenticator(ABC):
         self.options = options
 
     def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
-        """Return what the directory knows of a user; None if the account has gone or may not sign in any more.
+        """Return a user's entry in the directory; None if the account no longer exists or may no longer sign in.
 
         Called without a password, for users who have signed in before.
 
-        :raises Unsupported: the directory cannot be asked without the user.
+        :raises Unsupported: users cannot be looked up without their passwords.
         :raises Unavailable: the directory does not answer.
         """
         raise Unsupported(f"The authenticator {self.name} cannot look up users")
@@ -102,7 +102,7 @@ class BaseAuthenticator(ABC):
     def check(self, *, deadline: Deadline) -> None:
         """Verify, for `dispatcher doctor`, that users can sign in; by default nothing is verified.
 
-        :raises Unavailable: what is wrong.
+        :raises Unavailable: users cannot sign in, with the reason.
         """
 
     def close(self) -> None:
@@ -117,7 +117,7 @@ class Authenticator(BaseAuthenticator):
 
     @property
     def refusal_time(self) -> float:
-        """Seconds that each refusal takes at least; in a list of authenticators those by others take as long."""
+        """Minimum time of a refusal in seconds; in a list, refusals by the other authenticators take as long."""
         return 0.0
 
     @abstractmethod
@@ -161,9 +161,9 @@ class WebAuthenticator(BaseAuthenticator):
     ) -> WebIdentity | None:
         """Return who signed in, None if the site or the options refuse the user.
 
-        :param parameters: of the query with which the browser came back; none of them is trustworthy.
+        :param parameters: of the query in the browser's request to `callback`; not to be trusted.
         :param kept: of the `Redirect`; :param callback: as for `begin`.
-        :raises Forbidden: as None, with a reason for the log.
+        :raises Forbidden: like None, with a reason for the log.
         :raises BadRequest: the site does not accept the parameters; the user can start again.
         :raises Unavailable: the site does not answer, or not as it should.
         """
@@ -179,6 +179,6 @@ class WebAuthenticator(BaseAuthenticator):
     def sign_out_url(self, *, kept: str, callback: str, deadline: Deadline) -> str | None:
         """Return the URL at which the browser ends the session at the site, too; None if there is none.
 
-        :param kept: of the `WebIdentity`; :param callback: the URL to which the site sends the browser then.
+        :param kept: of the `WebIdentity`; :param callback: the URL to which the site sends the browser afterwards.
         """
         return None

@@ -34,10 +34,13 @@ def wait_option(function: _F) -> _F:
 @agent_argument
 @click.option("--app", metavar="APP", help="The agent's app; default: default_app of the configuration.")
 @password_option
-@click.option("--no-password", is_flag=True, help="Set no password, for users whose passwords a plugin verifies.")
+@click.option("--no-password", is_flag=True, help="Set no password: the user signs in with a plugin (LDAP, ...).")
 @pass_cli
 def add(cli: Cli, name: str, app: str | None, password_stdin: bool, no_password: bool) -> None:
     """Add the user NAME and an agent.  Checks everything else before it asks for a password.
+
+    It asks only if `local` is the only authenticator.  To make a local user beside a directory, set the password
+    with --password-stdin or `dispatcher passwd`.
 
     For an existing user, --app adds another agent, named NAME:APP, without asking for a password.
     """

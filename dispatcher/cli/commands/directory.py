@@ -17,7 +17,7 @@ INTERVAL = 0.25  # seconds between two requests for the progress
 
 @click.group(epilog="\b\nExamples:\n  dispatcher auth test alice\n  dispatcher auth release alice")
 def auth() -> None:
-    """Try sign-ins, and manage which account of a directory a name belongs to."""
+    """Test sign-ins, and release names that belong to an account of a directory."""
 
 
 @auth.command(
@@ -25,14 +25,14 @@ def auth() -> None:
     '\n  printf %s "$PASSWORD" | dispatcher auth test --password-stdin alice'
 )
 @click.argument("name")
-@click.option("--authenticator", metavar="AUTHENTICATOR", help="Only this one of `auth.authenticator`.")
-@click.option("--password", is_flag=True, help="Ask for the password, and check it, too.")
+@click.option("--authenticator", metavar="AUTHENTICATOR", help="Ask only this entry of `auth.authenticator`.")
+@click.option("--password", is_flag=True, help="Prompt for the password and verify it, too.")
 @click.option("--password-stdin", is_flag=True, help="Read the password from standard input, one line.")
 @pass_cli
 def test(cli: Cli, name: str, authenticator: str | None, password: bool, password_stdin: bool) -> None:
-    """Show what a sign-in as NAME would give: user, groups, apps.  Nothing is changed.
+    """Show the result of a sign-in as NAME, without one: user, groups, apps.  Nothing is changed.
 
-    Without a password the directory is only asked about the user.  The exit code is 1 if the sign-in would be
+    Without a password the user is only looked up in the directory.  The exit code is 1 if the sign-in would be
     refused.
     """
     secret = None
@@ -65,7 +65,7 @@ def test(cli: Cli, name: str, authenticator: str | None, password: bool, passwor
 @yes_option
 @pass_cli
 def release(cli: Cli, name: str, yes: bool) -> None:
-    """Let the next account of a directory that signs in as NAME have the name, the agents and the data.
+    """Release the name NAME: the next account of a directory that signs in with it gets the agents and data.
 
     For a name that a directory gave to another person, and for a change of the authenticator.  A password that is
     stored here is deleted: a local user becomes one of the directory.
@@ -79,10 +79,10 @@ def release(cli: Cli, name: str, yes: bool) -> None:
 
 @click.command(epilog="\b\nExamples:\n  dispatcher sync --dry-run\n  dispatcher sync")
 @click.option("--dry-run", is_flag=True, help="Show what would change.")
-@click.option("--force", is_flag=True, help="Believe a directory that has lost most of its users.")
+@click.option("--force", is_flag=True, help="Accept that most users of a directory have left.")
 @pass_cli
 def sync(cli: Cli, dry_run: bool, force: bool) -> None:
-    """Ask the directories for the groups of all users, and for users who have left.
+    """Read the groups of all users from their directories, and find users who have left.
 
     Users who have left are signed out and their agents stop.  The manager does this regularly
     (`auth.sync_interval`).
@@ -101,7 +101,7 @@ def sync(cli: Cli, dry_run: bool, force: bool) -> None:
         cli.out.data(found)
     else:
         for label, key in (
-            ("other groups", "changed"),
+            ("groups changed", "changed"),
             ("left", "left"),
             ("back", "back"),
             ("data deleted", "removed"),
@@ -109,11 +109,11 @@ def sync(cli: Cli, dry_run: bool, force: bool) -> None:
             for name in found[key]:
                 cli.out.line(f"{name}: {label}")
         for source, count in found["skipped"].items():
-            cli.out.line(f"{source}: {count} users were not looked up, the authenticator cannot do it")
+            cli.out.line(f"{source}: {count} users were skipped, the authenticator cannot look up users")
         for problem in found["problems"]:
             click.echo(f"problem: {clean(problem)}", err=True)
         would = "would be " if dry_run else ""
         total = sum(len(found[key]) for key in ("changed", "left", "back", "removed"))
-        cli.out.line(f"{found['users']} users asked for, {total} {would}changed")
+        cli.out.line(f"{found['users']} users, {total} {would}changed")
     if found["problems"]:
         raise click.exceptions.Exit(1)

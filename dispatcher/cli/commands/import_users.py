@@ -35,15 +35,15 @@ class Line(NamedTuple):
     "\n\n\b\nA file:\n  name,app,password\n  alice,notebook,\n  bob,,correct horse battery",
 )
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False, allow_dash=True))
-@click.option("--app", metavar="APP", help="App of the lines that name none; by default `default_app`.")
-@click.option("--dry-run", is_flag=True, help="Check the file, and change nothing.")
+@click.option("--app", metavar="APP", help="App of lines without one; by default `default_app`.")
+@click.option("--dry-run", is_flag=True, help="Check the file only.")
 @pass_cli
 def import_users(cli: Cli, file: Path, app: str | None, dry_run: bool) -> None:
     """Add users from the CSV file FILE (`-`: standard input).
 
-    The first line names the columns: `name`, and if wanted `app` and `password`.  Only users of the authenticator
-    `local` need a password.  A file with an invalid line changes nothing.  Users who exist are left as they are,
-    so an import can be repeated.
+    The first line names the columns: `name`, and optionally `app` and `password`.  Only users of the authenticator
+    `local` need a password.  If a line is invalid, no user is added.  Existing users are not changed, so an import
+    can be repeated.
     """
     lines = _lines(_read(file), app)
     added: list[str] = []

@@ -16,7 +16,7 @@ from dispatcher.plugin.errors import DispatcherError
     "\n  dispatcher tokens list\n  dispatcher tokens revoke 0123456789abcdef"
 )
 def tokens() -> None:
-    """Create, list and revoke API tokens, with which programs authenticate (Authorization: Bearer)."""
+    """Create, list and revoke API tokens: credentials for programs (Authorization: Bearer)."""
 
 
 @tokens.command(
@@ -26,17 +26,19 @@ def tokens() -> None:
     "\n  dispatcher tokens create --user alice --scope app --expires 30d --note 'nightly export'"
     "\n  dispatcher tokens create --service backup --scope read --expires never"
 )
-@click.option("--user", metavar="NAME", help="Its owner, a user.")
-@click.option("--service", metavar="NAME", help="Its owner, a program of yours; any name.")
-@click.option("--scope", "scopes", metavar="SCOPE", multiple=True, help="What it may do; may be given repeatedly.")
+@click.option("--user", metavar="NAME", help="The owner: a user.")
+@click.option("--service", metavar="NAME", help="The owner: a program of yours, with a name of your choice.")
+@click.option(
+    "--scope", "scopes", metavar="SCOPE", multiple=True, help="A scope, see below; may be given repeatedly."
+)
 @click.option(
     "--expires",
     metavar="DURATION|DATE",
     default=DEFAULT_EXPIRY,
     show_default=True,
-    help="When it ends: 90d, 12h, 2030-01-31 (0:00 UTC), or never.",
+    help="The expiry: 90d, 12h, 2030-01-31 (0:00 UTC), or never.",
 )
-@click.option("--note", metavar="TEXT", default="", help="What it is for; shown in lists.")
+@click.option("--note", metavar="TEXT", default="", help="The purpose; shown in lists.")
 @pass_cli
 def create(
     cli: Cli, user: str | None, service: str | None, scopes: tuple[str, ...], expires: str, note: str

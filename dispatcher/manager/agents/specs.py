@@ -157,7 +157,7 @@ class Specs:
             raise Forbidden(
                 f"{row.user} may not use the app {row.app}",
                 why=f"it is for members of {' or '.join(map(printable, wanted))}",
-                fix="change the groups of the user, or [groups] in the configuration",
+                fix="add the user to such a group, or change [groups] in the configuration",
             )
 
     def _make_spec(self, agent: str, user: str, app: str, uid: int, gid: int, limits: Limits | None) -> AgentSpec:

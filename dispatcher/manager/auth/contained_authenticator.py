@@ -194,9 +194,9 @@ class ContainedAuthenticator:
             return None if found is None else self._url("sign_out_url", found)
 
     def lookup(self, name: str, *, deadline: Deadline) -> Identity | None:
-        """Return what the directory knows of a user; None if the account has gone.
+        """Return a user's entry in the directory; None if the account no longer exists.
 
-        :raises Unsupported: it cannot be asked; :raises Unavailable: it cannot be said now.
+        :raises Unsupported: it cannot look up users; :raises Unavailable: it does not answer.
         """
         wrapped = self._usable()
         found = bounded(

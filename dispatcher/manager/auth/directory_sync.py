@@ -104,7 +104,7 @@ class DirectorySync:
         :raises Conflict: another one is in progress.
         """
         if not self._running.acquire(blocking=False):
-            raise Conflict("A synchronisation is in progress", fix="`dispatcher sync` again when it has ended")
+            raise Conflict("A synchronisation is in progress", fix="run `dispatcher sync` again when it has ended")
         report = self.report = Report(dry_run=dry_run)
 
         def run() -> None:
@@ -195,8 +195,8 @@ class DirectorySync:
         trusted = force or not _too_many(gone, present)
         if not trusted:
             report.problems.append(
-                f"{source}: {len(gone)} of {len(present)} users seem to have left, nobody is treated so "
-                "(if they have left: dispatcher sync --force)"
+                f"{source}: {len(gone)} of {len(present)} users seem to have left, so none was signed out "
+                "(if they have really left: dispatcher sync --force)"
             )
             gone = []
         for row in gone:

@@ -199,7 +199,7 @@ class WebSignIn:
             if identity is None:
                 _log.info("not signed in by the site", authenticator=name, address=visitor.address)
                 raise Forbidden(
-                    f"{entry.title} did not sign you in", why="the user may not sign in here, or declined"
+                    f"{entry.title} did not sign you in", why="you may not sign in here, or have declined"
                 )
         except DispatcherError as error:
             self._metrics.login(

@@ -17,7 +17,7 @@ routes = Routes()
 
 @routes.add("POST", "/sync", {202: schemas.Sync})
 def begin_sync(services: Services, force: bool = False, dry_run: bool = False) -> Answer:
-    """Begin to ask the directories for the groups of users, and for users who have left."""
+    """Begin to read the groups of users from their directories, and to find users who have left."""
     return _report(services.sync.begin(force=force, dry_run=dry_run)), 202
 
 
@@ -51,7 +51,7 @@ def try_sign_in(
     password: schemas.Password | None = None,
     authenticator: schemas.Name | None = None,
 ) -> Json:
-    """Show what a sign-in would give, with the password or without; nothing is stored."""
+    """Show the result of a sign-in, with the password or without; nothing is stored."""
     found = services.signin.preview(name, password, authenticator)
     if found is None:
         return {"accepted": False, "refusal": "wrong name or password, or the user may not sign in"}
@@ -85,7 +85,7 @@ def _effect(services: Services, source: str, identity: Identity) -> Json:
 
 @routes.add("POST", "/users/<user>/release", {204: None})
 def release(services: Services, user: str) -> None:
-    """Let a name belong to no account: the next one of a directory that signs in with it gets it."""
+    """Release a name: the next account of a directory that signs in with it gets the agents."""
     user = names.user_name(user)
     if not services.signin.authenticators.external:
         raise Conflict(

@@ -198,8 +198,7 @@ def create_my_token(
 ) -> Answer:
     """Create an API token for the agents of a session's user, with the scope *app*.
 
-    It outlasts the session, and a stolen session must not become more: so it needs the password of a user
-    who has one.
+    It outlasts the session, and a stolen session must not become a token: users who have a password must give it.
     """
     user = _user_session(services, sha256).user
     if services.signin.has_password(user):

@@ -1,4 +1,4 @@
-"""The ways to sign in, as the manager tells; kept for some seconds, so that strangers cannot keep it busy."""
+"""The ways to sign in, from the manager; cached for some seconds, so that strangers cannot keep it busy."""
 
 from __future__ import annotations
 

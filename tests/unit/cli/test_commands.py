@@ -621,10 +621,10 @@ def test_sync_follows_the_manager_and_says_what_changed(run, manager):
     code, out, err = run("sync")
     assert (code, err) == (0, "")
     assert out.splitlines() == [
-        "alice: other groups",
+        "alice: groups changed",
         "bob: left",
-        "oidc.uni: 2 users were not looked up, the authenticator cannot do it",
-        "3 users asked for, 2 changed",
+        "oidc.uni: 2 users were skipped, the authenticator cannot look up users",
+        "3 users, 2 changed",
     ]
     assert manager.requests[0][3] == {"force": False, "dry_run": False}
 

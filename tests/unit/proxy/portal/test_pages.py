@@ -313,7 +313,7 @@ class TestAccount:
         browser = Browser(app)
         browser.sign_in()
         page = browser.get("/auth/account")
-        assert "kept elsewhere, and cannot be changed here" in page.text
+        assert "an account that is kept elsewhere. Its password cannot be changed here" in page.text
         assert 'type="password"' not in page.text
         assert page.form("/account/sessions")
 
