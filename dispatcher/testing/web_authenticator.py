@@ -178,7 +178,7 @@ class WebAuthenticatorContract:
         )
 
     def test_an_answer_is_used_once(self, authenticator: WebAuthenticator) -> None:
-        """An answer that comes a second time is refused."""
+        """An answer is refused the second time."""
         begun = self._begun(authenticator, self._person(0))
         self._identity(self._finish(authenticator, begun))
         self._refused(self._finish(authenticator, begun), "an answer for the second time")
@@ -230,7 +230,7 @@ class WebAuthenticatorContract:
 
     @needs_no("no_site")
     def test_site_down_is_unavailable(self, authenticator: WebAuthenticator) -> None:
-        """`finish` without the site raises `Unavailable` with words; afterwards the same instance works."""
+        """`finish` without the site raises `Unavailable` with a reason; afterwards the same instance works."""
         begun = self._begun(authenticator, self._person(0))
         with self.broken_site("down"):
             self._unavailable(self._finish(authenticator, begun), "with the site down")

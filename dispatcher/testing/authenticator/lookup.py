@@ -27,7 +27,7 @@ class LookupChecks(AuthenticatorBase):
             )
 
     def test_subject_identifies_the_account(self, ask: Asker) -> None:
-        """`Identity.subject` of `authenticate` is None, or a text of at most 255 characters of nobody else."""
+        """`Identity.subject` of `authenticate` is None, or a text of at most 255 characters, one for each user."""
         subjects = []
         for name, password in self._people():
             found = ask.accepted(name, password).value
