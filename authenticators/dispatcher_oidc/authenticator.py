@@ -85,7 +85,7 @@ class OidcAuthenticator(WebAuthenticator):
         issuer = parameters.get("iss")
         if issuer != self.options.issuer and (issuer is not None or metadata.sends_issuer):
             raise BadRequest(
-                f"The answer is not of {self.title}",
+                f"The answer is not from {self.title}",
                 why=f"its issuer is {printable(str(issuer), 200)}",
                 fix="start again",
             )
@@ -256,7 +256,7 @@ class OidcAuthenticator(WebAuthenticator):
         if missing and metadata.userinfo is not None and access_token is not None:
             told = self._user_information(metadata.userinfo, access_token, deadline)
             if told.get("sub") != found["sub"]:
-                raise self._not_valid("user information", "it is of another user (sub)")
+                raise self._not_valid("user information", "it is about another user (sub)")
             # What the provider has signed counts more; an address and its verification belong together.
             known = {**told, **found}
             if "email" not in found and "email" in told:

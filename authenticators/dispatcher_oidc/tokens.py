@@ -104,7 +104,7 @@ def check_id_token(
         raise Invalid("its claim sub is missing or too long")
     sent = claims.get("nonce")
     if not isinstance(sent, str) or not hmac.compare_digest(sent.encode(errors="replace"), nonce.encode()):
-        raise Invalid("it is of another sign-in (nonce)")
+        raise Invalid("it belongs to another sign-in (nonce)")
     if (
         "at_hash" in claims
         and access_token is not None

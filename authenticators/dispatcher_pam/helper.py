@@ -362,7 +362,7 @@ def check(question: dict[str, Any]) -> dict[str, Any]:
             own = pwd.getpwuid(os.geteuid()).pw_name
             raise Fault(
                 f"Nobody but {own} can sign in",
-                f"the manager runs as {own}, and pam_unix shows the passwords of others to root alone",
+                f"the manager runs as {own}, and pam_unix verifies passwords of others for root only",
                 "run the manager as root, or use a service whose modules ask a daemon, such as pam_sss",
             )
     elif "pam_unix.so" in modules:
