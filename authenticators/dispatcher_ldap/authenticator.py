@@ -147,6 +147,12 @@ class LdapAuthenticator(Authenticator):
             if not any(name.casefold() in allowed for name in groups):
                 return None
         ids = values.get(options.user_id_attribute.lower(), ()) if options.user_id_attribute else ()
+        if options.user_id_attribute and not ids and "user_id_attribute" in options.model_fields_set:
+            # Without it, a later account of the same name could not be told from this one.
+            raise Unavailable(
+                f"The entry {dn} has no attribute {options.user_id_attribute}, or does not show it",
+                fix="correct auth.ldap.user_id_attribute, or let auth.ldap.bind_dn read it",
+            )
         return Identity(user=user, groups=groups, subject=_shown(ids[0]) if ids else None)
 
     def _attributes(self) -> list[str]:

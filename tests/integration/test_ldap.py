@@ -129,7 +129,8 @@ def test_the_groups_of_a_user_and_the_id_of_the_account(ldap, server):
     )
     subject = identity().subject
     assert re.fullmatch(r"[0-9a-f-]{36}", subject)
-    assert identity(user_id_attribute="objectGUID").subject is None
+    with pytest.raises(Unavailable, match="has no attribute objectGUID"):
+        identity(user_id_attribute="objectGUID")
     assert identity(user_id_attribute=None).subject is None
     template = {"user_dn": f"uid={{name}},{PEOPLE_BASE}", "group_base": GROUP_BASE}
     assert identity(**template).subject == subject
