@@ -70,6 +70,8 @@ class LdapAuthenticator(Authenticator):
                 self._servers.ask(self._check_server, deadline, [server])
             except Unavailable as error:
                 problems.append(error)
+        if len(problems) == 1:
+            raise problems[0]
         if problems:
             raise Unavailable(
                 problems[0].what, why="; ".join(error.why or error.what for error in problems), fix=problems[0].fix

@@ -235,7 +235,11 @@ class Servers:
         raise Unavailable(
             "The directory does not answer",
             why="; ".join(problems),
-            fix="check auth.ldap.servers, and that this host reaches them",
+            fix=(
+                "correct the certificate, or name its authority in auth.ldap.ca_file"
+                if any("certificate verify failed" in problem for problem in problems)
+                else "check auth.ldap.servers, and that this host reaches them"
+            ),
         )
 
     def _in_order(self) -> list[str]:

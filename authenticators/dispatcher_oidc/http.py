@@ -117,13 +117,16 @@ class Provider:
                 raise
             return status, {}
 
-    def unusable(self, url: str, why: str) -> Unavailable:
-        """Return the error for an answer that cannot be used."""
+    def unusable(self, url: str, why: str, fix: str = "") -> Unavailable:
+        """Return the error for an answer that cannot be used.
+
+        :param fix: by default: look at the provider and its issuer.
+        """
         place = urlsplit(url)._replace(query="").geturl()
         return Unavailable(
             f"{place} cannot be used for signing in with {self._options.shown}",
             why=why,
-            fix=f"see whether the provider works, and whether the issuer {self._options.issuer} is right",
+            fix=fix or f"see whether the provider works, and whether the issuer {self._options.issuer} is right",
         )
 
     def _json(self, url: str, body: bytes) -> Json:
@@ -154,6 +157,11 @@ class Provider:
                 why=f"{parts.netloc} took more than {self._options.timeout:g} seconds",
                 fix="see whether the provider works and this machine can reach it",
             ) from error
+        except ssl.SSLCertVerificationError as error:
+            fix = (
+                f"correct the certificate, or name its authority in ca_file of the provider {self._options.shown}"
+            )
+            raise self.unusable(url, f"certificate verify failed: {error.verify_message}", fix) from error
         except (OSError, http.client.HTTPException) as error:
             raise self.unusable(url, _reason(error)) from error
         if len(found) > MAX_BODY:
@@ -189,8 +197,6 @@ def _port(parts: SplitResult) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate verify failed: {error.verify_message}"
     if isinstance(error, (http.client.HTTPException, ssl.SSLError)):
         return f"its answer is not HTTP: {type(error).__name__} {error}"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -97,7 +97,10 @@ class BaseAuthenticator(ABC):
         :raises Unsupported: users cannot be looked up without their passwords.
         :raises Unavailable: the directory does not answer.
         """
-        raise Unsupported(f"The authenticator {self.name} cannot look up users")
+        raise Unsupported(
+            f"The authenticator {self.name} cannot look up users",
+            fix="let the user sign in; the manager's log says why a sign-in is refused",
+        )
 
     def check(self, *, deadline: Deadline) -> None:
         """Verify, for `dispatcher doctor`, that users can sign in; by default nothing is verified.

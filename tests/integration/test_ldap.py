@@ -56,7 +56,8 @@ def why_not(authenticator, *arguments):
 def test_a_certificate_that_is_not_right_is_refused_and_the_reason_told(ldap, server, tmp_path):
     other = Authority(tmp_path, "another authority")
     for url in (server.url, server.tls_url):
-        assert "certificate verify failed" in why_not(ldap(servers=[url], ca_file=other.path))
+        refused = why_not(ldap(servers=[url], ca_file=other.path))
+        assert "certificate verify failed" in refused and "auth.ldap.ca_file" in refused
     for wrong, reason in (
         ({"days": -1}, "certificate has expired"),
         ({"hosts": ("ldap.example.org",)}, "certificate is not valid for '127.0.0.1'"),
@@ -305,6 +306,7 @@ def test_check_asks_each_server(ldap, server):
         with pytest.raises(Unavailable) as caught:
             ldap(**options).check(deadline=Deadline(10))
         assert told in str(caught.value)
+        assert str(caught.value).count("has no entry") <= 1, "the reason is told once"
 
 
 def test_hundreds_sign_in_within_a_minute(ldap, server):
@@ -392,5 +394,6 @@ def test_groups_decide_about_apps_and_users_who_leave_are_signed_out(server, lda
             server.change(slapd.person("zoe", PASSWORD).replace("\n", "\nchangetype: add\n", 1).lstrip())
             with pytest.raises(Forbidden, match="The name zoe belongs to another account"):
                 proxy.login("zoe", PASSWORD, address="192.0.2.1")
+            assert "(dispatcher auth release zoe)" in client.test_sign_in("zoe", PASSWORD)["refusal"]
             client.release_user("zoe")
             assert proxy.login("zoe", PASSWORD, address="192.0.2.1")["session"]["user"] == "zoe"

@@ -251,9 +251,8 @@ def test_a_certificate_that_is_not_right_is_refused_and_the_reason_told(make, tm
     with OpenIdProvider([CALLBACK], tls=tmp_path / "good") as good:
         assert sign_in(make(good), ca=good.authority.path).user == "alice"
         other = Authority(tmp_path, "another authority")
-        assert "certificate verify failed" in why_not(
-            lambda: make(good, ca_file=other.path).check(deadline=Deadline(5))
-        )
+        refused = why_not(lambda: make(good, ca_file=other.path).check(deadline=Deadline(5)))
+        assert "certificate verify failed" in refused and "ca_file of the provider" in refused
     for wrong, reason in (
         ({"days": -1}, "certificate has expired"),
         ({"hosts": ("login.example.org",)}, "certificate is not valid for 'localhost'"),

@@ -53,16 +53,16 @@ class Access:
         """Return the app of a user's first agent, None if the user may use none.
 
         :param external: groups that an authenticator named; None: those that are known.
-        :raises BadRequest: there is no default among several apps.
         """
         specs = self._registry.specs
         known = self._memberships.get(self._registry.user_id(user)) if external is None else external
         member_of = groups.groups_of(specs.config.groups, user, known)
         allowed = [app for app in specs.config.apps if groups.may_use(specs.config.groups, app, member_of)]
-        if len(allowed) == len(specs.config.apps):
-            return specs.default_app()
-        if specs.config.default_app in allowed:
-            return specs.config.default_app
+        preferred = specs.config.default_app
+        if not preferred and len(allowed) == len(specs.config.apps):
+            preferred = "demo"
+        if preferred in allowed:
+            return preferred
         return allowed[0] if allowed else None
 
     def enforce(self, agents: Iterable[Agent] | None = None) -> int:

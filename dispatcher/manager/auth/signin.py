@@ -376,7 +376,12 @@ class SignIn:
             self._metrics.login(LoginOutcome.FAILURE)
             if groups is None and default_agent(user, known) is None:
                 raise wrong_credentials()
-            _log.warning("a user may use no app", user=user)
+            _log.warning(
+                "a user may use no app",
+                user=user,
+                groups=sorted(groups or ()),
+                fix="see [groups] in the configuration, and which groups the authenticator names",
+            )
             raise Forbidden("You may not use any app here", fix="ask your administrator")
         return agent
 

@@ -65,9 +65,9 @@ def _effect(services: Services, source: str, identity: Identity) -> Json:
     owner = source_of(row)
     refusal = ""
     if row and owner not in {None, source}:
-        refusal = f"the name belongs to a user of {owner}"
+        refusal = f"the name belongs to a user of {owner} (dispatcher auth release {user})"
     elif row and None not in {row.subject, identity.subject} and row.subject != identity.subject:
-        refusal = "the name belongs to another account of the directory"
+        refusal = f"the name belongs to another account of the directory (dispatcher auth release {user})"
     member_of = groups.groups_of(config.groups, user, identity.groups)
     apps = [app for app in config.apps if groups.may_use(config.groups, app, member_of)]
     if not apps:

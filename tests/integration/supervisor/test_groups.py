@@ -132,3 +132,12 @@ def test_the_first_app_is_one_that_the_user_may_use(world):
     assert supervisor.access.first_app("alice", ["staff"]) == "lab"
     assert supervisor.access.first_app("alice", ["all"]) == "demo"
     assert supervisor.access.first_app("alice", []) is None
+    assert supervisor.access.first_app("alice", ["staff", "all"]) == "demo"
+
+
+def test_the_first_app_of_a_user_who_may_use_all_is_the_first_in_the_file(world):
+    world.data["apps"] = {"notes": dict(APP), "lab": dict(APP)}
+    world.data["groups"] = {"staff": {"apps": ["lab"]}, "all": {"apps": ["notes"]}}
+    assert world.supervisor().access.first_app("alice", ["staff", "all"]) == "notes"
+    world.data["default_app"] = "lab"
+    assert world.supervisor().access.first_app("alice", ["staff", "all"]) == "lab"
