@@ -53,7 +53,8 @@ def checked(cli: Cli) -> Config:
     from dispatcher.plugin.model import Level
 
     found, faults = read(cli.config_path)
-    faults += faults_here(found, Plugins())
+    reported = {_key(fault) for fault in faults}  # `found` lacks their values: the same keys seem to be missing
+    faults += [fault for fault in faults_here(found, Plugins()) if _key(fault) not in reported]
     findings = [each for name, app in found.apps.items() for each in check_secrets(name, app.secrets)]
     faults += [each.what for each in findings if each.level is Level.ERROR]
     if faults:
@@ -61,6 +62,10 @@ def checked(cli: Cli) -> Config:
     for finding in findings:
         cli.out.note(f"warning: {finding.what} ({finding.fix})")
     return found
+
+
+def _key(fault: str) -> str:
+    return fault.partition(": ")[0]
 
 
 @config.command(epilog="\b\nExamples:\n  dispatcher config show\n  dispatcher config show --json")

@@ -253,3 +253,15 @@ def test_the_check_names_the_file_and_another_one_of_the_host(tmp_path, capsys, 
     assert (code, out) == (0, f"there is no {own}: the defaults are in force (apps: demo)\n")
     assert f"{system} is another file" in err
     assert "another file" not in run(capsys, "--config", str(system), "config", "check")[2]
+
+
+def test_a_value_that_is_not_valid_is_not_missing_as_well(capsys, tmp_path):
+    path = tmp_path / "dispatcher.toml"
+    path.write_text(
+        '[proxy]\npublic_url = "https://apps.example.org/auth"\n'
+        '[auth]\nauthenticator = "oidc.corp"\n'
+        '[auth.oidc.corp]\nissuer = "https://login.example.org"\nclient_id = "dispatcher"\n'
+    )
+    code, _, err = run(capsys, "--config", str(path), "config", "check")
+    assert code == 2 and err.count("proxy.public_url: ") == 1
+    assert "without a path" in err and "is missing" not in err
