@@ -819,7 +819,8 @@ def test_the_removal_of_the_package_as_documented(service):
     service.run(f"{rest}\nrm -r /etc/systemd/system/dispatcher-proxy.service.d")  # as of `systemctl edit`
     found = service.run(
         "grep dispatcher /etc/passwd /etc/group;"
-        " find / -xdev \\( -path /srv -o -path /proc -o -path /var/log/journal -o -path /var/lib/docker \\) -prune"
+        " find / -xdev \\( -path /srv -o -path /proc -o -path /var/log/journal"
+        " -o -path /var/lib/docker -o -path /var/lib/containerd \\) -prune"
         " -o -iname '*dispatcher*' -print",
         check=False,
     ).out
