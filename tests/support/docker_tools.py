@@ -22,6 +22,7 @@ from dispatcher.testing.base import Contract
 from dispatcher.testing.kit import Kit
 from dispatcher_docker.options import DockerOptions
 from dispatcher_docker.provider import DockerProvider
+from tests.support.stopped import stop
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -218,9 +219,12 @@ class PrivateEngine:
         assert save.wait() == 0
 
     def signal(self, number: int) -> None:
-        """Signal the engine alone."""
+        """Signal the engine alone; after SIGSTOP it answers nothing any more."""
         assert self.process
-        os.kill(self.process.pid, number)
+        if number == signal.SIGSTOP:
+            stop(self.process.pid)
+        else:
+            os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         """End it as a crash would."""

@@ -25,6 +25,7 @@ from joserfc.jwk import ECKey, RSAKey
 
 from tests.support.certificates import Authority
 from tests.support.edge_daemon import free_port
+from tests.support.stopped import stop
 
 HERE = Path(__file__).parent / "oidc_provider"
 ROOT = HERE.parent.parent.parent
@@ -160,7 +161,7 @@ class OpenIdProvider:
     def silent(self):
         """Connections are accepted, by the kernel, and nothing is answered."""
         assert self.process is not None
-        os.kill(self.process.pid, signal.SIGSTOP)
+        stop(self.process.pid)
         yield
         os.kill(self.process.pid, signal.SIGCONT)
 

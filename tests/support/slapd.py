@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.support.certificates import Authority
 from tests.support.edge_daemon import free_port
+from tests.support.stopped import stop
 
 BASE = "dc=example,dc=org"
 PEOPLE_BASE = f"ou=people,{BASE}"
@@ -152,7 +153,7 @@ class Slapd:
     def silent(self):
         """Connections are accepted, by the kernel, and nothing is answered."""
         assert self.process is not None
-        os.kill(self.process.pid, signal.SIGSTOP)
+        stop(self.process.pid)
         yield
         os.kill(self.process.pid, signal.SIGCONT)
 
