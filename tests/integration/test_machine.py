@@ -572,7 +572,7 @@ def test_a_container_is_confined_by_apparmor_in_a_group_of_systemds(service):
 
 
 def test_an_account_of_the_machine_signs_in_by_pam(service):
-    """The unit's restrictions leave pam_unix the hashes, and libpam its messages to the kernel's audit."""
+    """The unit leaves pam_unix the hashes; without the right to audit, libpam finds a kernel without it."""
     config = "[auth]\nauthenticator = ['local', 'pam']\n"
     service.run(
         f"useradd --no-create-home paula && chpasswd && printf {quote(config)} >>{CONFIG_FILE}"
