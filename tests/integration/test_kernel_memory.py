@@ -54,7 +54,7 @@ def locks():
         kept.append(os.memfd_create("a"))
         for at in range(1000):
             fcntl.fcntl(kept[-1], fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 4000 - 2 * at, 1, 0))
-    time.sleep(20)
+    time.sleep(55)  # the regular search comes rarely while it takes long, as on a busy host
 def datagrams(number, size, count, prepare=lambda sender: None, flags=0, control=()):
     receiver = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     receiver.bind(("127.0.0.1", 0))
@@ -70,7 +70,7 @@ def corked(number=100):
     datagrams(number, 32000, 2, flags=socket.MSG_MORE)
 def many_corked():
     corked(1500)
-    time.sleep(20)
+    time.sleep(55)  # the regular search comes rarely while it takes long, as on a busy host
 STAMPS = [(socket.SOL_SOCKET, 37, struct.pack("I", 2))]
 def stamped():
     datagrams(20, 60000, 3, control=STAMPS)
