@@ -204,6 +204,7 @@ class Manager:
             allowed=lambda uid, gid: may_proxy(self.accounts, uid, gid),
             statement=self._statement,
         )
+        self.supervisor.registry.wait_for_edge = self.feed.synchronize
         self.supervisor.every(RENEWAL / 4, self._renew_statements)
         self.services = Services(
             config=config,

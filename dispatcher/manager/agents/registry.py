@@ -62,6 +62,7 @@ class Registry:
 
     :ivar submit: runs an operation (set by `Runner`).
     :ivar on_step: called with ``(agent, kind, step)`` before each step of each operation.
+    :ivar wait_for_edge: returns when the edge has applied all changes so far, or after a moment.
     """
 
     store: Store
@@ -82,6 +83,7 @@ class Registry:
         self._reserved_names: set[str] = set()
         self.submit: Callable[[Agent, Operation, bool], None] = lambda _agent, _operation, _urgent: None
         self.on_step: Callable[[str, Kind, str], None] = lambda _agent, _kind, _step: None
+        self.wait_for_edge: Callable[[], object] = lambda: None
         self._on_change: list[Callable[[str], None]] = []
         self._on_removal: list[Callable[[str, str], None]] = []
 

@@ -49,6 +49,21 @@ def test_the_way_through_all_states(world, supervisor):
     assert kinds(supervisor).count("resumed") == 2
 
 
+@pytest.mark.parametrize("state", ["suspended", "hibernated"])
+def test_the_edge_knows_before_an_agent_is_suspended(supervisor, state):
+    seen = []
+
+    def wait_for_edge():
+        view = supervisor.queries.view("alice")
+        seen.append((view.feed_state, view.desired.value))
+
+    running(supervisor)
+    supervisor.registry.wait_for_edge = wait_for_edge
+    supervisor.commands.set_desired("alice", Desired(state))
+    reach(supervisor, "alice", state)
+    assert seen == [("stopping", state)]
+
+
 def test_sleep_keeps_the_process_and_a_stop_does_not(world, supervisor):
     running(supervisor)
     first = world.container(supervisor).app

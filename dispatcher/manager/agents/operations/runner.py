@@ -223,6 +223,8 @@ class Runner:
             raise RuntimeError("an agent that runs has a handle")
         in_memory = depth is Depth.RAM
         task.step("suspending" if in_memory else "hibernating")
+        # A request that the edge passed on to a suspended agent would hang until another one wakes the agent.
+        self._registry.wait_for_edge()
         deadline = Deadline(SUSPEND_TIME if in_memory else HIBERNATE_TIME)
         task.backend.provider.suspend(task.handle, depth=depth, deadline=deadline, progress=task.progress)
         state = BackendState.SUSPENDED if in_memory else BackendState.HIBERNATED
