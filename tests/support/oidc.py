@@ -134,6 +134,7 @@ class OpenIdProvider:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self.output = ""
         self._until("ready")
 
     def stop(self):
@@ -166,16 +167,20 @@ class OpenIdProvider:
         os.kill(self.process.pid, signal.SIGCONT)
 
     def _until(self, word):
+        """Wait for a line of the provider; others before it are dropped."""
         assert self.process is not None
+        output = self.process.stdout.fileno()  # what Python has read ahead, select(2) does not see
         end = time.monotonic() + 60
         while time.monotonic() < end:
-            ready, _, _ = select.select([self.process.stdout], [], [], 1)
-            if ready:
-                line = self.process.stdout.readline()
-                assert line, f"the provider ended with {self.process.wait()}"
+            while "\n" in self.output:
+                line, _, self.output = self.output.partition("\n")
                 if line.strip() == word:
                     return
-        raise AssertionError("the provider does not start")
+            if select.select([output], [], [], 1)[0]:
+                data = os.read(output, 65536)
+                assert data, f"the provider ended with {self.process.wait()}"
+                self.output += data.decode(errors="replace")
+        raise AssertionError(f"the provider does not say {word!r}")
 
 
 class Browser:
