@@ -13,7 +13,7 @@ import pytest
 from tests.support.cases_site import Site
 from tests.support.edge_harness import TOKEN, Edge
 from tests.support.installation import request
-from tests.support.stopped import stop
+from tests.support.stopped import stopped
 
 WORKERS = 4
 
@@ -73,13 +73,11 @@ def test_no_other_connection_is_served_after_the_answer(site) -> None:
 def test_a_worker_that_hangs_holds_nobody_up_for_long(site) -> None:
     hung = site.workers()[-1]
     cookie = site.login("alice")
-    stop(hung.pid)
-    try:
+    with stopped(hung.pid):
         assert sign_out(site, cookie) < 5
-    finally:
-        os.kill(hung.pid, signal.SIGCONT)
     # It may take a connection before it reads of the end; then it closes it.
-    assert answer(connection(site), cookie) in {401, 0}
+    with contextlib.closing(connection(site)) as first:
+        assert answer(first, cookie) in {401, 0}
     assert site.web("GET", "/", Cookie=cookie).status == 401
 
 

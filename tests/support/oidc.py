@@ -25,7 +25,7 @@ from joserfc.jwk import ECKey, RSAKey
 
 from tests.support.certificates import Authority
 from tests.support.edge_daemon import free_port
-from tests.support.stopped import stop
+from tests.support.stopped import stopped
 
 HERE = Path(__file__).parent / "oidc_provider"
 ROOT = HERE.parent.parent.parent
@@ -155,16 +155,15 @@ class OpenIdProvider:
     @contextlib.contextmanager
     def down(self):
         self.stop()
-        yield
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
-    @contextlib.contextmanager
     def silent(self):
         """Connections are accepted, by the kernel, and nothing is answered."""
         assert self.process is not None
-        stop(self.process.pid)
-        yield
-        os.kill(self.process.pid, signal.SIGCONT)
+        return stopped(self.process.pid)
 
     def _until(self, word):
         """Wait for a line of the provider; others before it are dropped."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.support.certificates import Authority
 from tests.support.edge_daemon import free_port
-from tests.support.stopped import stop
+from tests.support.stopped import stopped
 
 BASE = "dc=example,dc=org"
 PEOPLE_BASE = f"ou=people,{BASE}"
@@ -146,16 +146,15 @@ class Slapd:
     @contextlib.contextmanager
     def down(self):
         self.stop()
-        yield
-        self.start()
+        try:
+            yield
+        finally:
+            self.start()
 
-    @contextlib.contextmanager
     def silent(self):
         """Connections are accepted, by the kernel, and nothing is answered."""
         assert self.process is not None
-        stop(self.process.pid)
-        yield
-        os.kill(self.process.pid, signal.SIGCONT)
+        return stopped(self.process.pid)
 
     def change(self, text):
         """Change entries, as text in LDIF."""

@@ -1,7 +1,8 @@
-"""Stop a process and wait until none of its threads runs: until then it may still answer."""
+"""Stop a process, so that it answers nothing: connections are accepted by the kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,6 +16,16 @@ def stop(pid: int, seconds: float = 10.0) -> None:
     while any(_state(task) not in "TtZX" for task in Path(f"/proc/{pid}/task").iterdir()):
         assert time.monotonic() < end, f"process {pid} has not stopped"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def stopped(pid: int):
+    """Stop a process inside the block."""
+    stop(pid)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def _state(task: Path) -> str:
