@@ -118,3 +118,9 @@ def source_of(user: UserRow | None) -> str | None:
     if user is None:
         return None
     return user.source or (local.NAME if user.password_hash is not None else None)
+
+
+def is_same_account(row: UserRow, identity: Identity) -> bool:
+    """Whether what a user's authenticator says under the user's name is about the user's account."""
+    subjects = {row.subject, identity.subject} - {None}
+    return identity.user == row.name and len(subjects) < 2

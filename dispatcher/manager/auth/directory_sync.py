@@ -17,7 +17,7 @@ from typing import Literal
 from dispatcher.common.log import logger
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
-from dispatcher.manager.auth.authenticators import Authenticators
+from dispatcher.manager.auth.authenticators import Authenticators, is_same_account
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.storage.rows import UserRow
 from dispatcher.plugin.authenticator import Identity
@@ -39,7 +39,7 @@ _log = logger("manager.sync")
 class Report:
     """What a synchronisation found.
 
-    :ivar users: whom the directories were asked for; :ivar asked: how many they have answered for.
+    :ivar users: number of users to look up; :ivar asked: number of them that were looked up.
     :ivar changed: users whose groups changed; :ivar left: who have left; :ivar back: who have an account again.
     :ivar removed: users whose data was deleted, as they left long ago.
     :ivar skipped: users by the authenticator that cannot be asked; :ivar problems: what went wrong, in sentences.
@@ -61,7 +61,7 @@ class DirectorySync:
     """Synchronises users with their directories, one run at a time.
 
     :param interval: returns the seconds between runs, False for none.
-    :param keep: returns the seconds for which the data of users who have left is kept, False for ever.
+    :param keep: returns the seconds until the data of a departed user is deleted, False: never.
     :param sign_out: ends all that gives a user access: sessions and tokens.
     """
 
@@ -155,7 +155,7 @@ class DirectorySync:
     def _ask(
         self, entry: ContainedAuthenticator, users: list[UserRow], report: Report
     ) -> Iterator[tuple[str, Identity | None]]:
-        """Yield what a directory says of users, without those for whom it does not answer."""
+        """Yield what a directory says of users; users without an answer are left out."""
         failures = 0
 
         def ask(row: UserRow) -> tuple[UserRow, Identity | DispatcherError | None]:
@@ -235,7 +235,7 @@ class DirectorySync:
     def _remove(self, gone: list[UserRow], report: Report) -> None:
         """Delete the agents and data of users who left long ago.
 
-        :param gone: those whom their directory does not have now, either.
+        :param gone: users without an account in this run.
         """
         keep, now = self._keep(), self._clock.now()
         names = {row.name for row in gone if row.departed is not None}
@@ -259,9 +259,5 @@ def _too_many(gone: Collection[UserRow], asked: Collection[UserRow]) -> bool:
 
 
 def _is_same(row: UserRow, identity: Identity | None) -> bool:
-    """Whether what the directory has under a user's name is the user's account."""
-    return (
-        identity is not None
-        and identity.user == row.name
-        and (None in {identity.subject, row.subject} or identity.subject == row.subject)
-    )
+    """Whether the directory has the account of a user."""
+    return identity is not None and is_same_account(row, identity)

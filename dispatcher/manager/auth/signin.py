@@ -16,7 +16,7 @@ from dispatcher.common.log import logger
 from dispatcher.manager.agents.agent import AgentView, default_agent
 from dispatcher.manager.agents.composition import Supervisor
 from dispatcher.manager.auth import local
-from dispatcher.manager.auth.authenticators import Authenticators, ask_for_password, source_of
+from dispatcher.manager.auth.authenticators import Authenticators, ask_for_password, is_same_account, source_of
 from dispatcher.manager.auth.contained_authenticator import ContainedAuthenticator
 from dispatcher.manager.auth.hashing import Hasher, HashPool, check_length
 from dispatcher.manager.auth.sessions import Sessions, Standing, digest, new_token
@@ -150,7 +150,7 @@ class SignIn:
         password: str | None = None,
         stdin_apps: frozenset[str] = frozenset(),
     ) -> SignedIn:
-        """Make a session of a user whom an authenticator has verified, and start the agent.
+        """Make a session of a verified user, and start the agent.
 
         :param source: the authenticator; :param identity: its user, in canonical form.
         :param standing: from before the user was verified; :param external: the session at another site.
@@ -219,8 +219,7 @@ class SignIn:
         """
         source, identity = self._verify(name, password, address, device)
         row = self._supervisor.store.get_user(name)
-        subjects = {row.subject if row else None, identity.subject} - {None}
-        if identity.user != name or source_of(row) not in {None, source} or len(subjects) > 1:
+        if row is None or source_of(row) not in {None, source} or not is_same_account(row, identity):
             _log.warning("the password is another account's", user=name, authenticator=source)
             raise wrong_credentials()
         return name

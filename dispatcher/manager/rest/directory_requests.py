@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dispatcher.config import groups
-from dispatcher.manager.auth.authenticators import source_of
+from dispatcher.manager.auth.authenticators import is_same_account, source_of
 from dispatcher.manager.auth.directory_sync import Report
 from dispatcher.manager.rest import schemas
 from dispatcher.manager.rest.routing import Answer, Json, Routes
@@ -66,7 +66,7 @@ def _effect(services: Services, source: str, identity: Identity) -> Json:
     refusal = ""
     if row and owner not in {None, source}:
         refusal = f"the name belongs to a user of {owner} (dispatcher auth release {user})"
-    elif row and None not in {row.subject, identity.subject} and row.subject != identity.subject:
+    elif row and not is_same_account(row, identity):
         refusal = f"the name belongs to another account of the directory (dispatcher auth release {user})"
     member_of = groups.groups_of(config.groups, user, identity.groups)
     apps = [app for app in config.apps if groups.may_use(config.groups, app, member_of)]
