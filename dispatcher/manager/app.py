@@ -304,12 +304,11 @@ class Manager:
 
     def _renew_statements(self) -> None:
         """Let the edge have statements that are valid for some time."""
-        for name, app in self.config.apps.items():
-            if app.identity:
-                for view in self.supervisor.queries.views():
-                    if view.app == name and view.feed_state is FeedState.RUNNING:
-                        self._statement(view)  # it takes its time here, not in the feed's thread
-                        self.feed.agent_changed(view.name)
+        wanted = {name for name, app in self.config.apps.items() if app.identity}
+        for view in self.supervisor.queries.views() if wanted else ():
+            if view.app in wanted and view.feed_state is FeedState.RUNNING:
+                self._statement(view)  # it takes its time here, not in the feed's thread
+                self.feed.agent_changed(view.name)
 
     def _portal_url(self) -> str:
         proxy = self.config.proxy
