@@ -114,7 +114,7 @@ def check_id_token(
 
 
 def check_user_information(claims: Json, *, issuer: str, client_id: str) -> None:
-    """Check the claims of signed user information, which need not say who made it and for whom (Core 1.0, 5.3.2).
+    """Check the claims of signed user information, in which `iss` and `aud` are optional (Core 1.0, 5.3.2).
 
     :raises Invalid: it says something else.
     """

@@ -32,7 +32,7 @@ class GroupConfig(Table):
     """``[groups.NAME]``; NAME is spelled as the authenticator spells it."""
 
     members: list[str] = Field(
-        default=[], description="names of users, in addition to those whom the authenticator puts into the group"
+        default=[], description="names of users, in addition to the members that the authenticator reports"
     )
     apps: list[str] = Field(
         default=[],

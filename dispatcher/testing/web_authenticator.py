@@ -53,7 +53,7 @@ class WebAuthenticatorContract:
 
     #: People who may sign in: at least two.
     people: ClassVar[tuple[str, ...]] = ()
-    #: Somebody whom the site knows and who may not sign in.
+    #: A user of the site who may not sign in.
     outsider: ClassVar[str] = ""
     #: Why there is no such person; empty if there is one.
     no_outsider: ClassVar[str] = ""
