@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -58,3 +59,20 @@ def expect_key_refused(path: str, key: str, value: object, model: str, read: Cal
         )
     else:
         pytest.fail(f'{path}.{key} = {value!r} was accepted: {model} must refuse it (extra="forbid", exact types)')
+
+
+def expect_signatures(cls: type, contract: type) -> None:
+    """Expect that every method of a contract takes the contract's arguments, and that none is a coroutine."""
+    __tracebackhide__ = True
+    for name, declared in inspect.getmembers(contract, inspect.isfunction):
+        own = getattr(cls, name)
+        expect(
+            not inspect.iscoroutinefunction(own),
+            f"{name}() is declared with `async`: the manager calls it in a thread of its own, write `def`",
+        )
+        given = inspect.signature(own).parameters
+        missing = [argument for argument in inspect.signature(declared).parameters if argument not in given]
+        open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in given.values())
+        expect(
+            not missing or open_ended, f"{name}() does not take {', '.join(missing)}: keep the contract's names"
+        )

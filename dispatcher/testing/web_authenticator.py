@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from dispatcher.plugin.errors import BadRequest, Forbidden, PluginError, Unavail
 from dispatcher.testing.authenticator.asker import Answer, in_time
 from dispatcher.testing.authenticator.declaration import load
 from dispatcher.testing.base import needs_no
+from dispatcher.testing.declared import expect_signatures
 from dispatcher.testing.driver import expect
 
 STATE = "kit-state-" + "s" * 33
@@ -110,16 +110,7 @@ class WebAuthenticatorContract:
 
     def test_signatures_are_the_contract(self, authenticator: WebAuthenticator) -> None:
         """Every method takes the contract's arguments under the contract's names, and none is a coroutine."""
-        for name, declared in inspect.getmembers(WebAuthenticator, inspect.isfunction):
-            own = getattr(type(authenticator), name)
-            expect(not inspect.iscoroutinefunction(own), f"{name}() is declared with `async`: write `def`")
-            given = inspect.signature(own).parameters
-            missing = [argument for argument in inspect.signature(declared).parameters if argument not in given]
-            open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in given.values())
-            expect(
-                not missing or open_ended,
-                f"{name}() does not take {', '.join(missing)}: keep the contract's names",
-            )
+        expect_signatures(type(authenticator), WebAuthenticator)
 
     def test_title_can_be_shown(self, authenticator: WebAuthenticator) -> None:
         """The title is a printable text of at most 64 characters, and is known without the site."""

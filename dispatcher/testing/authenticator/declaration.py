@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +16,12 @@ from dispatcher.plugin.errors import BadRequest, PluginError
 from dispatcher.testing.authenticator.asker import in_time
 from dispatcher.testing.authenticator.base import AuthenticatorBase
 from dispatcher.testing.base import needs_no
-from dispatcher.testing.declared import expect_declared_once, expect_hook_returns_class, expect_key_refused
+from dispatcher.testing.declared import (
+    expect_declared_once,
+    expect_hook_returns_class,
+    expect_key_refused,
+    expect_signatures,
+)
 from dispatcher.testing.driver import expect
 
 
@@ -57,19 +61,7 @@ class DeclarationChecks(AuthenticatorBase):
 
     def test_signatures_are_the_contract(self, authenticator: Authenticator) -> None:
         """Every method takes the contract's arguments under the contract's names, and none is a coroutine."""
-        for name, declared in inspect.getmembers(Authenticator, inspect.isfunction):
-            own = getattr(type(authenticator), name)
-            expect(
-                not inspect.iscoroutinefunction(own),
-                f"{name}() is declared with `async`: the manager calls it in a thread of its own, write `def`",
-            )
-            given = inspect.signature(own).parameters
-            missing = [argument for argument in inspect.signature(declared).parameters if argument not in given]
-            open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in given.values())
-            expect(
-                not missing or open_ended,
-                f"{name}() does not take {', '.join(missing)}: keep the contract's names",
-            )
+        expect_signatures(type(authenticator), Authenticator)
 
     def test_unknown_option_is_refused_with_its_path(self, authenticator: Authenticator) -> None:
         """A misspelt key of ``[auth.NAME]`` is an error that names its full path."""
